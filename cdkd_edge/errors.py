@@ -1,0 +1,113 @@
+"""Every error a user can meet: one root, an exit code and a next step.
+
+A :class:`CdkdEdgeError` is an answer, not a bug: the command line prints its message and its hint in
+one line each and leaves with its exit code. Anything else that escapes is a bug and shows a
+traceback under ``--debug``.
+
+====  =============================================================
+code  meaning
+====  =============================================================
+0     success
+1     unexpected failure (a bug; ``--debug`` shows the traceback)
+2     wrong usage of the command line
+3     the checkpoint cannot be used
+4     the label schema cannot be used
+5     nothing, or more than one thing, to work on in the workspace
+6     a manifest is missing, damaged or does not fit its artefact
+7     the graph cannot be built
+8     a numerical check failed
+9     the engine cannot be built, loaded or run
+10    the scene cannot be read or its label map cannot be written
+11    an optional package is not installed
+12    the operating system refused (disk full, read-only, no access)
+130   interrupted
+====  =============================================================
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CdkdEdgeError(Exception):
+    """An error with a sentence for the user and, where there is one, the next step."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class CheckpointError(CdkdEdgeError, ValueError):
+    """The checkpoint is not readable, not safe to read, or does not hold a network we know."""
+
+    exit_code = 3
+
+
+class EncoderOnlyError(CheckpointError):
+    """The checkpoint holds an encoder but no segmentation head."""
+
+
+class SchemaError(CdkdEdgeError, ValueError):
+    """The label schema is malformed or does not fit the data."""
+
+    exit_code = 4
+
+
+class WorkspaceError(CdkdEdgeError, LookupError):
+    """The workspace holds nothing, or more than one thing, that the command could mean."""
+
+    exit_code = 5
+
+
+class ManifestError(CdkdEdgeError, ValueError):
+    """A manifest is missing, damaged, or does not describe the file beside it."""
+
+    exit_code = 6
+
+
+class GraphError(CdkdEdgeError, ValueError):
+    """The ONNX graph cannot be built or is not one of ours."""
+
+    exit_code = 7
+
+
+class NumericalCheckError(CdkdEdgeError, ArithmeticError):
+    """A derived artefact does not compute what its parent computes."""
+
+    exit_code = 8
+
+
+class EngineError(CdkdEdgeError, RuntimeError):
+    """The engine cannot be built, loaded or run."""
+
+    exit_code = 9
+
+
+class SceneError(CdkdEdgeError, ValueError):
+    """The scene cannot be read or its label map cannot be written."""
+
+    exit_code = 10
+
+
+class MissingExtraError(CdkdEdgeError, ImportError):
+    """A command needs an optional package that is not installed."""
+
+    exit_code = 11
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs {package}, which is not installed",
+            hint=f"pip install 'cdkd-edge[{extra}]'",
+        )
+
+
+class SystemRefusalError(CdkdEdgeError, OSError):
+    """The operating system refused to read or write a file."""
+
+    exit_code = 12

@@ -1,0 +1,111 @@
+"""Exact rewrites of constant linear maps, in FP64 before rounding once to FP32.
+
+What a network computes with constants at run time (normalisation, batch norm, the query scale,
+average pooling, bilinear up-sampling) is a linear map that can be merged into a neighbour or written
+as one matrix. The result is the same function with fewer operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+Weights = Mapping[str, Array]
+
+
+def fold_normalisation(weight: Array, bias: Array, mean: Sequence[float], std: Sequence[float]) -> tuple[Array, Array]:
+    """Convolution of normalised pixels as a convolution of raw ones.
+
+    conv(W, (x - mean) / std) + b = conv(W / std, x) + (b - sum W mean / std); exact because the patch
+    embedding has no padding, so every output sees the same number of pixels.
+
+    Args:
+        weight: ``[D, 3, p, p]``.
+        bias: ``[D]``.
+        mean, std: per channel, on 0..255.
+    """
+    scaled = weight.astype(np.float64) / np.asarray(std).reshape(1, 3, 1, 1)
+    shift = (scaled * np.asarray(mean).reshape(1, 3, 1, 1)).sum(axis=(1, 2, 3))
+    return scaled.astype(np.float32), (bias - shift).astype(np.float32)
+
+
+def fold_batch_norm(weights: Weights, unit: str, eps: float = 1e-5) -> tuple[Array, Array]:
+    """Weight and bias of a convolution merged with the batch norm that follows it.
+
+    Args:
+        weights: holds ``{unit}.conv.weight`` and ``{unit}.bn.{weight,bias,running_mean,running_var}``.
+        eps: BatchNorm2d's default in PyTorch, which OpenMMLab keeps.
+    """
+    gain = weights[f"{unit}.bn.weight"] / np.sqrt(weights[f"{unit}.bn.running_var"].astype(np.float64) + eps)
+    weight = weights[f"{unit}.conv.weight"] * gain.reshape(-1, 1, 1, 1)
+    bias = weights[f"{unit}.bn.bias"] - weights[f"{unit}.bn.running_mean"] * gain
+    return weight.astype(np.float32), bias.astype(np.float32)
+
+
+def fold_query_scale(weight: Array, bias: Array, heads: int) -> tuple[Array, Array]:
+    """The qkv projection with 1/sqrt(head width) applied to the query rows.
+
+    Args:
+        weight: ``[3 D, D]``, rows q, k, v.
+        bias: ``[3 D]``.
+    """
+    dim = weight.shape[1]
+    scale = np.ones(3 * dim)
+    scale[:dim] = 1 / math.sqrt(dim // heads)
+    return (weight * scale[:, None]).astype(np.float32), (bias * scale).astype(np.float32)
+
+
+def pooling_matrix(grid: int, scales: Sequence[int]) -> Array:
+    """Average pooling of a ``grid x grid`` map to every ``s x s`` of ``scales``, as one matrix.
+
+    Returns:
+        ``[sum s*s, grid*grid]``. Windows are those of ``adaptive_avg_pool2d``: they start at
+        floor(i grid / s), end before ceil((i + 1) grid / s), and may overlap.
+    """
+    rows = []
+    for scale in scales:
+        axis = np.zeros((scale, grid))
+        for cell in range(scale):
+            first, last = cell * grid // scale, -(-(cell + 1) * grid // scale)
+            axis[cell, first:last] = 1 / (last - first)
+        rows.append(np.kron(axis, axis))
+    return np.concatenate(rows).astype(np.float32)
+
+
+def upsampling_matrix(grid: int, scales: Sequence[int]) -> Array:
+    """Bilinear up-sampling (``align_corners=False``) of every ``s x s`` map to ``grid x grid``.
+
+    Returns:
+        ``[grid*grid, sum s*s]``, the columns in the order of :func:`pooling_matrix`'s rows.
+    """
+    columns = []
+    for scale in scales:
+        axis = np.zeros((grid, scale))
+        for cell in range(grid):
+            source = max((cell + 0.5) * scale / grid - 0.5, 0.0)
+            low = min(int(source), scale - 1)
+            high = min(low + 1, scale - 1)
+            axis[cell, low] += 1 - (source - low)
+            axis[cell, high] += source - low
+        columns.append(np.kron(axis, axis))
+    return np.concatenate(columns, axis=1).astype(np.float32)
+
+
+def scale_mask(scales: Sequence[int], channels: int) -> Array:
+    """1 where a pooled cell belongs to the scale that a block of channels stands for.
+
+    All scales go through one matrix product; this keeps each scale's own cells.
+
+    Returns:
+        ``[sum s*s, len(scales) * channels]``.
+    """
+    mask = np.zeros((sum(s * s for s in scales), len(scales) * channels), np.float32)
+    row = 0
+    for index, scale in enumerate(scales):
+        mask[row : row + scale * scale, index * channels : (index + 1) * channels] = 1
+        row += scale * scale
+    return mask

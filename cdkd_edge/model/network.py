@@ -1,0 +1,192 @@
+"""The network of the Mask-CDKD paper (ISPRS 2026): a plain ViT encoder and a UPerNet head.
+
+    image [N,3,T,T] -> normalise -> patches [N,L,D] -> 12 blocks, four of them tapped
+          -> UPerNet -> logits [N,K,G,G] -> bilinear x patch -> argmax -> labels [N,T,T]
+
+with T the tile side, G = T / patch the token grid, L = G*G, D the width, K the classes. ViT follows
+Dosovitskiy et al. (ICLR 2021) with pre-norm blocks; UPerNet follows Xiao et al. (ECCV 2018) in the
+arrangement of OpenMMLab's ``UPerHead``. All four feature maps have stride ``patch``: there is no
+neck, so UPerNet's top-down path needs no resizing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        n, length, dim = tokens.shape
+        qkv = self.qkv(tokens).reshape(n, length, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, L, D/heads]
+        mixed = F.scaled_dot_product_attention(q, k, v)  # [N, heads, L, D/heads]
+        return self.proj(mixed.transpose(1, 2).reshape(n, length, dim))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Two linear layers around an exact (erf) GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.attn = Attention(config.embed_dim, config.heads)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.mlp = MLP(config.embed_dim, config.mlp_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping patches to tokens, row by row."""
+
+    def __init__(self, patch: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(image).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]  # [N, L, D]
+
+
+class Encoder(nn.Module):
+    """ViT encoder; returns the four tapped block outputs as maps."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+        self.patch_embed = PatchEmbedding(config.patch, config.embed_dim)
+        prefix = int(config.class_token)
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, prefix + config.grid**2, config.embed_dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Tapped features of RGB images.
+
+        Args:
+            image: ``[N, 3, T, T]``, values 0..255, any real dtype.
+
+        Returns:
+            Four maps ``[N, D, G, G]``, from the shallowest tap to the last block.
+        """
+        config = self.config
+        tokens = self.patch_embed((image.to(self.mean.dtype) - self.mean) / self.std)  # [N, L, D]
+        if config.class_token:
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = tokens + self.pos_embed
+        maps = []
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if index in config.taps:
+                patches = tokens[:, 1:] if config.class_token else tokens
+                maps.append(patches.transpose(1, 2).reshape(-1, config.embed_dim, config.grid, config.grid))
+        return maps
+
+
+class ConvNormReLU(nn.Module):
+    """Convolution without bias, batch norm, ReLU; the spatial size is kept."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class UPerHead(nn.Module):
+    """UPerNet over four maps of one size.
+
+    Pyramid pooling enriches the deepest map; a top-down path adds it to the shallower ones; all
+    four are fused at full stride-``patch`` resolution and classified per cell.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        dim, channels = config.embed_dim, config.head_channels
+        self.pool_scales = config.pool_scales
+        self.pooled = nn.ModuleList(ConvNormReLU(dim, channels, 1) for _ in config.pool_scales)
+        self.bottleneck = ConvNormReLU(dim + len(config.pool_scales) * channels, channels, 3)
+        self.laterals = nn.ModuleList(ConvNormReLU(dim, channels, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(ConvNormReLU(channels, channels, 3) for _ in range(3))
+        self.fuse = ConvNormReLU(4 * channels, channels, 3)
+        self.classifier = nn.Conv2d(channels, config.classes, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        *shallow, deep = maps  # each [N, D, G, G]
+        grid = deep.shape[-2:]
+        pyramid = [deep]
+        for scale, unit in zip(self.pool_scales, self.pooled, strict=True):
+            cells = unit(F.adaptive_avg_pool2d(deep, scale))  # [N, C, s, s]
+            pyramid.append(F.interpolate(cells, size=grid, mode="bilinear", align_corners=False))
+        top = self.bottleneck(torch.cat(pyramid, dim=1))  # [N, C, G, G]
+
+        levels = [lateral(x) for lateral, x in zip(self.laterals, shallow, strict=True)]
+        above = top
+        for index in (2, 1, 0):
+            above = levels[index] = levels[index] + above
+        smoothed = [unit(x) for unit, x in zip(self.smooth, levels, strict=True)]
+        return self.classifier(self.fuse(torch.cat([*smoothed, top], dim=1)))  # type: ignore[no-any-return]
+
+
+class SegmentationNetwork(nn.Module):
+    """Encoder and head: RGB tiles to class logits at stride ``patch``."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.head = UPerHead(config)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Class logits.
+
+        Args:
+            image: RGB ``[N, 3, T, T]``, values 0..255; normalisation happens inside.
+
+        Returns:
+            Logits ``[N, K, G, G]``.
+        """
+        return self.head(self.encoder(image))  # type: ignore[no-any-return]
+
+    def upsample(self, logits: Tensor) -> Tensor:
+        """Logits at pixel resolution, ``[N, K, G, G]`` -> ``[N, K, T, T]``, bilinear."""
+        return F.interpolate(logits, scale_factor=float(self.config.patch), mode="bilinear", align_corners=False)
+
+    @torch.inference_mode()
+    def segment(self, image: Tensor) -> Tensor:
+        """Labels uint8 ``[N, T, T]`` of RGB tiles ``[N, 3, T, T]``."""
+        return self.upsample(self(image)).argmax(dim=1).to(torch.uint8)

@@ -243,9 +243,13 @@ def _head(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, bat
     # Top-down: all maps have one size, so the addition needs no resizing.
     smoothed, above = [], top
     for index in reversed(range(len(shallow))):
-        features = as_map(f"lateral.{index}", shallow[index], config.embed_dim)
-        lateral = writer.conv(f"lateral.{index}", features, *fold.fold_batch_norm(weights, f"head.laterals.{index}"))
-        above = writer.add("Add", f"level.{index}", lateral, above)
+        # A 1x1 convolution is a linear map of tokens; there it costs no change of layout.
+        kernel, bias = fold.fold_batch_norm(weights, f"head.laterals.{index}")
+        lateral = writer.linear(f"lateral.{index}.projected", shallow[index], kernel[:, :, 0, 0], bias)
+        lateral = writer.add("Relu", f"lateral.{index}", lateral)
+        above = writer.add(
+            "Add", f"level.{index}", as_map(f"lateral.{index}", lateral, config.head_channels), above
+        )
         smoothed.insert(
             0, writer.conv(f"smooth.{index}", above, *fold.fold_batch_norm(weights, f"head.smooth.{index}"))
         )

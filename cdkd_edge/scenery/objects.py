@@ -117,7 +117,9 @@ def raise_roof(
     labels[patch.rows, patch.columns][inside] = 0
 
 
-def _disc_pixels(x: FloatArray, y: FloatArray, radius: int, shape: tuple[int, int]) -> tuple[IntArray, IntArray, BoolArray]:
+def _disc_pixels(
+    x: FloatArray, y: FloatArray, radius: int, shape: tuple[int, int]
+) -> tuple[IntArray, IntArray, BoolArray]:
     """Rows and columns ``[n, S, S]`` of squares around points, and which of them lie in the picture."""
     span = np.arange(-radius, radius + 1)
     rows = np.floor(y).astype(np.intp)[:, None, None] + span[:, None]
@@ -139,7 +141,7 @@ def park_cars(image: FloatArray, x: FloatArray, y: FloatArray, angle: FloatArray
     image[rows[shadow], columns[shadow]] *= 0.62
     body = visible & (np.abs(p) < 4.5) & (np.abs(q) < 2)
     which = np.nonzero(body)[0]
-    glass = np.where(np.abs(np.abs(p[body]) - 2.1) < 0.7, np.float32(0.45), np.float32(1))
+    glass = np.where(np.abs(p[body] - 1.6) < 0.8, np.float32(0.6), np.float32(1))
     image[rows[body], columns[body]] = color[which] * glass[:, None]
 
 

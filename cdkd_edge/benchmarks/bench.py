@@ -1,0 +1,265 @@
+"""The benchmark: warm-up, timed tiles, a scene end to end, and power where there is a source for it."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rasterio
+
+from cdkd_edge import __version__
+from cdkd_edge.benchmarks.statistics import Latency, latency_of
+from cdkd_edge.engines.protocol import Engine
+from cdkd_edge.files import write_text
+from cdkd_edge.machine import Machine, describe_machine
+from cdkd_edge.manifest import EngineManifest, library_versions
+from cdkd_edge.power.source import EnergyMeter, find_source
+from cdkd_edge.scene.grid import TileGrid, default_overlap
+from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.scenery import draw_scene
+
+SUMMARY_VERSION = 1
+IDLE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How long and on what."""
+
+    duration: float = 20.0
+    """Seconds of timed tiles."""
+    warmup: float = 3.0
+    """Seconds of untimed tiles before them."""
+    min_tiles: int = 5
+    """Batches timed at least, however slow the engine."""
+    scene: Path | None = None
+    """Scene for the end-to-end figure. Default: one that is drawn."""
+    segment: SegmentOptions = SegmentOptions()
+    power: bool = False
+
+
+@dataclass(frozen=True)
+class EngineOnly:
+    """Tiles from memory through the engine, one batch after the other."""
+
+    tiles: int
+    seconds: float
+    tiles_per_second: float
+    megapixels_per_second: float
+    latency_ms: Latency
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """A scene from file to finished label map."""
+
+    scene: str
+    width: int
+    height: int
+    tiles: int
+    seconds: float
+    engine_seconds: float
+    tiles_per_second: float
+    megapixels_per_second: float
+    """Scene pixels; overlaps and padding count as work but not as result."""
+    overhead: float
+    """Seconds over engine seconds; 1 means that reading and writing cost nothing."""
+
+
+@dataclass(frozen=True)
+class Power:
+    """Mean power over the idle and the load phase."""
+
+    source: str
+    scope: str
+    idle_watts: dict[str, float]
+    load_watts: dict[str, float]
+    net_joules_per_tile: dict[str, float]
+
+
+@dataclass(frozen=True)
+class BenchSummary:
+    """One run, as written to ``summary.json``."""
+
+    engine: EngineManifest
+    engine_only: EngineOnly
+    end_to_end: EndToEnd
+    power: Power | None
+    power_reason: str
+    """Why there is no power figure; empty where there is one."""
+    machine: Machine
+    libraries: dict[str, str]
+    peak_memory_bytes: int
+    """Largest resident size of the process so far."""
+    started: str
+    tool: str = f"cdkd-edge {__version__}"
+    summary_version: int = SUMMARY_VERSION
+
+
+def run_benchmark(
+    engine: Engine,
+    folder: Path,
+    options: BenchOptions = BenchOptions(),
+    progress: Callable[[str], None] = lambda phase: None,
+) -> BenchSummary:
+    """Measure an engine and write ``summary.json``, ``tiles.csv`` (and ``trace.csv`` with power).
+
+    Args:
+        engine: a loaded engine.
+        folder: an existing folder for the results.
+        options: durations, scene, power.
+        progress: called with the name of each phase.
+
+    Raises:
+        EngineError, SceneError: the engine or the scene failed.
+    """
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    _fill_inputs(engine)
+    source, reason = find_source() if options.power else (None, "not asked for (--power-trace)")
+    power = None
+    if source is not None:
+        with EnergyMeter(source) as meter:
+            progress("idle")
+            idle_from = time.perf_counter()
+            time.sleep(IDLE_SECONDS)  # the measurement itself: nothing may run now
+            idle_to = time.perf_counter()
+            progress("warm-up")
+            _run_for(engine, options.warmup, 1)
+            progress("timed tiles")
+            load_from = time.perf_counter()
+            samples = _run_for(engine, options.duration, options.min_tiles)
+            load_to = time.perf_counter()
+        idle, load = meter.watts(idle_from, idle_to), meter.watts(load_from, load_to)
+        _write_trace(folder / "trace.csv", meter)
+        if meter.error is not None or idle is None or load is None:
+            reason = f"{source.name} stopped answering: {meter.error}"
+        else:
+            seconds_per_tile = (load_to - load_from) / (len(samples) * engine.manifest.batch)
+            net = {rail: (load[rail] - idle[rail]) * seconds_per_tile for rail in load}
+            power = Power(source.name, source.scope, idle, load, net)
+    else:
+        progress("warm-up")
+        _run_for(engine, options.warmup, 1)
+        progress("timed tiles")
+        samples = _run_for(engine, options.duration, options.min_tiles)
+    engine_only = _engine_only(engine, samples)
+    progress("scene end to end")
+    end_to_end = _end_to_end(engine, options, engine_only.tiles_per_second)
+
+    summary = BenchSummary(
+        engine=engine.manifest,
+        engine_only=engine_only,
+        end_to_end=end_to_end,
+        power=power,
+        power_reason="" if power else reason,
+        machine=describe_machine(),
+        libraries=library_versions(("onnxruntime", "numpy", "rasterio")),
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        started=started,
+    )
+    _write_tiles(folder / "tiles.csv", samples)
+    import msgspec
+
+    text = msgspec.json.format(msgspec.json.encode(summary), indent=2).decode()
+    write_text(folder / "summary.json", text + "\n")
+    return summary
+
+
+def _fill_inputs(engine: Engine) -> None:
+    """Different drawn tiles in every slot, so that no cache sees the same image twice in a row."""
+    tile, batch = engine.manifest.tile, engine.manifest.batch
+    scene = draw_scene(tile * 2, tile * 2, seed=3).image
+    for slot in range(engine.slots):
+        for index in range(batch):
+            shift = (slot * batch + index) * 37 % tile
+            engine.input(slot)[index] = scene[shift : shift + tile, shift : shift + tile].transpose(2, 0, 1)
+
+
+def _run_for(engine: Engine, seconds: float, at_least: int) -> list[tuple[float, float]]:
+    """Run batches for a time; (start, latency) of each, in seconds since the first."""
+    samples: list[tuple[float, float]] = []
+    origin = time.perf_counter()
+    while len(samples) < at_least or time.perf_counter() - origin < seconds:
+        slot = len(samples) % engine.slots
+        begin = time.perf_counter()
+        engine.launch(slot)
+        engine.wait(slot)
+        samples.append((begin - origin, time.perf_counter() - begin))
+    return samples
+
+
+def _engine_only(engine: Engine, samples: list[tuple[float, float]]) -> EngineOnly:
+    tile, batch = engine.manifest.tile, engine.manifest.batch
+    seconds = samples[-1][0] + samples[-1][1]
+    rate = len(samples) * batch / seconds
+    return EngineOnly(
+        tiles=len(samples) * batch,
+        seconds=seconds,
+        tiles_per_second=rate,
+        megapixels_per_second=rate * tile * tile / 1e6,
+        latency_ms=latency_of([latency for _, latency in samples]),
+    )
+
+
+def _end_to_end(engine: Engine, options: BenchOptions, tiles_per_second: float) -> EndToEnd:
+    with tempfile.TemporaryDirectory(prefix="cdkd-edge-bench-") as temporary:
+        scene = options.scene
+        if scene is None:
+            scene = Path(temporary) / "drawn.tif"
+            _draw_to(scene, _scene_side(engine, options.duration * tiles_per_second / 2))
+        result = segment_scene(engine, scene, Path(temporary) / "labels.tif", options.segment)
+    computed = result.tiles - result.tiles_without_data
+    return EndToEnd(
+        scene=options.scene.name if options.scene else "drawn",
+        width=result.width,
+        height=result.height,
+        tiles=result.tiles,
+        seconds=result.seconds,
+        engine_seconds=result.engine_seconds,
+        tiles_per_second=computed / result.seconds,
+        megapixels_per_second=result.width * result.height / result.seconds / 1e6,
+        overhead=result.seconds / result.engine_seconds if result.engine_seconds else float("nan"),
+    )
+
+
+def _scene_side(engine: Engine, tiles: float) -> int:
+    """Side of a square scene of about ``tiles`` tiles, 4 to 100 of them."""
+    tile = engine.manifest.tile
+    overlap = default_overlap(tile)
+    across = int(np.clip(round(tiles**0.5), 2, 10))
+    side = across * (tile - overlap) + overlap
+    assert len(TileGrid.over(side, side, tile, overlap)) == across**2
+    return side
+
+
+def _draw_to(path: Path, side: int) -> None:
+    image = draw_scene(side, side, seed=5).image
+    profile = {"driver": "GTiff", "width": side, "height": side, "count": 3, "dtype": "uint8", "photometric": "RGB"}
+    with rasterio.open(path, "w", **profile, tiled=True, blockxsize=256, blockysize=256) as dataset:
+        dataset.write(image.transpose(2, 0, 1))
+
+
+def _write_tiles(path: Path, samples: list[tuple[float, float]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["batch", "start_s", "latency_ms"])
+        writer.writerows((i, f"{start:.6f}", f"{latency * 1e3:.3f}") for i, (start, latency) in enumerate(samples))
+
+
+def _write_trace(path: Path, meter: EnergyMeter) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        rails = sorted(meter.samples[0].joules) if meter.samples else []
+        writer.writerow(["start_s", "stop_s", *(f"{rail}_w" for rail in rails)])
+        origin = meter.samples[0].start if meter.samples else 0.0
+        for sample in meter.samples:
+            seconds = sample.stop - sample.start
+            watts = (f"{sample.joules[rail] / seconds:.4f}" for rail in rails)
+            writer.writerow([f"{sample.start - origin:.6f}", f"{sample.stop - origin:.6f}", *watts])

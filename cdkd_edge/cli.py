@@ -1,0 +1,399 @@
+"""The command line: parse, call one function, print. Results go to stdout, progress to stderr.
+
+Nothing heavy is imported until a command runs, so that ``--help`` and completion answer at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+
+import typer
+from typer.core import TyperGroup
+
+from cdkd_edge import __version__
+from cdkd_edge.errors import CdkdEdgeError, MissingExtraError, SystemRefusalError
+
+if TYPE_CHECKING:
+    from cdkd_edge.scene.pipeline import SegmentOptions
+    from cdkd_edge.workspace import Workspace
+
+
+class _AnsweringGroup(TyperGroup):
+    """Turns errors into one line and an exit code; tracebacks only for bugs, or with ``--debug``."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (CdkdEdgeError, OSError, MemoryError, ModuleNotFoundError) as error:
+            if ctx.params.get("debug"):
+                raise
+            _fail(_as_answer(error))
+
+
+app = typer.Typer(
+    cls=_AnsweringGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="A land-cover segmentation network, from a checkpoint to a measured engine.\n\n"
+    "`export` a checkpoint, `build` an engine, `segment` scenes with it, `bench` it. Each command finds what the "
+    "one before left in the workspace (`export/`, `engines/`, `benchmarks/`).",
+)
+
+WorkspaceOption = Annotated[
+    Path, typer.Option("--workspace", "-w", help="Directory with export/, engines/ and benchmarks/.", file_okay=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+EngineOption = Annotated[
+    Optional[Path],  # noqa: UP045 - typer resolves the annotation on Python 3.10
+    typer.Option("--engine", "-e", help="Engine file. Default: the only one in the workspace."),
+]
+BandsOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--bands", help="Red, green and blue as 1-based band numbers, e.g. 3,2,1.", metavar="R,G,B"),
+]
+OverlapOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--overlap", help="Overlap of neighbouring tiles, px. Default: 128, a quarter of small tiles.", min=0),
+]
+StretchOption = Annotated[
+    bool, typer.Option("--stretch", help="Stretch percentiles 2..98 of the scene to 0..255 (16-bit and float scenes).")
+]
+PercentilesOption = Annotated[
+    Optional[tuple[float, float]],  # noqa: UP045
+    typer.Option("--stretch-percentiles", help="Stretch these percentiles of the scene.", metavar="LOW HIGH"),
+]
+RangeOption = Annotated[
+    Optional[tuple[float, float]],  # noqa: UP045
+    typer.Option("--stretch-range", help="Stretch these values.", metavar="LOW HIGH"),
+]
+ThreadsOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--threads", help="CPU threads for the engine. Default: all cores.", min=1),
+]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"cdkd-edge {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .bin or .safetensors.")],
+    tile: Annotated[Optional[int], typer.Option(help="Count for this tile side, px.", min=1)] = None,  # noqa: UP045
+    heads: Annotated[Optional[int], typer.Option(help="Attention heads, if not 64 wide.", min=1)] = None,  # noqa: UP045
+    as_json: JsonOption = False,
+) -> None:
+    """What a checkpoint holds: layout, parameters, multiply-accumulates, classes."""
+    _need("torch", "export", "reading a checkpoint")
+    from cdkd_edge.report import describe_checkpoint
+
+    _show(describe_checkpoint(checkpoint, tile=tile, heads=heads), as_json)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .bin or .safetensors.")],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="The graph (.onnx). Default: export/<checkpoint's name>.onnx."),
+    ] = None,
+    schema: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Class names and colors: deepglobe, loveda, dubai, or a .toml file."),
+    ] = None,
+    tile: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Tile side, px. Default: the checkpoint's.", min=1),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Tiles per run (static).", min=1)] = 1,
+    opset: Annotated[int, typer.Option(help="ONNX opset.", min=17, max=20)] = 20,
+    heads: Annotated[Optional[int], typer.Option(help="Attention heads, if not 64 wide.", min=1)] = None,  # noqa: UP045
+    norm_eps: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="LayerNorm epsilon, if not the layout's own."),
+    ] = None,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Checkpoint to ONNX graph, checked against PyTorch. Writes export/NAME.onnx and its manifest."""
+    _need("torch", "export", "exporting a checkpoint")
+    from cdkd_edge.export.pipeline import ExportOptions, export_checkpoint
+    from cdkd_edge.report import describe_export
+
+    destination = output or _workspace(workspace).graphs / f"{checkpoint.stem}.onnx"
+    if destination.suffix != ".onnx":
+        raise typer.BadParameter("a graph is an .onnx file", param_hint="--output")
+    options = ExportOptions(tile, batch, opset, schema, heads, norm_eps)
+    with _steps() as step:
+        result = export_checkpoint(checkpoint, destination, options, step)
+    _show(describe_export(result), as_json)
+
+
+@app.command()
+def build(
+    graph: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="Exported graph (.onnx). Default: the only one in the workspace."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="The engine. Default: engines/<graph's name>.fp32.cpu.onnx."),
+    ] = None,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Graph to engine for this machine (ONNX Runtime on the CPU). Writes engines/ and a manifest."""
+    from cdkd_edge.engines.cpu import build_cpu_engine
+    from cdkd_edge.report import describe_engine
+
+    space = _workspace(workspace)
+    source = graph or space.only_graph()
+    destination = output or space.engines / f"{source.stem}.fp32.cpu.onnx"
+    if destination.suffix != ".onnx":
+        raise typer.BadParameter("a CPU engine is an .onnx file", param_hint="--output")
+    if destination.exists() and source.exists() and destination.samefile(source):
+        raise typer.BadParameter("the engine would overwrite its graph", param_hint="--output")
+    with _steps() as step:
+        step(f"building from {source.name}")
+        manifest = build_cpu_engine(source, destination)
+    _show(describe_engine(destination, manifest), as_json)
+
+
+@app.command()
+def segment(
+    scenes: Annotated[list[str], typer.Argument(help="Rasters that GDAL can read: GeoTIFF, PNG, JPEG, ...")],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Label map (.tif), or a directory. Default: <scene>_labels.tif here."),
+    ] = None,
+    engine: EngineOption = None,
+    overlap: OverlapOption = None,
+    bands: BandsOption = None,
+    stretch: StretchOption = False,
+    stretch_percentiles: PercentilesOption = None,
+    stretch_range: RangeOption = None,
+    quicklook: Annotated[bool, typer.Option("--quicklook", help="Also write a PNG to look at.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing label maps.")] = False,
+    threads: ThreadsOption = None,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Scenes to label maps: GeoTIFF with palette, class names and the scene's georeference."""
+    from cdkd_edge.engines.load import load_engine
+    from cdkd_edge.report import describe_segment
+    from cdkd_edge.scene.pipeline import segment_scene
+    from cdkd_edge.scene.quicklook import write_quicklook
+
+    space = _workspace(workspace)
+    options = _segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
+    outputs = _output_paths(scenes, output, space, overwrite)
+    loaded = load_engine(engine or space.only_engine("cdkd-edge segment SCENE --engine"), threads=threads)
+    results = []
+    try:
+        for scene, destination in zip(scenes, outputs, strict=True):
+            with _progress_bar(Path(scene).name) as progress:
+                result = segment_scene(loaded, scene, destination, options, progress)
+            picture = None
+            if quicklook:
+                picture = destination.with_name(f"{destination.stem}_quicklook.png")
+                write_quicklook(scene, result, loaded.manifest.schema, picture, options)
+            results.append(describe_segment(scene, result, picture))
+            if not as_json:
+                _show(results[-1], as_json)
+    finally:
+        loaded.close()
+    if as_json:
+        _print_json([result.data for result in results])
+
+
+@app.command()
+def bench(
+    engine: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="Engine file. Default: the only one in the workspace."),
+    ] = None,
+    duration: Annotated[float, typer.Option(help="Seconds of timed tiles.", min=0.1)] = 20.0,
+    warmup: Annotated[float, typer.Option(help="Seconds of warm-up.", min=0)] = 3.0,
+    scene: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Scene for the end-to-end figure. Default: a drawn one."),
+    ] = None,
+    overlap: OverlapOption = None,
+    bands: BandsOption = None,
+    stretch: StretchOption = False,
+    stretch_percentiles: PercentilesOption = None,
+    stretch_range: RangeOption = None,
+    power_trace: Annotated[
+        bool, typer.Option("--power-trace", help="Measure idle and load power, where there is a source.")
+    ] = False,
+    threads: ThreadsOption = None,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure an engine: tiles per second, latency, a scene end to end, power. Writes benchmarks/RUN/."""
+    from cdkd_edge.benchmarks.bench import BenchOptions, run_benchmark
+    from cdkd_edge.engines.load import load_engine
+    from cdkd_edge.report import describe_bench
+
+    space = _workspace(workspace)
+    options = BenchOptions(
+        duration=duration,
+        warmup=warmup,
+        scene=scene,
+        segment=_segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range),
+        power=power_trace,
+    )
+    path = engine or space.only_engine("cdkd-edge bench")
+    loaded = load_engine(path, threads=threads)
+    try:
+        folder = space.new_run(loaded.manifest.name)
+        with _steps() as step:
+            summary = run_benchmark(loaded, folder, options, step)
+    finally:
+        loaded.close()
+    _show(describe_bench(summary, folder), as_json)
+
+
+@app.command()
+def demo(
+    scene: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Your own scene. Default: a drawn one of 3000 x 2000 px."),
+    ] = None,
+    bands: BandsOption = None,
+    stretch: StretchOption = False,
+    workspace: Annotated[
+        Path, typer.Option("--workspace", "-w", help="Where the demo writes.", file_okay=False)
+    ] = Path("cdkd-edge-demo"),
+    as_json: JsonOption = False,
+) -> None:
+    """The whole chain with a small bundled network: export, build, segment, bench."""
+    _need("torch", "export", "the demo's export")
+    from cdkd_edge.demo.run import run_demo
+    from cdkd_edge.report import describe_demo
+
+    options = _segment_options(None, bands, stretch, None, None)
+    with _steps() as step:
+        result = run_demo(_workspace(workspace), scene, options, step)
+    _show(describe_demo(result), as_json)
+
+
+def main() -> None:
+    """Entry point of the ``cdkd-edge`` command."""
+    # So that temporary files are removed when a job scheduler ends the process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    app()
+
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def _workspace(root: Path) -> Workspace:
+    from cdkd_edge.workspace import Workspace
+
+    return Workspace(root)
+
+
+def _segment_options(
+    overlap: int | None,
+    bands: str | None,
+    stretch: bool,
+    percentiles: tuple[float, float] | None,
+    value_range: tuple[float, float] | None,
+) -> SegmentOptions:
+    from cdkd_edge.scene.pipeline import SegmentOptions
+    from cdkd_edge.scene.reader import Stretch
+
+    numbers = None
+    if bands is not None:
+        try:
+            numbers = [int(part) for part in bands.split(",")]
+        except ValueError:
+            raise typer.BadParameter("three numbers, e.g. 3,2,1", param_hint="--bands") from None
+    if percentiles and value_range:
+        raise typer.BadParameter("choose percentiles or a range", param_hint="--stretch-range")
+    chosen = None
+    if value_range:
+        chosen = Stretch(*value_range, percentiles=False)
+    elif percentiles or stretch:
+        chosen = Stretch(*(percentiles or (2.0, 98.0)), percentiles=True)
+    return SegmentOptions(overlap=overlap, bands=numbers, stretch=chosen)
+
+
+def _output_paths(scenes: list[str], output: Path | None, space: Workspace, overwrite: bool) -> list[Path]:
+    from cdkd_edge.errors import SceneError
+
+    if output is not None and output.suffix.lower() in (".tif", ".tiff"):
+        if len(scenes) > 1:
+            raise typer.BadParameter("several scenes need a directory", param_hint="--output")
+        paths = [output]
+    else:
+        folder = output or space.root
+        paths = [folder / f"{Path(scene).stem}_labels.tif" for scene in scenes]
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
+            raise SceneError(f"two scenes would both become {path}", hint="segment them separately, with --output")
+        if path.exists() and not overwrite:
+            raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
+    return paths
+
+
+def _need(package: str, extra: str, purpose: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise MissingExtraError(package, extra, purpose)
+
+
+def _as_answer(error: BaseException) -> CdkdEdgeError:
+    if isinstance(error, CdkdEdgeError):
+        return error
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return SystemRefusalError(f"{where}{error.strerror or error}")
+    if isinstance(error, MemoryError):
+        return SystemRefusalError("out of memory")
+    return CdkdEdgeError(f"{error}", hint="an installed package is incomplete; reinstall cdkd-edge")
+
+
+def _fail(error: CdkdEdgeError) -> NoReturn:
+    text = f"{error.message} — {error.hint}" if error.hint else error.message
+    # File names and messages from inside files must not steer the terminal.
+    text = "".join(char if char.isprintable() else " " for char in text)
+    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)
+    raise typer.Exit(error.exit_code)
+
+
+def _show(report: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(report.data)
+    else:
+        report.print()
+
+
+def _print_json(data: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(data, indent=2))
+
+
+def _steps() -> Any:
+    from cdkd_edge.report import live_steps
+
+    return live_steps()
+
+
+def _progress_bar(title: str) -> Any:
+    from cdkd_edge.report import live_bar
+
+    return live_bar(title)

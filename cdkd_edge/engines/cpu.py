@@ -1,0 +1,185 @@
+"""The engine of every machine: ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from cdkd_edge.engines.fuse import fuse_attention
+from cdkd_edge.engines.protocol import UInt8Array
+from cdkd_edge.errors import EngineError, NumericalCheckError
+from cdkd_edge.files import whole_file
+from cdkd_edge.labels import NO_LABEL
+from cdkd_edge.machine import available_cores, describe_machine
+from cdkd_edge.manifest import (
+    EngineManifest,
+    FileRecord,
+    GraphManifest,
+    library_versions,
+    read_manifest,
+    write_manifest,
+)
+from cdkd_edge.scenery import draw_scene
+
+RUNTIME = "onnxruntime-cpu"
+MIN_AGREEMENT = 0.9999
+"""Share of pixels on which engine and graph must agree; the rest is the order of additions."""
+
+SLOTS = 3
+"""One tile being read, one computed, one written."""
+
+
+def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
+    """Optimise a graph for ONNX Runtime's CPU kernels, check it against the graph, write it.
+
+    The file holds the optimisations that any CPU can run; those that depend on the CPU (blocked
+    convolution layouts) are applied when it is loaded.
+
+    Args:
+        graph: an exported graph with its manifest.
+        destination: final path of the engine (``.onnx``).
+
+    Raises:
+        ManifestError: the graph is not what its manifest says.
+        EngineError: ONNX Runtime cannot build it.
+        NumericalCheckError: the engine gives other labels than the graph.
+    """
+    started = time.perf_counter()
+    source = read_manifest(graph, GraphManifest)
+    if source.precision != "fp32":
+        raise EngineError(f"{graph} is a {source.precision} graph; the CPU engine runs fp32", hint="export it again")
+    model = onnx.load(graph)
+    fused, blocks = fuse_attention(model)
+    serialized = model.SerializeToString()
+    del model
+    with whole_file(destination) as temporary:
+        options = _session_options()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(temporary)
+        _session(serialized, options, f"optimising {graph.name}")
+        del serialized
+        _check(graph, temporary, source)
+        manifest = EngineManifest(
+            name=source.name,
+            runtime=RUNTIME,
+            precision=source.precision,
+            artefact=FileRecord.of(temporary, destination.name),
+            graph=source.artefact,
+            labels=source.labels,
+            preprocessing=source.preprocessing,
+            tile=source.tile,
+            batch=source.batch,
+            device=describe_machine().cpu,
+            attention_blocks=blocks,
+            attention_fused=fused,
+            build_seconds=time.perf_counter() - started,
+            graph_check=source.check,
+            libraries=library_versions(("onnxruntime", "onnx", "numpy")),
+        )
+    write_manifest(destination, manifest)
+    return manifest
+
+
+class CpuEngine:
+    """An engine file in ONNX Runtime. See :class:`cdkd_edge.engines.protocol.Engine`."""
+
+    def __init__(self, path: Path, manifest: EngineManifest, threads: int | None = None) -> None:
+        """Load an engine whose manifest has been read.
+
+        Args:
+            path: the engine file.
+            manifest: its manifest.
+            threads: threads for one tile. Default: the cores this process may use.
+
+        Raises:
+            EngineError: made by another release of ONNX Runtime, or refused by this one.
+        """
+        built_with = manifest.libraries.get("onnxruntime", "an unknown release")
+        if _minor(built_with) != _minor(onnxruntime.__version__):
+            raise EngineError(
+                f"{path} was built with onnxruntime {built_with}; this is {onnxruntime.__version__}",
+                hint=f"build it again from {manifest.graph.file}: cdkd-edge build",
+            )
+        self.manifest = manifest
+        self.slots = SLOTS
+        self._session = _session(str(path), _session_options(threads), f"loading {path.name}")
+        n, tile = manifest.batch, manifest.tile
+        self._inputs = [np.zeros((n, 3, tile, tile), np.uint8) for _ in range(SLOTS)]
+        self._outputs = [np.full((n, tile, tile), NO_LABEL, np.uint8) for _ in range(SLOTS)]
+        self._bindings = [self._bind(slot) for slot in range(SLOTS)]
+
+    def _bind(self, slot: int) -> Any:
+        """Let ONNX Runtime read and write the slot's own buffers: no copy, no allocation per tile."""
+        binding = self._session.io_binding()
+        image, labels = self._inputs[slot], self._outputs[slot]
+        binding.bind_input("image", "cpu", 0, np.uint8, image.shape, image.ctypes.data)
+        binding.bind_output("labels", "cpu", 0, np.uint8, labels.shape, labels.ctypes.data)
+        return binding
+
+    def input(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Engine.input`."""
+        return self._inputs[slot]
+
+    def output(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Engine.output`."""
+        return self._outputs[slot]
+
+    def launch(self, slot: int) -> None:
+        """Compute the slot; on the CPU this is all there is to wait for."""
+        self._outputs[slot].fill(NO_LABEL)
+        try:
+            self._session.run_with_iobinding(self._bindings[slot])
+        except Exception as error:  # ONNX Runtime's own types share no base but Exception
+            self._outputs[slot].fill(NO_LABEL)
+            raise EngineError(f"the engine failed on a tile: {_one_line(error)}") from None
+
+    def wait(self, slot: int) -> None:
+        """Nothing left to wait for."""
+
+    def close(self) -> None:
+        """Release the session; buffers go with the object."""
+        self._bindings.clear()
+        self._session = None
+
+
+def _check(graph: Path, engine: Path, source: GraphManifest) -> None:
+    """Engine against the graph it was built from, on one drawn tile."""
+    tile = draw_scene(source.tile, source.tile, seed=11).image.transpose(2, 0, 1)
+    tiles = np.repeat(tile[None], source.batch, axis=0)
+    labels = []
+    for path in (graph, engine):
+        session = _session(str(path), _session_options(), f"checking {path.name}")
+        labels.append(session.run(["labels"], {"image": tiles})[0])
+    agreement = float((labels[0] == labels[1]).mean())
+    if agreement < MIN_AGREEMENT:
+        raise NumericalCheckError(
+            f"the optimised engine gives another label than the graph on {1 - agreement:.3%} of the pixels"
+        )
+
+
+def _session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors arrive as exceptions; the log would repeat them on stderr
+    # Said explicitly because ONNX Runtime otherwise counts the cores of the machine, not of the container.
+    options.intra_op_num_threads = threads or available_cores()
+    return options
+
+
+def _session(model: str | bytes, options: onnxruntime.SessionOptions, doing: str) -> Any:
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # see launch()
+        raise EngineError(f"{doing} failed in ONNX Runtime: {_one_line(error)}") from None
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,28 @@
+"""Find the engine class for an engine file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cdkd_edge.engines.protocol import Engine
+from cdkd_edge.errors import EngineError
+from cdkd_edge.manifest import EngineManifest, read_manifest
+
+
+def load_engine(path: Path, *, threads: int | None = None) -> Engine:
+    """Load an engine after its manifest has been checked against the file and this machine.
+
+    Args:
+        path: an engine file with its manifest beside it.
+        threads: CPU threads for one tile (CPU engines only).
+
+    Raises:
+        ManifestError: no manifest, or the file is not the one it describes.
+        EngineError: the engine cannot run here.
+    """
+    manifest = read_manifest(path, EngineManifest)
+    if manifest.runtime == "onnxruntime-cpu":
+        from cdkd_edge.engines.cpu import CpuEngine
+
+        return CpuEngine(path, manifest, threads)
+    raise EngineError(f"{path} needs the runtime {manifest.runtime!r}, which this release does not have")

@@ -1,0 +1,60 @@
+"""What every engine offers, so that scenes and benchmarks need not know what runs it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cdkd_edge.manifest import EngineManifest
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+class Engine(Protocol):
+    """uint8 tiles in, uint8 labels out, through a fixed number of buffer slots.
+
+    A slot is one batch on its way: write tiles to ``input(slot)``, ``launch(slot)``, ``wait(slot)``, read
+    ``output(slot)``. Buffers are allocated once; slots let reading, computing and writing overlap.
+    One thread launches and waits; other threads may fill inputs and read outputs of other slots.
+    """
+
+    manifest: EngineManifest
+    slots: int
+
+    def input(self, slot: int) -> UInt8Array:
+        """The slot's tiles, ``[N, 3, T, T]`` RGB, to be written in place."""
+
+    def output(self, slot: int) -> UInt8Array:
+        """The slot's labels, ``[N, T, T]``; 255 everywhere unless the last run of the slot succeeded."""
+
+    def launch(self, slot: int) -> None:
+        """Start computing the slot; may return before it is done.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+
+    def wait(self, slot: int) -> None:
+        """Return when the slot's labels are there.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+
+    def close(self) -> None:
+        """Release the engine and its buffers."""
+
+
+def segment_tiles(engine: Engine, tiles: UInt8Array) -> UInt8Array:
+    """Labels ``[M, T, T]`` of any number of tiles ``[M, 3, T, T]``, one batch after the other."""
+    batch = engine.manifest.batch
+    labels = np.empty((len(tiles), *tiles.shape[2:]), np.uint8)
+    for start in range(0, len(tiles), batch):
+        chunk = tiles[start : start + batch]
+        engine.input(0)[: len(chunk)] = chunk
+        engine.launch(0)
+        engine.wait(0)
+        labels[start : start + batch] = engine.output(0)[: len(chunk)]
+    return labels

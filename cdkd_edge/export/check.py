@@ -1,0 +1,65 @@
+"""Is the graph the same function as the network? Asked of every export, on tiles that look real."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper
+
+from cdkd_edge.export.graph import LOGITS
+from cdkd_edge.manifest import GraphCheck
+from cdkd_edge.model.network import SegmentationNetwork
+from cdkd_edge.scenery import draw_scene
+
+MIN_AGREEMENT = 0.9999
+"""Share of pixels that must get the same label. The rest is rounding at the border of two classes."""
+
+
+def sample_tiles(tile: int, count: int) -> npt.NDArray[np.uint8]:
+    """Drawn satellite tiles, uint8 ``[count, 3, tile, tile]``."""
+    scene = draw_scene(count * tile, tile, seed=7).image
+    return np.stack([scene[:, i * tile : (i + 1) * tile].transpose(2, 0, 1) for i in range(count)])
+
+
+def check_graph(
+    graph: Path, network: SegmentationNetwork, tiles: npt.NDArray[np.uint8], batch: int = 1
+) -> GraphCheck:
+    """Run the graph in ONNX Runtime and the network in PyTorch on the same tiles.
+
+    Args:
+        graph: an exported FP32 graph.
+        network: the network it was made from, in evaluation mode.
+        tiles: uint8 ``[M, 3, T, T]``, M a multiple of ``batch``.
+        batch: the graph's static batch.
+    """
+    model = onnx.load(graph)
+    model.graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    del model
+
+    worst, agreeing = 0.0, 0
+    for start in range(0, len(tiles), batch):
+        chunk = tiles[start : start + batch]
+        labels, logits = session.run(["labels", LOGITS], {"image": chunk})
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(chunk))
+            expected_labels = network.upsample(expected).argmax(dim=1)
+        worst = max(worst, float(np.abs(logits - expected.numpy()).max()))
+        agreeing += int((labels == expected_labels.numpy()).sum())
+    return GraphCheck(
+        tiles=len(tiles),
+        max_logit_error=worst,
+        label_agreement=agreeing / _pixels(tiles.shape),
+        network_runtime=f"torch {torch.__version__}",
+        graph_runtime=f"onnxruntime {onnxruntime.__version__}",
+    )
+
+
+def _pixels(shape: Sequence[int]) -> int:
+    return shape[0] * shape[2] * shape[3]

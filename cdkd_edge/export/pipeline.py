@@ -1,0 +1,133 @@
+"""Checkpoint to graph: load, write, simplify, check, and only then put it under its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from cdkd_edge.errors import NumericalCheckError, SchemaError
+from cdkd_edge.export.check import MIN_AGREEMENT, check_graph, sample_tiles
+from cdkd_edge.export.graph import DEFAULT_OPSET, build_graph
+from cdkd_edge.export.simplify import simplify_graph
+from cdkd_edge.files import whole_file
+from cdkd_edge.labels import LabelSchema, load_schema, numbered_schema
+from cdkd_edge.manifest import FileRecord, GraphManifest, Preprocessing, library_versions, write_manifest
+from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
+from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD
+
+CHECK_TILES = 2
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may say about an export; defaults are the checkpoint's own."""
+
+    tile: int | None = None
+    batch: int = 1
+    opset: int = DEFAULT_OPSET
+    schema: str | None = None
+    heads: int | None = None
+    layer_norm_eps: float | None = None
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported, checked graph."""
+
+    path: Path
+    manifest: GraphManifest
+    report: CheckpointReport
+    nodes_written: int
+    """Nodes before simplification."""
+    seconds: float
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    destination: Path,
+    options: ExportOptions = ExportOptions(),
+    progress: Callable[[str], None] = lambda step: None,
+) -> ExportResult:
+    """Write ``destination`` (``.onnx``) and its manifest from a checkpoint.
+
+    Args:
+        checkpoint: any file :func:`cdkd_edge.model.checkpoint.load_checkpoint` reads.
+        destination: final path of the graph; nothing is left there unless every check passed.
+        options: tile, batch, opset, label schema and what the checkpoint does not say.
+        progress: called with the name of each step.
+
+    Raises:
+        CheckpointError, SchemaError, GraphError: the input cannot be exported.
+        NumericalCheckError: graph and network disagree on more than 1 pixel in 10,000.
+    """
+    started = time.perf_counter()
+    progress("loading the checkpoint")
+    network, report = load_checkpoint(
+        checkpoint, tile=options.tile, heads=options.heads, layer_norm_eps=options.layer_norm_eps
+    )
+    schema = _schema(options.schema, report)
+    config = network.config
+
+    progress("writing the graph")
+    weights = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
+    written = build_graph(weights, config, batch=options.batch, opset=options.opset)
+    nodes_written = len(written.graph.node)
+    progress("simplifying")
+    model = simplify_graph(written)
+    del written, weights
+    nodes = len(model.graph.node)
+    _describe(model, schema)
+
+    with whole_file(destination) as temporary:
+        onnx.save(model, temporary)
+        del model
+        progress("checking against PyTorch")
+        tiles = sample_tiles(config.tile, CHECK_TILES * options.batch)
+        check = check_graph(temporary, network, tiles, options.batch)
+        if check.label_agreement < MIN_AGREEMENT:
+            raise NumericalCheckError(
+                f"the graph gives another label than PyTorch on {1 - check.label_agreement:.3%} of the pixels "
+                f"(at most {1 - MIN_AGREEMENT:.2%} is rounding); largest logit difference {check.max_logit_error:.2g}",
+                hint="please report this checkpoint's layout; no graph was written",
+            )
+        manifest = GraphManifest(
+            name=destination.stem,
+            precision="fp32",
+            artefact=FileRecord.of(temporary, destination.name),
+            checkpoint=FileRecord.of(checkpoint),
+            layout=report.layout,
+            labels=schema.to_document(),
+            preprocessing=Preprocessing("RGB", PIXEL_MEAN, PIXEL_STD),
+            tile=config.tile,
+            batch=options.batch,
+            opset=options.opset,
+            network=dataclasses.asdict(config),
+            nodes=nodes,
+            check=check,
+            libraries=library_versions(("torch", "onnx", "onnxsim", "onnxruntime", "numpy")),
+            training=dict(report.training),
+        )
+    write_manifest(destination, manifest)
+    return ExportResult(destination, manifest, report, nodes_written, time.perf_counter() - started)
+
+
+def _schema(name: str | None, report: CheckpointReport) -> LabelSchema:
+    classes = report.config.classes
+    schema = load_schema(name) if name else report.schema or numbered_schema(classes)
+    if len(schema) != classes:
+        raise SchemaError(
+            f"label schema {schema.name!r} has {len(schema)} classes, the network {classes}",
+            hint="give the schema the network was trained with (--schema)",
+        )
+    return schema
+
+
+def _describe(model: onnx.ModelProto, schema: LabelSchema) -> None:
+    model.doc_string = "Land-cover segmentation: uint8 RGB tiles [N,3,T,T] to uint8 class labels [N,T,T]."
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "classes", ", ".join(schema.class_names)

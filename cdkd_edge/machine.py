@@ -1,0 +1,71 @@
+"""What this machine is, read from the system, for manifests and benchmark reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A description of the machine; fields that cannot be read are None."""
+
+    cpu: str
+    cores: int
+    """Cores this process may use."""
+    memory_bytes: int | None
+    os: str
+    kernel: str
+    board: str | None
+    """The device tree's model, on boards that have one."""
+    l4t: str | None
+    """Jetson Linux release, e.g. ``R36.4.0``."""
+
+
+def describe_machine() -> Machine:
+    """Read the description of the machine this process runs on."""
+    return Machine(
+        cpu=_cpu_name(),
+        cores=available_cores(),
+        memory_bytes=_memory_bytes(),
+        os=_os_name(),
+        kernel=platform.release(),
+        board=_text("/proc/device-tree/model"),
+        l4t=_l4t(),
+    )
+
+
+def available_cores() -> int:
+    """Cores this process may be scheduled on."""
+    return len(os.sched_getaffinity(0))
+
+
+def _cpu_name() -> str:
+    text = _text("/proc/cpuinfo") or ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    match = re.search(r"^MemTotal:\s*(\d+) kB", _text("/proc/meminfo") or "", re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
+
+
+def _os_name() -> str:
+    match = re.search(r'^PRETTY_NAME="?([^"\n]+)', _text("/etc/os-release") or "", re.MULTILINE)
+    return match[1] if match else platform.system()
+
+
+def _l4t() -> str | None:
+    match = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text("/etc/nv_tegra_release") or "")
+    return f"R{match[1]}.{match[2]}" if match else None
+
+
+def _text(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip("\x00\n ")
+    except OSError:
+        return None

@@ -1,0 +1,192 @@
+"""Manifests: the JSON sidecar that travels with every graph and engine.
+
+``ckpt.onnx`` has ``ckpt.json`` beside it. A manifest says what the file was made from, what it expects
+and what was measured about it, and carries the file's SHA-256: a file that was swapped or damaged is
+found before anything runs it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from cdkd_edge import __version__
+from cdkd_edge.errors import ManifestError, SchemaError
+from cdkd_edge.files import sha256_of, write_text
+from cdkd_edge.labels import LabelSchema, schema_from_document
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file by name and content."""
+
+    file: str
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path, name: str | None = None) -> FileRecord:
+        """Record ``path``, under another ``name`` if it is about to be renamed."""
+        return cls(name or path.name, sha256_of(path), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to a uint8 RGB tile inside the graph before the first layer."""
+
+    channels: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class GraphCheck:
+    """Graph against network, measured when the graph was made."""
+
+    tiles: int
+    max_logit_error: float
+    label_agreement: float
+    """Share of pixels with the same label, 0..1."""
+    network_runtime: str
+    graph_runtime: str
+
+
+@dataclass(frozen=True)
+class GraphManifest:
+    """Beside an ONNX graph."""
+
+    kind: ClassVar[str] = "graph"
+
+    name: str
+    precision: str
+    artefact: FileRecord
+    checkpoint: FileRecord
+    layout: str
+    labels: dict[str, Any]
+    """The label schema, as :meth:`cdkd_edge.labels.LabelSchema.to_document` writes it."""
+    preprocessing: Preprocessing
+    tile: int
+    batch: int
+    opset: int
+    network: dict[str, Any]
+    nodes: int
+    check: GraphCheck
+    libraries: dict[str, str]
+    training: dict[str, Any] = field(default_factory=dict)
+    created: str = field(default_factory=lambda: _now())
+    tool: str = f"cdkd-edge {__version__}"
+    manifest_version: int = MANIFEST_VERSION
+
+
+@dataclass(frozen=True)
+class EngineManifest:
+    """Beside an engine."""
+
+    kind: ClassVar[str] = "engine"
+
+    name: str
+    runtime: str
+    """``onnxruntime-cpu`` or ``tensorrt``."""
+    precision: str
+    artefact: FileRecord
+    graph: FileRecord
+    labels: dict[str, Any]
+    preprocessing: Preprocessing
+    tile: int
+    batch: int
+    device: str
+    attention_blocks: int
+    attention_fused: int
+    build_seconds: float
+    graph_check: GraphCheck
+    libraries: dict[str, str]
+    created: str = field(default_factory=lambda: _now())
+    tool: str = f"cdkd-edge {__version__}"
+    manifest_version: int = MANIFEST_VERSION
+
+    @property
+    def schema(self) -> LabelSchema:
+        """The label schema of the engine's output."""
+        return schema_from_document(self.labels, source=f"the manifest of {self.artefact.file}")
+
+
+AnyManifest = TypeVar("AnyManifest", GraphManifest, EngineManifest)
+
+
+def manifest_path(artefact: Path) -> Path:
+    """Where the manifest of a file lies."""
+    return artefact.with_suffix(".json")
+
+
+def write_manifest(artefact: Path, manifest: GraphManifest | EngineManifest) -> None:
+    """Write the sidecar of ``artefact`` (atomically)."""
+    import msgspec
+
+    document = {"kind": manifest.kind, **msgspec.to_builtins(manifest)}
+    write_text(manifest_path(artefact), msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
+
+
+def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = True) -> AnyManifest:
+    """Read and check the sidecar of ``artefact``.
+
+    Args:
+        artefact: the graph or engine.
+        kind: the manifest class that is expected.
+        verify: also compare the file's SHA-256 with the manifest's.
+
+    Raises:
+        ManifestError: there is none, it is damaged, of another kind or version, or not about this file.
+    """
+    import msgspec
+
+    path = manifest_path(artefact)
+    if not artefact.is_file():
+        raise ManifestError(f"{kind.kind} {artefact} does not exist")
+    try:
+        document = msgspec.json.decode(path.read_bytes())
+    except FileNotFoundError:
+        raise ManifestError(
+            f"{artefact} has no manifest ({path.name}) beside it",
+            hint="copy both files together, or make them again with `cdkd-edge export` and `cdkd-edge build`",
+        ) from None
+    except (OSError, msgspec.DecodeError) as error:
+        raise ManifestError(f"manifest {path} cannot be read: {error}") from None
+    if not isinstance(document, dict) or document.pop("kind", None) != kind.kind:
+        raise ManifestError(f"{path} is not the manifest of a cdkd-edge {kind.kind}")
+    if document.get("manifest_version") != MANIFEST_VERSION:
+        raise ManifestError(
+            f"{path} has manifest version {document.get('manifest_version')}; this release reads {MANIFEST_VERSION}"
+        )
+    try:
+        manifest = msgspec.convert(document, kind)
+        schema_from_document(manifest.labels, source=str(path))
+    except (msgspec.ValidationError, SchemaError) as error:
+        raise ManifestError(f"manifest {path} is damaged: {error}") from None
+    if verify and sha256_of(artefact) != manifest.artefact.sha256:
+        raise ManifestError(
+            f"{artefact} is not the file its manifest describes (SHA-256 differs)",
+            hint="the file or the manifest was replaced or damaged; make it again",
+        )
+    return manifest
+
+
+def library_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of the packages that took part, and of Python."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""Where watts come from. What cannot be measured is absent, with the reason."""

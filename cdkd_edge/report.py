@@ -1,0 +1,249 @@
+"""What commands show: one table for a person, the same facts as data for a program."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from cdkd_edge.benchmarks.bench import BenchSummary
+    from cdkd_edge.demo.run import DemoResult
+    from cdkd_edge.export.pipeline import ExportResult
+    from cdkd_edge.manifest import EngineManifest
+    from cdkd_edge.scene.pipeline import SegmentResult
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows of (name, value) under a title, and the data they come from."""
+
+    title: str
+    rows: tuple[tuple[str, str], ...]
+    data: dict[str, Any]
+
+    def print(self) -> None:
+        """Print the table to stdout, without truncating values where stdout is not a terminal."""
+        console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in self.rows:
+            table.add_row(Text(name), Text(value))
+        console.print(Text(self.title, style="bold"))
+        console.print(table)
+
+
+def describe_checkpoint(path: Path, *, tile: int | None, heads: int | None) -> Report:
+    """``cdkd-edge info``."""
+    from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder
+    from cdkd_edge.model.cost import network_cost
+
+    network: Any
+    network, report = load_encoder(path, tile=tile, heads=heads)
+    if report.has_head:
+        network, report = load_checkpoint(path, tile=tile, heads=heads)
+    config, cost = report.config, network_cost(network)
+    classes = ", ".join(report.schema.class_names) if report.schema else "no names in the checkpoint"
+    rows = [
+        ("layout", report.layout + (f" ({' > '.join(report.unwrapped)})" if report.unwrapped else "")),
+        (
+            "encoder",
+            f"ViT, patch {config.patch}, {config.depth} blocks, width {config.embed_dim}, {config.heads} heads"
+            + (", class token" if config.class_token else ""),
+        ),
+        ("head", f"UPerNet, {config.head_channels} channels" if report.has_head else "none: an encoder alone"),
+        ("classes", f"{config.classes} ({classes})" if report.has_head else "none"),
+        ("tile", f"{config.tile} x {config.tile} px"),
+        (
+            "parameters",
+            f"{cost.parameters / 1e6:.3f} M, of which position embedding {cost.position_parameters / 1e6:.3f} M "
+            f"(without it {(cost.parameters - cost.position_parameters) / 1e6:.3f} M)",
+        ),
+        ("MACs as the paper counts", f"{cost.conv_linear_macs / 1e9:.2f} G (convolutions and linear layers)"),
+        ("attention MACs", f"{cost.attention_macs / 1e9:.2f} G"),
+        ("MACs in full", f"{cost.total_macs / 1e9:.2f} G = {2 * cost.total_macs / 1e9:.2f} GFLOP per tile"),
+        *(("dropped", f"{d.what}: {d.tensors} tensors (e.g. {d.example})") for d in report.dropped),
+        *(("note", note) for note in report.notes),
+    ]
+    if not report.has_head:
+        rows.append(("next", "tune a decoder on labelled tiles; an encoder alone cannot be exported"))
+    data = {
+        "path": str(path),
+        "layout": report.layout,
+        "config": dataclasses.asdict(config),
+        "has_head": report.has_head,
+        "classes": list(report.schema.class_names) if report.schema else None,
+        "cost": {**dataclasses.asdict(cost), "total_macs": cost.total_macs},
+        "dropped": [dataclasses.asdict(d) for d in report.dropped],
+        "notes": list(report.notes),
+        "training": dict(report.training),
+    }
+    return Report(str(path), tuple(rows), data)
+
+
+def describe_export(result: ExportResult) -> Report:
+    """``cdkd-edge export``."""
+    manifest = result.manifest
+    rows = [
+        ("layout", manifest.layout),
+        *(("dropped", f"{d.what}: {d.tensors} tensors") for d in result.report.dropped),
+        *(("note", note) for note in result.report.notes),
+        ("nodes", f"{result.nodes_written} written, {manifest.nodes} after simplification"),
+        ("size", f"{manifest.artefact.bytes / 1e6:.1f} MB, opset {manifest.opset}"),
+        ("tiles", f"{manifest.batch} x {manifest.tile} x {manifest.tile} px, uint8 in, uint8 labels out"),
+        ("classes", ", ".join(c["name"] for c in manifest.labels["classes"])),
+        (
+            "check",
+            f"labels agree with PyTorch on {manifest.check.label_agreement:.4%} of the pixels, "
+            f"largest logit difference {manifest.check.max_logit_error:.1e}",
+        ),
+        ("seconds", f"{result.seconds:.1f}"),
+    ]
+    data = {
+        "path": str(result.path),
+        "nodes_written": result.nodes_written,
+        "seconds": result.seconds,
+        "dropped": [dataclasses.asdict(d) for d in result.report.dropped],
+        "notes": list(result.report.notes),
+        "manifest": _plain(manifest),
+    }
+    return Report(f"graph {result.path}", tuple(rows), data)
+
+
+def describe_engine(path: Path, manifest: EngineManifest) -> Report:
+    """``cdkd-edge build``."""
+    rows = [
+        ("runtime", f"{manifest.runtime} on {manifest.device}"),
+        ("precision", manifest.precision),
+        ("attention", f"{manifest.attention_fused} of {manifest.attention_blocks} blocks fused"),
+        ("size", f"{manifest.artefact.bytes / 1e6:.1f} MB"),
+        ("seconds", f"{manifest.build_seconds:.1f}"),
+    ]
+    if manifest.attention_fused < manifest.attention_blocks:
+        rows.append(("warning", "unfused attention needs more memory and time"))
+    return Report(f"engine {path}", tuple(rows), {"path": str(path), "manifest": _plain(manifest)})
+
+
+def describe_segment(scene: str, result: SegmentResult, quicklook: Path | None) -> Report:
+    """``cdkd-edge segment``, one scene."""
+    total = max(1, result.height * result.width)
+    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in result.class_pixels.items() if count)
+    rows = [
+        ("scene", f"{scene}, {result.width} x {result.height} px"),
+        *(("note", note) for note in result.notes),
+        ("classes", shares or "none"),
+        ("no data", f"{result.no_data_pixels / total:.1%}"),
+        ("tiles", f"{result.tiles}" + _in_brackets(result.tiles_without_data, "without data, not computed")),
+        (
+            "time",
+            f"{result.seconds:.1f} s, engine {result.engine_seconds:.1f} s, "
+            f"{total / result.seconds / 1e6:.2f} MP/s",
+        ),
+        *([("quicklook", str(quicklook))] if quicklook else []),
+    ]
+    data = {"scene": scene, **_plain(result), "quicklook": str(quicklook) if quicklook else None}
+    return Report(f"label map {result.output}", tuple(rows), data)
+
+
+def describe_bench(summary: BenchSummary, folder: Path) -> Report:
+    """``cdkd-edge bench``."""
+    return Report(
+        f"benchmark {folder}",
+        tuple(_bench_rows(summary)),
+        {"folder": str(folder), "summary": _plain(summary)},
+    )
+
+
+def describe_demo(result: DemoResult) -> Report:
+    """``cdkd-edge demo``."""
+    check, segment = result.export.manifest.check, result.segment
+    total = max(1, segment.height * segment.width)
+    rows = [
+        ("graph", f"{result.export.path}  ({result.export.manifest.nodes} nodes)"),
+        ("check", f"labels agree with PyTorch on {check.label_agreement:.4%} of the pixels"),
+        ("engine", f"{result.engine_path}  ({result.engine.attention_fused} attention blocks fused)"),
+        ("label map", f"{segment.output}  ({segment.tiles} tiles in {segment.seconds:.1f} s)"),
+        ("classes", ", ".join(f"{name} {count / total:.1%}" for name, count in segment.class_pixels.items())),
+        *([("accuracy", f"mIoU {result.mean_iou:.1%} on the drawn scene")] if result.mean_iou is not None else []),
+        ("picture", str(result.quicklook)),
+        *_bench_rows(result.bench),
+        ("results", str(result.bench_folder)),
+    ]
+    return Report("cdkd-edge demo", tuple(rows), _plain(result))
+
+
+def _bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
+    engine, scene, latency = summary.engine_only, summary.end_to_end, summary.engine_only.latency_ms
+    rows = [
+        ("machine", f"{summary.machine.board or summary.machine.cpu}, {summary.machine.cores} cores"),
+        ("engine only", f"{engine.tiles_per_second:.2f} tiles/s, {engine.megapixels_per_second:.2f} MP/s"),
+        (
+            "latency",
+            f"p50 {latency.p50:.1f}, p90 {latency.p90:.1f}, p99 {latency.p99:.1f} ms over {latency.samples} runs",
+        ),
+        (
+            "end to end",
+            f"{scene.width} x {scene.height} px in {scene.seconds:.1f} s: {scene.tiles_per_second:.2f} tiles/s, "
+            f"{scene.megapixels_per_second:.2f} MP/s, {scene.overhead:.3f} x the engine's time",
+        ),
+        ("peak memory", f"{summary.peak_memory_bytes / 1e6:.0f} MB"),
+    ]
+    if summary.power is None:
+        rows.append(("power", f"not measured: {summary.power_reason}"))
+    else:
+        power = summary.power
+        for rail in power.load_watts:
+            rows.append(
+                (
+                    f"power ({power.scope})",
+                    f"{rail}: idle {power.idle_watts[rail]:.2f} W, load {power.load_watts[rail]:.2f} W, "
+                    f"net {power.net_joules_per_tile[rail]:.2f} J per tile ({power.source})",
+                )
+            )
+    return rows
+
+
+def _in_brackets(count: int, text: str) -> str:
+    return f" ({count} {text})" if count else ""
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as JSON data; paths as text."""
+    import msgspec
+
+    return msgspec.to_builtins(value, enc_hook=str)
+
+
+@contextlib.contextmanager
+def live_steps() -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr that names the current step."""
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        yield lambda step: status.update(step)
+
+
+@contextlib.contextmanager
+def live_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr with the time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tiles"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

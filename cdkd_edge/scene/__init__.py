@@ -1,0 +1,1 @@
+"""From a raster to a label map, in bounded memory."""

@@ -1,0 +1,241 @@
+"""A scene through an engine: a reading thread, the engine, a writing thread.
+
+The engine's buffer slots are the only queue between them, so memory is bounded by construction: a slot
+is free, then holds tiles, then labels, then is free again. A failure anywhere stops all three and
+leaves no output.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cdkd_edge import __version__
+from cdkd_edge.engines.protocol import Engine
+from cdkd_edge.errors import SceneError
+from cdkd_edge.labels import NO_LABEL
+from cdkd_edge.scene.grid import Span, TileGrid, default_overlap
+from cdkd_edge.scene.reader import SceneReader, Stretch
+from cdkd_edge.scene.stitch import RowStitcher
+from cdkd_edge.scene.writer import LabelMapWriter
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """How a scene is read and tiled."""
+
+    overlap: int | None = None
+    """Overlap of neighbouring tiles, px. Default: :func:`.grid.default_overlap`."""
+    bands: Sequence[int] | None = None
+    stretch: Stretch | None = None
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """A finished label map."""
+
+    output: Path
+    height: int
+    width: int
+    tiles: int
+    tiles_without_data: int
+    seconds: float
+    """From opening the scene to the finished file."""
+    engine_seconds: float
+    """Sum over batches of launch to result."""
+    class_pixels: dict[str, int]
+    no_data_pixels: int
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Batch:
+    """Up to N tiles in one slot."""
+
+    slot: int
+    places: list[tuple[Span, Span]]
+    valid: list[npt.NDArray[np.bool_] | None]
+    empty: list[bool]
+
+
+class _Stopped(Exception):
+    """Another part of the pipeline failed; its error is the one to show."""
+
+
+def segment_scene(
+    engine: Engine,
+    scene: str | Path,
+    output: Path,
+    options: SegmentOptions = SegmentOptions(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SegmentResult:
+    """Label every pixel of a scene.
+
+    Args:
+        engine: what labels tiles.
+        scene: anything GDAL opens; RGB, 8 bit unless ``options.stretch`` is given.
+        output: the label map (``.tif``); class names go to ``<output>.aux.xml``.
+        options: overlap, bands, stretch.
+        progress: called with tiles done and tiles in all.
+
+    Raises:
+        SceneError: the scene cannot be read or the label map not be written.
+        EngineError: the engine failed.
+        OSError: the system refused to write.
+    """
+    started = time.perf_counter()
+    if _same_file(scene, output):
+        raise SceneError(f"the label map would overwrite the scene {scene}")
+    manifest = engine.manifest
+    reader = SceneReader(scene, bands=options.bands, stretch=options.stretch)
+    try:
+        overlap = default_overlap(manifest.tile) if options.overlap is None else options.overlap
+        grid = TileGrid.over(reader.height, reader.width, manifest.tile, overlap)
+        tags = {
+            "CDKD_EDGE": __version__,
+            "SCENE": Path(str(scene)).name,
+            "ENGINE": f"{manifest.artefact.file} sha256:{manifest.artefact.sha256}",
+            "CLASSES": ", ".join(manifest.schema.class_names),
+            "TILE_PX": str(manifest.tile),
+            "OVERLAP_PX": str(overlap),
+        }
+        if reader.limits is not None:
+            tags["STRETCH"] = "; ".join(f"{low:.6g}..{high:.6g}" for low, high in reader.limits)
+        writer = LabelMapWriter(output, reader.height, reader.width, manifest.schema, reader.georeference, tags)
+        with writer:
+            stitcher = RowStitcher(reader.width, len(grid.columns), writer.write_rows)
+            run = _Run(engine, reader, grid, stitcher, progress)
+            run.run()
+        notes = tuple(reader.notes)
+    finally:
+        reader.close()
+    names = manifest.schema.class_names
+    return SegmentResult(
+        output=output,
+        height=grid.rows[-1].last,
+        width=grid.columns[-1].last,
+        tiles=len(grid),
+        tiles_without_data=run.tiles_without_data,
+        seconds=time.perf_counter() - started,
+        engine_seconds=run.engine_seconds,
+        class_pixels={name: int(count) for name, count in zip(names, writer.counts, strict=False)},
+        no_data_pixels=int(writer.counts[NO_LABEL]),
+        notes=notes,
+    )
+
+
+class _Run:
+    """One pass over the grid."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        reader: SceneReader,
+        grid: TileGrid,
+        stitcher: RowStitcher,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.engine = engine
+        self.reader = reader
+        self.grid = grid
+        self.stitcher = stitcher
+        self.progress = progress
+        self.engine_seconds = 0.0
+        self.tiles_without_data = 0
+        # None in a queue means "stop"; an exception in `ready` means "a thread failed".
+        self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Batch | BaseException | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        for slot in range(engine.slots):
+            self._free.put(slot)
+
+    def run(self) -> None:
+        """Run to the end, or raise the first error of any part after all have stopped."""
+        reading = threading.Thread(target=self._guard, args=(self._read,), name="read")
+        writing = threading.Thread(target=self._guard, args=(self._write,), name="write")
+        reading.start()
+        writing.start()
+        try:
+            self._infer()
+        finally:
+            self._free.put(None)
+            self._done.put(None)
+            reading.join()
+            writing.join()
+        while not self._ready.empty():  # the writer may fail after the last tile was computed
+            late = self._ready.get()
+            if isinstance(late, BaseException):
+                raise late
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _read(self) -> None:
+        for places in _grouped(iter(self.grid), self.engine.manifest.batch):
+            slot = self._free.get()
+            if slot is None:
+                raise _Stopped
+            batch = _Batch(slot, places, [], [])
+            tiles = self.engine.input(slot)
+            for index, (row, column) in enumerate(places):
+                valid = self.reader.read_tile(row, column, tiles[index])
+                batch.valid.append(valid)
+                batch.empty.append(valid is not None and not valid[row.kept, column.kept].any())
+            self._ready.put(batch)
+        self._ready.put(None)
+
+    def _infer(self) -> None:
+        while True:
+            batch = self._ready.get()
+            if batch is None:
+                return
+            if isinstance(batch, BaseException):
+                raise batch
+            if not all(batch.empty):
+                started = time.perf_counter()
+                self.engine.launch(batch.slot)
+                self.engine.wait(batch.slot)
+                self.engine_seconds += time.perf_counter() - started
+            self._done.put(batch)
+
+    def _write(self) -> None:
+        done = 0
+        while (batch := self._done.get()) is not None:
+            labels = self.engine.output(batch.slot)
+            for index, (row, column) in enumerate(batch.places):
+                empty = batch.empty[index]
+                self.stitcher.place(row, column, None if empty else labels[index], batch.valid[index])
+                self.tiles_without_data += empty
+            self._free.put(batch.slot)
+            done += len(batch.places)
+            self.progress(done, len(self.grid))
+
+
+def _grouped(tiles: Iterator[tuple[Span, Span]], size: int) -> Iterator[list[tuple[Span, Span]]]:
+    group: list[tuple[Span, Span]] = []
+    for tile in tiles:
+        group.append(tile)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _same_file(scene: str | Path, output: Path) -> bool:
+    try:
+        return output.exists() and Path(str(scene)).samefile(output)
+    except OSError:
+        return False

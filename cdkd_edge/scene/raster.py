@@ -1,0 +1,60 @@
+"""Everything this package asks of rasterio and GDAL: opening rasters and turning their errors into ours."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import rasterio
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+from cdkd_edge.errors import SceneError
+
+# GDAL's messages reach the user once, as the text of our errors, not also through logging's last resort.
+logging.getLogger("rasterio").addHandler(logging.NullHandler())
+# Scenes without georeference are welcome; their label maps have none either. (A filter set once: the
+# context manager in warnings is not safe in threads.)
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+
+_GDAL_OPTIONS = {
+    "GDAL_CACHEMAX": 256,  # MB; enough for the blocks under one row of tiles, bounded on a board
+    "GDAL_PAM_ENABLED": "YES",
+}
+
+
+@contextlib.contextmanager
+def gdal(doing: str) -> Iterator[None]:
+    """A GDAL environment in which errors become :class:`SceneError`: "``doing`` failed: why"."""
+    with rasterio.Env(**_GDAL_OPTIONS):
+        try:
+            yield
+        except RasterioError as error:
+            causes = [str(error)]
+            cause = error.__cause__
+            while cause is not None:
+                causes.append(str(cause))
+                cause = cause.__cause__
+            reason = " ".join(max(causes, key=len).split())
+            raise SceneError(f"{doing} failed: {reason}") from None
+
+
+def open_scene(path: str | Path) -> Any:
+    """Open a raster for reading.
+
+    Raises:
+        SceneError: there is no such file, or GDAL does not know its format.
+    """
+    name = str(path)
+    if "://" not in name and not name.startswith("/vsi") and not Path(name).is_file():
+        raise SceneError(f"scene {name} {'is not a file' if Path(name).exists() else 'does not exist'}")
+    try:
+        with gdal(f"opening {name}"):
+            return rasterio.open(name)
+    except SceneError as error:
+        if "not recognized" in error.message:
+            raise SceneError(f"{name} is not a raster that GDAL can read") from None
+        raise

@@ -1,0 +1,221 @@
+"""Scenes as uint8 RGB tiles: bands chosen, values stretched, borders reflected, validity known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.windows import Window
+
+from cdkd_edge.errors import SceneError
+from cdkd_edge.scene.grid import Span
+from cdkd_edge.scene.raster import gdal, open_scene
+
+Bands = tuple[int, int, int]
+
+INVALID_FILL = np.array([124, 116, 104], np.uint8).reshape(3, 1, 1)
+"""Pixels without data enter the network as its mean colour, which is zero after normalisation."""
+
+_SAMPLE_SIDE = 1024
+"""Percentiles are taken from the scene reduced to at most this many pixels a side."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """How values become 0..255: by percentiles of the scene's valid pixels, or between two values."""
+
+    low: float
+    high: float
+    percentiles: bool
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise SceneError(f"a stretch needs low < high, not {self.low:g} and {self.high:g}")
+        if self.percentiles and not (self.low >= 0 and self.high <= 100):
+            raise SceneError(f"percentiles lie within 0..100, not {self.low:g} and {self.high:g}")
+
+
+class SceneReader:
+    """One open scene. Not thread-safe: use it from the thread that reads.
+
+    Raises:
+        SceneError: the file is no raster, has no usable bands, or holds values other than 0..255
+            and no stretch is given.
+    """
+
+    def __init__(self, path: str | Path, *, bands: Sequence[int] | None = None, stretch: Stretch | None = None) -> None:
+        self.path = path
+        self._dataset: Any = open_scene(path)
+        try:
+            self.notes: list[str] = []
+            self.bands = self._choose_bands(bands)
+            self._float = any(np.dtype(self._dataset.dtypes[band - 1]).kind == "f" for band in self.bands)
+            self._masked = self._float or not all(
+                MaskFlags.all_valid in flags for flags in self._dataset.mask_flag_enums
+            )
+            self.limits = self._stretch_limits(stretch)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def height(self) -> int:
+        """Rows, px."""
+        return int(self._dataset.height)
+
+    @property
+    def width(self) -> int:
+        """Columns, px."""
+        return int(self._dataset.width)
+
+    @property
+    def georeference(self) -> dict[str, Any]:
+        """What places the scene on Earth, as keyword arguments for a rasterio writer."""
+        dataset = self._dataset
+        place: dict[str, Any] = {}
+        if dataset.crs is not None:
+            place["crs"] = dataset.crs
+        if not dataset.transform.is_identity:
+            place["transform"] = dataset.transform
+        points, points_crs = dataset.gcps
+        if points and "transform" not in place:
+            place.update(gcps=points, crs=points_crs)
+        return place
+
+    def close(self) -> None:
+        """Close the dataset."""
+        self._dataset.close()
+
+    def read_tile(self, row: Span, column: Span, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_] | None:
+        """Read one tile into an engine's buffer.
+
+        Args:
+            row, column: where the tile lies; what is beyond the scene is reflected.
+            out: uint8 ``[3, T, T]``, contiguous, written in place.
+
+        Returns:
+            Validity ``[T, T]``, or None where every pixel is valid.
+
+        Raises:
+            SceneError: the file cannot be read there.
+        """
+        tile = out.shape[1]
+        top, left = max(row.start, 0), max(column.start, 0)
+        bottom, right = min(row.start + tile, self.height), min(column.start + tile, self.width)
+        inside = (bottom - top, right - left) == (tile, tile)
+        window = Window(left, top, right - left, bottom - top)
+        with gdal(f"reading {self.path}"):
+            if inside and self.limits is None:
+                self._dataset.read(self.bands, window=window, out=out)
+                pixels: npt.NDArray[Any] = out
+            else:
+                pixels = self._dataset.read(self.bands, window=window)
+            valid = self._dataset.dataset_mask(window=window) != 0 if self._masked else None
+        if self._float:
+            finite = np.isfinite(pixels).all(axis=0)
+            valid = finite if valid is None else valid & finite
+        if self.limits is not None:
+            pixels = _stretched(pixels, self.limits)
+        if valid is not None and not valid.all():
+            pixels = np.where(valid, pixels, INVALID_FILL)
+        else:
+            valid = None
+        if pixels is out:
+            return valid
+        if inside:
+            out[:] = pixels
+            return valid
+        rows = reflected(row.start, tile, self.height) - top
+        columns = reflected(column.start, tile, self.width) - left
+        out[:] = pixels[:, rows[:, None], columns]
+        return valid if valid is None else valid[rows[:, None], columns]
+
+    def overview(self, longest_side: int) -> npt.NDArray[np.uint8]:
+        """The whole scene as a small RGB picture, ``[H, W, 3]``, with the same bands and stretch as its tiles."""
+        scale = min(1.0, longest_side / max(self.height, self.width))
+        shape = (3, max(1, round(self.height * scale)), max(1, round(self.width * scale)))
+        with gdal(f"reading {self.path}"):
+            pixels = self._dataset.read(self.bands, out_shape=shape)
+        if self.limits is not None:
+            pixels = _stretched(np.nan_to_num(pixels), self.limits)
+        return np.ascontiguousarray(pixels.astype(np.uint8).transpose(1, 2, 0))
+
+    def _choose_bands(self, bands: Sequence[int] | None) -> Bands:
+        dataset, count = self._dataset, self._dataset.count
+        if count == 0:
+            raise SceneError(
+                f"{self.path} holds no bands" + (" of its own, only subdatasets" if dataset.subdatasets else ""),
+                hint=f"name one, e.g. {dataset.subdatasets[0]}" if dataset.subdatasets else None,
+            )
+        if any(np.dtype(kind).kind == "c" for kind in dataset.dtypes):
+            raise SceneError(f"{self.path} holds complex values, not an image")
+        if bands is not None:
+            if len(bands) != 3 or not all(1 <= band <= count for band in bands):
+                shown = ",".join(map(str, bands))
+                raise SceneError(f"{self.path} has bands 1..{count}; --bands {shown} does not name three of them")
+            return bands[0], bands[1], bands[2]
+        meaning = {interp: index for index, interp in reversed(list(enumerate(dataset.colorinterp, 1)))}
+        tagged = [meaning.get(color) for color in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)]
+        if all(tagged):
+            return tagged[0] or 0, tagged[1] or 0, tagged[2] or 0
+        if count == 3:
+            return 1, 2, 3
+        if count == 4:
+            self.notes.append("4 bands without color tags taken as B, G, R, NIR (as upstream does); --bands says otherwise")
+            return 3, 2, 1
+        if ColorInterp.palette in dataset.colorinterp:
+            raise SceneError(f"{self.path} is a paletted image", hint="expand it: gdal_translate -expand rgb IN OUT")
+        raise SceneError(
+            f"{self.path} has {count} band{'s' if count > 1 else ''} and no color tags; red, green, blue are needed",
+            hint="say which they are, e.g. --bands 3,2,1" if count > 3 else "a grey image works with --bands 1,1,1",
+        )
+
+    def _stretch_limits(self, stretch: Stretch | None) -> npt.NDArray[np.float32] | None:
+        """Per band ``[3, 2]`` the values that become 0 and 255, or None for 8-bit data as it is."""
+        kinds = {self._dataset.dtypes[band - 1] for band in self.bands}
+        if stretch is None:
+            if kinds != {"uint8"}:
+                raise SceneError(
+                    f"{self.path} holds {' and '.join(sorted(kinds))} values; the network takes 0..255",
+                    hint="choose how they become 0..255: --stretch (percentiles 2..98 of the scene), "
+                    "--stretch-percentiles LOW HIGH or --stretch-range LOW HIGH",
+                )
+            return None
+        if not stretch.percentiles:
+            return np.array([[stretch.low, stretch.high]] * 3, np.float32)
+        scale = min(1.0, _SAMPLE_SIDE / max(self.height, self.width))
+        shape = (3, max(1, round(self.height * scale)), max(1, round(self.width * scale)))
+        with gdal(f"reading {self.path}"):
+            sample = self._dataset.read(self.bands, out_shape=shape, masked=True)
+        limits = []
+        for band in sample:
+            values = band.compressed().astype(np.float32)
+            values = values[np.isfinite(values)]
+            if values.size == 0:
+                raise SceneError(f"{self.path} has no valid pixel to take percentiles from")
+            low, high = np.percentile(values, [stretch.low, stretch.high])
+            limits.append((low, high if high > low else low + 1))
+        return np.array(limits, np.float32)
+
+
+def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
+    """Indices ``start .. start + length - 1`` mirrored into ``0 .. size - 1`` (border pixels not repeated).
+
+    Any distance works, also several times the size; an axis of one pixel repeats it.
+    """
+    if size == 1:
+        return np.zeros(length, np.intp)
+    period = 2 * (size - 1)
+    position = np.arange(start, start + length) % period
+    return np.where(position < size, position, period - position).astype(np.intp)
+
+
+def _stretched(pixels: npt.NDArray[Any], limits: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    low, high = limits[:, :1, None], limits[:, 1:, None]
+    scaled = (pixels.astype(np.float32) - low) * (255 / (high - low))
+    return np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8)

@@ -1,0 +1,182 @@
+"""Label maps: uint8 GeoTIFF with palette, nodata 255, and class names where GDAL looks for them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+
+from cdkd_edge.errors import SceneError, SystemRefusalError
+from cdkd_edge.files import whole_file, write_text
+from cdkd_edge.labels import NO_LABEL, LabelSchema
+from cdkd_edge.scene.raster import gdal
+
+BLOCK = 512
+"""Side of the GeoTIFF's blocks, px. Rows are written in multiples of it, so no block is written twice."""
+
+
+class LabelMapWriter:
+    """Writes a label map from top to bottom; under its final name only when whole.
+
+    Use as a context manager. On an exception inside the block nothing is left behind.
+
+    Args:
+        path: final path (``.tif``).
+        height, width: px.
+        schema: class names and colours.
+        georeference: keyword arguments that place the raster (:attr:`.reader.SceneReader.georeference`).
+        tags: provenance, stored as TIFF metadata.
+
+    Raises:
+        SceneError: GDAL cannot write the file.
+        SystemRefusalError: the disk is full.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        height: int,
+        width: int,
+        schema: LabelSchema,
+        georeference: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> None:
+        self.path = path
+        self.counts = np.zeros(256, np.int64)
+        """Pixels per label written so far."""
+        self._schema = schema
+        self._width = width
+        self._pending = np.empty((0, width), np.uint8)
+        self._next_row = 0
+        self._tags = dict(tags)
+        self._profile = {
+            "driver": "GTiff",
+            "height": height,
+            "width": width,
+            "count": 1,
+            "dtype": "uint8",
+            "nodata": NO_LABEL,
+            "compress": "deflate",
+            "BIGTIFF": "IF_SAFER",
+            **georeference,
+        }
+        if min(height, width) >= BLOCK:
+            self._profile.update(tiled=True, blockxsize=BLOCK, blockysize=BLOCK)
+
+    def __enter__(self) -> LabelMapWriter:
+        self._file = whole_file(self.path)
+        temporary = self._file.__enter__()
+        try:
+            with gdal(f"creating {self.path}"):
+                self._dataset = rasterio.open(temporary, "w", **self._profile)
+                palette = self._schema.palette()
+                colors = {label: (*map(int, palette[label]), 255) for label in range(len(self._schema))}
+                self._dataset.write_colormap(1, {**colors, NO_LABEL: (0, 0, 0, 0)})
+                self._dataset.update_tags(**self._tags)
+        except BaseException as error:
+            self._file.__exit__(type(error), error, error.__traceback__)
+            raise
+        self._errors = _GdalErrors()
+        return self
+
+    def write_rows(self, labels: npt.NDArray[np.uint8]) -> None:
+        """Append rows ``[h, width]`` below those written before."""
+        self.counts += np.bincount(labels.ravel(), minlength=256)
+        rows = np.concatenate([self._pending, labels]) if len(self._pending) else labels
+        whole = len(rows) if self._next_row + len(rows) == self._profile["height"] else len(rows) // BLOCK * BLOCK
+        self._write(rows[:whole])
+        self._pending = rows[whole:].copy()
+
+    def _write(self, rows: npt.NDArray[np.uint8]) -> None:
+        if not len(rows):
+            return
+        with gdal(f"writing {self.path}"):
+            window = rasterio.windows.Window(0, self._next_row, self._width, len(rows))
+            self._dataset.write(rows, 1, window=window)
+        self._next_row += len(rows)
+        self._raise_write_errors()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            self._close(discard=error is not None)
+        except BaseException as failure:
+            self._file.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._file.__exit__(kind, error, trace)
+
+    def _close(self, *, discard: bool) -> None:
+        try:
+            # GDAL flushes here; a full disk may show only now, and only in its log.
+            with gdal(f"writing {self.path}"):
+                self._dataset.close()
+            self._raise_write_errors()
+        except (SceneError, SystemRefusalError):
+            if not discard:
+                raise
+        finally:
+            self._errors.close()
+        if discard:
+            return
+        if self._next_row != self._profile["height"]:
+            raise SceneError(f"{self.path}: {self._next_row} of {self._profile['height']} rows were written")
+        write_text(_sidecar(self.path), category_names_xml(self._schema))
+
+    def _raise_write_errors(self) -> None:
+        if self._errors.messages:
+            reason = self._errors.messages[0]
+            if "No space left" in reason or "full" in reason.lower():
+                raise SystemRefusalError(f"writing {self.path} failed: no space left on the device")
+            raise SceneError(f"writing {self.path} failed: {reason}")
+
+
+class _GdalErrors(logging.Handler):
+    """Collects what GDAL reports while blocks are flushed, which rasterio logs instead of raising."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.messages: list[str] = []
+        self._logger = logging.getLogger("rasterio._env")
+        self._logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+    def close(self) -> None:
+        self._logger.removeHandler(self)
+        super().close()
+
+
+def category_names_xml(schema: LabelSchema) -> str:
+    """GDAL's auxiliary metadata for a label map: category names and a thematic attribute table.
+
+    Format: https://gdal.org/en/stable/drivers/raster/pamdataset.html (PAMDataset).
+    """
+    root = ElementTree.Element("PAMDataset")
+    band = ElementTree.SubElement(root, "PAMRasterBand", band="1")
+    categories = ElementTree.SubElement(band, "CategoryNames")
+    for name in schema.class_names:
+        ElementTree.SubElement(categories, "Category").text = name
+    table = ElementTree.SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
+    # Type 0 integer, 2 string; usage 5 MinMax (the value), 2 Name, 6-8 red, green, blue.
+    fields = [("Value", 0, 5), ("Class", 2, 2), ("Red", 0, 6), ("Green", 0, 7), ("Blue", 0, 8)]
+    for index, (name, kind, usage) in enumerate(fields):
+        field = ElementTree.SubElement(table, "FieldDefn", index=str(index))
+        for tag, value in (("Name", name), ("Type", str(kind)), ("Usage", str(usage))):
+            ElementTree.SubElement(field, tag).text = value
+    for label, cls in enumerate(schema.classes):
+        row = ElementTree.SubElement(table, "Row", index=str(label))
+        for value in (label, cls.name, *cls.color):
+            ElementTree.SubElement(row, "F").text = str(value)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".aux.xml")

@@ -1,0 +1,1 @@
+"""Training on a desktop: crops of labelled imagery and the bundled demonstration checkpoint (torch)."""

@@ -1,0 +1,90 @@
+"""The workspace: three folders in which each command finds what the one before left.
+
+``export/`` holds graphs, ``engines/`` engines, ``benchmarks/`` one folder per run. A command that is
+not told what to work on takes the only candidate; with none or several it lists them and the command
+to type.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdkd_edge.errors import WorkspaceError
+from cdkd_edge.manifest import manifest_path
+
+ENGINE_SUFFIXES = (".onnx", ".engine")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A directory with the three stage folders, made on first use."""
+
+    root: Path
+
+    @property
+    def graphs(self) -> Path:
+        """Folder of exported graphs."""
+        return self.root / "export"
+
+    @property
+    def engines(self) -> Path:
+        """Folder of engines."""
+        return self.root / "engines"
+
+    @property
+    def benchmarks(self) -> Path:
+        """Folder of benchmark runs."""
+        return self.root / "benchmarks"
+
+    def only_graph(self) -> Path:
+        """The one exported graph.
+
+        Raises:
+            WorkspaceError: there is none, or more than one.
+        """
+        return _only(
+            _artefacts(self.graphs, (".onnx",)), "exported graph", self.graphs, "cdkd-edge build", "cdkd-edge export CKPT"
+        )
+
+    def only_engine(self, command: str) -> Path:
+        """The one engine, for ``command`` (shown with each candidate if there are several).
+
+        Raises:
+            WorkspaceError: there is none, or more than one.
+        """
+        return _only(_artefacts(self.engines, ENGINE_SUFFIXES), "engine", self.engines, command, "cdkd-edge build")
+
+    def new_run(self, label: str) -> Path:
+        """A fresh folder ``benchmarks/<UTC time>-<label>``."""
+        stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        path = self.benchmarks / f"{stamp}-{label}"
+        attempt = 1
+        while path.exists():
+            attempt += 1
+            path = self.benchmarks / f"{stamp}-{label}-{attempt}"
+        path.mkdir(parents=True)
+        return path
+
+
+def _artefacts(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in suffixes and not path.name.startswith(".") and manifest_path(path).is_file()
+    )
+
+
+def _only(candidates: list[Path], what: str, folder: Path, command: str, first: str) -> Path:
+    if not candidates:
+        raise WorkspaceError(f"there is no {what} in {folder}", hint=f"make one: {first}")
+    if len(candidates) > 1:
+        names = ", ".join(path.name for path in candidates)
+        raise WorkspaceError(
+            f"there are {len(candidates)} candidates for the {what} in {folder}: {names}",
+            hint="say which: " + "  or  ".join(f"{command} {path}" for path in candidates[:4]),
+        )
+    return candidates[0]

@@ -146,8 +146,7 @@ def describe_segment(scene: str, result: SegmentResult, quicklook: Path | None) 
         ("tiles", f"{result.tiles}" + _in_brackets(result.tiles_without_data, "without data, not computed")),
         (
             "time",
-            f"{result.seconds:.1f} s, engine {result.engine_seconds:.1f} s, "
-            f"{total / result.seconds / 1e6:.2f} MP/s",
+            f"{result.seconds:.1f} s, engine {result.engine_seconds:.1f} s, {total / result.seconds / 1e6:.2f} MP/s",
         ),
         *([("quicklook", str(quicklook))] if quicklook else []),
     ]

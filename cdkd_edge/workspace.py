@@ -44,9 +44,8 @@ class Workspace:
         Raises:
             WorkspaceError: there is none, or more than one.
         """
-        return _only(
-            _artefacts(self.graphs, (".onnx",)), "exported graph", self.graphs, "cdkd-edge build", "cdkd-edge export CKPT"
-        )
+        candidates = _artefacts(self.graphs, (".onnx",))
+        return _only(candidates, "exported graph", self.graphs, "cdkd-edge build", "cdkd-edge export CKPT")
 
     def only_engine(self, command: str) -> Path:
         """The one engine, for ``command`` (shown with each candidate if there are several).

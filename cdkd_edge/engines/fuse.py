@@ -47,6 +47,10 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[int, int]:
     return len(blocks), len(softmaxes)
 
 
+class _MismatchError(Exception):
+    """This softmax is not in an attention of the known form."""
+
+
 class _Matcher:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.producer = {output: node for node in graph.node for output in node.output}
@@ -59,44 +63,45 @@ class _Matcher:
 
     def match(self, softmax: onnx.NodeProto) -> _AttentionBlock | None:
         """The attention around a softmax, or None if anything differs from the expected form."""
-        scores = self.producer.get(softmax.input[0])
-        mixed = self.only_consumer(softmax)
-        if not (_is(scores, "MatMul") and _is(mixed, "MatMul") and _attribute(softmax, "axis", -1) in (-1, 3)):
+        try:
+            return self._match(softmax)
+        except _MismatchError:
             return None
-        assert scores is not None and mixed is not None
-        keys = self.producer.get(scores.input[1])
-        split = self.producer.get(scores.input[0])
-        if not (_is(keys, "Transpose", perm=[0, 1, 3, 2]) and _is(split, "Split", axis=1)):
-            return None
-        assert keys is not None and split is not None
-        if list(split.output) != [scores.input[0], keys.input[0], mixed.input[1]] or mixed.input[0] != softmax.output[0]:
-            return None
-        by_head = self.producer.get(split.input[0])
-        heads_shape = self.producer.get(by_head.input[0]) if by_head is not None else None
-        by_token = self.only_consumer(mixed)
-        joined = self.only_consumer(by_token)
-        if not (
-            _is(by_head, "Transpose", perm=[0, 2, 1, 3])
-            and _is(heads_shape, "Reshape")
-            and _is(by_token, "Transpose", perm=[0, 2, 1, 3])
-            and _is(joined, "Reshape")
-        ):
-            return None
-        assert by_head is not None and heads_shape is not None and by_token is not None and joined is not None
+
+    def _match(self, softmax: onnx.NodeProto) -> _AttentionBlock:
+        _require(_attribute(softmax, "axis", -1) in (-1, 3))
+        scores = self.maker(softmax.input[0], "MatMul")
+        split = self.maker(scores.input[0], "Split", axis=1)
+        keys = self.maker(scores.input[1], "Transpose", perm=[0, 1, 3, 2])
+        by_head = self.maker(split.input[0], "Transpose", perm=[0, 2, 1, 3])
+        heads_shape = self.maker(by_head.input[0], "Reshape")
+        mixed = self.user(softmax, "MatMul")
+        by_token = self.user(mixed, "Transpose", perm=[0, 2, 1, 3])
+        joined = self.user(by_token, "Reshape")
+        _require(list(split.output) == [scores.input[0], keys.input[0], mixed.input[1]])
+        _require(mixed.input[0] == softmax.output[0])
+
         inner = (heads_shape, by_head, split, keys, scores, softmax, mixed, by_token)
         replaced = frozenset(node.output[0] for node in (*inner, joined))
-        if any(self.escapes(node, replaced) for node in inner):
-            return None
-        shape = self.constants.get(heads_shape.input[1])
-        if shape is None:
-            return None
-        _, _, parts, width = numpy_helper.to_array(shape).tolist()
+        _require(not any(self.escapes(node, replaced) for node in inner))
+        _require(heads_shape.input[1] in self.constants)
+        _, _, parts, width = numpy_helper.to_array(self.constants[heads_shape.input[1]]).tolist()
         heads = parts // 3
         return _AttentionBlock(heads_shape.input[0], joined.output[0], heads, heads * width, replaced)
 
-    def only_consumer(self, node: onnx.NodeProto | None) -> onnx.NodeProto | None:
-        consumers = self.consumers.get(node.output[0], []) if node is not None else []
-        return consumers[0] if len(consumers) == 1 else None
+    def maker(self, value: str, op: str, **attributes: object) -> onnx.NodeProto:
+        """The node that makes a value, if it is an ``op`` with these attributes."""
+        node: onnx.NodeProto | None = self.producer.get(value)
+        if node is None or not _is(node, op, attributes):
+            raise _MismatchError
+        return node
+
+    def user(self, node: onnx.NodeProto, op: str, **attributes: object) -> onnx.NodeProto:
+        """The only node that uses a node's output, if it is an ``op`` with these attributes."""
+        users = self.consumers.get(node.output[0], [])
+        if len(users) != 1 or not _is(users[0], op, attributes):
+            raise _MismatchError
+        return users[0]
 
     def escapes(self, node: onnx.NodeProto, block: frozenset[str]) -> bool:
         """Whether a value of the node is used outside the block."""
@@ -139,10 +144,13 @@ def _fused(graph: onnx.GraphProto, block: _AttentionBlock) -> list[onnx.NodeProt
     ]
 
 
-def _is(node: onnx.NodeProto | None, op: str, **attributes: object) -> bool:
-    if node is None or node.op_type != op:
-        return False
-    return all(_attribute(node, name, None) == value for name, value in attributes.items())
+def _require(condition: bool) -> None:
+    if not condition:
+        raise _MismatchError
+
+
+def _is(node: onnx.NodeProto, op: str, attributes: dict[str, object]) -> bool:
+    return node.op_type == op and all(_attribute(node, name, None) == value for name, value in attributes.items())
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: object) -> object:

@@ -27,9 +27,7 @@ def sample_tiles(tile: int, count: int) -> npt.NDArray[np.uint8]:
     return np.stack([scene[:, i * tile : (i + 1) * tile].transpose(2, 0, 1) for i in range(count)])
 
 
-def check_graph(
-    graph: Path, network: SegmentationNetwork, tiles: npt.NDArray[np.uint8], batch: int = 1
-) -> GraphCheck:
+def check_graph(graph: Path, network: SegmentationNetwork, tiles: npt.NDArray[np.uint8], batch: int = 1) -> GraphCheck:
     """Run the graph in ONNX Runtime and the network in PyTorch on the same tiles.
 
     Args:
@@ -44,6 +42,8 @@ def check_graph(
     del model
 
     worst, agreeing = 0.0, 0
+    labels: npt.NDArray[np.uint8]
+    logits: npt.NDArray[np.float32]
     for start in range(0, len(tiles), batch):
         chunk = tiles[start : start + batch]
         labels, logits = session.run(["labels", LOGITS], {"image": chunk})
@@ -51,7 +51,7 @@ def check_graph(
             expected = network(torch.from_numpy(chunk))
             expected_labels = network.upsample(expected).argmax(dim=1)
         worst = max(worst, float(np.abs(logits - expected.numpy()).max()))
-        agreeing += int((labels == expected_labels.numpy()).sum())
+        agreeing += int(np.count_nonzero(labels == expected_labels.numpy()))
     return GraphCheck(
         tiles=len(tiles),
         max_logit_error=worst,

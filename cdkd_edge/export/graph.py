@@ -14,6 +14,7 @@ Tokens stay ``[N, L, D]``, which is the channels-last layout tensor cores want; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -37,7 +38,7 @@ class GraphWriter:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
 
-    def add(self, op: str, name: str, *inputs: str, outputs: Sequence[str] = (), **attributes: object) -> str:
+    def add(self, op: str, name: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
         """Append a node; its (first) output is called ``name`` unless ``outputs`` says otherwise."""
         outputs = list(outputs) or [name]
         self.nodes.append(helper.make_node(op, list(inputs), outputs, name=f"{name}/{op}", **attributes))
@@ -107,9 +108,7 @@ def build_graph(
     )
 
 
-def _encoder(
-    writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, batch: int, opset: int
-) -> list[str]:
+def _encoder(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, batch: int, opset: int) -> list[str]:
     """Tokens after each tapped block, ``[N, G*G, D]``."""
     dim, cells = config.embed_dim, config.grid**2
     pixels = writer.add("Cast", "pixels", "image", to=TensorProto.FLOAT)
@@ -241,15 +240,14 @@ def _head(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, bat
     )
 
     # Top-down: all maps have one size, so the addition needs no resizing.
-    smoothed, above = [], top
+    smoothed: list[str] = []
+    above = top
     for index in reversed(range(len(shallow))):
         # A 1x1 convolution is a linear map of tokens; there it costs no change of layout.
         kernel, bias = fold.fold_batch_norm(weights, f"head.laterals.{index}")
         lateral = writer.linear(f"lateral.{index}.projected", shallow[index], kernel[:, :, 0, 0], bias)
         lateral = writer.add("Relu", f"lateral.{index}", lateral)
-        above = writer.add(
-            "Add", f"level.{index}", as_map(f"lateral.{index}", lateral, config.head_channels), above
-        )
+        above = writer.add("Add", f"level.{index}", as_map(f"lateral.{index}", lateral, config.head_channels), above)
         smoothed.insert(
             0, writer.conv(f"smooth.{index}", above, *fold.fold_batch_norm(weights, f"head.smooth.{index}"))
         )

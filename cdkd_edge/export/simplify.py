@@ -30,6 +30,7 @@ def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
         import onnxsim
     except ImportError:
         raise MissingExtraError("onnxsim", "export", "simplifying the graph") from None
+    simplified: onnx.ModelProto
     simplified, valid = onnxsim.simplify(model, skipped_optimizers=list(SKIPPED_PASSES))
     if not valid:
         raise GraphError("onnxsim changed what the graph computes")

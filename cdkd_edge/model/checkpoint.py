@@ -31,6 +31,7 @@ FORMAT = "cdkd-edge checkpoint"
 FORMAT_VERSION = 1
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "student", "network")
+_TEACHER = "teacher beside the student"
 _PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
 
 
@@ -128,11 +129,9 @@ def _read(
     path: Path, tile: int | None, heads: int | None, layer_norm_eps: float | None
 ) -> tuple[NetworkConfig, dict[str, Tensor], CheckpointReport]:
     document, header = _read_file(path)
-    tensors, unwrapped = _unwrap(document, path)
+    tensors, unwrapped, left_behind = _unwrap(document, path)
     layout = recognise(list(tensors))
     state, dropped = translate(tensors, layout)
-    if any(".teacher." in f".{key}" for key in document) and any(key.startswith("student.") for key in document):
-        dropped = (*dropped, _dropped_teacher(document))
     state = {key: _as_float32(key, tensor) for key, tensor in state.items()}
     notes: list[str] = []
     _fold_layer_scale(state, notes)
@@ -156,7 +155,7 @@ def _read(
         config=config,
         has_head=any(key.startswith("head.") for key in state),
         unwrapped=unwrapped,
-        dropped=dropped,
+        dropped=(*left_behind, *dropped),
         notes=tuple(notes),
         schema=schema,
         training=header.get("training") or {},
@@ -230,29 +229,36 @@ def _safetensors() -> Any:
 # --- wrappers -------------------------------------------------------------------------------------
 
 
-def _unwrap(document: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Descend to the state dict and take off prefixes that every key shares."""
+def _unwrap(document: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[Dropped, ...]]:
+    """Descend to the student's state dict and take off prefixes that every key shares.
+
+    Returns:
+        The tensors, what was unwrapped (outermost first), and what was left behind on the way.
+    """
     unwrapped: list[str] = []
-    while not any(isinstance(value, Tensor) for value in document.values()):
-        inner = next((key for key in _WRAPPERS if isinstance(document.get(key), Mapping)), None)
-        if inner is None:
-            shown = ", ".join(list(document)[:6]) or "nothing"
-            raise CheckpointError(f"{path} holds no state dict; its top level is: {shown}")
+    dropped: list[Dropped] = []
+    while inner := next((key for key in _WRAPPERS if isinstance(document.get(key), Mapping)), None):
+        if isinstance(teacher := document.get("teacher"), Mapping) and teacher:
+            dropped.append(Dropped(_TEACHER, len(teacher), f"teacher.{next(iter(teacher))}"))
         unwrapped.append(inner)
         document = {str(key): value for key, value in document[inner].items()}
     tensors = {key: value for key, value in document.items() if isinstance(value, Tensor)}
+    if not tensors:
+        shown = ", ".join(list(document)[:6]) or "nothing"
+        raise CheckpointError(f"{path} holds no state dict; its top level is: {shown}")
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None):
         unwrapped.append(prefix)
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     if any(key.startswith("student.") for key in tensors):
         unwrapped.append("student.")
+        if teacher_keys := [key for key in tensors if key.startswith("teacher.")]:
+            dropped.append(Dropped(_TEACHER, len(teacher_keys), teacher_keys[0]))
+        others = [key for key in tensors if not key.startswith(("student.", "teacher."))]
+        if others:
+            raise CheckpointError(f"{path} holds {len(others)} tensors beside student and teacher: {', '.join(others)}")
         tensors = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
-    return tensors, tuple(unwrapped)
-
-
-def _dropped_teacher(document: Mapping[str, Any]) -> Dropped:
-    keys = [key for key in document if ".teacher." in f".{key}"]
-    return Dropped("teacher beside the student", len(keys), keys[0])
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors, tuple(unwrapped), tuple(dropped)
 
 
 def _as_float32(key: str, tensor: Tensor) -> Tensor:
@@ -260,7 +266,9 @@ def _as_float32(key: str, tensor: Tensor) -> Tensor:
         raise CheckpointError(f"{key} is stored as {tensor.dtype} ({tensor.layout}); weights must be floating point")
     tensor = tensor.to(torch.float32, copy=True)
     if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{key} holds values that are not finite; the training run diverged or the file is damaged")
+        raise CheckpointError(
+            f"{key} holds values that are not finite; the training run diverged or the file is damaged"
+        )
     return tensor
 
 
@@ -309,7 +317,9 @@ def resample_position(position: Tensor, grid: int, class_token: bool) -> Tensor:
 
 def _stored_config(header: Mapping[str, Any], path: Path) -> NetworkConfig:
     if header.get("version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} is a version {header.get('version')} checkpoint; this release reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path} is a version {header.get('version')} checkpoint; this release reads {FORMAT_VERSION}"
+        )
     try:
         values = dict(header["config"])
         return NetworkConfig(**{**values, "pool_scales": tuple(values["pool_scales"])})

@@ -73,7 +73,5 @@ class NetworkConfig:
 
 PRESETS: dict[str, NetworkConfig] = {
     "paper": NetworkConfig(),
-    "tiny": NetworkConfig(
-        tile=256, patch=8, embed_dim=128, depth=6, heads=2, mlp_dim=512, classes=5, head_channels=64
-    ),
+    "tiny": NetworkConfig(tile=256, patch=8, embed_dim=128, depth=6, heads=2, mlp_dim=512, classes=5, head_channels=64),
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cdkd_edge.errors import SceneError
 
@@ -54,8 +55,8 @@ def tile_axis(size: int, tile: int, overlap: int) -> list[Span]:
     margin = min(spare, overlap)
     first_start, last_start = -(margin // 2), size + margin - margin // 2 - tile
     starts = [first_start + round(i * (last_start - first_start) / (count - 1)) for i in range(count)]
-    cuts = [0, *((a + tile + b) // 2 for a, b in zip(starts, starts[1:], strict=False)), size]
-    return [Span(start, first, last) for start, first, last in zip(starts, cuts, cuts[1:], strict=False)]
+    cuts = [0, *((a + tile + b) // 2 for a, b in pairwise(starts)), size]
+    return [Span(start, first, last) for start, (first, last) in zip(starts, pairwise(cuts), strict=True)]
 
 
 @dataclass(frozen=True)

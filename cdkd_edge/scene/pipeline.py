@@ -65,7 +65,7 @@ class _Batch:
     empty: list[bool]
 
 
-class _Stopped(Exception):
+class _StoppedError(Exception):
     """Another part of the pipeline failed; its error is the one to show."""
 
 
@@ -177,7 +177,7 @@ class _Run:
     def _guard(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except _Stopped:
+        except _StoppedError:
             pass
         except BaseException as error:
             self._ready.put(error)
@@ -186,7 +186,7 @@ class _Run:
         for places in _grouped(iter(self.grid), self.engine.manifest.batch):
             slot = self._free.get()
             if slot is None:
-                raise _Stopped
+                raise _StoppedError
             batch = _Batch(slot, places, [], [])
             tiles = self.engine.input(slot)
             for index, (row, column) in enumerate(places):

@@ -166,7 +166,7 @@ class SceneReader:
         if count == 3:
             return 1, 2, 3
         if count == 4:
-            self.notes.append("4 bands without color tags taken as B, G, R, NIR (as upstream does); --bands says otherwise")
+            self.notes.append("4 bands without color tags taken as B, G, R, NIR, as upstream does (else: --bands)")
             return 3, 2, 1
         if ColorInterp.palette in dataset.colorinterp:
             raise SceneError(f"{self.path} is a paletted image", hint="expand it: gdal_translate -expand rgb IN OUT")

@@ -172,8 +172,8 @@ def category_names_xml(schema: LabelSchema) -> str:
             ElementTree.SubElement(field, tag).text = value
     for label, cls in enumerate(schema.classes):
         row = ElementTree.SubElement(table, "Row", index=str(label))
-        for value in (label, cls.name, *cls.color):
-            ElementTree.SubElement(row, "F").text = str(value)
+        for text in (str(label), cls.name, *map(str, cls.color)):
+            ElementTree.SubElement(row, "F").text = text
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 

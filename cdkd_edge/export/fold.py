@@ -95,6 +95,37 @@ def upsampling_matrix(grid: int, scales: Sequence[int]) -> Array:
     return np.concatenate(columns, axis=1).astype(np.float32)
 
 
+def kernel_taps(kernel: Array) -> Array:
+    """A 3x3 convolution's weights as a matrix that makes the share of each of its nine taps.
+
+    Args:
+        kernel: ``[C, I, 3, 3]``.
+
+    Returns:
+        ``[I, 9 C]``, columns ordered tap by tap (row by row of the kernel), C within a tap.
+    """
+    channels, inputs = kernel.shape[:2]
+    return np.ascontiguousarray(kernel.transpose(1, 2, 3, 0).reshape(inputs, 9 * channels))
+
+
+def spreading_matrix(grid: int, scales: Sequence[int]) -> Array:
+    """Up-sampling and the gathering of a zero-padded 3x3 convolution in one matrix.
+
+    A tap of the convolution at pixel (y, x) reads the up-sampled map at (y + dy, x + dx), which is a
+    weighted sum of cells, or the zero padding.
+
+    Returns:
+        ``[grid*grid, 9 * sum s*s]``, columns ordered cell by cell and tap by tap within a cell, to be
+        applied to the shares that :func:`kernel_taps` makes of every cell.
+    """
+    upsampling = upsampling_matrix(grid, scales)
+    cells = upsampling.shape[1]
+    padded = np.zeros((grid + 2, grid + 2, cells), np.float32)
+    padded[1:-1, 1:-1] = upsampling.reshape(grid, grid, cells)
+    taps = [padded[dy : dy + grid, dx : dx + grid].reshape(grid * grid, cells) for dy in range(3) for dx in range(3)]
+    return np.stack(taps, axis=2).reshape(grid * grid, 9 * cells)
+
+
 def scale_mask(scales: Sequence[int], channels: int) -> Array:
     """1 where a pooled cell belongs to the scale that a block of channels stands for.
 

@@ -214,13 +214,15 @@ def _without_class_token(writer: GraphWriter, tokens: str, index: int) -> str:
 def _head(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, batch: int, taps: list[str]) -> str:
     """UPerNet; logits ``[N, K, G, G]``."""
     *shallow, deep = taps
-    grid, scales = config.grid, config.pool_scales
+    grid, scales, channels = config.grid, config.pool_scales, config.head_channels
 
     def as_map(name: str, tokens: str, channels: int) -> str:
         rows = writer.add("Transpose", f"{name}.rows", tokens, perm=[0, 2, 1])
         return writer.add("Reshape", f"{name}.map", rows, writer.shape(batch, channels, grid, grid))
 
-    # Pyramid pooling on tokens: pool to all scales at once, project, keep each scale's own, spread.
+    # Pyramid pooling on tokens: pool to all scales at once, project, keep each scale's own cells. What
+    # the 3x3 bottleneck makes of up-sampled cells is a linear map of 50 cells; computed as one, it costs
+    # a twentieth of convolving the up-sampled maps, which are then never made.
     folded = [fold.fold_batch_norm(weights, f"head.pooled.{i}") for i in range(len(scales))]
     pooled = writer.add("MatMul", "pool.cells", writer.constant("pool.matrix", fold.pooling_matrix(grid, scales)), deep)
     pooled = writer.linear(
@@ -230,14 +232,18 @@ def _head(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, bat
         np.concatenate([bias for _, bias in folded]),
     )
     pooled = writer.add("Relu", "pool.active", pooled)
-    mask = fold.scale_mask(scales, config.head_channels)
+    mask = fold.scale_mask(scales, channels)
     pooled = writer.add("Mul", "pool.own_scale", pooled, writer.constant("pool.mask", mask))
-    spread = writer.constant("pool.upsampling", fold.upsampling_matrix(grid, scales))
-    pyramid = writer.add("Concat", "pyramid", deep, writer.add("MatMul", "pool.spread", spread, pooled), axis=2)
-    channels = config.embed_dim + len(scales) * config.head_channels
-    top = writer.conv(
-        "bottleneck", as_map("pyramid", pyramid, channels), *fold.fold_batch_norm(weights, "head.bottleneck")
-    )
+    kernel, bias = fold.fold_batch_norm(weights, "head.bottleneck")
+    on_deep, on_cells = kernel[:, : config.embed_dim], kernel[:, config.embed_dim :]
+    taps_weight = writer.constant("context.weight", fold.kernel_taps(on_cells))
+    shares = writer.add("MatMul", "context.taps", pooled, taps_weight)  # [N, cells, 9 C]
+    shares = writer.add("Reshape", "context.shares", shares, writer.shape(batch, 9 * len(mask), channels))
+    spread = writer.constant("context.spread", fold.spreading_matrix(grid, scales))
+    context = writer.add("MatMul", "context", spread, shares)  # [N, L, C]
+    convolved = writer.conv("bottleneck.conv", as_map("deep", deep, config.embed_dim), on_deep, bias, relu=False)
+    both = writer.add("Add", "bottleneck.sum", convolved, as_map("context", context, channels))
+    top = writer.add("Relu", "bottleneck", both)
 
     # Top-down: all maps have one size, so the addition needs no resizing.
     smoothed: list[str] = []
@@ -247,7 +253,7 @@ def _head(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, bat
         kernel, bias = fold.fold_batch_norm(weights, f"head.laterals.{index}")
         lateral = writer.linear(f"lateral.{index}.projected", shallow[index], kernel[:, :, 0, 0], bias)
         lateral = writer.add("Relu", f"lateral.{index}", lateral)
-        above = writer.add("Add", f"level.{index}", as_map(f"lateral.{index}", lateral, config.head_channels), above)
+        above = writer.add("Add", f"level.{index}", as_map(f"lateral.{index}", lateral, channels), above)
         smoothed.insert(
             0, writer.conv(f"smooth.{index}", above, *fold.fold_batch_norm(weights, f"head.smooth.{index}"))
         )

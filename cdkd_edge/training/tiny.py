@@ -151,11 +151,20 @@ def bf16_is_faster(config: NetworkConfig, batch: int) -> bool:
     return times[True] < times[False]
 
 
-def train(data: Path, output: Path, recipe: Recipe, *, minutes: float | None = None, schema: LabelSchema) -> None:
+def train(
+    data: Path,
+    output: Path,
+    recipe: Recipe,
+    *,
+    schema: LabelSchema,
+    minutes: float | None = None,
+    stop_at: int | None = None,
+) -> None:
     """Train ``tiny`` on the scenes of ``data`` but one, and on drawn scenery; write it to ``output``.
 
     The file is written every few minutes, whole each time. With ``minutes``, ``recipe.steps`` is
-    replaced by what fits.
+    replaced by what fits. With ``stop_at`` the run ends after that many steps of the schedule, as an
+    interrupted one would have.
     """
     config = PRESETS["tiny"]
     names = [scene for scene in scenes_in(data) if scene != HELD_OUT]
@@ -177,19 +186,20 @@ def train(data: Path, output: Path, recipe: Recipe, *, minutes: float | None = N
     training, notes = start(recipe), _notes(recipe, names)
     began = saved = time.perf_counter()
     running = None
-    for step in range(1, recipe.steps + 1):
+    last = min(stop_at or recipe.steps, recipe.steps)
+    for step in range(1, last + 1):
         loss = training.step()
         running = loss if running is None else 0.98 * running + 0.02 * loss
         now = time.perf_counter()
-        if step % 50 == 0 or step == recipe.steps:
-            left = (now - began) / step * (recipe.steps - step) / 60
-            print(f"step {step}/{recipe.steps}  loss {running:.3f}  {left:.0f} min left", file=sys.stderr, flush=True)
+        if step % 50 == 0 or step == last:
+            left = (now - began) / step * (last - step) / 60
+            print(f"step {step}/{last}  loss {running:.3f}  {left:.0f} min left", file=sys.stderr, flush=True)
         if now - saved > _SAVE_EVERY_S:
             save_checkpoint(
                 training.mean, output, schema=schema, training={**notes, "stopped_at": step}, dtype=torch.float16
             )
             saved = time.perf_counter()
-    notes["minutes"] = round((time.perf_counter() - began) / 60, 1)
+    notes |= {"stopped_at": last, "minutes": round((time.perf_counter() - began) / 60, 1)}
     save_checkpoint(training.mean, output, schema=schema, training=notes, dtype=torch.float16)
 
 
@@ -234,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=2400, help="training steps (repeatable; default 2400)")
     length.add_argument("--minutes", type=float, help="train for about this long instead")
+    parser.add_argument("--stop-at", type=int, help="end after this many steps, the schedule unchanged")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster here")
     options = parser.parse_args(arguments)
@@ -248,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         recipe = Recipe(**{**vars(recipe), "bf16": bf16})
         print(f"training in {'bf16' if bf16 else 'fp32'} with {torch.get_num_threads()} threads", file=sys.stderr)
-        train(options.data, options.output, recipe, minutes=options.minutes, schema=schema)
+        train(options.data, options.output, recipe, schema=schema, minutes=options.minutes, stop_at=options.stop_at)
     except CdkdEdgeError as error:
         print(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.exit_code

@@ -227,6 +227,9 @@ def _plain(value: Any) -> Any:
 def live_steps() -> Iterator[Callable[[str], None]]:
     """A spinner on stderr that names the current step."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda step: None
+        return
     with console.status("starting") as status:
         yield lambda step: status.update(step)
 
@@ -243,6 +246,8 @@ def live_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # Where nobody watches, a bar would leave blank lines between the messages that matter.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -179,8 +180,11 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
         raise CheckpointError(f"{path} is not a checkpoint (.pt, .pth, .bin, .ckpt or .safetensors)")
     try:
-        # Mapping the file keeps a large teacher beside the student out of memory.
-        document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            # What torch warns of here (TorchScript, pickle protocols) is answered below, in one sentence.
+            warnings.simplefilter("ignore")
+            # Mapping the file keeps a large teacher beside the student out of memory.
+            document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises half a dozen unrelated types for damaged files
         raise _unreadable(path, error) from None
     if not isinstance(document, Mapping):
@@ -208,14 +212,15 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     text = " ".join(str(error).split())
     if "TorchScript" in text:
         return CheckpointError(f"{path} is a TorchScript archive, not a state dict", hint="save model.state_dict()")
-    if "Unsupported global" in text or "Unsupported class" in text or "Unsupported operand" in text:
-        name = re.search(r"(?:GLOBAL|class) ([\w.]+)", text)
+    if "Weights only load failed" in text:
+        name = re.search(r"GLOBAL ([\w.]+)", text)
         return CheckpointError(
-            f"{path} is refused: it asks to load {name[1] if name else 'code'}, and reading that could execute "
-            "anything its author wrote",
+            f"{path} is refused: it asks to load {name[1] if name else 'more than tensors'}, and reading that could "
+            "execute anything its author wrote",
             hint="where you trust it, save the tensors alone: torch.save(checkpoint['state_dict'], 'weights.pt')",
         )
-    return CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({text[:120]})")
+    reason = re.split(r"\. |: 0x|This is an internal", text)[0][:120] if isinstance(error, RuntimeError) else ""
+    return CheckpointError(f"{path} is damaged or not a PyTorch checkpoint" + (f" ({reason})" if reason else ""))
 
 
 def _safetensors() -> Any:

@@ -56,14 +56,13 @@ class Workspace:
         return _only(_artefacts(self.engines, ENGINE_SUFFIXES), "engine", self.engines, command, "cdkd-edge build")
 
     def new_run(self, label: str) -> Path:
-        """A fresh folder ``benchmarks/<UTC time>-<label>``."""
+        """A folder ``benchmarks/<UTC time>-<label>`` that does not exist yet (and is not made here)."""
         stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         path = self.benchmarks / f"{stamp}-{label}"
         attempt = 1
         while path.exists():
             attempt += 1
             path = self.benchmarks / f"{stamp}-{label}-{attempt}"
-        path.mkdir(parents=True)
         return path
 
 

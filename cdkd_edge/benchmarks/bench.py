@@ -17,10 +17,10 @@ import rasterio
 from cdkd_edge import __version__
 from cdkd_edge.benchmarks.statistics import Latency, latency_of
 from cdkd_edge.engines.protocol import Engine
-from cdkd_edge.files import write_text
+from cdkd_edge.files import whole_folder, write_text
 from cdkd_edge.machine import Machine, describe_machine
 from cdkd_edge.manifest import EngineManifest, library_versions
-from cdkd_edge.power.source import EnergyMeter, find_source
+from cdkd_edge.power.source import EnergyMeter, PowerSource, find_source
 from cdkd_edge.scene.grid import TileGrid, default_overlap
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
 from cdkd_edge.scenery import draw_scene
@@ -113,42 +113,27 @@ def run_benchmark(
 
     Args:
         engine: a loaded engine.
-        folder: an existing folder for the results.
+        folder: a new folder for the results; it appears when they are complete.
         options: durations, scene, power.
         progress: called with the name of each phase.
 
     Raises:
         EngineError, SceneError: the engine or the scene failed.
+        OSError: the folder cannot be written; known before anything is measured.
     """
+    with whole_folder(folder) as temporary:
+        return _measure(engine, temporary, options, progress)
+
+
+def _measure(engine: Engine, folder: Path, options: BenchOptions, progress: Callable[[str], None]) -> BenchSummary:
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     _fill_inputs(engine)
-    source, reason = find_source() if options.power else (None, "not asked for (--power-trace)")
     power = None
-    if source is not None:
-        with EnergyMeter(source) as meter:
-            progress("idle")
-            idle_from = time.perf_counter()
-            time.sleep(IDLE_SECONDS)  # the measurement itself: nothing may run now
-            idle_to = time.perf_counter()
-            progress("warm-up")
-            _run_for(engine, options.warmup, 1)
-            progress("timed tiles")
-            load_from = time.perf_counter()
-            samples = _run_for(engine, options.duration, options.min_tiles)
-            load_to = time.perf_counter()
-        idle, load = meter.watts(idle_from, idle_to), meter.watts(load_from, load_to)
-        _write_trace(folder / "trace.csv", meter)
-        if meter.error is not None or idle is None or load is None:
-            reason = f"{source.name} stopped answering: {meter.error}"
-        else:
-            seconds_per_tile = (load_to - load_from) / (len(samples) * engine.manifest.batch)
-            net = {rail: (load[rail] - idle[rail]) * seconds_per_tile for rail in load}
-            power = Power(source.name, source.scope, idle, load, net)
+    source, reason = find_source() if options.power else (None, "not asked for (--power-trace)")
+    if source is None:
+        samples, _ = _load_phase(engine, options, progress)
     else:
-        progress("warm-up")
-        _run_for(engine, options.warmup, 1)
-        progress("timed tiles")
-        samples = _run_for(engine, options.duration, options.min_tiles)
+        samples, power, reason = _load_phase_with_power(engine, source, folder, options, progress)
     engine_only = _engine_only(engine, samples)
     progress("scene end to end")
     end_to_end = _end_to_end(engine, options, engine_only.tiles_per_second)
@@ -158,7 +143,7 @@ def run_benchmark(
         engine_only=engine_only,
         end_to_end=end_to_end,
         power=power,
-        power_reason="" if power else reason,
+        power_reason=reason,
         machine=describe_machine(),
         libraries=library_versions(("onnxruntime", "numpy", "rasterio")),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -170,6 +155,37 @@ def run_benchmark(
     text = msgspec.json.format(msgspec.json.encode(summary), indent=2).decode()
     write_text(folder / "summary.json", text + "\n")
     return summary
+
+
+def _load_phase(
+    engine: Engine, options: BenchOptions, progress: Callable[[str], None]
+) -> tuple[list[tuple[float, float]], float]:
+    """Warm-up, then timed batches; also the moment the timing began."""
+    progress("warm-up")
+    _run_for(engine, options.warmup, 1)
+    progress("timed tiles")
+    began = time.perf_counter()
+    return _run_for(engine, options.duration, options.min_tiles), began
+
+
+def _load_phase_with_power(
+    engine: Engine, source: PowerSource, folder: Path, options: BenchOptions, progress: Callable[[str], None]
+) -> tuple[list[tuple[float, float]], Power | None, str]:
+    """An idle phase with the engine loaded, then the load phase, both under the meter."""
+    with EnergyMeter(source) as meter:
+        progress("idle")
+        idle_from = time.perf_counter()
+        time.sleep(IDLE_SECONDS)  # the measurement itself: nothing may run now
+        idle_to = time.perf_counter()
+        samples, load_from = _load_phase(engine, options, progress)
+        load_to = time.perf_counter()
+    _write_trace(folder / "trace.csv", meter)
+    idle, load = meter.watts(idle_from, idle_to), meter.watts(load_from, load_to)
+    if meter.error is not None or idle is None or load is None:
+        return samples, None, f"{source.name} stopped answering: {meter.error or 'no reading in a phase'}"
+    seconds_per_tile = (load_to - load_from) / (len(samples) * engine.manifest.batch)
+    net = {rail: (load[rail] - idle[rail]) * seconds_per_tile for rail in load}
+    return samples, Power(source.name, source.scope, idle, load, net), ""
 
 
 def _fill_inputs(engine: Engine) -> None:

@@ -76,14 +76,21 @@ ThreadsOption = Annotated[
 ]
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"cdkd-edge {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -197,15 +204,15 @@ def segment(
     space = _workspace(workspace)
     options = _segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
     outputs = _output_paths(scenes, output, space, overwrite)
+    pictures = [path.with_name(f"{path.stem}_quicklook.png") if quicklook else None for path in outputs]
+    _spare_the_scenes(scenes, [*outputs, *(picture for picture in pictures if picture)])
     loaded = load_engine(engine or space.only_engine("cdkd-edge segment SCENE --engine"), threads=threads)
     results = []
     try:
-        for scene, destination in zip(scenes, outputs, strict=True):
+        for scene, destination, picture in zip(scenes, outputs, pictures, strict=True):
             with _progress_bar(Path(scene).name) as progress:
                 result = segment_scene(loaded, scene, destination, options, progress)
-            picture = None
-            if quicklook:
-                picture = destination.with_name(f"{destination.stem}_quicklook.png")
+            if picture:
                 write_quicklook(scene, result, loaded.manifest.schema, picture, options)
             results.append(describe_segment(scene, result, picture))
             if not as_json:
@@ -290,8 +297,10 @@ def demo(
 
 def main() -> None:
     """Entry point of the ``cdkd-edge`` command."""
-    # So that temporary files are removed when a job scheduler ends the process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # So that temporary files are removed when a job scheduler ends the process or a connection is lost.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
     app()
 
 
@@ -343,9 +352,20 @@ def _output_paths(scenes: list[str], output: Path | None, space: Workspace, over
     for index, path in enumerate(paths):
         if path in paths[:index]:
             raise SceneError(f"two scenes would both become {path}", hint="segment them separately, with --output")
+        if path.is_dir():
+            raise SceneError(f"{path} is a folder", hint="name a file in it, or a folder without .tif")
         if path.exists() and not overwrite:
             raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
     return paths
+
+
+def _spare_the_scenes(scenes: list[str], outputs: list[Path]) -> None:
+    from cdkd_edge.errors import SceneError
+
+    for path in outputs:
+        for scene in scenes:
+            if path.exists() and Path(scene).exists() and path.samefile(scene):
+                raise SceneError(f"{path} would overwrite the scene {scene}", hint="choose another --output")
 
 
 def _need(package: str, extra: str, purpose: str) -> None:

@@ -45,11 +45,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    _require_new(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        _require_new(path)
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException:
@@ -70,6 +70,11 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _require_new(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def _sync(path: Path) -> None:

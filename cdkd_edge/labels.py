@@ -112,10 +112,12 @@ class LabelSchema:
 
         Raises:
             SchemaError: the mask holds a colour or value that the schema does not know, or has
-                another shape.
+                another type or shape.
         """
         import numpy as np
 
+        if mask.dtype != np.uint8:
+            raise SchemaError(f"{source} is {mask.dtype}; expected uint8")
         if mask.ndim == 2:
             lookup = np.full(256, -1, np.int16)
             for label, cls in enumerate(self.classes):

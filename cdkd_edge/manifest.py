@@ -156,7 +156,7 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
             f"{artefact} has no manifest ({path.name}) beside it",
             hint="copy both files together, or make them again with `cdkd-edge export` and `cdkd-edge build`",
         ) from None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError) as error:
         raise ManifestError(f"manifest {path} cannot be read: {error}") from None
     if not isinstance(document, dict) or document.pop("kind", None) != kind.kind:
         raise ManifestError(f"{path} is not the manifest of a cdkd-edge {kind.kind}")
@@ -169,6 +169,8 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
         schema_from_document(manifest.labels, source=str(path))
     except (msgspec.ValidationError, SchemaError) as error:
         raise ManifestError(f"manifest {path} is damaged: {error}") from None
+    if manifest.tile < 1 or manifest.batch < 1:
+        raise ManifestError(f"manifest {path} is damaged: {manifest.batch} tiles of {manifest.tile} px")
     if verify and sha256_of(artefact) != manifest.artefact.sha256:
         raise ManifestError(
             f"{artefact} is not the file its manifest describes (SHA-256 differs)",

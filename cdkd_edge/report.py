@@ -183,6 +183,7 @@ def describe_demo(result: DemoResult) -> Report:
 
 def _bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
     engine, scene, latency = summary.engine_only, summary.end_to_end, summary.engine_only.latency_ms
+    overhead = "" if scene.overhead is None else f", {scene.overhead:.3f} x the engine's time"
     rows = [
         ("machine", f"{summary.machine.board or summary.machine.cpu}, {summary.machine.cores} cores"),
         ("engine only", f"{engine.tiles_per_second:.2f} tiles/s, {engine.megapixels_per_second:.2f} MP/s"),
@@ -193,7 +194,7 @@ def _bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
         (
             "end to end",
             f"{scene.width} x {scene.height} px in {scene.seconds:.1f} s: {scene.tiles_per_second:.2f} tiles/s, "
-            f"{scene.megapixels_per_second:.2f} MP/s, {scene.overhead:.3f} x the engine's time",
+            f"{scene.megapixels_per_second:.2f} MP/s" + overhead,
         ),
         ("peak memory", f"{summary.peak_memory_bytes / 1e6:.0f} MB"),
     ]

@@ -8,6 +8,8 @@ to type.
 from __future__ import annotations
 
 import datetime
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +58,11 @@ class Workspace:
         return _only(_artefacts(self.engines, ENGINE_SUFFIXES), "engine", self.engines, command, "cdkd-edge build")
 
     def new_run(self, label: str) -> Path:
-        """A folder ``benchmarks/<UTC time>-<label>`` that does not exist yet (and is not made here)."""
+        """A folder ``benchmarks/<UTC time>-<label>`` that does not exist yet (and is not made here).
+
+        Unusual characters of the label become ``_``: it may come from a manifest, and must not lead elsewhere.
+        """
+        label = re.sub(r"[^\w.-]+", "_", label)
         stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         path = self.benchmarks / f"{stamp}-{label}"
         attempt = 1
@@ -72,7 +78,10 @@ def _artefacts(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix in suffixes and not path.name.startswith(".") and manifest_path(path).is_file()
+        if path.suffix in suffixes
+        and not path.name.startswith(".")
+        and path.is_file()
+        and manifest_path(path).is_file()
     )
 
 
@@ -83,6 +92,6 @@ def _only(candidates: list[Path], what: str, folder: Path, command: str, first: 
         names = ", ".join(path.name for path in candidates)
         raise WorkspaceError(
             f"there are {len(candidates)} candidates for the {what} in {folder}: {names}",
-            hint="say which: " + "  or  ".join(f"{command} {path}" for path in candidates[:4]),
+            hint="say which: " + "  or  ".join(f"{command} {shlex.quote(str(path))}" for path in candidates[:4]),
         )
     return candidates[0]

@@ -23,6 +23,7 @@ from cdkd_edge.manifest import EngineManifest, library_versions
 from cdkd_edge.power.source import EnergyMeter, PowerSource, find_source
 from cdkd_edge.scene.grid import TileGrid, default_overlap
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.scene.reader import SceneReader
 from cdkd_edge.scenery import draw_scene
 
 SUMMARY_VERSION = 1
@@ -69,8 +70,8 @@ class EndToEnd:
     tiles_per_second: float
     megapixels_per_second: float
     """Scene pixels; overlaps and padding count as work but not as result."""
-    overhead: float
-    """Seconds over engine seconds; 1 means that reading and writing cost nothing."""
+    overhead: float | None
+    """Seconds over engine seconds; 1 means that reading and writing cost nothing. None: no tile was computed."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def run_benchmark(
 
 def _measure(engine: Engine, folder: Path, options: BenchOptions, progress: Callable[[str], None]) -> BenchSummary:
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    if options.scene is not None:
+        _check_scene(engine, options.scene, options.segment)
     _fill_inputs(engine)
     power = None
     source, reason = find_source() if options.power else (None, "not asked for (--power-trace)")
@@ -188,6 +191,13 @@ def _load_phase_with_power(
     return samples, Power(source.name, source.scope, idle, load, net), ""
 
 
+def _check_scene(engine: Engine, scene: Path, options: SegmentOptions) -> None:
+    """Find what is wrong with the scene now, not after the measurement."""
+    tile = engine.manifest.tile
+    TileGrid.over(1, 1, tile, default_overlap(tile) if options.overlap is None else options.overlap)
+    SceneReader(scene, bands=options.bands, stretch=options.stretch).close()
+
+
 def _fill_inputs(engine: Engine) -> None:
     """Different drawn tiles in every slot, so that no cache sees the same image twice in a row."""
     tile, batch = engine.manifest.tile, engine.manifest.batch
@@ -241,7 +251,7 @@ def _end_to_end(engine: Engine, options: BenchOptions, tiles_per_second: float) 
         engine_seconds=result.engine_seconds,
         tiles_per_second=computed / result.seconds,
         megapixels_per_second=result.width * result.height / result.seconds / 1e6,
-        overhead=result.seconds / result.engine_seconds if result.engine_seconds else float("nan"),
+        overhead=result.seconds / result.engine_seconds if result.engine_seconds else None,
     )
 
 

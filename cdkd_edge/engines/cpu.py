@@ -12,7 +12,7 @@ import onnxruntime
 
 from cdkd_edge.engines.fuse import fuse_attention
 from cdkd_edge.engines.protocol import UInt8Array
-from cdkd_edge.errors import EngineError, NumericalCheckError
+from cdkd_edge.errors import EngineError, GraphError, NumericalCheckError
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.machine import available_cores, describe_machine
@@ -53,7 +53,10 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
     source = read_manifest(graph, GraphManifest)
     if source.precision != "fp32":
         raise EngineError(f"{graph} is a {source.precision} graph; the CPU engine runs fp32", hint="export it again")
-    model = onnx.load(graph)
+    try:
+        model = onnx.load(graph)
+    except Exception as error:  # protobuf's own type, and what onnx makes of a file without a graph
+        raise GraphError(f"{graph} is not an ONNX graph: {_one_line(error)}", hint="export it again") from None
     fused, blocks = fuse_attention(model)
     serialized = model.SerializeToString()
     del model
@@ -79,7 +82,8 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
             attention_fused=fused,
             build_seconds=time.perf_counter() - started,
             graph_check=source.check,
-            libraries=library_versions(("onnxruntime", "onnx", "numpy")),
+            # The module's own word: its package may be onnxruntime-gpu or a vendor's build.
+            libraries={**library_versions(("onnx", "numpy")), "onnxruntime": onnxruntime.__version__},
         )
     write_manifest(destination, manifest)
     return manifest

@@ -84,9 +84,10 @@ class _Matcher:
         inner = (heads_shape, by_head, split, keys, scores, softmax, mixed, by_token)
         replaced = frozenset(node.output[0] for node in (*inner, joined))
         _require(not any(self.escapes(node, replaced) for node in inner))
-        _require(heads_shape.input[1] in self.constants)
-        _, _, parts, width = numpy_helper.to_array(self.constants[heads_shape.input[1]]).tolist()
+        batch, length, parts, width = self.sizes(heads_shape, 4)
         heads = parts // 3
+        _require(self.sizes(split, 3) == [heads] * 3)
+        _require(self.sizes(joined, 3) == [batch, length, heads * width])
         return _AttentionBlock(heads_shape.input[0], joined.output[0], heads, heads * width, replaced)
 
     def maker(self, value: str, op: str, **attributes: object) -> onnx.NodeProto:
@@ -102,6 +103,13 @@ class _Matcher:
         if len(users) != 1 or not _is(users[0], op, attributes):
             raise _MismatchError
         return users[0]
+
+    def sizes(self, node: onnx.NodeProto, count: int) -> list[int]:
+        """The constant sizes that are a node's second input, if they are so many and all given."""
+        _require(len(node.input) == 2 and node.input[1] in self.constants)
+        sizes: list[int] = numpy_helper.to_array(self.constants[node.input[1]]).ravel().tolist()
+        _require(len(sizes) == count and min(sizes) > 0)
+        return sizes
 
     def escapes(self, node: onnx.NodeProto, block: frozenset[str]) -> bool:
         """Whether a value of the node is used outside the block."""

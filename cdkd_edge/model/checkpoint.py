@@ -137,7 +137,7 @@ def _read(
     notes: list[str] = []
     _fold_layer_scale(state, notes)
     _add_missing_qkv_bias(state, notes)
-    config = _stored_config(header, path) if layout is OURS and header else None
+    config = _stored_config(header, state, path) if layout is OURS and header else None
     if config is None:
         config = _inferred_config(state, layout, heads, layer_norm_eps, notes)
     elif (heads and heads != config.heads) or (layer_norm_eps and layer_norm_eps != config.layer_norm_eps):
@@ -147,6 +147,9 @@ def _read(
         resized = dataclasses.replace(config, tile=tile)
         state["encoder.pos_embed"] = resample_position(state["encoder.pos_embed"], resized.grid, config.class_token)
         config = resized
+    training = header.get("training") or {}
+    if not isinstance(header.get("schema") or {}, Mapping) or not isinstance(training, Mapping):
+        raise CheckpointError(f"{path} has a damaged header: its schema or training notes are not a table")
     schema = None
     if header.get("schema"):
         schema = schema_from_document(header["schema"], source=str(path))
@@ -159,7 +162,7 @@ def _read(
         dropped=(*left_behind, *dropped),
         notes=tuple(notes),
         schema=schema,
-        training=header.get("training") or {},
+        training=training,
     )
     if schema and report.has_head and len(schema) != config.classes:
         raise CheckpointError(f"{path}: its label schema has {len(schema)} classes, its classifier {config.classes}")
@@ -212,11 +215,9 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     text = " ".join(str(error).split())
     if "TorchScript" in text:
         return CheckpointError(f"{path} is a TorchScript archive, not a state dict", hint="save model.state_dict()")
-    if "Weights only load failed" in text:
-        name = re.search(r"GLOBAL ([\w.]+)", text)
+    if name := re.search(r"GLOBAL ([\w.]+)", text):
         return CheckpointError(
-            f"{path} is refused: it asks to load {name[1] if name else 'more than tensors'}, and reading that could "
-            "execute anything its author wrote",
+            f"{path} is refused: it asks to load {name[1]}, and reading that could execute anything its author wrote",
             hint="where you trust it, save the tensors alone: torch.save(checkpoint['state_dict'], 'weights.pt')",
         )
     reason = re.split(r"\. |: 0x|This is an internal", text)[0][:120] if isinstance(error, RuntimeError) else ""
@@ -289,8 +290,10 @@ def _fold_layer_scale(state: dict[str, Tensor], notes: list[str]) -> None:
         for part in ("weight", "bias"):
             if f"{target}.{part}" not in state:
                 raise CheckpointError(f"LayerScale without the layer it scales: {target}.{part} is missing")
-            shape = (-1, 1) if part == "weight" else (-1,)
-            state[f"{target}.{part}"] *= gamma.reshape(shape)
+            scaled = state[f"{target}.{part}"]
+            if gamma.shape != scaled.shape[:1]:
+                raise CheckpointError(f"LayerScale of {tuple(gamma.shape)} does not fit {target}.{part}")
+            scaled *= gamma.reshape(-1, *[1] * (scaled.ndim - 1))
     if scales:
         notes.append(f"LayerScale folded into {len(scales)} linear layers")
 
@@ -320,20 +323,33 @@ def resample_position(position: Tensor, grid: int, class_token: bool) -> Tensor:
 # --- configuration --------------------------------------------------------------------------------
 
 
-def _stored_config(header: Mapping[str, Any], path: Path) -> NetworkConfig:
+def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Path) -> NetworkConfig:
     if header.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} is a version {header.get('version')} checkpoint; this release reads {FORMAT_VERSION}"
         )
     try:
         values = dict(header["config"])
-        return NetworkConfig(**{**values, "pool_scales": tuple(values["pool_scales"])})
+        stored = NetworkConfig(**{**values, "pool_scales": tuple(values["pool_scales"])})
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a damaged configuration: {error}") from None
+    # Before anything of that size is allocated.
+    sizes = ("tile", "patch", "embed_dim", "depth", "mlp_dim", "classes", "head_channels", "class_token")
+    found = _inferred_config(state, OURS, stored.heads, stored.layer_norm_eps, [], stored.pool_scales)
+    for size in sizes:
+        said, is_ = getattr(stored, size), getattr(found, size)
+        if said != is_ or type(said) is not type(is_):
+            raise CheckpointError(f"{path} has a damaged configuration: {size} is {said!r}, its weights say {is_!r}")
+    return stored
 
 
 def _inferred_config(
-    state: dict[str, Tensor], layout: Layout, heads: int | None, layer_norm_eps: float | None, notes: list[str]
+    state: dict[str, Tensor],
+    layout: Layout,
+    heads: int | None,
+    layer_norm_eps: float | None,
+    notes: list[str],
+    pool_scales: tuple[int, ...] = NetworkConfig.pool_scales,
 ) -> NetworkConfig:
     patches = _need(state, "encoder.patch_embed.proj.weight", 4)
     position = _need(state, "encoder.pos_embed", 3)
@@ -376,6 +392,7 @@ def _inferred_config(
         depth=len(blocks),
         heads=heads,
         mlp_dim=hidden.shape[0],
+        pool_scales=pool_scales,
         layer_norm_eps=layer_norm_eps,
         class_token=class_token,
         **shapes,

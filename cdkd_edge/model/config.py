@@ -43,7 +43,7 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         numbers = (self.tile, self.patch, self.embed_dim, self.heads, self.mlp_dim, self.classes, self.head_channels)
-        if min(numbers) < 1 or self.layer_norm_eps <= 0:
+        if min(numbers) < 1 or not 0 < self.layer_norm_eps < 1:
             raise CheckpointError(f"a network cannot have these sizes: {self}")
         if self.tile % self.patch:
             raise CheckpointError(f"a tile of {self.tile} px is not a multiple of the {self.patch} px patch")

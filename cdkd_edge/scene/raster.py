@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ _GDAL_OPTIONS = {
     "GDAL_PAM_ENABLED": "YES",
 }
 
+# What GDAL opens though it is no file: URLs, subdatasets (GPKG:file:table), files inside files.
+_GDAL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:|/vsi")
+
 
 @contextlib.contextmanager
 def gdal(doing: str) -> Iterator[None]:
@@ -33,13 +37,16 @@ def gdal(doing: str) -> Iterator[None]:
         try:
             yield
         except RasterioError as error:
-            causes = [str(error)]
-            cause = error.__cause__
+            causes = []
+            cause: BaseException | None = error
             while cause is not None:
                 causes.append(str(cause))
                 cause = cause.__cause__
-            reason = " ".join(max(causes, key=len).split())
+            telling = [text for text in causes if "previous exception" not in text] or causes
+            reason = " ".join(max(telling, key=len).split())
             raise SceneError(f"{doing} failed: {reason}") from None
+        except UnicodeEncodeError:
+            raise SceneError(f"{doing} failed: GDAL takes only names in UTF-8") from None
 
 
 def open_scene(path: str | Path) -> Any:
@@ -49,7 +56,7 @@ def open_scene(path: str | Path) -> Any:
         SceneError: there is no such file, or GDAL does not know its format.
     """
     name = str(path)
-    if "://" not in name and not name.startswith("/vsi") and not Path(name).is_file():
+    if not _GDAL_NAME.match(name) and not Path(name).is_file():
         raise SceneError(f"scene {name} {'is not a file' if Path(name).exists() else 'does not exist'}")
     try:
         with gdal(f"opening {name}"):

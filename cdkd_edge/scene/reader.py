@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,8 @@ class Stretch:
     percentiles: bool
 
     def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise SceneError(f"a stretch needs low < high, not {self.low:g} and {self.high:g}")
+        if not -math.inf < self.low < self.high < math.inf:
+            raise SceneError(f"a stretch needs low < high, both finite, not {self.low:g} and {self.high:g}")
         if self.percentiles and not (self.low >= 0 and self.high <= 100):
             raise SceneError(f"percentiles lie within 0..100, not {self.low:g} and {self.high:g}")
 
@@ -152,7 +153,7 @@ class SceneReader:
                 f"{self.path} holds no bands" + (" of its own, only subdatasets" if dataset.subdatasets else ""),
                 hint=f"name one, e.g. {dataset.subdatasets[0]}" if dataset.subdatasets else None,
             )
-        if any(np.dtype(kind).kind == "c" for kind in dataset.dtypes):
+        if any(kind.startswith("complex") for kind in dataset.dtypes):  # also complex_int16, unknown to NumPy
             raise SceneError(f"{self.path} holds complex values, not an image")
         if bands is not None:
             if len(bands) != 3 or not all(1 <= band <= count for band in bands):
@@ -217,5 +218,6 @@ def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
 
 def _stretched(pixels: npt.NDArray[Any], limits: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     low, high = limits[:, :1, None], limits[:, 1:, None]
-    scaled = (pixels.astype(np.float32) - low) * (255 / (high - low))
+    with np.errstate(over="ignore", invalid="ignore"):  # nodata values are often the largest there are
+        scaled = (pixels.astype(np.float32) - low) * (255 / (high - low))
     return np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8)

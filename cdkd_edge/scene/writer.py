@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,12 +16,15 @@ import numpy.typing as npt
 import rasterio
 
 from cdkd_edge.errors import SceneError, SystemRefusalError
-from cdkd_edge.files import whole_file, write_text
+from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.scene.raster import gdal
 
 BLOCK = 512
 """Side of the GeoTIFF's blocks, px. Rows are written in multiples of it, so no block is written twice."""
+
+_NO_ROOM = BLOCK * BLOCK
+"""A write that failed with less room than a block, in bytes, failed for want of room."""
 
 
 class LabelMapWriter:
@@ -72,7 +78,7 @@ class LabelMapWriter:
 
     def __enter__(self) -> LabelMapWriter:
         self._file = whole_file(self.path)
-        temporary = self._file.__enter__()
+        self._temporary = temporary = self._file.__enter__()
         try:
             with gdal(f"creating {self.path}"):
                 self._dataset = rasterio.open(temporary, "w", **self._profile)
@@ -81,14 +87,15 @@ class LabelMapWriter:
                 self._dataset.write_colormap(1, {**colors, NO_LABEL: (0, 0, 0, 0)})
                 self._dataset.update_tags(**self._tags)
         except BaseException as error:
-            self._file.__exit__(type(error), error, error.__traceback__)
+            self._abandon(error)
             raise
         self._errors = _GdalErrors()
         return self
 
     def write_rows(self, labels: npt.NDArray[np.uint8]) -> None:
         """Append rows ``[h, width]`` below those written before."""
-        self.counts += np.bincount(labels.ravel(), minlength=256)
+        for start in range(0, len(labels), 16):  # bincount makes 8 bytes of each label
+            self.counts += np.bincount(labels[start : start + 16].ravel(), minlength=256)
         rows = np.concatenate([self._pending, labels]) if len(self._pending) else labels
         whole = len(rows) if self._next_row + len(rows) == self._profile["height"] else len(rows) // BLOCK * BLOCK
         self._write(rows[:whole])
@@ -97,26 +104,46 @@ class LabelMapWriter:
     def _write(self, rows: npt.NDArray[np.uint8]) -> None:
         if not len(rows):
             return
-        with gdal(f"writing {self.path}"):
-            window = rasterio.windows.Window(0, self._next_row, self._width, len(rows))
+        window = rasterio.windows.Window(0, self._next_row, self._width, len(rows))
+        with self._writing():
             self._dataset.write(rows, 1, window=window)
         self._next_row += len(rows)
-        self._raise_write_errors()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         try:
             self._close(discard=error is not None)
+            if error is None:
+                with whole_file(_sidecar(self.path)) as sidecar:
+                    sidecar.write_text(self._metadata(), encoding="utf-8")
+                    self._file.__exit__(None, None, None)
         except BaseException as failure:
-            self._file.__exit__(type(failure), failure, failure.__traceback__)
+            self._abandon(failure)
             raise
-        self._file.__exit__(kind, error, trace)
+        if error is not None:
+            self._abandon(error)
+
+    def _abandon(self, error: BaseException) -> None:
+        with contextlib.suppress(OSError):  # as a rule there is none
+            _sidecar(self._temporary).unlink()
+        self._file.__exit__(type(error), error, error.__traceback__)
+
+    def _metadata(self) -> str:
+        """The sidecar's text: class names, and what GDAL could not say in GeoTIFF (an unusual CRS)."""
+        own = category_names_xml(self._schema)
+        extra = _sidecar(self._temporary)
+        if not extra.exists():
+            return own
+        root = ElementTree.fromstring(own)
+        root[:0] = [item for item in ElementTree.parse(extra).getroot() if item.tag != "PAMRasterBand"]
+        extra.unlink()
+        ElementTree.indent(root)
+        return ElementTree.tostring(root, encoding="unicode") + "\n"
 
     def _close(self, *, discard: bool) -> None:
         try:
             # GDAL flushes here; a full disk may show only now, and only in its log.
-            with gdal(f"writing {self.path}"):
+            with self._writing():
                 self._dataset.close()
-            self._raise_write_errors()
         except (SceneError, SystemRefusalError):
             if not discard:
                 raise
@@ -126,14 +153,20 @@ class LabelMapWriter:
             return
         if self._next_row != self._profile["height"]:
             raise SceneError(f"{self.path}: {self._next_row} of {self._profile['height']} rows were written")
-        write_text(_sidecar(self.path), category_names_xml(self._schema))
 
-    def _raise_write_errors(self) -> None:
-        if self._errors.messages:
-            reason = self._errors.messages[0]
-            if "No space left" in reason or "full" in reason.lower():
-                raise SystemRefusalError(f"writing {self.path} failed: no space left on the device")
-            raise SceneError(f"writing {self.path} failed: {reason}")
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._errors.threads.add(threading.get_ident())
+        try:
+            with gdal(f"writing {self.path}"):
+                yield
+            if self._errors.messages:
+                raise SceneError(f"writing {self.path} failed: {self._errors.messages[0]}")
+        except SceneError:
+            # libtiff says "write error" and prints the reason past GDAL, straight to stderr.
+            if shutil.disk_usage(self.path.parent).free < _NO_ROOM:
+                raise SystemRefusalError(f"writing {self.path} failed: no space left on the device") from None
+            raise
 
 
 class _GdalErrors(logging.Handler):
@@ -142,11 +175,14 @@ class _GdalErrors(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self.messages: list[str] = []
+        self.threads: set[int] = set()
+        """Threads that write; what GDAL reports in others is about other files."""
         self._logger = logging.getLogger("rasterio._env")
         self._logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
+        if record.thread in self.threads:
+            self.messages.append(record.getMessage())
 
     def close(self) -> None:
         self._logger.removeHandler(self)

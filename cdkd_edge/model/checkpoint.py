@@ -124,6 +124,7 @@ def save_checkpoint(
             _safetensors().save_file(state, temporary, metadata={"cdkd-edge": json.dumps(header)})
         else:
             torch.save({**header, "state_dict": state}, temporary)
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def _read(

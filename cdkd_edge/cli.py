@@ -14,19 +14,31 @@ import typer
 from typer.core import TyperGroup
 
 from cdkd_edge import __version__
-from cdkd_edge.errors import CdkdEdgeError, MissingExtraError, SystemRefusalError
+from cdkd_edge.errors import CdkdEdgeError, MissingExtraError, SystemRefusalError, UsageError
 
 if TYPE_CHECKING:
     from cdkd_edge.scene.pipeline import SegmentOptions
     from cdkd_edge.workspace import Workspace
 
 
+_UsageError: Any = typer.BadParameter.__base__
+"""What every complaint about arguments is a kind of; Typer does not export it."""
+
+
 class _AnsweringGroup(TyperGroup):
     """Turns errors into one line and an exit code; tracebacks only for bugs, or with ``--debug``."""
+
+    def make_context(self, *arguments: Any, **extra: Any) -> Any:
+        try:
+            return super().make_context(*arguments, **extra)
+        except _UsageError as error:
+            _fail_usage(error)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except _UsageError as error:
+            _fail_usage(error)
         except (CdkdEdgeError, OSError, MemoryError, ModuleNotFoundError) as error:
             if ctx.params.get("debug"):
                 raise
@@ -392,6 +404,13 @@ def _fail(error: CdkdEdgeError) -> NoReturn:
     text = "".join(char if char.isprintable() else " " for char in text)
     typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)
     raise typer.Exit(error.exit_code)
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    if "NoArgsIsHelp" in type(error).__name__:  # its message is the help page
+        raise error
+    command = error.ctx.command_path if error.ctx else "cdkd-edge"
+    _fail(UsageError(error.format_message().rstrip("."), hint=f"see {command} --help"))
 
 
 def _show(report: Any, as_json: bool) -> None:

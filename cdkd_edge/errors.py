@@ -43,6 +43,12 @@ class CdkdEdgeError(Exception):
         return self.message
 
 
+class UsageError(CdkdEdgeError):
+    """The command line was used wrongly."""
+
+    exit_code = 2
+
+
 class CheckpointError(CdkdEdgeError, ValueError):
     """The checkpoint is not readable, not safe to read, or does not hold a network we know."""
 

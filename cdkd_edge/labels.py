@@ -165,7 +165,7 @@ def load_schema(name_or_path: str | Path) -> LabelSchema:
             document = tomllib.load(file)
     except FileNotFoundError:
         raise SchemaError(f"label schema {name} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise SchemaError(f"label schema {name} cannot be read: {error}") from None
     return schema_from_document(document, source=name)
 

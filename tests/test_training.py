@@ -163,14 +163,18 @@ def test_trains_without_the_held_out_scene_and_judges_the_file(
     monkeypatch.setattr(tiny, "DRAWN_HELD_OUT_SEEDS", range(100, 101))
     output = tmp_path / "out" / "small.pt"
     arguments = ["--data", str(folder), "--precision", "fp32"]
-    assert tiny.main([*arguments, "--output", str(output), "--steps", "3"]) == 0
+    assert tiny.main([*arguments, "--output", str(output), "--steps", "3", "--stop-at", "2"]) == 0
     assert seen == {f"tile{s}_00{p}.jpg" for s in (1, 2, 4) for p in (1, 2)} | {"drawn1000", "drawn1001"}
     network, report = load_checkpoint(output)
     assert network.config == SMALL
     assert report.schema == DUBAI
     assert report.training["held_out_scene"] == "tile5"
     assert report.training["recipe"]["steps"] == 3
+    assert report.training["stopped_at"] == 2
     assert str(folder) not in str(report.training)
+    timed = tmp_path / "timed.pt"
+    assert tiny.main([*arguments, "--output", str(timed), "--minutes", "0.005"]) == 0
+    assert load_checkpoint(timed)[1].training["recipe"]["steps"] >= 1
     capsys.readouterr()
     assert tiny.main([*arguments, "--evaluate", str(output)]) == 0
     printed = capsys.readouterr().out

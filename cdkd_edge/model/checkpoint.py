@@ -32,6 +32,8 @@ FORMAT = "cdkd-edge checkpoint"
 FORMAT_VERSION = 1
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "student", "network")
+_MAX_WRAPPERS = 8
+"""A pickle can hold a dict that contains itself."""
 _TEACHER = "teacher beside the student"
 _PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
 
@@ -149,8 +151,10 @@ def _read(
         state["encoder.pos_embed"] = resample_position(state["encoder.pos_embed"], resized.grid, config.class_token)
         config = resized
     training = header.get("training") or {}
-    if not isinstance(header.get("schema") or {}, Mapping) or not isinstance(training, Mapping):
-        raise CheckpointError(f"{path} has a damaged header: its schema or training notes are not a table")
+    if not all(_is_plain_table(part) for part in (header.get("schema") or {}, training)):
+        raise CheckpointError(
+            f"{path} has a damaged header: its schema or training notes are not a table of plain data"
+        )
     schema = None
     if header.get("schema"):
         schema = schema_from_document(header["schema"], source=str(path))
@@ -168,6 +172,14 @@ def _read(
     if schema and report.has_head and len(schema) != config.classes:
         raise CheckpointError(f"{path}: its label schema has {len(schema)} classes, its classifier {config.classes}")
     return config, state, report
+
+
+def _is_plain_table(value: object) -> bool:
+    """Whether a manifest can hold it."""
+    try:
+        return isinstance(json.loads(json.dumps(value)), dict)
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -245,6 +257,8 @@ def _unwrap(document: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor],
     unwrapped: list[str] = []
     dropped: list[Dropped] = []
     while inner := next((key for key in _WRAPPERS if isinstance(document.get(key), Mapping)), None):
+        if len(unwrapped) == _MAX_WRAPPERS:
+            raise CheckpointError(f"{path} holds no state dict within {_MAX_WRAPPERS} wrappers")
         if isinstance(teacher := document.get("teacher"), Mapping) and teacher:
             dropped.append(Dropped(_TEACHER, len(teacher), f"teacher.{next(iter(teacher))}"))
         unwrapped.append(inner)
@@ -269,8 +283,10 @@ def _unwrap(document: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor],
 
 
 def _as_float32(key: str, tensor: Tensor) -> Tensor:
-    if tensor.layout is not torch.strided or not tensor.is_floating_point():
-        raise CheckpointError(f"{key} is stored as {tensor.dtype} ({tensor.layout}); weights must be floating point")
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta or not tensor.is_floating_point():
+        raise CheckpointError(
+            f"{key} is stored as {tensor.dtype} ({tensor.layout}); weights must be dense floating point"
+        )
     tensor = tensor.to(torch.float32, copy=True)
     if not torch.isfinite(tensor).all():
         raise CheckpointError(
@@ -303,7 +319,7 @@ def _add_missing_qkv_bias(state: dict[str, Tensor], notes: list[str]) -> None:
     weights = [key for key in state if key.endswith(".attn.qkv.weight")]
     if weights and not any(key.endswith(".attn.qkv.bias") for key in state):
         for key in weights:
-            state[key.replace(".weight", ".bias")] = torch.zeros(len(state[key]))
+            state[key.replace(".weight", ".bias")] = torch.zeros(state[key].shape[:1])
         notes.append("attention without qkv bias: zeros supplied")
 
 
@@ -334,6 +350,8 @@ def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Pa
         stored = NetworkConfig(**{**values, "pool_scales": tuple(values["pool_scales"])})
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a damaged configuration: {error}") from None
+    if any(type(number) is not int for number in (stored.heads, *stored.pool_scales)):
+        raise CheckpointError(f"{path} has a damaged configuration: heads and pool_scales are whole numbers")
     # Before anything of that size is allocated.
     sizes = ("tile", "patch", "embed_dim", "depth", "mlp_dim", "classes", "head_channels", "class_token")
     found = _inferred_config(state, OURS, stored.heads, stored.layer_norm_eps, [], stored.pool_scales)
@@ -360,6 +378,8 @@ def _inferred_config(
         raise CheckpointError(f"the patch embedding is {tuple(patches.shape)}; RGB and square patches are needed")
     class_token = "encoder.cls_token" in state
     tokens = position.shape[1]
+    if tokens <= class_token or (position.shape[0], position.shape[2]) != (1, dim):
+        raise CheckpointError(f"a position embedding of shape {tuple(position.shape)} does not fit a width of {dim}")
     grid = math.isqrt(tokens - class_token)
     if class_token and grid**2 + 1 != tokens and math.isqrt(tokens) ** 2 == tokens:
         # timm's "no_embed_class": positions for the patches alone.
@@ -379,13 +399,15 @@ def _inferred_config(
     if layer_norm_eps is None:
         layer_norm_eps = layout.layer_norm_eps
         notes.append(f"LayerNorm eps {layer_norm_eps:g} assumed (as in {layout.name}; not stored in the checkpoint)")
-    blocks = {int(match[1]) for key in state if (match := re.match(r"encoder\.blocks\.(\d+)\.", key))}
+    blocks = {int(match[1]) for key in state if (match := re.match(r"encoder\.blocks\.(\d{1,4})\.", key))}
     if gaps := sorted(set(range(max(blocks) + 1)) - blocks)[:8]:
         raise CheckpointError(f"the checkpoint lacks transformer blocks {gaps} of {max(blocks) + 1}")
     shapes: dict[str, Any] = {}
     if any(key.startswith("head.") for key in state):
         classifier = _need(state, "head.classifier.weight", 4)
         shapes = {"classes": classifier.shape[0], "head_channels": classifier.shape[1]}
+        if layout is not OURS:
+            notes.append(f"pyramid pooling to {', '.join(map(str, pool_scales))} cells assumed (not stored)")
     return NetworkConfig(
         tile=grid * patch,
         patch=patch,

@@ -9,6 +9,9 @@ from cdkd_edge.errors import CheckpointError
 HEAD_DIM = 64
 """Width of an attention head where nothing else is said (ViT-S/B/L and the paper's student)."""
 
+MAX_GRID = 512
+"""Patches along a side beyond which attention over all of them is out of reach, and a typing error likely."""
+
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 """RGB statistics on 0..255 that SAM and the Mask-CDKD student are trained with."""
@@ -47,6 +50,8 @@ class NetworkConfig:
             raise CheckpointError(f"a network cannot have these sizes: {self}")
         if self.tile % self.patch:
             raise CheckpointError(f"a tile of {self.tile} px is not a multiple of the {self.patch} px patch")
+        if self.grid > MAX_GRID:
+            raise CheckpointError(f"a tile of {self.tile} px has {self.grid**2} patches; {MAX_GRID**2} are possible")
         if self.embed_dim % self.heads:
             raise CheckpointError(f"{self.heads} attention heads do not divide a width of {self.embed_dim}")
         if self.depth < 4:

@@ -160,15 +160,16 @@ class _Run:
         """Run to the end, or raise the first error of any part after all have stopped."""
         reading = threading.Thread(target=self._guard, args=(self._read,), name="read")
         writing = threading.Thread(target=self._guard, args=(self._write,), name="write")
-        reading.start()
-        writing.start()
         try:
+            reading.start()
+            writing.start()
             self._infer()
         finally:
             self._free.put(None)
             self._done.put(None)
-            reading.join()
-            writing.join()
+            for thread in (reading, writing):
+                if thread.is_alive():
+                    thread.join()
         while not self._ready.empty():  # the writer may fail after the last tile was computed
             late = self._ready.get()
             if isinstance(late, BaseException):

@@ -1,0 +1,157 @@
+"""The network once more, in plain NumPy and FP64, written from the papers: what all forms of it must compute.
+
+Shares no line with the package and is in no hurry: loops where the package uses a trick. It also knows
+the parts that the package folds away on loading (class token, LayerScale, attention without bias).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def reference_features(
+    weights: Mapping[str, npt.ArrayLike], image: npt.NDArray[np.uint8], *, heads: int, eps: float
+) -> list[Array]:
+    """The four tapped maps ``[N, D, G, G]`` of images ``[N, 3, T, T]``; weights in this package's names."""
+    w = {key: np.asarray(value, np.float64) for key, value in weights.items()}
+    kernel = w["encoder.patch_embed.proj.weight"]
+    dim, _, patch, _ = kernel.shape
+    count, _, tile, _ = image.shape
+    grid = tile // patch
+    pixels = (image - np.reshape(MEAN, (1, 3, 1, 1))) / np.reshape(STD, (1, 3, 1, 1))
+    tokens = np.zeros((count, grid * grid, dim))
+    for row in range(grid):
+        for column in range(grid):
+            piece = pixels[:, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            tokens[:, row * grid + column] = piece.reshape(count, -1) @ kernel.reshape(dim, -1).T
+    tokens += w["encoder.patch_embed.proj.bias"]
+
+    position = w["encoder.pos_embed"]
+    if "encoder.cls_token" in w:
+        cls = np.repeat(w["encoder.cls_token"], count, axis=0)
+        if position.shape[1] == grid * grid:  # positions for the patches alone
+            tokens = np.concatenate([cls, tokens + position], axis=1)
+        else:
+            tokens = np.concatenate([cls, tokens], axis=1) + position
+    else:
+        tokens = tokens + position
+
+    depth = 1 + max(int(key.split(".")[2]) for key in w if key.startswith("encoder.blocks."))
+    ends = [quarter * depth // 4 for quarter in (1, 2, 3, 4)]  # a map after each quarter of the blocks
+    maps = []
+    for index in range(depth):
+        name = f"encoder.blocks.{index}"
+        normed = _layer_norm(tokens, w, f"{name}.norm1", eps)
+        tokens = tokens + _attention(normed, w, f"{name}.attn", heads) * w.get(f"{name}.scale1", 1.0)
+        hidden = _linear(_layer_norm(tokens, w, f"{name}.norm2", eps), w, f"{name}.mlp.fc1")
+        hidden = 0.5 * hidden * (1 + _erf(hidden / math.sqrt(2)))
+        tokens = tokens + _linear(hidden, w, f"{name}.mlp.fc2") * w.get(f"{name}.scale2", 1.0)
+        if index + 1 in ends:
+            patches = tokens[:, -grid * grid :]
+            maps.append(patches.transpose(0, 2, 1).reshape(count, dim, grid, grid))
+    assert len(maps) == 4
+    return maps
+
+
+def reference_logits(
+    weights: Mapping[str, npt.ArrayLike],
+    image: npt.NDArray[np.uint8],
+    *,
+    heads: int,
+    eps: float,
+    scales: Sequence[int] = (1, 2, 3, 6),
+) -> Array:
+    """Logits ``[N, K, G, G]``."""
+    w = {key: np.asarray(value, np.float64) for key, value in weights.items()}
+    *shallow, deep = reference_features(w, image, heads=heads, eps=eps)
+    grid = deep.shape[-1]
+    pyramid = [deep]
+    for index, scale in enumerate(scales):
+        cells = _unit(adaptive_average(deep, scale), w, f"head.pooled.{index}")
+        pyramid.append(bilinear(cells, grid))
+    top = _unit(np.concatenate(pyramid, axis=1), w, "head.bottleneck")
+    level = top
+    levels = []
+    for index in (2, 1, 0):
+        level = _unit(shallow[index], w, f"head.laterals.{index}") + level
+        levels.insert(0, level)
+    smooth = [_unit(level, w, f"head.smooth.{index}") for index, level in enumerate(levels)]
+    fused = _unit(np.concatenate([*smooth, top], axis=1), w, "head.fuse")
+    return _conv(fused, w["head.classifier.weight"]) + w["head.classifier.bias"][:, None, None]
+
+
+def reference_labels(logits: Array, tile: int) -> npt.NDArray[np.int64]:
+    """Labels ``[N, T, T]``: bilinear to pixels, argmax."""
+    return bilinear(logits, tile).argmax(axis=1)
+
+
+def adaptive_average(maps: Array, cells: int) -> Array:
+    """``[N, C, G, G]`` -> ``[N, C, cells, cells]``, windows as in PyTorch's adaptive pooling."""
+    grid = maps.shape[-1]
+    spans = [(math.floor(i * grid / cells), math.ceil((i + 1) * grid / cells)) for i in range(cells)]
+    rows = [[maps[:, :, a:b, c:d].mean(axis=(2, 3)) for c, d in spans] for a, b in spans]
+    return np.array(rows).transpose(2, 3, 0, 1)
+
+
+def bilinear(maps: Array, side: int) -> Array:
+    """``[N, C, g, g]`` -> ``[N, C, side, side]``; pixel centres are aligned, borders repeat."""
+    size = maps.shape[-1]
+    centres = np.clip((np.arange(side) + 0.5) * size / side - 0.5, 0, size - 1)
+    weight = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(size)))  # a tent on every source cell
+    return weight @ maps @ weight.T
+
+
+def _linear(x: Array, w: Mapping[str, Array], name: str) -> Array:
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", np.zeros(1))
+
+
+def _layer_norm(x: Array, w: Mapping[str, Array], name: str, eps: float) -> Array:
+    centred = x - x.mean(axis=-1, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
+    return centred / deviation * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def _attention(x: Array, w: Mapping[str, Array], name: str, heads: int) -> Array:
+    dim = x.shape[-1]
+    width = dim // heads
+    q, k, v = np.split(_linear(x, w, f"{name}.qkv"), 3, axis=-1)
+    mixed = np.zeros_like(x)
+    for image in range(len(x)):
+        for head in range(heads):
+            part = slice(head * width, (head + 1) * width)
+            scores = q[image, :, part] @ k[image, :, part].T / math.sqrt(width)
+            scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+            mixed[image, :, part] = scores / scores.sum(axis=1, keepdims=True) @ v[image, :, part]
+    return _linear(mixed, w, f"{name}.proj")
+
+
+def _conv(x: Array, kernel: Array) -> Array:
+    """Same-size cross-correlation with zero padding."""
+    side = kernel.shape[-1]
+    edge = side // 2
+    height, width = x.shape[2:]
+    padded = np.pad(x, ((0, 0), (0, 0), (edge, edge), (edge, edge)))
+    out = np.zeros((len(x), len(kernel), height, width))
+    for row in range(side):
+        for column in range(side):
+            window = padded[:, :, row : row + height, column : column + width]
+            out += np.tensordot(kernel[:, :, row, column], window, (1, 1)).swapaxes(0, 1)
+    return out
+
+
+def _unit(x: Array, w: Mapping[str, Array], name: str) -> Array:
+    """Convolution, batch norm with stored statistics, ReLU."""
+    y = _conv(x, w[f"{name}.conv.weight"])
+    gain = w[f"{name}.bn.weight"] / np.sqrt(w[f"{name}.bn.running_var"] + 1e-5)
+    mean, bias = w[f"{name}.bn.running_mean"], w[f"{name}.bn.bias"]
+    return np.maximum(0, (y - mean[:, None, None]) * gain[:, None, None] + bias[:, None, None])

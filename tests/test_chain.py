@@ -1,0 +1,87 @@
+"""The whole chain with the bundled network: what the README promises, on drawn and on real imagery."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+from typer.testing import CliRunner
+
+pytest.importorskip("torch")
+
+from cdkd_edge.cli import app
+from cdkd_edge.labels import load_schema
+from cdkd_edge.metrics import ConfusionMatrix
+
+DUBAI = Path(__file__).resolve().parents[2] / "shared" / "data" / "dubai"
+HELD_OUT_SCENE = "tile5"
+
+
+def run(*arguments: str) -> dict:
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which the bundled checkpoint has been exported and built through the command line."""
+    root = tmp_path_factory.mktemp("workspace")
+    with resources.as_file(resources.files("cdkd_edge.demo") / "tiny.safetensors") as checkpoint:
+        exported = run("export", str(checkpoint), "-w", str(root))
+    assert exported["manifest"]["check"]["label_agreement"] >= 0.9999
+    assert exported["manifest"]["check"]["max_logit_error"] < 1e-4
+    built = run("build", "-w", str(root))
+    assert built["manifest"]["attention_fused"] == built["manifest"]["attention_blocks"] == 6
+    return root
+
+
+def test_bundled_checkpoint_is_small_and_named() -> None:
+    checkpoint = resources.files("cdkd_edge.demo") / "tiny.safetensors"
+    with resources.as_file(checkpoint) as path:
+        assert path.stat().st_size <= 4e6
+        info = run("info", str(path))
+    assert info["classes"] == ["building", "land", "road", "vegetation", "water"]
+    assert info["training"], "how it was trained travels with it"
+
+
+def test_demo_leaves_what_it_prints(tmp_path: Path) -> None:
+    result = run("demo", "-w", str(tmp_path))
+    for path in (
+        result["export"]["path"],
+        result["engine_path"],
+        result["segment"]["output"],
+        result["quicklook"],
+        Path(result["bench_folder"]) / "summary.json",
+    ):
+        assert Path(path).is_file()
+    with rasterio.open(result["segment"]["output"]) as labels, rasterio.open(tmp_path / "scene.tif") as scene:
+        assert labels.shape == scene.shape == (2000, 3000)
+        assert labels.crs == scene.crs
+        assert labels.transform == scene.transform
+        assert labels.nodata == 255
+    assert result["mean_iou"] > 0.6
+
+
+@pytest.mark.skipif(not DUBAI.is_dir(), reason=f"no imagery in {DUBAI}")
+def test_real_imagery_of_a_scene_never_trained_on(workspace: Path) -> None:
+    schema = load_schema("dubai")
+    confusion, shares = ConfusionMatrix(len(schema)), np.zeros(len(schema))
+    images = sorted((DUBAI / "images").glob(f"{HELD_OUT_SCENE}_*.jpg"))
+    assert images
+    outputs = run("segment", *map(str, images), "-w", str(workspace), "--quicklook")
+    for image, output in zip(images, outputs, strict=True):
+        mask = Image.open(DUBAI / "masks" / f"{image.stem}.png").convert("RGB")
+        truth = schema.encode(np.asarray(mask), mask.filename if hasattr(mask, "filename") else image.stem)
+        with rasterio.open(output["output"]) as dataset:
+            confusion.update(truth, dataset.read(1))
+        shares += np.bincount(truth.ravel(), minlength=256)[: len(schema)]
+        assert Path(output["quicklook"]).is_file()
+    always_the_commonest = shares.max() / shares.sum()
+    assert confusion.overall_accuracy > always_the_commonest
+    assert confusion.mean_iou > 0.35

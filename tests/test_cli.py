@@ -1,0 +1,732 @@
+"""The command line: three commands in a workspace, one line for every mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+from rasterio.transform import from_origin
+from scene_helpers import SCHEMA, names_in, noise, read_labels, sparse_raster, write_raster
+from typer.testing import CliRunner
+
+from cdkd_edge import __version__, cli
+from cdkd_edge.engines.load import load_engine
+from cdkd_edge.scene.pipeline import segment_scene
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+
+COMMANDS = ["info", "export", "build", "segment", "bench", "demo"]
+QUICK = ("--duration", "0.1", "--warmup", "0")
+OLD_CLICK = "mix_stderr" in inspect.signature(CliRunner.__init__).parameters  # before 8.2
+
+
+def run(*arguments: object) -> Any:
+    """The command line in this process."""
+    runner = CliRunner(mix_stderr=False) if OLD_CLICK else CliRunner()
+    return runner.invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """The command line in a process of its own."""
+    root = str(Path(cli.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "cdkd_edge", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def assert_answer(result: Any, code: int, pattern: str) -> None:
+    """One line that begins with ``error:``, the documented exit code, and nothing else."""
+    assert result.exit_code == code, (result.exception, result.stdout, result.stderr)
+    assert isinstance(result.exception, SystemExit), "an answer, not a traceback"
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert re.search(pattern, lines[0]), lines[0]
+    assert result.stdout == ""
+
+
+def assert_wrong_usage(result: Any, pattern: str) -> None:
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+    assert re.search(pattern, text), text
+    assert "Traceback" not in text
+    assert result.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, small_graph: Path) -> Path:
+    """A workspace with a graph, and an engine that `build` made of it. Not to be changed."""
+    workspace = tmp_path_factory.mktemp("built")
+    (workspace / "export").mkdir()
+    for path in (small_graph, small_graph.with_suffix(".json")):
+        shutil.copy(path, workspace / "export")
+    result = run("build", "--workspace", workspace)
+    assert result.exit_code == 0, result.stderr
+    return workspace
+
+
+@pytest.fixture
+def workspace(built: Path, tmp_path: Path) -> Path:
+    """A copy of ``built`` with a scene in it, which is also the current directory."""
+    path = tmp_path / "workspace"
+    shutil.copytree(built, path)
+    write_raster(path / "scene.tif", noise(70, 90))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _work_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current directory is the default workspace; it must not be the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+def untouched(folder: Path) -> Callable[[], bool]:
+    """Whether what is in a folder is still the same."""
+
+    def state() -> dict[str, bytes | None]:
+        return {name: (folder / name).read_bytes() if (folder / name).is_file() else None for name in names_in(folder)}
+
+    before = state()
+    return lambda: state() == before
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert command in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+    assert "--workspace" in result.stdout or command == "info"
+    assert "--json" in result.stdout
+
+
+def test_the_list_above_is_complete() -> None:
+    names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    assert names == set(COMMANDS)
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"cdkd-edge {__version__}\n")
+
+
+def test_without_a_command_there_is_help() -> None:
+    result = run()
+    assert "Usage:" in result.stdout + result.stderr
+    assert "segment" in result.stdout + result.stderr
+
+
+def test_as_a_process() -> None:
+    helping, versioning = start("--help"), start("--version")
+    code, out, err = finish(helping)
+    assert (code, err) == (0, "")
+    assert "segment" in out
+    assert finish(versioning) == (0, f"cdkd-edge {__version__}\n", "")
+
+
+# --- the way it is meant --------------------------------------------------------------------------
+
+
+def test_build_leaves_an_engine_where_the_next_command_looks(built: Path) -> None:
+    assert names_in(built / "engines") == ["small.fp32.cpu.json", "small.fp32.cpu.onnx"]
+
+
+def test_build_as_json(workspace: Path) -> None:
+    result = run("build", "-w", workspace, "--json")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert document["path"] == str(workspace / "engines" / "small.fp32.cpu.onnx")
+    assert document["manifest"]["tile"] == 64
+    assert names_in(workspace / "engines") == ["small.fp32.cpu.json", "small.fp32.cpu.onnx"]
+
+
+def test_build_from_and_to_a_place(workspace: Path, tmp_path: Path) -> None:
+    result = run("build", workspace / "export" / "small.onnx", "-o", tmp_path / "new" / "other.onnx")
+    assert result.exit_code == 0, result.stderr
+    assert names_in(tmp_path / "new") == ["other.json", "other.onnx"]
+    assert f"engine {tmp_path / 'new' / 'other.onnx'}" in result.stdout
+
+
+def test_segment_in_the_current_directory(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    result = run("segment", "scene.tif")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("label map scene_labels.tif\n")
+    assert "90 x 70 px" in result.stdout
+    engine = load_engine(workspace / "engines" / "small.fp32.cpu.onnx")
+    segment_scene(engine, "scene.tif", Path("again.tif"))
+    engine.close()
+    assert (read_labels(Path("scene_labels.tif")) == read_labels(Path("again.tif"))).all()
+
+
+def test_segment_several_scenes_into_a_folder_as_json(workspace: Path, tmp_path: Path) -> None:
+    transform = from_origin(5, 9, 2, 2)
+    second = write_raster(workspace / "second.tif", noise(64, 64), crs="EPSG:32640", transform=transform)
+    result = run(
+        "segment", workspace / "scene.tif", second, "-w", workspace, "-o", tmp_path / "maps", "--json", "--quicklook"
+    )
+    assert result.exit_code == 0, result.stderr
+    first, other = json.loads(result.stdout)
+    assert first["scene"] == str(workspace / "scene.tif")
+    assert first["output"] == str(tmp_path / "maps" / "scene_labels.tif")
+    assert sum(first["class_pixels"].values()) + first["no_data_pixels"] == 70 * 90
+    assert list(first["class_pixels"]) == list(SCHEMA.class_names)
+    assert (other["tiles"], other["height"], other["width"]) == (1, 64, 64)
+    assert names_in(tmp_path / "maps") == sorted(
+        f"{stem}_labels{end}" for stem in ("scene", "second") for end in (".tif", ".tif.aux.xml", "_quicklook.png")
+    )
+    with Image.open(other["quicklook"]) as picture:
+        assert picture.format == "PNG"
+
+
+def test_segment_a_scene_of_one_pixel(workspace: Path, tmp_path: Path) -> None:
+    path = write_raster(tmp_path / "pixel.tif", noise(1, 1))
+    result = run("segment", path, "-w", workspace, "-o", tmp_path / "map.tif")
+    assert result.exit_code == 0, result.stderr
+    assert read_labels(tmp_path / "map.tif").shape == (1, 1)
+
+
+def test_options_reach_the_run(workspace: Path, tmp_path: Path) -> None:
+    path = write_raster(tmp_path / "deep.tif", noise(70, 90, bands=5).astype(np.uint16), photometric="MINISBLACK")
+    common = ("segment", path, "-w", workspace, "--json", "--bands", "5,4,1", "--overlap", "20", "--threads", "1")
+    documents = []
+    for index, stretch in enumerate(
+        [("--stretch",), ("--stretch-percentiles", "2", "98"), ("--stretch-range", "0", "255")]
+    ):
+        result = run(*common, *stretch, "-o", tmp_path / f"{index}.tif")
+        assert result.exit_code == 0, result.stderr
+        documents += json.loads(result.stdout)
+    assert [document["tiles"] for document in documents] == [4, 4, 4]
+    assert documents[0]["class_pixels"] == documents[1]["class_pixels"]
+    eight_bit = write_raster(tmp_path / "bytes.tif", noise(70, 90, bands=5)[[4, 3, 0]])
+    assert run("segment", eight_bit, "-w", workspace, "--overlap", 20, "-o", tmp_path / "bytes_map.tif").exit_code == 0
+    assert (read_labels(tmp_path / "bytes_map.tif") == read_labels(tmp_path / "2.tif")).all()
+
+
+def test_overwrite(workspace: Path, tmp_path: Path) -> None:
+    output = tmp_path / "map.tif"
+    command = ("segment", workspace / "scene.tif", "-w", workspace, "-o", output)
+    assert run(*command).exit_code == 0
+    unchanged = untouched(tmp_path)
+    assert_answer(run(*command), 10, r"map\.tif exists — .*--overwrite")
+    assert unchanged()
+    assert run(*command, "--overwrite").exit_code == 0
+
+
+def test_bench(workspace: Path) -> None:
+    result = run("bench", "-w", workspace, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert "tiles/s" in result.stdout
+    assert "not measured: not asked for" in result.stdout
+    (folder,) = (workspace / "benchmarks").iterdir()
+    assert re.fullmatch(r"\d{8}T\d{6}Z-small", folder.name)
+    assert names_in(folder) == ["summary.json", "tiles.csv"]
+
+
+def test_bench_as_json(workspace: Path) -> None:
+    result = run("bench", "-w", workspace, *QUICK, "--scene", workspace / "scene.tif", "--json", "--power-trace")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert json.loads((Path(document["folder"]) / "summary.json").read_text()) == document["summary"]
+    assert document["summary"]["end_to_end"]["scene"] == "scene.tif"
+    power, reason = document["summary"]["power"], document["summary"]["power_reason"]
+    assert (power is None) == bool(reason)
+
+
+def test_two_benchmarks_in_the_same_second_do_not_meet(workspace: Path) -> None:
+    for _ in range(3):
+        assert run("bench", "-w", workspace, *QUICK, "--scene", workspace / "scene.tif").exit_code == 0
+    assert len(list((workspace / "benchmarks").iterdir())) == 3
+
+
+@pytest.mark.needs_torch
+def test_export_build_segment_with_nothing_but_defaults(
+    tmp_path: Path, small_weights: Any, small_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    from cdkd_edge.model.checkpoint import save_checkpoint
+    from cdkd_edge.model.network import SegmentationNetwork
+
+    network = SegmentationNetwork(small_config)
+    network.load_state_dict({key: torch.from_numpy(value) for key, value in small_weights.items()}, strict=False)
+    save_checkpoint(network.eval(), tmp_path / "ckpt.pt")
+    write_raster(tmp_path / "scene.tif", noise(70, 90))
+    unknown = run("export", "ckpt.pt", "--schema", "atlantis")
+    assert_answer(unknown, 4, r"unknown label schema 'atlantis' — use one of deepglobe, loveda, dubai")
+    assert names_in(tmp_path) == ["ckpt.pt", "scene.tif"]
+    for command in (("export", "ckpt.pt", "--schema", "dubai"), ("build",), ("segment", "scene.tif")):
+        result = run(*command)
+        assert result.exit_code == 0, result.stderr
+    assert names_in(tmp_path / "export") == ["ckpt.json", "ckpt.onnx"]
+    assert names_in(tmp_path / "engines") == ["ckpt.fp32.cpu.json", "ckpt.fp32.cpu.onnx"]
+    assert read_labels(tmp_path / "scene_labels.tif").max() < 5
+
+
+# --- mistakes: the workspace ----------------------------------------------------------------------
+
+
+def duplicate(path: Path, name: str) -> None:
+    shutil.copy(path, path.with_name(name))
+    shutil.copy(path.with_suffix(".json"), path.with_name(name).with_suffix(".json"))
+
+
+def test_no_graph(tmp_path: Path) -> None:
+    assert_answer(run("build"), 5, r"there is no exported graph in export — make one: cdkd-edge export")
+    assert names_in(tmp_path) == []
+
+
+def test_two_graphs(workspace: Path) -> None:
+    duplicate(workspace / "export" / "small.onnx", "other.onnx")
+    unchanged = untouched(workspace)
+    result = run("build", "-w", workspace)
+    assert_answer(result, 5, r"2 candidates for the exported graph .*: other\.onnx, small\.onnx — say which: ")
+    assert f"cdkd-edge build {workspace / 'export' / 'other.onnx'}" in result.stderr
+    assert unchanged()
+
+
+def test_no_engine(tmp_path: Path) -> None:
+    write_raster(tmp_path / "scene.tif", noise(70, 90))
+    assert_answer(run("segment", "scene.tif"), 5, r"there is no engine in engines — make one: cdkd-edge build")
+    assert_answer(run("bench"), 5, r"there is no engine")
+    assert names_in(tmp_path) == ["scene.tif"]
+
+
+def test_two_engines(workspace: Path) -> None:
+    duplicate(workspace / "engines" / "small.fp32.cpu.onnx", "other.onnx")
+    unchanged = untouched(workspace)
+    for command in (("bench",), ("segment", workspace / "scene.tif")):
+        result = run(*command, "-w", workspace)
+        assert_answer(result, 5, r"2 candidates for the engine .*other\.onnx, small\.fp32\.cpu\.onnx")
+        assert f"{workspace / 'engines' / 'other.onnx'}" in result.stderr
+    assert unchanged()
+    assert (
+        run("segment", workspace / "scene.tif", "-w", workspace, "-e", workspace / "engines/other.onnx").exit_code == 0
+    )
+
+
+def test_an_engine_without_its_manifest(workspace: Path) -> None:
+    engine = workspace / "engines" / "small.fp32.cpu.onnx"
+    engine.with_suffix(".json").unlink()
+    unchanged = untouched(workspace)
+    assert_answer(run("bench", engine, "-w", workspace), 6, r"no manifest \(small\.fp32\.cpu\.json\) beside it")
+    assert_answer(run("segment", workspace / "scene.tif", "-w", workspace), 5, "there is no engine")
+    assert unchanged()
+
+
+def tampered(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("harm", [tampered, lambda content: content[:1000], lambda content: b""])
+def test_an_engine_that_was_changed(workspace: Path, harm: Callable[[bytes], bytes]) -> None:
+    engine = workspace / "engines" / "small.fp32.cpu.onnx"
+    engine.write_bytes(harm(engine.read_bytes()))
+    unchanged = untouched(workspace)
+    for command in (("bench",), ("segment", workspace / "scene.tif")):
+        assert_answer(run(*command, "-w", workspace), 6, r"is not the file its manifest describes")
+    assert unchanged()
+
+
+@pytest.mark.parametrize("harm", [tampered, lambda content: content[:1000]])
+def test_a_graph_that_was_changed(workspace: Path, harm: Callable[[bytes], bytes]) -> None:
+    graph = workspace / "export" / "small.onnx"
+    graph.write_bytes(harm(graph.read_bytes()))
+    unchanged = untouched(workspace)
+    assert_answer(run("build", "-w", workspace), 6, r"small\.onnx is not the file its manifest describes")
+    assert unchanged()
+
+
+def test_a_graph_is_no_engine_and_an_engine_no_graph(workspace: Path) -> None:
+    graph, engine = workspace / "export/small.onnx", workspace / "engines/small.fp32.cpu.onnx"
+    assert_answer(run("bench", graph, "-w", workspace), 6, "not the manifest of a cdkd-edge engine")
+    assert_answer(run("build", engine, "-w", workspace), 6, "not the manifest of a cdkd-edge graph")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tile", 32),
+        ("tile", 0),
+        ("tile", -64),
+        ("tile", "64"),
+        ("tile", 10**9),
+        ("batch", 2),
+        ("batch", 0),
+        ("batch", -1),
+        ("labels", {}),
+        ("labels", {"name": "x", "classes": [{"name": "\x1b[31m", "color": [0, 0, 0]}]}),
+        ("libraries", {"onnxruntime": "0.1.0"}),
+        ("libraries", {}),
+        ("runtime", "abacus"),
+        ("manifest_version", 99),
+        ("kind", "graph"),
+    ],
+)
+def test_a_manifest_that_was_changed(workspace: Path, key: str, value: object) -> None:
+    manifest = workspace / "engines" / "small.fp32.cpu.json"
+    document = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(document | {key: value}))
+    unchanged = untouched(workspace)
+    result = run("segment", workspace / "scene.tif", "-w", workspace)
+    assert result.exit_code in (6, 9, 10, 12)
+    assert_answer(result, result.exit_code, "error: .")
+    assert unchanged()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"\x08\x07\x12\x00garbage" * 100], ids=["empty", "text", "bytes"])
+def test_a_manifest_that_was_made_to_fit(workspace: Path, content: bytes) -> None:
+    for path in (workspace / "export/small.onnx", workspace / "engines/small.fp32.cpu.onnx"):
+        path.write_bytes(content)
+        document = json.loads(path.with_suffix(".json").read_text())
+        document["artefact"]["sha256"] = hashlib.sha256(content).hexdigest()
+        path.with_suffix(".json").write_text(json.dumps(document))
+    unchanged = untouched(workspace)
+    for command in (("build",), ("bench",), ("segment", workspace / "scene.tif")):
+        result = run(*command, "-w", workspace)
+        assert result.exit_code in (7, 9)
+        assert_answer(result, result.exit_code, r"small")
+    assert unchanged()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "no json", "null", '{"kind": "engine"}'])
+def test_a_manifest_that_is_none(workspace: Path, text: str) -> None:
+    (workspace / "engines" / "small.fp32.cpu.json").write_text(text)
+    assert_answer(run("segment", workspace / "scene.tif", "-w", workspace), 6, "small.fp32.cpu.json")
+
+
+def test_the_engine_of_another_release_says_how_to_make_it_again(workspace: Path) -> None:
+    manifest = workspace / "engines" / "small.fp32.cpu.json"
+    document = msgspec.json.decode(manifest.read_bytes())
+    document["libraries"]["onnxruntime"] = "0.1.0"
+    manifest.write_bytes(msgspec.json.encode(document))
+    result = run("segment", workspace / "scene.tif", "-w", workspace)
+    assert_answer(result, 9, r"was built with onnxruntime 0\.1\.0; .* build it again from small\.onnx")
+
+
+def test_a_file_that_does_not_exist(workspace: Path) -> None:
+    assert_answer(run("build", "nowhere.onnx"), 6, r"graph nowhere\.onnx does not exist")
+    assert_answer(run("bench", "nowhere.onnx"), 6, r"engine nowhere\.onnx does not exist")
+    assert_answer(run("segment", "s.tif", "-e", "nowhere.onnx"), 6, r"engine nowhere\.onnx does not exist")
+
+
+def test_the_engine_must_not_overwrite_its_graph(workspace: Path) -> None:
+    graph = workspace / "export" / "small.onnx"
+    unchanged = untouched(workspace)
+    assert_wrong_usage(run("build", graph, "-o", graph), "overwrite its graph")
+    assert_wrong_usage(run("build", graph, "-o", workspace / "engine.trt"), r"an \.onnx file")
+    assert unchanged()
+
+
+@pytest.mark.parametrize("command", [("build",), ("bench",), ("segment", "scene.tif")])
+def test_a_workspace_that_is_a_file(workspace: Path, command: tuple[str, ...]) -> None:
+    assert_wrong_usage(run(*command, "-w", workspace / "scene.tif"), "--workspace")
+
+
+# --- mistakes: the scene --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.mkdir(), "is not a file"),
+        (lambda path: path.write_text("hello\n"), "is not a raster that GDAL can read"),
+        (lambda path: path.write_bytes(b""), "is not a raster that GDAL can read"),
+        (lambda path: write_raster(path, noise(70, 90).astype(np.uint16)), "--stretch-range LOW HIGH"),
+        (lambda path: write_raster(path, noise(70, 90, bands=1)), "--bands 1,1,1"),
+        (lambda path: write_raster(path, noise(70, 90).astype(np.complex64)), "complex"),
+    ],
+    ids=["missing", "folder", "text", "empty", "16 bit", "grey", "complex"],
+)
+def test_what_is_no_scene(workspace: Path, tmp_path: Path, make: Callable[[Path], object], pattern: str) -> None:
+    path = tmp_path / "bad.tif"
+    make(path)
+    unchanged = untouched(tmp_path)
+    assert_answer(run("segment", path, "-w", workspace, "-o", tmp_path / "new" / "map.tif"), 10, pattern)
+    assert unchanged()
+
+
+def test_a_truncated_scene(workspace: Path, tmp_path: Path) -> None:
+    path = write_raster(tmp_path / "bad.tif", noise(300, 300), compress="deflate")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert_answer(run("segment", path, "-w", workspace, "-o", tmp_path / "map.tif"), 10, r"reading .*bad\.tif failed")
+    assert "map" not in " ".join(names_in(tmp_path))
+
+
+def test_the_scene_is_not_overwritten(workspace: Path) -> None:
+    unchanged = untouched(workspace)
+    scene = workspace / "scene.tif"
+    assert_answer(run("segment", scene, "-w", workspace, "-o", scene, "--overwrite"), 10, "overwrite the scene")
+    assert unchanged()
+
+
+def test_no_scene_of_the_list_is_overwritten(workspace: Path) -> None:
+    """`segment *.tif --overwrite`, where one scene has the name that the label map of another gets."""
+    shutil.copy(workspace / "scene.tif", workspace / "scene_labels.tif")
+    unchanged = untouched(workspace)
+    scenes = (workspace / "scene.tif", workspace / "scene_labels.tif")
+    result = run("segment", *scenes, "-w", workspace, "--overwrite")
+    assert_answer(result, 10, "overwrite")
+    assert unchanged()
+
+
+def test_the_quicklook_does_not_overwrite_the_scene(workspace: Path) -> None:
+    scene = workspace / "map_quicklook.png"
+    write_raster(scene, noise(70, 90), driver="PNG")
+    content = scene.read_bytes()
+    run("segment", scene, "-w", workspace, "-o", workspace / "map.tif", "--quicklook")
+    assert scene.read_bytes() == content
+
+
+def test_two_scenes_of_one_name(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    shutil.copy(workspace / "scene.tif", tmp_path / "other")
+    unchanged = untouched(tmp_path)
+    scenes = (workspace / "scene.tif", tmp_path / "other" / "scene.tif")
+    assert_answer(run("segment", *scenes, "-w", workspace), 10, r"two scenes would both become .*scene_labels\.tif")
+    assert_wrong_usage(run("segment", *scenes, "-w", workspace, "-o", tmp_path / "map.tif"), "need a directory")
+    assert unchanged()
+
+
+# --- mistakes: the output -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["file/map.tif", "file/deeper/map.tif", "file"])
+def test_an_output_below_a_file(workspace: Path, tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").write_text("here first")
+    unchanged = untouched(tmp_path)
+    result = run("segment", workspace / "scene.tif", "-w", workspace, "-o", tmp_path / output)
+    assert_answer(result, 12, "file")
+    assert unchanged()
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_an_output_that_is_a_folder_called_tif(workspace: Path, tmp_path: Path, overwrite: tuple[str, ...]) -> None:
+    (tmp_path / "map.tif").mkdir()
+    unchanged = untouched(tmp_path)
+    result = run("segment", workspace / "scene.tif", "-w", workspace, "-o", tmp_path / "map.tif", *overwrite)
+    assert result.exit_code in (10, 12)
+    assert_answer(result, result.exit_code, r"map\.tif")
+    assert unchanged()
+
+
+def test_an_output_folder_that_exists(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "maps").mkdir()
+    result = run("segment", workspace / "scene.tif", "-w", workspace, "-o", tmp_path / "maps")
+    assert result.exit_code == 0, result.stderr
+    assert names_in(tmp_path / "maps") == ["scene_labels.tif", "scene_labels.tif.aux.xml"]
+
+
+def test_a_build_that_cannot_be_written(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here first")
+    unchanged = untouched(tmp_path)
+    assert_answer(run("build", "-w", workspace, "-o", tmp_path / "file" / "engine.onnx"), 12, "file")
+    assert unchanged()
+
+
+def test_a_benchmark_that_cannot_be_written(workspace: Path) -> None:
+    (workspace / "benchmarks").write_text("here first")
+    assert_answer(run("bench", "-w", workspace, *QUICK), 12, "benchmarks")
+
+
+def test_a_benchmark_that_fails_leaves_no_folder(workspace: Path) -> None:
+    (workspace / "benchmarks").mkdir()
+    unchanged = untouched(workspace)
+    assert_answer(run("bench", "-w", workspace, *QUICK, "--scene", workspace / "nowhere.tif"), 10, "does not exist")
+    assert unchanged()
+
+
+# --- mistakes: the options ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "pattern"),
+    [
+        (("--bands", "1,2"), 10, r"bands 1\.\.3; --bands 1,2"),
+        (("--bands", "1,2,9"), 10, r"bands 1\.\.3; --bands 1,2,9"),
+        (("--bands", "0,1,2"), 10, r"--bands 0,1,2"),
+        (("--bands", "a,b,c"), 2, "--bands: three numbers"),
+        (("--bands", ""), 2, "--bands: three numbers"),
+        (("--overlap", "64"), 10, "an overlap of 64 px does not fit tiles of 64 px"),
+        (("--overlap", "-1"), 2, "--overlap"),
+        (("--overlap", "much"), 2, "--overlap"),
+        (("--stretch-range", "5", "5"), 10, "low < high"),
+        (("--stretch-range", "nan", "5"), 10, "low < high"),
+        (("--stretch-percentiles", "2", "101"), 10, r"0\.\.100"),
+        (("--stretch-percentiles", "2", "98", "--stretch-range", "0", "9"), 2, "--stretch-range"),
+        (("--stretch-range", "5"), 2, "--stretch-range"),
+        (("--threads", "0"), 2, "--threads"),
+        (("--nonsense",), 2, "--nonsense"),
+    ],
+)
+@pytest.mark.parametrize("command", ["segment", "bench"])
+def test_wrong_options(
+    workspace: Path, tmp_path: Path, command: str, options: tuple[str, ...], code: int, pattern: str
+) -> None:
+    unchanged = untouched(workspace)
+    scene = workspace / "scene.tif"
+    rest = (scene, "-o", tmp_path / "map.tif") if command == "segment" else ("--scene", scene, *QUICK)
+    result = run(command, "-w", workspace, *rest, *options)
+    if code == 2:
+        assert_wrong_usage(result, pattern)
+    else:
+        assert_answer(result, code, pattern)
+    assert not (tmp_path / "map.tif").exists()
+    if command == "segment":
+        assert unchanged()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("segment",), ("nonsense",), ("bench", "--duration", "0"), ("segment", "--json")]
+)
+def test_wrong_usage(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_an_export_without_a_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    assert_answer(run("export", "nowhere.pt"), 3, r"nowhere\.pt does not exist")
+    assert_answer(run("info", "nowhere.pt"), 3, r"nowhere\.pt does not exist")
+    (tmp_path / "text.pt").write_text("hello")
+    assert_answer(run("export", "text.pt"), 3, r"text\.pt")
+    assert names_in(tmp_path) == ["text.pt"]
+
+
+def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "ckpt.pt").touch()
+    for command in (("export", "ckpt.pt"), ("info", "ckpt.pt"), ("demo",)):
+        assert_answer(run(*command), 11, r"needs torch, which is not installed — pip install 'cdkd-edge\[export\]'")
+    assert names_in(tmp_path) == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (MemoryError(), 12, "out of memory"),
+        (PermissionError(13, "Permission denied", "/data/map.tif"), 12, "/data/map.tif: Permission denied"),
+        (OSError("odd"), 12, "odd"),
+        (ModuleNotFoundError("No module named 'rasterio'"), 1, "No module named 'rasterio' — .*reinstall"),
+    ],
+    ids=repr,
+)
+def test_what_the_system_refuses(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cdkd_edge.scene.pipeline.segment_scene", refuse)
+    assert_answer(run("segment", workspace / "scene.tif", "-w", workspace), code, f"^error: {message}")
+
+
+def test_messages_cannot_steer_the_terminal(workspace: Path) -> None:
+    result = run("segment", "\x1b[31mred\nsecond.tif", "-w", workspace)
+    assert_answer(result, 10, "does not exist")
+    assert "\x1b" not in result.stderr
+
+
+def test_a_scene_whose_name_is_not_utf8(workspace: Path) -> None:
+    name = str(workspace / "scene-\udcff.tif")
+    os.replace(workspace / "scene.tif", name)
+    assert_answer(run("segment", name, "-w", workspace), 10, "scene-")
+
+
+def test_debug_shows_the_traceback(workspace: Path) -> None:
+    result = run("--debug", "segment", "nowhere.tif", "-w", workspace)
+    assert result.exit_code == 1
+    assert not isinstance(result.exception, SystemExit)
+    assert "does not exist" in str(result.exception)
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def test_a_process_prints_its_result_and_nothing_else(workspace: Path, tmp_path: Path) -> None:
+    """No progress where nobody watches, no warning about the missing georeference."""
+    good = start("segment", workspace / "scene.tif", "-w", workspace, "-o", tmp_path / "map.tif", "--json")
+    bad = start("segment", workspace / "nowhere.tif", "-w", workspace, "-o", tmp_path / "other.tif")
+    code, out, err = finish(good)
+    assert (code, err) == (0, "")
+    assert json.loads(out)[0]["tiles"] == 4
+    code, out, err = finish(bad)
+    assert (code, out) == (10, "")
+    assert err == f"error: scene {workspace / 'nowhere.tif'} does not exist\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "code"),
+    [
+        ("segment", signal.SIGINT, 130),
+        ("segment", signal.SIGTERM, 143),
+        ("segment", signal.SIGHUP, 129),
+        ("bench", signal.SIGINT, 130),
+    ],
+    ids=["segment INT", "segment TERM", "segment HUP", "bench INT"],
+)
+def test_a_signal_leaves_nothing_half_written(
+    workspace: Path, tmp_path: Path, command: str, number: signal.Signals, code: int
+) -> None:
+    """Ctrl-C, a job scheduler, a lost ssh connection."""
+    (workspace / "scene.tif").unlink()
+    scene = sparse_raster(workspace / "large.tif", 6000, 6000)
+    folder = tmp_path / "maps" if command == "segment" else workspace / "benchmarks"
+    folder.mkdir()
+    options = (scene, "-o", folder / "map.tif") if command == "segment" else ("--duration", "60")
+    process = start(command, "-w", workspace, *options)
+    deadline = time.monotonic() + 30
+    while not names_in(folder):
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert not {"map.tif", "summary.json"} & {path.name for path in folder.rglob("*")}, "still at work"
+    process.send_signal(number)
+    sent = time.monotonic()
+    returned, out, err = finish(process)
+    assert time.monotonic() - sent < 5
+    assert returned == code
+    assert names_in(folder) == []
+    assert out == ""
+    assert "Traceback" not in err

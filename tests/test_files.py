@@ -1,0 +1,101 @@
+"""Files and folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+
+import pytest
+
+from cdkd_edge.files import sha256_of, whole_file, whole_folder, write_text
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "a.tif"
+    with whole_file(path) as temporary:
+        assert temporary.parent == path.parent
+        assert temporary.suffix == ".tif"  # libraries choose a format by it
+        assert temporary.name.startswith(".")
+        temporary.write_bytes(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole"
+    assert names(path.parent) == ["a.tif"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_a_failure_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(error), whole_file(path) as temporary:  # noqa: PT012
+        temporary.write_text("ha")
+        raise error
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_block_that_wrote_nothing_fails(tmp_path):
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    path = tmp_path / "a"
+    with whole_file(path) as first, whole_file(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the one that finished last
+    assert names(tmp_path) == ["a"]
+
+
+def test_it_is_an_ordinary_file(tmp_path):
+    (tmp_path / "plain").touch()
+    write_text(tmp_path / "a", "ä")
+    assert (tmp_path / "a").read_bytes() == "ä".encode()
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_data_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr("cdkd_edge.files.os.fsync", lambda descriptor: steps.append("sync"))
+    monkeypatch.setattr("cdkd_edge.files.os.replace", lambda old, new: steps.append("rename"))
+    with whole_file(tmp_path / "a") as temporary:
+        temporary.touch()
+    assert steps == ["sync", "rename", "sync"]
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "run"
+    with whole_folder(path) as temporary:
+        (temporary / "a").touch()
+        assert not path.exists()
+        assert temporary.parent == path.parent
+    assert names(path.parent) == ["run"]
+    assert names(path) == ["a"]
+
+
+def test_a_failure_leaves_no_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "run") as temporary:  # noqa: PT012
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "a").touch()
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_exists_is_kept(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileExistsError), whole_folder(tmp_path / "run"):
+        pass
+    assert names(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 21) + 5])
+def test_sha256_of_a_file_read_in_pieces(tmp_path, size):
+    content = bytes(range(256)) * (size // 256 + 1)
+    (tmp_path / "a").write_bytes(content[:size])
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(content[:size]).hexdigest()

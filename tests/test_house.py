@@ -1,0 +1,190 @@
+"""The rules of the house: who may import whom, what runs without which package, how fast help comes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cdkd_edge
+
+PACKAGE = Path(cdkd_edge.__file__).parent
+ROOT = PACKAGE.parent
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+GROUND = ("errors", "files", "labels", "manifest", "workspace", "machine", "metrics", "scenery")
+FLOORS = (
+    GROUND, ("model",), ("export",), ("engines",), ("power",), ("scene",), ("training",), ("accuracy",),
+    ("benchmarks",), ("demo",), ("report",), ("cli",), ("__main__",),
+)  # fmt: skip
+"""From the ground up; a module imports from its own and lower floors. The ground floor is one floor."""
+FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
+
+NEEDS_TORCH = (
+    "cdkd_edge.model.network",
+    "cdkd_edge.model.cost",
+    "cdkd_edge.model.layouts",
+    "cdkd_edge.model.checkpoint",
+    "cdkd_edge.export.check",
+    "cdkd_edge.export.pipeline",
+    "cdkd_edge.training",
+    "cdkd_edge.demo.run",
+)
+"""Modules, and packages with all their modules, that are not used on a board."""
+EXTRAS = ("onnxsim", "onnxscript", "safetensors", "matplotlib", "jtop", "pycuda", "tensorrt", "pynvml", "cuda")
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def needs_torch(module):
+    return any(module == name or module.startswith(f"{name}.") for name in NEEDS_TORCH)
+
+
+def imported(path, module):
+    """Everything of this package that a module imports anywhere, and the line it does so."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *filter(None, [base])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "cdkd_edge":
+                yield name, node.lineno
+
+
+def floor_of(name):
+    """The floor of a dotted name; None for what belongs to the package itself, such as its version."""
+    parts = name.split(".")
+    return FLOOR.get(parts[1]) if len(parts) > 1 else None
+
+
+def test_every_module_has_its_floor():
+    tops = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert {name for name in tops if not name.startswith("__init__") and name != "py.typed"} <= set(FLOOR)
+    assert {"cdkd_edge.errors", "cdkd_edge.engines.cpu", "cdkd_edge.cli"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_lead_down(module):
+    own = floor_of(module)
+    top = module.split(".")[1] if "." in module else None
+    for name, line in imported(MODULES[module], module):
+        other = floor_of(name)
+        if other is None:
+            assert name == "cdkd_edge.__version__", f"{MODULES[module].name}:{line} imports {name}"
+            continue
+        assert own is not None, f"the package itself imports {name}, so that every module would"
+        inside = name.split(".")[1] == top
+        assert other < own or inside or other == own == 0, f"{MODULES[module].name}:{line} imports {name} from above"
+
+
+PROBE = """
+import importlib, json, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+blocked, modules = json.loads(sys.argv[1])
+sys.meta_path.insert(0, Absent())
+failed = {}
+for module in modules:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        failed[module] = str(error)
+print(json.dumps({"failed": failed, "loaded": sorted(name for name in sys.modules if "." not in name)}))
+"""
+
+
+def probe(blocked, modules):
+    """Import modules in a process of their own in which packages are absent."""
+    answer = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps([blocked, modules])],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return json.loads(answer.stdout)
+
+
+def test_a_board_needs_no_torch_and_no_extra():
+    modules = [module for module in MODULES if not needs_torch(module)]
+    assert len(modules) > 30
+    assert probe(["torch", *EXTRAS], modules)["failed"] == {}
+
+
+def test_what_needs_torch_needs_no_other_extra():
+    pytest.importorskip("torch")
+    modules = [module for module in MODULES if needs_torch(module)]
+    for name in NEEDS_TORCH:
+        assert any(module == name or module.startswith(f"{name}.") for module in modules), f"{name} is gone"
+    assert probe(EXTRAS, modules)["failed"] == {}
+
+
+def test_the_command_line_imports_nothing_heavy():
+    loaded = probe([], ["cdkd_edge.cli"])["loaded"]
+    assert "cdkd_edge" in loaded
+    heavy = {"torch", "numpy", "onnx", "onnxruntime", "rasterio", "PIL", "msgspec", "matplotlib", "jtop"}
+    assert not heavy & set(loaded)
+
+
+def test_the_probe_sees_a_missing_package():
+    """So that the tests above can fail."""
+    assert "cdkd_edge.engines.cpu" in probe(["onnxruntime"], ["cdkd_edge.engines.cpu"])["failed"]
+
+
+@pytest.mark.skipif("CDKD_EDGE_SKIP_TIMING" in os.environ, reason="CDKD_EDGE_SKIP_TIMING is set")
+def test_help_answers_at_once():
+    """In processor time, which a busy machine does not stretch; the best of five."""
+    seconds = []
+    for _ in range(5):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cdkd_edge", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        )
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        process.stdout.close()
+        process.stderr.close()
+        assert process.returncode == 0
+        assert b"bench" in output
+        seconds.append(usage.ru_utime + usage.ru_stime)
+    assert min(seconds) < 0.5
+
+
+def test_no_file_names_somebodys_home():
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    pattern = re.compile(rb"(?<![\w.~}/-])/(?:" + b"|".join((b"root", b"home", b"work")) + rb")/\w")
+    found = []
+    for name in listing.stdout.decode().split("\0"):
+        path = REPOSITORY / name
+        if not name or not path.is_file() or path.is_symlink():
+            continue
+        content = path.read_bytes()
+        if b"\0" not in content[:8192]:
+            found += [f"{name}:{content[: hit.start()].count(10) + 1}" for hit in pattern.finditer(content)]
+    assert found == []

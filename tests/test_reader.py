@@ -1,0 +1,510 @@
+"""Scenes as tiles: borders, bands, values, validity, and every file that is no scene."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import rasterio
+from hypothesis import given
+from hypothesis import strategies as st
+from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
+from rasterio.enums import ColorInterp
+from rasterio.transform import Affine, from_origin
+from scene_helpers import noise, relaxed, write_raster
+
+from cdkd_edge.errors import SceneError
+from cdkd_edge.scene.grid import Span, TileGrid
+from cdkd_edge.scene.reader import INVALID_FILL, SceneReader, Stretch, reflected
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+
+TILE = 16
+FILL = INVALID_FILL[:, 0, 0].tolist()
+
+
+def whole(reader: SceneReader) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
+    """A scene up to 64 x 64 px as one tile, cut to the scene."""
+    out = np.full((3, 64, 64), 99, np.uint8)
+    valid = reader.read_tile(Span(0, 0, reader.height), Span(0, 0, reader.width), out)
+    window = np.s_[..., : reader.height, : reader.width]
+    return out[window], None if valid is None else valid[window]
+
+
+def read(path: Path, **options: Any) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
+    reader = SceneReader(path, **options)
+    try:
+        return whole(reader)
+    finally:
+        reader.close()
+
+
+def tagged(path: Path, interpretation: list[ColorInterp]) -> Path:
+    with rasterio.open(path, "r+") as dataset:
+        dataset.colorinterp = interpretation
+    return path
+
+
+# --- borders --------------------------------------------------------------------------------------
+
+
+@relaxed
+@given(size=st.integers(1, 40), before=st.integers(0, 100), after=st.integers(0, 100))
+def test_reflection_is_that_of_numpy(size: int, before: int, after: int) -> None:
+    expected = np.pad(np.arange(size), (before, after), mode="reflect")
+    assert (reflected(-before, before + size + after, size) == expected).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (9, 1), (2, 3), (15, 16), (16, 17), (30, 47)])
+@pytest.mark.parametrize("overlap", [0, 4, 15])
+@pytest.mark.parametrize("nodata", [None, 0])
+def test_all_borders_are_padded_as_numpy_pads(
+    tmp_path: Path, height: int, width: int, overlap: int, nodata: int | None
+) -> None:
+    scene = noise(height, width)
+    scene[:, 0, 0] = 0
+    path = write_raster(tmp_path / "scene.tif", scene, nodata=nodata)
+    pad = 64
+    padded = np.pad(scene, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
+    reader = SceneReader(path)
+    for row, column in TileGrid.over(height, width, TILE, overlap):
+        window = np.s_[:, row.start + pad :, column.start + pad :]
+        expected = padded[window][:, :TILE, :TILE].copy()
+        out = np.full((3, TILE, TILE), 99, np.uint8)
+        valid = reader.read_tile(row, column, out)
+        invalid = (expected == 0).all(axis=0) & (nodata is not None)
+        expected[:, invalid] = INVALID_FILL[:, :, 0]
+        assert (out == expected).all()
+        assert (valid is None and not invalid.any()) or (valid is not None and (valid == ~invalid).all())
+    reader.close()
+
+
+def test_a_margin_of_several_times_the_scene(tmp_path: Path) -> None:
+    scene = noise(3, 5)
+    reader = SceneReader(write_raster(tmp_path / "scene.tif", scene))
+    out = np.zeros((3, 40, 40), np.uint8)
+    reader.read_tile(Span(-18, 0, 3), Span(-17, 0, 5), out)
+    assert (out == np.pad(scene, ((0, 0), (18, 19), (17, 18)), mode="reflect")).all()
+    reader.close()
+
+
+def test_eight_bit_rgb_is_read_as_it_is(tmp_path: Path) -> None:
+    scene = noise(40, 50)
+    reader = SceneReader(write_raster(tmp_path / "scene.tif", scene, photometric="RGB"))
+    assert (reader.height, reader.width, reader.bands, reader.limits, reader.notes) == (40, 50, (1, 2, 3), None, [])
+    out = np.zeros((3, TILE, TILE), np.uint8)
+    assert reader.read_tile(Span(20, 20, 36), Span(7, 7, 23), out) is None
+    assert (out == scene[:, 20:36, 7:23]).all()
+    reader.close()
+
+
+@pytest.mark.parametrize("driver", ["PNG", "JPEG"])
+def test_pictures_are_scenes(tmp_path: Path, driver: str) -> None:
+    scene = np.full((3, 20, 30), 77, np.uint8)
+    pixels, valid = read(write_raster(tmp_path / f"scene.{driver.lower()}", scene, driver=driver))
+    assert valid is None
+    assert (pixels == 77).all()
+
+
+# --- bands ----------------------------------------------------------------------------------------
+
+
+def test_four_untagged_bands_are_blue_green_red_infrared(tmp_path: Path) -> None:
+    scene = noise(8, 9, bands=4)
+    reader = SceneReader(write_raster(tmp_path / "scene.tif", scene, photometric="MINISBLACK", alpha="NO"))
+    assert reader.bands == (3, 2, 1)
+    assert len(reader.notes) == 1
+    assert "B, G, R, NIR" in reader.notes[0]
+    assert "--bands" in reader.notes[0]
+    pixels, valid = whole(reader)
+    assert (pixels == scene[[2, 1, 0]]).all()
+    assert valid is None
+    reader.close()
+
+
+def test_tags_say_which_band_is_which(tmp_path: Path) -> None:
+    scene = noise(8, 9, bands=5)
+    path = write_raster(tmp_path / "scene.tif", scene, photometric="MINISBLACK")
+    undefined = ColorInterp.undefined
+    tagged(path, [ColorInterp.blue, undefined, ColorInterp.red, undefined, ColorInterp.green])
+    reader = SceneReader(path)
+    assert reader.bands == (3, 5, 1)
+    assert reader.notes == []
+    assert (whole(reader)[0] == scene[[2, 4, 0]]).all()
+    reader.close()
+
+
+@pytest.mark.parametrize("bands", [(3, 1, 2), (4, 4, 4), (5, 1, 5)])
+def test_bands_can_be_chosen(tmp_path: Path, bands: tuple[int, int, int]) -> None:
+    scene = noise(8, 9, bands=5)
+    path = write_raster(tmp_path / "scene.tif", scene, photometric="MINISBLACK")
+    assert (read(path, bands=bands)[0] == scene[[band - 1 for band in bands]]).all()
+
+
+@pytest.mark.parametrize("bands", [(), (1,), (1, 2), (1, 2, 3, 1), (0, 1, 2), (1, 2, 4), (-1, 1, 2)])
+def test_bands_that_do_not_exist_are_refused(tmp_path: Path, bands: tuple[int, ...]) -> None:
+    path = write_raster(tmp_path / "scene.tif", noise(8, 9))
+    with pytest.raises(SceneError, match=r"has bands 1\.\.3; --bands .* does not name three"):
+        SceneReader(path, bands=bands)
+
+
+@pytest.mark.parametrize(("count", "advice"), [(1, "--bands 1,1,1"), (2, "--bands 1,1,1"), (5, "--bands 3,2,1")])
+def test_other_numbers_of_bands_need_a_choice(tmp_path: Path, count: int, advice: str) -> None:
+    path = write_raster(tmp_path / "scene.tif", noise(8, 9, bands=count), photometric="MINISBLACK", alpha="NO")
+    with pytest.raises(SceneError, match=rf"has {count} band") as caught:
+        SceneReader(path)
+    assert advice in str(caught.value.hint)
+    chosen = [int(band) for band in advice.split()[1].split(",")]
+    assert read(path, bands=chosen)[0].shape == (3, 8, 9)
+
+
+def test_a_paletted_image_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = write_raster(tmp_path / "scene.tif", noise(8, 9, bands=1), photometric="PALETTE")
+    with rasterio.open(path, "r+") as dataset:
+        dataset.write_colormap(1, {0: (1, 2, 3, 255), 1: (4, 5, 6, 255)})
+    with pytest.raises(SceneError, match="paletted") as caught:
+        SceneReader(path)
+    assert "-expand rgb" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("bands", [None, (1, 2, 3)])
+@pytest.mark.parametrize("dtype", ["complex64", "complex128", "complex_int16"])
+def test_complex_values_are_no_image(tmp_path: Path, dtype: str, bands: tuple[int, int, int] | None) -> None:
+    path = tmp_path / "scene.tif"
+    rasterio.open(path, "w", driver="GTiff", count=3, height=8, width=9, dtype=dtype).close()
+    with pytest.raises(SceneError, match="complex"):
+        SceneReader(path, bands=bands)
+
+
+# --- validity -------------------------------------------------------------------------------------
+
+
+def test_alpha_is_validity(tmp_path: Path) -> None:
+    scene = noise(8, 9, bands=4)
+    scene[3] = 255
+    scene[3, 2:4, 3:] = 0
+    scene[3, 0, 0] = 1  # faint is not absent
+    path = write_raster(tmp_path / "scene.tif", scene, photometric="RGB", alpha="YES")
+    pixels, valid = read(path)
+    assert (valid == (scene[3] > 0)).all()
+    assert (pixels[:, valid] == scene[:3, valid]).all()
+    assert (pixels[:, ~valid].T == FILL).all()
+
+
+def test_nodata_is_validity(tmp_path: Path) -> None:
+    scene = noise(8, 9)
+    scene[:, 5:, :4] = 7
+    scene[0, 0, 0], scene[1, 0, 0] = 7, 8  # nodata in one band is a dark pixel, not a hole
+    pixels, valid = read(write_raster(tmp_path / "scene.tif", scene, nodata=7))
+    expected = ~(scene == 7).all(axis=0)
+    assert expected[0, 0]
+    assert (valid == expected).all()
+    assert (pixels[:, ~expected].T == FILL).all()
+
+
+def test_a_mask_band_is_validity(tmp_path: Path) -> None:
+    scene = noise(8, 9)
+    mask = np.full((8, 9), 255, np.uint8)
+    mask[:, 8] = 0
+    path = write_raster(tmp_path / "scene.tif", scene)
+    with rasterio.open(path, "r+") as dataset:
+        dataset.write_mask(mask)
+    pixels, valid = read(path)
+    assert (valid == (mask > 0)).all()
+    assert (pixels[:, :, 8].T == FILL).all()
+    assert (pixels[:, :, :8] == scene[:, :, :8]).all()
+
+
+def test_values_that_are_not_finite_have_no_data(tmp_path: Path) -> None:
+    scene = noise(8, 9).astype(np.float32)
+    scene[0, 1, 1], scene[1, 2, 2], scene[2, 3, 3] = np.nan, np.inf, -np.inf
+    path = write_raster(tmp_path / "scene.tif", scene)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        pixels, valid = read(path, stretch=Stretch(0, 255, percentiles=False))
+    assert valid is not None
+    assert (valid == np.isfinite(scene).all(axis=0)).all()
+    assert np.count_nonzero(~valid) == 3
+    assert (pixels[:, ~valid].T == FILL).all()
+    assert (pixels[:, valid] == scene[:, valid]).all()
+
+
+def test_a_scene_without_a_hole_needs_no_mask(tmp_path: Path) -> None:
+    scene = np.maximum(noise(8, 9), 1)
+    assert read(write_raster(tmp_path / "scene.tif", scene, nodata=0))[1] is None
+
+
+# --- stretch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32", "int8"])
+def test_other_values_than_bytes_need_a_stretch(tmp_path: Path, dtype: str) -> None:
+    path = write_raster(tmp_path / "scene.tif", noise(8, 9).astype(dtype))
+    with pytest.raises(SceneError, match=rf"holds {dtype} values") as caught:
+        SceneReader(path)
+    for option in ("--stretch ", "--stretch-percentiles LOW HIGH", "--stretch-range LOW HIGH"):
+        assert option in str(caught.value.hint)
+
+
+def test_a_range_maps_its_ends_to_0_and_255(tmp_path: Path) -> None:
+    values = np.array([0, 999, 1000, 1500, 2000, 2001, 65535], np.uint16)
+    scene = np.broadcast_to(values, (3, 4, 7))
+    pixels, valid = read(write_raster(tmp_path / "s.tif", scene), stretch=Stretch(1000, 2000, percentiles=False))
+    assert pixels[0, 0].tolist() == [0, 0, 0, 128, 255, 255, 255]
+    assert (pixels == pixels[0, 0]).all()
+    assert valid is None
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float64", "uint8"])
+@pytest.mark.parametrize(("low", "high"), [(2, 98), (0, 100), (10.5, 50)])
+def test_percentiles_are_those_of_the_scene_band_by_band(tmp_path: Path, dtype: str, low: float, high: float) -> None:
+    rng = np.random.default_rng(1)
+    top = 250 if dtype == "uint8" else 5000
+    scene = np.stack([rng.integers(1 + 10 * band, top // (band + 1), (30, 40)) for band in range(3)]).astype(dtype)
+    scene[:, :5] = 0  # holes: no part of the percentiles
+    path = write_raster(tmp_path / "scene.tif", scene, nodata=0)
+    reader = SceneReader(path, stretch=Stretch(low, high, percentiles=True))
+    pixels, valid = whole(reader)
+    assert valid is not None
+    assert reader.limits is not None
+    for band in range(3):
+        ends = np.percentile(scene[band, 5:].astype(float), [low, high])
+        assert reader.limits[band] == pytest.approx(ends)
+        expected = np.clip((scene[band, 5:] - ends[0]) / (ends[1] - ends[0]) * 255, 0, 255)
+        assert np.abs(pixels[band, 5:] - expected).max() <= 0.51
+    reader.close()
+
+
+def test_all_tiles_of_a_large_scene_are_stretched_alike(tmp_path: Path) -> None:
+    """Percentiles of a sample of the scene, never of a tile, so that there are no seams."""
+    ramp = np.broadcast_to(np.linspace(0, 60000, 3000).astype(np.uint16), (3, 20, 3000))
+    reader = SceneReader(write_raster(tmp_path / "scene.tif", ramp), stretch=Stretch(0, 100, percentiles=True))
+    tiles = []
+    for column in (0, 1400, 2980):
+        tiles.append(np.zeros((3, 20, 20), np.uint8))
+        reader.read_tile(Span(0, 0, 20), Span(column, column, column + 20), tiles[-1])
+    assert [round(float(tile.mean())) for tile in tiles] == [1, 120, 254]
+    reader.close()
+
+
+def test_a_constant_scene_can_be_stretched(tmp_path: Path) -> None:
+    path = write_raster(tmp_path / "scene.tif", np.full((3, 8, 9), 500, np.uint16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert (read(path, stretch=Stretch(2, 98, percentiles=True))[0] == 0).all()
+
+
+@pytest.mark.parametrize("percentiles", [True, False])
+def test_the_usual_nodata_of_float_scenes_is_no_reason_to_warn(tmp_path: Path, percentiles: bool) -> None:
+    scene = np.random.default_rng(1).uniform(0, 1, (3, 8, 9)).astype(np.float32)
+    scene[:, 2:5, 3] = np.finfo(np.float32).min
+    path = write_raster(tmp_path / "scene.tif", scene, nodata=float(np.finfo(np.float32).min))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        pixels, valid = read(path, stretch=Stretch(0, 100 if percentiles else 1, percentiles))
+        reader = SceneReader(path, stretch=Stretch(0, 1, percentiles=False))
+        reader.overview(9)
+        reader.close()
+    assert valid is not None
+    assert np.count_nonzero(~valid) == 3
+    assert pixels[:, valid].max() > 240
+
+
+def test_a_scene_without_a_valid_pixel_has_no_percentiles(tmp_path: Path) -> None:
+    path = write_raster(tmp_path / "scene.tif", np.zeros((3, 8, 9), np.uint16), nodata=0)
+    with pytest.raises(SceneError, match="no valid pixel"):
+        SceneReader(path, stretch=Stretch(2, 98, percentiles=True))
+
+
+@pytest.mark.parametrize(("low", "high"), [(5, 5), (6, 5), (float("nan"), 5), (5, float("nan"))])
+@pytest.mark.parametrize("percentiles", [True, False])
+def test_a_stretch_needs_low_below_high(low: float, high: float, percentiles: bool) -> None:
+    with pytest.raises(SceneError, match="low < high"):
+        Stretch(low, high, percentiles)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1, 50), (50, 101)])
+def test_percentiles_lie_between_0_and_100(low: float, high: float) -> None:
+    with pytest.raises(SceneError, match=r"0\.\.100"):
+        Stretch(low, high, percentiles=True)
+    assert not Stretch(low, high, percentiles=False).percentiles
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, float("inf")), (float("-inf"), 0)])
+def test_a_stretch_to_infinity_is_refused(low: float, high: float) -> None:
+    with pytest.raises(SceneError):
+        Stretch(low, high, percentiles=False)
+
+
+# --- georeference ---------------------------------------------------------------------------------
+
+
+def georeference(path: Path) -> dict[str, Any]:
+    reader = SceneReader(path)
+    try:
+        return reader.georeference
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [from_origin(325_000, 2_785_000, 0.5, 0.5), Affine(0.4, 0.3, 10, 0.3, -0.4, 20), Affine(0.5, 0, 10, 0, 0.5, 20)],
+    ids=["north up", "rotated", "south up"],
+)
+def test_the_place_on_earth_is_known(tmp_path: Path, transform: Affine) -> None:
+    path = write_raster(tmp_path / "scene.tif", noise(8, 9), crs="EPSG:32640", transform=transform)
+    place = georeference(path)
+    assert set(place) == {"crs", "transform"}
+    assert place["crs"] == CRS.from_epsg(32640)
+    assert place["transform"].almost_equals(transform)
+
+
+def test_ground_control_points_are_kept(tmp_path: Path) -> None:
+    points = [GroundControlPoint(row, col, 50 + col / 10, 25 - row / 10, 0) for row in (0, 8) for col in (0, 9)]
+    path = write_raster(tmp_path / "scene.tif", noise(8, 9), gcps=points, crs="EPSG:4326")
+    place = georeference(path)
+    assert set(place) == {"gcps", "crs"}
+    assert place["crs"] == CRS.from_epsg(4326)
+    assert [(p.row, p.col, p.x, p.y) for p in place["gcps"]] == [(p.row, p.col, p.x, p.y) for p in points]
+
+
+def test_a_scene_may_lie_nowhere(tmp_path: Path) -> None:
+    assert georeference(write_raster(tmp_path / "scene.tif", noise(8, 9))) == {}
+
+
+# --- overview -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("longest", "shape"), [(20, (10, 20, 3)), (40, (20, 40, 3)), (400, (20, 40, 3)), (1, (1, 1, 3))]
+)
+def test_an_overview_is_small_and_in_the_same_colors(tmp_path: Path, longest: int, shape: tuple[int, int, int]) -> None:
+    scene = np.empty((4, 20, 40), np.uint8)
+    scene[:] = np.array([10, 20, 30, 40]).reshape(4, 1, 1)
+    reader = SceneReader(write_raster(tmp_path / "scene.tif", scene, photometric="MINISBLACK", alpha="NO"))
+    overview = reader.overview(longest)
+    assert overview.shape == shape
+    assert (overview == [30, 20, 10]).all()
+    reader.close()
+
+
+def test_an_overview_is_stretched_like_the_tiles(tmp_path: Path) -> None:
+    scene = np.full((3, 20, 40), 1500, np.float32)
+    scene[:, :, 20:] = np.nan
+    path = write_raster(tmp_path / "scene.tif", scene)
+    reader = SceneReader(path, stretch=Stretch(1000, 2000, percentiles=False))
+    assert (reader.overview(40)[:, :20] == 128).all()
+    reader.close()
+
+
+# --- files that are no scene ----------------------------------------------------------------------
+
+
+def open_files(path: Path) -> int:
+    links = Path("/proc/self/fd")
+    return sum(os.path.realpath(link) == str(path.resolve()) for link in links.iterdir())
+
+
+def test_text_empty_and_missing_files_and_folders(tmp_path: Path) -> None:
+    text, empty = tmp_path / "text.tif", tmp_path / "empty.tif"
+    text.write_text("not a raster\n")
+    empty.touch()
+    for path, reason in (
+        (text, "is not a raster that GDAL can read"),
+        (empty, "is not a raster that GDAL can read"),
+        (tmp_path / "missing.tif", "does not exist"),
+        (tmp_path, "is not a file"),
+    ):
+        with pytest.raises(SceneError, match=rf"{re.escape(str(path))} {reason}"):
+            SceneReader(path)
+
+
+@pytest.mark.parametrize("compress", ["none", "deflate", "lzw"])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_truncated_file_is_found_when_its_tiles_are_read(tmp_path: Path, compress: str, share: float) -> None:
+    path = write_raster(
+        tmp_path / "scene.tif", noise(256, 256), tiled=True, blockxsize=64, blockysize=64, compress=compress
+    )
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    out = np.zeros((3, 64, 64), np.uint8)
+    reader = SceneReader(path)  # the header is whole
+    with pytest.raises(SceneError, match=rf"reading {re.escape(str(path))} failed: .*ead"):  # noqa: PT012
+        for row, column in TileGrid.over(256, 256, 64, 0):
+            reader.read_tile(row, column, out)
+    reader.close()
+
+
+@pytest.mark.parametrize("driver", ["PNG", "JPEG"])
+def test_a_truncated_picture_is_an_error_and_not_a_grey_field(tmp_path: Path, driver: str) -> None:
+    path = write_raster(tmp_path / "scene.img", noise(256, 256), driver=driver)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    out = np.zeros((3, 64, 64), np.uint8)
+    with pytest.raises(SceneError, match="failed"):  # noqa: PT012 - where it is found depends on the format
+        reader = SceneReader(path)
+        for row, column in TileGrid.over(256, 256, 64, 0):
+            reader.read_tile(row, column, out)
+
+
+def test_a_raster_without_bands(tmp_path: Path) -> None:
+    path = tmp_path / "scene.vrt"
+    path.write_text('<VRTDataset rasterXSize="5" rasterYSize="5"></VRTDataset>')
+    with pytest.raises(SceneError, match="bands"):
+        SceneReader(path)
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Path:
+    """A GeoPackage with two rasters, as netCDF and HDF files have them."""
+    path = tmp_path / "scenes.gpkg"
+    for index, table in enumerate(("first", "second")):
+        options = {"RASTER_TABLE": table} | ({"APPEND_SUBDATASET": "YES"} if index else {})
+        transform = from_origin(0, 0, 1, 1)
+        scene = np.full((3, 20, 30), 50 + index, np.uint8)
+        write_raster(path, scene, driver="GPKG", crs="EPSG:3857", transform=transform, tile_format="PNG", **options)
+    return path
+
+
+def test_a_container_names_what_it_holds(container: Path) -> None:
+    with pytest.raises(SceneError, match="no bands of its own, only subdatasets") as caught:
+        SceneReader(container)
+    assert f"GPKG:{container}:first" in str(caught.value.hint)
+
+
+def test_what_a_container_advises_works(container: Path) -> None:
+    pixels, _ = read(Path(f"GPKG:{container}:second"))
+    assert (pixels == 51).all()
+
+
+@pytest.mark.parametrize("name", ["GPKG:missing.gpkg:first", "nodriver:scene.tif", "/vsizip/missing.zip/scene.tif"])
+def test_what_no_container_holds(name: str) -> None:
+    with pytest.raises(SceneError, match=re.escape(name)):
+        SceneReader(name)
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "scene-\udcff.tif"
+    os.replace(write_raster(tmp_path / "scene.tif", noise(8, 9)), path)
+    with pytest.raises(SceneError):
+        SceneReader(path)
+
+
+def test_a_refused_scene_is_not_held_open(tmp_path: Path) -> None:
+    path = write_raster(tmp_path / "scene.tif", noise(8, 9).astype(np.uint16))
+    with pytest.raises(SceneError) as caught:
+        SceneReader(path)
+    assert open_files(path) == 0
+    assert caught.tb is not None, "which keeps the reader from being collected"
+    reader = SceneReader(path, stretch=Stretch(0, 1000, percentiles=False))
+    assert open_files(path) == 1
+    reader.close()
+    assert open_files(path) == 0

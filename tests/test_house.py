@@ -31,6 +31,8 @@ NEEDS_TORCH = (
     "cdkd_edge.model.cost",
     "cdkd_edge.model.layouts",
     "cdkd_edge.model.checkpoint",
+    "cdkd_edge.model.container",
+    "cdkd_edge.model.infer",
     "cdkd_edge.export.check",
     "cdkd_edge.export.pipeline",
     "cdkd_edge.training",

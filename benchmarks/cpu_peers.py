@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="keep checkpoint, graphs and engine here")
     parser.add_argument("--tile", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -164,9 +164,11 @@ def main() -> None:
     from cdkd_edge.model.config import PRESETS
 
     with tempfile.TemporaryDirectory() as temporary:
-        make_artefacts(Path(temporary), arguments.preset)
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        make_artefacts(folder, arguments.preset)
         tile = PRESETS[arguments.preset].tile
-        results = measure(Path(temporary), arguments.contenders, arguments.rounds, arguments.threads, tile)
+        results = measure(folder, arguments.contenders, arguments.rounds, arguments.threads, tile)
     print(f"{'contender':10} {'s/tile':>8} {'x ours':>8} {'peak MB':>8} {'x ours':>8}")
     for kind, result in results.items():
         print(

@@ -43,7 +43,13 @@ class _AnsweringGroup(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             _fail(_as_answer(error))
+        except RuntimeError as error:
+            if "allocate memory" not in str(error) or ctx.params.get("debug"):  # torch's way to say MemoryError
+                raise
+            _fail(_as_answer(MemoryError()))
 
+
+_OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".jp2", ".img", ".vrt", ".gpkg", ".nc"}
 
 app = typer.Typer(
     cls=_AnsweringGroup,
@@ -107,7 +113,7 @@ def _root(
 
 @app.command()
 def info(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .bin or .safetensors.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .bin, .ckpt or .safetensors.")],
     tile: Annotated[Optional[int], typer.Option(help="Count for this tile side, px.", min=1)] = None,  # noqa: UP045
     heads: Annotated[Optional[int], typer.Option(help="Attention heads, if not 64 wide.", min=1)] = None,  # noqa: UP045
     as_json: JsonOption = False,
@@ -121,14 +127,14 @@ def info(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .bin or .safetensors.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .bin, .ckpt or .safetensors.")],
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="The graph (.onnx). Default: export/<checkpoint's name>.onnx."),
     ] = None,
     schema: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Class names and colors: deepglobe, loveda, dubai, or a .toml file."),
+        typer.Option(help="Class names and colors: deepglobe (6), loveda (7), dubai (5), or a .toml file."),
     ] = None,
     tile: Annotated[
         Optional[int],  # noqa: UP045
@@ -215,8 +221,9 @@ def segment(
 
     space = _workspace(workspace)
     options = _segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
-    outputs = _output_paths(scenes, output, space, overwrite)
+    outputs = _output_paths(scenes, output, space)
     pictures = [path.with_name(f"{path.stem}_quicklook.png") if quicklook else None for path in outputs]
+    _spare_what_exists([*outputs, *(picture for picture in pictures if picture)], overwrite)
     _spare_the_scenes(scenes, [*outputs, *(picture for picture in pictures if picture)])
     loaded = load_engine(engine or space.only_engine("cdkd-edge segment SCENE --engine"), threads=threads)
     results = []
@@ -231,8 +238,8 @@ def segment(
                 _show(results[-1], as_json)
     finally:
         loaded.close()
-    if as_json:
-        _print_json([result.data for result in results])
+        if as_json:  # also what was finished before a scene failed
+            _print_json([result.data for result in results])
 
 
 @app.command()
@@ -341,7 +348,7 @@ def _segment_options(
             numbers = [int(part) for part in bands.split(",")]
         except ValueError:
             raise typer.BadParameter("three numbers, e.g. 3,2,1", param_hint="--bands") from None
-    if percentiles and value_range:
+    if value_range and (percentiles or stretch):
         raise typer.BadParameter("choose percentiles or a range", param_hint="--stretch-range")
     chosen = None
     if value_range:
@@ -351,9 +358,16 @@ def _segment_options(
     return SegmentOptions(overlap=overlap, bands=numbers, stretch=chosen)
 
 
-def _output_paths(scenes: list[str], output: Path | None, space: Workspace, overwrite: bool) -> list[Path]:
+def _output_paths(scenes: list[str], output: Path | None, space: Workspace) -> list[Path]:
+    import os
+
     from cdkd_edge.errors import SceneError
 
+    if output is not None:
+        # "missing/../scene.tif" does not exist until missing/ is made on the way to it.
+        output = Path(os.path.normpath(output))
+        if output.suffix.lower() in _OTHER_FORMATS and not output.is_dir():
+            raise typer.BadParameter("a label map is a .tif file", param_hint="--output")
     if output is not None and output.suffix.lower() in (".tif", ".tiff"):
         if len(scenes) > 1:
             raise typer.BadParameter("several scenes need a directory", param_hint="--output")
@@ -364,11 +378,17 @@ def _output_paths(scenes: list[str], output: Path | None, space: Workspace, over
     for index, path in enumerate(paths):
         if path in paths[:index]:
             raise SceneError(f"two scenes would both become {path}", hint="segment them separately, with --output")
+    return paths
+
+
+def _spare_what_exists(paths: list[Path], overwrite: bool) -> None:
+    from cdkd_edge.errors import SceneError
+
+    for path in paths:
         if path.is_dir():
             raise SceneError(f"{path} is a folder", hint="name a file in it, or a folder without .tif")
         if path.exists() and not overwrite:
             raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
-    return paths
 
 
 def _spare_the_scenes(scenes: list[str], outputs: list[Path]) -> None:

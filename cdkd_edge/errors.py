@@ -1,14 +1,14 @@
 """Every error a user can meet: one root, an exit code and a next step.
 
-A :class:`CdkdEdgeError` is an answer, not a bug: the command line prints its message and its hint in
-one line each and leaves with its exit code. Anything else that escapes is a bug and shows a
-traceback under ``--debug``.
+A :class:`CdkdEdgeError` is an answer, not a bug: the command line prints its message and its hint on
+one line and leaves with its exit code (``--debug`` shows the traceback instead and leaves with 1).
+Anything else that escapes is a bug and always shows its traceback.
 
 ====  =============================================================
 code  meaning
 ====  =============================================================
 0     success
-1     unexpected failure (a bug; ``--debug`` shows the traceback)
+1     unexpected failure (a bug; with its traceback)
 2     wrong usage of the command line
 3     the checkpoint cannot be used
 4     the label schema cannot be used
@@ -20,7 +20,7 @@ code  meaning
 10    the scene cannot be read or its label map cannot be written
 11    an optional package is not installed
 12    the operating system refused (disk full, read-only, no access)
-130   interrupted
+130   interrupted (128 + signal: 129 hang-up, 143 terminated)
 ====  =============================================================
 """
 

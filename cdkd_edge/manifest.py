@@ -125,6 +125,28 @@ def manifest_path(artefact: Path) -> Path:
     return artefact.with_suffix(".json")
 
 
+def require_replaceable(artefact: Path) -> None:
+    """Make sure that writing ``artefact`` and its manifest replaces nothing but an earlier pair.
+
+    Raises:
+        ManifestError: the file has no manifest, or the ``.json`` in the manifest's place is something else.
+    """
+    import msgspec
+
+    sidecar = manifest_path(artefact)
+    if not artefact.exists() and not sidecar.exists():
+        return
+    try:
+        document = msgspec.json.decode(sidecar.read_bytes())
+    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError):
+        document = None
+    if not isinstance(document, dict) or document.get("kind") not in (GraphManifest.kind, EngineManifest.kind):
+        raise ManifestError(
+            f"{artefact if artefact.exists() else sidecar} exists and is not cdkd-edge's to replace",
+            hint="choose another --output, or move it away",
+        )
+
+
 def write_manifest(artefact: Path, manifest: GraphManifest | EngineManifest) -> None:
     """Write the sidecar of ``artefact`` (atomically)."""
     import msgspec

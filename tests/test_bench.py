@@ -104,7 +104,7 @@ def test_speed_of_an_engine_of_known_speed(folder: Path, scene: Path, batch: int
 def test_what_is_written_is_what_was_measured(folder: Path, scene: Path) -> None:
     delays = iter([0.004, 0.150, 0.002, 0.008, 0.030, 0.001])
     engine = FakeEngine(delay=lambda _: next(delays, 0.001))
-    summary = run_benchmark(engine, folder, BenchOptions(0.01, 0, min_tiles=5, scene=scene))
+    summary = run_benchmark(engine, folder, BenchOptions(0.01, 0, min_batches=5, scene=scene))
     measured = latencies(folder)
     latency = summary.engine_only.latency_ms
     # one batch of warm-up takes the first delay
@@ -119,10 +119,10 @@ def test_what_is_written_is_what_was_measured(folder: Path, scene: Path) -> None
     assert summary.engine_only.seconds >= sum(measured) / 1e3 - 1e-3
 
 
-@pytest.mark.parametrize("min_tiles", [1, 7])
-def test_slow_engines_are_timed_over_a_least_number_of_tiles(folder: Path, scene: Path, min_tiles: int) -> None:
-    summary = run_benchmark(FakeEngine(delay=0.02), folder, BenchOptions(0.001, 0, min_tiles, scene))
-    assert summary.engine_only.latency_ms.samples == min_tiles == len(latencies(folder))
+@pytest.mark.parametrize("min_batches", [1, 7])
+def test_slow_engines_are_timed_over_a_least_number_of_tiles(folder: Path, scene: Path, min_batches: int) -> None:
+    summary = run_benchmark(FakeEngine(delay=0.02), folder, BenchOptions(0.001, 0, min_batches, scene))
+    assert summary.engine_only.latency_ms.samples == min_batches == len(latencies(folder))
 
 
 def test_every_slot_takes_its_turn_and_holds_another_picture(folder: Path, scene: Path) -> None:

@@ -60,12 +60,20 @@ def test_demo_leaves_what_it_prints(tmp_path: Path) -> None:
         Path(result["bench_folder"]) / "summary.json",
     ):
         assert Path(path).is_file()
-    with rasterio.open(result["segment"]["output"]) as labels, rasterio.open(tmp_path / "scene.tif") as scene:
+    with rasterio.open(result["segment"]["output"]) as labels, rasterio.open(tmp_path / "demo_scene.tif") as scene:
         assert labels.shape == scene.shape == (2000, 3000)
         assert labels.crs == scene.crs
         assert labels.transform == scene.transform
         assert labels.nodata == 255
     assert result["mean_iou"] > 0.6
+
+
+def test_demo_stays_out_of_folders_with_other_files(tmp_path: Path) -> None:
+    (tmp_path / "demo_scene.tif").write_text("mine")
+    result = CliRunner().invoke(app, ["demo", "-w", str(tmp_path)])
+    assert result.exit_code == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["demo_scene.tif"]
+    assert (tmp_path / "demo_scene.tif").read_text() == "mine"
 
 
 @pytest.mark.skipif(not DUBAI.is_dir(), reason=f"no imagery in {DUBAI}")

@@ -730,3 +730,48 @@ def test_a_signal_leaves_nothing_half_written(
     assert names_in(folder) == []
     assert out == ""
     assert "Traceback" not in err
+
+
+def test_a_detour_to_the_scene_is_still_the_scene(workspace: Path) -> None:
+    """`missing/..` exists only once `missing` has been made, on the way to writing."""
+    scene = workspace / "scene.tif"
+    before = scene.read_bytes()
+    detour = workspace / "missing" / ".." / "scene.tif"
+    assert_answer(run("segment", scene, "-w", workspace, "-o", detour), 10, "exists")
+    assert_answer(run("segment", scene, "-w", workspace, "-o", detour, "--overwrite"), 10, "overwrite the scene")
+    assert scene.read_bytes() == before
+    assert not (workspace / "missing").exists()
+
+
+def test_an_existing_picture_is_kept(workspace: Path) -> None:
+    picture = workspace / "map_quicklook.png"
+    picture.write_text("mine")
+    command = ("segment", workspace / "scene.tif", "-w", workspace, "-o", workspace / "map.tif", "--quicklook")
+    assert_answer(run(*command), 10, "map_quicklook.png exists")
+    assert picture.read_text() == "mine"
+    assert not (workspace / "map.tif").exists()
+
+
+def test_a_label_map_is_a_geotiff(workspace: Path) -> None:
+    assert_wrong_usage(run("segment", workspace / "scene.tif", "-w", workspace, "-o", "map.png"), r"\.tif")
+
+
+def test_results_before_a_broken_scene_are_reported(workspace: Path) -> None:
+    (workspace / "broken.tif").write_text("no raster")
+    result = run("segment", workspace / "scene.tif", workspace / "broken.tif", "-w", workspace, "--json")
+    assert result.exit_code == 10
+    assert [Path(entry["output"]).name for entry in json.loads(result.stdout)] == ["scene_labels.tif"]
+
+
+def test_a_full_disk_is_named_when_onnxruntime_does_not(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cdkd_edge.engines import cpu
+    from cdkd_edge.errors import EngineError
+
+    def refuse(*_: object) -> None:
+        raise EngineError("Protobuf serialization failed")
+
+    monkeypatch.setattr(cpu, "_session", refuse)
+    usage = shutil.disk_usage(workspace)._replace(free=0)
+    monkeypatch.setattr(cpu.shutil, "disk_usage", lambda _: usage)
+    assert_answer(run("build", "-w", workspace, "-o", workspace / "new.onnx"), 12, r"new\.onnx: no space left")
+    assert not (workspace / "new.onnx").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import sys
 from collections import Counter
@@ -22,11 +23,12 @@ from cdkd_edge.errors import (  # noqa: E402
     CheckpointError,
     EncoderOnlyError,
     GraphError,
+    ManifestError,
     MissingExtraError,
     NumericalCheckError,
     SchemaError,
 )
-from cdkd_edge.export import fold  # noqa: E402
+from cdkd_edge.export import fold, pipeline  # noqa: E402
 from cdkd_edge.export.check import sample_tiles  # noqa: E402
 from cdkd_edge.export.graph import build_graph  # noqa: E402
 from cdkd_edge.export.pipeline import ExportOptions, export_checkpoint  # noqa: E402
@@ -192,12 +194,16 @@ def test_sample_tiles_are_pictures_and_always_the_same():
 # --- what is refused ------------------------------------------------------------------------------
 
 
+OLD = '{"kind": "graph"}'
+"""Just enough of an earlier manifest for the pair to count as ours."""
+
+
 def assert_not_exported(error, checkpoint, folder, options=ExportOptions()):
     """The export fails and leaves an older graph as it was."""
     older = folder / "older"
     older.mkdir()
     for name in ("g.onnx", "g.json"):
-        (older / name).write_text("old")
+        (older / name).write_text(OLD)
     fresh = folder / "fresh" / "g.onnx"
     for destination in (fresh, older / "g.onnx"):
         with pytest.raises(error) as caught:
@@ -205,7 +211,7 @@ def assert_not_exported(error, checkpoint, folder, options=ExportOptions()):
         assert "\n" not in str(caught.value)
     assert not [name for name in files(folder) if name.startswith("fresh/")]
     assert files(older) == ["g.json", "g.onnx"]
-    assert (older / "g.onnx").read_text() == (older / "g.json").read_text() == "old"
+    assert (older / "g.onnx").read_text() == (older / "g.json").read_text() == OLD
     return caught.value
 
 
@@ -363,3 +369,23 @@ def test_without_onnxsim_the_extra_is_named(small_weights, small_config, monkeyp
     with pytest.raises(MissingExtraError, match="onnxsim") as caught:
         simplify_graph(build_graph(small_weights, small_config))
     assert "cdkd-edge[export]" in caught.value.hint
+
+
+@pytest.mark.parametrize("mine", ["net.onnx", "net.json"])
+def test_files_of_others_are_not_replaced(tmp_path, checkpoint, mine):
+    (tmp_path / mine).write_text('{"mine": 1}')
+    with pytest.raises(ManifestError, match="not cdkd-edge's to replace"):
+        export_checkpoint(checkpoint, tmp_path / "net.onnx")
+    assert [name for name in files(tmp_path) if "net." in name] == [mine]
+    assert (tmp_path / mine).read_text() == '{"mine": 1}'
+
+
+def test_no_graph_without_its_manifest(tmp_path, checkpoint, monkeypatch):
+    def full(artefact, manifest):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "write_manifest", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        export_checkpoint(checkpoint, tmp_path / "out" / "net.onnx")
+    assert caught.value.filename == str(tmp_path / "out" / "net.onnx")
+    assert files(tmp_path / "out") == []

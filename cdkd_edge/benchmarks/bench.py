@@ -38,7 +38,7 @@ class BenchOptions:
     """Seconds of timed tiles."""
     warmup: float = 3.0
     """Seconds of untimed tiles before them."""
-    min_tiles: int = 5
+    min_batches: int = 5
     """Batches timed at least, however slow the engine."""
     scene: Path | None = None
     """Scene for the end-to-end figure. Default: one that is drawn."""
@@ -168,7 +168,7 @@ def _load_phase(
     _run_for(engine, options.warmup, 1)
     progress("timed tiles")
     began = time.perf_counter()
-    return _run_for(engine, options.duration, options.min_tiles), began
+    return _run_for(engine, options.duration, options.min_batches), began
 
 
 def _load_phase_with_power(

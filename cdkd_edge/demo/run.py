@@ -15,6 +15,7 @@ from rasterio.transform import from_origin
 from cdkd_edge.benchmarks.bench import BenchOptions, BenchSummary, run_benchmark
 from cdkd_edge.engines.cpu import build_cpu_engine
 from cdkd_edge.engines.load import load_engine
+from cdkd_edge.errors import WorkspaceError
 from cdkd_edge.export.pipeline import ExportResult, export_checkpoint
 from cdkd_edge.files import whole_file
 from cdkd_edge.manifest import EngineManifest
@@ -26,6 +27,8 @@ from cdkd_edge.workspace import Workspace
 
 SCENE_WIDTH, SCENE_HEIGHT, SCENE_SEED = 3000, 2000, 2026
 SCENE_PIXEL_M = 0.5
+MARK = ".cdkd-edge-demo"
+"""File that marks a folder as the demo's own, so that a second run may replace what the first one wrote."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,14 @@ def run_demo(
         progress: called with the name of each step.
 
     Raises:
+        WorkspaceError: the workspace holds files that no demo wrote.
         CdkdEdgeError: as the stages do.
     """
+    _claim(workspace.root)
     truth = None
     if scene is None:
         progress("drawing a scene")
-        scene = workspace.root / "scene.tif"
+        scene = workspace.root / "demo_scene.tif"
         truth = _draw(scene)
     with resources.as_file(resources.files("cdkd_edge.demo") / "tiny.safetensors") as checkpoint:
         exported = export_checkpoint(checkpoint, workspace.graphs / "tiny.onnx", progress=progress)
@@ -89,6 +94,16 @@ def run_demo(
     finally:
         engine.close()
     return DemoResult(exported, built, engine_path, result, quicklook, mean_iou, bench, folder)
+
+
+def _claim(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise WorkspaceError(
+            f"{folder} is not empty, and the demo writes only into a folder of its own",
+            hint="name a new one with --workspace",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
 
 
 def _draw(path: Path) -> npt.NDArray[np.uint8]:

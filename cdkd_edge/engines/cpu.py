@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import onnxruntime
 
 from cdkd_edge.engines.fuse import fuse_attention
 from cdkd_edge.engines.protocol import UInt8Array
-from cdkd_edge.errors import EngineError, GraphError, NumericalCheckError
+from cdkd_edge.errors import EngineError, GraphError, NumericalCheckError, SystemRefusalError
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.machine import available_cores, describe_machine
@@ -22,6 +23,7 @@ from cdkd_edge.manifest import (
     GraphManifest,
     library_versions,
     read_manifest,
+    require_replaceable,
     write_manifest,
 )
 from cdkd_edge.scenery import draw_scene
@@ -45,11 +47,12 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
         destination: final path of the engine (``.onnx``).
 
     Raises:
-        ManifestError: the graph is not what its manifest says.
+        ManifestError: the graph is not what its manifest says, or the destination is a file that no build wrote.
         EngineError: ONNX Runtime cannot build it.
         NumericalCheckError: the engine gives other labels than the graph.
     """
     started = time.perf_counter()
+    require_replaceable(destination)
     source = read_manifest(graph, GraphManifest)
     if source.precision != "fp32":
         raise EngineError(f"{graph} is a {source.precision} graph; the CPU engine runs fp32", hint="export it again")
@@ -64,7 +67,13 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
         options = _session_options()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(temporary)
-        _session(serialized, options, f"optimising {graph.name}")
+        try:
+            _session(serialized, options, f"optimising {graph.name}")
+        except EngineError:
+            # ONNX Runtime does not say why it could not write.
+            if shutil.disk_usage(temporary.parent).free < len(serialized):
+                raise SystemRefusalError(f"{destination}: no space left on the device") from None
+            raise
         del serialized
         _check(graph, temporary, source)
         manifest = EngineManifest(
@@ -85,7 +94,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
             # The module's own word: its package may be onnxruntime-gpu or a vendor's build.
             libraries={**library_versions(("onnx", "numpy")), "onnxruntime": onnxruntime.__version__},
         )
-    write_manifest(destination, manifest)
+        write_manifest(destination, manifest)  # before the engine gets its name: no engine without a manifest
     return manifest
 
 

@@ -16,7 +16,14 @@ from cdkd_edge.export.graph import DEFAULT_OPSET, build_graph
 from cdkd_edge.export.simplify import simplify_graph
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import LabelSchema, load_schema, numbered_schema
-from cdkd_edge.manifest import FileRecord, GraphManifest, Preprocessing, library_versions, write_manifest
+from cdkd_edge.manifest import (
+    FileRecord,
+    GraphManifest,
+    Preprocessing,
+    library_versions,
+    require_replaceable,
+    write_manifest,
+)
 from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD
 
@@ -63,9 +70,12 @@ def export_checkpoint(
 
     Raises:
         CheckpointError, SchemaError, GraphError: the input cannot be exported.
-        NumericalCheckError: graph and network disagree on more than 1 pixel in 10,000.
+        ManifestError: the destination is a file that no export wrote.
+        NumericalCheckError: graph and network disagree on more than 1 pixel in 10,000, or a logit differs by
+            more than rounding.
     """
     started = time.perf_counter()
+    require_replaceable(destination)
     progress("loading the checkpoint")
     network, report = load_checkpoint(
         checkpoint, tile=options.tile, heads=options.heads, layer_norm_eps=options.layer_norm_eps
@@ -112,7 +122,7 @@ def export_checkpoint(
             libraries=library_versions(("torch", "onnx", "onnxsim", "onnxruntime", "numpy")),
             training=dict(report.training),
         )
-    write_manifest(destination, manifest)
+        write_manifest(destination, manifest)  # before the graph gets its name: no graph without a manifest
     return ExportResult(destination, manifest, report, nodes_written, time.perf_counter() - started)
 
 

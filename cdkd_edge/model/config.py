@@ -46,8 +46,10 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         numbers = (self.tile, self.patch, self.embed_dim, self.heads, self.mlp_dim, self.classes, self.head_channels)
-        if min(numbers) < 1 or not 0 < self.layer_norm_eps < 1:
+        if min(numbers) < 1:
             raise CheckpointError(f"a network cannot have these sizes: {self}")
+        if not 0 < self.layer_norm_eps < 1:
+            raise CheckpointError(f"LayerNorm's epsilon lies between 0 and 1; {self.layer_norm_eps:g} does not")
         if self.tile % self.patch:
             raise CheckpointError(f"a tile of {self.tile} px is not a multiple of the {self.patch} px patch")
         if self.grid > MAX_GRID:

@@ -84,7 +84,10 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
             hint="where you trust it, save the tensors alone: torch.save(checkpoint['state_dict'], 'weights.pt')",
         )
     reason = re.split(r"\. |: 0x|This is an internal", text)[0][:120] if isinstance(error, RuntimeError) else ""
-    return CheckpointError(f"{path} is damaged or not a PyTorch checkpoint" + (f" ({reason})" if reason else ""))
+    return CheckpointError(
+        f"{path} is damaged or not a PyTorch checkpoint" + (f" ({reason})" if reason else ""),
+        hint=None if reason else "other pickles are never loaded",
+    )
 
 
 def safetensors_torch() -> Any:

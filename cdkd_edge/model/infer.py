@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdkd_edge.errors import CheckpointError
-from cdkd_edge.model.config import HEAD_DIM, NetworkConfig
+from cdkd_edge.model.config import HEAD_DIM, PIXEL_MEAN, PIXEL_STD, NetworkConfig
 from cdkd_edge.model.container import FORMAT_VERSION
 from cdkd_edge.model.layouts import OURS, Layout
 
@@ -94,6 +94,11 @@ def inferred_config(
     if layer_norm_eps is None:
         layer_norm_eps = layout.layer_norm_eps
         notes.append(f"LayerNorm eps {layer_norm_eps:g} assumed (as in {layout.name}; not stored in the checkpoint)")
+    if layout is not OURS:
+        notes.append(
+            f"input normalisation assumed: RGB mean {PIXEL_MEAN}, std {PIXEL_STD} on 0..255, as SAM, ImageNet "
+            "and OpenMMLab have it (not stored)"
+        )
     blocks = {int(match[1]) for key in state if (match := re.match(r"encoder\.blocks\.(\d{1,4})\.", key))}
     if gaps := sorted(set(range(max(blocks) + 1)) - blocks)[:8]:
         raise CheckpointError(f"the checkpoint lacks transformer blocks {gaps} of {max(blocks) + 1}")

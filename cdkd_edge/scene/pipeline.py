@@ -7,6 +7,7 @@ leaves no output.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -34,7 +35,9 @@ class SegmentOptions:
     overlap: int | None = None
     """Overlap of neighbouring tiles, px. Default: :func:`.grid.default_overlap`."""
     bands: Sequence[int] | None = None
+    """Red, green and blue as 1-based band numbers. Default: by colour tags, as :class:`.reader.SceneReader` says."""
     stretch: Stretch | None = None
+    """How values become 0..255. Default: 8-bit values as they are, others are an error."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def segment_scene(
         OSError: the system refused to write.
     """
     started = time.perf_counter()
+    output = Path(os.path.normpath(output))
     if _same_file(scene, output):
         raise SceneError(f"the label map would overwrite the scene {scene}")
     manifest = engine.manifest

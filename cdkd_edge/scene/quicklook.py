@@ -15,6 +15,7 @@ from cdkd_edge.scene.raster import gdal, open_scene
 from cdkd_edge.scene.reader import SceneReader
 
 _PAPER, _INK, _QUIET = (255, 255, 255), (28, 32, 38), (110, 118, 128)
+_NO_DATA = (235, 235, 235)
 _MARGIN, _FONT = 16, 17
 
 
@@ -55,7 +56,7 @@ def write_quicklook(
 
 def _colored(labels: npt.NDArray[np.uint8], schema: LabelSchema) -> npt.NDArray[np.uint8]:
     palette = schema.palette()
-    palette[NO_LABEL] = (235, 235, 235)
+    palette[NO_LABEL] = _NO_DATA
     return palette[labels]
 
 
@@ -68,13 +69,15 @@ def _side_by_side(left: npt.NDArray[np.uint8], right: npt.NDArray[np.uint8]) -> 
 
 
 def _legend(result: SegmentResult, schema: LabelSchema) -> list[tuple[tuple[int, int, int], str, str]]:
-    """Colour, name and share of every class that occurs, in schema order."""
-    total = max(1, sum(result.class_pixels.values()))
+    """Colour, name and share of the scene of every class that occurs, in schema order; then what has no data."""
+    total = result.height * result.width
     entries = []
     for cls in schema.classes:
         count = result.class_pixels.get(cls.name, 0)
         if count:
             entries.append((cls.color, cls.name, f"{count / total:.1%}"))
+    if result.no_data_pixels:
+        entries.append((_NO_DATA, "no data", f"{result.no_data_pixels / total:.1%}"))
     return entries
 
 

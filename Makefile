@@ -31,10 +31,10 @@ lint: $(VENV)/.tests
 types: $(VENV)/.tests
 	$(VENV)/bin/mypy
 
-# Our CPU engine beside PyTorch and ONNX Runtime on a naive export (about five minutes).
+# Our CPU engine beside PyTorch and ONNX Runtime on a naive export (about six minutes).
 peers: $(VENV)/.tests
 	$(VENV)/bin/pip install --quiet -c constraints.txt onnxscript
-	$(VENV)/bin/python benchmarks/cpu_peers.py --output benchmarks/results/cpu-peers.json
+	$(VENV)/bin/python benchmarks/cpu_peers.py --rounds 15 --output benchmarks/results/cpu-peers.json
 
 $(VENV)/.package: $(INPUTS)
 	$(PYTHON) -m venv $(VENV)

@@ -28,6 +28,9 @@ from typing import Any
 
 import numpy as np
 
+PAUSE_SECONDS = 0.5
+"""Between two tiles: the threads of ONNX Runtime go on spinning for a while and would slow whoever is next."""
+
 CONTENDERS = ("ours", "torch", "naive", "plain")
 
 
@@ -112,6 +115,7 @@ def measure(folder: Path, contenders: list[str], rounds: int, threads: int, tile
     peaks: dict[str, int] = {}
     for round_number in range(rounds + 1):
         for kind, process in processes.items():
+            time.sleep(PAUSE_SECONDS)
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()

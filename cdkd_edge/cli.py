@@ -49,8 +49,6 @@ class _AnsweringGroup(TyperGroup):
             _fail(_as_answer(MemoryError()))
 
 
-_OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".jp2", ".img", ".vrt", ".gpkg", ".nc"}
-
 app = typer.Typer(
     cls=_AnsweringGroup,
     no_args_is_help=True,
@@ -216,15 +214,15 @@ def segment(
     """Scenes to label maps: GeoTIFF with palette, class names and the scene's georeference."""
     from cdkd_edge.engines.load import load_engine
     from cdkd_edge.report import describe_segment
+    from cdkd_edge.scene.outputs import label_map_paths, quicklook_path, spare
     from cdkd_edge.scene.pipeline import segment_scene
     from cdkd_edge.scene.quicklook import write_quicklook
 
     space = _workspace(workspace)
     options = _segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
-    outputs = _output_paths(scenes, output, space)
-    pictures = [path.with_name(f"{path.stem}_quicklook.png") if quicklook else None for path in outputs]
-    _spare_what_exists([*outputs, *(picture for picture in pictures if picture)], overwrite)
-    _spare_the_scenes(scenes, [*outputs, *(picture for picture in pictures if picture)])
+    outputs = label_map_paths(scenes, output, space.root)
+    pictures = [quicklook_path(path) if quicklook else None for path in outputs]
+    spare(scenes, [*outputs, *(picture for picture in pictures if picture)], overwrite=overwrite)
     loaded = load_engine(engine or space.only_engine("cdkd-edge segment SCENE --engine"), threads=threads)
     results = []
     try:
@@ -356,48 +354,6 @@ def _segment_options(
     elif percentiles or stretch:
         chosen = Stretch(*(percentiles or (2.0, 98.0)), percentiles=True)
     return SegmentOptions(overlap=overlap, bands=numbers, stretch=chosen)
-
-
-def _output_paths(scenes: list[str], output: Path | None, space: Workspace) -> list[Path]:
-    import os
-
-    from cdkd_edge.errors import SceneError
-
-    if output is not None:
-        # "missing/../scene.tif" does not exist until missing/ is made on the way to it.
-        output = Path(os.path.normpath(output))
-        if output.suffix.lower() in _OTHER_FORMATS and not output.is_dir():
-            raise typer.BadParameter("a label map is a .tif file", param_hint="--output")
-    if output is not None and output.suffix.lower() in (".tif", ".tiff"):
-        if len(scenes) > 1:
-            raise typer.BadParameter("several scenes need a directory", param_hint="--output")
-        paths = [output]
-    else:
-        folder = output or space.root
-        paths = [folder / f"{Path(scene).stem}_labels.tif" for scene in scenes]
-    for index, path in enumerate(paths):
-        if path in paths[:index]:
-            raise SceneError(f"two scenes would both become {path}", hint="segment them separately, with --output")
-    return paths
-
-
-def _spare_what_exists(paths: list[Path], overwrite: bool) -> None:
-    from cdkd_edge.errors import SceneError
-
-    for path in paths:
-        if path.is_dir():
-            raise SceneError(f"{path} is a folder", hint="name a file in it, or a folder without .tif")
-        if path.exists() and not overwrite:
-            raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
-
-
-def _spare_the_scenes(scenes: list[str], outputs: list[Path]) -> None:
-    from cdkd_edge.errors import SceneError
-
-    for path in outputs:
-        for scene in scenes:
-            if path.exists() and Path(scene).exists() and path.samefile(scene):
-                raise SceneError(f"{path} would overwrite the scene {scene}", hint="choose another --output")
 
 
 def _need(package: str, extra: str, purpose: str) -> None:

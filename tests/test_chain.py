@@ -76,6 +76,14 @@ def test_demo_stays_out_of_folders_with_other_files(tmp_path: Path) -> None:
     assert (tmp_path / "demo_scene.tif").read_text() == "mine"
 
 
+def test_demo_finds_a_bad_scene_before_it_makes_anything(tmp_path: Path) -> None:
+    scene = tmp_path / "text.tif"
+    scene.write_text("no raster")
+    result = CliRunner().invoke(app, ["demo", "--scene", str(scene), "-w", str(tmp_path / "demo")])
+    assert result.exit_code == 10
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.skipif(not DUBAI.is_dir(), reason=f"no imagery in {DUBAI}")
 def test_real_imagery_of_a_scene_never_trained_on(workspace: Path) -> None:
     schema = load_schema("dubai")

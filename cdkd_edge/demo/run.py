@@ -20,8 +20,10 @@ from cdkd_edge.export.pipeline import ExportResult, export_checkpoint
 from cdkd_edge.files import whole_file
 from cdkd_edge.manifest import EngineManifest
 from cdkd_edge.metrics import ConfusionMatrix
+from cdkd_edge.scene.outputs import label_map_paths, quicklook_path
 from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult, segment_scene
 from cdkd_edge.scene.quicklook import write_quicklook
+from cdkd_edge.scene.reader import SceneReader
 from cdkd_edge.scenery import draw_scene
 from cdkd_edge.workspace import Workspace
 
@@ -64,6 +66,8 @@ def run_demo(
         WorkspaceError: the workspace holds files that no demo wrote.
         CdkdEdgeError: as the stages do.
     """
+    if scene is not None:  # find what is wrong with it before anything is made
+        SceneReader(scene, bands=options.bands, stretch=options.stretch).close()
     _claim(workspace.root)
     truth = None
     if scene is None:
@@ -78,9 +82,9 @@ def run_demo(
     engine = load_engine(engine_path)
     try:
         progress("labelling the scene")
-        output = workspace.root / f"{scene.stem}_labels.tif"
+        (output,) = label_map_paths([str(scene)], None, workspace.root)
         result = segment_scene(engine, scene, output, options)
-        quicklook = output.with_name(f"{scene.stem}_quicklook.png")
+        quicklook = quicklook_path(output)
         write_quicklook(scene, result, built.schema, quicklook, options)
         mean_iou = None
         if truth is not None:

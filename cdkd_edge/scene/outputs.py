@@ -1,0 +1,62 @@
+"""Where label maps go, and what they must never replace."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cdkd_edge.errors import SceneError, UsageError
+
+_OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".jp2", ".img", ".vrt", ".gpkg", ".nc"}
+
+
+def label_map_paths(scenes: Sequence[str], output: Path | None, folder: Path) -> list[Path]:
+    """One label map per scene.
+
+    Args:
+        scenes: the rasters.
+        output: a ``.tif`` for a single scene, or a directory. Default: ``folder``.
+        folder: where ``<scene>_labels.tif`` goes when nothing is said.
+
+    Raises:
+        UsageError: ``output`` is another format, or one file for several scenes.
+        SceneError: two scenes would get the same label map.
+    """
+    if output is not None:
+        # "missing/../scene.tif" does not exist until missing/ is made on the way to it.
+        output = Path(os.path.normpath(output))
+        if output.suffix.lower() in _OTHER_FORMATS and not output.is_dir():
+            raise UsageError(f"a label map is a .tif file, not {output.name}")
+    if output is not None and output.suffix.lower() in (".tif", ".tiff"):
+        if len(scenes) > 1:
+            raise UsageError(f"several scenes need a directory, not the one file {output.name}")
+        return [output]
+    paths = [(output or folder) / f"{Path(scene).stem}_labels.tif" for scene in scenes]
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
+            raise SceneError(f"two scenes would both become {path}", hint="segment them separately, with --output")
+    return paths
+
+
+def quicklook_path(label_map: Path) -> Path:
+    """The picture that belongs to a label map."""
+    return label_map.with_name(f"{label_map.stem}_quicklook.png")
+
+
+def spare(scenes: Sequence[str], outputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Make sure that writing ``outputs`` replaces no scene, and nothing else unless it is to be replaced.
+
+    Raises:
+        SceneError: an output is a scene, a folder, or exists.
+    """
+    for path in outputs:
+        if path.is_dir():
+            raise SceneError(f"{path} is a folder", hint="name a file in it, or a folder without .tif")
+        if not path.exists():
+            continue
+        if not overwrite:
+            raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
+        for scene in scenes:
+            if Path(scene).exists() and path.samefile(scene):
+                raise SceneError(f"{path} would overwrite the scene {scene}", hint="choose another --output")

@@ -20,6 +20,7 @@ code  meaning
 10    the scene cannot be read or its label map cannot be written
 11    an optional package is not installed
 12    the operating system refused (disk full, read-only, no access)
+13    the dataset cannot be used
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
 ====  =============================================================
 """
@@ -117,3 +118,9 @@ class SystemRefusalError(CdkdEdgeError, OSError):
     """The operating system refused to read or write a file."""
 
     exit_code = 12
+
+
+class DatasetError(CdkdEdgeError, ValueError):
+    """Images and masks do not belong together, cannot be read, or leave nothing to train or judge on."""
+
+    exit_code = 13

@@ -81,6 +81,11 @@ class LabelSchema:
         """Class names in label order."""
         return tuple(c.name for c in self.classes)
 
+    @property
+    def numbered(self) -> bool:
+        """Whether its classes have no names of their own (:func:`numbered_schema`)."""
+        return self.class_names == tuple(f"class_{index}" for index in range(len(self)))
+
     def to_document(self) -> dict[str, Any]:
         """The schema as plain data, the inverse of :func:`schema_from_document`."""
         return {
@@ -125,8 +130,13 @@ class LabelSchema:
             lookup[[*self.ignore_values]] = NO_LABEL
             labels = lookup[mask]
             if (labels < 0).any():
-                unknown = int(mask[labels < 0][0])
-                raise SchemaError(f"{source} holds the value {unknown}, which schema {self.name!r} does not define")
+                wrong = labels < 0
+                known = sorted([*(cls.value for cls in self.classes), *self.ignore_values])
+                raise SchemaError(
+                    f"{source} holds the value {int(mask[wrong][0])}, which schema {self.name!r} does not define "
+                    f"({np.count_nonzero(wrong)} pixels are not of the schema)",
+                    hint=f"it defines {', '.join(map(str, known))}",
+                )
             return labels.astype(np.uint8)
         if mask.ndim != 3 or mask.shape[2] != 3:
             raise SchemaError(f"{source} has shape {mask.shape}; expected [H, W] or [H, W, 3]")
@@ -139,9 +149,13 @@ class LabelSchema:
         for color in self.ignore_colors:
             labels[codes == _code(color)] = NO_LABEL
         if (labels < 0).any():
-            red, green, blue = (int(v) for v in mask[labels < 0][0])
+            wrong = labels < 0
+            red, green, blue = (int(v) for v in mask[wrong][0])
+            known_colors = ", ".join(str(color) for color in (*(cls.color for cls in self.classes), *self.ignore_colors))
             raise SchemaError(
-                f"{source} holds the color ({red}, {green}, {blue}), which schema {self.name!r} does not define"
+                f"{source} holds the color ({red}, {green}, {blue}), which schema {self.name!r} does not define "
+                f"({np.count_nonzero(wrong)} pixels are not of the schema)",
+                hint=f"it defines {known_colors}; a mask must be stored without loss, not as JPEG",
             )
         return labels.astype(np.uint8)
 

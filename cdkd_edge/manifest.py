@@ -84,6 +84,11 @@ class GraphManifest:
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
 
+    @property
+    def schema(self) -> LabelSchema:
+        """The label schema of the graph's output."""
+        return schema_from_document(self.labels, source=f"the manifest of {self.artefact.file}")
+
 
 @dataclass(frozen=True)
 class EngineManifest:
@@ -107,6 +112,7 @@ class EngineManifest:
     build_seconds: float
     graph_check: GraphCheck
     libraries: dict[str, str]
+    training: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
@@ -125,22 +131,28 @@ def manifest_path(artefact: Path) -> Path:
     return artefact.with_suffix(".json")
 
 
+def kind_of(artefact: Path) -> str | None:
+    """``graph`` or ``engine`` by the manifest beside a file; None where there is none that can be read."""
+    import msgspec
+
+    try:
+        document = msgspec.json.decode(manifest_path(artefact).read_bytes())
+    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError):
+        return None
+    kind = document.get("kind") if isinstance(document, dict) else None
+    return kind if kind in (GraphManifest.kind, EngineManifest.kind) else None
+
+
 def require_replaceable(artefact: Path) -> None:
     """Make sure that writing ``artefact`` and its manifest replaces nothing but an earlier pair.
 
     Raises:
         ManifestError: the file has no manifest, or the ``.json`` in the manifest's place is something else.
     """
-    import msgspec
-
     sidecar = manifest_path(artefact)
     if not artefact.exists() and not sidecar.exists():
         return
-    try:
-        document = msgspec.json.decode(sidecar.read_bytes())
-    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError):
-        document = None
-    if not isinstance(document, dict) or document.get("kind") not in (GraphManifest.kind, EngineManifest.kind):
+    if kind_of(artefact) is None:
         raise ManifestError(
             f"{artefact if artefact.exists() else sidecar} exists and is not cdkd-edge's to replace",
             hint="choose another --output, or move it away",

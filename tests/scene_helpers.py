@@ -107,6 +107,8 @@ class FakeEngine:
         fail_in: str = "launch",
     ) -> None:
         self.manifest = engine_manifest(tile, batch)
+        self.tile, self.batch = tile, batch
+        self.schema, self.artefact = self.manifest.schema, self.manifest.artefact
         self.slots = slots
         self.launches = 0
         self.closed = False

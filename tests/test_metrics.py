@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cdkd_edge.metrics import ConfusionMatrix
+from cdkd_edge.accuracy.metrics import ConfusionMatrix
 
 
 def labels(*values: int) -> npt.NDArray[np.uint8]:

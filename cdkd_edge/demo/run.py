@@ -19,7 +19,7 @@ from cdkd_edge.errors import WorkspaceError
 from cdkd_edge.export.pipeline import ExportResult, export_checkpoint
 from cdkd_edge.files import whole_file
 from cdkd_edge.manifest import EngineManifest
-from cdkd_edge.metrics import ConfusionMatrix
+from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.scene.outputs import label_map_paths, quicklook_path
 from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult, segment_scene
 from cdkd_edge.scene.quicklook import write_quicklook

@@ -93,35 +93,31 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
             graph_check=source.check,
             # The module's own word: its package may be onnxruntime-gpu or a vendor's build.
             libraries={**library_versions(("onnx", "numpy")), "onnxruntime": onnxruntime.__version__},
+            training=source.training,
         )
         write_manifest(destination, manifest)  # before the engine gets its name: no engine without a manifest
     return manifest
 
 
-class CpuEngine:
-    """An engine file in ONNX Runtime. See :class:`cdkd_edge.engines.protocol.Engine`."""
+class OnnxLabeller:
+    """An ONNX file in ONNX Runtime on the CPU. See :class:`cdkd_edge.engines.protocol.Labeller`."""
 
-    def __init__(self, path: Path, manifest: EngineManifest, threads: int | None = None) -> None:
-        """Load an engine whose manifest has been read.
+    def __init__(self, path: Path, manifest: GraphManifest | EngineManifest, threads: int | None = None) -> None:
+        """Load a graph or an engine whose manifest has been read.
 
         Args:
-            path: the engine file.
+            path: the file.
             manifest: its manifest.
             threads: threads for one tile. Default: the cores this process may use.
 
         Raises:
-            EngineError: made by another release of ONNX Runtime, or refused by this one.
+            EngineError: ONNX Runtime refuses it.
         """
-        built_with = manifest.libraries.get("onnxruntime", "an unknown release")
-        if _minor(built_with) != _minor(onnxruntime.__version__):
-            raise EngineError(
-                f"{path} was built with onnxruntime {built_with}; this is {onnxruntime.__version__}",
-                hint=f"build it again from {manifest.graph.file}: cdkd-edge build",
-            )
-        self.manifest = manifest
         self.slots = SLOTS
+        self.tile, self.batch = manifest.tile, manifest.batch
+        self.schema, self.artefact = manifest.schema, manifest.artefact
         self._session = _session(str(path), _session_options(threads), f"loading {path.name}")
-        n, tile = manifest.batch, manifest.tile
+        n, tile = self.batch, self.tile
         self._inputs = [np.zeros((n, 3, tile, tile), np.uint8) for _ in range(SLOTS)]
         self._outputs = [np.full((n, tile, tile), NO_LABEL, np.uint8) for _ in range(SLOTS)]
         self._bindings = [self._bind(slot) for slot in range(SLOTS)]
@@ -135,11 +131,11 @@ class CpuEngine:
         return binding
 
     def input(self, slot: int) -> UInt8Array:
-        """See :meth:`cdkd_edge.engines.protocol.Engine.input`."""
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.input`."""
         return self._inputs[slot]
 
     def output(self, slot: int) -> UInt8Array:
-        """See :meth:`cdkd_edge.engines.protocol.Engine.output`."""
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.output`."""
         return self._outputs[slot]
 
     def launch(self, slot: int) -> None:
@@ -158,6 +154,25 @@ class CpuEngine:
         """Release the session; buffers go with the object."""
         self._bindings.clear()
         self._session = None
+
+
+class CpuEngine(OnnxLabeller):
+    """An engine file. See :class:`cdkd_edge.engines.protocol.Engine`."""
+
+    def __init__(self, path: Path, manifest: EngineManifest, threads: int | None = None) -> None:
+        """Load an engine whose manifest has been read; arguments as for a graph.
+
+        Raises:
+            EngineError: made by another release of ONNX Runtime, or refused by this one.
+        """
+        built_with = manifest.libraries.get("onnxruntime", "an unknown release")
+        if _minor(built_with) != _minor(onnxruntime.__version__):
+            raise EngineError(
+                f"{path} was built with onnxruntime {built_with}; this is {onnxruntime.__version__}",
+                hint=f"build it again from {manifest.graph.file}: cdkd-edge build",
+            )
+        self.manifest = manifest
+        super().__init__(path, manifest, threads)
 
 
 def _check(graph: Path, engine: Path, source: GraphManifest) -> None:

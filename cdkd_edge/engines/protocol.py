@@ -1,4 +1,4 @@
-"""What every engine offers, so that scenes and benchmarks need not know what runs it."""
+"""What everything that labels tiles offers, so that scenes, scores and benchmarks need not know what runs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,39 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cdkd_edge.manifest import EngineManifest
+from cdkd_edge.labels import LabelSchema
+from cdkd_edge.manifest import EngineManifest, FileRecord
 
 UInt8Array = npt.NDArray[np.uint8]
 
 
-class Engine(Protocol):
+class Labeller(Protocol):
     """uint8 tiles in, uint8 labels out, through a fixed number of buffer slots.
+
+    A network in PyTorch, a graph or an engine; N tiles of T x T px at a time.
 
     A slot is one batch on its way: write tiles to ``input(slot)``, ``launch(slot)``, ``wait(slot)``, read
     ``output(slot)``. Buffers are allocated once; slots let reading, computing and writing overlap.
     One thread launches and waits; other threads may fill inputs and read outputs of other slots.
     """
 
-    manifest: EngineManifest
     slots: int
+
+    @property
+    def tile(self) -> int:
+        """Side of a tile, T px."""
+
+    @property
+    def batch(self) -> int:
+        """Tiles per run, N."""
+
+    @property
+    def schema(self) -> LabelSchema:
+        """What the labels mean."""
+
+    @property
+    def artefact(self) -> FileRecord:
+        """The file that gives the labels."""
 
     def input(self, slot: int) -> UInt8Array:
         """The slot's tiles, ``[N, 3, T, T]`` RGB, to be written in place."""
@@ -44,12 +62,18 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Release the engine and its buffers."""
+        """Release what runs, and its buffers."""
 
 
-def segment_tiles(engine: Engine, tiles: UInt8Array) -> UInt8Array:
+class Engine(Labeller, Protocol):
+    """A labeller built for a machine."""
+
+    manifest: EngineManifest
+
+
+def segment_tiles(engine: Labeller, tiles: UInt8Array) -> UInt8Array:
     """Labels ``[M, T, T]`` of any number of tiles ``[M, 3, T, T]``, one batch after the other."""
-    batch = engine.manifest.batch
+    batch = engine.batch
     labels = np.empty((len(tiles), *tiles.shape[2:]), np.uint8)
     for start in range(0, len(tiles), batch):
         chunk = tiles[start : start + batch]

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge import __version__
-from cdkd_edge.engines.protocol import Engine
+from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import SceneError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.scene.grid import Span, TileGrid, default_overlap
@@ -73,7 +73,7 @@ class _StoppedError(Exception):
 
 
 def segment_scene(
-    engine: Engine,
+    engine: Labeller,
     scene: str | Path,
     output: Path,
     options: SegmentOptions = SegmentOptions(),
@@ -97,42 +97,89 @@ def segment_scene(
     output = Path(os.path.normpath(output))
     if _same_file(scene, output):
         raise SceneError(f"the label map would overwrite the scene {scene}")
-    manifest = engine.manifest
     reader = SceneReader(scene, bands=options.bands, stretch=options.stretch)
     try:
-        overlap = default_overlap(manifest.tile) if options.overlap is None else options.overlap
-        grid = TileGrid.over(reader.height, reader.width, manifest.tile, overlap)
-        tags = {
-            "CDKD_EDGE": __version__,
-            "SCENE": Path(str(scene)).name,
-            "ENGINE": f"{manifest.artefact.file} sha256:{manifest.artefact.sha256}",
-            "CLASSES": ", ".join(manifest.schema.class_names),
-            "TILE_PX": str(manifest.tile),
-            "OVERLAP_PX": str(overlap),
-        }
-        if reader.limits is not None:
-            tags["STRETCH"] = "; ".join(f"{low:.6g}..{high:.6g}" for low, high in reader.limits)
-        writer = LabelMapWriter(output, reader.height, reader.width, manifest.schema, reader.georeference, tags)
+        grid = grid_over(reader, engine.tile, options)
+        writer = LabelMapWriter(
+            output,
+            reader.height,
+            reader.width,
+            engine.schema,
+            reader.georeference,
+            label_map_tags(engine, reader, options),
+        )
         with writer:
-            stitcher = RowStitcher(reader.width, len(grid.columns), writer.write_rows)
-            run = _Run(engine, reader, grid, stitcher, progress)
-            run.run()
+            totals = label_rows(engine, reader, grid, writer.write_rows, progress)
         notes = tuple(reader.notes)
     finally:
         reader.close()
-    names = manifest.schema.class_names
+    names = engine.schema.class_names
     return SegmentResult(
         output=output,
         height=grid.rows[-1].last,
         width=grid.columns[-1].last,
         tiles=len(grid),
-        tiles_without_data=run.tiles_without_data,
+        tiles_without_data=totals.tiles_without_data,
         seconds=time.perf_counter() - started,
-        engine_seconds=run.engine_seconds,
+        engine_seconds=totals.engine_seconds,
         class_pixels={name: int(count) for name, count in zip(names, writer.counts, strict=False)},
         no_data_pixels=int(writer.counts[NO_LABEL]),
         notes=notes,
     )
+
+
+def grid_over(reader: SceneReader, tile: int, options: SegmentOptions) -> TileGrid:
+    """The tiles of an open scene."""
+    overlap = default_overlap(tile) if options.overlap is None else options.overlap
+    return TileGrid.over(reader.height, reader.width, tile, overlap)
+
+
+def label_map_tags(engine: Labeller, reader: SceneReader, options: SegmentOptions) -> dict[str, str]:
+    """What a label map says about its making."""
+    overlap = default_overlap(engine.tile) if options.overlap is None else options.overlap
+    tags = {
+        "CDKD_EDGE": __version__,
+        "SCENE": Path(str(reader.path)).name,
+        "ENGINE": f"{engine.artefact.file} sha256:{engine.artefact.sha256}",
+        "CLASSES": ", ".join(engine.schema.class_names),
+        "TILE_PX": str(engine.tile),
+        "OVERLAP_PX": str(overlap),
+    }
+    if reader.limits is not None:
+        tags["STRETCH"] = "; ".join(f"{low:.6g}..{high:.6g}" for low, high in reader.limits)
+    return tags
+
+
+@dataclass
+class RunTotals:
+    """What one pass over a scene added up to."""
+
+    tiles_without_data: int = 0
+    engine_seconds: float = 0.0
+
+
+def label_rows(
+    engine: Labeller,
+    reader: SceneReader,
+    grid: TileGrid,
+    sink: Callable[[npt.NDArray[np.uint8]], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> RunTotals:
+    """Label an open scene; label maps and scores both come from here.
+
+    Args:
+        engine: what labels tiles.
+        reader: the scene.
+        grid: its tiles, as :func:`grid_over` places them.
+        sink: receives rows of labels ``[h, width]`` from top to bottom, in a thread of its own; it must not keep them.
+        progress: called with tiles done and tiles in all.
+
+    Raises:
+        SceneError, EngineError: as the parts do; and whatever ``sink`` raises.
+    """
+    run = _Run(engine, reader, grid, RowStitcher(reader.width, len(grid.columns), sink), progress)
+    run.run()
+    return run.totals
 
 
 class _Run:
@@ -140,7 +187,7 @@ class _Run:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Labeller,
         reader: SceneReader,
         grid: TileGrid,
         stitcher: RowStitcher,
@@ -151,8 +198,7 @@ class _Run:
         self.grid = grid
         self.stitcher = stitcher
         self.progress = progress
-        self.engine_seconds = 0.0
-        self.tiles_without_data = 0
+        self.totals = RunTotals()
         # None in a queue means "stop"; an exception in `ready` means "a thread failed".
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Batch | BaseException | None] = queue.SimpleQueue()
@@ -188,7 +234,7 @@ class _Run:
             self._ready.put(error)
 
     def _read(self) -> None:
-        for places in _grouped(iter(self.grid), self.engine.manifest.batch):
+        for places in _grouped(iter(self.grid), self.engine.batch):
             slot = self._free.get()
             if slot is None:
                 raise _StoppedError
@@ -212,7 +258,7 @@ class _Run:
                 started = time.perf_counter()
                 self.engine.launch(batch.slot)
                 self.engine.wait(batch.slot)
-                self.engine_seconds += time.perf_counter() - started
+                self.totals.engine_seconds += time.perf_counter() - started
             self._done.put(batch)
 
     def _write(self) -> None:
@@ -222,7 +268,7 @@ class _Run:
             for index, (row, column) in enumerate(batch.places):
                 empty = batch.empty[index]
                 self.stitcher.place(row, column, None if empty else labels[index], batch.valid[index])
-                self.tiles_without_data += empty
+                self.totals.tiles_without_data += empty
             self._free.put(batch.slot)
             done += len(batch.places)
             self.progress(done, len(self.grid))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from cdkd_edge.labels import LabelSchema
-from cdkd_edge.metrics import ConfusionMatrix
+from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.model.network import SegmentationNetwork
 from cdkd_edge.training.crops import LabelledImage
 

@@ -1,0 +1,134 @@
+"""Masks as labels: colours or index values, whatever GDAL reads, strictly by the schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rasterio.enums import ColorInterp
+from rasterio.windows import Window
+
+from cdkd_edge.errors import DatasetError, SceneError, SchemaError
+from cdkd_edge.labels import NO_LABEL, LabelSchema
+from cdkd_edge.scene.raster import gdal, open_scene
+
+_STRIP = 1024
+"""Rows translated at a time: colours need several times the memory of labels."""
+
+
+def mask_size(path: Path) -> tuple[int, int]:
+    """Height and width of a mask, px, from its header.
+
+    Raises:
+        DatasetError: it cannot be read.
+    """
+    with _open(path) as dataset:
+        return int(dataset.height), int(dataset.width)
+
+
+def read_labels(path: Path, schema: LabelSchema) -> npt.NDArray[np.uint8]:
+    """Labels uint8 ``[H, W]`` of a mask, 255 where there is none.
+
+    One band holds index values; three or four bands RGB colours (a fourth, alpha, is 255 where there is a
+    label). A paletted mask is read by its colours if the schema knows those it uses, else by its index values.
+    The file's own nodata value and transparent palette entries mean "no label".
+
+    Raises:
+        SchemaError: the mask holds a colour or value that the schema does not define.
+        DatasetError: it cannot be read, or has other bands than these.
+    """
+    with _open(path) as dataset:
+        if dataset.count not in (1, 3, 4):
+            raise DatasetError(f"mask {path} has {dataset.count} bands; 1 (index values) or 3 (RGB) are expected")
+        palette = _palette(dataset) if dataset.count == 1 else None
+        by_color = palette is not None and _knows_colors(dataset, palette, schema, path)
+        labels = np.empty((dataset.height, dataset.width), np.uint8)
+        for top in range(0, dataset.height, _STRIP):
+            window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
+            pixels = _read(dataset, window, path)
+            strip = labels[top : top + _STRIP]
+            if palette is not None and by_color:
+                strip[:] = _encode(palette[pixels[0]][..., :3], palette[pixels[0]][..., 3] > 0, schema, path)
+            elif len(pixels) == 1:
+                strip[:] = _encode(pixels[0], _has_data(pixels[0], dataset), schema, path)
+            else:
+                opaque = pixels[3] > 0 if len(pixels) == 4 else None
+                strip[:] = _encode(np.ascontiguousarray(pixels[:3].transpose(1, 2, 0)), opaque, schema, path)
+    return labels
+
+
+def _open(path: Path) -> Any:
+    try:
+        return open_scene(path)
+    except SceneError as error:
+        raise DatasetError(f"mask {path} cannot be read: {error}", hint=error.hint) from None
+
+
+def _read(dataset: Any, window: Window, path: Path) -> npt.NDArray[np.uint8]:
+    """Pixels ``[bands, h, w]`` as uint8; whole numbers of other types if they fit."""
+    try:
+        with gdal(f"reading {path}"):
+            pixels = dataset.read(window=window)
+    except SceneError as error:
+        raise DatasetError(f"mask {path} is damaged: {error}") from None
+    if pixels.dtype == np.uint8:
+        return pixels  # type: ignore[no-any-return]
+    small = pixels.astype(np.uint8)
+    nodata = dataset.nodata
+    strange = small != pixels
+    if nodata is not None:
+        strange &= pixels != nodata
+    if pixels.dtype.kind not in "iu" or len(pixels) != 1 or strange.any():
+        raise DatasetError(f"mask {path} holds {pixels.dtype} values beyond 0..255; index values and colours are uint8")
+    if nodata is not None and not 0 <= nodata <= 255:
+        small[pixels == nodata] = NO_LABEL
+    return small
+
+
+def _has_data(pixels: npt.NDArray[np.uint8], dataset: Any) -> npt.NDArray[np.bool_] | None:
+    nodata = dataset.nodata
+    if nodata is None:
+        return None
+    return pixels != (nodata if 0 <= nodata <= 255 else NO_LABEL)
+
+
+def _palette(dataset: Any) -> npt.NDArray[np.uint8] | None:
+    """RGBA by index value, uint8 ``[256, 4]``, or None where the band has no palette."""
+    if dataset.colorinterp[0] != ColorInterp.palette:
+        return None
+    table = np.zeros((256, 4), np.uint8)
+    table[:, 3] = 255
+    for index, color in dataset.colormap(1).items():
+        table[index] = color
+    return table
+
+
+def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSchema, path: Path) -> bool:
+    """Whether a paletted mask is colour-coded: the schema knows every colour that its pixels use."""
+    used = np.zeros(256, bool)
+    for top in range(0, dataset.height, _STRIP):
+        window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
+        used[np.unique(_read(dataset, window, path))] = True
+    colors = palette[used & (palette[:, 3] > 0)][:, :3]
+    values = {cls.value for cls in schema.classes} | set(schema.ignore_values)
+    try:
+        schema.encode(colors[None])
+    except SchemaError:
+        if set(np.flatnonzero(used).tolist()) <= values:
+            return False
+        schema.encode(colors[None], str(path))  # colours are what its maker saw: name one
+    return True
+
+
+def _encode(
+    mask: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_] | None, schema: LabelSchema, path: Path
+) -> npt.NDArray[np.uint8]:
+    """Labels of a strip; pixels not ``known`` may hold any value and get no label."""
+    if known is None or known.all():
+        return schema.encode(mask, str(path))
+    labels = np.full(known.shape, NO_LABEL, np.uint8)
+    if known.any():
+        labels[known] = schema.encode(mask[known][None], str(path))[0]
+    return labels

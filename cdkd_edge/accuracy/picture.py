@@ -1,0 +1,68 @@
+"""Image, truth, prediction and where they differ, beside each other."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cdkd_edge.accuracy.datasets import Pair
+from cdkd_edge.accuracy.metrics import ConfusionMatrix
+from cdkd_edge.files import whole_file
+from cdkd_edge.labels import NO_LABEL, LabelSchema
+from cdkd_edge.scene.panels import NO_DATA_COLOR, colored, in_a_row, with_legend
+from cdkd_edge.scene.pipeline import SegmentOptions
+from cdkd_edge.scene.raster import gdal, open_scene
+from cdkd_edge.scene.reader import SceneReader
+
+_RIGHT, _WRONG = (214, 222, 214), (200, 40, 40)
+
+
+def write_comparison(
+    pair: Pair,
+    truth: npt.NDArray[np.uint8],
+    label_map: Path,
+    schema: LabelSchema,
+    score: ConfusionMatrix,
+    options: SegmentOptions = SegmentOptions(),
+    longest_side: int = 520,
+) -> None:
+    """Draw a PNG beside a label map: image, truth, prediction, errors (red), and each class's IoU.
+
+    Args:
+        pair: the image.
+        truth: its labels ``[H, W]``.
+        label_map: what was predicted, as a raster.
+        schema: the classes.
+        score: of this image.
+        options: bands and stretch, as in the run.
+        longest_side: of each picture, px.
+    """
+    reader = SceneReader(pair.image, bands=options.bands, stretch=options.stretch)
+    try:
+        image = reader.overview(longest_side)
+    finally:
+        reader.close()
+    height, width = image.shape[:2]
+    with gdal(f"reading {label_map}"), open_scene(label_map) as dataset:
+        predicted = dataset.read(1, out_shape=(height, width))
+    small = np.asarray(Image.fromarray(truth).resize((width, height), Image.Resampling.NEAREST))
+    errors = np.full((height, width, 3), NO_DATA_COLOR, np.uint8)
+    errors[small != NO_LABEL] = _RIGHT
+    errors[(small != NO_LABEL) & (small != predicted)] = _WRONG
+    pictures = [image, colored(small, schema), colored(predicted, schema), errors]
+    mean = "no label" if math.isnan(score.mean_iou) else f"mIoU {score.mean_iou:.1%}"
+    titles = [pair.name, "truth", f"prediction, {mean}", f"errors, {1 - score.overall_accuracy:.1%}"]
+    if not score.pixels:
+        titles[3] = "errors"
+    entries = [
+        (cls.color, cls.name, f"IoU {iou:.1%}")
+        for cls, iou in zip(schema.classes, score.iou(), strict=True)
+        if not math.isnan(iou)
+    ]
+    picture = in_a_row(pictures, titles)
+    with whole_file(label_map.with_name(f"{label_map.stem}.png")) as temporary:
+        (with_legend(picture, entries) if entries else picture).save(temporary, format="PNG", optimize=True)

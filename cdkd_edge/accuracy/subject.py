@@ -1,0 +1,73 @@
+"""What can be judged: a checkpoint, a graph or an engine, each as something that labels tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cdkd_edge.engines.cpu import OnnxLabeller
+from cdkd_edge.engines.load import load_engine
+from cdkd_edge.engines.protocol import Labeller
+from cdkd_edge.errors import MissingExtraError, UsageError
+from cdkd_edge.manifest import EngineManifest, GraphManifest, kind_of, read_manifest
+
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded artefact and what is known of it."""
+
+    path: Path
+    kind: str
+    """``checkpoint``, ``graph`` or ``engine``."""
+    runtime: str
+    precision: str
+    labeller: Labeller
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """What the artefact says of its training."""
+
+
+def open_subject(
+    path: Path,
+    *,
+    schema: str | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    threads: int | None = None,
+) -> Subject:
+    """Load a checkpoint (PyTorch), a graph (ONNX Runtime, as it was exported) or an engine.
+
+    Args:
+        path: the file; graphs and engines with their manifest beside them.
+        schema: class names for a checkpoint that has none.
+        device, precision: for a checkpoint; see :func:`cdkd_edge.accuracy.network.load_network`.
+        threads: CPU threads for a graph or a CPU engine.
+
+    Raises:
+        CdkdEdgeError: as the loaders do.
+    """
+    if path.suffix in CHECKPOINT_SUFFIXES:
+        try:
+            import torch
+
+            from cdkd_edge.accuracy.network import load_network
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise MissingExtraError("torch", "export", "judging a checkpoint") from None
+        labeller, report = load_network(path, schema=schema, device=device, precision=precision)
+        runtime = f"torch {torch.__version__} on {labeller.device}"
+        return Subject(path, "checkpoint", runtime, precision, labeller, report.training)
+    if precision != "fp32" or device not in ("auto", "cpu"):
+        raise UsageError(f"{path.name} has its own precision and device; only a checkpoint can be given others")
+    if kind_of(path) == GraphManifest.kind:
+        graph = read_manifest(path, GraphManifest)
+        return Subject(
+            path, "graph", "onnxruntime-cpu", graph.precision, OnnxLabeller(path, graph, threads), graph.training
+        )
+    engine = load_engine(path, threads=threads)
+    manifest: EngineManifest = engine.manifest
+    return Subject(path, "engine", manifest.runtime, manifest.precision, engine, manifest.training)

@@ -151,7 +151,7 @@ class LabelSchema:
         if (labels < 0).any():
             wrong = labels < 0
             red, green, blue = (int(v) for v in mask[wrong][0])
-            known_colors = ", ".join(str(color) for color in (*(cls.color for cls in self.classes), *self.ignore_colors))
+            known_colors = ", ".join(str(c) for c in (*(cls.color for cls in self.classes), *self.ignore_colors))
             raise SchemaError(
                 f"{source} holds the color ({red}, {green}, {blue}), which schema {self.name!r} does not define "
                 f"({np.count_nonzero(wrong)} pixels are not of the schema)",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from cdkd_edge.accuracy.datasets import Dataset
+    from cdkd_edge.accuracy.evaluate import Evaluation
+    from cdkd_edge.accuracy.subject import Subject
     from cdkd_edge.benchmarks.bench import BenchSummary
     from cdkd_edge.demo.run import DemoResult
     from cdkd_edge.export.pipeline import ExportResult
     from cdkd_edge.manifest import EngineManifest
     from cdkd_edge.scene.pipeline import SegmentResult
+    from cdkd_edge.training.finetune import FinetuneResult, Listener
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def describe_checkpoint(path: Path, *, tile: int | None, heads: int | None) -> R
         *(("note", note) for note in report.notes),
     ]
     if not report.has_head:
-        rows.append(("next", "tune a decoder on labelled tiles; an encoder alone cannot be exported"))
+        rows.append(("next", "tune a decoder on labelled tiles: cdkd-edge finetune"))
     data = {
         "path": str(path),
         "layout": report.layout,
@@ -181,6 +186,64 @@ def describe_demo(result: DemoResult) -> Report:
     return Report("cdkd-edge demo", tuple(rows), _plain(result))
 
 
+def describe_evaluation(subject: Subject, dataset: Dataset, result: Evaluation, folder: Path | None) -> Report:
+    """``cdkd-edge evaluate``."""
+    matrix = result.matrix
+    classes = result.document()["classes"]
+    rows = [
+        (subject.kind, f"{subject.path}, {subject.precision}, {subject.runtime}"),
+        ("data", f"{len(dataset)} images of {dataset.folder} ({dataset.layout}), schema {result.schema.name}"),
+        *(("note", note) for note in result.notes),
+        *(
+            (row["name"], f"IoU {_percent(row['iou'])}   F1 {_percent(row['f1'])}   {row['truth_pixels']} px")
+            for row in classes
+        ),
+        ("mIoU", _percent(matrix.mean_iou)),
+        ("OA", _percent(matrix.overall_accuracy)),
+        ("mF1", _percent(matrix.mean_f1)),
+        ("pixels", f"{matrix.pixels} labelled" + _in_brackets(result.ignored_pixels, "without label, not counted")),
+        ("time", f"{result.tiles} tiles in {result.seconds:.1f} s"),
+        *([("results", str(folder))] if folder else []),
+    ]
+    data = {
+        "subject": {
+            "path": str(subject.path),
+            "kind": subject.kind,
+            "precision": subject.precision,
+            "runtime": subject.runtime,
+            "sha256": subject.labeller.artefact.sha256,
+            "tile": subject.labeller.tile,
+        },
+        "data": {"folder": str(dataset.folder), "layout": dataset.layout, "schema": result.schema.name},
+        **result.document(),
+        "folder": str(folder) if folder else None,
+    }
+    return Report(f"accuracy of {subject.path.name}", tuple(rows), data)
+
+
+def describe_finetune(result: FinetuneResult) -> Report:
+    """``cdkd-edge finetune``."""
+    run, scores = result.record["run"], result.record["scores"]
+    rows = [
+        *(("note", note) for note in result.record["notes"]),
+        *(
+            (name, f"mIoU {_percent(row['mean_iou'])}   OA {_percent(row['overall_accuracy'])}")
+            for name, row in scores.items()
+        ),
+        *((f"IoU {name}", _percent(iou)) for name, iou in next(iter(scores.values()))["iou"].items()),
+        ("time", f"{run['seconds'] / 60:.1f} min on {run['device']}"),
+        ("card", str(result.card)),
+        ("next", f"cdkd-edge export {result.checkpoint}"),
+    ]
+    data = {"path": str(result.checkpoint), "card": str(result.card), "training": dict(result.record)}
+    return Report(f"checkpoint {result.checkpoint}", tuple(rows), data)
+
+
+def _percent(value: float | None) -> str:
+    """A score of 0..1, which may be missing."""
+    return "none" if value is None or math.isnan(value) else f"{100 * value:.2f} %"
+
+
 def _bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
     engine, scene, latency = summary.engine_only, summary.end_to_end, summary.engine_only.latency_ms
     overhead = "" if scene.overhead is None else f", {scene.overhead:.3f} x the engine's time"
@@ -252,3 +315,39 @@ def live_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def live_training() -> Iterator[Listener]:
+    """Epochs as lines on stderr, and below them a bar with the time left where somebody watches."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield _TrainingLines(console, progress)
+
+
+class _TrainingLines:
+    def __init__(self, console: Console, progress: Progress) -> None:
+        self._console, self._progress = console, progress
+        self._task = progress.add_task("", total=None, left="")
+
+    def step(self, text: str) -> None:
+        self._progress.update(self._task, description=text)
+
+    def batch(self, done: int, total: int, seconds_left: float | None) -> None:
+        left = "" if seconds_left is None else f"steps, {_duration(seconds_left)} left"
+        self._progress.update(self._task, description="training", completed=done, total=total, left=left)
+
+    def epoch(self, row: Mapping[str, Any], epochs: int, best: float | None, seconds_left: float) -> None:
+        parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.4f}"]
+        if row["mean_iou"] is not None:
+            parts.append(f"validation mIoU {_percent(row['mean_iou'])} (best {_percent(best)})")
+        if row["epoch"] < epochs:
+            parts.append(f"{_duration(seconds_left)} left")
+        self._console.print(Text("  ".join(parts)))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes}:{rest:02} min"

@@ -61,16 +61,18 @@ class ColorLabeller:
         self.schema, self.artefact = schema, FileRecord(name, "", 0)
         self.tile, self.batch, self.slots = _TILE, 1, 2
         self._table = table
-        self._inputs = np.zeros((self.slots, 1, 3, _TILE, _TILE), np.uint8)
-        self._outputs = np.full((self.slots, 1, _TILE, _TILE), NO_LABEL, np.uint8)
+        self._inputs: UInt8Array = np.zeros((self.slots, 1, 3, _TILE, _TILE), np.uint8)
+        self._outputs: UInt8Array = np.full((self.slots, 1, _TILE, _TILE), NO_LABEL, np.uint8)
 
     def input(self, slot: int) -> UInt8Array:
         """See :meth:`cdkd_edge.engines.protocol.Labeller.input`."""
-        return self._inputs[slot]
+        buffer: UInt8Array = self._inputs[slot]
+        return buffer
 
     def output(self, slot: int) -> UInt8Array:
         """See :meth:`cdkd_edge.engines.protocol.Labeller.output`."""
-        return self._outputs[slot]
+        buffer: UInt8Array = self._outputs[slot]
+        return buffer
 
     def launch(self, slot: int) -> None:
         """Look every pixel up."""
@@ -120,7 +122,8 @@ def judge_colors(
 def _codes(image: UInt8Array) -> npt.NDArray[np.int32]:
     """Colour bin of every pixel of RGB ``[3, H, W]``, int32 ``[H, W]``."""
     bins = (image >> (8 - _BITS)).astype(np.int32)
-    return bins[0] << 2 * _BITS | bins[1] << _BITS | bins[2]
+    codes: npt.NDArray[np.int32] = bins[0] << 2 * _BITS | bins[1] << _BITS | bins[2]
+    return codes
 
 
 def _centers() -> npt.NDArray[np.float64]:

@@ -4,7 +4,8 @@ Four layouts are recognised by what lies in the folder:
 
 * *folder pair*: ``images/NAME.*`` and ``masks/NAME.*``; also one level down (``train/images``, ``Tile 1/masks``),
 * *DeepGlobe* (Demir et al., CVPRW 2018): ``ID_sat.jpg`` and ``ID_mask.png``, in the folder or in its ``train/``,
-* *LoveDA* (Wang et al., NeurIPS D&B 2021): ``{Train,Val}/{Urban,Rural}/{images_png,masks_png}``, or one of the two parts.
+* *LoveDA* (Wang et al., NeurIPS D&B 2021): ``{Train,Val}/{Urban,Rural}/{images_png,masks_png}``, or one of
+  the two parts.
 
 Every image belongs to a *scene*; parts of one scene may adjoin, so a split should keep scenes whole. In folder
 pairs a scene is the file name up to the first underscore (``tile5_003.jpg`` belongs to ``tile5``), or the

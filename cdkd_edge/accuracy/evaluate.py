@@ -149,10 +149,9 @@ def evaluate(
     total = sum(len(job.grid) for job in jobs)
     matrix, images, ignored, before = ConfusionMatrix(len(schema)), [], 0, 0
     for job in jobs:
-        offset = before
         truth = read_labels(job.pair.mask, schema)
         own = ConfusionMatrix(len(schema))
-        _judge(labeller, job, truth, own, options, maps, lambda done, _, offset=offset: progress(offset + done, total))
+        _judge(labeller, job, truth, own, options, maps, _later(progress, before, total))
         if maps is not None:
             write_comparison(job.pair, truth, map_path(maps, job.pair), schema, own, options)
         matrix += own
@@ -160,7 +159,7 @@ def evaluate(
         images.append(ImageScore(job.pair.name, job.width, job.height, own.pixels, number(own.mean_iou)))
         before += len(job.grid)
     if not matrix.pixels:
-        raise DatasetError(f"no pixel of the {len(jobs)} masks of {dataset.folder} has a label; there is nothing to count")
+        raise DatasetError(f"no pixel of the {len(jobs)} masks of {dataset.folder} has a label")
     notes += _notes(dataset, schema, matrix, trained_on or {})
     return Evaluation(
         schema, matrix, tuple(images), ignored, total, time.perf_counter() - started, tuple(dict.fromkeys(notes))
@@ -201,7 +200,7 @@ def data_schema(dataset: Dataset, named: str | None, fallback: LabelSchema | Non
     if fallback is None or fallback.numbered:
         raise SchemaError(
             f"nothing says how the masks of {dataset.folder} encode classes",
-            hint="name a schema: --schema deepglobe, loveda, dubai or a .toml file (or put schema.toml into the folder)",
+            hint="name a schema: --schema deepglobe, loveda, dubai or a .toml file; or put schema.toml into the folder",
         )
     return fallback
 
@@ -209,6 +208,11 @@ def data_schema(dataset: Dataset, named: str | None, fallback: LabelSchema | Non
 def number(value: float) -> float | None:
     """A score for JSON, which has no nan."""
     return None if math.isnan(value) else float(value)
+
+
+def _later(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
+    """Progress of one image as progress of all of them."""
+    return lambda done, _: progress(before + done, total)
 
 
 def _look_at(pair: Pair, tile: int, options: SegmentOptions) -> _Job:
@@ -250,14 +254,13 @@ def _judge(
         reader.close()
 
 
-def _notes(
-    dataset: Dataset, schema: LabelSchema, matrix: ConfusionMatrix, trained_on: Mapping[str, Any]
-) -> list[str]:
+def _notes(dataset: Dataset, schema: LabelSchema, matrix: ConfusionMatrix, trained_on: Mapping[str, Any]) -> list[str]:
     notes = []
     absent = [name for name, count in zip(schema.class_names, matrix.counts.sum(axis=1), strict=True) if not count]
     if absent:
         notes.append(
-            f"no pixel of the truth is {', '.join(absent)}: without an IoU where it is not predicted either, 0 where it is"
+            f"no pixel of the truth is {', '.join(absent)}: such a class has no IoU where it is not predicted either, "
+            "and 0 where it is"
         )
     known = trained_on.get("training_images")
     if isinstance(known, list) and (seen := [pair for pair in dataset if pair.name in known]):

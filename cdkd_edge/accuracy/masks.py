@@ -70,12 +70,12 @@ def _read(dataset: Any, window: Window, path: Path) -> npt.NDArray[np.uint8]:
     """Pixels ``[bands, h, w]`` as uint8; whole numbers of other types if they fit."""
     try:
         with gdal(f"reading {path}"):
-            pixels = dataset.read(window=window)
+            pixels: npt.NDArray[Any] = dataset.read(window=window)
     except SceneError as error:
         raise DatasetError(f"mask {path} is damaged: {error}") from None
+    small: npt.NDArray[np.uint8] = pixels.astype(np.uint8)
     if pixels.dtype == np.uint8:
-        return pixels  # type: ignore[no-any-return]
-    small = pixels.astype(np.uint8)
+        return small
     nodata = dataset.nodata
     strange = small != pixels
     if nodata is not None:
@@ -91,7 +91,8 @@ def _has_data(pixels: npt.NDArray[np.uint8], dataset: Any) -> npt.NDArray[np.boo
     nodata = dataset.nodata
     if nodata is None:
         return None
-    return pixels != (nodata if 0 <= nodata <= 255 else NO_LABEL)
+    here: npt.NDArray[np.bool_] = pixels != (nodata if 0 <= nodata <= 255 else NO_LABEL)
+    return here
 
 
 def _palette(dataset: Any) -> npt.NDArray[np.uint8] | None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import rasterio
 from rasterio.transform import from_origin
 
+from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.benchmarks.bench import BenchOptions, BenchSummary, run_benchmark
 from cdkd_edge.engines.cpu import build_cpu_engine
 from cdkd_edge.engines.load import load_engine
@@ -19,7 +20,6 @@ from cdkd_edge.errors import WorkspaceError
 from cdkd_edge.export.pipeline import ExportResult, export_checkpoint
 from cdkd_edge.files import whole_file
 from cdkd_edge.manifest import EngineManifest
-from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.scene.outputs import label_map_paths, quicklook_path
 from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult, segment_scene
 from cdkd_edge.scene.quicklook import write_quicklook

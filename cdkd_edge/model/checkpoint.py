@@ -25,6 +25,7 @@ from cdkd_edge.model.infer import (
     add_missing_qkv_bias,
     fold_layer_scale,
     inferred_config,
+    resample_patches,
     resample_position,
     stored_config,
 )
@@ -50,7 +51,12 @@ class CheckpointReport:
 
 
 def load_checkpoint(
-    path: str | Path, *, tile: int | None = None, heads: int | None = None, layer_norm_eps: float | None = None
+    path: str | Path,
+    *,
+    tile: int | None = None,
+    patch: int | None = None,
+    heads: int | None = None,
+    layer_norm_eps: float | None = None,
 ) -> tuple[SegmentationNetwork, CheckpointReport]:
     """Load a segmentation network in evaluation mode, FP32, on the CPU.
 
@@ -59,6 +65,7 @@ def load_checkpoint(
             :mod:`cdkd_edge.model.layouts`.
         tile: side of the input tiles, px; the position embedding is resampled to it. Default: the
             tile the checkpoint was trained with.
+        patch: side of the patches, px; the patch embedding is resampled to it. Default: the checkpoint's.
         heads: attention heads, where the checkpoint does not say. Default: 64-wide heads.
         layer_norm_eps: LayerNorm's epsilon, where the checkpoint does not say. Default: what the
             project behind the layout uses.
@@ -67,12 +74,11 @@ def load_checkpoint(
         EncoderOnlyError: there is an encoder but no segmentation head.
         CheckpointError: the file cannot be read safely, or does not hold a network we know.
     """
-    config, state, report = _read(Path(path), tile, heads, layer_norm_eps)
+    config, state, report = _read(Path(path), tile, patch, heads, layer_norm_eps)
     if not report.has_head:
         raise EncoderOnlyError(
             f"{path} holds an encoder ({report.layout} layout) but no segmentation head, so it cannot label anything",
-            hint="tune a decoder on labelled tiles first, then use the checkpoint that comes out of that; "
-            "`cdkd-edge info` shows what the encoder is",
+            hint="tune a decoder on labelled tiles first: cdkd-edge finetune ENCODER --data DIR --schema S -o ckpt.pt",
         )
     network = SegmentationNetwork(config)
     _fill(network, state, report)
@@ -80,10 +86,15 @@ def load_checkpoint(
 
 
 def load_encoder(
-    path: str | Path, *, tile: int | None = None, heads: int | None = None, layer_norm_eps: float | None = None
+    path: str | Path,
+    *,
+    tile: int | None = None,
+    patch: int | None = None,
+    heads: int | None = None,
+    layer_norm_eps: float | None = None,
 ) -> tuple[Encoder, CheckpointReport]:
     """Load the encoder alone, from a checkpoint with or without a head. See :func:`load_checkpoint`."""
-    config, state, report = _read(Path(path), tile, heads, layer_norm_eps)
+    config, state, report = _read(Path(path), tile, patch, heads, layer_norm_eps)
     encoder = Encoder(config)
     _fill(encoder, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}, report)
     return encoder.eval(), report
@@ -124,7 +135,7 @@ def save_checkpoint(
 
 
 def _read(
-    path: Path, tile: int | None, heads: int | None, layer_norm_eps: float | None
+    path: Path, tile: int | None, patch: int | None, heads: int | None, layer_norm_eps: float | None
 ) -> tuple[NetworkConfig, dict[str, Tensor], CheckpointReport]:
     document, header = read_container(path)
     tensors, unwrapped, left_behind = unwrap(document, path)
@@ -139,11 +150,7 @@ def _read(
         config = inferred_config(state, layout, heads, layer_norm_eps, notes)
     elif (heads and heads != config.heads) or (layer_norm_eps and layer_norm_eps != config.layer_norm_eps):
         raise CheckpointError(f"{path} states {config.heads} heads and LayerNorm eps {config.layer_norm_eps:g} itself")
-    if tile is not None and tile != config.tile:
-        notes.append(f"position embedding resampled (bicubic) from {config.tile} to {tile} px tiles")
-        resized = dataclasses.replace(config, tile=tile)
-        state["encoder.pos_embed"] = resample_position(state["encoder.pos_embed"], resized.grid, config.class_token)
-        config = resized
+    config = _resampled(state, config, tile, patch, notes)
     training = header.get("training") or {}
     if not all(_is_plain_table(part) for part in (header.get("schema") or {}, training)):
         raise CheckpointError(
@@ -166,6 +173,28 @@ def _read(
     if schema and report.has_head and len(schema) != config.classes:
         raise CheckpointError(f"{path}: its label schema has {len(schema)} classes, its classifier {config.classes}")
     return config, state, report
+
+
+def _resampled(
+    state: dict[str, Tensor], config: NetworkConfig, tile: int | None, patch: int | None, notes: list[str]
+) -> NetworkConfig:
+    """The configuration for another tile and patch; what depends on them is resampled in ``state``."""
+    patch = config.patch if patch is None else patch
+    resized = dataclasses.replace(config, tile=config.grid * patch if tile is None else tile, patch=patch)
+    if patch != config.patch:
+        key = "encoder.patch_embed.proj.weight"
+        state[key] = resample_patches(state[key], patch)
+        notes.append(f"patch embedding resampled from {config.patch} to {patch} px patches")
+    if resized.grid != config.grid:
+        key = "encoder.pos_embed"
+        state[key] = resample_position(state[key], resized.grid, config.class_token)
+        notes.append(
+            f"position embedding resampled (bicubic) from {config.tile} to {resized.tile} px tiles"
+            if patch == config.patch
+            else f"position embedding resampled (bicubic) from {config.grid} x {config.grid} to "
+            f"{resized.grid} x {resized.grid} patches"
+        )
+    return resized
 
 
 def _is_plain_table(value: object) -> bool:

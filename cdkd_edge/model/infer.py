@@ -168,3 +168,22 @@ def resample_position(position: Tensor, grid: int, class_token: bool) -> Tensor:
     maps = cells.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, g, g]
     maps = F.interpolate(maps, size=(grid, grid), mode="bicubic", align_corners=False)
     return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
+
+
+def resample_patches(kernel: Tensor, patch: int) -> Tensor:
+    """Resample a patch embedding to another patch size.
+
+    A patch that is enlarged (bicubic, anti-aliased) keeps its inner product with the kernel, as far as the new
+    size allows: the pseudo-inverse resize of FlexiViT (Beyer et al., CVPR 2023, section 3.4).
+
+    Args:
+        kernel: ``[D, C, p, p]``.
+        patch: the new side; the result is ``[D, C, patch, patch]``.
+    """
+    side = kernel.shape[-1]
+    basis = torch.eye(side * side, dtype=torch.float64).reshape(side * side, 1, side, side)
+    enlarged = F.interpolate(basis, size=(patch, patch), mode="bicubic", align_corners=False, antialias=True)
+    enlarge = enlarged.flatten(1).T  # [patch*patch, side*side]: a flat patch to its enlarged self
+    resample = torch.linalg.pinv(enlarge.T)  # [patch*patch, side*side]
+    flat = kernel.double().flatten(2)  # [D, C, side*side]
+    return (flat @ resample.T).reshape(*kernel.shape[:2], patch, patch).to(kernel.dtype)

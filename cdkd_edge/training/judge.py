@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cdkd_edge.labels import LabelSchema
 from cdkd_edge.accuracy.metrics import ConfusionMatrix
+from cdkd_edge.labels import LabelSchema
 from cdkd_edge.model.network import SegmentationNetwork
 from cdkd_edge.training.crops import LabelledImage
 

@@ -1,0 +1,398 @@
+"""``cdkd-edge finetune``: an encoder and labelled tiles in, a checkpoint with a card out (torch).
+
+The checkpoint with the best validation score is written whenever there is a better one. Beside it lies the
+state of the run until the run is finished; a run that was killed goes on from there and ends as it would have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from cdkd_edge import __version__
+from cdkd_edge.accuracy.colors import judge_colors
+from cdkd_edge.accuracy.datasets import Split, find_dataset, split_dataset
+from cdkd_edge.accuracy.evaluate import Evaluation, data_schema, evaluate
+from cdkd_edge.accuracy.masks import read_labels
+from cdkd_edge.accuracy.network import NetworkLabeller, load_network
+from cdkd_edge.errors import CheckpointError, DatasetError, UsageError
+from cdkd_edge.files import sha256_of, whole_file, write_text
+from cdkd_edge.labels import LabelSchema
+from cdkd_edge.machine import describe_machine
+from cdkd_edge.manifest import FileRecord
+from cdkd_edge.model.checkpoint import load_encoder, save_checkpoint
+from cdkd_edge.model.run import chosen_device
+from cdkd_edge.scene.pipeline import SegmentOptions
+from cdkd_edge.training.card import card_text, scores_of
+from cdkd_edge.training.features import FeatureCache
+from cdkd_edge.training.recipe import Recipe
+from cdkd_edge.training.start import PRESET_PREFIX, Shape, Start, starting_network
+from cdkd_edge.training.trainer import Trainer
+from cdkd_edge.training.views import TrainingTiles
+
+_SAVE_STATE_EVERY_S = 120.0
+_SHARE_OF_FREE_DISK = 0.5
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Everything but source, data and output."""
+
+    recipe: Recipe = field(default_factory=Recipe)
+    shape: Shape = field(default_factory=Shape)
+    schema: str | None = None
+    training_scenes: tuple[str, ...] = ()
+    validation_scenes: tuple[str, ...] = ()
+    training_list: Path | None = None
+    validation_list: Path | None = None
+    reading: SegmentOptions = field(default_factory=SegmentOptions)
+    device: str = "auto"
+    features: Path | None = None
+    """Where features are remembered. Default: ``<output's stem>.features`` beside the output."""
+    remember: bool | None = None
+    """Whether to; default: on the CPU, where computing them again takes longer than reading them."""
+    validate_every: int = 1
+    half: bool = False
+    """Store weights as float16 (half the file)."""
+    resume: bool = False
+    overwrite: bool = False
+    command: str = "cdkd-edge finetune"
+
+
+class Listener(Protocol):
+    """Hears how a run goes."""
+
+    def step(self, text: str) -> None:
+        """Something else begins."""
+
+    def batch(self, done: int, total: int, seconds_left: float | None) -> None:
+        """So many steps of the run are done."""
+
+    def epoch(self, row: Mapping[str, Any], epochs: int, best: float | None, seconds_left: float) -> None:
+        """An epoch ended; ``row`` as in the card's history."""
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A finished run."""
+
+    checkpoint: Path
+    card: Path
+    record: Mapping[str, Any]
+    evaluation: Evaluation
+    """Of the checkpoint as it was written, on the validation images."""
+
+
+def finetune(source: str, data: Path, output: Path, options: FinetuneOptions, listener: Listener) -> FinetuneResult:
+    """Tune a decoder (and, if asked, the encoder) on labelled images.
+
+    Args:
+        source: encoder or whole network, or ``preset:NAME``.
+        data: a dataset of :mod:`cdkd_edge.accuracy.datasets`.
+        output: the checkpoint; its card goes beside it (``.md``).
+        options: recipe, split, network, device.
+        listener: hears how it goes.
+
+    Raises:
+        DatasetError, SchemaError: the data cannot be used.
+        CheckpointError: the source cannot be used.
+        UsageError: something is in the way of the output, or a state belongs to another run.
+        NumericalCheckError: the loss is not finite.
+    """
+    _require_free(source, output, options)
+    listener.step("looking at the data")
+    split, schema = _data(source, data, options)
+    device = chosen_device(options.device)
+    listener.step("loading the network")
+    start = starting_network(source, schema, options.shape, options.recipe.seed)
+    run = _Run(source, output, options, split, schema, start, device, listener)
+    return run.finish()
+
+
+class _Run:
+    """One run, from the data to the card."""
+
+    def __init__(
+        self,
+        source: str,
+        output: Path,
+        options: FinetuneOptions,
+        split: Split,
+        schema: LabelSchema,
+        start: Start,
+        device: torch.device,
+        listener: Listener,
+    ) -> None:
+        self.output, self.options, self.listener = output, options, listener
+        self.split, self.schema, self.start = split, schema, start
+        recipe, network = options.recipe, start.network
+        network.to(device)
+        listener.step(f"reading {len(split.training)} training masks")
+        tiles = TrainingTiles(split.training, schema, network.config.tile, recipe.augmentation, options.reading)
+        listener.step(f"reading {len(split.validation)} validation masks")
+        self.validation_pixels = _class_pixels(split, schema)
+        self.features = self._features(device) if recipe.frozen else None
+        self.trainer = Trainer(network, tiles, recipe, self.features)
+        self.source_record = _source_record(source, start.layout)
+        self.identity = self._identity()
+        self._saved_state = time.perf_counter()
+        self._sitting = (0, 0.0)
+        if options.resume and state_path(output).exists():
+            self._resume()
+
+    def finish(self) -> FinetuneResult:
+        """Train what is left, then judge the file that was written."""
+        trainer, listener, recipe = self.trainer, self.listener, self.options.recipe
+        self._sitting = (trainer.progress.step, time.perf_counter())
+        while trainer.progress.epoch < recipe.epochs:
+            loss = trainer.run_epoch(self._after_batch)
+            progress = trainer.progress
+            row: dict[str, Any] = {"epoch": progress.epoch, "loss": loss, "mean_iou": None}
+            if progress.epoch % self.options.validate_every == 0 or progress.epoch == recipe.epochs:
+                row |= self._validate()
+            progress.history.append(row)
+            listener.epoch(row, recipe.epochs, progress.best, self._seconds_left())
+            self._save_state()
+        listener.step("judging the checkpoint as it was written")
+        labeller, _ = load_network(self.output, device=str(trainer.device))
+        evaluation = evaluate(labeller, self.split.validation, self.schema, options=self.options.reading)
+        progress = trainer.progress
+        scores = {f"this checkpoint (epoch {progress.best_epoch})": scores_of(evaluation)}
+        if progress.best_epoch != progress.epoch:  # the last was not chosen by its score
+            scores[f"epoch {progress.epoch}, the last"] = progress.history[-1]
+        rules = judge_colors(
+            self.split.training,
+            self.split.validation,
+            self.schema,
+            options=self.options.reading,
+            progress=listener.step,
+        )
+        scores |= {name: scores_of(result) for name, result in rules.items()}
+        record = self._record(scores, evaluation.tiles)
+        self._write(labeller.network, record)
+        state_path(self.output).unlink(missing_ok=True)
+        return FinetuneResult(self.output, card_path(self.output), record, evaluation)
+
+    def _validate(self) -> dict[str, Any]:
+        """Score the network as it is; write it if it is the best so far."""
+        trainer = self.trainer
+        started = time.perf_counter()
+        network = trainer.trained_network()
+        labeller = NetworkLabeller(
+            network,
+            self.schema,
+            FileRecord(self.output.name, "", 0),
+            precision=self.options.recipe.precision,
+            encode=self.features,
+        )
+        self.listener.step("validating")
+        evaluation = evaluate(labeller, self.split.validation, self.schema, options=self.options.reading)
+        progress = trainer.progress
+        progress.seconds += time.perf_counter() - started
+        scores = scores_of(evaluation)
+        score = scores["mean_iou"]
+        if progress.best is None or score > progress.best:
+            progress.best, progress.best_epoch = score, progress.epoch
+            self._write(network, self._record({f"epoch {progress.epoch}": scores}, evaluation.tiles))
+        return scores
+
+    def _write(self, network: Any, record: Mapping[str, Any]) -> None:
+        dtype = torch.float16 if self.options.half else torch.float32
+        save_checkpoint(network, self.output, schema=self.schema, training=record, dtype=dtype)
+        write_text(card_path(self.output), card_text(self.output.name, record))
+
+    def _after_batch(self) -> None:
+        progress = self.trainer.progress
+        self.listener.batch(progress.step, self.trainer.steps, self._seconds_left())
+        if time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
+            self._save_state()
+
+    def _seconds_left(self) -> float:
+        """By the pace of this sitting, validation included."""
+        first, since = self._sitting
+        done = self.trainer.progress.step - first
+        return (time.perf_counter() - since) / max(1, done) * (self.trainer.steps - self.trainer.progress.step)
+
+    def _features(self, device: torch.device) -> FeatureCache:
+        remember = self.options.remember
+        fixed = self.options.recipe.views > 0
+        if remember and not fixed:
+            raise UsageError("features of fresh views (--views 0) are of no use later; there is nothing to remember")
+        folder = None
+        if fixed and (device.type == "cpu" if remember is None else remember):
+            folder = self.options.features or self.output.with_name(f"{self.output.stem}.features")
+            folder.mkdir(parents=True, exist_ok=True)
+        limit = int(_SHARE_OF_FREE_DISK * shutil.disk_usage(folder).free) if folder else 0
+        return FeatureCache(self.start.network.encoder, folder, precision=self.options.recipe.precision, limit=limit)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a state to be resumed."""
+        return {
+            "recipe": dataclasses.asdict(self.options.recipe),
+            "network": dataclasses.asdict(self.start.network.config),
+            "source": self.source_record["sha256"] or self.source_record["file"],
+            "classes": list(self.schema.class_names),
+            "training images": [pair.name for pair in self.split.training],
+            "validation images": [pair.name for pair in self.split.validation],
+        }
+
+    def _save_state(self) -> None:
+        document = {"identity": json.dumps(self.identity), **self.trainer.state()}
+        with whole_file(state_path(self.output)) as temporary:
+            torch.save(document, temporary)
+        self._saved_state = time.perf_counter()
+
+    def _resume(self) -> None:
+        path = state_path(self.output)
+        try:
+            state = torch.load(path, map_location=self.trainer.device, weights_only=True)
+            identity = json.loads(state.pop("identity"))
+        except Exception as error:  # torch raises half a dozen unrelated types for damaged files
+            raise CheckpointError(
+                f"the state {path} cannot be read: {' '.join(str(error).split())[:200]}",
+                hint="start again with --overwrite",
+            ) from None
+        ours = json.loads(json.dumps(self.identity))
+        if other := [key for key in ours if identity.get(key) != ours[key]]:
+            raise UsageError(
+                f"{path} belongs to a run with other {', '.join(other)}: {_difference(identity, ours, other[0])}",
+                hint="give the same options to resume it, or start again with --overwrite",
+            )
+        self.trainer.restore(state)
+        progress = self.trainer.progress
+        self.listener.step(f"resuming in epoch {progress.epoch + 1}, batch {progress.batch + 1}")
+
+    def _run_record(self) -> dict[str, Any]:
+        progress, device = self.trainer.progress, self.trainer.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else describe_machine().cpu
+        where = f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
+        return {
+            "epochs_done": progress.epoch,
+            "best_epoch": progress.best_epoch,
+            "seconds": progress.seconds,
+            "history": list(progress.history),
+            "device": where,
+            "libraries": f"torch {torch.__version__}",
+            "tiles_encoded": self.features.misses if self.features else 0,
+        }
+
+    def _record(self, scores: Mapping[str, Any], validation_tiles: int) -> dict[str, Any]:
+        """What the checkpoint says of its training; JSON data."""
+        split, config = self.split, self.start.network.config
+        return {
+            "tool": f"cdkd-edge {__version__}",
+            "command": self.options.command,
+            "source": self.source_record,
+            "network": dataclasses.asdict(config),
+            "notes": [*self.start.notes, *split.notes, *self._class_notes()],
+            "recipe": dataclasses.asdict(self.options.recipe),
+            "data": {
+                "folder": split.training.folder.name,
+                "layout": split.training.layout,
+                "schema": self.schema.name,
+                "rule": split.rule,
+                "classes": list(self.schema.class_names),
+                "training_tiles": len(self.trainer.tiles),
+                "validation_tiles": validation_tiles,
+                "training_scenes": list(split.training.scenes),
+                "validation_scenes": list(split.validation.scenes),
+                "training_pixels": self.trainer.tiles.class_pixels.tolist(),
+                "validation_pixels": self.validation_pixels.tolist(),
+            },
+            "training_images": [pair.name for pair in split.training],
+            "validation_images": [pair.name for pair in split.validation],
+            "scores": dict(scores),
+            "run": self._run_record(),
+        }
+
+    def _class_notes(self) -> list[str]:
+        notes = []
+        for side, pixels in (("training", self.trainer.tiles.class_pixels), ("validation", self.validation_pixels)):
+            absent = [name for name, count in zip(self.schema.class_names, pixels, strict=True) if not count]
+            if absent:
+                notes.append(f"no {side} pixel is {', '.join(absent)}")
+        return notes
+
+
+def card_path(output: Path) -> Path:
+    """Where the card of a checkpoint lies."""
+    return output.with_suffix(".md")
+
+
+def state_path(output: Path) -> Path:
+    """Where the state of an unfinished run lies."""
+    return output.with_name(f"{output.stem}.state.pt")
+
+
+def _require_free(source: str, output: Path, options: FinetuneOptions) -> None:
+    """Make sure that nothing of value is overwritten, before anything is computed."""
+    if output.suffix not in (".pt", ".pth", ".safetensors"):
+        raise UsageError(f"{output} is no name for a checkpoint", hint="end it in .pt, .pth or .safetensors")
+    if output.exists() and not source.startswith(PRESET_PREFIX) and Path(source).exists() and output.samefile(source):
+        raise UsageError("the checkpoint would overwrite what it starts from")
+    state = state_path(output)
+    if options.overwrite:
+        if not options.resume:
+            state.unlink(missing_ok=True)
+        return
+    if state.exists() and not options.resume:
+        raise UsageError(
+            f"{state} holds an unfinished run", hint="go on with --resume, or start again with --overwrite"
+        )
+    if output.exists() and not state.exists():
+        done = "is finished; there is nothing to resume" if options.resume else "exists"
+        raise UsageError(f"{output} {done}", hint="replace it with --overwrite, or choose another --output")
+    if not state.exists() and card_path(output).exists():
+        raise UsageError(f"{card_path(output)} exists", hint="replace it with --overwrite, or choose another --output")
+
+
+def _data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, LabelSchema]:
+    dataset = find_dataset(data)
+    fallback = None
+    if not (options.schema or dataset.schema_name) and not source.startswith(PRESET_PREFIX):
+        fallback = load_encoder(source)[1].schema
+    schema = data_schema(dataset, options.schema, fallback)
+    split = split_dataset(
+        dataset,
+        training_scenes=options.training_scenes,
+        validation_scenes=options.validation_scenes,
+        training_list=options.training_list,
+        validation_list=options.validation_list,
+    )
+    return split, schema
+
+
+def _class_pixels(split: Split, schema: LabelSchema) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Labelled pixels of the validation images by class; finds bad masks before hours were spent."""
+    counts = np.zeros(256, np.int64)
+    for pair in split.validation:
+        counts += np.bincount(read_labels(pair.mask, schema).ravel(), minlength=256)
+    if not counts[: len(schema)].any():
+        raise DatasetError(f"no pixel of the {len(split.validation)} validation masks has a label")
+    return counts[: len(schema)]
+
+
+def _source_record(source: str, layout: str) -> dict[str, Any]:
+    if source.startswith(PRESET_PREFIX):
+        return {"file": source, "sha256": "", "layout": layout}
+    return {"file": Path(source).name, "sha256": sha256_of(Path(source)), "layout": layout}
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], key: str) -> str:
+    """One thing in which two runs differ, in words."""
+    if isinstance(ours[key], dict) and isinstance(theirs.get(key), dict):
+        for name, value in ours[key].items():
+            if theirs[key].get(name) != value:
+                return f"{name} was {theirs[key].get(name)}, now {value}"
+    if isinstance(ours[key], list):
+        return f"{len(theirs.get(key) or [])} then, {len(ours[key])} now"
+    return f"{theirs.get(key)} then, {ours[key]} now"

@@ -1,0 +1,232 @@
+"""What training sees: places on the images of a dataset, and views of them (needs numpy, Pillow and GDAL).
+
+A *place* is where a tile of the image's grid lies, without overlap. A *view* of it is one way to look: turned,
+mirrored, moved, scaled, in other light. View 0 is the tile as it is. Views are drawn from seeds, so that any
+of them can be made again; a training run either keeps to a few fixed views of each place, whose features are
+worth remembering, or draws fresh ones in every epoch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cdkd_edge.accuracy.datasets import Dataset
+from cdkd_edge.accuracy.masks import mask_size, read_labels
+from cdkd_edge.errors import DatasetError, SceneError
+from cdkd_edge.labels import NO_LABEL, LabelSchema
+from cdkd_edge.scene.grid import Span, TileGrid
+from cdkd_edge.scene.pipeline import SegmentOptions
+from cdkd_edge.scene.reader import SceneReader
+
+UInt8Array = npt.NDArray[np.uint8]
+
+ORIENTATIONS = 8
+"""Four quarter turns, each mirrored or not."""
+
+_SHIFT = 0.25
+"""A place moves by up to this share of a tile, as far as the image reaches."""
+_LABELS_IN_MEMORY = 2 << 30
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How views differ from the tile as it is."""
+
+    flips: bool = True
+    """Quarter turns and mirroring: what is above or left means nothing in imagery taken from above."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest magnification, drawn evenly on a logarithmic scale."""
+    light: float = 0.0
+    """Strength of changes of gamma, gain and tint; 1 is strong."""
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        if not 0.1 <= low <= high <= 10:
+            raise ValueError(f"scales lie between 0.1 and 10, the smaller one first, not {low:g} and {high:g}")
+        if not 0 <= self.light <= 1:
+            raise ValueError(f"the strength of light lies between 0 and 1, not {self.light:g}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tile of an image's grid; ``row`` and ``column`` are of its first pixel and may be negative."""
+
+    image: int
+    row: int
+    column: int
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to look at a place."""
+
+    quarters: int = 0
+    mirrored: bool = False
+    scale: float = 1.0
+    shift: tuple[float, float] = (0.0, 0.0)
+    """Rows and columns, as shares of a tile."""
+    light: int | None = None
+    """Seed of a change of light."""
+
+
+def draw_view(augmentation: Augmentation, seed: Sequence[int], index: int | None) -> View:
+    """The view of a seed.
+
+    Args:
+        augmentation: what may differ.
+        seed: numbers that tell this view from all others.
+        index: which of a place's fixed views it is: 0 is the tile as it is, and the first eight are the eight
+            orientations. None: a fresh view, everything drawn.
+    """
+    if index == 0:
+        return View()
+    rng = np.random.default_rng([*seed, index or 0])
+    orientation = int(rng.integers(ORIENTATIONS)) if augmentation.flips else 0
+    if augmentation.flips and index is not None and index < ORIENTATIONS:
+        orientation = index
+    low, high = np.log(augmentation.scale)
+    scale = float(np.exp(rng.uniform(low, high))) if high > low else augmentation.scale[0]
+    return View(
+        quarters=orientation % 4,
+        mirrored=orientation >= 4,
+        scale=scale,
+        shift=(float(rng.uniform(-_SHIFT, _SHIFT)), float(rng.uniform(-_SHIFT, _SHIFT))),
+        light=int(rng.integers(1 << 31)) if augmentation.light else None,
+    )
+
+
+class TrainingTiles:
+    """Places and views of a dataset as tiles with labels."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        schema: LabelSchema,
+        tile: int,
+        augmentation: Augmentation = Augmentation(),
+        options: SegmentOptions = SegmentOptions(),
+    ) -> None:
+        """Look at every image and mask once.
+
+        Args:
+            dataset: what to train on.
+            schema: how its masks are read.
+            tile: side of a tile, T px.
+            augmentation: how views differ.
+            options: bands and stretch.
+
+        Raises:
+            DatasetError: an image or mask cannot be read, or they differ in size.
+            SchemaError: a mask holds something that the schema does not define.
+        """
+        self.tile, self.schema, self.augmentation = tile, schema, augmentation
+        self._dataset, self._options = dataset, options
+        self._labels: OrderedDict[int, UInt8Array] = OrderedDict()
+        self.class_pixels = np.zeros(len(schema), np.int64)
+        """Labelled pixels by class, ``[K]``."""
+        self.places: list[Place] = []
+        for index, pair in enumerate(dataset):
+            height, width = self._size(index)
+            labels = read_labels(pair.mask, schema)
+            self.class_pixels += np.bincount(labels.ravel(), minlength=NO_LABEL + 1)[: len(schema)]
+            for row, column in TileGrid.over(height, width, tile, 0):
+                if (labels[row.first : row.last, column.first : column.last] != NO_LABEL).any():
+                    self.places.append(Place(index, row.start, column.start))
+            self._remember(index, labels)
+        if not self.places:
+            raise DatasetError(f"no pixel of the {len(dataset)} training masks of {dataset.folder} has a label")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def read(self, place: Place, view: View) -> tuple[UInt8Array, UInt8Array]:
+        """A view of a place: RGB ``[3, T, T]`` and labels ``[T, T]``, both uint8; 255 beyond the image.
+
+        Raises:
+            SceneError: the image cannot be read.
+        """
+        pair = self._dataset.pairs[place.image]
+        labels = self._read_labels(place.image)
+        side = max(1, round(self.tile / view.scale))
+        row, column = (
+            _placed(start, self.tile, shift, side, size)
+            for start, shift, size in zip((place.row, place.column), view.shift, labels.shape, strict=True)
+        )
+        image = np.empty((3, side, side), np.uint8)
+        reader = SceneReader(pair.image, bands=self._options.bands, stretch=self._options.stretch)
+        try:
+            valid = reader.read_tile(Span(row, row, row + side), Span(column, column, column + side), image)
+        finally:
+            reader.close()
+        truth = np.full((side, side), NO_LABEL, np.uint8)
+        top, left = max(row, 0), max(column, 0)
+        part = labels[top : row + side, left : column + side]
+        truth[top - row : top - row + part.shape[0], left - column : left - column + part.shape[1]] = part
+        if valid is not None:
+            truth[~valid] = NO_LABEL
+        if side != self.tile:
+            image, truth = _resized(image, truth, self.tile)
+        image, truth = np.rot90(image, view.quarters, axes=(1, 2)), np.rot90(truth, view.quarters)
+        if view.mirrored:
+            image, truth = image[..., ::-1], truth[:, ::-1]
+        if view.light is not None:
+            image = _in_other_light(image, view.light, self.augmentation.light)
+        return np.ascontiguousarray(image), np.ascontiguousarray(truth)
+
+    def _size(self, index: int) -> tuple[int, int]:
+        pair = self._dataset.pairs[index]
+        try:
+            reader = SceneReader(pair.image, bands=self._options.bands, stretch=self._options.stretch)
+        except SceneError as error:
+            raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
+        size = reader.height, reader.width
+        reader.close()
+        if (mask := mask_size(pair.mask)) != size:
+            raise DatasetError(
+                f"{pair.image} is {size[1]} x {size[0]} px, its mask {pair.mask.name} {mask[1]} x {mask[0]}",
+                hint="masks are compared pixel by pixel and never resized; make them fit first",
+            )
+        return size
+
+    def _read_labels(self, index: int) -> UInt8Array:
+        if (labels := self._labels.get(index)) is None:
+            labels = read_labels(self._dataset.pairs[index].mask, self.schema)
+            self._remember(index, labels)
+        else:
+            self._labels.move_to_end(index)
+        return labels
+
+    def _remember(self, index: int, labels: UInt8Array) -> None:
+        """Masks are small once they are labels; the least recently used give way."""
+        self._labels[index] = labels
+        while sum(kept.nbytes for kept in self._labels.values()) > _LABELS_IN_MEMORY and len(self._labels) > 1:
+            self._labels.popitem(last=False)
+
+
+def _placed(start: int, tile: int, shift: float, side: int, size: int) -> int:
+    """Where a window of ``side`` px begins that looks at a tile's middle, inside an axis of ``size`` px if it fits."""
+    if size <= side:
+        return -((side - size) // 2)
+    middle = start + tile / 2 + shift * tile
+    return int(np.clip(round(middle - side / 2), 0, size - side))
+
+
+def _resized(image: UInt8Array, truth: UInt8Array, tile: int) -> tuple[UInt8Array, UInt8Array]:
+    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    image = np.asarray(picture.resize((tile, tile), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    return image, np.asarray(Image.fromarray(truth).resize((tile, tile), Image.Resampling.NEAREST))
+
+
+def _in_other_light(image: UInt8Array, seed: int, strength: float) -> UInt8Array:
+    """Another gamma, gain and tint, as a table of 256 values per channel."""
+    rng = np.random.default_rng(seed)
+    ramp = (np.arange(256) / 255)[:, None] ** np.exp(strength * rng.uniform(-0.5, 0.5))
+    gain = np.exp(strength * rng.uniform(-0.4, 0.3)) * (1 + strength * 0.07 * rng.standard_normal(3))
+    table = np.clip(255 * ramp * gain + strength * rng.uniform(-12, 12), 0, 255).astype(np.uint8)  # [256, 3]
+    return np.stack([table[plane, channel] for channel, plane in enumerate(image)])

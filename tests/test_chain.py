@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("torch")
 
+from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.cli import app
 from cdkd_edge.labels import load_schema
-from cdkd_edge.accuracy.metrics import ConfusionMatrix
 
 DUBAI = Path(__file__).resolve().parents[2] / "shared" / "data" / "dubai"
 HELD_OUT_SCENE = "tile5"

@@ -43,7 +43,7 @@ def run(*arguments: object) -> Any:
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     """The command line in a process of its own."""
-    root = str(Path(cli.__file__).parents[1])
+    root = str(Path(cli.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(
         [sys.executable, "-m", "cdkd_edge", *map(str, arguments)],

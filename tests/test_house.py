@@ -18,9 +18,9 @@ PACKAGE = Path(cdkd_edge.__file__).parent
 ROOT = PACKAGE.parent
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-GROUND = ("errors", "files", "labels", "manifest", "workspace", "machine", "metrics", "scenery")
+GROUND = ("errors", "files", "labels", "manifest", "workspace", "machine", "scenery")
 FLOORS = (
-    GROUND, ("model",), ("export",), ("engines",), ("power",), ("scene",), ("training",), ("accuracy",),
+    GROUND, ("model",), ("export",), ("engines",), ("power",), ("scene",), ("accuracy",), ("training",),
     ("benchmarks",), ("demo",), ("report",), ("cli",), ("__main__",),
 )  # fmt: skip
 """From the ground up; a module imports from its own and lower floors. The ground floor is one floor."""
@@ -32,9 +32,11 @@ NEEDS_TORCH = (
     "cdkd_edge.model.layouts",
     "cdkd_edge.model.checkpoint",
     "cdkd_edge.model.container",
+    "cdkd_edge.model.run",
     "cdkd_edge.model.infer",
     "cdkd_edge.export.check",
     "cdkd_edge.export.pipeline",
+    "cdkd_edge.accuracy.network",
     "cdkd_edge.training",
     "cdkd_edge.demo.run",
 )

@@ -186,4 +186,5 @@ def resample_patches(kernel: Tensor, patch: int) -> Tensor:
     enlarge = enlarged.flatten(1).T  # [patch*patch, side*side]: a flat patch to its enlarged self
     resample = torch.linalg.pinv(enlarge.T)  # [patch*patch, side*side]
     flat = kernel.double().flatten(2)  # [D, C, side*side]
-    return (flat @ resample.T).reshape(*kernel.shape[:2], patch, patch).to(kernel.dtype)
+    resampled: Tensor = (flat @ resample.T).reshape(*kernel.shape[:2], patch, patch)
+    return resampled.to(kernel.dtype)

@@ -80,7 +80,7 @@ class FeatureCache:
 
     def _path(self, tile: Tensor) -> Path:
         assert self.folder is not None
-        name = hashlib.sha256(tile.contiguous().numpy()).hexdigest()
+        name = hashlib.sha256(tile.contiguous().numpy().tobytes()).hexdigest()
         return self.folder / name[:2] / f"{name}.f16"
 
     def _load(self, path: Path) -> Tensor | None:
@@ -113,5 +113,5 @@ def _digest(encoder: Encoder, precision: str) -> str:
     digest = hashlib.sha256(f"{encoder.config} {precision}".encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -1,0 +1,233 @@
+"""The commands of accuracy: evaluate, finetune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from cdkd_edge.cli.app import app
+from cdkd_edge.cli.helpers import command_line, need, progress_bar, show, workspace_at, write_json
+from cdkd_edge.cli.options import (
+    BandsOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    OverlapOption,
+    PercentilesOption,
+    PrecisionOption,
+    RangeOption,
+    SchemaOption,
+    StretchOption,
+    ThreadsOption,
+    WorkspaceOption,
+    names,
+    segment_options,
+)
+
+
+@app.command()
+def evaluate(
+    subject: Annotated[
+        Path, typer.Argument(metavar="CKPT|GRAPH|ENGINE", help="Checkpoint, exported graph (.onnx) or engine.")
+    ],
+    data: DataOption,
+    schema: SchemaOption = None,
+    scenes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Judge on these scenes only, e.g. tile5 or Val. Default: every image.", metavar="A,B"),
+    ] = None,
+    image_list: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--list", help="Judge on the images that this text file names, one a line."),
+    ] = None,
+    save_maps: Annotated[
+        bool, typer.Option("--save-maps", help="Keep label maps, and pictures of image, truth, prediction, errors.")
+    ] = False,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Folder for the scores as JSON, and for maps. Default: benchmarks/RUN."),
+    ] = None,
+    overlap: OverlapOption = None,
+    bands: BandsOption = None,
+    stretch: StretchOption = False,
+    stretch_percentiles: PercentilesOption = None,
+    stretch_range: RangeOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = None,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy on labelled images: IoU per class, mIoU, OA, mF1. The same path for every kind of artefact."""
+    from cdkd_edge.accuracy.datasets import find_dataset
+    from cdkd_edge.accuracy.evaluate import data_schema
+    from cdkd_edge.accuracy.evaluate import evaluate as judge
+    from cdkd_edge.accuracy.subject import open_subject
+    from cdkd_edge.report import describe_evaluation
+
+    options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
+    dataset = find_dataset(data)
+    if scenes and image_list:
+        raise typer.BadParameter("choose scenes or a list", param_hint="--list")
+    if scenes:
+        dataset = dataset.of_scenes(names(scenes))
+    elif image_list:
+        dataset = dataset.of_list(image_list)
+    folder = output or (workspace_at(workspace).new_run(f"{subject.stem}-accuracy") if save_maps else None)
+    if folder and folder.exists() and any(folder.iterdir()):
+        raise typer.BadParameter(f"{folder} is not empty", param_hint="--output")
+    loaded = open_subject(subject, schema=schema, device=device, precision=precision, threads=threads)
+    try:
+        classes = data_schema(dataset, schema, loaded.labeller.schema)
+        with progress_bar(subject.name) as progress:
+            result = judge(
+                loaded.labeller,
+                dataset,
+                classes,
+                options=options,
+                maps=folder / "maps" if folder and save_maps else None,
+                trained_on=loaded.training,
+                progress=progress,
+            )
+    finally:
+        loaded.labeller.close()
+    report = describe_evaluation(loaded, dataset, result, folder)
+    if folder:
+        write_json(folder / "accuracy.json", report.data)
+    show(report, as_json)
+
+
+@app.command()
+def finetune(
+    source: Annotated[
+        str, typer.Argument(metavar="ENCODER|CKPT", help="Encoder or whole network; or preset:paper, preset:tiny.")
+    ],
+    data: DataOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint (.pt, .pth, .safetensors).")],
+    schema: SchemaOption = None,
+    val_scenes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Validate on these scenes; train on the others.", metavar="A,B"),
+    ] = None,
+    train_scenes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Train on these scenes.", metavar="A,B"),
+    ] = None,
+    val_list: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Validate on the images that this text file names, one a line."),
+    ] = None,
+    train_list: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Train on the images that this text file names."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 30,
+    batch: Annotated[int, typer.Option(help="Crops per step.")] = 4,
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate, for the head.")] = 1e-4,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.01,
+    encoder_lr: Annotated[float, typer.Option(help="Learning rate of the encoder; 0 freezes it.")] = 0.0,
+    schedule: Annotated[str, typer.Option(help="Learning rate: constant, cosine or poly.")] = "constant",
+    warm_up: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 0,
+    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0: any.")] = 0.0,
+    mean_decay: Annotated[float, typer.Option(help="Use a running mean of the weights, e.g. 0.99; 0: don't.")] = 0.0,
+    class_weights: Annotated[
+        str, typer.Option(help="Class weights in the loss: none, sqrt, balanced, or numbers with commas.")
+    ] = "none",
+    views: Annotated[
+        int,
+        typer.Option(
+            help="Fixed views of each crop (8: all turns and mirrorings; 1: none of them), encoded once and "
+            "remembered. 0: fresh random views in every epoch."
+        ),
+    ] = 8,
+    flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Turn and mirror crops.")] = True,
+    scale: Annotated[
+        tuple[float, float], typer.Option(help="Range of random magnification, e.g. 0.5 2.", metavar="LOW HIGH")
+    ] = (1.0, 1.0),
+    light: Annotated[float, typer.Option(help="Strength of random changes of gamma, gain, tint; 0..1.")] = 0.0,
+    tile: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Side of crops and tiles, px. Default: a network's own, 1024 for an encoder.", min=1),
+    ] = None,
+    patch: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Side of patches, px. Default: the encoder's, or 16 if that does not divide the tile.", min=1
+        ),
+    ] = None,
+    heads: Annotated[Optional[int], typer.Option(help="Attention heads, if not 64 wide.", min=1)] = None,  # noqa: UP045
+    norm_eps: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="LayerNorm epsilon, if not the layout's own."),
+    ] = None,
+    head_channels: Annotated[int, typer.Option(help="Channels of a new head.", min=1)] = 256,
+    new_head: Annotated[bool, typer.Option("--new-head", help="Replace the checkpoint's head.")] = False,
+    validate_every: Annotated[int, typer.Option(help="Epochs between validations.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed on the same machine gives the same weights.")] = 0,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "fp32",
+    features: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where features are remembered. Default: <output>.features/.", file_okay=False),
+    ] = None,
+    remember: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--remember/--no-remember", help="Remember features of fixed views on disk. Default: on a CPU."),
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store weights as float16.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    bands: BandsOption = None,
+    stretch: StretchOption = False,
+    stretch_percentiles: PercentilesOption = None,
+    stretch_range: RangeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Encoder and labelled images to a checkpoint, by the paper's protocol. Writes a model card beside it."""
+    need("torch", "export", "training")
+    from cdkd_edge.report import describe_finetune, live_training
+    from cdkd_edge.training.finetune import FinetuneOptions
+    from cdkd_edge.training.finetune import finetune as tune
+    from cdkd_edge.training.recipe import Recipe
+    from cdkd_edge.training.start import Shape
+    from cdkd_edge.training.views import Augmentation
+
+    recipe = Recipe(
+        epochs=epochs,
+        batch=batch,
+        learning_rate=lr,
+        weight_decay=weight_decay,
+        encoder_learning_rate=encoder_lr,
+        schedule=schedule,
+        warm_up=warm_up,
+        clip_norm=clip_norm,
+        mean_decay=mean_decay,
+        class_weights=class_weights,
+        views=views,
+        augmentation=Augmentation(flips, scale, light),
+        precision=precision,
+        seed=seed,
+    )
+    options = FinetuneOptions(
+        recipe=recipe,
+        shape=Shape(tile, patch, heads, norm_eps, head_channels, new_head),
+        schema=schema,
+        training_scenes=names(train_scenes),
+        validation_scenes=names(val_scenes),
+        training_list=train_list,
+        validation_list=val_list,
+        reading=segment_options(None, bands, stretch, stretch_percentiles, stretch_range),
+        device=device,
+        features=features,
+        remember=remember,
+        validate_every=validate_every,
+        half=half,
+        resume=resume,
+        overwrite=overwrite,
+        command=command_line(),
+    )
+    with live_training() as listener:
+        result = tune(source, data, output, options, listener)
+    show(describe_finetune(result), as_json)

@@ -1,0 +1,111 @@
+"""The application: what every command shares, and how errors become answers."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from cdkd_edge import __version__
+from cdkd_edge.errors import CdkdEdgeError, SystemRefusalError, UsageError
+
+_UsageError: Any = typer.BadParameter.__base__
+"""What every complaint about arguments is a kind of; Typer does not export it."""
+
+
+_ORDER = ("info", "finetune", "export", "build", "segment", "bench", "evaluate", "demo")
+"""Of the commands in the help: as they are used."""
+
+
+class _AnsweringGroup(TyperGroup):
+    """Turns errors into one line and an exit code; tracebacks only for bugs, or with ``--debug``."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
+
+    def make_context(self, *arguments: Any, **extra: Any) -> Any:
+        try:
+            return super().make_context(*arguments, **extra)
+        except _UsageError as error:
+            _fail_usage(error)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            _fail_usage(error)
+        except (CdkdEdgeError, OSError, MemoryError, ModuleNotFoundError) as error:
+            if ctx.params.get("debug"):
+                raise
+            _fail(_as_answer(error))
+        except RuntimeError as error:
+            if "allocate memory" not in str(error) or ctx.params.get("debug"):  # torch's way to say MemoryError
+                raise
+            _fail(_as_answer(MemoryError()))
+
+
+app = typer.Typer(
+    cls=_AnsweringGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="A land-cover segmentation network, from a checkpoint to a measured engine.\n\n"
+    "`finetune` an encoder, `export` the checkpoint, `build` an engine, `segment` scenes with it, `bench` it, "
+    "`evaluate` any of them. Each command finds what the one before left in the workspace (`export/`, `engines/`, "
+    "`benchmarks/`).",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cdkd-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the ``cdkd-edge`` command."""
+    # So that temporary files are removed when a job scheduler ends the process or a connection is lost.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
+    app()
+
+
+def _as_answer(error: BaseException) -> CdkdEdgeError:
+    if isinstance(error, CdkdEdgeError):
+        return error
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return SystemRefusalError(f"{where}{error.strerror or error}")
+    if isinstance(error, MemoryError):
+        return SystemRefusalError("out of memory")
+    return CdkdEdgeError(f"{error}", hint="an installed package is incomplete; reinstall cdkd-edge")
+
+
+def _fail(error: CdkdEdgeError) -> NoReturn:
+    text = f"{error.message} — {error.hint}" if error.hint else error.message
+    # File names and messages from inside files must not steer the terminal.
+    text = "".join(char if char.isprintable() else " " for char in text)
+    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)
+    raise typer.Exit(error.exit_code)
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    if "NoArgsIsHelp" in type(error).__name__:  # its message is the help page
+        raise error
+    command = error.ctx.command_path if error.ctx else "cdkd-edge"
+    _fail(UsageError(error.format_message().rstrip("."), hint=f"see {command} --help"))

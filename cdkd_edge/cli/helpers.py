@@ -1,0 +1,78 @@
+"""What commands do besides calling one function: find the workspace, show results and progress."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from cdkd_edge.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from cdkd_edge.workspace import Workspace
+
+
+def workspace_at(root: Path) -> Workspace:
+    """The workspace in a directory."""
+    from cdkd_edge.workspace import Workspace
+
+    return Workspace(root)
+
+
+def command_line() -> str:
+    """What was typed, for a card."""
+    import shlex
+
+    return shlex.join(["cdkd-edge", *sys.argv[1:]])
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write data as indented JSON, atomically."""
+    import json
+
+    from cdkd_edge.files import write_text
+
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def need(package: str, extra: str, purpose: str) -> None:
+    """Make sure that an optional package is there, before work begins.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise MissingExtraError(package, extra, purpose)
+
+
+def show(report: Any, as_json: bool) -> None:
+    """Print a report as a table, or its data as JSON."""
+    if as_json:
+        print_json(report.data)
+    else:
+        report.print()
+
+
+def print_json(data: Any) -> None:
+    """Print data as indented JSON."""
+    import json
+
+    typer.echo(json.dumps(data, indent=2))
+
+
+def steps() -> Any:
+    """A spinner on stderr that names the current step; a context manager."""
+    from cdkd_edge.report import live_steps
+
+    return live_steps()
+
+
+def progress_bar(title: str) -> Any:
+    """A bar of tiles on stderr; a context manager."""
+    from cdkd_edge.report import live_bar
+
+    return live_bar(title)

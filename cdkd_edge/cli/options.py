@@ -1,0 +1,94 @@
+"""Options that several commands have, and what they become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from cdkd_edge.scene.pipeline import SegmentOptions
+
+WorkspaceOption = Annotated[
+    Path, typer.Option("--workspace", "-w", help="Directory with export/, engines/ and benchmarks/.", file_okay=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+EngineOption = Annotated[
+    Optional[Path],  # noqa: UP045 - typer resolves the annotation on Python 3.10
+    typer.Option("--engine", "-e", help="Engine file. Default: the only one in the workspace."),
+]
+BandsOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--bands", help="Red, green and blue as 1-based band numbers, e.g. 3,2,1.", metavar="R,G,B"),
+]
+OverlapOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--overlap", help="Overlap of neighbouring tiles, px. Default: 128, a quarter of small tiles.", min=0),
+]
+StretchOption = Annotated[
+    bool, typer.Option("--stretch", help="Stretch percentiles 2..98 of the scene to 0..255 (16-bit and float scenes).")
+]
+PercentilesOption = Annotated[
+    Optional[tuple[float, float]],  # noqa: UP045
+    typer.Option("--stretch-percentiles", help="Stretch these percentiles of the scene.", metavar="LOW HIGH"),
+]
+RangeOption = Annotated[
+    Optional[tuple[float, float]],  # noqa: UP045
+    typer.Option("--stretch-range", help="Stretch these values.", metavar="LOW HIGH"),
+]
+DataOption = Annotated[
+    Path,
+    typer.Option("--data", help="Labelled images: images/ and masks/, or DeepGlobe's or LoveDA's folders."),
+]
+SchemaOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--schema",
+        help="How masks encode classes: deepglobe, loveda, dubai, or a .toml file. Default: what the data says.",
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Where PyTorch computes: cpu, cuda, cuda:1, mps. auto: CUDA if it is there.")
+]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="What PyTorch computes in: fp32, bf16 or fp16.")]
+ThreadsOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--threads", help="CPU threads for the engine. Default: all cores.", min=1),
+]
+
+
+def segment_options(
+    overlap: int | None,
+    bands: str | None,
+    stretch: bool,
+    percentiles: tuple[float, float] | None,
+    value_range: tuple[float, float] | None,
+) -> SegmentOptions:
+    """How a scene is read, from options.
+
+    Raises:
+        BadParameter: they are malformed or exclude each other.
+    """
+    from cdkd_edge.scene.pipeline import SegmentOptions
+    from cdkd_edge.scene.reader import Stretch
+
+    numbers = None
+    if bands is not None:
+        try:
+            numbers = [int(part) for part in bands.split(",")]
+        except ValueError:
+            raise typer.BadParameter("three numbers, e.g. 3,2,1", param_hint="--bands") from None
+    if value_range and (percentiles or stretch):
+        raise typer.BadParameter("choose percentiles or a range", param_hint="--stretch-range")
+    chosen = None
+    if value_range:
+        chosen = Stretch(*value_range, percentiles=False)
+    elif percentiles or stretch:
+        chosen = Stretch(*(percentiles or (2.0, 98.0)), percentiles=True)
+    return SegmentOptions(overlap=overlap, bands=numbers, stretch=chosen)
+
+
+def names(text: str | None) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return tuple(filter(None, (name.strip() for name in (text or "").split(","))))

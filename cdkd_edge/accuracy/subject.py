@@ -34,6 +34,7 @@ def open_subject(
     path: Path,
     *,
     schema: str | None = None,
+    tile: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
     threads: int | None = None,
@@ -43,6 +44,7 @@ def open_subject(
     Args:
         path: the file; graphs and engines with their manifest beside them.
         schema: class names for a checkpoint that has none.
+        tile: side of the tiles, px, for a checkpoint. Default: its own.
         device, precision: for a checkpoint; see :func:`cdkd_edge.accuracy.network.load_network`.
         threads: CPU threads for a graph or a CPU engine.
 
@@ -58,11 +60,11 @@ def open_subject(
             if error.name != "torch":
                 raise
             raise MissingExtraError("torch", "export", "judging a checkpoint") from None
-        labeller, report = load_network(path, schema=schema, device=device, precision=precision)
+        labeller, report = load_network(path, schema=schema, tile=tile, device=device, precision=precision)
         runtime = f"torch {torch.__version__} on {labeller.device}"
         return Subject(path, "checkpoint", runtime, precision, labeller, report.training)
-    if precision != "fp32" or device not in ("auto", "cpu"):
-        raise UsageError(f"{path.name} has its own precision and device; only a checkpoint can be given others")
+    if precision != "fp32" or device not in ("auto", "cpu") or tile is not None:
+        raise UsageError(f"{path.name} has its own tile, precision and device; only a checkpoint can be given others")
     if kind_of(path) == GraphManifest.kind:
         graph = read_manifest(path, GraphManifest)
         return Subject(

@@ -49,6 +49,10 @@ def evaluate(
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="Folder for the scores as JSON, and for maps. Default: benchmarks/RUN."),
     ] = None,
+    tile: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Side of a checkpoint's tiles, px. Default: its own.", min=1),
+    ] = None,
     overlap: OverlapOption = None,
     bands: BandsOption = None,
     stretch: StretchOption = False,
@@ -78,7 +82,7 @@ def evaluate(
     folder = output or (workspace_at(workspace).new_run(f"{subject.stem}-accuracy") if save_maps else None)
     if folder and folder.exists() and any(folder.iterdir()):
         raise typer.BadParameter(f"{folder} is not empty", param_hint="--output")
-    loaded = open_subject(subject, schema=schema, device=device, precision=precision, threads=threads)
+    loaded = open_subject(subject, schema=schema, tile=tile, device=device, precision=precision, threads=threads)
     try:
         classes = data_schema(dataset, schema, loaded.labeller.schema)
         with progress_bar(subject.name) as progress:

@@ -69,7 +69,9 @@ def encoder_weights(model: onnx.ModelProto) -> dict[str, Array]:
             for norm in ("norm1", "norm2"):
                 weights[f"{ours}.{norm}.{part}"] = stored[f"{theirs}.{norm}.{part}"]
         heads = ("query", "key", "value")
-        weights[f"{ours}.attn.qkv.weight"] = np.concatenate([matrices[index, f"attention/attention/{h}"] for h in heads])
+        weights[f"{ours}.attn.qkv.weight"] = np.concatenate(
+            [matrices[index, f"attention/attention/{h}"] for h in heads]
+        )
         weights[f"{ours}.attn.qkv.bias"] = np.concatenate(
             [stored[f"{theirs}.attention.attention.{h}.bias"] for h in heads]
         )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,17 +327,24 @@ def live_training() -> Iterator[Listener]:
         yield _TrainingLines(console, progress)
 
 
+_LINE_EVERY_S = 60.0
+"""A log file without a bar gets a line at least this often."""
+
+
 class _TrainingLines:
     def __init__(self, console: Console, progress: Progress) -> None:
         self._console, self._progress = console, progress
         self._task = progress.add_task("", total=None, left="")
+        self._last_line = time.monotonic()
 
     def step(self, text: str) -> None:
         self._progress.update(self._task, description=text)
 
     def batch(self, done: int, total: int, seconds_left: float | None) -> None:
-        left = "" if seconds_left is None else f"steps, {_duration(seconds_left)} left"
-        self._progress.update(self._task, description="training", completed=done, total=total, left=left)
+        left = "" if seconds_left is None else f"{_duration(seconds_left)} left"
+        self._progress.update(self._task, description="training", completed=done, total=total, left=f"steps, {left}")
+        if not self._console.is_terminal and time.monotonic() - self._last_line > _LINE_EVERY_S:
+            self._line(f"step {done}/{total}  {left}")
 
     def epoch(self, row: Mapping[str, Any], epochs: int, best: float | None, seconds_left: float) -> None:
         parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.4f}"]
@@ -344,7 +352,11 @@ class _TrainingLines:
             parts.append(f"validation mIoU {_percent(row['mean_iou'])} (best {_percent(best)})")
         if row["epoch"] < epochs:
             parts.append(f"{_duration(seconds_left)} left")
-        self._console.print(Text("  ".join(parts)))
+        self._line("  ".join(parts))
+
+    def _line(self, text: str) -> None:
+        self._console.print(Text(text))
+        self._last_line = time.monotonic()
 
 
 def _duration(seconds: float) -> str:

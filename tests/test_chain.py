@@ -101,3 +101,6 @@ def test_real_imagery_of_a_scene_never_trained_on(workspace: Path) -> None:
     always_the_commonest = shares.max() / shares.sum()
     assert confusion.overall_accuracy > always_the_commonest
     assert confusion.mean_iou > 0.35
+    (engine,) = (workspace / "engines").glob("*.onnx")
+    judged = run("evaluate", str(engine), "--data", str(DUBAI), "--schema", "dubai", "--scenes", HELD_OUT_SCENE)
+    assert judged["confusion"] == confusion.counts.tolist()

@@ -27,6 +27,16 @@ from cdkd_edge.cli.options import (
 )
 
 
+SPLIT, RECIPE, VIEWS, NETWORK, MEMORY = (
+    "What is validated on",
+    "Recipe (default: the paper's)",
+    "Views of a crop",
+    "Network",
+    "Features of a frozen encoder",
+)
+"""Panels of the help."""
+
+
 @app.command()
 def evaluate(
     subject: Annotated[
@@ -113,74 +123,109 @@ def finetune(
     schema: SchemaOption = None,
     val_scenes: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Validate on these scenes; train on the others.", metavar="A,B"),
+        typer.Option(help="Validate on these scenes; train on the others.", metavar="A,B", rich_help_panel=SPLIT),
     ] = None,
     train_scenes: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Train on these scenes.", metavar="A,B"),
+        typer.Option(help="Train on these scenes.", metavar="A,B", rich_help_panel=SPLIT),
     ] = None,
     val_list: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Validate on the images that this text file names, one a line."),
+        typer.Option(help="Validate on the images that this text file names, one a line.", rich_help_panel=SPLIT),
     ] = None,
     train_list: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Train on the images that this text file names."),
+        typer.Option(help="Train on the images that this text file names.", rich_help_panel=SPLIT),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 30,
-    batch: Annotated[int, typer.Option(help="Crops per step.")] = 4,
-    lr: Annotated[float, typer.Option(help="AdamW's learning rate, for the head.")] = 1e-4,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.01,
-    encoder_lr: Annotated[float, typer.Option(help="Learning rate of the encoder; 0 freezes it.")] = 0.0,
-    schedule: Annotated[str, typer.Option(help="Learning rate: constant, cosine or poly.")] = "constant",
-    warm_up: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 0,
-    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0: any.")] = 0.0,
-    mean_decay: Annotated[float, typer.Option(help="Use a running mean of the weights, e.g. 0.99; 0: don't.")] = 0.0,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.", rich_help_panel=RECIPE)] = 30,
+    batch: Annotated[int, typer.Option(help="Crops per step.", rich_help_panel=RECIPE)] = 4,
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate, for the head.", rich_help_panel=RECIPE)] = 1e-4,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.", rich_help_panel=RECIPE)] = 0.01,
+    encoder_lr: Annotated[
+        float, typer.Option(help="Learning rate of the encoder; 0 freezes it.", rich_help_panel=RECIPE)
+    ] = 0.0,
+    schedule: Annotated[
+        str, typer.Option(help="Learning rate: constant, cosine or poly.", rich_help_panel=RECIPE)
+    ] = "constant",
+    warm_up: Annotated[int, typer.Option(help="Steps over which the learning rate rises.", rich_help_panel=RECIPE)] = 0,
+    clip_norm: Annotated[
+        float, typer.Option(help="Largest norm of the gradient; 0: any.", rich_help_panel=RECIPE)
+    ] = 0.0,
+    mean_decay: Annotated[
+        float, typer.Option(help="Use a running mean of the weights, e.g. 0.99; 0: don't.", rich_help_panel=RECIPE)
+    ] = 0.0,
     class_weights: Annotated[
-        str, typer.Option(help="Class weights in the loss: none, sqrt, balanced, or numbers with commas.")
+        str,
+        typer.Option(
+            help="Class weights in the loss: none, sqrt, balanced, or numbers with commas.", rich_help_panel=RECIPE
+        ),
     ] = "none",
     views: Annotated[
         int,
         typer.Option(
             help="Fixed views of each crop (8: all turns and mirrorings; 1: none of them), encoded once and "
-            "remembered. 0: fresh random views in every epoch."
+            "remembered. 0: fresh random views in every epoch.",
+            rich_help_panel=VIEWS,
         ),
     ] = 8,
-    flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Turn and mirror crops.")] = True,
+    no_flips: Annotated[
+        bool, typer.Option("--no-flips", help="Don't turn or mirror crops.", rich_help_panel=VIEWS)
+    ] = False,
     scale: Annotated[
-        tuple[float, float], typer.Option(help="Range of random magnification, e.g. 0.5 2.", metavar="LOW HIGH")
+        tuple[float, float],
+        typer.Option(help="Range of random magnification, e.g. 0.5 2.", metavar="LOW HIGH", rich_help_panel=VIEWS),
     ] = (1.0, 1.0),
-    light: Annotated[float, typer.Option(help="Strength of random changes of gamma, gain, tint; 0..1.")] = 0.0,
+    light: Annotated[
+        float, typer.Option(help="Strength of random changes of gamma, gain, tint; 0..1.", rich_help_panel=VIEWS)
+    ] = 0.0,
     tile: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Side of crops and tiles, px. Default: a network's own, 1024 for an encoder.", min=1),
+        typer.Option(
+            help="Side of crops and tiles, px. Default: a network's own, 1024 for an encoder.",
+            min=1,
+            rich_help_panel=NETWORK,
+        ),
     ] = None,
     patch: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            help="Side of patches, px. Default: the encoder's, or 16 if that does not divide the tile.", min=1
+            help="Side of patches, px. Default: the encoder's, or 16 if that does not divide the tile.",
+            min=1,
+            rich_help_panel=NETWORK,
         ),
     ] = None,
-    heads: Annotated[Optional[int], typer.Option(help="Attention heads, if not 64 wide.", min=1)] = None,  # noqa: UP045
+    heads: Annotated[
+        Optional[int], typer.Option(help="Attention heads, if not 64 wide.", min=1, rich_help_panel=NETWORK)
+    ] = None,  # noqa: UP045
     norm_eps: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="LayerNorm epsilon, if not the layout's own."),
+        typer.Option(help="LayerNorm epsilon, if not the layout's own.", rich_help_panel=NETWORK),
     ] = None,
-    head_channels: Annotated[int, typer.Option(help="Channels of a new head.", min=1)] = 256,
-    new_head: Annotated[bool, typer.Option("--new-head", help="Replace the checkpoint's head.")] = False,
-    validate_every: Annotated[int, typer.Option(help="Epochs between validations.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="The same seed on the same machine gives the same weights.")] = 0,
+    head_channels: Annotated[int, typer.Option(help="Channels of a new head.", min=1, rich_help_panel=NETWORK)] = 256,
+    new_head: Annotated[
+        bool, typer.Option("--new-head", help="Replace the checkpoint's head.", rich_help_panel=NETWORK)
+    ] = False,
+    validate_every: Annotated[int, typer.Option(help="Epochs between validations.", min=1, rich_help_panel=RECIPE)] = 1,
+    seed: Annotated[
+        int, typer.Option(help="The same seed on the same machine gives the same weights.", rich_help_panel=RECIPE)
+    ] = 0,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
     features: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Where features are remembered. Default: <output>.features/.", file_okay=False),
+        typer.Option(
+            help="Where features are remembered. Default: <output>.features/.", file_okay=False, rich_help_panel=MEMORY
+        ),
     ] = None,
     remember: Annotated[
         Optional[bool],  # noqa: UP045
-        typer.Option("--remember/--no-remember", help="Remember features of fixed views on disk. Default: on a CPU."),
+        typer.Option(
+            "--remember/--no-remember",
+            help="Remember features of fixed views on disk. Default: on a CPU.",
+            rich_help_panel=MEMORY,
+        ),
     ] = None,
-    half: Annotated[bool, typer.Option("--half", help="Store weights as float16.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Store weights as float16.", rich_help_panel=NETWORK)] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     bands: BandsOption = None,
@@ -210,7 +255,7 @@ def finetune(
         mean_decay=mean_decay,
         class_weights=class_weights,
         views=views,
-        augmentation=Augmentation(flips, scale, light),
+        augmentation=Augmentation(not no_flips, scale, light),
         precision=precision,
         seed=seed,
     )

@@ -99,12 +99,12 @@ class Trainer:
         self.network.encoder.train(not self.recipe.frozen)
         self.network.head.train()
         progress = self.progress
+        mark = time.perf_counter()
         for tiles, labels in self._prefetched(progress.batch):
-            started = time.perf_counter()
             progress.loss_sum += self._step(tiles, labels)
             progress.batch += 1
             progress.step += 1
-            progress.seconds += time.perf_counter() - started
+            progress.seconds, mark = progress.seconds + time.perf_counter() - mark, time.perf_counter()
             after_batch()
         loss = progress.loss_sum / self.batches
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0

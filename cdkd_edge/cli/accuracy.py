@@ -26,7 +26,6 @@ from cdkd_edge.cli.options import (
     segment_options,
 )
 
-
 SPLIT, RECIPE, VIEWS, NETWORK, MEMORY = (
     "What is validated on",
     "Recipe (default: the paper's)",
@@ -195,8 +194,9 @@ def finetune(
         ),
     ] = None,
     heads: Annotated[
-        Optional[int], typer.Option(help="Attention heads, if not 64 wide.", min=1, rich_help_panel=NETWORK)
-    ] = None,  # noqa: UP045
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Attention heads, if not 64 wide.", min=1, rich_help_panel=NETWORK),
+    ] = None,
     norm_eps: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(help="LayerNorm epsilon, if not the layout's own.", rich_help_panel=NETWORK),

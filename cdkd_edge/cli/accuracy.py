@@ -214,7 +214,7 @@ def finetune(
     features: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            help="Where features are remembered. Default: <output>.features/.", file_okay=False, rich_help_panel=MEMORY
+            help="Where features are remembered. Default: OUTPUT.features/, without its suffix.", file_okay=False, rich_help_panel=MEMORY
         ),
     ] = None,
     remember: Annotated[

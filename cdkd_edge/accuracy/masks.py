@@ -32,7 +32,8 @@ def read_labels(path: Path, schema: LabelSchema) -> npt.NDArray[np.uint8]:
     """Labels uint8 ``[H, W]`` of a mask, 255 where there is none.
 
     One band holds index values; three or four bands RGB colours (a fourth, alpha, is 255 where there is a
-    label). A paletted mask is read by its colours if the schema knows those it uses, else by its index values.
+    label). A paletted mask is read by its colours if the schema knows those it uses, else by its index values;
+    where both are possible and disagree, colours must be exactly the schema's.
     The file's own nodata value or mask and transparent palette entries mean "no label".
 
     Raises:
@@ -100,22 +101,37 @@ def _palette(dataset: Any) -> npt.NDArray[np.uint8] | None:
 
 
 def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSchema, path: Path) -> bool:
-    """Whether a paletted mask is colour-coded: the schema knows every colour that its pixels use."""
+    """Whether a paletted mask is colour-coded: the schema knows every colour that its pixels use.
+
+    Raises:
+        SchemaError: neither its colours nor its index values are the schema's, or both may be and do not agree.
+    """
     used = np.zeros(256, bool)
     for top in range(0, dataset.height, _STRIP):
         window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
         pixels, known = _read(dataset, window, path)
         used[np.unique(pixels[0][known])] = True
     used &= palette[:, 3] > 0
-    colors = palette[used][:, :3]
+    colors, indices = palette[used][:, :3], np.flatnonzero(used).astype(np.uint8)
     values = {cls.value for cls in schema.classes} | set(schema.ignore_values)
     try:
-        schema.encode(colors[None])
+        by_color = schema.encode(colors[None])
     except SchemaError:
-        if set(np.flatnonzero(used).tolist()) <= values:
+        if set(indices.tolist()) <= values:
             return False
         schema.encode(colors[None], str(path))  # colours are what its maker saw: name one
-    return True
+        raise
+    if not set(indices.tolist()) <= values or (schema.encode(indices[None]) == by_color).all():
+        return True
+    # Index masks come with palettes of greys or of other classes, in which black, or what is binarised, looks known.
+    ours, ignored = {cls.color for cls in schema.classes}, {*schema.ignore_colors, (0, 0, 0)}
+    defined = set(map(tuple, palette[:, :3].tolist()))
+    if set(map(tuple, colors.tolist())) <= ours | ignored and (defined & ours or defined <= ignored):
+        return True
+    raise SchemaError(
+        f"mask {path} has a palette: by its colours it would be read otherwise than by its index values",
+        hint="store it as RGB, or as index values without a palette",
+    )
 
 
 def _encode(

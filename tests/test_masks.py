@@ -250,6 +250,43 @@ def test_a_palette_that_is_neither_is_refused_by_its_colour(tmp_path: Path) -> N
         read_labels(path, LOVEDA)
 
 
+def grey_palette() -> UInt8Array:
+    return np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+
+
+def voc_palette() -> UInt8Array:
+    """That of PASCAL VOC, which many tools give to index masks: black, dark red, dark green, ..."""
+    index = np.arange(256)[:, None]
+    bits = [(index >> 3 * bit + np.arange(3) & 1) << 7 - bit for bit in range(3)]
+    return np.sum(bits, axis=0).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("schema", "palette", "indices"),
+    [
+        (DUBAI, grey_palette(), [0]),  # only buildings; the schema ignores black
+        (DUBAI, voc_palette(), [0]),
+        (DEEPGLOBE, grey_palette(), [0, 1, 2, 3, 4, 5]),  # all of them nearly black
+        (DEEPGLOBE, voc_palette(), [0, 2, 3, 4, 5]),  # corners of the colour cube, when binarised
+    ],
+)
+def test_a_palette_that_can_be_taken_for_either_is_not_guessed(
+    tmp_path: Path, schema: LabelSchema, palette: UInt8Array, indices: list[int]
+) -> None:
+    pixels = np.tile(np.array(indices, np.uint8)[:, None], (1, 9))
+    path = paletted(tmp_path / "either.png", pixels, palette)
+    with pytest.raises(SchemaError, match=r"either\.png has a palette") as raised:
+        read_labels(path, schema)
+    assert "without a palette" in (raised.value.hint or "")
+
+
+def test_a_palette_of_nothing_but_an_ignored_colour_is_read_by_colour(tmp_path: Path) -> None:
+    path = paletted(tmp_path / "mask.png", np.zeros((9, 9), np.uint8), np.zeros((256, 3)))
+    assert (read_labels(path, DUBAI) == 255).all()
+    palette = DUBAI.palette()[::-1].copy()  # black first, the classes at the end and unused
+    assert (read_labels(paletted(tmp_path / "mask.png", np.zeros((9, 9), np.uint8), palette), DUBAI) == 255).all()
+
+
 def test_palette_entries_that_no_pixel_uses_do_not_matter(tmp_path: Path) -> None:
     palette = np.random.default_rng(4).integers(0, 256, (256, 3))
     palette[[40, 41]] = DUBAI.palette()[[2, 4]]

@@ -172,6 +172,15 @@ def test_images_are_tiled_whatever_their_size_and_never_resized(tmp_path: Path, 
     ]
 
 
+def test_every_image_has_a_score_of_its_own(data: Dataset) -> None:
+    result = evaluate(FakeEngine(), data, SCHEMA)
+    for pair, image in zip(data, result.images, strict=True):
+        alone = evaluate(FakeEngine(), Dataset(data.folder, data.layout, (pair,)), SCHEMA)
+        assert image.labelled_pixels == alone.matrix.pixels > 0
+        assert image.mean_iou == alone.matrix.mean_iou
+    assert result.matrix.pixels == sum(image.labelled_pixels for image in result.images)
+
+
 def test_progress_runs_once_over_everything(data: Dataset) -> None:
     seen: list[tuple[int, int]] = []
     result = evaluate(FakeEngine(), data, SCHEMA, progress=lambda *now: seen.append(now))
@@ -590,9 +599,24 @@ def test_a_class_without_training_pixels_is_never_predicted(tmp_path: Path) -> N
     labels = np.asarray(Image.open(training.pairs[0].mask)).copy()
     labels[labels == 3] = NO_LABEL
     Image.fromarray(labels).save(training.pairs[0].mask)
+    dark = np.asarray(Image.open(validation.pairs[0].image)).copy()
+    dark[:20] = 0  # a class never seen has no mean colour, not black
+    Image.fromarray(dark).save(validation.pairs[0].image)
     for result in judge_colors(training, validation, SCHEMA).values():
         assert result.matrix.counts[:, 3].sum() == 0
         assert result.matrix.iou()[3] == 0.0
+
+
+def test_a_class_of_two_colours_needs_the_histogram(tmp_path: Path) -> None:
+    """Building is red or cyan, land grey: the mean of the first is the colour of the second."""
+    for seed, scene in enumerate(("t1", "t2")):
+        labels = np.random.default_rng(seed).integers(0, 3, (60, 60))
+        image = np.array([(228, 28, 28), (28, 228, 228), (132, 132, 132)], np.uint8)[labels]
+        add(tmp_path / "data", f"{scene}_a", image.transpose(2, 0, 1), (labels == 2).astype(np.uint8))
+    data = find_dataset(tmp_path / "data")
+    scores = judge_colors(data.of_scenes(["t1"]), data.of_scenes(["t2"]), SCHEMA)
+    assert scores["colour histogram"].matrix.overall_accuracy == 1.0
+    assert scores["nearest mean"].matrix.overall_accuracy < 0.9
 
 
 def test_colour_rules_learn_nothing_from_pixels_without_data(tmp_path: Path) -> None:

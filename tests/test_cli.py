@@ -30,7 +30,7 @@ from cdkd_edge.scene.pipeline import segment_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
-COMMANDS = ["info", "export", "build", "segment", "bench", "demo"]
+COMMANDS = ["info", "finetune", "export", "build", "segment", "bench", "evaluate", "demo"]
 QUICK = ("--duration", "0.1", "--warmup", "0")
 OLD_CLICK = "mix_stderr" in inspect.signature(CliRunner.__init__).parameters  # before 8.2
 
@@ -133,13 +133,19 @@ def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
-    assert "--workspace" in result.stdout or command == "info"
+    assert "--workspace" in result.stdout or command in ("info", "finetune")  # they are told where everything is
     assert "--json" in result.stdout
 
 
 def test_the_list_above_is_complete() -> None:
-    names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    assert names == set(COMMANDS)
+    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+    assert sorted(names) == sorted(COMMANDS)
+
+
+def test_help_lists_the_commands_as_they_are_used() -> None:
+    lines = run("--help").stdout.partition("Commands")[2].splitlines()
+    first_words = [line.strip(" │").split(" ")[0] for line in lines]
+    assert [word for word in first_words if word in COMMANDS] == COMMANDS
 
 
 def test_version() -> None:

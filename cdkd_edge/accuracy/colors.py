@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.accuracy.datasets import Dataset
-from cdkd_edge.accuracy.evaluate import Evaluation, evaluate
+from cdkd_edge.accuracy.evaluate import Evaluation, ImageReader, evaluate
 from cdkd_edge.accuracy.masks import read_labels
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.errors import DatasetError
@@ -16,7 +16,6 @@ from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.manifest import FileRecord
 from cdkd_edge.scene.grid import TileGrid
 from cdkd_edge.scene.pipeline import SegmentOptions
-from cdkd_edge.scene.reader import SceneReader
 
 _BITS = 5
 """Histograms have 2**5 = 32 bins a channel."""
@@ -102,14 +101,20 @@ def judge_colors(
     for index, pair in enumerate(training, 1):
         progress(f"colours of {pair.name} ({index} of {len(training)})")
         labels = read_labels(pair.mask, schema)
-        reader = SceneReader(pair.image, bands=options.bands, stretch=options.stretch)
+        reader = ImageReader(pair, options)
         try:
             if labels.shape != (reader.height, reader.width):
-                raise DatasetError(f"{pair.image} and its mask differ in size")
+                raise DatasetError(
+                    f"{pair.image} is {reader.width} x {reader.height} px, its mask {pair.mask.name} "
+                    f"{labels.shape[1]} x {labels.shape[0]}"
+                )
             tile = np.empty((3, _TILE, _TILE), np.uint8)
             for row, column in TileGrid.over(reader.height, reader.width, _TILE, 0):
-                reader.read_tile(row, column, tile)
-                seen.update(tile[:, row.kept, column.kept], labels[row.first : row.last, column.first : column.last])
+                valid = reader.read_tile(row, column, tile)
+                truth = labels[row.first : row.last, column.first : column.last]
+                if valid is not None:
+                    truth = np.where(valid[row.kept, column.kept], truth, np.uint8(NO_LABEL))
+                seen.update(tile[:, row.kept, column.kept], truth)
         finally:
             reader.close()
     scores = {}

@@ -90,13 +90,15 @@ class Dataset:
                 the only one of that name.
         """
         try:
-            lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise DatasetError(f"list {file} cannot be read: {reason}") from None
         by_name: dict[str, list[Pair]] = {}
         for pair in self.pairs:
-            for name in {pair.name, pair.image.name, pair.image.stem, pair.name.rpartition("/")[2]}:
+            path = pair.image.relative_to(self.folder)
+            ways = {pair.name, pair.name.rpartition("/")[2], path.as_posix(), path.with_suffix("").as_posix()}
+            for name in ways | {path.name, path.stem}:
                 by_name.setdefault(name, []).append(pair)
         chosen: list[Pair] = []
         for entry in filter(None, lines):
@@ -144,7 +146,11 @@ def find_dataset(folder: Path) -> Dataset:
         raise DatasetError(f"dataset {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     loveda_parts = {part: folder / part for part in ("Train", "Val") if _has_loveda(folder / part)}
     deepglobe = next((place for place in (folder, folder / "train") if _has(place, "*_sat.*")), None)
-    below = [place for place in sorted(folder.iterdir()) if (place / "images").is_dir() and (place / "masks").is_dir()]
+    below = [
+        place
+        for place in sorted(folder.iterdir())
+        if (place / "images").is_dir() and (place / "masks").is_dir() and not place.name.startswith(".")
+    ]
     if loveda_parts:
         layout, pairs = "LoveDA", [p for part, place in loveda_parts.items() for p in _loveda(place, f"{part}/", part)]
     elif _has_loveda(folder):
@@ -265,8 +271,8 @@ def _matched(images: Path, masks: Path, prefix: str, scene: str | None) -> list[
 
 
 def _deepglobe(folder: Path) -> list[Pair]:
-    images = {path.stem.removesuffix("_sat"): path for path in _files(folder, "*_sat.*", IMAGE_SUFFIXES)}
-    masks = {path.stem.removesuffix("_mask"): path for path in _files(folder, "*_mask.*", MASK_SUFFIXES)}
+    images = _by_stem(folder, IMAGE_SUFFIXES, "_sat")
+    masks = _by_stem(folder, MASK_SUFFIXES, "_mask")
     _require_counterparts(images.keys(), masks.keys(), folder, folder)
     return [Pair(name, name, image, masks[name]) for name, image in images.items()]
 
@@ -296,12 +302,14 @@ def _files(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
     )
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _by_stem(folder: Path, suffixes: tuple[str, ...], ending: str = "") -> dict[str, Path]:
+    """Files whose stem ends so, by what comes before that."""
     found: dict[str, Path] = {}
-    for path in _files(folder, "*", suffixes):
-        if path.stem in found:
-            raise DatasetError(f"{folder} holds both {found[path.stem].name} and {path.name}")
-        found[path.stem] = path
+    for path in _files(folder, f"*{ending}.*", suffixes):
+        name = path.stem.removesuffix(ending)
+        if name in found:
+            raise DatasetError(f"{folder} holds both {found[name].name} and {path.name}")
+        found[name] = path
     return found
 
 

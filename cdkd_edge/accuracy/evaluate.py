@@ -23,7 +23,7 @@ from cdkd_edge.accuracy.picture import write_comparison
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import DatasetError, SceneError, SchemaError
 from cdkd_edge.labels import NO_LABEL, LabelSchema, load_schema
-from cdkd_edge.scene.grid import TileGrid
+from cdkd_edge.scene.grid import Span, TileGrid
 from cdkd_edge.scene.pipeline import SegmentOptions, grid_over, label_map_tags, label_rows
 from cdkd_edge.scene.reader import SceneReader
 from cdkd_edge.scene.writer import LabelMapWriter
@@ -86,6 +86,27 @@ class Evaluation:
             "seconds": self.seconds,
             "notes": list(self.notes),
         }
+
+
+class ImageReader(SceneReader):
+    """An image of a dataset, read as a scene is; what is wrong with it is wrong with the data.
+
+    Raises:
+        DatasetError: where a scene is a SceneError.
+    """
+
+    def __init__(self, pair: Pair, options: SegmentOptions) -> None:
+        try:
+            super().__init__(pair.image, bands=options.bands, stretch=options.stretch)
+        except SceneError as error:
+            raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
+
+    def read_tile(self, row: Span, column: Span, out: Rows) -> npt.NDArray[np.bool_] | None:
+        """See :meth:`cdkd_edge.scene.reader.SceneReader.read_tile`."""
+        try:
+            return super().read_tile(row, column, out)
+        except SceneError as error:
+            raise DatasetError(f"image {self.path}: {error}", hint=error.hint) from None
 
 
 @dataclass
@@ -216,10 +237,7 @@ def _later(progress: Callable[[int, int], None], before: int, total: int) -> Cal
 
 
 def _look_at(pair: Pair, tile: int, options: SegmentOptions) -> _Job:
-    try:
-        reader = SceneReader(pair.image, bands=options.bands, stretch=options.stretch)
-    except SceneError as error:
-        raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
+    reader = ImageReader(pair, options)
     try:
         height, width = mask_size(pair.mask)
         if (height, width) != (reader.height, reader.width):
@@ -241,7 +259,7 @@ def _judge(
     maps: Path | None,
     progress: Callable[[int, int], None],
 ) -> None:
-    reader = SceneReader(job.pair.image, bands=options.bands, stretch=options.stretch)
+    reader = ImageReader(job.pair, options)
     try:
         if maps is None:
             label_rows(labeller, reader, job.grid, _Sink(truth, matrix, None), progress)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rasterio.enums import ColorInterp
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 
 from cdkd_edge.errors import DatasetError, SceneError, SchemaError
@@ -32,8 +32,9 @@ def read_labels(path: Path, schema: LabelSchema) -> npt.NDArray[np.uint8]:
     """Labels uint8 ``[H, W]`` of a mask, 255 where there is none.
 
     One band holds index values; three or four bands RGB colours (a fourth, alpha, is 255 where there is a
-    label). A paletted mask is read by its colours if the schema knows those it uses, else by its index values.
-    The file's own nodata value and transparent palette entries mean "no label".
+    label). A paletted mask is read by its colours if the schema knows those it uses, else by its index values;
+    where both are possible and disagree, colours must be exactly the schema's.
+    The file's own nodata value or mask and transparent palette entries mean "no label".
 
     Raises:
         SchemaError: the mask holds a colour or value that the schema does not define.
@@ -47,15 +48,16 @@ def read_labels(path: Path, schema: LabelSchema) -> npt.NDArray[np.uint8]:
         labels = np.empty((dataset.height, dataset.width), np.uint8)
         for top in range(0, dataset.height, _STRIP):
             window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
-            pixels = _read(dataset, window, path)
-            strip = labels[top : top + _STRIP]
+            pixels, known = _read(dataset, window, path)
+            if palette is not None:
+                known &= palette[pixels[0], 3] > 0
+            elif len(pixels) == 4:
+                known &= pixels[3] > 0
             if palette is not None and by_color:
-                strip[:] = _encode(palette[pixels[0]][..., :3], palette[pixels[0]][..., 3] > 0, schema, path)
-            elif len(pixels) == 1:
-                strip[:] = _encode(pixels[0], _has_data(pixels[0], dataset), schema, path)
+                mask = palette[pixels[0]][..., :3]
             else:
-                opaque = pixels[3] > 0 if len(pixels) == 4 else None
-                strip[:] = _encode(np.ascontiguousarray(pixels[:3].transpose(1, 2, 0)), opaque, schema, path)
+                mask = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels[:3].transpose(1, 2, 0))
+            labels[top : top + _STRIP] = _encode(mask, known, schema, path)
     return labels
 
 
@@ -66,33 +68,24 @@ def _open(path: Path) -> Any:
         raise DatasetError(f"mask {path} cannot be read: {error}", hint=error.hint) from None
 
 
-def _read(dataset: Any, window: Window, path: Path) -> npt.NDArray[np.uint8]:
-    """Pixels ``[bands, h, w]`` as uint8; whole numbers of other types if they fit."""
+def _read(dataset: Any, window: Window, path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """Pixels ``[bands, h, w]`` as uint8, whole numbers of other types if they fit, and where the file has data."""
+    known = np.ones((window.height, window.width), bool)
     try:
         with gdal(f"reading {path}"):
             pixels: npt.NDArray[Any] = dataset.read(window=window)
+            if not all(MaskFlags.all_valid in flags for flags in dataset.mask_flag_enums):
+                known = dataset.dataset_mask(window=window) != 0
     except SceneError as error:
         raise DatasetError(f"mask {path} is damaged: {error}") from None
-    small: npt.NDArray[np.uint8] = pixels.astype(np.uint8)
     if pixels.dtype == np.uint8:
-        return small
-    nodata = dataset.nodata
-    strange = small != pixels
-    if nodata is not None:
-        strange &= pixels != nodata
-    if pixels.dtype.kind not in "iu" or len(pixels) != 1 or strange.any():
+        return pixels, known
+    if pixels.dtype.kind not in "iu" or len(pixels) != 1:
+        raise DatasetError(f"mask {path} holds {pixels.dtype} values; index values are whole numbers, colours uint8")
+    small = pixels.astype(np.uint8)
+    if (known & (small != pixels)[0]).any():
         raise DatasetError(f"mask {path} holds {pixels.dtype} values beyond 0..255; index values and colours are uint8")
-    if nodata is not None and not 0 <= nodata <= 255:
-        small[pixels == nodata] = NO_LABEL
-    return small
-
-
-def _has_data(pixels: npt.NDArray[np.uint8], dataset: Any) -> npt.NDArray[np.bool_] | None:
-    nodata = dataset.nodata
-    if nodata is None:
-        return None
-    here: npt.NDArray[np.bool_] = pixels != (nodata if 0 <= nodata <= 255 else NO_LABEL)
-    return here
+    return small, known
 
 
 def _palette(dataset: Any) -> npt.NDArray[np.uint8] | None:
@@ -102,32 +95,50 @@ def _palette(dataset: Any) -> npt.NDArray[np.uint8] | None:
     table = np.zeros((256, 4), np.uint8)
     table[:, 3] = 255
     for index, color in dataset.colormap(1).items():
-        table[index] = color
+        if index < len(table):  # a band of 16 bits has 65536; what its pixels may use is checked where they are read
+            table[index] = color
     return table
 
 
 def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSchema, path: Path) -> bool:
-    """Whether a paletted mask is colour-coded: the schema knows every colour that its pixels use."""
+    """Whether a paletted mask is colour-coded: the schema knows every colour that its pixels use.
+
+    Raises:
+        SchemaError: neither its colours nor its index values are the schema's, or both may be and do not agree.
+    """
     used = np.zeros(256, bool)
     for top in range(0, dataset.height, _STRIP):
         window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
-        used[np.unique(_read(dataset, window, path))] = True
-    colors = palette[used & (palette[:, 3] > 0)][:, :3]
+        pixels, known = _read(dataset, window, path)
+        used[np.unique(pixels[0][known])] = True
+    used &= palette[:, 3] > 0
+    colors, indices = palette[used][:, :3], np.flatnonzero(used).astype(np.uint8)
     values = {cls.value for cls in schema.classes} | set(schema.ignore_values)
     try:
-        schema.encode(colors[None])
+        by_color = schema.encode(colors[None])
     except SchemaError:
-        if set(np.flatnonzero(used).tolist()) <= values:
+        if set(indices.tolist()) <= values:
             return False
         schema.encode(colors[None], str(path))  # colours are what its maker saw: name one
-    return True
+        raise
+    if not set(indices.tolist()) <= values or (schema.encode(indices[None]) == by_color).all():
+        return True
+    # Index masks come with palettes of greys or of other classes, in which black, or what is binarised, looks known.
+    ours, ignored = {cls.color for cls in schema.classes}, {*schema.ignore_colors, (0, 0, 0)}
+    defined = set(map(tuple, palette[:, :3].tolist()))
+    if set(map(tuple, colors.tolist())) <= ours | ignored and (defined & ours or defined <= ignored):
+        return True
+    raise SchemaError(
+        f"mask {path} has a palette: by its colours it would be read otherwise than by its index values",
+        hint="store it as RGB, or as index values without a palette",
+    )
 
 
 def _encode(
-    mask: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_] | None, schema: LabelSchema, path: Path
+    mask: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_], schema: LabelSchema, path: Path
 ) -> npt.NDArray[np.uint8]:
     """Labels of a strip; pixels not ``known`` may hold any value and get no label."""
-    if known is None or known.all():
+    if known.all():
         return schema.encode(mask, str(path))
     labels = np.full(known.shape, NO_LABEL, np.uint8)
     if known.any():

@@ -112,8 +112,10 @@ def load_network(
 
     Raises:
         CheckpointError, SchemaError: as their loaders do.
-        UsageError: no such device here.
+        UsageError: no such device here, or no such precision.
     """
+    where = chosen_device(device)
+    autocast(where, precision)  # so that a mistake is found before a large file is read
     network, report = load_checkpoint(path, tile=tile)
     names = report.schema
     if names is None:
@@ -122,5 +124,5 @@ def load_network(
             raise SchemaError(
                 f"label schema {names.name!r} has {len(names)} classes, {path.name} {network.config.classes}"
             )
-    network.to(chosen_device(device))
+    network.to(where)
     return NetworkLabeller(network, names, FileRecord.of(path), precision=precision), report

@@ -31,7 +31,13 @@ def chosen_device(name: str = "auto") -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Mixed precision of the ops that stand it, by torch's own lists; nothing for ``fp32``."""
+    """Mixed precision of the ops that stand it, by torch's own lists; nothing for ``fp32``.
+
+    Raises:
+        UsageError: not one of :data:`PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is unknown", hint=f"choose {', '.join(PRECISIONS)}")
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, _AUTOCAST[precision])

@@ -18,7 +18,7 @@ from PIL import Image
 
 from cdkd_edge.accuracy.datasets import Dataset
 from cdkd_edge.accuracy.masks import mask_size, read_labels
-from cdkd_edge.errors import DatasetError, SceneError
+from cdkd_edge.errors import DatasetError, SceneError, UsageError
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.scene.grid import Span, TileGrid
 from cdkd_edge.scene.pipeline import SegmentOptions
@@ -36,7 +36,11 @@ _LABELS_IN_MEMORY = 2 << 30
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How views differ from the tile as it is."""
+    """How views differ from the tile as it is.
+
+    Raises:
+        UsageError: numbers that are out of range.
+    """
 
     flips: bool = True
     """Quarter turns and mirroring: what is above or left means nothing in imagery taken from above."""
@@ -48,9 +52,9 @@ class Augmentation:
     def __post_init__(self) -> None:
         low, high = self.scale
         if not 0.1 <= low <= high <= 10:
-            raise ValueError(f"scales lie between 0.1 and 10, the smaller one first, not {low:g} and {high:g}")
+            raise UsageError(f"--scale {low:g} {high:g}: scales lie between 0.1 and 10, the smaller one first")
         if not 0 <= self.light <= 1:
-            raise ValueError(f"the strength of light lies between 0 and 1, not {self.light:g}")
+            raise UsageError(f"--light {self.light:g}: the strength of light lies between 0 and 1")
 
 
 @dataclass(frozen=True)

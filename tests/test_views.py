@@ -121,7 +121,7 @@ def test_a_color_that_the_schema_does_not_know_is_found_before_training(tmp_path
 
 def test_an_image_that_cannot_be_read_is_found_before_training(one):
     (one / "images" / "a_0.png").write_bytes(b"not an image")
-    with pytest.raises(DatasetError, match="a_0.png"):
+    with pytest.raises(DatasetError, match=r"a_0\.png"):
         tiles_of(one)
 
 

@@ -344,7 +344,7 @@ class _TrainingLines:
             parts.append(f"validation mIoU {_percent(row['mean_iou'])} (best {_percent(best)})")
         if row["epoch"] < epochs:
             parts.append(f"{_duration(seconds_left)} left")
-        self._console.print(Text("  ".join(parts)))
+        self._console.print(Text("  ".join(parts)), soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -21,7 +21,7 @@ import torch
 from cdkd_edge import __version__
 from cdkd_edge.accuracy.colors import judge_colors
 from cdkd_edge.accuracy.datasets import Split, find_dataset, split_dataset
-from cdkd_edge.accuracy.evaluate import Evaluation, data_schema, evaluate
+from cdkd_edge.accuracy.evaluate import Evaluation, data_schema, evaluate, require_readable
 from cdkd_edge.accuracy.masks import read_labels
 from cdkd_edge.accuracy.network import NetworkLabeller, load_network
 from cdkd_edge.errors import CheckpointError, DatasetError, UsageError
@@ -108,6 +108,7 @@ def finetune(source: str, data: Path, output: Path, options: FinetuneOptions, li
         UsageError: something is in the way of the output, or a state belongs to another run.
         NumericalCheckError: the loss is not finite.
     """
+    _require_use_of_features(options)
     _require_free(source, output, options)
     listener.step("looking at the data")
     split, schema = _data(source, data, options)
@@ -139,6 +140,7 @@ class _Run:
         listener.step(f"reading {len(split.training)} training masks")
         tiles = TrainingTiles(split.training, schema, network.config.tile, recipe.augmentation, options.reading)
         listener.step(f"reading {len(split.validation)} validation masks")
+        require_readable(split.validation, network.config.tile, options.reading)
         self.validation_pixels = _class_pixels(split, schema)
         self.features = self._features(device) if recipe.frozen else None
         self.trainer = Trainer(network, tiles, recipe, self.features)
@@ -213,7 +215,8 @@ class _Run:
     def _after_batch(self) -> None:
         progress = self.trainer.progress
         self.listener.batch(progress.step, self.trainer.steps, self._seconds_left())
-        if time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
+        # Also before every validation, which takes its time and may write a checkpoint that needs a state beside it.
+        if progress.batch == self.trainer.batches or time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
             self._save_state()
 
     def _seconds_left(self) -> float:
@@ -225,8 +228,6 @@ class _Run:
     def _features(self, device: torch.device) -> FeatureCache:
         remember = self.options.remember
         fixed = self.options.recipe.views > 0
-        if remember and not fixed:
-            raise UsageError("features of fresh views (--views 0) are of no use later; there is nothing to remember")
         folder = None
         if fixed and (device.type == "cpu" if remember is None else remember):
             folder = self.options.features or self.output.with_name(f"{self.output.stem}.features")
@@ -243,6 +244,7 @@ class _Run:
             "classes": list(self.schema.class_names),
             "training images": [pair.name for pair in self.split.training],
             "validation images": [pair.name for pair in self.split.validation],
+            "reading": dataclasses.asdict(self.options.reading),
         }
 
     def _save_state(self) -> None:
@@ -288,7 +290,7 @@ class _Run:
     def _record(self, scores: Mapping[str, Any], validation_tiles: int) -> dict[str, Any]:
         """What the checkpoint says of its training; JSON data."""
         split, config = self.split, self.start.network.config
-        return {
+        record = {
             "tool": f"cdkd-edge {__version__}",
             "command": self.options.command,
             "source": self.source_record,
@@ -313,6 +315,8 @@ class _Run:
             "scores": dict(scores),
             "run": self._run_record(),
         }
+        plain: dict[str, Any] = json.loads(json.dumps(record))  # the same in every kind of file: no tuples
+        return plain
 
     def _class_notes(self) -> list[str]:
         notes = []
@@ -331,6 +335,13 @@ def card_path(output: Path) -> Path:
 def state_path(output: Path) -> Path:
     """Where the state of an unfinished run lies."""
     return output.with_name(f"{output.stem}.state.pt")
+
+
+def _require_use_of_features(options: FinetuneOptions) -> None:
+    """Make sure that who asks for features to be remembered can have it."""
+    if options.remember and not (options.recipe.views and options.recipe.frozen):
+        what = "fresh views (--views 0)" if options.recipe.frozen else "an encoder that changes (--encoder-lr)"
+        raise UsageError(f"features of {what} are of no use later; there is nothing to remember")
 
 
 def _require_free(source: str, output: Path, options: FinetuneOptions) -> None:
@@ -359,7 +370,8 @@ def _data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, Lab
     dataset = find_dataset(data)
     fallback = None
     if not (options.schema or dataset.schema_name) and not source.startswith(PRESET_PREFIX):
-        fallback = load_encoder(source)[1].schema
+        shape = options.shape
+        fallback = load_encoder(source, heads=shape.heads, layer_norm_eps=shape.layer_norm_eps)[1].schema
     schema = data_schema(dataset, options.schema, fallback)
     split = split_dataset(
         dataset,

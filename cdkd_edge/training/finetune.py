@@ -116,6 +116,8 @@ def finetune(source: str, data: Path, output: Path, options: FinetuneOptions, li
     listener.step("loading the network")
     start = starting_network(source, schema, options.shape, options.recipe.seed)
     run = _Run(source, output, options, split, schema, start, device, listener)
+    if not options.resume:  # here, where data and source have proved to be of use
+        state_path(output).unlink(missing_ok=True)
     return run.finish()
 
 
@@ -350,11 +352,11 @@ def _require_free(source: str, output: Path, options: FinetuneOptions) -> None:
         raise UsageError(f"{output} is no name for a checkpoint", hint="end it in .pt, .pth or .safetensors")
     if output.exists() and not source.startswith(PRESET_PREFIX) and Path(source).exists() and output.samefile(source):
         raise UsageError("the checkpoint would overwrite what it starts from")
-    state = state_path(output)
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder", hint="choose another --output")
     if options.overwrite:
-        if not options.resume:
-            state.unlink(missing_ok=True)
         return
+    state = state_path(output)
     if state.exists() and not options.resume:
         raise UsageError(
             f"{state} holds an unfinished run", hint="go on with --resume, or start again with --overwrite"

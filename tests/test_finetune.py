@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -365,6 +366,24 @@ def test_half_stores_half(data, encoder, tmp_path, finished):
     assert json.loads(result.stdout)["mean_iou"] == scores["mean_iou"]
 
 
+def test_features_that_are_no_numbers_end_the_run(data, tmp_path, make_weights):
+    weights = make_weights(CONFIG)
+    weights["encoder.blocks.3.mlp.fc2.bias"] = np.full(32, 1e38, np.float32)
+    torch.save(student(weights), tmp_path / "loud.pt")
+    result = run("finetune", tmp_path / "loud.pt", "--data", data, "-o", tmp_path / "out.pt", *SMALL, *SPLIT, *HEADS)
+    assert_answer(result, 8, "the loss is nan at step 0 — lower the learning rate")
+    assert not (tmp_path / "out.pt").exists()
+    assert not (tmp_path / "out.state.pt").exists()
+
+
+def test_other_precision_and_stretch_score_what_the_record_says(data, encoder, tmp_path):
+    """Training computes in bfloat16; the checkpoint is judged as anybody would judge it."""
+    document = tune(encoder, data, tmp_path / "out.pt", *HEADS, "--precision", "bf16", "--stretch")
+    scores = next(iter(document["training"]["scores"].values()))
+    result = run("evaluate", tmp_path / "out.pt", "--data", data, "--scenes", "b", "--stretch", "--json")
+    assert json.loads(result.stdout)["mean_iou"] == scores["mean_iou"]
+
+
 # --- the data -------------------------------------------------------------------------------------
 
 
@@ -545,6 +564,13 @@ def test_overwriting_when_asked(tuned, data, encoder):
     assert load_checkpoint(tuned)[1].training["recipe"]["seed"] == 3
 
 
+def test_a_folder_is_not_overwritten(data, encoder, tmp_path, monkeypatch):
+    (tmp_path / "out.pt").mkdir()
+    monkeypatch.setattr(module.Trainer, "run_epoch", None)
+    arguments = ("finetune", encoder, "--data", data, "-o", tmp_path / "out.pt", *SMALL, *SPLIT, *HEADS)
+    assert_answer(run(*arguments, "--overwrite"), 2, r"out\.pt is a folder")
+
+
 @pytest.mark.parametrize("more", [(), ("--overwrite",), ("--resume",)], ids=str)
 def test_a_checkpoint_is_never_written_over_its_source(tuned, data, more, tmp_path):
     before = tuned.read_bytes()
@@ -614,15 +640,23 @@ def interrupt(monkeypatch, step):
     monkeypatch.setattr(module._Run, "_after_batch", after_batch)
 
 
-@pytest.fixture
-def cut(data, encoder, tmp_path):
-    """What Ctrl-C in the second epoch left behind, and the arguments of the run."""
-    arguments = ["finetune", encoder, "--data", data, "-o", tmp_path / "tuned.pt", *SMALL, *SPLIT, *HEADS]
+@pytest.fixture(scope="module")
+def cut_once(data, encoder, tmp_path_factory):
+    """What Ctrl-C in the second epoch left behind."""
+    folder = tmp_path_factory.mktemp("cut")
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, 3)
-        result = run(*arguments)
+        result = run("finetune", encoder, "--data", data, "-o", folder / "tuned.pt", *SMALL, *SPLIT, *HEADS)
     assert result.exit_code == 130, (result.stderr, result.exception)
-    return tmp_path, arguments
+    return folder
+
+
+@pytest.fixture
+def cut(cut_once, data, encoder, tmp_path):
+    """A copy of that, and the arguments of the run."""
+    folder = tmp_path / "cut"
+    shutil.copytree(cut_once, folder)
+    return folder, ["finetune", encoder, "--data", data, "-o", folder / "tuned.pt", *SMALL, *SPLIT, *HEADS]
 
 
 def test_ctrl_c_leaves_a_state_to_resume_and_no_half_file(cut, finished):
@@ -723,6 +757,15 @@ def test_overwriting_an_unfinished_run_starts_again(cut, finished):
     assert result.exit_code == 0, result.stderr
     assert identical(folder / "tuned.pt", finished[0] / "tuned.pt")
     assert not (folder / "tuned.state.pt").exists()
+
+
+@pytest.mark.parametrize("wrong", [("--data", "gone"), ("--class-weights", "1,2"), ("--heads", 5)], ids=str)
+def test_a_mistake_does_not_cost_the_state(cut, wrong):
+    """--overwrite means to replace what lies there, once there is something to replace it with."""
+    folder, arguments = cut
+    before = {name: (folder / name).read_bytes() for name in ("tuned.pt", "tuned.md", "tuned.state.pt")}
+    assert run(*arguments, "--overwrite", *wrong).exit_code in (2, 3, 13)
+    assert before == {name: (folder / name).read_bytes() for name in before}
 
 
 def test_resuming_where_there_is_nothing_starts(data, encoder, tmp_path, finished):

@@ -132,11 +132,12 @@ class TrainingTiles:
         self.tile, self.schema, self.augmentation = tile, schema, augmentation
         self._dataset, self._options = dataset, options
         self._labels: OrderedDict[int, UInt8Array] = OrderedDict()
+        self._limits: list[npt.NDArray[np.float32] | None] = []
         self.class_pixels = np.zeros(len(schema), np.int64)
         """Labelled pixels by class, ``[K]``."""
         self.places: list[Place] = []
         for index, pair in enumerate(dataset):
-            height, width = self._size(index)
+            height, width = self._look_at(index)
             labels = read_labels(pair.mask, schema)
             self.class_pixels += np.bincount(labels.ravel(), minlength=NO_LABEL + 1)[: len(schema)]
             for row, column in TileGrid.over(height, width, tile, 0):
@@ -163,7 +164,8 @@ class TrainingTiles:
             for start, shift, size in zip((place.row, place.column), view.shift, labels.shape, strict=True)
         )
         image = np.empty((3, side, side), np.uint8)
-        reader = SceneReader(pair.image, bands=self._options.bands, stretch=self._options.stretch)
+        options = self._options
+        reader = SceneReader(pair.image, bands=options.bands, stretch=options.stretch, limits=self._limits[place.image])
         try:
             valid = reader.read_tile(Span(row, row, row + side), Span(column, column, column + side), image)
         finally:
@@ -183,13 +185,15 @@ class TrainingTiles:
             image = _in_other_light(image, view.light, self.augmentation.light)
         return np.ascontiguousarray(image), np.ascontiguousarray(truth)
 
-    def _size(self, index: int) -> tuple[int, int]:
+    def _look_at(self, index: int) -> tuple[int, int]:
+        """Height and width of an image; remembers how its values are stretched."""
         pair = self._dataset.pairs[index]
         try:
             reader = SceneReader(pair.image, bands=self._options.bands, stretch=self._options.stretch)
         except SceneError as error:
             raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
         size = reader.height, reader.width
+        self._limits.append(reader.limits)
         reader.close()
         if (mask := mask_size(pair.mask)) != size:
             raise DatasetError(

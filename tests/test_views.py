@@ -11,7 +11,7 @@ from training_helpers import SCHEMA, blocks, guessed, painted, write_dataset, wr
 from cdkd_edge.accuracy.datasets import find_dataset
 from cdkd_edge.errors import DatasetError, SchemaError, UsageError
 from cdkd_edge.labels import NO_LABEL
-from cdkd_edge.scene.grid import TileGrid
+from cdkd_edge.scene.grid import Span, TileGrid
 from cdkd_edge.scene.pipeline import SegmentOptions
 from cdkd_edge.scene.reader import SceneReader, Stretch
 from cdkd_edge.training import views
@@ -135,6 +135,22 @@ def test_bands_and_stretch_are_those_of_the_options(tmp_path):
     options = SegmentOptions(bands=(3, 2, 1), stretch=Stretch(0, 2550, percentiles=False))
     tiles = tiles_of(tmp_path, options=options)
     assert (tiles.read(tiles.places[0], View())[0] == painted(blocks(64, 64))).all()
+
+
+def test_percentiles_of_an_image_are_taken_once(tmp_path, monkeypatch):
+    """They need a look at all of it; a tile needs a look at a tile."""
+    for name in ("a_0", "a_1"):
+        write_pair(tmp_path, name, blocks(128, 128))
+        (tmp_path / "images" / f"{name}.png").unlink()
+        write_raster(tmp_path / "images" / f"{name}.tif", painted(blocks(128, 128)).astype(np.uint16) * 7)
+    options = SegmentOptions(stretch=Stretch(2, 98, percentiles=True))
+    reader = SceneReader(tmp_path / "images" / "a_1.tif", stretch=options.stretch)
+    expected = np.empty((3, TILE, TILE), np.uint8)
+    reader.read_tile(Span(0, 0, TILE), Span(64, 64, 128), expected)
+    reader.close()
+    tiles = tiles_of(tmp_path, options=options)
+    monkeypatch.setattr(SceneReader, "_stretch_limits", None)
+    assert (tiles.read(Place(1, 0, 64), View())[0] == expected).all()
 
 
 # --- views ----------------------------------------------------------------------------------------

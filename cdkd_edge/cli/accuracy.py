@@ -162,7 +162,10 @@ def finetune(
         Optional[float],  # noqa: UP045
         typer.Option(help="LayerNorm epsilon, if not the layout's own."),
     ] = None,
-    head_channels: Annotated[int, typer.Option(help="Channels of a new head.", min=1)] = 256,
+    head_channels: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Channels of a new head. Default: those of the head it replaces, or 256.", min=1),
+    ] = None,
     new_head: Annotated[bool, typer.Option("--new-head", help="Replace the checkpoint's head.")] = False,
     validate_every: Annotated[int, typer.Option(help="Epochs between validations.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="The same seed on the same machine gives the same weights.")] = 0,

@@ -29,6 +29,7 @@ from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.model.infer import resample_patches, resample_position  # noqa: E402
 from cdkd_edge.report import live_training  # noqa: E402
 from cdkd_edge.training import finetune as module  # noqa: E402
+from cdkd_edge.training.start import Shape, starting_network  # noqa: E402
 
 pytestmark = [
     pytest.mark.needs_torch,
@@ -352,6 +353,22 @@ def test_a_preset_starts_from_nothing(data, tmp_path):
     assert document["training"]["run"]["tiles_encoded"] == 0
     assert not (tmp_path / "scratch.features").exists()
     assert load_checkpoint(tmp_path / "scratch.pt")[0].config.tile == 64
+
+
+@pytest.mark.parametrize("source", ["encoder", "checkpoint", "preset"])
+def test_a_new_head_has_the_channels_that_were_asked_for(data, encoder, tuned, tmp_path, source):
+    start = {"encoder": encoder, "checkpoint": tuned, "preset": "preset:tiny"}[source]
+    more = {"encoder": HEADS, "checkpoint": ("--new-head",), "preset": HEADS}[source]
+    tune(start, data, tmp_path / "out.pt", *more, "--head-channels", 8, "--epochs", 1, "--views", 1)
+    assert load_checkpoint(tmp_path / "out.pt")[0].config.head_channels == 8
+
+
+@pytest.mark.parametrize(("source", "expected"), [("encoder", 256), ("checkpoint", 16), ("preset:tiny", 64)])
+def test_channels_of_a_new_head_by_default(encoder, tuned, source, expected):
+    start = {"encoder": encoder, "checkpoint": tuned}.get(source, source)
+    heads = 2 if source == "encoder" else None
+    network = starting_network(start, SCHEMA, Shape(tile=64, heads=heads, new_head=True), seed=0).network
+    assert network.config.head_channels == network.head.classifier.in_channels == expected
 
 
 def test_half_stores_half(data, encoder, tmp_path, finished):

@@ -355,7 +355,7 @@ class _TrainingLines:
         self._line("  ".join(parts))
 
     def _line(self, text: str) -> None:
-        self._console.print(Text(text))
+        self._console.print(Text(text), soft_wrap=True)
         self._last_line = time.monotonic()
 
 

@@ -192,6 +192,16 @@ def map_path(folder: Path, pair: Pair) -> Path:
     return folder / f"{pair.name}_labels.tif"
 
 
+def require_readable(dataset: Dataset, tile: int, options: SegmentOptions) -> None:
+    """Look at every image and mask of a dataset, as :func:`evaluate` does before it computes anything.
+
+    Raises:
+        DatasetError: an image or mask cannot be read, or they differ in size.
+    """
+    for pair in dataset:
+        _look_at(pair, tile, options)
+
+
 def require_same_classes(ours: LabelSchema, data: LabelSchema) -> None:
     """Make sure that a label means the same to a labeller and to its data.
 

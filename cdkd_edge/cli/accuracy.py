@@ -201,7 +201,14 @@ def finetune(
         Optional[float],  # noqa: UP045
         typer.Option(help="LayerNorm epsilon, if not the layout's own.", rich_help_panel=NETWORK),
     ] = None,
-    head_channels: Annotated[int, typer.Option(help="Channels of a new head.", min=1, rich_help_panel=NETWORK)] = 256,
+    head_channels: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Channels of a new head. Default: those of the head it replaces, or 256.",
+            min=1,
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
     new_head: Annotated[
         bool, typer.Option("--new-head", help="Replace the checkpoint's head.", rich_help_panel=NETWORK)
     ] = False,
@@ -214,7 +221,9 @@ def finetune(
     features: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            help="Where features are remembered. Default: OUTPUT.features/, without its suffix.", file_okay=False, rich_help_panel=MEMORY
+            help="Where features are remembered. Default: beside the output.",
+            file_okay=False,
+            rich_help_panel=MEMORY,
         ),
     ] = None,
     remember: Annotated[

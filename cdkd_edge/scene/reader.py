@@ -44,12 +44,21 @@ class Stretch:
 class SceneReader:
     """One open scene. Not thread-safe: use it from the thread that reads.
 
+    ``limits`` of a reader that had the same file open spare another look at the whole scene for percentiles.
+
     Raises:
         SceneError: the file is no raster, has no usable bands, or holds values other than 0..255
             and no stretch is given.
     """
 
-    def __init__(self, path: str | Path, *, bands: Sequence[int] | None = None, stretch: Stretch | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        bands: Sequence[int] | None = None,
+        stretch: Stretch | None = None,
+        limits: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         self.path = path
         self._dataset: Any = open_scene(path)
         try:
@@ -59,7 +68,7 @@ class SceneReader:
             self._masked = self._float or not all(
                 MaskFlags.all_valid in flags for flags in self._dataset.mask_flag_enums
             )
-            self.limits = self._stretch_limits(stretch)
+            self.limits = self._stretch_limits(stretch) if limits is None else limits
         except BaseException:
             self.close()
             raise

@@ -25,8 +25,9 @@ _TAPS = 4
 class FeatureCache:
     """An encoder that remembers. Called like one: uint8 tiles ``[N, 3, T, T]`` to four maps ``[N, D, G, G]``.
 
-    Maps are stored as float16 (rounded to 11 bits; values beyond its range are not stored), and given that way
-    also when they were just computed, so that a first and a later epoch see the same numbers.
+    Maps are stored as float16 (rounded to 11 bits), and given that way also when they were just computed, so that
+    a first and a later epoch see the same numbers. Maps with values beyond its range are given as they are and
+    computed each time.
     """
 
     def __init__(self, encoder: Encoder, folder: Path | None, *, precision: str = "fp32", limit: int = 0) -> None:
@@ -66,12 +67,15 @@ class FeatureCache:
         missing = [index for index, features in enumerate(found) if features is None]
         self.hits, self.misses = self.hits + len(tiles) - len(missing), self.misses + len(missing)
         if missing:
-            computed = torch.stack(self._compute(tiles[missing]), dim=1).half().cpu()  # [M, taps, D, G, G]
+            computed = torch.stack(self._compute(tiles[missing]), dim=1).cpu()  # [M, taps, D, G, G]
             for index, features in zip(missing, computed, strict=True):
-                self._store(paths[index], features)
-                found[index] = features
-        stacked = torch.stack([features for features in found if features is not None])
-        return [maps.float() for maps in stacked.to(self.device).unbind(dim=1)]
+                rounded = features.half()
+                storable = bool(torch.isfinite(rounded).all())
+                if storable:
+                    self._store(paths[index], rounded)
+                found[index] = rounded if storable else features
+        stacked = torch.stack([features.float() for features in found if features is not None])
+        return list(stacked.to(self.device).unbind(dim=1))
 
     def _compute(self, tiles: Tensor) -> list[Tensor]:
         with autocast(self.device, self._precision):
@@ -92,11 +96,11 @@ class FeatureCache:
         return torch.from_numpy(values.reshape(self._shape)) if values.size == np.prod(self._shape) else None
 
     def _store(self, path: Path, features: Tensor) -> None:
-        if self._left < self.bytes_per_tile or not torch.isfinite(features).all():
+        if self._left < self.bytes_per_tile:
             return
-        path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{secrets.token_hex(4)}.part")
         try:
+            path.parent.mkdir(exist_ok=True)
             features.numpy().tofile(temporary)
             os.replace(temporary, path)
             self._left -= self.bytes_per_tile

@@ -21,7 +21,7 @@ import torch
 from cdkd_edge import __version__
 from cdkd_edge.accuracy.colors import judge_colors
 from cdkd_edge.accuracy.datasets import Split, find_dataset, split_dataset
-from cdkd_edge.accuracy.evaluate import Evaluation, data_schema, evaluate
+from cdkd_edge.accuracy.evaluate import Evaluation, data_schema, evaluate, require_readable
 from cdkd_edge.accuracy.masks import read_labels
 from cdkd_edge.accuracy.network import NetworkLabeller, load_network
 from cdkd_edge.errors import CheckpointError, DatasetError, UsageError
@@ -108,6 +108,7 @@ def finetune(source: str, data: Path, output: Path, options: FinetuneOptions, li
         UsageError: something is in the way of the output, or a state belongs to another run.
         NumericalCheckError: the loss is not finite.
     """
+    _require_use_of_features(options)
     _require_free(source, output, options)
     listener.step("looking at the data")
     split, schema = _data(source, data, options)
@@ -115,6 +116,8 @@ def finetune(source: str, data: Path, output: Path, options: FinetuneOptions, li
     listener.step("loading the network")
     start = starting_network(source, schema, options.shape, options.recipe.seed)
     run = _Run(source, output, options, split, schema, start, device, listener)
+    if not options.resume:  # here, where data and source have proved to be of use
+        state_path(output).unlink(missing_ok=True)
     return run.finish()
 
 
@@ -139,6 +142,7 @@ class _Run:
         listener.step(f"reading {len(split.training)} training masks")
         tiles = TrainingTiles(split.training, schema, network.config.tile, recipe.augmentation, options.reading)
         listener.step(f"reading {len(split.validation)} validation masks")
+        require_readable(split.validation, network.config.tile, options.reading)
         self.validation_pixels = _class_pixels(split, schema)
         self.features = self._features(device) if recipe.frozen else None
         self.trainer = Trainer(network, tiles, recipe, self.features)
@@ -213,7 +217,8 @@ class _Run:
     def _after_batch(self) -> None:
         progress = self.trainer.progress
         self.listener.batch(progress.step, self.trainer.steps, self._seconds_left())
-        if time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
+        # Also before every validation, which takes its time and may write a checkpoint that needs a state beside it.
+        if progress.batch == self.trainer.batches or time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
             self._save_state()
 
     def _seconds_left(self) -> float:
@@ -225,8 +230,6 @@ class _Run:
     def _features(self, device: torch.device) -> FeatureCache:
         remember = self.options.remember
         fixed = self.options.recipe.views > 0
-        if remember and not fixed:
-            raise UsageError("features of fresh views (--views 0) are of no use later; there is nothing to remember")
         folder = None
         if fixed and (device.type == "cpu" if remember is None else remember):
             folder = self.options.features or self.output.with_name(f"{self.output.stem}.features")
@@ -244,6 +247,7 @@ class _Run:
             "labelled pixels": self.trainer.tiles.class_pixels.tolist(),
             "training images": [pair.name for pair in self.split.training],
             "validation images": [pair.name for pair in self.split.validation],
+            "reading": dataclasses.asdict(self.options.reading),
         }
 
     def _save_state(self) -> None:
@@ -289,7 +293,7 @@ class _Run:
     def _record(self, scores: Mapping[str, Any], validation_tiles: int) -> dict[str, Any]:
         """What the checkpoint says of its training; JSON data."""
         split, config = self.split, self.start.network.config
-        return {
+        record = {
             "tool": f"cdkd-edge {__version__}",
             "command": self.options.command,
             "source": self.source_record,
@@ -314,6 +318,8 @@ class _Run:
             "scores": dict(scores),
             "run": self._run_record(),
         }
+        plain: dict[str, Any] = json.loads(json.dumps(record))  # the same in every kind of file: no tuples
+        return plain
 
     def _class_notes(self) -> list[str]:
         notes = []
@@ -334,17 +340,24 @@ def state_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.state.pt")
 
 
+def _require_use_of_features(options: FinetuneOptions) -> None:
+    """Make sure that who asks for features to be remembered can have it."""
+    if options.remember and not (options.recipe.views and options.recipe.frozen):
+        what = "fresh views (--views 0)" if options.recipe.frozen else "an encoder that changes (--encoder-lr)"
+        raise UsageError(f"features of {what} are of no use later; there is nothing to remember")
+
+
 def _require_free(source: str, output: Path, options: FinetuneOptions) -> None:
     """Make sure that nothing of value is overwritten, before anything is computed."""
     if output.suffix not in (".pt", ".pth", ".safetensors"):
         raise UsageError(f"{output} is no name for a checkpoint", hint="end it in .pt, .pth or .safetensors")
     if output.exists() and not source.startswith(PRESET_PREFIX) and Path(source).exists() and output.samefile(source):
         raise UsageError("the checkpoint would overwrite what it starts from")
-    state = state_path(output)
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder", hint="choose another --output")
     if options.overwrite:
-        if not options.resume:
-            state.unlink(missing_ok=True)
         return
+    state = state_path(output)
     if state.exists() and not options.resume:
         raise UsageError(
             f"{state} holds an unfinished run", hint="go on with --resume, or start again with --overwrite"
@@ -360,7 +373,8 @@ def _data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, Lab
     dataset = find_dataset(data)
     fallback = None
     if not (options.schema or dataset.schema_name) and not source.startswith(PRESET_PREFIX):
-        fallback = load_encoder(source)[1].schema
+        shape = options.shape
+        fallback = load_encoder(source, heads=shape.heads, layer_norm_eps=shape.layer_norm_eps)[1].schema
     schema = data_schema(dataset, options.schema, fallback)
     split = split_dataset(
         dataset,

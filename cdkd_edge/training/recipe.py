@@ -59,7 +59,7 @@ class Recipe:
             ("--mean-decay", self.mean_decay, 0 <= self.mean_decay < 1),
             ("--views", self.views, self.views >= 0),
             ("--precision", self.precision, self.precision in PRECISIONS),
-            ("--seed", self.seed, self.seed >= 0),
+            ("--seed", self.seed, 0 <= self.seed < 1 << 63),  # what torch takes
         ]
         for name, value, fine in wrong:
             if not fine:

@@ -29,7 +29,8 @@ class Shape:
     patch: int | None = None
     heads: int | None = None
     layer_norm_eps: float | None = None
-    head_channels: int = 256
+    head_channels: int | None = None
+    """Of a new head. Default: those of the head it replaces, or of the preset, or 256."""
     new_head: bool = False
     """Start with a new head also where the checkpoint has one that fits."""
 
@@ -72,8 +73,9 @@ def starting_network(source: str | Path, schema: LabelSchema, shape: Shape, seed
         network, report = load_checkpoint(source, **loading)  # type: ignore[arg-type]
         return Start(network, True, report.layout, report.notes)
     encoder, report = load_encoder(source, **loading)  # type: ignore[arg-type]
-    channels = own.head_channels if report.has_head else shape.head_channels
-    config = dataclasses.replace(report.config, classes=len(schema), head_channels=channels)
+    config = dataclasses.replace(
+        report.config, classes=len(schema), head_channels=shape.head_channels or own.head_channels
+    )
     torch.manual_seed(seed)
     network = SegmentationNetwork(config)
     network.encoder.load_state_dict(encoder.state_dict())
@@ -86,7 +88,13 @@ def _from_preset(source: str, schema: LabelSchema, shape: Shape, seed: int) -> S
         raise CheckpointError(f"there is no preset {name!r}", hint=f"presets: {', '.join(PRESETS)}")
     config = PRESETS[name]
     config = dataclasses.replace(
-        config, classes=len(schema), tile=shape.tile or config.tile, patch=shape.patch or config.patch
+        config,
+        classes=len(schema),
+        tile=shape.tile or config.tile,
+        patch=shape.patch or config.patch,
+        heads=shape.heads or config.heads,
+        layer_norm_eps=config.layer_norm_eps if shape.layer_norm_eps is None else shape.layer_norm_eps,
+        head_channels=shape.head_channels or config.head_channels,
     )
     torch.manual_seed(seed)
     return Start(SegmentationNetwork(config), False, f"preset {name}, random weights", ())

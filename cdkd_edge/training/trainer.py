@@ -151,7 +151,7 @@ class Trainer:
         loss = F.cross_entropy(full, truth, weight=self._weights, ignore_index=NO_LABEL)
         if not torch.isfinite(loss):
             raise NumericalCheckError(
-                f"the loss is {float(loss)} at step {self.progress.step}", hint="lower the learning rate"
+                f"the loss is {float(loss.detach())} at step {self.progress.step}", hint="lower the learning rate"
             )
         self._optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

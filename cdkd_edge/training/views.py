@@ -18,7 +18,7 @@ from PIL import Image
 
 from cdkd_edge.accuracy.datasets import Dataset
 from cdkd_edge.accuracy.masks import mask_size, read_labels
-from cdkd_edge.errors import DatasetError, SceneError
+from cdkd_edge.errors import DatasetError, SceneError, UsageError
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.scene.grid import Span, TileGrid
 from cdkd_edge.scene.pipeline import SegmentOptions
@@ -36,7 +36,11 @@ _LABELS_IN_MEMORY = 2 << 30
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How views differ from the tile as it is."""
+    """How views differ from the tile as it is.
+
+    Raises:
+        UsageError: numbers that are out of range.
+    """
 
     flips: bool = True
     """Quarter turns and mirroring: what is above or left means nothing in imagery taken from above."""
@@ -48,9 +52,9 @@ class Augmentation:
     def __post_init__(self) -> None:
         low, high = self.scale
         if not 0.1 <= low <= high <= 10:
-            raise ValueError(f"scales lie between 0.1 and 10, the smaller one first, not {low:g} and {high:g}")
+            raise UsageError(f"--scale {low:g} {high:g}: scales lie between 0.1 and 10, the smaller one first")
         if not 0 <= self.light <= 1:
-            raise ValueError(f"the strength of light lies between 0 and 1, not {self.light:g}")
+            raise UsageError(f"--light {self.light:g}: the strength of light lies between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,12 @@ class TrainingTiles:
         self.tile, self.schema, self.augmentation = tile, schema, augmentation
         self._dataset, self._options = dataset, options
         self._labels: OrderedDict[int, UInt8Array] = OrderedDict()
+        self._limits: list[npt.NDArray[np.float32] | None] = []
         self.class_pixels = np.zeros(len(schema), np.int64)
         """Labelled pixels by class, ``[K]``."""
         self.places: list[Place] = []
         for index, pair in enumerate(dataset):
-            height, width = self._size(index)
+            height, width = self._look_at(index)
             labels = read_labels(pair.mask, schema)
             self.class_pixels += np.bincount(labels.ravel(), minlength=NO_LABEL + 1)[: len(schema)]
             for row, column in TileGrid.over(height, width, tile, 0):
@@ -159,7 +164,8 @@ class TrainingTiles:
             for start, shift, size in zip((place.row, place.column), view.shift, labels.shape, strict=True)
         )
         image = np.empty((3, side, side), np.uint8)
-        reader = SceneReader(pair.image, bands=self._options.bands, stretch=self._options.stretch)
+        options = self._options
+        reader = SceneReader(pair.image, bands=options.bands, stretch=options.stretch, limits=self._limits[place.image])
         try:
             valid = reader.read_tile(Span(row, row, row + side), Span(column, column, column + side), image)
         finally:
@@ -179,13 +185,15 @@ class TrainingTiles:
             image = _in_other_light(image, view.light, self.augmentation.light)
         return np.ascontiguousarray(image), np.ascontiguousarray(truth)
 
-    def _size(self, index: int) -> tuple[int, int]:
+    def _look_at(self, index: int) -> tuple[int, int]:
+        """Height and width of an image; remembers how its values are stretched."""
         pair = self._dataset.pairs[index]
         try:
             reader = SceneReader(pair.image, bands=self._options.bands, stretch=self._options.stretch)
         except SceneError as error:
             raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
         size = reader.height, reader.width
+        self._limits.append(reader.limits)
         reader.close()
         if (mask := mask_size(pair.mask)) != size:
             raise DatasetError(

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.accuracy.datasets import Dataset
-from cdkd_edge.accuracy.evaluate import Evaluation, ImageReader, evaluate
+from cdkd_edge.accuracy.evaluate import Evaluation, evaluate
+from cdkd_edge.accuracy.images import ImageReader
 from cdkd_edge.accuracy.masks import read_labels
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.errors import DatasetError

@@ -17,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.accuracy.datasets import Dataset, Pair
-from cdkd_edge.accuracy.masks import mask_size, read_labels
+from cdkd_edge.accuracy.images import ImageReader
+from cdkd_edge.accuracy.masks import read_labels
 from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.accuracy.picture import write_comparison
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.errors import DatasetError, SceneError, SchemaError
+from cdkd_edge.errors import DatasetError, SchemaError
 from cdkd_edge.labels import NO_LABEL, LabelSchema, load_schema
-from cdkd_edge.scene.grid import Span, TileGrid
+from cdkd_edge.scene.grid import TileGrid
 from cdkd_edge.scene.pipeline import SegmentOptions, grid_over, label_map_tags, label_rows
-from cdkd_edge.scene.reader import SceneReader
 from cdkd_edge.scene.writer import LabelMapWriter
 
 Rows = npt.NDArray[np.uint8]
@@ -86,27 +86,6 @@ class Evaluation:
             "seconds": self.seconds,
             "notes": list(self.notes),
         }
-
-
-class ImageReader(SceneReader):
-    """An image of a dataset, read as a scene is; what is wrong with it is wrong with the data.
-
-    Raises:
-        DatasetError: where a scene is a SceneError.
-    """
-
-    def __init__(self, pair: Pair, options: SegmentOptions) -> None:
-        try:
-            super().__init__(pair.image, bands=options.bands, stretch=options.stretch)
-        except SceneError as error:
-            raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
-
-    def read_tile(self, row: Span, column: Span, out: Rows) -> npt.NDArray[np.bool_] | None:
-        """See :meth:`cdkd_edge.scene.reader.SceneReader.read_tile`."""
-        try:
-            return super().read_tile(row, column, out)
-        except SceneError as error:
-            raise DatasetError(f"image {self.path}: {error}", hint=error.hint) from None
 
 
 @dataclass
@@ -249,13 +228,8 @@ def _later(progress: Callable[[int, int], None], before: int, total: int) -> Cal
 def _look_at(pair: Pair, tile: int, options: SegmentOptions) -> _Job:
     reader = ImageReader(pair, options)
     try:
-        height, width = mask_size(pair.mask)
-        if (height, width) != (reader.height, reader.width):
-            raise DatasetError(
-                f"{pair.image} is {reader.width} x {reader.height} px, its mask {pair.mask.name} {width} x {height}",
-                hint="masks are compared pixel by pixel and never resized; make them fit first",
-            )
-        return _Job(pair, grid_over(reader, tile, options), height, width)
+        reader.require_fitting_mask()
+        return _Job(pair, grid_over(reader, tile, options), reader.height, reader.width)
     finally:
         reader.close()
 

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import command_line, need, progress_bar, show, workspace_at, write_json
+from cdkd_edge.cli.helpers import command_line, need, new_folder, progress_bar, show, workspace_at, write_json
 from cdkd_edge.cli.options import (
     BandsOption,
     DataOption,
@@ -89,26 +89,24 @@ def evaluate(
     elif image_list:
         dataset = dataset.of_list(image_list)
     folder = output or (workspace_at(workspace).new_run(f"{subject.stem}-accuracy") if save_maps else None)
-    if folder and folder.exists() and any(folder.iterdir()):
-        raise typer.BadParameter(f"{folder} is not empty", param_hint="--output")
     loaded = open_subject(subject, schema=schema, tile=tile, device=device, precision=precision, threads=threads)
     try:
         classes = data_schema(dataset, schema, loaded.labeller.schema)
-        with progress_bar(subject.name) as progress:
+        with new_folder(folder) as place, progress_bar(subject.name) as progress:
             result = judge(
                 loaded.labeller,
                 dataset,
                 classes,
                 options=options,
-                maps=folder / "maps" if folder and save_maps else None,
+                maps=place / "maps" if place and save_maps else None,
                 trained_on=loaded.training,
                 progress=progress,
             )
+            report = describe_evaluation(loaded, dataset, result, folder)
+            if place:
+                write_json(place / "accuracy.json", report.data)
     finally:
         loaded.labeller.close()
-    report = describe_evaluation(loaded, dataset, result, folder)
-    if folder:
-        write_json(folder / "accuracy.json", report.data)
     show(report, as_json)
 
 
@@ -176,6 +174,10 @@ def finetune(
     ] = (1.0, 1.0),
     light: Annotated[
         float, typer.Option(help="Strength of random changes of gamma, gain, tint; 0..1.", rich_help_panel=VIEWS)
+    ] = 0.0,
+    texture: Annotated[
+        float,
+        typer.Option(help="Strength of random grain in patches (waves, glint); 0..1.", rich_help_panel=VIEWS),
     ] = 0.0,
     tile: Annotated[
         Optional[int],  # noqa: UP045
@@ -264,7 +266,7 @@ def finetune(
         mean_decay=mean_decay,
         class_weights=class_weights,
         views=views,
-        augmentation=Augmentation(not no_flips, scale, light),
+        augmentation=Augmentation(not no_flips, scale, light, texture),
         precision=precision,
         seed=seed,
     )

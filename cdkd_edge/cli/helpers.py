@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cdkd_edge.errors import MissingExtraError
+from cdkd_edge.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
     from cdkd_edge.workspace import Workspace
@@ -35,6 +37,28 @@ def write_json(path: Path, data: Any) -> None:
     from cdkd_edge.files import write_text
 
     write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path | None) -> Iterator[Path | None]:
+    """A folder that appears, with everything written into it, when the block succeeds; None stays None.
+
+    Raises:
+        UsageError: there is a file of that name, or a folder that is not empty.
+    """
+    from cdkd_edge.files import whole_folder
+
+    if folder is None:
+        yield None
+        return
+    if folder.exists():
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise UsageError(
+                f"{folder} is not {'empty' if folder.is_dir() else 'a folder'}", hint="name another --output"
+            )
+        folder.rmdir()
+    with whole_folder(folder) as place:
+        yield place
 
 
 def need(package: str, extra: str, purpose: str) -> None:

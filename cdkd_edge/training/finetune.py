@@ -24,8 +24,8 @@ from cdkd_edge.accuracy.datasets import Split, find_dataset, split_dataset
 from cdkd_edge.accuracy.evaluate import Evaluation, data_schema, evaluate, require_readable
 from cdkd_edge.accuracy.masks import read_labels
 from cdkd_edge.accuracy.network import NetworkLabeller, load_network
-from cdkd_edge.errors import CheckpointError, DatasetError, UsageError
-from cdkd_edge.files import sha256_of, whole_file, write_text
+from cdkd_edge.errors import DatasetError, UsageError
+from cdkd_edge.files import sha256_of, write_text
 from cdkd_edge.labels import LabelSchema
 from cdkd_edge.machine import describe_machine
 from cdkd_edge.manifest import FileRecord
@@ -36,6 +36,7 @@ from cdkd_edge.training.card import card_text, scores_of
 from cdkd_edge.training.features import FeatureCache
 from cdkd_edge.training.recipe import Recipe
 from cdkd_edge.training.start import PRESET_PREFIX, Shape, Start, starting_network
+from cdkd_edge.training.state import card_path, load_state, require_free, save_state, state_path
 from cdkd_edge.training.trainer import Trainer
 from cdkd_edge.training.views import TrainingTiles
 
@@ -109,7 +110,7 @@ def finetune(source: str, data: Path, output: Path, options: FinetuneOptions, li
         NumericalCheckError: the loss is not finite.
     """
     _require_use_of_features(options)
-    _require_free(source, output, options)
+    require_free(source, output, resume=options.resume, overwrite=options.overwrite)
     listener.step("looking at the data")
     split, schema = _data(source, data, options)
     device = chosen_device(options.device)
@@ -151,7 +152,7 @@ class _Run:
         self._saved_state = time.perf_counter()
         self._sitting = (0, 0.0)
         if options.resume and state_path(output).exists():
-            self._resume()
+            self.trainer.restore(load_state(output, self.identity, device))
 
     def finish(self) -> FinetuneResult:
         """Train what is left, then judge the file that was written."""
@@ -228,8 +229,9 @@ class _Run:
         return (time.perf_counter() - since) / max(1, done) * (self.trainer.steps - self.trainer.progress.step)
 
     def _features(self, device: torch.device) -> FeatureCache:
-        remember = self.options.remember
-        fixed = self.options.recipe.views > 0
+        remember, fixed = self.options.remember, self.options.recipe.views > 0
+        if remember is None and self.options.features:
+            remember = True
         folder = None
         if fixed and (device.type == "cpu" if remember is None else remember):
             folder = self.options.features or self.output.with_name(f"{self.output.stem}.features")
@@ -251,30 +253,8 @@ class _Run:
         }
 
     def _save_state(self) -> None:
-        document = {"identity": json.dumps(self.identity), **self.trainer.state()}
-        with whole_file(state_path(self.output)) as temporary:
-            torch.save(document, temporary)
+        save_state(self.output, self.identity, self.trainer.state())
         self._saved_state = time.perf_counter()
-
-    def _resume(self) -> None:
-        path = state_path(self.output)
-        try:
-            state = torch.load(path, map_location=self.trainer.device, weights_only=True)
-            identity = json.loads(state.pop("identity"))
-        except Exception as error:  # torch raises half a dozen unrelated types for damaged files
-            raise CheckpointError(
-                f"the state {path} cannot be read: {' '.join(str(error).split())[:200]}",
-                hint="start again with --overwrite",
-            ) from None
-        ours = json.loads(json.dumps(self.identity))
-        if other := [key for key in ours if identity.get(key) != ours[key]]:
-            raise UsageError(
-                f"{path} belongs to a run with other {', '.join(other)}: {_difference(identity, ours, other[0])}",
-                hint="give the same options to resume it, or start again with --overwrite",
-            )
-        self.trainer.restore(state)
-        progress = self.trainer.progress
-        self.listener.step(f"resuming in epoch {progress.epoch + 1}, batch {progress.batch + 1}")
 
     def _run_record(self) -> dict[str, Any]:
         progress, device = self.trainer.progress, self.trainer.device
@@ -330,43 +310,12 @@ class _Run:
         return notes
 
 
-def card_path(output: Path) -> Path:
-    """Where the card of a checkpoint lies."""
-    return output.with_suffix(".md")
-
-
-def state_path(output: Path) -> Path:
-    """Where the state of an unfinished run lies."""
-    return output.with_name(f"{output.stem}.state.pt")
-
-
 def _require_use_of_features(options: FinetuneOptions) -> None:
     """Make sure that who asks for features to be remembered can have it."""
-    if options.remember and not (options.recipe.views and options.recipe.frozen):
+    wanted = options.remember or (options.features and options.remember is None)
+    if wanted and not (options.recipe.views and options.recipe.frozen):
         what = "fresh views (--views 0)" if options.recipe.frozen else "an encoder that changes (--encoder-lr)"
         raise UsageError(f"features of {what} are of no use later; there is nothing to remember")
-
-
-def _require_free(source: str, output: Path, options: FinetuneOptions) -> None:
-    """Make sure that nothing of value is overwritten, before anything is computed."""
-    if output.suffix not in (".pt", ".pth", ".safetensors"):
-        raise UsageError(f"{output} is no name for a checkpoint", hint="end it in .pt, .pth or .safetensors")
-    if output.exists() and not source.startswith(PRESET_PREFIX) and Path(source).exists() and output.samefile(source):
-        raise UsageError("the checkpoint would overwrite what it starts from")
-    if output.is_dir():
-        raise UsageError(f"{output} is a folder", hint="choose another --output")
-    if options.overwrite:
-        return
-    state = state_path(output)
-    if state.exists() and not options.resume:
-        raise UsageError(
-            f"{state} holds an unfinished run", hint="go on with --resume, or start again with --overwrite"
-        )
-    if output.exists() and not state.exists():
-        done = "is finished; there is nothing to resume" if options.resume else "exists"
-        raise UsageError(f"{output} {done}", hint="replace it with --overwrite, or choose another --output")
-    if not state.exists() and card_path(output).exists():
-        raise UsageError(f"{card_path(output)} exists", hint="replace it with --overwrite, or choose another --output")
 
 
 def _data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, LabelSchema]:
@@ -400,14 +349,3 @@ def _source_record(source: str, layout: str) -> dict[str, Any]:
     if source.startswith(PRESET_PREFIX):
         return {"file": source, "sha256": "", "layout": layout}
     return {"file": Path(source).name, "sha256": sha256_of(Path(source)), "layout": layout}
-
-
-def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], key: str) -> str:
-    """One thing in which two runs differ, in words."""
-    if isinstance(ours[key], dict) and isinstance(theirs.get(key), dict):
-        for name, value in ours[key].items():
-            if theirs[key].get(name) != value:
-                return f"{name} was {theirs[key].get(name)}, now {value}"
-    if isinstance(ours[key], list):
-        return f"{len(theirs.get(key) or [])} then, {len(ours[key])} now"
-    return f"{theirs.get(key)} then, {ours[key]} now"

@@ -17,12 +17,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from cdkd_edge.accuracy.datasets import Dataset
-from cdkd_edge.accuracy.masks import mask_size, read_labels
-from cdkd_edge.errors import DatasetError, SceneError, UsageError
+from cdkd_edge.accuracy.images import ImageReader
+from cdkd_edge.accuracy.masks import read_labels
+from cdkd_edge.errors import DatasetError, UsageError
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.scene.grid import Span, TileGrid
 from cdkd_edge.scene.pipeline import SegmentOptions
-from cdkd_edge.scene.reader import SceneReader
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -48,13 +48,17 @@ class Augmentation:
     """Smallest and largest magnification, drawn evenly on a logarithmic scale."""
     light: float = 0.0
     """Strength of changes of gamma, gain and tint; 1 is strong."""
+    texture: float = 0.0
+    """Strength of a grain that comes in patches, as waves, glint and speckle do; 1 is strong. It teaches that what
+    a surface is does not follow from how smooth it looks in one scene."""
 
     def __post_init__(self) -> None:
         low, high = self.scale
         if not 0.1 <= low <= high <= 10:
             raise UsageError(f"--scale {low:g} {high:g}: scales lie between 0.1 and 10, the smaller one first")
-        if not 0 <= self.light <= 1:
-            raise UsageError(f"--light {self.light:g}: the strength of light lies between 0 and 1")
+        for name, strength in (("light", self.light), ("texture", self.texture)):
+            if not 0 <= strength <= 1:
+                raise UsageError(f"--{name} {strength:g}: the strength of {name} lies between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class View:
     """Rows and columns, as shares of a tile."""
     light: int | None = None
     """Seed of a change of light."""
+    texture: int | None = None
+    """Seed of a grain."""
 
 
 def draw_view(augmentation: Augmentation, seed: Sequence[int], index: int | None) -> View:
@@ -102,6 +108,7 @@ def draw_view(augmentation: Augmentation, seed: Sequence[int], index: int | None
         scale=scale,
         shift=(float(rng.uniform(-_SHIFT, _SHIFT)), float(rng.uniform(-_SHIFT, _SHIFT))),
         light=int(rng.integers(1 << 31)) if augmentation.light else None,
+        texture=int(rng.integers(1 << 31)) if augmentation.texture else None,
     )
 
 
@@ -154,9 +161,8 @@ class TrainingTiles:
         """A view of a place: RGB ``[3, T, T]`` and labels ``[T, T]``, both uint8; 255 beyond the image.
 
         Raises:
-            SceneError: the image cannot be read.
+            DatasetError: the image cannot be read.
         """
-        pair = self._dataset.pairs[place.image]
         labels = self._read_labels(place.image)
         side = max(1, round(self.tile / view.scale))
         row, column = (
@@ -164,8 +170,7 @@ class TrainingTiles:
             for start, shift, size in zip((place.row, place.column), view.shift, labels.shape, strict=True)
         )
         image = np.empty((3, side, side), np.uint8)
-        options = self._options
-        reader = SceneReader(pair.image, bands=options.bands, stretch=options.stretch, limits=self._limits[place.image])
+        reader = ImageReader(self._dataset.pairs[place.image], self._options, self._limits[place.image])
         try:
             valid = reader.read_tile(Span(row, row, row + side), Span(column, column, column + side), image)
         finally:
@@ -181,26 +186,21 @@ class TrainingTiles:
         image, truth = np.rot90(image, view.quarters, axes=(1, 2)), np.rot90(truth, view.quarters)
         if view.mirrored:
             image, truth = image[..., ::-1], truth[:, ::-1]
+        if view.texture is not None:
+            image = _with_texture(image, view.texture, self.augmentation.texture)
         if view.light is not None:
             image = _in_other_light(image, view.light, self.augmentation.light)
         return np.ascontiguousarray(image), np.ascontiguousarray(truth)
 
     def _look_at(self, index: int) -> tuple[int, int]:
         """Height and width of an image; remembers how its values are stretched."""
-        pair = self._dataset.pairs[index]
+        reader = ImageReader(self._dataset.pairs[index], self._options)
         try:
-            reader = SceneReader(pair.image, bands=self._options.bands, stretch=self._options.stretch)
-        except SceneError as error:
-            raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
-        size = reader.height, reader.width
-        self._limits.append(reader.limits)
-        reader.close()
-        if (mask := mask_size(pair.mask)) != size:
-            raise DatasetError(
-                f"{pair.image} is {size[1]} x {size[0]} px, its mask {pair.mask.name} {mask[1]} x {mask[0]}",
-                hint="masks are compared pixel by pixel and never resized; make them fit first",
-            )
-        return size
+            reader.require_fitting_mask()
+            self._limits.append(reader.limits)
+            return reader.height, reader.width
+        finally:
+            reader.close()
 
     def _read_labels(self, index: int) -> UInt8Array:
         if (labels := self._labels.get(index)) is None:
@@ -238,3 +238,25 @@ def _in_other_light(image: UInt8Array, seed: int, strength: float) -> UInt8Array
     gain = np.exp(strength * rng.uniform(-0.4, 0.3)) * (1 + strength * 0.07 * rng.standard_normal(3))
     table = np.clip(255 * ramp * gain + strength * rng.uniform(-12, 12), 0, 255).astype(np.uint8)  # [256, 3]
     return np.stack([table[plane, channel] for channel, plane in enumerate(image)])
+
+
+def _with_texture(image: UInt8Array, seed: int, strength: float) -> UInt8Array:
+    """Grain of 2.5 to 24 px in two directions, in patches; its deviation is up to an eighth and 14 of 255."""
+    rng = np.random.default_rng(seed)
+    side = image.shape[1]
+    grain = np.zeros((side, side), np.float32)
+    for _ in range(2):
+        height, width = np.maximum(2, side / np.exp(rng.uniform(np.log(2.5), np.log(24), 2))).astype(int)
+        layer = _enlarged(rng.standard_normal((height, width)), side)
+        grain += layer / max(float(layer.std()), 1e-6)
+    patches = 1 / (1 + np.exp(-3 * (_enlarged(rng.standard_normal((5, 5)), side) - rng.uniform(-0.8, 0.8))))
+    gain, offset = strength * rng.uniform(0, 0.12), strength * rng.uniform(2, 14)
+    changed = image + (gain * image + offset) * (grain / np.sqrt(2) * patches).astype(np.float32)
+    clipped: UInt8Array = np.clip(changed, 0, 255).astype(np.uint8)
+    return clipped
+
+
+def _enlarged(values: npt.NDArray[np.float64], side: int) -> npt.NDArray[np.float32]:
+    picture = Image.fromarray(values.astype(np.float32))
+    enlarged: npt.NDArray[np.float32] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+    return enlarged

@@ -263,6 +263,32 @@ def test_more_light_changes_more(one):
     assert change[0] < 10
 
 
+def test_grain_changes_the_image_in_places_and_not_its_labels_or_its_mean(one):
+    tiles = tiles_of(one, augmentation=Augmentation(texture=1.0))
+    place = tiles.places[0]
+    image, truth = tiles.read(place, View())
+    others = [tiles.read(place, View(texture=seed)) for seed in range(5)]
+    for grainy, same in others:
+        assert (same == truth).all()
+        change = np.abs(grainy.astype(int) - image).max(axis=0)
+        assert change.max() > 10
+        assert abs(float(grainy.mean()) - float(image.mean())) < 6
+    assert len({grainy.tobytes() for grainy, _ in others}) == 5
+    again, _ = tiles.read(place, View(texture=3))
+    assert (again == others[3][0]).all()
+    weak, _ = tiles_of(one, augmentation=Augmentation(texture=0.1)).read(place, View(texture=3))
+    assert np.abs(weak.astype(int) - image).mean() < np.abs(again.astype(int) - image).mean() / 3
+
+
+def test_views_draw_only_what_is_asked_for():
+    plain, all_of_it = Augmentation(), Augmentation(light=0.5, texture=0.5)
+    assert (draw_view(plain, [1], None).light, draw_view(plain, [1], None).texture) == (None, None)
+    view = draw_view(all_of_it, [1], None)
+    assert view.light is not None
+    assert view.texture is not None
+    assert view.light != view.texture
+
+
 @pytest.mark.parametrize("scale", [(2.0, 0.5), (0.0, 1.0), (1.0, 11.0), (float("nan"), 1.0)], ids=str)
 def test_scales_that_make_no_sense_are_refused(scale):
     with pytest.raises(UsageError, match="scale"):
@@ -270,9 +296,11 @@ def test_scales_that_make_no_sense_are_refused(scale):
 
 
 @pytest.mark.parametrize("light", [-0.1, 1.1, float("nan")])
-def test_light_that_makes_no_sense_is_refused(light):
+def test_light_and_texture_that_make_no_sense_are_refused(light):
     with pytest.raises(UsageError, match="light"):
         Augmentation(light=light)
+    with pytest.raises(UsageError, match="texture"):
+        Augmentation(texture=light)
 
 
 # --- nodata ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import dataclasses
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -33,6 +34,10 @@ from cdkd_edge.manifest import (
     write_manifest,
 )
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
+
+# A suite that was started in the background ignores Ctrl-C, and so would every process that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Array = npt.NDArray[np.float32]
 Weights = dict[str, Array]

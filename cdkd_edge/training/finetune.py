@@ -246,9 +246,9 @@ class _Run:
             "network": dataclasses.asdict(self.start.network.config),
             "source": self.source_record["sha256"] or self.source_record["file"],
             "classes": list(self.schema.class_names),
-            "labelled pixels": self.trainer.tiles.class_pixels.tolist(),
             "training images": [pair.name for pair in self.split.training],
             "validation images": [pair.name for pair in self.split.validation],
+            "labelled pixels": self.trainer.tiles.class_pixels.tolist(),
             "reading": dataclasses.asdict(self.options.reading),
         }
 

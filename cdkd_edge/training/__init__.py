@@ -1,1 +1,1 @@
-"""Training on a desktop: crops of labelled imagery and the bundled demonstration checkpoint (torch)."""
+"""Decoder tuning on labelled images: views, remembered features, the training loop, the card (torch)."""

@@ -236,11 +236,16 @@ def test_a_palette_of_the_schemas_colours_is_read_by_colour(tmp_path: Path) -> N
     assert (read_labels(path, LOVEDA) == labels).all()
 
 
-def test_a_palette_of_other_colours_is_read_by_value(tmp_path: Path) -> None:
+def test_a_ramp_of_greys_is_read_by_value(tmp_path: Path) -> None:
     labels = some_labels(LOVEDA)
-    palette = np.random.default_rng(3).integers(1, 120, (256, 3))
-    path = paletted(tmp_path / "mask.png", values_of(labels, LOVEDA), palette)
+    path = paletted(tmp_path / "mask.png", values_of(labels, LOVEDA), grey_palette())
     assert (read_labels(path, LOVEDA) == labels).all()
+
+
+def test_the_mask_of_another_dataset_is_refused_also_where_its_values_fit(tmp_path: Path) -> None:
+    path = paletted(tmp_path / "mask.png", some_labels(DUBAI, missing=False), DUBAI.palette())
+    with pytest.raises(SchemaError, match=r"mask\.png holds the color \(\d+, \d+, \d+\), which schema 'loveda'"):
+        read_labels(path, LOVEDA)
 
 
 def test_a_palette_that_is_neither_is_refused_by_its_colour(tmp_path: Path) -> None:
@@ -301,7 +306,7 @@ def test_transparent_palette_entries_are_no_label(tmp_path: Path, by: str, trans
     schema = LOVEDA
     labels = some_labels(schema, missing=False)
     rng = np.random.default_rng(5)
-    palette = rng.integers(1, 120, (256, 3))
+    palette = grey_palette()
     indices = labels.copy() if by == "color" else values_of(labels, schema)
     if by == "color":
         palette[: len(schema)] = schema.palette()[: len(schema)]

@@ -32,8 +32,8 @@ def read_labels(path: Path, schema: LabelSchema) -> npt.NDArray[np.uint8]:
     """Labels uint8 ``[H, W]`` of a mask, 255 where there is none.
 
     One band holds index values; three or four bands RGB colours (a fourth, alpha, is 255 where there is a
-    label). A paletted mask is read by its colours if the schema knows those it uses, else by its index values;
-    where both are possible and disagree, colours must be exactly the schema's.
+    label). A palette counts as colours, unless it is the ramp of greys in which colour and index are the same number;
+    where index values are possible too and disagree, colours must be exactly the schema's.
     The file's own nodata value or mask and transparent palette entries mean "no label".
 
     Raises:
@@ -104,7 +104,7 @@ def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSch
     """Whether a paletted mask is colour-coded: the schema knows every colour that its pixels use.
 
     Raises:
-        SchemaError: neither its colours nor its index values are the schema's, or both may be and do not agree.
+        SchemaError: its colours are not the schema's, or its index values may be meant as well and do not agree.
     """
     used = np.zeros(256, bool)
     for top in range(0, dataset.height, _STRIP):
@@ -117,9 +117,10 @@ def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSch
     try:
         by_color = schema.encode(colors[None])
     except SchemaError:
-        if set(indices.tolist()) <= values:
+        if (colors == indices[:, None]).all():
             return False
-        schema.encode(colors[None], str(path))  # colours are what its maker saw: name one
+        # Read by value, the mask of another dataset would pass wherever its few values happen to be defined.
+        schema.encode(colors[None], str(path))
         raise
     if not set(indices.tolist()) <= values or (schema.encode(indices[None]) == by_color).all():
         return True

@@ -134,7 +134,7 @@ class LabelSchema:
                 known = sorted([*(cls.value for cls in self.classes), *self.ignore_values])
                 raise SchemaError(
                     f"{source} holds the value {int(mask[wrong][0])}, which schema {self.name!r} does not define "
-                    f"({np.count_nonzero(wrong)} pixels are not of the schema)",
+                    f"({np.count_nonzero(wrong)} of {wrong.size} are not of the schema)",
                     hint=f"it defines {', '.join(map(str, known))}",
                 )
             return labels.astype(np.uint8)
@@ -154,7 +154,7 @@ class LabelSchema:
             known_colors = ", ".join(str(c) for c in (*(cls.color for cls in self.classes), *self.ignore_colors))
             raise SchemaError(
                 f"{source} holds the color ({red}, {green}, {blue}), which schema {self.name!r} does not define "
-                f"({np.count_nonzero(wrong)} pixels are not of the schema)",
+                f"({np.count_nonzero(wrong)} of {wrong.size} are not of the schema)",
                 hint=f"it defines {known_colors}; a mask must be stored without loss, not as JPEG",
             )
         return labels.astype(np.uint8)

@@ -526,6 +526,7 @@ def test_data_that_cannot_be_used(data, encoder, tmp_path, options, code, patter
         (("--views", 0, "--remember"), "nothing to remember"),
         (("--encoder-lr", 1e-5, "--remember"), "nothing to remember"),
         (("--device", "abacus"), "device 'abacus' cannot be used"),
+        (("--device", "meta"), "device 'meta' cannot be used"),
         (("--output", "out.onnx"), r"out\.onnx is no name for a checkpoint"),
     ],
     ids=str,

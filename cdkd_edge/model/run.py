@@ -23,7 +23,7 @@ def chosen_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()  # "meta" makes tensors, but none that can be read
     except (RuntimeError, AssertionError) as error:  # "Torch not compiled with CUDA enabled" is an AssertionError
         reason = str(error).partition("\n")[0]
         raise UsageError(f"device {name!r} cannot be used: {reason}") from None

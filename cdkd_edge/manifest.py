@@ -59,6 +59,20 @@ class GraphCheck:
 
 
 @dataclass(frozen=True)
+class ConversionCheck:
+    """A graph of lower precision against the FP32 graph it was made from, in ONNX Runtime on the CPU."""
+
+    tiles: int
+    imagery: str
+    """What the tiles were: ``drawn``, or the name of a calibration set."""
+    label_agreement: float
+    """Share of pixels with the same label, 0..1."""
+    finite: bool
+    """Whether every logit is finite, also on tiles that are all 0, all 255, a checkerboard and noise."""
+    runtime: str
+
+
+@dataclass(frozen=True)
 class GraphManifest:
     """Beside an ONNX graph."""
 
@@ -80,6 +94,12 @@ class GraphManifest:
     check: GraphCheck
     libraries: dict[str, str]
     training: dict[str, Any] = field(default_factory=dict)
+    parent: FileRecord | None = None
+    """The FP32 graph that a graph of lower precision was made from."""
+    conversion: ConversionCheck | None = None
+    """That graph against its parent."""
+    quantization: dict[str, Any] = field(default_factory=dict)
+    """How an INT8 graph got its scales, and which layers are INT8."""
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
@@ -133,14 +153,25 @@ def manifest_path(artefact: Path) -> Path:
 
 def kind_of(artefact: Path) -> str | None:
     """``graph`` or ``engine`` by the manifest beside a file; None where there is none that can be read."""
+    kind = _glance(artefact).get("kind")
+    return kind if kind in (GraphManifest.kind, EngineManifest.kind) else None
+
+
+def precision_of(artefact: Path) -> str | None:
+    """``fp32``, ``fp16`` or ``int8`` by the manifest beside a file; None where it does not say."""
+    precision = _glance(artefact).get("precision")
+    return precision if isinstance(precision, str) else None
+
+
+def _glance(artefact: Path) -> dict[str, Any]:
+    """What stands in the manifest's place, unchecked; empty where it is no JSON object."""
     import msgspec
 
     try:
         document = msgspec.json.decode(manifest_path(artefact).read_bytes())
     except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError):
-        return None
-    kind = document.get("kind") if isinstance(document, dict) else None
-    return kind if kind in (GraphManifest.kind, EngineManifest.kind) else None
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def require_replaceable(artefact: Path) -> None:

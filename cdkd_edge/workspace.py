@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdkd_edge.errors import WorkspaceError
-from cdkd_edge.manifest import manifest_path
+from cdkd_edge.manifest import manifest_path, precision_of
 
 ENGINE_SUFFIXES = (".onnx", ".engine")
 
@@ -40,14 +40,19 @@ class Workspace:
         """Folder of benchmark runs."""
         return self.root / "benchmarks"
 
-    def only_graph(self) -> Path:
-        """The one exported graph.
+    def graphs_of(self, precision: str) -> list[Path]:
+        """Exported graphs of a precision (``fp32``, ``fp16``, ``int8``), and those whose manifest does not say."""
+        return [path for path in _artefacts(self.graphs, (".onnx",)) if precision_of(path) in (precision, None)]
+
+    def only_graph(self, precision: str = "fp32") -> Path:
+        """The one exported graph of a precision.
 
         Raises:
             WorkspaceError: there is none, or more than one.
         """
-        candidates = _artefacts(self.graphs, (".onnx",))
-        return _only(candidates, "exported graph", self.graphs, "cdkd-edge build", "cdkd-edge export CKPT")
+        what = "exported graph" if precision == "fp32" else f"{precision} graph"
+        command = "cdkd-edge build" if precision == "fp32" else f"cdkd-edge build --{precision}"
+        return _only(self.graphs_of(precision), what, self.graphs, command, "cdkd-edge export CKPT")
 
     def only_engine(self, command: str) -> Path:
         """The one engine, for ``command`` (shown with each candidate if there are several).

@@ -122,3 +122,15 @@ def test_a_label_cannot_lead_out_of_the_workspace(space, label):
     assert path.parent == space.benchmarks
     assert path.resolve().parent == space.benchmarks.resolve()
     assert path.name.isprintable()
+
+
+def test_graphs_are_told_apart_by_precision(space):
+    plain, half, unknown = put(space.graphs, "a.onnx", "a.fp16.onnx", "b.onnx")
+    plain.with_suffix(".json").write_text('{"precision": "fp32"}')
+    half.with_suffix(".json").write_text('{"precision": "fp16"}')
+    unknown.with_suffix(".json").write_text("[")
+    assert space.graphs_of("fp16") == [half, unknown]
+    unknown.unlink()
+    assert (space.only_graph(), space.only_graph("fp16")) == (plain, half)
+    with pytest.raises(WorkspaceError, match="no int8 graph"):
+        space.only_graph("int8")

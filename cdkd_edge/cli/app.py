@@ -16,7 +16,9 @@ _UsageError: Any = typer.BadParameter.__base__
 """What every complaint about arguments is a kind of; Typer does not export it."""
 
 
-_ORDER = ("info", "finetune", "export", "build", "segment", "bench", "evaluate", "demo")
+_ORDER = (
+    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "evaluate", "parity", "demo",
+)  # fmt: skip
 """Of the commands in the help: as they are used."""
 
 

@@ -29,7 +29,6 @@ from cdkd_edge.errors import (  # noqa: E402
     SchemaError,
 )
 from cdkd_edge.export import fold, pipeline  # noqa: E402
-from cdkd_edge.export.check import sample_tiles  # noqa: E402
 from cdkd_edge.export.graph import build_graph  # noqa: E402
 from cdkd_edge.export.pipeline import ExportOptions, export_checkpoint  # noqa: E402
 from cdkd_edge.export.simplify import simplify_graph  # noqa: E402
@@ -39,6 +38,7 @@ from cdkd_edge.manifest import GraphManifest, read_manifest  # noqa: E402
 from cdkd_edge.model.checkpoint import resample_position, save_checkpoint  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402
+from cdkd_edge.scenery import sample_tiles  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch
 

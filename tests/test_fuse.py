@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from cdkd_edge.engines.fuse import CONTRIB_DOMAIN, fuse_attention
+from cdkd_edge.export.fuse import CONTRIB_DOMAIN, fuse_attention
 from cdkd_edge.export.graph import build_graph
 from cdkd_edge.model.config import NetworkConfig
 

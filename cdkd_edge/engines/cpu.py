@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 
-from cdkd_edge.engines.fuse import fuse_attention
 from cdkd_edge.engines.protocol import UInt8Array
-from cdkd_edge.errors import EngineError, GraphError, NumericalCheckError, SystemRefusalError
+from cdkd_edge.errors import EngineError, NumericalCheckError, SystemRefusalError
+from cdkd_edge.export.derive import read_graph
+from cdkd_edge.export.fuse import fuse_attention
+from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.machine import available_cores, describe_machine
@@ -43,23 +44,27 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
     convolution layouts) are applied when it is loaded.
 
     Args:
-        graph: an exported graph with its manifest.
+        graph: an exported FP32 graph with its manifest, or an INT8 graph, whose twin becomes the engine
+            (:mod:`cdkd_edge.export.twin`).
         destination: final path of the engine (``.onnx``).
 
     Raises:
         ManifestError: the graph is not what its manifest says, or the destination is a file that no build wrote.
         EngineError: ONNX Runtime cannot build it.
-        NumericalCheckError: the engine gives other labels than the graph.
+        NumericalCheckError: the engine gives other labels than the graph (of INT8, its twin).
     """
     started = time.perf_counter()
     require_replaceable(destination)
     source = read_manifest(graph, GraphManifest)
-    if source.precision != "fp32":
-        raise EngineError(f"{graph} is a {source.precision} graph; the CPU engine runs fp32", hint="export it again")
-    try:
-        model = onnx.load(graph)
-    except Exception as error:  # protobuf's own type, and what onnx makes of a file without a graph
-        raise GraphError(f"{graph} is not an ONNX graph: {_one_line(error)}", hint="export it again") from None
+    if source.precision not in ("fp32", "int8"):
+        raise EngineError(
+            f"{graph} is an {source.precision} graph; a CPU runs fp32 and int8",
+            hint="build it where TensorRT is, or build the fp32 graph here",
+        )
+    model = read_graph(graph)
+    if source.precision == "int8":
+        model = cpu_twin(model)
+    plain = model.SerializeToString()
     fused, blocks = fuse_attention(model)
     serialized = model.SerializeToString()
     del model
@@ -75,7 +80,8 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
                 raise SystemRefusalError(f"{destination}: no space left on the device") from None
             raise
         del serialized
-        _check(graph, temporary, source)
+        _check(plain, temporary, source)
+        del plain
         manifest = EngineManifest(
             name=source.name,
             runtime=RUNTIME,
@@ -175,13 +181,13 @@ class CpuEngine(OnnxLabeller):
         super().__init__(path, manifest, threads)
 
 
-def _check(graph: Path, engine: Path, source: GraphManifest) -> None:
-    """Engine against the graph it was built from, on one drawn tile."""
+def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
+    """Engine against the graph it was built from (of INT8, the twin), on one drawn tile."""
     tile = draw_scene(source.tile, source.tile, seed=11).image.transpose(2, 0, 1)
     tiles = np.repeat(tile[None], source.batch, axis=0)
     labels = []
-    for path in (graph, engine):
-        session = _session(str(path), _session_options(), f"checking {path.name}")
+    for model in (graph, str(engine)):
+        session = _session(model, _session_options(), f"checking {engine.name}")
         labels.append(session.run(["labels"], {"image": tiles})[0])
     agreement = float((labels[0] == labels[1]).mean())
     if agreement < MIN_AGREEMENT:

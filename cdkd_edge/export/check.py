@@ -16,7 +16,6 @@ from cdkd_edge.errors import NumericalCheckError
 from cdkd_edge.export.graph import LOGITS
 from cdkd_edge.manifest import GraphCheck
 from cdkd_edge.model.network import SegmentationNetwork
-from cdkd_edge.scenery import draw_scene
 
 MIN_AGREEMENT = 0.9999
 """Share of pixels that must get the same label. The rest is rounding at the border of two classes."""
@@ -24,12 +23,6 @@ MIN_AGREEMENT = 0.9999
 MAX_LOGIT_ERROR = 1e-4
 """Largest difference of a logit, as a share of the largest logit; FP32 rounding stays far below. Needed because a
 network that sees one class everywhere gives the same labels whatever the graph computes."""
-
-
-def sample_tiles(tile: int, count: int) -> npt.NDArray[np.uint8]:
-    """Drawn satellite tiles, uint8 ``[count, 3, tile, tile]``."""
-    scene = draw_scene(count * tile, tile, seed=7).image
-    return np.stack([scene[:, i * tile : (i + 1) * tile].transpose(2, 0, 1) for i in range(count)])
 
 
 def check_graph(graph: Path, network: SegmentationNetwork, tiles: npt.NDArray[np.uint8], batch: int = 1) -> GraphCheck:

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 
 from cdkd_edge.errors import NumericalCheckError, SchemaError
-from cdkd_edge.export.check import MIN_AGREEMENT, check_graph, sample_tiles
+from cdkd_edge.export.check import MIN_AGREEMENT, check_graph
 from cdkd_edge.export.graph import DEFAULT_OPSET, build_graph
 from cdkd_edge.export.simplify import simplify_graph
 from cdkd_edge.files import whole_file
@@ -26,6 +26,7 @@ from cdkd_edge.manifest import (
 )
 from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD
+from cdkd_edge.scenery import sample_tiles
 
 CHECK_TILES = 2
 

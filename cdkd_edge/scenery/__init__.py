@@ -62,3 +62,9 @@ def _expose(image: FloatArray, rng: np.random.Generator) -> npt.NDArray[np.uint8
     image += (rng.uniform(1.5, 3.2) * rng.standard_normal((height, width), np.float32))[..., None]
     np.clip(image, 0, 255, out=image)
     return np.asarray(image + np.float32(0.5)).astype(np.uint8)
+
+
+def sample_tiles(tile: int, count: int) -> npt.NDArray[np.uint8]:
+    """Drawn satellite tiles, uint8 ``[count, 3, tile, tile]``, always the same."""
+    scene = draw_scene(count * tile, tile, seed=7).image
+    return np.stack([scene[:, i * tile : (i + 1) * tile].transpose(2, 0, 1) for i in range(count)])

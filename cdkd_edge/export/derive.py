@@ -1,0 +1,93 @@
+"""Graphs of lower precision from the exported one: FP16. On any machine, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from cdkd_edge.errors import GraphError
+from cdkd_edge.export.half import SUFFIX, to_fp16
+from cdkd_edge.export.half_check import check_half
+from cdkd_edge.files import whole_file
+from cdkd_edge.manifest import (
+    FileRecord,
+    GraphManifest,
+    library_versions,
+    read_manifest,
+    require_replaceable,
+    write_manifest,
+)
+from cdkd_edge.scenery import sample_tiles
+
+CHECK_TILES = 2
+
+
+def fp16_path(plain: Path) -> Path:
+    """Where the FP16 graph of an FP32 graph lies: ``ckpt.onnx`` has ``ckpt.fp16.onnx`` beside it."""
+    return plain.with_name(f"{plain.stem}.{SUFFIX}.onnx")
+
+
+def write_fp16(
+    plain: Path,
+    destination: Path,
+    *,
+    tiles: Iterable[npt.NDArray[np.uint8]] | None = None,
+    imagery: str = "drawn",
+    progress: Callable[[str], None] = lambda step: None,
+) -> GraphManifest:
+    """Make the FP16 graph of an exported FP32 graph, check it, write it and its manifest.
+
+    Args:
+        plain: the FP32 graph with its manifest.
+        destination: final path of the FP16 graph; see :func:`fp16_path`.
+        tiles: uint8 ``[3, T, T]`` tiles to compare labels on. Default: two drawn ones.
+        imagery: what they are.
+        progress: called with the name of each step.
+
+    Raises:
+        ManifestError: the graph is not what its manifest says, or the destination is not ours to replace.
+        GraphError: it is not an FP32 graph, or a weight does not fit FP16.
+        NumericalCheckError: the network loses too many labels in FP16, or leaves its range.
+    """
+    require_replaceable(destination)
+    source = read_manifest(plain, GraphManifest)
+    if source.precision != "fp32":
+        raise GraphError(f"{plain} is an {source.precision} graph; FP16 is made from the FP32 graph")
+    progress("casting the graph to FP16")
+    half = to_fp16(read_graph(plain))
+    chosen = sample_tiles(source.tile, CHECK_TILES) if tiles is None else tiles
+    check = check_half(plain, half, chosen, imagery, progress)
+    with whole_file(destination) as temporary:
+        onnx.save(half, temporary)
+        manifest = dataclasses.replace(
+            source,
+            precision="fp16",
+            artefact=FileRecord.of(temporary, destination.name),
+            nodes=len(half.graph.node),
+            parent=source.artefact,
+            conversion=check,
+            libraries=library_versions(("onnx", "onnxruntime", "numpy")),
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            tool=GraphManifest.tool,
+        )
+        write_manifest(destination, manifest)  # before the graph gets its name: no graph without a manifest
+    return manifest
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """An ONNX file.
+
+    Raises:
+        GraphError: it is none.
+    """
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf's own type, and what onnx makes of a file without a graph
+        text = " ".join(str(error).split())[:300]
+        raise GraphError(f"{path} is not an ONNX graph: {text}", hint="export it again") from None

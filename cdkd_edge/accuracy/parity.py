@@ -35,7 +35,7 @@ class Gate:
 
     @classmethod
     def of(cls, precision: str, tolerance: float | None = None, min_agreement: float | None = None) -> Gate:
-        """The gate for a candidate of a precision: the paper's 0.02 points, 0.5 for INT8, where nothing else is said."""
+        """Defaults by the candidate's precision (the paper's 0.02 points, 0.5 for INT8) where nothing is given."""
         own = cls(0.5, 0.98) if precision == "int8" else cls(0.02, 0.999)
         return cls(
             own.tolerance if tolerance is None else tolerance,

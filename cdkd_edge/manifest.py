@@ -148,7 +148,7 @@ AnyManifest = TypeVar("AnyManifest", GraphManifest, EngineManifest)
 
 def manifest_path(artefact: Path) -> Path:
     """Where the manifest of a file lies."""
-    return artefact.with_suffix(".json")
+    return artefact.with_suffix(".json") if artefact.name else artefact / ".json"  # "." has no name
 
 
 def kind_of(artefact: Path) -> str | None:

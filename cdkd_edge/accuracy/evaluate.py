@@ -89,7 +89,7 @@ class Evaluation:
 
 
 @dataclass
-class _Job:
+class Job:
     """One pair, looked at before anything is computed."""
 
     pair: Pair
@@ -143,7 +143,7 @@ def evaluate(
     started = time.perf_counter()
     notes: list[str] = []
     require_same_classes(labeller.schema, schema)
-    jobs = [_look_at(pair, labeller.tile, options) for pair in dataset]
+    jobs = [look_at(pair, labeller.tile, options) for pair in dataset]
     if not jobs:
         raise DatasetError(f"{dataset.folder}: there is no image to judge on")
     total = sum(len(job.grid) for job in jobs)
@@ -151,7 +151,7 @@ def evaluate(
     for job in jobs:
         truth = read_labels(job.pair.mask, schema)
         own = ConfusionMatrix(len(schema))
-        _judge(labeller, job, truth, own, options, maps, _later(progress, before, total))
+        _judge(labeller, job, truth, own, options, maps, later(progress, before, total))
         if maps is not None:
             write_comparison(job.pair, truth, map_path(maps, job.pair), schema, own, options)
         matrix += own
@@ -178,7 +178,7 @@ def require_readable(dataset: Dataset, tile: int, options: SegmentOptions) -> No
         DatasetError: an image or mask cannot be read, or they differ in size.
     """
     for pair in dataset:
-        _look_at(pair, tile, options)
+        look_at(pair, tile, options)
 
 
 def require_same_classes(ours: LabelSchema, data: LabelSchema) -> None:
@@ -220,23 +220,28 @@ def number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _later(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
+def later(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
     """Progress of one image as progress of all of them."""
     return lambda done, _: progress(before + done, total)
 
 
-def _look_at(pair: Pair, tile: int, options: SegmentOptions) -> _Job:
+def look_at(pair: Pair, tile: int, options: SegmentOptions) -> Job:
+    """The tiles of an image whose mask fits.
+
+    Raises:
+        DatasetError: image or mask cannot be read, or they differ in size.
+    """
     reader = ImageReader(pair, options)
     try:
         reader.require_fitting_mask()
-        return _Job(pair, grid_over(reader, tile, options), reader.height, reader.width)
+        return Job(pair, grid_over(reader, tile, options), reader.height, reader.width)
     finally:
         reader.close()
 
 
 def _judge(
     labeller: Labeller,
-    job: _Job,
+    job: Job,
     truth: Rows,
     matrix: ConfusionMatrix,
     options: SegmentOptions,
@@ -264,10 +269,15 @@ def _notes(dataset: Dataset, schema: LabelSchema, matrix: ConfusionMatrix, train
             f"no pixel of the truth is {', '.join(absent)}: such a class has no IoU where it is not predicted either, "
             "and 0 where it is"
         )
+    return notes + training_notes(dataset, trained_on)
+
+
+def training_notes(dataset: Dataset, trained_on: Mapping[str, Any]) -> list[str]:
+    """What there is to say of images that a training record names."""
     known = trained_on.get("training_images")
     if isinstance(known, list) and (seen := [pair for pair in dataset if pair.name in known]):
-        notes.append(
+        return [
             f"{len(seen)} of the {len(dataset)} images have the names of images that the network was trained on "
             f"({seen[0].name}, ...)"
-        )
-    return notes
+        ]
+    return []

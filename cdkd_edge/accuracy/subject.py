@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,39 @@ def open_subject(
     engine = load_engine(path, threads=threads)
     manifest: EngineManifest = engine.manifest
     return Subject(path, "engine", manifest.runtime, manifest.precision, engine, manifest.training)
+
+
+@contextlib.contextmanager
+def open_pair(
+    reference: Path,
+    candidate: Path,
+    *,
+    schema: str | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    threads: int | None = None,
+) -> Iterator[tuple[Subject, Subject]]:
+    """Two artefacts that are to be compared, closed when the block ends.
+
+    A checkpoint is opened with the tile of the other one, if that is a graph or an engine. ``device`` and ``precision``
+    are for checkpoints, and wrong where there is none.
+
+    Raises:
+        CdkdEdgeError: as :func:`open_subject` does.
+    """
+    paths = (reference, candidate)
+    flexible = [path.suffix in CHECKPOINT_SUFFIXES for path in paths]
+    with contextlib.ExitStack() as stack:
+        opened: dict[int, Subject] = {}
+        tile = None
+        for index in sorted(range(2), key=lambda i: flexible[i]):  # what has its own tile comes first
+            extra: dict[str, Any] = {"device": device, "precision": precision}
+            if flexible[index]:
+                extra["tile"] = tile
+            elif any(flexible):
+                extra = {}
+            subject = open_subject(paths[index], schema=schema, threads=threads, **extra)
+            stack.callback(subject.labeller.close)
+            tile = subject.labeller.tile
+            opened[index] = subject
+        yield opened[0], opened[1]

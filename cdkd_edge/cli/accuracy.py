@@ -22,6 +22,7 @@ from cdkd_edge.cli.options import (
     StretchOption,
     ThreadsOption,
     WorkspaceOption,
+    chosen_images,
     names,
     segment_options,
 )
@@ -74,20 +75,13 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy on labelled images: IoU per class, mIoU, OA, mF1. The same path for every kind of artefact."""
-    from cdkd_edge.accuracy.datasets import find_dataset
     from cdkd_edge.accuracy.evaluate import data_schema
     from cdkd_edge.accuracy.evaluate import evaluate as judge
     from cdkd_edge.accuracy.subject import open_subject
     from cdkd_edge.report import describe_evaluation
 
     options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
-    dataset = find_dataset(data)
-    if scenes and image_list:
-        raise typer.BadParameter("choose scenes or a list", param_hint="--list")
-    if scenes:
-        dataset = dataset.of_scenes(names(scenes))
-    elif image_list:
-        dataset = dataset.of_list(image_list)
+    dataset = chosen_images(data, scenes, image_list)
     folder = output or (workspace_at(workspace).new_run(f"{subject.stem}-accuracy") if save_maps else None)
     loaded = open_subject(subject, schema=schema, tile=tile, device=device, precision=precision, threads=threads)
     try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
+    from cdkd_edge.accuracy.datasets import Dataset
     from cdkd_edge.scene.pipeline import SegmentOptions
 
 WorkspaceOption = Annotated[
@@ -92,3 +93,20 @@ def segment_options(
 def names(text: str | None) -> tuple[str, ...]:
     """Names with commas between them."""
     return tuple(filter(None, (name.strip() for name in (text or "").split(","))))
+
+
+def chosen_images(data: Path, scenes: str | None, image_list: Path | None) -> Dataset:
+    """The labelled images of a folder, of some of its scenes, or of a list.
+
+    Raises:
+        BadParameter: scenes and a list.
+        DatasetError: there are no such images.
+    """
+    from cdkd_edge.accuracy.datasets import find_dataset
+
+    dataset = find_dataset(data)
+    if scenes and image_list:
+        raise typer.BadParameter("choose scenes or a list", param_hint="--list")
+    if scenes:
+        return dataset.of_scenes(names(scenes))
+    return dataset.of_list(image_list) if image_list else dataset

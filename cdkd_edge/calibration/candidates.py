@@ -7,7 +7,7 @@ at. So neither a thousand scenes nor one of 100000 x 100000 px takes more memory
 A tile is passed over, and counted, if
 
 * ``nodata``: more of it has no data than is allowed,
-* ``blank``: it shows nothing: no channel varies by half a grey level, or more than half of it is pure black or pure
+* ``blank``: it shows nothing: no channel varies by half a grey level, or nine tenths of it are pure black or pure
   white (borders of scenes that do not say what their nodata value is),
 * ``excluded``: it is of an evaluation set,
 * ``near_duplicate``: its thumbnail is that of an earlier candidate, or of a tile of an evaluation set (then it counts
@@ -34,7 +34,7 @@ from cdkd_edge.scene.pipeline import SegmentOptions
 from cdkd_edge.scene.reader import SceneReader
 
 _BLANK_STD = 0.5
-_SOLID_SHARE = 0.5
+_SOLID_SHARE = 0.9
 
 _SAME_FLOOR, _SAME_SHARE = 0.5, 0.15
 """Thumbnails are the same if they differ, root mean square, by less than half a grey level + 15 % of their contrast.
@@ -269,7 +269,7 @@ def _same(one: npt.NDArray[np.float32], others: npt.NDArray[np.float32]) -> npt.
 
 def _contrast(thumbnails: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Standard deviation within the channels, ``[N]``."""
-    channels = thumbnails.reshape(len(thumbnails), 3, -1)
+    channels = thumbnails.reshape(len(thumbnails), 3, THUMBNAIL // 3)
     return np.asarray(np.sqrt(channels.var(axis=2).mean(axis=1)), np.float32)
 
 

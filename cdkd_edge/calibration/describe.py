@@ -51,7 +51,7 @@ def describe(tile: npt.NDArray[np.uint8]) -> Float:
     step = max(1, side // 2 // _SAMPLE)
     low, high = np.percentile(planes[:, ::step, ::step], [2, 98], axis=(1, 2))
     planes -= means[:, None, None]  # so that differences of squares below keep their digits
-    light: Float = tile[:, :side, :side].sum(axis=0, dtype=np.uint16).astype(np.float32)[None] / 3 - means[0]
+    light = tile[:, :side, :side].sum(axis=0, dtype=np.uint16).astype(np.float32)[None] / 3 - means[:1, None, None]
     power = _power(planes)
     finest = _power(light)
     amplitude = np.zeros((3, _LIGHT_BANDS))

@@ -106,7 +106,7 @@ def write_sheet(path: Path, sheet: Sheet) -> None:
             draw.text((left, below + _SMALL + 4), detail, fill=_QUIET, font=_font(_SMALL))
         y += -(-len(tiles) // columns) * cell
     with whole_file(path) as temporary:
-        picture.save(temporary, format="PNG", optimize=True)
+        picture.save(temporary, format="PNG")
 
 
 def _legend_rows(kinds: Sequence[tuple[int, str]], width: int) -> list[list[tuple[int, int, str]]]:

@@ -11,9 +11,7 @@ magnitude over the chosen tiles, leave to the other tiles: how far they exceed i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,14 +45,14 @@ def largest_magnitudes(candidates: Candidates, graph: Path) -> Array:
     """Of every candidate and tensor, ``[N, L]``."""
     model = onnx.load(graph)
     tensors = quantised_inputs(model)
-    for index, name in enumerate(tensors):
+    for position, name in enumerate(tensors):
         model.graph.node.extend(
             [
-                helper.make_node("Abs", [name], [f"size_{index}"]),
-                helper.make_node("ReduceMax", [f"size_{index}"], [f"largest_{index}"], keepdims=0),
+                helper.make_node("Abs", [name], [f"size_{position}"]),
+                helper.make_node("ReduceMax", [f"size_{position}"], [f"largest_{position}"], keepdims=0),
             ]
         )
-        model.graph.output.append(helper.make_tensor_value_info(f"largest_{index}", TensorProto.FLOAT, []))
+        model.graph.output.append(helper.make_tensor_value_info(f"largest_{position}", TensorProto.FLOAT, []))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     wanted = [f"largest_{index}" for index in range(len(tensors))]
     rows = []
@@ -69,7 +67,7 @@ def largest_magnitudes(candidates: Candidates, graph: Path) -> Array:
     return np.array(rows, np.float32)
 
 
-def judged(points: Array, magnitudes: Array, chosen: Any) -> npt.NDArray[np.float64]:
+def judged(points: Array, magnitudes: Array, chosen: list[int]) -> npt.NDArray[np.float64]:
     """Largest and mean distance; share of the full range, mean and worst over tensors; tiles beyond it, %."""
     ranges = magnitudes[chosen].max(axis=0)
     share = ranges / magnitudes.max(axis=0)
@@ -94,15 +92,16 @@ def main() -> None:
     print(f"{len(points)} candidates of {tile} px, {magnitudes.shape[1]} tensors, medians of {arguments.repeats} seeds")
     print("tiles  choice             largest  mean dist.  range mean  range worst  tiles beyond it")
     for count in arguments.counts:
-        choices: dict[str, Callable[[int], Any]] = {
-            "random": lambda seed, n=count: np.random.default_rng(seed).choice(len(points), n, replace=False)
-        }
-        for extremes in (0.0, 0.25, 0.5, 1.0):
-            choices[f"{extremes:4.0%} extremes"] = lambda seed, n=count, part=extremes: [
-                tile.index for tile in choose(points, n, everything, seed, extremes=part)
-            ]
-        for name, choice in choices.items():
-            row = np.median([judged(points, magnitudes, choice(seed)) for seed in range(arguments.repeats)], axis=0)
+        for extremes in (None, 0.0, 0.25, 0.5, 1.0):
+            rows = []
+            for seed in range(arguments.repeats):
+                if extremes is None:
+                    chosen = np.random.default_rng(seed).choice(len(points), count, replace=False).tolist()
+                else:
+                    chosen = [one.index for one in choose(points, count, everything, seed, extremes=extremes)]
+                rows.append(judged(points, magnitudes, chosen))
+            name = "random" if extremes is None else f"{extremes:4.0%} extremes"
+            row = np.median(rows, axis=0)
             print(
                 f"{count:5}  {name:18} {row[0]:7.2f}  {row[1]:10.3f}  {row[2]:10.3f}  {row[3]:11.3f}  {row[4]:12.2f} %"
             )

@@ -51,7 +51,9 @@ def describe(tile: npt.NDArray[np.uint8]) -> Float:
     step = max(1, side // 2 // _SAMPLE)
     low, high = np.percentile(planes[:, ::step, ::step], [2, 98], axis=(1, 2))
     planes -= means[:, None, None]  # so that differences of squares below keep their digits
-    light = tile[:, :side, :side].sum(axis=0, dtype=np.uint16).astype(np.float32)[None] / 3 - means[:1, None, None]
+    light: Float = (
+        tile[:, :side, :side].sum(axis=0, dtype=np.uint16).astype(np.float32)[None] / 3 - means[:1, None, None]
+    )
     power = _power(planes)
     finest = _power(light)
     amplitude = np.zeros((3, _LIGHT_BANDS))
@@ -101,7 +103,7 @@ def _pairs(planes: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return pairs
 
 
-def _power(planes: Float) -> npt.NDArray[np.float64]:
+def _power(planes: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Mean squares, ``[C]``."""
     power: npt.NDArray[np.float64] = np.square(planes).mean(axis=(1, 2), dtype=np.float64)
     return power

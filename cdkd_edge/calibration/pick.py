@@ -108,13 +108,18 @@ def _stratified(
     crowds: Callable[[int], Mask],
     strata_of: npt.NDArray[np.intp],
 ) -> list[Chosen]:
-    """Choose in each stratum as many as in the others; strata with few give their part to the others, rarest first."""
+    """Choose in each stratum as many as in the others; strata with few give their part to the others, rarest first.
+
+    What has no label is no class: it gets the part that it is of all.
+    """
     usable = usable.copy()
-    members = {int(label): np.flatnonzero(usable & (strata_of == label)) for label in np.unique(strata_of[usable])}
+    members = {int(label): int((usable & (strata_of == label)).sum()) for label in np.unique(strata_of[usable])}
+    by_size = sorted(members, key=lambda label: (label >= 0, members[label], label))
     chosen: list[Chosen] = []
-    by_size = sorted(members, key=lambda label: (len(members[label]), label))
     for position, label in enumerate(by_size):
         part = -(-(count - len(chosen)) // (len(by_size) - position))
+        if label < 0 and len(members) > 1:
+            part = max(1, round(count * members[label] / sum(members.values())))
         new = choose(points, part, usable & (strata_of == label), seed, crowds)
         chosen += new
         for tile in new:

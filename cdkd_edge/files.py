@@ -47,11 +47,16 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the folder exists (and is not to be replaced), or its parent cannot be written.
     """
-    path = Path(path)
+    # Behind a symbolic link it is the folder that is replaced, not the link.
+    path = Path(os.path.realpath(path)) if replace else Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     if not replace:
         _require_new(path)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        error.filename = str(path)  # the name that the user knows
+        raise
     try:
         yield temporary
         if replace and path.exists():

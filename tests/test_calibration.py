@@ -27,7 +27,7 @@ from cdkd_edge.calibration import generate
 from cdkd_edge.calibration.generate import CalibrateOptions, calibrate, default_folder, default_tile
 from cdkd_edge.calibration.sheet import small, thumbnail_side
 from cdkd_edge.calibration_set import CalibrationSet
-from cdkd_edge.errors import CdkdEdgeError, DatasetError, ManifestError, SceneError, UsageError
+from cdkd_edge.errors import DatasetError, ManifestError, SceneError, UsageError
 from cdkd_edge.scene.pipeline import SegmentOptions
 from cdkd_edge.scene.reader import SceneReader, Stretch
 from cdkd_edge.workspace import Workspace
@@ -496,6 +496,20 @@ def test_only_a_set_is_replaced(scenes: list[str], tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"set", "other", "mine", "file"}
 
 
+def test_folders_that_cannot_be_meant(scenes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="current folder"):
+        make(scenes, Path())
+    make(scenes, Path("set"))
+    with pytest.raises(UsageError, match="lie in set"):
+        make([str(Path("set") / "calibration")], Path("set"), overwrite=True, tile=32)
+    (tmp_path / "link").symlink_to("set")
+    make(scenes, Path("link"), overwrite=True, count=3)
+    assert (tmp_path / "link").is_symlink()
+    assert len(CalibrationSet.load(tmp_path / "set")) == 5
+    assert {path.name for path in tmp_path.iterdir()} == {"set", "link"}
+
+
 def test_a_failure_leaves_the_old_set(scenes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(make(scenes, tmp_path / "set").folder)
 
@@ -544,11 +558,11 @@ def test_defaults_of_a_workspace(tmp_path: Path, small_graph: Path) -> None:
         assert default_folder(space, arguments) == tmp_path / "engines" / "calibration" / name
 
 
-def test_a_read_only_folder(scenes: list[str], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(scenes: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r".") as caught:
+    with pytest.raises(OSError, match="Not a directory") as caught:
         make(scenes, tmp_path / "file" / "set")
-    assert not isinstance(caught.value, CdkdEdgeError)
+    assert caught.value.filename == str(tmp_path / "file" / "set")
 
 
 # --- the command ----------------------------------------------------------------------------------

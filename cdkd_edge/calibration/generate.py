@@ -119,9 +119,13 @@ def calibrate(
         OSError: the system refused to write.
     """
     replace = _replaceable(folder, overwrite)
+    paths = expand(scenes)
+    target = folder.resolve()
+    if any(Path(path).resolve().is_relative_to(target) for path in paths):
+        raise UsageError(f"some of the scenes lie in {folder}", hint="name another --output")
     with whole_folder(folder, replace=replace) as place:
         exclusions = Exclusions.of(options.exclude)
-        sources, notes, counts = _sources(expand(scenes), exclusions, options)
+        sources, notes, counts = _sources(paths, exclusions, options)
         label_maps = None if options.labels is None else LabelMaps(options.labels)
         scanning = ScanOptions(
             options.tile, options.seed, options.candidates, options.max_nodata, options.scene, options.skip_broken
@@ -145,6 +149,8 @@ def _replaceable(folder: Path, overwrite: bool) -> bool:
     """Whether there is something that may be replaced."""
     if not folder.exists():
         return False
+    if folder.resolve() == Path.cwd():
+        raise UsageError("the current folder cannot become a calibration set", hint="name one in it with --output")
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", hint="name another --output")
     if not any(folder.iterdir()):

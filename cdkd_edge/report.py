@@ -266,8 +266,8 @@ def describe_calibration(result: CalibrateResult) -> Report:
         ),
         (
             "chosen from",
-            f"{counts['candidates']} candidates: {counts['tiles_seen']} tiles of "
-            f"{counts['scenes'] - counts['scenes_excluded'] - counts['scenes_broken']} scenes"
+            f"{_plural(counts['candidates'], 'candidate')}: {_plural(counts['tiles_seen'], 'tile')} of "
+            f"{_plural(counts['scenes'] - counts['scenes_excluded'] - counts['scenes_broken'], 'scene')}"
             + (f", without {', '.join(passed_over)}" if passed_over else ""),
         ),
         ("scenes used", f"{len({tile.scene for tile in calibration})} for calibration"),
@@ -320,6 +320,10 @@ def _bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
                 )
             )
     return rows
+
+
+def _plural(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _in_brackets(count: int, text: str) -> str:

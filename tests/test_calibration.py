@@ -130,7 +130,7 @@ def test_a_single_tile(tmp_path: Path) -> None:
     path = str(write_raster(tmp_path / "one.tif", picture(TILE, TILE)))
     result = make([path], tmp_path / "set")
     assert len(result.manifest.tiles) == 1
-    assert any("0 tiles to check on instead of 2" in note for note in result.manifest.notes)
+    assert any("tiles to check on: 0 instead of 2" in note for note in result.manifest.notes)
     (tile,) = result.open().tiles()
     assert (tile == picture(TILE, TILE)).all()
 
@@ -212,7 +212,7 @@ def test_border_without_a_nodata_value(tmp_path: Path) -> None:
 
 def test_nothing_usable_says_why(tmp_path: Path) -> None:
     path = str(write_raster(tmp_path / "flat.tif", np.full((3, TILE, 2 * TILE), 9, np.uint8)))
-    with pytest.raises(DatasetError, match="none of 2 tiles of 1 scenes can be used: 2 blank"):
+    with pytest.raises(DatasetError, match="none of 2 tiles can be used: 2 blank"):
         make([path], tmp_path / "set")
     empty = str(write_raster(tmp_path / "empty.tif", np.zeros((3, TILE, TILE), np.uint8), nodata=0))
     with pytest.raises(DatasetError, match="1 nodata") as caught:

@@ -225,7 +225,7 @@ def _require_some(candidates: Candidates, counts: Counter[str]) -> None:
         raise SceneError(f"no scene can be read; the first: {candidates.broken[0]}")
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(candidates.skipped.items()) if count)
     raise DatasetError(
-        f"none of {candidates.scanned} tiles of {counts['scenes']} scenes can be used: {reasons}",
+        f"none of {candidates.scanned} tiles can be used: {reasons}",
         hint="--max-nodata says how much of a tile may have no data" if candidates.skipped["nodata"] else None,
     )
 

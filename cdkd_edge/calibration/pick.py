@@ -64,10 +64,13 @@ def pick_tiles(candidates: Candidates, count: int, check: int, seed: int, label_
         free &= ~touches(tile.index)
     checks = _stratified(points, wanted_check, free, seed, touches, strata_of)
     if len(calibration) < count:
-        notes.append(f"{len(calibration)} tiles for calibration instead of {count}: no more differ enough")
+        notes.append(
+            f"tiles for calibration: {len(calibration)} instead of {count}; "
+            "the others overlap those, or are kept to check on"
+        )
     if len(checks) < check:
         notes.append(
-            f"{len(checks)} tiles to check on instead of {check}: no more are clear of those for calibration "
+            f"tiles to check on: {len(checks)} instead of {check}; no more are clear of those for calibration "
             "(fewer of those, or more scenes, leave room)"
         )
     kinds, shares = _kinds(points, min(KINDS, len(calibration)), seed)
@@ -86,7 +89,7 @@ def pick_tiles(candidates: Candidates, count: int, check: int, seed: int, label_
 
     reflected = sum(bool((candidates.place[tile.index] < 0).any()) for tile in (*calibration, *checks))
     if reflected:
-        notes.append(f"{reflected} tiles are larger than their scenes, completed by reflection as `segment` does")
+        notes.append(f"tiles larger than their scenes, completed by reflection as `segment` does: {reflected}")
     method = _method(points, [tile.index for tile in calibration], seed, stratified=candidates.labels is not None)
     return Pick(described(calibration), described(checks), shares, method, tuple(notes))
 

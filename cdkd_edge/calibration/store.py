@@ -123,9 +123,10 @@ def _sheet(name: str, manifest: SetManifest, pick: Pick, pictures: dict[int, npt
         for reason in ("nodata", "blank", "excluded", "near_duplicate")
         if counts.get(reason)
     )
+    seen = counts["scenes"] - counts["scenes_excluded"] - counts["scenes_broken"]
     lines = (
         f"{manifest.tile} x {manifest.tile} px, seed {manifest.seed}; from {counts['candidates']} candidates "
-        f"({counts['tiles_seen']} tiles of {counts['scenes']} scenes looked at{left_out})",
+        f"(tiles looked at: {counts['tiles_seen']}, scenes: {seen}{left_out})",
         f"distance of a candidate from the nearest tile: mean {coverage['mean_distance']:.2f}, "
         f"largest {coverage['largest_distance']:.2f} (random choice: {coverage['random_mean_distance']:.2f}, "
         f"{coverage['random_largest_distance']:.2f})",

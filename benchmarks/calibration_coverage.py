@@ -19,9 +19,10 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
-from cdkd_edge.calibration.candidates import Candidates, ScanOptions, scan, without_duplicates
+from cdkd_edge.calibration.candidates import Candidates, ScanOptions, scan
 from cdkd_edge.calibration.choose import choose, radius
 from cdkd_edge.calibration.describe import standardised
+from cdkd_edge.calibration.duplicates import without_duplicates
 from cdkd_edge.calibration.scenes import expand, measure
 from cdkd_edge.manifest import GraphManifest, read_manifest
 from cdkd_edge.scene.grid import Span

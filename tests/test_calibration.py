@@ -22,8 +22,8 @@ from calibration_helpers import TILE, archive, contents, crop, make, picture
 from PIL import Image
 from scene_helpers import names_in, sparse_raster, write_raster
 
-from cdkd_edge.calibration import candidates as candidates_module
-from cdkd_edge.calibration import generate
+from cdkd_edge.calibration import duplicates, generate
+from cdkd_edge.calibration.candidates import Candidates
 from cdkd_edge.calibration.generate import CalibrateOptions, calibrate, default_folder, default_tile
 from cdkd_edge.calibration.sheet import small, thumbnail_side
 from cdkd_edge.calibration_set import CalibrationSet
@@ -172,7 +172,7 @@ def test_many_near_duplicates_are_found_across_chunks(monkeypatch: pytest.Monkey
     generator = np.random.default_rng(0)
     base = generator.uniform(0, 255, (70, 192))
     thumbnails = np.concatenate([base, base + generator.normal(0, 0.3, base.shape)])[generator.permutation(140)]
-    seen = candidates_module.Candidates(
+    seen = Candidates(
         [],
         np.zeros(140, np.int32),
         np.arange(280, dtype=np.int32).reshape(140, 2),
@@ -181,9 +181,9 @@ def test_many_near_duplicates_are_found_across_chunks(monkeypatch: pytest.Monkey
         [str(index) for index in range(140)],
     )
     for chunk in (1, 7, 64, 1000):
-        monkeypatch.setattr(candidates_module, "_CHUNK", chunk)
+        monkeypatch.setattr(duplicates, "_CHUNK", chunk)
         seen.skipped.clear()
-        kept = candidates_module.without_duplicates(seen)
+        kept = duplicates.without_duplicates(seen)
         assert (len(kept), seen.skipped["near_duplicate"]) == (70, 70)
 
 

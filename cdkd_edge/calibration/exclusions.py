@@ -9,7 +9,7 @@ An evaluation set is given as any of
 
 A scene is of the evaluation set if it has the name (without folder and suffix) or the content of one of its images. A
 tile is of it if its pixels are those of one of its tiles, if it overlaps one of its windows, or if it is a
-near-duplicate of a tile cut from one of its images (:mod:`.candidates` compares those).
+near-duplicate of a tile cut from one of its images (:mod:`.duplicates` compares those).
 """
 
 from __future__ import annotations

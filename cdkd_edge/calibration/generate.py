@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cdkd_edge.calibration.candidates import Candidates, Progress, ScanOptions, scan, without_duplicates
+from cdkd_edge.calibration.candidates import Candidates, Progress, ScanOptions, scan
 from cdkd_edge.calibration.classes import LabelMaps
+from cdkd_edge.calibration.duplicates import without_duplicates
 from cdkd_edge.calibration.exclusions import Exclusions
 from cdkd_edge.calibration.pick import Pick, pick_tiles
 from cdkd_edge.calibration.scenes import Source, expand, measure

@@ -154,5 +154,4 @@ def _sheet(name: str, manifest: SetManifest, pick: Pick, pictures: dict[int, npt
 
 
 def _detail(record: TileRecord) -> str:
-    what = record.why if record.stratum is None else f"{record.stratum}, {record.why}"
-    return f"{record.x}, {record.y}   {what} {record.represents}"
+    return f"{record.x}, {record.y}   {record.stratum or record.why} {record.represents}"

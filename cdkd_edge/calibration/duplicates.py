@@ -10,7 +10,8 @@ from cdkd_edge.calibration.describe import THUMBNAIL
 
 _SAME_FLOOR, _SAME_SHARE = 0.5, 0.15
 """Thumbnails are the same if they differ, root mean square, by less than half a grey level + 15 % of their contrast.
-The first is what another JPEG quality changes, the second what a shift by a hundredth of the tile changes."""
+On 512 px tiles of the Dubai images JPEG at quality 50 changes at most half a grey level (median 0.34), and a shift by
+a hundredth of the tile another 10 % of the contrast, in the median; by a fiftieth 23 %."""
 
 _CHUNK = 256
 
@@ -19,7 +20,7 @@ def without_duplicates(candidates: Candidates, evaluation: npt.NDArray[np.float1
     """Candidates without those that look like an earlier one, or like a tile of an evaluation set.
 
     Args:
-        candidates: from :func:`scan`.
+        candidates: from :func:`.candidates.scan`.
         evaluation: thumbnails of the evaluation set's tiles, ``[M, 192]``.
     """
     if not len(candidates):

@@ -25,7 +25,9 @@ def calibrate(
     scenes: Annotated[list[str], typer.Argument(help="Rasters, folders of rasters, or patterns in quotes.")],
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Folder of the set. Default: engines/calibration/<scene or folder>."),
+        typer.Option(
+            "--output", "-o", help="Folder of the set. Default: engines/calibration/NAME, after the scene or folder."
+        ),
     ] = None,
     count: Annotated[int, typer.Option(help="Tiles for calibration.", min=1)] = 64,
     check: Annotated[int, typer.Option(help="Tiles kept apart, to judge the quantised graph on.", min=0)] = 8,

@@ -122,7 +122,7 @@ class SystemRefusalError(CdkdEdgeError, OSError):
 
 
 class DatasetError(CdkdEdgeError, ValueError):
-    """Images and masks do not belong together, cannot be read, or leave nothing to train or judge on."""
+    """Images and masks do not belong together, cannot be read, or leave nothing to train, calibrate or judge on."""
 
     exit_code = 13
 

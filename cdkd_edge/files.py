@@ -39,20 +39,31 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Like :func:`whole_file`, for a folder that must not exist yet: it appears when the block succeeds.
 
+    With ``replace``, what is there until then makes room at the last moment, and comes back if that fails.
+
     Raises:
-        OSError: the folder exists, or its parent cannot be written.
+        OSError: the folder exists (and is not to be replaced), or its parent cannot be written.
     """
-    path = Path(path)
+    # Behind a symbolic link it is the folder that is replaced, not the link.
+    path = Path(os.path.realpath(path)) if replace else Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    _require_new(path)
-    temporary.mkdir(parents=True)
+    if not replace:
+        _require_new(path)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        error.filename = str(path)  # the name that the user knows
+        raise
     try:
         yield temporary
-        _require_new(path)
-        os.replace(temporary, path)
+        if replace and path.exists():
+            _swap(temporary, path)
+        else:
+            _require_new(path)
+            os.replace(temporary, path)
         _sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -77,6 +88,18 @@ def sha256_of(path: Path) -> str:
 def _require_new(path: Path) -> None:
     if path.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    """Put ``temporary`` in the place of the folder ``path``, and remove that."""
+    old = path.with_name(f"{temporary.name}.old")
+    os.replace(path, old)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

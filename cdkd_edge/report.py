@@ -7,6 +7,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cdkd_edge.accuracy.parity import Delta, Parity
     from cdkd_edge.accuracy.subject import Subject
     from cdkd_edge.benchmarks.bench import BenchSummary
+    from cdkd_edge.calibration.generate import CalibrateResult
     from cdkd_edge.demo.run import DemoResult
     from cdkd_edge.export.pipeline import ExportResult
     from cdkd_edge.manifest import EngineManifest
@@ -316,6 +318,49 @@ def describe_finetune(result: FinetuneResult) -> Report:
     return Report(f"checkpoint {result.checkpoint}", tuple(rows), data)
 
 
+def describe_calibration(result: CalibrateResult) -> Report:
+    """``cdkd-edge calibrate``."""
+    from cdkd_edge.calibration_set import SHEET_FILE
+
+    manifest, counts, coverage = result.manifest, result.manifest.counts, result.manifest.method["coverage"]
+    calibration, check = manifest.of_role("calibration"), manifest.of_role("check")
+    passed_over = [
+        f"{counts[reason]} {name}"
+        for reason, name in (
+            ("nodata", "without data"),
+            ("blank", "blank"),
+            ("excluded", "of an evaluation set"),
+            ("near_duplicate", "near-duplicates"),
+        )
+        if counts.get(reason)
+    ]
+    strata = Counter(tile.stratum for tile in calibration if tile.stratum is not None)
+    rows = [
+        (
+            "tiles",
+            f"{len(calibration)} for calibration, {len(check)} to check on, {manifest.tile} x {manifest.tile} px",
+        ),
+        (
+            "chosen from",
+            f"{_plural(counts['candidates'], 'candidate')}: {_plural(counts['tiles_seen'], 'tile')} of "
+            f"{_plural(counts['scenes'] - counts['scenes_excluded'] - counts['scenes_broken'], 'scene')}"
+            + (f", without {', '.join(passed_over)}" if passed_over else ""),
+        ),
+        ("scenes used", f"{len({tile.scene for tile in calibration})} for calibration"),
+        *((("classes", ", ".join(f"{name} {count}" for name, count in sorted(strata.items()))),) if strata else ()),
+        (
+            "coverage",
+            f"a candidate's distance from the nearest tile: mean {coverage['mean_distance']:.2f}, largest "
+            f"{coverage['largest_distance']:.2f} (random choices: {coverage['random_mean_distance']:.2f}, "
+            f"{coverage['random_largest_distance']:.2f})",
+        ),
+        *(("note", note) for note in manifest.notes),
+        ("look at", str(result.folder / SHEET_FILE)),
+    ]
+    data = {"path": str(result.folder), "manifest": _plain(manifest)}
+    return Report(f"calibration set {result.folder}", tuple(rows), data)
+
+
 def _percent(value: float | None) -> str:
     """A score of 0..1, which may be missing."""
     return "none" if value is None or math.isnan(value) else f"{100 * value:.2f} %"
@@ -351,6 +396,10 @@ def _bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
                 )
             )
     return rows
+
+
+def _plural(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _in_brackets(count: int, text: str) -> str:

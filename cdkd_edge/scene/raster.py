@@ -51,6 +51,11 @@ def gdal(doing: str) -> Iterator[None]:
             raise SceneError(f"{doing} failed: GDAL takes only names in UTF-8") from None
 
 
+def is_gdal_name(name: str) -> bool:
+    """Whether a name is one of GDAL's own and not a file's: a URL, a subdataset, a file inside an archive."""
+    return _GDAL_NAME.match(name) is not None
+
+
 def open_scene(path: str | Path) -> Any:
     """Open a raster for reading.
 
@@ -58,7 +63,7 @@ def open_scene(path: str | Path) -> Any:
         SceneError: there is no such file, or GDAL does not know its format.
     """
     name = str(path)
-    if not _GDAL_NAME.match(name) and not Path(name).is_file():
+    if not is_gdal_name(name) and not Path(name).is_file():
         raise SceneError(f"scene {name} {'is not a file' if Path(name).exists() else 'does not exist'}")
     try:
         with gdal(f"opening {name}"):

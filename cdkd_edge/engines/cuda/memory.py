@@ -11,7 +11,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from cdkd_edge.engines.cuda.driver import CudaDriver
+from cdkd_edge.engines.protocol import UInt8Array
+
+_NOTHING: UInt8Array = np.empty(0, np.uint8)
 
 
 class Gpu:
@@ -42,8 +47,13 @@ class Gpu:
 class Buffer:
     """A uint8 array that the GPU can read and write.
 
-    Its array stays valid for whoever still holds it after :meth:`close`.
+    An array of it stays valid for whoever still holds it after :meth:`close`.
     """
+
+    array: UInt8Array
+    """The content; empty after :meth:`close`."""
+    pointer: int
+    """Where the GPU sees it; 0 after :meth:`close`."""
 
     def __init__(self, gpu: Gpu, shape: Sequence[int], *, mapped: bool | None = None) -> None:
         """Allocate.
@@ -61,9 +71,14 @@ class Buffer:
         self._device: Any = None
         with gpu.current():
             self.array, self.pointer = gpu.driver.host_array(shape, mapped=self.mapped)
-            if not self.mapped:
+            if self.mapped:
+                return
+            try:
                 self._device = gpu.driver.device_alloc(self.array.nbytes)
-                self.pointer = gpu.driver.pointer(self._device)
+            except BaseException:
+                self.array = _NOTHING
+                raise
+            self.pointer = gpu.driver.pointer(self._device)
 
     def upload(self, stream: Stream) -> None:
         """Start making the array's content visible to the GPU."""
@@ -81,11 +96,15 @@ class Buffer:
             self._gpu.driver.fill(self.pointer, value, self.array.nbytes, stream.raw)
 
     def close(self) -> None:
-        """Free the device's memory; twice is once."""
+        """Free the memory, but for an array that somebody holds; twice is once."""
+        if not self.pointer:
+            return
         device, self._device = self._device, None
         self.pointer = 0
-        if device is not None:
-            with self._gpu.current():
+        with self._gpu.current():
+            # Here and not with the object: PyCUDA may be unable to free it where its context is not current.
+            self.array = _NOTHING
+            if device is not None:
                 self._gpu.driver.device_free(device)
 
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from cdkd_edge.engines.cuda.memory import Buffer, Gpu, Stream
 from cdkd_edge.engines.protocol import UInt8Array
-from cdkd_edge.engines.tensorrt.deserialise import IMAGE, LABELS, Contexts, Deserialised, deserialise, rebuild_hint
 from cdkd_edge.engines.tensorrt.listen import Listener, LogTo
+from cdkd_edge.engines.tensorrt.loaded import IMAGE, LABELS, LoadedEngine
 from cdkd_edge.errors import EngineError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.manifest import EngineManifest
@@ -73,7 +73,7 @@ class TensorRTEngine:
         self.no_graph: str | None = None if cuda_graph else "not asked for"
         """Why tiles are not launched through a CUDA graph; None where they are."""
         self._slots: list[_Slot] = []
-        self._loaded: Deserialised | None = None
+        self._loaded: LoadedEngine | None = None
         self._blank: UInt8Array = np.full((self.batch, self.tile, self.tile), NO_LABEL, np.uint8)
         self._blank.flags.writeable = False
         log_to: LogTo | None = None
@@ -85,37 +85,31 @@ class TensorRTEngine:
 
             gpu = open_gpu()
         self.gpu = gpu
+        self._listener = Listener(log_to)
+        self._loaded = LoadedEngine(path, manifest, tensorrt, self._listener)
         try:
-            self._load(path, tensorrt, Listener(log_to), slots, runtime_cache)
+            with gpu.current():
+                self._load(slots, runtime_cache)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, path: Path, tensorrt: Any, listener: Listener, slots: int, cache: Path | None) -> None:
-        with self.gpu.current():
-            loaded = self._loaded = deserialise(path, self.manifest, tensorrt, listener)
-            contexts = Contexts(loaded.engine, cache)
-
-            def no_context() -> EngineError:
-                return EngineError(
-                    f"{tensorrt.name} cannot prepare {path} ({loaded.scratch_bytes >> 20} MiB of scratch memory)"
-                    f"{listener.said()}",
-                    hint=f"it is usually too little free GPU memory; else {rebuild_hint(self.manifest)}",
-                )
-
-            free, _ = self.gpu.driver.memory()
-            for _ in range(affordable_slots(slots, loaded.scratch_bytes, free)):
-                with listener:
-                    context = contexts.make(no_context)
-                self._slots.append(_Slot(self.gpu, context, self.manifest, listener))
-            self.slots = len(self._slots)
-            for slot in self._slots:
-                # Also needed before a capture: the first run settles what TensorRT left for it.
-                slot.launch()
-                slot.wait()
-                slot.labels.array.fill(NO_LABEL)
-            contexts.save()
-            self._capture()
+    def _load(self, slots: int, runtime_cache: Path | None) -> None:
+        loaded = self._loaded
+        assert loaded is not None
+        loaded.load(runtime_cache)
+        free, _ = self.gpu.driver.memory()
+        for _ in range(affordable_slots(slots, loaded.scratch_bytes, free)):
+            self._slots.append(_Slot(self.gpu, self.manifest, self._listener))
+            self._slots[-1].prepare(loaded)
+        for slot in self._slots:
+            # Also needed before a capture: the first run settles what TensorRT left for it.
+            slot.launch()
+            slot.wait()
+            slot.labels.array.fill(NO_LABEL)
+        loaded.save_cache()
+        self._capture()
+        self.slots = len(self._slots)
 
     def _capture(self) -> None:
         if self.no_graph is None:
@@ -170,12 +164,12 @@ class TensorRTEngine:
         # After an error that cost the context, nothing can be freed any more and every call says so again.
         with contextlib.suppress(EngineError), self.gpu.current():
             for slot in slots:
-                slot.stop()
+                if slot.running:
+                    slot.stop()
             for slot in slots:
                 slot.release()
             if loaded is not None:
-                loaded.engine = None
-                loaded.runtime = None
+                loaded.close()
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
@@ -191,11 +185,11 @@ class TensorRTEngine:
 class _Slot:
     """One batch on its way. Methods are called while the GPU's context is current."""
 
-    def __init__(self, gpu: Gpu, context: Any, manifest: EngineManifest, listener: Listener) -> None:
+    def __init__(self, gpu: Gpu, manifest: EngineManifest, listener: Listener) -> None:
         n, side = manifest.batch, manifest.tile
         self.running = False
         """Launched and not waited for: the GPU may write to the labels at any moment."""
-        self.context = context
+        self.context: Any = None
         self._listener = listener
         with contextlib.ExitStack() as undo:
             self.image = Buffer(gpu, (n, 3, side, side))
@@ -203,13 +197,16 @@ class _Slot:
             self.labels = Buffer(gpu, (n, side, side))
             undo.callback(self.labels.close)
             self.stream = Stream(gpu)
-            undo.callback(self.stream.close)
-            self.image.array.fill(0)
-            self.labels.array.fill(NO_LABEL)
-            for name, buffer in ((IMAGE, self.image), (LABELS, self.labels)):
-                if not context.set_tensor_address(name, buffer.pointer):
-                    raise EngineError(f"TensorRT refuses the buffer for {name}{listener.said()}")
             undo.pop_all()
+        self.image.array.fill(0)
+        self.labels.array.fill(NO_LABEL)
+
+    def prepare(self, loaded: LoadedEngine) -> None:
+        """Make the execution context and tell it the buffers."""
+        self.context = loaded.new_context()
+        for name, buffer in ((IMAGE, self.image), (LABELS, self.labels)):
+            if not self.context.set_tensor_address(name, buffer.pointer):
+                raise EngineError(f"TensorRT refuses the buffer for {name}")
 
     def enqueue(self) -> None:
         """Put one run into the stream."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -62,6 +63,8 @@ class PyCudaDriver:
         self._call("starting CUDA", self._cuda.init)
         self._device = self._call(f"finding GPU {ordinal}", self._cuda.Device, ordinal)
         self._context = self._call("using the GPU's primary context", self._device.retain_primary_context)
+        # Never to be destroyed: PyCUDA's destructor would detach the primary context as if it were another.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._context))
 
     def _call(self, doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -111,10 +114,21 @@ class PyCudaDriver:
         flags = kinds.PORTABLE | (kinds.DEVICEMAP if mapped else 0)
         doing = f"allocating {int(np.prod(shape))} bytes of page-locked memory"
         array: UInt8Array = self._call(doing, self._cuda.pagelocked_empty, tuple(shape), np.uint8, "C", flags)
-        if not mapped:
-            return array, 0
         memory: Any = array.base  # PyCUDA's owner of the memory
-        return array, int(self._call("mapping page-locked memory to the GPU", memory.get_device_pointer))
+        pointer = int(self._call("mapping page-locked memory to the GPU", memory.get_device_pointer)) if mapped else 0
+        del memory
+        return np.asarray(_PageLocked(self, array)), pointer
+
+    def free_host(self, last: list[UInt8Array]) -> None:
+        """Drop the last reference to page-locked memory, in any thread, where PyCUDA can free it."""
+        try:
+            self._context.push()
+        except self._cuda.Error:  # lost: there is nothing left to free
+            return
+        try:
+            last.clear()
+        finally:
+            self._context.pop()
 
     def device_alloc(self, size: int) -> Any:
         """See the protocol."""
@@ -186,6 +200,14 @@ class PyCudaDriver:
 
     def graph_destroy(self, graph: Any) -> None:
         """PyCUDA has none."""
+
+
+class _PageLocked:
+    """Owner of page-locked memory; arrays made over it keep it alive. PyCUDA's own could not free it in any thread."""
+
+    def __init__(self, driver: PyCudaDriver, array: UInt8Array) -> None:
+        self.__array_interface__ = array.__array_interface__
+        weakref.finalize(self, driver.free_host, [array]).atexit = False
 
 
 @functools.cache

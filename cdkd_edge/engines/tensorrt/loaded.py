@@ -142,5 +142,4 @@ class LoadedEngine:
 
 def rebuild_hint(manifest: EngineManifest) -> str:
     """The command that makes the engine anew."""
-    option = f" --{manifest.precision}" if manifest.precision in ("fp16", "int8") else ""
-    return f"build it again from {manifest.graph.file}: cdkd-edge build{option}"
+    return f"build it again here from {manifest.graph.file}: cdkd-edge build --{manifest.precision} --runtime tensorrt"

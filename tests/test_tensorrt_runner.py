@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
+import sys
 import threading
 import tracemalloc
+from types import SimpleNamespace
 
+import cuda_fakes
 import numpy as np
 import pytest
 from cuda_fakes import SHAPES, CUresult, FakeTensorRT, World, driver_over
 
+from cdkd_edge.engines.cuda import api as cuda_api
 from cdkd_edge.engines.cuda.memory import Gpu
+from cdkd_edge.engines.load import load_engine
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.tensorrt.runner import SLOTS, TensorRTEngine, affordable_slots
-from cdkd_edge.errors import EngineError
+from cdkd_edge.errors import EngineError, ManifestError
 from cdkd_edge.labels import NO_LABEL, load_schema
-from cdkd_edge.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing
+from cdkd_edge.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing, write_manifest
 
 SIDE = 8
 
@@ -539,6 +545,95 @@ def test_fewer_slots_where_memory_is_short(tmp_path):
     assert engine.slots == 2
     engine.close()
     bench.assert_clean()
+
+
+# --- through load_engine --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(discrete, monkeypatch):
+    """A TensorRT and a CUDA binding that are 'installed'; what the check before loading was given."""
+    asked = []
+
+    @contextlib.contextmanager
+    def log_to(sink):
+        discrete.trt.sink = sink
+        yield
+        discrete.trt.sink = None
+
+    folder = "cdkd_edge.engines.tensorrt"
+    for name, functions in {
+        "api": {"find_tensorrt": lambda: discrete.trt, "log_to": log_to},
+        "device": {"find_gpu": lambda: "this GPU"},
+        "loadable": {"require_loadable": lambda *arguments: asked.append(arguments)},
+    }.items():
+        monkeypatch.setitem(sys.modules, f"{folder}.{name}", SimpleNamespace(**functions))
+    monkeypatch.setattr(cuda_api, "BINDINGS", {"cuda-python": lambda ordinal: discrete.gpu.driver})
+    monkeypatch.setattr(cuda_api, "_open", {})
+    monkeypatch.delenv(cuda_api.VARIABLE, raising=False)
+    return asked
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_load_engine_finds_the_runner(discrete, installed, runtime):
+    manifest = dataclasses.replace(manifest_of(discrete.path), runtime=runtime)
+    write_manifest(discrete.path, manifest)
+    engine = load_engine(discrete.path)
+    assert isinstance(engine, TensorRTEngine)
+    assert installed == [(manifest, discrete.trt, "this GPU")]
+    assert (segment_tiles(engine, tiles_of(4)) == FakeTensorRT.labels_of(tiles_of(4))).all()
+    engine.close()
+    discrete.assert_clean()
+
+
+def test_a_foreign_engine_never_reaches_tensorrt(discrete, installed, monkeypatch):
+    write_manifest(discrete.path, manifest_of(discrete.path))
+
+    def refuse(*_):
+        raise EngineError("it was built by another TensorRT")
+
+    monkeypatch.setattr(sys.modules["cdkd_edge.engines.tensorrt.loadable"], "require_loadable", refuse)
+    with pytest.raises(EngineError, match="another TensorRT"):
+        load_engine(discrete.path)
+    assert "cuMemHostAlloc" not in discrete.world.calls
+    discrete.assert_clean()
+
+
+def test_a_damaged_file_is_found_by_its_hash(discrete, installed):
+    write_manifest(discrete.path, manifest_of(discrete.path))
+    discrete.path.write_bytes(b"an engine, damaged")
+    with pytest.raises(ManifestError, match="SHA-256"):
+        load_engine(discrete.path)
+    assert not installed
+
+
+def test_what_tensorrt_logs_becomes_the_message(discrete, installed):
+    write_manifest(discrete.path, manifest_of(discrete.path))
+    engine = load_engine(discrete.path)
+    said = [("warning", "slow"), ("error", "IExecutionContext::enqueueV3:\n Error Code 1: Cask"), ("verbose", "x")]
+
+    def refuse(stream):
+        for line in said:
+            discrete.trt.sink(*line)
+        return False
+
+    discrete.trt.refuse = refuse
+    with engine.gpu.current():
+        engine._slots[0].stream.forget()
+    with pytest.raises(EngineError) as caught:
+        engine.launch(0)
+    assert str(caught.value) == "TensorRT failed on a tile: IExecutionContext::enqueueV3: Error Code 1: Cask"
+    assert discrete.trt.sink is None
+    engine.close()
+
+
+def test_an_engine_that_cannot_be_captured_runs_without(discrete, monkeypatch):
+    monkeypatch.setattr(cuda_fakes._Context, "is_stream_capturable", lambda self, stream: False, raising=False)
+    engine = discrete.load()
+    assert "cannot be captured" in engine.no_graph
+    assert "cuStreamBeginCapture" not in discrete.world.calls
+    assert (segment_tiles(engine, tiles_of(4)) == FakeTensorRT.labels_of(tiles_of(4))).all()
+    engine.close()
 
 
 # --- TensorRT-RTX ---------------------------------------------------------------------------------

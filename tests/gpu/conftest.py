@@ -1,7 +1,7 @@
 """Tests on a real GPU: ``make test-gpu``. Elsewhere, and in the ordinary run, all of them are skipped and say why.
 
-Environment, all optional: DATA, a labelled folder (default: drawn scenes); CHECKPOINT, a trained network
-(default: the bundled one); GRAPHS, a folder with its graphs (default: they are made).
+Environment, all optional: DATA, a labelled folder (default: drawn scenes); SCHEMA, how its masks encode classes;
+CHECKPOINT, a trained network (default: the bundled one); GRAPHS, a folder with its graphs (default: they are made).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def network(torch_cuda, checkpoint):
 
     torch_cuda.backends.cudnn.allow_tf32 = False
     torch_cuda.backends.cuda.matmul.allow_tf32 = False
-    labeller, _ = load_network(checkpoint, device="cuda", schema="dubai" if "DATA" not in os.environ else None)
+    labeller, _ = load_network(checkpoint, device="cuda", schema=None if os.environ.get("DATA") else "dubai")
     return labeller
 
 
@@ -95,7 +95,7 @@ def mean_iou(dataset):
     from cdkd_edge.accuracy.evaluate import data_schema, evaluate
 
     def judge(labeller):
-        schema = data_schema(dataset, os.environ.get("SCHEMA"), labeller.schema)
+        schema = data_schema(dataset, os.environ.get("SCHEMA") or None, labeller.schema)
         return evaluate(labeller, dataset, schema).matrix.mean_iou
 
     return judge

@@ -47,6 +47,7 @@ class TensorRTEngine:
         *,
         gpu: Gpu | None = None,
         tensorrt: Any = None,
+        log_to: LogTo | None = None,
         slots: int = SLOTS,
         cuda_graph: bool = True,
         runtime_cache: Path | None = None,
@@ -58,6 +59,7 @@ class TensorRTEngine:
             manifest: its manifest.
             gpu: where to run. Default: the first GPU, through the installed CUDA binding.
             tensorrt: what to run with (``module``, ``logger``, ``name``). Default: the TensorRT that is installed.
+            log_to: how to hear what that logs, for the messages of errors.
             slots: the most buffer slots to make.
             cuda_graph: launch through a CUDA graph where that is possible.
             runtime_cache: file in which TensorRT-RTX keeps what it compiled (TensorRT needs none). Default: none.
@@ -76,10 +78,8 @@ class TensorRTEngine:
         self._loaded: LoadedEngine | None = None
         self._blank: UInt8Array = np.full((self.batch, self.tile, self.tile), NO_LABEL, np.uint8)
         self._blank.flags.writeable = False
-        log_to: LogTo | None = None
         if tensorrt is None:
-            api = importlib.import_module("cdkd_edge.engines.tensorrt.api")
-            tensorrt, log_to = api.find_tensorrt(), api.log_to
+            tensorrt, log_to = _installed()
         if gpu is None:
             from cdkd_edge.engines.cuda.api import open_gpu
 
@@ -118,7 +118,7 @@ class TensorRTEngine:
             return
         try:
             for slot in self._slots:
-                slot.stream.capture(slot.enqueue)
+                slot.capture()
         except EngineError as error:
             self.no_graph = error.message
             for slot in self._slots:
@@ -218,6 +218,13 @@ class _Slot:
             raise EngineError(f"TensorRT failed on a tile{self._listener.said()}")
         self.labels.download(self.stream)
 
+    def capture(self) -> None:
+        """Record a run as a CUDA graph, for all launches to come."""
+        capturable = getattr(self.context, "is_stream_capturable", None)  # TensorRT-RTX knows in advance
+        if capturable is not None and not capturable(self.stream.handle):
+            raise EngineError("TensorRT says that this engine cannot be captured")
+        self.stream.capture(self.enqueue)
+
     def launch(self) -> None:
         if self.running:  # launched twice without waiting: the buffers are still in use
             self.stop()
@@ -258,6 +265,24 @@ class _Slot:
         for part in (self.stream, self.image, self.labels):
             with contextlib.suppress(EngineError):
                 part.close()
+
+
+def load_tensorrt_engine(path: Path, manifest: EngineManifest) -> TensorRTEngine:
+    """Load an engine with the installed TensorRT onto the first GPU, if it was built by the one for the other.
+
+    Raises:
+        EngineError: it was not, or as :class:`TensorRTEngine`.
+        ManifestError: the manifest does not say.
+    """
+    tensorrt, log_to = _installed()
+    gpu = importlib.import_module("cdkd_edge.engines.tensorrt.device").find_gpu()
+    importlib.import_module("cdkd_edge.engines.tensorrt.loadable").require_loadable(manifest, tensorrt, gpu)
+    return TensorRTEngine(path, manifest, tensorrt=tensorrt, log_to=log_to)
+
+
+def _installed() -> tuple[Any, LogTo]:
+    api = importlib.import_module("cdkd_edge.engines.tensorrt.api")
+    return api.find_tensorrt(), api.log_to
 
 
 def affordable_slots(wanted: int, scratch_bytes: int, free_bytes: int) -> int:

@@ -6,7 +6,7 @@ BOARD_PYTHON ?= python3.10
 BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-board lint lint-docker types peers dubai-model tiny-model clean
+.PHONY: demo test test-fast test-gpu test-board lint lint-docker types peers dubai-model tiny-model clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/cdkd-edge demo
@@ -18,6 +18,14 @@ test: lint types
 # Without the paper-size network.
 test-fast: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
+
+# On an NVIDIA GPU; without one everything is skipped and says why, and nothing has passed. Optional: DATA=labelled-folder
+# SCHEMA=name CHECKPOINT=file GRAPHS=folder. GPU_PYTHON=python3 runs it in an environment of your own: on a Jetson, or
+# where PyTorch and TensorRT are those of the system.
+GPU_PYTHON ?= $(VENV)/bin/python
+test-gpu: $(if $(filter $(VENV)/%,$(GPU_PYTHON)),$(VENV)/.gpu)
+	CDKD_EDGE_TEST_GPU=1 DATA="$(DATA)" SCHEMA="$(SCHEMA)" CHECKPOINT="$(CHECKPOINT)" GRAPHS="$(GRAPHS)" \
+		$(GPU_PYTHON) -m pytest tests/gpu
 
 # What a board needs: the package without torch, on BOARD_PYTHON.
 test-board: $(BOARD_VENV)/.tests
@@ -78,6 +86,10 @@ $(VENV)/.package: $(INPUTS)
 
 $(VENV)/.tests: $(VENV)/.package
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[export,test]'
+	touch $@
+
+$(VENV)/.gpu: $(VENV)/.tests
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[export,test,gpu]'
 	touch $@
 
 $(BOARD_VENV)/.tests: $(INPUTS)

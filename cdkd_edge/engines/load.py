@@ -25,4 +25,8 @@ def load_engine(path: Path, *, threads: int | None = None) -> Engine:
         from cdkd_edge.engines.cpu import CpuEngine
 
         return CpuEngine(path, manifest, threads)
+    if manifest.runtime in ("tensorrt", "tensorrt-rtx"):
+        from cdkd_edge.engines.tensorrt.runner import load_tensorrt_engine
+
+        return load_tensorrt_engine(path, manifest)
     raise EngineError(f"{path} needs the runtime {manifest.runtime!r}, which this release does not have")

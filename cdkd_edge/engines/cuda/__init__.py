@@ -1,0 +1,1 @@
+"""GPU memory, streams and graphs through whichever CUDA binding is installed."""

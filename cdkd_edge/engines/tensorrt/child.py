@@ -1,0 +1,372 @@
+"""The process that builds: TensorRT may be killed or crash here without taking the caller along.
+
+``python -m cdkd_edge.engines.tensorrt.child`` reads one JSON request (:class:`BuildRequest`) from stdin, writes the engine to the
+path it names, and answers on stdout with JSON lines, each with an ``event``:
+
+- ``started``: kind and version of TensorRT, GPU, workspace limit;
+- ``parsed``: inputs and outputs, and how many attention blocks (softmaxes) the network has;
+- ``phase`` with ``name``, ``parent``, ``steps``; ``step`` with ``name``, ``done``: from TensorRT's progress monitor;
+- ``log`` with ``severity`` and ``text``;
+- the last one: ``finished`` with what the manifest needs, or ``failed`` with ``reason``, ``message``, ``hint``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from cdkd_edge.engines.tensorrt import timing
+from cdkd_edge.engines.tensorrt.api import TENSORRT_RTX, TensorRT, find_tensorrt, log_to
+from cdkd_edge.engines.tensorrt.device import Gpu, NoGpu, find_gpu
+from cdkd_edge.engines.tensorrt.memory import default_workspace
+from cdkd_edge.engines.tensorrt.operators import ParserComplaint, explain
+from cdkd_edge.errors import CdkdEdgeError, EngineError, SystemRefusalError
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+_STEP_EVERY_S = 0.1
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|insufficient memory|Could not find any implementation|MemoryAllocation|bad_alloc"
+    r"|Requested amount of GPU memory|MEM_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+"""In TensorRT's error lines. The third is what it says when no kernel fits into what is left."""
+
+
+class BuilderMemoryError(EngineError):
+    """There was not enough memory to build."""
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What the parent asks for."""
+
+    graph: str
+    destination: str
+    precision: str
+    workspace_bytes: int | None
+    optimization_level: int | None
+    timing_cache: bool
+    sparse: bool
+    weakly_typed: bool
+    targets: tuple[str, ...]
+    verbose: bool
+
+
+class Answers:
+    """JSON lines to the parent, from any thread."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._lock = stream, threading.Lock()
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Write one line."""
+        line = json.dumps({"event": event, **fields})
+        with self._lock:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+
+class _Log:
+    """Where TensorRT's lines go: to the parent as far as it cares, and what is needed of them is kept."""
+
+    def __init__(self, answers: Answers, verbose: bool) -> None:
+        self._answers, self._verbose = answers, verbose
+        self.errors: list[str] = []
+        self.layer_lines: list[str] = []
+
+    def __call__(self, severity: str, text: str) -> None:
+        if severity == "error":
+            self.errors.append(text)
+        if "LayerType:" in text or "Memory:" in text:
+            self.layer_lines.append(text)
+        if self._verbose or severity in ("error", "warning"):
+            self._answers.send("log", severity=severity, text=text)
+
+    def failure(self, api: TensorRT, doing: str) -> EngineError:
+        """The error for a step that TensorRT did not do, from what it logged."""
+        if any(_OUT_OF_MEMORY.search(line) for line in self.errors):
+            return BuilderMemoryError(f"out of memory {doing}")
+        said = " ".join(self.errors[0].split())[:300] if self.errors else "it does not say why"
+        return EngineError(f"{api.name} failed {doing}: {said}", hint="--verbose shows all that it logs")
+
+
+def compile_engine(request: BuildRequest, answers: Answers) -> dict[str, Any]:
+    """Parse, build, write the engine; return the fields of ``finished``.
+
+    Raises:
+        EngineError: TensorRT refuses the options, the graph, or runs out of memory.
+        OSError: the engine cannot be written.
+    """
+    api = find_tensorrt()
+    gpu = find_gpu()
+    log = _Log(answers, request.verbose)
+    with log_to(log):
+        builder: trt.Builder = api.module.Builder(api.logger)
+        network = _create_network(api, builder, request)
+        config = builder.create_builder_config()
+        _set_targets(api, config, request.targets, gpu)
+        workspace = _configure(api, config, request, gpu)
+        answers.send(
+            "started",
+            kind=api.kind,
+            version=api.version,
+            gpu=None if isinstance(gpu, NoGpu) else dataclasses.asdict(gpu),
+            workspace_bytes=workspace,
+        )
+        _parse(api, network, Path(request.graph))
+        answers.send("parsed", tensors=_tensors(network), attention_blocks=_attention_blocks(api, network))
+        monitor = _monitor(api, answers)
+        config.progress_monitor = monitor
+        cache = _TimingCache(api, config, gpu) if request.timing_cache and not request.targets else None
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise log.failure(api, "while building")
+        if cache:
+            cache.keep()
+        Path(request.destination).write_bytes(plan)
+        inspector = scratch = None
+        if not request.targets and isinstance(gpu, Gpu):
+            inspector, scratch = _inspect(api, plan, log)
+    return {
+        "flags": _flags(api, config),
+        "optimization_level": config.builder_optimization_level,
+        "timing_cache": bool(cache and cache.used),
+        "inspector": inspector,
+        "scratch_bytes": scratch,
+        "layer_lines": log.layer_lines,
+        "notes": cache.notes if cache else [],
+    }
+
+
+def _create_network(api: TensorRT, builder: trt.Builder, request: BuildRequest) -> trt.INetworkDefinition:
+    flags = 0
+    if request.weakly_typed:
+        if not hasattr(api.module.BuilderFlag, "FP16"):
+            raise EngineError(
+                f"{api.name} has no weak typing: precisions are those of the graph", hint="build without --weakly-typed"
+            )
+    elif strongly := getattr(api.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None):
+        flags = 1 << int(strongly)
+    return builder.create_network(flags)
+
+
+def _set_targets(api: TensorRT, config: trt.IBuilderConfig, targets: tuple[str, ...], gpu: Gpu | NoGpu) -> None:
+    if not targets:
+        if isinstance(gpu, NoGpu):
+            hint = "TensorRT-RTX compiles for a GPU that is not here: --target sm86"
+            raise EngineError(f"{api.name} builds for the GPU at hand, and {gpu.reason}", hint=hint)
+        return
+    rtx: Any = config
+    if not hasattr(rtx, "set_compute_capability"):
+        raise EngineError(
+            f"{api.name} builds for the GPU at hand alone; --target needs TensorRT-RTX",
+            hint="carry the graph and its .json to the board, and build there",
+        )
+    known = {
+        f"{match[1]}.{match[2]}": name
+        for name in dir(api.module.ComputeCapability)
+        if (match := re.fullmatch(r"SM(\d+)(\d)", name))
+    }
+    rtx.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        if target not in known:
+            names = ", ".join(sorted(known.values(), key=lambda name: int(name[2:])))
+            raise EngineError(f"{api.name} does not compile for {target}; it knows {names}")
+        rtx.set_compute_capability(getattr(api.module.ComputeCapability, known[target]), index)
+
+
+def _configure(api: TensorRT, config: trt.IBuilderConfig, request: BuildRequest, gpu: Gpu | NoGpu) -> int | None:
+    """Set what the request asks; the workspace limit in bytes, None if it is TensorRT's own."""
+    config.profiling_verbosity = api.module.ProfilingVerbosity.DETAILED  # names and types of layers, for `inspect`
+    if request.optimization_level is not None:
+        config.builder_optimization_level = request.optimization_level
+    flag = api.module.BuilderFlag
+    if request.sparse:
+        config.set_flag(flag.SPARSE_WEIGHTS)
+    if request.weakly_typed and request.precision in ("fp16", "int8"):
+        config.set_flag(flag.FP16)
+    if request.weakly_typed and request.precision == "int8":
+        config.set_flag(flag.INT8)
+    workspace = request.workspace_bytes
+    if workspace is None and isinstance(gpu, Gpu) and not request.targets:
+        workspace = default_workspace(gpu, Path(request.graph).stat().st_size)
+    if workspace is not None:
+        config.set_memory_pool_limit(api.module.MemoryPoolType.WORKSPACE, workspace)
+    return workspace
+
+
+def _parse(api: TensorRT, network: trt.INetworkDefinition, graph: Path) -> None:
+    parser: trt.OnnxParser = api.module.OnnxParser(network, api.logger)
+    if parser.parse(graph.read_bytes()):
+        return
+    error = parser.get_error(0) if parser.num_errors else None
+    operator = error.node_operator() if error else ""
+    message, hint = explain(
+        ParserComplaint(
+            node=error.node_name() if error else "",
+            operator=operator,
+            text=error.desc() if error else "its parser does not say why",
+            **_origin(graph, operator),
+        ),
+        api.name,
+    )
+    raise EngineError(message, hint=hint)
+
+
+def _origin(graph: Path, operator: str) -> dict[str, Any]:
+    """Domain of an operator and opset of the graph; the parser's errors have neither."""
+    import onnx
+
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except Exception:  # protobuf's own types: it is no graph, and the parser has said so
+        return {"domain": "", "opset": 0}
+    domains = [node.domain for node in model.graph.node if node.op_type == operator]
+    opsets = [item.version for item in model.opset_import if item.domain in ("", "ai.onnx")]
+    return {"domain": domains[0] if domains else "", "opset": opsets[0] if opsets else 0}
+
+
+def _tensors(network: trt.INetworkDefinition) -> list[dict[str, Any]]:
+    """Inputs, then outputs."""
+    found = [network.get_input(index) for index in range(network.num_inputs)]
+    found += [network.get_output(index) for index in range(network.num_outputs)]
+    return [{"name": item.name, "dtype": item.dtype.name.lower(), "shape": list(item.shape)} for item in found]
+
+
+def _attention_blocks(api: TensorRT, network: trt.INetworkDefinition) -> int:
+    """Softmaxes, and attentions that are one operator in the graph already."""
+    kinds = api.module.LayerType
+    attention = {kinds.SOFTMAX, getattr(kinds, "ATTENTION_INPUT", kinds.SOFTMAX)}
+    return sum(network.get_layer(index).type in attention for index in range(network.num_layers))
+
+
+def _monitor(api: TensorRT, answers: Answers) -> Any:
+    class Monitor(api.module.IProgressMonitor):  # type: ignore[name-defined,misc]
+        """Called from several threads. The parent ends this process if it has lost interest."""
+
+        def __init__(self) -> None:
+            api.module.IProgressMonitor.__init__(self)
+            self._last = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            answers.send("phase", name=phase_name, parent=parent_phase, steps=num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            now = time.monotonic()
+            if now - self._last >= _STEP_EVERY_S:
+                self._last = now
+                answers.send("step", name=phase_name, done=step + 1)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+class _TimingCache:
+    """The cache file, around one build."""
+
+    def __init__(self, api: TensorRT, config: trt.IBuilderConfig, gpu: Gpu | NoGpu) -> None:
+        self.notes: list[str] = []
+        self.used = False
+        self._config = config
+        if api.kind == TENSORRT_RTX or isinstance(gpu, NoGpu):  # TensorRT-RTX times nothing when it builds
+            return
+        self._path = timing.cache_path(api.kind, api.version, gpu)
+        try:
+            content = timing.read_cache(self._path)
+        except OSError as error:
+            self.notes.append(f"timings were not read: {error}")
+            content = b""
+        if not self._adopt(content):
+            self.notes.append(f"{self._path} is damaged or of another device; it is ignored and replaced")
+            self._adopt(b"")
+        self.used = True
+
+    def keep(self) -> None:
+        """Merge the build's timings into the file."""
+        if not self.used:
+            return
+        try:
+            timing.update_cache(self._path, self._merged)
+        except OSError as error:
+            self.notes.append(f"timings were not kept: {error}")
+
+    def _adopt(self, content: bytes) -> bool:
+        cache = self._create(content)
+        return cache is not None and self._config.set_timing_cache(cache, False)
+
+    def _create(self, content: bytes) -> trt.ITimingCache | None:
+        try:
+            return self._config.create_timing_cache(content)
+        except (RuntimeError, TypeError, ValueError):
+            return None
+
+    def _merged(self, current: bytes) -> bytes:
+        ours = self._config.get_timing_cache()
+        theirs = self._create(current) if current else None
+        if theirs is not None:
+            ours.combine(theirs, False)  # False if they do not fit together: then the file was damaged
+        return bytes(ours.serialize())
+
+
+def _inspect(api: TensorRT, plan: Any, log: _Log) -> tuple[str, int | None]:
+    """What the engine says of itself: layers as JSON, activation memory in bytes."""
+    runtime: trt.Runtime = api.module.Runtime(api.logger)
+    engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise log.failure(api, "loading the engine it has just built")
+    text = engine.create_engine_inspector().get_engine_information(api.module.LayerInformationFormat.JSON)
+    size = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", None)
+    return str(text), None if size is None else int(size)
+
+
+def _flags(api: TensorRT, config: trt.IBuilderConfig) -> list[str]:
+    members: Mapping[str, Any] = api.module.BuilderFlag.__members__
+    return sorted(name for name, flag in members.items() if config.get_flag(flag))
+
+
+def main() -> int:
+    """Read the request, build, answer."""
+    _end_with_parent()
+    warnings.simplefilter("ignore", DeprecationWarning)
+    # Libraries print to stdout now and then; the answers must not be torn by that.
+    answers = Answers(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    os.dup2(2, 1)
+    fields = json.loads(sys.stdin.read())
+    try:
+        result = compile_engine(BuildRequest(**{**fields, "targets": tuple(fields["targets"])}), answers)
+    except (MemoryError, BuilderMemoryError) as error:
+        answers.send("failed", reason="memory", message=str(error) or "out of memory while building", hint=None)
+    except (CdkdEdgeError, OSError) as error:
+        reason = "system" if isinstance(error, (OSError, SystemRefusalError)) else "build"
+        text = getattr(error, "strerror", None) or str(error)
+        answers.send("failed", reason=reason, message=text, hint=getattr(error, "hint", None))
+    else:
+        answers.send("finished", **result)
+    return 0
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to end this process when the parent is gone, however it went."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,7 @@
 Nothing heavy is imported until a command runs, so that ``--help`` and completion answer at once.
 """
 
-from cdkd_edge.cli import accuracy, chain  # each command registers itself
+from cdkd_edge.cli import accuracy, chain, engines  # each command registers itself
 from cdkd_edge.cli.app import app, main
 
-__all__ = ["accuracy", "app", "chain", "main"]
+__all__ = ["accuracy", "app", "chain", "engines", "main"]

@@ -114,7 +114,12 @@ def _layers(facts: dict[str, Any]) -> EngineLayers:
     logged = layers_of_log(facts.get("layer_lines", ()))
     inspected = layers_of_inspector(facts["inspector"]) if facts.get("inspector") else ()
     scratch = logged.scratch_bytes if logged.scratch_bytes is not None else facts.get("scratch_bytes")
-    return dataclasses.replace(logged, layers=inspected or logged.layers, scratch_bytes=scratch)
+    return dataclasses.replace(
+        logged,
+        layers=inspected or logged.layers,
+        scratch_bytes=scratch,
+        attention_nodes=tuple(facts["attention_nodes"]),
+    )
 
 
 def _manifest(
@@ -160,7 +165,7 @@ def _manifest(
         tile=source.tile,
         batch=source.batch,
         device=gpu["name"] if gpu else "compiled for " + ", ".join(f"SM {target}" for target in options.targets),
-        attention_blocks=facts["attention_blocks"],
+        attention_blocks=len(compiled.attention_nodes),
         attention_fused=compiled.fused_attention,
         build_seconds=time.perf_counter() - started,
         graph_check=source.check,
@@ -174,7 +179,7 @@ def _with_levers(error: EngineError, facts: dict[str, Any], source: GraphManifes
     """The error with the things that help, in the order in which they are worth trying."""
     limit = facts.get("workspace_bytes")
     levers = [
-        "lower --workspace-memory" + (f" (it was {limit / (1 << 20):.0f}M)" if limit else " (e.g. 512M)"),
+        "lower --workspace-size" + (f" (it was {limit / (1 << 20):.0f}M)" if limit else " (e.g. 512M)"),
         "lower --opt-level",
         "close other programs (a desktop session takes 1 to 2 GB)",
         "add swap",

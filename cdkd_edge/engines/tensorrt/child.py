@@ -4,7 +4,7 @@
 path it names, and answers on stdout with JSON lines, each with an ``event``:
 
 - ``started``: kind and version of TensorRT, GPU, workspace limit;
-- ``parsed``: inputs and outputs, and how many attention blocks (softmaxes) the network has;
+- ``parsed``: inputs and outputs, and the attention blocks (softmaxes) by name;
 - ``phase`` with ``name``, ``parent``, ``steps``; ``step`` with ``name``, ``done``: from TensorRT's progress monitor;
 - ``log`` with ``severity`` and ``text``;
 - the last one: ``finished`` with what the manifest needs, or ``failed`` with ``reason``, ``message``, ``hint``.
@@ -128,7 +128,7 @@ def compile_engine(request: BuildRequest, answers: Answers) -> dict[str, Any]:
             workspace_bytes=workspace,
         )
         _parse(api, network, Path(request.graph))
-        answers.send("parsed", tensors=_tensors(network), attention_blocks=_attention_blocks(api, network))
+        answers.send("parsed", tensors=_tensors(network), attention_nodes=_attention_nodes(api, network))
         monitor = _monitor(api, answers)
         config.progress_monitor = monitor
         cache = _TimingCache(api, config, gpu) if request.timing_cache and not request.targets else None
@@ -247,11 +247,12 @@ def _tensors(network: trt.INetworkDefinition) -> list[dict[str, Any]]:
     return [{"name": item.name, "dtype": item.dtype.name.lower(), "shape": list(item.shape)} for item in found]
 
 
-def _attention_blocks(api: TensorRT, network: trt.INetworkDefinition) -> int:
-    """Softmaxes, and attentions that are one operator in the graph already."""
+def _attention_nodes(api: TensorRT, network: trt.INetworkDefinition) -> list[str]:
+    """Names of the softmaxes, and of attentions that are one operator in the graph already."""
     kinds = api.module.LayerType
     attention = {kinds.SOFTMAX, getattr(kinds, "ATTENTION_INPUT", kinds.SOFTMAX)}
-    return sum(network.get_layer(index).type in attention for index in range(network.num_layers))
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    return [layer.name for layer in layers if layer.type in attention]
 
 
 def _monitor(api: TensorRT, answers: Answers) -> Any:
@@ -261,13 +262,16 @@ def _monitor(api: TensorRT, answers: Answers) -> Any:
         def __init__(self) -> None:
             api.module.IProgressMonitor.__init__(self)
             self._last = 0.0
+            self._outermost: set[str] = set()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if not parent_phase:
+                self._outermost.add(phase_name)
             answers.send("phase", name=phase_name, parent=parent_phase, steps=num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             now = time.monotonic()
-            if now - self._last >= _STEP_EVERY_S:
+            if now - self._last >= _STEP_EVERY_S or phase_name in self._outermost:
                 self._last = now
                 answers.send("step", name=phase_name, done=step + 1)
             return True

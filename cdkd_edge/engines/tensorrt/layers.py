@@ -53,6 +53,8 @@ class Layer:
     inputs: tuple[LayerTensor, ...]
     outputs: tuple[LayerTensor, ...]
     constants: tuple[LayerTensor, ...] = ()
+    nodes: tuple[str, ...] = ()
+    """Names of the ONNX nodes it was made from."""
 
     @property
     def traffic_bytes(self) -> int:
@@ -81,6 +83,8 @@ class EngineLayers:
     scratch_bytes: int | None = None
     """The most scratch memory of one layer; the fused part of a network is one to TensorRT."""
     weights_bytes: int | None = None
+    attention_nodes: tuple[str, ...] = ()
+    """Names of the graph's softmaxes, one to an attention block."""
 
     @property
     def traffic_bytes(self) -> int:
@@ -91,6 +95,13 @@ class EngineLayers:
     def fused_attention(self) -> int:
         """Attention blocks that became one layer."""
         return sum(layer.is_fused_attention for layer in self.layers)
+
+    @property
+    def unfused_attention(self) -> tuple[str, ...]:
+        """The softmaxes that are not part of a fused attention; empty also if TensorRT did not name nodes."""
+        fused = {node for layer in self.layers if layer.is_fused_attention for node in layer.nodes}
+        named = any(layer.nodes for layer in self.layers)
+        return tuple(name for name in self.attention_nodes if name not in fused) if named else ()
 
     @property
     def precisions(self) -> dict[str, int]:
@@ -151,6 +162,7 @@ def layers_of_inspector(text: str) -> tuple[Layer, ...]:
             str(item.get("Name", "")),
             str(item.get("LayerType", "")),
             *(tuple(_tensor(part) for part in item.get(key) or ()) for key in ("Inputs", "Outputs", "Constants")),
+            nodes=_nodes(str(item.get("Metadata", ""))),
         )
         for item in items
         if isinstance(item, dict)
@@ -169,10 +181,12 @@ def write_layers(engine: Path, sha256: str, compiled: EngineLayers) -> None:
         "engine_sha256": sha256,
         "scratch_bytes": compiled.scratch_bytes,
         "weights_bytes": compiled.weights_bytes,
+        "attention_nodes": list(compiled.attention_nodes),
         "layers": [
             {
                 "name": layer.name,
                 "type": layer.kind,
+                "nodes": list(layer.nodes),
                 **{
                     key: [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in tensors]
                     for key, tensors in (
@@ -198,10 +212,20 @@ def read_layers(engine: Path, sha256: str) -> EngineLayers | None:
         if document["engine_sha256"] != sha256:
             raise ManifestError(f"{path} is about another engine", hint="build the engine again")
         layers = tuple(
-            Layer(str(item["name"]), str(item["type"]), *map(_stored, (item["inputs"], item["outputs"], item["constants"])))
+            Layer(
+                str(item["name"]),
+                str(item["type"]),
+                *map(_stored, (item["inputs"], item["outputs"], item["constants"])),
+                nodes=tuple(map(str, item["nodes"])),
+            )
             for item in document["layers"]
         )
-        return EngineLayers(layers, _integer(document["scratch_bytes"]), _integer(document["weights_bytes"]))
+        return EngineLayers(
+            layers,
+            _integer(document["scratch_bytes"]),
+            _integer(document["weights_bytes"]),
+            tuple(map(str, document["attention_nodes"])),
+        )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -218,13 +242,20 @@ def _layer_of_line(line: str) -> Layer:
     # Constants stand before the outputs; what follows the outputs holds no braces with dimensions.
     inputs, _, constants = inputs.partition("Constants:")
     return Layer(
-        name.removeprefix("Name:").strip(), kind.strip(" ,"), *(_tensors(part) for part in (inputs, rest, constants))
+        name.removeprefix("Name:").strip(),
+        kind.strip(" ,"),
+        *(_tensors(part) for part in (inputs, rest, constants)),
+        nodes=_nodes(line.rpartition("Metadata:")[2]),
     )
 
 
 def _tensors(text: str) -> tuple[LayerTensor, ...]:
     found = re.findall(r"\{ Name: (.*?), .*?Dimensions: \[([-\d,]*)\].*?(?:Format/)?Datatype: ([^,}]+)", text)
     return tuple(LayerTensor(name, _dtype(kind), _shape(sizes.split(","))) for name, sizes, kind in found)
+
+
+def _nodes(metadata: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", metadata))
 
 
 def _tensor(item: Any) -> LayerTensor:

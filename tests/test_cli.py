@@ -30,7 +30,7 @@ from cdkd_edge.scene.pipeline import segment_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
-COMMANDS = ["info", "finetune", "export", "build", "segment", "bench", "evaluate", "demo"]
+COMMANDS = ["info", "finetune", "export", "build", "inspect", "segment", "bench", "evaluate", "demo"]
 QUICK = ("--duration", "0.1", "--warmup", "0")
 OLD_CLICK = "mix_stderr" in inspect.signature(CliRunner.__init__).parameters  # before 8.2
 

@@ -169,7 +169,7 @@ def read_onnx(path: Path) -> OnnxContents:
 
 
 def _output_dtype(node: onnx.NodeProto, dtypes: Mapping[str, str]) -> str:
-    """Type of a node's outputs, by its operator's definition; of those that are not known here, that of its first float."""
+    """Type of a node's outputs, by its operator's definition; where that is not known here, that of its first float."""
     inputs = [dtypes.get(name, "other") for name in node.input]
     attributes = {item.name: item for item in node.attribute}
     if node.op_type == "Cast":

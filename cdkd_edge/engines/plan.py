@@ -35,7 +35,7 @@ def graph_to_build(space: Workspace, graph: Path | None, precision: str | None) 
     if precision is not None and own is not None and own != precision:
         raise UsageError(
             f"{graph} is a graph of {own}, and --{precision} was asked for",
-            hint=f"leave the option out to build it as it is, or the graph to take the {precision} one of the workspace",
+            hint=f"leave out --{precision}, or the graph to take the workspace's {precision} one",
         )
     return graph
 

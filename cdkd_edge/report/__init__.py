@@ -23,10 +23,7 @@ if TYPE_CHECKING:
     from cdkd_edge.accuracy.subject import Subject
     from cdkd_edge.benchmarks.bench import BenchSummary
     from cdkd_edge.demo.run import DemoResult
-    from cdkd_edge.engines.inspection import Inspection, OnnxContents
-    from cdkd_edge.engines.tensorrt.layers import EngineLayers
     from cdkd_edge.export.pipeline import ExportResult
-    from cdkd_edge.manifest import EngineManifest
     from cdkd_edge.scene.pipeline import SegmentResult
     from cdkd_edge.training.finetune import FinetuneResult, Listener
 

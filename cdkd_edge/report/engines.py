@@ -47,7 +47,9 @@ def describe_inspection(found: Inspection, *, every: bool) -> Report:
             *_tensorrt_rows(manifest),
         ]
     elif manifest is not None:
-        rows.append(("precision", f"{manifest.precision}, opset {manifest.opset}, exported from {manifest.checkpoint.file}"))
+        rows.append(
+            ("precision", f"{manifest.precision}, opset {manifest.opset}, exported from {manifest.checkpoint.file}")
+        )
     if manifest is not None:
         rows.append(("tiles", f"{manifest.batch} x {manifest.tile} x {manifest.tile} px"))
         rows.append(("size", f"{manifest.artefact.bytes / 1e6:.1f} MB"))

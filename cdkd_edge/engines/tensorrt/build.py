@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cdkd_edge.manifest import (
     GraphManifest,
     TensorRTBuild,
     library_versions,
+    precision_of,
     read_manifest,
     require_replaceable,
     write_manifest,
@@ -66,18 +68,7 @@ def build_tensorrt_engine(
             _require_tiles_and_labels(graph, source, _tensors(event))
 
     with whole_file(destination) as temporary:
-        request = BuildRequest(
-            graph=str(graph.absolute()),
-            destination=str(temporary.absolute()),
-            precision=source.precision,
-            workspace_bytes=options.workspace_bytes,
-            optimization_level=options.optimization_level,
-            timing_cache=options.timing_cache,
-            sparse=options.sparse,
-            weakly_typed=options.weakly_typed,
-            targets=options.targets,
-            verbose=options.verbose,
-        )
+        request = _request(graph, temporary, source.precision, options)
         try:
             facts.update(run_builder(request, heard, progress, log, command))
         except BuilderMemoryError as error:
@@ -87,6 +78,34 @@ def build_tensorrt_engine(
         write_layers(destination, manifest.artefact.sha256, compiled)
         write_manifest(destination, manifest)  # before the engine gets its name: no engine without a manifest
     return manifest
+
+
+def compile_layers(graph: Path, options: TensorRTOptions) -> EngineLayers:
+    """What TensorRT makes of any ONNX file; the engine itself is thrown away.
+
+    Raises:
+        EngineError: see :func:`build_tensorrt_engine`.
+    """
+    facts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        request = _request(graph, Path(folder, "engine"), precision_of(graph) or "fp32", options)
+        facts.update(run_builder(request, facts.update, lambda step: None, lambda severity, text: None))
+    return _layers(facts)
+
+
+def _request(graph: Path, destination: Path, precision: str, options: TensorRTOptions) -> BuildRequest:
+    return BuildRequest(
+        graph=str(graph.absolute()),
+        destination=str(destination.absolute()),
+        precision=precision,
+        workspace_bytes=options.workspace_bytes,
+        optimization_level=options.optimization_level,
+        timing_cache=options.timing_cache,
+        sparse=options.sparse,
+        weakly_typed=options.weakly_typed,
+        targets=options.targets,
+        verbose=options.verbose,
+    )
 
 
 def _tensors(facts: dict[str, Any]) -> tuple[EngineTensor, ...]:
@@ -187,6 +206,3 @@ def _with_levers(error: EngineError, facts: dict[str, Any], source: GraphManifes
     if source.batch > 1:
         levers.append(f"export with --batch 1 (this graph has {source.batch})")
     return BuilderMemoryError(error.message, hint="what helps: " + ", ".join(levers))
-
-
-__all__ = ["BuilderMemoryError", "EngineError", "build_tensorrt_engine"]

@@ -1,7 +1,7 @@
 """The process that builds: TensorRT may be killed or crash here without taking the caller along.
 
-``python -m cdkd_edge.engines.tensorrt.child`` reads one JSON request (:class:`BuildRequest`) from stdin, writes the engine to the
-path it names, and answers on stdout with JSON lines, each with an ``event``:
+``python -m cdkd_edge.engines.tensorrt.child`` reads one JSON request (:class:`BuildRequest`) from stdin, writes the
+engine to the path it names, and answers on stdout with JSON lines, each with an ``event``:
 
 - ``started``: kind and version of TensorRT, GPU, workspace limit;
 - ``parsed``: inputs and outputs, and the attention blocks (softmaxes) by name;
@@ -244,7 +244,11 @@ def _tensors(network: trt.INetworkDefinition) -> list[dict[str, Any]]:
     """Inputs, then outputs."""
     found = [network.get_input(index) for index in range(network.num_inputs)]
     found += [network.get_output(index) for index in range(network.num_outputs)]
-    return [{"name": item.name, "dtype": item.dtype.name.lower(), "shape": list(item.shape)} for item in found]
+    return [{"name": item.name, "dtype": item.dtype.name.lower(), "shape": _sizes(item.shape)} for item in found]
+
+
+def _sizes(dimensions: trt.Dims) -> list[int]:
+    return [dimensions[index] for index in range(len(dimensions))]
 
 
 def _attention_nodes(api: TensorRT, network: trt.INetworkDefinition) -> list[str]:

@@ -21,8 +21,8 @@ from cdkd_edge.files import write_text
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1, "fp8": 1}
 _DTYPES = {
-    "float": "fp32", "fp32": "fp32", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16", "int64": "int64",
-    "int32": "int32", "int8": "int8", "uint8": "uint8", "bool": "bool", "fp8": "fp8", "float32": "fp32", "float16": "fp16",
+    "float": "fp32", "fp32": "fp32", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16",
+    "int64": "int64", "int32": "int32", "int8": "int8", "uint8": "uint8", "bool": "bool", "fp8": "fp8",
 }  # fmt: skip
 FUSED_ATTENTION = re.compile(r"_gem[mv]_mha")
 """In the name of a layer that is a whole attention, e.g. ``_gemm_mha_v2_myl0_6``."""
@@ -128,7 +128,9 @@ def exceeded(compiled: EngineLayers, limits: LayerLimits) -> list[str]:
     if len(compiled.layers) > limits.layers:
         findings.append(f"{len(compiled.layers)} layers, at most {limits.layers}")
     if compiled.traffic_bytes > limits.traffic_bytes:
-        findings.append(f"{compiled.traffic_bytes / 1e9:.2f} GB layer traffic, at most {limits.traffic_bytes / 1e9:.2f}")
+        findings.append(
+            f"{compiled.traffic_bytes / 1e9:.2f} GB layer traffic, at most {limits.traffic_bytes / 1e9:.2f}"
+        )
     if compiled.scratch_bytes is None:
         findings.append("the compiler did not tell its scratch memory")
     elif compiled.scratch_bytes > limits.scratch_bytes:
@@ -161,8 +163,10 @@ def layers_of_inspector(text: str) -> tuple[Layer, ...]:
         Layer(
             str(item.get("Name", "")),
             str(item.get("LayerType", "")),
-            *(tuple(_tensor(part) for part in item.get(key) or ()) for key in ("Inputs", "Outputs", "Constants")),
-            nodes=_nodes(str(item.get("Metadata", ""))),
+            tuple(map(_tensor, item.get("Inputs") or ())),
+            tuple(map(_tensor, item.get("Outputs") or ())),
+            tuple(map(_tensor, item.get("Constants") or ())),
+            _nodes(str(item.get("Metadata", ""))),
         )
         for item in items
         if isinstance(item, dict)
@@ -215,8 +219,10 @@ def read_layers(engine: Path, sha256: str) -> EngineLayers | None:
             Layer(
                 str(item["name"]),
                 str(item["type"]),
-                *map(_stored, (item["inputs"], item["outputs"], item["constants"])),
-                nodes=tuple(map(str, item["nodes"])),
+                _stored(item["inputs"]),
+                _stored(item["outputs"]),
+                _stored(item["constants"]),
+                tuple(map(str, item["nodes"])),
             )
             for item in document["layers"]
         )
@@ -244,8 +250,10 @@ def _layer_of_line(line: str) -> Layer:
     return Layer(
         name.removeprefix("Name:").strip(),
         kind.strip(" ,"),
-        *(_tensors(part) for part in (inputs, rest, constants)),
-        nodes=_nodes(line.rpartition("Metadata:")[2]),
+        _tensors(inputs),
+        _tensors(rest),
+        _tensors(constants),
+        _nodes(line.rpartition("Metadata:")[2]),
     )
 
 

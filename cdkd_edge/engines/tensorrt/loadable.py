@@ -1,7 +1,7 @@
 """Whether an engine fits this TensorRT and this GPU, found out before TensorRT is given the file.
 
-Engines are neither portable across TensorRT releases nor across GPU models. TensorRT's own answers to a foreign engine range
-from a log line about a magic tag to a crash.
+Engines are neither portable across TensorRT releases nor across GPU models. TensorRT's own answers to a foreign
+engine range from a log line about a magic tag to a crash.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def require_loadable(manifest: EngineManifest, api: TensorRT, device: Gpu | NoGp
         differences.append(f"it was built by {built_by.name}, here is {api.name}")
     if build.targets:
         if device.compute_capability not in build.targets:
-            targets = ", ".join(build.targets)
             differences.append(
-                f"it was compiled for compute capability {targets}, the {device.name} here has {device.compute_capability}"
+                f"it was compiled for compute capability {', '.join(build.targets)}, "
+                f"the {device.name} here has {device.compute_capability}"
             )
     elif (build.gpu, build.compute_capability) != (device.name, device.compute_capability):
         differences.append(

@@ -116,15 +116,20 @@ def build(
 
 @app.command()
 def inspect(
-    artefact: Annotated[Path, typer.Argument(help="An engine (.engine, .cpu.onnx) or a graph (.onnx).")],
+    artefact: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="Engine (.engine, .cpu.onnx) or graph (.onnx). Default: the only engine in the workspace."),
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="List every layer, not only those that move most.")] = False,
+    workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
     """What is inside a graph or an engine: layers, precisions, memory, fused attention. Runs nothing."""
     from cdkd_edge.engines.inspection import inspect_artefact
     from cdkd_edge.report.engines import describe_inspection
 
-    show(describe_inspection(inspect_artefact(artefact), every=every), as_json)
+    path = artefact or workspace_at(workspace).only_engine("cdkd-edge inspect")
+    show(describe_inspection(inspect_artefact(path), every=every), as_json)
 
 
 def _tell(severity: str, text: str) -> None:

@@ -12,7 +12,7 @@ from cdkd_edge.engines.tensorrt.child import BuilderMemoryError, BuildRequest
 from cdkd_edge.engines.tensorrt.layers import EngineLayers, layers_of_inspector, layers_of_log, write_layers
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.engines.tensorrt.process import COMMAND, LineListener, StepListener, run_builder
-from cdkd_edge.errors import EngineError, GraphError
+from cdkd_edge.errors import EngineError, GraphError, ManifestError
 from cdkd_edge.files import whole_file
 from cdkd_edge.machine import describe_machine
 from cdkd_edge.manifest import (
@@ -21,7 +21,9 @@ from cdkd_edge.manifest import (
     FileRecord,
     GraphManifest,
     TensorRTBuild,
+    kind_of,
     library_versions,
+    manifest_path,
     precision_of,
     read_manifest,
     require_replaceable,
@@ -59,6 +61,11 @@ def build_tensorrt_engine(
     """
     started = time.perf_counter()
     require_replaceable(destination)
+    if kind_of(destination) == GraphManifest.kind:  # ckpt.fp16.onnx and ckpt.fp16.engine would share one
+        raise ManifestError(
+            f"{manifest_path(destination)} is the manifest of a graph, which the engine's would replace",
+            hint="write the engine to another folder, such as engines/",
+        )
     source = read_manifest(graph, GraphManifest)
     facts: dict[str, Any] = {}
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import cdkd_edge
 from cdkd_edge.engines.tensorrt.child import BuilderMemoryError, BuildRequest
 from cdkd_edge.errors import EngineError, SystemRefusalError
 
@@ -100,7 +99,7 @@ def _conversation(process: subprocess.Popen[bytes], request: BuildRequest) -> It
 
 def _environment() -> dict[str, str]:
     """Of this process, with this very package first and the working directory not on the path."""
-    own = str(Path(cdkd_edge.__file__).parent.parent)
+    own = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH", ""))))
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 

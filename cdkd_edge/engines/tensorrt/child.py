@@ -212,6 +212,8 @@ def _configure(api: TensorRT, config: trt.IBuilderConfig, request: BuildRequest,
 def _parse(api: TensorRT, network: trt.INetworkDefinition, graph: Path) -> None:
     parser: trt.OnnxParser = api.module.OnnxParser(network, api.logger)
     if parser.parse(graph.read_bytes()):
+        if not network.num_outputs:
+            raise EngineError(f"{api.name} finds no outputs in {graph.name}: it is no graph", hint="export it again")
         return
     error = parser.get_error(0) if parser.num_errors else None
     operator = error.node_operator() if error else ""

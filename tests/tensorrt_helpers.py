@@ -33,7 +33,7 @@ needs_compiler = pytest.mark.skipif(bool(compiler_missing()), reason=compiler_mi
 
 
 def half_graph(graph: Path) -> Path:
-    """Beside an FP32 graph, the same with weights and activations cast to FP16, as ``NAME.fp16.onnx`` with a manifest."""
+    """``NAME.fp16.onnx`` beside an FP32 graph: the same with weights and activations cast to FP16, and a manifest."""
     model = onnx.load(graph)
     scales = {node.input[2] for node in model.graph.node if node.op_type == "Resize"}  # ONNX wants them in FP32
     for item in model.graph.initializer:

@@ -31,6 +31,7 @@ from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.engines.tensorrt.process import run_builder
 from cdkd_edge.errors import EngineError, GraphError, ManifestError, SystemRefusalError
 from cdkd_edge.manifest import EngineManifest, GraphManifest, read_manifest, write_manifest
+from cdkd_edge.report.engines import describe_engine
 
 SM86 = TensorRTOptions(targets=("8.6",))
 REQUEST = BuildRequest("g.onnx", "e.engine", "fp16", None, None, True, False, False, (), False)
@@ -256,6 +257,9 @@ def test_what_the_manifest_takes_from_the_process(small_graph: Path, tmp_path: P
     assert (build.workspace_bytes, build.scratch_bytes, build.timing_cache) == (5 << 30, 123, True)
     assert manifest.attention_blocks == 2
     assert "did not list the engine's layers" in build.notes[0]
+    report = describe_engine(tmp_path / "e.engine", manifest)
+    assert ("attention", "2 blocks; whether they are fused is not known") in report.rows
+    assert "warning" not in dict(report.rows)
 
 
 def test_the_layers_of_the_inspector_come_before_those_of_the_log(small_graph: Path, tmp_path: Path) -> None:
@@ -278,7 +282,11 @@ def test_the_layers_of_the_inspector_come_before_those_of_the_log(small_graph: P
         ("print('[1]'); print('hello')", EngineError, r"crashed \(exit code 0\)$"),
         ("say('failed', reason='memory', message='x', hint=None)", BuilderMemoryError, "out of memory while building"),
         ("say('failed', reason='build', message='no such kernel', hint='h')", EngineError, "no such kernel"),
-        ("say('failed', reason='system', message='No space left', hint=None)", SystemRefusalError, "No space left"),
+        (
+            "say('failed', reason='system', message='No space left', hint=None)",
+            SystemRefusalError,
+            r"e\.engine: No space left",
+        ),
     ],
 )
 def test_every_end_has_an_answer_and_leaves_nothing(

@@ -511,7 +511,8 @@ def test_layers_of_the_inspector() -> None:
     assert layer.traffic_bytes == 16 + 8
     assert layer.precision == "fp32"
     assert layer.nodes == ("n", "m")
-    for nonsense in ("", "[]", "null", '{"Layers": []}', "{"):
+    closed = json.dumps({"Layers": [{"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin"}]})
+    for nonsense in ("", "[]", "null", '{"Layers": []}', "{", closed):
         assert layers_of_inspector(nonsense) == ()
 
 

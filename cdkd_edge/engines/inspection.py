@@ -109,9 +109,9 @@ def _inspect_engine(path: Path, manifest: EngineManifest) -> Inspection:
 
 
 def attention_warnings(manifest: EngineManifest, layers: EngineLayers | None = None) -> list[str]:
-    """A sentence if any attention block of an engine is not fused."""
+    """A sentence if any attention block of an engine is not fused; none if that is not known, which its notes say."""
     blocks, fused = manifest.attention_blocks, manifest.attention_fused
-    if fused >= blocks:
+    if fused >= blocks or (manifest.tensorrt is not None and not manifest.tensorrt.layers):
         return []
     unfused = layers.unfused_attention if layers else ()
     which = f" ({', '.join(unfused[:4])}{', ...' if len(unfused) > 4 else ''})" if 0 < len(unfused) < blocks else ""

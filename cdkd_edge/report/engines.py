@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 
 def describe_engine(path: Path, manifest: EngineManifest) -> Report:
     """``cdkd-edge build``."""
+    from cdkd_edge.engines.inspection import attention_warnings
+
     rows = [
         ("runtime", _runtime(manifest)),
         ("precision", manifest.precision),
-        ("attention", f"{manifest.attention_fused} of {manifest.attention_blocks} blocks fused"),
+        ("attention", _attention(manifest)),
         *_tensorrt_rows(manifest),
         ("size", f"{manifest.artefact.bytes / 1e6:.1f} MB"),
         ("seconds", f"{manifest.build_seconds:.1f}"),
     ]
-    if manifest.attention_fused < manifest.attention_blocks:
-        rows.append(("warning", "unfused attention needs more memory and time"))
+    rows += [("warning", text) for text in attention_warnings(manifest)]
     return Report(f"engine {path}", tuple(rows), {"path": str(path), "manifest": plain(manifest)})
 
 
@@ -43,7 +44,7 @@ def describe_inspection(found: Inspection, *, every: bool) -> Report:
         rows += [
             ("runtime", _runtime(manifest)),
             ("precision", f"{manifest.precision}, built from {manifest.graph.file}"),
-            ("attention", f"{manifest.attention_fused} of {manifest.attention_blocks} blocks fused"),
+            ("attention", _attention(manifest)),
             *_tensorrt_rows(manifest),
         ]
     elif manifest is not None:
@@ -92,6 +93,12 @@ def describe_inspection(found: Inspection, *, every: bool) -> Report:
 def _runtime(manifest: EngineManifest) -> str:
     compiled_only = manifest.tensorrt is not None and manifest.tensorrt.targets
     return f"{manifest.runtime}{', ' if compiled_only else ' on '}{manifest.device}"
+
+
+def _attention(manifest: EngineManifest) -> str:
+    if manifest.tensorrt is not None and not manifest.tensorrt.layers:
+        return f"{manifest.attention_blocks} blocks; whether they are fused is not known"
+    return f"{manifest.attention_fused} of {manifest.attention_blocks} blocks fused"
 
 
 def _tensorrt_rows(manifest: EngineManifest) -> list[tuple[str, str]]:

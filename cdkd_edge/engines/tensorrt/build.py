@@ -12,7 +12,7 @@ from cdkd_edge.engines.tensorrt.child import BuilderMemoryError, BuildRequest
 from cdkd_edge.engines.tensorrt.layers import EngineLayers, layers_of_inspector, layers_of_log, write_layers
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.engines.tensorrt.process import COMMAND, LineListener, StepListener, run_builder
-from cdkd_edge.errors import EngineError, GraphError, ManifestError
+from cdkd_edge.errors import EngineError, GraphError, ManifestError, SystemRefusalError
 from cdkd_edge.files import whole_file
 from cdkd_edge.machine import describe_machine
 from cdkd_edge.manifest import (
@@ -80,6 +80,8 @@ def build_tensorrt_engine(
             facts.update(run_builder(request, heard, progress, log, command))
         except BuilderMemoryError as error:
             raise _with_levers(error, facts, source) from None
+        except SystemRefusalError as error:  # the process knows a temporary name only
+            raise SystemRefusalError(f"{destination}: {error.message}", hint=error.hint) from None
         compiled = _layers(facts)
         manifest = _manifest(source, FileRecord.of(temporary, destination.name), options, facts, compiled, started)
         write_layers(destination, manifest.artefact.sha256, compiled)

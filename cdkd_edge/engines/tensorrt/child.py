@@ -215,17 +215,16 @@ def _parse(api: TensorRT, network: trt.INetworkDefinition, graph: Path) -> None:
         if not network.num_outputs:
             raise EngineError(f"{api.name} finds no outputs in {graph.name}: it is no graph", hint="export it again")
         return
-    error = parser.get_error(0) if parser.num_errors else None
-    operator = error.node_operator() if error else ""
-    message, hint = explain(
-        ParserComplaint(
-            node=error.node_name() if error else "",
-            operator=operator,
-            text=error.desc() if error else "its parser does not say why",
-            **_origin(graph, operator),
-        ),
-        api.name,
+    error: Any = parser.get_error(0) if parser.num_errors else None
+    # Not every release has all of them.
+    said = {name: str(getattr(error, name, lambda: "")()) for name in ("node_name", "node_operator", "desc")}
+    complaint = ParserComplaint(
+        node=said["node_name"],
+        operator=said["node_operator"],
+        text=said["desc"] or "its parser does not say why",
+        **_origin(graph, said["node_operator"]),
     )
+    message, hint = explain(complaint, api.name)
     raise EngineError(message, hint=hint)
 
 

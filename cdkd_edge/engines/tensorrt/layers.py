@@ -154,12 +154,12 @@ def layers_of_log(lines: Iterable[str]) -> EngineLayers:
 
 
 def layers_of_inspector(text: str) -> tuple[Layer, ...]:
-    """The layers in the JSON of TensorRT's engine inspector; empty if it names layers without saying more."""
+    """The layers in the JSON of TensorRT's engine inspector; empty if it does not look into what was fused."""
     try:
         items = json.loads(text).get("Layers", [])
     except (ValueError, AttributeError):
         return ()
-    return tuple(
+    found = tuple(
         Layer(
             str(item.get("Name", "")),
             str(item.get("LayerType", "")),
@@ -171,6 +171,7 @@ def layers_of_inspector(text: str) -> tuple[Layer, ...]:
         for item in items
         if isinstance(item, dict)
     )
+    return () if any("ForeignNode[" in layer.name for layer in found) else found
 
 
 def layers_path(engine: Path) -> Path:

@@ -109,7 +109,7 @@ def _failure(event: dict[str, Any]) -> EngineError | SystemRefusalError:
     if event.get("reason") == "memory":
         return BuilderMemoryError("out of memory while building")
     if event.get("reason") == "system":
-        return SystemRefusalError(f"building: {message}", hint=hint)
+        return SystemRefusalError(message, hint=hint)
     return EngineError(message, hint=hint)
 
 

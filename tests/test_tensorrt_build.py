@@ -22,10 +22,10 @@ from tensorrt_helpers import ORIN, child, half_graph, needs_compiler, store_vari
 
 from cdkd_edge.engines.inspection import inspect_artefact
 from cdkd_edge.engines.load import load_engine
-from cdkd_edge.engines.tensorrt import child as builder
+from cdkd_edge.engines.tensorrt import compiler
 from cdkd_edge.engines.tensorrt.api import TensorRT, TensorRTMissingError
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine, compile_layers
-from cdkd_edge.engines.tensorrt.child import BuilderMemoryError, BuildRequest
+from cdkd_edge.engines.tensorrt.compiler import BuilderMemoryError, BuildRequest
 from cdkd_edge.engines.tensorrt.device import NoGpu
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.engines.tensorrt.process import run_builder
@@ -479,38 +479,38 @@ def test_typing(weakly_typed: bool, precision: str, network_flags: int, builder_
     request = dataclasses.replace(REQUEST, weakly_typed=weakly_typed, precision=precision, workspace_bytes=1 << 30)
     config: Any = Config()
     made: Any = SimpleNamespace(create_network=lambda flags: flags)
-    assert builder._create_network(tensorrt_10(), made, request) == network_flags
-    builder._configure(tensorrt_10(), config, request, ORIN)
+    assert compiler._create_network(tensorrt_10(), made, request) == network_flags
+    compiler._configure(tensorrt_10(), config, request, ORIN)
     assert config.set == builder_flags
 
 
 def test_tensorrt_11_has_no_weak_typing() -> None:
     api = tensorrt_10(BuilderFlag=SimpleNamespace(SPARSE_WEIGHTS="SPARSE_WEIGHTS"))
     with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 has no weak typing"):
-        builder._create_network(api, None, dataclasses.replace(REQUEST, weakly_typed=True))  # type: ignore[arg-type]
+        compiler._create_network(api, None, dataclasses.replace(REQUEST, weakly_typed=True))  # type: ignore[arg-type]
 
 
 def test_the_workspace_is_below_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "g.onnx").write_bytes(b"\0" * (10 << 20))
     asked: list[tuple[Any, int]] = []
-    monkeypatch.setattr(builder, "default_workspace", lambda gpu, size: asked.append((gpu, size)) or 7 << 20)
+    monkeypatch.setattr(compiler, "default_workspace", lambda gpu, size: asked.append((gpu, size)) or 7 << 20)
     request = dataclasses.replace(REQUEST, graph=str(tmp_path / "g.onnx"))
     config: Any = Config()
-    assert builder._configure(tensorrt_10(), config, request, ORIN) == config.pool == 7 << 20
+    assert compiler._configure(tensorrt_10(), config, request, ORIN) == config.pool == 7 << 20
     assert asked == [(ORIN, 10 << 20)]
     config = Config()
     targeted = dataclasses.replace(request, targets=("8.6",))
-    assert builder._configure(tensorrt_10(), config, targeted, NoGpu("none")) is None
+    assert compiler._configure(tensorrt_10(), config, targeted, NoGpu("none")) is None
     assert config.pool is None
 
 
 def test_a_target_needs_tensorrt_rtx() -> None:
     config: Any = Config()
     with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 builds for the GPU at hand alone"):
-        builder._set_targets(tensorrt_10(), config, ("8.6",), ORIN)
+        compiler._set_targets(tensorrt_10(), config, ("8.6",), ORIN)
     with pytest.raises(EngineError, match="and there is no CUDA driver"):
-        builder._set_targets(tensorrt_10(), config, (), NoGpu("there is no CUDA driver"))
-    builder._set_targets(tensorrt_10(), config, (), ORIN)
+        compiler._set_targets(tensorrt_10(), config, (), NoGpu("there is no CUDA driver"))
+    compiler._set_targets(tensorrt_10(), config, (), ORIN)
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_a_target_needs_tensorrt_rtx() -> None:
 )
 def test_the_ways_in_which_tensorrt_says_out_of_memory(line: str) -> None:
     sent: list[dict[str, Any]] = []
-    log = builder._Log(SimpleNamespace(send=lambda event, **fields: sent.append(fields)), verbose=False)  # type: ignore[arg-type]
+    log = compiler._Log(lambda event, **fields: sent.append(fields), verbose=False)
     log("verbose", "Total Weights Memory: 12 bytes")
     log("info", "nothing")
     log("error", line)
@@ -535,7 +535,7 @@ def test_the_ways_in_which_tensorrt_says_out_of_memory(line: str) -> None:
 
 
 def test_another_failure_keeps_tensorrts_words() -> None:
-    log = builder._Log(SimpleNamespace(send=lambda event, **fields: None), verbose=False)  # type: ignore[arg-type]
+    log = compiler._Log(lambda event, **fields: None, verbose=False)
     log("warning", "Skipping tactic 0x1 due to insufficient memory")  # it tries the next, and is no error
     log("error", "Error Code 9:\n  unsupported")
     failure = log.failure(tensorrt_10(), "while building")

@@ -19,7 +19,6 @@ from tensorrt_helpers import ORIN
 
 from cdkd_edge.engines.tensorrt import api, device, timing
 from cdkd_edge.engines.tensorrt.api import TensorRT, TensorRTMissingError, find_tensorrt, tensorrt_is_installed
-from cdkd_edge.engines.tensorrt.child import _TimingCache
 from cdkd_edge.engines.tensorrt.device import NoGpu, find_gpu, free_gpu_memory
 from cdkd_edge.engines.tensorrt.layers import (
     EngineLayers,
@@ -370,8 +369,8 @@ def orin_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return path
 
 
-def timing_cache(config: Any, gpu: Any = ORIN, kind: str = "tensorrt") -> _TimingCache:
-    return _TimingCache(TensorRT(None, kind, "10.3.0"), config, gpu)
+def timing_cache(config: Any, gpu: Any = ORIN, kind: str = "tensorrt") -> timing.TimingCache:
+    return timing.TimingCache(TensorRT(None, kind, "10.3.0"), config, gpu)
 
 
 def test_timings_of_builds_at_the_same_time_are_merged(orin_cache: Path) -> None:

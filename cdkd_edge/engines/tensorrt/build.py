@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.engines.tensorrt.child import BuilderMemoryError, BuildRequest
+from cdkd_edge.engines.tensorrt.compiler import BuilderMemoryError, BuildRequest
 from cdkd_edge.engines.tensorrt.layers import EngineLayers, layers_of_inspector, layers_of_log, write_layers
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.engines.tensorrt.process import COMMAND, LineListener, StepListener, run_builder

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from cdkd_edge.engines.tensorrt.child import BuilderMemoryError, BuildRequest
+from cdkd_edge.engines.tensorrt.compiler import BuilderMemoryError, BuildRequest
 from cdkd_edge.errors import EngineError, SystemRefusalError
 
 COMMAND = (sys.executable, "-m", "cdkd_edge.engines.tensorrt.child")

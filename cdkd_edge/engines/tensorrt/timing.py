@@ -13,9 +13,14 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cdkd_edge.engines.tensorrt.device import Gpu
+from cdkd_edge.engines.tensorrt.api import TENSORRT_RTX, TensorRT
+from cdkd_edge.engines.tensorrt.device import Gpu, NoGpu
 from cdkd_edge.files import whole_file
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 
 def cache_folder() -> Path:
@@ -50,6 +55,53 @@ def update_cache(path: Path, merge: Callable[[bytes], bytes]) -> None:
         content = merge(read_cache(path))
         with whole_file(path) as temporary:
             temporary.write_bytes(content)
+
+
+class TimingCache:
+    """The cache file, around one build. What goes wrong with it is a note and never the end of a build."""
+
+    def __init__(self, api: TensorRT, config: trt.IBuilderConfig, gpu: Gpu | NoGpu) -> None:
+        self.notes: list[str] = []
+        self.used = False
+        self._config = config
+        if api.kind == TENSORRT_RTX or isinstance(gpu, NoGpu):  # TensorRT-RTX times nothing when it builds
+            return
+        self._path = cache_path(api.kind, api.version, gpu)
+        try:
+            content = read_cache(self._path)
+        except OSError as error:
+            self.notes.append(f"timings were not read: {error}")
+            content = b""
+        if not self._adopt(content):
+            self.notes.append(f"{self._path} is damaged or of another device; it is ignored and replaced")
+            self._adopt(b"")
+        self.used = True
+
+    def keep(self) -> None:
+        """Merge the build's timings into the file."""
+        if not self.used:
+            return
+        try:
+            update_cache(self._path, self._merged)
+        except OSError as error:
+            self.notes.append(f"timings were not kept: {error}")
+
+    def _adopt(self, content: bytes) -> bool:
+        cache = self._create(content)
+        return cache is not None and self._config.set_timing_cache(cache, False)
+
+    def _create(self, content: bytes) -> trt.ITimingCache | None:
+        try:
+            return self._config.create_timing_cache(content)
+        except (RuntimeError, TypeError, ValueError):
+            return None
+
+    def _merged(self, current: bytes) -> bytes:
+        ours = self._config.get_timing_cache()
+        theirs = self._create(current) if current else None
+        if theirs is not None:
+            ours.combine(theirs, False)  # False if they do not fit together: then the file was damaged
+        return bytes(ours.serialize())
 
 
 @contextlib.contextmanager

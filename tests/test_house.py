@@ -41,7 +41,10 @@ NEEDS_TORCH = (
     "cdkd_edge.demo.run",
 )
 """Modules, and packages with all their modules, that are not used on a board."""
-EXTRAS = ("onnxsim", "onnxscript", "safetensors", "matplotlib", "jtop", "pycuda", "tensorrt", "pynvml", "cuda")
+EXTRAS = (
+    "onnxsim", "onnxscript", "safetensors", "matplotlib", "jtop", "pycuda", "pynvml", "cuda",
+    "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_rtx_libs", "onnxruntime_ep_nv_tensorrt_rtx",
+)  # fmt: skip
 
 
 def module_name(path):

@@ -1,4 +1,4 @@
-"""The commands of the chain: info, export, build, segment, bench, demo."""
+"""The commands of the chain: info, export, segment, bench, demo."""
 
 from __future__ import annotations
 
@@ -74,36 +74,6 @@ def export(
     with steps() as step:
         result = export_checkpoint(checkpoint, destination, options, step)
     show(describe_export(result), as_json)
-
-
-@app.command()
-def build(
-    graph: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Argument(help="Exported graph (.onnx). Default: the only one in the workspace."),
-    ] = None,
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="The engine. Default: engines/<graph's name>.fp32.cpu.onnx."),
-    ] = None,
-    workspace: WorkspaceOption = Path(),
-    as_json: JsonOption = False,
-) -> None:
-    """Graph to engine for this machine (ONNX Runtime on the CPU). Writes engines/ and a manifest."""
-    from cdkd_edge.engines.cpu import build_cpu_engine
-    from cdkd_edge.report import describe_engine
-
-    space = workspace_at(workspace)
-    source = graph or space.only_graph()
-    destination = output or space.engines / f"{source.stem}.fp32.cpu.onnx"
-    if destination.suffix != ".onnx":
-        raise typer.BadParameter("a CPU engine is an .onnx file", param_hint="--output")
-    if destination.exists() and source.exists() and destination.samefile(source):
-        raise typer.BadParameter("the engine would overwrite its graph", param_hint="--output")
-    with steps() as step:
-        step(f"building from {source.name}")
-        manifest = build_cpu_engine(source, destination)
-    show(describe_engine(destination, manifest), as_json)
 
 
 @app.command()

@@ -27,9 +27,16 @@ if TYPE_CHECKING:
     from cdkd_edge.calibration.generate import CalibrateResult
     from cdkd_edge.demo.run import DemoResult
     from cdkd_edge.export.pipeline import ExportResult
-    from cdkd_edge.manifest import EngineManifest
     from cdkd_edge.scene.pipeline import SegmentResult
     from cdkd_edge.training.finetune import FinetuneResult, Listener
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A table below a report's rows."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Report:
     title: str
     rows: tuple[tuple[str, str], ...]
     data: dict[str, Any]
+    listing: Listing | None = None
 
     def print(self) -> None:
         """Print the table to stdout, without truncating values where stdout is not a terminal."""
@@ -50,6 +58,14 @@ class Report:
             table.add_row(Text(name), Text(value))
         console.print(Text(self.title, style="bold"))
         console.print(table)
+        if self.listing is not None:
+            console.print()
+            listing = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+            for index, name in enumerate(self.listing.columns):
+                listing.add_column(name, overflow="fold", justify="right" if index else "left")
+            for row in self.listing.rows:
+                listing.add_row(*map(Text, row))
+            console.print(listing)
 
 
 def describe_checkpoint(path: Path, *, tile: int | None, heads: int | None) -> Report:
@@ -124,23 +140,9 @@ def describe_export(result: ExportResult) -> Report:
         "seconds": result.seconds,
         "dropped": [dataclasses.asdict(d) for d in result.report.dropped],
         "notes": list(result.report.notes),
-        "manifest": _plain(manifest),
+        "manifest": plain(manifest),
     }
     return Report(f"graph {result.path}", tuple(rows), data)
-
-
-def describe_engine(path: Path, manifest: EngineManifest) -> Report:
-    """``cdkd-edge build``."""
-    rows = [
-        ("runtime", f"{manifest.runtime} on {manifest.device}"),
-        ("precision", manifest.precision),
-        ("attention", f"{manifest.attention_fused} of {manifest.attention_blocks} blocks fused"),
-        ("size", f"{manifest.artefact.bytes / 1e6:.1f} MB"),
-        ("seconds", f"{manifest.build_seconds:.1f}"),
-    ]
-    if manifest.attention_fused < manifest.attention_blocks:
-        rows.append(("warning", "unfused attention needs more memory and time"))
-    return Report(f"engine {path}", tuple(rows), {"path": str(path), "manifest": _plain(manifest)})
 
 
 def describe_segment(scene: str, result: SegmentResult, quicklook: Path | None) -> Report:
@@ -159,7 +161,7 @@ def describe_segment(scene: str, result: SegmentResult, quicklook: Path | None) 
         ),
         *([("quicklook", str(quicklook))] if quicklook else []),
     ]
-    data = {"scene": scene, **_plain(result), "quicklook": str(quicklook) if quicklook else None}
+    data = {"scene": scene, **plain(result), "quicklook": str(quicklook) if quicklook else None}
     return Report(f"label map {result.output}", tuple(rows), data)
 
 
@@ -168,7 +170,7 @@ def describe_bench(summary: BenchSummary, folder: Path) -> Report:
     return Report(
         f"benchmark {folder}",
         tuple(_bench_rows(summary)),
-        {"folder": str(folder), "summary": _plain(summary)},
+        {"folder": str(folder), "summary": plain(summary)},
     )
 
 
@@ -187,7 +189,7 @@ def describe_demo(result: DemoResult) -> Report:
         *_bench_rows(result.bench),
         ("results", str(result.bench_folder)),
     ]
-    return Report("cdkd-edge demo", tuple(rows), _plain(result))
+    return Report("cdkd-edge demo", tuple(rows), plain(result))
 
 
 def describe_evaluation(subject: Subject, dataset: Dataset, result: Evaluation, folder: Path | None) -> Report:
@@ -406,7 +408,7 @@ def _in_brackets(count: int, text: str) -> str:
     return f" ({count} {text})" if count else ""
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses as JSON data; paths as text."""
     import msgspec
 

@@ -1,0 +1,101 @@
+"""What `build` builds: which graph, for which runtime, under which name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cdkd_edge.engines.tensorrt.api import tensorrt_is_installed
+from cdkd_edge.engines.tensorrt.device import NoGpu, find_gpu
+from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+from cdkd_edge.errors import EngineError, UsageError
+from cdkd_edge.manifest import EngineManifest, GraphManifest, precision_of, read_manifest
+from cdkd_edge.workspace import Workspace
+
+PRECISIONS = ("fp32", "fp16", "int8")
+CPU, TENSORRT = "cpu", "tensorrt"
+RUNTIMES = ("auto", CPU, TENSORRT)
+
+
+def graph_to_build(space: Workspace, graph: Path | None, precision: str | None) -> Path:
+    """The graph for an engine of a precision.
+
+    Args:
+        space: where to look if no graph is named.
+        graph: the named one.
+        precision: ``fp32``, ``fp16``, ``int8``; None: that of the named graph, or ``fp32``.
+
+    Raises:
+        WorkspaceError: none is named, and there is none or more than one.
+        UsageError: the named graph has another precision.
+    """
+    if graph is None:
+        return space.only_graph(precision or "fp32")
+    own = precision_of(graph)
+    if precision is not None and own is not None and own != precision:
+        raise UsageError(
+            f"{graph} is a graph of {own}, and --{precision} was asked for",
+            hint=f"leave out --{precision}, or the graph to take the workspace's {precision} one",
+        )
+    return graph
+
+
+def choose_runtime(runtime: str, *, targets: tuple[str, ...] = ()) -> str:
+    """``cpu`` or ``tensorrt``. ``auto``: TensorRT if it is installed and has a GPU or a target to build for.
+
+    Raises:
+        UsageError: there is no such runtime.
+    """
+    if runtime not in RUNTIMES:
+        raise UsageError(f"{runtime!r} is no runtime", hint=f"--runtime is one of {', '.join(RUNTIMES)}")
+    if runtime != "auto":
+        return runtime
+    if targets:  # only TensorRT has any; where it is missing, that is the answer
+        return TENSORRT
+    return TENSORRT if tensorrt_is_installed() and not isinstance(find_gpu(), NoGpu) else CPU
+
+
+def engine_path(space: Workspace, graph: Path, runtime: str) -> Path:
+    """Where the engine of a graph goes: ``engines/NAME.PRECISION.engine``, ``engines/NAME.PRECISION.cpu.onnx``."""
+    precision = precision_of(graph) or "fp32"
+    name = graph.stem.removesuffix(f".{precision}")
+    return space.engines / f"{name}.{precision}{'.cpu.onnx' if runtime == CPU else '.engine'}"
+
+
+def build_engine(
+    graph: Path,
+    destination: Path,
+    runtime: str,
+    options: TensorRTOptions = TensorRTOptions(),
+    progress: Callable[[str], None] = lambda step: None,
+    log: Callable[[str, str], None] = lambda severity, text: None,
+) -> EngineManifest:
+    """Build a graph for ``cpu`` or ``tensorrt``; see there for the errors.
+
+    Raises:
+        EngineError: also if the CPU does not run the graph's precision.
+    """
+    if runtime == TENSORRT:
+        from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
+
+        return build_tensorrt_engine(graph, destination, options, progress, log)
+    from cdkd_edge.engines.cpu import build_cpu_engine
+
+    if precision_of(graph) == "fp16":
+        raise _no_fp16_here(graph)
+    return build_cpu_engine(graph, destination)
+
+
+def _no_fp16_here(graph: Path) -> EngineError:
+    """FP16 is TensorRT's: say what is missing, and that the graph is all the board needs."""
+    source = read_manifest(graph, GraphManifest)
+    if tensorrt_is_installed():
+        gpu = find_gpu()
+        missing = gpu.reason if isinstance(gpu, NoGpu) else "the CPU engine has no FP16 kernels"
+    else:
+        missing = "TensorRT is not installed here"
+    state = "is checked" if source.conversion else "is what it builds from"
+    return EngineError(
+        f"an FP16 engine needs TensorRT on a GPU: {missing}",
+        hint=f"{graph} {state}: carry it and its .json to the board and run `cdkd-edge build --fp16` there",
+    )

@@ -1,0 +1,87 @@
+"""What tests of the TensorRT engines share: TensorRT-RTX where it is, graphs in FP16, children that misbehave."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cdkd_edge.engines.tensorrt.api import find_tensorrt, tensorrt_is_installed
+from cdkd_edge.engines.tensorrt.device import Gpu
+from cdkd_edge.manifest import FileRecord, GraphManifest, read_manifest, write_manifest
+
+ORIN = Gpu("Orin", "8.7", True, 8, 16 << 30, "12.6")
+
+
+def compiler_missing() -> str:
+    """Why TensorRT-RTX's compiler cannot be used here; empty if it can."""
+    if not tensorrt_is_installed():
+        wheels = "tensorrt-rtx-cu13-bindings and onnxruntime-ep-nv-tensorrt-rtx-cu13 of the [test] extra"
+        here = f"{sys.platform} {platform.machine()}, Python {platform.python_version()}"
+        return f"no TensorRT-RTX to compile with: {wheels} are missing ({here})"
+    kind = find_tensorrt().kind
+    return "" if kind == "tensorrt-rtx" else f"{kind} comes first here, and it compiles for no GPU but its own"
+
+
+needs_compiler = pytest.mark.skipif(bool(compiler_missing()), reason=compiler_missing())
+
+
+def half_graph(graph: Path) -> Path:
+    """``NAME.fp16.onnx`` beside an FP32 graph: the same with weights and activations cast to FP16, and a manifest."""
+    model = onnx.load(graph)
+    scales = {node.input[2] for node in model.graph.node if node.op_type == "Resize"}  # ONNX wants them in FP32
+    for item in model.graph.initializer:
+        if item.data_type == TensorProto.FLOAT and item.name not in scales:
+            item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float16), item.name))
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.input[0] == "image":
+            node.attribute[0].i = TensorProto.FLOAT16
+    del model.graph.value_info[:]
+    return store_variant(graph, model, "fp16")
+
+
+def break_attention(graph: Path) -> Path:
+    """Beside a graph, one in which an operator after each softmax keeps TensorRT from fusing attention."""
+    model = onnx.load(graph)
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.op_type == "Softmax":
+            share = node.output[0]
+            node.output[0] = f"{share}.kept"
+            # A running sum is of no use here, and of no kind that an attention kernel has inside.
+            nodes.append(helper.make_node("CumSum", [node.output[0], "broken.axis"], [share], name=f"{share}.sum"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(3, np.int64), "broken.axis"))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+    return store_variant(graph, model, "broken")
+
+
+def store_variant(graph: Path, model: onnx.ModelProto, suffix: str) -> Path:
+    """A changed graph beside its origin, with a manifest; of the precision ``suffix`` if that is one."""
+    source = read_manifest(graph, GraphManifest)
+    path = graph.with_name(f"{source.name}.{suffix}.onnx")
+    onnx.save(model, path)
+    precision = suffix if suffix in ("fp16", "int8") else source.precision
+    changed = dataclasses.replace(
+        source, precision=precision, artefact=FileRecord.of(path), parent=source.artefact, nodes=len(model.graph.node)
+    )
+    write_manifest(path, changed)
+    return path
+
+
+def child(code: str) -> tuple[str, ...]:
+    """A command that stands in for the building process; ``say(event, **fields)`` and ``request`` are there."""
+    head = (
+        "import json, os, signal, sys, time\n"
+        "request = json.loads(sys.stdin.read())\n"
+        "def say(event, **fields): print(json.dumps({'event': event, **fields}), flush=True)\n"
+    )
+    return (sys.executable, "-c", head + code)

@@ -59,10 +59,14 @@ def export(
         Optional[float],  # noqa: UP045
         typer.Option(help="LayerNorm epsilon, if not the layout's own."),
     ] = None,
+    fp16: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--fp16/--no-fp16", help="Also write NAME.fp16.onnx. Default: if it passes its check."),
+    ] = None,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """Checkpoint to ONNX graph, checked against PyTorch. Writes export/NAME.onnx and its manifest."""
+    """Checkpoint to ONNX graph, checked against PyTorch. Writes export/NAME.onnx, NAME.fp16.onnx, their manifests."""
     need("torch", "export", "exporting a checkpoint")
     from cdkd_edge.export.pipeline import ExportOptions, export_checkpoint
     from cdkd_edge.report import describe_export
@@ -70,7 +74,7 @@ def export(
     destination = output or workspace_at(workspace).graphs / f"{checkpoint.stem}.onnx"
     if destination.suffix != ".onnx":
         raise typer.BadParameter("a graph is an .onnx file", param_hint="--output")
-    options = ExportOptions(tile, batch, opset, schema, heads, norm_eps)
+    options = ExportOptions(tile, batch, opset, schema, heads, norm_eps, fp16)
     with steps() as step:
         result = export_checkpoint(checkpoint, destination, options, step)
     show(describe_export(result), as_json)

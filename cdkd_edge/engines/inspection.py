@@ -11,9 +11,9 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from cdkd_edge.engines.fuse import CONTRIB_DOMAIN
 from cdkd_edge.engines.tensorrt.layers import EngineLayers, read_layers
 from cdkd_edge.errors import EngineError, GraphError, ManifestError
+from cdkd_edge.export.fuse import CONTRIB_DOMAIN
 from cdkd_edge.manifest import EngineManifest, GraphManifest, kind_of, manifest_path, read_manifest
 
 _NAMES = {

@@ -1,4 +1,4 @@
-"""What `build` builds: which graph, for which runtime, under which name."""
+"""What `build` builds: for which runtime, under which name. (From which graph: :mod:`cdkd_edge.accuracy.prepare`.)"""
 
 from __future__ import annotations
 
@@ -12,32 +12,8 @@ from cdkd_edge.errors import EngineError, UsageError
 from cdkd_edge.manifest import EngineManifest, GraphManifest, precision_of, read_manifest
 from cdkd_edge.workspace import Workspace
 
-PRECISIONS = ("fp32", "fp16", "int8")
 CPU, TENSORRT = "cpu", "tensorrt"
 RUNTIMES = ("auto", CPU, TENSORRT)
-
-
-def graph_to_build(space: Workspace, graph: Path | None, precision: str | None) -> Path:
-    """The graph for an engine of a precision.
-
-    Args:
-        space: where to look if no graph is named.
-        graph: the named one.
-        precision: ``fp32``, ``fp16``, ``int8``; None: that of the named graph, or ``fp32``.
-
-    Raises:
-        WorkspaceError: none is named, and there is none or more than one.
-        UsageError: the named graph has another precision.
-    """
-    if graph is None:
-        return space.only_graph(precision or "fp32")
-    own = precision_of(graph)
-    if precision is not None and own is not None and own != precision:
-        raise UsageError(
-            f"{graph} is a graph of {own}, and --{precision} was asked for",
-            hint=f"leave out --{precision}, or the graph to take the workspace's {precision} one",
-        )
-    return graph
 
 
 def choose_runtime(runtime: str, *, targets: tuple[str, ...] = ()) -> str:

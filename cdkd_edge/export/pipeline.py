@@ -10,8 +10,9 @@ from pathlib import Path
 
 import onnx
 
-from cdkd_edge.errors import NumericalCheckError, SchemaError
+from cdkd_edge.errors import GraphError, NumericalCheckError, SchemaError
 from cdkd_edge.export.check import MIN_AGREEMENT, check_graph
+from cdkd_edge.export.derive import fp16_path, write_fp16
 from cdkd_edge.export.graph import DEFAULT_OPSET, build_graph
 from cdkd_edge.export.simplify import simplify_graph
 from cdkd_edge.files import whole_file
@@ -41,6 +42,8 @@ class ExportOptions:
     schema: str | None = None
     heads: int | None = None
     layer_norm_eps: float | None = None
+    fp16: bool | None = False
+    """Also write the FP16 graph: True, or it is an error; None, if it passes its check; False, not."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class ExportResult:
     nodes_written: int
     """Nodes before simplification."""
     seconds: float
+    half: GraphManifest | None = None
+    """Of the FP16 graph beside it."""
+    half_refused: str | None = None
+    """Why there is none, where one was tried."""
 
 
 def export_checkpoint(
@@ -61,7 +68,7 @@ def export_checkpoint(
     options: ExportOptions = ExportOptions(),
     progress: Callable[[str], None] = lambda step: None,
 ) -> ExportResult:
-    """Write ``destination`` (``.onnx``) and its manifest from a checkpoint.
+    """Write ``destination`` (``.onnx``) and its manifest from a checkpoint, and the FP16 graph beside it.
 
     Args:
         checkpoint: any file :func:`cdkd_edge.model.checkpoint.load_checkpoint` reads.
@@ -124,7 +131,16 @@ def export_checkpoint(
             training=dict(report.training),
         )
         write_manifest(destination, manifest)  # before the graph gets its name: no graph without a manifest
-    return ExportResult(destination, manifest, report, nodes_written, time.perf_counter() - started)
+    half, refused = None, None
+    if options.fp16 is not False:
+        try:
+            half = write_fp16(destination, fp16_path(destination), progress=progress)
+        except (GraphError, NumericalCheckError) as error:
+            if options.fp16:
+                raise
+            refused = error.message
+    seconds = time.perf_counter() - started
+    return ExportResult(destination, manifest, report, nodes_written, seconds, half, refused)
 
 
 def _schema(name: str | None, report: CheckpointReport) -> LabelSchema:

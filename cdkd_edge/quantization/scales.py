@@ -61,8 +61,8 @@ def quantize_weight(weight: Array, scales: Array, axis: int) -> npt.NDArray[np.i
     """Weights as INT8, in the layout they came in. -128 is not used, so that products stay symmetric."""
     shape = [1] * weight.ndim
     shape[axis] = -1
-    integers: npt.NDArray[np.int8] = np.clip(np.rint(weight / scales.reshape(shape)), -_LARGEST, _LARGEST).astype(np.int8)
-    return integers
+    integers = np.clip(np.rint(weight / scales.reshape(shape)), -_LARGEST, _LARGEST)
+    return integers.astype(np.int8, copy=False)
 
 
 def _fp16(scale: float) -> float:

@@ -132,10 +132,13 @@ def describe_export(result: ExportResult) -> Report:
             f"labels agree with PyTorch on {manifest.check.label_agreement:.4%} of the pixels, "
             f"largest logit difference {manifest.check.max_logit_error:.1e}",
         ),
+        *_half_rows(result),
         ("seconds", f"{result.seconds:.1f}"),
     ]
     data = {
         "path": str(result.path),
+        "fp16": plain(result.half) if result.half else None,
+        "fp16_refused": result.half_refused,
         "nodes_written": result.nodes_written,
         "seconds": result.seconds,
         "dropped": [dataclasses.asdict(d) for d in result.report.dropped],
@@ -143,6 +146,15 @@ def describe_export(result: ExportResult) -> Report:
         "manifest": plain(manifest),
     }
     return Report(f"graph {result.path}", tuple(rows), data)
+
+
+def _half_rows(result: ExportResult) -> list[tuple[str, str]]:
+    half = result.half
+    if half is None:
+        return [("no FP16", result.half_refused)] if result.half_refused else []
+    check = half.conversion
+    agreement = f", {check.label_agreement:.3%} of the pixels of {check.tiles} {check.imagery} tiles keep their label"
+    return [("FP16", f"{half.artefact.file}, {half.artefact.bytes / 1e6:.1f} MB{agreement if check else ''}")]
 
 
 def describe_segment(scene: str, result: SegmentResult, quicklook: Path | None) -> Report:
@@ -359,7 +371,7 @@ def describe_calibration(result: CalibrateResult) -> Report:
         *(("note", note) for note in manifest.notes),
         ("look at", str(result.folder / SHEET_FILE)),
     ]
-    data = {"path": str(result.folder), "manifest": _plain(manifest)}
+    data = {"path": str(result.folder), "manifest": plain(manifest)}
     return Report(f"calibration set {result.folder}", tuple(rows), data)
 
 

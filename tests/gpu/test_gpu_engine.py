@@ -28,7 +28,6 @@ def command(*arguments, cwd=None):
 def tensorrt():
     """The TensorRT that is installed."""
     from cdkd_edge.engines.tensorrt.api import find_tensorrt
-
     from cdkd_edge.errors import EngineError
 
     try:
@@ -45,7 +44,6 @@ def build(tensorrt, checkpoint, dataset, tmp_path_factory):
 
     def from_graphs(precision):
         from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
-
         from cdkd_edge.manifest import precision_of
 
         found = [path for path in sorted(Path(given).glob("*.onnx")) if precision_of(path) == precision]

@@ -1,0 +1,129 @@
+"""The graph that an engine is built from: found, or made from the FP32 graph where it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdkd_edge.accuracy.int8 import Int8Options, Int8Result, write_int8
+from cdkd_edge.accuracy.int8_judge import LabelledData
+from cdkd_edge.calibration_set import CalibrationSet, is_calibration_set
+from cdkd_edge.errors import ManifestError, UsageError, WorkspaceError
+from cdkd_edge.export.derive import fp16_path, write_fp16
+from cdkd_edge.manifest import GraphManifest, precision_of, read_manifest
+from cdkd_edge.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked of a graph of lower precision."""
+
+    calibration: Path | None = None
+    """Folder of a calibration set. Default: the workspace's only one."""
+    int8: Int8Options = Int8Options()
+    data: LabelledData | None = None
+    again: bool = False
+    """Make the graph even if there is one."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A graph to build."""
+
+    path: Path
+    made: bool = False
+    """Whether it was made just now."""
+    int8: Int8Result | None = None
+    """How, if it is an INT8 graph that was made just now."""
+
+
+def prepare_graph(
+    space: Workspace,
+    graph: Path | None,
+    precision: str | None,
+    request: Request = Request(),
+    progress: Callable[[str], None] = lambda step: None,
+) -> Prepared:
+    """The graph for an engine of a precision.
+
+    An FP16 or INT8 graph beside its FP32 graph is taken if it was made from it, as its manifest says; otherwise it is
+    made. Where there is no FP32 graph, as on a board to which only one graph was carried, that one is taken.
+
+    Args:
+        space: where to look for graphs and calibration sets.
+        graph: the named graph: FP32, or of the precision that is asked for.
+        precision: ``fp32``, ``fp16``, ``int8``; None: that of the named graph, or ``fp32``.
+        request: how to make it.
+        progress: called with the name of each step.
+
+    Raises:
+        WorkspaceError: no graph is named, and there is none or more than one; likewise for calibration sets.
+        UsageError: the named graph has another precision and is not FP32.
+        CdkdEdgeError: as :func:`write_fp16` and :func:`write_int8` do.
+    """
+    own = precision_of(graph) if graph else None
+    wanted = precision or own or "fp32"
+    if graph is None:
+        plains = space.graphs_of("fp32")
+        if wanted == "fp32" or (not plains and space.graphs_of(wanted)):
+            return Prepared(space.only_graph(wanted))
+        graph = space.only_graph("fp32") if plains else _missing(space, wanted)
+    elif own == wanted or wanted == "fp32" and own is None:
+        return Prepared(graph)
+    elif own not in ("fp32", None):
+        raise UsageError(
+            f"{graph} is a graph of {own}, and --{wanted} was asked for",
+            hint=f"name the FP32 graph, leave out --{wanted}, or leave out the graph",
+        )
+    destination = fp16_path(graph) if wanted == "fp16" else graph.with_name(f"{graph.stem}.int8.onnx")
+    if not request.again and _made_from(destination, graph):
+        return Prepared(destination)
+    if wanted == "fp16":
+        if request.calibration is None:
+            write_fp16(graph, destination, progress=progress)
+        else:
+            tiles = CalibrationSet.load(request.calibration)
+            write_fp16(graph, destination, tiles=tiles.tiles("check"), imagery=tiles.name, progress=progress)
+        return Prepared(destination, made=True)
+    tiles = CalibrationSet.load(request.calibration or only_calibration_set(space))
+    result = write_int8(graph, destination, tiles, request.int8, request.data, progress)
+    return Prepared(destination, made=True, int8=result)
+
+
+def only_calibration_set(space: Workspace) -> Path:
+    """The workspace's calibration set.
+
+    Raises:
+        WorkspaceError: there is none, or more than one.
+    """
+    folder = space.engines / "calibration"
+    found = sorted(path for path in folder.iterdir() if is_calibration_set(path)) if folder.is_dir() else []
+    if not found:
+        raise WorkspaceError(
+            f"INT8 needs calibration tiles, and there is no set in {folder}",
+            hint="make one from imagery like the mission's: cdkd-edge calibrate SCENES",
+        )
+    if len(found) > 1:
+        raise WorkspaceError(
+            f"there are {len(found)} calibration sets in {folder}: {', '.join(path.name for path in found)}",
+            hint="say which: " + "  or  ".join(f"--calibration {path}" for path in found[:4]),
+        )
+    return found[0]
+
+
+def _missing(space: Workspace, precision: str) -> Path:
+    raise WorkspaceError(
+        f"there is no {precision} graph in {space.graphs}, and no exported graph to make it from",
+        hint="make one: cdkd-edge export CKPT",
+    )
+
+
+def _made_from(derived: Path, plain: Path) -> bool:
+    """Whether a graph is whole and was made from another."""
+    try:
+        made = read_manifest(derived, GraphManifest)
+        source = read_manifest(plain, GraphManifest)
+    except ManifestError:
+        return False
+    return made.parent is not None and made.parent.sha256 == source.artefact.sha256

@@ -549,3 +549,18 @@ def test_without_tensorrt(small_graph: Path, tmp_path: Path, monkeypatch: pytest
     code = f"say('failed', reason='build', message={str(missing)!r}, hint={missing.hint!r})"
     with pytest.raises(EngineError, match="TensorRT is not installed in this Python"):
         build_with(code, small_graph, tmp_path / "e.engine")
+
+
+@pytest.mark.parametrize("size", ["device_memory_size_v2", "device_memory_size"])
+def test_what_an_engine_says_of_itself(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the two spellings of its size: TensorRT 10.3 has the one, 11 the other."""
+    inspector = SimpleNamespace(get_engine_information=lambda kind: f"layers as {kind}")
+    engine = SimpleNamespace(create_engine_inspector=lambda: inspector, **{size: 12})
+    loaded: list[Any] = [engine, None]
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: loaded.pop(0))
+    api = tensorrt_10(Runtime=lambda logger: runtime, LayerInformationFormat=SimpleNamespace(JSON="json"))
+    monkeypatch.setattr(TensorRT, "logger", None)
+    log = compiler._Log(lambda event, **fields: None, verbose=False)
+    assert compiler._inspect(api, b"", log) == ("layers as json", 12)
+    with pytest.raises(EngineError, match="failed loading the engine it has just built: it does not say why"):
+        compiler._inspect(api, b"", log)

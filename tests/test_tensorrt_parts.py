@@ -185,6 +185,8 @@ def test_reasons_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_gpu_memory() is None
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(init=999))
     assert find_gpu() == NoGpu("the CUDA driver does not start (cuInit: 999)")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(init=100))
+    assert find_gpu() == NoGpu("the CUDA driver sees no GPU")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(count=0))
     assert find_gpu() == NoGpu("the CUDA driver sees no GPU")
     driver = Driver()

@@ -8,6 +8,7 @@ from typing import Any
 
 # CUdevice_attribute of cuda.h.
 _MULTIPROCESSORS, _INTEGRATED, _MAJOR, _MINOR = 16, 18, 75, 76
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def _driver() -> Any:
     except OSError:
         return NoGpu("there is no CUDA driver")
     code = driver.cuInit(0)
+    if code == _NO_DEVICE:  # also where CUDA_VISIBLE_DEVICES hides them
+        return NoGpu("the CUDA driver sees no GPU")
     return NoGpu(f"the CUDA driver does not start (cuInit: {code})") if code else driver
 
 

@@ -41,11 +41,11 @@ def half(workspace: Path) -> Path:
 def test_the_graph_of_a_precision(workspace: Path, half: Path) -> None:
     space = Workspace(workspace)
     full = workspace / "export" / "small.onnx"
-    assert plan.graph_to_build(space, None, None) == plan.graph_to_build(space, None, "fp32") == full
-    assert plan.graph_to_build(space, None, "fp16") == half
-    assert plan.graph_to_build(space, half, None) == half, "a named graph says itself what it is"
+    assert prepare_graph(space, None, None) == prepare_graph(space, None, "fp32") == Prepared(full)
+    assert prepare_graph(space, None, "fp16") == Prepared(half)
+    assert prepare_graph(space, half, None) == Prepared(half), "a named graph says itself what it is"
     with pytest.raises(UsageError, match="is a graph of fp16, and --fp32 was asked for"):
-        plan.graph_to_build(space, half, "fp32")
+        prepare_graph(space, half, "fp32")
 
 
 def test_names_of_engines(workspace: Path, half: Path) -> None:

@@ -52,6 +52,15 @@ class Gate:
     loss: float = 0.5
     """Points of mIoU it may lose on a labelled dataset."""
 
+    def __post_init__(self) -> None:
+        if not 0.01 < self.agreement <= 1:
+            raise UsageError(
+                f"a gate of {100 * self.agreement:g} % agreement makes no sense",
+                hint="it is given in per cent, e.g. --min-agreement 98",
+            )
+        if not 0 <= self.loss <= 100:
+            raise UsageError(f"a network cannot lose {self.loss:g} points of mIoU at most")
+
     def failures(self, judgement: Judgement) -> list[str]:
         """Why a graph does not pass, in words; empty if it does."""
         reasons = []

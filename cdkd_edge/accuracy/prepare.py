@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cdkd_edge.accuracy.datasets import find_dataset
+from cdkd_edge.accuracy.evaluate import data_schema
 from cdkd_edge.accuracy.int8 import Int8Options, Int8Result, write_int8
 from cdkd_edge.accuracy.int8_judge import LabelledData
 from cdkd_edge.calibration_set import CalibrationSet, is_calibration_set
@@ -64,12 +66,13 @@ def prepare_graph(
     """
     own = precision_of(graph) if graph else None
     wanted = precision or own or "fp32"
+    _require_meaning(request, wanted)
     if graph is None:
         plains = space.graphs_of("fp32")
         if wanted == "fp32" or (not plains and space.graphs_of(wanted)):
             return Prepared(space.only_graph(wanted))
         graph = space.only_graph("fp32") if plains else _missing(space, wanted)
-    elif own == wanted or wanted == "fp32" and own is None:
+    elif own == wanted or (wanted == "fp32" and own is None):
         return Prepared(graph)
     elif own not in ("fp32", None):
         raise UsageError(
@@ -91,6 +94,20 @@ def prepare_graph(
     return Prepared(destination, made=True, int8=result)
 
 
+def labelled_data(folder: Path, schema: str | None, scenes: str | None) -> LabelledData:
+    """Labelled images as `evaluate` takes them.
+
+    Args:
+        folder: the dataset.
+        schema: how its masks are read. Default: what the data says.
+        scenes: names of scenes with commas. Default: every image.
+    """
+    dataset = find_dataset(folder)
+    if scenes:
+        dataset = dataset.of_scenes(tuple(name.strip() for name in scenes.split(",") if name.strip()))
+    return LabelledData(dataset, data_schema(dataset, schema, None))
+
+
 def only_calibration_set(space: Workspace) -> Path:
     """The workspace's calibration set.
 
@@ -110,6 +127,15 @@ def only_calibration_set(space: Workspace) -> Path:
             hint="say which: " + "  or  ".join(f"--calibration {path}" for path in found[:4]),
         )
     return found[0]
+
+
+def _require_meaning(request: Request, precision: str) -> None:
+    """No option is passed over in silence."""
+    int8 = request.int8 != Int8Options() or request.data is not None
+    if precision != "int8" and int8:
+        raise UsageError("gate, ranges and labelled data are for INT8 graphs", hint="add --int8")
+    if precision == "fp32" and request != Request():
+        raise UsageError("an FP32 graph is exported, not made from another", hint="add --fp16 or --int8")
 
 
 def _missing(space: Workspace, precision: str) -> Path:

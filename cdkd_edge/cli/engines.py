@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -9,9 +10,10 @@ import typer
 
 from cdkd_edge.cli.app import app
 from cdkd_edge.cli.helpers import show, steps, workspace_at
-from cdkd_edge.cli.options import JsonOption, WorkspaceOption
+from cdkd_edge.cli.options import JsonOption, SchemaOption, WorkspaceOption
 
 _PANEL = "TensorRT"
+_GRAPH = "Making the FP16 or INT8 graph"
 
 
 @app.command()
@@ -77,13 +79,64 @@ def build(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show all that TensorRT logs.", rich_help_panel=_PANEL)
     ] = False,
+    calibration: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--calibration",
+            help="Calibration set (see calibrate). Default for INT8: the workspace's only one; for FP16: drawn tiles.",
+            file_okay=False,
+            rich_help_panel=_GRAPH,
+        ),
+    ] = None,
+    calibrator: Annotated[
+        str, typer.Option(help="Ranges of activations: percentile, max or mse.", rich_help_panel=_GRAPH)
+    ] = "percentile",
+    percentile: Annotated[
+        float, typer.Option(help="Of magnitudes, kept by the percentile calibrator.", rich_help_panel=_GRAPH)
+    ] = 99.999,
+    alpha: Annotated[
+        float, typer.Option(help="SmoothQuant's exponent; 0 leaves activations as they are.", rich_help_panel=_GRAPH)
+    ] = 0.5,
+    auto: Annotated[
+        bool,
+        typer.Option("--auto", help="Keep the noisiest layers in FP16 until the gate passes.", rich_help_panel=_GRAPH),
+    ] = False,
+    keep: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Keep this layer in FP16, e.g. blocks.0.mlp.fc2; repeatable.", rich_help_panel=_GRAPH),
+    ] = None,
+    min_agreement: Annotated[
+        float,
+        typer.Option(help="Gate: per cent of the check tiles' pixels that keep their label.", rich_help_panel=_GRAPH),
+    ] = 98.0,
+    max_loss: Annotated[
+        float, typer.Option(help="Gate: points of mIoU that may be lost on --data.", rich_help_panel=_GRAPH)
+    ] = 0.5,
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--data", help="Labelled images to measure mIoU on, as for evaluate.", rich_help_panel=_GRAPH),
+    ] = None,
+    schema: SchemaOption = None,
+    scenes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of --data, these scenes only, e.g. tile5.", metavar="A,B", rich_help_panel=_GRAPH),
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Make the FP16 or INT8 graph even if there is one.", rich_help_panel=_GRAPH)
+    ] = False,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """Graph to engine for this machine (TensorRT, or ONNX Runtime on the CPU). Writes engines/ and a manifest."""
-    from cdkd_edge.engines.plan import CPU, build_engine, choose_runtime, engine_path, graph_to_build
+    """Graph to engine for this machine (TensorRT, or ONNX Runtime on the CPU). Writes engines/ and a manifest.
+
+    An FP16 or INT8 graph that is missing is made from the FP32 graph first, and checked.
+    """
+    from cdkd_edge.accuracy.int8 import Gate, Int8Options
+    from cdkd_edge.accuracy.prepare import Request, labelled_data, prepare_graph
+    from cdkd_edge.engines.plan import CPU, build_engine, choose_runtime, compare_speed, engine_path
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions, parse_size, parse_target
-    from cdkd_edge.report.engines import describe_engine
+    from cdkd_edge.quantization.calibrate import CalibrationOptions
+    from cdkd_edge.report.engines import describe_build
 
     asked = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if given]
     if len(asked) > 1:
@@ -101,7 +154,20 @@ def build(
     if chosen == CPU and options != TensorRTOptions():
         raise typer.BadParameter("the CPU engine has none of TensorRT's options", param_hint="--runtime cpu")
     space = workspace_at(workspace)
-    source = graph_to_build(space, graph, asked[0] if asked else None)
+    ranges = CalibrationOptions(calibrator, percentile, alpha or None)
+    gate = Gate(min_agreement / 100, max_loss)
+    request = Request(
+        calibration,
+        Int8Options(ranges, gate, auto, tuple(keep or ())),
+        labelled_data(data, schema, scenes) if data else None,
+    )
+    if (schema or scenes) and not data:
+        raise typer.BadParameter("they say how to read --data", param_hint="--schema, --scenes")
+    with steps() as step:
+        prepared = prepare_graph(
+            space, graph, asked[0] if asked else None, replace(request, again=again or request != Request()), step
+        )
+    source = prepared.path
     destination = output or engine_path(space, source, chosen)
     if destination.suffix != (".onnx" if chosen == CPU else ".engine"):
         kind = "a CPU engine is an .onnx file" if chosen == CPU else "a TensorRT engine is an .engine file"
@@ -111,7 +177,8 @@ def build(
     with steps() as step:
         step(f"building from {source.name}")
         manifest = build_engine(source, destination, chosen, options, step, _tell if verbose else _ignore)
-    show(describe_engine(destination, manifest), as_json)
+        rival = compare_speed(space, destination, manifest, step)
+    show(describe_build(destination, manifest, prepared, rival), as_json)
 
 
 @app.command()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from cdkd_edge.engines.load import load_engine
+from cdkd_edge.engines.protocol import Engine
+from cdkd_edge.engines.speed import speed_ratio
 from cdkd_edge.engines.tensorrt.api import tensorrt_is_installed
 from cdkd_edge.engines.tensorrt.device import NoGpu, find_gpu
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
-from cdkd_edge.errors import EngineError, UsageError
+from cdkd_edge.errors import EngineError, ManifestError, UsageError
 from cdkd_edge.manifest import EngineManifest, GraphManifest, precision_of, read_manifest
 from cdkd_edge.workspace import Workspace
 
@@ -60,6 +64,45 @@ def build_engine(
     if precision_of(graph) == "fp16":
         raise _no_fp16_here(graph)
     return build_cpu_engine(graph, destination)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An INT8 engine beside the engine that it has to be faster than."""
+
+    path: Path
+    ratio: float
+    """Tiles per second of the INT8 engine over those of the other."""
+
+
+def compare_speed(
+    space: Workspace, engine: Path, manifest: EngineManifest, progress: Callable[[str], None] = lambda step: None
+) -> Rival | None:
+    """Time a new INT8 engine against the workspace's FP16 engine (on a CPU: FP32) of the same network, if it is there.
+
+    INT8 can be slower than FP16 on vision transformers. None for other precisions, where there is no such engine, and
+    where one of the two cannot run here.
+    """
+    if manifest.precision != "int8":
+        return None
+    suffix = ".int8.cpu.onnx" if engine.suffix == ".onnx" else ".int8.engine"
+    other = ".fp32.cpu.onnx" if engine.suffix == ".onnx" else ".fp16.engine"
+    if not engine.name.endswith(suffix):
+        return None
+    path = engine.with_name(engine.name.removesuffix(suffix) + other)
+    if not path.is_file():
+        return None
+    progress(f"timing against {path.name}")
+    loaded: list[Engine] = []
+    try:
+        loaded += [load_engine(engine)]
+        loaded += [load_engine(path)]
+        return Rival(path, speed_ratio(*loaded))
+    except (EngineError, ManifestError):
+        return None  # compiled for another machine, for example: nothing was measured
+    finally:
+        for one in loaded:
+            one.close()
 
 
 def _no_fp16_here(graph: Path) -> EngineError:

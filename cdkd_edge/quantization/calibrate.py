@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from cdkd_edge.errors import UsageError
 from cdkd_edge.quantization.layers import QuantizableLayer, quantizable_layers, weight_of
 from cdkd_edge.quantization.observe import observe
-from cdkd_edge.quantization.scales import PERCENTILE, LayerScales, activation_scale, weight_scales
+from cdkd_edge.quantization.scales import CALIBRATORS, PERCENTILE, LayerScales, activation_scale, weight_scales
 from cdkd_edge.quantization.smooth import ALPHA, smooth
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -41,7 +42,15 @@ class CalibrationOptions:
     calibrator: str = "percentile"
     percentile: float = PERCENTILE
     alpha: float | None = ALPHA
-    """SmoothQuant's exponent; None: no smoothing."""
+    """SmoothQuant's exponent, above 0, at most 1; None: no smoothing."""
+
+    def __post_init__(self) -> None:
+        if self.calibrator not in CALIBRATORS:
+            raise UsageError(f"there is no calibrator {self.calibrator!r}", hint=f"there are {', '.join(CALIBRATORS)}")
+        if not 50 < self.percentile <= 100:
+            raise UsageError(f"a range that keeps {self.percentile} per cent of the values makes no sense")
+        if self.alpha is not None and not 0 < self.alpha <= 1:
+            raise UsageError(f"SmoothQuant's exponent lies between 0 and 1, it is not {self.alpha}")
 
 
 @dataclass(frozen=True)

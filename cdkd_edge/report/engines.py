@@ -8,13 +8,68 @@ from typing import TYPE_CHECKING, Any
 from cdkd_edge.report import Listing, Report, plain
 
 if TYPE_CHECKING:
+    from cdkd_edge.accuracy.int8 import Int8Result
+    from cdkd_edge.accuracy.prepare import Prepared
     from cdkd_edge.engines.inspection import Inspection, OnnxContents
+    from cdkd_edge.engines.plan import Rival
     from cdkd_edge.engines.tensorrt.layers import EngineLayers
     from cdkd_edge.manifest import EngineManifest
 
 
+def describe_build(path: Path, manifest: EngineManifest, prepared: Prepared, rival: Rival | None) -> Report:
+    """``cdkd-edge build``: the engine, and the graph that was made for it."""
+    report = describe_engine(path, manifest)
+    rows: list[tuple[str, str]] = []
+    if prepared.made:
+        rows.append(("graph", str(prepared.path)))
+    if prepared.int8:
+        rows += _int8_rows(prepared.int8)
+    if rival:
+        rows.append(("speed", f"{rival.ratio:.2f} x the tiles/s of {rival.path.name}, in turn on this machine"))
+        if rival.ratio <= 1:
+            rows.append(("warning", f"INT8 is not faster than {rival.path.name} here; prefer that engine"))
+    data = {
+        **report.data,
+        "graph": str(prepared.path),
+        "graph_made": prepared.made,
+        "quantization": prepared.int8.manifest.quantization if prepared.int8 else None,
+        "speed": {"against": str(rival.path), "ratio": rival.ratio} if rival else None,
+    }
+    return Report(report.title, (*report.rows, *rows), data)
+
+
+def _int8_rows(result: Int8Result) -> list[tuple[str, str]]:
+    from cdkd_edge.accuracy.int8_report import worst_layers
+
+    record = result.manifest.quantization
+    judgement = result.attempts[-1].judgement
+    kept = record["kept_in_fp16"]
+    rows = [
+        ("INT8 layers", f"{len(record['layers']) - len(kept)} of {len(record['layers'])}"),
+        ("labels", f"{judgement.agreement:.2%} of the pixels of {record['check_tiles']} check tiles keep theirs"),
+    ]
+    if judgement.loss is not None:
+        rows.append(
+            ("mIoU", f"{judgement.mean_iou:.2%}, FP32 {judgement.fp32_mean_iou:.2%}, loss {judgement.loss:.2f} points")
+        )
+    else:
+        rows.append(("mIoU", "not measured; --data gives labelled images"))
+    rows.append(("graph size", f"{record['size_over_fp32']:.3f} of the FP32 graph"))
+    rows.append(("twin", f"{judgement.speed_up:.2f} x FP32's tiles/s on this CPU, check tiles in turn"))
+    worst = ", ".join(f"{layer['name']} {layer['snr_db']:.0f} dB" for layer in worst_layers(record, 3))
+    rows.append(("noisiest", worst))
+    for attempt in result.attempts[:-1]:
+        rows.append(("missed", f"with {len(attempt.kept)} layers in FP16: {'; '.join(attempt.failures)}"))
+    if kept:
+        rows.append(("in FP16", ", ".join(kept)))
+    if judgement.speed_up <= 1:
+        rows.append(("warning", "INT8 is not faster than FP32 on this CPU"))
+    rows.append(("report", str(result.report)))
+    return rows
+
+
 def describe_engine(path: Path, manifest: EngineManifest) -> Report:
-    """``cdkd-edge build``."""
+    """An engine that was just built."""
     from cdkd_edge.engines.inspection import attention_warnings
 
     rows = [

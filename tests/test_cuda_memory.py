@@ -213,8 +213,10 @@ def test_a_recorded_graph_runs_as_often_as_it_is_replayed():
             stream.mark()
             stream.wait()
             assert (buffer.array == 5).all()
-    assert world.done == ["in", "fill", "out", "mark"] * 3
-    assert world.live()["graphs"] == 1
+        assert world.done == ["in", "fill", "out", "mark"] * 3
+        assert world.live()["graphs"] == 1
+        stream.capture(lambda: buffer.upload(stream))  # in place of the first
+        assert world.live()["graphs"] == 1
     stream.close()
     buffer.close()
     assert_clean(world)

@@ -146,12 +146,13 @@ class Stream:
         self._gpu.driver.stream_synchronize(self.raw)
 
     def capture(self, work: Callable[[], None]) -> None:
-        """Record what ``work`` puts into the stream as a CUDA graph for :meth:`replay`; nothing runs.
+        """Record what ``work`` puts into the stream as the CUDA graph for :meth:`replay`; nothing runs.
 
         Raises:
             EngineError: something in it cannot be recorded; the stream is as it was before.
         """
         driver = self._gpu.driver
+        self.forget()
         driver.capture_begin(self.raw)
         try:
             work()

@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from cdkd_edge.engines.tensorrt.api import tensorrt_is_installed
 from cdkd_edge.engines.tensorrt.device import Gpu
+from cdkd_edge.export.half import to_fp16
 from cdkd_edge.manifest import FileRecord, GraphManifest, read_manifest, write_manifest
+from cdkd_edge.quantization.graphs import int8_graph
+from cdkd_edge.quantization.layers import quantizable_layers, weight_of
+from cdkd_edge.quantization.scales import LayerScales, weight_scales
 
 ORIN = Gpu("Orin", "8.7", True, 8, 16 << 30, "12.6")
 
@@ -36,17 +40,19 @@ needs_compiler = pytest.mark.skipif(bool(compiler_missing()), reason=compiler_mi
 
 
 def half_graph(graph: Path) -> Path:
-    """``NAME.fp16.onnx`` beside an FP32 graph: the same with weights and activations cast to FP16, and a manifest."""
+    """``NAME.fp16.onnx`` beside an FP32 graph, unchecked, and its manifest."""
+    return store_variant(graph, to_fp16(onnx.load(graph)), "fp16")
+
+
+def int8_variant(graph: Path) -> Path:
+    """``NAME.int8.onnx`` beside an FP32 graph: all quantisable layers in INT8, and a manifest."""
     model = onnx.load(graph)
-    scales = {node.input[2] for node in model.graph.node if node.op_type == "Resize"}  # ONNX wants them in FP32
-    for item in model.graph.initializer:
-        if item.data_type == TensorProto.FLOAT and item.name not in scales:
-            item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float16), item.name))
-    for node in model.graph.node:
-        if node.op_type == "Cast" and node.input[0] == "image":
-            node.attribute[0].i = TensorProto.FLOAT16
-    del model.graph.value_info[:]
-    return store_variant(graph, model, "fp16")
+    layers = quantizable_layers(model)
+    scales = {
+        layer.name: LayerScales(0.05, weight_scales(weight_of(model, layer.weight), layer.output_axis))
+        for layer in layers
+    }
+    return store_variant(graph, int8_graph(model, layers, scales), "int8")
 
 
 def break_attention(graph: Path) -> Path:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrt_helpers import ORIN, half_graph, needs_compiler
 from test_cli import assert_answer, assert_wrong_usage, run
 
+from cdkd_edge.accuracy.prepare import Prepared, prepare_graph
 from cdkd_edge.engines import plan
 from cdkd_edge.engines.inspection import OnnxContents, inspect_artefact, read_onnx
 from cdkd_edge.engines.tensorrt.layers import layers_path
@@ -57,6 +58,7 @@ def test_names_of_engines(workspace: Path, half: Path) -> None:
 
 
 def test_no_graph_of_that_precision(workspace: Path) -> None:
+    (workspace / "export" / "small.onnx").unlink()
     assert_answer(run("build", "--int8", "-w", workspace), 5, "there is no int8 graph")
 
 
@@ -99,7 +101,8 @@ def test_fp16_without_tensorrt(workspace: Path, half: Path, monkeypatch: pytest.
 def test_the_cpu_engine_is_as_before(workspace: Path) -> None:
     result = run("build", "--fp32", "-w", workspace, "--json")
     data = json.loads(result.stdout)
-    assert set(data) == {"path", "manifest"}
+    assert set(data) == {"path", "manifest", "graph", "graph_made", "quantization", "speed"}
+    assert not data["graph_made"]
     assert data["path"] == str(workspace / "engines" / "small.fp32.cpu.onnx")
     assert data["manifest"]["tensorrt"] is None
 

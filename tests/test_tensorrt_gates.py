@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tensorrt_helpers import break_attention, half_graph, needs_compiler
+from tensorrt_helpers import break_attention, half_graph, int8_variant, needs_compiler
 
 from cdkd_edge.engines.inspection import inspect_artefact
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
@@ -21,6 +21,9 @@ from cdkd_edge.model.config import NetworkConfig
 pytestmark = [pytest.mark.slow, needs_compiler]
 
 FP16_LIMITS = LayerLimits(attention_blocks=12, layers=120, traffic_bytes=1.45e9, scratch_bytes=64e6)
+INT8_LIMITS = LayerLimits(attention_blocks=12, layers=145, traffic_bytes=1.6e9, scratch_bytes=64e6)
+INT8_SIZE = 0.3
+"""Of the FP32 graph's file."""
 SM86 = TensorRTOptions(targets=("8.6",))
 TILES_AND_LABELS = (
     EngineTensor("image", "uint8", (1, 3, 1024, 1024)),
@@ -61,6 +64,23 @@ def test_fp16_keeps_the_limits(half: Path) -> None:
     assert manifest.tensorrt.strongly_typed
     assert layers.precisions["fp16"] >= len(layers.layers) - 1, "one layer turns indices into labels"
     assert sum(layer.traffic_bytes > 30e6 for layer in layers.layers) == 0, "no scores in memory"
+
+
+def test_int8_keeps_the_limits(paper_graph: Path) -> None:
+    graph = int8_variant(paper_graph)
+    manifest, layers = compiled(graph)
+    assert exceeded(layers, INT8_LIMITS) == []
+    assert (manifest.attention_fused, manifest.attention_blocks) == (12, 12)
+    assert manifest.tensorrt is not None
+    assert manifest.tensorrt.tensors == TILES_AND_LABELS
+    assert layers.precisions["int8"] >= 53, "the linears and the 3x3 convolutions"
+    assert graph.stat().st_size <= INT8_SIZE * paper_graph.stat().st_size
+
+
+def test_int8_with_broken_attention_fails_the_same_check(paper_graph: Path) -> None:
+    _, layers = compiled(break_attention(int8_variant(paper_graph)))
+    findings = exceeded(layers, INT8_LIMITS)
+    assert any("0 of 12 attention blocks" in finding for finding in findings), findings
 
 
 def test_fp32_parses_and_builds(paper_graph: Path) -> None:

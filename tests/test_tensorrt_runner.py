@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import sys
 import threading
 import tracemalloc
-from types import SimpleNamespace
 
 import cuda_fakes
 import numpy as np
@@ -19,6 +17,7 @@ from cdkd_edge.engines.cuda import api as cuda_api
 from cdkd_edge.engines.cuda.memory import Gpu
 from cdkd_edge.engines.load import load_engine
 from cdkd_edge.engines.protocol import segment_tiles
+from cdkd_edge.engines.tensorrt import api, device, loadable
 from cdkd_edge.engines.tensorrt.runner import SLOTS, TensorRTEngine, affordable_slots
 from cdkd_edge.errors import EngineError, ManifestError
 from cdkd_edge.labels import NO_LABEL, load_schema
@@ -561,13 +560,10 @@ def installed(discrete, monkeypatch):
         yield
         discrete.trt.sink = None
 
-    folder = "cdkd_edge.engines.tensorrt"
-    for name, functions in {
-        "api": {"find_tensorrt": lambda: discrete.trt, "log_to": log_to},
-        "device": {"find_gpu": lambda: "this GPU"},
-        "loadable": {"require_loadable": lambda *arguments: asked.append(arguments)},
-    }.items():
-        monkeypatch.setitem(sys.modules, f"{folder}.{name}", SimpleNamespace(**functions))
+    monkeypatch.setattr(api, "find_tensorrt", lambda: discrete.trt)
+    monkeypatch.setattr(api, "log_to", log_to)
+    monkeypatch.setattr(device, "find_gpu", lambda: "this GPU")
+    monkeypatch.setattr(loadable, "require_loadable", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(cuda_api, "BINDINGS", {"cuda-python": lambda ordinal: discrete.gpu.driver})
     monkeypatch.setattr(cuda_api, "_open", {})
     monkeypatch.delenv(cuda_api.VARIABLE, raising=False)
@@ -592,7 +588,7 @@ def test_a_foreign_engine_never_reaches_tensorrt(discrete, installed, monkeypatc
     def refuse(*_):
         raise EngineError("it was built by another TensorRT")
 
-    monkeypatch.setattr(sys.modules["cdkd_edge.engines.tensorrt.loadable"], "require_loadable", refuse)
+    monkeypatch.setattr(loadable, "require_loadable", refuse)
     with pytest.raises(EngineError, match="another TensorRT"):
         load_engine(discrete.path)
     assert "cuMemHostAlloc" not in discrete.world.calls

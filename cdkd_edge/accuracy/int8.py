@@ -168,6 +168,7 @@ def write_int8(
         judge = Judge(model, source, SetTiles(tiles, "check"), data, Path(scratch), progress)
         del model
         attempts = _attempts(calibrated, noise, judge, options, progress)
+        del judge
     last = attempts[-1]
     if last.failures:
         raise NumericalCheckError(

@@ -95,9 +95,9 @@ def compare_speed(
     progress(f"timing against {path.name}")
     loaded: list[Engine] = []
     try:
-        loaded += [load_engine(engine)]
-        loaded += [load_engine(path)]
-        return Rival(path, speed_ratio(*loaded))
+        for file in (engine, path):
+            loaded.append(load_engine(file))
+        return Rival(path, speed_ratio(loaded[0], loaded[1]))
     except (EngineError, ManifestError):
         return None  # compiled for another machine, for example: nothing was measured
     finally:

@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+OFF = np.float32(-3e4)
+"""A bias that leaves nothing of any activation after ReLU; within FP16's range, far from its end."""
+
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]
 

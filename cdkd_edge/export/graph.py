@@ -47,7 +47,7 @@ class GraphWriter:
     def constant(self, name: str, value: np.ndarray) -> str:
         """An initialiser; the same name is stored once."""
         if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            self.initializers[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
     def shape(self, *sizes: int) -> str:
@@ -225,24 +225,26 @@ def _head(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, bat
     # a twentieth of convolving the up-sampled maps, which are then never made.
     folded = [fold.fold_batch_norm(weights, f"head.pooled.{i}") for i in range(len(scales))]
     pooled = writer.add("MatMul", "pool.cells", writer.constant("pool.matrix", fold.pooling_matrix(grid, scales)), deep)
+    mask = fold.scale_mask(scales, channels)
     pooled = writer.linear(
         "pool.projected",
         pooled,
         np.concatenate([weight[:, :, 0, 0] for weight, _ in folded]),
-        np.concatenate([bias for _, bias in folded]),
+        # What is not a cell's own scale gets a bias that ReLU makes zero of: no operation to mask it out.
+        np.where(mask > 0, np.concatenate([bias for _, bias in folded]), fold.OFF),
     )
     pooled = writer.add("Relu", "pool.active", pooled)
-    mask = fold.scale_mask(scales, channels)
-    pooled = writer.add("Mul", "pool.own_scale", pooled, writer.constant("pool.mask", mask))
     kernel, bias = fold.fold_batch_norm(weights, "head.bottleneck")
     on_deep, on_cells = kernel[:, : config.embed_dim], kernel[:, config.embed_dim :]
     taps_weight = writer.constant("context.weight", fold.kernel_taps(on_cells))
     shares = writer.add("MatMul", "context.taps", pooled, taps_weight)  # [N, cells, 9 C]
     shares = writer.add("Reshape", "context.shares", shares, writer.shape(batch, 9 * len(mask), channels))
-    spread = writer.constant("context.spread", fold.spreading_matrix(grid, scales))
-    context = writer.add("MatMul", "context", spread, shares)  # [N, L, C]
+    shares = writer.add("Transpose", "context.rows", shares, perm=[0, 2, 1])  # small; the map would be large
+    spread = writer.constant("context.spread", fold.spreading_matrix(grid, scales).T)
+    context = writer.add("MatMul", "context", shares, spread)  # [N, C, L]
+    context = writer.add("Reshape", "context.map", context, writer.shape(batch, channels, grid, grid))
     convolved = writer.conv("bottleneck.conv", as_map("deep", deep, config.embed_dim), on_deep, bias, relu=False)
-    both = writer.add("Add", "bottleneck.sum", convolved, as_map("context", context, channels))
+    both = writer.add("Add", "bottleneck.sum", convolved, context)
     top = writer.add("Relu", "bottleneck", both)
 
     # Top-down: all maps have one size, so the addition needs no resizing.

@@ -54,8 +54,9 @@ def check_half(
     fuse_attention(model)
     progress("labels of the FP32 graph")
     session = _session(model)
+    del model
     expected = [session.run(["labels"], {"image": batch})[0] for batch in batches]
-    del session, model
+    del session
 
     rehearsal = fp16_on_cpu(half)
     bounds = _add_score_bounds(rehearsal)
@@ -161,4 +162,6 @@ def _session(model: onnx.ModelProto) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = available_cores()
+    options.enable_cpu_mem_arena = False  # an arena keeps what the largest tile needed; two sessions follow each other
+    options.enable_mem_pattern = False
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

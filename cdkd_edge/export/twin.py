@@ -1,17 +1,20 @@
 """The CPU twin of an INT8 graph: the same integers and scales, in operators that ONNX Runtime has kernels for.
 
 The INT8 graph is written for TensorRT: FP16, Q/DQ on inputs, floating-point biases. ONNX Runtime on a CPU runs that
-far slower than FP32. Its integer kernel for a linear without a quantised output is ``MatMulIntegerToFloat`` (domain
+far slower than FP32. Its integer kernel for a product without a quantised result is ``MatMulIntegerToFloat`` (domain
 ``com.microsoft``), and only unsigned activations are fast there: the twin stores ``q + 128`` as uint8, the same number.
-Convolutions multiply dequantised integers in FP32, which is as exact: ONNX Runtime's integer convolutions either round
-their output or take four times as long. Everything else is FP32, with the weights of the INT8 graph.
+A 3x3 convolution becomes such a product too, on the nine shifted copies of its uint8 map side by side: ONNX Runtime's
+own integer convolutions either round their result to 8 bits, which TensorRT does not, or take four times as long
+as FP32. Everything else is FP32, with the weights of the INT8 graph.
 
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +22,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cdkd_edge.errors import GraphError
 from cdkd_edge.export.fuse import CONTRIB_DOMAIN
+
+_ZERO = 128
+"""The uint8 that stands for 0."""
+_END = np.iinfo(np.int64).max
 
 
 def cpu_twin(int8: onnx.ModelProto) -> onnx.ModelProto:
@@ -28,35 +35,30 @@ def cpu_twin(int8: onnx.ModelProto) -> onnx.ModelProto:
         int8: a graph that :mod:`cdkd_edge.quantization` wrote; left as it is.
 
     Raises:
-        GraphError: it has no quantised linear.
+        GraphError: it has no quantised layer.
     """
     twin = to_fp32(int8)
     graph = twin.graph
-    maker = {output: node for node in graph.node for output in node.output}
-    users: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    constants = {item.name for item in graph.initializer}
-
+    writer = _Writer({item.name: item for item in graph.initializer})
+    matcher = _Matcher(graph)
     replaced: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
-        linear = _quantized_linear(node, maker, users, constants)
-        if linear:
-            replaced[node.output[0]] = linear.nodes()
-            if linear.bias:
-                replaced[linear.output] = []
+        layer = matcher.quantized_layer(node)
+        if layer:
+            replaced[node.output[0]] = writer.linear(layer) if node.op_type == "MatMul" else writer.convolution(layer)
+            if layer.bias_node:
+                replaced[layer.output] = []
     if not replaced:
-        raise GraphError("the graph has no quantised linear", hint="make it again: cdkd-edge build --int8")
+        raise GraphError("the graph has no quantised layer", hint="make it again: cdkd-edge build --int8")
     nodes = []
     for node in graph.node:
         nodes += replaced.get(node.output[0], [_copy(node)])
     needed = _needed(nodes, [output.name for output in graph.output])
-    graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), "uint8_zero"))
-    kept = [_copy_tensor(item) for item in graph.initializer if item.name in {n for node in needed for n in node.input}]
+    used = {name for node in needed for name in node.input}
+    constants = [_copy_tensor(item) for name, item in writer.constants.items() if name in used]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(needed)
-    graph.initializer.extend(kept)
+    graph.initializer.extend(constants)
     twin.opset_import.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
     return twin
 
@@ -76,57 +78,118 @@ def to_fp32(half: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @dataclass(frozen=True)
-class _Linear:
-    """``Q -> DQ -> MatMul(DQ of integers) -> Add``."""
+class _Layer:
+    """``Q -> DQ -> MatMul or Conv (DQ of integers) -> Add``, a convolution's bias being its own input."""
 
     input: str
     input_scale: str
     weight: str
     weight_scale: str
     bias: str
+    bias_node: bool
+    """Whether an ``Add`` of its own adds the bias."""
     output: str
 
-    def nodes(self) -> list[onnx.NodeProto]:
-        name = self.output
-        return [
-            helper.make_node(
-                "QuantizeLinear",
-                [self.input, self.input_scale, "uint8_zero"],
-                [f"{name}.input_uint8"],
-                name=f"{name}.input_uint8/QuantizeLinear",
-            ),
-            helper.make_node(
-                "MatMulIntegerToFloat",
-                [
-                    f"{name}.input_uint8", self.weight, self.input_scale, self.weight_scale, "uint8_zero", "",
-                    *([self.bias] if self.bias else []),
-                ],
-                [name],
-                name=f"{name}/MatMulIntegerToFloat",
-                domain=CONTRIB_DOMAIN,
-            ),
-        ]  # fmt: skip
+
+class _Matcher:
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._maker = {output: node for node in graph.node for output in node.output}
+        self._constants = {item.name: item for item in graph.initializer}
+        self._users: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self._users.setdefault(name, []).append(node)
+
+    def quantized_layer(self, node: onnx.NodeProto) -> _Layer | None:
+        """The layer around a node; None if its input or its weight is not quantised."""
+        if node.op_type not in ("MatMul", "Conv"):
+            return None
+        real, weight = (self._maker.get(name) for name in node.input[:2])
+        if real is None or weight is None or {real.op_type, weight.op_type} != {"DequantizeLinear"}:
+            return None
+        quantized = self._maker.get(real.input[0])
+        if quantized is None or quantized.op_type != "QuantizeLinear" or weight.input[0] not in self._constants:
+            return None
+        parts = quantized.input[0], quantized.input[1], weight.input[0], weight.input[1]
+        output = node.output[0]
+        if node.op_type == "Conv":
+            if list(self._constants[weight.input[0]].dims[2:]) != [3, 3] or _attributes(node)["pads"] != [1, 1, 1, 1]:
+                return None
+            return _Layer(*parts, node.input[2] if len(node.input) > 2 else "", False, output)
+        following = self._users.get(output, [])
+        if len(following) == 1 and following[0].op_type == "Add":
+            found = [name for name in following[0].input if name in self._constants]
+            if found:
+                return _Layer(*parts, found[0], True, following[0].output[0])
+        return _Layer(*parts, "", False, output)
 
 
-def _quantized_linear(
-    node: onnx.NodeProto,
-    maker: dict[str, onnx.NodeProto],
-    users: dict[str, list[onnx.NodeProto]],
-    constants: set[str],
-) -> _Linear | None:
-    if node.op_type != "MatMul":
-        return None
-    real, weight = (maker.get(name) for name in node.input)
-    if real is None or weight is None or {real.op_type, weight.op_type} != {"DequantizeLinear"}:
-        return None
-    quantized = maker.get(real.input[0])
-    if quantized is None or quantized.op_type != "QuantizeLinear" or weight.input[0] not in constants:
-        return None
-    output, bias = node.output[0], ""
-    following = users.get(output, [])
-    if len(following) == 1 and following[0].op_type == "Add" and (found := set(following[0].input) & constants):
-        output, bias = following[0].output[0], found.pop()
-    return _Linear(quantized.input[0], quantized.input[1], weight.input[0], weight.input[1], bias, output)
+class _Writer:
+    """Makes the nodes of quantised layers, and the constants they need."""
+
+    def __init__(self, constants: dict[str, onnx.TensorProto]) -> None:
+        self.constants = constants
+        self._constant("uint8_zero", np.array(_ZERO, np.uint8))
+
+    def linear(self, layer: _Layer) -> list[onnx.NodeProto]:
+        """``[N, L, K]`` to ``[N, L, M]``."""
+        add, nodes = _collect(layer.output)
+        integers = add("QuantizeLinear", "uint8", [layer.input, layer.input_scale, "uint8_zero"])
+        nodes.append(self._product(integers, layer.weight, layer, layer.output))
+        return nodes
+
+    def convolution(self, layer: _Layer) -> list[onnx.NodeProto]:
+        """``[N, C, G, G]`` to ``[N, M, G, G]``, 3x3, zero-padded."""
+        add, nodes = _collect(layer.output)
+        kernel = numpy_helper.to_array(self.constants[layer.weight])  # [M, C, 3, 3]
+        rows = kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))  # [9 C, M], tap by tap
+        weight = self._constant(f"{layer.weight}.rows", rows)
+        integers = add("QuantizeLinear", "uint8", [layer.input, layer.input_scale, "uint8_zero"])
+        last = add("Transpose", "channels_last", [integers], perm=[0, 2, 3, 1])
+        pads = self._constant("pad_map", np.array([0, 1, 1, 0, 0, 1, 1, 0], np.int64))
+        padded = add("Pad", "padded", [last, pads, "uint8_zero"])  # [N, G + 2, G + 2, C]
+        axes = self._constant("map_axes", np.array([1, 2], np.int64))
+        taps = []
+        for down in range(3):
+            for right in range(3):
+                first = self._constant(f"tap_{down}_{right}", np.array([down, right], np.int64))
+                ends = [_END if start == 2 else start - 2 for start in (down, right)]
+                end = self._constant(f"tap_end_{down}_{right}", np.array(ends, np.int64))
+                taps.append(add("Slice", f"tap_{down}_{right}", [padded, first, end, axes]))
+        shifted = add("Concat", "taps", taps, axis=3)  # [N, G, G, 9 C]
+        product = f"{layer.output}.product"
+        nodes.append(self._product(shifted, weight, layer, product))
+        nodes.append(
+            helper.make_node("Transpose", [product], [layer.output], name=f"{product}/Transpose", perm=[0, 3, 1, 2])
+        )
+        return nodes
+
+    def _product(self, integers: str, weight: str, layer: _Layer, output: str) -> onnx.NodeProto:
+        inputs = [integers, weight, layer.input_scale, layer.weight_scale, "uint8_zero", ""]
+        return helper.make_node(
+            "MatMulIntegerToFloat",
+            [*inputs, layer.bias] if layer.bias else inputs,
+            [output],
+            name=f"{output}/MatMulIntegerToFloat",
+            domain=CONTRIB_DOMAIN,
+        )
+
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
+        return name
+
+
+def _collect(prefix: str) -> tuple[Callable[..., str], list[onnx.NodeProto]]:
+    """A list of nodes, and what appends to it and returns the new value's name."""
+    nodes: list[onnx.NodeProto] = []
+
+    def add(op: str, name: str, inputs: list[str], **attributes: Any) -> str:
+        output = f"{prefix}.{name}"
+        nodes.append(helper.make_node(op, inputs, [output], name=f"{output}/{op}", **attributes))
+        return output
+
+    return add, nodes
 
 
 def _needed(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodeProto]:
@@ -137,6 +200,10 @@ def _needed(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodePr
             wanted |= set(node.input)
             kept.append(node)
     return kept[::-1]
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
 
 
 def _copy(node: onnx.NodeProto) -> onnx.NodeProto:

@@ -103,8 +103,10 @@ class _Edit:
         return self._model
 
     def _constant(self, name: str, value: np.ndarray) -> str:
+        # A scale per tensor has no dimension. With one of size 1 it counts as per axis, and compilers then compute
+        # the layer in FP16.
         if name not in self._new:
-            self._new[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            self._new[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
 

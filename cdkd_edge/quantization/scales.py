@@ -62,7 +62,8 @@ def quantize_weight(weight: Array, scales: Array, axis: int) -> npt.NDArray[np.i
     shape = [1] * weight.ndim
     shape[axis] = -1
     integers = np.clip(np.rint(weight / scales.reshape(shape)), -_LARGEST, _LARGEST)
-    return integers.astype(np.int8, copy=False)
+    result: npt.NDArray[np.int8] = integers.astype(np.int8)
+    return result
 
 
 def _fp16(scale: float) -> float:

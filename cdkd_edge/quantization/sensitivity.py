@@ -38,14 +38,22 @@ def signal_to_noise(
     graph = probe.graph
     nodes = {node.name: node for node in graph.node}
     measured = [layer for layer in layers if layer.name in scales]
-    outputs = []
+    outputs, beside = [], {}
     for layer in measured:
-        outputs += _beside(graph, layer, nodes[layer.node], weight_of(model, layer.weight), scales[layer.name])
+        names, beside[layer.product] = _beside(
+            graph, layer, nodes[layer.node], weight_of(model, layer.weight), scales[layer.name]
+        )
+        outputs += names
+    ordered = []
+    for node in graph.node:
+        ordered += [_copy(node), *beside.get(node.output[0], [])]
+    del graph.node[:]
+    graph.node.extend(ordered)
     batch = graph.input[0].type.tensor_type.shape.dim[0].dim_value
     del graph.output[:]
     graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs)
-    session = cpu_session(probe, arena=True)
-    del probe, graph, nodes
+    session = cpu_session(probe, in_order=True)
+    del probe, graph, nodes, ordered, beside
 
     totals = np.zeros(len(outputs))
     for tile in tiles:
@@ -58,8 +66,8 @@ def signal_to_noise(
 
 def _beside(
     graph: onnx.GraphProto, layer: QuantizableLayer, node: onnx.NodeProto, weight: np.ndarray, scales: LayerScales
-) -> list[str]:
-    """Add the quantised layer next to the layer; the names of the sums of squares of signal and noise."""
+) -> tuple[list[str], list[onnx.NodeProto]]:
+    """The nodes of the quantised layer next to the layer; the names of the sums of squares of signal and noise."""
     name = f"{layer.name}.quantized"
     integers = quantize_weight(weight, scales.weight, layer.output_axis)
     for suffix, value in (
@@ -75,15 +83,19 @@ def _beside(
     twin.name, twin.input[0], twin.input[1], twin.output[0] = name, f"{name}.input", f"{name}.weight", f"{name}.output"
     grid = [f"{name}.scale", f"{name}.zero"]
     per_channel = [f"{name}.integers", f"{name}.weight_scale", f"{name}.zeros"]
-    graph.node.extend(
-        (
-            helper.make_node("QuantizeLinear", [layer.input, *grid], [f"{name}.input_integers"]),
-            helper.make_node("DequantizeLinear", [f"{name}.input_integers", *grid], [f"{name}.input"]),
-            helper.make_node("DequantizeLinear", per_channel, [f"{name}.weight"], axis=layer.output_axis),
-            twin,
-            helper.make_node("Sub", [layer.product, f"{name}.output"], [f"{name}.difference"]),
-            helper.make_node("ReduceSumSquare", [layer.product], [f"{name}.signal"], keepdims=0),
-            helper.make_node("ReduceSumSquare", [f"{name}.difference"], [f"{name}.noise"], keepdims=0),
-        )
-    )
-    return [f"{name}.signal", f"{name}.noise"]
+    nodes = [
+        helper.make_node("QuantizeLinear", [layer.input, *grid], [f"{name}.input_integers"]),
+        helper.make_node("DequantizeLinear", [f"{name}.input_integers", *grid], [f"{name}.input"]),
+        helper.make_node("DequantizeLinear", per_channel, [f"{name}.weight"], axis=layer.output_axis),
+        twin,
+        helper.make_node("Sub", [layer.product, f"{name}.output"], [f"{name}.difference"]),
+        helper.make_node("ReduceSumSquare", [layer.product], [f"{name}.signal"], keepdims=0),
+        helper.make_node("ReduceSumSquare", [f"{name}.difference"], [f"{name}.noise"], keepdims=0),
+    ]
+    return [f"{name}.signal", f"{name}.noise"], nodes
+
+
+def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    return copy

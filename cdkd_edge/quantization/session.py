@@ -11,11 +11,13 @@ from cdkd_edge.errors import GraphError
 from cdkd_edge.machine import available_cores
 
 
-def cpu_session(model: onnx.ModelProto, *, arena: bool = False) -> Any:
+def cpu_session(model: onnx.ModelProto, *, arena: bool = False, in_order: bool = False) -> Any:
     """A session on all cores this process may use.
 
     Args:
         model: at most 2 GB.
+        in_order: run nodes as they stand in the graph. ONNX Runtime's own order leaves side branches for the end, and
+            keeps what they need until then.
         arena: keep freed memory for the next run. Off: large outputs that are handed out would never come back.
 
     Raises:
@@ -26,6 +28,8 @@ def cpu_session(model: onnx.ModelProto, *, arena: bool = False) -> Any:
     options.intra_op_num_threads = available_cores()
     options.enable_cpu_mem_arena = arena
     options.enable_mem_pattern = arena
+    if in_order:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own types share no base but Exception

@@ -153,8 +153,10 @@ def _half_rows(result: ExportResult) -> list[tuple[str, str]]:
     if half is None:
         return [("no FP16", result.half_refused)] if result.half_refused else []
     check = half.conversion
-    agreement = f", {check.label_agreement:.3%} of the pixels of {check.tiles} {check.imagery} tiles keep their label"
-    return [("FP16", f"{half.artefact.file}, {half.artefact.bytes / 1e6:.1f} MB{agreement if check else ''}")]
+    text = f"{half.artefact.file}, {half.artefact.bytes / 1e6:.1f} MB"
+    if check:
+        text += f", {check.label_agreement:.3%} of the pixels of {check.tiles} {check.imagery} tiles keep their label"
+    return [("FP16", text)]
 
 
 def describe_segment(scene: str, result: SegmentResult, quicklook: Path | None) -> Report:

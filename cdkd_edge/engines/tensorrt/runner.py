@@ -11,7 +11,6 @@ shares the CPU's memory nothing is copied. Where the binding can, all but the ma
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 
 from cdkd_edge.engines.cuda.memory import Buffer, Gpu, Stream
 from cdkd_edge.engines.protocol import UInt8Array
+from cdkd_edge.engines.tensorrt import api, device, loadable
 from cdkd_edge.engines.tensorrt.listen import Listener, LogTo
 from cdkd_edge.engines.tensorrt.loaded import IMAGE, LABELS, LoadedEngine
 from cdkd_edge.errors import EngineError
@@ -275,13 +275,12 @@ def load_tensorrt_engine(path: Path, manifest: EngineManifest) -> TensorRTEngine
         ManifestError: the manifest does not say.
     """
     tensorrt, log_to = _installed()
-    gpu = importlib.import_module("cdkd_edge.engines.tensorrt.device").find_gpu()
-    importlib.import_module("cdkd_edge.engines.tensorrt.loadable").require_loadable(manifest, tensorrt, gpu)
+    gpu = device.find_gpu()
+    loadable.require_loadable(manifest, tensorrt, gpu)
     return TensorRTEngine(path, manifest, tensorrt=tensorrt, log_to=log_to)
 
 
 def _installed() -> tuple[Any, LogTo]:
-    api = importlib.import_module("cdkd_edge.engines.tensorrt.api")
     return api.find_tensorrt(), api.log_to
 
 

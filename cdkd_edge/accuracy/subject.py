@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.engines.cpu import OnnxLabeller
+from cdkd_edge.engines.cpu import graph_labeller
 from cdkd_edge.engines.load import load_engine
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import MissingExtraError, UsageError
@@ -40,7 +40,7 @@ def open_subject(
     precision: str = "fp32",
     threads: int | None = None,
 ) -> Subject:
-    """Load a checkpoint (PyTorch), a graph (ONNX Runtime, as it was exported) or an engine.
+    """Load a checkpoint (PyTorch), a graph (ONNX Runtime) or an engine.
 
     Args:
         path: the file; graphs and engines with their manifest beside them.
@@ -68,9 +68,8 @@ def open_subject(
         raise UsageError(f"{path.name} has its own tile, precision and device; only a checkpoint can be given others")
     if kind_of(path) == GraphManifest.kind:
         graph = read_manifest(path, GraphManifest)
-        return Subject(
-            path, "graph", "onnxruntime-cpu", graph.precision, OnnxLabeller(path, graph, threads), graph.training
-        )
+        runtime = "onnxruntime-cpu" + (", values rounded to FP16" if graph.precision == "fp16" else "")
+        return Subject(path, "graph", runtime, graph.precision, graph_labeller(path, graph, threads), graph.training)
     engine = load_engine(path, threads=threads)
     manifest: EngineManifest = engine.manifest
     return Subject(path, "engine", manifest.runtime, manifest.precision, engine, manifest.training)

@@ -14,6 +14,7 @@ from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.errors import EngineError, NumericalCheckError, SystemRefusalError
 from cdkd_edge.export.derive import read_graph
 from cdkd_edge.export.fuse import fuse_attention
+from cdkd_edge.export.half import fp16_on_cpu
 from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL
@@ -111,13 +112,20 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
 class OnnxLabeller:
     """An ONNX file in ONNX Runtime on the CPU. See :class:`cdkd_edge.engines.protocol.Labeller`."""
 
-    def __init__(self, path: Path, manifest: GraphManifest | EngineManifest, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: GraphManifest | EngineManifest,
+        threads: int | None = None,
+        model: bytes | None = None,
+    ) -> None:
         """Load a graph or an engine whose manifest has been read.
 
         Args:
             path: the file.
             manifest: its manifest.
             threads: threads for one tile. Default: the cores this process may use.
+            model: what to run in place of the file: the same function in operators a CPU has.
 
         Raises:
             EngineError: ONNX Runtime refuses it.
@@ -125,7 +133,7 @@ class OnnxLabeller:
         self.slots = SLOTS
         self.tile, self.batch = manifest.tile, manifest.batch
         self.schema, self.artefact = manifest.schema, manifest.artefact
-        self._session = _session(str(path), _session_options(threads), f"loading {path.name}")
+        self._session = _session(model or str(path), _session_options(threads), f"loading {path.name}")
         n, tile = self.batch, self.tile
         self._inputs = [np.zeros((n, 3, tile, tile), np.uint8) for _ in range(SLOTS)]
         self._outputs = [np.full((n, tile, tile), NO_LABEL, np.uint8) for _ in range(SLOTS)]
@@ -163,6 +171,32 @@ class OnnxLabeller:
         """Release the session; buffers go with the object."""
         self._bindings.clear()
         self._session = None
+
+
+def graph_labeller(path: Path, manifest: GraphManifest, threads: int | None = None) -> OnnxLabeller:
+    """A graph in ONNX Runtime on the CPU, of any precision.
+
+    An FP32 graph runs as it was exported; of an FP16 graph every value is rounded as an FP16 engine stores it
+    (:func:`cdkd_edge.export.half.fp16_on_cpu`); of an INT8 graph the twin runs (:mod:`cdkd_edge.export.twin`).
+
+    Args:
+        path: the graph.
+        manifest: its manifest.
+        threads: as for :class:`OnnxLabeller`.
+
+    Raises:
+        GraphError: it is no graph, or not one of its precision.
+        EngineError: ONNX Runtime refuses it.
+    """
+    if manifest.precision == "fp32":
+        return OnnxLabeller(path, manifest, threads)
+    model = read_graph(path)
+    if manifest.precision == "fp16":
+        model = fp16_on_cpu(model)
+    else:
+        model = cpu_twin(model)
+        fuse_attention(model)
+    return OnnxLabeller(path, manifest, threads, model.SerializeToString())
 
 
 class CpuEngine(OnnxLabeller):

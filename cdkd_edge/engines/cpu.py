@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from cdkd_edge.engines.integers import require_exact_integers
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.errors import EngineError, NumericalCheckError, SystemRefusalError
 from cdkd_edge.export.derive import read_graph
@@ -67,6 +68,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
         )
     model = read_graph(graph)
     if source.precision == "int8":
+        require_exact_integers()
         model = cpu_twin(model)
     plain = model.SerializeToString()
     fused, blocks = fuse_attention(model)
@@ -194,6 +196,7 @@ def graph_labeller(path: Path, manifest: GraphManifest, threads: int | None = No
     if manifest.precision == "fp16":
         model = fp16_on_cpu(model)
     else:
+        require_exact_integers()
         model = cpu_twin(model)
         fuse_attention(model)
     return OnnxLabeller(path, manifest, threads, model.SerializeToString())
@@ -214,6 +217,8 @@ class CpuEngine(OnnxLabeller):
                 f"{path} was built with onnxruntime {built_with}; this is {onnxruntime.__version__}",
                 hint=f"build it again from {manifest.graph.file}: cdkd-edge build",
             )
+        if manifest.precision == "int8":
+            require_exact_integers()
         self.manifest = manifest
         super().__init__(path, manifest, threads)
 

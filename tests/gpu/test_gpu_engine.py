@@ -55,11 +55,11 @@ def build(tensorrt, checkpoint, dataset, tmp_path_factory):
 
     def from_checkpoint(precision):
         if not built:
-            command("--workspace", workspace, "export", checkpoint.absolute())
+            command("export", checkpoint.absolute(), "-w", workspace)
         if precision == "int8":
             images = [pair.image.absolute() for pair in dataset]
-            command("calibrate", *images, "-o", "engines/calibration/test", cwd=workspace)
-        command("--workspace", workspace, "build", f"--{precision}", "--runtime", "tensorrt")
+            command("calibrate", *images, "-w", workspace)
+        command("build", f"--{precision}", "--runtime", "tensorrt", "-w", workspace)
         (path,) = (workspace / "engines").glob(f"*.{precision}.engine")
         return path
 

@@ -173,6 +173,8 @@ def _configure(api: TensorRT, config: trt.IBuilderConfig, request: BuildRequest,
     flag = api.module.BuilderFlag
     if request.sparse:
         config.set_flag(flag.SPARSE_WEIGHTS)
+    if request.precision == "fp32" and hasattr(flag, "TF32"):
+        config.clear_flag(flag.TF32)  # on by default; its 10 bits of mantissa are FP16's, and FP32 is the reference
     if request.weakly_typed and request.precision in ("fp16", "int8"):
         config.set_flag(flag.FP16)
     if request.weakly_typed and request.precision == "int8":

@@ -1,7 +1,7 @@
 """Does this CPU multiply integers exactly? Asked of ONNX Runtime itself, before an INT8 engine is trusted.
 
-x86-64 CPUs without VNNI add pairs of uint8 x int8 products in 16 bits, which saturate at 32767: two products of 255 x 127
-are 64770. Labels would be wrong without a word.
+x86-64 CPUs without VNNI add pairs of uint8 x int8 products in 16 bits, which saturate at 32767: two of 255 x 127
+make 64770. Labels would be wrong without a word.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html ("U8S8 can suffer from saturation issues")
 """
 

@@ -65,7 +65,7 @@ def test_demo_leaves_what_it_prints(tmp_path: Path) -> None:
         assert labels.crs == scene.crs
         assert labels.transform == scene.transform
         assert labels.nodata == 255
-    assert result["mean_iou"] > 0.6
+    assert result["mean_iou"] > 0.74  # 0.761 measured
 
 
 def test_demo_stays_out_of_folders_with_other_files(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_demo_finds_a_bad_scene_before_it_makes_anything(tmp_path: Path) -> None
 @pytest.mark.skipif(not DUBAI.is_dir(), reason=f"no imagery in {DUBAI}")
 def test_real_imagery_of_a_scene_never_trained_on(workspace: Path) -> None:
     schema = load_schema("dubai")
-    confusion, shares = ConfusionMatrix(len(schema)), np.zeros(len(schema))
+    confusion = ConfusionMatrix(len(schema))
     images = sorted((DUBAI / "images").glob(f"{HELD_OUT_SCENE}_*.jpg"))
     assert images
     outputs = run("segment", *map(str, images), "-w", str(workspace), "--quicklook")
@@ -96,11 +96,9 @@ def test_real_imagery_of_a_scene_never_trained_on(workspace: Path) -> None:
         truth = schema.encode(np.asarray(mask), mask.filename if hasattr(mask, "filename") else image.stem)
         with rasterio.open(output["output"]) as dataset:
             confusion.update(truth, dataset.read(1))
-        shares += np.bincount(truth.ravel(), minlength=256)[: len(schema)]
         assert Path(output["quicklook"]).is_file()
-    always_the_commonest = shares.max() / shares.sum()
-    assert confusion.overall_accuracy > always_the_commonest
-    assert confusion.mean_iou > 0.35
+    assert confusion.mean_iou > 0.51  # 0.522 measured; the better colour rule: 0.392
+    assert confusion.overall_accuracy > 0.86  # 0.874 measured; always the commonest class: 0.526
     (engine,) = (workspace / "engines").glob("*.onnx")
     judged = run("evaluate", str(engine), "--data", str(DUBAI), "--schema", "dubai", "--scenes", HELD_OUT_SCENE)
     assert judged["confusion"] == confusion.counts.tolist()

@@ -593,7 +593,7 @@ DUBAI = Path(__file__).resolve().parents[2] / "shared" / "data" / "dubai"
 @pytest.mark.slow
 @pytest.mark.skipif(not DUBAI.is_dir(), reason="needs the Dubai imagery in ../shared/data/dubai")
 def test_parity_of_the_bundled_network(tmp_path: Path) -> None:
-    """A trained network on imagery it never saw: the paper's 0.02 points hold for the CPU engine."""
+    """A trained network on imagery it was not trained on: the paper's 0.02 points hold for the CPU engine."""
     pytest.importorskip("torch")
     import cdkd_edge
 
@@ -606,5 +606,5 @@ def test_parity_of_the_bundled_network(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert math.isclose(document["delta_points"]["mean_iou"]["value"], 0, abs_tol=0.02)
-    assert document["scores"]["mean_iou"]["reference"] > 0.2
+    assert document["scores"]["mean_iou"]["reference"] > 0.55  # 0.561 measured
     assert document["interval_position"] == "within"

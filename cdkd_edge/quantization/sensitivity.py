@@ -15,6 +15,10 @@ from cdkd_edge.quantization.scales import LayerScales, quantize_weight
 from cdkd_edge.quantization.session import cpu_session
 
 
+NOISELESS = 200.0
+"""dB; a number, because JSON has no infinity."""
+
+
 def signal_to_noise(
     model: onnx.ModelProto,
     layers: Sequence[QuantizableLayer],
@@ -24,7 +28,8 @@ def signal_to_noise(
     """Signal-to-noise ratio of every layer that has scales, dB.
 
     Beside each layer, on the same FP32 input, its quantised self is computed; 10 log10 of the sum of squares of the
-    layer's output over that of the difference, over all tiles. One pass, whatever the number of layers.
+    layer's output over that of the difference, over all tiles. One pass, whatever the number of layers. At most
+    :data:`NOISELESS`, which a layer without noise has.
 
     Args:
         model: the (smoothed) FP32 graph.
@@ -58,9 +63,11 @@ def signal_to_noise(
     totals = np.zeros(len(outputs))
     for tile in tiles:
         totals += [float(value) for value in session.run(outputs, {"image": np.repeat(tile[None], batch, axis=0)})]
-    signal, noise = totals[::2], np.maximum(totals[1::2], np.finfo(np.float64).tiny)
-    with np.errstate(divide="ignore"):
-        decibels = 10 * np.log10(signal / noise)
+    signal, noise = totals[::2], totals[1::2]
+    least = 10 ** (-NOISELESS / 10)
+    ratio = np.full_like(signal, 1 / least)  # also of a layer that gives nothing but zeros
+    np.divide(signal, noise, out=ratio, where=noise > signal * least)
+    decibels = 10 * np.log10(np.maximum(ratio, least))
     return dict(zip((layer.name for layer in measured), decibels.tolist(), strict=True))
 
 

@@ -157,7 +157,7 @@ def _add_probes(model: onnx.ModelProto) -> _Probes:
         copy.CopyFrom(node)
         nodes.append(copy)
         if node.output[0] in watched:
-            made = f"{node.output[0]}.sum"
+            made = f"{node.output[0]}.sum_of_all"
             nodes.append(helper.make_node("ReduceSum", [node.output[0]], [made], keepdims=0))
             probes.sums[made] = node.output[0]
     del graph.node[:]

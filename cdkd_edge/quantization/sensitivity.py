@@ -14,7 +14,6 @@ from cdkd_edge.quantization.layers import QuantizableLayer, weight_of
 from cdkd_edge.quantization.scales import LayerScales, quantize_weight
 from cdkd_edge.quantization.session import cpu_session
 
-
 NOISELESS = 200.0
 """dB; a number, because JSON has no infinity."""
 

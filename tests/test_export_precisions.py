@@ -116,16 +116,21 @@ def test_a_weight_beyond_fp16(tmp_path, make_weights):
     assert exported(tmp_path) == ["city.json", "city.onnx"]
 
 
-def test_an_fp16_graph_of_the_last_export_does_not_stay(tmp_path, sound, make_weights):
-    """Beside a new FP32 graph it would be another network's."""
-    run("export", sound, *HEADS)
+def test_graphs_of_an_earlier_export_are_pointed_out(tmp_path, sound, make_weights):
+    """Beside a new FP32 graph they are another network's."""
+    first = run("export", sound, *HEADS, "--json")
+    assert json.loads(first.stdout)["outdated"] == []
+    half = tmp_path / "export" / "city.fp16.onnx"
+    for suffix in (".onnx", ".json"):
+        shutil.copy(half.with_suffix(suffix), half.with_name(f"city.int8{suffix}"))
+    assert json.loads(run("export", sound, *HEADS, "--no-fp16", "--json").stdout)["outdated"] == []
     weights = make_weights(CONFIG, seed=2)
     weights["encoder.blocks.0.attn.qkv.bias"][-1] = 7e4
-    result = run("export", save(sound, weights), *HEADS)
-    assert result.exit_code == 0
-    plain = read_manifest(tmp_path / "export" / "city.onnx", GraphManifest)
-    half = tmp_path / "export" / "city.fp16.onnx"
-    assert not half.exists() or read_manifest(half, GraphManifest).parent.sha256 == plain.artefact.sha256
+    text = " ".join(run("export", save(sound, weights), *HEADS).stdout.split())
+    for name in ("city.fp16.onnx", "city.int8.onnx"):
+        assert f"warning {name} was made from an earlier graph" in text
+    data = json.loads(run("export", sound, *HEADS, "--no-fp16", "--json").stdout)
+    assert data["outdated"] == ["export/city.fp16.onnx", "export/city.int8.onnx"]
 
 
 def test_a_foreign_file_in_the_place_of_the_fp16_graph(tmp_path, sound):
@@ -134,6 +139,8 @@ def test_a_foreign_file_in_the_place_of_the_fp16_graph(tmp_path, sound):
     result = run("export", sound, *HEADS)
     assert_answer(result, 6, r"city\.fp16\.onnx exists and is not cdkd-edge's to replace")
     assert (tmp_path / "export" / "city.fp16.onnx").read_text() == "mine"
+    assert exported(tmp_path) == ["city.fp16.onnx"], "it is known before the work begins"
+    assert run("export", sound, *HEADS, "--no-fp16").exit_code == 0
 
 
 # --- the bundled network --------------------------------------------------------------------------
@@ -144,7 +151,7 @@ def tiny(tmp_path_factory):
     """The bundled trained network, exported for small tiles with FP16. Not to be changed."""
     folder = tmp_path_factory.mktemp("tiny")
     with resources.as_file(resources.files("cdkd_edge.demo") / "tiny.safetensors") as checkpoint:
-        return export_checkpoint(checkpoint, folder / "tiny.onnx", ExportOptions(tile=256, fp16=True))
+        return export_checkpoint(checkpoint, folder / "tiny.onnx", ExportOptions(tile=128, fp16=True))
 
 
 def test_the_bundled_network_in_fp16(tiny):
@@ -155,8 +162,8 @@ def test_the_bundled_network_in_fp16(tiny):
 
 
 def test_the_bundled_network_in_int8(tiny, tmp_path):
-    drawn = sample_tiles(256, 8)
-    chosen = write_set(tmp_path / "set", drawn[:6], drawn[6:], side=256)
+    drawn = sample_tiles(128, 8)
+    chosen = write_set(tmp_path / "set", drawn[:6], drawn[6:], side=128)
     graph = tmp_path / "tiny.onnx"
     for suffix in (".onnx", ".json"):
         shutil.copy(tiny.path.with_suffix(suffix), graph.with_suffix(suffix))

@@ -12,7 +12,7 @@ from cdkd_edge.accuracy.int8 import Gate, Int8Options, Int8Result, require_fitti
 from cdkd_edge.accuracy.int8_judge import LabelledData
 from cdkd_edge.calibration_set import CalibrationSet, is_calibration_set
 from cdkd_edge.errors import ManifestError, UsageError, WorkspaceError
-from cdkd_edge.export.derive import fp16_path, write_fp16
+from cdkd_edge.export.derive import fp16_path, int8_path, write_fp16
 from cdkd_edge.manifest import GraphManifest, precision_of, read_manifest
 from cdkd_edge.workspace import Workspace
 
@@ -80,7 +80,7 @@ def prepare_graph(
             f"{graph} is a graph of {own}, and --{wanted} was asked for",
             hint=f"name the FP32 graph, leave out --{wanted}, or leave out the graph",
         )
-    destination = fp16_path(graph) if wanted == "fp16" else graph.with_name(f"{graph.stem}.int8.onnx")
+    destination = fp16_path(graph) if wanted == "fp16" else int8_path(graph)
     if not request.again and _made_from(destination, graph):
         return Prepared(destination)
     source = read_manifest(graph, GraphManifest)

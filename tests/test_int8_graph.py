@@ -355,6 +355,24 @@ def test_a_convolution_as_a_product_is_the_convolution(batch, inputs, outputs, s
     np.testing.assert_allclose(found, graph, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("strides", [2, 2]), ("dilations", [2, 2]), ("pads", [0] * 4), ("pads", None), ("group", 2)],
+)
+def test_other_convolutions_are_left_alone(attribute, value):
+    """They cannot be written as that product; a wrong one would be worse than a slow one."""
+    weight = np.ones((4, 2 if attribute == "group" else 4, 3, 3), np.float32)
+    model, _ = one_layer("Conv", weight, None, (1, 4, 6, 6), 1.0)
+    (node,) = nodes_of(model, "Conv")
+    kept = [item for item in node.attribute if item.name != attribute]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if value is not None:
+        node.attribute.append(helper.make_attribute(attribute, value))
+    with pytest.raises(GraphError, match="no quantised layer"):
+        cpu_twin(model)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("shape", "outputs"), [((1, 1, 1), 1), ((1, 9, 16), 40), ((2, 37, 10), 6)])
 def test_a_linear_in_integers_is_the_linear(shape, outputs, bias):

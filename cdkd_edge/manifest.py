@@ -68,7 +68,7 @@ class ConversionCheck:
     label_agreement: float
     """Share of pixels with the same label, 0..1."""
     finite: bool
-    """Whether every logit is finite, also on tiles that are all 0, all 255, a checkerboard and noise."""
+    """Whether every value is finite in FP16, also on tiles that are all 0, all 255, a checkerboard and noise."""
     runtime: str
 
 

@@ -44,14 +44,14 @@ class Workspace:
         """Exported graphs of a precision (``fp32``, ``fp16``, ``int8``), and those whose manifest does not say."""
         return [path for path in _artefacts(self.graphs, (".onnx",)) if precision_of(path) in (precision, None)]
 
-    def only_graph(self, precision: str = "fp32") -> Path:
-        """The one exported graph of a precision.
+    def only_graph(self, precision: str = "fp32", command: str | None = None) -> Path:
+        """The one exported graph of a precision, for ``command`` (default: to build it).
 
         Raises:
             WorkspaceError: there is none, or more than one.
         """
         what = "exported graph" if precision == "fp32" else f"{precision} graph"
-        command = "cdkd-edge build" if precision == "fp32" else f"cdkd-edge build --{precision}"
+        command = command or ("cdkd-edge build" if precision == "fp32" else f"cdkd-edge build --{precision}")
         return _only(self.graphs_of(precision), what, self.graphs, command, "cdkd-edge export CKPT")
 
     def only_engine(self, command: str) -> Path:

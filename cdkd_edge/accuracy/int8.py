@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import numpy.typing as npt
 import onnx
 
 from cdkd_edge import __version__
+from cdkd_edge.accuracy.evaluate import require_readable, require_same_classes
 from cdkd_edge.accuracy.int8_judge import Judge, Judgement, LabelledData
-from cdkd_edge.accuracy.int8_report import write_report
-from cdkd_edge.calibration_set import CalibrationSet
+from cdkd_edge.accuracy.int8_report import require_own_report, write_report
+from cdkd_edge.calibration_set import CalibrationSet, Role
 from cdkd_edge.errors import GraphError, NumericalCheckError, UsageError
 from cdkd_edge.export.derive import read_graph
 from cdkd_edge.export.half_check import check_half
@@ -37,6 +38,7 @@ from cdkd_edge.manifest import (
 )
 from cdkd_edge.quantization.calibrate import Calibrated, CalibrationOptions, calibrate
 from cdkd_edge.quantization.graphs import int8_graph
+from cdkd_edge.quantization.layers import quantizable_layers
 from cdkd_edge.quantization.sensitivity import signal_to_noise
 
 FIRST_KEPT = 1
@@ -80,7 +82,7 @@ class Int8Options:
     auto: bool = False
     """Keep the worst layers in FP16 until the gate passes."""
     keep: tuple[str, ...] = ()
-    """Layers to keep in FP16 whatever the gate says."""
+    """Layers to keep in FP16 whatever the gate says; each once."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class SetTiles:
     """The tiles of one role of a calibration set, to be read again and again."""
 
     source: CalibrationSet
-    role: Any
+    role: Role
 
     def __len__(self) -> int:
         return self.source.count(self.role)
@@ -135,33 +137,32 @@ def write_int8(
         progress: called with the name of each step.
 
     Raises:
-        UsageError: the set's tiles have another size than the graph's, or none is kept for checking.
+        UsageError: the set's tiles have another size than the graph's, or none is kept for checking; or all layers are
+            to be kept.
         GraphError: it is not an FP32 graph of this tool, or no layer of a name in ``keep``.
+        DatasetError, SchemaError: the labelled data cannot be read, or have other classes.
+        ManifestError: graph or tiles are not what their manifests say, or something of the user's is in the place of
+            the graph or its report.
         NumericalCheckError: the gate is missed, with ``auto`` even when nothing is left in INT8.
     """
+    report = destination.with_suffix(".md")
     require_replaceable(destination)
+    require_own_report(report, destination.name)
     source = read_manifest(plain, GraphManifest)
     if source.precision != "fp32":
         raise GraphError(f"{plain} is an {source.precision} graph; INT8 is made from the FP32 graph")
-    if tiles.tile != source.tile:
-        raise UsageError(
-            f"the tiles of {tiles.name} are {tiles.tile} px wide, those of {plain.name} {source.tile} px",
-            hint=f"cdkd-edge calibrate SCENES --tile {source.tile}",
-        )
-    for role in ("calibration", "check"):
-        if not SetTiles(tiles, role):
-            raise UsageError(f"{tiles.name} has no {role} tiles", hint="make it again: cdkd-edge calibrate")
+    require_fitting(tiles, source, "calibration", "check")
+    if data is not None:  # a mistake that evaluate() would tell after minutes
+        require_same_classes(source.schema, data.schema)
+        require_readable(data.dataset, source.tile, data.options)
     model = read_graph(plain)
+    require_layers(model, options.keep)
     calibrated = calibrate(
         model,
         SetTiles(tiles, "calibration"),
         options.calibration,
         lambda what, done, total: progress(f"{what}: tile {done} of {total}"),
     )
-    if unknown := sorted(set(options.keep) - set(calibrated.scales)):
-        raise GraphError(
-            f"the graph has no layer {unknown[0]!r}", hint=f"layers are {', '.join(list(calibrated.scales)[:5])}, ..."
-        )
     progress("noise of every layer")
     noise = signal_to_noise(calibrated.model, calibrated.layers, calibrated.scales, SetTiles(tiles, "check"))
     with tempfile.TemporaryDirectory() as scratch:
@@ -180,7 +181,6 @@ def write_int8(
     graph = _graph(calibrated, last.kept)
     progress("the graph as TensorRT will compute it")
     conversion = check_half(plain, graph, SetTiles(tiles, "check"), tiles.name, progress, least=options.gate.agreement)
-    report = destination.with_suffix(".md")
     with whole_file(destination) as temporary:
         onnx.save(graph, temporary)
         artefact = FileRecord.of(temporary, destination.name)
@@ -196,9 +196,39 @@ def write_int8(
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             tool=f"cdkd-edge {__version__}",
         )
-        write_report(report, manifest)
         write_manifest(destination, manifest)
+    write_report(report, manifest)
     return Int8Result(destination, report, manifest, attempts)
+
+
+def require_fitting(tiles: CalibrationSet, source: GraphManifest, *roles: Role) -> None:
+    """Make sure that a calibration set is of a graph's tile size and has tiles of these roles.
+
+    Raises:
+        UsageError: it is not, or has none.
+    """
+    if tiles.tile != source.tile:
+        raise UsageError(
+            f"the tiles of {tiles.name} are {tiles.tile} px wide, those of {source.artefact.file} {source.tile} px",
+            hint=f"cdkd-edge calibrate SCENES --tile {source.tile}",
+        )
+    for role in roles:
+        if not tiles.count(role):
+            raise UsageError(f"{tiles.name} has no {role} tiles", hint="make it again: cdkd-edge calibrate")
+
+
+def require_layers(model: onnx.ModelProto, keep: Sequence[str]) -> None:
+    """Make sure that the layers to be kept in FP16 exist, and that others are left.
+
+    Raises:
+        GraphError: there is no such layer.
+        UsageError: no layer would be INT8.
+    """
+    names = [layer.name for layer in quantizable_layers(model)]
+    if unknown := sorted(set(keep) - set(names)):
+        raise GraphError(f"the graph has no layer {unknown[0]!r}", hint=f"layers are {', '.join(names[:5])}, ...")
+    if set(keep) == set(names):
+        raise UsageError(f"with all {len(names)} layers kept, nothing is left for INT8", hint="build --fp16")
 
 
 def _graph(calibrated: Calibrated, kept: tuple[str, ...]) -> onnx.ModelProto:
@@ -218,7 +248,7 @@ def _attempts(
     attempts: list[Attempt] = []
     more = 0
     while True:
-        kept = (*options.keep, *worst[:more])
+        kept = (*dict.fromkeys(options.keep), *worst[:more])
         progress(f"judging INT8 with {len(kept)} layers in FP16" if kept else "judging INT8")
         judgement = judge(cpu_twin(_graph(calibrated, kept)))
         attempts.append(Attempt(kept, judgement, options.gate.failures(judgement)))

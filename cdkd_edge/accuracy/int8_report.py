@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cdkd_edge.errors import ManifestError
 from cdkd_edge.files import write_text
 from cdkd_edge.manifest import GraphManifest
 
@@ -14,6 +15,21 @@ WORST = 8
 def write_report(path: Path, manifest: GraphManifest) -> None:
     """Write the report of an INT8 graph as Markdown, from its manifest."""
     write_text(path, "\n".join(_lines(manifest)) + "\n")
+
+
+def require_own_report(path: Path, graph: str) -> None:
+    """Make sure that a report replaces nothing but an earlier one of the graph of that name.
+
+    Raises:
+        ManifestError: there is another file of that name.
+    """
+    if path.exists():
+        try:
+            own = path.read_text(encoding="utf-8").startswith(_title(graph))
+        except (OSError, UnicodeDecodeError):
+            own = False
+        if not own:
+            raise ManifestError(f"{path} exists and is not cdkd-edge's to replace", hint="move it away")
 
 
 def worst_layers(record: dict[str, Any], count: int = WORST) -> list[dict[str, Any]]:
@@ -29,7 +45,7 @@ def _lines(manifest: GraphManifest) -> list[str]:
     integer = [layer for layer in layers if layer["precision"] == "int8"]
     of = f"INT8 graph of `{parent.file}`" if parent else "INT8 graph"
     lines = [
-        f"# {manifest.artefact.file}",
+        _title(manifest.artefact.file),
         "",
         f"{of}: {len(integer)} of {len(layers)} quantisable layers in INT8, the rest of the network in FP16.",
         "",
@@ -91,6 +107,10 @@ def _lines(manifest: GraphManifest) -> list[str]:
             for item in record["attempts"]
         ]
     return lines
+
+
+def _title(graph: str) -> str:
+    return f"# {graph}"
 
 
 def _percent(value: float | None) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from cdkd_edge.accuracy.datasets import find_dataset
 from cdkd_edge.accuracy.evaluate import data_schema
-from cdkd_edge.accuracy.int8 import Int8Options, Int8Result, write_int8
+from cdkd_edge.accuracy.int8 import Gate, Int8Options, Int8Result, require_fitting, write_int8
 from cdkd_edge.accuracy.int8_judge import LabelledData
 from cdkd_edge.calibration_set import CalibrationSet, is_calibration_set
 from cdkd_edge.errors import ManifestError, UsageError, WorkspaceError
-from cdkd_edge.export.derive import fp16_path, write_fp16
+from cdkd_edge.export.derive import fp16_path, int8_path, write_fp16
 from cdkd_edge.manifest import GraphManifest, precision_of, read_manifest
 from cdkd_edge.workspace import Workspace
 
@@ -61,7 +61,8 @@ def prepare_graph(
 
     Raises:
         WorkspaceError: no graph is named, and there is none or more than one; likewise for calibration sets.
-        UsageError: the named graph has another precision and is not FP32.
+        UsageError: the named graph has another precision and is not FP32; or the request says how to make a graph
+            that is there and cannot be made, for want of its FP32 graph.
         CdkdEdgeError: as :func:`write_fp16` and :func:`write_int8` do.
     """
     own = precision_of(graph) if graph else None
@@ -70,23 +71,25 @@ def prepare_graph(
     if graph is None:
         plains = space.graphs_of("fp32")
         if wanted == "fp32" or (not plains and space.graphs_of(wanted)):
-            return Prepared(space.only_graph(wanted))
-        graph = space.only_graph("fp32") if plains else _missing(space, wanted)
+            return _as_it_is(space.only_graph(wanted), request)
+        graph = space.only_graph("fp32", f"cdkd-edge build --{wanted}") if plains else _missing(space, wanted)
     elif own == wanted or (wanted == "fp32" and own is None):
-        return Prepared(graph)
+        return _as_it_is(graph, request)
     elif own not in ("fp32", None):
         raise UsageError(
             f"{graph} is a graph of {own}, and --{wanted} was asked for",
             hint=f"name the FP32 graph, leave out --{wanted}, or leave out the graph",
         )
-    destination = fp16_path(graph) if wanted == "fp16" else graph.with_name(f"{graph.stem}.int8.onnx")
+    destination = fp16_path(graph) if wanted == "fp16" else int8_path(graph)
     if not request.again and _made_from(destination, graph):
         return Prepared(destination)
+    source = read_manifest(graph, GraphManifest)
     if wanted == "fp16":
         if request.calibration is None:
             write_fp16(graph, destination, progress=progress)
         else:
             tiles = CalibrationSet.load(request.calibration)
+            require_fitting(tiles, source, "check")
             write_fp16(graph, destination, tiles=tiles.tiles("check"), imagery=tiles.name, progress=progress)
         return Prepared(destination, made=True)
     tiles = CalibrationSet.load(request.calibration or only_calibration_set(space))
@@ -132,10 +135,22 @@ def only_calibration_set(space: Workspace) -> Path:
 def _require_meaning(request: Request, precision: str) -> None:
     """No option is passed over in silence."""
     int8 = request.int8 != Int8Options() or request.data is not None
+    if request.int8.gate.loss != Gate().loss and request.data is None:
+        raise UsageError("loss of mIoU is measured on labelled images", hint="--data DIR names them")
     if precision != "int8" and int8:
         raise UsageError("gate, ranges and labelled data are for INT8 graphs", hint="add --int8")
     if precision == "fp32" and request != Request():
         raise UsageError("an FP32 graph is exported, not made from another", hint="add --fp16 or --int8")
+
+
+def _as_it_is(graph: Path, request: Request) -> Prepared:
+    """A graph that is not made here, if nothing was said about its making."""
+    if request != Request():
+        raise UsageError(
+            f"{graph} can only be taken as it is: the options are for making it from the FP32 graph",
+            hint="name the FP32 graph, or leave them out",
+        )
+    return Prepared(graph)
 
 
 def _missing(space: Workspace, precision: str) -> Path:

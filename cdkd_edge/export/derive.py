@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from cdkd_edge.errors import GraphError
+from cdkd_edge.errors import GraphError, ManifestError
 from cdkd_edge.export.half import SUFFIX, to_fp16
 from cdkd_edge.export.half_check import check_half
 from cdkd_edge.files import whole_file
@@ -31,6 +31,29 @@ CHECK_TILES = 2
 def fp16_path(plain: Path) -> Path:
     """Where the FP16 graph of an FP32 graph lies: ``ckpt.onnx`` has ``ckpt.fp16.onnx`` beside it."""
     return plain.with_name(f"{plain.stem}.{SUFFIX}.onnx")
+
+
+def int8_path(plain: Path) -> Path:
+    """Where the INT8 graph of an FP32 graph lies: ``ckpt.onnx`` has ``ckpt.int8.onnx`` beside it."""
+    return plain.with_name(f"{plain.stem}.int8.onnx")
+
+
+def outdated_graphs(plain: Path, manifest: GraphManifest) -> tuple[Path, ...]:
+    """The graphs of lower precision beside an FP32 graph that were made from another one of its name.
+
+    Args:
+        plain: the FP32 graph.
+        manifest: its manifest.
+    """
+    found = []
+    for path in (fp16_path(plain), int8_path(plain)):
+        try:
+            derived = read_manifest(path, GraphManifest, verify=False)
+        except ManifestError:  # none, or none of ours
+            continue
+        if derived.parent is not None and derived.parent.sha256 != manifest.artefact.sha256:
+            found.append(path)
+    return tuple(found)
 
 
 def write_fp16(

@@ -43,7 +43,8 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[int, int]:
     blocks = [block for node in softmaxes if (block := matcher.match(node))]
     if blocks:
         _replace(graph, blocks)
-        model.opset_import.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
+        if all(entry.domain != CONTRIB_DOMAIN for entry in model.opset_import):  # a twin of INT8 has it already
+            model.opset_import.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
     return len(blocks), len(softmaxes)
 
 

@@ -96,6 +96,11 @@ def fp16_on_cpu(half: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def rounded_values(rehearsal: onnx.ModelProto) -> list[str]:
+    """The values that a graph of :func:`fp16_on_cpu` rounds, in the order of computation."""
+    return [node.output[0] for node in rehearsal.graph.node if node.name.endswith("/Widen")]
+
+
 def casts(model: onnx.ModelProto) -> Counter[str]:
     """How many casts a graph has, by what they cast to (``FLOAT16``, ``UINT8``, ...)."""
     return Counter(TensorProto.DataType.Name(_cast_type(node).i) for node in model.graph.node if node.op_type == "Cast")

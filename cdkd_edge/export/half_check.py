@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from onnx import TensorProto, helper
 
 from cdkd_edge.errors import NumericalCheckError
 from cdkd_edge.export.fuse import fuse_attention
-from cdkd_edge.export.graph import LOGITS
-from cdkd_edge.export.half import FP16_MAX, fp16_on_cpu
+from cdkd_edge.export.half import FP16_MAX, fp16_on_cpu, rounded_values
 from cdkd_edge.machine import available_cores
 from cdkd_edge.manifest import ConversionCheck
 
@@ -47,10 +47,14 @@ def check_half(
     Raises:
         NumericalCheckError: fewer pixels keep their label, or a value leaves FP16's range, be it
             on these tiles or on one that is all 0, all 255, a checkerboard or noise.
+        ValueError: there is no tile.
     """
     model = onnx.load(plain)
     shape = [size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim]
-    batches = list(_batches(tiles, shape[0]))
+    shown = list(tiles)
+    if not shown:
+        raise ValueError("there is no tile to check FP16 on")
+    batches = list(_batches(shown, shape[0]))
     fuse_attention(model)
     progress("labels of the FP32 graph")
     session = _session(model)
@@ -59,22 +63,25 @@ def check_half(
     del session
 
     rehearsal = fp16_on_cpu(half)
-    bounds = _add_score_bounds(rehearsal)
-    rehearsal.graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, None))
-    outputs = ["labels", LOGITS, *bounds]
+    probes = _add_probes(rehearsal)
     session = _session(rehearsal)
     del rehearsal
+
+    def labels_of(batch: UInt8Array, what: str) -> UInt8Array:
+        found, *values = session.run(["labels", *probes.sums, *probes.bounds], {"image": batch})
+        _require_range(what, probes, values)
+        labels: UInt8Array = found
+        return labels
+
     progress("labels in FP16")
-    agreeing = 0
+    agreeing, left = 0, len(shown)
     for batch, labels in zip(batches, expected, strict=True):
-        found, *rest = session.run(outputs, {"image": batch})
-        _require_range("the imagery", rest[0], rest[1:])
-        agreeing += int(np.count_nonzero(found == labels))
+        agreeing += int(np.count_nonzero((labels_of(batch, "the imagery") == labels)[:left]))
+        left -= len(batch)
     progress("extreme tiles in FP16")
     for name, tile in extreme_tiles(shape[-1]).items():
-        _, *rest = session.run(outputs, {"image": np.repeat(tile[None], shape[0], axis=0)})
-        _require_range(name, rest[0], rest[1:])
-    agreement = agreeing / sum(labels.size for labels in expected)
+        labels_of(np.repeat(tile[None], shape[0], axis=0), name)
+    agreement = agreeing / (len(shown) * shape[-1] ** 2)
     if agreement < least:
         raise NumericalCheckError(
             f"in lower precision the network gives another label on {1 - agreement:.2%} of the pixels of {imagery} "
@@ -82,7 +89,7 @@ def check_half(
             hint="deploy it in FP32, or give tiles of your own imagery (--calibration): those may be less ambiguous",
         )
     return ConversionCheck(
-        tiles=sum(map(len, batches)),
+        tiles=len(shown),
         imagery=imagery,
         label_agreement=agreement,
         finite=True,
@@ -113,49 +120,91 @@ def _batches(tiles: Iterable[UInt8Array], size: int) -> Iterator[UInt8Array]:
         yield np.stack(batch + [batch[-1]] * (size - len(batch)))
 
 
-def _add_score_bounds(model: onnx.ModelProto) -> list[str]:
-    """Outputs that bound the attention scores, which fused attention never shows.
+@dataclass(frozen=True)
+class _Probes:
+    """Outputs of a graph that tell whether all its values are in FP16's range."""
+
+    sums: dict[str, str]
+    """By name of the output, the value that it is the sum of."""
+    bounds: dict[str, str]
+    """By name of the output, the attention that it bounds the scores of."""
+
+
+def _add_probes(model: onnx.ModelProto) -> _Probes:
+    """Sums of all values that an engine stores, and bounds of what fused attention never shows, as outputs.
+
+    A sum is finite if and only if all its terms are (FP16's largest number, ten million times, is far from FP32's end).
+    Finite logits prove nothing: a quantiser makes 127 of infinity and -128 of NaN. What ReLU alone takes is looked at
+    behind it, where -infinity has become 0 as it should.
+    """
+    graph = model.graph
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    watched = set()
+    for name in rounded_values(model):
+        following = users.get(name, [])
+        only_relu = len(following) == 1 and following[0].op_type == "Relu"
+        watched.add(following[0].output[0] if only_relu else name)
+    probes = _Probes({}, {})
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "MultiHeadAttention":
+            nodes += _score_bound(model, node)
+            probes.bounds[nodes[-1].output[0]] = node.output[0].removesuffix(".exact")
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        nodes.append(copy)
+        if node.output[0] in watched:
+            made = f"{node.output[0]}.sum_of_all"
+            nodes.append(helper.make_node("ReduceSum", [node.output[0]], [made], keepdims=0))
+            probes.sums[made] = node.output[0]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (*probes.sums, *probes.bounds)
+    )
+    return probes
+
+
+def _score_bound(model: onnx.ModelProto, attention: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Nodes that bound the scores of fused attention; the last gives one float per head.
 
     No score of a head exceeds its longest query times its longest key (Cauchy-Schwarz).
-
-    Returns:
-        The names of the outputs, one float per head each.
     """
-    graph, names = model.graph, []
+    graph = model.graph
     by_attribute = next(item.version for item in model.opset_import if item.domain == "") < 18
-    for node in [node for node in graph.node if node.op_type == "MultiHeadAttention"]:
-        heads = next(item.i for item in node.attribute if item.name == "num_heads")
-        sides = []
-        for side, value in zip(("q", "k"), node.input[:2], strict=True):
-            name = f"{node.output[0]}.{side}_length"
-            graph.initializer.append(helper.make_tensor(f"{name}.shape", TensorProto.INT64, [4], [0, 0, heads, -1]))
-            graph.node.append(helper.make_node("Reshape", [value, f"{name}.shape"], [f"{name}.heads"]))
-            for op, source, made, axes in (
-                ("ReduceL2", f"{name}.heads", f"{name}.norms", [3]),
-                ("ReduceMax", f"{name}.norms", name, [0, 1]),
-            ):
-                if by_attribute:
-                    graph.node.append(helper.make_node(op, [source], [made], axes=axes, keepdims=0))
-                    continue
-                graph.initializer.append(helper.make_tensor(f"{made}.axes", TensorProto.INT64, [len(axes)], axes))
-                graph.node.append(helper.make_node(op, [source, f"{made}.axes"], [made], keepdims=0))
-            sides.append(name)
-        bound = f"{node.output[0]}.score_bound"
-        graph.node.append(helper.make_node("Mul", sides, [bound]))
-        graph.output.append(helper.make_tensor_value_info(bound, TensorProto.FLOAT, None))
-        names.append(bound)
-    return names
+    heads = next(item.i for item in attention.attribute if item.name == "num_heads")
+    nodes, sides = [], []
+    for side, value in zip(("q", "k"), attention.input[:2], strict=True):
+        name = f"{attention.output[0]}.{side}_length"
+        graph.initializer.append(helper.make_tensor(f"{name}.shape", TensorProto.INT64, [4], [0, 0, heads, -1]))
+        nodes.append(helper.make_node("Reshape", [value, f"{name}.shape"], [f"{name}.heads"]))
+        for op, source, made, axes in (
+            ("ReduceL2", f"{name}.heads", f"{name}.norms", [3]),
+            ("ReduceMax", f"{name}.norms", name, [0, 1]),
+        ):
+            if by_attribute:
+                nodes.append(helper.make_node(op, [source], [made], axes=axes, keepdims=0))
+                continue
+            graph.initializer.append(helper.make_tensor(f"{made}.axes", TensorProto.INT64, [len(axes)], axes))
+            nodes.append(helper.make_node(op, [source, f"{made}.axes"], [made], keepdims=0))
+        sides.append(name)
+    return [*nodes, helper.make_node("Mul", sides, [f"{attention.output[0]}.score_bound"])]
 
 
-def _require_range(what: str, logits: npt.NDArray[np.float32], bounds: list[npt.NDArray[np.float32]]) -> None:
-    if not np.isfinite(logits).all():
-        raise NumericalCheckError(f"on {what} a value leaves FP16's range", hint="deploy this network in FP32")
-    largest = max((float(bound.max()) for bound in bounds), default=0.0)
-    if not largest <= FP16_MAX:
-        raise NumericalCheckError(
-            f"on {what} attention scores may reach {largest:.3g}, beyond FP16's {FP16_MAX:.0f}",
-            hint="deploy this network in FP32",
-        )
+def _require_range(what: str, probes: _Probes, values: list[npt.NDArray[np.float32]]) -> None:
+    """Values are those of the sums, then those of the bounds."""
+    for name, value in zip(probes.sums.values(), values, strict=False):
+        if not np.isfinite(value):
+            raise NumericalCheckError(f"on {what} {name} leaves FP16's range", hint="deploy this network in FP32")
+    for name, value in zip(probes.bounds.values(), values[len(probes.sums) :], strict=True):
+        if not (value <= FP16_MAX).all():
+            raise NumericalCheckError(
+                f"on {what} attention scores ({name}) may reach {value.max():.3g}, beyond FP16's {FP16_MAX:.0f}",
+                hint="deploy this network in FP32",
+            )
 
 
 def _session(model: onnx.ModelProto) -> Any:
@@ -164,4 +213,6 @@ def _session(model: onnx.ModelProto) -> Any:
     options.intra_op_num_threads = available_cores()
     options.enable_cpu_mem_arena = False  # an arena keeps what the largest tile needed; two sessions follow each other
     options.enable_mem_pattern = False
+    # Nodes as they stand in the graph: in ONNX Runtime's own order probes run last, and keep what they look at.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -12,7 +12,7 @@ import onnx
 
 from cdkd_edge.errors import GraphError, NumericalCheckError, SchemaError
 from cdkd_edge.export.check import MIN_AGREEMENT, check_graph
-from cdkd_edge.export.derive import fp16_path, write_fp16
+from cdkd_edge.export.derive import fp16_path, outdated_graphs, write_fp16
 from cdkd_edge.export.graph import DEFAULT_OPSET, build_graph
 from cdkd_edge.export.simplify import simplify_graph
 from cdkd_edge.files import whole_file
@@ -60,6 +60,8 @@ class ExportResult:
     """Of the FP16 graph beside it."""
     half_refused: str | None = None
     """Why there is none, where one was tried."""
+    outdated: tuple[Path, ...] = ()
+    """FP16 and INT8 graphs beside it that were made from an earlier graph of that name."""
 
 
 def export_checkpoint(
@@ -84,6 +86,8 @@ def export_checkpoint(
     """
     started = time.perf_counter()
     require_replaceable(destination)
+    if options.fp16 is not False:
+        require_replaceable(fp16_path(destination))
     progress("loading the checkpoint")
     network, report = load_checkpoint(
         checkpoint, tile=options.tile, heads=options.heads, layer_norm_eps=options.layer_norm_eps
@@ -140,7 +144,9 @@ def export_checkpoint(
                 raise
             refused = error.message
     seconds = time.perf_counter() - started
-    return ExportResult(destination, manifest, report, nodes_written, seconds, half, refused)
+    return ExportResult(
+        destination, manifest, report, nodes_written, seconds, half, refused, outdated_graphs(destination, manifest)
+    )
 
 
 def _schema(name: str | None, report: CheckpointReport) -> LabelSchema:

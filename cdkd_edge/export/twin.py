@@ -113,7 +113,7 @@ class _Matcher:
         parts = quantized.input[0], quantized.input[1], weight.input[0], weight.input[1]
         output = node.output[0]
         if node.op_type == "Conv":
-            if list(self._constants[weight.input[0]].dims[2:]) != [3, 3] or _attributes(node)["pads"] != [1, 1, 1, 1]:
+            if list(self._constants[weight.input[0]].dims[2:]) != [3, 3] or not _is_same_size(node):
                 return None
             return _Layer(*parts, node.input[2] if len(node.input) > 2 else "", False, output)
         following = self._users.get(output, [])
@@ -200,6 +200,13 @@ def _needed(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodePr
             wanted |= set(node.input)
             kept.append(node)
     return kept[::-1]
+
+
+def _is_same_size(node: onnx.NodeProto) -> bool:
+    """Whether a 3x3 convolution is zero-padded, dense, of one group and without a stride."""
+    attributes = _attributes(node)
+    plain = all(set(np.ravel(attributes.get(name, 1))) == {1} for name in ("strides", "dilations", "group"))
+    return plain and attributes.get("pads") == [1, 1, 1, 1]
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

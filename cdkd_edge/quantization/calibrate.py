@@ -49,6 +49,10 @@ class CalibrationOptions:
             raise UsageError(f"there is no calibrator {self.calibrator!r}", hint=f"there are {', '.join(CALIBRATORS)}")
         if not 50 < self.percentile <= 100:
             raise UsageError(f"a range that keeps {self.percentile} per cent of the values makes no sense")
+        if self.percentile != PERCENTILE and self.calibrator != "percentile":
+            raise UsageError(
+                f"the {self.calibrator} calibrator has no percentile", hint="--calibrator percentile takes one"
+            )
         if self.alpha is not None and not 0 < self.alpha <= 1:
             raise UsageError(f"SmoothQuant's exponent lies between 0 and 1, it is not {self.alpha}")
 

@@ -14,6 +14,9 @@ from cdkd_edge.quantization.layers import QuantizableLayer, weight_of
 from cdkd_edge.quantization.scales import LayerScales, quantize_weight
 from cdkd_edge.quantization.session import cpu_session
 
+NOISELESS = 200.0
+"""dB; a number, because JSON has no infinity."""
+
 
 def signal_to_noise(
     model: onnx.ModelProto,
@@ -24,7 +27,8 @@ def signal_to_noise(
     """Signal-to-noise ratio of every layer that has scales, dB.
 
     Beside each layer, on the same FP32 input, its quantised self is computed; 10 log10 of the sum of squares of the
-    layer's output over that of the difference, over all tiles. One pass, whatever the number of layers.
+    layer's product (its output without the bias) over that of the difference, over all tiles. One pass, whatever the
+    number of layers. At most :data:`NOISELESS`, which a layer without noise has.
 
     Args:
         model: the (smoothed) FP32 graph.
@@ -58,9 +62,11 @@ def signal_to_noise(
     totals = np.zeros(len(outputs))
     for tile in tiles:
         totals += [float(value) for value in session.run(outputs, {"image": np.repeat(tile[None], batch, axis=0)})]
-    signal, noise = totals[::2], np.maximum(totals[1::2], np.finfo(np.float64).tiny)
-    with np.errstate(divide="ignore"):
-        decibels = 10 * np.log10(signal / noise)
+    signal, noise = totals[::2], totals[1::2]
+    least = 10 ** (-NOISELESS / 10)
+    ratio = np.full_like(signal, 1 / least)  # also of a layer that gives nothing but zeros
+    np.divide(signal, noise, out=ratio, where=noise > signal * least)
+    decibels = 10 * np.log10(np.maximum(ratio, least))
     return dict(zip((layer.name for layer in measured), decibels.tolist(), strict=True))
 
 
@@ -83,13 +89,21 @@ def _beside(
     twin.name, twin.input[0], twin.input[1], twin.output[0] = name, f"{name}.input", f"{name}.weight", f"{name}.output"
     grid = [f"{name}.scale", f"{name}.zero"]
     per_channel = [f"{name}.integers", f"{name}.weight_scale", f"{name}.zeros"]
+    signal = layer.product
+    without: list[onnx.NodeProto] = []
+    if layer.op == "Conv" and len(node.input) > 2:  # a large bias would make noise look small
+        bias = next(item for item in graph.initializer if item.name == node.input[2])
+        graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(bias).reshape(-1, 1, 1), f"{name}.bias"))
+        signal = f"{name}.without_bias"
+        without = [helper.make_node("Sub", [layer.product, f"{name}.bias"], [signal])]
     nodes = [
+        *without,
         helper.make_node("QuantizeLinear", [layer.input, *grid], [f"{name}.input_integers"]),
         helper.make_node("DequantizeLinear", [f"{name}.input_integers", *grid], [f"{name}.input"]),
         helper.make_node("DequantizeLinear", per_channel, [f"{name}.weight"], axis=layer.output_axis),
         twin,
         helper.make_node("Sub", [layer.product, f"{name}.output"], [f"{name}.difference"]),
-        helper.make_node("ReduceSumSquare", [layer.product], [f"{name}.signal"], keepdims=0),
+        helper.make_node("ReduceSumSquare", [signal], [f"{name}.signal"], keepdims=0),
         helper.make_node("ReduceSumSquare", [f"{name}.difference"], [f"{name}.noise"], keepdims=0),
     ]
     return [f"{name}.signal", f"{name}.noise"], nodes

@@ -133,12 +133,14 @@ def describe_export(result: ExportResult) -> Report:
             f"largest logit difference {manifest.check.max_logit_error:.1e}",
         ),
         *_half_rows(result),
+        *(("warning", f"{path.name} was made from an earlier graph; build it anew") for path in result.outdated),
         ("seconds", f"{result.seconds:.1f}"),
     ]
     data = {
         "path": str(result.path),
         "fp16": plain(result.half) if result.half else None,
         "fp16_refused": result.half_refused,
+        "outdated": [str(path) for path in result.outdated],
         "nodes_written": result.nodes_written,
         "seconds": result.seconds,
         "dropped": [dataclasses.asdict(d) for d in result.report.dropped],

@@ -50,6 +50,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         raise GraphError("the graph is quantised already; FP16 is made from the FP32 graph")
     # ONNX wants Resize's scales in FP32 whatever the data are.
     scales = {node.input[2] for node in graph.node if node.op_type == "Resize" and len(node.input) > 2}
+    _give_rounding_to_positions(graph)
     for item in graph.initializer:
         if item.data_type == TensorProto.FLOAT and item.name not in scales:
             item.CopyFrom(numpy_helper.from_array(_rounded(item), item.name))
@@ -125,6 +126,29 @@ def _stored(node: onnx.NodeProto, users: dict[str, list[onnx.NodeProto]], consta
     if node.op_type == "MatMul" and len(following) == 1 and following[0].op_type == "Add":
         return not any(name in constants for name in following[0].input)
     return True
+
+
+def _give_rounding_to_positions(graph: onnx.GraphProto) -> None:
+    """Add to the position embedding what rounding takes from the patch embedding's bias.
+
+    The bias holds the mean of the pixels and is far larger than what it is added to. Its rounding error is the same in
+    every token and does not average out; as part of the position embedding, which is rounded token by token, it does.
+    Exact before rounding: the two are added anyway.
+    """
+    constants = {item.name: item for item in graph.initializer}
+    if not {"patch_embed.bias", "pos_embed"} <= constants.keys():
+        return  # not as it was written: left as it is
+    convolution = next((node for node in graph.node if node.op_type == "Conv"), None)
+    if convolution is None or list(convolution.input[2:]) != ["patch_embed.bias"]:
+        return
+    bias = numpy_helper.to_array(constants["patch_embed.bias"]).astype(np.float64)
+    taken = bias - bias.astype(np.float16).astype(np.float64)
+    positions = numpy_helper.to_array(constants["pos_embed"]).astype(np.float64)
+    if positions.shape[-1:] != taken.shape or not np.isfinite(taken).all():
+        return
+    first = 1 if any(node.op_type == "Concat" and "cls_token" in node.input for node in graph.node) else 0
+    positions[:, first:] += taken  # the class token has no bias
+    constants["pos_embed"].CopyFrom(numpy_helper.from_array(positions.astype(np.float32), "pos_embed"))
 
 
 def _cast_type(node: onnx.NodeProto) -> onnx.AttributeProto:

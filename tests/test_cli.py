@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 
 COMMANDS = [
     "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "roofline", "evaluate", "parity",
-    "demo",
+    "demo", "doctor",
 ]  # fmt: skip
 QUICK = ("--duration", "0.1", "--warmup", "0")
 OLD_CLICK = "mix_stderr" in inspect.signature(CliRunner.__init__).parameters  # before 8.2

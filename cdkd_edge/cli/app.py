@@ -18,7 +18,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 _ORDER = (
     "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "roofline", "evaluate", "parity",
-    "demo",
+    "demo", "doctor",
 )  # fmt: skip
 """Of the commands in the help: as they are used."""
 

@@ -91,7 +91,7 @@ def _estimate_row(estimate: Estimate) -> tuple[str, ...]:
 def _kernel_report(estimate: Estimate, every: bool) -> Report:
     total = sum(time.seconds for time in estimate.times)
     shown = list(estimate.times) if every else sorted(estimate.times, key=lambda time: -time.seconds)[:_LISTED]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             time.kernel.name + (f" + {len(time.kernel.operators) - 1}" if len(time.kernel.operators) > 1 else ""),
             time.kernel.precision if time.kernel.product_flop else "",

@@ -1,6 +1,6 @@
 """Devices of a roofline: constants from data sheets, in ``devices/*.toml``, or in a file of one's own.
 
-A file has ``title``, ``kind``, ``rates`` (dense operations per multiprocessor and clock), optionally ``part``,
+A file has ``title``, ``rates`` (dense operations per multiprocessor and clock), optionally ``parts``,
 ``gpu_names`` and ``note``, and a table ``modes``::
 
     title = "My board"
@@ -53,8 +53,8 @@ class Device:
     rates: Mapping[str, float]
     """Dense operations per multiprocessor and clock by precision; ``fp32`` without TF32."""
     modes: Mapping[str, PowerMode]
-    part: str = ""
-    """Of a Jetson module, as its device tree names it (``p3767-0000``)."""
+    parts: tuple[str, ...] = ()
+    """Part numbers of a Jetson module, as its device tree names them (``p3767-0000``)."""
     gpu_names: tuple[str, ...] = ()
     """As the CUDA driver says."""
     note: str = ""
@@ -111,7 +111,7 @@ def find_device(*, part: str | None = None, gpu: str | None = None) -> Device | 
     """
     devices = [load_device(name) for name in device_names()]
     for device in devices:
-        if part and device.part and device.part in part:
+        if part and any(number in part for number in device.parts):
             return device
     return next((device for device in devices if gpu and gpu in device.gpu_names), None)
 
@@ -133,7 +133,7 @@ def _device(name: str, data: Mapping[str, Any]) -> Device:
         title=str(data["title"]),
         rates={rate: _positive(data["rates"], rate) for rate in RATES},
         modes=modes,
-        part=str(data.get("part", "")),
+        parts=tuple(map(str, data.get("parts", ()))),
         gpu_names=tuple(map(str, data.get("gpu_names", ()))),
         note=str(data.get("note", "")),
     )

@@ -40,8 +40,10 @@ class Efficiencies:
 
     def shifted(self, by: float) -> Efficiencies:
         """All shares raised or lowered, at most to 1."""
-        shares = (min(1.0, share + by) for share in (self.gemm, self.attention, self.int8, self.dram))
-        return Efficiencies(*shares, self.kernel_seconds)
+        gemm, attention, int8, dram = (
+            min(1.0, share + by) for share in (self.gemm, self.attention, self.int8, self.dram)
+        )
+        return Efficiencies(gemm, attention, int8, dram, self.kernel_seconds)
 
 
 REALISTIC = Efficiencies()

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from cdkd_edge.errors import GraphError
 
-_ITEM_BYTES = {
+_ITEM_BYTES: dict[int, int] = {
     TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2, TensorProto.DOUBLE: 8,
     TensorProto.INT8: 1, TensorProto.UINT8: 1, TensorProto.INT32: 4, TensorProto.INT64: 8, TensorProto.BOOL: 1,
 }  # fmt: skip
@@ -146,7 +146,7 @@ def read_operators(model: onnx.ModelProto) -> GraphCost:
         _store_as(node, tensors)
         operators.append(_cost(node, tensors, sizes_of))
     first = model.graph.input[0].name if model.graph.input else ""
-    sizes = shapes.get(first, (0, [1]))[1]
+    sizes = shapes.get(first, (0, (1,)))[1]
     return GraphCost(
         tuple(operators),
         tensors,

@@ -467,7 +467,8 @@ def test_nothing_heavy_is_imported_here(tmp_path: Path) -> None:
     """jtop would change how processes start; the others are large."""
     before = multiprocessing.get_start_method(allow_none=True)
     probe = (
-        "import sys, pathlib; before = set(sys.modules); from cdkd_edge.doctor.examine import examine; examine(pathlib.Path('.'));"
+        "import sys, pathlib; before = set(sys.modules); from cdkd_edge.doctor.examine import examine;"
+        "examine(pathlib.Path('.'));"
         "print(sorted({'jtop', 'tensorrt', 'tensorrt_rtx_bindings', 'torch', 'onnxruntime', 'numpy', 'cuda', 'pycuda'}"
         " & (set(sys.modules) - before)))"
     )

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrt_helpers import half_graph, int8_variant, needs_compiler
 from test_cli import assert_answer, assert_wrong_usage, run
 
-from cdkd_edge.benchmarks.roofline.devices import device_names, find_device, load_device
+from cdkd_edge.benchmarks.roofline.devices import default_device, device_names, find_device, load_device
 from cdkd_edge.benchmarks.roofline.kernels import FUSED, UNFUSED, UNFUSED_FP32, attention_modes, kernels_of
 from cdkd_edge.benchmarks.roofline.model import (
     PEAK,
@@ -252,6 +252,16 @@ def test_a_machine_is_recognised() -> None:
     assert find_device(gpu="NVIDIA GeForce RTX 4090") == load_device("rtx-4090")
     assert find_device(gpu="Orin") is None
     assert find_device() is None
+
+
+def test_the_default_is_the_board_that_it_runs_on(tmp_path: Path) -> None:
+    assert default_device(tmp_path) == ORIN
+    (tmp_path / "proc/device-tree").mkdir(parents=True)
+    compatible = tmp_path / "proc/device-tree/compatible"
+    compatible.write_bytes(b"nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005\0nvidia,tegra234\0")
+    assert default_device(tmp_path).name == "orin-nano-8gb"
+    compatible.write_bytes(b"\xff\0raspberrypi,5")
+    assert default_device(tmp_path) == ORIN
 
 
 @pytest.mark.parametrize(

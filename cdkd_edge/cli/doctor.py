@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer  # noqa: F401 - annotations of the options are resolved here
-
 from cdkd_edge.cli.app import app
 from cdkd_edge.cli.helpers import show
 from cdkd_edge.cli.options import JsonOption, WorkspaceOption

@@ -19,14 +19,14 @@ def roofline(
         typer.Argument(help="Exported graph (.onnx). Default: the only FP32 graph in the workspace."),
     ] = None,
     device: Annotated[
-        str,
+        Optional[str],  # noqa: UP045
         typer.Option(
             "--device",
             help="orin-nx-16gb, orin-nx-8gb, orin-nano-8gb, orin-nano-4gb, agx-orin-64gb, agx-orin-32gb, "
-            "rtx-3060-12gb, rtx-4090, h200, or a .toml file.",
+            "rtx-3060-12gb, rtx-4090, h200, or a .toml file. Default: this board, else orin-nx-16gb.",
             metavar="DEVICE",
         ),
-    ] = "orin-nx-16gb",
+    ] = None,
     mode: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -42,13 +42,13 @@ def roofline(
     as_json: JsonOption = False,
 ) -> None:
     """How fast a graph could be on a device, from operators and data sheets. Modelled; runs and measures nothing."""
-    from cdkd_edge.benchmarks.roofline.devices import RATES, load_device
+    from cdkd_edge.benchmarks.roofline.devices import RATES, default_device, load_device
     from cdkd_edge.benchmarks.roofline.model import roofline as model
     from cdkd_edge.report.roofline import describe_roofline
 
     if precision is not None and precision not in RATES:
         raise typer.BadParameter(f"one of {', '.join(RATES)}", param_hint="--precision")
-    chosen = load_device(device)
+    chosen = load_device(device) if device is not None else default_device()
     if mode is not None:
         chosen.mode(mode)
     path = graph or workspace_at(workspace).only_graph()

@@ -116,6 +116,19 @@ def find_device(*, part: str | None = None, gpu: str | None = None) -> Device | 
     return next((device for device in devices if gpu and gpu in device.gpu_names), None)
 
 
+def default_device(root: Path = Path("/")) -> Device:
+    """The board that this is, if it is a known one; else the paper's, an Orin NX 16 GB.
+
+    Args:
+        root: of the file tree with ``proc/device-tree``.
+    """
+    try:
+        part = (root / "proc/device-tree/compatible").read_bytes().decode("utf-8", errors="replace")
+    except OSError:
+        part = ""
+    return find_device(part=part) or load_device("orin-nx-16gb")
+
+
 def _device(name: str, data: Mapping[str, Any]) -> Device:
     modes = {
         key: PowerMode(

@@ -22,6 +22,7 @@ code  meaning
 12    the operating system refused (disk full, read-only, no access)
 13    the dataset cannot be used
 14    parity: the candidate does not keep to the tolerance
+15    doctor: something that is needed here does not work
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
 ====  =============================================================
 """
@@ -131,3 +132,9 @@ class ParityError(CdkdEdgeError):
     """Two artefacts were compared, and the candidate does not keep to the tolerance. (The comparison itself worked.)"""
 
     exit_code = 14
+
+
+class DoctorError(CdkdEdgeError):
+    """The machine was examined, and something that is needed on it does not work."""
+
+    exit_code = 15

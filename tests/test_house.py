@@ -21,7 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 GROUND = ("errors", "files", "labels", "manifest", "workspace", "machine", "scenery", "calibration_set")
 FLOORS = (
     GROUND, ("model",), ("export",), ("engines",), ("quantization",), ("power",), ("scene",),
-    ("calibration",), ("accuracy",), ("training",), ("benchmarks",), ("demo",), ("report",), ("cli",), ("__main__",),
+    ("calibration",), ("accuracy",), ("training",), ("benchmarks",), ("demo",), ("doctor",), ("report",),
+    ("cli",), ("__main__",),
 )  # fmt: skip
 """From the ground up; a module imports from its own and lower floors. The ground floor is one floor."""
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

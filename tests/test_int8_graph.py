@@ -134,6 +134,7 @@ def test_what_is_stored_and_in_which_type(made, plain):
         assert zero == 0
         assert float(scale) == found.scales[layer.name].activation
         integers, scales, zeros = (stored[name] for name in on_weight.input)
+        assert layer.output_axis == {"MatMul": 1, "Conv": 0}[node.op_type]
         outputs = integers.shape[layer.output_axis]
         assert (integers.dtype, scales.dtype, zeros.dtype) == (np.int8, np.float16, np.int8)
         assert scales.shape == zeros.shape == (outputs,)

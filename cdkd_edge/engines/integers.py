@@ -8,8 +8,10 @@ https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html ("
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
@@ -22,7 +24,7 @@ _SIZE = 64
 @functools.cache
 def integers_are_exact() -> bool:
     """Whether a product of the largest integers comes out right, in the operator that INT8 engines use."""
-    constants = {
+    constants: dict[str, npt.NDArray[Any]] = {
         "weight": np.full((_SIZE, _SIZE), 127, np.int8),
         "one": np.array(1, np.float32),
         "ones": np.ones(_SIZE, np.float32),

@@ -22,6 +22,7 @@ code  meaning
 12    the operating system refused (disk full, read-only, no access)
 13    the dataset cannot be used
 14    parity: the candidate does not keep to the tolerance
+15    power cannot be measured from the source that was asked for
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
 ====  =============================================================
 """
@@ -131,3 +132,9 @@ class ParityError(CdkdEdgeError):
     """Two artefacts were compared, and the candidate does not keep to the tolerance. (The comparison itself worked.)"""
 
     exit_code = 14
+
+
+class PowerError(CdkdEdgeError, RuntimeError):
+    """No source of power answers, or not the one that was asked for."""
+
+    exit_code = 15

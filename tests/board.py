@@ -1,7 +1,8 @@
 """An emulated Orin NX: NVIDIA's files in a private mount namespace, and on it the unmodified jetson-stats service.
 
-The tree is an ordinary folder that the namespace sees as ``/sys``; tests write to it from outside. ``/run`` (the service's
-socket) and ``/etc/group`` (its group) are private as well. Programs run on the board by prefixing :meth:`Board.enter`.
+The tree is an ordinary folder that the namespace sees as ``/sys``; tests write to it from outside. ``/run`` (the
+service's socket) and ``/etc/group`` (its group) are private as well. Programs run on the board by prefixing
+:meth:`Board.enter`.
 """
 
 from __future__ import annotations

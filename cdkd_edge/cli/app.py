@@ -17,7 +17,8 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 _ORDER = (
-    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "evaluate", "parity", "demo",
+    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "power", "evaluate",
+    "parity", "demo",
 )  # fmt: skip
 """Of the commands in the help: as they are used."""
 

@@ -118,7 +118,7 @@ class Board:
         (root / "bin/nvpmodel").chmod(0o755)
         (root / "service").mkdir()
         groups = [line for line in Path("/etc/group").read_text().splitlines() if not line.startswith("jtop:")]
-        # In a user namespace only one's own group exists, so the service's group is that one.
+        # Root's group: in a user namespace it is the only one there is.
         self._group_lines = groups
         self.set_group(True)
         self.service: subprocess.Popen[bytes] | None = None
@@ -126,7 +126,7 @@ class Board:
 
     def set_group(self, there: bool) -> None:
         """Have the group ``jtop``, or not."""
-        lines = [*self._group_lines, *([f"jtop:x:{os.getgid()}:"] if there else [])]
+        lines = [*self._group_lines, *(["jtop:x:0:"] if there else [])]
         # In place: the namespace sees this very file.
         (self.root / "group").write_text("\n".join(lines) + "\n")
 

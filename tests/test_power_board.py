@@ -260,7 +260,7 @@ def test_a_service_that_hangs_at_start(own_board):
 
 def test_no_service_and_no_group(board, tmp_path):
     with board_of(tmp_path, service=False) as mine:
-        with pytest.raises(PowerError, match="the service is not active$") as caught:
+        with pytest.raises(PowerError, match=r"the service is not active$") as caught:
             sampler_on(mine).start()
         assert "systemctl restart jtop" in caught.value.hint
         mine.set_group(False)

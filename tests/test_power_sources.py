@@ -75,7 +75,7 @@ def test_a_rail_that_disappears_is_absent(tree):
     (tree / HWMON / "in3_input").write_text("")  # as it is while a file is written in place
     assert reader.read() == {"VDD_IN": 18.95}
     (tree / HWMON / "in1_input").unlink()
-    with pytest.raises(OSError, match="curr2_input|in1_input|invalid literal"):
+    with pytest.raises(OSError, match=r"curr2_input|in1_input|invalid literal"):
         reader.read()
 
 
@@ -204,7 +204,7 @@ def test_a_total_without_a_value(power):
 # --- the client, imitated -------------------------------------------------------------------------
 
 
-class JtopException(Exception):
+class JtopException(Exception):  # noqa: N818 - its name
     pass
 
 

@@ -254,6 +254,13 @@ def client(monkeypatch):
     return kind
 
 
+def connected():
+    """A stream whose first sample has been taken."""
+    stream = JtopStream()
+    assert isinstance(stream.next(0), Sample)
+    return stream
+
+
 def test_first_sample(client):
     stream = JtopStream()
     assert stream.info.rails == ("VDD_IN", "VDD_SOC")
@@ -261,7 +268,7 @@ def test_first_sample(client):
 
 
 def test_duplicates_are_dropped(client):
-    stream = JtopStream()
+    stream = connected()
     stream._client.show(0.5, reading(7000))
     stream._client.observer(stream._client)
     stream._client.observer(stream._client)
@@ -271,7 +278,7 @@ def test_duplicates_are_dropped(client):
 
 def test_what_was_measured_for_an_earlier_client_is_not_taken(client):
     client.script = [(-600, reading(99_000)), (0.02, reading(6000))]
-    stream = JtopStream()
+    stream = connected()
     stream._client.show(0.3, reading(6100))
     values = [stream.next(0.2)]
     assert values[0].values["VDD_IN"] == 6.1
@@ -292,7 +299,7 @@ def test_nothing_arrives(client):
 
 
 def test_a_wrong_total_in_between_is_no_sample(client):
-    stream = JtopStream()
+    stream = connected()
     stream._client.show(0.2, {"rail": RAIL, "tot": {"power": 1000, "avg": 1}})
     stream._client.show(0.4, reading(8000))
     assert "sum of other rails" in stream.next(0.2)
@@ -309,14 +316,14 @@ def test_a_wrong_total_in_between_is_no_sample(client):
     ],
 )
 def test_the_service_stops(client, error):
-    stream = JtopStream()
+    stream = connected()
     client.error = error
     with pytest.raises(LostSourceError, match=f"service stopped .{type(error).__name__}"):
         stream.next(1)
 
 
 def test_ok_turns_false(client):
-    stream = JtopStream()
+    stream = connected()
     client.going_on = False
     with pytest.raises(LostSourceError, match="client ended"):
         stream.next(1)
@@ -410,6 +417,7 @@ class Slow:
 
 def test_times_that_have_passed_are_not_made_up_for():
     stream = PolledStream(Slow(0, 0.0, 0.35), 0.1)
+    stream.next(1)
     begin = stream._due
     samples = [stream.next(1) for _ in range(4)]
     assert all(isinstance(sample, Sample) for sample in samples)
@@ -424,6 +432,7 @@ def test_a_polled_source_that_fails_for_long_is_lost(monkeypatch):
     monkeypatch.setattr("cdkd_edge.power.sampler_child.PATIENCE", 0.1)
     reader = Slow()
     stream = PolledStream(reader, 0.02)
+    stream.next(1)
     reader.read = lambda: (_ for _ in ()).throw(OSError("gone"))
     assert stream.next(1) == "gone"
     time.sleep(0.15)

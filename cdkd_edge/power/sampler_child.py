@@ -47,6 +47,7 @@ class PolledStream:
         first = self._read()
         if isinstance(first, str):
             raise UnusableSourceError(first)
+        self._first: Sample | None = first
         self.info = SourceInfo(
             name=reader.name.lower(),
             scope=reader.scope,
@@ -58,11 +59,14 @@ class PolledStream:
         )
 
     def next(self, timeout: float) -> Sample | str | None:
-        """Wait for the next due time and read.
+        """Wait for the next due time and read; the reading that it was tried with comes first.
 
         Raises:
             LostSourceError: nothing could be read for ``PATIENCE`` seconds.
         """
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
         now = time.monotonic()
         self._due += self._interval
         if self._due < now:  # late: the times that have passed stay without a reading

@@ -1,16 +1,20 @@
 """Watts over time to joules, with what is not known.
 
-Between two readings power is taken to change linearly (trapezoid rule over the actual moments). Across a gap nothing
-is taken: its time is not covered, and joules are those of the covered time. A counter's joules are differences of its
-readings, exact except at the two edges of a window, where they are shared out by time; a gap within a counter loses
-nothing.
+Between two readings power is taken to change linearly (trapezoid rule over the actual moments). Windows are phases,
+and power jumps where a phase begins or ends: from the edge to the nearest reading inside, that reading stands for
+itself, and a line to the reading outside, which belongs to another phase, is not drawn. (Drawn, it puts up to half an
+interval of load into idle: 3.8 % too much in 3 s of idling at 5.74 W before a load of 18.95 W, sampled at 10 Hz.) A
+reading so close to an edge that it may belong to either side counts for none. Across a gap nothing is taken: its time
+is not covered, and joules are those of the covered time. A counter's joules are differences of its readings; at the
+edges its step goes on at the pace of the step inside. A gap within a counter loses nothing.
 
 ``bound`` says by how much the joules of the covered time may be wrong,
 
     sum over steps of  1/2 dt |P2 - P1|  +  u |P2 - P1|
 
-``u`` being the larger uncertainty of the two moments. It holds if power between two readings stays between them. It
-says nothing about changes faster than the sampling, nor about the sensor's own accuracy.
+``u`` being the larger uncertainty of the two moments, and at the edges dt |P2 - P1|. It holds if power between two
+readings stays between them. It says nothing about changes faster than the sampling, nor about the sensor's own
+accuracy.
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ from itertools import pairwise
 
 from cdkd_edge.power.protocol import WATTS
 from cdkd_edge.power.trace import Gap, Phase, Trace
+
+Series = list[tuple[float, float, float]]
+"""Moment, value, uncertainty."""
 
 
 @dataclass(frozen=True)
@@ -93,33 +100,59 @@ def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnerg
     """
     if not stop > start:
         raise ValueError("an empty window has no energy")
-    counter = trace.source.quantity != WATTS
     series = trace.series(rail)
-    joules = covered = bound = 0.0
-    for (t1, v1, u1), (t2, v2, u2) in pairwise(series):
-        begin, end = max(t1, start), min(t2, stop)
-        step = t2 - t1
-        if end <= begin or step <= 0:
-            continue
-        share, uncertainty = (end - begin) / step, max(u1, u2)
-        if counter:
-            if v2 < v1:  # it began anew: how much is not known
-                continue
-            joules += (v2 - v1) * share
-            if share < 1:
-                bound += (v2 - v1) * (max(share, 1 - share) + uncertainty / step)
-        elif step > trace.longest_step:
-            continue
-        else:
-            slope = (v2 - v1) / step
-            middle = v1 + slope * ((begin + end) / 2 - t1)
-            joules += middle * (end - begin)
-            bound += abs(v2 - v1) * ((end - begin) / 2 + uncertainty)
-        covered += end - begin
+    clear = [(t, v, u) for t, v, u in series if abs(t - start) >= u and abs(t - stop) >= u]
+    if trace.source.quantity == WATTS:
+        joules, covered, bound = _of_watts(clear, start, stop, trace.longest_step)
+    else:
+        joules, covered, bound = _of_counter(clear, start, stop)
     if covered <= 0:
         return None
     readings = sum(start <= time <= stop for time, _, _ in series)
     return RailEnergy(rail, joules, stop - start, covered, bound, readings, trace.gaps(rail, start, stop))
+
+
+def _of_watts(series: Series, start: float, stop: float, longest: float) -> tuple[float, float, float]:
+    """Joules, covered seconds, bound."""
+    joules = covered = bound = 0.0
+    for (t1, p1, u1), (t2, p2, u2) in pairwise(series):
+        begin, end, step = max(t1, start), min(t2, stop), t2 - t1
+        if end <= begin or not 0 < step <= longest:
+            continue
+        seconds, change = end - begin, abs(p2 - p1)
+        if t1 < start and t2 < stop:
+            watts = p2
+        elif t2 >= stop and t1 >= start:
+            watts = p1
+        else:  # both inside, or a window between two readings
+            watts = p1 + (p2 - p1) * ((begin + end) / 2 - t1) / step
+        inside = t1 >= start and t2 < stop
+        joules += watts * seconds
+        covered += seconds
+        bound += change * (seconds * (0.5 if inside else 1) + max(u1, u2))
+    return joules, covered, bound
+
+
+def _of_counter(series: Series, start: float, stop: float) -> tuple[float, float, float]:
+    """Joules, covered seconds, bound."""
+    steps = [  # from, to, joules, uncertainty; where a counter began anew, how much passed is not known
+        (t1, t2, v2 - v1, max(u1, u2))
+        for (t1, v1, u1), (t2, v2, u2) in pairwise(series)
+        if v2 >= v1 and t2 > max(t1, start) and t1 < stop
+    ]
+    inside = [(t1, t2, change / (t2 - t1)) for t1, t2, change, _ in steps if t1 >= start and t2 <= stop]
+    joules = covered = bound = 0.0
+    for t1, t2, change, uncertainty in steps:
+        seconds = min(t2, stop) - max(t1, start)
+        covered += seconds
+        if t1 >= start and t2 <= stop:
+            joules += change
+            continue
+        beside = next((pace for a, b, pace in inside if a == t2 or b == t1), change / (t2 - t1))
+        part = min(change, beside * seconds)
+        joules += part
+        bound += max(part, change - part) + change / (t2 - t1) * uncertainty
+    return joules, covered, bound
 
 
 def load_energy(trace: Trace, rail: str, idle: Phase, load: Phase) -> LoadEnergy | None:

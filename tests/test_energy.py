@@ -177,6 +177,13 @@ def test_uncertain_moments_are_in_the_bound():
     assert rail_energy(trace_of(points, uncertainty=0.02), "rail", 0, 0.3).bound == pytest.approx(sure + 0.2)
 
 
+def test_an_uncertain_first_reading_still_says_where_readings_begin():
+    points = [(100.0, 19.0), *((t, 5.0) for t, _ in steady(5, 0)[1:])]
+    energy = rail_energy(trace_of(points, uncertainty=0.03), "rail", 100.01, 104)
+    assert energy.coverage == pytest.approx(1)
+    assert energy.watts == pytest.approx(5)
+
+
 def test_idle_and_load():
     points = steady(5, 5.74) + steady(10, 18.95, begin=105.1)
     trace = trace_of(points)

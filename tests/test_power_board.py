@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 from board import HWMON, NoBoardError, Pattern, jtop_missing, running_board, write
+from scene_helpers import FakeEngine, noise, write_raster
 
+from cdkd_edge.benchmarks import bench
+from cdkd_edge.benchmarks.bench import BenchOptions, run_benchmark
 from cdkd_edge.errors import PowerError
 from cdkd_edge.power.energy import load_energy, rail_energy
 from cdkd_edge.power.find import find_source
@@ -98,6 +101,42 @@ def test_energy_of_a_known_pattern(board, source):
 @pytest.mark.parametrize("source", ["jtop", "ina3221"])
 def test_energy_of_thirty_seconds(board, source):
     assert_energy(*measure(board, source, [*LOAD, *LOAD[::-1], *LOAD]))
+
+
+class Hungry(FakeEngine):
+    """Makes the board draw 18.95 W from its first tile on."""
+
+    def __init__(self, board):
+        super().__init__(delay=0.01)
+        self._board = board
+
+    def launch(self, slot):
+        if not self.launches:
+            self._board.set_watts(18.95)
+        super().launch(slot)
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize("source", ["jtop", "ina3221"])
+def test_bench_on_the_board(board, source, tmp_path, monkeypatch):
+    def find(forced):
+        return find_source(forced, command=board.sampler_command)
+
+    monkeypatch.setattr(bench, "find_source", find)
+    monkeypatch.setattr(bench, "IDLE_SECONDS", 2.0)
+    board.set_watts(IDLE)
+    scene = write_raster(tmp_path / "scene.tif", noise(112, 160))
+    options = BenchOptions(duration=3.0, warmup=0.5, scene=scene, power_source=source)
+    summary = run_benchmark(Hungry(board), tmp_path / "run", options)
+    board.set_watts(IDLE)
+    power = summary.power
+    assert power is not None, summary.power_reason
+    assert (power.source, power.scope) == (source, "module")
+    assert power.idle_watts["VDD_IN"] == pytest.approx(IDLE, rel=0.02)
+    assert power.load_watts["VDD_IN"] == pytest.approx(18.95, rel=0.01)
+    per_tile = 1 / summary.engine_only.tiles_per_second
+    assert power.net_joules_per_tile["VDD_IN"] == pytest.approx((18.95 - IDLE) * per_tile, rel=0.02)
+    assert power.gross_joules_per_tile["VDD_IN"] == pytest.approx(18.95 * per_tile, rel=0.01)
 
 
 def test_what_jtop_says_about_itself(board):

@@ -203,11 +203,13 @@ def _load_phase_with_power(
     """An idle phase with the engine loaded, then the load phase, while power is sampled in another process."""
     with sampler:
         progress("idle")
+        some = 3 * sampler.trace().source.nominal_interval
+        time.sleep(some)  # for readings before the phase
         with sampler.phase("idle"):
             time.sleep(IDLE_SECONDS)  # the measurement itself: nothing may run now
         samples, load_from = _load_phase(engine, options, progress)
         load = Phase("load", load_from, time.perf_counter())
-        time.sleep(2 * sampler.trace().source.nominal_interval)  # for a reading after the last tile
+        time.sleep(some)  # for readings after the last tile
     trace = sampler.trace()
     idle = trace.phase("idle")
     _write_trace(folder / "trace.csv", trace, (idle, load))

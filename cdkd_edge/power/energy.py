@@ -101,7 +101,12 @@ def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnerg
     if not stop > start:
         raise ValueError("an empty window has no energy")
     series = trace.series(rail)
-    clear = [(t, v, u) for t, v, u in series if abs(t - start) >= u and abs(t - stop) >= u]
+    inner = range(1, len(series) - 1)  # the first and the last say where covered time begins and ends
+    clear = [
+        (t, v, u)
+        for index, (t, v, u) in enumerate(series)
+        if index not in inner or (abs(t - start) >= u and abs(t - stop) >= u)
+    ]
     if trace.source.quantity == WATTS:
         joules, covered, bound = _of_watts(clear, start, stop, trace.longest_step)
     else:

@@ -23,6 +23,7 @@ code  meaning
 13    the dataset cannot be used
 14    parity: the candidate does not keep to the tolerance
 15    doctor: something that is needed here does not work
+16    power cannot be measured from the source that was asked for
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
 ====  =============================================================
 """
@@ -138,3 +139,9 @@ class DoctorError(CdkdEdgeError):
     """The machine was examined, and something that is needed on it does not work."""
 
     exit_code = 15
+
+
+class PowerError(CdkdEdgeError, RuntimeError):
+    """No source of power answers, or not the one that was asked for."""
+
+    exit_code = 16

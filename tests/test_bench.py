@@ -7,13 +7,15 @@ import json
 import math
 import re
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from board import CHIP, HWMON, VOLTS, make_tree, write
 from hypothesis import given
 from hypothesis import strategies as st
 from scene_helpers import FakeEngine, names_in, noise, pipeline_threads, relaxed, write_raster
@@ -21,7 +23,9 @@ from scene_helpers import FakeEngine, names_in, noise, pipeline_threads, relaxed
 from cdkd_edge.benchmarks import bench
 from cdkd_edge.benchmarks.bench import BenchOptions, BenchSummary, run_benchmark
 from cdkd_edge.benchmarks.statistics import latency_of
-from cdkd_edge.errors import EngineError, SceneError
+from cdkd_edge.errors import EngineError, PowerError, SceneError
+from cdkd_edge.power.find import find_source
+from cdkd_edge.power.sampler import PowerSampler
 from cdkd_edge.report import describe_bench
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -176,86 +180,109 @@ def test_an_empty_scene_has_no_overhead_and_still_a_summary(folder: Path, tmp_pa
 # --- power ----------------------------------------------------------------------------------------
 
 
-class Counter:
-    """100 W, plus half a joule for every tile the engine has done."""
+IDLE, LOAD = 100.0, 150.0
 
-    name, scope = "counter", "a test"
 
-    def __init__(self, engine: FakeEngine, dies_after: float = 1e9) -> None:
-        self.engine, self.begin, self.dies_after = engine, time.perf_counter(), dies_after
+class Hungry(FakeEngine):
+    """Takes 150 W from its first tile on, and 100 W before, on an emulated board's INA3221."""
 
-    def read(self) -> dict[str, float]:
-        passed = time.perf_counter() - self.begin
-        if passed > self.dies_after:
-            raise OSError(19, "No such device")
-        return {"rail": 100 * passed + 0.5 * self.engine.launches * self.engine.manifest.batch}
+    def __init__(self, tree: Path, **options: Any) -> None:
+        super().__init__(**options)
+        self._tree = tree
+
+    def launch(self, slot: int) -> None:
+        if not self.launches:
+            write(self._tree / HWMON / "curr1_input", round(LOAD / VOLTS * 1000))
+        super().launch(slot)
 
 
 @pytest.fixture
-def short_idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(bench, "IDLE_SECONDS", 0.4)
-    monkeypatch.setattr(bench.EnergyMeter.__init__, "__defaults__", (0.02,))
-    yield
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The sysfs of a board, the only source of power there is; the idle phase is short."""
+    root = make_tree(tmp_path / "sys", (IDLE, 10.0, 5.0))
+
+    def find(forced: str | None = None) -> PowerSampler:
+        return find_source(forced or "ina3221", 0.02, sys_root=root)
+
+    monkeypatch.setattr(bench, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(bench, "find_source", find)
+    yield root
     assert pipeline_threads() == []
 
 
-@pytest.mark.usefixtures("short_idle")
 @pytest.mark.parametrize("batch", [1, 2])
-def test_power_and_energy_per_tile(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    engine = FakeEngine(delay=0.005, batch=batch)
-    monkeypatch.setattr(bench, "find_source", lambda: (Counter(engine), ""))
+def test_power_and_energy_per_tile(folder: Path, scene: Path, tree: Path, batch: int) -> None:
+    engine = Hungry(tree, delay=0.005, batch=batch)
     phases: list[str] = []
     options = BenchOptions(0.6, 0.05, scene=scene, power=True)
     summary = run_benchmark(engine, folder, options, phases.append)
     assert phases == ["idle", "warm-up", "timed tiles", "scene end to end"]
-    assert summary.power is not None
     assert summary.power_reason == ""
+    assert summary.power is not None
     power = summary.power
-    assert (power.source, power.scope) == ("counter", "a test")
-    assert power.idle_watts["rail"] == pytest.approx(100, rel=0.05)
-    assert power.load_watts["rail"] == pytest.approx(100 + 0.5 * summary.engine_only.tiles_per_second, rel=0.1)
-    assert power.net_joules_per_tile["rail"] == pytest.approx(0.5, rel=0.2)
-    shown = dict(describe_bench(summary, folder).rows)["power (a test)"]
-    assert re.fullmatch(r"rail: idle \d+\.\d\d W, load \d+\.\d\d W, net 0\.[3-7]\d J per tile \(counter\)", shown)
+    assert (power.source, power.scope, power.problems) == ("ina3221", "module", ())
+    assert power.idle_watts == pytest.approx({"VDD_IN": IDLE, "VDD_CPU_GPU_CV": 10, "VDD_SOC": 5}, rel=0.02)
+    assert power.load_watts["VDD_IN"] == pytest.approx(LOAD, rel=0.02)
+    per_tile = 1 / summary.engine_only.tiles_per_second
+    assert power.net_joules_per_tile["VDD_IN"] == pytest.approx((LOAD - IDLE) * per_tile, rel=0.1)
+    assert power.gross_joules_per_tile["VDD_IN"] == pytest.approx(LOAD * per_tile, rel=0.1)
+    shown = dict(describe_bench(summary, folder).rows)["power (module)"]
+    assert re.fullmatch(r"VDD_SOC: idle 5.00 W, load 5.00 W, net -?0\.0\d J per tile \(ina3221\)", shown)
     with open(folder / "trace.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) > 10
-    assert set(rows[0]) == {"start_s", "stop_s", "rail_w"}
-    first = [float(row["rail_w"]) for row in rows[:10]]
-    assert statistics.fmean(first) == pytest.approx(100, rel=0.2), "idle comes first"
-    assert json.loads((folder / "summary.json").read_text())["power"]["scope"] == "a test"
+    assert set(rows[0]) == {"time_s", "uncertainty_s", "phase", "VDD_IN_w", "VDD_CPU_GPU_CV_w", "VDD_SOC_w"}
+    for phase, watts in (("idle", IDLE), ("load", LOAD)):
+        of_phase = {float(row["VDD_IN_w"]) for row in rows if row["phase"] == phase}
+        assert of_phase == {watts}
+    document = json.loads((folder / "summary.json").read_text())
+    assert document["power"]["scope"] == "module"
 
 
-@pytest.mark.usefixtures("short_idle")
-@pytest.mark.parametrize("dies_after", [0.0, 0.2, 0.6])
+@pytest.mark.parametrize("dies_after", [0.0, 0.2, 0.8])
 def test_a_source_that_dies_gives_no_figure(
-    folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch, dies_after: float
+    folder: Path, scene: Path, tree: Path, monkeypatch: pytest.MonkeyPatch, dies_after: float
 ) -> None:
-    engine = FakeEngine(delay=0.005)
-    monkeypatch.setattr(bench, "find_source", lambda: (Counter(engine, dies_after), ""))
-    summary = run_benchmark(engine, folder, BenchOptions(0.3, 0.05, scene=scene, power=True))
+    def doomed(forced: str | None = None) -> PowerSampler:
+        sampler = find_source("ina3221", 0.02, sys_root=tree)
+        assert sampler._process is not None
+        Timer(dies_after, sampler._process.kill).start()
+        return sampler
+
+    monkeypatch.setattr(bench, "find_source", doomed)
+    summary = run_benchmark(Hungry(tree, delay=0.005), folder, BenchOptions(0.8, 0.05, scene=scene, power=True))
     assert summary.power is None
-    assert summary.power_reason.startswith("counter stopped answering")
-    assert "No such device" in summary.power_reason
+    assert summary.power_reason == "ina3221 stopped answering: the sampling process died (SIGKILL)"
     assert summary.engine_only.tiles > 0, "the speed stands"
+    assert "trace.csv" in names_in(folder), "what was heard is kept"
+
+
+def test_a_sensor_that_is_away_for_a_while_gives_no_figure(folder: Path, scene: Path, tree: Path) -> None:
+    chip = tree / CHIP
+    Timer(0.6, lambda: chip.rename(tree / "away")).start()
+    Timer(1.1, lambda: (tree / "away").rename(chip)).start()
+    summary = run_benchmark(FakeEngine(delay=0.005), folder, BenchOptions(1.2, 0, scene=scene, power=True))
+    assert summary.power is None
+    assert re.search(r"readings of VDD_IN are missing in \d\d% of a phase; .*No such file", summary.power_reason)
 
 
 def test_no_source_is_a_reason(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "find_source", lambda: (None, "RAPL: no CPU package under /sys"))
+    def find(forced: str | None = None) -> PowerSampler:
+        raise PowerError("RAPL: no CPU package under /sys")
+
+    monkeypatch.setattr(bench, "find_source", find)
     summary = run_benchmark(FakeEngine(), folder, BenchOptions(0.05, 0, scene=scene, power=True))
     assert summary.power is None
     assert summary.power_reason == "RAPL: no CPU package under /sys"
     assert names_in(folder) == ["summary.json", "tiles.csv"]
+    with pytest.raises(PowerError):
+        run_benchmark(FakeEngine(), folder.with_name("forced"), BenchOptions(0.05, 0, scene=scene, power_source="rapl"))
+    assert names_in(folder.parent) == ["run", "run/summary.json", "run/tiles.csv"]
 
 
-@pytest.mark.usefixtures("short_idle")
-def test_a_run_too_short_for_a_sample_says_so(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = FakeEngine()
-    monkeypatch.setattr(bench, "find_source", lambda: (Counter(engine), ""))
-    summary = run_benchmark(engine, folder, BenchOptions(0.001, 0, scene=scene, power=True))
+def test_a_run_too_short_for_a_sample_says_so(folder: Path, scene: Path, tree: Path) -> None:
+    summary = run_benchmark(Hungry(tree), folder, BenchOptions(0.001, 0, scene=scene, power=True))
     assert summary.power is None
-    assert summary.power_reason
-    assert "None" not in summary.power_reason
+    assert re.fullmatch(r"ina3221: too few readings of VDD_IN in 0\.\d s of load", summary.power_reason)
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -288,10 +315,21 @@ def test_a_scene_that_is_not_there_is_found_before_the_long_measurement(folder: 
     assert engine.launches == 0
 
 
-@pytest.mark.usefixtures("short_idle")
-def test_the_meter_stops_when_the_engine_fails(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = FakeEngine(fail_at=3, error=EngineError("no"))
-    monkeypatch.setattr(bench, "find_source", lambda: (Counter(engine), ""))
+def test_sampling_stops_when_the_engine_fails(
+    folder: Path, scene: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samplers = []
+
+    def find(forced: str | None = None) -> PowerSampler:
+        samplers.append(find_source("ina3221", 0.02, sys_root=tree))
+        return samplers[0]
+
+    monkeypatch.setattr(bench, "find_source", find)
     with pytest.raises(EngineError):
-        run_benchmark(engine, folder, BenchOptions(0.1, 0, scene=scene, power=True))
+        run_benchmark(
+            FakeEngine(fail_at=3, error=EngineError("no")), folder, BenchOptions(0.1, 0, scene=scene, power=True)
+        )
+    process = samplers[0]._process
+    assert process is not None
+    assert process.poll() is not None
     assert pipeline_threads() == []

@@ -31,8 +31,8 @@ from cdkd_edge.scene.pipeline import segment_scene
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 COMMANDS = [
-    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "roofline", "evaluate", "parity",
-    "demo", "doctor",
+    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "power", "roofline", "evaluate",
+    "parity", "demo", "doctor",
 ]  # fmt: skip
 QUICK = ("--duration", "0.1", "--warmup", "0")
 OLD_CLICK = "mix_stderr" in inspect.signature(CliRunner.__init__).parameters  # before 8.2
@@ -136,7 +136,11 @@ def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
-    assert "--workspace" in result.stdout or command in ("info", "finetune")  # they are told where everything is
+    assert "--workspace" in result.stdout or command in (
+        "info",
+        "finetune",
+        "power",
+    )  # they are told where everything is
     assert "--json" in result.stdout
 
 

@@ -17,10 +17,15 @@ import rasterio
 from cdkd_edge import __version__
 from cdkd_edge.benchmarks.statistics import Latency, latency_of
 from cdkd_edge.engines.protocol import Engine
+from cdkd_edge.errors import PowerError
 from cdkd_edge.files import whole_folder, write_text
 from cdkd_edge.machine import Machine, describe_machine
 from cdkd_edge.manifest import EngineManifest, library_versions
-from cdkd_edge.power.source import EnergyMeter, PowerSource, find_source
+from cdkd_edge.power.energy import LoadEnergy, load_energy
+from cdkd_edge.power.find import find_source
+from cdkd_edge.power.protocol import JOULES, WATTS
+from cdkd_edge.power.sampler import PowerSampler
+from cdkd_edge.power.trace import Phase, Trace
 from cdkd_edge.scene.grid import TileGrid, default_overlap
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
 from cdkd_edge.scene.reader import SceneReader
@@ -28,6 +33,8 @@ from cdkd_edge.scenery import draw_scene
 
 SUMMARY_VERSION = 1
 IDLE_SECONDS = 5.0
+LEAST_COVERAGE = 0.98
+"""Share of a phase that must lie between readings for it to have a figure."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class BenchOptions:
     """Scene for the end-to-end figure. Default: one that is drawn."""
     segment: SegmentOptions = SegmentOptions()
     power: bool = False
+    power_source: str | None = None
+    """One of ``cdkd_edge.power.protocol.SOURCES``. Default: the first that answers."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,10 @@ class Power:
     idle_watts: dict[str, float]
     load_watts: dict[str, float]
     net_joules_per_tile: dict[str, float]
+    gross_joules_per_tile: dict[str, float]
+    readings_per_second: float
+    problems: tuple[str, ...]
+    """That the sampling met; it may have got over them."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,7 @@ def run_benchmark(
 
     Raises:
         EngineError, SceneError: the engine or the scene failed.
+        PowerError: the source of power that was asked for by name does not answer.
         OSError: the folder cannot be written; known before anything is measured.
     """
     with whole_folder(folder) as temporary:
@@ -132,11 +146,11 @@ def _measure(engine: Engine, folder: Path, options: BenchOptions, progress: Call
         _check_scene(engine, options.scene, options.segment)
     _fill_inputs(engine)
     power = None
-    source, reason = find_source() if options.power else (None, "not asked for (--power-trace)")
-    if source is None:
+    sampler, reason = _sampler(options)
+    if sampler is None:
         samples, _ = _load_phase(engine, options, progress)
     else:
-        samples, power, reason = _load_phase_with_power(engine, source, folder, options, progress)
+        samples, power, reason = _load_phase_with_power(engine, sampler, folder, options, progress)
     engine_only = _engine_only(engine, samples)
     progress("scene end to end")
     end_to_end = _end_to_end(engine, options, engine_only.tiles_per_second)
@@ -171,24 +185,67 @@ def _load_phase(
     return _run_for(engine, options.duration, options.min_batches), began
 
 
+def _sampler(options: BenchOptions) -> tuple[PowerSampler | None, str]:
+    """A running sampler, or None and why there is none."""
+    if not options.power and options.power_source is None:
+        return None, "not asked for (--power-trace)"
+    try:
+        return find_source(options.power_source), ""
+    except PowerError as error:
+        if options.power_source is not None:
+            raise
+        return None, error.message
+
+
 def _load_phase_with_power(
-    engine: Engine, source: PowerSource, folder: Path, options: BenchOptions, progress: Callable[[str], None]
+    engine: Engine, sampler: PowerSampler, folder: Path, options: BenchOptions, progress: Callable[[str], None]
 ) -> tuple[list[tuple[float, float]], Power | None, str]:
-    """An idle phase with the engine loaded, then the load phase, both under the meter."""
-    with EnergyMeter(source) as meter:
+    """An idle phase with the engine loaded, then the load phase, while power is sampled in another process."""
+    with sampler:
         progress("idle")
-        idle_from = time.perf_counter()
-        time.sleep(IDLE_SECONDS)  # the measurement itself: nothing may run now
-        idle_to = time.perf_counter()
+        some = 3 * sampler.trace().source.nominal_interval
+        time.sleep(some)  # for readings before the phase
+        with sampler.phase("idle"):
+            time.sleep(IDLE_SECONDS)  # the measurement itself: nothing may run now
         samples, load_from = _load_phase(engine, options, progress)
-        load_to = time.perf_counter()
-    _write_trace(folder / "trace.csv", meter)
-    idle, load = meter.watts(idle_from, idle_to), meter.watts(load_from, load_to)
-    if meter.error is not None or idle is None or load is None:
-        return samples, None, f"{source.name} stopped answering: {meter.error or 'no reading in a phase'}"
-    seconds_per_tile = (load_to - load_from) / (len(samples) * engine.manifest.batch)
-    net = {rail: (load[rail] - idle[rail]) * seconds_per_tile for rail in load}
-    return samples, Power(source.name, source.scope, idle, load, net), ""
+        load = Phase("load", load_from, time.perf_counter())
+        time.sleep(some)  # for readings after the last tile
+    trace = sampler.trace()
+    idle = trace.phase("idle")
+    _write_trace(folder / "trace.csv", trace, (idle, load))
+    return (samples, *_power(trace, idle, load, len(samples) * engine.manifest.batch))
+
+
+def _power(trace: Trace, idle: Phase, load: Phase, tiles: int) -> tuple[Power | None, str]:
+    """Figures of both phases, or None and why there are none."""
+    name = trace.source.name
+    ended = [problem.message for problem in trace.problems if problem.kind in ("lost", "died")]
+    if ended:
+        return None, f"{name} stopped answering: {ended[0]}"
+    energies: dict[str, LoadEnergy] = {}
+    for rail in trace.source.rails:
+        energy = load_energy(trace, rail, idle, load)
+        if energy is None or min(energy.idle.readings, energy.load.readings) < 2:
+            short = min(idle, load, key=lambda phase: phase.seconds)
+            return None, f"{name}: too few readings of {rail} in {short.seconds:.1f} s of {short.name}"
+        covered = min(energy.idle.coverage, energy.load.coverage)
+        if covered < LEAST_COVERAGE:
+            why = "".join(f"; {problem.message}" for problem in trace.problems)
+            return None, f"{name}: readings of {rail} are missing in {1 - covered:.0%} of a phase{why}"
+        energies[rail] = energy
+    # Time that is not covered took what the rest of the load took: at most 1 - LEAST_COVERAGE of it.
+    per_tile = load.seconds / tiles
+    power = Power(
+        source=name,
+        scope=trace.source.scope,
+        idle_watts={rail: energy.idle.watts for rail, energy in energies.items()},
+        load_watts={rail: energy.load.watts for rail, energy in energies.items()},
+        net_joules_per_tile={rail: energy.net_watts * per_tile for rail, energy in energies.items()},
+        gross_joules_per_tile={rail: energy.load.watts * per_tile for rail, energy in energies.items()},
+        readings_per_second=trace.rate or 0.0,
+        problems=tuple(problem.message for problem in trace.problems),
+    )
+    return power, ""
 
 
 def _check_scene(engine: Engine, scene: Path, options: SegmentOptions) -> None:
@@ -279,13 +336,13 @@ def _write_tiles(path: Path, samples: list[tuple[float, float]]) -> None:
         writer.writerows((i, f"{start:.6f}", f"{latency * 1e3:.3f}") for i, (start, latency) in enumerate(samples))
 
 
-def _write_trace(path: Path, meter: EnergyMeter) -> None:
+def _write_trace(path: Path, trace: Trace, phases: tuple[Phase, ...]) -> None:
+    """Every reading, in the source's own quantity; an empty field is a rail that could not be read."""
+    unit = {WATTS: "w", JOULES: "j"}[trace.source.quantity]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        rails = sorted(meter.samples[0].joules) if meter.samples else []
-        writer.writerow(["start_s", "stop_s", *(f"{rail}_w" for rail in rails)])
-        origin = meter.samples[0].start if meter.samples else 0.0
-        for sample in meter.samples:
-            seconds = sample.stop - sample.start
-            watts = (f"{sample.joules[rail] / seconds:.4f}" for rail in rails)
-            writer.writerow([f"{sample.start - origin:.6f}", f"{sample.stop - origin:.6f}", *watts])
+        writer.writerow(["time_s", "uncertainty_s", "phase", *(f"{rail}_{unit}" for rail in trace.source.rails)])
+        for sample in trace.samples:
+            phase = next((phase.name for phase in phases if phase.start <= sample.time < phase.stop), "")
+            values = (f"{sample.values[rail]:.6f}" if rail in sample.values else "" for rail in trace.source.rails)
+            writer.writerow([f"{sample.time - trace.start:.6f}", f"{sample.uncertainty:.6f}", phase, *values])

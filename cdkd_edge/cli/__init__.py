@@ -3,7 +3,16 @@
 Nothing heavy is imported until a command runs, so that ``--help`` and completion answer at once.
 """
 
-from cdkd_edge.cli import accuracy, calibrate, chain, doctor, engines, parity, roofline  # each command registers itself
+from cdkd_edge.cli import (  # each command registers itself
+    accuracy,
+    calibrate,
+    chain,
+    doctor,
+    engines,
+    parity,
+    power,
+    roofline,
+)
 from cdkd_edge.cli.app import app, main
 
-__all__ = ["accuracy", "app", "calibrate", "chain", "doctor", "engines", "main", "parity", "roofline"]
+__all__ = ["accuracy", "app", "calibrate", "chain", "doctor", "engines", "main", "parity", "power", "roofline"]

@@ -148,6 +148,10 @@ def bench(
     power_trace: Annotated[
         bool, typer.Option("--power-trace", help="Measure idle and load power, where there is a source.")
     ] = False,
+    power_source: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--power-source", help="Measure power, and only from jtop, ina3221, nvml or rapl."),
+    ] = None,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
@@ -164,6 +168,7 @@ def bench(
         scene=scene,
         segment=segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range),
         power=power_trace,
+        power_source=power_source,
     )
     path = engine or space.only_engine("cdkd-edge bench")
     loaded = load_engine(path, threads=threads)

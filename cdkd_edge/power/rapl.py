@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cdkd_edge.power.protocol import CPU_PACKAGE, JOULES
+
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -16,7 +18,10 @@ class RaplSource:
     """Energy of each CPU package."""
 
     name = "RAPL"
-    scope = "CPU package"
+    scope = CPU_PACKAGE
+    covers = "the processor, without memory modules, GPU and the rest of the machine"
+    quantity = JOULES
+    total: str | None = None
 
     def __init__(self, zones: dict[str, Path]) -> None:
         """Use ``probe`` instead; ``zones`` maps a rail's name to its powercap folder."""
@@ -63,6 +68,9 @@ class RaplSource:
             self._last[rail] = now
             self._total[rail] += step
         return {rail: total / 1e6 for rail, total in self._total.items()}
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 def _integer(path: Path) -> int:

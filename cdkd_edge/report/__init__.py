@@ -413,6 +413,7 @@ def _bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
                     f"net {power.net_joules_per_tile[rail]:.2f} J per tile ({power.source})",
                 )
             )
+        rows += [("", problem) for problem in power.problems]
     return rows
 
 

@@ -1,0 +1,97 @@
+"""The INA3221 power monitor of a Jetson module, through Linux's hwmon tree.
+
+``/sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*/``: ``in<N>_label`` names channel N, ``in<N>_input`` is its bus voltage in
+mV, ``curr<N>_input`` its current in mA. Channels are found by label: their numbers differ between boards. VDD_IN is
+what the module draws; the carrier board is outside it. The chip's own accuracy (shunt and gain, about 1 %) is not in
+any error bound here.
+Source: https://docs.kernel.org/hwmon/ina3221.html
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cdkd_edge.power.protocol import MODULE, WATTS
+
+SYS = Path("/sys")
+TOTAL = "VDD_IN"
+
+
+class Ina3221Reader:
+    """Watts of each labelled channel."""
+
+    name = "ina3221"
+    scope = MODULE
+    covers = "VDD_IN: the module without its carrier board"
+    quantity = WATTS
+    total: str | None = TOTAL
+
+    def __init__(self, channels: dict[str, tuple[Path, Path]]) -> None:
+        """Use ``probe`` instead; ``channels`` maps a rail to the files of its voltage and its current."""
+        self._channels = channels
+
+    @classmethod
+    def probe(cls, root: Path = SYS) -> tuple[Ina3221Reader | None, str]:
+        """Find channels by an actual reading.
+
+        Returns:
+            The reader and an empty string, or None and the reason.
+        """
+        channels = _channels(root)
+        if not channels:
+            return None, f"no INA3221 under {root / 'bus/i2c/drivers'}"
+        if TOTAL not in channels:
+            # Without it the sum of rails would be taken for the module.
+            return None, f"the INA3221 has no {TOTAL}, only {', '.join(channels)}"
+        reader = cls(channels)
+        try:
+            values = reader.read()
+        except OSError as error:
+            return None, f"the INA3221 cannot be read: {error}"
+        if TOTAL not in values:
+            return None, f"{TOTAL} cannot be read"
+        return reader, ""
+
+    def read(self) -> dict[str, float]:
+        """Watts per rail. A rail that cannot be read is absent.
+
+        Raises:
+            OSError: no rail can be read.
+        """
+        values = {}
+        failure: Exception | None = None
+        for rail, (volts, amperes) in self._channels.items():
+            try:
+                # mV x mA = uW
+                values[rail] = int(volts.read_text()) * int(amperes.read_text()) / 1e6
+            except (OSError, ValueError) as error:  # an empty or half-written file is no reading
+                failure = error
+        if not values:
+            raise OSError(str(failure))
+        return values
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _channels(root: Path) -> dict[str, tuple[Path, Path]]:
+    channels: dict[str, tuple[Path, Path]] = {}
+    for folder in sorted(root.glob("bus/i2c/drivers/ina3221*/*/hwmon/hwmon*")):
+        for label in sorted(folder.glob("in*_label")):
+            match = re.fullmatch(r"in(\d+)_label", label.name)
+            if not match:
+                continue
+            files = folder / f"in{match[1]}_input", folder / f"curr{match[1]}_input"
+            try:
+                rail = label.read_text().strip()
+                enabled = folder / f"in{match[1]}_enable"
+                if enabled.exists() and enabled.read_text().strip() == "0":
+                    continue
+            except OSError:
+                continue
+            # Channels that are not connected are labelled NC; "sum of shunt voltages" has no current.
+            if rail and rail != "NC" and all(file.exists() for file in files):
+                chip = folder.parents[1].name
+                channels[rail if rail not in channels else f"{rail} ({chip})"] = files
+    return channels

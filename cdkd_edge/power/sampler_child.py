@@ -1,0 +1,212 @@
+"""The sampling process: one source, JSON lines on stdout, gone when its parent is.
+
+``python -m cdkd_edge.power.sampler_child --source NAME --interval SECONDS``. Lines: ``started`` (the fields of
+:class:`~cdkd_edge.power.protocol.SourceInfo`) or ``refused`` (``reason``, ``hint``); then ``sample`` (``time``,
+``uncertainty``, ``values``) and ``problem`` (``time``, ``kind``, ``message``); at last ``lost`` (``message``), if the
+source has gone. It ends when its stdin does. What could not be read is absent; nothing is filled in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from cdkd_edge.power.protocol import (
+    LostSourceError,
+    Reader,
+    Sample,
+    SourceInfo,
+    Stream,
+    UnusableSourceError,
+)
+
+PATIENCE = 5.0
+"""Seconds of nothing but errors after which a polled source is lost."""
+
+
+class PolledStream:
+    """A reader, read at its times: ``start + n * interval``. Times that have passed are not made up for."""
+
+    def __init__(self, reader: Reader, interval: float) -> None:
+        """Take a first reading.
+
+        Raises:
+            UnusableSourceError: it failed.
+        """
+        self._reader, self._interval = reader, interval
+        self._due = time.monotonic()
+        self._failing_since: float | None = None
+        first = self._read()
+        if isinstance(first, str):
+            raise UnusableSourceError(first)
+        self._first: Sample | None = first
+        self.info = SourceInfo(
+            name=reader.name.lower(),
+            scope=reader.scope,
+            covers=reader.covers,
+            quantity=reader.quantity,
+            rails=tuple(first.values),
+            total=reader.total,
+            interval=interval,
+        )
+
+    def next(self, timeout: float) -> Sample | str | None:
+        """Wait for the next due time and read; the reading that it was tried with comes first.
+
+        Raises:
+            LostSourceError: nothing could be read for ``PATIENCE`` seconds.
+        """
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        now = time.monotonic()
+        self._due += self._interval
+        if self._due < now:  # late: the times that have passed stay without a reading
+            self._due += self._interval * ((now - self._due) // self._interval + 1)
+        time.sleep(max(0.0, self._due - now))
+        answer = self._read()
+        if isinstance(answer, Sample):
+            self._failing_since = None
+        elif self._failing_since is None:
+            self._failing_since = time.monotonic()
+        elif time.monotonic() - self._failing_since > PATIENCE:
+            raise LostSourceError(answer)
+        return answer
+
+    def _read(self) -> Sample | str:
+        before = time.monotonic()
+        try:
+            values = self._reader.read()
+        except (OSError, ValueError, KeyError) as error:
+            return str(error) or type(error).__name__
+        after = time.monotonic()
+        return Sample((before + after) / 2, (after - before) / 2, values)
+
+    def close(self) -> None:
+        """Close the reader."""
+        self._reader.close()
+
+
+def open_stream(source: str, interval: float, sys_root: Path) -> Stream:
+    """Open a source by name.
+
+    Args:
+        source: one of ``SOURCES``.
+        interval: seconds between samples.
+        sys_root: where ``/sys`` is, for those that read files.
+
+    Raises:
+        UnusableSourceError: it cannot be used.
+    """
+    reader: Reader | None
+    if source == "jtop":
+        from cdkd_edge.power.jtop_source import JtopStream
+
+        return JtopStream(interval)
+    if source == "ina3221":
+        from cdkd_edge.power.ina3221 import Ina3221Reader
+
+        reader, reason = Ina3221Reader.probe(sys_root)
+    elif source == "nvml":
+        from cdkd_edge.power.nvml import NvmlReader
+
+        reader, reason = NvmlReader.probe()
+    elif source == "rapl":
+        from cdkd_edge.power.rapl import RaplSource
+
+        reader, reason = RaplSource.probe(sys_root / "class/powercap")
+    else:
+        raise UnusableSourceError(f"there is no source named {source}")
+    if reader is None:
+        raise UnusableSourceError(reason)
+    return PolledStream(reader, interval)
+
+
+class _Voice:
+    """Writes lines; says every trouble once, until it has passed."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+        self._troubles: set[tuple[str, str]] = set()
+
+    def say(self, event: str, **fields: Any) -> None:
+        self._out.write(json.dumps({"event": event, **fields}) + "\n")
+        self._out.flush()
+
+    def troubles(self, now: set[tuple[str, str]]) -> None:
+        for kind, message in sorted(now - self._troubles):
+            self.say("problem", time=time.monotonic(), kind=kind, message=message)
+        self._troubles = now
+
+
+def sample_forever(stream: Stream, out: IO[str]) -> None:
+    """Write ``started`` and then whatever comes, until the source is lost."""
+    voice = _Voice(out)
+    info = stream.info
+    voice.say("started", **dataclasses.asdict(info))
+    silence = max(3 * info.nominal_interval, 1.0)
+    last = -float("inf")
+    try:
+        while True:
+            answer = stream.next(silence)
+            if answer is None:
+                voice.troubles({("stalled", f"no reading for {silence:g} s")})
+            elif isinstance(answer, str):
+                voice.troubles({("unreadable", answer)})
+            else:
+                missing = [rail for rail in info.rails if rail not in answer.values]
+                voice.troubles({("rail", f"{rail} cannot be read") for rail in missing})
+                if answer.time <= last:  # a better estimate of a clock may step back by its error
+                    continue
+                last = answer.time
+                voice.say("sample", **dataclasses.asdict(answer))
+    except LostSourceError as error:
+        voice.say("lost", time=time.monotonic(), message=str(error))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(prog="sampler_child")
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--interval", type=float, default=0.1)
+    parser.add_argument("--sys", type=Path, default=Path("/sys"))
+    options = parser.parse_args(arguments)
+
+    # Lines go to a copy of stdout; what a library prints goes to stderr.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        stream = open_stream(options.source, options.interval, options.sys)
+    except UnusableSourceError as error:
+        _Voice(out).say("refused", reason=error.reason, hint=error.hint)
+        _leave(3)
+    with contextlib.suppress(BrokenPipeError):
+        sample_forever(stream, out)
+    _leave(4)
+    return 4
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin; when it lets go, or is gone, so is this process."""
+    while os.read(0, 4096):
+        pass
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    """At once, whatever a library's threads still wait for. Every line was flushed when it was said."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""The real jetson-stats service on an emulated Orin NX: energy of known patterns, and every way it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from board import HWMON, NoBoardError, Pattern, jtop_missing, running_board, write
+from scene_helpers import FakeEngine, noise, write_raster
+
+from cdkd_edge.benchmarks import bench
+from cdkd_edge.benchmarks.bench import BenchOptions, run_benchmark
+from cdkd_edge.errors import PowerError
+from cdkd_edge.power.energy import load_energy, rail_energy
+from cdkd_edge.power.find import find_source
+from cdkd_edge.power.sampler import PowerSampler
+from cdkd_edge.power.trace import Phase
+
+IDLE = 5.74
+"""Watts; as the paper's board."""
+LOAD = [(0.9, 18.95), (0.4, 12.2), (1.3, 20.5), (0.25, 9.0), (2.1, 18.1), (0.7, 21.3), (1.6, 17.4), (2.75, 18.95)]
+"""(seconds, watts); 10 s."""
+
+
+def board_of(tmp_path, **options):
+    """Entering it skips, loudly, where a board cannot be emulated."""
+    if jtop_missing():
+        pytest.skip(f"NO EMULATED BOARD: {jtop_missing()}; jtop is not tested against its real service")
+    return running_board(tmp_path, **options)
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    """One for tests that leave it as it was."""
+    try:
+        with board_of(tmp_path_factory.mktemp("board")) as board:
+            yield board
+    except NoBoardError as error:
+        pytest.skip(f"NO EMULATED BOARD: {error}; jtop is not tested against its real service")
+
+
+@pytest.fixture
+def own_board(board, tmp_path):
+    """One to harm. (That there is ``board`` shows that one can be had.)"""
+    with board_of(tmp_path) as mine:
+        yield mine
+
+
+def wait_for(condition, seconds=15.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"nothing happened for {seconds} s"
+        time.sleep(0.01)
+
+
+def sampler_on(board, source="jtop", interval=0.1):
+    return PowerSampler(source, interval, command=board.sampler_command)
+
+
+def measure(board, source, load, idle_seconds=3.0):
+    """Sample a pattern: idle, load, idle. The trace and the pattern, which is the truth."""
+    with sampler_on(board, source) as sampler:
+        pattern = Pattern(board, [(idle_seconds, IDLE), *load, (0.8, IDLE)])
+        pattern.start()
+        pattern.join()
+    board.set_watts(IDLE)
+    return sampler.trace(), pattern
+
+
+def assert_energy(trace, pattern):
+    """Within 1 per cent in energy, 2 per cent in idle and net power."""
+    idle, load = Phase("idle", *pattern.times[:2]), Phase("load", pattern.times[1], pattern.times[-1])
+    truth = pattern.joules(load.start, load.stop)
+    energy = load_energy(trace, "VDD_IN", idle, load)
+    assert energy.load.coverage > 0.95, trace.gaps()
+    if energy.load.coverage > 0.999:
+        assert energy.gross_joules == pytest.approx(truth, rel=0.01)
+        assert abs(energy.gross_joules - truth) < energy.load.bound + 0.1
+    else:  # this machine stood still for half a second; what was covered must be right all the same
+        assert energy.load.watts == pytest.approx(truth / load.seconds, rel=0.03)
+    assert energy.idle.watts == pytest.approx(IDLE, rel=0.02)
+    assert energy.net_watts == pytest.approx(truth / load.seconds - IDLE, rel=0.02)
+
+
+# --- energy ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["jtop", "ina3221"])
+def test_energy_of_a_known_pattern(board, source):
+    assert_energy(*measure(board, source, LOAD))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["jtop", "ina3221"])
+def test_energy_of_thirty_seconds(board, source):
+    assert_energy(*measure(board, source, [*LOAD, *LOAD[::-1], *LOAD]))
+
+
+class Hungry(FakeEngine):
+    """Makes the board draw 18.95 W from its first tile on."""
+
+    def __init__(self, board):
+        super().__init__(delay=0.01)
+        self._board = board
+
+    def launch(self, slot):
+        if not self.launches:
+            self._board.set_watts(18.95)
+        super().launch(slot)
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize("source", ["jtop", "ina3221"])
+def test_bench_on_the_board(board, source, tmp_path, monkeypatch):
+    def find(forced):
+        return find_source(forced, command=board.sampler_command)
+
+    monkeypatch.setattr(bench, "find_source", find)
+    monkeypatch.setattr(bench, "IDLE_SECONDS", 2.0)
+    board.set_watts(IDLE)
+    scene = write_raster(tmp_path / "scene.tif", noise(112, 160))
+    options = BenchOptions(duration=3.0, warmup=0.5, scene=scene, power_source=source)
+    summary = run_benchmark(Hungry(board), tmp_path / "run", options)
+    board.set_watts(IDLE)
+    power = summary.power
+    assert power is not None, summary.power_reason
+    assert (power.source, power.scope) == (source, "module")
+    assert power.idle_watts["VDD_IN"] == pytest.approx(IDLE, rel=0.02)
+    assert power.load_watts["VDD_IN"] == pytest.approx(18.95, rel=0.01)
+    per_tile = 1 / summary.engine_only.tiles_per_second
+    assert power.net_joules_per_tile["VDD_IN"] == pytest.approx((18.95 - IDLE) * per_tile, rel=0.02)
+    assert power.gross_joules_per_tile["VDD_IN"] == pytest.approx(18.95 * per_tile, rel=0.01)
+
+
+def test_what_jtop_says_about_itself(board):
+    with sampler_on(board) as sampler:
+        info = sampler.info
+        wait_for(lambda: len(sampler.samples) > 10)
+    assert (info.name, info.scope, info.total, info.quantity) == ("jtop", "module", "VDD_IN", "watts")
+    assert set(info.rails) == {"VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"}
+    assert info.source_interval == pytest.approx(0.1)
+    trace = sampler.trace()
+    assert 4 < trace.rate < 11
+    times = [sample.time for sample in trace.samples]
+    assert times == sorted(set(times)), "no reading comes twice"
+    assert max(sample.uncertainty for sample in trace.samples) < 0.3
+
+
+def test_jtop_comes_first_and_this_process_never_imports_it(board):
+    with find_source(command=board.sampler_command) as sampler:
+        assert sampler.info.name == "jtop"
+    assert "jtop" not in sys.modules
+
+
+def test_the_command_on_the_board(board):
+    answer = subprocess.run(
+        board.enter(sys.executable, "-m", "cdkd_edge", "power", "--json", "--seconds", "1.5"),
+        env=board.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert answer.returncode == 0, answer.stderr
+    document = json.loads(answer.stdout)
+    usable = {source["name"]: source for source in document["sources"] if source["usable"]}
+    assert document["used"] == "jtop"
+    assert {"jtop", "ina3221"} <= set(usable)
+    for name in ("jtop", "ina3221"):
+        assert usable[name]["watts"]["VDD_IN"] == pytest.approx(usable["ina3221"]["watts"]["VDD_IN"], rel=0.02)
+
+
+# --- another client -------------------------------------------------------------------------------
+
+OTHER_CLIENT = """
+import sys, time
+from jtop import jtop
+with jtop(interval=1.0) as jetson:
+    print("ready", flush=True)
+    while jetson.ok():
+        time.sleep(0.1)
+"""
+
+
+def test_another_client_pins_the_interval(own_board):
+    other = subprocess.Popen(
+        own_board.enter(sys.executable, "-c", OTHER_CLIENT), env=own_board.environment(), stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"ready\n"
+        with sampler_on(own_board) as sampler:
+            assert sampler.info.source_interval == pytest.approx(1.0)
+            assert any("another jtop client has set the interval to 1 s" in trouble for trouble in sampler.health())
+            wait_for(lambda: len(sampler.samples) > 3)
+        trace = sampler.trace()
+        assert trace.problems[0].kind == "interval"
+        assert 0.3 < trace.rate < 1.5, "the rate that was reached, not the one asked for"
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+
+
+# --- sensors --------------------------------------------------------------------------------------
+
+
+def test_vdd_in_that_cannot_be_read_is_not_replaced_by_a_sum(own_board):
+    file = own_board.sys / HWMON / "curr1_input"
+    with sampler_on(own_board) as sampler:
+        wait_for(lambda: len(sampler.samples) > 5)
+        file.rename(file.with_name("away"))
+        wait_for(lambda: any("a sum of other rails, not VDD_IN" in trouble for trouble in sampler.health()))
+        time.sleep(1.0)
+        write(file, 1200)
+        count = len(sampler.samples)
+        wait_for(lambda: len(sampler.samples) > count + 3)
+    trace = sampler.trace()
+    assert {sample.values["VDD_IN"] for sample in trace.samples} == {6.0}, "2.5 W would be the sum of the others"
+    assert max(gap.seconds for gap in trace.gaps("VDD_IN")) > 0.7
+
+
+def test_a_rail_that_disappears(own_board):
+    with sampler_on(own_board) as sampler:
+        wait_for(lambda: len(sampler.samples) > 5)
+        (own_board.sys / HWMON / "curr3_input").unlink()
+        wait_for(lambda: "VDD_SOC cannot be read" in sampler.health())
+        assert sampler.samples[-1].values["VDD_IN"] == 6.0
+
+
+def test_a_board_without_sensor(board, tmp_path):
+    with board_of(tmp_path, service=False) as mine:
+        shutil.rmtree(mine.sys / "bus/i2c/devices/1-0040")
+        (mine.sys / "bus/i2c/drivers/ina3221/1-0040").unlink()
+        mine.start_service()
+        with pytest.raises(PowerError, match="no power sensor"):
+            sampler_on(mine).start()
+        with pytest.raises(PowerError, match="no INA3221"):
+            sampler_on(mine, "ina3221").start()
+
+
+# --- the service ----------------------------------------------------------------------------------
+
+
+def test_the_service_is_killed(own_board):
+    with sampler_on(own_board) as sampler:
+        wait_for(lambda: len(sampler.samples) > 5)
+        own_board.stop_service()
+        killed = time.monotonic()
+        wait_for(lambda: any("the jtop service stopped" in trouble for trouble in sampler.health()))
+        time.sleep(0.6)
+    trace = sampler.trace()
+    assert trace.problems[-1].kind == "lost"
+    assert trace.samples[-1].time < killed + 0.1
+    assert trace.gaps()[-1].stop == trace.stop
+    assert rail_energy(trace, "VDD_IN", killed + 0.3, trace.stop) is None
+
+
+def test_the_service_freezes_and_goes_on(own_board):
+    with sampler_on(own_board) as sampler:
+        wait_for(lambda: len(sampler.samples) > 5)
+        own_board.signal_service(signal.SIGSTOP)
+        wait_for(lambda: any("no reading for" in trouble for trouble in sampler.health()))
+        time.sleep(0.5)
+        own_board.signal_service(signal.SIGCONT)
+        count = len(sampler.samples)
+        wait_for(lambda: len(sampler.samples) > count + 5)
+    trace = sampler.trace()
+    assert [problem.kind for problem in trace.problems] == ["stalled"]
+    assert max(gap.seconds for gap in trace.gaps()) > 1.0
+
+
+def test_a_service_whose_timer_died_repeats_itself(own_board):
+    """An empty read ends the service's timer; the client gets the last data again and again, and ok() stays True."""
+    with sampler_on(own_board) as sampler:
+        wait_for(lambda: len(sampler.samples) > 5)
+        (own_board.sys / HWMON / "curr1_input").write_text("")
+        wait_for(lambda: any("no reading for" in trouble for trouble in sampler.health()))
+        count = len(sampler.samples)
+        time.sleep(0.7)
+        assert len(sampler.samples) == count
+
+
+def test_a_service_that_hangs_at_start(own_board):
+    own_board.signal_service(signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(PowerError, match="jtop: no answer within 2 s"):
+        sampler_on(own_board).start(timeout=2)
+    assert time.monotonic() - begin < 8
+    # The next one is asked all the same.
+    with find_source(command=own_board.sampler_command, timeout=4) as sampler:
+        assert sampler.info.name == "ina3221"
+
+
+def test_no_service_and_no_group(board, tmp_path):
+    with board_of(tmp_path, service=False) as mine:
+        with pytest.raises(PowerError, match=r"the service is not active$") as caught:
+            sampler_on(mine).start()
+        assert "systemctl restart jtop" in caught.value.hint
+        mine.set_group(False)
+        with pytest.raises(AssertionError, match="Group jtop does not exist"):
+            mine.start_service()
+        with pytest.raises(PowerError, match="the group jtop does not exist") as caught:
+            sampler_on(mine).start()
+        assert "groupadd jtop" in caught.value.hint
+
+
+def test_another_version_of_the_service(board, tmp_path, monkeypatch):
+    import importlib.util
+
+    package = Path(importlib.util.find_spec("jtop").origin).parent
+    shutil.copytree(package, tmp_path / "jtop", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (tmp_path / "jtop/__init__.py").read_text()
+    own = next(line for line in text.splitlines() if line.startswith("__version__"))
+    (tmp_path / "jtop/__init__.py").write_text(text.replace(own, '__version__ = "4.2.9"'))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(PowerError, match=r"Mismatch version jtop service: .* client: \[4.2.9\]") as caught:
+        sampler_on(board).start()
+    assert "same jetson-stats" in caught.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become somebody else")
+def test_somebody_who_is_not_in_the_group(board, tmp_path):
+    someone = board.enter("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable)
+    if subprocess.run([*someone, "-c", "import jtop, cdkd_edge"], capture_output=True).returncode:
+        pytest.skip("this Python cannot be used by others")
+    sampler = PowerSampler("jtop", command=(*someone, "-m", "cdkd_edge.power.sampler_child"))
+    with pytest.raises(PowerError, match=r"may not talk to the service \(group jtop\)") as caught:
+        sampler.start()
+    assert "usermod -aG jtop" in caught.value.hint

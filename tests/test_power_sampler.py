@@ -367,4 +367,14 @@ def test_the_command(tree, monkeypatch):
     assert source["watts"]["VDD_IN"] == pytest.approx(18.95)
     assert source["info"]["scope"] == "module"
     assert_answer(run("power", "--source", "rapl"), 15, "no CPU package")
+    assert_answer(run("power", "--interval", "nan"), 2, r"--interval|an interval of nan s")
+    assert_answer(run("power", "--seconds", "nan"), 2, r"--seconds|watching for nan s")
     assert_answer(run("power", "--source", "wattmeter"), 2, "one of jtop, ina3221, nvml, rapl")
+
+
+@pytest.mark.parametrize("interval", [0, -1, float("nan"), float("inf")])
+def test_an_interval_that_is_none(interval):
+    with pytest.raises(UsageError, match="interval"):
+        PowerSampler("ina3221", interval)
+    with pytest.raises(UsageError, match="watching"):
+        list_sources(seconds=float("nan"))

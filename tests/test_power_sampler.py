@@ -263,11 +263,10 @@ def test_ctrl_c_reaches_the_parent_alone(tree):
         "import time\nfrom pathlib import Path\nfrom cdkd_edge.power.sampler import PowerSampler\n"
         f"sampler = PowerSampler('ina3221', 0.02, sys_root=Path({str(tree)!r}))\n"
         "with sampler:\n"
-        "    print(sampler._process.pid, flush=True)\n"
-        "    try:\n        time.sleep(60)\n"
+        "    try:\n        print(sampler._process.pid, flush=True)\n        time.sleep(60)\n"
         "    except KeyboardInterrupt:\n"
         "        count = len(sampler.samples)\n        time.sleep(0.5)\n"
-        "        print(len(sampler.samples) > count, sampler.health(), flush=True)\n"
+        "        print(len(sampler.samples) > count, sampler.trace().problems, flush=True)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],

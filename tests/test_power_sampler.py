@@ -263,11 +263,10 @@ def test_ctrl_c_reaches_the_parent_alone(tree):
         "import time\nfrom pathlib import Path\nfrom cdkd_edge.power.sampler import PowerSampler\n"
         f"sampler = PowerSampler('ina3221', 0.02, sys_root=Path({str(tree)!r}))\n"
         "with sampler:\n"
-        "    print(sampler._process.pid, flush=True)\n"
-        "    try:\n        time.sleep(60)\n"
+        "    try:\n        print(sampler._process.pid, flush=True)\n        time.sleep(60)\n"
         "    except KeyboardInterrupt:\n"
         "        count = len(sampler.samples)\n        time.sleep(0.5)\n"
-        "        print(len(sampler.samples) > count, sampler.health(), flush=True)\n"
+        "        print(len(sampler.samples) > count, sampler.trace().problems, flush=True)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -367,4 +366,14 @@ def test_the_command(tree, monkeypatch):
     assert source["watts"]["VDD_IN"] == pytest.approx(18.95)
     assert source["info"]["scope"] == "module"
     assert_answer(run("power", "--source", "rapl"), 16, "no CPU package")
+    assert_answer(run("power", "--interval", "nan"), 2, r"--interval|an interval of nan s")
+    assert_answer(run("power", "--seconds", "nan"), 2, r"--seconds|watching for nan s")
     assert_answer(run("power", "--source", "wattmeter"), 2, "one of jtop, ina3221, nvml, rapl")
+
+
+@pytest.mark.parametrize("interval", [0, -1, float("nan"), float("inf")])
+def test_an_interval_that_is_none(interval):
+    with pytest.raises(UsageError, match="interval"):
+        PowerSampler("ina3221", interval)
+    with pytest.raises(UsageError, match="watching"):
+        list_sources(seconds=float("nan"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,8 +84,10 @@ def list_sources(
         command: the sampling process, for tests.
 
     Raises:
-        UsageError: there is no source of that name.
+        UsageError: there is no source of that name, or a time is not one.
     """
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"watching for {seconds:g} s")
     samplers = [PowerSampler(name, interval, sys_root=sys_root, command=command) for name in _names(only)]
     reports: dict[str, SourceReport] = {}
     try:

@@ -1,7 +1,7 @@
 """A Jetson's rails through jetson-stats (``jtop``). Only the sampling process imports this module's subject.
 
 Importing jtop sets multiprocessing's start method for the whole process, and connecting may block for good; therefore
-nothing else does it. Traps this module knows, each with a test on the real service:
+nothing else does it. Traps this module knows, each with a test:
 
 - ``power["tot"]`` is VDD_IN only if its name says so. When VDD_IN cannot be read it silently becomes the sum of the
   others.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from cdkd_edge.errors import PowerError
+from cdkd_edge.errors import PowerError, UsageError
 from cdkd_edge.power.protocol import Sample, SourceInfo
 from cdkd_edge.power.trace import Phase, Problem, Trace
 
@@ -55,7 +56,12 @@ class PowerSampler:
             interval: seconds between samples.
             sys_root: where ``/sys`` is, for sources that read files.
             command: the process, for tests.
+
+        Raises:
+            UsageError: the interval is not a time.
         """
+        if not 0 < interval < math.inf:
+            raise UsageError(f"an interval of {interval:g} s")
         self.source = source
         self.info: SourceInfo | None = None
         """Once started."""

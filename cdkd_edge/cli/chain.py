@@ -42,7 +42,9 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .bin, .ckpt or .safetensors.")],
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="The graph (.onnx). Default: export/<checkpoint's name>.onnx."),
+        typer.Option(
+            "--output", "-o", help="The graph (.onnx). Default: export/NAME.onnx, NAME being the checkpoint's."
+        ),
     ] = None,
     schema: Annotated[
         Optional[str],  # noqa: UP045
@@ -85,7 +87,11 @@ def segment(
     scenes: Annotated[list[str], typer.Argument(help="Rasters that GDAL can read: GeoTIFF, PNG, JPEG, ...")],
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Label map (.tif), or a directory. Default: <scene>_labels.tif here."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Label map (.tif), or a directory. Default: NAME_labels.tif here, NAME being the scene's.",
+        ),
     ] = None,
     engine: EngineOption = None,
     overlap: OverlapOption = None,

@@ -86,7 +86,9 @@ def check_half(
         raise NumericalCheckError(
             f"in lower precision the network gives another label on {1 - agreement:.2%} of the pixels of {imagery} "
             f"tiles (at most {1 - least:.1%} is allowed)",
-            hint="deploy it in FP32, or give tiles of your own imagery (--calibration): those may be less ambiguous",
+            hint="keep more layers in FP16 (--auto with a higher --min-agreement), or build --fp16"
+            if any(node.op_type == "QuantizeLinear" for node in half.graph.node)
+            else "deploy it in FP32, or give tiles of your own imagery (--calibration): those may be less ambiguous",
         )
     return ConversionCheck(
         tiles=len(shown),

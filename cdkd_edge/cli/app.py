@@ -57,8 +57,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="A land-cover segmentation network, from a checkpoint to a measured engine.\n\n"
     "`finetune` an encoder, `export` the checkpoint, `build` an engine (for INT8 after `calibrate`), `segment` scenes "
-    "with it, `bench` it, `evaluate` any of them, and see with `parity` whether they agree. Each command finds what the "
-    "one before left in the workspace (`export/`, `engines/`, "
+    "with it, `bench` it, `evaluate` any of them, and see with `parity` whether they agree. Each command finds what "
+    "the one before left in the workspace (`export/`, `engines/`, "
     "`benchmarks/`).",
 )
 

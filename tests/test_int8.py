@@ -21,10 +21,12 @@ from cdkd_edge.accuracy.int8_report import worst_layers
 from cdkd_edge.engines.cpu import OnnxLabeller
 from cdkd_edge.errors import DatasetError, GraphError, ManifestError, NumericalCheckError, SchemaError, UsageError
 from cdkd_edge.export.derive import fp16_path, write_fp16
+from cdkd_edge.export.fuse import fuse_attention
 from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.labels import load_schema
 from cdkd_edge.manifest import GraphManifest, manifest_path, read_manifest
 from cdkd_edge.quantization.calibrate import CalibrationOptions
+from cdkd_edge.quantization.session import cpu_session
 
 LENIENT = Gate(0.8, 100)
 NOISY = "blocks.1.mlp.fc2"
@@ -89,7 +91,9 @@ def refused(error, graph, *arguments, match=None, **options):
 
 
 def labels_on(model, images):
-    session = session_of(model)
+    """As the judgement computes them: attention fused, and ONNX Runtime's own optimisations."""
+    fuse_attention(model)
+    session = cpu_session(model, arena=True)
     return np.concatenate([session.run(["labels"], {"image": image[None]})[0] for image in images])
 
 
@@ -136,8 +140,8 @@ def test_the_record_of_quantisation(written, tiles):
 def test_the_judgement_is_that_of_the_twin_on_the_check_tiles(written, tiles):
     result, graph, _ = written
     images = list(tiles.tiles("check"))
-    exact = labels_on(onnx.load(graph), images)
-    found = labels_on(cpu_twin(onnx.load(result.path)), images)
+    # The same order of additions: before a quantiser another one can move a value by a step, and a rare class shows it.
+    exact, found = (labels_on(model, images) for model in (onnx.load(graph), cpu_twin(onnx.load(result.path))))
     per_tile = (exact == found).mean(axis=(1, 2))
     assert 0.8 < per_tile.mean() < 1, "the network is too easy for this test"
     judgement = result.attempts[-1].judgement
@@ -147,8 +151,7 @@ def test_the_judgement_is_that_of_the_twin_on_the_check_tiles(written, tiles):
     np.add.at(counts, (exact.ravel(), found.ravel()), 1)
     union = counts.sum(axis=0) + counts.sum(axis=1) - counts.diagonal()
     ious = counts.diagonal()[union > 0] / union[union > 0]
-    # Rounding before a quantiser depends on the order of additions, and a rare class counts as much as a frequent one.
-    assert judgement.mean_iou_to_fp32 == pytest.approx(ious.mean(), abs=3e-2)
+    assert judgement.mean_iou_to_fp32 == pytest.approx(ious.mean(), abs=1e-2)
     assert min(judgement.seconds, judgement.fp32_seconds) > 0
     assert judgement.speed_up == judgement.fp32_seconds / judgement.seconds
 

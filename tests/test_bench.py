@@ -26,7 +26,7 @@ from cdkd_edge.benchmarks.statistics import latency_of
 from cdkd_edge.errors import EngineError, PowerError, SceneError
 from cdkd_edge.power.find import find_source
 from cdkd_edge.power.sampler import PowerSampler
-from cdkd_edge.report import describe_bench
+from cdkd_edge.report.bench import describe_bench
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

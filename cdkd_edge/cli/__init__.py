@@ -5,6 +5,7 @@ Nothing heavy is imported until a command runs, so that ``--help`` and completio
 
 from cdkd_edge.cli import (  # each command registers itself
     accuracy,
+    bench,
     calibrate,
     chain,
     doctor,
@@ -12,7 +13,21 @@ from cdkd_edge.cli import (  # each command registers itself
     parity,
     power,
     roofline,
+    segment,
 )
 from cdkd_edge.cli.app import app, main
 
-__all__ = ["accuracy", "app", "calibrate", "chain", "doctor", "engines", "main", "parity", "power", "roofline"]
+__all__ = [
+    "accuracy",
+    "app",
+    "bench",
+    "calibrate",
+    "chain",
+    "doctor",
+    "engines",
+    "main",
+    "parity",
+    "power",
+    "roofline",
+    "segment",
+]

@@ -1,4 +1,4 @@
-"""The commands of the chain: info, export, segment, bench, demo."""
+"""The commands at both ends of the chain: info, export, demo."""
 
 from __future__ import annotations
 
@@ -8,19 +8,8 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import need, print_json, progress_bar, show, steps, workspace_at
-from cdkd_edge.cli.options import (
-    BandsOption,
-    EngineOption,
-    JsonOption,
-    OverlapOption,
-    PercentilesOption,
-    RangeOption,
-    StretchOption,
-    ThreadsOption,
-    WorkspaceOption,
-    segment_options,
-)
+from cdkd_edge.cli.helpers import need, show, steps, workspace_at
+from cdkd_edge.cli.options import BandsOption, JsonOption, StretchOption, WorkspaceOption, segment_options
 
 
 @app.command()
@@ -80,111 +69,6 @@ def export(
     with steps() as step:
         result = export_checkpoint(checkpoint, destination, options, step)
     show(describe_export(result), as_json)
-
-
-@app.command()
-def segment(
-    scenes: Annotated[list[str], typer.Argument(help="Rasters that GDAL can read: GeoTIFF, PNG, JPEG, ...")],
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--output",
-            "-o",
-            help="Label map (.tif), or a directory. Default: NAME_labels.tif here, NAME being the scene's.",
-        ),
-    ] = None,
-    engine: EngineOption = None,
-    overlap: OverlapOption = None,
-    bands: BandsOption = None,
-    stretch: StretchOption = False,
-    stretch_percentiles: PercentilesOption = None,
-    stretch_range: RangeOption = None,
-    quicklook: Annotated[bool, typer.Option("--quicklook", help="Also write a PNG to look at.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing label maps.")] = False,
-    threads: ThreadsOption = None,
-    workspace: WorkspaceOption = Path(),
-    as_json: JsonOption = False,
-) -> None:
-    """Scenes to label maps: GeoTIFF with palette, class names and the scene's georeference."""
-    from cdkd_edge.engines.load import load_engine
-    from cdkd_edge.report import describe_segment
-    from cdkd_edge.scene.outputs import label_map_paths, quicklook_path, spare
-    from cdkd_edge.scene.pipeline import segment_scene
-    from cdkd_edge.scene.quicklook import write_quicklook
-
-    space = workspace_at(workspace)
-    options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
-    outputs = label_map_paths(scenes, output, space.root)
-    pictures = [quicklook_path(path) if quicklook else None for path in outputs]
-    spare(scenes, [*outputs, *(picture for picture in pictures if picture)], overwrite=overwrite)
-    loaded = load_engine(engine or space.only_engine("cdkd-edge segment SCENE --engine"), threads=threads)
-    results = []
-    try:
-        for scene, destination, picture in zip(scenes, outputs, pictures, strict=True):
-            with progress_bar(Path(scene).name) as progress:
-                result = segment_scene(loaded, scene, destination, options, progress)
-            if picture:
-                write_quicklook(scene, result, loaded.manifest.schema, picture, options)
-            results.append(describe_segment(scene, result, picture))
-            if not as_json:
-                show(results[-1], as_json)
-    finally:
-        loaded.close()
-        if as_json:  # also what was finished before a scene failed
-            print_json([result.data for result in results])
-
-
-@app.command()
-def bench(
-    engine: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Argument(help="Engine file. Default: the only one in the workspace."),
-    ] = None,
-    duration: Annotated[float, typer.Option(help="Seconds of timed tiles.", min=0.1)] = 20.0,
-    warmup: Annotated[float, typer.Option(help="Seconds of warm-up.", min=0)] = 3.0,
-    scene: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Scene for the end-to-end figure. Default: a drawn one."),
-    ] = None,
-    overlap: OverlapOption = None,
-    bands: BandsOption = None,
-    stretch: StretchOption = False,
-    stretch_percentiles: PercentilesOption = None,
-    stretch_range: RangeOption = None,
-    power_trace: Annotated[
-        bool, typer.Option("--power-trace", help="Measure idle and load power, where there is a source.")
-    ] = False,
-    power_source: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--power-source", help="Measure power, and only from jtop, ina3221, nvml or rapl."),
-    ] = None,
-    threads: ThreadsOption = None,
-    workspace: WorkspaceOption = Path(),
-    as_json: JsonOption = False,
-) -> None:
-    """Measure an engine: tiles per second, latency, a scene end to end, power. Writes benchmarks/RUN/."""
-    from cdkd_edge.benchmarks.bench import BenchOptions, run_benchmark
-    from cdkd_edge.engines.load import load_engine
-    from cdkd_edge.report import describe_bench
-
-    space = workspace_at(workspace)
-    options = BenchOptions(
-        duration=duration,
-        warmup=warmup,
-        scene=scene,
-        segment=segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range),
-        power=power_trace,
-        power_source=power_source,
-    )
-    path = engine or space.only_engine("cdkd-edge bench")
-    loaded = load_engine(path, threads=threads)
-    try:
-        folder = space.new_run(loaded.manifest.name)
-        with steps() as step:
-            summary = run_benchmark(loaded, folder, options, step)
-    finally:
-        loaded.close()
-    show(describe_bench(summary, folder), as_json)
 
 
 @app.command()

@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     from cdkd_edge.accuracy.evaluate import Evaluation
     from cdkd_edge.accuracy.parity import Delta, Parity
     from cdkd_edge.accuracy.subject import Subject
-    from cdkd_edge.benchmarks.bench import BenchSummary
     from cdkd_edge.calibration.generate import CalibrateResult
     from cdkd_edge.demo.run import DemoResult
     from cdkd_edge.export.pipeline import ExportResult
-    from cdkd_edge.scene.pipeline import SegmentResult
     from cdkd_edge.training.finetune import FinetuneResult, Listener
 
 
@@ -161,37 +159,10 @@ def _half_rows(result: ExportResult) -> list[tuple[str, str]]:
     return [("FP16", text)]
 
 
-def describe_segment(scene: str, result: SegmentResult, quicklook: Path | None) -> Report:
-    """``cdkd-edge segment``, one scene."""
-    total = max(1, result.height * result.width)
-    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in result.class_pixels.items() if count)
-    rows = [
-        ("scene", f"{scene}, {result.width} x {result.height} px"),
-        *(("note", note) for note in result.notes),
-        ("classes", shares or "none"),
-        ("no data", f"{result.no_data_pixels / total:.1%}"),
-        ("tiles", f"{result.tiles}" + _in_brackets(result.tiles_without_data, "without data, not computed")),
-        (
-            "time",
-            f"{result.seconds:.1f} s, engine {result.engine_seconds:.1f} s, {total / result.seconds / 1e6:.2f} MP/s",
-        ),
-        *([("quicklook", str(quicklook))] if quicklook else []),
-    ]
-    data = {"scene": scene, **plain(result), "quicklook": str(quicklook) if quicklook else None}
-    return Report(f"label map {result.output}", tuple(rows), data)
-
-
-def describe_bench(summary: BenchSummary, folder: Path) -> Report:
-    """``cdkd-edge bench``."""
-    return Report(
-        f"benchmark {folder}",
-        tuple(_bench_rows(summary)),
-        {"folder": str(folder), "summary": plain(summary)},
-    )
-
-
 def describe_demo(result: DemoResult) -> Report:
     """``cdkd-edge demo``."""
+    from cdkd_edge.report.bench import bench_rows
+
     check, segment = result.export.manifest.check, result.segment
     total = max(1, segment.height * segment.width)
     rows = [
@@ -202,7 +173,7 @@ def describe_demo(result: DemoResult) -> Report:
         ("classes", ", ".join(f"{name} {count / total:.1%}" for name, count in segment.class_pixels.items())),
         *([("accuracy", f"mIoU {result.mean_iou:.1%} on the drawn scene")] if result.mean_iou is not None else []),
         ("picture", str(result.quicklook)),
-        *_bench_rows(result.bench),
+        *bench_rows(result.bench),
         ("results", str(result.bench_folder)),
     ]
     return Report("cdkd-edge demo", tuple(rows), plain(result))
@@ -223,7 +194,7 @@ def describe_evaluation(subject: Subject, dataset: Dataset, result: Evaluation, 
         ("mIoU", _percent(matrix.mean_iou)),
         ("OA", _percent(matrix.overall_accuracy)),
         ("mF1", _percent(matrix.mean_f1)),
-        ("pixels", f"{matrix.pixels} labelled" + _in_brackets(result.ignored_pixels, "without label, not counted")),
+        ("pixels", f"{matrix.pixels} labelled" + in_brackets(result.ignored_pixels, "without label, not counted")),
         ("time", f"{result.tiles} tiles in {result.seconds:.1f} s"),
         *([("results", str(folder))] if folder else []),
     ]
@@ -384,44 +355,12 @@ def _percent(value: float | None) -> str:
     return "none" if value is None or math.isnan(value) else f"{100 * value:.2f} %"
 
 
-def _bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
-    engine, scene, latency = summary.engine_only, summary.end_to_end, summary.engine_only.latency_ms
-    overhead = "" if scene.overhead is None else f", {scene.overhead:.3f} x the engine's time"
-    rows = [
-        ("machine", f"{summary.machine.board or summary.machine.cpu}, {summary.machine.cores} cores"),
-        ("engine only", f"{engine.tiles_per_second:.2f} tiles/s, {engine.megapixels_per_second:.2f} MP/s"),
-        (
-            "latency",
-            f"p50 {latency.p50:.1f}, p90 {latency.p90:.1f}, p99 {latency.p99:.1f} ms over {latency.samples} runs",
-        ),
-        (
-            "end to end",
-            f"{scene.width} x {scene.height} px in {scene.seconds:.1f} s: {scene.tiles_per_second:.2f} tiles/s, "
-            f"{scene.megapixels_per_second:.2f} MP/s" + overhead,
-        ),
-        ("peak memory", f"{summary.peak_memory_bytes / 1e6:.0f} MB"),
-    ]
-    if summary.power is None:
-        rows.append(("power", f"not measured: {summary.power_reason}"))
-    else:
-        power = summary.power
-        for rail in power.load_watts:
-            rows.append(
-                (
-                    f"power ({power.scope})",
-                    f"{rail}: idle {power.idle_watts[rail]:.2f} W, load {power.load_watts[rail]:.2f} W, "
-                    f"net {power.net_joules_per_tile[rail]:.2f} J per tile ({power.source})",
-                )
-            )
-        rows += [("", problem) for problem in power.problems]
-    return rows
-
-
 def _plural(count: int, thing: str) -> str:
     return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
-def _in_brackets(count: int, text: str) -> str:
+def in_brackets(count: int, text: str) -> str:
+    """A count that is worth a word only if it is not zero."""
     return f" ({count} {text})" if count else ""
 
 

@@ -24,6 +24,8 @@ code  meaning
 14    parity: the candidate does not keep to the tolerance
 15    doctor: something that is needed here does not work
 16    power cannot be measured from the source that was asked for
+19    bench: the run is invalid; or a run's folder cannot be used
+20    compare: the runs cannot be compared, or one is slower than allowed
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
 ====  =============================================================
 """
@@ -145,3 +147,15 @@ class PowerError(CdkdEdgeError, RuntimeError):
     """No source of power answers, or not the one that was asked for."""
 
     exit_code = 16
+
+
+class BenchError(CdkdEdgeError):
+    """A benchmark run is not valid, or its folder cannot be used."""
+
+    exit_code = 19
+
+
+class CompareError(CdkdEdgeError):
+    """Runs cannot be compared, or one is slower than allowed."""
+
+    exit_code = 20

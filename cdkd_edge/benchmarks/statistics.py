@@ -1,7 +1,8 @@
-"""Latency statistics over raw samples: nothing is clipped, smoothed or left out."""
+"""Statistics over raw samples: nothing is clipped, smoothed or left out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,3 +41,78 @@ def latency_of(seconds: Sequence[float]) -> Latency:
         p99=float(p99),
         maximum=float(milliseconds.max()),
     )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """95 % confidence interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A quantity over the repeats of a run."""
+
+    mean: float
+    values: tuple[float, ...]
+    """One per repeat, in their order."""
+    interval: Interval | None
+    """Of the mean, by Student's t over repeats; None with fewer than two."""
+
+
+def figure_of(values: Sequence[float]) -> Figure:
+    """Mean and 95 % t-interval of repeats.
+
+    Repeats are taken as independent draws of a normal distribution: W. S. Gosset, "The probable error of a mean",
+    Biometrika 6 (1908).
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not values:
+        raise ValueError("no repeat was measured")
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return Figure(mean, tuple(values), None)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    half = t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
+    return Figure(mean, tuple(values), Interval(mean - half, mean + half))
+
+
+def t_quantile(freedom: int, probability: float = 0.975) -> float:
+    """Quantile of Student's t distribution, by bisection on its distribution function.
+
+    The function is elementary for whole degrees of freedom: Abramowitz and Stegun, 26.7.3 and 26.7.4.
+
+    Args:
+        freedom: degrees of freedom, at least 1.
+        probability: above 0.5.
+
+    Raises:
+        ValueError: outside these ranges.
+    """
+    if freedom < 1 or not 0.5 < probability < 1:
+        raise ValueError("degrees of freedom begin at 1, and the probability lies above a half")
+    low, high = 0.0, 1.0
+    while _t_within(high, freedom) < 2 * probability - 1:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, freedom) < 2 * probability - 1 else (low, middle)
+    return (low + high) / 2
+
+
+def _t_within(t: float, freedom: int) -> float:
+    """Probability of -t..t."""
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine, sine = math.cos(angle), math.sin(angle)
+    if freedom == 1:
+        return 2 * angle / math.pi
+    # Terms cos, 2/3 cos^3 ... (odd) or 1, 1/2 cos^2, 3/8 cos^4 ... (even).
+    term, total = (cosine if freedom % 2 else 1.0), 0.0
+    for step in range(freedom % 2 + 1, freedom, 2):
+        total += term
+        term *= step / (step + 1) * cosine**2
+    return 2 / math.pi * (angle + sine * total) if freedom % 2 else sine * total

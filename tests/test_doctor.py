@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from test_cli import assert_answer, finish, run, start
 
+from cdkd_edge.board.nvpmodel import NvpMode, default_mode, parse_modes
+from cdkd_edge.board.tree import Text, printable, read
 from cdkd_edge.doctor import board, resources, service, software
 from cdkd_edge.doctor.examine import Diagnosis, examine
-from cdkd_edge.doctor.finding import FAIL, OK, WARN, Finding, Text, printable, read
-from cdkd_edge.doctor.nvpmodel import NvpMode, default_mode, parse_modes
+from cdkd_edge.doctor.finding import FAIL, OK, WARN, Finding
 from cdkd_edge.doctor.service import User
 from cdkd_edge.doctor.software import Software
 

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 GROUND = ("errors", "files", "labels", "manifest", "workspace", "machine", "scenery", "calibration_set")
 FLOORS = (
-    GROUND, ("model",), ("export",), ("engines",), ("quantization",), ("power",), ("scene",),
+    GROUND, ("model",), ("export",), ("engines",), ("quantization",), ("board",), ("power",), ("scene",),
     ("calibration",), ("accuracy",), ("training",), ("benchmarks",), ("demo",), ("doctor",), ("report",),
     ("cli",), ("__main__",),
 )  # fmt: skip

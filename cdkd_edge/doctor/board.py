@@ -6,38 +6,32 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.doctor.finding import FAIL, OK, WARN, Finding, Text, printable, read, resolve
-from cdkd_edge.doctor.nvpmodel import NvpMode, default_mode, parse_modes
-
-_MODEL = "/proc/device-tree/model"
-_RELEASE = "/etc/nv_tegra_release"
-_GPUS = ("17000000.gpu", "17000000.ga10b")
-"""Orin's GPU below ``/sys/class/devfreq``: since JetPack 6, and before."""
+from cdkd_edge.board.jetson import (
+    MODEL,
+    RELEASE,
+    current_mode,
+    generation,
+    gpu_folder,
+    installed_jetpack,
+    is_jetson,
+    jetson_linux,
+)
+from cdkd_edge.board.nvpmodel import CONFIG, NvpMode, default_mode, parse_modes
+from cdkd_edge.board.tree import Text, printable, read
+from cdkd_edge.doctor.finding import FAIL, OK, WARN, Finding
 
 JETPACK_HINT = "flash JetPack 6.1 or newer (NVIDIA SDK Manager): it has TensorRT 10.3"
 
 
-def is_jetson(root: Path) -> bool:
-    """Whether the tree is that of an NVIDIA Jetson."""
-    named = f"{read(root, _MODEL).text or ''} {read(root, '/proc/device-tree/compatible').text or ''}".casefold()
-    return "jetson" in named or "nvidia,tegra" in named or read(root, _RELEASE).text is not None
-
-
-def jetson_linux(root: Path) -> tuple[int, str] | None:
-    """Major number and name (``R36.4.3``) of Jetson Linux; None where the release file does not say."""
-    match = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", read(root, _RELEASE).text or "")
-    return (int(match[1]), f"R{match[1]}.{match[2]}") if match else None
-
-
 def probe_board(root: Path) -> Finding:
     """Which machine it is."""
-    model = read(root, _MODEL)
+    model = read(root, MODEL)
     if model.text:
         return Finding(
             "board", OK, printable(model.text), data={"model": printable(model.text), "jetson": is_jetson(root)}
         )
     if model.reason:
-        return Finding("board", WARN, f"{_MODEL} cannot be read: {model.reason}", data={"jetson": is_jetson(root)})
+        return Finding("board", WARN, f"{MODEL} cannot be read: {model.reason}", data={"jetson": is_jetson(root)})
     text = "a Jetson whose device tree is not visible" if is_jetson(root) else "no device tree: not a Jetson"
     return Finding("board", OK, text, data={"model": None, "jetson": is_jetson(root)})
 
@@ -49,14 +43,14 @@ def probe_jetpack(root: Path) -> Finding:
         return Finding(name, OK, "not a Jetson: not needed", data={"l4t": None})
     release = jetson_linux(root)
     if release is None:
-        file = read(root, _RELEASE)
+        file = read(root, RELEASE)
         said = file.reason or ("says no release" if file.text is not None else "does not exist")
-        mend = f"in a container: docker run -v {_RELEASE}:{_RELEASE}:ro ..." if file.text is None else JETPACK_HINT
-        return Finding(name, WARN, f"{_RELEASE}: {said}", mend, {"l4t": None})
+        mend = f"in a container: docker run -v {RELEASE}:{RELEASE}:ro ..." if file.text is None else JETPACK_HINT
+        return Finding(name, WARN, f"{RELEASE}: {said}", mend, {"l4t": None})
     major, l4t = release
-    jetpack = _installed_jetpack(root)
+    jetpack = installed_jetpack(root)
     data = {"l4t": l4t, "jetpack": jetpack}
-    text = f"Jetson Linux {l4t}, " + (f"nvidia-jetpack {jetpack}" if jetpack else f"of JetPack {_generation(major)}")
+    text = f"Jetson Linux {l4t}, " + (f"nvidia-jetpack {jetpack}" if jetpack else f"of JetPack {generation(major)}")
     if _numbers(l4t) < (36, 4):
         return Finding(name, FAIL, f"{text}: its TensorRT is older than 10.3", JETPACK_HINT, data)
     return Finding(name, OK, text, data=data)
@@ -72,7 +66,7 @@ def probe_power_mode(root: Path, asked: str | None = None) -> Finding:
     name = "power mode"
     if not is_jetson(root):
         return Finding(name, OK, "not a Jetson: none")
-    config = read(root, "/etc/nvpmodel.conf")
+    config = read(root, CONFIG)
     if config.text is None:
         said = config.reason or "does not exist"
         return Finding(name, WARN, f"/etc/nvpmodel.conf: {said}", "sudo apt install --reinstall nvidia-l4t-nvpmodel")
@@ -84,12 +78,12 @@ def probe_power_mode(root: Path, asked: str | None = None) -> Finding:
     if not modes:
         mend = "sudo apt install --reinstall nvidia-l4t-nvpmodel"
         return Finding(name, WARN, "/etc/nvpmodel.conf names no power mode", mend, data)
-    number = _current_mode(root, asked)
+    number = current_mode(root, asked)
     current = next((mode for mode in modes if mode.id == number), None)
     if current is None:
         said = "is not known" if number is None else f"{number} is not in /etc/nvpmodel.conf"
         return Finding(name, WARN, f"the current mode {said}", "sudo nvpmodel -q", data)
-    top = _highest(read(root, f"{_gpu_folder(root)}/available_frequencies"))
+    top = _highest(read(root, f"{gpu_folder(root)}/available_frequencies"))
     best = max(modes, key=lambda mode: mode.gpu_rate(top))
     data |= {"id": current.id, "mode": current.name}
     text = f"{current.name} (id {current.id}){_gpu_text(current)}"
@@ -104,7 +98,7 @@ def probe_clocks(root: Path) -> Finding:
     name = "clocks"
     if not is_jetson(root):
         return Finding(name, OK, "not a Jetson: set by the driver")
-    folder = _gpu_folder(root)
+    folder = gpu_folder(root)
     files = {key: read(root, f"{folder}/{key}_freq") for key in ("min", "cur", "max")}
     hertz = {key: file.number for key, file in files.items()}
     data = {f"{key}_hz": value for key, value in hertz.items()}
@@ -119,40 +113,13 @@ def probe_clocks(root: Path) -> Finding:
     return Finding(name, OK, f"{text}held at {high / 1e6:.0f} MHz", data=data)
 
 
-def _installed_jetpack(root: Path) -> str | None:
-    match = re.search(
-        r"^Package: nvidia-jetpack\n(?:\S.*\n| .*\n)*?Version: (\S+)",
-        read(root, "/var/lib/dpkg/status").text or "",
-        re.M,
-    )
-    return printable(match[1]) if match else None
-
-
-def _generation(major: int) -> str:
-    return {35: "5", 36: "6"}.get(major, "7" if major >= 38 else "4 or older")
-
-
 def _numbers(l4t: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", l4t))
-
-
-def _gpu_folder(root: Path) -> str:
-    base = "/sys/class/devfreq"
-    return next((f"{base}/{gpu}" for gpu in _GPUS if resolve(root, f"{base}/{gpu}").is_dir()), f"{base}/{_GPUS[0]}")
 
 
 def _highest(frequencies: Text) -> int | None:
     numbers = [int(word) for word in (frequencies.text or "").split() if word.isdigit()]
     return max(numbers, default=None)
-
-
-def _current_mode(root: Path, asked: str | None) -> int | None:
-    if asked is not None:  # NV Power Mode: MAXN, and its number on the next line
-        match = re.search(r"^\s*(\d+)\s*$", asked, re.M)
-        if match:
-            return int(match[1])
-    match = re.search(r"pmode:\s*(\d+)", read(root, "/var/lib/nvpmodel/status").text or "")
-    return int(match[1]) if match else None
 
 
 def _gpu_text(mode: NvpMode) -> str:

@@ -6,8 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-from cdkd_edge.doctor.board import is_jetson
-from cdkd_edge.doctor.finding import FAIL, OK, WARN, Finding, read
+from cdkd_edge.board.jetson import is_jetson
+from cdkd_edge.board.tree import read
+from cdkd_edge.doctor.finding import FAIL, OK, WARN, Finding
 
 GIB = 1 << 30
 BUILD_BYTES = 4 * GIB

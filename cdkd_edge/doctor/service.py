@@ -7,8 +7,9 @@ import pwd
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdkd_edge.doctor.board import is_jetson
-from cdkd_edge.doctor.finding import OK, WARN, Finding, printable, read, resolve
+from cdkd_edge.board.jetson import is_jetson
+from cdkd_edge.board.tree import printable, read, resolve
+from cdkd_edge.doctor.finding import OK, WARN, Finding
 from cdkd_edge.doctor.software import Software
 
 SOCKET = "/run/jtop.sock"

@@ -124,6 +124,7 @@ def make_run(
         libraries={"python": "3.11"},
         peak_memory_bytes=10**9,
         started="2026-11-22T10:00:00+00:00",
+        origin=0.0,
         command="cdkd-edge bench --power-trace",
     )
     summary = replace(summary, **changes)

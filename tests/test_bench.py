@@ -7,9 +7,10 @@ import json
 import math
 import re
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Timer
+from threading import Event, Thread, Timer
 from typing import Any
 
 import msgspec
@@ -20,13 +21,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scene_helpers import FakeEngine, names_in, noise, pipeline_threads, relaxed, write_raster
 
-from cdkd_edge.benchmarks import bench
-from cdkd_edge.benchmarks.bench import BenchOptions, BenchSummary, run_benchmark
-from cdkd_edge.benchmarks.statistics import latency_of
-from cdkd_edge.errors import EngineError, PowerError, SceneError
+from cdkd_edge.benchmarks import bench, protocol, steady
+from cdkd_edge.benchmarks.bench import BenchOptions, run_benchmark
+from cdkd_edge.benchmarks.folder import read_run
+from cdkd_edge.benchmarks.protocol import Live, protocol_of
+from cdkd_edge.benchmarks.record import BenchSummary, Protocol
+from cdkd_edge.benchmarks.statistics import figure_of, latency_of, t_quantile
+from cdkd_edge.board.conditions import ConditionsMonitor
+from cdkd_edge.errors import EngineError, PowerError, SceneError, UsageError
 from cdkd_edge.power.find import find_source
 from cdkd_edge.power.sampler import PowerSampler
-from cdkd_edge.report.bench import describe_bench
+from cdkd_edge.report.bench import describe_bench, live_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -44,12 +49,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 def latencies(folder: Path) -> list[float]:
+    """Of the load phases, in ms."""
     with open(folder / "tiles.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["batch"]) for row in rows] == list(range(len(rows)))
     starts = [float(row["start_s"]) for row in rows]
     assert starts == sorted(starts)
-    return [float(row["latency_ms"]) for row in rows]
+    return [float(row["latency_ms"]) for row in rows if row["phase"] == "load"]
+
+
+def times(load: float, warm_up: float = 0.0, *, idle: float = 0.3, repeats: int = 1, batches: int = 1) -> Protocol:
+    """A protocol of a fraction of a second, with windows that fit."""
+    return Protocol("default", idle, load, repeats, warm_up / 6, warm_up, batches)
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -78,25 +89,55 @@ def test_without_a_sample_there_is_no_statistic() -> None:
         latency_of([])
 
 
+def test_intervals_are_those_of_students_t() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in [*range(1, 40), 99, 100, 1000]:
+        assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-8)
+        assert t_quantile(freedom, 0.9) == pytest.approx(stats.t.ppf(0.9, freedom), rel=1e-8)
+    values = [2.41, 2.52, 2.48, 2.44]
+    figure = figure_of(values)
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert figure.interval is not None
+    assert (figure.mean, figure.interval.low, figure.interval.high) == pytest.approx((np.mean(values), low, high))
+
+
+def test_one_repeat_has_no_interval() -> None:
+    assert figure_of([2.5]) == figure_of([2.5])
+    assert figure_of([2.5]).interval is None
+    with pytest.raises(ValueError, match="no repeat"):
+        figure_of([])
+    for freedom, probability in ((0, 0.975), (3, 0.5), (3, 1.0)):
+        with pytest.raises(ValueError, match="degrees of freedom"):
+            t_quantile(freedom, probability)
+
+
 # --- a run ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "SETTLE_SECONDS", 0.1)
 
 
 @pytest.mark.parametrize(("batch", "slots"), [(1, 3), (4, 1)])
 def test_speed_of_an_engine_of_known_speed(folder: Path, scene: Path, batch: int, slots: int) -> None:
     engine = FakeEngine(batch=batch, slots=slots, delay=0.010)
-    phases: list[str] = []
-    summary = run_benchmark(engine, folder, BenchOptions(0.4, 0.1, scene=scene), phases.append)
-    assert phases == ["warm-up", "timed tiles", "scene end to end"]
-    only, latency = summary.engine_only, summary.engine_only.latency_ms
-    assert 0.4 <= only.seconds < 2
-    assert only.tiles == latency.samples * batch
-    assert only.tiles_per_second == pytest.approx(only.tiles / only.seconds)
-    assert 10 * batch < only.tiles_per_second <= 100 * batch
-    assert only.megapixels_per_second == pytest.approx(only.tiles_per_second * 64 * 64 / 1e6)
+    summary = run_benchmark(engine, folder, BenchOptions(times(0.4, 0.1), scene=scene))
+    assert [span.name for span in summary.phases] == ["warm-up", "load"], "without power nothing idles"
+    (repeat,), figures = summary.repeats, summary.figures
+    assert figures is not None
+    latency = figures.latency_ms
+    assert 0.4 <= repeat.seconds < 2
+    assert repeat.tiles == latency.samples * batch
+    assert figures.tiles_per_second.values == (repeat.tiles_per_second,)
+    assert repeat.tiles_per_second == pytest.approx(repeat.tiles / repeat.seconds)
+    assert 10 * batch < repeat.tiles_per_second <= 100 * batch
+    assert figures.megapixels_per_second.mean == pytest.approx(repeat.tiles_per_second * 64 * 64 / 1e6)
     assert 10 <= latency.minimum <= latency.p50 <= latency.p90 <= latency.p99 <= latency.maximum
     assert latency.p50 < 50
 
     end = summary.end_to_end
+    assert end is not None
     assert (end.scene, end.width, end.height, end.tiles) == ("six tiles.tif", 160, 112, 6)
     assert end.engine_seconds >= 0.010 * math.ceil(6 / batch)
     assert end.seconds >= end.engine_seconds
@@ -108,9 +149,10 @@ def test_speed_of_an_engine_of_known_speed(folder: Path, scene: Path, batch: int
 def test_what_is_written_is_what_was_measured(folder: Path, scene: Path) -> None:
     delays = iter([0.004, 0.150, 0.002, 0.008, 0.030, 0.001])
     engine = FakeEngine(delay=lambda _: next(delays, 0.001))
-    summary = run_benchmark(engine, folder, BenchOptions(0.01, 0, min_batches=5, scene=scene))
+    summary = run_benchmark(engine, folder, BenchOptions(times(0.01, batches=5), scene=scene))
     measured = latencies(folder)
-    latency = summary.engine_only.latency_ms
+    assert summary.figures is not None
+    latency = summary.figures.latency_ms
     # one batch of warm-up takes the first delay
     assert len(measured) == latency.samples == 5
     for found, least in zip(measured, (150, 2, 8, 30, 1), strict=True):
@@ -120,48 +162,67 @@ def test_what_is_written_is_what_was_measured(folder: Path, scene: Path) -> None
     for percentile in (latency.minimum, latency.p50, latency.p90, latency.p99):
         assert min(abs(percentile - sample) for sample in measured) <= 1e-3
     assert latency.mean == pytest.approx(statistics.fmean(measured), abs=1e-2)
-    assert summary.engine_only.seconds >= sum(measured) / 1e3 - 1e-3
+    assert summary.repeats[0].seconds >= sum(measured) / 1e3 - 1e-3
 
 
-@pytest.mark.parametrize("min_batches", [1, 7])
-def test_slow_engines_are_timed_over_a_least_number_of_tiles(folder: Path, scene: Path, min_batches: int) -> None:
-    summary = run_benchmark(FakeEngine(delay=0.02), folder, BenchOptions(0.001, 0, min_batches, scene))
-    assert summary.engine_only.latency_ms.samples == min_batches == len(latencies(folder))
+@pytest.mark.parametrize("batches", [1, 7])
+def test_slow_engines_are_timed_over_a_least_number_of_tiles(folder: Path, scene: Path, batches: int) -> None:
+    summary = run_benchmark(FakeEngine(delay=0.02), folder, BenchOptions(times(0.001, batches=batches), scene=scene))
+    assert summary.repeats[0].latency_ms.samples == batches == len(latencies(folder))
 
 
 def test_every_slot_takes_its_turn_and_holds_another_picture(folder: Path, scene: Path) -> None:
     engine = FakeEngine(batch=2, slots=3)
     seen: list[bytes] = []
     engine._function = lambda tiles: seen.extend(tile.tobytes() for tile in tiles) or tiles[:, 0] // 64
-    run_benchmark(engine, folder, BenchOptions(0.001, 0, 6, scene))
+    run_benchmark(engine, folder, BenchOptions(times(0.001, batches=6), scene=scene))
     timed = seen[2:14]  # after the one batch of warm-up
     assert len(set(timed)) == 6
 
 
+def test_repeats_follow_one_another_and_have_an_interval(folder: Path, scene: Path) -> None:
+    summary = run_benchmark(FakeEngine(delay=0.01), folder, BenchOptions(times(0.1, 0.1, repeats=3), scene=scene))
+    names = [(span.name, span.repeat) for span in summary.phases]
+    assert names == [(name, repeat) for repeat in range(3) for name in ("warm-up", "load")]
+    assert summary.figures is not None
+    rate = summary.figures.tiles_per_second
+    assert rate == figure_of([repeat.tiles_per_second for repeat in summary.repeats])
+    assert rate.interval is not None
+    assert rate.interval.low < rate.mean < rate.interval.high
+    assert summary.figures.latency_ms.samples == sum(repeat.latency_ms.samples for repeat in summary.repeats)
+    assert re.search(
+        r"\d+\.\d\d \(\d+\.\d\d \.\. \d+\.\d\d\) tiles/s", dict(describe_bench(summary, folder).rows)["engine only"]
+    )
+
+
 def test_the_summary_is_json_with_everything_to_repeat_it(folder: Path, scene: Path) -> None:
-    summary = run_benchmark(FakeEngine(), folder, BenchOptions(0.05, 0, scene=scene))
-    assert names_in(folder) == ["summary.json", "tiles.csv"]
+    summary = run_benchmark(FakeEngine(), folder, BenchOptions(times(0.05), scene=scene, command="cdkd-edge bench x"))
+    assert {"summary.json", "tiles.csv"} <= set(names_in(folder))
+    assert not [name for name in names_in(folder) if name.startswith(".")]
 
     def no_constant(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
 
     text = (folder / "summary.json").read_text()
     document = json.loads(text, parse_constant=no_constant)
-    assert document["power"] is None
-    assert document["power_reason"] == "not asked for (--power-trace)"
-    assert document["summary_version"] == 1
+    assert document["figures"]["power"] is None
+    assert document["figures"]["power_reason"] == "not asked for (--power-trace)"
+    assert document["summary_version"] == 2
+    assert document["command"] == "cdkd-edge bench x"
     assert document["engine"]["artefact"]["sha256"] == "ab" * 32
     assert document["machine"]["cores"] >= 1
     assert set(document["libraries"]) >= {"python", "onnxruntime", "numpy", "rasterio"}
     assert document["peak_memory_bytes"] > 10e6
     assert document["started"].endswith("+00:00")
-    assert msgspec.json.decode(text, type=BenchSummary) == summary
+    assert document["roofline"] is None
+    assert document["roofline_reason"] == "the roofline models GPUs; this engine runs on the CPU"
+    assert msgspec.json.decode(text, type=BenchSummary) == summary == read_run(folder).summary
     assert json.loads(json.dumps(describe_bench(summary, folder).data))["summary"] == document
 
 
 def test_without_a_scene_one_is_drawn(folder: Path) -> None:
-    summary = run_benchmark(FakeEngine(delay=0.001), folder, BenchOptions(0.02, 0))
-    end = summary.end_to_end
+    end = run_benchmark(FakeEngine(delay=0.001), folder, BenchOptions(times(0.02))).end_to_end
+    assert end is not None
     assert end.scene == "drawn"
     assert end.width == end.height
     assert (end.width - 16) % 48 == 0, "no part of a tile is padding"
@@ -170,11 +231,51 @@ def test_without_a_scene_one_is_drawn(folder: Path) -> None:
 
 def test_an_empty_scene_has_no_overhead_and_still_a_summary(folder: Path, tmp_path: Path) -> None:
     path = write_raster(tmp_path / "empty.tif", np.zeros((3, 100, 100), np.uint8), nodata=0)
-    summary = run_benchmark(FakeEngine(), folder, BenchOptions(0.01, 0, scene=path))
+    summary = run_benchmark(FakeEngine(), folder, BenchOptions(times(0.01), scene=path))
     assert json.loads((folder / "summary.json").read_text())["end_to_end"]["overhead"] is None
+    assert summary.end_to_end is not None
     assert summary.end_to_end.tiles_per_second == 0
     data = json.dumps(describe_bench(summary, folder).data)
     assert "NaN" not in data, "--json gives JSON"
+
+
+def test_somebody_who_watches_hears_of_every_phase(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "TELL_EVERY", 0.0)
+    heard: list[Live] = []
+    run_benchmark(
+        FakeEngine(delay=0.01), folder, BenchOptions(times(0.1, 0.1, repeats=2), scene=scene), tell=heard.append
+    )
+    phases = list(dict.fromkeys((live.phase, live.repeat) for live in heard))
+    assert phases == [("warm-up", 0), ("load", 0), ("warm-up", 1), ("load", 1)]
+    load = [live for live in heard if live.phase == "load"]
+    assert all(live.tiles_per_second and 20 < live.tiles_per_second <= 100 for live in load)
+    assert all(0 <= (live.seconds_left or 0) <= 0.1 for live in load)
+    assert re.fullmatch(r"load 2/2   \d+\.\d\d tiles/s(   \d+ °C)?   0 s left", live_text(heard[-1]))
+    assert live_text(Live("idle", 0, 1, None, 5.74, 47.5, 9.0)) == "idle   5.7 W   48 °C   9 s left"
+
+
+# --- steady ---------------------------------------------------------------------------------------
+
+
+def test_warm_up_ends_when_the_speed_stays(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tiles are slow, as those of a cold board are fast or slow."""
+    monkeypatch.setattr(steady, "SPEED_TOLERANCE", 0.5)  # of a machine that does other things as well
+    engine = FakeEngine(delay=lambda number: 0.05 if number < 10 else 0.01)
+    summary = run_benchmark(engine, folder, BenchOptions(times(0.3, 6.0), scene=scene))
+    (repeat,) = summary.repeats
+    assert repeat.steady
+    assert 0.5 < repeat.warm_up_seconds < 6.0
+    assert repeat.latency_ms.p50 < 30, "no slow tile is in the load"
+    assert summary.verdict.status == "valid"
+
+
+def test_what_never_becomes_steady_says_so(folder: Path, scene: Path) -> None:
+    engine = FakeEngine(delay=lambda number: 0.002 * 1.2 ** (number % 20))
+    summary = run_benchmark(engine, folder, BenchOptions(Protocol("default", 1, 0.1, 2, 0.01, 0.2, 1), scene=scene))
+    assert summary.verdict.status == "not_steady"
+    assert summary.verdict.reasons == ("the warm-up of repeat 1, 2 did not become steady within 0.2 s",)
+    assert summary.figures is not None, "the figures are given, with that"
+    assert dict(describe_bench(summary, folder).rows)["verdict"] == "NOT STEADY"
 
 
 # --- power ----------------------------------------------------------------------------------------
@@ -184,63 +285,115 @@ IDLE, LOAD = 100.0, 150.0
 
 
 class Hungry(FakeEngine):
-    """Takes 150 W from its first tile on, and 100 W before, on an emulated board's INA3221."""
+    """Makes an emulated board's INA3221 show 150 W while it computes, and 100 W when it has not for a while."""
 
     def __init__(self, tree: Path, **options: Any) -> None:
         super().__init__(**options)
         self._tree = tree
+        self._last = -1.0
+        self._over = Event()
+        self._thread_of_board = Thread(target=self._watch, name="board", daemon=True)
+        self._thread_of_board.start()
 
     def launch(self, slot: int) -> None:
-        if not self.launches:
-            write(self._tree / HWMON / "curr1_input", round(LOAD / VOLTS * 1000))
+        self._last = time.monotonic()
         super().launch(slot)
+
+    def _watch(self) -> None:
+        shown = IDLE
+        while not self._over.wait(0.002):
+            watts = LOAD if time.monotonic() - self._last < 0.03 else IDLE
+            if watts != shown:
+                write(self._tree / HWMON / "curr1_input", round(watts / VOLTS * 1000))
+                shown = watts
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread_of_board.join()
 
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The sysfs of a board, the only source of power there is; the idle phase is short."""
+    """The sysfs of a board, the only source of power there is."""
     root = make_tree(tmp_path / "sys", (IDLE, 10.0, 5.0))
 
     def find(forced: str | None = None) -> PowerSampler:
         return find_source(forced or "ina3221", 0.02, sys_root=root)
 
-    monkeypatch.setattr(bench, "IDLE_SECONDS", 0.5)
     monkeypatch.setattr(bench, "find_source", find)
+    monkeypatch.setattr(bench, "ConditionsMonitor", lambda root: ConditionsMonitor(root, 0.05))
     yield root
     assert pipeline_threads() == []
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_power_and_energy_per_tile(folder: Path, scene: Path, tree: Path, batch: int) -> None:
-    engine = Hungry(tree, delay=0.005, batch=batch)
-    phases: list[str] = []
-    options = BenchOptions(0.6, 0.05, scene=scene, power=True)
-    summary = run_benchmark(engine, folder, options, phases.append)
-    assert phases == ["idle", "warm-up", "timed tiles", "scene end to end"]
-    assert summary.power_reason == ""
-    assert summary.power is not None
-    power = summary.power
-    assert (power.source, power.scope, power.problems) == ("ina3221", "module", ())
-    assert power.idle_watts == pytest.approx({"VDD_IN": IDLE, "VDD_CPU_GPU_CV": 10, "VDD_SOC": 5}, rel=0.02)
-    assert power.load_watts["VDD_IN"] == pytest.approx(LOAD, rel=0.02)
-    per_tile = 1 / summary.engine_only.tiles_per_second
-    assert power.net_joules_per_tile["VDD_IN"] == pytest.approx((LOAD - IDLE) * per_tile, rel=0.1)
-    assert power.gross_joules_per_tile["VDD_IN"] == pytest.approx(LOAD * per_tile, rel=0.1)
-    shown = dict(describe_bench(summary, folder).rows)["power (module)"]
-    assert re.fullmatch(r"VDD_SOC: idle 5.00 W, load 5.00 W, net -?0\.0\d J per tile \(ina3221\)", shown)
+@pytest.fixture
+def hungry(tree: Path) -> Iterator[Any]:
+    """Makes engines that are closed in the end."""
+    engines: list[Hungry] = []
+
+    def make(**options: Any) -> Hungry:
+        engines.append(Hungry(tree, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.mark.parametrize(("batch", "repeats"), [(1, 1), (2, 1), (1, 3)])
+def test_power_and_energy_per_tile(folder: Path, scene: Path, hungry: Any, batch: int, repeats: int) -> None:
+    engine = hungry(delay=0.005, batch=batch)
+    options = BenchOptions(times(0.6, 0.3, idle=0.5, repeats=repeats), scene=scene, power=True)
+    summary = run_benchmark(engine, folder, options)
+    names = [(span.name, span.repeat) for span in summary.phases]
+    one = ("idle", "warm-up", "load")
+    assert names == [*((name, repeat) for repeat in range(repeats) for name in one), ("idle", repeats)]
+    assert summary.verdict.status in ("valid", "not_steady"), summary.verdict
+    assert summary.figures is not None
+    power = summary.figures.power
+    assert power is not None, summary.figures.power_reason
+    assert (power.source, power.scope, power.total, power.problems) == ("ina3221", "module", "VDD_IN", ())
+    idle = {rail: figures.idle_watts.mean for rail, figures in power.rails.items()}
+    assert idle == pytest.approx({"VDD_IN": IDLE, "VDD_CPU_GPU_CV": 10, "VDD_SOC": 5}, rel=0.03)
+    rail = power.rails["VDD_IN"]
+    assert len(rail.load_watts.values) == repeats
+    assert (rail.load_watts.interval is None) == (repeats == 1)
+    assert rail.load_watts.mean == pytest.approx(LOAD, rel=0.03)
+    assert rail.net_watts.mean == pytest.approx(LOAD - IDLE, rel=0.1)
+    per_tile = statistics.fmean(1 / repeat.tiles_per_second for repeat in summary.repeats)
+    assert rail.net_joules_per_tile.mean == pytest.approx((LOAD - IDLE) * per_tile, rel=0.1)
+    assert rail.gross_joules_per_tile.mean == pytest.approx(LOAD * per_tile, rel=0.05)
+    megapixels = 64 * 64 / 1e6
+    assert rail.gross_joules_per_megapixel.mean == pytest.approx(rail.gross_joules_per_tile.mean / megapixels)
+    assert rail.net_joules_per_megapixel.mean == pytest.approx(rail.net_joules_per_tile.mean / megapixels)
+
+    report = describe_bench(summary, folder)
+    shown = [value for name, value in report.rows if name == "power (module)"]
+    assert re.match(r"VDD_IN: idle 1?\d\d\.\d\d( \(.*\))? W, load 1\d\d\.\d\d", shown[0])
+    assert report.listing is not None
+    paper = {row[0]: row[2] for row in report.listing.rows}
+    assert (paper["tiles/s"], paper["idle W"], paper["load W"], paper["net W"]) == ("2.5", "5.74", "18.95", "13.21")
+    (caveat,) = [row[1] for row in report.listing.rows if row[0] == "not comparable"]
+    assert caveat == f"another device, {batch} x 64 px, FP32"
+
+    run = read_run(folder)
     with open(folder / "trace.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert set(rows[0]) == {"time_s", "uncertainty_s", "phase", "VDD_IN_w", "VDD_CPU_GPU_CV_w", "VDD_SOC_w"}
+    assert set(rows[0]) == {"time_s", "uncertainty_s", "repeat", "phase", "VDD_IN_w", "VDD_CPU_GPU_CV_w", "VDD_SOC_w"}
     for phase, watts in (("idle", IDLE), ("load", LOAD)):
-        of_phase = {float(row["VDD_IN_w"]) for row in rows if row["phase"] == phase}
-        assert of_phase == {watts}
-    document = json.loads((folder / "summary.json").read_text())
-    assert document["power"]["scope"] == "module"
+        of_phase = statistics.median(float(row["VDD_IN_w"]) for row in rows if row["phase"] == phase)
+        assert of_phase == watts
+    assert len(run.watts["VDD_IN"].times) == len(rows)
+    spans = {(span.name, span.repeat): span for span in summary.phases}
+    for tile in run.tiles:
+        span = spans[tile.phase, tile.repeat]
+        assert span.start - 1e-3 <= tile.start <= tile.start + tile.latency <= span.stop + 1e-3, "one clock for all"
 
 
-@pytest.mark.parametrize("dies_after", [0.0, 0.2, 0.8])
-def test_a_source_that_dies_gives_no_figure(
-    folder: Path, scene: Path, tree: Path, monkeypatch: pytest.MonkeyPatch, dies_after: float
+@pytest.mark.parametrize("dies_after", [0.0, 0.4, 0.9, 1.3])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_source_that_dies_makes_the_run_invalid(
+    folder: Path, scene: Path, tree: Path, hungry: Any, monkeypatch: pytest.MonkeyPatch, dies_after: float, keep: bool
 ) -> None:
     def doomed(forced: str | None = None) -> PowerSampler:
         sampler = find_source("ina3221", 0.02, sys_root=tree)
@@ -249,20 +402,98 @@ def test_a_source_that_dies_gives_no_figure(
         return sampler
 
     monkeypatch.setattr(bench, "find_source", doomed)
-    summary = run_benchmark(Hungry(tree, delay=0.005), folder, BenchOptions(0.8, 0.05, scene=scene, power=True))
-    assert summary.power is None
-    assert summary.power_reason == "ina3221 stopped answering: the sampling process died (SIGKILL)"
-    assert summary.engine_only.tiles > 0, "the speed stands"
+    monkeypatch.setattr(protocol, "TELL_EVERY", 0.05)
+    options = BenchOptions(times(0.8, 0.05, idle=0.5), scene=scene, power=True, keep_invalid=keep)
+    summary = run_benchmark(hungry(delay=0.005), folder, options)
+    assert summary.verdict.status == "invalid"
+    assert "ina3221 stopped answering: the sampling process died (SIGKILL)" in summary.verdict.reasons
     assert "trace.csv" in names_in(folder), "what was heard is kept"
+    if not keep:
+        assert summary.figures is None
+        assert summary.end_to_end is None, "nothing more is measured"
+        assert dict(describe_bench(summary, folder).rows)["figures"].startswith("none")
+    else:
+        assert summary.figures is not None
+        assert len(summary.repeats) == 1, "the course goes on"
+        assert summary.figures.tiles_per_second.mean > 10, "the speed stands"
 
 
-def test_a_sensor_that_is_away_for_a_while_gives_no_figure(folder: Path, scene: Path, tree: Path) -> None:
+def test_a_source_that_hangs_ends_a_run_that_cannot_become_valid(
+    folder: Path, scene: Path, tree: Path, hungry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def frozen(forced: str | None = None) -> PowerSampler:
+        sampler = find_source("ina3221", 0.02, sys_root=tree)
+        process = sampler._process
+        assert process is not None
+        Timer(0.4, lambda: process.send_signal(19)).start()
+        return sampler
+
+    monkeypatch.setattr(bench, "find_source", frozen)
+    monkeypatch.setattr(protocol, "LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr(protocol, "TELL_EVERY", 0.05)
+    began = time.monotonic()
+    summary = run_benchmark(hungry(delay=0.005), folder, BenchOptions(times(8.0, idle=0.2), scene=scene, power=True))
+    assert time.monotonic() - began < 7
+    assert re.fullmatch(r"ina3221 stopped answering: no reading for \d\.\d s", summary.verdict.reasons[0])
+
+
+def test_a_sensor_that_is_away_for_a_while_makes_the_run_invalid(
+    folder: Path, scene: Path, tree: Path, hungry: Any
+) -> None:
     chip = tree / CHIP
-    Timer(0.6, lambda: chip.rename(tree / "away")).start()
-    Timer(1.1, lambda: (tree / "away").rename(chip)).start()
-    summary = run_benchmark(FakeEngine(delay=0.005), folder, BenchOptions(1.2, 0, scene=scene, power=True))
-    assert summary.power is None
-    assert re.search(r"readings of VDD_IN are missing in \d\d% of a phase; .*No such file", summary.power_reason)
+    engine = hungry(delay=0.005)
+    Timer(1.0, lambda: chip.rename(tree / "away")).start()
+    Timer(1.5, lambda: (tree / "away").rename(chip)).start()
+    engine._tree = tree / "elsewhere"  # what it writes would disturb the renaming
+    summary = run_benchmark(engine, folder, BenchOptions(times(1.5, idle=0.4), scene=scene, power=True))
+    assert summary.verdict.status == "invalid"
+    assert any(
+        re.search(r"readings of VDD_IN are missing in \d\d% of a phase; .*No such file", reason)
+        for reason in summary.verdict.reasons
+    )
+
+
+def test_a_rail_that_does_not_rise_is_the_wrong_one(folder: Path, scene: Path, tree: Path) -> None:
+    summary = run_benchmark(FakeEngine(delay=0.005), folder, BenchOptions(times(0.5), scene=scene, power=True))
+    assert summary.verdict.status == "invalid"
+    assert "VDD_IN is not higher under load (100.00 W) than idle (100.00 W)" in summary.verdict.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "said"),
+    [
+        ("class/hwmon/hwmon9/oc1_event_cnt", 3, 4, "oc1"),
+        ("devices/virtual/thermal/thermal_zone2/temp", 60_000, 96_500, "96"),
+        ("var/lib/nvpmodel/status", "pmode:0000", "pmode:0001", "mode"),
+    ],
+)
+def test_throttling_makes_the_run_invalid(
+    folder: Path, scene: Path, tree: Path, hungry: Any, file: str, before: object, after: object, said: str
+) -> None:
+    if "oc1" in file:
+        write(tree / "class/hwmon/hwmon9/name", "soctherm_oc")
+    root = tree.parent
+    if "nvpmodel" in file:
+        write(root / "etc/nvpmodel.conf", "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=1 NAME=10W >")
+        write(root / "proc/device-tree/compatible", "nvidia,p3767-0000 nvidia,tegra234")
+    place = (root if file.startswith("var") else tree) / file
+    write(place, before)
+    Timer(1.0, lambda: write(place, after)).start()
+    options = BenchOptions(times(1.2, idle=0.3), scene=scene, power=True, root=root)
+    summary = run_benchmark(hungry(delay=0.005), folder, options)
+    assert summary.verdict.status == "invalid", summary.verdict
+    assert said in " ".join(summary.verdict.reasons)
+    assert summary.figures is None
+    assert "conditions.csv" in names_in(folder)
+
+
+def test_clocks_and_temperatures_are_recorded(folder: Path, scene: Path, tree: Path, hungry: Any) -> None:
+    options = BenchOptions(times(0.5, idle=0.3), scene=scene, power=True, root=tree.parent)
+    summary = run_benchmark(hungry(delay=0.005), folder, options)
+    run = read_run(folder)
+    assert set(run.conditions["gpu_mhz"].values) == {918.0}
+    assert set(run.conditions["tj-thermal_celsius"].values) == {47.5}
+    assert "918" in json.dumps(summary.conditions)
 
 
 def test_no_source_is_a_reason(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,19 +501,50 @@ def test_no_source_is_a_reason(folder: Path, scene: Path, monkeypatch: pytest.Mo
         raise PowerError("RAPL: no CPU package under /sys")
 
     monkeypatch.setattr(bench, "find_source", find)
-    summary = run_benchmark(FakeEngine(), folder, BenchOptions(0.05, 0, scene=scene, power=True))
-    assert summary.power is None
-    assert summary.power_reason == "RAPL: no CPU package under /sys"
-    assert names_in(folder) == ["summary.json", "tiles.csv"]
+    summary = run_benchmark(FakeEngine(), folder, BenchOptions(times(0.05), scene=scene, power=True))
+    assert summary.figures is not None
+    assert summary.figures.power is None
+    assert summary.figures.power_reason == "RAPL: no CPU package under /sys"
+    assert "power was asked for and not measured: RAPL: no CPU package under /sys" in summary.verdict.warnings
+    assert "trace.csv" not in names_in(folder)
+    before = names_in(folder.parent)
     with pytest.raises(PowerError):
-        run_benchmark(FakeEngine(), folder.with_name("forced"), BenchOptions(0.05, 0, scene=scene, power_source="rapl"))
-    assert names_in(folder.parent) == ["run", "run/summary.json", "run/tiles.csv"]
+        run_benchmark(
+            FakeEngine(), folder.with_name("forced"), BenchOptions(times(0.05), scene=scene, power_source="rapl")
+        )
+    assert names_in(folder.parent) == before
 
 
-def test_a_run_too_short_for_a_sample_says_so(folder: Path, scene: Path, tree: Path) -> None:
-    summary = run_benchmark(Hungry(tree), folder, BenchOptions(0.001, 0, scene=scene, power=True))
-    assert summary.power is None
-    assert re.fullmatch(r"ina3221: too few readings of VDD_IN in 0\.\d s of load", summary.power_reason)
+def test_a_run_too_short_for_a_sample_says_so(folder: Path, scene: Path, hungry: Any) -> None:
+    summary = run_benchmark(hungry(), folder, BenchOptions(times(0.001, idle=0.3), scene=scene, power=True))
+    assert summary.verdict.status == "invalid"
+    assert re.fullmatch(r"ina3221: [01] readings of VDD_IN in 0\.\d s of load", summary.verdict.reasons[0])
+
+
+# --- protocols ------------------------------------------------------------------------------------
+
+
+def test_presets_can_be_exceeded_and_not_undercut() -> None:
+    assert (protocol_of("paper").repeats, protocol_of("mlperf").load_seconds) == (3, 600)
+    assert protocol_of("paper", repeats=5, load=300).repeats == 5
+    for preset, change in (("paper", {"repeats": 2}), ("mlperf", {"load": 60}), ("mlperf", {"idle": 10})):
+        with pytest.raises(UsageError, match=f"--{preset} asks for"):
+            protocol_of(preset, **change)  # type: ignore[arg-type]
+    for change in ({"load": 0}, {"idle": -1}, {"repeats": 0}, {"warm_up_cap": -1}, {"load": math.nan}):
+        with pytest.raises(UsageError):
+            protocol_of(**change)  # type: ignore[arg-type]
+
+
+def test_three_windows_fit_into_the_warm_up() -> None:
+    assert protocol_of().window_seconds == 5
+    assert 3 * protocol_of(warm_up_cap=6).window_seconds <= 6
+
+
+def test_the_papers_protocol_is_for_the_papers_tiles(folder: Path) -> None:
+    engine = FakeEngine()
+    with pytest.raises(UsageError, match=r"one tile of 1024 px at a time; this engine takes 1 x 64 px"):
+        run_benchmark(engine, folder, BenchOptions(protocol_of("paper")))
+    assert engine.launches == 0
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -291,26 +553,26 @@ def test_a_run_too_short_for_a_sample_says_so(folder: Path, scene: Path, tree: P
 def test_an_engine_that_fails_leaves_no_summary(folder: Path, scene: Path) -> None:
     error = EngineError("no")
     with pytest.raises(EngineError) as caught:
-        run_benchmark(FakeEngine(fail_at=3, error=error), folder, BenchOptions(0.1, 0, scene=scene))
+        run_benchmark(FakeEngine(fail_at=3, error=error), folder, BenchOptions(times(0.1), scene=scene))
     assert caught.value is error
     assert names_in(folder.parent) == []
 
 
 def test_results_never_meet_those_of_another_run(folder: Path, scene: Path) -> None:
-    run_benchmark(FakeEngine(), folder, BenchOptions(0.01, 0, scene=scene))
-    before = (folder / "summary.json").read_bytes()
+    run_benchmark(FakeEngine(), folder, BenchOptions(times(0.01), scene=scene))
+    before, files = (folder / "summary.json").read_bytes(), names_in(folder.parent)
     engine = FakeEngine()
     with pytest.raises(OSError, match="run"):
-        run_benchmark(engine, folder, BenchOptions(0.01, 0, scene=scene))
+        run_benchmark(engine, folder, BenchOptions(times(0.01), scene=scene))
     assert engine.launches == 0, "known before anything is measured"
     assert (folder / "summary.json").read_bytes() == before
-    assert names_in(folder.parent) == ["run", "run/summary.json", "run/tiles.csv"]
+    assert names_in(folder.parent) == files
 
 
 def test_a_scene_that_is_not_there_is_found_before_the_long_measurement(folder: Path, tmp_path: Path) -> None:
     engine = FakeEngine(delay=0.01)
     with pytest.raises(SceneError, match="does not exist"):
-        run_benchmark(engine, folder, BenchOptions(0.5, 0, scene=tmp_path / "missing.tif"))
+        run_benchmark(engine, folder, BenchOptions(times(0.5), scene=tmp_path / "missing.tif"))
     assert names_in(folder.parent) == []
     assert engine.launches == 0
 
@@ -327,7 +589,7 @@ def test_sampling_stops_when_the_engine_fails(
     monkeypatch.setattr(bench, "find_source", find)
     with pytest.raises(EngineError):
         run_benchmark(
-            FakeEngine(fail_at=3, error=EngineError("no")), folder, BenchOptions(0.1, 0, scene=scene, power=True)
+            FakeEngine(fail_at=3, error=EngineError("no")), folder, BenchOptions(times(0.1), scene=scene, power=True)
         )
     process = samplers[0]._process
     assert process is not None

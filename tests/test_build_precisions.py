@@ -229,7 +229,7 @@ def test_segment_inspect_bench_and_evaluate(built, tmp_path):
     assert found["contents"]["quantize_nodes"] == 21
     assert found["contents"]["dequantize_nodes"] == 43
 
-    result = run("bench", engine, "--duration", "0.1", "--warmup", "0", "--workspace", built.root, "--json")
+    result = run("bench", engine, "--duration", "0.1", "--max-warm-up", "0", "--workspace", built.root, "--json")
     assert result.exit_code == 0, result.stderr
 
     for part, pixels in (("images", noise(60, 60).transpose(1, 2, 0)), ("masks", np.zeros((60, 60), np.uint8))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,10 +14,8 @@ from pathlib import Path
 
 import pytest
 from board import HWMON, NoBoardError, Pattern, jtop_missing, running_board, write
-from scene_helpers import FakeEngine, noise, write_raster
 
-from cdkd_edge.benchmarks import bench
-from cdkd_edge.benchmarks.bench import BenchOptions, run_benchmark
+from cdkd_edge.benchmarks.folder import read_run
 from cdkd_edge.errors import PowerError
 from cdkd_edge.power.energy import load_energy, rail_energy
 from cdkd_edge.power.find import find_source
@@ -99,46 +98,110 @@ def test_energy_of_a_known_pattern(board, source):
     assert_energy(*measure(board, source, LOAD))
 
 
+def start_bench(board, workspace, engine, *arguments):
+    """``cdkd-edge bench`` on the board."""
+    command = (sys.executable, "-m", "cdkd_edge", "bench", engine, "-w", workspace, *arguments)
+    return subprocess.Popen(
+        board.enter(*command), env=board.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(process, seconds=120):
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def run_of(workspace):
+    (folder,) = (workspace / "benchmarks").iterdir()
+    return read_run(folder)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["jtop", "ina3221"])
-def test_energy_of_thirty_seconds(board, source):
-    assert_energy(*measure(board, source, [*RESTLESS, *RESTLESS[::-1], *RESTLESS]))
-
-
-class Hungry(FakeEngine):
-    """Makes the board draw 18.95 W from its first tile on."""
-
-    def __init__(self, board):
-        super().__init__(delay=0.01)
-        self._board = board
-
-    def launch(self, slot):
-        if not self.launches:
-            self._board.set_watts(18.95)
-        super().launch(slot)
-
-
-@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-@pytest.mark.parametrize("source", ["jtop", "ina3221"])
-def test_bench_on_the_board(board, source, tmp_path, monkeypatch):
-    def find(forced):
-        return find_source(forced, command=board.sampler_command)
-
-    monkeypatch.setattr(bench, "find_source", find)
-    monkeypatch.setattr(bench, "IDLE_SECONDS", 2.0)
+def test_bench_measures_the_energy_of_a_pattern(board, small_engine_path, tmp_path):
+    """30 s of load while watts change: both sources at once, against the pattern's own energy."""
+    idle = [(1.7, IDLE), (1.2, 6.1), (2.9, 5.5)]
+    pattern = Pattern(board, [*idle, *RESTLESS, *RESTLESS[::-1], *RESTLESS, (2.0, 15.0), *idle, *idle])
     board.set_watts(IDLE)
-    scene = write_raster(tmp_path / "scene.tif", noise(112, 160))
-    options = BenchOptions(duration=3.0, warmup=0.5, scene=scene, power_source=source)
-    summary = run_benchmark(Hungry(board), tmp_path / "run", options)
-    board.set_watts(IDLE)
-    power = summary.power
-    assert power is not None, summary.power_reason
-    assert (power.source, power.scope) == (source, "module")
-    assert power.idle_watts["VDD_IN"] == pytest.approx(IDLE, rel=0.02)
-    assert power.load_watts["VDD_IN"] == pytest.approx(18.95, rel=0.01)
-    per_tile = 1 / summary.engine_only.tiles_per_second
-    assert power.net_joules_per_tile["VDD_IN"] == pytest.approx((18.95 - IDLE) * per_tile, rel=0.02)
-    assert power.gross_joules_per_tile["VDD_IN"] == pytest.approx(18.95 * per_tile, rel=0.01)
+    times = ("--duration", "30", "--idle", "5", "--max-warm-up", "1", "--json")
+    runs = {
+        source: start_bench(board, tmp_path / source, small_engine_path, "--power-source", source, *times)
+        for source in ("jtop", "ina3221")
+    }
+    for source in runs:
+        wait_for(lambda source=source: (tmp_path / source / "benchmarks").is_dir(), 30)
+    pattern.start()
+    for source, process in runs.items():
+        code, out, err = finished(process)
+        assert code == 0, err
+        summary = run_of(tmp_path / source).summary
+        assert json.loads(out)["summary"]["verdict"]["status"] in ("valid", "not_steady")
+        spans = {(span.name, span.repeat): span for span in summary.phases}
+
+        def truth(span, summary=summary):
+            return pattern.joules(summary.origin + span.start, summary.origin + span.stop)
+
+        load = spans["load", 0]
+        assert load.seconds >= 30
+        rail = summary.repeats[0].rails["VDD_IN"]
+        assert rail.covered > 0.98
+        assert rail.load_watts * load.seconds == pytest.approx(truth(load), rel=0.01)
+        idle_truth = [truth(spans["idle", number]) / spans["idle", number].seconds for number in (0, 1)]
+        assert (rail.idle_before_watts, rail.idle_after_watts) == pytest.approx(idle_truth, rel=0.02)
+        net_truth = truth(load) / load.seconds - sum(idle_truth) / 2
+        figures = summary.figures.power.rails["VDD_IN"]
+        assert figures.net_watts.mean == pytest.approx(net_truth, rel=0.02)
+        per_tile = truth(load) / summary.repeats[0].tiles
+        assert figures.gross_joules_per_tile.mean == pytest.approx(per_tile, rel=0.01)
+    pattern.join()
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "jtop"), (signal.SIGSTOP, "no reading for")])
+def test_bench_when_the_service_is_killed_or_frozen(own_board, small_engine_path, tmp_path, number, said):
+    process = start_bench(
+        own_board, tmp_path, small_engine_path, "--power-trace", "--duration", "60", "--idle", "1", "--max-warm-up", "0"
+    )
+    wait_for(lambda: (tmp_path / "benchmarks").is_dir(), 30)
+    own_board.set_watts(18.95)
+    time.sleep(4)
+    own_board.signal_service(number)
+    began = time.monotonic()
+    code, out, err = finished(process, 40)
+    assert time.monotonic() - began < 20, "it does not wait for the end of the load"
+    assert code == 19
+    assert "Traceback" not in err
+    assert said in out
+    assert "INVALID" in out
+    assert "tiles/s" not in out, "no headline figure"
+    run = run_of(tmp_path)
+    assert run.summary.figures is None
+    assert run.summary.verdict.status == "invalid"
+    assert run.watts["VDD_IN"].times, "what was read is kept"
+
+
+@pytest.mark.parametrize("after", [0.0, 1.5, 4.0])
+def test_ctrl_c_while_bench_measures_power(own_board, small_engine_path, tmp_path, after):
+    process = start_bench(
+        own_board, tmp_path, small_engine_path, "--power-trace", "--duration", "60", "--idle", "2", "--max-warm-up", "1"
+    )
+    wait_for(lambda: (tmp_path / "benchmarks").is_dir(), 30)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finished(process, 10)
+    assert code == 130, (code, out, err)
+    assert "Traceback" not in err
+    assert list((tmp_path / "benchmarks").iterdir()) == []
+    wait_for(lambda: not samplers_alive(), 5)
+
+
+def samplers_alive():
+    """Processes of the sampling module."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"cdkd_edge.power.sampler_child" in words:
+                found.append(folder.name)
+    return found
 
 
 def test_what_jtop_says_about_itself(board):

@@ -1,194 +1,212 @@
-"""The benchmark: warm-up, timed tiles, a scene end to end, and power where there is a source for it."""
+"""The benchmark: a course of idle, warm-up and load, a scene end to end, and a folder with all that was measured."""
 
 from __future__ import annotations
 
-import csv
 import datetime
+import os
 import resource
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import rasterio
-
-from cdkd_edge import __version__
-from cdkd_edge.benchmarks.statistics import Latency, latency_of
+from cdkd_edge.benchmarks.bound import modelled_bound
+from cdkd_edge.benchmarks.end_to_end import check_scene, time_scene
+from cdkd_edge.benchmarks.figures import NoFigureError, figures_of, repeats_of
+from cdkd_edge.benchmarks.folder import write_conditions, write_summary, write_tiles, write_trace
+from cdkd_edge.benchmarks.protocol import DEFAULT, Course, Live, run_course
+from cdkd_edge.benchmarks.record import INVALID, LOAD, BenchSummary, EndToEnd, Figures, Protocol, Repeat
+from cdkd_edge.benchmarks.verdict import judge
+from cdkd_edge.board.conditions import Conditions, ConditionsMonitor
+from cdkd_edge.board.identity import BoardIdentity, describe_board
+from cdkd_edge.board.throttling import judge_conditions, summarise
 from cdkd_edge.engines.protocol import Engine
-from cdkd_edge.errors import PowerError
-from cdkd_edge.files import whole_folder, write_text
-from cdkd_edge.machine import Machine, describe_machine
-from cdkd_edge.manifest import EngineManifest, library_versions
-from cdkd_edge.power.energy import LoadEnergy, load_energy
+from cdkd_edge.errors import PowerError, UsageError
+from cdkd_edge.files import whole_folder
+from cdkd_edge.machine import describe_machine
+from cdkd_edge.manifest import library_versions
 from cdkd_edge.power.find import find_source
-from cdkd_edge.power.protocol import JOULES, WATTS
 from cdkd_edge.power.sampler import PowerSampler
-from cdkd_edge.power.trace import Phase, Trace
-from cdkd_edge.scene.grid import TileGrid, default_overlap
-from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
-from cdkd_edge.scene.reader import SceneReader
+from cdkd_edge.power.trace import Trace
+from cdkd_edge.scene.pipeline import SegmentOptions
 from cdkd_edge.scenery import draw_scene
 
-SUMMARY_VERSION = 1
-IDLE_SECONDS = 5.0
-LEAST_COVERAGE = 0.98
-"""Share of a phase that must lie between readings for it to have a figure."""
+PAPER_TILE = 1024
+"""Side of a tile in the Mask-CDKD paper's deployment, px."""
+LIBRARIES = ("onnxruntime", "numpy", "rasterio", "tensorrt", "tensorrt-rtx", "pycuda", "cuda-python", "jetson-stats")
+_RESERVE = ".reserved"
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How long and on what."""
+    """How a run is made."""
 
-    duration: float = 20.0
-    """Seconds of timed tiles."""
-    warmup: float = 3.0
-    """Seconds of untimed tiles before them."""
-    min_batches: int = 5
-    """Batches timed at least, however slow the engine."""
+    protocol: Protocol = DEFAULT
+    """From :func:`~cdkd_edge.benchmarks.protocol.protocol_of`."""
+    power: bool = False
+    power_source: str | None = None
+    """One of ``cdkd_edge.power.protocol.SOURCES``; implies ``power``. Default: the first that answers."""
+    keep_invalid: bool = False
+    """Go on with a run that cannot become valid, and give its figures."""
     scene: Path | None = None
     """Scene for the end-to-end figure. Default: one that is drawn."""
     segment: SegmentOptions = SegmentOptions()
-    power: bool = False
-    power_source: str | None = None
-    """One of ``cdkd_edge.power.protocol.SOURCES``. Default: the first that answers."""
+    device: str | None = None
+    """Device file for the modelled bound. Default: that of this board or GPU."""
+    graphs: tuple[Path, ...] = ()
+    """Folders where the engine's graph may be."""
+    command: str = ""
+    """What was typed, for the record."""
+    root: Path = field(default=Path("/"))
+    """Of the file tree with ``/sys``, ``/proc`` and ``/etc`` that clocks and temperatures are read from."""
 
-
-@dataclass(frozen=True)
-class EngineOnly:
-    """Tiles from memory through the engine, one batch after the other."""
-
-    tiles: int
-    seconds: float
-    tiles_per_second: float
-    megapixels_per_second: float
-    latency_ms: Latency
-
-
-@dataclass(frozen=True)
-class EndToEnd:
-    """A scene from file to finished label map."""
-
-    scene: str
-    width: int
-    height: int
-    tiles: int
-    seconds: float
-    engine_seconds: float
-    tiles_per_second: float
-    megapixels_per_second: float
-    """Scene pixels; overlaps and padding count as work but not as result."""
-    overhead: float | None
-    """Seconds over engine seconds; 1 means that reading and writing cost nothing. None: no tile was computed."""
-
-
-@dataclass(frozen=True)
-class Power:
-    """Mean power over the idle and the load phase."""
-
-    source: str
-    scope: str
-    idle_watts: dict[str, float]
-    load_watts: dict[str, float]
-    net_joules_per_tile: dict[str, float]
-    gross_joules_per_tile: dict[str, float]
-    readings_per_second: float
-    problems: tuple[str, ...]
-    """That the sampling met; it may have got over them."""
-
-
-@dataclass(frozen=True)
-class BenchSummary:
-    """One run, as written to ``summary.json``."""
-
-    engine: EngineManifest
-    engine_only: EngineOnly
-    end_to_end: EndToEnd
-    power: Power | None
-    power_reason: str
-    """Why there is no power figure; empty where there is one."""
-    machine: Machine
-    libraries: dict[str, str]
-    peak_memory_bytes: int
-    """Largest resident size of the process so far."""
-    started: str
-    tool: str = f"cdkd-edge {__version__}"
-    summary_version: int = SUMMARY_VERSION
+    @property
+    def wants_power(self) -> bool:
+        """Whether power is to be measured."""
+        return self.power or self.power_source is not None
 
 
 def run_benchmark(
     engine: Engine,
     folder: Path,
     options: BenchOptions = BenchOptions(),
-    progress: Callable[[str], None] = lambda phase: None,
+    progress: Callable[[str], None] = lambda step: None,
+    tell: Callable[[Live], None] = lambda live: None,
 ) -> BenchSummary:
-    """Measure an engine and write ``summary.json``, ``tiles.csv`` (and ``trace.csv`` with power).
+    """Measure an engine and write the run's folder: ``summary.json``, ``tiles.csv``, ``conditions.csv``, ``trace.csv``.
 
     Args:
         engine: a loaded engine.
         folder: a new folder for the results; it appears when they are complete.
-        options: durations, scene, power.
-        progress: called with the name of each phase.
+        options: see there.
+        progress: called with what is done besides the measurement.
+        tell: called about twice a second during it.
 
     Raises:
         EngineError, SceneError: the engine or the scene failed.
         PowerError: the source of power that was asked for by name does not answer.
-        OSError: the folder cannot be written; known before anything is measured.
+        UsageError: the paper's protocol with another tile or batch.
+        OSError: the folder cannot be written, or has no room; known before anything is measured.
     """
+    if options.protocol.preset == "paper" and (engine.manifest.tile, engine.manifest.batch) != (PAPER_TILE, 1):
+        shape = f"{engine.manifest.batch} x {engine.manifest.tile} px"
+        raise UsageError(
+            f"the paper measured one tile of {PAPER_TILE} px at a time; this engine takes {shape}",
+            hint=f"export --tile {PAPER_TILE} --batch 1, and build that",
+        )
     with whole_folder(folder) as temporary:
-        return _measure(engine, temporary, options, progress)
+        _reserve(temporary, options.protocol)
+        if options.scene is not None:
+            check_scene(engine, options.scene, options.segment)
+        _fill_inputs(engine)
+        return _measure(engine, temporary, options, progress, tell)
 
 
-def _measure(engine: Engine, folder: Path, options: BenchOptions, progress: Callable[[str], None]) -> BenchSummary:
+@dataclass(frozen=True)
+class _Measured:
+    """What there is when the course is over."""
+
+    course: Course
+    trace: Trace | None
+    no_source: str
+    """Why there is no trace."""
+    readings: tuple[Conditions, ...]
+    board: BoardIdentity
+
+
+def _measure(
+    engine: Engine,
+    folder: Path,
+    options: BenchOptions,
+    progress: Callable[[str], None],
+    tell: Callable[[Live], None],
+) -> BenchSummary:
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    if options.scene is not None:
-        _check_scene(engine, options.scene, options.segment)
-    _fill_inputs(engine)
-    power = None
-    sampler, reason = _sampler(options)
-    if sampler is None:
-        samples, _ = _load_phase(engine, options, progress)
-    else:
-        samples, power, reason = _load_phase_with_power(engine, sampler, folder, options, progress)
-    engine_only = _engine_only(engine, samples)
-    progress("scene end to end")
-    end_to_end = _end_to_end(engine, options, engine_only.tiles_per_second)
+    measured = _run(engine, options, progress, tell)
+    course, trace, protocol = measured.course, measured.trace, options.protocol
+    repeats, power_reason = _repeats(measured, protocol, engine.manifest.batch)
+    loads = [span for span in course.spans if span.name == LOAD]
+    findings = [
+        finding
+        for span in loads
+        for finding in judge_conditions(measured.readings, course.origin + span.start, course.origin + span.stop)
+    ]
+    verdict = judge(
+        course,
+        protocol,
+        repeats,
+        engine.manifest,
+        trace,
+        power_reason,
+        findings,
+        power_wanted=options.wants_power,
+    )
+    figures: Figures | None = None
+    end_to_end: EndToEnd | None = None
+    if repeats and (verdict.status != INVALID or options.keep_invalid):
+        figures = figures_of(repeats, course, engine.manifest.tile, trace, power_reason)
+        progress("a scene end to end")
+        tiles = protocol.load_seconds * figures.tiles_per_second.mean / 2
+        end_to_end = time_scene(engine, options.scene, options.segment, tiles)
 
+    mode = measured.board.power_mode
+    bound, no_bound = modelled_bound(
+        engine.manifest,
+        options.graphs,
+        figures.tiles_per_second.mean if figures else None,
+        device=options.device,
+        mode=mode.name if mode else None,
+        root=options.root,
+    )
     summary = BenchSummary(
+        verdict=verdict,
+        figures=figures,
         engine=engine.manifest,
-        engine_only=engine_only,
+        protocol=protocol,
+        phases=tuple(course.spans),
+        repeats=repeats,
         end_to_end=end_to_end,
-        power=power,
-        power_reason=reason,
+        roofline=bound,
+        roofline_reason=no_bound,
         machine=describe_machine(),
-        libraries=library_versions(("onnxruntime", "numpy", "rasterio")),
+        board=_board(measured.board),
+        conditions=_conditions(measured, loads),
+        libraries=library_versions(LIBRARIES),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         started=started,
+        origin=course.origin,
+        command=options.command,
     )
-    _write_tiles(folder / "tiles.csv", samples)
-    import msgspec
-
-    text = msgspec.json.format(msgspec.json.encode(summary), indent=2).decode()
-    write_text(folder / "summary.json", text + "\n")
+    (folder / _RESERVE).unlink()
+    write_tiles(folder, course.batches)
+    if trace is not None:
+        write_trace(folder, trace, course.spans, course.origin)
+    if measured.readings:
+        write_conditions(folder, [(one.time - course.origin, columns(one)) for one in measured.readings])
+    write_summary(folder, summary)
     return summary
 
 
-def _load_phase(
-    engine: Engine, options: BenchOptions, progress: Callable[[str], None]
-) -> tuple[list[tuple[float, float]], float]:
-    """Warm-up, then timed batches; also the moment the timing began."""
-    progress("warm-up")
-    _run_for(engine, options.warmup, 1)
-    progress("timed tiles")
-    began = time.perf_counter()
-    return _run_for(engine, options.duration, options.min_batches), began
+def _run(
+    engine: Engine, options: BenchOptions, progress: Callable[[str], None], tell: Callable[[Live], None]
+) -> _Measured:
+    """The course, with whatever watches it."""
+    with ExitStack() as stack:
+        sampler, reason = None, "not asked for (--power-trace)"
+        if options.wants_power:
+            progress("looking for a source of power")
+            sampler, reason = _sampler(options)
+        if sampler is not None:
+            stack.enter_context(sampler)
+        monitor = stack.enter_context(ConditionsMonitor(options.root))
+        board = describe_board(options.root)
+        course = run_course(engine, options.protocol, sampler, monitor, tell, go_on=options.keep_invalid)
+    return _Measured(course, sampler.trace() if sampler else None, reason, monitor.readings(), board)
 
 
 def _sampler(options: BenchOptions) -> tuple[PowerSampler | None, str]:
     """A running sampler, or None and why there is none."""
-    if not options.power and options.power_source is None:
-        return None, "not asked for (--power-trace)"
     try:
         return find_source(options.power_source), ""
     except PowerError as error:
@@ -197,62 +215,51 @@ def _sampler(options: BenchOptions) -> tuple[PowerSampler | None, str]:
         return None, error.message
 
 
-def _load_phase_with_power(
-    engine: Engine, sampler: PowerSampler, folder: Path, options: BenchOptions, progress: Callable[[str], None]
-) -> tuple[list[tuple[float, float]], Power | None, str]:
-    """An idle phase with the engine loaded, then the load phase, while power is sampled in another process."""
-    with sampler:
-        progress("idle")
-        some = 3 * sampler.trace().source.nominal_interval
-        time.sleep(some)  # for readings before the phase
-        with sampler.phase("idle"):
-            time.sleep(IDLE_SECONDS)  # the measurement itself: nothing may run now
-        samples, load_from = _load_phase(engine, options, progress)
-        load = Phase("load", load_from, time.perf_counter())
-        time.sleep(some)  # for readings after the last tile
-    trace = sampler.trace()
-    idle = trace.phase("idle")
-    _write_trace(folder / "trace.csv", trace, (idle, load))
-    return (samples, *_power(trace, idle, load, len(samples) * engine.manifest.batch))
+def _repeats(measured: _Measured, protocol: Protocol, batch: int) -> tuple[tuple[Repeat, ...], str]:
+    """With power where that has figures, else without; and why it has none."""
+    course, trace = measured.course, measured.trace
+    if trace is None:
+        return repeats_of(course, protocol, batch, None), measured.no_source
+    try:
+        return repeats_of(course, protocol, batch, trace), ""
+    except NoFigureError as error:
+        return repeats_of(course, protocol, batch, None), f"{trace.source.name}: {error}"
 
 
-def _power(trace: Trace, idle: Phase, load: Phase, tiles: int) -> tuple[Power | None, str]:
-    """Figures of both phases, or None and why there are none."""
-    name = trace.source.name
-    ended = [problem.message for problem in trace.problems if problem.kind in ("lost", "died")]
-    if ended:
-        return None, f"{name} stopped answering: {ended[0]}"
-    energies: dict[str, LoadEnergy] = {}
-    for rail in trace.source.rails:
-        energy = load_energy(trace, rail, idle, load)
-        if energy is None or min(energy.idle.readings, energy.load.readings) < 2:
-            short = min(idle, load, key=lambda phase: phase.seconds)
-            return None, f"{name}: too few readings of {rail} in {short.seconds:.1f} s of {short.name}"
-        covered = min(energy.idle.coverage, energy.load.coverage)
-        if covered < LEAST_COVERAGE:
-            why = "".join(f"; {problem.message}" for problem in trace.problems)
-            return None, f"{name}: readings of {rail} are missing in {1 - covered:.0%} of a phase{why}"
-        energies[rail] = energy
-    # Time that is not covered took what the rest of the load took: at most 1 - LEAST_COVERAGE of it.
-    per_tile = load.seconds / tiles
-    power = Power(
-        source=name,
-        scope=trace.source.scope,
-        idle_watts={rail: energy.idle.watts for rail, energy in energies.items()},
-        load_watts={rail: energy.load.watts for rail, energy in energies.items()},
-        net_joules_per_tile={rail: energy.net_watts * per_tile for rail, energy in energies.items()},
-        gross_joules_per_tile={rail: energy.load.watts * per_tile for rail, energy in energies.items()},
-        readings_per_second=trace.rate or 0.0,
-        problems=tuple(problem.message for problem in trace.problems),
-    )
-    return power, ""
+def columns(reading: Conditions) -> dict[str, float]:
+    """A reading as columns of ``conditions.csv``; names end in their units."""
+    return {
+        **{f"{name}_celsius": value for name, value in reading.temperatures.items()},
+        **{f"{name}_mhz": value for name, value in reading.clocks_mhz.items()},
+        **{f"fan_{name}": value for name, value in reading.fan.items()},
+    }
 
 
-def _check_scene(engine: Engine, scene: Path, options: SegmentOptions) -> None:
-    """Find what is wrong with the scene now, not after the measurement."""
-    tile = engine.manifest.tile
-    TileGrid.over(1, 1, tile, default_overlap(tile) if options.overlap is None else options.overlap)
-    SceneReader(scene, bands=options.bands, stretch=options.stretch).close()
+def _board(board: BoardIdentity) -> dict[str, Any] | None:
+    import msgspec
+
+    data: dict[str, Any] = msgspec.to_builtins(board)
+    return data if board.jetson else None
+
+
+def _conditions(measured: _Measured, loads: list[Any]) -> dict[str, Any]:
+    """Over all loads, what lies between them left out."""
+    origin = measured.course.origin
+    if not loads:
+        return {}
+    within = [
+        one for one in measured.readings if any(origin + span.start <= one.time <= origin + span.stop for span in loads)
+    ]
+    return summarise(within, origin + loads[0].start, origin + loads[-1].stop)
+
+
+def _reserve(folder: Path, protocol: Protocol) -> None:
+    """Take the room that the tables will need now, so that a disk that fills up meanwhile costs no measurement."""
+    seconds = protocol.repeats * (protocol.load_seconds + protocol.warm_up_cap_seconds + protocol.idle_seconds)
+    # 10 readings of 60 bytes and 30 tiles of 40 bytes a second, the pictures and the page.
+    size = int(4e6 + seconds * 2000)
+    with open(folder / _RESERVE, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _fill_inputs(engine: Engine) -> None:
@@ -263,86 +270,3 @@ def _fill_inputs(engine: Engine) -> None:
         for index in range(batch):
             shift = (slot * batch + index) * 37 % tile
             engine.input(slot)[index] = scene[shift : shift + tile, shift : shift + tile].transpose(2, 0, 1)
-
-
-def _run_for(engine: Engine, seconds: float, at_least: int) -> list[tuple[float, float]]:
-    """Run batches for a time; (start, latency) of each, in seconds since the first."""
-    samples: list[tuple[float, float]] = []
-    origin = time.perf_counter()
-    while len(samples) < at_least or time.perf_counter() - origin < seconds:
-        slot = len(samples) % engine.slots
-        begin = time.perf_counter()
-        engine.launch(slot)
-        engine.wait(slot)
-        samples.append((begin - origin, time.perf_counter() - begin))
-    return samples
-
-
-def _engine_only(engine: Engine, samples: list[tuple[float, float]]) -> EngineOnly:
-    tile, batch = engine.manifest.tile, engine.manifest.batch
-    seconds = samples[-1][0] + samples[-1][1]
-    rate = len(samples) * batch / seconds
-    return EngineOnly(
-        tiles=len(samples) * batch,
-        seconds=seconds,
-        tiles_per_second=rate,
-        megapixels_per_second=rate * tile * tile / 1e6,
-        latency_ms=latency_of([latency for _, latency in samples]),
-    )
-
-
-def _end_to_end(engine: Engine, options: BenchOptions, tiles_per_second: float) -> EndToEnd:
-    with tempfile.TemporaryDirectory(prefix="cdkd-edge-bench-") as temporary:
-        scene = options.scene
-        if scene is None:
-            scene = Path(temporary) / "drawn.tif"
-            _draw_to(scene, _scene_side(engine, options.duration * tiles_per_second / 2))
-        result = segment_scene(engine, scene, Path(temporary) / "labels.tif", options.segment)
-    computed = result.tiles - result.tiles_without_data
-    return EndToEnd(
-        scene=options.scene.name if options.scene else "drawn",
-        width=result.width,
-        height=result.height,
-        tiles=result.tiles,
-        seconds=result.seconds,
-        engine_seconds=result.engine_seconds,
-        tiles_per_second=computed / result.seconds,
-        megapixels_per_second=result.width * result.height / result.seconds / 1e6,
-        overhead=result.seconds / result.engine_seconds if result.engine_seconds else None,
-    )
-
-
-def _scene_side(engine: Engine, tiles: float) -> int:
-    """Side of a square scene of about ``tiles`` tiles, 4 to 100 of them."""
-    tile = engine.manifest.tile
-    overlap = default_overlap(tile)
-    across = int(np.clip(round(tiles**0.5), 2, 10))
-    side = across * (tile - overlap) + overlap
-    assert len(TileGrid.over(side, side, tile, overlap)) == across**2
-    return side
-
-
-def _draw_to(path: Path, side: int) -> None:
-    image = draw_scene(side, side, seed=5).image
-    profile = {"driver": "GTiff", "width": side, "height": side, "count": 3, "dtype": "uint8", "photometric": "RGB"}
-    with rasterio.open(path, "w", **profile, tiled=True, blockxsize=256, blockysize=256) as dataset:
-        dataset.write(image.transpose(2, 0, 1))
-
-
-def _write_tiles(path: Path, samples: list[tuple[float, float]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["batch", "start_s", "latency_ms"])
-        writer.writerows((i, f"{start:.6f}", f"{latency * 1e3:.3f}") for i, (start, latency) in enumerate(samples))
-
-
-def _write_trace(path: Path, trace: Trace, phases: tuple[Phase, ...]) -> None:
-    """Every reading, in the source's own quantity; an empty field is a rail that could not be read."""
-    unit = {WATTS: "w", JOULES: "j"}[trace.source.quantity]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["time_s", "uncertainty_s", "phase", *(f"{rail}_{unit}" for rail in trace.source.rails)])
-        for sample in trace.samples:
-            phase = next((phase.name for phase in phases if phase.start <= sample.time < phase.stop), "")
-            values = (f"{sample.values[rail]:.6f}" if rail in sample.values else "" for rail in trace.source.rails)
-            writer.writerow([f"{sample.time - trace.start:.6f}", f"{sample.uncertainty:.6f}", phase, *values])

@@ -8,22 +8,22 @@ could not be measured is absent, and the field beside it says why. The JSON Sche
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from cdkd_edge import __version__
 from cdkd_edge.benchmarks.statistics import Figure, Latency
 from cdkd_edge.machine import Machine
 from cdkd_edge.manifest import EngineManifest
 
-SUMMARY_VERSION = 2
+SUMMARY_VERSION: Final = 2
 
-VALID = "valid"
-INVALID = "invalid"
-NOT_STEADY = "not_steady"
+VALID: Final = "valid"
+INVALID: Final = "invalid"
+NOT_STEADY: Final = "not_steady"
 
-IDLE = "idle"
-WARM_UP = "warm-up"
-LOAD = "load"
+IDLE: Final = "idle"
+WARM_UP: Final = "warm-up"
+LOAD: Final = "load"
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,8 @@ class BenchSummary:
     """Largest resident size of the process so far; where CPU and GPU share memory, the GPU's part is not in it."""
     started: str
     """UTC, ISO 8601."""
+    origin: float
+    """The same moment on CLOCK_MONOTONIC, s, from which all others in the record are counted; to align other meters."""
     command: str = ""
     """What was typed; empty if the run was made from Python."""
     tool: str = field(default=f"cdkd-edge {__version__}")

@@ -13,7 +13,9 @@ import rasterio
 from rasterio.transform import from_origin
 
 from cdkd_edge.accuracy.metrics import ConfusionMatrix
-from cdkd_edge.benchmarks.bench import BenchOptions, BenchSummary, run_benchmark
+from cdkd_edge.benchmarks.bench import BenchOptions, run_benchmark
+from cdkd_edge.benchmarks.protocol import protocol_of
+from cdkd_edge.benchmarks.record import BenchSummary
 from cdkd_edge.engines.cpu import build_cpu_engine
 from cdkd_edge.engines.load import load_engine
 from cdkd_edge.errors import WorkspaceError
@@ -94,7 +96,7 @@ def run_demo(
             mean_iou = confusion.mean_iou
         progress("measuring the speed")
         folder = workspace.new_run("demo")
-        bench = run_benchmark(engine, folder, BenchOptions(duration=6.0, warmup=1.0))
+        bench = run_benchmark(engine, folder, BenchOptions(protocol_of(load=6.0, warm_up_cap=10.0)))
     finally:
         engine.close()
     return DemoResult(exported, built, engine_path, result, quicklook, mean_iou, bench, folder)

@@ -159,11 +159,19 @@ class PowerSampler:
         """What is wrong with the sampling so far, in sentences; empty if all is well."""
         troubles = [problem.message for problem in self._problems]
         if self.info is not None and not self._stopping:
-            silence = time.monotonic() - max(self._heard, self._began)
+            silence = self.silence()
             limit = 3 * self.info.nominal_interval + 0.2
             if silence > limit:
                 troubles.append(f"no sample for {silence:.1f} s")
         return tuple(troubles)
+
+    def lost(self) -> str:
+        """Why no sample will come any more; empty while some may."""
+        return next((problem.message for problem in self._problems if problem.kind in ("lost", "died")), "")
+
+    def silence(self) -> float:
+        """Seconds since the latest sample."""
+        return time.monotonic() - max(self._heard, self._began)
 
     def watts(self) -> dict[str, float]:
         """Per rail, of the latest sample; of a counter, since the one before."""

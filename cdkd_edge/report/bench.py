@@ -1,14 +1,31 @@
-"""What ``cdkd-edge bench`` shows."""
+"""What ``cdkd-edge bench`` shows: a line while it measures, then one table."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cdkd_edge.report import Report, plain
+from rich.console import Console
+
+from cdkd_edge.report import Listing, Report, plain
 
 if TYPE_CHECKING:
-    from cdkd_edge.benchmarks.bench import BenchSummary
+    from cdkd_edge.benchmarks.protocol import Live
+    from cdkd_edge.benchmarks.record import BenchSummary, Figures, PowerFigures
+    from cdkd_edge.benchmarks.statistics import Figure
+
+PAPER = {
+    "tiles/s": "2.5",
+    "idle W": "5.74",
+    "load W": "18.95",
+    "net W": "13.21",
+    "J per tile, gross": "7.58",
+    "J per tile, net": "5.28",
+}
+"""Mask-CDKD, ISPRS 2026: Orin NX, TensorRT FP16, 1024 px; images/s and watts as published, joules their quotients."""
+PAPER_TITLE = "paper, Orin NX"
 
 
 def describe_bench(summary: BenchSummary, folder: Path) -> Report:
@@ -17,38 +34,170 @@ def describe_bench(summary: BenchSummary, folder: Path) -> Report:
         f"benchmark {folder}",
         tuple(bench_rows(summary)),
         {"folder": str(folder), "summary": plain(summary)},
+        _beside_the_paper(summary),
     )
 
 
 def bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
     """Of a run, also where it is part of something else."""
-    engine, scene, latency = summary.engine_only, summary.end_to_end, summary.engine_only.latency_ms
-    overhead = "" if scene.overhead is None else f", {scene.overhead:.3f} x the engine's time"
+    verdict, protocol, engine = summary.verdict, summary.protocol, summary.engine
+    idle = f"{protocol.idle_seconds:g} s idle, " if any(span.name == "idle" for span in summary.phases) else ""
+    warm_ups = [f"{repeat.warm_up_seconds:.0f}" for repeat in summary.repeats]
+    times = f", {protocol.repeats} times" if protocol.repeats > 1 else ""
     rows = [
-        ("machine", f"{summary.machine.board or summary.machine.cpu}, {summary.machine.cores} cores"),
-        ("engine only", f"{engine.tiles_per_second:.2f} tiles/s, {engine.megapixels_per_second:.2f} MP/s"),
+        ("verdict", verdict.status.replace("_", " ").upper() if verdict.reasons else verdict.status),
+        *(("", reason) for reason in verdict.reasons),
+        *(("note", warning) for warning in verdict.warnings),
+        ("machine", f"{summary.machine.board or summary.machine.cpu}, {summary.machine.cores} cores" + _mode(summary)),
+        ("engine", f"{engine.artefact.file}, {engine.precision}, {engine.batch} x {engine.tile} px, {engine.runtime}"),
+        ("protocol", f"{idle}{', '.join(warm_ups) or 0} s warm-up, {protocol.load_seconds:g} s load{times}"),
+    ]
+    if summary.figures is None:
+        return [*rows, ("figures", "none: the run is invalid (--keep-invalid gives them all the same)")]
+    figures = summary.figures
+    latency = figures.latency_ms
+    rows += [
+        (
+            "engine only",
+            f"{_figure(figures.tiles_per_second)} tiles/s, {figures.megapixels_per_second.mean:.2f} MP/s",
+        ),
         (
             "latency",
             f"p50 {latency.p50:.1f}, p90 {latency.p90:.1f}, p99 {latency.p99:.1f} ms over {latency.samples} runs",
         ),
+        *_power_rows(figures),
+        *_scene_rows(summary),
+        *_bound_rows(summary),
+        ("peak memory", f"{summary.peak_memory_bytes / 1e6:.0f} MB"),
+    ]
+    return rows
+
+
+def _mode(summary: BenchSummary) -> str:
+    if not summary.board:
+        return ""
+    mode, clocks = summary.board.get("power_mode"), summary.board.get("jetson_clocks")
+    return (f", {mode['name']}" if mode else ", power mode unknown") + (", jetson_clocks" if clocks else "")
+
+
+def _figure(figure: Figure, digits: int = 2) -> str:
+    """A mean, with its interval if there is one."""
+    text = f"{figure.mean:.{digits}f}"
+    if figure.interval is not None:
+        text += f" ({figure.interval.low:.{digits}f} .. {figure.interval.high:.{digits}f})"
+    return text
+
+
+def _power_rows(figures: Figures) -> list[tuple[str, str]]:
+    power = figures.power
+    if power is None:
+        return [("power", f"not measured: {figures.power_reason}")]
+    rows = []
+    for rail, one in power.rails.items():
+        rows.append(
+            (
+                f"power ({power.scope})",
+                f"{rail}: idle {_figure(one.idle_watts)} W, load {_figure(one.load_watts)} W, net "
+                f"{_figure(one.net_watts)} W; per tile {one.gross_joules_per_tile.mean:.2f} J gross, "
+                f"{one.net_joules_per_tile.mean:.2f} J net",
+            )
+        )
+    gaps = f", {power.gaps} gaps of {power.gap_seconds:.1f} s together" if power.gaps else ", no gap"
+    rows.append(("", f"{power.source}: {power.covers}; {power.readings_per_second:.1f} readings/s{gaps}"))
+    return rows
+
+
+def _scene_rows(summary: BenchSummary) -> list[tuple[str, str]]:
+    scene = summary.end_to_end
+    if scene is None:
+        return []
+    overhead = "" if scene.overhead is None else f", {scene.overhead:.3f} x the engine's time"
+    return [
         (
             "end to end",
             f"{scene.width} x {scene.height} px in {scene.seconds:.1f} s: {scene.tiles_per_second:.2f} tiles/s, "
             f"{scene.megapixels_per_second:.2f} MP/s" + overhead,
-        ),
-        ("peak memory", f"{summary.peak_memory_bytes / 1e6:.0f} MB"),
+        )
     ]
-    if summary.power is None:
-        rows.append(("power", f"not measured: {summary.power_reason}"))
-    else:
-        power = summary.power
-        for rail in power.load_watts:
-            rows.append(
-                (
-                    f"power ({power.scope})",
-                    f"{rail}: idle {power.idle_watts[rail]:.2f} W, load {power.load_watts[rail]:.2f} W, "
-                    f"net {power.net_joules_per_tile[rail]:.2f} J per tile ({power.source})",
-                )
-            )
-        rows += [("", problem) for problem in power.problems]
-    return rows
+
+
+def _bound_rows(summary: BenchSummary) -> list[tuple[str, str]]:
+    bound = summary.roofline
+    if bound is None:
+        return [("roofline", f"none: {summary.roofline_reason}")]
+    low, high = bound.expected_tiles_per_second
+    share = "" if bound.share_of_bound is None else f"{bound.share_of_bound:.0%} of "
+    return [
+        (
+            "roofline",
+            f"{share}{bound.bound_tiles_per_second:.1f} tiles/s, MODELLED ({bound.device}, {bound.mode}, "
+            f"{bound.precision}; expected {low:.1f} .. {high:.1f})",
+        )
+    ]
+
+
+def _beside_the_paper(summary: BenchSummary) -> Listing | None:
+    """The paper's figures beside those of a run that has power figures."""
+    figures = summary.figures
+    if figures is None or figures.power is None or figures.power.total is None:
+        return None
+    one = figures.power.rails[figures.power.total]
+    own = {
+        "tiles/s": figures.tiles_per_second,
+        "idle W": one.idle_watts,
+        "load W": one.load_watts,
+        "net W": one.net_watts,
+        "J per tile, gross": one.gross_joules_per_tile,
+        "J per tile, net": one.net_joules_per_tile,
+    }
+    rows = tuple((name, _figure(figure), PAPER[name]) for name, figure in own.items())
+    other = differences_from_paper(summary, figures.power)
+    caveat = (("not comparable", ", ".join(other), ""),) if other else ()
+    return Listing(("", "this run", PAPER_TITLE), (*rows, *caveat))
+
+
+def differences_from_paper(summary: BenchSummary, power: PowerFigures) -> list[str]:
+    """In what a run differs from the paper's deployment."""
+    engine, model = summary.engine, str((summary.board or {}).get("model") or "")
+    found = []
+    if "Orin NX" not in model:
+        found.append("another device")
+    if power.scope != "module":
+        found.append(f"power of the {power.scope}, not the module")
+    if (engine.tile, engine.batch) != (1024, 1):
+        found.append(f"{engine.batch} x {engine.tile} px")
+    if engine.precision != "fp16":
+        found.append(engine.precision.upper())
+    return found
+
+
+@contextlib.contextmanager
+def live_bench() -> Iterator[tuple[Callable[[str], None], Callable[[Live], None]]]:
+    """A line on stderr that says what is being measured; drawn only when told, so that it takes no time meanwhile."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield (lambda step: None), (lambda live: None)
+        return
+
+    from rich.live import Live as LiveLine
+    from rich.text import Text
+
+    with LiveLine(console=console, auto_refresh=False, transient=True) as line:
+        yield (
+            lambda step: line.update(Text(step), refresh=True),
+            lambda live: line.update(Text(live_text(live)), refresh=True),
+        )
+
+
+def live_text(live: Live) -> str:
+    """The line, e.g. ``load 2/3   12.41 tiles/s   18.9 W   61 °C   34 s left``."""
+    parts = [live.phase + (f" {min(live.repeat + 1, live.repeats)}/{live.repeats}" if live.repeats > 1 else "")]
+    for value, form in (
+        (live.tiles_per_second, "{:.2f} tiles/s"),
+        (live.watts, "{:.1f} W"),
+        (live.celsius, "{:.0f} °C"),
+        (live.seconds_left, "{:.0f} s left" if live.phase != "warm-up" else "{:.0f} s left at most"),
+    ):
+        if value is not None:
+            parts.append(form.format(value))
+    return "   ".join(parts)

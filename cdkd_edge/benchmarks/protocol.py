@@ -1,0 +1,279 @@
+"""The course of a benchmark: idle, warm-up until steady, load, and idle again.
+
+With power, the engine idles while loaded, before the first load and after every one, so that each load has an idle
+phase on both sides; without power there is no idle phase. Warm-up ends when windows agree
+(:mod:`cdkd_edge.benchmarks.steady`). Engine runs follow one another: a batch is launched when the one before is done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from cdkd_edge.benchmarks.folder import TimedBatch
+from cdkd_edge.benchmarks.record import IDLE, LOAD, WARM_UP, Protocol, Span
+from cdkd_edge.benchmarks.steady import Window, is_steady
+from cdkd_edge.board.conditions import ConditionsMonitor
+from cdkd_edge.engines.protocol import Engine
+from cdkd_edge.errors import UsageError
+from cdkd_edge.power.energy import rail_energy
+from cdkd_edge.power.sampler import PowerSampler
+
+SETTLE_SECONDS = 2.0
+"""Between a load and the idle phase after it: clocks and regulators come down in this time."""
+TELL_EVERY = 0.5
+"""Seconds between two live lines. They are drawn by the process that is measured."""
+LONGEST_SILENCE = 5.0
+"""Seconds without a reading after which the run is broken off, or"""
+LONGEST_SILENCE_SHARE = 0.05
+"""this share of a load phase, if that is longer. What is missing in it makes the run invalid in any case."""
+
+DEFAULT = Protocol(
+    preset="default",
+    idle_seconds=10.0,
+    load_seconds=60.0,
+    repeats=1,
+    window_seconds=5.0,
+    warm_up_cap_seconds=120.0,
+    min_batches=5,
+)
+PAPER = replace(DEFAULT, preset="paper", idle_seconds=60.0, load_seconds=120.0, repeats=3, warm_up_cap_seconds=600.0)
+"""Tiles of 1024 px, one at a time, as in the Mask-CDKD paper. It does not say how long it measured; this is longer than
+MLPerf Power asks for, and has an interval."""
+MLPERF = replace(DEFAULT, preset="mlperf", idle_seconds=60.0, load_seconds=600.0, warm_up_cap_seconds=600.0)
+"""MLPerf Inference runs last at least 600 s; power comes from the same run (MLPerf Power: 60 s at least)."""
+
+
+def protocol_of(
+    preset: Literal["default", "paper", "mlperf"] = "default",
+    *,
+    idle: float | None = None,
+    load: float | None = None,
+    warm_up_cap: float | None = None,
+    repeats: int | None = None,
+) -> Protocol:
+    """A preset, with changes; what makes a preset what it is can be exceeded and not undercut.
+
+    Raises:
+        UsageError: a time or number that is none, or less than the preset asks for.
+    """
+    base = {"default": DEFAULT, "paper": PAPER, "mlperf": MLPERF}[preset]
+    chosen = replace(
+        base,
+        idle_seconds=base.idle_seconds if idle is None else idle,
+        load_seconds=base.load_seconds if load is None else load,
+        warm_up_cap_seconds=base.warm_up_cap_seconds if warm_up_cap is None else warm_up_cap,
+        repeats=base.repeats if repeats is None else repeats,
+    )
+    if not (chosen.idle_seconds > 0 and chosen.load_seconds > 0 and chosen.warm_up_cap_seconds >= 0):
+        raise UsageError("phases last longer than 0 s")
+    if chosen.repeats < 1:
+        raise UsageError("at least one repeat")
+    if preset != "default":
+        for name in ("idle_seconds", "load_seconds", "repeats"):
+            if getattr(chosen, name) < getattr(base, name):
+                raise UsageError(f"--{preset} asks for {name.replace('_', ' ')} of at least {getattr(base, name):g}")
+    # Three windows have to fit.
+    return replace(chosen, window_seconds=min(base.window_seconds, max(chosen.warm_up_cap_seconds / 6, 0.01)))
+
+
+@dataclass(frozen=True)
+class Live:
+    """What is going on, for somebody who watches."""
+
+    phase: str
+    repeat: int
+    repeats: int
+    tiles_per_second: float | None
+    watts: float | None
+    """Of the total rail, or of the first."""
+    celsius: float | None
+    """The hottest zone that is read: tj on a Jetson."""
+    seconds_left: float | None
+    """Of the phase; in a warm-up, at most."""
+
+
+@dataclass
+class Course:
+    """What happened, moments in s from the start."""
+
+    origin: float
+    """Start of the run, s on CLOCK_MONOTONIC."""
+    spans: list[Span] = field(default_factory=list)
+    batches: list[TimedBatch] = field(default_factory=list)
+    steady: list[bool] = field(default_factory=list)
+    """Per repeat."""
+    broken_off: str = ""
+    """Why the course ended early; empty if it did not."""
+
+    def span(self, name: str, repeat: int) -> Span:
+        """The phase of a repeat.
+
+        Raises:
+            KeyError: it did not take place.
+        """
+        for span in self.spans:
+            if (span.name, span.repeat) == (name, repeat):
+                return span
+        raise KeyError(name)
+
+
+def run_course(
+    engine: Engine,
+    protocol: Protocol,
+    sampler: PowerSampler | None,
+    monitor: ConditionsMonitor,
+    tell: Callable[[Live], None] = lambda live: None,
+    *,
+    go_on: bool = False,
+) -> Course:
+    """Idle, warm up, load, as often as the protocol says.
+
+    Args:
+        engine: loaded, with its inputs filled.
+        protocol: times and repeats.
+        sampler: of power, running; None: without power.
+        monitor: of clocks and temperatures, running.
+        tell: called about twice a second.
+        go_on: whether to go on when the source of power is lost, or the run is invalid for that anyhow.
+
+    Raises:
+        EngineError: the engine failed.
+    """
+    return _Run(engine, protocol, sampler, monitor, tell, go_on).run()
+
+
+class _LostError(Exception):
+    """The source of power is gone."""
+
+
+class _Run:
+    def __init__(
+        self,
+        engine: Engine,
+        protocol: Protocol,
+        sampler: PowerSampler | None,
+        monitor: ConditionsMonitor,
+        tell: Callable[[Live], None],
+        go_on: bool,
+    ) -> None:
+        self.engine, self.protocol, self.sampler, self.monitor = engine, protocol, sampler, monitor
+        self.tell, self.go_on = tell, go_on
+        self.course = Course(time.monotonic())
+        self._told = 0.0
+        self._batch = 0
+
+    def run(self) -> Course:
+        if self.sampler is not None:  # readings before the first phase
+            assert self.sampler.info is not None
+            time.sleep(3 * self.sampler.info.nominal_interval)
+        try:
+            for repeat in range(self.protocol.repeats):
+                if self.sampler is not None:
+                    self._idle(repeat)
+                self._warm_up(repeat)
+                self._load(repeat)
+            if self.sampler is not None:
+                self._idle(self.protocol.repeats)
+                assert self.sampler.info is not None
+                time.sleep(3 * self.sampler.info.nominal_interval)  # readings after the last one
+        except _LostError as lost:
+            self.course.broken_off = str(lost)
+        return self.course
+
+    def _now(self) -> float:
+        return time.monotonic() - self.course.origin
+
+    def _idle(self, repeat: int) -> None:
+        if repeat:
+            self._rest(SETTLE_SECONDS, repeat)
+        start = self._now()
+        self._rest(self.protocol.idle_seconds, repeat)
+        self.course.spans.append(Span(IDLE, repeat, start, self._now()))
+
+    def _rest(self, seconds: float, repeat: int) -> None:
+        end = self._now() + seconds
+        while (left := end - self._now()) > 0:
+            self._say(IDLE, repeat, None, left)
+            time.sleep(min(left, 1.0))  # the measurement itself: nothing may run now
+
+    def _warm_up(self, repeat: int) -> None:
+        protocol, start = self.protocol, self._now()
+        windows: list[Window] = []
+        cap = start + protocol.warm_up_cap_seconds
+        while not is_steady(windows) and (not windows or self._now() < cap):
+            windows.append(self._window(repeat, cap))
+        self.course.spans.append(Span(WARM_UP, repeat, start, self._now()))
+        self.course.steady.append(is_steady(windows))
+
+    def _window(self, repeat: int, cap: float) -> Window:
+        """Batches for a window's time, and at least two."""
+        start = self._now()
+        least = 2 if self.protocol.warm_up_cap_seconds else 1
+        count = self._batches(WARM_UP, repeat, start + self.protocol.window_seconds, least, cap)
+        stop = self._now()
+        watts = None
+        if self.sampler is not None and (rail := self._rail()):
+            origin = self.course.origin
+            energy = rail_energy(self.sampler.trace(), rail, origin + start, origin + stop)
+            watts = energy.watts if energy else None
+        return Window(count / (stop - start), watts, self._celsius())
+
+    def _load(self, repeat: int) -> None:
+        start = self._now()
+        end = start + self.protocol.load_seconds
+        self._batches(LOAD, repeat, end, self.protocol.min_batches, end)
+        last = self.course.batches[-1]
+        self.course.spans.append(Span(LOAD, repeat, start, last.start + last.latency))
+
+    def _batches(self, phase: str, repeat: int, until: float, at_least: int, tell_until: float) -> int:
+        """Run batches until a moment; how many they were."""
+        engine, origin, batches = self.engine, self.course.origin, self.course.batches
+        count, began = 0, self._now()
+        while count < at_least or time.monotonic() - origin < until:
+            slot = self._batch % engine.slots
+            begin = time.monotonic()
+            engine.launch(slot)
+            engine.wait(slot)
+            done = time.monotonic()
+            batches.append(TimedBatch(repeat, phase, begin - origin, done - begin))
+            count += 1
+            self._batch += 1
+            if done - self._told > TELL_EVERY:
+                rate = count * engine.batch / (done - origin - began)
+                self._say(phase, repeat, rate, max(0.0, tell_until - (done - origin)))
+        return count
+
+    def _say(self, phase: str, repeat: int, rate: float | None, left: float | None) -> None:
+        self._told = time.monotonic()
+        watts = None
+        if self.sampler is not None:
+            self._require_power()
+            watts = self.sampler.watts().get(self._rail() or "")
+        self.tell(Live(phase, repeat, self.protocol.repeats, rate, watts, self._celsius(), left))
+
+    def _require_power(self) -> None:
+        """End a course that cannot become valid any more."""
+        assert self.sampler is not None
+        lost, silence = self.sampler.lost(), self.sampler.silence()
+        if not lost and silence > max(LONGEST_SILENCE, LONGEST_SILENCE_SHARE * self.protocol.load_seconds):
+            lost = f"no reading for {silence:.1f} s"
+        if lost and not self.go_on:
+            raise _LostError(f"{self.sampler.source} stopped answering: {lost}")
+
+    def _rail(self) -> str | None:
+        """The rail to watch."""
+        info = self.sampler.info if self.sampler else None
+        return None if info is None else info.total or next(iter(info.rails), None)
+
+    def _celsius(self) -> float | None:
+        latest = self.monitor.latest()
+        return hottest(latest.temperatures) if latest else None
+
+
+def hottest(temperatures: Mapping[str, float]) -> float | None:
+    """Degrees Celsius of tj, a Jetson's hottest spot; elsewhere of the hottest zone; None where none is read."""
+    junction = [value for name, value in temperatures.items() if name.casefold().startswith("tj")]
+    return max(junction or temperatures.values(), default=None)

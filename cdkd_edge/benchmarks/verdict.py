@@ -1,0 +1,120 @@
+"""Whether a run's figures may be quoted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cdkd_edge.benchmarks.protocol import Course
+from cdkd_edge.benchmarks.record import INVALID, LOAD, NOT_STEADY, VALID, Protocol, Repeat, Verdict
+from cdkd_edge.board.throttling import ConditionFinding
+from cdkd_edge.manifest import EngineManifest
+from cdkd_edge.power.protocol import CPU_PACKAGE, GPU_BOARD, SourceInfo
+from cdkd_edge.power.trace import Trace
+
+LEAST_COVERAGE = 0.98
+"""Share of a phase that must lie between readings."""
+IDLE_DIFFERENCE = 0.1
+"""Difference of the idle phases before and after a load, as a share of their mean, above which a reader is warned."""
+MLPERF_POWER_SECONDS = 60.0
+"""Of load, that MLPerf Power asks for at least."""
+LATE_SHARE = 0.05
+"""Of readings that come late, above which a reader is warned."""
+
+
+def judge(
+    course: Course,
+    protocol: Protocol,
+    repeats: tuple[Repeat, ...],
+    engine: EngineManifest,
+    trace: Trace | None,
+    power_reason: str,
+    conditions: Iterable[ConditionFinding],
+    *,
+    power_wanted: bool,
+) -> Verdict:
+    """Judge a run.
+
+    Args:
+        course: what happened.
+        protocol: what was to happen.
+        repeats: of the course, as far as it went.
+        engine: what was measured.
+        trace: of power; None: without.
+        power_reason: why there is no power figure although there was a source; empty if there is one.
+        conditions: what the board's monitor found during the loads.
+        power_wanted: whether power was asked for.
+    """
+    findings = tuple(conditions)
+    reasons = [finding.message for finding in findings if finding.invalidates]
+    warnings = [finding.message for finding in findings if not finding.invalidates]
+    if course.broken_off:
+        reasons.append(course.broken_off)
+    if trace is not None:
+        reasons += _power_reasons(repeats, engine, trace, power_reason, course)
+        warnings += _power_warnings(repeats, trace)
+    elif power_wanted:
+        warnings.append(f"power was asked for and not measured: {power_reason}")
+    loads = [span.seconds for span in course.spans if span.name == LOAD]
+    if power_wanted and loads and min(loads) < MLPERF_POWER_SECONDS:
+        warnings.append(f"load of {min(loads):.0f} s; MLPerf Power asks for {MLPERF_POWER_SECONDS:.0f} s")
+    if reasons:
+        return Verdict(INVALID, tuple(dict.fromkeys(reasons)), tuple(warnings))
+    restless = [str(number + 1) for number, repeat in enumerate(repeats) if not repeat.steady]
+    if restless:
+        which = "" if protocol.repeats == 1 else f" of repeat {', '.join(restless)}"
+        cap = f"the warm-up{which} did not become steady within {protocol.warm_up_cap_seconds:g} s"
+        return Verdict(NOT_STEADY, (cap,), tuple(warnings))
+    return Verdict(VALID, (), tuple(warnings))
+
+
+def _power_reasons(
+    repeats: tuple[Repeat, ...], engine: EngineManifest, trace: Trace, power_reason: str, course: Course
+) -> list[str]:
+    source, reasons = trace.source, []
+    if (wrong := _wrong_source(source, engine)) is not None:
+        reasons.append(wrong)
+    ended = [problem.message for problem in trace.problems if problem.kind in ("lost", "died")]
+    if ended and not course.broken_off:
+        reasons.append(f"{source.name} stopped answering: {ended[0]}")
+    if power_reason:
+        reasons.append(power_reason)
+    for repeat in repeats:
+        for rail, one in (repeat.rails or {}).items():
+            if one.covered < LEAST_COVERAGE:
+                why = "".join(f"; {problem.message}" for problem in trace.problems)
+                reasons.append(
+                    f"{source.name}: readings of {rail} are missing in {1 - one.covered:.0%} of a phase{why}"
+                )
+            if rail == source.total and one.load_watts <= one.idle_watts:
+                reasons.append(
+                    f"{rail} is not higher under load ({one.load_watts:.2f} W) than idle ({one.idle_watts:.2f} W): "
+                    "it does not feed what the engine runs on, or something else was running"
+                )
+    return reasons
+
+
+def _wrong_source(source: SourceInfo, engine: EngineManifest) -> str | None:
+    """A source that does not cover what the engine runs on."""
+    on_cpu = engine.runtime == "onnxruntime-cpu"
+    if on_cpu and source.scope == GPU_BOARD:
+        return f"{source.name} measures the {source.scope}, and this engine runs on the CPU"
+    if engine.tensorrt is not None and source.scope == CPU_PACKAGE:
+        return f"{source.name} measures the {source.scope}, and this engine runs on the GPU"
+    return None
+
+
+def _power_warnings(repeats: tuple[Repeat, ...], trace: Trace) -> list[str]:
+    warnings = [problem.message for problem in trace.problems if problem.kind not in ("lost", "died")]
+    source = trace.source
+    if source.total is None:
+        warnings.append(f"{source.name} has no rail that contains the others; its rails do not add up to a total")
+    if trace.late > LATE_SHARE * len(trace.samples):
+        warnings.append(f"{trace.late} of {len(trace.samples)} readings came late")
+    for number, repeat in enumerate(repeats, 1):
+        one = (repeat.rails or {}).get(source.total or "")
+        if one and abs(one.idle_after_watts - one.idle_before_watts) > IDLE_DIFFERENCE * one.idle_watts:
+            warnings.append(
+                f"repeat {number}: idle is {one.idle_before_watts:.2f} W before and {one.idle_after_watts:.2f} W after "
+                "the load; net figures use the mean"
+            )
+    return warnings

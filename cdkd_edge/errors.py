@@ -24,6 +24,7 @@ code  meaning
 14    parity: the candidate does not keep to the tolerance
 15    doctor: something that is needed here does not work
 16    power cannot be measured from the source that was asked for
+17    the board's power mode or clocks cannot be changed, or were not put back
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
 ====  =============================================================
 """
@@ -145,3 +146,9 @@ class PowerError(CdkdEdgeError, RuntimeError):
     """No source of power answers, or not the one that was asked for."""
 
     exit_code = 16
+
+
+class BoardError(CdkdEdgeError, RuntimeError):
+    """The board's power mode or clocks cannot be changed, or could not be put back afterwards."""
+
+    exit_code = 17

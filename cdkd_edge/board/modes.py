@@ -211,6 +211,7 @@ def _put_back(root: Path, journal: Journal, run: Run) -> None:
     """
     change = journal.read()
     if change is None:
+        journal.clear()  # of clocks that were stored, and nothing after that
         return
     failures = []
     if change.clocks and change.maximised:  # before the mode: clocks that are held may be above what it allows

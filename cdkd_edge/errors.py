@@ -26,6 +26,7 @@ code  meaning
 16    power cannot be measured from the source that was asked for
 19    bench: the run is invalid; or a run's folder cannot be used
 20    compare: the runs cannot be compared, or one is slower than allowed
+17    the board's power mode or clocks cannot be changed, or were not put back
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
 ====  =============================================================
 """
@@ -159,3 +160,7 @@ class CompareError(CdkdEdgeError):
     """Runs cannot be compared, or one is slower than allowed."""
 
     exit_code = 20
+class BoardError(CdkdEdgeError, RuntimeError):
+    """The board's power mode or clocks cannot be changed, or could not be put back afterwards."""
+
+    exit_code = 17

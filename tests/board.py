@@ -96,6 +96,10 @@ def make_tree(root: Path, watts: Sequence[float] = (6.0, 1.5, 1.0)) -> Path:
     write(fan / "pwm1", 80)
     write(root / "class/hwmon/hwmon2/name", "pwm_tach")
     write(root / "class/hwmon/hwmon2/rpm", 1800)
+    write(root / "class/hwmon/hwmon4/name", "soctherm_oc")
+    for number in (1, 2, 3):
+        write(root / f"class/hwmon/hwmon4/oc{number}_event_cnt", 0)
+        write(root / f"class/hwmon/hwmon4/oc{number}_throt_en", 1)
     (root / "kernel").mkdir()
     (root / "class/powercap").mkdir(parents=True)
     return root

@@ -54,6 +54,41 @@ def test_without_vdd_in_nothing_is_summed_up(tree):
     assert "no VDD_IN, only VDD_GPU_SOC, VDD_CPU_GPU_CV, VDD_SOC" in reason
 
 
+@pytest.fixture
+def agx_orin(tmp_path):
+    """Its two chips; two of the second one's channels are not connected."""
+    root = tmp_path / "agx"
+    for chip, labels in (
+        ("1-0040", ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")),
+        ("1-0041", ("NC", "VDDQ_VDD2_1V8AO", "NC")),
+    ):
+        folder = root / f"bus/i2c/drivers/ina3221/{chip}/hwmon/hwmon{chip[-1]}"
+        for channel, label in enumerate(labels, 1):
+            write(folder / f"in{channel}_label", label)
+            write(folder / f"in{channel}_input", 5000)
+            write(folder / f"curr{channel}_input", 100 * channel)
+    return root
+
+
+def test_an_agx_orin_has_rails_and_no_total(agx_orin):
+    reader, reason = Ina3221Reader.probe(agx_orin)
+    assert reason == ""
+    assert reader.total is None
+    assert reader.scope == "rails of a module", "never compared with VDD_IN"
+    assert reader.read() == {"VDD_GPU_SOC": 0.5, "VDD_CPU_CV": 1.0, "VIN_SYS_5V0": 1.5, "VDDQ_VDD2_1V8AO": 1.0}
+    assert "VIN_SYS_5V0, VDDQ_VDD2_1V8AO, each for itself: they do not add up" in reader.covers
+    info = PolledStream(reader, 0.1).info
+    assert (info.scope, info.total, len(info.rails)) == ("rails of a module", None, 4)
+
+
+def test_an_agx_orin_without_one_of_its_rails(agx_orin):
+    chip = agx_orin / "bus/i2c/drivers/ina3221/1-0041/hwmon/hwmon1"
+    (chip / "curr2_input").write_text("")
+    assert Ina3221Reader.probe(agx_orin) == (None, "VDDQ_VDD2_1V8AO cannot be read")
+    write(chip / "in2_label", "NC")
+    assert "no VDD_IN, only VDD_GPU_SOC, VDD_CPU_CV, VIN_SYS_5V0" in Ina3221Reader.probe(agx_orin)[1]
+
+
 @pytest.mark.parametrize("text", ["", "nonsense"])
 @pytest.mark.parametrize("file", ["in1_input", "curr1_input"])
 def test_probed_by_a_reading(tree, file, text):

@@ -11,8 +11,19 @@ _DEFAULT = re.compile(r"^<\s*PM_CONFIG\s+DEFAULT=(\d+)\s*>", re.MULTILINE)
 
 
 @dataclass(frozen=True)
+class PowerMode:
+    """A power mode's number and name."""
+
+    id: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (id {self.id})"
+
+
+@dataclass(frozen=True)
 class NvpMode:
-    """One power mode."""
+    """One power mode, and what it allows the GPU."""
 
     id: int
     name: str

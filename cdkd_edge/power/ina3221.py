@@ -4,7 +4,10 @@
 mV, ``curr<N>_input`` its current in mA. Channels are found by label: their numbers differ between boards. VDD_IN is
 what the module draws; the carrier board is outside it. The chip's own accuracy (shunt and gain, about 1 %) is not in
 any error bound here.
-Source: https://docs.kernel.org/hwmon/ina3221.html
+
+A Jetson AGX Orin has no VDD_IN. Its two chips measure VDD_GPU_SOC, VDD_CPU_CV, VIN_SYS_5V0 and VDDQ_VDD2_1V8AO; which
+of them feed one another is not documented, so there are figures per rail and none for the module.
+Sources: https://docs.kernel.org/hwmon/ina3221.html; Linux, arch/arm64/boot/dts/nvidia/tegra234-p3701.dtsi
 """
 
 from __future__ import annotations
@@ -12,24 +15,29 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cdkd_edge.power.protocol import MODULE, WATTS
+from cdkd_edge.power.protocol import MODULE, MODULE_RAILS, WATTS
 
 SYS = Path("/sys")
 TOTAL = "VDD_IN"
+COVERS = "VDD_IN: the module without its carrier board"
+_AGX_ORIN = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0", "VDDQ_VDD2_1V8AO")
 
 
 class Ina3221Reader:
     """Watts of each labelled channel."""
 
     name = "ina3221"
-    scope = MODULE
-    covers = "VDD_IN: the module without its carrier board"
     quantity = WATTS
-    total: str | None = TOTAL
 
     def __init__(self, channels: dict[str, tuple[Path, Path]]) -> None:
         """Use ``probe`` instead; ``channels`` maps a rail to the files of its voltage and its current."""
         self._channels = channels
+        self.total: str | None = TOTAL if TOTAL in channels else None
+        if self.total:
+            self.scope, self.covers = MODULE, COVERS
+        else:
+            self.scope = MODULE_RAILS
+            self.covers = f"{', '.join(channels)}, each for itself: they do not add up to the module"
 
     @classmethod
     def probe(cls, root: Path = SYS) -> tuple[Ina3221Reader | None, str]:
@@ -41,7 +49,8 @@ class Ina3221Reader:
         channels = _channels(root)
         if not channels:
             return None, f"no INA3221 under {root / 'bus/i2c/drivers'}"
-        if TOTAL not in channels:
+        needed = (TOTAL,) if TOTAL in channels else _AGX_ORIN
+        if not set(needed) <= set(channels):
             # Without it the sum of rails would be taken for the module.
             return None, f"the INA3221 has no {TOTAL}, only {', '.join(channels)}"
         reader = cls(channels)
@@ -49,8 +58,9 @@ class Ina3221Reader:
             values = reader.read()
         except OSError as error:
             return None, f"the INA3221 cannot be read: {error}"
-        if TOTAL not in values:
-            return None, f"{TOTAL} cannot be read"
+        missing = [rail for rail in needed if rail not in values]
+        if missing:
+            return None, f"{', '.join(missing)} cannot be read"
         return reader, ""
 
     def read(self) -> dict[str, float]:

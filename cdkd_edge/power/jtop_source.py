@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cdkd_edge.power.ina3221 import TOTAL, Ina3221Reader
+from cdkd_edge.power.ina3221 import COVERS, TOTAL
 from cdkd_edge.power.protocol import MODULE, WATTS, LostSourceError, Sample, SourceInfo, UnusableSourceError
 
 ATTEMPTS = 3
@@ -76,7 +76,7 @@ class JtopStream:
         self.info = SourceInfo(
             name="jtop",
             scope=MODULE,
-            covers=Ina3221Reader.covers,
+            covers=COVERS,
             quantity=WATTS,
             rails=tuple(first.values),
             total=TOTAL,

@@ -13,6 +13,8 @@ WATTS = "watts"
 JOULES = "joules"
 
 MODULE = "module"
+MODULE_RAILS = "rails of a module"
+"""Some of them, or overlapping ones: they do not add up to the module."""
 GPU_BOARD = "GPU board"
 CPU_PACKAGE = "CPU package"
 
@@ -40,7 +42,7 @@ class SourceInfo:
     name: str
     """One of ``SOURCES``."""
     scope: str
-    """What figures may be compared with: ``module``, ``GPU board`` or ``CPU package``; never across scopes."""
+    """What figures may be compared with: this module's constants; never across scopes."""
     covers: str
     """The same in a sentence."""
     quantity: str

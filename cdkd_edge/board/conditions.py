@@ -1,0 +1,286 @@
+"""What the board does while something is measured: clocks, temperatures, fan, throttling, read once a second.
+
+Everything comes from files below ``/sys``, ``/proc`` and ``/var/lib``; a reading takes a millisecond or so and starts
+no process. What cannot be read is absent. Over-current events are those of NVIDIA's ``soctherm-oc-event`` driver (hwmon
+``soctherm_oc``, files ``oc<N>_event_cnt``), described in the Jetson Linux Developer Guide, "Platform Power and
+Performance", Jetson Orin series; x86 counts thermal throttling in ``cpu*/thermal_throttle``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cdkd_edge.board.identity import SYS_CPU, mode_of, read_modes
+from cdkd_edge.board.jetson import current_mode, gpu_folder
+from cdkd_edge.board.tree import resolve
+
+_MOST_CPUS = 16
+"""CPUs whose clocks are read: on old x86 kernels each reading may wait 10 ms."""
+_CPU_SENSORS = ("coretemp", "k10temp", "zenpower")
+_PLAUSIBLE = (-40.0, 150.0)
+"""Degrees; a sensor that is off reads -256 on a Jetson."""
+
+Probe = Callable[[], "float | None"]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """One reading. A key is there only if its file could be read."""
+
+    time: float
+    """Seconds on ``time.monotonic``'s clock, before the files were read."""
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """Degrees Celsius by thermal zone (``tj-thermal``, ``gpu-thermal`` ...) or, on a desktop, sensor."""
+    clocks_mhz: Mapping[str, float] = field(default_factory=dict)
+    """``gpu``, ``cpu`` (mean of the CPUs), ``emc`` (memory; readable by root)."""
+    clock_limits_mhz: Mapping[str, float] = field(default_factory=dict)
+    """Highest allowed clock of the same keys, in this power mode."""
+    fan: Mapping[str, float] = field(default_factory=dict)
+    """``percent`` of the full duty cycle, ``rpm``."""
+    throttle_events: Mapping[str, int] = field(default_factory=dict)
+    """Counters since the machine started: ``oc1`` ... of a Jetson, ``core_throttle``, ``package_throttle`` of x86."""
+    power_mode: str | None = None
+    memory_available_bytes: int | None = None
+
+
+class ConditionsMonitor:
+    """Reads the conditions in a thread of its own, from :meth:`start` to :meth:`stop`."""
+
+    def __init__(self, root: Path = Path("/"), interval: float = 1.0) -> None:
+        """Watch the file tree at ``root``, every ``interval`` seconds."""
+        self._root, self._interval = root, interval
+        self._readings: list[Conditions] = []
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Take the first reading now and the others in the background; does nothing while it runs."""
+        if self._thread is not None:
+            return
+        reader = ConditionsReader(self._root)
+        self._add(reader.read())
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._watch, args=(reader,), name="conditions", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take a last reading and end. Waits two seconds at most, for a file that hangs."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stopping.set()
+            thread.join(2.0)
+
+    def latest(self) -> Conditions | None:
+        """The last reading; None before the first."""
+        with self._lock:
+            return self._readings[-1] if self._readings else None
+
+    def readings(self) -> tuple[Conditions, ...]:
+        """All readings so far, in order."""
+        with self._lock:
+            return tuple(self._readings)
+
+    def __enter__(self) -> ConditionsMonitor:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _add(self, conditions: Conditions) -> None:
+        with self._lock:
+            self._readings.append(conditions)
+
+    def _watch(self, reader: ConditionsReader) -> None:
+        due = time.monotonic()
+        while True:
+            # After a reading that took longer than the interval, the next is due an interval from now.
+            due = max(due + self._interval, time.monotonic())
+            stopping = self._stopping.wait(due - time.monotonic())
+            self._add(reader.read())
+            if stopping:
+                return
+
+
+class ConditionsReader:
+    """Knows which files there are; looks for them once."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        """Look for the files below ``root``."""
+        self._root = root
+        self._modes = read_modes(root)
+        self._temperatures = _find_temperatures(root)
+        self._clocks, self._limits = _find_clocks(root)
+        self._fan = _find_fan(root)
+        self._events = _find_events(root)
+
+    def read(self) -> Conditions:
+        """One reading; never raises."""
+        now = time.monotonic()
+        mode = mode_of(self._modes, current_mode(self._root)) if self._modes else None
+        memory = _meminfo(self._root / "proc/meminfo")
+        low, high = _PLAUSIBLE
+        return Conditions(
+            time=now,
+            temperatures={key: value for key, value in _values(self._temperatures).items() if low < value < high},
+            clocks_mhz=_values(self._clocks),
+            clock_limits_mhz=_values(self._limits),
+            fan=_values(self._fan),
+            throttle_events={key: int(value) for key, value in _values(self._events).items()},
+            power_mode=mode.name if mode else None,
+            memory_available_bytes=memory,
+        )
+
+
+def _values(probes: dict[str, Probe]) -> dict[str, float]:
+    read = ((key, probe()) for key, probe in probes.items())
+    return {key: value for key, value in read if value is not None}
+
+
+def _file(path: Path, scale: float = 1.0) -> Probe:
+    return lambda: _number(path, scale)
+
+
+def _number(path: Path, scale: float = 1.0) -> float | None:
+    try:
+        return int(path.read_text()) * scale
+    except (OSError, ValueError):  # an empty or half-written file is no reading
+        return None
+
+
+def _name(path: Path) -> str:
+    try:
+        return "".join(filter(str.isprintable, path.read_text(errors="replace"))).strip()[:60]
+    except OSError:
+        return ""
+
+
+def _of_files(paths: list[Path], join: Callable[[list[float]], float], scale: float = 1.0) -> Probe:
+    """Mean, sum, ... of those files that can be read."""
+
+    def probe() -> float | None:
+        values = [value for path in paths if (value := _number(path, scale)) is not None]
+        return join(values) if values else None
+
+    return probe
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _glob(folder: Path, pattern: str) -> list[Path]:
+    """Matching paths, numbers in the order of numbers; none where the folder cannot be read."""
+    found: list[Path] = []
+    with contextlib.suppress(OSError):
+        found += folder.glob(pattern)
+    return sorted(
+        found, key=lambda path: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", str(path))]
+    )
+
+
+def _find_temperatures(root: Path) -> dict[str, Probe]:
+    found: dict[str, Probe] = {}
+
+    def add(name: str, path: Path) -> None:
+        if name:
+            number = 2
+            while (key := name if name not in found else f"{name} {number}") in found:
+                number += 1
+            found[key] = _file(path, 1e-3)
+
+    zones = _glob(root / "sys/class/thermal", "thermal_zone[0-9]*")
+    for zone in zones or _glob(root / "sys/devices/virtual/thermal", "thermal_zone[0-9]*"):
+        add(_name(zone / "type"), zone / "temp")
+    for sensor in _hwmon(root, _CPU_SENSORS):
+        for path in _glob(sensor, "temp[0-9]*_input"):
+            label = _name(path.with_name(path.name.replace("_input", "_label")))
+            add(f"{_name(sensor / 'name')} {label}".strip(), path)
+    return found
+
+
+def _hwmon(root: Path, names: tuple[str, ...]) -> list[Path]:
+    return [folder for folder in _glob(root / "sys/class/hwmon", "hwmon[0-9]*") if _name(folder / "name") in names]
+
+
+def _find_clocks(root: Path) -> tuple[dict[str, Probe], dict[str, Probe]]:
+    gpu = resolve(root, gpu_folder(root))
+    cpus = _glob(root / SYS_CPU, "cpu[0-9]*/cpufreq")
+    cpus = cpus[:: max(1, -(-len(cpus) // _MOST_CPUS))]
+    emc = root / "sys/kernel/debug/bpmp/debug/clk/emc"
+    caps = [root / f"sys/kernel/{name}" for name in ("nvpmodel_clk_cap/emc", "nvpmodel_emc_cap/emc_iso_cap")]
+
+    def emc_limit() -> float | None:
+        top = _number(emc / "max_rate", 1e-6)
+        cap = next((value for path in caps if (value := _number(path, 1e-6))), None)  # 0: no cap
+        return None if top is None else min(top, cap) if cap else top
+
+    now: dict[str, Probe] = {
+        "gpu": _file(gpu / "cur_freq", 1e-6),
+        "cpu": _of_files([cpu / "scaling_cur_freq" for cpu in cpus], _mean, 1e-3),
+        "emc": _file(emc / "rate", 1e-6),
+    }
+    most: dict[str, Probe] = {
+        "gpu": _file(gpu / "max_freq", 1e-6),
+        "cpu": _of_files([cpu / "scaling_max_freq" for cpu in cpus], _mean, 1e-3),
+        "emc": emc_limit,
+    }
+    return now, most
+
+
+def _find_fan(root: Path) -> dict[str, Probe]:
+    found: dict[str, Probe] = {}
+    for folder in _hwmon(root, ("pwmfan", "pwm_tach", "tachometer")):
+        for key, name, scale in (("percent", "pwm1", 100 / 255), ("rpm", "rpm", 1.0), ("rpm", "fan1_input", 1.0)):
+            if key not in found and _number(folder / name) is not None:
+                found[key] = _file(folder / name, scale)
+    return found
+
+
+def _find_events(root: Path) -> dict[str, Probe]:
+    found: dict[str, Probe] = {}
+    for folder in _hwmon(root, ("soctherm_oc",)):
+        for path in _glob(folder, "oc[0-9]*_event_cnt"):
+            name = path.name.partition("_")[0]
+            # An event that is not armed counts without slowing anything down.
+            if _number(path.with_name(f"{name}_throt_en")) != 0:
+                found[name] = _file(path)
+    throttled = _glob(root / SYS_CPU, "cpu[0-9]*/thermal_throttle")
+    if throttled:
+        found["core_throttle"] = _of_files([folder / "core_throttle_count" for folder in throttled], sum)
+        # Each CPU of a package shows the same counter.
+        found["package_throttle"] = _of_files([folder / "package_throttle_count" for folder in throttled], max)
+    return found
+
+
+def _meminfo(path: Path) -> int | None:
+    try:
+        match = re.search(r"^MemAvailable:\s*(\d+) kB", path.read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return None
+    return int(match[1]) * 1024 if match else None
+
+
+def as_json(conditions: Conditions) -> dict[str, Any]:
+    """The same as plain data, for a file of readings."""
+    return {
+        "time": conditions.time,
+        "temperatures": dict(conditions.temperatures),
+        "clocks_mhz": dict(conditions.clocks_mhz),
+        "clock_limits_mhz": dict(conditions.clock_limits_mhz),
+        "fan": dict(conditions.fan),
+        "throttle_events": dict(conditions.throttle_events),
+        "power_mode": conditions.power_mode,
+        "memory_available_bytes": conditions.memory_available_bytes,
+    }

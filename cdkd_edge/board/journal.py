@@ -1,0 +1,171 @@
+"""What has been changed on the board and is to be put back, on disk, in case the process that changed it is killed.
+
+Below ``/var/lib/cdkd-edge``, not in a user's folder: there is one board for all users, whoever runs the next benchmark
+has to see it, and what root is to do must not be told by a file that others can write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cdkd_edge.board.nvpmodel import PowerMode
+from cdkd_edge.board.tree import read
+from cdkd_edge.errors import BoardError
+from cdkd_edge.files import write_text
+
+FOLDER = "var/lib/cdkd-edge"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a run changes: written before it does so."""
+
+    before: PowerMode | None
+    """Power mode to be put back; None: it is not changed."""
+    during: PowerMode | None
+    clocks: Path | None
+    """File of ``jetson_clocks --store``; None: clocks are not touched."""
+    maximised: bool
+    """Whether the run calls ``jetson_clocks``."""
+    held_before: bool | None
+    """Whether clocks were held at their maximum already."""
+    since: str = ""
+    """Local time, ISO 8601."""
+    boot: str = ""
+    """The kernel's identifier of this start of the machine."""
+
+
+class Journal:
+    """The folder below one root."""
+
+    def __init__(self, root: Path) -> None:
+        """Nothing is read or written yet."""
+        self._root = root
+        self.folder = root / FOLDER
+        self.path = self.folder / "board.json"
+        self._lock = self.folder / "board.lock"
+
+    @property
+    def boot(self) -> str:
+        """Of the running system; a board that starts anew has let go of its clocks."""
+        return read(self._root, "/proc/sys/kernel/random/boot_id").text or ""
+
+    def new_clocks_file(self) -> Path:
+        """A name that is free: ``jetson_clocks --store`` asks before it overwrites. No spaces, which it cannot take."""
+        return self.folder / f"clocks-{secrets.token_hex(4)}.conf"
+
+    def write(self, change: Change) -> None:
+        """Put it on disk, durably."""
+        data = {
+            "version": _VERSION,
+            "process": os.getpid(),
+            "since": change.since or datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "boot": self.boot,
+            "before": _mode_data(change.before),
+            "during": _mode_data(change.during),
+            "clocks": change.clocks.name if change.clocks else None,
+            "maximised": change.maximised,
+            "held_before": change.held_before,
+        }
+        with self._refused():
+            write_text(self.path, json.dumps(data, indent=2) + "\n")
+            self.path.chmod(0o644)
+
+    def read(self) -> Change | None:
+        """What is written there; None where there is nothing.
+
+        Raises:
+            BoardError: the file is damaged.
+        """
+        file = read(self._root, f"/{FOLDER}/board.json")
+        if file.text is None and not file.reason:
+            return None
+        try:
+            data: dict[str, Any] = json.loads(file.text or "")
+            clocks = data["clocks"]
+            if data["version"] != _VERSION or (clocks is not None and Path(clocks).name != clocks):
+                raise ValueError
+            return Change(
+                before=_mode(data["before"]),
+                during=_mode(data["during"]),
+                clocks=self.folder / clocks if clocks is not None else None,
+                maximised=bool(data["maximised"]),
+                held_before=data["held_before"],
+                since=str(data["since"]),
+                boot=str(data["boot"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise BoardError(
+                f"{self.path} does not say what an earlier run changed on the board: "
+                f"{file.reason or 'it is damaged, or of another version'}",
+                hint=f"set the power mode by hand (sudo nvpmodel -m ID), then: sudo rm {self.path}",
+            ) from error
+
+    def clear(self) -> None:
+        """Everything is as it was before."""
+        with self._refused():
+            self.path.unlink(missing_ok=True)
+            for left in self.folder.glob("clocks-*.conf"):
+                left.unlink(missing_ok=True)
+
+    def in_use(self) -> bool:
+        """Whether a running process has changed the board."""
+        try:
+            with open(self._lock, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone with the board. The lock goes with the process, however it ends.
+
+        Raises:
+            BoardError: another process has it, or the folder cannot be written.
+        """
+        with self._refused():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.chmod(0o755)
+            file = open(self._lock, "ab")  # noqa: SIM115
+        with file:
+            os.fchmod(file.fileno(), 0o644)
+            for attempt in range(10):  # somebody may just be asking whether it is in use
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if attempt == 9:
+                        raise BoardError(
+                            "another run has changed the board's power mode or clocks", hint="wait until it has ended"
+                        ) from None
+                    time.sleep(0.05)
+            yield
+
+    @contextlib.contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise BoardError(f"{error.filename or self.folder}: {error.strerror}") from error
+
+
+def _mode_data(mode: PowerMode | None) -> dict[str, Any] | None:
+    return {"id": mode.id, "name": mode.name} if mode else None
+
+
+def _mode(data: Any) -> PowerMode | None:
+    return None if data is None else PowerMode(int(data["id"]), str(data["name"]))

@@ -1,0 +1,169 @@
+"""Whether a measurement ran under conditions that it may be judged by.
+
+Over-current and thermal throttling slow the board down without a word; their counters, the junction temperature and a
+change of the power mode make a run invalid. A clock below its maximum is a warning: it is how the board is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from cdkd_edge.board.conditions import Conditions
+
+OVER_CURRENT = "over-current"
+TOO_HOT = "too hot"
+MODE_CHANGED = "mode changed"
+THERMAL_THROTTLING = "thermal throttling"
+BELOW_MAXIMUM = "below maximum clock"
+
+HOT = 95.0
+"""Degrees Celsius of the junction, from which on a run is not used; Orin shuts down a few degrees above."""
+_FULL = 0.98
+"""Share of the highest allowed clock that counts as it."""
+_EVENTS = {
+    "oc1": "under-voltage of the supply",
+    "oc2": "mean over-current",
+    "oc3": "instantaneous over-current",
+}
+"""Of Orin; other modules number theirs otherwise, but all of them are about the supply."""
+
+
+@dataclass(frozen=True)
+class ConditionFinding:
+    """Something about the conditions that a reader of the figures has to know."""
+
+    kind: str
+    """One of this module's constants."""
+    invalidates: bool
+    """Whether figures of this run must not be used."""
+    message: str
+
+
+def judge_conditions(readings: Sequence[Conditions], start: float, stop: float) -> tuple[ConditionFinding, ...]:
+    """Judge the time between two moments.
+
+    Counters and the power mode are compared from the last reading before ``start`` to the first one after ``stop``, so
+    that nothing falls between readings; at one reading a second that is a second more on either side.
+
+    Args:
+        readings: of a monitor, in order; those outside are needed as well.
+        start: of the load, seconds on ``time.monotonic``'s clock.
+        stop: of the load.
+    """
+    inside = _inside(readings, start, stop)
+    around = _around(readings, start, stop)
+    return (
+        *_throttled(around),
+        *_hot(inside),
+        *_modes(around),
+        *_slow(inside, around),
+    )
+
+
+def summarise(readings: Sequence[Conditions], start: float, stop: float) -> dict[str, Any]:
+    """Least, mean and largest value of everything between two moments, as plain data for a JSON file.
+
+    ``throttle_events`` are rises of the counters, over the same stretch as in :func:`judge_conditions`. Where nothing
+    could be read, a mapping is empty or the value is None.
+    """
+    inside = _inside(readings, start, stop)
+    memory = [one.memory_available_bytes for one in inside if one.memory_available_bytes is not None]
+    return {
+        "readings": len(inside),
+        "clocks_mhz": _spreads(one.clocks_mhz for one in inside),
+        "clock_limits_mhz": _spreads(one.clock_limits_mhz for one in inside),
+        "temperatures": _spreads(one.temperatures for one in inside),
+        "fan": _spreads(one.fan for one in inside),
+        "throttle_events": _rises(_around(readings, start, stop)),
+        "power_modes": list(dict.fromkeys(one.power_mode for one in inside if one.power_mode is not None)),
+        "memory_available_bytes": {"min": min(memory), "mean": sum(memory) / len(memory), "max": max(memory)}
+        if memory
+        else None,
+    }
+
+
+def _inside(readings: Sequence[Conditions], start: float, stop: float) -> list[Conditions]:
+    return [one for one in readings if start <= one.time <= stop]
+
+
+def _around(readings: Sequence[Conditions], start: float, stop: float) -> list[Conditions]:
+    before = [one for one in readings if one.time < start][-1:]
+    after = [one for one in readings if one.time > stop][:1]
+    return [*before, *_inside(readings, start, stop), *after]
+
+
+def _spreads(readings: Iterable[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    values: dict[str, list[float]] = {}
+    for reading in readings:
+        for key, value in reading.items():
+            values.setdefault(key, []).append(value)
+    return {key: {"min": min(all_), "mean": sum(all_) / len(all_), "max": max(all_)} for key, all_ in values.items()}
+
+
+def _rises(readings: Sequence[Conditions]) -> dict[str, int]:
+    """By how much each counter rose; one that starts again from zero has risen by what it then shows."""
+    rises: dict[str, int] = {}
+    for name in sorted({name for one in readings for name in one.throttle_events}):
+        counts = [one.throttle_events[name] for one in readings if name in one.throttle_events]
+        rises[name] = sum(later - earlier if later >= earlier else later for earlier, later in pairwise(counts))
+    return rises
+
+
+def _throttled(readings: Sequence[Conditions]) -> list[ConditionFinding]:
+    rises = {name: rise for name, rise in _rises(readings).items() if rise}
+    current = [_event(name, rise) for name, rise in rises.items() if name.startswith("oc")]
+    heat = [f"{name}_count rose by {rise}" for name, rise in rises.items() if not name.startswith("oc")]
+    findings = []
+    if current:
+        text = f"the board was throttled by its supply: {'; '.join(current)} (a lower power mode or a stronger supply)"
+        findings.append(ConditionFinding(OVER_CURRENT, True, text))
+    if heat:
+        text = f"the CPU was throttled by its temperature: {'; '.join(heat)}"
+        findings.append(ConditionFinding(THERMAL_THROTTLING, True, text))
+    return findings
+
+
+def _event(name: str, rise: int) -> str:
+    meaning = f", {_EVENTS[name]}" if name in _EVENTS else ""
+    return f"{name}_event_cnt rose by {rise}{meaning}"
+
+
+def _hot(readings: Sequence[Conditions]) -> list[ConditionFinding]:
+    tops: dict[str, float] = {}
+    for one in readings:
+        for zone, degrees in one.temperatures.items():
+            tops[zone] = max(degrees, tops.get(zone, degrees))
+    # The junction is the hottest of all zones. Without it, each zone of the SoC; PC sensors have limits of their own.
+    zones = ["tj-thermal"] if "tj-thermal" in tops else [zone for zone in tops if zone.endswith(("-thermal", "-therm"))]
+    hot = [f"{zone} reached {tops[zone]:.1f} C" for zone in zones if tops[zone] >= HOT]
+    return [ConditionFinding(TOO_HOT, True, f"{', '.join(hot)}, the limit is {HOT:.0f} C")] if hot else []
+
+
+def _modes(readings: Sequence[Conditions]) -> list[ConditionFinding]:
+    modes = list(dict.fromkeys(one.power_mode for one in readings if one.power_mode is not None))
+    if len(modes) < 2:
+        return []
+    return [ConditionFinding(MODE_CHANGED, True, f"the power mode changed: {' -> '.join(modes)}")]
+
+
+def _slow(inside: Sequence[Conditions], around: Sequence[Conditions]) -> list[ConditionFinding]:
+    findings = []
+    keys = {key for one in inside for key in one.clocks_mhz}
+    # With a GPU it is the GPU that works, and CPUs that wait for it are slow for good reason.
+    for key in sorted(keys & {"gpu", "emc"} if "gpu" in keys else keys):
+        clocks = [one.clocks_mhz[key] for one in inside if key in one.clocks_mhz]
+        # Thermal throttling lowers the limit itself, so the highest one seen counts.
+        limit = max((one.clock_limits_mhz.get(key, 0.0) for one in around), default=0.0)
+        slow = sum(clock < _FULL * limit for clock in clocks)
+        if slow * 2 > len(clocks):
+            mean = sum(clocks) / len(clocks)
+            name = {"gpu": "GPU", "cpu": "CPU", "emc": "memory"}[key]
+            text = (
+                f"the {name} ran at {mean:.0f} MHz in the mean, its maximum is {limit:.0f} MHz "
+                f"(below it in {slow} of {len(clocks)} readings)"
+            )
+            findings.append(ConditionFinding(BELOW_MAXIMUM, False, text))
+    return findings

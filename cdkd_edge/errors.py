@@ -24,9 +24,9 @@ code  meaning
 14    parity: the candidate does not keep to the tolerance
 15    doctor: something that is needed here does not work
 16    power cannot be measured from the source that was asked for
+17    the board's power mode or clocks cannot be changed, or were not put back
 19    bench: the run is invalid; or a run's folder cannot be used
 20    compare: the runs cannot be compared, or one is slower than allowed
-17    the board's power mode or clocks cannot be changed, or were not put back
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
 ====  =============================================================
 """
@@ -150,6 +150,12 @@ class PowerError(CdkdEdgeError, RuntimeError):
     exit_code = 16
 
 
+class BoardError(CdkdEdgeError, RuntimeError):
+    """The board's power mode or clocks cannot be changed, or could not be put back afterwards."""
+
+    exit_code = 17
+
+
 class BenchError(CdkdEdgeError):
     """A benchmark run is not valid, or its folder cannot be used."""
 
@@ -160,7 +166,3 @@ class CompareError(CdkdEdgeError):
     """Runs cannot be compared, or one is slower than allowed."""
 
     exit_code = 20
-class BoardError(CdkdEdgeError, RuntimeError):
-    """The board's power mode or clocks cannot be changed, or could not be put back afterwards."""
-
-    exit_code = 17

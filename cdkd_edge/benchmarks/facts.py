@@ -13,6 +13,7 @@ _UNITS: Final = {
     "celsius": "°C", "mhz": "MHz", "khz": "kHz", "hz": "Hz", "rpm": "rpm", "percent": "%", "watts": "W", "w": "W",
     "mv": "mV", "bytes": "B", "s": "s",
 }  # fmt: skip
+_NAMES: Final = {"cpu": "CPU", "cuda": "CUDA", "gpu": "GPU", "jetpack": "JetPack", "l4t": "L4T", "soc": "SoC"}
 
 
 def device(summary: BenchSummary) -> str:
@@ -30,9 +31,9 @@ def protocol(summary: BenchSummary) -> Html:
         + f" for {one.idle_seconds:g} s; warm-up until successive windows of at least {one.window_seconds:g} s agree, "
         f"for at most {one.warm_up_cap_seconds:g} s; load for at least {one.load_seconds:g} s and {one.min_batches} "
         "batches; idle once more after the last load. Tiles come from memory, one batch "
-        f"({engine.batch} {'tile' if engine.batch == 1 else 'tiles'}) after the other. Idle power is the mean of the idle "
-        "phases before and after a load, net is load without idle. Throughput, latency and power are of the same load "
-        "phases."
+        f"({engine.batch} {'tile' if engine.batch == 1 else 'tiles'}) after the other. Idle power is the mean of the "
+        "idle phases before and after a load, net is load without idle. Throughput, latency and power are of the same "
+        "load phases."
     )
     parts = [tag("p", words)]
     power = summary.figures.power if summary.figures else None
@@ -70,7 +71,13 @@ def repeats(summary: BenchSummary) -> Html:
                 row += [number(power.load_joules), number(power.bound_joules, 2)] if power else [ABSENT] * 2
             row.append(f"{100 * power.covered:.1f}" if power else ABSENT)
         rows.append(row)
-    caption = f"Power of {rail}; ± is the sampling's bound" if rail and quotable else f"{len(rows)} repeats"
+    caption = (
+        f"Power of {rail}; ± is the sampling's bound"
+        if rail and quotable
+        else "One repeat"
+        if len(rows) == 1
+        else f"{len(rows)} repeats"
+    )
     if not quotable:
         caption += "; rates, latencies and watts of an invalid run are left out"
     return table(caption, header, rows, class_="wide") if rows else tag("p", "No repeat was finished.")
@@ -159,8 +166,10 @@ def conditions(summary: BenchSummary) -> Html:
 
 
 def _unit(name: str) -> tuple[str, str]:
+    """A column's name in words, and the unit it ends in."""
     label, _, last = name.rpartition("_")
-    return (label.replace("_", " "), _UNITS[last]) if label and last in _UNITS else (name.replace("_", " "), "")
+    label, unit = (label, _UNITS[last]) if label and last in _UNITS else (name, "")
+    return " ".join(_NAMES.get(word, word) for word in label.replace("_", " ").split()), unit
 
 
 def _value(value: Any) -> str:
@@ -178,12 +187,12 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and value:
         plain = [item for item in value.values() if not isinstance(item, dict | list)]
         if len(plain) == len(value):
-            yield name.replace("_", " "), ", ".join(f"{key} {_value(item)}" for key, item in value.items())
+            yield _unit(name)[0], ", ".join(f"{key} {_value(item)}" for key, item in value.items())
             return
         for key, item in value.items():
             yield from _flat(f"{name} {key}", item)
     elif isinstance(value, list | tuple):
-        yield name.replace("_", " "), ", ".join(_value(item) for item in value) or "none"
+        yield _unit(name)[0], ", ".join(_value(item) for item in value) or "none"
     else:
         label, unit = _unit(name)
         yield label, f"{_value(value)} {unit}".strip()

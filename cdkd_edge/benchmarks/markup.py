@@ -44,9 +44,14 @@ def table(caption: str, header: Sequence[object], rows: Iterable[Sequence[object
     body = joined(
         tag("tr", joined([tag("th", row[0], scope="row"), *(tag("td", one) for one in row[1:])])) for row in rows
     )
-    inner = joined([tag("caption", caption), tag("thead", head), tag("tbody", body)])
-    return tag(
-        "div", tag("table", inner, class_=class_), class_="scroll", role="region", aria_label=caption, tabindex="0"
+    inner = joined([tag("thead", head), tag("tbody", body)])
+    scrolling = tag("table", inner, class_=class_, aria_label=caption)
+    # Above what scrolls, so that it is read without scrolling.
+    return joined(
+        [
+            tag("p", caption, class_="caption"),
+            tag("div", scrolling, class_="scroll", role="region", aria_label=caption, tabindex="0"),
+        ]
     )
 
 
@@ -70,9 +75,9 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def figure(one: Figure) -> Html:
-    """Mean, and below it the interval, to two digits of its half width."""
+    """Mean, and below it the interval where there is one, to two digits of its half width."""
     if one.interval is None:
-        return joined([number(one.mean), tag("small", "one repeat: no interval")])
+        return Html(number(one.mean))
     low, high = one.interval.low, one.interval.high
     half = (high - low) / 2
     if half <= 0:

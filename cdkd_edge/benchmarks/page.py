@@ -124,9 +124,11 @@ def _figures(summary: BenchSummary) -> Html:
             notes.append(tag("p", "No rail contains the others, so there is no total: see the power rails."))
     count = len(figures.tiles_per_second.values)
     caption = (
-        f"Means of {count} repeats, below them the 95 % t-interval" if count > 1 else "One repeat: intervals need two"
+        f"Means of {count} repeats, below them the 95 % t-interval"
+        if count > 1
+        else "One repeat: an interval needs two"
     )
-    header = ("", "this run", joined([f"{ORIN_NX.device}, as published", tag("small", PAPER)]))
+    header = ("quantity", "this run", joined([f"{ORIN_NX.device}, as published", tag("small", PAPER)]))
     return joined([table(caption, header, rows, class_="main"), *notes, _comparable(summary)])
 
 
@@ -191,9 +193,10 @@ def _latency(run: Run) -> Html:
         return Html("")
     latency = figures.latency_ms
     names = ("minimum", "mean", "p50", "p90", "p99", "maximum")
-    caption = f"Milliseconds per batch of {run.summary.engine.batch}, {latency.samples} batches of all load phases"
-    rows = [(name, number(getattr(latency, name))) for name in names]
-    parts: list[Any] = [table(caption, ("", "ms"), rows)]
+    batch = run.summary.engine.batch
+    caption = f"All load phases: {latency.samples} batches of {'one tile' if batch == 1 else f'{batch} tiles'}"
+    rows = [("latency, ms", *(number(getattr(latency, name)) for name in names))]
+    parts: list[Any] = [table(caption, ("", *names), rows)]
     measured = curves.load_latencies_ms(run)
     if len(measured):
         words = "Percentiles are observed samples (nearest rank); nothing is clipped or left out."

@@ -140,19 +140,19 @@ def trace_drawing(run: Run, width: float, name: str) -> str:
                     parts.append(panel.steps(one.edges, one.latency_ms[:, column], line))
             parts += [
                 panel.scale(count=3),
-                text(left + 4, top + 11, "latency, ms: minimum, median, maximum", anchor="start"),
+                text(left, top - 5, "latency, ms: minimum, median, maximum", anchor="start"),
             ]
         elif heat:
             label, series = heat
             margin = max(1.0, 0.15 * (max(series.values) - min(series.values)))
             panel = Panel(box, (start, stop, min(series.values) - margin, max(series.values) + margin))
             parts += [panel.series(series, "heat"), panel.scale(count=3)]
-            parts.append(text(left + 4, top + 11, f"{label}, °C", anchor="start"))
+            parts.append(text(left, top - 5, f"{label}, °C", anchor="start"))
         parts.append(panel.level(panel.low, "axis"))
-        top += height + 12
+        top += height + 20
     parts.append(panel.time_scale(8 if width > 500 else 4))
-    parts.append(text(left + inner / 2, top + 20, "time, s"))
-    return drawing(width, top + 26, name, f"{title} against time, {stop - start:.0f} s", parts)
+    parts.append(text(left + inner / 2, top + 12, "time, s"))
+    return drawing(width, top + 18, name, f"{title} against time, {stop - start:.0f} s", parts)
 
 
 def _track(run: Run, panel: Panel) -> list[str]:
@@ -257,7 +257,7 @@ def ticks_text(value: float) -> str:
 
 def histogram(latencies: curves.Floats, latency: Latency) -> tuple[curves.Floats, curves.Floats, int]:
     """Counts ``[B]``, edges ``[B + 1]`` in ms, and how many lie above the last edge."""
-    low, high = latency.minimum, latency.maximum
+    low, high = float(latencies.min()), float(latencies.max())
     far = latency.p99 + 2 * (latency.p99 - low)
     if high > far > low:
         high = latency.p99 + (latency.p99 - low) / 4

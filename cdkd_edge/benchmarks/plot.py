@@ -3,48 +3,32 @@
 from __future__ import annotations
 
 import textwrap
-import unicodedata
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from cdkd_edge.benchmarks import curves
 from cdkd_edge.benchmarks.folder import Run, Series
-from cdkd_edge.benchmarks.record import IDLE, INVALID, LOAD, VALID, WARM_UP
+from cdkd_edge.benchmarks.plot_style import (
+    DASHES,
+    DPI,
+    GREY,
+    POWER,
+    RAILS,
+    SHADES,
+    SPEED,
+    STYLE,
+    TRACK,
+    WIDTH,
+    banner_lines,
+    drawable,
+)
+from cdkd_edge.benchmarks.record import IDLE, INVALID, LOAD, WARM_UP
 from cdkd_edge.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-WIDTH: Final = 3.5
-"""Inches: a column of a two-column paper."""
-DPI: Final = 300
-
-POWER, SPEED, GREY = "#003f6b", "#d55e00", "#595959"
-RAILS: Final = ("#0072b2", "#009e73", "#cc79a7", "#7f6000", "#56b4e9")
-"""Of Okabe and Ito's palette, which readers with any colour vision tell apart; dashes do it in greyscale."""
-DASHES: Final = ("-", "--", ":")
-SHADES: Final = {IDLE: "#ffffff", WARM_UP: "#f4f4f4", LOAD: "#e6e6e6"}
-TRACK: Final = {IDLE: "#ffffff", WARM_UP: "#dcdcdc", LOAD: "#b0b0b0"}
-
-_STYLE: Final = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 6.5,
-    "axes.labelsize": 6.5,
-    "axes.linewidth": 0.5,
-    "axes.spines.top": False,
-    "hatch.linewidth": 0.4,
-    "legend.fontsize": 6,
-    "lines.linewidth": 0.7,
-    "text.parse_math": False,  # names of engines and rails may hold dollars
-    "xtick.labelsize": 6,
-    "ytick.labelsize": 6,
-    "xtick.major.width": 0.5,
-    "ytick.major.width": 0.5,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-}
 
 
 def write_trace_picture(run: Run, path: Path) -> None:
@@ -60,7 +44,7 @@ def write_trace_picture(run: Run, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
-    with style.context(["default", _STYLE]):  # whatever the user's matplotlibrc says; undone afterwards
+    with style.context(["default", STYLE]):  # whatever the user's matplotlibrc says; undone afterwards
         figure, bottom = _Picture(run).draw()
         width, height = figure.get_size_inches()
         crop = Bbox.from_extents(0, bottom, width, height)
@@ -92,7 +76,7 @@ class _Picture:
         """The figure, and where its lower edge is to be cut, in inches."""
         from matplotlib.figure import Figure
 
-        banner = _banner(self.run)
+        banner = banner_lines(self.run)
         rows = [("banner", 0.06 + 0.125 * len(banner) if banner else 0.0), ("caption", 0.17), ("track", 0.13)]
         rows += [("main", 1.45)]
         if self.no_power:
@@ -108,7 +92,7 @@ class _Picture:
         for name, size in rows:
             top -= size
             if name == "banner" and banner:
-                self._draw_banner(banner, top, size)
+                self._drawbanner_lines(banner, top, size)
             elif name == "caption":
                 self._draw_caption(top)
             elif name == "track":
@@ -139,7 +123,7 @@ class _Picture:
         for span in self.run.summary.phases:
             axes.axvspan(span.start, span.stop, color=SHADES[span.name], linewidth=0, zorder=0)
 
-    def _draw_banner(self, lines: list[str], bottom: float, size: float) -> None:
+    def _drawbanner_lines(self, lines: list[str], bottom: float, size: float) -> None:
         from matplotlib.patches import Rectangle
 
         invalid = self.run.summary.verdict.status == INVALID
@@ -161,7 +145,7 @@ class _Picture:
             parts.append(f"{figures.power.source} ({figures.power.scope})")
         parts.append(str(board.get("model") or machine.board or machine.cpu))
         text = self.figure.text(
-            self.left / WIDTH, (bottom + 0.055) / self.height, _shown(" · ".join(parts)), fontsize=5.5, color=GREY
+            self.left / WIDTH, (bottom + 0.055) / self.height, drawable(" · ".join(parts)), fontsize=5.5, color=GREY
         )
         self._shorten(text, WIDTH - self.left - 0.05)
 
@@ -197,7 +181,7 @@ class _Picture:
     def _draw_main(self, axes: Axes) -> None:
         if self.no_power:
             self._draw_speed(axes, None)
-            words = "\n".join(textwrap.wrap(_shown(f"Power was not measured: {self.no_power}"), 62)[:3])
+            words = "\n".join(textwrap.wrap(drawable(f"Power was not measured: {self.no_power}"), 62)[:3])
             box = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.4, "pad": 2}
             axes.text(0.5, 0.3, words, transform=axes.transAxes, ha="center", va="center", fontsize=6, bbox=box)
             return
@@ -218,7 +202,7 @@ class _Picture:
             strong = [rail] == list(main)
             colour, dash = (POWER, "-") if strong else next(thin)
             line = self._draw_series(axes, self.run.watts[rail], colour, dash, 0.9 if strong else 0.5, 3 - (not strong))
-            line.set_label(_shown(rail, 22) + (" (total)" if strong and len(self.run.watts) > 1 else ""))
+            line.set_label(drawable(rail, 22) + (" (total)" if strong and len(self.run.watts) > 1 else ""))
             self.handles.append(line)
         self._draw_gaps(axes, main)
         for rail, (idle, load) in curves.mean_watts(self.run).items() if len(main) == 1 else ():
@@ -300,7 +284,7 @@ class _Picture:
         low, high = min(series.values), max(series.values)
         margin = max(1.0, 0.15 * (high - low))
         axes.set_ylim(low - margin, high + margin)
-        axes.set_ylabel(_shown(f"{name} (°C)", 14), labelpad=2)
+        axes.set_ylabel(drawable(f"{name} (°C)", 14), labelpad=2)
         axes.locator_params(axis="y", nbins=3)
 
     def _draw_legend(self, room: float) -> float:
@@ -321,23 +305,3 @@ class _Picture:
             handletextpad=0.5,
         )  # fmt: skip
         return float(legend.get_window_extent(self._renderer()).y0) / DPI - 0.05
-
-
-def _banner(run: Run) -> list[str]:
-    """Lines that say that the run is not to be trusted; none of a valid run."""
-    verdict = run.summary.verdict
-    if verdict.status == VALID:
-        return []
-    word = verdict.status.upper().replace("_", " ")
-    lines = textwrap.wrap(_shown(f"{word}: {'; '.join(verdict.reasons)}" if verdict.reasons else word), 48)
-    return lines if len(lines) <= 3 else [*lines[:2], textwrap.shorten(" ".join(lines[2:]), 46, placeholder=" …")]
-
-
-def _shown(text: str, length: int = 200) -> str:
-    """What the font can draw of a text, on one line."""
-    from matplotlib.font_manager import findfont, get_font
-
-    known = get_font(findfont("DejaVu Sans")).get_charmap()
-    text = "".join(one for one in " ".join(text.split()) if unicodedata.category(one) not in ("Cc", "Cf"))
-    text = "".join(letter if ord(letter) in known else "?" for letter in text)
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -258,11 +258,11 @@ class _Picture:
         axes.set_ylim(0, curves.throughput_top(self.windows, levels))
         axes.set_ylabel("Throughput (tiles/s)", labelpad=3 if watts else 2, color=SPEED)
         axes.tick_params(axis="y", colors=SPEED)
-        dash: Any = (0, (4, 1.2)) if watts else "-"
+        dash: Any = (0, (6, 1.5, 1, 1.5)) if watts else "-"
         for one in self.windows:
-            axes.stairs(one.tiles_per_second, one.edges, baseline=None, color=SPEED, linewidth=0.9, linestyle=dash)
+            axes.stairs(one.tiles_per_second, one.edges, baseline=None, color=SPEED, linewidth=1.1, linestyle=dash)
         label = f"tiles/s over {length:.2g} s" if length < 100 else f"tiles/s over {length:.0f} s"
-        self.handles.append(Line2D([], [], color=SPEED, linestyle=dash, linewidth=0.9, label=label))
+        self.handles.append(Line2D([], [], color=SPEED, linestyle=dash, linewidth=1.1, label=label))
 
     def _draw_latency(self, axes: Axes) -> None:
         from matplotlib.patches import Patch
@@ -301,7 +301,7 @@ class _Picture:
         by_column = [handle for first in range(columns) for handle in handles[first::columns]]
         legend = self.figure.legend(
             handles=by_column, loc="upper center", bbox_to_anchor=(0.5, room / self.height), ncols=columns,
-            frameon=False, borderpad=0, borderaxespad=0.6, handlelength=1.8, columnspacing=1.2, labelspacing=0.25,
+            frameon=False, borderpad=0, borderaxespad=0.6, handlelength=2.2, columnspacing=1.2, labelspacing=0.25,
             handletextpad=0.5,
         )  # fmt: skip
         return float(legend.get_window_extent(self._renderer()).y0) / DPI - 0.05

@@ -43,7 +43,7 @@ NEEDS_TORCH = (
 )
 """Modules, and packages with all their modules, that are not used on a board."""
 EXTRAS = (
-    "onnxsim", "onnxscript", "safetensors", "matplotlib", "jtop", "pycuda", "pynvml", "cuda",
+    "onnxsim", "onnxscript", "safetensors", "jtop", "pycuda", "pynvml", "cuda",
     "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_rtx_libs", "onnxruntime_ep_nv_tensorrt_rtx",
 )  # fmt: skip
 

@@ -1,0 +1,263 @@
+"""Sections of ``report.html`` that say how a run was made, on what, and of what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from cdkd_edge.benchmarks.markup import ABSENT, Html, bullets, figure, joined, number, pairs, size, table, tag
+from cdkd_edge.benchmarks.record import BenchSummary, Repeat
+from cdkd_edge.manifest import EngineManifest, FileRecord, TensorRTBuild
+
+_UNITS: Final = {
+    "celsius": "°C", "mhz": "MHz", "khz": "kHz", "hz": "Hz", "rpm": "rpm", "percent": "%", "watts": "W", "w": "W",
+    "mv": "mV", "bytes": "B", "s": "s",
+}  # fmt: skip
+_NAMES: Final = {"cpu": "CPU", "cuda": "CUDA", "gpu": "GPU", "jetpack": "JetPack", "l4t": "L4T", "soc": "SoC"}
+
+
+def device(summary: BenchSummary) -> str:
+    """The board, or else the CPU."""
+    return str((summary.board or {}).get("model") or summary.machine.board or summary.machine.cpu)
+
+
+def protocol(summary: BenchSummary) -> Html:
+    """One paragraph, and how well power was sampled."""
+    one, engine = summary.protocol, summary.engine
+    many = one.repeats > 1
+    words = (
+        f"Preset “{one.preset}”. The engine is loaded first and stays loaded. "
+        + (f"{one.repeats} times: idle" if many else "Idle")
+        + f" for {one.idle_seconds:g} s; warm-up until successive windows of at least {one.window_seconds:g} s agree, "
+        f"for at most {one.warm_up_cap_seconds:g} s; load for at least {one.load_seconds:g} s and {one.min_batches} "
+        "batches; idle once more after the last load. Tiles come from memory, one batch "
+        f"({engine.batch} {'tile' if engine.batch == 1 else 'tiles'}) after the other. Idle power is the mean of the "
+        "idle phases before and after a load, net is load without idle. Throughput, latency and power are of the same "
+        "load phases."
+    )
+    parts = [tag("p", words)]
+    power = summary.figures.power if summary.figures else None
+    if power:
+        sampled = f"Power: {power.source}, {number(power.readings_per_second, 3)} readings/s; {power.late} late, "
+        sampled += f"{power.gaps} gaps of {power.gap_seconds:.1f} s in all. Missing readings are not filled in."
+        parts.append(tag("p", sampled))
+        if power.problems:
+            parts += [tag("p", "Met while sampling:"), bullets(power.problems)]
+    return joined(parts)
+
+
+def repeats(summary: BenchSummary) -> Html:
+    """A row per repeat; of an invalid run, only what helps to find the cause."""
+    total = summary.figures.power.total if summary.figures and summary.figures.power else None
+    quotable = summary.figures is not None
+    rail = next((_rail(one, total) for one in summary.repeats if _rail(one, total)), None)
+    header = ["repeat", "steady", "warm-up, s", "load, s", "tiles"]
+    if quotable:
+        header += ["tiles/s", "p50, ms", "p99, ms"]
+    if rail:
+        header += ["idle before, W", "idle after, W", "load, W", "load, J", "± J"] if quotable else []
+        header += ["covered, %"]
+    rows = []
+    for index, one in enumerate(summary.repeats):
+        row = [str(index + 1), "yes" if one.steady else "no", f"{one.warm_up_seconds:.1f}", f"{one.seconds:.1f}"]
+        row.append(str(one.tiles))
+        if quotable:
+            row += [number(one.tiles_per_second), number(one.latency_ms.p50), number(one.latency_ms.p99)]
+        if rail:
+            power = (one.rails or {}).get(rail)
+            watts = (power.idle_before_watts, power.idle_after_watts, power.load_watts) if power else (None,) * 3
+            if quotable:
+                row += [number(value) for value in watts]
+                row += [number(power.load_joules), number(power.bound_joules, 2)] if power else [ABSENT] * 2
+            row.append(f"{100 * power.covered:.1f}" if power else ABSENT)
+        rows.append(row)
+    caption = (
+        f"Power of {rail}; ± is the sampling's bound"
+        if rail and quotable
+        else "One repeat"
+        if len(rows) == 1
+        else f"{len(rows)} repeats"
+    )
+    if not quotable:
+        caption += "; rates, latencies and watts of an invalid run are left out"
+    return table(caption, header, rows, class_="wide") if rows else tag("p", "No repeat was finished.")
+
+
+def _rail(one: Repeat, total: str | None) -> str | None:
+    """The total, or else the first rail."""
+    return total if one.rails and total in one.rails else next(iter(one.rails or ()), None)
+
+
+def rails(summary: BenchSummary) -> Html:
+    """A row per rail; empty without power."""
+    power = summary.figures.power if summary.figures else None
+    if power is None:
+        return Html("")
+    rows = [
+        (
+            f"{name} (total)" if name == power.total else name,
+            figure(rail.idle_watts), figure(rail.load_watts), figure(rail.net_watts),
+            figure(rail.gross_joules_per_tile), figure(rail.net_joules_per_tile),
+            figure(rail.gross_joules_per_megapixel), figure(rail.net_joules_per_megapixel),
+        )
+        for name, rail in power.rails.items()
+    ]  # fmt: skip
+    header = ("rail", "idle, W", "load, W", "net, W", "gross, J/tile", "net, J/tile", "gross, J/MP", "net, J/MP")
+    return table(f"{power.source}, {power.scope}: {power.covers}", header, rows, class_="wide")
+
+
+def end_to_end(summary: BenchSummary) -> Html:
+    """A scene from file to label map; empty where none was done."""
+    scene = summary.end_to_end
+    if scene is None:
+        return Html("")
+    overhead = "no tile was computed" if scene.overhead is None else f"{scene.overhead:.3f} x the engine's own time"
+    rates = f"{number(scene.tiles_per_second)} tiles/s, {number(scene.megapixels_per_second)} MP/s of scene"
+    rows = [
+        ("scene", f"{scene.scene}, {scene.width} x {scene.height} px, {scene.tiles} tiles"),
+        ("time", f"{number(scene.seconds, 3)} s, of which the engine {number(scene.engine_seconds, 3)} s"),
+        ("throughput", rates),
+        ("reading and writing", overhead),
+    ]
+    return pairs(rows)
+
+
+def bound(summary: BenchSummary) -> Html:
+    """The roofline, marked as modelled."""
+    mark = tag("p", tag("span", "MODELLED, NOT MEASURED", class_="modelled"))
+    model = summary.roofline
+    if model is None:
+        return tag("p", f"There is no modelled bound: {summary.roofline_reason or 'no reason was recorded'}.")
+    low, high = model.expected_tiles_per_second
+    share = "no measured figure to compare with"
+    # An invalid run's share of the bound would be its throughput by another name.
+    if model.share_of_bound is not None and summary.figures is not None:
+        share = f"{100 * model.share_of_bound:.1f} % of the bound"
+    rows = [
+        ("device", f"{model.device}, mode {model.mode}, {model.precision.upper()}"),
+        ("bound at peak rates", f"{number(model.bound_tiles_per_second, 3)} tiles/s (modelled)"),
+        ("realistic range", f"{number(low, 3)} … {number(high, 3)} tiles/s (modelled)"),
+        ("achieved (measured)", share),
+    ]
+    words = (
+        "From the operators of the engine's graph and the device's data sheet; `cdkd-edge roofline` shows the parts."
+    )
+    return joined([mark, pairs(rows), tag("p", words.replace("`", ""), class_="quiet")])
+
+
+def conditions(summary: BenchSummary) -> Html:
+    """Clocks, temperatures and fan; the board's settings."""
+    rows: list[tuple[str, ...]] = []
+    others: list[tuple[str, str]] = []
+    for name, value in summary.conditions.items():
+        if isinstance(value, dict) and {"minimum", "mean", "maximum"} <= value.keys():
+            label, unit = _unit(name)
+            texts = (_value(value[key]) for key in ("minimum", "mean", "maximum"))
+            rows.append((f"{label}, {unit}" if unit else label, *texts))
+        else:
+            others += _flat(name, value)
+    parts: list[Any] = []
+    if rows:
+        parts.append(table("Over the load phases", ("", "minimum", "mean", "maximum"), rows))
+    settings = [pair for name, value in (summary.board or {}).items() for pair in _flat(name, value)]
+    if settings or others:
+        parts.append(pairs([*settings, *others]))
+    return joined(parts) if parts else tag("p", "This machine reports no clocks and temperatures.")
+
+
+def _unit(name: str) -> tuple[str, str]:
+    """A column's name in words, and the unit it ends in."""
+    label, _, last = name.rpartition("_")
+    label, unit = (label, _UNITS[last]) if label and last in _UNITS else (name, "")
+    return " ".join(_NAMES.get(word, word) for word in label.replace("_", " ").split()), unit
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "not known"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value, 3)
+    return str(value)
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Nested names and values as rows."""
+    if isinstance(value, dict) and value:
+        plain = [item for item in value.values() if not isinstance(item, dict | list)]
+        if len(plain) == len(value):
+            yield _unit(name)[0], ", ".join(f"{key} {_value(item)}" for key, item in value.items())
+            return
+        for key, item in value.items():
+            yield from _flat(f"{name} {key}", item)
+    elif isinstance(value, list | tuple):
+        yield _unit(name)[0], ", ".join(_value(item) for item in value) or "none"
+    else:
+        label, unit = _unit(name)
+        yield label, f"{_value(value)} {unit}".strip()
+
+
+def engine(manifest: EngineManifest) -> Html:
+    """What the engine is, and from what it was made."""
+    check = manifest.graph_check
+    classes = manifest.labels.get("classes")
+    names = [str(one.get("name", one) if isinstance(one, dict) else one) for one in classes or ()]
+    checked = f"{100 * check.label_agreement:.4f} % of labels the same on {check.tiles} tiles "
+    checked += f"({check.graph_runtime}, {check.network_runtime})"
+    rows: list[tuple[object, object]] = [
+        ("name", manifest.name),
+        ("runtime, precision", f"{manifest.runtime}, {manifest.precision.upper()}"),
+        ("input", f"{manifest.batch} x {manifest.tile} x {manifest.tile} px, {manifest.preprocessing.channels}, uint8"),
+        ("engine", _file(manifest.artefact)),
+        ("graph", _file(manifest.graph)),
+        ("built for", manifest.device),
+        ("attention", f"{manifest.attention_fused} of {manifest.attention_blocks} blocks fused"),
+        ("build", f"{number(manifest.build_seconds, 3)} s, {manifest.created}, {manifest.tool}"),
+        ("graph against network", checked if check.tiles else "not checked"),
+    ]
+    if names:
+        rows.append(("classes", f"{len(names)}: {', '.join(names)}"))
+    if manifest.tensorrt:
+        rows += _tensorrt(manifest.tensorrt)
+    if manifest.libraries:
+        rows.append(("libraries at build", _versions(manifest.libraries)))
+    return pairs(rows)
+
+
+def _file(record: FileRecord) -> Html:
+    return joined([f"{record.file}, {size(record.bytes)}, SHA-256 ", tag("code", record.sha256)])
+
+
+def _tensorrt(build: TensorRTBuild) -> list[tuple[object, object]]:
+    where = f"{build.gpu}, sm {build.compute_capability}" if build.gpu else f"compiled for {', '.join(build.targets)}"
+    kinds = ", ".join(f"{count} {name}" for name, count in build.layer_precisions.items())
+    builder = f"level {build.optimization_level}, flags {', '.join(build.flags) or 'none'}, workspace "
+    builder += f"{size(build.workspace_bytes)}, timing cache {'used' if build.timing_cache else 'not used'}"
+    memory = f"weights {size(build.weights_bytes)}, scratch {size(build.scratch_bytes)}, layer traffic "
+    return [
+        ("TensorRT", f"{build.version}, {where}, CUDA {build.cuda or 'not known'}, L4T {build.l4t or 'not known'}"),
+        ("typing", "strong" if build.strongly_typed else "weak"),
+        ("builder", builder),
+        ("layers", f"{build.layers}" + (f" ({kinds})" if kinds else "")),
+        ("memory", memory + f"{size(build.traffic_bytes)} per batch"),
+        *(("note", note) for note in build.notes),
+    ]
+
+
+def machine(summary: BenchSummary) -> Html:
+    """The machine and what ran on it."""
+    one = summary.machine
+    rows = [
+        ("board", one.board or ABSENT),
+        ("CPU", f"{one.cpu}, {one.cores} cores usable"),
+        ("memory", size(one.memory_bytes)),
+        ("system", f"{one.os}, kernel {one.kernel}" + (f", L4T {one.l4t}" if one.l4t else "")),
+        ("libraries", _versions(summary.libraries)),
+        ("peak memory of the process", size(summary.peak_memory_bytes)),
+    ]
+    return pairs(rows)
+
+
+def _versions(libraries: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in libraries.items())

@@ -7,14 +7,24 @@ import os
 import resource
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cdkd_edge.benchmarks.bound import modelled_bound
 from cdkd_edge.benchmarks.end_to_end import check_scene, time_scene
 from cdkd_edge.benchmarks.figures import NoFigureError, figures_of, repeats_of
-from cdkd_edge.benchmarks.folder import write_conditions, write_summary, write_tiles, write_trace
+from cdkd_edge.benchmarks.folder import (
+    PAGE,
+    PICTURE,
+    read_run,
+    write_conditions,
+    write_summary,
+    write_tiles,
+    write_trace,
+)
+from cdkd_edge.benchmarks.page import write_report_page
+from cdkd_edge.benchmarks.plot import write_trace_picture
 from cdkd_edge.benchmarks.protocol import DEFAULT, Course, Live, run_course
 from cdkd_edge.benchmarks.record import INVALID, LOAD, BenchSummary, EndToEnd, Figures, Protocol, Repeat
 from cdkd_edge.benchmarks.verdict import judge
@@ -74,7 +84,9 @@ def run_benchmark(
     progress: Callable[[str], None] = lambda step: None,
     tell: Callable[[Live], None] = lambda live: None,
 ) -> BenchSummary:
-    """Measure an engine and write the run's folder: ``summary.json``, ``tiles.csv``, ``conditions.csv``, ``trace.csv``.
+    """Measure an engine and write the run's folder.
+
+    ``summary.json``, ``tiles.csv``, ``conditions.csv``, with power ``trace.csv``; ``trace.png`` and ``report.html``.
 
     Args:
         engine: a loaded engine.
@@ -100,7 +112,12 @@ def run_benchmark(
         if options.scene is not None:
             check_scene(engine, options.scene, options.segment)
         _fill_inputs(engine)
-        return _measure(engine, temporary, options, progress, tell)
+        summary = _measure(engine, temporary, options, progress, tell)
+        progress("drawing")
+        run = replace(read_run(temporary), folder=folder)
+        write_trace_picture(run, temporary / PICTURE)
+        write_report_page(run, temporary / PAGE)
+    return summary
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def bench(
     from cdkd_edge.benchmarks.bench import BenchOptions, run_benchmark
     from cdkd_edge.benchmarks.protocol import protocol_of
     from cdkd_edge.benchmarks.record import INVALID
-    from cdkd_edge.board.modes import changed_board
+    from cdkd_edge.board.modes import changed_board, pending_restore
     from cdkd_edge.engines.load import load_engine
     from cdkd_edge.errors import BenchError
     from cdkd_edge.report.bench import describe_bench, live_bench
@@ -158,6 +158,8 @@ def bench(
         graphs=(space.graphs, path.parent),
         command=command_line(),
     )
+    if not (set_mode or max_clocks) and (pending := pending_restore()) is not None:
+        typer.echo(f"warning: {pending}", err=True)
     with changed_board(set_mode, max_clocks):
         loaded = load_engine(path, threads=threads)
         try:

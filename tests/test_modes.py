@@ -506,6 +506,13 @@ def test_a_tool_gets_no_answer_and_leaves_nothing_behind(tmp_path: Path) -> None
     assert not mark.exists(), "what it started is gone as well"
 
 
+def test_a_signal_to_the_group_while_a_tool_starts(tmp_path: Path) -> None:
+    """It ends the child that has no session of its own yet; the tool runs all the same."""
+    once = f"if mkdir {tmp_path}/once 2>/dev/null; then kill -TERM $$; fi; echo here"
+    assert run_command(("sh", "-c", once)) == Answer(0, "here\n")
+    assert run_command(("sh", "-c", "kill -HUP $$")).code == -signal.SIGHUP, "not for ever"
+
+
 def test_new_names_for_clocks(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.new_clocks_file() != journal.new_clocks_file()

@@ -17,6 +17,8 @@ from cdkd_edge.errors import BoardError
 TIMEOUT = 30.0
 """Seconds; on a board the tools take one or two."""
 _MOST_OUTPUT = 1 << 20
+_ENDED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
+_ATTEMPTS = 5
 _PLACES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 """Where the tools are on a board; a user's PATH need not have them."""
 
@@ -55,19 +57,29 @@ def run_command(command: Sequence[str], timeout: float = TIMEOUT) -> Answer:
     program = shutil.which(command[0], path=path)
     if program is None:
         raise BoardError(f"{command[0]} is not installed", hint="power modes and clocks are set on a Jetson only")
+    for _ in range(_ATTEMPTS):
+        answer = _run_once([program, *command[1:]], timeout)
+        # A session of its own begins a moment after the fork. A signal to this process's group in between ends the
+        # child before it has become the tool.
+        if answer.code not in _ENDED:
+            break
+    return answer
+
+
+def _run_once(command: Sequence[str], timeout: float) -> Answer:
     # A file, because a pipe would have to be read until all that hold it have ended; in memory, so that a full disk
     # does not keep a board from being put back.
     with open(os.memfd_create("output"), "w+b") as output:
         try:
             process = subprocess.Popen(
-                [program, *command[1:]],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         except OSError as error:
-            raise BoardError(f"{program} cannot be started: {error.strerror}") from error
+            raise BoardError(f"{command[0]} cannot be started: {error.strerror}") from error
         try:
             code = _wait(process, output.fileno(), timeout)
         finally:

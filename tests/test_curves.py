@@ -14,6 +14,7 @@ from scene_helpers import relaxed
 from cdkd_edge.benchmarks import curves
 from cdkd_edge.benchmarks.folder import Series, TimedBatch, read_run
 from cdkd_edge.benchmarks.published import ORIN_NX, differences
+from cdkd_edge.benchmarks.record import Verdict
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,7 @@ def test_what_stands_between_a_run_and_the_paper(run):
         ({"engine": replace(engine, precision="int8")}, "precision"),
         ({"engine": replace(engine, tile=512)}, "tile"),
         ({"engine": replace(engine, attention_blocks=6)}, "network"),
+        ({"verdict": Verdict("not_steady", ("slow",))}, "not steady"),
         ({"engine": replace(engine, batch=8)}, "8 tiles per batch"),
         ({"figures": replace(same.figures, power=replace(same.figures.power, scope="GPU board"))}, "scope"),
     ):

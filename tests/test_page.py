@@ -166,6 +166,7 @@ def test_an_invalid_run_that_was_kept_says_both(tmp_path):
     write_report_page(read_run(tmp_path / "run"), tmp_path / "run/report.html")
     shown = words(tmp_path / "run/report.html")
     assert "The figures may not be quoted" in shown
+    assert "INVALID. One repeat" in shown, "a table travels without the page's head"
     assert "18.95" in shown
 
 

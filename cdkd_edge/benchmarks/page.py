@@ -128,6 +128,8 @@ def _figures(summary: BenchSummary) -> Html:
         if count > 1
         else "One repeat: an interval needs two"
     )
+    if summary.verdict.status != VALID:  # a table travels without the page's head
+        caption = f"{summary.verdict.status.replace('_', ' ').upper()}. {caption}"
     header = ("quantity", "this run", joined([f"{ORIN_NX.device}, as published", tag("small", PAPER)]))
     return joined([table(caption, header, rows, class_="main"), *notes, _comparable(summary)])
 

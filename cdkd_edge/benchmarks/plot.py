@@ -181,7 +181,8 @@ class _Picture:
     def _draw_main(self, axes: Axes) -> None:
         if self.no_power:
             self._draw_speed(axes, None)
-            words = "\n".join(textwrap.wrap(drawable(f"Power was not measured: {self.no_power}"), 62)[:3])
+            reason = drawable(f"Power was not measured: {self.no_power}")
+            words = "\n".join(textwrap.wrap(reason, 62, max_lines=3, placeholder=" …"))
             box = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.4, "pad": 2}
             axes.text(0.5, 0.3, words, transform=axes.transAxes, ha="center", va="center", fontsize=6, bbox=box)
             return

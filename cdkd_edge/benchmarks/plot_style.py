@@ -45,8 +45,8 @@ def banner_lines(run: Run) -> list[str]:
     if verdict.status == VALID:
         return []
     word = verdict.status.upper().replace("_", " ")
-    lines = textwrap.wrap(drawable(f"{word}: {'; '.join(verdict.reasons)}" if verdict.reasons else word), 48)
-    return lines if len(lines) <= 3 else [*lines[:2], textwrap.shorten(" ".join(lines[2:]), 46, placeholder=" …")]
+    words = drawable(f"{word}: {'; '.join(verdict.reasons)}" if verdict.reasons else word)
+    return textwrap.wrap(words, 48, max_lines=3, placeholder=" …")
 
 
 def drawable(text: str, length: int = 200) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from cdkd_edge.benchmarks.record import BenchSummary
+from cdkd_edge.benchmarks.record import VALID, BenchSummary
 from cdkd_edge.power.protocol import MODULE
 
 PAPER: Final = "Mask-CDKD, ISPRS 2026"
@@ -65,6 +65,8 @@ def differences(summary: BenchSummary) -> tuple[str, ...]:
     """In what a run differs from the paper's measurement, a phrase each; empty if in nothing that is recorded."""
     engine = summary.engine
     found = []
+    if summary.verdict.status != VALID:
+        found.append(f"this run is {summary.verdict.status.replace('_', ' ')}")
     device = (summary.board or {}).get("model") or summary.machine.board
     if not isinstance(device, str) or ORIN_NX.device.lower() not in device.lower():
         found.append(f"another device: {device or summary.machine.cpu}, not an {ORIN_NX.device}")

@@ -246,7 +246,7 @@ def _repeats(measured: _Measured, protocol: Protocol, batch: int) -> tuple[tuple
 def columns(reading: Conditions) -> dict[str, float]:
     """A reading as columns of ``conditions.csv``; names end in their units."""
     return {
-        **{f"{name}_celsius": value for name, value in reading.temperatures.items()},
+        **{f"{name.removesuffix('-thermal')}_celsius": value for name, value in reading.temperatures.items()},
         **{f"{name}_mhz": value for name, value in reading.clocks_mhz.items()},
         **{f"fan_{name}": value for name, value in reading.fan.items()},
     }

@@ -31,8 +31,8 @@ from cdkd_edge.scene.pipeline import segment_scene
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 COMMANDS = [
-    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "power", "roofline", "evaluate",
-    "parity", "demo", "doctor",
+    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "compare", "power", "roofline",
+    "evaluate", "parity", "demo", "doctor",
 ]  # fmt: skip
 QUICK = ("--duration", "0.1", "--warmup", "0")
 OLD_CLICK = "mix_stderr" in inspect.signature(CliRunner.__init__).parameters  # before 8.2

@@ -28,14 +28,12 @@ def batches_of(periods: Floats, start: float = 3.0) -> list[TimedBatch]:
     return [TimedBatch(0, "load", float(s), float(p)) for s, p in zip(starts, periods, strict=True)]
 
 
-def alike(random: np.random.Generator, count: int, correlation: float) -> Floats:
-    """A series of variance 1 in which neighbours are correlated (autoregressive of order 1)."""
-    noise = random.standard_normal(count + 100)
-    values = np.empty_like(noise)
-    values[0] = noise[0]
-    for index in range(1, len(noise)):
-        values[index] = correlation * values[index - 1] + math.sqrt(1 - correlation**2) * noise[index]
-    return values[100:]
+def alike(random: np.random.Generator, series: int, count: int, correlation: float) -> Floats:
+    """Series ``[series, count]`` of variance 1 in which neighbours are correlated (autoregressive of order 1)."""
+    values = random.standard_normal((count + 100, series))
+    for index in range(1, len(values)):
+        values[index] = correlation * values[index - 1] + math.sqrt(1 - correlation**2) * values[index]
+    return values[100:].T
 
 
 def ratio_of_repeats(one: Floats, other: Floats) -> Ratio:
@@ -76,8 +74,7 @@ def test_intervals_over_repeats_hold_the_true_ratio(repeats, noise):
 def test_intervals_over_blocks_hold_the_true_speed(count, correlation, least):
     random = np.random.default_rng(7)
     held = []
-    for _ in range(400):
-        periods = 0.1 * (1 + 0.05 * alike(random, count, correlation))
+    for periods in 0.1 * (1 + 0.05 * alike(random, 600 if count < 200 else 250, count, correlation)):
         spread = spread_of_batches(count / periods.sum(), batches_of(periods))
         assert spread is not None
         held.append(spread.interval.low <= 10 <= spread.interval.high)
@@ -88,8 +85,7 @@ def test_treating_neighbours_as_independent_would_be_wrong():
     """So that the test above can fail: the same series, shuffled, has intervals that are far too narrow."""
     random = np.random.default_rng(7)
     held = []
-    for _ in range(200):
-        periods = 0.1 * (1 + 0.05 * alike(random, 700, 0.8))
+    for periods in 0.1 * (1 + 0.05 * alike(random, 100, 700, 0.8)):
         spread = spread_of_batches(700 / periods.sum(), batches_of(random.permutation(periods)))
         assert spread is not None
         held.append(spread.interval.low <= 10 <= spread.interval.high)
@@ -99,7 +95,7 @@ def test_treating_neighbours_as_independent_would_be_wrong():
 def test_the_variance_is_that_of_a_moving_block_bootstrap():
     random = np.random.default_rng(3)
     count, length = 400, 40
-    periods = 0.1 * (1 + 0.1 * alike(random, count, 0.7))
+    periods = 0.1 * (1 + 0.1 * alike(random, 1, count, 0.7)[0])
     spread = spread_of_batches(10.0, batches_of(periods))
     assert spread is not None
     assert spread.basis == "blocks of 40 of 400 batches"

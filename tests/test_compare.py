@@ -392,6 +392,11 @@ def test_scores_on_other_data_are_not_compared(pair: tuple[Path, Path], tmp_path
     files = [evaluation(tmp_path / "a.json", "a", 0.6), evaluation(tmp_path / "a2.json", "a", 0.7)]
     with pytest.raises(CompareError, match=r"a\.json and .*a2\.json say different things"):
         compare_runs(pair, evaluations=files)
+    files[1] = evaluation(tmp_path / "a2.json", "a", 0.6, pixels=7)
+    with pytest.raises(CompareError, match="say different things"):
+        compare_runs(pair, evaluations=files, force=True)
+    evaluation(tmp_path / "a2.json", "a", 0.6)
+    assert compare_runs(pair, evaluations=files).rows[0].mean_iou == 0.6
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"candidate": 1}', "\xff", "{" * 5000, None])

@@ -139,6 +139,7 @@ def test_every_command_has_help(command: str) -> None:
     assert "--workspace" in result.stdout or command in (
         "info",
         "finetune",
+        "compare",
         "power",
     )  # they are told where everything is
     assert "--json" in result.stdout

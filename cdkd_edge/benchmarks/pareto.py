@@ -181,7 +181,7 @@ def _draw_power_lines(axes: Axes, points: Sequence[Point]) -> None:
                 color=_GREY, zorder=1, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
             )  # fmt: skip
     axes.annotate(
-        "better", (0.9, 0.985), (0.955, 0.915), xycoords="axes fraction", fontsize=8, color=_GREY, va="center",
+        "better", (0.88, 0.985), (0.935, 0.915), xycoords="axes fraction", fontsize=8, color=_GREY, va="center",
         arrowprops={"arrowstyle": "->", "color": _GREY},
     )  # fmt: skip
 
@@ -217,7 +217,7 @@ def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
             point.x, point.y, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=color, capsize=3, elinewidth=1.2, zorder=4
         )
         marker = MARKERS[index % len(MARKERS)]
-        axes.plot(point.x, point.y, marker, color=color, markersize=7, markeredgecolor="white", zorder=5, label=label)
+        axes.plot(point.x, point.y, marker, color=color, markersize=6.5, zorder=5, label=label)
 
 
 def _bars(center: float, interval: Interval) -> list[list[float]]:

@@ -41,7 +41,7 @@ from cdkd_edge.power.trace import Problem, Trace
         ([], False),
     ],
     ids=[
-        "same", "two are too few", "only the last count", "speed", "watts", "temperature", "little watts", "speed alone",
+        "same", "two are too few", "only the last count", "speed", "watts", "temperature", "little watts", "speed only",
         "not in all", "none",
     ],
 )  # fmt: skip

@@ -31,8 +31,8 @@ from cdkd_edge.scene.pipeline import segment_scene
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 COMMANDS = [
-    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "power", "roofline", "evaluate",
-    "parity", "demo", "doctor",
+    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "compare", "power", "roofline",
+    "evaluate", "parity", "demo", "doctor",
 ]  # fmt: skip
 QUICK = ("--duration", "0.1", "--max-warm-up", "0")
 OLD_CLICK = "mix_stderr" in inspect.signature(CliRunner.__init__).parameters  # before 8.2
@@ -139,6 +139,7 @@ def test_every_command_has_help(command: str) -> None:
     assert "--workspace" in result.stdout or command in (
         "info",
         "finetune",
+        "compare",
         "power",
     )  # they are told where everything is
     assert "--json" in result.stdout

@@ -56,11 +56,27 @@ class Run:
 
 
 def write_summary(folder: Path, summary: BenchSummary) -> None:
-    """Write ``summary.json``."""
+    """Write ``summary.json``.
+
+    Raises:
+        ValueError: a number in it is infinite or none; in JSON it would silently become null.
+    """
     import msgspec
 
+    _require_finite(msgspec.to_builtins(summary), "summary")
     text = msgspec.json.format(msgspec.json.encode(summary), indent=2).decode()
     write_text(folder / SUMMARY, text + "\n")
+
+
+def _require_finite(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}")
+    if isinstance(value, dict):
+        for name, one in value.items():
+            _require_finite(one, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, one in enumerate(value):
+            _require_finite(one, f"{where}[{index}]")
 
 
 def write_tiles(folder: Path, batches: Iterable[TimedBatch]) -> None:

@@ -17,8 +17,8 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 _ORDER = (
-    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "power", "roofline", "evaluate",
-    "parity", "demo", "doctor",
+    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "compare", "power", "roofline",
+    "evaluate", "parity", "demo", "doctor",
 )  # fmt: skip
 """Of the commands in the help: as they are used."""
 

@@ -76,7 +76,7 @@ class Labeller(Protocol):
         """
 
     def wait(self, slot: int) -> None:
-        """Return when the slot's labels are there.
+        """Return when the slot's labels, and what else it gives, are there.
 
         Raises:
             EngineError: the engine failed.

@@ -19,6 +19,7 @@ from cdkd_edge import __version__
 from cdkd_edge.errors import ManifestError, SchemaError
 from cdkd_edge.files import sha256_of, write_text
 from cdkd_edge.labels import LabelSchema, schema_from_document
+from cdkd_edge.output_kinds import LABELS, OUTPUT_KINDS, output_shapes
 
 MANIFEST_VERSION = 1
 
@@ -95,11 +96,13 @@ class GraphManifest:
     libraries: dict[str, str]
     training: dict[str, Any] = field(default_factory=dict)
     parent: FileRecord | None = None
-    """The FP32 graph that a graph of lower precision was made from."""
+    """The graph this one was made from: of lower precision from FP32, with more outputs from labels alone."""
     conversion: ConversionCheck | None = None
     """That graph against its parent."""
     quantization: dict[str, Any] = field(default_factory=dict)
     """How an INT8 graph got its scales, and which layers are INT8."""
+    output: str = LABELS
+    """What it gives: one of :data:`cdkd_edge.output_kinds.OUTPUT_KINDS`."""
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
@@ -108,6 +111,11 @@ class GraphManifest:
     def schema(self) -> LabelSchema:
         """The label schema of the graph's output."""
         return schema_from_document(self.labels, source=f"the manifest of {self.artefact.file}")
+
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the uint8 outputs by name, the labels first."""
+        return output_shapes(self.output, self.batch, self.tile, len(self.schema))
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,8 @@ class EngineManifest:
     training: dict[str, Any] = field(default_factory=dict)
     tensorrt: TensorRTBuild | None = None
     """Of engines that TensorRT built."""
+    output: str = LABELS
+    """What it gives: one of :data:`cdkd_edge.output_kinds.OUTPUT_KINDS`."""
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
@@ -186,6 +196,11 @@ class EngineManifest:
     def schema(self) -> LabelSchema:
         """The label schema of the engine's output."""
         return schema_from_document(self.labels, source=f"the manifest of {self.artefact.file}")
+
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the uint8 outputs by name, the labels first."""
+        return output_shapes(self.output, self.batch, self.tile, len(self.schema))
 
 
 AnyManifest = TypeVar("AnyManifest", GraphManifest, EngineManifest)
@@ -206,6 +221,12 @@ def precision_of(artefact: Path) -> str | None:
     """``fp32``, ``fp16`` or ``int8`` by the manifest beside a file; None where it does not say."""
     precision = _glance(artefact).get("precision")
     return precision if isinstance(precision, str) else None
+
+
+def output_of(artefact: Path) -> str:
+    """The kind of output by the manifest beside a file; labels where it does not say."""
+    output = _glance(artefact).get("output")
+    return output if output in OUTPUT_KINDS else LABELS
 
 
 def _glance(artefact: Path) -> dict[str, Any]:
@@ -279,6 +300,8 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
         schema_from_document(manifest.labels, source=str(path))
     except (msgspec.ValidationError, SchemaError) as error:
         raise ManifestError(f"manifest {path} is damaged: {error}") from None
+    if manifest.output not in OUTPUT_KINDS:
+        raise ManifestError(f"{path} is of a {kind.kind} that gives {manifest.output!r}, unknown to this release")
     if manifest.tile < 1 or manifest.batch < 1:
         raise ManifestError(f"manifest {path} is damaged: {manifest.batch} tiles of {manifest.tile} px")
     if verify and sha256_of(artefact) != manifest.artefact.sha256:

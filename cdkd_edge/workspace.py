@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdkd_edge.errors import WorkspaceError
-from cdkd_edge.manifest import manifest_path, precision_of
+from cdkd_edge.manifest import manifest_path, output_of, precision_of
+from cdkd_edge.output_kinds import LABELS, provides
 
 ENGINE_SUFFIXES = (".onnx", ".engine")
 
@@ -40,27 +41,48 @@ class Workspace:
         """Folder of benchmark runs."""
         return self.root / "benchmarks"
 
-    def graphs_of(self, precision: str) -> list[Path]:
-        """Exported graphs of a precision (``fp32``, ``fp16``, ``int8``), and those whose manifest does not say."""
-        return [path for path in _artefacts(self.graphs, (".onnx",)) if precision_of(path) in (precision, None)]
+    def graphs_of(self, precision: str, output: str = LABELS) -> list[Path]:
+        """Exported graphs of a precision (``fp32``, ``fp16``, ``int8``), and those whose manifest does not say.
 
-    def only_graph(self, precision: str = "fp32", command: str | None = None) -> Path:
-        """The one exported graph of a precision, for ``command`` (default: to build it).
+        Args:
+            precision: of the graph.
+            output: what it gives; see :mod:`cdkd_edge.output_kinds`.
+        """
+        return [
+            path
+            for path in _artefacts(self.graphs, (".onnx",))
+            if precision_of(path) in (precision, None) and output_of(path) == output
+        ]
+
+    def only_graph(self, precision: str = "fp32", command: str | None = None, output: str = LABELS) -> Path:
+        """The one exported graph of a precision and kind of output, for ``command`` (default: to build it).
 
         Raises:
             WorkspaceError: there is none, or more than one.
         """
         what = "exported graph" if precision == "fp32" else f"{precision} graph"
         command = command or ("cdkd-edge build" if precision == "fp32" else f"cdkd-edge build --{precision}")
-        return _only(self.graphs_of(precision), what, self.graphs, command, "cdkd-edge export CKPT")
+        return _only(self.graphs_of(precision, output), what, self.graphs, command, "cdkd-edge export CKPT")
 
-    def only_engine(self, command: str) -> Path:
+    def only_engine(self, command: str, output: str = LABELS) -> Path:
         """The one engine, for ``command`` (shown with each candidate if there are several).
+
+        Engines that give exactly ``output`` come first; without any, those that give more than that. So an
+        engine with confidence beside the plain one makes nothing ambiguous.
+
+        Args:
+            command: what to type before an engine's name.
+            output: what it must give; see :mod:`cdkd_edge.output_kinds`.
 
         Raises:
             WorkspaceError: there is none, or more than one.
         """
-        return _only(_artefacts(self.engines, ENGINE_SUFFIXES), "engine", self.engines, command, "cdkd-edge build")
+        found = [path for path in _artefacts(self.engines, ENGINE_SUFFIXES) if provides(output_of(path), output)]
+        exact = [path for path in found if output_of(path) == output]
+        what, first = "engine", "cdkd-edge build"
+        if output != LABELS:
+            what, first = f"engine with {output}", f"cdkd-edge build --{output}"
+        return _only(exact or found, what, self.engines, command, first)
 
     def new_run(self, label: str) -> Path:
         """A folder ``benchmarks/<UTC time>-<label>`` that does not exist yet (and is not made here).

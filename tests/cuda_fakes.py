@@ -550,9 +550,10 @@ class FakeTensorRT:
     kind = "tensorrt"
     logger = "the process's logger"
 
-    def __init__(self, world, tile=8, batch=1, scratch=1000):
+    def __init__(self, world, tile=8, batch=1, scratch=1000, output="labels", classes=5):
         self.world = world
         self.tile, self.batch, self.scratch = tile, batch, scratch
+        self.output, self.classes = output, classes
         self.live = []
         """Runtimes, engines and contexts that exist, by kind."""
         self.unordered = []
@@ -572,6 +573,24 @@ class FakeTensorRT:
     def labels_of(image):
         """The 'network'."""
         return image[:, 0] % 5
+
+    @staticmethod
+    def confidence_of(image):
+        return image[:, 1] % 101
+
+    @staticmethod
+    def probabilities_of(image):
+        return np.stack([image[:, 2] // (number + 1) for number in range(5)], axis=1)
+
+    def shapes(self):
+        """Of inputs and outputs, in no order to rely on."""
+        n, side = self.batch, self.tile
+        shapes = {"labels": (n, side, side), "image": (n, 3, side, side)}
+        if self.output == "confidence":
+            shapes["confidence"] = (n, side, side)
+        if self.output == "probabilities":
+            shapes["probabilities"] = (n, self.classes, side, side)
+        return shapes
 
 
 class _Living:
@@ -599,23 +618,21 @@ class _Runtime(_Living):
 
 
 class _Engine(_Living):
-    num_io_tensors = 2
-
     def __init__(self, trt):
         super().__init__(trt, "_Context")
+        self.num_io_tensors = len(trt.shapes())
         self.device_memory_size_v2 = trt.scratch
         if trt.has_runtime_config:
             self.create_runtime_config = lambda: trt.config
 
     def get_tensor_name(self, index):
-        return ("labels", "image")[index]
+        return list(self.trt.shapes())[index]
 
     def get_tensor_mode(self, name):
-        return {"image": "in", "labels": "out"}[name]
+        return "in" if name == "image" else "out"
 
     def get_tensor_shape(self, name):
-        n, side = self.trt.batch, self.trt.tile
-        return [n, 3, side, side] if name == "image" else [n, side, side]
+        return list(self.trt.shapes()[name])
 
     def get_tensor_dtype(self, name):
         return self.trt.dtype
@@ -637,7 +654,7 @@ class _Context(_Living):
         self._stream = None
 
     def set_tensor_address(self, name, address):
-        assert name in ("image", "labels")
+        assert name in self.trt.shapes()
         self._addresses[name] = address
         return True
 
@@ -652,7 +669,10 @@ class _Context(_Living):
 
         def compute():
             image = world.view(self._addresses["image"], n * 3 * side * side).reshape(n, 3, side, side)
-            world.view(self._addresses["labels"], n * side * side)[:] = trt.labels_of(image).ravel()
+            for name, shape in trt.shapes().items():
+                if name != "image":
+                    values = getattr(trt, f"{name}_of")(image)
+                    world.view(self._addresses[name], int(np.prod(shape)))[:] = values.ravel()
 
         world.put(stream, "compute", compute)
         return True

@@ -15,6 +15,7 @@ import rasterio
 from hypothesis import settings
 from rasterio.errors import NotGeoreferencedWarning
 
+from cdkd_edge.engines.protocol import LabelsOnly
 from cdkd_edge.labels import NO_LABEL, load_schema
 from cdkd_edge.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing
 
@@ -84,7 +85,7 @@ def red_labels(tiles: UInt8Array) -> UInt8Array:
     return tiles[:, 0] // 64
 
 
-class FakeEngine:
+class FakeEngine(LabelsOnly):
     """An engine in Python that keeps the protocol's promises and checks that its user keeps them too.
 
     Args:

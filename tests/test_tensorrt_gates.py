@@ -15,6 +15,7 @@ from cdkd_edge.engines.inspection import inspect_artefact
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
 from cdkd_edge.engines.tensorrt.layers import EngineLayers, LayerLimits, exceeded
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+from cdkd_edge.export.variant import variant_path, write_variant
 from cdkd_edge.manifest import EngineManifest, EngineTensor
 from cdkd_edge.model.config import NetworkConfig
 
@@ -64,6 +65,20 @@ def test_fp16_keeps_the_limits(half: Path) -> None:
     assert manifest.tensorrt.strongly_typed
     assert layers.precisions["fp16"] >= len(layers.layers) - 1, "one layer turns indices into labels"
     assert sum(layer.traffic_bytes > 30e6 for layer in layers.layers) == 0, "no scores in memory"
+
+
+@pytest.mark.parametrize("kind", ["confidence", "probabilities"])
+def test_confidence_costs_two_layers(half: Path, kind: str) -> None:
+    graph = variant_path(half, kind)
+    write_variant(half, graph, kind)
+    manifest, layers = compiled(graph)
+    # The bytes of the sum over the classes are counted once per class, although it is read once.
+    limits = LayerLimits(attention_blocks=12, layers=122, traffic_bytes=1.6e9, scratch_bytes=64e6)
+    assert exceeded(layers, limits) == []
+    assert (manifest.attention_fused, manifest.attention_blocks) == (12, 12)
+    assert manifest.tensorrt is not None
+    assert [tensor.name for tensor in manifest.tensorrt.tensors] == ["image", "labels", kind]
+    assert {tensor.dtype for tensor in manifest.tensorrt.tensors} == {"uint8"}
 
 
 def test_int8_keeps_the_limits(paper_graph: Path) -> None:

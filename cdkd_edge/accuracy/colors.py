@@ -11,7 +11,7 @@ from cdkd_edge.accuracy.datasets import Dataset
 from cdkd_edge.accuracy.evaluate import Evaluation, evaluate
 from cdkd_edge.accuracy.images import ImageReader
 from cdkd_edge.accuracy.masks import read_labels
-from cdkd_edge.engines.protocol import UInt8Array
+from cdkd_edge.engines.protocol import LabelsOnly, UInt8Array
 from cdkd_edge.errors import DatasetError
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.manifest import FileRecord
@@ -54,7 +54,7 @@ class ColorCounts:
         return {"nearest mean": nearest, "colour histogram": frequent}
 
 
-class ColorLabeller:
+class ColorLabeller(LabelsOnly):
     """A table of labels by colour. See :class:`cdkd_edge.engines.protocol.Labeller`."""
 
     def __init__(self, table: npt.NDArray[np.uint8], schema: LabelSchema, name: str) -> None:

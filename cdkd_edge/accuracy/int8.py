@@ -36,6 +36,7 @@ from cdkd_edge.manifest import (
     require_replaceable,
     write_manifest,
 )
+from cdkd_edge.output_kinds import LABELS
 from cdkd_edge.quantization.calibrate import Calibrated, CalibrationOptions, calibrate
 from cdkd_edge.quantization.graphs import int8_graph
 from cdkd_edge.quantization.layers import quantizable_layers
@@ -151,6 +152,8 @@ def write_int8(
     source = read_manifest(plain, GraphManifest)
     if source.precision != "fp32":
         raise GraphError(f"{plain} is an {source.precision} graph; INT8 is made from the FP32 graph")
+    if source.output != LABELS:
+        raise GraphError(f"{plain} gives {source.output}; INT8 is made from the graph with labels alone")
     require_fitting(tiles, source, "calibration", "check")
     if data is not None:  # a mistake that evaluate() would tell after minutes
         require_same_classes(source.schema, data.schema)

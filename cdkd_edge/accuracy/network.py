@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdkd_edge.engines.protocol import UInt8Array
+from cdkd_edge.engines.protocol import LabelsOnly, UInt8Array
 from cdkd_edge.errors import EngineError, SchemaError
 from cdkd_edge.labels import NO_LABEL, LabelSchema, load_schema, numbered_schema
 from cdkd_edge.manifest import FileRecord
@@ -26,7 +26,7 @@ Encode = Callable[[Tensor], list[Tensor]]
 __all__ = ["PRECISIONS", "Encode", "NetworkLabeller", "load_network"]
 
 
-class NetworkLabeller:
+class NetworkLabeller(LabelsOnly):
     """A network on a device. See :class:`cdkd_edge.engines.protocol.Labeller`."""
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from cdkd_edge.accuracy.int8_judge import LabelledData
 from cdkd_edge.calibration_set import CalibrationSet, is_calibration_set
 from cdkd_edge.errors import ManifestError, UsageError, WorkspaceError
 from cdkd_edge.export.derive import fp16_path, int8_path, write_fp16
-from cdkd_edge.manifest import GraphManifest, precision_of, read_manifest
+from cdkd_edge.export.variant import is_variant_of, variant_path, write_variant
+from cdkd_edge.manifest import GraphManifest, output_of, precision_of, read_manifest
+from cdkd_edge.output_kinds import LABELS
 from cdkd_edge.workspace import Workspace
 
 
@@ -46,8 +49,9 @@ def prepare_graph(
     precision: str | None,
     request: Request = Request(),
     progress: Callable[[str], None] = lambda step: None,
+    output: str | None = None,
 ) -> Prepared:
-    """The graph for an engine of a precision.
+    """The graph for an engine of a precision and kind of output.
 
     An FP16 or INT8 graph beside its FP32 graph is taken if it was made from it, as its manifest says; otherwise it is
     made. Where there is no FP32 graph, as on a board to which only one graph was carried, that one is taken.
@@ -58,13 +62,55 @@ def prepare_graph(
         precision: ``fp32``, ``fp16``, ``int8``; None: that of the named graph, or ``fp32``.
         request: how to make it.
         progress: called with the name of each step.
+        output: what it is to give (:mod:`cdkd_edge.output_kinds`); None: what the named graph gives, or labels. A
+            graph with more than labels is made from the one of that precision, unless it is there.
 
     Raises:
         WorkspaceError: no graph is named, and there is none or more than one; likewise for calibration sets.
-        UsageError: the named graph has another precision and is not FP32; or the request says how to make a graph
-            that is there and cannot be made, for want of its FP32 graph.
-        CdkdEdgeError: as :func:`write_fp16` and :func:`write_int8` do.
+        UsageError: the named graph has another precision and is not FP32; or it gives something else than is asked for,
+            and not labels alone; or the request says how to make a graph that is there and cannot be made, for want of
+            its FP32 graph.
+        CdkdEdgeError: as :func:`write_fp16`, :func:`write_int8` and :func:`write_variant` do.
     """
+    if graph is not None and output_of(graph) != LABELS:
+        return _finished(graph, precision, output, request)
+    if output is None or output == LABELS:
+        return _labels_graph(space, graph, precision, request, progress)
+    wanted = precision or "fp32"
+    if (
+        graph is None
+        and not space.graphs_of(wanted)
+        and not space.graphs_of("fp32")
+        and space.graphs_of(wanted, output)
+    ):
+        return _as_it_is(space.only_graph(wanted, f"cdkd-edge build --{output}", output), request)
+    plain = _labels_graph(space, graph, precision, request, progress)
+    destination = variant_path(plain.path, output)
+    made = not is_variant_of(destination, plain.path, output)
+    if made:
+        write_variant(plain.path, destination, output, progress)
+    return dataclasses.replace(plain, path=destination, made=plain.made or made)
+
+
+def _finished(graph: Path, precision: str | None, output: str | None, request: Request) -> Prepared:
+    """A named graph that gives more than labels, if that is what was asked for."""
+    own = (precision_of(graph), output_of(graph))
+    if (precision or own[0], output or own[1]) != own:
+        raise UsageError(
+            f"{graph} is a graph of {own[0]} that gives {own[1]}, and something else was asked for",
+            hint="name the graph it was made from, or leave out the options",
+        )
+    return _as_it_is(graph, request)
+
+
+def _labels_graph(
+    space: Workspace,
+    graph: Path | None,
+    precision: str | None,
+    request: Request,
+    progress: Callable[[str], None],
+) -> Prepared:
+    """The graph with labels alone; see :func:`prepare_graph`."""
     own = precision_of(graph) if graph else None
     wanted = precision or own or "fp32"
     _require_meaning(request, wanted)

@@ -54,6 +54,16 @@ def export(
         Optional[bool],  # noqa: UP045
         typer.Option("--fp16/--no-fp16", help="Also write NAME.fp16.onnx. Default: if it passes its check."),
     ] = None,
+    qgis: Annotated[
+        bool, typer.Option("--qgis", help="Also write NAME.qgis.onnx for the QGIS plugin Deepness; needs --gsd.")
+    ] = False,
+    stac: Annotated[
+        bool, typer.Option("--stac", help="Also write NAME.stac.json: a STAC item with the MLM extension.")
+    ] = False,
+    gsd: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Ground sample distance of the training imagery, for --qgis and --stac.", metavar="METRES"),
+    ] = None,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
@@ -65,7 +75,9 @@ def export(
     destination = output or workspace_at(workspace).graphs / f"{checkpoint.stem}.onnx"
     if destination.suffix != ".onnx":
         raise typer.BadParameter("a graph is an .onnx file", param_hint="--output")
-    options = ExportOptions(tile, batch, opset, schema, heads, norm_eps, fp16)
+    if gsd is not None and not (qgis or stac):
+        raise typer.BadParameter("it is written into what --qgis and --stac make", param_hint="--gsd")
+    options = ExportOptions(tile, batch, opset, schema, heads, norm_eps, fp16, qgis, stac, gsd)
     with steps() as step:
         result = export_checkpoint(checkpoint, destination, options, step)
     show(describe_export(result), as_json)

@@ -31,6 +31,12 @@ def build(
     fp32: Annotated[bool, typer.Option("--fp32", help="Build the FP32 graph (default).")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Build the FP16 graph.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Build the INT8 graph.")] = False,
+    confidence: Annotated[
+        bool, typer.Option("--confidence", help="The engine also gives the probability of each label, in per cent.")
+    ] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="The engine also gives the probability of each class.")
+    ] = False,
     runtime: Annotated[
         str,
         typer.Option(help="cpu, tensorrt, or auto: TensorRT where it is installed and has a GPU.", metavar="RUNTIME"),
@@ -129,18 +135,22 @@ def build(
 ) -> None:
     """Graph to engine for this machine (TensorRT, or ONNX Runtime on the CPU). Writes engines/ and a manifest.
 
-    An FP16 or INT8 graph that is missing is made from the FP32 graph first, and checked.
+    An FP16 or INT8 graph that is missing is made from the FP32 graph first, and checked; so is one with confidence.
     """
     from cdkd_edge.accuracy.int8 import Gate, Int8Options
     from cdkd_edge.accuracy.prepare import Request, labelled_data, prepare_graph
     from cdkd_edge.engines.plan import CPU, build_engine, choose_runtime, compare_speed, engine_path
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions, parse_size, parse_target
+    from cdkd_edge.output_kinds import CONFIDENCE, PROBABILITIES
     from cdkd_edge.quantization.calibrate import CalibrationOptions
     from cdkd_edge.report.engines import describe_build
 
     asked = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if given]
     if len(asked) > 1:
         raise typer.BadParameter("one precision at a time", param_hint=" ".join(f"--{name}" for name in asked))
+    if confidence and probabilities:
+        raise typer.BadParameter("probabilities include confidence", param_hint="--confidence --probabilities")
+    kind = CONFIDENCE if confidence else PROBABILITIES if probabilities else None
     options = TensorRTOptions(
         workspace_bytes=parse_size(workspace_size) if workspace_size is not None else None,
         optimization_level=opt_level,
@@ -165,13 +175,13 @@ def build(
         raise typer.BadParameter("they say how to read --data", param_hint="--schema, --scenes")
     with steps() as step:
         prepared = prepare_graph(
-            space, graph, asked[0] if asked else None, replace(request, again=again or request != Request()), step
+            space, graph, asked[0] if asked else None, replace(request, again=again or request != Request()), step, kind
         )
     source = prepared.path
     destination = output or engine_path(space, source, chosen)
     if destination.suffix != (".onnx" if chosen == CPU else ".engine"):
-        kind = "a CPU engine is an .onnx file" if chosen == CPU else "a TensorRT engine is an .engine file"
-        raise typer.BadParameter(kind, param_hint="--output")
+        wrong = "a CPU engine is an .onnx file" if chosen == CPU else "a TensorRT engine is an .engine file"
+        raise typer.BadParameter(wrong, param_hint="--output")
     if destination.exists() and source.exists() and destination.samefile(source):
         raise typer.BadParameter("the engine would overwrite its graph", param_hint="--output")
     with steps() as step:

@@ -29,6 +29,7 @@ from cdkd_edge.manifest import (
     require_replaceable,
     write_manifest,
 )
+from cdkd_edge.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, build_options, confidence_of, missing_output
 from cdkd_edge.scenery import draw_scene
 
 RUNTIME = "onnxruntime-cpu"
@@ -106,6 +107,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
             # The module's own word: its package may be onnxruntime-gpu or a vendor's build.
             libraries={**library_versions(("onnx", "numpy")), "onnxruntime": onnxruntime.__version__},
             training=source.training,
+            output=source.output,
         )
         write_manifest(destination, manifest)  # before the engine gets its name: no engine without a manifest
     return manifest
@@ -137,16 +139,24 @@ class OnnxLabeller:
         self.schema, self.artefact = manifest.schema, manifest.artefact
         self._session = _session(model or str(path), _session_options(threads), f"loading {path.name}")
         n, tile = self.batch, self.tile
+        self.output_kind = manifest.output
+        if [item.name for item in self._session.get_outputs()] != list(manifest.outputs):
+            raise EngineError(f"{path} has other outputs than its manifest says", hint="make it again: cdkd-edge build")
         self._inputs = [np.zeros((n, 3, tile, tile), np.uint8) for _ in range(SLOTS)]
-        self._outputs = [np.full((n, tile, tile), NO_LABEL, np.uint8) for _ in range(SLOTS)]
+        self._outputs = [
+            {name: np.zeros(shape, np.uint8) for name, shape in manifest.outputs.items()} for _ in range(SLOTS)
+        ]
+        for slot in range(SLOTS):
+            self._clear(slot)
         self._bindings = [self._bind(slot) for slot in range(SLOTS)]
 
     def _bind(self, slot: int) -> Any:
         """Let ONNX Runtime read and write the slot's own buffers: no copy, no allocation per tile."""
         binding = self._session.io_binding()
-        image, labels = self._inputs[slot], self._outputs[slot]
+        image = self._inputs[slot]
         binding.bind_input("image", "cpu", 0, np.uint8, image.shape, image.ctypes.data)
-        binding.bind_output("labels", "cpu", 0, np.uint8, labels.shape, labels.ctypes.data)
+        for name, array in self._outputs[slot].items():
+            binding.bind_output(name, "cpu", 0, np.uint8, array.shape, array.ctypes.data)
         return binding
 
     def input(self, slot: int) -> UInt8Array:
@@ -155,15 +165,35 @@ class OnnxLabeller:
 
     def output(self, slot: int) -> UInt8Array:
         """See :meth:`cdkd_edge.engines.protocol.Labeller.output`."""
-        return self._outputs[slot]
+        return self._outputs[slot][LABELS]
+
+    def confidence(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.confidence`."""
+        if self.output_kind == PROBABILITIES:
+            return confidence_of(self._outputs[slot][PROBABILITIES])
+        return self._extra(slot, CONFIDENCE)
+
+    def probabilities(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.probabilities`."""
+        return self._extra(slot, PROBABILITIES)
+
+    def _extra(self, slot: int, wanted: str) -> UInt8Array:
+        if self.output_kind != wanted:
+            raise missing_output(self.output_kind, wanted, self.artefact.file)
+        return self._outputs[slot][wanted]
+
+    def _clear(self, slot: int) -> None:
+        """No labels, and nothing known of them."""
+        for name, array in self._outputs[slot].items():
+            array.fill(NO_LABEL if name == LABELS else 0)
 
     def launch(self, slot: int) -> None:
         """Compute the slot; on the CPU this is all there is to wait for."""
-        self._outputs[slot].fill(NO_LABEL)
+        self._clear(slot)
         try:
             self._session.run_with_iobinding(self._bindings[slot])
         except Exception as error:  # ONNX Runtime's own types share no base but Exception
-            self._outputs[slot].fill(NO_LABEL)
+            self._clear(slot)
             raise EngineError(f"the engine failed on a tile: {_one_line(error)}") from None
 
     def wait(self, slot: int) -> None:
@@ -215,7 +245,8 @@ class CpuEngine(OnnxLabeller):
         if _minor(built_with) != _minor(onnxruntime.__version__):
             raise EngineError(
                 f"{path} was built with onnxruntime {built_with}; this is {onnxruntime.__version__}",
-                hint=f"build it again from {manifest.graph.file}: cdkd-edge build",
+                hint=f"build it again from {manifest.graph.file}: cdkd-edge build "
+                f"{build_options(manifest.precision, manifest.output)}",
             )
         if manifest.precision == "int8":
             require_exact_integers()
@@ -227,15 +258,19 @@ def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
     """Engine against the graph it was built from (of INT8, the twin), on one drawn tile."""
     tile = draw_scene(source.tile, source.tile, seed=11).image.transpose(2, 0, 1)
     tiles = np.repeat(tile[None], source.batch, axis=0)
-    labels = []
+    results = []
     for model in (graph, str(engine)):
         session = _session(model, _session_options(), f"checking {engine.name}")
-        labels.append(session.run(["labels"], {"image": tiles})[0])
-    agreement = float((labels[0] == labels[1]).mean())
-    if agreement < (MIN_INT8_AGREEMENT if source.precision == "int8" else MIN_AGREEMENT):
-        raise NumericalCheckError(
-            f"the optimised engine gives another label than the graph on {1 - agreement:.3%} of the pixels"
-        )
+        results.append(session.run(list(source.outputs), {"image": tiles}))
+    least = MIN_INT8_AGREEMENT if source.precision == "int8" else MIN_AGREEMENT
+    for name, expected, found in zip(source.outputs, *results, strict=True):
+        step = 0 if name == LABELS else 1  # confidence on either side of a half is no difference
+        agreement = float((np.abs(expected.astype(np.int16) - found) <= step).mean())
+        if agreement < least:
+            raise NumericalCheckError(
+                f"the optimised engine gives {'another label' if name == LABELS else f'another {name}'} than the graph "
+                f"on {1 - agreement:.3%} of the pixels"
+            )
 
 
 def _session_options(threads: int | None = None) -> onnxruntime.SessionOptions:

@@ -13,7 +13,8 @@ from cdkd_edge.engines.tensorrt.api import tensorrt_is_installed
 from cdkd_edge.engines.tensorrt.device import NoGpu, find_gpu
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.errors import EngineError, ManifestError, UsageError
-from cdkd_edge.manifest import EngineManifest, GraphManifest, precision_of, read_manifest
+from cdkd_edge.manifest import EngineManifest, GraphManifest, output_of, precision_of, read_manifest
+from cdkd_edge.output_kinds import LABELS, build_options
 from cdkd_edge.workspace import Workspace
 
 CPU, TENSORRT = "cpu", "tensorrt"
@@ -36,10 +37,14 @@ def choose_runtime(runtime: str, *, targets: tuple[str, ...] = ()) -> str:
 
 
 def engine_path(space: Workspace, graph: Path, runtime: str) -> Path:
-    """Where the engine of a graph goes: ``engines/NAME.PRECISION.engine``, ``engines/NAME.PRECISION.cpu.onnx``."""
+    """Where the engine of a graph goes: ``engines/NAME.PRECISION.engine``, ``engines/NAME.PRECISION.cpu.onnx``.
+
+    What it gives besides labels follows the precision: ``engines/NAME.fp16.confidence.engine``.
+    """
     precision = precision_of(graph) or "fp32"
-    name = graph.stem.removesuffix(f".{precision}")
-    return space.engines / f"{name}.{precision}{'.cpu.onnx' if runtime == CPU else '.engine'}"
+    kind = _suffix(output_of(graph))
+    name = graph.stem.removesuffix(kind).removesuffix(f".{precision}")
+    return space.engines / f"{name}.{precision}{kind}{'.cpu.onnx' if runtime == CPU else '.engine'}"
 
 
 def build_engine(
@@ -85,8 +90,9 @@ def compare_speed(
     """
     if manifest.precision != "int8":
         return None
-    suffix = ".int8.cpu.onnx" if engine.suffix == ".onnx" else ".int8.engine"
-    other = ".fp32.cpu.onnx" if engine.suffix == ".onnx" else ".fp16.engine"
+    kind = _suffix(manifest.output)
+    suffix = f".int8{kind}.cpu.onnx" if engine.suffix == ".onnx" else f".int8{kind}.engine"
+    other = f".fp32{kind}.cpu.onnx" if engine.suffix == ".onnx" else f".fp16{kind}.engine"
     if not engine.name.endswith(suffix):
         return None
     path = engine.with_name(engine.name.removesuffix(suffix) + other)
@@ -105,6 +111,10 @@ def compare_speed(
             one.close()
 
 
+def _suffix(kind: str) -> str:
+    return "" if kind == LABELS else f".{kind}"
+
+
 def _no_fp16_here(graph: Path) -> EngineError:
     """FP16 is TensorRT's: say what is missing, and that the graph is all the board needs."""
     source = read_manifest(graph, GraphManifest)
@@ -116,5 +126,6 @@ def _no_fp16_here(graph: Path) -> EngineError:
     state = "is checked" if source.conversion else "is what it builds from"
     return EngineError(
         f"an FP16 engine needs TensorRT on a GPU: {missing}",
-        hint=f"{graph} {state}: carry it and its .json to the board and run `cdkd-edge build --fp16` there",
+        hint=f"{graph} {state}: carry it and its .json to the board and run "
+        f"`cdkd-edge build {build_options('fp16', source.output)}` there",
     )

@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from cdkd_edge.labels import LabelSchema
 from cdkd_edge.manifest import EngineManifest, FileRecord
+from cdkd_edge.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, missing_output
 
 UInt8Array = npt.NDArray[np.uint8]
 
 
 class Labeller(Protocol):
-    """uint8 tiles in, uint8 labels out, through a fixed number of buffer slots.
+    """uint8 tiles in, uint8 labels out, through a fixed number of buffer slots; some give confidence as well.
 
     A network in PyTorch, a graph or an engine; N tiles of T x T px at a time.
 
@@ -41,11 +42,31 @@ class Labeller(Protocol):
     def artefact(self) -> FileRecord:
         """The file that gives the labels."""
 
+    @property
+    def output_kind(self) -> str:
+        """What it gives: one of :data:`cdkd_edge.output_kinds.OUTPUT_KINDS`."""
+
     def input(self, slot: int) -> UInt8Array:
         """The slot's tiles, ``[N, 3, T, T]`` RGB, to be written in place."""
 
     def output(self, slot: int) -> UInt8Array:
         """The slot's labels, ``[N, T, T]``; 255 everywhere unless the last run of the slot succeeded."""
+
+    def confidence(self, slot: int) -> UInt8Array:
+        """Per cent of the probability of the slot's labels, ``[N, T, T]``; 0 everywhere where those are 255.
+
+        Of kind ``probabilities`` it is derived from them, anew at every call.
+
+        Raises:
+            EngineError: it is not given.
+        """
+
+    def probabilities(self, slot: int) -> UInt8Array:
+        """255 times the probability of each class, ``[N, K, T, T]``; 0 everywhere where the labels are 255.
+
+        Raises:
+            EngineError: they are not given.
+        """
 
     def launch(self, slot: int) -> None:
         """Start computing the slot; may return before it is done.
@@ -55,7 +76,7 @@ class Labeller(Protocol):
         """
 
     def wait(self, slot: int) -> None:
-        """Return when the slot's labels are there.
+        """Return when the slot's labels, and what else it gives, are there.
 
         Raises:
             EngineError: the engine failed.
@@ -63,6 +84,25 @@ class Labeller(Protocol):
 
     def close(self) -> None:
         """Release what runs, and its buffers."""
+
+
+class LabelsOnly:
+    """The part of :class:`Labeller` that is about other outputs, of what gives labels alone."""
+
+    artefact: FileRecord
+
+    @property
+    def output_kind(self) -> str:
+        """See :attr:`Labeller.output_kind`."""
+        return LABELS
+
+    def confidence(self, slot: int) -> UInt8Array:
+        """See :meth:`Labeller.confidence`."""
+        raise missing_output(LABELS, CONFIDENCE, self.artefact.file)
+
+    def probabilities(self, slot: int) -> UInt8Array:
+        """See :meth:`Labeller.probabilities`."""
+        raise missing_output(LABELS, PROBABILITIES, self.artefact.file)
 
 
 class Engine(Labeller, Protocol):

@@ -46,6 +46,8 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = half.graph
     if {item.type.tensor_type.elem_type for item in (*graph.input, *graph.output)} != {TensorProto.UINT8}:
         raise GraphError("only a graph with uint8 tiles and labels can be made FP16", hint="export it with cdkd-edge")
+    if len(graph.output) != 1:
+        raise GraphError("the graph gives more than labels; FP16 is made from the graph with labels alone")
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.node):
         raise GraphError("the graph is quantised already; FP16 is made from the FP32 graph")
     # ONNX wants Resize's scales in FP32 whatever the data are.
@@ -66,11 +68,12 @@ def fp16_on_cpu(half: onnx.ModelProto) -> onnx.ModelProto:
 
     Weights are those of the FP16 graph. Every value is rounded to FP16 (to infinity beyond 65504) where an
     engine stores it. Not rounded are what kernels hold in FP32: the product before a bias, and what is inside
-    normalisation, softmax and fused attention.
+    normalisation, softmax and fused attention; nor what the graph itself computes in FP32.
 
     Args:
         half: what :func:`to_fp16` returned; also with Q/DQ, which are computed as they stand.
     """
+    wide = _wide_values(half.graph)
     model = to_fp32(half)
     fuse_attention(model)
 
@@ -84,7 +87,7 @@ def fp16_on_cpu(half: onnx.ModelProto) -> onnx.ModelProto:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         nodes.append(copy)
-        if not _stored(node, users, constants):
+        if node.output[0] in wide or not _stored(node, users, constants):
             continue
         name = node.output[0]
         copy.output[0] = f"{name}.exact"
@@ -126,6 +129,17 @@ def _stored(node: onnx.NodeProto, users: dict[str, list[onnx.NodeProto]], consta
     if node.op_type == "MatMul" and len(following) == 1 and following[0].op_type == "Add":
         return not any(name in constants for name in following[0].input)
     return True
+
+
+def _wide_values(graph: onnx.GraphProto) -> set[str]:
+    """What an FP16 graph computes in FP32: behind a cast to it, as confidence is."""
+    wide: set[str] = set()
+    for node in graph.node:  # in the order of computation
+        if (node.op_type == "Cast" and _cast_type(node).i == TensorProto.FLOAT) or (
+            node.op_type != "Cast" and wide & set(node.input)
+        ):
+            wide |= set(node.output)
+    return wide
 
 
 def _give_rounding_to_positions(graph: onnx.GraphProto) -> None:

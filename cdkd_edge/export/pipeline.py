@@ -10,11 +10,13 @@ from pathlib import Path
 
 import onnx
 
-from cdkd_edge.errors import GraphError, NumericalCheckError, SchemaError
+from cdkd_edge.errors import GraphError, NumericalCheckError, SchemaError, UsageError
 from cdkd_edge.export.check import MIN_AGREEMENT, check_graph
 from cdkd_edge.export.derive import fp16_path, outdated_graphs, write_fp16
 from cdkd_edge.export.graph import DEFAULT_OPSET, build_graph
+from cdkd_edge.export.qgis import QGIS_OPSET, QgisGraph, qgis_path, require_gsd, require_own_qgis, write_qgis
 from cdkd_edge.export.simplify import simplify_graph
+from cdkd_edge.export.stac import require_own_stac, stac_item, stac_path, write_stac
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import LabelSchema, load_schema, numbered_schema
 from cdkd_edge.manifest import (
@@ -44,6 +46,12 @@ class ExportOptions:
     layer_norm_eps: float | None = None
     fp16: bool | None = False
     """Also write the FP16 graph: True, or it is an error; None, if it passes its check; False, not."""
+    qgis: bool = False
+    """Also write the graph for the QGIS plugin Deepness; ``gsd`` must be given."""
+    stac: bool = False
+    """Also write a STAC item."""
+    gsd: float | None = None
+    """Metres per pixel of the imagery that the network was trained on."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,11 @@ class ExportResult:
     half_refused: str | None = None
     """Why there is none, where one was tried."""
     outdated: tuple[Path, ...] = ()
-    """FP16 and INT8 graphs beside it that were made from an earlier graph of that name."""
+    """What lies beside it and was made from an earlier graph of that name: FP16, INT8, QGIS, STAC."""
+    qgis: QgisGraph | None = None
+    """The graph for QGIS beside it."""
+    stac: Path | None = None
+    """The STAC item beside it."""
 
 
 def export_checkpoint(
@@ -70,7 +82,7 @@ def export_checkpoint(
     options: ExportOptions = ExportOptions(),
     progress: Callable[[str], None] = lambda step: None,
 ) -> ExportResult:
-    """Write ``destination`` (``.onnx``) and its manifest from a checkpoint, and the FP16 graph beside it.
+    """Write ``destination`` (``.onnx``) and its manifest from a checkpoint, and beside it what else is asked for.
 
     Args:
         checkpoint: any file :func:`cdkd_edge.model.checkpoint.load_checkpoint` reads.
@@ -80,7 +92,8 @@ def export_checkpoint(
 
     Raises:
         CheckpointError, SchemaError, GraphError: the input cannot be exported.
-        ManifestError: the destination is a file that no export wrote.
+        UsageError: the ground sample distance is none, or missing.
+        ManifestError: a destination is a file that no export wrote.
         NumericalCheckError: graph and network disagree on more than 1 pixel in 10,000, or a logit differs by
             more than rounding.
     """
@@ -88,6 +101,7 @@ def export_checkpoint(
     require_replaceable(destination)
     if options.fp16 is not False:
         require_replaceable(fp16_path(destination))
+    _require_sound(options, destination)
     progress("loading the checkpoint")
     network, report = load_checkpoint(
         checkpoint, tile=options.tile, heads=options.heads, layer_norm_eps=options.layer_norm_eps
@@ -143,10 +157,41 @@ def export_checkpoint(
             if options.fp16:
                 raise
             refused = error.message
+    qgis, item = None, None
+    if options.qgis and options.gsd is not None:
+        progress("writing the graph for QGIS")
+        weights = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
+        model = simplify_graph(build_graph(weights, config, batch=1, opset=QGIS_OPSET))
+        qgis = write_qgis(model, qgis_path(destination), destination, schema, config.tile, options.gsd)
+    if options.stac:
+        item = stac_path(destination)
+        parameters = sum(tensor.numel() for tensor in network.parameters())
+        write_stac(stac_item(manifest, parameters, half, qgis, options.gsd), item)
     seconds = time.perf_counter() - started
+    outdated = list(outdated_graphs(destination, manifest))
+    outdated += [
+        path
+        for path, made in ((qgis_path(destination), qgis), (stac_path(destination), item))
+        if not made and path.exists()
+    ]
     return ExportResult(
-        destination, manifest, report, nodes_written, seconds, half, refused, outdated_graphs(destination, manifest)
+        destination, manifest, report, nodes_written, seconds, half, refused, tuple(outdated), qgis, item
     )
+
+
+def _require_sound(options: ExportOptions, destination: Path) -> None:
+    """Find what would fail after minutes."""
+    if options.gsd is not None:
+        require_gsd(options.gsd)
+    if options.qgis:
+        if options.gsd is None:
+            raise UsageError(
+                "a graph for QGIS has to say how large a pixel is",
+                hint="--gsd METRES of the imagery it was trained on, e.g. 0.5 for DeepGlobe, 0.3 for LoveDA",
+            )
+        require_own_qgis(qgis_path(destination))
+    if options.stac:
+        require_own_stac(stac_path(destination))
 
 
 def _schema(name: str | None, report: CheckpointReport) -> LabelSchema:

@@ -131,13 +131,16 @@ def describe_export(result: ExportResult) -> Report:
             f"largest logit difference {manifest.check.max_logit_error:.1e}",
         ),
         *_half_rows(result),
-        *(("warning", f"{path.name} was made from an earlier graph; build it anew") for path in result.outdated),
+        *_interchange_rows(result),
+        *(("warning", f"{path.name} was made from an earlier graph; make it anew") for path in result.outdated),
         ("seconds", f"{result.seconds:.1f}"),
     ]
     data = {
         "path": str(result.path),
         "fp16": plain(result.half) if result.half else None,
         "fp16_refused": result.half_refused,
+        "qgis": plain(result.qgis) if result.qgis else None,
+        "stac": str(result.stac) if result.stac else None,
         "outdated": [str(path) for path in result.outdated],
         "nodes_written": result.nodes_written,
         "seconds": result.seconds,
@@ -157,6 +160,16 @@ def _half_rows(result: ExportResult) -> list[tuple[str, str]]:
     if check:
         text += f", {check.label_agreement:.3%} of the pixels of {check.tiles} {check.imagery} tiles keep their label"
     return [("FP16", text)]
+
+
+def _interchange_rows(result: ExportResult) -> list[tuple[str, str]]:
+    rows = []
+    if result.qgis:
+        text = f"{result.qgis.artefact.file}, {100 * result.qgis.gsd:g} cm per pixel, "
+        rows.append(("QGIS", text + f"{result.qgis.label_agreement:.3%} of a drawn tile's labels are the same"))
+    if result.stac:
+        rows.append(("STAC", result.stac.name))
+    return rows
 
 
 def describe_demo(result: DemoResult) -> Report:

@@ -75,6 +75,7 @@ def describe_engine(path: Path, manifest: EngineManifest) -> Report:
     rows = [
         ("runtime", _runtime(manifest)),
         ("precision", manifest.precision),
+        ("output", ", ".join(manifest.outputs)),
         ("attention", _attention(manifest)),
         *_tensorrt_rows(manifest),
         ("size", f"{manifest.artefact.bytes / 1e6:.1f} MB"),
@@ -108,6 +109,7 @@ def describe_inspection(found: Inspection, *, every: bool) -> Report:
         )
     if manifest is not None:
         rows.append(("tiles", f"{manifest.batch} x {manifest.tile} x {manifest.tile} px"))
+        rows.append(("output", ", ".join(manifest.outputs)))
         rows.append(("size", f"{manifest.artefact.bytes / 1e6:.1f} MB"))
     data: dict[str, Any] = {
         "path": str(found.path),

@@ -44,9 +44,10 @@ def build(tensorrt, checkpoint, dataset, tmp_path_factory):
 
     def from_graphs(precision):
         from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
-        from cdkd_edge.manifest import precision_of
+        from cdkd_edge.manifest import output_of, precision_of
 
-        found = [path for path in sorted(Path(given).glob("*.onnx")) if precision_of(path) == precision]
+        graphs = [path for path in sorted(Path(given).glob("*.onnx")) if output_of(path) == "labels"]
+        found = [path for path in graphs if precision_of(path) == precision]
         if not found:
             pytest.skip(f"GRAPHS={given} holds no {precision} graph")
         destination = workspace / "engines" / f"{found[0].name.split('.')[0]}.{precision}.engine"
@@ -104,6 +105,36 @@ def test_the_engine_labels_as_the_network(load, precision, network, tiles, mean_
         print(f"\n{precision}: agreement {agreement:.4%}, mIoU {scored:.4%} (network {reference:.4%})")
     assert agreement >= AGREEMENT[precision]
     assert reference - scored <= LOSS[precision]
+
+
+@pytest.mark.parametrize("kind", ["confidence", "probabilities"])
+def test_confidence_is_that_of_the_network(build, load, gpu, network, tiles, tmp_path, kind):
+    """An FP16 engine with one output more: the plain engine's labels, and softmax within FP16's rounding of logits."""
+    import torch
+
+    from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
+    from cdkd_edge.engines.tensorrt.runner import TensorRTEngine
+    from cdkd_edge.export.variant import write_variant
+
+    plain = load("fp16")
+    folder = Path(os.environ["GRAPHS"]) if os.environ.get("GRAPHS") else build("fp16").parents[1] / "export"
+    graph = tmp_path / "variant.onnx"
+    write_variant(folder / plain.manifest.graph.file, graph, kind)
+    path = tmp_path / "engines" / "variant.engine"
+    engine = TensorRTEngine(path, build_tensorrt_engine(graph, path), gpu=gpu)
+    try:
+        for tile in tiles[:4]:
+            for labeller in (plain, engine):
+                labeller.input(0)[...] = tile
+                labeller.launch(0)
+                labeller.wait(0)
+            with torch.inference_mode():
+                pixels = torch.from_numpy(tile[None]).to(network.device)
+                share = network.network.upsample(network.network(pixels).float()).softmax(dim=1).amax(dim=1)
+            assert (engine.output(0) == plain.output(0)).mean() > 0.9999
+            assert abs(engine.confidence(0) - 100 * share.cpu().numpy()).mean() < 1.0
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

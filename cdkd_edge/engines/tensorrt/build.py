@@ -72,7 +72,7 @@ def build_tensorrt_engine(
     def heard(event: dict[str, Any]) -> None:
         facts.update(event)
         if event["event"] == "parsed":
-            _require_tiles_and_labels(graph, source, _tensors(event))
+            _require_tensors(graph, source, _tensors(event))
 
     with whole_file(destination) as temporary:
         request = _request(graph, temporary, source.precision, options)
@@ -121,16 +121,15 @@ def _tensors(facts: dict[str, Any]) -> tuple[EngineTensor, ...]:
     return tuple(EngineTensor(item["name"], item["dtype"], tuple(item["shape"])) for item in facts["tensors"])
 
 
-def _require_tiles_and_labels(graph: Path, source: GraphManifest, tensors: tuple[EngineTensor, ...]) -> None:
-    """Make sure that the engine will take uint8 tiles and give uint8 labels, and nothing else.
+def _require_tensors(graph: Path, source: GraphManifest, tensors: tuple[EngineTensor, ...]) -> None:
+    """Make sure that the engine will take uint8 tiles and give the uint8 outputs of the manifest, and nothing else.
 
     Raises:
         GraphError: it would not.
     """
-    batch, tile = source.batch, source.tile
     expected = (
-        EngineTensor("image", "uint8", (batch, 3, tile, tile)),
-        EngineTensor("labels", "uint8", (batch, tile, tile)),
+        EngineTensor("image", "uint8", (source.batch, 3, source.tile, source.tile)),
+        *(EngineTensor(name, "uint8", shape) for name, shape in source.outputs.items()),
     )
     if tensors != expected:
         found, wanted = ("; ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in some) for some in (tensors, expected))
@@ -200,6 +199,7 @@ def _manifest(
         libraries={**library_versions(("onnx", "numpy")), facts["kind"]: facts["version"]},
         training=source.training,
         tensorrt=build,
+        output=source.output,
     )
 
 

@@ -10,6 +10,7 @@ from cdkd_edge.engines.tensorrt.api import TensorRT
 from cdkd_edge.engines.tensorrt.device import Gpu, NoGpu
 from cdkd_edge.errors import EngineError, ManifestError
 from cdkd_edge.manifest import EngineManifest
+from cdkd_edge.output_kinds import build_options
 
 
 def require_loadable(manifest: EngineManifest, api: TensorRT, device: Gpu | NoGpu) -> None:
@@ -47,4 +48,5 @@ def require_loadable(manifest: EngineManifest, api: TensorRT, device: Gpu | NoGp
 
 
 def _rebuild(manifest: EngineManifest) -> str:
-    return f"build it again here from {manifest.graph.file}: cdkd-edge build --{manifest.precision} --runtime tensorrt"
+    options = build_options(manifest.precision, manifest.output)
+    return f"build it again here from {manifest.graph.file}: cdkd-edge build {options} --runtime tensorrt"

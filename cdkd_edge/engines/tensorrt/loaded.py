@@ -14,8 +14,9 @@ from cdkd_edge.engines.tensorrt.listen import Listener
 from cdkd_edge.errors import EngineError
 from cdkd_edge.files import whole_file
 from cdkd_edge.manifest import EngineManifest
+from cdkd_edge.output_kinds import build_options
 
-IMAGE, LABELS = "image", "labels"
+IMAGE = "image"
 
 
 class LoadedEngine:
@@ -118,13 +119,13 @@ class LoadedEngine:
         self._config.set_runtime_cache(self._cache)
 
     def _require_tensors(self) -> None:
-        """One uint8 image in, one uint8 label map out, of the manifest's size."""
+        """One uint8 image in, the manifest's uint8 outputs out, all of its size."""
         trt, engine = self._tensorrt.module, self._engine
         try:
             n, side = self._manifest.batch, self._manifest.tile
             wanted = {
                 IMAGE: (trt.TensorIOMode.INPUT, (n, 3, side, side)),
-                LABELS: (trt.TensorIOMode.OUTPUT, (n, side, side)),
+                **{name: (trt.TensorIOMode.OUTPUT, shape) for name, shape in self._manifest.outputs.items()},
             }
             names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
             found = {name: (engine.get_tensor_mode(name), tuple(engine.get_tensor_shape(name))) for name in names}
@@ -142,4 +143,5 @@ class LoadedEngine:
 
 def rebuild_hint(manifest: EngineManifest) -> str:
     """The command that makes the engine anew."""
-    return f"build it again here from {manifest.graph.file}: cdkd-edge build --{manifest.precision} --runtime tensorrt"
+    options = build_options(manifest.precision, manifest.output)
+    return f"build it again here from {manifest.graph.file}: cdkd-edge build {options} --runtime tensorrt"

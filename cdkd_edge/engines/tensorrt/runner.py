@@ -4,7 +4,7 @@ A slot has its own buffers, stream and execution context: no order between slots
 a context must not run in two streams at a time. Contexts share the weights; each has its own scratch memory
 (about 44 MB for the paper's network in FP16), so there are fewer slots where scratch would take too much.
 
-A run is: fill the labels with 255, copy the tiles in, compute, copy the labels out, mark the place. On a GPU that
+A run is: fill the outputs, copy the tiles in, compute, copy the outputs out, mark the place. On a GPU that
 shares the CPU's memory nothing is copied. Where the binding can, all but the mark is one CUDA graph.
 """
 
@@ -22,10 +22,11 @@ from cdkd_edge.engines.cuda.memory import Buffer, Gpu, Stream
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.engines.tensorrt import api, device, loadable
 from cdkd_edge.engines.tensorrt.listen import Listener, LogTo
-from cdkd_edge.engines.tensorrt.loaded import IMAGE, LABELS, LoadedEngine
+from cdkd_edge.engines.tensorrt.loaded import IMAGE, LoadedEngine
 from cdkd_edge.errors import EngineError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.manifest import EngineManifest
+from cdkd_edge.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, confidence_of, missing_output
 
 SLOTS = 3
 """One tile being read, one computed, one written."""
@@ -37,7 +38,8 @@ class TensorRTEngine:
     """An engine file on a GPU. See :class:`cdkd_edge.engines.protocol.Engine`.
 
     ``output(slot)`` shows labels only after the slot's ``wait``: between ``launch`` and ``wait`` it is an array of 255s
-    that is not written to, and after any failure or interruption the slot's labels are 255.
+    that is not written to, and after any failure or interruption the slot's labels are 255. So it is with confidence
+    and probabilities, and 0.
     """
 
     def __init__(
@@ -71,13 +73,15 @@ class TensorRTEngine:
         self.manifest = manifest
         self.tile, self.batch = manifest.tile, manifest.batch
         self.schema, self.artefact = manifest.schema, manifest.artefact
+        self.output_kind = manifest.output
         self.slots = 0
         self.no_graph: str | None = None if cuda_graph else "not asked for"
         """Why tiles are not launched through a CUDA graph; None where they are."""
         self._slots: list[_Slot] = []
         self._loaded: LoadedEngine | None = None
-        self._blank: UInt8Array = np.full((self.batch, self.tile, self.tile), NO_LABEL, np.uint8)
-        self._blank.flags.writeable = False
+        self._blank = {name: np.full(shape, _fill(name), np.uint8) for name, shape in manifest.outputs.items()}
+        for array in self._blank.values():
+            array.flags.writeable = False
         if tensorrt is None:
             tensorrt, log_to = _installed()
         if gpu is None:
@@ -106,7 +110,7 @@ class TensorRTEngine:
             # Also needed before a capture: the first run settles what TensorRT left for it.
             slot.launch()
             slot.wait()
-            slot.labels.array.fill(NO_LABEL)
+            slot.clear()
         loaded.save_cache()
         self._capture()
         self.slots = len(self._slots)
@@ -130,8 +134,23 @@ class TensorRTEngine:
 
     def output(self, slot: int) -> UInt8Array:
         """See :meth:`cdkd_edge.engines.protocol.Labeller.output`, and the class."""
+        return self._output(slot, LABELS)
+
+    def confidence(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.confidence`, and the class."""
+        if self.output_kind == PROBABILITIES:
+            return confidence_of(self._output(slot, PROBABILITIES))
+        return self._output(slot, CONFIDENCE)
+
+    def probabilities(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.probabilities`, and the class."""
+        return self._output(slot, PROBABILITIES)
+
+    def _output(self, slot: int, wanted: str) -> UInt8Array:
         chosen = self._slot(slot)
-        return self._blank if chosen.running else chosen.labels.array
+        if wanted not in self._blank:
+            raise missing_output(self.output_kind, wanted, self.artefact.file)
+        return self._blank[wanted] if chosen.running else chosen.outputs[wanted].array
 
     def launch(self, slot: int) -> None:
         """Start computing the slot; returns before it is done.
@@ -188,35 +207,44 @@ class _Slot:
     def __init__(self, gpu: Gpu, manifest: EngineManifest, listener: Listener) -> None:
         n, side = manifest.batch, manifest.tile
         self.running = False
-        """Launched and not waited for: the GPU may write to the labels at any moment."""
+        """Launched and not waited for: the GPU may write to the outputs at any moment."""
         self.context: Any = None
         self._listener = listener
         with contextlib.ExitStack() as undo:
             self.image = Buffer(gpu, (n, 3, side, side))
             undo.callback(self.image.close)
-            self.labels = Buffer(gpu, (n, side, side))
-            undo.callback(self.labels.close)
+            self.outputs: dict[str, Buffer] = {}
+            for name, shape in manifest.outputs.items():
+                self.outputs[name] = Buffer(gpu, shape)
+                undo.callback(self.outputs[name].close)
             self.stream = Stream(gpu)
             undo.pop_all()
         self.image.array.fill(0)
-        self.labels.array.fill(NO_LABEL)
+        self.clear()
 
     def prepare(self, loaded: LoadedEngine) -> None:
         """Make the execution context and tell it the buffers."""
         self.context = loaded.new_context()
-        for name, buffer in ((IMAGE, self.image), (LABELS, self.labels)):
+        for name, buffer in {IMAGE: self.image, **self.outputs}.items():
             if not self.context.set_tensor_address(name, buffer.pointer):
                 raise EngineError(f"TensorRT refuses the buffer for {name}")
 
+    def clear(self) -> None:
+        """No labels, and nothing known of them, as the host sees it."""
+        for name, buffer in self.outputs.items():
+            buffer.array.fill(_fill(name))
+
     def enqueue(self) -> None:
         """Put one run into the stream."""
-        self.labels.clear(NO_LABEL, self.stream)
+        for name, buffer in self.outputs.items():
+            buffer.clear(_fill(name), self.stream)
         self.image.upload(self.stream)
         with self._listener:
             accepted = self.context.execute_async_v3(self.stream.handle)
         if not accepted:
             raise EngineError(f"TensorRT failed on a tile{self._listener.said()}")
-        self.labels.download(self.stream)
+        for buffer in self.outputs.values():
+            buffer.download(self.stream)
 
     def capture(self) -> None:
         """Record a run as a CUDA graph, for all launches to come."""
@@ -228,7 +256,7 @@ class _Slot:
     def launch(self) -> None:
         if self.running:  # launched twice without waiting: the buffers are still in use
             self.stop()
-        self.labels.array.fill(NO_LABEL)
+        self.clear()
         self.running = True
         self._or_stop(self._start)
 
@@ -254,7 +282,7 @@ class _Slot:
         """Let the GPU finish what it has, and show no labels."""
         with contextlib.suppress(EngineError):
             self.stream.drain()
-        self.labels.array.fill(NO_LABEL)
+        self.clear()
         self.running = False
 
     def release(self) -> None:
@@ -262,7 +290,8 @@ class _Slot:
         with contextlib.suppress(EngineError):
             self.stream.forget()
         self.context = None
-        for part in (self.stream, self.image, self.labels):
+        parts: tuple[Stream | Buffer, ...] = (self.stream, self.image, *self.outputs.values())
+        for part in parts:
             with contextlib.suppress(EngineError):
                 part.close()
 
@@ -282,6 +311,11 @@ def load_tensorrt_engine(path: Path, manifest: EngineManifest) -> TensorRTEngine
 
 def _installed() -> tuple[Any, LogTo]:
     return api.find_tensorrt(), api.log_to
+
+
+def _fill(name: str) -> int:
+    """What stands in an output where nothing was computed."""
+    return NO_LABEL if name == LABELS else 0
 
 
 def affordable_slots(wanted: int, scratch_bytes: int, free_bytes: int) -> int:

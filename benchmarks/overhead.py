@@ -8,7 +8,7 @@ engine, they could also slow the engine and hide in that ratio: ``ratio_alone`` 
 same number of tiles takes the engine alone, right after. ``before`` and ``after`` say where the rest went: until the
 first tile's labels are placed, less a tile; and from the last tile to the finished file.
 
-Without ``--scene`` one is drawn. ``--output FOLDER`` writes ``overhead.json``; a run replaces the recorded run of the
+One scene is drawn; ``--scene`` adds others. ``--output FOLDER`` writes ``overhead.json``; a run replaces the recorded run of the
 same engine and scene.
 """
 
@@ -148,14 +148,14 @@ def main(words: Sequence[str] | None = None) -> int:
     """Parse, measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", type=Path, nargs="+", metavar="ENGINE")
-    parser.add_argument("--scene", action="append", default=[], help="repeatable. Default: a drawn one")
-    parser.add_argument("--side", type=int, help="of the drawn scene, px. Default: about 3 tiles")
+    parser.add_argument("--scene", action="append", default=[], help="repeatable")
+    parser.add_argument("--side", type=int, help="of the drawn scene, px; 0: none. Default: about 3 tiles")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--output", type=Path, help="folder for overhead.json")
     arguments = parser.parse_args(words)
-    if arguments.repeats < 1 or arguments.threads < 1 or (arguments.side or 1) < 1:
-        parser.error("repeats, threads and side are at least 1")
+    if arguments.repeats < 1 or arguments.threads < 1 or (arguments.side or 0) < 0:
+        parser.error("repeats and threads are at least 1, side is not negative")
     try:
         return _run(arguments)
     except CdkdEdgeError as error:
@@ -182,12 +182,12 @@ def _run(arguments: argparse.Namespace) -> int:
     for file in arguments.engines:
         engine = load_engine(file, threads=arguments.threads)
         try:
-            for name, scene in _scenes(arguments, engine.tile):
+            for name, given in _scenes(arguments, engine.tile):
                 load = os.getloadavg()
                 with tempfile.TemporaryDirectory() as folder:
-                    if scene is None:
-                        scene = str(Path(folder, "drawn.tif"))
-                        draw(Path(scene), arguments.side or _default_side(engine.tile))
+                    scene = given or str(Path(folder, "drawn.tif"))
+                    if given is None:
+                        draw(Path(scene), _side(arguments, engine.tile))
                     result = measure(engine, scene, arguments.repeats)
                 run = {
                     "engine": file.name,
@@ -214,14 +214,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _scenes(arguments: argparse.Namespace, tile: int) -> list[tuple[str, str | None]]:
     """Name and path; None is to be drawn."""
-    if arguments.scene:
-        return [(Path(scene).name, scene) for scene in arguments.scene]
-    side = arguments.side or _default_side(tile)
-    return [(f"drawn, {side} x {side} px", None)]
+    side = _side(arguments, tile)
+    drawn: list[tuple[str, str | None]] = [(f"drawn, {side} x {side} px", None)] if side else []
+    return drawn + [(Path(scene).name, scene) for scene in arguments.scene]
 
 
-def _default_side(tile: int) -> int:
-    return 3 * tile - tile // 4
+def _side(arguments: argparse.Namespace, tile: int) -> int:
+    return 3 * tile - tile // 4 if arguments.side is None else int(arguments.side)
 
 
 def _show(run: dict[str, Any]) -> None:

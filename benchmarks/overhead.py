@@ -8,8 +8,8 @@ engine, they could also slow the engine and hide in that ratio: ``ratio_alone`` 
 same number of tiles takes the engine alone, right after. ``before`` and ``after`` say where the rest went: until the
 first tile's labels are placed, less a tile; and from the last tile to the finished file.
 
-One scene is drawn; ``--scene`` adds others. ``--output FOLDER`` writes ``overhead.json``; a run replaces the recorded run of the
-same engine and scene.
+One scene is drawn; ``--scene`` adds others. ``--output FOLDER`` writes ``overhead.json``; a run replaces the recorded
+run of the same engine and scene.
 """
 
 from __future__ import annotations

@@ -133,13 +133,15 @@ def prepare(
     measured = sample_tiles(tile, tiles)
     if data is not None:
         measured, images = read_tiles(data, tile, tiles)
-    np.save(folder / "tiles.npy", measured)
+    if not _same_tiles(folder / "tiles.npy", measured):  # those of the INT8 engine may be among them
+        _forget_int8(folder)
+        np.save(folder / "tiles.npy", measured)
     missing: dict[str, str] = {}
     progress("exporting")
     if _stale(plain, checkpoint, tile):
         _remove(folder, "*.onnx*")
         _remove(folder, "*.engine*")
-        shutil.rmtree(folder / "calibration", ignore_errors=True)
+        _forget_int8(folder)
         export_checkpoint(checkpoint, plain, ExportOptions(tile=tile))
     if not _built_from(ours, plain):
         progress("building the CPU engine")
@@ -246,6 +248,15 @@ def _stale(graph: Path, checkpoint: Path, tile: int) -> bool:
     except (ManifestError, OSError):
         return True
     return manifest.tile != tile or manifest.checkpoint.sha256 != FileRecord.of(checkpoint).sha256
+
+
+def _same_tiles(path: Path, tiles: npt.NDArray[np.uint8]) -> bool:
+    return path.exists() and np.array_equal(np.load(path), tiles)
+
+
+def _forget_int8(folder: Path) -> None:
+    _remove(folder, "*.int8.*")
+    shutil.rmtree(folder / "calibration", ignore_errors=True)
 
 
 def _built_from(engine: Path, graph: Path) -> bool:

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--threads", type=int, default=available_cores(), help="of every peer")
     new.add_argument("--only", type=_keys, default=list(PEERS), metavar="A,B", help=f"of {', '.join(PEERS)}")
     new.add_argument("--pause", type=float, default=0.5, help="seconds before each turn, for threads that still spin")
-    new.add_argument("--calibration-tiles", type=int, default=16, help="for our INT8 engine")
+    new.add_argument("--calibration-tiles", type=int, default=16, help="for our INT8 engine, when it is made")
     new.add_argument("--folder", type=Path, help="keep checkpoint, graphs and engines here")
     new.add_argument("--prepare-only", action="store_true", help="make them and measure nothing; needs --folder")
     new.add_argument("--output", type=Path, help="folder for peers.json and peers.md")

@@ -388,6 +388,28 @@ def test_images_that_are_too_small_are_said(tmp_path):
         read_tiles(tmp_path, 64, 2)
 
 
+def test_other_tiles_make_another_calibration(tmp_path):
+    """What INT8 ranges were set with must not be measured on."""
+    pytest.importorskip("torch")
+    from peer_artefacts import prepare, put_checkpoint
+
+    put_checkpoint(tmp_path, "tiny", None)
+    options = {"wanted": [], "trained": True}
+    prepare(tmp_path, 64, tiles=1, **options)
+    graph = tmp_path / "plain.onnx"
+    made = graph.stat().st_mtime_ns
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "plain.int8.onnx").touch()
+    prepare(tmp_path, 64, tiles=1, **options)
+    assert (tmp_path / "calibration").exists()
+    prepare(tmp_path, 64, tiles=2, **options)
+    assert not (tmp_path / "calibration").exists()
+    assert not (tmp_path / "plain.int8.onnx").exists()
+    assert graph.stat().st_mtime_ns == made
+    prepare(tmp_path, 128, tiles=2, **options)
+    assert graph.stat().st_mtime_ns != made
+
+
 @pytest.mark.slow
 def test_torch_compile_without_a_compiler_is_absent_with_the_reason(tmp_path):
     pytest.importorskip("torch")

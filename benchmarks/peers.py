@@ -227,7 +227,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    record_path = arguments.output / "peers.json" if arguments.output else None
+    record_path = None
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.output).close()  # better now than after the last round
+        record_path = arguments.output / "peers.json"
     record = read_record(record_path) if record_path else {"schema": SCHEMA, "runs": []}
     complete = True
     with tempfile.TemporaryDirectory() as temporary:

@@ -377,6 +377,28 @@ def test_mistakes_are_said_without_a_traceback(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"results": {}}'])
+def test_a_record_of_something_else_is_not_overwritten(tmp_path, capsys, content):
+    pytest.importorskip("torch")
+    from peers import main
+
+    (tmp_path / "peers.json").write_text(content)
+    assert main(["--preset", "tiny", "--output", str(tmp_path)]) == 1
+    assert "error: " in capsys.readouterr().err
+    assert (tmp_path / "peers.json").read_text() == content
+
+
+def test_an_output_that_is_no_folder_is_said_before_anything_is_measured(tmp_path, capsys):
+    pytest.importorskip("torch")
+    from peers import main
+
+    (tmp_path / "file").touch()
+    assert main(["--preset", "tiny", "--output", str(tmp_path / "file")]) == 1
+    captured = capsys.readouterr()
+    assert "file" in captured.err
+    assert "exporting" not in captured.err
+
+
 def test_images_that_are_too_small_are_said(tmp_path):
     pytest.importorskip("torch")
     from peer_artefacts import read_tiles

@@ -6,7 +6,7 @@ BOARD_PYTHON ?= python3.10
 BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-gpu test-board lint lint-docker types peers dubai-model tiny-model clean
+.PHONY: demo test test-fast test-gpu test-board lint lint-docker types bench dubai-model tiny-model clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/cdkd-edge demo
@@ -44,10 +44,15 @@ lint-docker: $(VENV)/.package
 types: $(VENV)/.tests $(VENV)/.typings
 	MYPYPATH=$(VENV)/typings $(VENV)/bin/mypy
 
-# Our CPU engine beside PyTorch and ONNX Runtime on a naive export (about six minutes).
-peers: $(VENV)/.tests
-	$(VENV)/bin/pip install --quiet -c constraints.txt onnxscript
-	$(VENV)/bin/python benchmarks/cpu_peers.py --rounds 15 --output benchmarks/results/cpu-peers.json
+# Our engines beside their peers, then a scene's time over its engine's (on a quiet machine; all peers in memory).
+# Optional: DATA=folder of images, CHECKPOINT=trained network, SCENES="to segment", TILES="512 1024", PEERS="options".
+TILES ?= 512 1024
+bench: $(VENV)/.tests
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[export,test,peers]'
+	$(VENV)/bin/python benchmarks/peers.py --tile $(TILES) $(if $(DATA),--data "$(DATA)") \
+		$(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") --folder out/peers --output benchmarks/results $(PEERS)
+	$(VENV)/bin/python benchmarks/overhead.py $$(find out/peers -name 'ours.fp32.cpu.onnx' | sort) \
+		$(addprefix --scene ,$(SCENES)) --output benchmarks/results
 
 # The networks of export/recipes; DATA is the folder of the Dubai imagery. Make it again to go on after an interruption.
 dubai-model: out/.dubai

@@ -24,6 +24,7 @@ code  meaning
 14    parity: the candidate does not keep to the tolerance
 15    doctor: something that is needed here does not work
 16    power cannot be measured from the source that was asked for
+18    segment: some scenes of several failed; the others are finished
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
 ====  =============================================================
 """
@@ -145,3 +146,9 @@ class PowerError(CdkdEdgeError, RuntimeError):
     """No source of power answers, or not the one that was asked for."""
 
     exit_code = 16
+
+
+class FleetError(CdkdEdgeError, RuntimeError):
+    """Of several scenes some have no label map; the others are finished and stay so when the command is run again."""
+
+    exit_code = 18

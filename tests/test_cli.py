@@ -258,7 +258,13 @@ def test_overwrite(workspace: Path, tmp_path: Path) -> None:
     command = ("segment", workspace / "scene.tif", "-w", workspace, "-o", output)
     assert run(*command).exit_code == 0
     unchanged = untouched(tmp_path)
-    assert_answer(run(*command), 10, r"map\.tif exists — .*--overwrite")
+    result = run(*command)
+    assert result.exit_code == 0
+    assert "map.tif, kept: it was there" in result.stdout
+    assert unchanged()
+    assert_answer(
+        run(*command, "--overlap", "3"), 10, r"map\.tif exists and has OVERLAP_PX = 16, not 3 — .*--overwrite"
+    )
     assert unchanged()
     assert run(*command, "--overwrite").exit_code == 0
 
@@ -480,7 +486,7 @@ def test_a_workspace_that_is_a_file(workspace: Path, command: tuple[str, ...]) -
     ("make", "pattern"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "is not a file"),
+        (lambda path: path.mkdir(), "holds no raster"),
         (lambda path: path.write_text("hello\n"), "is not a raster that GDAL can read"),
         (lambda path: path.write_bytes(b""), "is not a raster that GDAL can read"),
         (lambda path: write_raster(path, noise(70, 90).astype(np.uint16)), "--stretch-range LOW HIGH"),
@@ -675,8 +681,8 @@ def test_what_the_system_refuses(
 
 
 def test_messages_cannot_steer_the_terminal(workspace: Path) -> None:
-    result = run("segment", "\x1b[31mred\nsecond.tif", "-w", workspace)
-    assert_answer(result, 10, "does not exist")
+    result = run("segment", "\x1b[31mred\nsecond.tif", "-w", workspace)  # the bracket makes it a pattern
+    assert_answer(result, 10, "no raster matches")
     assert "\x1b" not in result.stderr
 
 
@@ -772,8 +778,11 @@ def test_a_label_map_is_a_geotiff(workspace: Path) -> None:
 def test_results_before_a_broken_scene_are_reported(workspace: Path) -> None:
     (workspace / "broken.tif").write_text("no raster")
     result = run("segment", workspace / "scene.tif", workspace / "broken.tif", "-w", workspace, "--json")
-    assert result.exit_code == 10
-    assert [Path(entry["output"]).name for entry in json.loads(result.stdout)] == ["scene_labels.tif"]
+    assert result.exit_code == 18
+    first, second = json.loads(result.stdout)
+    assert (Path(first["output"]).name, first["status"], first["error"]) == ("scene_labels.tif", "done", None)
+    assert (second["status"], second["error"]["exit_code"]) == ("failed", 10)
+    assert "not a raster" in second["error"]["message"]
 
 
 def test_a_full_disk_is_named_when_onnxruntime_does_not(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,9 +33,13 @@ def label_map_paths(scenes: Sequence[str], output: Path | None, folder: Path) ->
             raise UsageError(f"several scenes need a directory, not the one file {output.name}")
         return [output]
     paths = [(output or folder) / f"{Path(scene).stem}_labels.tif" for scene in scenes]
-    for index, path in enumerate(paths):
-        if path in paths[:index]:
-            raise SceneError(f"two scenes would both become {path}", hint="segment them separately, with --output")
+    sources: dict[Path, str] = {}
+    for scene, path in zip(scenes, paths, strict=True):
+        if (other := sources.setdefault(path, scene)) is not scene:
+            raise SceneError(
+                f"two scenes would both become {path}: {other} and {scene}",
+                hint="segment them separately, with --output",
+            )
     return paths
 
 

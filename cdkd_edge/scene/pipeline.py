@@ -22,6 +22,7 @@ from cdkd_edge import __version__
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import SceneError
 from cdkd_edge.labels import NO_LABEL
+from cdkd_edge.manifest import EngineManifest
 from cdkd_edge.scene.grid import Span, TileGrid, default_overlap
 from cdkd_edge.scene.reader import SceneReader, Stretch
 from cdkd_edge.scene.stitch import RowStitcher
@@ -144,7 +145,11 @@ def label_map_tags(engine: Labeller, reader: SceneReader, options: SegmentOption
         "CLASSES": ", ".join(engine.schema.class_names),
         "TILE_PX": str(engine.tile),
         "OVERLAP_PX": str(overlap),
+        "BANDS": ",".join(map(str, reader.bands)),
     }
+    manifest = getattr(engine, "manifest", None)
+    if isinstance(manifest, EngineManifest):  # the same for the engines that boards built from one graph
+        tags["GRAPH"] = f"{manifest.graph.file} sha256:{manifest.graph.sha256}"
     if reader.limits is not None:
         tags["STRETCH"] = "; ".join(f"{low:.6g}..{high:.6g}" for low, high in reader.limits)
     return tags

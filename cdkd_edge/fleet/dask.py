@@ -40,6 +40,7 @@ _STRIKES = 2
 _CONNECT_S = 15
 _STOP_S = 5
 _LOOK_EVERY_S = 1.0
+_TO_ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -88,7 +89,7 @@ class DaskCrew:
             try:
                 address: Any = self._address
                 if address is None:
-                    with _ignoring_interrupts():  # so that Ctrl-C in a terminal is ours to handle, and not the workers'
+                    with _ignoring_interrupts():  # ending in good order is ours to arrange
                         address = stack.enter_context(
                             distributed.LocalCluster(
                                 n_workers=self._workers,
@@ -331,12 +332,13 @@ def _tokens(jobs: Sequence[Job]) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
-    """Processes that are started in the block ignore Ctrl-C."""
+    """Processes that are started in the block ignore what a terminal or a job scheduler sends to all at once."""
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _TO_ALL}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -48,14 +48,20 @@ class FleetReport:
     started: str = field(default_factory=lambda: _now())
     reports: dict[int, JobReport] = field(default_factory=dict)
     """By the job's place in :attr:`jobs`."""
-    begun: set[int] = field(default_factory=set)
+    begun: dict[int, int] = field(default_factory=dict)
+    """Attempts of each job that was begun, by its place."""
     _clock: float = field(default_factory=time.perf_counter)
 
     def rows(self) -> list[JobReport]:
         """A report per scene, in the order of the scenes; those without an answer are interrupted or not begun."""
         return [
             self.reports.get(index)
-            or JobReport(job.scene, job.output, INTERRUPTED if index in self.begun else NOT_BEGUN)
+            or JobReport(
+                job.scene,
+                job.output,
+                INTERRUPTED if index in self.begun else NOT_BEGUN,
+                attempts=self.begun.get(index, 0),
+            )
             for index, job in enumerate(self.jobs)
         ]
 

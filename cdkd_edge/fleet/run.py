@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cdkd_edge.errors import EngineError, FleetError
+from cdkd_edge.errors import EngineError, FleetError, SystemRefusalError
 from cdkd_edge.fleet.crew import Crew, Listener
-from cdkd_edge.fleet.jobs import FAILED, INTERRUPTED, SCENE, EngineRef, Failure, Job, stamp
+from cdkd_edge.fleet.jobs import FAILED, INTERRUPTED, NOT_BEGUN, SCENE, EngineRef, Failure, Job, stamp
 from cdkd_edge.fleet.local import LocalCrew
 from cdkd_edge.fleet.report import COMPLETE, STOPPED, FleetReport, ReportFile
 from cdkd_edge.manifest import EngineManifest, GraphManifest, kind_of, read_manifest
@@ -79,6 +79,8 @@ def segment_many(
         report.ended = COMPLETE
     except Exception as error:
         report.ended, report.error = STOPPED, Failure.of(error)
+        if idle := report.count(NOT_BEGUN) + report.count(INTERRUPTED):
+            listener.note(f"stopped; {idle} of {len(jobs)} scenes were not begun or not finished")
         raise
     except BaseException:
         report.ended = INTERRUPTED
@@ -119,13 +121,14 @@ class _Marking(Listener):
         self.note = listener.note  # type: ignore[method-assign]
 
     def begun(self, index: int, job: Job) -> None:
-        self._report.begun.add(index)
+        self._report.begun[index] = job.attempt
         self._listener.begun(index, job)
 
 
 def _as_error(failure: Failure) -> Exception:
     """The error behind a failure that was reported from elsewhere."""
-    kind = EngineError if failure.exit_code == EngineError.exit_code else FleetError
+    kinds = (EngineError, SystemRefusalError)
+    kind = next((kind for kind in kinds if kind.exit_code == failure.exit_code), FleetError)
     return kind(failure.message, hint=failure.hint)
 
 

@@ -8,10 +8,10 @@ be shared, under the same paths.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import logging
-import os
 import queue
 import secrets
 import signal
@@ -26,10 +26,10 @@ from typing import Any
 
 from cdkd_edge.errors import EngineError, FleetError, MissingExtraError
 from cdkd_edge.fleet.crew import Answer, Listener
-from cdkd_edge.fleet.jobs import ENGINE, SCENE, WORKER, EngineRef, Job, JobReport, decode, encode, failed
+from cdkd_edge.fleet.jobs import ENGINE, SCENE, WORKER, Job, JobReport, decode, encode, failed
+from cdkd_edge.fleet.paths import as_named, on_the_wire, shared_folders
 from cdkd_edge.fleet.worker import stop_run, work
 from cdkd_edge.machine import available_cores
-from cdkd_edge.scene.raster import is_gdal_name
 
 ATTEMPTS = 3
 """A job that was begun so often without an answer is not tried again: it may be what kills its workers."""
@@ -84,7 +84,9 @@ class DaskCrew:
         except ImportError:
             raise MissingExtraError("dask.distributed", "dask", "spreading scenes over workers") from None
         # Lost workers are our own to report; its log would repeat them with tracebacks.
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+            if name.split(".")[0] == "distributed":
+                logging.getLogger(name).setLevel(logging.CRITICAL)
         with contextlib.ExitStack() as stack:
             try:
                 address: Any = self._address
@@ -102,7 +104,12 @@ class DaskCrew:
                 self._client = stack.enter_context(
                     distributed.Client(address, timeout=_CONNECT_S, set_as_default=False)
                 )
-            except (OSError, ValueError, TimeoutError) as error:
+            except (
+                OSError,
+                ValueError,
+                RuntimeError,
+                asyncio.TimeoutError,
+            ) as error:  # the last is another before 3.11
                 raise FleetError(
                     f"no dask scheduler answers at {self._address or 'this machine'}: {str(error) or 'timed out'}",
                     hint="start one: dask scheduler",
@@ -134,16 +141,16 @@ class DaskCrew:
         """
         self._client.subscribe_topic(self._run, lambda event: self._events.put(event[1]))
         with contextlib.ExitStack() as stack:
-            tokens = stack.enter_context(_tokens(jobs)) if self._address else {}
+            tokens = stack.enter_context(shared_folders(jobs)) if self._address else {}
             waiting = deque(
-                (index, _on_the_wire(job, tokens.get(str(Path(job.output).parent)))) for index, job in enumerate(jobs)
+                (index, on_the_wire(job, tokens.get(str(Path(job.output).parent)))) for index, job in enumerate(jobs)
             )
             busy: dict[str, _Task] = {}
             """By worker."""
             stack.callback(self._stop, busy)
             for answer in self._serve(waiting, busy, listener):
                 original = jobs[answer.index]
-                yield replace(answer, report=_as_named(answer.report, original))
+                yield replace(answer, report=as_named(answer.report, original))
 
     def _serve(self, waiting: deque[tuple[int, Job]], busy: dict[str, _Task], listener: Listener) -> Iterator[Answer]:
         seen_worker = time.monotonic()
@@ -278,56 +285,12 @@ def worker_threads(workers: int) -> int:
     return max(1, available_cores() // workers)
 
 
-def absolute_engine(engine: EngineRef) -> EngineRef:
-    """The engine under a path that a worker finds, wherever it was started."""
-    return replace(engine, path=os.path.abspath(engine.path))  # noqa: PTH100 - links stay as they are
-
-
-def _on_the_wire(job: Job, token: str | None) -> Job:
-    scene = job.scene if is_gdal_name(job.scene) else os.path.abspath(job.scene)  # noqa: PTH100
-    output = os.path.abspath(job.output)  # noqa: PTH100
-    return replace(job, scene=scene, output=output, engine=absolute_engine(job.engine), token=token)
-
-
-def _as_named(report: JobReport, job: Job) -> JobReport:
-    """The report with the paths that the user gave."""
-    result = replace(report.result, output=Path(job.output)) if report.result else None
-    kept = replace(report.kept, output=Path(job.output)) if report.kept else None
-    folder = Path(job.output).parent
-    products = {name: str(folder / Path(path).name) for name, path in report.products.items()}
-    return replace(report, scene=job.scene, output=job.output, result=result, kept=kept, products=products)
-
-
 def _lost(task: _Task) -> JobReport:
     error = FleetError(
         f"{ATTEMPTS} workers were lost while they labelled it, the last one at {task.address}",
         hint="see what their logs say; too little memory kills without a word",
     )
     return replace(failed(task.job, error), host=None)
-
-
-@contextlib.contextmanager
-def _tokens(jobs: Sequence[Job]) -> Iterator[dict[str, str]]:
-    """Put a file into each output folder by which workers know that it is the same folder; by folder, as given."""
-    name = f".{secrets.token_hex(8)}.cdkd-edge-run"
-    tokens: dict[str, str] = {}
-    made: list[Path] = []
-    try:
-        for folder in {str(Path(job.output).parent) for job in jobs}:
-            place = Path(os.path.abspath(folder))  # noqa: PTH100
-            if not place.exists():
-                place.mkdir(parents=True)
-                made.append(place)
-            (place / name).touch()
-            tokens[folder] = str(place / name)
-        yield tokens
-    finally:
-        for token in tokens.values():
-            with contextlib.suppress(OSError):
-                Path(token).unlink()
-        for place in made:
-            with contextlib.suppress(OSError):
-                place.rmdir()  # if nothing came into it
 
 
 @contextlib.contextmanager

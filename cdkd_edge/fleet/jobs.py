@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from cdkd_edge import __version__
 from cdkd_edge.engines.protocol import Labeller
@@ -252,7 +253,7 @@ Document = TypeVar("Document", Job, JobReport)
 
 def to_plain(value: Any) -> Any:
     """Dicts, lists, strings and numbers."""
-    return msgspec.to_builtins(value, enc_hook=str)
+    return msgspec.to_builtins(value, enc_hook=_encoded)
 
 
 def encode(document: Job | JobReport) -> str:
@@ -267,6 +268,11 @@ def decode(text: str, kind: type[Document]) -> Document:
         ValueError: it did not.
     """
     return msgspec.convert(json.loads(text), kind, dec_hook=_decoded)
+
+
+def _encoded(value: Any) -> str | None:
+    """Paths as text. Arrays stay where they are: what is made from them is made there."""
+    return None if isinstance(value, np.ndarray) else str(value)
 
 
 def _decoded(kind: type[Any], value: Any) -> Any:

@@ -77,7 +77,7 @@ def segment(
     """
     from cdkd_edge.fleet.run import crew_for, engine_ref, segment_many
     from cdkd_edge.fleet.scenes import plan_outputs
-    from cdkd_edge.report.segment import live_fleet
+    from cdkd_edge.report.fleet import live_fleet
 
     if dask and workers:
         raise typer.BadParameter("choose a scheduler or workers here", param_hint="--workers")

@@ -141,7 +141,7 @@ class JobReport:
 
     def document(self) -> dict[str, Any]:
         """The report as one flat JSON object: what is asked for most is at the top."""
-        figures = to_plain(self.result or self.kept) if self.result or self.kept else {}
+        figures = _shown(self.result or self.kept)
         figures.pop("output", None)
         figures["notes"] = [*figures.get("notes", ()), *self.notes]
         row = to_plain(dataclasses.replace(self, result=None, kept=None, products={}, notes=()))
@@ -254,6 +254,14 @@ Document = TypeVar("Document", Job, JobReport)
 def to_plain(value: Any) -> Any:
     """Dicts, lists, strings and numbers."""
     return msgspec.to_builtins(value, enc_hook=_encoded)
+
+
+def _shown(figures: SegmentResult | KeptMap | None) -> dict[str, Any]:
+    """Figures of a label map as JSON data, without fields that are not meant for showing (``repr=False``)."""
+    if figures is None:
+        return {}
+    hidden = {field.name for field in dataclasses.fields(figures) if not field.repr}
+    return {name: value for name, value in to_plain(figures).items() if name not in hidden}
 
 
 def encode(document: Job | JobReport) -> str:

@@ -40,30 +40,59 @@ def segment(
     stretch: StretchOption = False,
     stretch_percentiles: PercentilesOption = None,
     stretch_range: RangeOption = None,
+    merge: Annotated[
+        str,
+        typer.Option(
+            "--merge", help="crop: the middle of each tile. hann: tiles blended; needs an engine with probabilities."
+        ),
+    ] = "crop",
+    confidence: Annotated[
+        bool, typer.Option("--confidence", help="Also write NAME_confidence.tif: the label's probability, per cent.")
+    ] = False,
+    readers: Annotated[int, typer.Option("--readers", help="Threads that read the scene.", min=1, max=16)] = 2,
     quicklook: Annotated[bool, typer.Option("--quicklook", help="Also write a PNG to look at.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing label maps.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace existing label maps, and drop what an interrupted run left.")
+    ] = False,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """Scenes to label maps: GeoTIFF with palette, class names and the scene's georeference."""
+    """Scenes to label maps: GeoTIFF with palette, class names and the scene's georeference.
+
+    What is done survives an interruption of any kind; the same command goes on from there.
+    """
+    import dataclasses
+
     from cdkd_edge.engines.load import load_engine
     from cdkd_edge.report.segment import describe_segment
-    from cdkd_edge.scene.outputs import label_map_paths, quicklook_path, spare
+    from cdkd_edge.scene.outputs import confidence_path, label_map_paths, quicklook_path, spare
+    from cdkd_edge.scene.partial import way_to_go_on
     from cdkd_edge.scene.pipeline import segment_scene
     from cdkd_edge.scene.quicklook import write_quicklook
 
     space = workspace_at(workspace)
-    options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
+    options = dataclasses.replace(
+        segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range),
+        merge=merge,
+        confidence=confidence,
+        readers=readers,
+    )
     outputs = label_map_paths(scenes, output, space.root)
     pictures = [quicklook_path(path) if quicklook else None for path in outputs]
-    spare(scenes, [*outputs, *(picture for picture in pictures if picture)], overwrite=overwrite)
+    others = [*(picture for picture in pictures if picture), *(map(confidence_path, outputs) if confidence else ())]
+    spare(scenes, [*outputs, *others], overwrite=overwrite)
     loaded = load_engine(engine or space.only_engine("cdkd-edge segment SCENE --engine"), threads=threads)
     results = []
     try:
         for scene, destination, picture in zip(scenes, outputs, pictures, strict=True):
-            with progress_bar(Path(scene).name) as progress:
-                result = segment_scene(loaded, scene, destination, options, progress)
+            try:
+                with progress_bar(Path(scene).name) as progress:
+                    result = segment_scene(loaded, scene, destination, options, progress, resume=not overwrite)
+            except (KeyboardInterrupt, SystemExit):
+                if advice := way_to_go_on(destination):
+                    typer.echo(advice, err=True)
+                raise
             if picture:
                 write_quicklook(scene, result, loaded.manifest.schema, picture, options)
             results.append(describe_segment(scene, result, picture))

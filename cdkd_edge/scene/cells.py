@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -149,27 +150,44 @@ def cut_tile(
     """
     tile = out.shape[1]
     rows, columns = _inside(place.row, tile, layout.height), _inside(place.column, tile, layout.width)
-    inside = (len(rows), len(columns)) == (tile, tile)
-    pixels = out if inside else np.empty((3, len(rows), len(columns)), np.uint8)
-    valid = np.ones((len(rows), len(columns)), bool) if any(cell.valid is not None for cell in cells) else None
+    # Pixels go straight to their place; `down` and `across` say where the scene begins in the tile.
+    down, across = rows.start - place.row.start, columns.start - place.column.start
+    valid = np.ones((tile, tile), bool) if any(cell.valid is not None for cell in cells) else None
     for cell in cells:
         if cell.pixels is None:
             raise AssertionError("a tile was cut from a cell that is not there")
         top, bottom = max(cell.top, rows.start), min(cell.top + cell.height, rows.stop)
         left, right = max(cell.left, columns.start), min(cell.left + cell.width, columns.stop)
-        here = np.s_[..., top - rows.start : bottom - rows.start, left - columns.start : right - columns.start]
+        here = np.s_[
+            ...,
+            top - rows.start + down : bottom - rows.start + down,
+            left - columns.start + across : right - columns.start + across,
+        ]
         there = np.s_[..., top - cell.top : bottom - cell.top, left - cell.left : right - cell.left]
-        pixels[here] = cell.pixels[there]
+        out[here] = cell.pixels[there]
         if valid is not None and cell.valid is not None:
             valid[here] = cell.valid[there]
-    if valid is not None and valid.all():
-        valid = None
-    if inside:
-        return valid
-    y = (reflected(place.row.start, tile, layout.height) - rows.start)[:, None]
-    x = reflected(place.column.start, tile, layout.width) - columns.start
-    out[:] = pixels[:, y, x]
-    return None if valid is None else valid[y, x]
+    y = reflected(place.row.start, tile, layout.height) - place.row.start
+    x = reflected(place.column.start, tile, layout.width) - place.column.start
+    for array in (out,) if valid is None else (out, valid):
+        _reflect(array, y, x, down, across, len(rows), len(columns))
+    return None if valid is None or valid.all() else valid
+
+
+def _reflect(
+    array: npt.NDArray[Any],
+    y: npt.NDArray[np.intp],
+    x: npt.NDArray[np.intp],
+    down: int,
+    across: int,
+    height: int,
+    width: int,
+) -> None:
+    """Fill the margins of a tile, ``[..., T, T]``: first beside the scene, then above and below it."""
+    for margin in (slice(0, across), slice(across + width, None)):
+        array[..., down : down + height, margin] = array[..., down : down + height, x[margin]]
+    for margin in (slice(0, down), slice(down + height, None)):
+        array[..., margin, :] = array[..., y[margin], :]
 
 
 def fill_without_data(out: npt.NDArray[np.uint8]) -> None:

@@ -171,10 +171,10 @@ def test_a_bug_that_one_scene_meets_is_that_scenes(
     use(FakeEngine())
     genuine = jobs.pipeline.segment_scene
 
-    def stumble(engine: Any, scene: Any, *rest: Any) -> Any:
+    def stumble(engine: Any, scene: Any, *rest: Any, **more: Any) -> Any:
         if scene == scenes[1]:
             raise ZeroDivisionError("a bug")
-        return genuine(engine, scene, *rest)
+        return genuine(engine, scene, *rest, **more)
 
     monkeypatch.setattr(jobs.pipeline, "segment_scene", stumble)
     with pytest.raises(FleetError, match="1 of 3"):

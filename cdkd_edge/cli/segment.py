@@ -44,8 +44,20 @@ def segment(
     stretch: StretchOption = False,
     stretch_percentiles: PercentilesOption = None,
     stretch_range: RangeOption = None,
+    merge: Annotated[
+        str,
+        typer.Option(
+            "--merge", help="crop: the middle of each tile. hann: tiles blended; needs an engine with probabilities."
+        ),
+    ] = "crop",
+    confidence: Annotated[
+        bool, typer.Option("--confidence", help="Also write NAME_confidence.tif: the label's probability, per cent.")
+    ] = False,
+    readers: Annotated[int, typer.Option("--readers", help="Threads that read the scene.", min=1, max=16)] = 2,
     quicklook: Annotated[bool, typer.Option("--quicklook", help="Also write a PNG to look at.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing label maps.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace existing label maps, and drop what an interrupted run left.")
+    ] = False,
     report: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--report", help="Keep a report of all scenes in this JSON file.", dir_okay=False),
@@ -75,16 +87,24 @@ def segment(
     A scene that fails does not keep the others from being labelled; the exit code is 18 then. Label maps that are
     there are kept if they are of this scene by this engine with these options.
     """
+    import dataclasses
+
     from cdkd_edge.fleet.run import crew_for, engine_ref, segment_many
     from cdkd_edge.fleet.scenes import plan_outputs
     from cdkd_edge.report.fleet import live_fleet
+    from cdkd_edge.scene.partial import way_to_go_on
 
     if dask and workers:
         raise typer.BadParameter("choose a scheduler or workers here", param_hint="--workers")
     if worker_engines and not dask:
         raise typer.BadParameter("needs --dask", param_hint="--worker-engines")
     space = workspace_at(workspace)
-    options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
+    options = dataclasses.replace(
+        segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range),
+        merge=merge,
+        confidence=confidence,
+        readers=readers,
+    )
     products = ("quicklook",) if quicklook else ()
     names, outputs = plan_outputs(scenes, output, space.root, products, overwrite=overwrite)
     chosen = engine or space.only_engine("cdkd-edge segment SCENE --engine")
@@ -103,6 +123,10 @@ def segment(
                 report_path=report,
                 listener=listener,
             )
+        except (KeyboardInterrupt, SystemExit):
+            for advice in filter(None, map(way_to_go_on, outputs)):
+                typer.echo(advice, err=True)
+            raise
         finally:
             if as_json:  # also what was finished before a scene failed
                 place = {name: number for number, name in enumerate(names)}

@@ -25,6 +25,7 @@ from cdkd_edge.errors import CdkdEdgeError, EngineError, SystemRefusalError
 from cdkd_edge.fleet.kept import KeptMap, refuse_foreign_map
 from cdkd_edge.fleet.products import PRODUCTS, refuse_existing_products, write_products
 from cdkd_edge.scene import pipeline
+from cdkd_edge.scene.partial import continues_replacing
 from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult
 
 JOB_VERSION = 1
@@ -177,20 +178,24 @@ def do_job(engine: Labeller, job: Job, progress: Callable[[int, int], None] = la
     kept: KeptMap | None = None
     status = DONE
     notes: tuple[str, ...] = ()
+    # An interrupted run that was replacing the map may be gone on with unasked.
+    overwrite = job.overwrite or continues_replacing(output)
     if now is None:
-        refuse_existing_products(output, job.products, overwrite=job.overwrite)
-    elif now != job.before or not job.overwrite:
+        refuse_existing_products(output, job.products, overwrite=overwrite)
+    elif now != job.before or not overwrite:
         try:
             kept = refuse_foreign_map(output, engine, job.scene, job.options, same_graph=job.engine.sha256 is None)
         except CdkdEdgeError:
-            if not job.overwrite:
+            if not overwrite:
                 raise
         if kept is not None and now == job.before:
             status = KEPT
         elif kept is not None:
             notes = ("finished by an earlier attempt, whose answer was lost",)
     if kept is None:
-        result = pipeline.segment_scene(engine, job.scene, output, job.options, progress)
+        # What a lost worker left is gone on with, unless it was made by the engine of another board.
+        resume = job.engine.sha256 is not None if job.attempt > 1 else not job.overwrite
+        result = pipeline.segment_scene(engine, job.scene, output, job.options, progress, resume=resume)
     products = write_products(
         job.scene, result or kept, engine.schema, job.products, job.options, only_missing=kept is not None
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdkd_edge.errors import SceneError, UsageError
+from cdkd_edge.scene.partial import continues_replacing
 
 _OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".jp2", ".img", ".vrt", ".gpkg", ".nc"}
 
@@ -48,6 +49,11 @@ def quicklook_path(label_map: Path) -> Path:
     return label_map.with_name(f"{label_map.stem}_quicklook.png")
 
 
+def confidence_path(label_map: Path) -> Path:
+    """The confidence raster that belongs to a label map."""
+    return label_map.with_name(f"{label_map.stem}_confidence.tif")
+
+
 def spare(scenes: Sequence[str], outputs: Sequence[Path], *, overwrite: bool) -> None:
     """Make sure that writing ``outputs`` replaces no scene, and nothing else unless it is to be replaced.
 
@@ -59,7 +65,7 @@ def spare(scenes: Sequence[str], outputs: Sequence[Path], *, overwrite: bool) ->
             raise SceneError(f"{path} is a folder", hint="name a file in it, or a folder without .tif")
         if not path.exists():
             continue
-        if not overwrite:
+        if not overwrite and not continues_replacing(path):
             raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
         for scene in scenes:
             if Path(scene).exists() and path.samefile(scene):

@@ -25,6 +25,7 @@ code  meaning
 15    doctor: something that is needed here does not work
 16    power cannot be measured from the source that was asked for
 17    the board's power mode or clocks cannot be changed, or were not put back
+18    segment: some scenes of several failed; the others are finished
 19    bench: the run is invalid; or a run's folder cannot be used
 20    compare: the runs cannot be compared, or one is slower than allowed
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
@@ -154,6 +155,12 @@ class BoardError(CdkdEdgeError, RuntimeError):
     """The board's power mode or clocks cannot be changed, or could not be put back afterwards."""
 
     exit_code = 17
+
+
+class FleetError(CdkdEdgeError, RuntimeError):
+    """Of several scenes some have no label map; the others are finished and stay so when the command is run again."""
+
+    exit_code = 18
 
 
 class BenchError(CdkdEdgeError):

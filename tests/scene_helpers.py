@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from cdkd_edge.engines.protocol import LabelsOnly
 from cdkd_edge.labels import NO_LABEL, load_schema
 from cdkd_edge.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing
+from cdkd_edge.output_kinds import PROBABILITIES
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -60,12 +62,12 @@ def read_labels(path: Path) -> UInt8Array:
             return dataset.read(1)
 
 
-def engine_manifest(tile: int, batch: int = 1) -> EngineManifest:
+def engine_manifest(tile: int, batch: int = 1, sha256: str = "ab" * 32) -> EngineManifest:
     return EngineManifest(
         name="fake",
         runtime="fake",
         precision="fp32",
-        artefact=FileRecord("fake.onnx", "ab" * 32, 1),
+        artefact=FileRecord("fake.onnx", sha256, 1),
         graph=FileRecord("fake-graph.onnx", "cd" * 32, 1),
         labels=SCHEMA.to_document(),
         preprocessing=Preprocessing("RGB", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -83,6 +85,15 @@ def engine_manifest(tile: int, batch: int = 1) -> EngineManifest:
 def red_labels(tiles: UInt8Array) -> UInt8Array:
     """Label = red // 64 of ``[N, 3, T, T]``; needs no neighbourhood, so any tiling gives the same map."""
     return tiles[:, 0] // 64
+
+
+def red_probabilities(tiles: UInt8Array) -> UInt8Array:
+    """``[N, 5, T, T]`` whose largest is that of the label that :func:`red_labels` gives; 255 in all."""
+    labels, sure = red_labels(tiles), 128 + tiles[:, 1] // 2
+    rest = (255 - sure) // 4
+    given = np.repeat(rest[:, None], 5, axis=1)
+    np.put_along_axis(given, labels[:, None], (255 - 4 * rest)[:, None], axis=1)
+    return given
 
 
 class FakeEngine(LabelsOnly):
@@ -153,6 +164,32 @@ class FakeEngine(LabelsOnly):
     def _maybe_fail(self, where: str, number: int) -> None:
         if self._error is not None and where == self._fail_in and number == self._fail_at:
             raise self._error
+
+
+class ProbabilityEngine(FakeEngine):
+    """A fake engine with probabilities; its labels are the likeliest.
+
+    Args:
+        probabilities: tiles ``[N, 3, T, T]`` to ``[N, 5, T, T]``.
+    """
+
+    def __init__(
+        self, tile: int = 64, probabilities: Callable[[UInt8Array], UInt8Array] = red_probabilities, **options: Any
+    ) -> None:
+        super().__init__(tile, function=lambda tiles: probabilities(tiles).argmax(axis=1).astype(np.uint8), **options)
+        self._probabilities = probabilities
+        self.manifest = replace(self.manifest, output=PROBABILITIES)
+
+    @property
+    def output_kind(self) -> str:
+        return PROBABILITIES
+
+    def probabilities(self, slot: int) -> UInt8Array:
+        self.output(slot)
+        return self._probabilities(self._inputs[slot])
+
+    def confidence(self, slot: int) -> UInt8Array:
+        return np.rint(self.probabilities(slot).max(axis=1) / 2.55).astype(np.uint8)
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:

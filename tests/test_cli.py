@@ -259,7 +259,13 @@ def test_overwrite(workspace: Path, tmp_path: Path) -> None:
     command = ("segment", workspace / "scene.tif", "-w", workspace, "-o", output)
     assert run(*command).exit_code == 0
     unchanged = untouched(tmp_path)
-    assert_answer(run(*command), 10, r"map\.tif exists — .*--overwrite")
+    result = run(*command)
+    assert result.exit_code == 0
+    assert "map.tif, kept: it was there" in result.stdout
+    assert unchanged()
+    assert_answer(
+        run(*command, "--overlap", "3"), 10, r"map\.tif exists and has OVERLAP_PX = 16, not 3 — .*--overwrite"
+    )
     assert unchanged()
     assert run(*command, "--overwrite").exit_code == 0
 
@@ -481,7 +487,7 @@ def test_a_workspace_that_is_a_file(workspace: Path, command: tuple[str, ...]) -
     ("make", "pattern"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "is not a file"),
+        (lambda path: path.mkdir(), "holds no raster"),
         (lambda path: path.write_text("hello\n"), "is not a raster that GDAL can read"),
         (lambda path: path.write_bytes(b""), "is not a raster that GDAL can read"),
         (lambda path: write_raster(path, noise(70, 90).astype(np.uint16)), "--stretch-range LOW HIGH"),
@@ -503,7 +509,7 @@ def test_a_truncated_scene(workspace: Path, tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     assert_answer(run("segment", path, "-w", workspace, "-o", tmp_path / "map.tif"), 10, r"reading .*bad\.tif failed")
-    assert "map" not in " ".join(names_in(tmp_path))
+    assert not [name for name in names_in(tmp_path) if name.startswith("map") and "partial" not in name]
 
 
 def test_the_scene_is_not_overwritten(workspace: Path) -> None:
@@ -668,7 +674,7 @@ def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_the_system_refuses(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("cdkd_edge.scene.pipeline.segment_scene", refuse)
@@ -676,8 +682,8 @@ def test_what_the_system_refuses(
 
 
 def test_messages_cannot_steer_the_terminal(workspace: Path) -> None:
-    result = run("segment", "\x1b[31mred\nsecond.tif", "-w", workspace)
-    assert_answer(result, 10, "does not exist")
+    result = run("segment", "\x1b[31mred\nsecond.tif", "-w", workspace)  # the bracket makes it a pattern
+    assert_answer(result, 10, "no raster matches")
     assert "\x1b" not in result.stderr
 
 
@@ -741,7 +747,9 @@ def test_a_signal_leaves_nothing_half_written(
     returned, out, err = finish(process)
     assert time.monotonic() - sent < 5
     assert returned == code
-    assert names_in(folder) == []
+    left = names_in(folder)
+    assert [name for name in left if not name.startswith("map.tif.partial")] == []
+    assert ("goes on from there" in err) == (left != []), "a part of a map that waits, and the way to go on"
     assert out == ""
     assert "Traceback" not in err
 
@@ -773,8 +781,11 @@ def test_a_label_map_is_a_geotiff(workspace: Path) -> None:
 def test_results_before_a_broken_scene_are_reported(workspace: Path) -> None:
     (workspace / "broken.tif").write_text("no raster")
     result = run("segment", workspace / "scene.tif", workspace / "broken.tif", "-w", workspace, "--json")
-    assert result.exit_code == 10
-    assert [Path(entry["output"]).name for entry in json.loads(result.stdout)] == ["scene_labels.tif"]
+    assert result.exit_code == 18
+    first, second = json.loads(result.stdout)
+    assert (Path(first["output"]).name, first["status"], first["error"]) == ("scene_labels.tif", "done", None)
+    assert (second["status"], second["error"]["exit_code"]) == ("failed", 10)
+    assert "not a raster" in second["error"]["message"]
 
 
 def test_a_full_disk_is_named_when_onnxruntime_does_not(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A scene through an engine: every pixel its label, whatever the shape; errors end everything and leave nothing."""
+"""A scene through an engine: every pixel its label, whatever the shape; errors end everything and leave no half map."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ from cdkd_edge.engines.load import load_engine
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.errors import CdkdEdgeError, EngineError, SceneError
 from cdkd_edge.labels import NO_LABEL
-from cdkd_edge.scene import pipeline
 from cdkd_edge.scene.grid import TileGrid
+from cdkd_edge.scene.merge import SpoolMerge
+from cdkd_edge.scene.partial import partial_folder
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
 from cdkd_edge.scene.reader import SceneReader, Stretch
+from cdkd_edge.scene.spool import Spool
 from cdkd_edge.scene.writer import LabelMapWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -94,15 +96,18 @@ def test_every_pixel_has_its_label(
     assert names_in(folder) == ["map.tif", "map.tif.aux.xml", "scene.tif"]
 
 
+@pytest.mark.parametrize("readers", [1, 2, 4])
 @pytest.mark.parametrize("slots", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch", [1, 2, 4, 50])
 def test_slots_and_batches_do_not_change_the_map_even_when_threads_are_slow(
-    tmp_path: Path, slots: int, batch: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, slots: int, batch: int, readers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = noise(200, 230)
-    path = write_raster(tmp_path / "scene.tif", scene)
+    path = write_raster(tmp_path / "scene.tif", scene, tiled=True, blockxsize=16, blockysize=16)
     rng = np.random.default_rng(slots * 100 + batch)
-    read_tile, place = SceneReader.read_tile, pipeline.RowStitcher.place
+    read_window, add = SceneReader.read_window, SpoolMerge.add
+    monkeypatch.setattr("cdkd_edge.scene.cells.CELL_ROWS", 48)
+    monkeypatch.setattr("cdkd_edge.scene.cells.CELL_COLUMNS", 80)
 
     def slow(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -111,10 +116,10 @@ def test_slots_and_batches_do_not_change_the_map_even_when_threads_are_slow(
 
         return run
 
-    monkeypatch.setattr(SceneReader, "read_tile", slow(read_tile))
-    monkeypatch.setattr(pipeline.RowStitcher, "place", slow(place))
+    monkeypatch.setattr(SceneReader, "read_window", slow(read_window))
+    monkeypatch.setattr(SpoolMerge, "add", slow(add))
     engine = FakeEngine(TILE, batch, slots, delay=lambda _: float(rng.choice([0, 0.003])))
-    within(20, lambda: segment_scene(engine, path, tmp_path / "map.tif"))
+    within(20, lambda: segment_scene(engine, path, tmp_path / "map.tif", SegmentOptions(readers=readers)))
     assert (read_labels(tmp_path / "map.tif") == expected_labels(scene)).all()
 
 
@@ -256,9 +261,9 @@ def test_times_add_up(tmp_path: Path) -> None:
     assert engine.launches * 0.02 <= result.engine_seconds <= result.seconds <= passed
 
 
-@pytest.mark.parametrize(("height", "width", "limit_mb"), [(20000, 600, 4), (2000, 20000, 60)])
+@pytest.mark.parametrize(("height", "width", "limit_mb"), [(20000, 600, 5), (2000, 20000, 110)])
 def test_memory_is_bounded_whatever_the_scene(tmp_path: Path, height: int, width: int, limit_mb: float) -> None:
-    """A row of tiles and the rows that wait for a block, a few times over; the scenes are 36 and 120 MB."""
+    """A row of tiles with what is read beside it, and a row of blocks; the scenes are 36 and 120 MB."""
     path = sparse_raster(tmp_path / "scene.tif", height, width)
     engine = FakeEngine(256 if width < 1000 else 512)
     tracemalloc.start()
@@ -313,14 +318,24 @@ def long_scene(tmp_path: Path) -> Path:
 
 
 def failing_run(engine: FakeEngine, scene: Path, error: BaseException, **options: Any) -> None:
-    """The run ends soon, with the error itself, without a file and without a thread."""
+    """The run ends soon, with the error itself, without a map and without a thread; it can be gone on with."""
     folder = scene.parent
     before = names_in(folder)
     with pytest.raises(type(error)) as caught:
         within(PROMPT, lambda: segment_scene(engine, scene, folder / "map.tif", **options))
     assert caught.value is error
-    assert names_in(folder) == before
+    assert finished_names(folder) == before
     assert pipeline_threads() == []
+    partial = partial_folder(folder / "map.tif")
+    if partial.exists():
+        assert names_in(partial) == ["labels.spool", "lock", "run.json"]
+        with Spool(partial / "labels.spool", 976, 976) as spool:
+            assert spool.bands > 0
+
+
+def finished_names(folder: Path) -> list[str]:
+    """What is in a folder besides parts that wait."""
+    return [name for name in names_in(folder) if ".partial" not in name]
 
 
 def once(original: Callable[..., Any], at: int, error: BaseException) -> Callable[..., Any]:
@@ -349,14 +364,15 @@ def test_the_engine_fails(long_scene: Path, error: BaseException, fail_in: str, 
 
 @pytest.mark.parametrize("error", [BoomError("cannot read"), MemoryError(), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("slots", [1, 3])
-@pytest.mark.parametrize("at", [0, 7, 399])
+@pytest.mark.parametrize("at", [0, 1, 3])
 def test_the_reader_fails(
     long_scene: Path, monkeypatch: pytest.MonkeyPatch, at: int, slots: int, error: BaseException
 ) -> None:
-    monkeypatch.setattr(SceneReader, "read_tile", once(SceneReader.read_tile, at, error))
-    engine = FakeEngine(TILE, delay=0.02 if at < 100 else 0, slots=slots)
+    """Of four cells, 256 rows each."""
+    monkeypatch.setattr(SceneReader, "read_window", once(SceneReader.read_window, at, error))
+    engine = FakeEngine(TILE, delay=0.02 if at < 3 else 0, slots=slots)
     failing_run(engine, long_scene, error)
-    assert engine.launches <= at
+    assert engine.launches <= at * 6 * 20
 
 
 def test_an_engine_without_an_input_buffer(long_scene: Path) -> None:
@@ -368,8 +384,8 @@ def test_an_engine_without_an_input_buffer(long_scene: Path) -> None:
 @pytest.mark.parametrize("at", [0, 2, 19])
 def test_the_writer_fails(long_scene: Path, monkeypatch: pytest.MonkeyPatch, at: int, slots: int) -> None:
     """The last row of tiles is written after the last tile was computed."""
-    error = OSError(28, "No space left on device")
-    monkeypatch.setattr(LabelMapWriter, "write_rows", once(LabelMapWriter.write_rows, at, error))
+    error = OSError(5, "Input/output error")
+    monkeypatch.setattr(Spool, "finish_band", once(Spool.finish_band, at, error))
     engine = FakeEngine(TILE, delay=0.02 if at < 10 else 0, slots=slots)
     failing_run(engine, long_scene, error)
     assert engine.launches <= 20 * (at + 1) + slots
@@ -384,14 +400,17 @@ def test_the_progress_callback_fails(long_scene: Path, at: int) -> None:
 
 def test_the_file_cannot_be_finished(long_scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = OSError(5, "Input/output error")
-    monkeypatch.setattr("cdkd_edge.files.os.replace", once(lambda *args: None, 0, error))
+    monkeypatch.setattr(LabelMapWriter, "write_rows", once(LabelMapWriter.write_rows, 1, error))
     failing_run(FakeEngine(TILE), long_scene, error)
+    engine = FakeEngine(TILE)
+    segment_scene(engine, long_scene, long_scene.parent / "map.tif")
+    assert engine.launches == 0, "all that was computed has been kept"
 
 
 def test_the_first_of_several_errors_is_the_one_to_show(long_scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the engine stops, the writer stumbles over the half-written map: that is not the reason."""
     error = EngineError("the engine failed")
-    monkeypatch.setattr(LabelMapWriter, "write_rows", once(LabelMapWriter.write_rows, 0, BoomError("second")))
+    monkeypatch.setattr(Spool, "finish_band", once(Spool.finish_band, 0, BoomError("second")))
 
     def delay(number: int) -> float:
         return 0.0 if number < 19 else 0.1
@@ -405,7 +424,7 @@ def test_a_scene_that_ends_in_the_middle(tmp_path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(SceneError, match=r"reading .*scene\.tif failed"):
         within(PROMPT, lambda: segment_scene(FakeEngine(TILE), path, tmp_path / "map.tif"))
-    assert names_in(tmp_path) == ["scene.tif"]
+    assert finished_names(tmp_path) == ["scene.tif"]
 
 
 def test_an_older_map_survives_a_failed_run(tmp_path: Path) -> None:
@@ -414,7 +433,7 @@ def test_an_older_map_survives_a_failed_run(tmp_path: Path) -> None:
     before = {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)}
     with pytest.raises(EngineError):
         segment_scene(FakeEngine(TILE, fail_at=9, error=EngineError("no")), path, tmp_path / "map.tif")
-    assert {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)} == before
+    assert {name: (tmp_path / name).read_bytes() for name in finished_names(tmp_path)} == before
 
 
 def test_ctrl_c_while_the_main_thread_waits(long_scene: Path) -> None:
@@ -428,7 +447,7 @@ def test_ctrl_c_while_the_main_thread_waits(long_scene: Path) -> None:
         segment_scene(FakeEngine(TILE, delay=0.02), long_scene, long_scene.parent / "map.tif")
     stopper.join()
     assert time.perf_counter() - started < PROMPT
-    assert names_in(long_scene.parent) == ["scene.tif"]
+    assert finished_names(long_scene.parent) == ["scene.tif"]
 
 
 def test_errors_have_a_sentence(tmp_path: Path) -> None:

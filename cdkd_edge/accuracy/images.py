@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.accuracy.datasets import Pair
 from cdkd_edge.accuracy.masks import mask_size
 from cdkd_edge.errors import DatasetError, SceneError
-from cdkd_edge.scene.grid import Span
 from cdkd_edge.scene.pipeline import SegmentOptions
 from cdkd_edge.scene.reader import SceneReader
 
@@ -27,10 +28,12 @@ class ImageReader(SceneReader):
         except SceneError as error:
             raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
 
-    def read_tile(self, row: Span, column: Span, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_] | None:
-        """See :meth:`cdkd_edge.scene.reader.SceneReader.read_tile`."""
+    def read_window(
+        self, top: int, left: int, height: int, width: int, **how: Any
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
+        """See :meth:`cdkd_edge.scene.reader.SceneReader.read_window`."""
         try:
-            return super().read_tile(row, column, out)
+            return super().read_window(top, left, height, width, **how)
         except SceneError as error:
             raise DatasetError(f"image {self.path}: {error}", hint=error.hint) from None
 

@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cdkd_edge.calibration.scenes import RASTER_SUFFIXES, expand
+from cdkd_edge.calibration.scenes import expand
 from cdkd_edge.calibration_set import SET_FILE, is_calibration_set, read_set_manifest
 from cdkd_edge.errors import DatasetError
 from cdkd_edge.files import sha256_of
+from cdkd_edge.scene.find import RASTER_SUFFIXES
 
 Window = tuple[int, int, int, int]
 """x, y, width, height; px."""

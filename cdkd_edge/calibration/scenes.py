@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.scene.find import file_key, rasters_named
 from cdkd_edge.scene.grid import Span, TileGrid
-from cdkd_edge.scene.raster import is_gdal_name, open_scene
-
-RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt", ".img")
-"""What a folder or a pattern is searched for. A scene that is named may be anything GDAL opens."""
-
-_RESULTS = ("_labels.tif", "_quicklook.png")
-"""Endings of what `segment` leaves beside scenes."""
+from cdkd_edge.scene.raster import open_scene
 
 
 @dataclass(frozen=True)
@@ -64,8 +57,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
     """
     found: dict[str, str] = {}
     for argument in arguments:
-        for path in _named(argument):
-            key = path if is_gdal_name(path) else str(Path(path).resolve())
+        for path in rasters_named(argument):
+            key = file_key(path)
             found[key] = min(found.get(key, path), path)
     return sorted(found.values())
 
@@ -88,40 +81,3 @@ def fair_limit(sizes: Sequence[int], budget: int) -> int:
             return max(1, left // scenes)
         limit, left, scenes = size, left - size, scenes - 1
     return max(1, limit)
-
-
-def _named(argument: str) -> list[str]:
-    place = Path(argument)
-    if is_gdal_name(argument) or place.is_file():
-        return [argument]
-    if place.is_dir():
-        return _in_folder(place)
-    if glob.has_magic(argument):
-        # Path.glob takes no absolute patterns.
-        matches = [path for path in glob.glob(argument, recursive=True) if _is_raster(Path(path))]  # noqa: PTH207
-        if not matches:
-            raise SceneError(f"no raster matches {argument}")
-        return matches
-    raise SceneError(f"scene {argument} does not exist")
-
-
-def _in_folder(folder: Path) -> list[str]:
-    rasters = [str(path) for path in folder.iterdir() if _is_raster(path)]
-    if not rasters:
-        below = sorted(
-            str(place) for place in folder.iterdir() if place.is_dir() and any(map(_is_raster, place.iterdir()))
-        )
-        raise SceneError(
-            f"{folder} holds no raster ({', '.join(RASTER_SUFFIXES)})",
-            hint=f"there are some in {', '.join(below[:4])}" if below else None,
-        )
-    return rasters
-
-
-def _is_raster(path: Path) -> bool:
-    return (
-        path.suffix.lower() in RASTER_SUFFIXES
-        and not path.name.startswith(".")
-        and not path.name.endswith(_RESULTS)
-        and path.is_file()
-    )

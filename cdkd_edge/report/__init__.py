@@ -175,6 +175,7 @@ def _interchange_rows(result: ExportResult) -> list[tuple[str, str]]:
 def describe_demo(result: DemoResult) -> Report:
     """``cdkd-edge demo``."""
     from cdkd_edge.report.bench import bench_rows
+    from cdkd_edge.report.segment import segment_data
 
     check, segment = result.export.manifest.check, result.segment
     total = max(1, segment.height * segment.width)
@@ -189,7 +190,8 @@ def describe_demo(result: DemoResult) -> Report:
         *bench_rows(result.bench),
         ("results", str(result.bench_folder)),
     ]
-    return Report("cdkd-edge demo", tuple(rows), plain(result))
+    data = plain(dataclasses.replace(result, segment=dataclasses.replace(segment, row_class_pixels=None)))
+    return Report("cdkd-edge demo", tuple(rows), {**data, "segment": segment_data(segment)})
 
 
 def describe_evaluation(subject: Subject, dataset: Dataset, result: Evaluation, folder: Path | None) -> Report:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cdkd_edge.report import Report, in_brackets, plain
 
@@ -20,12 +21,25 @@ def describe_segment(scene: str, result: SegmentResult, quicklook: Path | None) 
         *(("note", note) for note in result.notes),
         ("classes", shares or "none"),
         ("no data", f"{result.no_data_pixels / total:.1%}"),
-        ("tiles", f"{result.tiles}" + in_brackets(result.tiles_without_data, "without data, not computed")),
+        (
+            "tiles",
+            f"{result.tiles}"
+            + in_brackets(result.tiles_without_data, "without data, not computed")
+            + in_brackets(result.tiles_resumed, "done by an earlier run"),
+        ),
         (
             "time",
             f"{result.seconds:.1f} s, engine {result.engine_seconds:.1f} s, {total / result.seconds / 1e6:.2f} MP/s",
         ),
+        *([("confidence", str(result.confidence))] if result.confidence else []),
         *([("quicklook", str(quicklook))] if quicklook else []),
     ]
-    data = {"scene": scene, **plain(result), "quicklook": str(quicklook) if quicklook else None}
+    data = {"scene": scene, **segment_data(result), "quicklook": str(quicklook) if quicklook else None}
     return Report(f"label map {result.output}", tuple(rows), data)
+
+
+def segment_data(result: SegmentResult) -> dict[str, Any]:
+    """A result as JSON data, without the counts of every row of pixels."""
+    data: dict[str, Any] = plain(dataclasses.replace(result, row_class_pixels=None))
+    del data["row_class_pixels"]
+    return data

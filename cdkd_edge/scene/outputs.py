@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdkd_edge.errors import SceneError, UsageError
+from cdkd_edge.scene.partial import continues_replacing
 
 _OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".jp2", ".img", ".vrt", ".gpkg", ".nc"}
 
@@ -33,15 +34,24 @@ def label_map_paths(scenes: Sequence[str], output: Path | None, folder: Path) ->
             raise UsageError(f"several scenes need a directory, not the one file {output.name}")
         return [output]
     paths = [(output or folder) / f"{Path(scene).stem}_labels.tif" for scene in scenes]
-    for index, path in enumerate(paths):
-        if path in paths[:index]:
-            raise SceneError(f"two scenes would both become {path}", hint="segment them separately, with --output")
+    sources: dict[Path, str] = {}
+    for scene, path in zip(scenes, paths, strict=True):
+        if (other := sources.setdefault(path, scene)) is not scene:
+            raise SceneError(
+                f"two scenes would both become {path}: {other} and {scene}",
+                hint="segment them separately, with --output",
+            )
     return paths
 
 
 def quicklook_path(label_map: Path) -> Path:
     """The picture that belongs to a label map."""
     return label_map.with_name(f"{label_map.stem}_quicklook.png")
+
+
+def confidence_path(label_map: Path) -> Path:
+    """The confidence raster that belongs to a label map."""
+    return label_map.with_name(f"{label_map.stem}_confidence.tif")
 
 
 def spare(scenes: Sequence[str], outputs: Sequence[Path], *, overwrite: bool) -> None:
@@ -55,7 +65,7 @@ def spare(scenes: Sequence[str], outputs: Sequence[Path], *, overwrite: bool) ->
             raise SceneError(f"{path} is a folder", hint="name a file in it, or a folder without .tif")
         if not path.exists():
             continue
-        if not overwrite:
+        if not overwrite and not continues_replacing(path):
             raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
         for scene in scenes:
             if Path(scene).exists() and path.samefile(scene):

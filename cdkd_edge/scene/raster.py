@@ -22,7 +22,6 @@ logging.getLogger("rasterio").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 _GDAL_OPTIONS = {
-    "GDAL_CACHEMAX": 256,  # MB; enough for the blocks under one row of tiles, bounded on a board
     "GDAL_PAM_ENABLED": "YES",
     # Read at once, a truncated PNG yields its compressed bytes as pixels, and no error (GDAL 3.10).
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",
@@ -33,9 +32,12 @@ _GDAL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:|/vsi")
 
 
 @contextlib.contextmanager
-def gdal(doing: str) -> Iterator[None]:
-    """A GDAL environment in which errors become :class:`SceneError`: "``doing`` failed: why"."""
-    with rasterio.Env(**_GDAL_OPTIONS):
+def gdal(doing: str, cache_mb: int = 256) -> Iterator[None]:
+    """A GDAL environment in which errors become :class:`SceneError`: "``doing`` failed: why".
+
+    GDAL's default for its cache of blocks is a share of the memory, too much on a board and unbounded on a server.
+    """
+    with rasterio.Env(GDAL_CACHEMAX=cache_mb, **_GDAL_OPTIONS):
         try:
             yield
         except RasterioError as error:

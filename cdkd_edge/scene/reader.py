@@ -22,6 +22,13 @@ Bands = tuple[int, int, int]
 INVALID_FILL = np.array([124, 116, 104], np.uint8).reshape(3, 1, 1)
 """Pixels without data enter the network as its mean colour, which is zero after normalisation."""
 
+_SEQUENTIAL = ("PNG", "JPEG", "GIF")
+
+TILE_CACHE_MB = 256
+"""What GDAL may keep where tiles are read one by one: the blocks under a row of them."""
+WINDOW_CACHE_MB = 64
+"""What it may keep where nothing is read twice."""
+
 _SAMPLE_SIDE = 1024
 """Percentiles are taken from the scene reduced to at most this many pixels a side."""
 
@@ -84,6 +91,23 @@ class SceneReader:
         return int(self._dataset.width)
 
     @property
+    def files(self) -> list[str]:
+        """The files it consists of as GDAL names them, sidecars and what a VRT refers to included."""
+        with gdal(f"opening {self.path}"):
+            return list(self._dataset.files)
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Rows and columns of the blocks in which the file is stored, px."""
+        height, width = self._dataset.block_shapes[self.bands[0] - 1]
+        return int(height), int(width)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the format can only be decoded from its beginning, so that a second reader would do it all again."""
+        return self._dataset.driver in _SEQUENTIAL
+
+    @property
     def georeference(self) -> dict[str, Any]:
         """What places the scene on Earth, as keyword arguments for a rasterio writer."""
         dataset = self._dataset
@@ -118,11 +142,45 @@ class SceneReader:
         top, left = max(row.start, 0), max(column.start, 0)
         bottom, right = min(row.start + tile, self.height), min(column.start + tile, self.width)
         inside = (bottom - top, right - left) == (tile, tile)
-        window = Window(left, top, right - left, bottom - top)
-        with gdal(f"reading {self.path}"):
-            if inside and self.limits is None:
-                self._dataset.read(self.bands, window=window, out=out)
-                pixels: npt.NDArray[Any] = out
+        pixels, valid = self.read_window(
+            top, left, bottom - top, right - left, out=out if inside else None, cache_mb=TILE_CACHE_MB
+        )
+        if inside:
+            if pixels is not out:
+                out[:] = pixels
+            return valid
+        rows = reflected(row.start, tile, self.height) - top
+        columns = reflected(column.start, tile, self.width) - left
+        out[:] = pixels[:, rows[:, None], columns]
+        return valid if valid is None else valid[rows[:, None], columns]
+
+    def read_window(
+        self,
+        top: int,
+        left: int,
+        height: int,
+        width: int,
+        *,
+        out: npt.NDArray[np.uint8] | None = None,
+        cache_mb: int = WINDOW_CACHE_MB,
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
+        """Read a rectangle of the scene.
+
+        Args:
+            top, left, height, width: the rectangle, px; it lies within the scene.
+            out: uint8 ``[3, h, w]`` that may be used for the pixels.
+            cache_mb: what GDAL may keep of the file's blocks, MB.
+
+        Returns:
+            RGB ``[3, h, w]``, and validity ``[h, w]`` or None where every pixel is valid.
+
+        Raises:
+            SceneError: the file cannot be read there.
+        """
+        window = Window(left, top, width, height)
+        with gdal(f"reading {self.path}", cache_mb):
+            if self.limits is None:
+                pixels: npt.NDArray[Any] = self._dataset.read(self.bands, window=window, out=out)
             else:
                 pixels = self._dataset.read(self.bands, window=window)
             valid = self._dataset.dataset_mask(window=window) != 0 if self._masked else None
@@ -131,19 +189,14 @@ class SceneReader:
             valid = finite if valid is None else valid & finite
         if self.limits is not None:
             pixels = _stretched(pixels, self.limits)
-        if valid is not None and not valid.all():
-            pixels = np.where(valid, pixels, INVALID_FILL)
-        else:
-            valid = None
-        if pixels is out:
-            return valid
-        if inside:
-            out[:] = pixels
-            return valid
-        rows = reflected(row.start, tile, self.height) - top
-        columns = reflected(column.start, tile, self.width) - left
-        out[:] = pixels[:, rows[:, None], columns]
-        return valid if valid is None else valid[rows[:, None], columns]
+        if valid is None or valid.all():
+            return pixels, None
+        np.copyto(pixels, INVALID_FILL, where=~valid)
+        return pixels, valid
+
+    def another(self) -> SceneReader:
+        """The same scene opened once more, for another thread."""
+        return SceneReader(self.path, bands=self.bands, limits=self.limits)
 
     def overview(self, longest_side: int) -> npt.NDArray[np.uint8]:
         """The whole scene as a small RGB picture, ``[H, W, 3]``, with the same bands and stretch as its tiles."""

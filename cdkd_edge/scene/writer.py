@@ -23,6 +23,9 @@ from cdkd_edge.scene.raster import gdal
 BLOCK = 512
 """Side of the GeoTIFF's blocks, px. Rows are written in multiples of it, so no block is written twice."""
 
+_CACHE_MB = 64
+"""For GDAL; whole blocks are written once and need none."""
+
 _NO_ROOM = BLOCK * BLOCK
 """A write that failed with less room than a block, in bytes, failed for want of room."""
 
@@ -35,7 +38,7 @@ class LabelMapWriter:
     Args:
         path: final path (``.tif``).
         height, width: px.
-        schema: class names and colours.
+        schema: class names and colours; None: a raster of numbers without either.
         georeference: keyword arguments that place the raster (:attr:`.reader.SceneReader.georeference`).
         tags: provenance, stored as TIFF metadata.
 
@@ -50,13 +53,15 @@ class LabelMapWriter:
         path: Path,
         height: int,
         width: int,
-        schema: LabelSchema,
+        schema: LabelSchema | None,
         georeference: Mapping[str, Any],
         tags: Mapping[str, str],
     ) -> None:
         self.path = path
         self.counts = np.zeros(256, np.int64)
         """Pixels per label written so far."""
+        self.row_counts = np.zeros((height, len(schema) + 1 if schema else 0), np.uint32)
+        """Pixels per label in each row, ``[height, K + 1]``; the last column is no label."""
         self._schema = schema
         self._width = width
         self._pending = np.empty((0, width), np.uint8)
@@ -80,11 +85,12 @@ class LabelMapWriter:
         self._file = whole_file(self.path)
         self._temporary = temporary = self._file.__enter__()
         try:
-            with gdal(f"creating {self.path}"):
+            with gdal(f"creating {self.path}", _CACHE_MB):
                 self._dataset = rasterio.open(temporary, "w", **self._profile)
-                palette = self._schema.palette()
-                colors = {label: (*map(int, palette[label]), 255) for label in range(len(self._schema))}
-                self._dataset.write_colormap(1, {**colors, NO_LABEL: (0, 0, 0, 0)})
+                if self._schema is not None:
+                    palette = self._schema.palette()
+                    colors = {label: (*map(int, palette[label]), 255) for label in range(len(self._schema))}
+                    self._dataset.write_colormap(1, {**colors, NO_LABEL: (0, 0, 0, 0)})
                 self._dataset.update_tags(**self._tags)
         except BaseException as error:
             self._abandon(error)
@@ -94,12 +100,25 @@ class LabelMapWriter:
 
     def write_rows(self, labels: npt.NDArray[np.uint8]) -> None:
         """Append rows ``[h, width]`` below those written before."""
-        for start in range(0, len(labels), 16):  # bincount makes 8 bytes of each label
-            self.counts += np.bincount(labels[start : start + 16].ravel(), minlength=256)
+        self._count(labels)
         rows = np.concatenate([self._pending, labels]) if len(self._pending) else labels
         whole = len(rows) if self._next_row + len(rows) == self._profile["height"] else len(rows) // BLOCK * BLOCK
         self._write(rows[:whole])
         self._pending = rows[whole:].copy()
+
+    def _count(self, labels: npt.NDArray[np.uint8]) -> None:
+        if self._schema is None:
+            return
+        first = self._next_row + len(self._pending)
+        known = (*range(len(self._schema)), NO_LABEL)
+        for start in range(0, len(labels), 64):
+            part = labels[start : start + 64]
+            rows = self.row_counts[first + start : first + start + len(part)]
+            for column, label in enumerate(known):
+                rows[:, column] = (part == label).sum(axis=1, dtype=np.uint32)
+                self.counts[label] += rows[:, column].sum(dtype=np.int64)
+            if rows.sum(dtype=np.int64) != part.size:  # a broken engine's labels may be any number
+                self.counts += np.bincount(part[~np.isin(part, known)], minlength=256)
 
     def _write(self, rows: npt.NDArray[np.uint8]) -> None:
         if not len(rows):
@@ -113,8 +132,12 @@ class LabelMapWriter:
         try:
             self._close(discard=error is not None)
             if error is None:
+                text = self._metadata()
+                if text is None:
+                    self._file.__exit__(None, None, None)
+                    return
                 with whole_file(_sidecar(self.path)) as sidecar:
-                    sidecar.write_text(self._metadata(), encoding="utf-8")
+                    sidecar.write_text(text, encoding="utf-8")
                     self._file.__exit__(None, None, None)
         except BaseException as failure:
             self._abandon(failure)
@@ -127,13 +150,13 @@ class LabelMapWriter:
             _sidecar(self._temporary).unlink()
         self._file.__exit__(type(error), error, error.__traceback__)
 
-    def _metadata(self) -> str:
+    def _metadata(self) -> str | None:
         """The sidecar's text: class names, and what GDAL could not say in GeoTIFF (an unusual CRS)."""
-        own = category_names_xml(self._schema)
+        own = category_names_xml(self._schema) if self._schema is not None else None
         extra = _sidecar(self._temporary)
         if not extra.exists():
             return own
-        root = ElementTree.fromstring(own)
+        root = ElementTree.fromstring(own or "<PAMDataset/>")
         root[:0] = [item for item in ElementTree.parse(extra).getroot() if item.tag != "PAMRasterBand"]
         extra.unlink()
         ElementTree.indent(root)
@@ -158,7 +181,7 @@ class LabelMapWriter:
     def _writing(self) -> Iterator[None]:
         self._errors.threads.add(threading.get_ident())
         try:
-            with gdal(f"writing {self.path}"):
+            with gdal(f"writing {self.path}", _CACHE_MB):
                 yield
             if self._errors.messages:
                 raise SceneError(f"writing {self.path} failed: {self._errors.messages[0]}")

@@ -1,0 +1,1 @@
+"""Many scenes through one engine, or through the engines of many workers."""

@@ -1,0 +1,128 @@
+"""What ``cdkd-edge segment`` shows while scenes come to their end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from cdkd_edge.fleet.crew import Listener
+from cdkd_edge.fleet.jobs import DONE, FAILED, JobReport
+from cdkd_edge.report import Report, live_bar
+from cdkd_edge.report.segment import describe_segment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cdkd_edge.fleet.jobs import Job
+
+
+def describe_job(report: JobReport) -> Report:
+    """One scene of a run that did not fail."""
+    quicklook = report.products.get("quicklook")
+    data = report.document()
+    if report.result is not None:
+        made = describe_segment(report.scene, report.result, Path(quicklook) if quicklook else None)
+        return Report(made.title, made.rows, data)
+    assert report.kept is not None, "a failed scene is an error, not a result"
+    kept = report.kept
+    total = max(1, kept.height * kept.width)
+    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in kept.class_pixels.items() if count)
+    rows = [
+        ("scene", f"{report.scene}, {kept.width} x {kept.height} px"),
+        *(("note", note) for note in report.notes),
+        ("classes", shares or "none"),
+        ("no data", f"{kept.no_data_pixels / total:.1%}"),
+        *([("quicklook", quicklook)] if quicklook else []),
+    ]
+    was_there = "" if report.status == DONE else ", kept: it was there"
+    return Report(f"label map {report.output}{was_there}", tuple(rows), data)
+
+
+@contextlib.contextmanager
+def live_fleet(scenes: list[str], as_json: bool) -> Iterator[FleetLines]:
+    """Results on stdout as they come; progress and what failed on stderr."""
+    if len(scenes) == 1:
+        with live_bar(Path(scenes[0]).name) as update:
+            yield FleetLines(as_json, update=update)
+        return
+    columns = (TextColumn("scenes"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True, highlight=False)
+    # What goes to stdout must not be redirected to stderr, unless both are the terminal that the bar is on.
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),
+    ) as progress:
+        yield FleetLines(as_json, console=console, progress=progress, scenes=len(scenes))
+
+
+class FleetLines(Listener):
+    """Shows a run as it goes; keeps the reports."""
+
+    def __init__(
+        self,
+        as_json: bool,
+        update: Callable[[int, int], None] | None = None,
+        console: Console | None = None,
+        progress: Progress | None = None,
+        scenes: int = 1,
+    ) -> None:
+        self.reports: list[JobReport] = []
+        self._as_json, self._update, self._console = as_json, update, console
+        self._progress, self._scenes = progress, scenes
+        self._task = progress.add_task("", total=scenes) if progress else None
+        self._started = time.monotonic()
+        self._parts: dict[int, tuple[int, int]] = {}
+        """Tiles done and in all, of every scene that was begun."""
+
+    def begun(self, index: int, job: Job) -> None:
+        """See :class:`~cdkd_edge.fleet.crew.Listener`."""
+        self._parts[index] = (0, 1)
+        self._show()
+
+    def tiles(self, index: int, done: int, total: int) -> None:
+        """See :class:`~cdkd_edge.fleet.crew.Listener`."""
+        self._parts[index] = (done, total)
+        if self._update:
+            self._update(done, total)
+        self._show()
+
+    def finished(self, report: JobReport) -> None:
+        """See :class:`~cdkd_edge.fleet.crew.Listener`."""
+        self.reports.append(report)
+        if report.error is None and not self._as_json:
+            describe_job(report).print()
+        if report.error is not None:
+            hint = f" — {report.error.hint}" if report.error.hint else ""
+            self._say(f"failed: {report.scene}: {report.error.message}{hint}")
+        self._show()
+
+    def note(self, text: str) -> None:
+        """See :class:`~cdkd_edge.fleet.crew.Listener`."""
+        self._say(f"note: {text}")
+
+    def _say(self, text: str) -> None:
+        if self._console:  # of one scene the error itself says it
+            # File names and messages from inside files must not steer the terminal.
+            shown = "".join(char if char.isprintable() else " " for char in text)
+            self._console.print(Text(shown), soft_wrap=True)
+
+    def _show(self) -> None:
+        if self._progress is None or self._task is None:
+            return
+        bad = sum(report.status == FAILED for report in self.reports)
+        tiles = sum(done for done, _ in self._parts.values())
+        rate = tiles / max(1e-3, time.monotonic() - self._started)
+        text = f"{len(self.reports)}/{self._scenes}, {rate:.1f} tiles/s" + (f", {bad} failed" if bad else "")
+        under_way = sum(done / total for done, total in self._parts.values() if done < total and total)
+        self._progress.update(self._task, completed=len(self.reports) + min(under_way, 1.0), description=text)

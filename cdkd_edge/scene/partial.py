@@ -1,0 +1,154 @@
+"""The folder beside a label map in which its parts wait until it is whole.
+
+``NAME.tif.partial/`` holds ``run.json`` (of what, by what and how), ``labels.spool`` and ``lock``. A run that ends
+before it is done, however it ends, leaves it; the same command goes on from there. A folder that belongs to another
+scene, engine or options is never gone on with and never removed unasked: it may hold hours of work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cdkd_edge.errors import SceneError
+from cdkd_edge.files import write_text
+
+_FORMAT = 1
+
+
+def partial_folder(output: Path) -> Path:
+    """Where the parts of a label map wait."""
+    return output.with_name(output.name + ".partial")
+
+
+def continues_replacing(output: Path) -> bool:
+    """Whether an interrupted run was about to replace a label map, so that going on with it may."""
+    return bool(_document(partial_folder(output)).get("replaces"))
+
+
+def way_to_go_on(output: Path) -> str | None:
+    """What to tell somebody who interrupted a run; None if nothing was done yet."""
+    folder = partial_folder(output)
+    if not (folder / "labels.spool").exists():
+        return None
+    how = " without --overwrite" if continues_replacing(output) else ""
+    return f"interrupted; what is done is kept in {folder}, and the same command{how} goes on from there"
+
+
+class Partial:
+    """The folder of one run, held against all others.
+
+    Use as a context manager. On leaving it is kept if something is in the spool (``worth_keeping``) and the label
+    map is not ``finished``.
+
+    Args:
+        output: the label map.
+        identity: what the run is of: JSON data, compared with what an earlier run left.
+        resume: go on with what is there; otherwise start anew.
+        replaces: the label map exists and is to be replaced.
+
+    Raises:
+        SceneError: another run is at work, or what is there was made of something else.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any], *, resume: bool = True, replaces: bool = False) -> None:
+        self.folder = partial_folder(output)
+        self.worth_keeping = False
+        self.finished = False
+        self._output = output
+        self._lock = self._locked()
+        try:
+            self._begin(identity, resume=resume, replaces=replaces)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    @property
+    def spool(self) -> Path:
+        """Where finished rows of tiles are."""
+        return self.folder / "labels.spool"
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.finished or not self.worth_keeping:
+                shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            os.close(self._lock)
+
+    def _locked(self) -> int:
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / "lock"
+            try:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:  # the run before has just finished and removed the folder
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.read(lock, 20).decode("ascii", "replace").strip()
+                os.close(lock)
+                raise SceneError(
+                    f"another run is writing {self._output}" + (f" (process {owner})" if owner else ""),
+                    hint="wait for it, or choose another --output",
+                ) from None
+            except OSError:
+                pass  # a file system without locks: better unguarded than not at all
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), path.stat()):
+                    os.ftruncate(lock, 0)
+                    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+                    return lock
+            os.close(lock)  # it was removed while we waited
+
+    def _begin(self, identity: dict[str, Any], *, resume: bool, replaces: bool) -> None:
+        identity = json.loads(json.dumps({"format": _FORMAT, **identity}))
+        found = _document(self.folder)
+        if resume and self.spool.exists() and found:
+            self.worth_keeping = True
+            differing = differences(found.get("identity"), identity)
+            if differing:
+                raise SceneError(
+                    f"{self.folder} holds a part of another run: {'; '.join(differing)}",
+                    hint="start anew with --overwrite, or choose another --output",
+                )
+            replaces = replaces or bool(found.get("replaces"))
+        for path in self.folder.iterdir():
+            keep = path.name == "lock" or (self.worth_keeping and path.name in ("run.json", "labels.spool"))
+            if not keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_text(self.folder / "run.json", json.dumps({"identity": identity, "replaces": replaces}, indent=1) + "\n")
+
+
+def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """What two JSON documents differ in, one phrase for each value."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = sorted({*found, *wanted})
+        return [text for key in keys for text in differences(found.get(key), wanted.get(key), f"{name} {key}".strip())]
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        pairs = enumerate(zip(found, wanted, strict=True), 1)
+        return [text for index, (a, b) in pairs for text in differences(a, b, f"{name} {index}")]
+    if found == wanted:
+        return []
+    shown = [text if len(text := json.dumps(value)) <= 60 else text[:57] + "..." for value in (found, wanted)]
+    return [f"{name} was {shown[0]} and is {shown[1]}"]
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}

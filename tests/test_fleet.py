@@ -1,0 +1,408 @@
+"""Many scenes: each for itself, nothing lost, a report of all."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from scene_helpers import FakeEngine, names_in, noise, read_labels, write_raster
+
+from cdkd_edge.errors import EngineError, FleetError, SceneError, SystemRefusalError, UsageError
+from cdkd_edge.fleet import jobs, local
+from cdkd_edge.fleet.crew import Listener
+from cdkd_edge.fleet.jobs import EngineRef, Failure, Job, JobReport, decode, encode, run_job, stamp
+from cdkd_edge.fleet.local import LocalCrew
+from cdkd_edge.fleet.run import segment_many
+from cdkd_edge.fleet.scenes import plan_outputs, scenes_of
+from cdkd_edge.scene.pipeline import SegmentOptions
+from cdkd_edge.scene.reader import Stretch
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+
+REF = EngineRef("fake.onnx", "fake", "fp32", "fake", "ab" * 32, "cd" * 32)
+
+
+@pytest.fixture(autouse=True)
+def _work_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> list[str]:
+    """Three scenes in ``scenes/``, named relative to the current directory."""
+    (tmp_path / "scenes").mkdir()
+    return [
+        str(write_raster(Path("scenes") / f"{name}.tif", noise(70, 90 + index, seed=index)))
+        for index, name in enumerate("abc")
+    ]
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``use(engine)``: the local crew loads this engine."""
+
+    def use(engine: FakeEngine) -> FakeEngine:
+        monkeypatch.setattr(local, "load_engine", lambda path, threads: engine)
+        return engine
+
+    return use
+
+
+def segment(scenes: list[str], out: str = "maps", **options: Any) -> Any:
+    """The scenes through the local crew; returns the report."""
+    listener = options.pop("listener", None)
+    segment_options = options.pop("options", SegmentOptions())
+    products = options.pop("products", ())
+    names, outputs = plan_outputs(scenes, Path(out), Path(), products, overwrite=options.get("overwrite", False))
+    return segment_many(names, outputs, LocalCrew(REF), REF, segment_options, products, listener=listener, **options)
+
+
+def rows(path: Path = Path("report.json")) -> dict[str, str]:
+    return {Path(row["scene"]).stem: row["status"] for row in json.loads(path.read_text())["scenes"]}
+
+
+# --- which scenes -----------------------------------------------------------------------------------
+
+
+def test_patterns_folders_lists_and_names(scenes: list[str], tmp_path: Path) -> None:
+    (tmp_path / "scenes" / "deep").mkdir()
+    deep = shutil.copy(scenes[0], "scenes/deep/d.tif")
+    Path("list.txt").write_text("# first\nscenes/c.tif\n\nscenes/[ab].tif\n")
+    remote = "/vsicurl/https://example.org/*.tif?x=[1]"
+    assert scenes_of(["scenes/*.tif"]) == scenes
+    assert scenes_of(["scenes/**/*.tif"]) == sorted([*scenes, deep])
+    assert scenes_of(["scenes"]) == scenes
+    assert scenes_of(["@list.txt"]) == [scenes[2], *scenes[:2]]
+    assert scenes_of([remote, "https://example.org/a.tif"]) == [remote, "https://example.org/a.tif"]
+    assert scenes_of([scenes[1], "scenes/*.tif", str(tmp_path / "scenes/a.tif")]) == [scenes[1], scenes[0], scenes[2]]
+    assert scenes_of(["gone.tif", scenes[0]]) == ["gone.tif", scenes[0]]
+
+
+def test_a_name_that_looks_like_a_pattern_or_a_list_is_a_file_first(tmp_path: Path) -> None:
+    for name in ("a[1].tif", "@odd.tif"):
+        write_raster(tmp_path / name, noise(8, 8))
+        assert scenes_of([name]) == [name]
+
+
+@pytest.mark.parametrize(
+    ("argument", "pattern"),
+    [
+        ("scenes/*.jp2", r"no raster matches scenes/\*\.jp2"),
+        ("empty", "empty holds no raster"),
+        ("@gone.txt", r"the list gone\.txt cannot be read"),
+        ("@blank.txt", r"the list blank\.txt names no scene"),
+    ],
+)
+def test_what_names_no_scene(scenes: list[str], argument: str, pattern: str) -> None:
+    Path("empty").mkdir()
+    Path("blank.txt").write_text("\n# nothing\n")
+    with pytest.raises(SceneError, match=pattern):
+        scenes_of([argument])
+
+
+def test_two_scenes_of_one_name_are_refused_up_front(scenes: list[str]) -> None:
+    Path("other").mkdir()
+    shutil.copy(scenes[0], "other/a.tif")
+    with pytest.raises(SceneError, match=r"two scenes would both become maps/a_labels\.tif: scenes/a\.tif and other/a"):
+        plan_outputs(["scenes", "other"], Path("maps"), Path(), (), overwrite=False)
+    with pytest.raises(UsageError, match="need a directory"):
+        plan_outputs(["scenes"], Path("map.tif"), Path(), (), overwrite=False)
+
+
+def test_label_maps_among_the_scenes_are_left_out(scenes: list[str], use: Any) -> None:
+    """`segment scenes/*.tif --out scenes`, expanded by the shell, for the second time."""
+    use(FakeEngine())
+    segment(scenes, "scenes")
+    again = [*scenes, *(f"scenes/{name}_labels.tif" for name in "abc")]
+    planned, outputs = plan_outputs(again, Path("scenes"), Path(), (), overwrite=True)
+    assert planned == scenes
+    assert [path.name for path in outputs] == ["a_labels.tif", "b_labels.tif", "c_labels.tif"]
+
+
+def test_a_scene_in_a_label_maps_place_is_not_replaced(scenes: list[str]) -> None:
+    shutil.copy(scenes[0], "scenes/b_labels.tif")
+    everything = [*scenes, "scenes/b_labels.tif"]
+    with pytest.raises(SceneError, match=r"would overwrite the scene scenes/b_labels\.tif"):
+        plan_outputs(everything, Path("scenes"), Path(), (), overwrite=True)
+
+
+# --- each scene for itself --------------------------------------------------------------------------
+
+
+def test_a_broken_scene_does_not_stop_the_others(scenes: list[str], use: Any) -> None:
+    Path(scenes[1]).write_text("no raster")
+    engine = use(FakeEngine())
+    with pytest.raises(FleetError, match=r"2 of 4 scenes failed: b\.tif, gone\.tif") as caught:
+        segment([*scenes, "gone.tif"], report_path=Path("report.json"))
+    assert caught.value.exit_code == 18
+    assert engine.closed
+    report = json.loads(Path("report.json").read_text())
+    assert rows() == {"a": "done", "b": "failed", "c": "done", "gone": "failed"}
+    assert report["ended"] == "complete"
+    assert report["report_version"] == 1
+    totals = report["totals"]
+    assert (totals["scenes"], totals["done"], totals["failed"], totals["not_begun"]) == (4, 2, 2, 0)
+    assert sum(totals["class_pixels"].values()) == 70 * 90 + 70 * 92
+    broken = report["scenes"][1]["error"]
+    assert (broken["exit_code"], broken["reach"], broken["traceback"]) == (10, "scene", None)
+    assert "not a raster" in broken["message"]
+    done = report["scenes"][0]
+    assert (done["engine_sha256"], done["attempts"], done["tiles"]) == ("ab" * 32, 1, 4)
+    assert names_in(Path("maps")) == [f"{n}_labels.tif{end}" for n in "ac" for end in ("", ".aux.xml")]
+
+
+def test_the_one_scene_that_fails_says_why_itself(use: Any) -> None:
+    use(FakeEngine())
+    with pytest.raises(SceneError, match="does not exist"):
+        segment(["gone.tif"])
+
+
+def test_a_bug_that_one_scene_meets_is_that_scenes(
+    scenes: list[str], use: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(FakeEngine())
+    genuine = jobs.pipeline.segment_scene
+
+    def stumble(engine: Any, scene: Any, *rest: Any, **more: Any) -> Any:
+        if scene == scenes[1]:
+            raise ZeroDivisionError("a bug")
+        return genuine(engine, scene, *rest, **more)
+
+    monkeypatch.setattr(jobs.pipeline, "segment_scene", stumble)
+    with pytest.raises(FleetError, match="1 of 3"):
+        segment(scenes, report_path=Path("report.json"))
+    error = json.loads(Path("report.json").read_text())["scenes"][1]["error"]
+    assert (error["kind"], error["exit_code"]) == ("ZeroDivisionError", 1)
+    assert "in stumble" in error["traceback"]
+    with pytest.raises(ZeroDivisionError):  # with its traceback, where it is all there is to say
+        segment([scenes[1]])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EngineError("the GPU fell off the bus"),
+        SystemRefusalError("writing failed: no space left on the device"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EROFS, "Read-only file system"),
+    ],
+    ids=["engine", "no space", "ENOSPC", "EROFS"],
+)
+def test_what_every_scene_would_meet_ends_the_run(scenes: list[str], use: Any, error: Exception) -> None:
+    use(FakeEngine(fail_at=5, error=error))  # in the second scene
+    with pytest.raises(type(error)):
+        segment(scenes, report_path=Path("report.json"))
+    assert rows() == {"a": "done", "b": "failed", "c": "not begun"}
+    report = json.loads(Path("report.json").read_text())
+    assert report["ended"] == "stopped"
+    assert report["error"]["exit_code"] == (9 if isinstance(error, EngineError) else 12)
+    assert report["totals"]["not_begun"] == 1
+
+
+def test_an_engine_that_does_not_load_is_reported_too(scenes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise EngineError("made for another GPU")
+
+    monkeypatch.setattr(local, "load_engine", refuse)
+    with pytest.raises(EngineError):
+        segment(scenes, report_path=Path("report.json"))
+    assert set(rows().values()) == {"not begun"}
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_leaves_a_report(scenes: list[str], use: Any, interruption: type[BaseException]) -> None:
+    class Impatient(Listener):
+        def begun(self, index: int, job: Job) -> None:
+            if index == 1:
+                raise interruption
+
+    use(FakeEngine())
+    with pytest.raises(interruption):
+        segment(scenes, report_path=Path("report.json"), listener=Impatient())
+    assert rows() == {"a": "done", "b": "interrupted", "c": "not begun"}
+    assert json.loads(Path("report.json").read_text())["ended"] == "interrupted"
+
+
+def test_a_report_that_cannot_be_written_shows_before_work_begins(scenes: list[str], use: Any) -> None:
+    engine = use(FakeEngine())
+    Path("file").write_text("here first")
+    with pytest.raises(OSError, match="file"):
+        segment(scenes, report_path=Path("file/report.json"))
+    assert engine.launches == 0
+    assert not Path("maps").exists()
+
+
+def test_a_name_that_is_not_utf8_is_in_the_report(scenes: list[str], use: Any) -> None:
+    use(FakeEngine())
+    odd = "scenes/odd-\udcff.tif"
+    shutil.copy(scenes[0], odd)
+    with pytest.raises(FleetError):  # GDAL takes only UTF-8
+        segment([scenes[0], odd], report_path=Path("report.json"))
+    assert json.loads(Path("report.json").read_text())["scenes"][1]["scene"] == odd
+
+
+# --- what is there is kept --------------------------------------------------------------------------
+
+
+def test_finished_scenes_are_kept(scenes: list[str], use: Any) -> None:
+    use(FakeEngine())
+    first = segment(scenes[:2])
+    before = {path.name: stamp(path) for path in Path("maps").iterdir()}
+    engine = use(FakeEngine())
+    report = segment(scenes, report_path=Path("report.json"))
+    assert rows() == {"a": "kept", "b": "kept", "c": "done"}
+    assert engine.launches == 4, "the third scene alone"
+    assert {name: stamp(Path("maps") / name) for name in before} == before
+    assert report.rows()[0].pixels == first.rows()[0].pixels
+    assert report.document()["totals"]["tiles"] == 4
+
+
+def change_engine(engine: FakeEngine) -> None:
+    engine.artefact = dataclasses.replace(engine.artefact, sha256="ef" * 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        (change_engine, SegmentOptions(), "was made by another engine"),
+        (None, SegmentOptions(overlap=3), "has OVERLAP_PX = 16, not 3"),
+        (None, SegmentOptions(bands=(3, 2, 1)), "has BANDS = 1,2,3, not 3,2,1"),
+        (None, SegmentOptions(stretch=Stretch(0, 100, percentiles=False)), "has STRETCH = nothing"),
+    ],
+)
+def test_a_map_made_otherwise_is_not_kept(
+    scenes: list[str], use: Any, change: Any, options: SegmentOptions, reason: str
+) -> None:
+    use(FakeEngine())
+    segment(scenes[:1])
+    before = Path("maps/a_labels.tif").read_bytes()
+    engine = use(FakeEngine())
+    if change:
+        change(engine)
+    with pytest.raises(SceneError, match=f"exists and {reason}") as caught:
+        segment(scenes[:1], options=options)
+    assert "--overwrite" in str(caught.value.hint)
+    assert Path("maps/a_labels.tif").read_bytes() == before
+    assert segment(scenes[:1], options=options, overwrite=True).rows()[0].status == "done"
+
+
+def test_a_map_with_a_stretch_is_not_one_without(scenes: list[str], use: Any) -> None:
+    use(FakeEngine())
+    segment(scenes[:1], options=SegmentOptions(stretch=Stretch(0, 255, percentiles=False)))
+    with pytest.raises(SceneError, match=r"has STRETCH = 0\.\.255.*, which it would not have"):
+        segment(scenes[:1])
+
+
+def test_what_else_may_be_in_a_maps_place(scenes: list[str], use: Any) -> None:
+    use(FakeEngine())
+    segment(scenes[:1])
+    output = Path("maps/a_labels.tif")
+    whole = output.read_bytes()
+
+    def refused(reason: str) -> None:
+        content = output.read_bytes()
+        with pytest.raises(SceneError, match=reason):
+            segment(scenes[:1])
+        assert output.read_bytes() == content
+
+    output.write_text("mine")
+    refused("is no label map: .* is not a raster")
+    write_raster(output, noise(70, 90, bands=1))
+    refused("is no label map of cdkd-edge")
+    output.write_bytes(whole[:-60])
+    refused("damaged|no label map")
+    shutil.copy("maps/a_labels.tif", "other.tif")
+    output.write_bytes(whole)
+    os.utime(output, (1, 1))
+    refused(r"is older than scenes/a\.tif")
+    write_raster(Path(scenes[0]), noise(70, 95))
+    output.touch()
+    output.write_bytes(whole)
+    refused("has 90 x 70 px; the scene has 95 x 70")
+
+
+def test_products_of_a_kept_map_are_made_if_they_are_missing(scenes: list[str], use: Any) -> None:
+    use(FakeEngine())
+    segment(scenes[:2])
+    report = segment(scenes[:2], products=("quicklook",))
+    assert [row.status for row in report.rows()] == ["kept", "kept"]
+    picture = Path("maps/a_labels_quicklook.png")
+    assert report.rows()[0].document()["quicklook"] == str(picture)
+    before = stamp(picture)
+    segment(scenes[:2], products=("quicklook",))
+    assert stamp(picture) == before
+
+
+# --- jobs as data -----------------------------------------------------------------------------------
+
+
+def job_of(scene: str, output: str = "map.tif", **changes: Any) -> Job:
+    return Job(scene=scene, output=output, engine=REF, before=stamp(Path(output)), **changes)
+
+
+def test_jobs_and_reports_survive_the_wire(scenes: list[str]) -> None:
+    options = SegmentOptions(overlap=4, bands=[3, 2, 1], stretch=Stretch(2, 98, percentiles=True))
+    job = job_of("odd-\udcff.tif", options=options, products=("quicklook",), token="t", scene_is_file=True)
+    assert decode(encode(job), Job) == job
+    for scene in (scenes[0], "gone.tif"):
+        report = run_job(FakeEngine(), job_of(scene, products=("quicklook",)))
+        assert decode(encode(report), JobReport) == report
+    kept = run_job(FakeEngine(), job_of(scenes[0]))
+    assert kept.status == "kept"
+    assert decode(encode(kept), JobReport) == kept
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_job_begun_again_does_not_redo_what_was_finished(scenes: list[str], overwrite: bool) -> None:
+    """Its worker was lost after the map got its name and before the answer arrived."""
+    engine = FakeEngine()
+    run_job(engine, job_of(scenes[0]))
+    job = job_of(scenes[0], overwrite=overwrite)
+    if not overwrite:
+        Path("map.tif").unlink()
+        job = dataclasses.replace(job, before=None)
+    assert run_job(engine, job).status == "done"
+    finished, launches = stamp(Path("map.tif")), engine.launches
+    again = run_job(engine, dataclasses.replace(job, attempt=2))
+    assert (again.status, again.attempts) == ("done", 2)
+    assert again.notes == ("finished by an earlier attempt, whose answer was lost",)
+    assert stamp(Path("map.tif")) == finished
+    assert engine.launches == launches
+
+
+def test_overwriting_is_done_once_asked_for(scenes: list[str]) -> None:
+    run_job(FakeEngine(), job_of(scenes[0]))
+    write_raster(Path(scenes[0]), np.zeros((3, 70, 90), np.uint8))
+    report = run_job(FakeEngine(), job_of(scenes[0], overwrite=True))
+    assert (report.status, report.result is not None) == ("done", True)
+    assert not read_labels(Path("map.tif")).any()
+
+
+def test_out_of_memory_is_the_scenes_own_failure() -> None:
+    failure = Failure.of(MemoryError())
+    assert (failure.reach, failure.exit_code) == ("scene", 12)
+
+
+def test_label_maps_name_graph_and_bands(scenes: list[str]) -> None:
+    run_job(FakeEngine(), job_of(scenes[0]))
+    with rasterio.open("map.tif") as dataset:
+        assert dataset.tags()["BANDS"] == "1,2,3"
+        assert dataset.tags()["GRAPH"] == f"fake-graph.onnx sha256:{'cd' * 32}"
+
+
+def test_boards_with_engines_of_one_graph_keep_each_others_maps(scenes: list[str]) -> None:
+    job = dataclasses.replace(job_of(scenes[0]), engine=dataclasses.replace(REF, sha256=None, folder="engines"))
+    run_job(FakeEngine(), job)
+    job = dataclasses.replace(job, before=stamp(Path("map.tif")))
+    other = FakeEngine()
+    change_engine(other)
+    assert run_job(other, job).status == "kept"
+    assert run_job(other, dataclasses.replace(job, engine=REF)).status == "failed"

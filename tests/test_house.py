@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 GROUND = ("errors", "files", "labels", "manifest", "workspace", "machine", "scenery", "calibration_set")
 FLOORS = (
     GROUND, ("model",), ("export",), ("engines",), ("quantization",), ("power",), ("scene",),
-    ("calibration",), ("accuracy",), ("training",), ("benchmarks",), ("demo",), ("doctor",), ("report",),
+    ("maps",), ("calibration",), ("accuracy",), ("training",), ("benchmarks",), ("demo",), ("doctor",), ("report",),
     ("cli",), ("__main__",),
 )  # fmt: skip
 """From the ground up; a module imports from its own and lower floors. The ground floor is one floor."""
@@ -43,7 +43,7 @@ NEEDS_TORCH = (
 )
 """Modules, and packages with all their modules, that are not used on a board."""
 EXTRAS = (
-    "onnxsim", "onnxscript", "safetensors", "matplotlib", "jtop", "pycuda", "pynvml", "cuda",
+    "onnxsim", "onnxscript", "safetensors", "matplotlib", "shapely", "pyogrio", "jtop", "pycuda", "pynvml", "cuda",
     "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_rtx_libs", "onnxruntime_ep_nv_tensorrt_rtx",
 )  # fmt: skip
 

@@ -217,9 +217,7 @@ def to_wgs84(crs: Any, x: Sequence[float], y: Sequence[float]) -> tuple[list[flo
     return (list(longitude), list(latitude)) if finite else None
 
 
-def class_areas(
-    label_map: Path, schema: LabelSchema, row_counts: npt.NDArray[np.integer[Any]] | None = None
-) -> Areas:
+def class_areas(label_map: Path, schema: LabelSchema, row_counts: npt.NDArray[np.integer[Any]] | None = None) -> Areas:
     """Pixels and hectares per class of a label map.
 
     Args:

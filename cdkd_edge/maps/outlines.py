@@ -122,14 +122,14 @@ def large_enough(
     sign = np.where(outer, 1.0, -1.0) * rings
     # By what it covers itself: the shore around a lake is as small as its land.
     left = np.bincount(owner, measure * sign, len(outlines)) >= smallest
-    own = np.bincount(owner, areas * sign, len(outlines))
+    own = np.bincount(owner, areas * sign, len(outlines)).astype(np.float64)
     return outlines.select(rings, left), own[left], left
 
 
 def _plane(points: Floats, ground: Ground) -> Floats:
     """Points in a plane whose areas are those of the ground, m2 (or pixels, if nothing is known)."""
     if ground.ellipsoid is None:
-        return points * np.sqrt(ground.pixel_m2 or 1.0)
+        return np.asarray(points * np.sqrt(ground.pixel_m2 or 1.0))
     # Cylindrical equal area: an area under a parallel, per radian, times radians.
     longitude, latitude = mapped(points, ground.transform).T * ground.radians
     scale = ground.ellipsoid.semi_major

@@ -61,4 +61,6 @@ def style_qml(schema: LabelSchema) -> str:
         for name, value in look.items():  # QGIS before 3.22
             ElementTree.SubElement(fill, "prop", k=name, v=value)
     ElementTree.indent(root)
-    return "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n" + ElementTree.tostring(root, encoding="unicode")
+    return "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n" + ElementTree.tostring(
+        root, encoding="unicode"
+    )

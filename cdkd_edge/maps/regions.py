@@ -160,11 +160,13 @@ class _Merger:
     ) -> Iterator[Regions]:
         """A tile's polygons; ``inner`` says on which sides (top, left, bottom, right) there is another tile."""
         top, height = self._top, self._height
-        lines = ((1, top, left, width), (0, left, top, height), (1, top + height, left, width))
-        lines = (*lines, (0, left + width, top, height))
-        borders = [
-            self._along(outlines, *line) if there else None for line, there in zip(lines, inner, strict=True)
-        ]
+        lines = (
+            (1, top, left, width),
+            (0, left, top, height),
+            (1, top + height, left, width),
+            (0, left + width, top, height),
+        )
+        borders = [self._along(outlines, *line) if there else None for line, there in zip(lines, inner, strict=True)]
         touching = np.zeros(len(polygons), bool)
         for border in borders:
             if border is not None:
@@ -212,9 +214,7 @@ class _Merger:
         if polygons:
             yield Regions(np.array(polygons, object), np.array(labels, np.uint8), np.array(parts, bool))
 
-    def _along(
-        self, polygons: Polygons, axis: int, at: int, start: int, length: int
-    ) -> npt.NDArray[np.int64]:
+    def _along(self, polygons: Polygons, axis: int, at: int, start: int, length: int) -> npt.NDArray[np.int64]:
         """Which polygon lies at each pixel along a border: the line x = at (axis 0) or y = at (axis 1)."""
         owners = np.full(length, _NONE, np.int64)
         if not len(polygons):

@@ -39,7 +39,7 @@ class VectorOptions:
     """Which polygons, and how they are drawn."""
 
     minimum_m2: float = 0.0
-    """Polygons smaller than this are left out, holes smaller than this are closed. Needs a map whose areas are known."""
+    """Polygons smaller than this are left out, holes smaller than this are closed. For maps whose areas are known."""
     minimum_px: float = 0.0
     """The same in pixels, for maps whose areas are not known."""
     simplify_px: float = 0.0
@@ -102,6 +102,16 @@ def write_vector(
             for suffix in ("-journal", "-wal", "-shm"):
                 temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
     return VectorResult(output, package.written, package.left_out, tuple(package.notes))
+
+
+def require_vector() -> None:
+    """Make sure that polygons can be written.
+
+    Raises:
+        MissingExtraError: pyogrio or Shapely is not installed.
+    """
+    shapely_module()
+    _pyogrio()
 
 
 def _pyogrio() -> Any:

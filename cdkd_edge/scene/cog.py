@@ -15,13 +15,14 @@ from typing import Any
 
 import rasterio
 import rasterio.shutil
+from rasterio._err import CPLE_BaseError  # rasterio.shutil lets GDAL's own errors through
 from rasterio.io import MemoryFile
 
 from cdkd_edge.errors import SceneError, SystemRefusalError
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.scene.pam import ClassArea, label_map_xml, sidecar_path
-from cdkd_edge.scene.raster import gdal
+from cdkd_edge.scene.raster import gdal, open_scene
 
 BLOCK = 512
 """Side of the file's blocks, px; also the longest side of the smallest overview."""
@@ -86,12 +87,13 @@ def _copy(
     overviews: bool,
     threads: int | None,
 ) -> None:
+    with open_scene(source) as dataset:
+        shape = _require_label_map(dataset, source)
     with _reported(f"writing {destination}", destination.parent), rasterio.Env(GDAL_CACHEMAX=_CACHE_MB):
         # The COG driver copies what its source says of itself; a virtual dataset can say more than the file does.
         with MemoryFile(ext=".vrt") as description:
             rasterio.shutil.copy(str(source.resolve()), description.name, driver="VRT")
             with rasterio.open(description.name, "r+") as virtual:
-                shape = _require_label_map(virtual, source)
                 virtual.nodata = NO_LABEL
                 virtual.write_colormap(1, colormap(schema))
                 virtual.update_tags(**tags)
@@ -152,7 +154,10 @@ def _reported(doing: str, folder: Path) -> Iterator[None]:
     logger.addHandler(collector)
     try:
         with gdal(doing):
-            yield
+            try:
+                yield
+            except CPLE_BaseError as error:
+                raise SceneError(f"{doing} failed: {' '.join(str(error).split())}") from None
         if messages:
             raise SceneError(f"{doing} failed: {messages[0]}")
     except SceneError:

@@ -102,7 +102,7 @@ def test_the_source_is_left_as_it_is_and_may_be_replaced(tmp_path: Path) -> None
     [
         {},
         {"crs": "EPSG:4326", "transform": from_origin(55, 25, 1e-5, 1e-5)},
-        {"crs": "EPSG:32640", "transform": Affine.translation(3e5, 2.7e6) * Affine.rotation(20) * Affine.scale(0.5, -0.5)},
+        {"crs": "EPSG:32640", "transform": Affine.translation(3e5, 2.7e6) * Affine.rotation(20) * Affine.scale(2, -2)},
         {"crs": '+proj=laea +lat_0=12 +lon_0=3 +ellps=bessel +units=us-ft', "transform": from_origin(0, 0, 2, 2)},
     ],
     ids=["none", "geographic", "rotated", "unusual"],

@@ -202,8 +202,13 @@ def areal_stretch(dataset: Any, ground: Ground) -> float | None:
 def centre_corners(dataset: Any) -> tuple[list[float], list[float]]:
     """A corner near the centre, and its neighbours one pixel to the right and below, in the CRS."""
     row, column = dataset.height / 2, dataset.width / 2
-    points = [dataset.transform * (column + right, row + down) for right, down in ((0, 0), (1, 0), (0, 1))]
-    return [point[0] for point in points], [point[1] for point in points]
+    return mapped(dataset.transform, [column, column + 1, column], [row, row, row + 1])
+
+
+def mapped(transform: Any, columns: Sequence[float], rows: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Pixel corners in the coordinates of the map, x and y."""
+    t, pixels = transform, list(zip(columns, rows, strict=True))
+    return [t.a * c + t.b * r + t.c for c, r in pixels], [t.d * c + t.e * r + t.f for c, r in pixels]
 
 
 def to_wgs84(crs: Any, x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]] | None:

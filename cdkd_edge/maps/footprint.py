@@ -8,7 +8,7 @@ from typing import Any
 
 from rasterio.transform import from_gcps
 
-from cdkd_edge.maps.areas import to_wgs84
+from cdkd_edge.maps.areas import mapped, to_wgs84
 
 _POINTS_PER_SIDE = 16
 """Straight edges of a map grid are curves in longitude and latitude."""
@@ -49,8 +49,7 @@ def footprint_of(dataset: Any) -> Footprint:
         for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]], strict=True)
         for step in steps
     ]
-    points = [transform * pixel for pixel in pixels]
-    placed = to_wgs84(crs, [x for x, _ in points], [y for _, y in points])
+    placed = to_wgs84(crs, *mapped(transform, *zip(*pixels, strict=True)))
     if placed is None:
         return Footprint(None, None, "the scene's coordinates have no longitude and latitude on WGS 84")
     return _geojson(list(zip(*placed, strict=True)), note)

@@ -32,6 +32,8 @@ light, so that colours over shadow and water are those of the legend."""
 
 _PAPER, _INK, _QUIET, _NO_DATA = (255, 255, 255), (28, 32, 38), (96, 104, 114), (232, 232, 232)
 _SMALL_HA = 0.1
+_STRIP = 128
+"""Rows coloured at once."""
 
 _Picture = npt.NDArray[np.uint8]
 
@@ -108,12 +110,6 @@ def overlaid(image: _Picture, labels: _Picture, schema: LabelSchema, line: int =
 
     ``line`` is the width of the borders, px on each side.
     """
-    pixels = image.astype(np.float32)
-    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-    labelled = (labels != NO_LABEL)[..., None]
-    faded = pixels + _DULLED * (grey[..., None] - pixels)
-    pixels = np.where(labelled, _LIFTED + faded * ((255 - _LIFTED) / 255), pixels)
-    colors = schema.palette().astype(np.float32)
     border = np.zeros(labels.shape, bool)
     for shift in range(1, line + 1):
         down, right = labels[shift:] != labels[:-shift], labels[:, shift:] != labels[:, :-shift]
@@ -121,11 +117,23 @@ def overlaid(image: _Picture, labels: _Picture, schema: LabelSchema, line: int =
         border[:-shift] |= down
         border[:, shift:] |= right
         border[:, :-shift] |= right
-    opacity = np.where(border, _BORDER_OPACITY, _OPACITY).astype(np.float32)
-    opacity = opacity[..., None] * labelled
-    tint = colors[labels] * np.where(border, 0.75, 1.0)[..., None].astype(np.float32)
-    mixed: _Picture = np.rint(pixels * (1 - opacity) + tint * opacity).astype(np.uint8)
-    return mixed
+    result = np.empty_like(image)
+    for start in range(0, len(image), _STRIP):  # floats take four times the room
+        rows = slice(start, start + _STRIP)
+        result[rows] = _washed(image[rows], labels[rows], border[rows], schema)
+    return result
+
+
+def _washed(image: _Picture, labels: _Picture, border: npt.NDArray[np.bool_], schema: LabelSchema) -> _Picture:
+    labelled = (labels != NO_LABEL)[..., None]
+    pixels = image.astype(np.float32)
+    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+    faded = pixels + _DULLED * (grey[..., None] - pixels)
+    pixels = np.where(labelled, _LIFTED + faded * np.float32((255 - _LIFTED) / 255), pixels)
+    opacity = np.where(border, np.float32(_BORDER_OPACITY), np.float32(_OPACITY))[..., None] * labelled
+    tint = schema.palette().astype(np.float32)[labels] * np.where(border, np.float32(0.75), np.float32(1))[..., None]
+    washed: _Picture = np.rint(pixels * (1 - opacity) + tint * opacity).astype(np.uint8)
+    return washed
 
 
 def _reduced_size(height: int, width: int, longest: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import rasterio
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 
 from cdkd_edge.errors import SceneError
 
@@ -38,7 +38,7 @@ def gdal(doing: str) -> Iterator[None]:
     with rasterio.Env(**_GDAL_OPTIONS):
         try:
             yield
-        except RasterioError as error:
+        except (RasterioError, RasterioIOError) as error:  # not a subclass before rasterio 1.4
             causes = []
             cause: BaseException | None = error
             while cause is not None:

@@ -39,7 +39,8 @@ class VectorOptions:
     """Which polygons, and how they are drawn."""
 
     minimum_m2: float = 0.0
-    """Polygons smaller than this are left out, holes smaller than this are closed. For maps whose areas are known."""
+    """Polygons smaller than this are left out, holes smaller than this are closed; small polygons between several
+    larger ones leave gaps. For maps whose areas are known."""
     minimum_px: float = 0.0
     """The same in pixels, for maps whose areas are not known."""
     simplify_px: float = 0.0

@@ -87,7 +87,7 @@ def test_what_it_says(tmp_path: Path) -> None:
     assert properties["cdkd-edge:engine_sha256"] == "ab" * 32
     assert properties["cdkd-edge:scene"] == "scene.tif"
     assert "cdkd-edge:notes" not in properties
-    assert item["links"] == [{"rel": "derived_from", "href": "./scene.tif", "title": "the scene"}]
+    assert item["links"] == [{"rel": "derived_from", "href": "./scene.tif", "title": "the scene", "type": "image/tiff"}]
     content = (tmp_path / "scene_labels.tif").read_bytes()
     assert asset["file:checksum"] == "1220" + hashlib.sha256(content).hexdigest()
     assert (asset["href"], asset["file:size"]) == ("./scene_labels.tif", len(content))

@@ -23,6 +23,7 @@ from scene_helpers import SCHEMA, names_in, relaxed, write_raster
 
 from cdkd_edge.errors import MissingExtraError, SceneError
 from cdkd_edge.labels import NO_LABEL
+from cdkd_edge.maps import regions as regions_module
 from cdkd_edge.maps.areas import class_areas, ground_of
 from cdkd_edge.maps.outlines import Outlines, large_enough
 from cdkd_edge.maps.regions import regions
@@ -107,6 +108,22 @@ def test_simplified_borders_stay_common(side: int, tile: int, tolerance: float, 
     assert shapely.area(polygons).sum() == 50 * 60
     assert shapely.area(shapely.union_all(polygons)) == 50 * 60
     assert sorted(values) == [value for value, _ in at_once(labels)]
+
+
+def test_noise_is_taken_in_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory goes with the borders in a tile; what comes out does not depend on the tiles."""
+    monkeypatch.setattr("cdkd_edge.maps.regions.MAX_BORDERS", 300)
+    monkeypatch.setattr("cdkd_edge.maps.regions._SMALLEST_TILE", 8)
+    calls: list[tuple[int, int]] = []
+    original = regions_module._polygonized
+    monkeypatch.setattr(
+        regions_module, "_polygonized", lambda *a, **k: (calls.append(a[1].shape), original(*a, **k))[1]
+    )
+    labels = np.zeros((150, 100), np.uint8)
+    labels[64:128] = patches(64, 100, 1)
+    polygons, values, _ = found_in(labels, tile=64)
+    assert canonical(polygons, values) == at_once(labels)
+    assert set(calls) == {(64, 64), (64, 36), (8, 8), (8, 4), (22, 64), (22, 36)}
 
 
 def test_simplification_straightens_stairs() -> None:

@@ -27,6 +27,11 @@ TILE = 1024
 MAX_VERTICES = 2_000_000
 """A region with more vertices than this is handed out in parts; one geometry of such size serves nobody."""
 
+MAX_BORDERS = 100_000
+"""Pixel edges between labels in one tile; simplified, they take up to 1.5 kB each. Tiles with more are cut smaller."""
+
+_SMALLEST_TILE = 64
+
 _NONE = -1
 
 Polygons = npt.NDArray[np.object_]
@@ -84,7 +89,7 @@ def regions(
             sides (Visvalingam-Whyatt on the coverage: a bend goes if its triangle is smaller than the
             tolerance squared), so that neighbours stay neighbours. Where a border crosses a tile's border, and at the
             map's, it stays as it is.
-        tile: side of the tiles, px.
+        tile: side of the tiles, px; where labels are like noise, smaller ones are taken.
         max_vertices: see :data:`MAX_VERTICES`.
         progress: called with tiles done and tiles in all.
 
@@ -93,21 +98,36 @@ def regions(
     """
     shapely = shapely_module()
     merger = _Merger(shapely, dataset.width, max_vertices)
-    rows, columns = range(0, dataset.height, tile), range(0, dataset.width, tile)
+    tiles = -(-dataset.height // tile) * -(-dataset.width // tile)
     done = 0
-    for top in rows:
-        height = min(tile, dataset.height - top)
-        merger.start_row(top, height)
-        for left in columns:
-            width = min(tile, dataset.width - left)
-            labels = dataset.read(1, window=Window(left, top, width, height))
-            polygons, values = _polygonized(shapely, labels, left, top, everything=simplify > 0)
-            simple = _simplified(shapely, polygons, simplify) if simplify > 0 else polygons
-            inner = (top > 0, left > 0, top + height < dataset.height, left + width < dataset.width)
-            yield from merger.add(polygons, simple, values, left, width, inner)
-            done += 1
-            progress(done, len(rows) * len(columns))
-        yield from merger.finish_row(last=top + height == dataset.height)
+    for strip in range(0, dataset.height, tile):
+        end = min(strip + tile, dataset.height)
+        side = _side(dataset, strip, end, tile)
+        for top in range(strip, end, side):
+            height = min(side, end - top)
+            merger.start_row(top, height)
+            for left in range(0, dataset.width, side):
+                width = min(side, dataset.width - left)
+                labels = dataset.read(1, window=Window(left, top, width, height))
+                polygons, values = _polygonized(shapely, labels, left, top, everything=simplify > 0)
+                simple = _simplified(shapely, polygons, simplify) if simplify > 0 else polygons
+                inner = (top > 0, left > 0, top + height < dataset.height, left + width < dataset.width)
+                yield from merger.add(polygons, simple, values, left, width, inner)
+                done += height * width
+                progress(tiles * done // (dataset.height * dataset.width), tiles)
+            yield from merger.finish_row(last=top + height == dataset.height)
+
+
+def _side(dataset: Any, start: int, end: int, tile: int) -> int:
+    """Side of the tiles of some rows: smaller where labels are like noise, for memory grows with their borders."""
+    densest = 0
+    for left in range(0, dataset.width, tile):
+        labels = dataset.read(1, window=Window(left, start, min(tile, dataset.width - left), end - start))
+        densest = max(densest, int((labels[1:] != labels[:-1]).sum() + (labels[:, 1:] != labels[:, :-1]).sum()))
+    side = tile
+    while densest > MAX_BORDERS and side > _SMALLEST_TILE:
+        side, densest = side // 2, densest // 4
+    return side
 
 
 def _polygonized(

@@ -7,6 +7,7 @@ STAC 1.1.0 with the extensions projection 2.0.0, raster 2.0.0, classification 2.
 from __future__ import annotations
 
 import json
+import mimetypes
 import os
 import re
 from collections.abc import Mapping
@@ -145,7 +146,7 @@ def item_for(
         "geometry": footprint.geometry,
         **({"bbox": footprint.bbox} if footprint.bbox is not None else {}),
         "properties": properties,
-        "links": [{"rel": "derived_from", "href": _href(scene, label_map.parent), "title": "the scene"}],
+        "links": [_source_link(scene, label_map.parent)],
         "assets": {
             "labels": {
                 "href": _href(label_map, label_map.parent),
@@ -174,6 +175,12 @@ _ASSETS = {
 def write_item(path: Path, item: Mapping[str, Any]) -> None:
     """Write an item as JSON; the file appears only when whole."""
     write_text(path, json.dumps(item, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _source_link(scene: str | Path, folder: Path) -> dict[str, Any]:
+    link = {"rel": "derived_from", "href": _href(scene, folder), "title": "the scene"}
+    kind, _ = mimetypes.guess_type(str(scene))
+    return {**link, "type": kind} if kind is not None else link  # so that nobody takes it for a STAC Item
 
 
 def _projection(dataset: Any) -> dict[str, Any]:

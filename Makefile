@@ -90,7 +90,7 @@ $(VENV)/.package: $(INPUTS)
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.package
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[export,test,board-tests]'
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[export,vector,test,board-tests]'
 	touch $@
 
 $(VENV)/.gpu: $(VENV)/.tests

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 GROUND = ("errors", "files", "labels", "output_kinds", "manifest", "workspace", "machine", "scenery", "calibration_set")
 FLOORS = (
-    GROUND, ("model",), ("export",), ("engines",), ("quantization",), ("board",), ("power",), ("scene",),
+    GROUND, ("model",), ("export",), ("engines",), ("quantization",), ("board",), ("power",), ("scene",), ("maps",),
     ("calibration",), ("accuracy",), ("training",), ("fleet",), ("benchmarks",), ("demo",), ("doctor",), ("report",),
     ("cli",), ("__main__",),
 )  # fmt: skip
@@ -43,7 +43,7 @@ NEEDS_TORCH = (
 )
 """Modules, and packages with all their modules, that are not used on a board."""
 EXTRAS = (
-    "dask", "distributed", "onnxsim", "onnxscript", "safetensors", "jtop", "pycuda", "pynvml", "cuda",
+    "dask", "distributed", "onnxsim", "onnxscript", "safetensors", "shapely", "pyogrio", "jtop", "pycuda", "pynvml", "cuda",
     "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_rtx_libs", "onnxruntime_ep_nv_tensorrt_rtx",
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import rasterio
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 
 from cdkd_edge.errors import SceneError
 
@@ -40,7 +40,7 @@ def gdal(doing: str, cache_mb: int = 256) -> Iterator[None]:
     with rasterio.Env(GDAL_CACHEMAX=cache_mb, **_GDAL_OPTIONS):
         try:
             yield
-        except RasterioError as error:
+        except (RasterioError, RasterioIOError) as error:  # not a subclass before rasterio 1.4
             causes = []
             cause: BaseException | None = error
             while cause is not None:

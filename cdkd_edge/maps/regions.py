@@ -1,0 +1,277 @@
+"""Regions of a label map as polygons, tile by tile, so that a map of any size takes a bounded amount of memory.
+
+A region is a set of pixels of one label connected by their edges. GDAL's polygonizer takes a tile at a time; pieces of
+one region on both sides of a tile's border are found by the labels along it and united when the region is
+complete. Coordinates are integers throughout (pixel corners: x to the right, y down), so unions are exact.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rasterio.features import shapes
+from rasterio.transform import Affine
+from rasterio.windows import Window
+
+from cdkd_edge.errors import MissingExtraError
+from cdkd_edge.labels import NO_LABEL
+
+TILE = 1024
+"""Side of a tile, px: a multiple of the label map's blocks."""
+
+MAX_VERTICES = 2_000_000
+"""A region with more vertices than this is handed out in parts; one geometry of such size serves nobody."""
+
+MAX_BORDERS = 100_000
+"""Pixel edges between labels in one tile; simplified, they take up to 1.5 kB each. Tiles with more are cut smaller."""
+
+_SMALLEST_TILE = 64
+
+_NONE = -1
+
+Polygons = npt.NDArray[np.object_]
+
+
+@dataclass
+class Regions:
+    """Some finished regions."""
+
+    polygons: Polygons
+    """Shapely polygons ``[N]`` in pixel corners."""
+    labels: npt.NDArray[np.uint8]
+    parts: npt.NDArray[np.bool_]
+    """Whether it is only a part of its region (:data:`MAX_VERTICES`)."""
+
+
+@dataclass
+class _Open:
+    """A region that reaches tiles not seen yet, or has not been united."""
+
+    label: int
+    pieces: list[Any] = field(default_factory=list)
+    vertices: int = 0
+    cut: bool = False
+
+
+def shapely_module() -> Any:
+    """Shapely, which is an optional package.
+
+    Raises:
+        MissingExtraError: it is not installed, or too old.
+    """
+    try:
+        import shapely
+    except ImportError:
+        raise MissingExtraError("shapely", "vector", "polygons of a label map") from None
+    if not hasattr(shapely, "coverage_simplify"):
+        raise MissingExtraError("shapely 2.1 or newer", "vector", "polygons of a label map")
+    return shapely
+
+
+def regions(
+    dataset: Any,
+    *,
+    simplify: float = 0.0,
+    tile: int = TILE,
+    max_vertices: int = MAX_VERTICES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Regions]:
+    """The regions of an open label map that have a label, in portions.
+
+    Args:
+        dataset: a uint8 raster of one band; 255 has no region.
+        simplify: tolerance in px, or 0 for outlines along the pixels' edges. Borders are simplified once for both their
+            sides (Visvalingam-Whyatt on the coverage: a bend goes if its triangle is smaller than the
+            tolerance squared), so that neighbours stay neighbours. Where a border crosses a tile's border, and at the
+            map's, it stays as it is.
+        tile: side of the tiles, px; where labels are like noise, smaller ones are taken.
+        max_vertices: see :data:`MAX_VERTICES`.
+        progress: called with tiles done and tiles in all.
+
+    Raises:
+        MissingExtraError: Shapely is not installed.
+    """
+    shapely = shapely_module()
+    merger = _Merger(shapely, dataset.width, max_vertices)
+    tiles = -(-dataset.height // tile) * -(-dataset.width // tile)
+    done = 0
+    for strip in range(0, dataset.height, tile):
+        end = min(strip + tile, dataset.height)
+        side = _side(dataset, strip, end, tile)
+        for top in range(strip, end, side):
+            height = min(side, end - top)
+            merger.start_row(top, height)
+            for left in range(0, dataset.width, side):
+                width = min(side, dataset.width - left)
+                labels = dataset.read(1, window=Window(left, top, width, height))
+                polygons, values = _polygonized(shapely, labels, left, top, everything=simplify > 0)
+                simple = _simplified(shapely, polygons, simplify) if simplify > 0 else polygons
+                inner = (top > 0, left > 0, top + height < dataset.height, left + width < dataset.width)
+                yield from merger.add(polygons, simple, values, left, width, inner)
+                done += height * width
+                progress(tiles * done // (dataset.height * dataset.width), tiles)
+            yield from merger.finish_row(last=top + height == dataset.height)
+
+
+def _side(dataset: Any, start: int, end: int, tile: int) -> int:
+    """Side of the tiles of some rows: smaller where labels are like noise, for memory grows with their borders."""
+    densest = 0
+    for left in range(0, dataset.width, tile):
+        labels = dataset.read(1, window=Window(left, start, min(tile, dataset.width - left), end - start))
+        densest = max(densest, int((labels[1:] != labels[:-1]).sum() + (labels[:, 1:] != labels[:, :-1]).sum()))
+    side = tile
+    while densest > MAX_BORDERS and side > _SMALLEST_TILE:
+        side, densest = side // 2, densest // 4
+    return side
+
+
+def _polygonized(
+    shapely: Any, labels: npt.NDArray[np.uint8], left: int, top: int, *, everything: bool
+) -> tuple[Polygons, npt.NDArray[np.uint8]]:
+    """Regions of one tile; with ``everything`` also those without a label, as neighbours of the others."""
+    mask = None if everything else labels != NO_LABEL
+    found, values = [], []
+    for shape, value in shapes(labels, mask=mask, connectivity=4, transform=Affine.translation(left, top)):
+        outer, *holes = shape["coordinates"]
+        found.append(shapely.Polygon(outer, holes))
+        values.append(int(value))
+    return np.array(found, object), np.array(values, np.uint8)
+
+
+def _simplified(shapely: Any, polygons: Polygons, tolerance: float) -> Polygons:
+    # GDAL leaves out vertices on straight edges, also where another border meets them; a coverage needs those.
+    dense = shapely.segmentize(polygons, 1.0)
+    dense = shapely.set_coordinates(dense, np.rint(shapely.get_coordinates(dense)))
+    return np.asarray(shapely.coverage_simplify(dense, tolerance, simplify_boundary=False))
+
+
+class _Merger:
+    """Puts the pieces of a region together across the borders of tiles (union-find over pieces)."""
+
+    def __init__(self, shapely: Any, width: int, max_vertices: int) -> None:
+        self._shapely = shapely
+        self._max_vertices = max_vertices
+        self._parent: dict[int, int] = {}
+        self._open: dict[int, _Open] = {}
+        self._next = 0
+        # Piece at each pixel of the border above, of that below, and of the one to the left.
+        self._above = np.full(width, _NONE, np.int64)
+        self._below = np.full(width, _NONE, np.int64)
+        self._beside = np.empty(0, np.int64)
+        self._top = self._height = 0
+
+    def start_row(self, top: int, height: int) -> None:
+        self._top, self._height = top, height
+        self._beside = np.full(height, _NONE, np.int64)
+
+    def add(
+        self,
+        outlines: Polygons,
+        polygons: Polygons,
+        labels: npt.NDArray[np.uint8],
+        left: int,
+        width: int,
+        inner: tuple[bool, bool, bool, bool],
+    ) -> Iterator[Regions]:
+        """A tile's polygons; ``inner`` says on which sides (top, left, bottom, right) there is another tile."""
+        top, height = self._top, self._height
+        lines = (
+            (1, top, left, width),
+            (0, left, top, height),
+            (1, top + height, left, width),
+            (0, left + width, top, height),
+        )
+        borders = [self._along(outlines, *line) if there else None for line, there in zip(lines, inner, strict=True)]
+        touching = np.zeros(len(polygons), bool)
+        for border in borders:
+            if border is not None:
+                touching[border[border >= 0]] = True
+        touching &= labels != NO_LABEL
+        names = np.full(len(polygons) + 1, _NONE, np.int64)  # the last stands for "none"
+        for index in np.flatnonzero(touching):
+            names[index] = self._new(polygons[index], int(labels[index]))
+        above, beside, below, right = (None if border is None else names[border] for border in borders)
+        if above is not None:
+            self._join(self._above[left : left + width], above)
+        if beside is not None:
+            self._join(self._beside, beside)
+        if below is not None:
+            self._below[left : left + width] = below
+        if right is not None:
+            self._beside = right
+        alone = ~touching & (labels != NO_LABEL)
+        if alone.any():
+            yield Regions(polygons[alone], labels[alone], np.zeros(int(alone.sum()), bool))
+
+    def finish_row(self, *, last: bool) -> Iterator[Regions]:
+        """Hand out what no later tile can add to."""
+        held = set() if last else {self._root(int(piece)) for piece in np.unique(self._below) if piece != _NONE}
+        polygons: list[Any] = []
+        labels, parts = [], []
+        for root, region in list(self._open.items()):
+            whole = root not in held
+            if not whole and region.vertices <= self._max_vertices:
+                continue
+            region.cut |= not whole
+            if region.pieces:
+                united = self._shapely.union_all(region.pieces) if len(region.pieces) > 1 else region.pieces[0]
+                found = self._shapely.get_parts(united)
+                polygons.extend(found)
+                labels.extend([region.label] * len(found))
+                parts.extend([region.cut] * len(found))
+            region.pieces, region.vertices = [], 0
+            if whole:
+                del self._open[root]
+        self._above, self._below = self._below, np.full_like(self._below, _NONE)
+        # Only the border's pieces are asked for again; the rest of the forest can go.
+        self._parent = {int(p): self._root(int(p)) for p in np.unique(self._above) if p != _NONE}
+        self._parent.update({root: root for root in self._open})
+        if polygons:
+            yield Regions(np.array(polygons, object), np.array(labels, np.uint8), np.array(parts, bool))
+
+    def _along(self, polygons: Polygons, axis: int, at: int, start: int, length: int) -> npt.NDArray[np.int64]:
+        """Which polygon lies at each pixel along a border: the line x = at (axis 0) or y = at (axis 1)."""
+        owners = np.full(length, _NONE, np.int64)
+        if not len(polygons):
+            return owners
+        points, owner = self._shapely.get_coordinates(self._shapely.get_exterior_ring(polygons), return_index=True)
+        on_line = (points[:-1, axis] == at) & (points[1:, axis] == at) & (owner[:-1] == owner[1:])
+        ends = np.stack([points[:-1, 1 - axis][on_line], points[1:, 1 - axis][on_line]]).astype(np.int64) - start
+        for first, end, index in zip(ends.min(0), ends.max(0), owner[:-1][on_line], strict=True):
+            owners[first:end] = index
+        return owners
+
+    def _new(self, polygon: Any, label: int) -> int:
+        name, self._next = self._next, self._next + 1
+        self._parent[name] = name
+        self._open[name] = _Open(label, [polygon], int(self._shapely.get_num_coordinates(polygon)))
+        return name
+
+    def _join(self, one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> None:
+        both = (one != _NONE) & (other != _NONE)
+        pairs: dict[int, set[int]] = defaultdict(set)
+        for first, second in np.unique(np.stack([one[both], other[both]]), axis=1).T.tolist():
+            pairs[first].add(second)
+        for first, seconds in pairs.items():
+            for second in sorted(seconds):
+                a, b = sorted((self._root(first), self._root(second)))
+                if a == b or self._open[a].label != self._open[b].label:
+                    continue
+                self._parent[b] = a
+                gone, kept = self._open.pop(b), self._open[a]
+                kept.pieces += gone.pieces
+                kept.vertices += gone.vertices
+                kept.cut |= gone.cut
+
+    def _root(self, name: int) -> int:
+        root = name
+        while self._parent[root] != root:
+            root = self._parent[root]
+        while self._parent[name] != root:
+            self._parent[name], name = root, self._parent[name]
+        return root

@@ -1,0 +1,237 @@
+"""A label map as polygons in a GeoPackage, written as they are found."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rasterio.transform import Affine
+
+from cdkd_edge.errors import MissingExtraError, SceneError, SystemRefusalError
+from cdkd_edge.files import whole_file
+from cdkd_edge.labels import LabelSchema
+from cdkd_edge.maps.areas import Ground, ground_of
+from cdkd_edge.maps.outlines import Outlines, large_enough, mapped
+from cdkd_edge.maps.qgis import style_row
+from cdkd_edge.maps.regions import Regions, regions, shapely_module
+from cdkd_edge.scene.raster import gdal, open_scene
+
+LAYER = "classes"
+
+_BATCH = 10_000
+"""Polygons written at once."""
+
+_LITTLE_ROOM = 1 << 20
+
+_EPOCH = "1970-01-01T00:00:00.000Z"
+"""Written as the time of change, so that the same map gives the same file."""
+
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """Which polygons, and how they are drawn."""
+
+    minimum_m2: float = 0.0
+    """Polygons smaller than this are left out, holes smaller than this are closed; small polygons between several
+    larger ones leave gaps. For maps whose areas are known."""
+    minimum_px: float = 0.0
+    """The same in pixels, for maps whose areas are not known."""
+    simplify_px: float = 0.0
+    """Tolerance of simplification, px; borders stay common to both sides (:func:`.regions.regions`)."""
+
+    def __post_init__(self) -> None:
+        if not all(0 <= value < float("inf") for value in (self.minimum_m2, self.minimum_px, self.simplify_px)):
+            raise SceneError("minimum areas and the tolerance of simplification are numbers from 0 up")
+        if self.minimum_m2 and self.minimum_px:
+            raise SceneError("a minimum area is given in m2 or in pixels, not in both")
+
+
+@dataclass(frozen=True)
+class VectorResult:
+    """A finished GeoPackage."""
+
+    output: Path
+    polygons: int
+    left_out: int
+    """Polygons below the minimum area."""
+    notes: tuple[str, ...]
+
+
+def write_vector(
+    label_map: Path,
+    output: Path,
+    schema: LabelSchema,
+    options: VectorOptions = VectorOptions(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> VectorResult:
+    """Write the regions of a label map as polygons (GeoPackage, layer ``classes``).
+
+    Fields: ``class_id``, ``class``, ``color`` (#rrggbb), ``area_ha`` (of the polygon as drawn, on the ellipsoid for
+    geographic grids; null where unknown). A style for QGIS is inside. The file appears only when whole. Pixels
+    connected by an edge make one polygon, except regions of more than 2 million vertices, which come in parts.
+
+    Without georeference, x is the column and y the negative row, which is where QGIS puts such rasters.
+
+    Raises:
+        MissingExtraError: pyogrio or Shapely is not installed.
+        SceneError: the map cannot be read, or a minimum in m2 is asked for where areas are unknown.
+        SystemRefusalError: the disk is full.
+        OSError: the folder cannot be written.
+    """
+    shapely = shapely_module()
+    pyogrio = _pyogrio()
+    dataset = open_scene(label_map)
+    with dataset, gdal(f"reading {label_map}"), whole_file(output) as temporary:
+        ground = ground_of(dataset)
+        if options.minimum_m2 and not ground.known:
+            raise SceneError(
+                f"a minimum area in m2 means nothing here: {ground.reason}", hint="give the minimum in pixels"
+            )
+        package = _Package(pyogrio, shapely, temporary, output, schema, dataset, ground, options)
+        try:
+            for portion in regions(dataset, simplify=options.simplify_px, progress=progress):
+                package.add(portion)
+            package.finish()
+        finally:
+            for suffix in ("-journal", "-wal", "-shm"):
+                temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
+    return VectorResult(output, package.written, package.left_out, tuple(package.notes))
+
+
+def require_vector() -> None:
+    """Make sure that polygons can be written.
+
+    Raises:
+        MissingExtraError: pyogrio or Shapely is not installed.
+    """
+    shapely_module()
+    _pyogrio()
+
+
+def _pyogrio() -> Any:
+    try:
+        import pyogrio
+    except ImportError:
+        raise MissingExtraError("pyogrio", "vector", "polygons of a label map") from None
+    return pyogrio
+
+
+class _Package:
+    """The GeoPackage while it grows."""
+
+    def __init__(
+        self,
+        pyogrio: Any,
+        shapely: Any,
+        temporary: Path,
+        output: Path,
+        schema: LabelSchema,
+        dataset: Any,
+        ground: Ground,
+        options: VectorOptions,
+    ) -> None:
+        self._pyogrio, self._shapely = pyogrio, shapely
+        self._temporary, self._output = temporary, output
+        self._schema, self._ground = schema, ground
+        self._crs = dataset.crs.to_wkt() if dataset.crs is not None else None
+        self._transform = Affine.scale(1, -1) if dataset.transform.is_identity else dataset.transform
+        self._options = options
+        self._waiting: list[tuple[npt.NDArray[Any], ...]] = []
+        self._waiting_count = 0
+        self._created = False
+        self.written = self.left_out = 0
+        self.notes: list[str] = []
+        self._parts = False
+
+    def add(self, found: Regions) -> None:
+        """Take finished regions; write when there are many."""
+        if found.labels.max() >= len(self._schema):
+            wrong = int(found.labels.max())
+            raise SceneError(f"the label map holds the label {wrong}; its schema has {len(self._schema)} classes")
+        outlines = Outlines.of(self._shapely, found.polygons).without_straight_vertices()
+        # Of a region that comes in parts, no part is too small.
+        for parts in (False, True):
+            chosen = found.parts == parts
+            if not chosen.any():
+                continue
+            some = outlines.select(np.ones(len(outlines.rings) - 1, bool), chosen)
+            labels = found.labels[chosen]
+            limits = (0.0, 0.0) if parts else (self._options.minimum_m2, self._options.minimum_px)
+            drawn, areas, which = large_enough(some, self._ground, *limits)
+            self.left_out += len(some) - len(drawn)
+            self._parts |= parts
+            if len(drawn):
+                drawn.points = mapped(drawn.points, self._transform)
+                wkb = self._shapely.to_wkb(drawn.to_shapely(self._shapely))
+                self._waiting.append((wkb, labels[which], areas))
+                self._waiting_count += len(wkb)
+        if self._waiting_count >= _BATCH:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is waiting, and the style."""
+        self._flush(last=True)
+        row = style_row(LAYER, "geom", self._schema, _EPOCH)
+        fields = list(row)
+        values = [np.array([row[name]], object if isinstance(row[name], str) else None) for name in fields]
+        with self._writing():
+            self._pyogrio.raw.write(
+                str(self._temporary), None, values, fields, layer="layer_styles", driver="GPKG", append=True,
+                geometry_type=None,
+            )  # fmt: skip
+        if self._parts:
+            self.notes.append("regions of more than 2 million vertices are in parts")
+        if not self._ground.known:
+            self.notes.append(f"no areas: {self._ground.reason}")
+
+    def _flush(self, *, last: bool = False) -> None:
+        if not self._waiting and not (last and not self._created):
+            return
+        empty = (np.empty(0, object), np.empty(0, np.uint8), np.empty(0))
+        wkb, labels, areas = (np.concatenate(part) for part in zip(*(self._waiting or [empty]), strict=True))
+        self._waiting, self._waiting_count = [], 0
+        names = np.array(self._schema.class_names, object)
+        colors = np.array([f"#{r:02x}{g:02x}{b:02x}" for r, g, b in (c.color for c in self._schema.classes)], object)
+        hectares = areas / 10_000 if self._ground.known else np.full(len(areas), np.nan)
+        values = [labels.astype(np.int32), names[labels], colors[labels], hectares]
+        with self._writing():
+            self._pyogrio.raw.write(
+                str(self._temporary),
+                wkb,
+                values,
+                ["class_id", "class", "color", "area_ha"],
+                field_mask=[None, None, None, np.isnan(hectares)],
+                layer=LAYER,
+                driver="GPKG",
+                geometry_type="Polygon",
+                crs=self._crs,
+                append=self._created,
+                nan_as_null=True,
+                # Newer versions make older GDAL and QGIS warn, and have nothing that is needed here.
+                dataset_options=None if self._created else {"VERSION": "1.2"},
+            )
+        self._created = True
+        self.written += len(wkb)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        before = self._pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
+        self._pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": _EPOCH})
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="'crs' was not provided")
+                yield
+        except (self._pyogrio.errors.DataSourceError, self._pyogrio.errors.DataLayerError, RuntimeError) as error:
+            if shutil.disk_usage(self._output.parent).free < _LITTLE_ROOM:
+                raise SystemRefusalError(f"writing {self._output} failed: no space left on the device") from None
+            reason = " ".join(str(error).split()).replace(str(self._temporary), str(self._output))
+            raise SceneError(f"writing {self._output} failed: {reason}") from None
+        finally:
+            self._pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": before})

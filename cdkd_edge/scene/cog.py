@@ -1,0 +1,168 @@
+"""A finished label map as a Cloud-optimised GeoTIFF, by GDAL's own COG driver.
+
+Layout and options: https://gdal.org/en/stable/drivers/raster/cog.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rasterio
+import rasterio.shutil
+from rasterio._err import CPLE_BaseError  # rasterio.shutil lets GDAL's own errors through
+from rasterio.io import MemoryFile
+
+from cdkd_edge.errors import SceneError, SystemRefusalError
+from cdkd_edge.files import whole_file
+from cdkd_edge.labels import NO_LABEL, LabelSchema
+from cdkd_edge.scene.pam import ClassArea, label_map_xml, sidecar_path
+from cdkd_edge.scene.raster import gdal, open_scene
+
+BLOCK = 512
+"""Side of the file's blocks, px; also the longest side of the smallest overview."""
+
+_CACHE_MB = 64
+"""GDAL's block cache while it copies: some rows of blocks of a map of 100,000 px."""
+
+_LITTLE_ROOM = 1 << 20
+"""Copying that failed with less than this free, in bytes, failed for want of room."""
+
+
+def write_cog(
+    source: Path,
+    destination: Path,
+    schema: LabelSchema,
+    tags: Mapping[str, str],
+    *,
+    overviews: bool = True,
+    areas: Sequence[ClassArea] = (),
+    threads: int | None = None,
+) -> None:
+    """Copy a label map into a Cloud-optimised GeoTIFF, and write ``<destination>.aux.xml``.
+
+    Both appear under their final names only when whole, the map last. Georeference (rotated transforms and ground
+    control points too) and tags are those of the source; palette and nodata are those of the schema. An overview
+    pixel has the most frequent class of the pixels below it that have one, and no class only where none has
+    (GDAL's MODE resampling leaves nodata out). The same input gives the same bytes, whatever ``threads`` is.
+
+    Args:
+        source: uint8 label map of one band, nodata 255; tiled, or reading it costs more.
+        destination: the file to write (``.tif``); may be ``source``.
+        schema: class names and colours.
+        tags: TIFF metadata in addition to the source's.
+        overviews: whether to add overviews down to 512 px.
+        areas: pixels and hectares per class for the attribute table.
+        threads: that compress. Default: all processors.
+
+    Raises:
+        SceneError: the source is no label map, or GDAL cannot write the file.
+        SystemRefusalError: the disk is full.
+        OSError: the folder cannot be written.
+    """
+    source, destination = Path(source), Path(destination)
+    with whole_file(destination) as temporary, whole_file(sidecar_path(destination)) as sidecar:
+        try:
+            _copy(source, temporary, destination, schema, tags, overviews, threads)
+            extra = sidecar_path(temporary)
+            text = label_map_xml(schema, areas, extra=extra.read_text(encoding="utf-8") if extra.exists() else None)
+            sidecar.write_text(text, encoding="utf-8")
+        finally:
+            # GDAL's own companions: an unusual CRS beside it, overviews while it works.
+            for suffix in (".aux.xml", ".ovr.tmp", ".msk.ovr.tmp"):
+                temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
+
+
+def _copy(
+    source: Path,
+    temporary: Path,
+    destination: Path,
+    schema: LabelSchema,
+    tags: Mapping[str, str],
+    overviews: bool,
+    threads: int | None,
+) -> None:
+    with open_scene(source) as dataset:
+        shape = _require_label_map(dataset, source)
+    with _reported(f"writing {destination}", destination.parent), rasterio.Env(GDAL_CACHEMAX=_CACHE_MB):
+        # The COG driver copies what its source says of itself; a virtual dataset can say more than the file does.
+        with MemoryFile(ext=".vrt") as description:
+            rasterio.shutil.copy(str(source.resolve()), description.name, driver="VRT")
+            with rasterio.open(description.name, "r+") as virtual:
+                virtual.nodata = NO_LABEL
+                virtual.write_colormap(1, colormap(schema))
+                virtual.update_tags(**tags)
+            rasterio.shutil.copy(
+                description.name,
+                str(temporary),
+                driver="COG",
+                COMPRESS="DEFLATE",
+                PREDICTOR="NO",  # differences of class numbers mean nothing
+                BLOCKSIZE=BLOCK,
+                BIGTIFF="IF_SAFER",
+                OVERVIEWS="IGNORE_EXISTING" if overviews else "NONE",
+                OVERVIEW_RESAMPLING="MODE",
+                OVERVIEW_COMPRESS="DEFLATE",
+                OVERVIEW_PREDICTOR="NO",
+                NUM_THREADS=threads or "ALL_CPUS",
+            )
+        _require_whole(temporary, shape, destination)
+
+
+def colormap(schema: LabelSchema) -> dict[int, tuple[int, int, int, int]]:
+    """The palette as rasterio takes it: RGBA per label, and no label transparent."""
+    colors = {label: (*cls.color, 255) for label, cls in enumerate(schema.classes)}
+    return {**colors, NO_LABEL: (0, 0, 0, 0)}
+
+
+def _require_label_map(dataset: Any, path: Path) -> tuple[int, int]:
+    if dataset.count != 1 or dataset.dtypes[0] != "uint8":
+        kinds = f"{dataset.count} band{'s' * (dataset.count != 1)} of {', '.join(sorted(set(dataset.dtypes)))}"
+        raise SceneError(f"{path} is not a label map: it has {kinds}, not one of uint8")
+    return int(dataset.height), int(dataset.width)
+
+
+def _require_whole(path: Path, shape: tuple[int, int], destination: Path) -> None:
+    """The driver puts the last block of the full resolution last; it must lie within the file, and open."""
+    with rasterio.open(path) as dataset:
+        row, column = ((side - 1) // BLOCK for side in shape)
+        place = [
+            dataset.get_tag_item(f"BLOCK_{what}_{column}_{row}", "TIFF", bidx=1) or 0 for what in ("OFFSET", "SIZE")
+        ]
+        # A block without any data may be left out; then it has no place.
+        if (dataset.height, dataset.width) != shape or sum(map(int, place)) > path.stat().st_size:
+            raise SceneError(f"writing {destination} failed: the file is not whole")
+        dataset.read(1, window=((shape[0] - 1, shape[0]), (shape[1] - 1, shape[1])))
+
+
+@contextlib.contextmanager
+def _reported(doing: str, folder: Path) -> Iterator[None]:
+    """Errors of GDAL as ours, also those that rasterio only logs; and want of room as such."""
+    thread, messages = threading.get_ident(), list[str]()
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.thread == thread:
+                messages.append(record.getMessage())
+
+    logger, collector = logging.getLogger("rasterio._env"), Collector(logging.ERROR)
+    logger.addHandler(collector)
+    try:
+        with gdal(doing):
+            try:
+                yield
+            except CPLE_BaseError as error:
+                raise SceneError(f"{doing} failed: {' '.join(str(error).split())}") from None
+        if messages:
+            raise SceneError(f"{doing} failed: {messages[0]}")
+    except SceneError:
+        if shutil.disk_usage(folder).free < _LITTLE_ROOM:
+            raise SystemRefusalError(f"{doing} failed: no space left on the device") from None
+        raise
+    finally:
+        logger.removeHandler(collector)

@@ -1,0 +1,81 @@
+"""What GDAL keeps beside a label map: class names and an attribute table in ``<file>.aux.xml``.
+
+Format: https://gdal.org/en/stable/drivers/raster/pamdataset.html; GDAL writes and reads it itself where a
+format has no place for such things, and QGIS shows the table as classes with names and colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from cdkd_edge.labels import LabelSchema
+
+_INTEGER, _REAL, _STRING = "0", "1", "2"
+_GENERIC, _PIXEL_COUNT, _NAME, _VALUE, _RED, _GREEN, _BLUE = "0", "1", "2", "5", "6", "7", "8"
+"""GDALRATFieldType and GDALRATFieldUsage."""
+
+
+@dataclass(frozen=True)
+class ClassArea:
+    """How much of a label map one class covers."""
+
+    label: int
+    name: str
+    pixels: int
+    hectares: float | None
+    """None where it is not known; the reason is with the table as a whole."""
+
+
+def sidecar_path(label_map: Path) -> Path:
+    """Where GDAL looks for what a raster's own format does not hold."""
+    return label_map.with_name(label_map.name + ".aux.xml")
+
+
+def label_map_xml(schema: LabelSchema, areas: Sequence[ClassArea] = (), *, extra: str | None = None) -> str:
+    """The text of ``<file>.aux.xml``: category names and a thematic attribute table, one row per class.
+
+    Args:
+        schema: class names and colours.
+        areas: pixels and hectares of every class, in schema order; without them the table has no such columns,
+            and without hectares no column for them.
+        extra: what GDAL itself wrote beside the file (an unusual CRS, for instance), which is kept.
+    """
+    root = ElementTree.Element("PAMDataset")
+    if extra is not None:
+        root.extend(item for item in ElementTree.fromstring(extra) if item.tag != "PAMRasterBand")
+    band = ElementTree.SubElement(root, "PAMRasterBand", band="1")
+    categories = ElementTree.SubElement(band, "CategoryNames")
+    for name in schema.class_names:
+        ElementTree.SubElement(categories, "Category").text = name
+    table = ElementTree.SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
+    fields = [
+        ("Value", _INTEGER, _VALUE),
+        ("Class", _STRING, _NAME),
+        ("Red", _INTEGER, _RED),
+        ("Green", _INTEGER, _GREEN),
+        ("Blue", _INTEGER, _BLUE),
+    ]
+    with_hectares = bool(areas) and all(area.hectares is not None for area in areas)
+    if areas:
+        # GDAL keeps integers in 32 bits; a scene may have more pixels of a class than that.
+        fields.append(("Pixels", _REAL, _PIXEL_COUNT))
+    if with_hectares:
+        fields.append(("Area_ha", _REAL, _GENERIC))
+    for index, field in enumerate(fields):
+        definition = ElementTree.SubElement(table, "FieldDefn", index=str(index))
+        for tag, value in zip(("Name", "Type", "Usage"), field, strict=True):
+            ElementTree.SubElement(definition, tag).text = value
+    for label, cls in enumerate(schema.classes):
+        texts = [str(label), cls.name, *map(str, cls.color)]
+        if areas:
+            texts.append(str(areas[label].pixels))
+        if with_hectares:
+            texts.append(repr(areas[label].hectares))
+        row = ElementTree.SubElement(table, "Row", index=str(label))
+        for text in texts:
+            ElementTree.SubElement(row, "F").text = text
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"

@@ -1,0 +1,308 @@
+"""STAC Items: valid by STAC's own schema, in the right place on Earth, with classes, checksum and provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
+from rasterio.transform import Affine, from_origin
+from scene_helpers import SCHEMA, names_in, noise, write_raster
+
+from cdkd_edge import __version__
+from cdkd_edge.errors import MissingExtraError, SceneError, UsageError
+from cdkd_edge.labels import NO_LABEL, LabelSchema, LandCoverClass
+from cdkd_edge.maps import products
+from cdkd_edge.maps.areas import class_areas
+from cdkd_edge.maps.footprint import footprint_of
+from cdkd_edge.maps.products import ProductOptions, product_paths, write_products
+from cdkd_edge.maps.stac import EXTENSIONS, Provenance, When, item_for, parse_when, write_item
+from cdkd_edge.maps.vector import VectorOptions
+from cdkd_edge.scene.cog import write_cog
+from cdkd_edge.scene.pipeline import SegmentResult
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
+    pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),
+]
+
+UTM = {"crs": "EPSG:32640", "transform": from_origin(325_000, 2_786_000, 0.5, 0.5)}
+NOW = datetime(2026, 5, 4, 10, 30, tzinfo=timezone.utc)
+
+
+def labelled(folder: Path, schema: LabelSchema = SCHEMA, **place: Any) -> tuple[Path, Path]:
+    """A scene and its label map."""
+    labels = np.random.default_rng(1).integers(0, len(schema) + 1, (1, 40, 60), np.uint8)
+    labels[labels == len(schema)] = NO_LABEL
+    scene = write_raster(folder / "scene.tif", noise(40, 60), **place)
+    return scene, write_raster(folder / "scene_labels.tif", labels, nodata=NO_LABEL, **place)
+
+
+def item_of(folder: Path, schema: LabelSchema = SCHEMA, place: dict[str, Any] = UTM, **options: Any) -> dict[str, Any]:
+    scene, path = labelled(folder, schema, **place)
+    item = item_for(path, scene, schema, class_areas(path, schema), created=NOW, **options)
+    write_item(folder / "item.json", item)
+    read: dict[str, Any] = json.loads((folder / "item.json").read_text(encoding="utf-8"))
+    assert read == item
+    return read
+
+
+def require_valid(item: dict[str, Any]) -> None:
+    pystac = pytest.importorskip("pystac", reason="pystac brings the JSON schema of STAC's core")
+    pytest.importorskip("jsonschema", reason="jsonschema applies it")
+    from pystac.validation.stac_validator import JsonSchemaSTACValidator
+
+    JsonSchemaSTACValidator().validate_core(item, pystac.STACObjectType.ITEM, item["stac_version"])
+    assert pystac.Item.from_dict(item).to_dict(include_self_link=False)["properties"] == item["properties"]
+
+
+def test_the_schema_can_refuse(tmp_path: Path) -> None:
+    """So that the tests below can fail."""
+    item = item_of(tmp_path)
+    require_valid(item)
+    for spoil in ({"geometry": 3}, {"properties": {}}, {"links": None}):
+        with pytest.raises(Exception, match=r"alid|KeyError|NoneType"):
+            require_valid({**item, **spoil})
+
+
+def test_what_it_says(tmp_path: Path) -> None:
+    item = item_of(tmp_path, provenance=Provenance("e.fp16.engine", "ab" * 32), when=When(NOW))
+    require_valid(item)
+    properties, asset = item["properties"], item["assets"]["labels"]
+    assert (item["stac_version"], item["id"]) == ("1.1.0", "scene_labels")
+    assert item["stac_extensions"] == list(EXTENSIONS)
+    assert (properties["datetime"], properties["created"]) == ("2026-05-04T10:30:00Z", "2026-05-04T10:30:00Z")
+    assert (properties["proj:code"], properties["proj:shape"]) == ("EPSG:32640", [40, 60])
+    assert properties["proj:transform"] == [0.5, 0, 325_000, 0, -0.5, 2_786_000]
+    assert properties["processing:software"] == {"cdkd-edge": __version__}
+    assert properties["cdkd-edge:engine_sha256"] == "ab" * 32
+    assert properties["cdkd-edge:scene"] == "scene.tif"
+    assert "cdkd-edge:notes" not in properties
+    assert item["links"] == [{"rel": "derived_from", "href": "./scene.tif", "title": "the scene", "type": "image/tiff"}]
+    content = (tmp_path / "scene_labels.tif").read_bytes()
+    assert asset["file:checksum"] == "1220" + hashlib.sha256(content).hexdigest()
+    assert (asset["href"], asset["file:size"]) == ("./scene_labels.tif", len(content))
+    (band,) = asset["bands"]
+    assert (band["data_type"], band["nodata"], band["raster:sampling"]) == ("uint8", 255, "area")
+
+
+def test_classes_keep_to_the_extension(tmp_path: Path) -> None:
+    """classification 2.0.0: names of letters, digits, - and _, each once; colours as six hex digits."""
+    names = ("Wald & Wiese", "水", "no_data", "wald___wiese", "Wald-Wiese", "Wald Wiese")
+    classes = tuple(LandCoverClass(name, (i, 100, 200), i) for i, name in enumerate(names))
+    schema = LabelSchema("mine", classes)
+    item = item_of(tmp_path, schema)
+    require_valid(item)
+    entries = item["assets"]["labels"]["bands"][0]["classification:classes"]
+    assert [entry["value"] for entry in entries] == [0, 1, 2, 3, 4, 5, 255]
+    assert all(re.fullmatch(r"[0-9A-Za-z-_]+", entry["name"]) for entry in entries)
+    assert len({entry["name"] for entry in entries}) == 7
+    assert [entry["title"] for entry in entries[:-1]] == list(names)
+    assert all(re.fullmatch(r"[0-9A-F]{6}", entry["color_hint"]) for entry in entries[:-1])
+    assert all(entry["description"] for entry in entries)
+    assert sum(entry["percentage"] for entry in entries[:-1]) == pytest.approx(100, abs=1e-4)
+    assert sum(entry["count"] for entry in entries[:-1]) < 40 * 60
+    assert entries[-1]["nodata"] is True
+    assert sum(e["cdkd-edge:area_ha"] for e in entries[:-1]) == pytest.approx(
+        sum(e["count"] for e in entries[:-1]) * 0.25 / 10_000
+    )
+
+
+def test_without_a_place_on_earth(tmp_path: Path) -> None:
+    item = item_of(tmp_path, place={})
+    require_valid(item)
+    assert item["geometry"] is None
+    assert "bbox" not in item
+    assert item["properties"]["proj:code"] is None
+    assert any("no place on Earth" in note for note in item["properties"]["cdkd-edge:notes"])
+
+
+def test_a_crs_without_a_code(tmp_path: Path) -> None:
+    place = {"crs": "+proj=laea +lat_0=12 +lon_0=3 +ellps=bessel", "transform": from_origin(0, 0, 2, 2)}
+    item = item_of(tmp_path, place=place)
+    require_valid(item)
+    assert item["properties"]["proj:code"] is None
+    assert "Lambert Azimuthal Equal Area" in item["properties"]["proj:wkt2"]
+
+
+# --- when -----------------------------------------------------------------------------------------
+
+
+def test_the_time_of_the_image(tmp_path: Path) -> None:
+    scene, path = labelled(tmp_path, **UTM)
+    areas = class_areas(path, SCHEMA)
+    item = item_for(path, scene, SCHEMA, areas, created=NOW)
+    assert item["properties"]["datetime"] == item["properties"]["created"]
+    assert "unknown" in item["properties"]["cdkd-edge:notes"][0]
+    for tag, expected in (("2025:01:02 03:04:05", "2025-01-02T03:04:05Z"), ("0000:00:00 00:00:00", None)):
+        with rasterio.open(scene, "r+") as dataset:
+            dataset.update_tags(TIFFTAG_DATETIME=tag)
+        item = item_for(path, scene, SCHEMA, areas, created=NOW)
+        assert item["properties"]["datetime"] == (expected or item["properties"]["created"])
+    interval = item_for(
+        path, scene, SCHEMA, areas, when=parse_when("2025-01-01/2025-01-02T12:00:00+02:00"), created=NOW
+    )
+    require_valid(interval)
+    assert interval["properties"]["datetime"] is None
+    assert interval["properties"]["start_datetime"] == "2025-01-01T00:00:00Z"
+    assert interval["properties"]["end_datetime"] == "2025-01-02T10:00:00Z"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "yesterday", "2026-13-01", "2026-01-02/2026-01-01", "2026-01-01/2026-01-02/2026-01-03"]
+)
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_when(text)
+
+
+def test_moments() -> None:
+    assert parse_when("2026-05-04T12:30:00+02:00").start == parse_when("2026-05-04T10:30:00Z").start == NOW
+
+
+# --- where ----------------------------------------------------------------------------------------
+
+
+def footprint(folder: Path, height: int = 40, width: int = 60, **place: Any) -> Any:
+    path = write_raster(folder / "map.tif", np.zeros((1, height, width), np.uint8), **place)
+    with rasterio.open(path) as dataset:
+        return footprint_of(dataset)
+
+
+def test_footprint_of_a_utm_scene(tmp_path: Path) -> None:
+    found = footprint(tmp_path, **UTM)
+    west, south, east, north = found.bbox
+    # `gdalinfo -json` says so of this raster (GDAL 3.6, PROJ 9.1).
+    assert (west, south, east, north) == pytest.approx((55.2634094, 25.1797498, 55.2637096, 25.1799338), abs=2e-7)
+    (ring,) = found.geometry["coordinates"]
+    assert ring[0] == ring[-1]
+    assert sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairwise(ring)) > 0, "anticlockwise"
+    assert found.note is None
+
+
+def test_a_geographic_scene_has_four_corners(tmp_path: Path) -> None:
+    found = footprint(tmp_path, crs="EPSG:4326", transform=from_origin(10, 50, 0.01, 0.01))
+    assert len(found.geometry["coordinates"][0]) == 5
+    assert found.bbox == [10, 49.6, 10.6, 50]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"crs": "EPSG:4326", "transform": from_origin(179.8, -16, 0.01, 0.01)},
+        {"crs": "EPSG:4326", "transform": from_origin(-180.2, -16, 0.01, 0.01)},
+        {"crs": "EPSG:32760", "transform": from_origin(800_000, 8_200_000, 1000, 1000)},
+    ],
+    ids=["beyond 180", "beyond -180", "UTM"],
+)
+def test_across_the_antimeridian(tmp_path: Path, place: dict[str, Any]) -> None:
+    """RFC 7946, 3.1.9 and 5.2: cut in two, and a box whose west is greater than its east."""
+    found = footprint(tmp_path, **place)
+    west, _, east, _ = found.bbox
+    assert west > 179
+    assert east < -179
+    assert found.geometry["type"] == "MultiPolygon"
+    sides = [[x for x, _ in polygon[0]] for polygon in found.geometry["coordinates"]]
+    assert len(sides) == 2
+    (east_side,) = [side for side in sides if max(side) == 180]
+    (west_side,) = [side for side in sides if min(side) == -180]
+    assert min(east_side) > 179
+    assert max(west_side) < -179
+
+
+@pytest.mark.parametrize("left", [-180, 0])
+def test_the_whole_earth(tmp_path: Path, left: float) -> None:
+    found = footprint(tmp_path, 18, 36, crs="EPSG:4326", transform=from_origin(left, 90, 10, 10))
+    assert found.bbox == [-180, -90, 180, 90]
+    assert found.geometry["type"] == "Polygon"
+
+
+@pytest.mark.parametrize(("crs", "south", "north"), [("EPSG:3995", 80, 90), ("EPSG:3031", -90, -80)])
+def test_around_a_pole(tmp_path: Path, crs: str, south: float, north: float) -> None:
+    found = footprint(tmp_path, 60, 60, crs=crs, transform=from_origin(-600_000, 600_000, 20_000, 20_000))
+    west, low, east, high = found.bbox
+    assert (west, east) == (-180, 180)
+    assert (low, high) == pytest.approx((south, north), abs=3)
+    assert 90 in (low, high) or -90 in (low, high)
+    assert "pole" in found.note
+
+
+def test_ground_control_points(tmp_path: Path) -> None:
+    points = [GroundControlPoint(r, c, 55 + c / 100, 25 - r / 100) for r in (0, 40) for c in (0, 60)]
+    found = footprint(tmp_path, gcps=points, crs=CRS.from_epsg(4326))
+    assert found.bbox == pytest.approx([55, 24.6, 55.6, 25])
+    assert "approximate" in found.note
+
+
+def test_rotated(tmp_path: Path) -> None:
+    found = footprint(
+        tmp_path, crs="EPSG:4326", transform=Affine.translation(10, 50) * Affine.rotation(45) * Affine.scale(0.5)
+    )
+    # Columns go to the north-east, rows (the transform has no minus) to the north-west.
+    assert found.bbox == pytest.approx([10 - 20 / 2**0.5, 50, 10 + 30 / 2**0.5, 50 + 50 / 2**0.5])
+
+
+# --- all products ---------------------------------------------------------------------------------
+
+
+def result_for(path: Path) -> SegmentResult:
+    areas = class_areas(path, SCHEMA)
+    pixels = {area.name: area.pixels for area in areas.classes}
+    return SegmentResult(path, 40, 60, 1, 0, 1.0, 1.0, pixels, areas.no_data.pixels, ())
+
+
+def test_products(tmp_path: Path) -> None:
+    pytest.importorskip("pyogrio", reason="polygons need the extra 'vector'")
+    pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
+    scene, path = labelled(tmp_path, **UTM)
+    write_cog(path, path, SCHEMA, {})
+    options = ProductOptions(VectorOptions(), preview=True, stac=True, when=When(NOW))
+    made = write_products(path, scene, result_for(path), SCHEMA, options)
+    names = ["scene_labels.gpkg", "scene_labels_preview.png", "scene_labels.stac.json"]
+    assert [p.name for p in product_paths(path, options).values()] == names
+    assert (made.vector.output, made.preview, made.stac) == tuple(tmp_path / name for name in names)
+    item = json.loads(made.stac.read_text())
+    require_valid(item)
+    for key, name in (("vector", names[0]), ("preview", names[1])):
+        asset = item["assets"][key]
+        assert asset["href"] == f"./{name}"
+        assert asset["file:checksum"] == "1220" + hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert "profile=cloud-optimized" in item["assets"]["labels"]["type"]
+    assert names_in(tmp_path) == sorted([*names, "scene.tif", "scene_labels.tif", "scene_labels.tif.aux.xml"])
+
+
+def test_nothing_asked_for(tmp_path: Path) -> None:
+    scene, path = labelled(tmp_path, **UTM)
+    made = write_products(path, scene, None, SCHEMA, ProductOptions())
+    assert (made.vector, made.preview, made.stac) == (None, None, None)
+    assert sum(area.pixels for area in (*made.areas.classes, made.areas.no_data)) == 40 * 60
+    assert names_in(tmp_path) == ["scene.tif", "scene_labels.tif"]
+
+
+def test_the_map_of_another_run(tmp_path: Path) -> None:
+    scene, path = labelled(tmp_path, **UTM)
+    result = result_for(path)
+    result.class_pixels["land"] += 1
+    with pytest.raises(SceneError, match="not the map of this run"):
+        write_products(path, scene, result, SCHEMA, ProductOptions(preview=True))
+    assert names_in(tmp_path) == ["scene.tif", "scene_labels.tif"]
+
+
+def test_what_is_missing_is_said_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise MissingExtraError("pyogrio", "vector", "polygons of a label map")
+
+    monkeypatch.setattr(products, "require_vector", absent)
+    scene, path = labelled(tmp_path)
+    with pytest.raises(MissingExtraError):
+        write_products(path, scene, None, SCHEMA, ProductOptions(VectorOptions(), preview=True))
+    assert names_in(tmp_path) == ["scene.tif", "scene_labels.tif"]

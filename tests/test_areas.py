@@ -18,7 +18,7 @@ from scene_helpers import SCHEMA, relaxed, write_raster
 
 from cdkd_edge.errors import SceneError
 from cdkd_edge.labels import NO_LABEL
-from cdkd_edge.maps.areas import WGS84, Areas, Ellipsoid, class_areas, ellipsoid_of, ground_of
+from cdkd_edge.scene.areas import WGS84, Areas, Ellipsoid, class_areas, ellipsoid_of, ground_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -215,7 +215,7 @@ def test_labels_of_another_schema(tmp_path: Path) -> None:
 
 
 def test_large_maps_are_read_in_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdkd_edge.maps.areas._WINDOW_PX", 100)
+    monkeypatch.setattr("cdkd_edge.scene.areas._WINDOW_PX", 100)
     path, labels = some_map(tmp_path / "map.tif", 333, 50, crs="EPSG:4326", transform=from_origin(10, 50, 0.1, 0.1))
     with rasterio.open(path) as dataset:
         rows = ground_of(dataset).row_areas(333)

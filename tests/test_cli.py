@@ -214,7 +214,16 @@ def test_segment_several_scenes_into_a_folder_as_json(workspace: Path, tmp_path:
     transform = from_origin(5, 9, 2, 2)
     second = write_raster(workspace / "second.tif", noise(64, 64), crs="EPSG:32640", transform=transform)
     result = run(
-        "segment", workspace / "scene.tif", second, "-w", workspace, "-o", tmp_path / "maps", "--json", "--quicklook"
+        "segment",
+        workspace / "scene.tif",
+        second,
+        "-w",
+        workspace,
+        "-o",
+        tmp_path / "maps",
+        "--json",
+        "--preview",
+        "--stac",
     )
     assert result.exit_code == 0, result.stderr
     first, other = json.loads(result.stdout)
@@ -224,9 +233,12 @@ def test_segment_several_scenes_into_a_folder_as_json(workspace: Path, tmp_path:
     assert list(first["class_pixels"]) == list(SCHEMA.class_names)
     assert (other["tiles"], other["height"], other["width"]) == (1, 64, 64)
     assert names_in(tmp_path / "maps") == sorted(
-        f"{stem}_labels{end}" for stem in ("scene", "second") for end in (".tif", ".tif.aux.xml", "_quicklook.png")
+        f"{stem}_labels{end}"
+        for stem in ("scene", "second")
+        for end in (".tif", ".tif.aux.xml", "_preview.png", ".stac.json")
     )
-    with Image.open(other["quicklook"]) as picture:
+    assert json.loads(Path(other["stac"]).read_text())["stac_version"].startswith("1.")
+    with Image.open(other["preview"]) as picture:
         assert picture.format == "PNG"
 
 
@@ -529,11 +541,11 @@ def test_no_scene_of_the_list_is_overwritten(workspace: Path) -> None:
     assert unchanged()
 
 
-def test_the_quicklook_does_not_overwrite_the_scene(workspace: Path) -> None:
-    scene = workspace / "map_quicklook.png"
+def test_the_preview_does_not_overwrite_the_scene(workspace: Path) -> None:
+    scene = workspace / "map_preview.png"
     write_raster(scene, noise(70, 90), driver="PNG")
     content = scene.read_bytes()
-    run("segment", scene, "-w", workspace, "-o", workspace / "map.tif", "--quicklook")
+    run("segment", scene, "-w", workspace, "-o", workspace / "map.tif", "--preview")
     assert scene.read_bytes() == content
 
 
@@ -766,10 +778,10 @@ def test_a_detour_to_the_scene_is_still_the_scene(workspace: Path) -> None:
 
 
 def test_an_existing_picture_is_kept(workspace: Path) -> None:
-    picture = workspace / "map_quicklook.png"
+    picture = workspace / "map_preview.png"
     picture.write_text("mine")
-    command = ("segment", workspace / "scene.tif", "-w", workspace, "-o", workspace / "map.tif", "--quicklook")
-    assert_answer(run(*command), 10, "map_quicklook.png exists")
+    command = ("segment", workspace / "scene.tif", "-w", workspace, "-o", workspace / "map.tif", "--preview")
+    assert_answer(run(*command), 10, "map_preview.png exists")
     assert picture.read_text() == "mine"
     assert not (workspace / "map.tif").exists()
 

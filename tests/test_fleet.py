@@ -20,6 +20,7 @@ from cdkd_edge.fleet import jobs, local
 from cdkd_edge.fleet.crew import Listener
 from cdkd_edge.fleet.jobs import EngineRef, Failure, Job, JobReport, decode, encode, run_job, stamp
 from cdkd_edge.fleet.local import LocalCrew
+from cdkd_edge.fleet.products import NOTHING, Wanted
 from cdkd_edge.fleet.run import segment_many
 from cdkd_edge.fleet.scenes import plan_outputs, scenes_of
 from cdkd_edge.scene.pipeline import SegmentOptions
@@ -60,7 +61,7 @@ def segment(scenes: list[str], out: str = "maps", **options: Any) -> Any:
     """The scenes through the local crew; returns the report."""
     listener = options.pop("listener", None)
     segment_options = options.pop("options", SegmentOptions())
-    products = options.pop("products", ())
+    products = options.pop("products", NOTHING)
     names, outputs = plan_outputs(scenes, Path(out), Path(), products, overwrite=options.get("overwrite", False))
     return segment_many(names, outputs, LocalCrew(REF), REF, segment_options, products, listener=listener, **options)
 
@@ -122,7 +123,7 @@ def test_label_maps_among_the_scenes_are_left_out(scenes: list[str], use: Any) -
     use(FakeEngine())
     segment(scenes, "scenes")
     again = [*scenes, *(f"scenes/{name}_labels.tif" for name in "abc")]
-    planned, outputs = plan_outputs(again, Path("scenes"), Path(), (), overwrite=True)
+    planned, outputs = plan_outputs(again, Path("scenes"), Path(), overwrite=True)
     assert planned == scenes
     assert [path.name for path in outputs] == ["a_labels.tif", "b_labels.tif", "c_labels.tif"]
 
@@ -131,7 +132,7 @@ def test_a_scene_in_a_label_maps_place_is_not_replaced(scenes: list[str]) -> Non
     shutil.copy(scenes[0], "scenes/b_labels.tif")
     everything = [*scenes, "scenes/b_labels.tif"]
     with pytest.raises(SceneError, match=r"would overwrite the scene scenes/b_labels\.tif"):
-        plan_outputs(everything, Path("scenes"), Path(), (), overwrite=True)
+        plan_outputs(everything, Path("scenes"), Path(), overwrite=True)
 
 
 # --- each scene for itself --------------------------------------------------------------------------
@@ -332,12 +333,12 @@ def test_what_else_may_be_in_a_maps_place(scenes: list[str], use: Any) -> None:
 def test_products_of_a_kept_map_are_made_if_they_are_missing(scenes: list[str], use: Any) -> None:
     use(FakeEngine())
     segment(scenes[:2])
-    report = segment(scenes[:2], products=("quicklook",))
+    report = segment(scenes[:2], products=Wanted(preview=True))
     assert [row.status for row in report.rows()] == ["kept", "kept"]
-    picture = Path("maps/a_labels_quicklook.png")
-    assert report.rows()[0].document()["quicklook"] == str(picture)
+    picture = Path("maps/a_labels_preview.png")
+    assert report.rows()[0].document()["preview"] == str(picture)
     before = stamp(picture)
-    segment(scenes[:2], products=("quicklook",))
+    segment(scenes[:2], products=Wanted(preview=True))
     assert stamp(picture) == before
 
 
@@ -350,10 +351,10 @@ def job_of(scene: str, output: str = "map.tif", **changes: Any) -> Job:
 
 def test_jobs_and_reports_survive_the_wire(scenes: list[str]) -> None:
     options = SegmentOptions(overlap=4, bands=[3, 2, 1], stretch=Stretch(2, 98, percentiles=True))
-    job = job_of("odd-\udcff.tif", options=options, products=("quicklook",), token="t", scene_is_file=True)
+    job = job_of("odd-\udcff.tif", options=options, products=Wanted(preview=True), token="t", scene_is_file=True)
     assert decode(encode(job), Job) == job
     for scene in (scenes[0], "gone.tif"):
-        report = run_job(FakeEngine(), job_of(scene, products=("quicklook",)))
+        report = run_job(FakeEngine(), job_of(scene, products=Wanted(preview=True)))
         assert decode(encode(report), JobReport) == report
     kept = run_job(FakeEngine(), job_of(scenes[0]))
     assert kept.status == "kept"

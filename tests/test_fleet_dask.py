@@ -154,13 +154,13 @@ def test_the_command(scheduler: str, small_engine_path: Path, small_graph: Path,
     """Each worker with its own engine of the graph that is given; then again, with nothing left to do."""
     scenes = [write_raster(tmp_path / f"s{i}.tif", noise(80, 90, seed=i)) for i in range(3)]
     command = ["segment", *map(str, scenes), "--out", "maps", "--dask", scheduler, "--json", "-e", str(small_graph),
-               "--worker-engines", str(small_engine_path.parent), "--quicklook"]  # fmt: skip
+               "--worker-engines", str(small_engine_path.parent), "--preview", "--stac"]  # fmt: skip
     for status in ("done", "kept"):
         result = CliRunner().invoke(cli.app, command)
         assert result.exit_code == 0, result.output
         rows = json.loads(result.stdout)
-        assert [(row["status"], row["quicklook"]) for row in rows] == [
-            (status, f"maps/s{i}_labels_quicklook.png") for i in range(3)
+        assert [(row["status"], row["preview"]) for row in rows] == [
+            (status, f"maps/s{i}_labels_preview.png") for i in range(3)
         ]
         assert [row["output"] for row in rows] == [f"maps/s{i}_labels.tif" for i in range(3)]
 

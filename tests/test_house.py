@@ -43,8 +43,8 @@ NEEDS_TORCH = (
 )
 """Modules, and packages with all their modules, that are not used on a board."""
 EXTRAS = (
-    "dask", "distributed", "onnxsim", "onnxscript", "safetensors", "shapely", "pyogrio", "jtop", "pycuda", "pynvml", "cuda",
-    "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_rtx_libs", "onnxruntime_ep_nv_tensorrt_rtx",
+    "dask", "distributed", "onnxsim", "onnxscript", "safetensors", "shapely", "pyogrio", "jtop", "pycuda", "pynvml",
+    "cuda", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_rtx_libs", "onnxruntime_ep_nv_tensorrt_rtx",
 )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from scene_helpers import SCHEMA, names_in, noise, write_raster
 from cdkd_edge.errors import SceneError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.maps import preview
-from cdkd_edge.maps.areas import Areas, class_areas
 from cdkd_edge.maps.preview import overlaid, round_length, write_preview
+from cdkd_edge.scene.areas import Areas, class_areas
 from cdkd_edge.scene.pipeline import SegmentOptions
 from cdkd_edge.scene.reader import Stretch
 

@@ -323,12 +323,12 @@ def test_names_in_any_script(tmp_path: Path, scene: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+    """A file system of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if not sys.platform.startswith("linux") or os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("NOT CHECKED: mounting a small file system needs root on Linux")
-    run = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    run = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
     if run.returncode:
         pytest.skip(f"NOT CHECKED: cannot mount a tmpfs here: {run.stderr.strip()}")
     try:
@@ -342,7 +342,7 @@ def noisy(tiles: np.ndarray) -> np.ndarray:
     return tiles[:, 0] % 5
 
 
-@pytest.mark.parametrize("ballast", [900_000, 700_000, 500_000, 420_000])
+@pytest.mark.parametrize("ballast", [1_900_000, 1_600_000, 1_300_000, 1_000_000])
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path, small_disk: Path, ballast: int) -> None:
     """Full while labels are collected, or while the label map is written; with room again it goes on."""
     scene = write_raster(tmp_path / "scene.tif", noise(1100, 1100))
@@ -361,7 +361,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, small_disk: Path, ballas
 
 
 def test_a_disk_that_is_full_at_once_leaves_nothing(tmp_path: Path, scene: Path, small_disk: Path) -> None:
-    (small_disk / "ballast").write_bytes(bytes((1 << 20) - 8192))
+    (small_disk / "ballast").write_bytes(bytes((2 << 20) - 8192))
     with pytest.raises((OSError, SystemRefusalError)) as caught:
         segment_scene(FakeEngine(TILE, function=noisy), scene, small_disk / "map.tif")
     assert isinstance(caught.value, SystemRefusalError) or caught.value.errno == errno.ENOSPC

@@ -22,11 +22,11 @@ from cdkd_edge import __version__
 from cdkd_edge.errors import MissingExtraError, SceneError, UsageError
 from cdkd_edge.labels import NO_LABEL, LabelSchema, LandCoverClass
 from cdkd_edge.maps import products
-from cdkd_edge.maps.areas import class_areas
 from cdkd_edge.maps.footprint import footprint_of
 from cdkd_edge.maps.products import ProductOptions, product_paths, write_products
 from cdkd_edge.maps.stac import EXTENSIONS, Provenance, When, item_for, parse_when, write_item
 from cdkd_edge.maps.vector import VectorOptions
+from cdkd_edge.scene.areas import class_areas
 from cdkd_edge.scene.cog import write_cog
 from cdkd_edge.scene.pipeline import SegmentResult
 

@@ -24,10 +24,10 @@ from scene_helpers import SCHEMA, names_in, relaxed, write_raster
 from cdkd_edge.errors import MissingExtraError, SceneError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.maps import regions as regions_module
-from cdkd_edge.maps.areas import class_areas, ground_of
 from cdkd_edge.maps.outlines import Outlines, large_enough
 from cdkd_edge.maps.regions import regions
 from cdkd_edge.maps.vector import VectorOptions, write_vector
+from cdkd_edge.scene.areas import class_areas, ground_of
 
 shapely = pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
 pyogrio = pytest.importorskip("pyogrio", reason="polygons need the extra 'vector'")

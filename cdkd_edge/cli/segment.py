@@ -22,6 +22,8 @@ from cdkd_edge.cli.options import (
     segment_options,
 )
 
+_MADE = "What is made beside the label map"
+
 
 @app.command()
 def segment(
@@ -54,7 +56,43 @@ def segment(
         bool, typer.Option("--confidence", help="Also write NAME_confidence.tif: the label's probability, per cent.")
     ] = False,
     readers: Annotated[int, typer.Option("--readers", help="Threads that read the scene.", min=1, max=16)] = 2,
-    quicklook: Annotated[bool, typer.Option("--quicklook", help="Also write a PNG to look at.")] = False,
+    preview: Annotated[
+        bool,
+        typer.Option(
+            "--preview",
+            help="Also write NAME_preview.png: the map over the scene, with a legend.",
+            rich_help_panel=_MADE,
+        ),
+    ] = False,
+    vector: Annotated[
+        bool,
+        typer.Option("--vector", help="Also write NAME.gpkg: polygons of each class.", rich_help_panel=_MADE),
+    ] = False,
+    min_area: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--min-area",
+            help="Leave smaller polygons out, e.g. 100m2, 0.5ha or 20px.",
+            metavar="AREA",
+            rich_help_panel=_MADE,
+        ),
+    ] = None,
+    simplify: Annotated[
+        float,
+        typer.Option("--simplify", help="Simplify polygons by so many px.", min=0, rich_help_panel=_MADE),
+    ] = 0.0,
+    stac: Annotated[
+        bool, typer.Option("--stac", help="Also write NAME.stac.json, a STAC Item.", rich_help_panel=_MADE)
+    ] = False,
+    when: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--datetime",
+            help="Time of the images for STAC, e.g. 2026-05-04T10:30:00Z, or START/END.",
+            metavar="TIME",
+            rich_help_panel=_MADE,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace existing label maps, and drop what an interrupted run left.")
     ] = False,
@@ -89,8 +127,10 @@ def segment(
     """
     import dataclasses
 
+    from cdkd_edge.fleet.products import Wanted
     from cdkd_edge.fleet.run import crew_for, engine_ref, segment_many
     from cdkd_edge.fleet.scenes import plan_outputs
+    from cdkd_edge.maps.vector import vector_options
     from cdkd_edge.report.fleet import live_fleet
     from cdkd_edge.scene.partial import way_to_go_on
 
@@ -105,9 +145,15 @@ def segment(
         confidence=confidence,
         readers=readers,
     )
-    products = ("quicklook",) if quicklook else ()
-    names, outputs = plan_outputs(scenes, output, space.root, products, overwrite=overwrite)
-    chosen = engine or space.only_engine("cdkd-edge segment SCENE --engine")
+    if (min_area or simplify) and not vector:
+        raise typer.BadParameter("they are about --vector", param_hint="--min-area, --simplify")
+    if when and not stac:
+        raise typer.BadParameter("it is for --stac", param_hint="--datetime")
+    polygons = vector_options(min_area, simplify) if vector else None
+    products = Wanted(vector=polygons, preview=preview, stac=stac, when=when)
+    names, outputs = plan_outputs(scenes, output, space.root, products, confidence=confidence, overwrite=overwrite)
+    kind = "probabilities" if merge == "hann" else "confidence" if confidence else "labels"
+    chosen = engine or space.only_engine("cdkd-edge segment SCENE --engine", output=kind)
     ref = engine_ref(chosen, threads=threads, worker_folder=worker_engines)
     crew, ref = crew_for(ref, dask, workers)
     with live_fleet(names, as_json) as listener:

@@ -23,7 +23,7 @@ from cdkd_edge import __version__
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import CdkdEdgeError, EngineError, SystemRefusalError
 from cdkd_edge.fleet.kept import KeptMap, refuse_foreign_map
-from cdkd_edge.fleet.products import PRODUCTS, refuse_existing_products, write_products
+from cdkd_edge.fleet.products import NOTHING, PRODUCTS, Wanted, refuse_existing_products, write_products
 from cdkd_edge.scene import pipeline
 from cdkd_edge.scene.partial import continues_replacing
 from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult
@@ -65,8 +65,8 @@ class Job:
     output: str
     engine: EngineRef
     options: SegmentOptions = field(default_factory=SegmentOptions)
-    products: tuple[str, ...] = ()
-    """What is wanted beside the label map; names in :data:`.products.PRODUCTS`."""
+    products: Wanted = NOTHING
+    """What is wanted beside the label map."""
     overwrite: bool = False
     before: Stamp | None = None
     """What ``output`` was when the run began. A label map with another stamp was finished during the run."""
@@ -181,7 +181,7 @@ def do_job(engine: Labeller, job: Job, progress: Callable[[int, int], None] = la
     # An interrupted run that was replacing the map may be gone on with unasked.
     overwrite = job.overwrite or continues_replacing(output)
     if now is None:
-        refuse_existing_products(output, job.products, overwrite=overwrite)
+        refuse_existing_products(output, job.products, confidence=job.options.confidence, overwrite=overwrite)
     elif now != job.before or not overwrite:
         try:
             kept = refuse_foreign_map(output, engine, job.scene, job.options, same_graph=job.engine.sha256 is None)
@@ -196,8 +196,8 @@ def do_job(engine: Labeller, job: Job, progress: Callable[[int, int], None] = la
         # What a lost worker left is gone on with, unless it was made by the engine of another board.
         resume = job.engine.sha256 is not None if job.attempt > 1 else not job.overwrite
         result = pipeline.segment_scene(engine, job.scene, output, job.options, progress, resume=resume)
-    products = write_products(
-        job.scene, result or kept, engine.schema, job.products, job.options, only_missing=kept is not None
+    products, said = write_products(
+        job.scene, output, result, engine, job.products, job.options, only_missing=kept is not None
     )
     return JobReport(
         scene=job.scene,
@@ -210,7 +210,7 @@ def do_job(engine: Labeller, job: Job, progress: Callable[[int, int], None] = la
         result=result,
         kept=kept,
         products=products,
-        notes=notes,
+        notes=(*notes, *said),
     )
 
 

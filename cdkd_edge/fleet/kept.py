@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from rasterio.windows import Window
 
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import SceneError
-from cdkd_edge.labels import NO_LABEL, LabelSchema
+from cdkd_edge.scene.areas import Areas, class_areas
+from cdkd_edge.scene.outputs import confidence_path
 from cdkd_edge.scene.pipeline import SegmentOptions, grid_over, label_map_tags
 from cdkd_edge.scene.raster import gdal, is_gdal_name, open_scene
 from cdkd_edge.scene.reader import SceneReader
-from cdkd_edge.scene.writer import BLOCK
 
 _NOT_COMPARED = ("CDKD_EDGE", "ENGINE", "GRAPH")
 """Tags that may differ, or are compared by their hash. (Another release labels alike; its notes say if not.)"""
@@ -32,6 +28,7 @@ class KeptMap:
     tiles: int
     class_pixels: dict[str, int]
     no_data_pixels: int
+    areas: Areas
 
 
 def refuse_foreign_map(
@@ -70,11 +67,21 @@ def refuse_foreign_map(
             reason = f"is older than {scene}"
         if reason is not None:
             raise _foreign(output, reason)
-        try:
-            counts = _counted(dataset, output)
-        except SceneError as error:
-            raise _foreign(output, f"is damaged: {error.message}") from None
-    return _kept(output, size, tiles, counts, engine.schema)
+    try:
+        areas = class_areas(output, engine.schema)  # reads all of it
+    except SceneError as error:
+        raise _foreign(output, f"is damaged: {error.message}") from None
+    if options.confidence and not confidence_path(output).exists():
+        raise _foreign(output, f"has no {confidence_path(output).name} beside it")
+    return KeptMap(
+        output=output,
+        height=size[0],
+        width=size[1],
+        tiles=tiles,
+        class_pixels={area.name: area.pixels for area in areas.classes},
+        no_data_pixels=areas.no_data.pixels,
+        areas=areas,
+    )
 
 
 def is_label_map(path: str) -> bool:
@@ -114,28 +121,3 @@ def _is_older(output: Path, scene: str) -> bool:
     if is_gdal_name(scene):
         return False
     return output.stat().st_mtime_ns < Path(scene).stat().st_mtime_ns
-
-
-def _counted(dataset: Any, output: Path) -> Any:
-    """Pixels per label, int64 ``[256]``."""
-    counts = np.zeros(256, np.int64)
-    with gdal(f"reading {output}"):
-        for top in range(0, dataset.height, BLOCK):
-            for left in range(0, dataset.width, 8 * BLOCK):
-                window = Window(left, top, min(8 * BLOCK, dataset.width - left), min(BLOCK, dataset.height - top))
-                labels = dataset.read(1, window=window)
-                for row in range(0, len(labels), 16):  # bincount makes 8 bytes of each label
-                    counts += np.bincount(labels[row : row + 16].ravel(), minlength=256)
-    return counts
-
-
-def _kept(output: Path, size: tuple[int, int], tiles: int, counts: Any, schema: LabelSchema) -> KeptMap:
-    names = schema.class_names
-    return KeptMap(
-        output=output,
-        height=size[0],
-        width=size[1],
-        tiles=tiles,
-        class_pixels={name: int(count) for name, count in zip(names, counts, strict=False)},
-        no_data_pixels=int(counts[NO_LABEL]),
-    )

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cdkd_edge.fleet.jobs import EngineRef, Job, JobReport
+from cdkd_edge.scene.outputs import confidence_path
 from cdkd_edge.scene.raster import is_gdal_name
 
 
@@ -27,7 +28,10 @@ def on_the_wire(job: Job, token: str | None) -> Job:
 
 def as_named(report: JobReport, job: Job) -> JobReport:
     """The report with the paths that the user gave."""
-    result = replace(report.result, output=Path(job.output)) if report.result else None
+    result = report.result
+    if result is not None:
+        confidence = confidence_path(Path(job.output)) if result.confidence else None
+        result = replace(result, output=Path(job.output), confidence=confidence)
     kept = replace(report.kept, output=Path(job.output)) if report.kept else None
     folder = Path(job.output).parent
     products = {name: str(folder / Path(path).name) for name, path in report.products.items()}

@@ -1,74 +1,114 @@
-"""What a scene becomes besides its label map. A new kind needs a line in :data:`PRODUCTS`."""
+"""What a scene becomes besides its label map."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import SceneError
-from cdkd_edge.labels import LabelSchema
-from cdkd_edge.scene.outputs import quicklook_path
-from cdkd_edge.scene.pipeline import SegmentOptions
-from cdkd_edge.scene.quicklook import write_quicklook
+from cdkd_edge.maps import products as maps
+from cdkd_edge.maps.stac import Provenance, parse_when
+from cdkd_edge.maps.vector import VectorOptions
+from cdkd_edge.scene.outputs import confidence_path
+from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult
 
 
 @dataclass(frozen=True)
-class Product:
-    """A kind of file that is made from a finished label map."""
+class Wanted:
+    """What is wanted beside each label map; plain data that travels with a job."""
 
-    path: Callable[[Path], Path]
-    """Where it goes, from the label map's path."""
-    write: Callable[[str, Any, LabelSchema, Path, SegmentOptions], None]
-    """Makes it: scene, figures of the label map (its path, size and pixels per class), schema, path, options."""
+    vector: VectorOptions | None = None
+    """Polygons, if given."""
+    preview: bool = False
+    stac: bool = False
+    when: str | None = None
+    """Time of the images, as :func:`~cdkd_edge.maps.stac.parse_when` takes it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the products."""
+        return tuple(name for name in PRODUCTS if getattr(self, name))
 
 
-PRODUCTS: dict[str, Product] = {"quicklook": Product(quicklook_path, write_quicklook)}
+PRODUCTS = ("vector", "preview", "stac")
+NOTHING = Wanted()
 
 
-def product_paths(output: Path, products: Sequence[str]) -> list[Path]:
-    """Where the products of a label map go."""
-    return [PRODUCTS[name].path(output) for name in products]
+def require_products(wanted: Wanted) -> None:
+    """Make sure, before hours of segmentation, that what is wanted can be made.
+
+    Raises:
+        MissingExtraError: an optional package is not installed.
+        UsageError: ``when`` is no time.
+    """
+    maps.require_products(_options(wanted))
 
 
-def refuse_existing_products(output: Path, products: Sequence[str], *, overwrite: bool) -> None:
+def product_paths(output: Path, wanted: Wanted, *, confidence: bool = False) -> list[Path]:
+    """What is written beside a label map: its products, and the confidence raster."""
+    paths = list(maps.product_paths(output, _options(wanted)).values())
+    return [*paths, confidence_path(output)] if confidence else paths
+
+
+def refuse_existing_products(output: Path, wanted: Wanted, *, confidence: bool, overwrite: bool) -> None:
     """Make sure that a new label map's products replace nothing unasked.
 
     Raises:
         SceneError: one exists.
     """
-    for path in product_paths(output, products):
+    for path in product_paths(output, wanted, confidence=confidence):
         if path.exists() and not overwrite:
             raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
 
 
 def write_products(
     scene: str,
-    figures: Any,
-    schema: LabelSchema,
-    products: Sequence[str],
+    output: Path,
+    result: SegmentResult | None,
+    engine: Labeller,
+    wanted: Wanted,
     options: SegmentOptions,
     *,
     only_missing: bool,
-) -> dict[str, str]:
+) -> tuple[dict[str, str], tuple[str, ...]]:
     """Make the products of a finished label map.
 
     Args:
         scene: the raster that was labelled.
-        figures: a :class:`~cdkd_edge.scene.pipeline.SegmentResult` or a :class:`.kept.KeptMap`.
-        schema: classes of the label map.
-        products: names in :data:`PRODUCTS`.
+        output: the label map.
+        result: of the run that made it; None where it was there.
+        engine: that made it.
+        wanted: what to make.
         options: as in the run.
         only_missing: leave those that are there.
 
     Returns:
-        The path of each.
+        The path of each, and what is to be said about them.
     """
-    made = {}
-    for name in products:
-        path = PRODUCTS[name].path(figures.output)
-        if not (only_missing and path.exists()):
-            PRODUCTS[name].write(scene, figures, schema, path, options)
-        made[name] = str(path)
-    return made
+    asked = replace(
+        _options(wanted), segment=options, provenance=Provenance(engine.artefact.file, engine.artefact.sha256)
+    )
+    paths = maps.product_paths(output, asked)
+    made = {name: str(path) for name, path in paths.items()}
+    if only_missing:
+        there = {name for name, path in paths.items() if path.exists()}
+        asked = replace(
+            asked,
+            vector=None if "vector" in there else asked.vector,
+            preview=asked.preview and "preview" not in there,
+            stac=asked.stac and "stac" not in there,
+        )
+    if not maps.product_paths(output, asked):
+        return made, ()
+    products = maps.write_products(output, scene, result, engine.schema, asked, areas=result.areas if result else None)
+    return made, products.notes
+
+
+def _options(wanted: Wanted) -> maps.ProductOptions:
+    return maps.ProductOptions(
+        vector=wanted.vector,
+        preview=wanted.preview,
+        stac=wanted.stac,
+        when=parse_when(wanted.when) if wanted.when else None,
+    )

@@ -89,7 +89,7 @@ class FleetReport:
             "engine": to_plain(self.engine),
             "crew": self.crew,
             "options": to_plain(first.options) if first else None,
-            "products": list(first.products) if first else [],
+            "products": to_plain(first.products) if first else None,
             "overwrite": first.overwrite if first else False,
             "totals": {
                 "scenes": len(rows),

@@ -11,6 +11,7 @@ from cdkd_edge.errors import EngineError, FleetError, SystemRefusalError
 from cdkd_edge.fleet.crew import Crew, Listener
 from cdkd_edge.fleet.jobs import FAILED, INTERRUPTED, NOT_BEGUN, SCENE, EngineRef, Failure, Job, stamp
 from cdkd_edge.fleet.local import LocalCrew
+from cdkd_edge.fleet.products import NOTHING, Wanted, require_products
 from cdkd_edge.fleet.report import COMPLETE, STOPPED, FleetReport, ReportFile
 from cdkd_edge.manifest import EngineManifest, GraphManifest, kind_of, read_manifest
 from cdkd_edge.scene.pipeline import SegmentOptions
@@ -25,7 +26,7 @@ def segment_many(
     crew: Crew,
     engine: EngineRef,
     options: SegmentOptions = SegmentOptions(),
-    products: Sequence[str] = (),
+    products: Wanted = NOTHING,
     *,
     overwrite: bool = False,
     report_path: Path | None = None,
@@ -50,9 +51,11 @@ def segment_many(
         The report; every scene is done or kept.
 
     Raises:
+        MissingExtraError: a product needs a package that is not installed.
         FleetError: several scenes were given and some of them failed; the report is in ``report_path``.
         Exception: the one scene that was given failed, or the run was stopped: why.
     """
+    require_products(products)
     listener = listener or Listener()
     jobs = [
         Job(
@@ -60,7 +63,7 @@ def segment_many(
             output=str(output),
             engine=engine,
             options=options,
-            products=tuple(products),
+            products=products,
             overwrite=overwrite,
             before=stamp(output),
             scene_is_file=not is_gdal_name(scene) and Path(scene).is_file(),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cdkd_edge.errors import SceneError, SystemRefusalError
 from cdkd_edge.fleet.kept import is_label_map
-from cdkd_edge.fleet.products import product_paths
+from cdkd_edge.fleet.products import NOTHING, Wanted, product_paths
 from cdkd_edge.scene.find import file_key, rasters_named
 from cdkd_edge.scene.outputs import label_map_paths
 from cdkd_edge.scene.raster import is_gdal_name
@@ -62,7 +62,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def plan_outputs(
-    arguments: Sequence[str], output: Path | None, folder: Path, products: Sequence[str], *, overwrite: bool
+    arguments: Sequence[str],
+    output: Path | None,
+    folder: Path,
+    products: Wanted = NOTHING,
+    *,
+    confidence: bool = False,
+    overwrite: bool,
 ) -> tuple[list[str], list[Path]]:
     """Scenes and their label maps, checked against each other.
 
@@ -70,6 +76,7 @@ def plan_outputs(
         arguments: as for :func:`scenes_of`.
         output, folder: as for :func:`~cdkd_edge.scene.outputs.label_map_paths`.
         products: what is wanted beside each label map.
+        confidence: whether a raster of confidence is among it.
         overwrite: whether existing label maps are replaced.
 
     Returns:
@@ -93,7 +100,7 @@ def plan_outputs(
     sources = {file_key(scene): scene for scene in scenes}
     for path in planned:
         _require_room(path)
-        for place in (path, *product_paths(path, products)):
+        for place in (path, *product_paths(path, products, confidence=confidence)):
             if place.is_dir():
                 raise SceneError(f"{place} is a folder", hint="name a file in it, or a folder without .tif")
             if overwrite and (scene := sources.get(file_key(str(place)))):

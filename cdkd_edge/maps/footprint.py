@@ -8,7 +8,7 @@ from typing import Any
 
 from rasterio.transform import from_gcps
 
-from cdkd_edge.maps.areas import mapped, to_wgs84
+from cdkd_edge.scene.areas import mapped, to_wgs84
 
 _POINTS_PER_SIDE = 16
 """Straight edges of a map grid are curves in longitude and latitude."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cdkd_edge.maps.areas import Ground
+from cdkd_edge.scene.areas import Ground
 
 Floats = npt.NDArray[np.float64]
 

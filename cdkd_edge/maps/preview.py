@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL, LabelSchema
-from cdkd_edge.maps.areas import WGS84, Areas, centre_corners, to_wgs84
+from cdkd_edge.scene.areas import WGS84, Areas, centre_corners, to_wgs84
 from cdkd_edge.scene.pipeline import SegmentOptions
 from cdkd_edge.scene.raster import gdal, open_scene
 from cdkd_edge.scene.reader import SceneReader

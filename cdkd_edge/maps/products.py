@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from cdkd_edge.errors import SceneError
 from cdkd_edge.labels import LabelSchema
-from cdkd_edge.maps.areas import Areas, class_areas
 from cdkd_edge.maps.preview import write_preview
 from cdkd_edge.maps.stac import Provenance, When, item_for, write_item
 from cdkd_edge.maps.vector import VectorOptions, VectorResult, require_vector, write_vector
+from cdkd_edge.scene.areas import Areas, class_areas
 from cdkd_edge.scene.pipeline import SegmentOptions
 
 

@@ -21,8 +21,8 @@ from cdkd_edge import __version__
 from cdkd_edge.errors import SceneError, UsageError
 from cdkd_edge.files import sha256_of, write_text
 from cdkd_edge.labels import NO_LABEL, LabelSchema
-from cdkd_edge.maps.areas import Areas
 from cdkd_edge.maps.footprint import footprint_of
+from cdkd_edge.scene.areas import Areas
 from cdkd_edge.scene.raster import gdal, is_gdal_name, open_scene
 
 STAC_VERSION = "1.1.0"

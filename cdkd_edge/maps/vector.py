@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from rasterio.transform import Affine
 
-from cdkd_edge.errors import MissingExtraError, SceneError, SystemRefusalError
+from cdkd_edge.errors import MissingExtraError, SceneError, SystemRefusalError, UsageError
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import LabelSchema
-from cdkd_edge.maps.areas import Ground, ground_of
 from cdkd_edge.maps.outlines import Outlines, large_enough, mapped
 from cdkd_edge.maps.qgis import style_row
 from cdkd_edge.maps.regions import Regions, regions, shapely_module
+from cdkd_edge.scene.areas import Ground, ground_of
 from cdkd_edge.scene.raster import gdal, open_scene
 
 LAYER = "classes"
@@ -51,6 +52,30 @@ class VectorOptions:
             raise SceneError("minimum areas and the tolerance of simplification are numbers from 0 up")
         if self.minimum_m2 and self.minimum_px:
             raise SceneError("a minimum area is given in m2 or in pixels, not in both")
+
+
+_AREA = re.compile(r"([0-9.]+)\s*(m2|ha|km2|px)")
+_M2 = {"m2": 1.0, "ha": 1e4, "km2": 1e6}
+
+
+def vector_options(min_area: str | None = None, simplify_px: float = 0.0) -> VectorOptions:
+    """Options from what a person types: ``100m2``, ``0.5ha``, ``1km2`` or ``20px``.
+
+    Raises:
+        UsageError: that is no area.
+    """
+    if min_area is None:
+        return VectorOptions(simplify_px=simplify_px)
+    match = _AREA.fullmatch(min_area.strip())
+    try:
+        value = float(match[1]) if match else None
+    except ValueError:
+        value = None
+    if match is None or value is None:
+        raise UsageError(f"{min_area!r} is no area", hint="for example 100m2, 0.5ha or 20px")
+    if match[2] == "px":
+        return VectorOptions(minimum_px=value, simplify_px=simplify_px)
+    return VectorOptions(minimum_m2=value * _M2[match[2]], simplify_px=simplify_px)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rich.text import Text
 from cdkd_edge.fleet.crew import Listener
 from cdkd_edge.fleet.jobs import DONE, FAILED, JobReport
 from cdkd_edge.report import Report, live_bar
-from cdkd_edge.report.segment import describe_segment
+from cdkd_edge.report.segment import class_rows, describe_segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,21 +26,19 @@ if TYPE_CHECKING:
 
 def describe_job(report: JobReport) -> Report:
     """One scene of a run that did not fail."""
-    quicklook = report.products.get("quicklook")
     data = report.document()
     if report.result is not None:
-        made = describe_segment(report.scene, report.result, Path(quicklook) if quicklook else None)
-        return Report(made.title, made.rows, data)
+        made = describe_segment(report.scene, report.result, report.products)
+        return Report(made.title, (*made.rows, *(("note", note) for note in report.notes)), data)
     assert report.kept is not None, "a failed scene is an error, not a result"
     kept = report.kept
     total = max(1, kept.height * kept.width)
-    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in kept.class_pixels.items() if count)
     rows = [
         ("scene", f"{report.scene}, {kept.width} x {kept.height} px"),
         *(("note", note) for note in report.notes),
-        ("classes", shares or "none"),
+        *class_rows(kept.areas, total),
         ("no data", f"{kept.no_data_pixels / total:.1%}"),
-        *([("quicklook", quicklook)] if quicklook else []),
+        *report.products.items(),
     ]
     was_there = "" if report.status == DONE else ", kept: it was there"
     return Report(f"label map {report.output}{was_there}", tuple(rows), data)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cdkd_edge.report import Report, in_brackets, plain
 
 if TYPE_CHECKING:
+    from cdkd_edge.scene.areas import Areas
     from cdkd_edge.scene.pipeline import SegmentResult
 
 
-def describe_segment(scene: str, result: SegmentResult, quicklook: Path | None) -> Report:
-    """``cdkd-edge segment``, one scene."""
+def describe_segment(scene: str, result: SegmentResult, products: Mapping[str, str]) -> Report:
+    """``cdkd-edge segment``, one scene, and the files made beside its label map."""
     total = max(1, result.height * result.width)
-    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in result.class_pixels.items() if count)
     rows = [
         ("scene", f"{scene}, {result.width} x {result.height} px"),
         *(("note", note) for note in result.notes),
-        ("classes", shares or "none"),
+        *class_rows(result.areas, total),
         ("no data", f"{result.no_data_pixels / total:.1%}"),
         (
             "tiles",
@@ -32,10 +32,23 @@ def describe_segment(scene: str, result: SegmentResult, quicklook: Path | None) 
             f"{result.seconds:.1f} s, engine {result.engine_seconds:.1f} s, {total / result.seconds / 1e6:.2f} MP/s",
         ),
         *([("confidence", str(result.confidence))] if result.confidence else []),
-        *([("quicklook", str(quicklook))] if quicklook else []),
+        *products.items(),
     ]
-    data = {"scene": scene, **segment_data(result), "quicklook": str(quicklook) if quicklook else None}
+    data = {"scene": scene, **segment_data(result), **products}
     return Report(f"label map {result.output}", tuple(rows), data)
+
+
+def class_rows(areas: Areas | None, total: int) -> list[tuple[str, str]]:
+    """What share of ``total`` pixels each class has, and how many hectares, where that is known."""
+    if areas is None:
+        return []
+    shares = []
+    for area in areas.classes:
+        if area.pixels:
+            ground = "" if area.hectares is None else f" ({area.hectares:.4g} ha)"
+            shares.append(f"{area.name} {area.pixels / total:.1%}{ground}")
+    rows = [("classes", ", ".join(shares) or "none")]
+    return rows if areas.reason is None else [*rows, ("no hectares", areas.reason)]
 
 
 def segment_data(result: SegmentResult) -> dict[str, Any]:

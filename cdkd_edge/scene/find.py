@@ -11,7 +11,7 @@ from cdkd_edge.scene.raster import is_gdal_name
 RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt", ".img")
 """What a folder or a pattern is searched for. A scene that is named may be anything GDAL opens."""
 
-_RESULTS = ("_labels.tif", "_quicklook.png")
+_RESULTS = ("_labels.tif", "_confidence.tif", "_preview.png", "_quicklook.png")
 """Endings of what `segment` leaves beside scenes."""
 
 

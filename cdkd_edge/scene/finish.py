@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.labels import LabelSchema
+from cdkd_edge.scene.areas import Areas, class_areas
+from cdkd_edge.scene.cog import write_cog
 from cdkd_edge.scene.merge import NO_CONFIDENCE
 from cdkd_edge.scene.spool import CONFIDENCE, LABELS, Spool
 from cdkd_edge.scene.writer import LabelMapWriter
@@ -26,6 +28,8 @@ class Finished:
     """Pixels per label, ``[256]``."""
     row_counts: npt.NDArray[np.uint32]
     """Pixels per label in each row of pixels, ``[height, K + 1]``; the last column is no label."""
+    areas: Areas
+    """Of the classes, on the ground."""
 
 
 def finish_label_map(
@@ -64,9 +68,11 @@ def finish_label_map(
     with LabelMapWriter(plain, spool.height, spool.width, schema, georeference, tags) as writer:
         for rows in spool.rows_of_blocks(LABELS):
             writer.write_rows(rows)
-    # `plain` is a tiled GeoTIFF with palette and names. A Cloud-optimised one is made from it here, and nowhere else.
+    areas = class_areas(plain, schema, writer.row_counts)
+    # GDAL makes a Cloud-optimised GeoTIFF from a whole raster only.
+    write_cog(plain, plain, schema, {}, areas=areas.classes)
     _publish(plain, destination)
-    return Finished(writer.counts, writer.row_counts)
+    return Finished(writer.counts, writer.row_counts, areas)
 
 
 def _publish(source: Path, destination: Path) -> None:

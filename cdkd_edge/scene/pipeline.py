@@ -24,6 +24,7 @@ from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import SceneError, SystemRefusalError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.manifest import EngineManifest
+from cdkd_edge.scene.areas import Areas
 from cdkd_edge.scene.cells import CellLayout
 from cdkd_edge.scene.finish import Finished, finish_label_map
 from cdkd_edge.scene.flow import Flow, RunTotals
@@ -84,6 +85,8 @@ class SegmentResult:
     row_class_pixels: npt.NDArray[np.uint32] | None = field(default=None, repr=False, compare=False)
     """Pixels per class in every row of pixels, ``[height, K + 1]``, the last column being no label: for areas where
     the size of a pixel depends on latitude."""
+    areas: Areas | None = field(default=None, compare=False)
+    """Pixels and hectares per class."""
 
 
 def segment_scene(
@@ -276,6 +279,7 @@ def _result(
         notes=tuple(reader.notes),
         stretch_limits=None if limits is None else tuple((float(low), float(high)) for low, high in limits),
         row_class_pixels=finished.row_counts,
+        areas=finished.areas,
     )
 
 

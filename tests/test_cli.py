@@ -656,6 +656,30 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "pattern"),
+    [
+        (("--merge", "hann"), 10, "gives labels; --merge hann blends probabilities — .*build --output probabilities"),
+        (("--merge", "mean"), 10, "no merge 'mean'"),
+        (("--confidence",), 10, "gives labels alone; --confidence needs more"),
+        (("--readers", "0"), 2, "--readers"),
+        (("--gsd", "-1"), 10, "positive number of metres"),
+        (("--gsd", "1"), 10, "needs a scene with a reference system"),
+        (("--aoi", "nowhere.geojson"), 10, "no file and no box"),
+        (("--aoi", "1,2,3,4"), 10, "needs a scene with a reference system"),
+    ],
+)
+def test_options_of_segment_that_do_not_fit(
+    workspace: Path, tmp_path: Path, options: tuple[str, ...], code: int, pattern: str
+) -> None:
+    result = run("segment", workspace / "scene.tif", "-w", workspace, "-o", tmp_path / "maps" / "map.tif", *options)
+    if code == 2:
+        assert_wrong_usage(result, pattern)
+    else:
+        assert_answer(result, code, pattern)
+    assert not (tmp_path / "maps").exists()
+
+
 def test_an_export_without_a_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     assert_answer(run("export", "nowhere.pt"), 3, r"nowhere\.pt does not exist")
@@ -784,6 +808,45 @@ def test_an_existing_picture_is_kept(workspace: Path) -> None:
     assert_answer(run(*command), 10, "map_preview.png exists")
     assert picture.read_text() == "mine"
     assert not (workspace / "map.tif").exists()
+
+
+def test_segment_goes_on_where_it_was_interrupted(workspace: Path, tmp_path: Path) -> None:
+    from scene_helpers import FakeEngine
+
+    folder = tmp_path / "maps"
+    scene = write_raster(workspace / "large.tif", noise(400, 300))
+    engine = load_engine(workspace / "engines" / "small.fp32.cpu.onnx")
+
+    def stop(done: int, total: int) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment_scene(engine, scene, folder / "map.tif", progress=stop)
+    engine.close()
+    result = run("segment", scene, "-w", workspace, "-o", folder / "map.tif", "--json")
+    assert result.exit_code == 0, result.stderr
+    (document,) = json.loads(result.stdout)
+    assert 0 < document["tiles_resumed"] < document["tiles"]
+    assert "row_class_pixels" not in document
+    assert names_in(folder) == ["map.tif", "map.tif.aux.xml"]
+    with pytest.raises(ZeroDivisionError):
+        segment_scene(FakeEngine(64, fail_at=20, error=ZeroDivisionError()), scene, folder / "other.tif")
+    command = ("segment", scene, "-w", workspace, "-o", folder / "other.tif")
+    assert_answer(run(*command), 10, r"holds a part of another run: engine .* — start anew with --overwrite")
+    assert run(*command, "--overwrite").exit_code == 0
+    assert names_in(folder) == ["map.tif", "map.tif.aux.xml", "other.tif", "other.tif.aux.xml"]
+
+
+def test_area_and_ground_sample_distance(workspace: Path, tmp_path: Path) -> None:
+    transform = from_origin(325_000, 2_785_000, 1, 1)
+    scene = write_raster(workspace / "placed.tif", noise(400, 300), crs="EPSG:32640", transform=transform)
+    box = "325000,2784900,325100,2785000"
+    result = run("segment", scene, "-w", workspace, "-o", tmp_path / "map.tif", "--gsd", 2, "--aoi", box, "--json")
+    assert result.exit_code == 0, result.stderr
+    (document,) = json.loads(result.stdout)
+    assert (document["height"], document["width"]) == (200, 150)
+    assert sum(document["class_pixels"].values()) == 50 * 50
 
 
 def test_a_label_map_is_a_geotiff(workspace: Path) -> None:

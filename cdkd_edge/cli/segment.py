@@ -55,6 +55,18 @@ def segment(
     confidence: Annotated[
         bool, typer.Option("--confidence", help="Also write NAME_confidence.tif: the label's probability, per cent.")
     ] = False,
+    gsd: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--gsd", help="Resample scenes to this ground sample distance, m.", metavar="METRES"),
+    ] = None,
+    aoi: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--aoi",
+            help="Label only an area: a GeoJSON file, or a box in lon/lat (or the scene's coordinates).",
+            metavar="FILE|MINX,MINY,MAXX,MAXY",
+        ),
+    ] = None,
     readers: Annotated[int, typer.Option("--readers", help="Threads that read the scene.", min=1, max=16)] = 2,
     preview: Annotated[
         bool,
@@ -143,6 +155,8 @@ def segment(
         segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range),
         merge=merge,
         confidence=confidence,
+        gsd=gsd,
+        aoi=aoi,
         readers=readers,
     )
     if (min_area or simplify) and not vector:

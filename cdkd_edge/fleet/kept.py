@@ -46,7 +46,7 @@ def refuse_foreign_map(
     Raises:
         SceneError: it is not, and why; or the scene or the map cannot be read.
     """
-    reader = SceneReader(scene, bands=options.bands, stretch=options.stretch)
+    reader = SceneReader(scene, bands=options.bands, stretch=options.stretch, gsd=options.gsd)
     try:
         tiles = len(grid_over(reader, engine.tile, options))
         wanted = label_map_tags(engine, reader, options)

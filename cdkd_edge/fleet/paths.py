@@ -23,7 +23,11 @@ def on_the_wire(job: Job, token: str | None) -> Job:
     """A job as a worker gets it, wherever that was started."""
     scene = job.scene if is_gdal_name(job.scene) else os.path.abspath(job.scene)  # noqa: PTH100
     output = os.path.abspath(job.output)  # noqa: PTH100
-    return replace(job, scene=scene, output=output, engine=_absolute_engine(job.engine), token=token)
+    options = job.options
+    if options.aoi is not None and Path(options.aoi).exists():  # else it is a box
+        options = replace(options, aoi=os.path.abspath(options.aoi))  # noqa: PTH100
+    engine = _absolute_engine(job.engine)
+    return replace(job, scene=scene, output=output, engine=engine, options=options, token=token)
 
 
 def as_named(report: JobReport, job: Job) -> JobReport:

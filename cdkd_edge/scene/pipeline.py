@@ -11,82 +11,36 @@ import dataclasses
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rasterio.transform import Affine
 
 from cdkd_edge import __version__
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import SceneError, SystemRefusalError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.manifest import EngineManifest
-from cdkd_edge.scene.areas import Areas
+from cdkd_edge.scene.aoi import AreaOnScene, read_area
 from cdkd_edge.scene.cells import CellLayout
 from cdkd_edge.scene.finish import Finished, finish_label_map
 from cdkd_edge.scene.flow import Flow, RunTotals
-from cdkd_edge.scene.grid import TileGrid, default_overlap
+from cdkd_edge.scene.grid import Span, TileGrid, default_overlap
 from cdkd_edge.scene.hann import HannMerge, hann_grid
 from cdkd_edge.scene.identity import scene_identity, times_of_change
 from cdkd_edge.scene.merge import RowMerge, SpoolMerge, require_output
+from cdkd_edge.scene.options import SegmentOptions, SegmentResult
 from cdkd_edge.scene.outputs import confidence_path
 from cdkd_edge.scene.partial import Partial
 from cdkd_edge.scene.plan import PANEL_BYTES, Plan
-from cdkd_edge.scene.reader import SceneReader, Stretch
+from cdkd_edge.scene.reader import SceneReader
 from cdkd_edge.scene.spool import Spool
 from cdkd_edge.scene.stitch import RowStitcher
 
-
-@dataclass(frozen=True)
-class SegmentOptions:
-    """How a scene is read, tiled and put together again."""
-
-    overlap: int | None = None
-    """Overlap of neighbouring tiles, px. Default: :func:`.grid.default_overlap`."""
-    bands: Sequence[int] | None = None
-    """Red, green and blue as 1-based band numbers. Default: by colour tags, as :class:`.reader.SceneReader` says."""
-    stretch: Stretch | None = None
-    """How values become 0..255. Default: 8-bit values as they are, others are an error."""
-    merge: str = "crop"
-    """``crop``: each pixel from the tile in which it lies deepest. ``hann``: probabilities of tiles are blended."""
-    confidence: bool = False
-    """Also write ``NAME_confidence.tif``, the probability of the label in per cent."""
-    readers: int = 2
-    """Reading threads, each with the scene opened for itself."""
-
-
-@dataclass(frozen=True)
-class SegmentResult:
-    """A finished label map."""
-
-    output: Path
-    height: int
-    width: int
-    tiles: int
-    tiles_without_data: int
-    seconds: float
-    """From opening the scene to the finished file, of this run."""
-    engine_seconds: float
-    """Sum over batches of launch to result, of this run."""
-    class_pixels: dict[str, int]
-    no_data_pixels: int
-    notes: tuple[str, ...]
-    tiles_resumed: int = 0
-    """Tiles that an earlier, interrupted run had done."""
-    confidence: Path | None = None
-    """The confidence raster, if one was asked for."""
-    stretch_limits: tuple[tuple[float, float], ...] | None = None
-    """Per band the values that became 0 and 255."""
-    stages: dict[str, float] = field(default_factory=dict, compare=False)
-    """Seconds by stage; those of threads added up."""
-    row_class_pixels: npt.NDArray[np.uint32] | None = field(default=None, repr=False, compare=False)
-    """Pixels per class in every row of pixels, ``[height, K + 1]``, the last column being no label: for areas where
-    the size of a pixel depends on latitude."""
-    areas: Areas | None = field(default=None, compare=False)
-    """Pixels and hectares per class."""
+__all__ = ["SegmentOptions", "SegmentResult", "grid_over", "label_map_tags", "label_rows", "segment_scene"]
 
 
 def segment_scene(
@@ -126,7 +80,8 @@ def segment_scene(
     with contextlib.ExitStack() as stack:
         readers = _opened(stack, scene, options)
         reader, times = readers[0], times_of_change(readers[0])
-        plan = _plan(engine, reader, options)
+        area = _area(reader, options)
+        plan = _plan(engine, reader, options, area)
         tags = label_map_tags(engine, reader, options)
         identity = _identity(engine, reader, tags)
         partial = stack.enter_context(Partial(output, identity, resume=resume, replaces=output.exists()))
@@ -136,7 +91,7 @@ def segment_scene(
         stack.callback(_note_what_is_worth, partial, spool)
         totals = RunTotals()
         if resumed < plan.bands:
-            merge = _merge(engine, spool, plan, options)
+            merge = _merge(engine, spool, plan, options, area)
             flow = Flow(engine, readers, plan, merge, start=resumed, progress=progress)
             flow.run()
             totals = flow.totals
@@ -187,6 +142,10 @@ def label_map_tags(engine: Labeller, reader: SceneReader, options: SegmentOption
     manifest = getattr(engine, "manifest", None)
     if isinstance(manifest, EngineManifest):  # the same for the engines that boards built from one graph
         tags["GRAPH"] = f"{manifest.graph.file} sha256:{manifest.graph.sha256}"
+    if options.gsd is not None:
+        tags["GSD_M"] = f"{options.gsd:g}"
+    if options.aoi is not None:
+        tags["AREA_OF_INTEREST"] = f"sha256:{read_area(options.aoi).identity}"
     if reader.limits is not None:
         tags["STRETCH"] = "; ".join(f"{low:.6g}..{high:.6g}" for low, high in reader.limits)
     return tags
@@ -224,7 +183,7 @@ def _overlap(tile: int, options: SegmentOptions) -> int:
 
 def _opened(stack: contextlib.ExitStack, scene: str | Path, options: SegmentOptions) -> list[SceneReader]:
     """The scene once for each reading thread."""
-    first = SceneReader(scene, bands=options.bands, stretch=options.stretch)
+    first = SceneReader(scene, bands=options.bands, stretch=options.stretch, gsd=options.gsd)
     readers = [first]
     stack.callback(first.close)
     for _ in range(1, 1 if first.sequential else options.readers):
@@ -233,21 +192,42 @@ def _opened(stack: contextlib.ExitStack, scene: str | Path, options: SegmentOpti
     return readers
 
 
-def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions) -> Plan:
-    grid = grid_over(reader, engine.tile, options)
+def _area(reader: SceneReader, options: SegmentOptions) -> AreaOnScene | None:
+    if options.aoi is None:
+        return None
+    place = reader.georeference
+    transform = place.get("transform", Affine.identity())
+    return AreaOnScene(read_area(options.aoi), place.get("crs"), transform, reader.height, reader.width)
+
+
+def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: AreaOnScene | None) -> Plan:
+    grid, tile = grid_over(reader, engine.tile, options), engine.tile
     blends = options.merge == "hann"
+
+    def wanted(row: Span, column: Span) -> bool:
+        if area is None or not blends:
+            return area is None or area.touches(row.first, column.first, row.last, column.last)
+        return area.touches(row.start, column.start, row.start + tile, column.start + tile)
+
     layout = CellLayout.of(reader)
     # A cell as wide as the panel brings all of the next row of tiles' pixels at once.
     slack = 2 * layout.rows if layout.columns else engine.tile
     return Plan.over(
-        hann_grid(grid) if blends else grid, engine.tile, slack_rows=slack, blends=blends, panel_bytes=PANEL_BYTES
+        hann_grid(grid) if blends else grid,
+        tile,
+        slack_rows=slack,
+        blends=blends,
+        panel_bytes=PANEL_BYTES,
+        wanted=wanted,
     )
 
 
-def _merge(engine: Labeller, spool: Spool, plan: Plan, options: SegmentOptions) -> SpoolMerge:
+def _merge(engine: Labeller, spool: Spool, plan: Plan, options: SegmentOptions, area: AreaOnScene | None) -> SpoolMerge:
+    inside = None if area is None else area.inside
     if options.merge == "hann":
-        return HannMerge(engine, spool, plan, _overlap(engine.tile, options), confidence=options.confidence)
-    return SpoolMerge(engine, spool, confidence=options.confidence)
+        overlap = _overlap(engine.tile, options)
+        return HannMerge(engine, spool, plan, overlap, confidence=options.confidence, area=inside)
+    return SpoolMerge(engine, spool, confidence=options.confidence, area=inside)
 
 
 def _identity(engine: Labeller, reader: SceneReader, tags: dict[str, str]) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,9 @@ from rasterio.windows import Window
 from cdkd_edge.errors import SceneError
 from cdkd_edge.scene.grid import Span
 from cdkd_edge.scene.raster import gdal, open_scene
+from cdkd_edge.scene.resample import resampled
+from cdkd_edge.scene.stretch import Stretch as Stretch
+from cdkd_edge.scene.stretch import stretch_limits, stretched
 
 Bands = tuple[int, int, int]
 
@@ -29,29 +30,16 @@ TILE_CACHE_MB = 256
 WINDOW_CACHE_MB = 64
 """What it may keep where nothing is read twice."""
 
-_SAMPLE_SIDE = 1024
-"""Percentiles are taken from the scene reduced to at most this many pixels a side."""
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """How values become 0..255: by percentiles of the scene's valid pixels, or between two values."""
-
-    low: float
-    high: float
-    percentiles: bool
-
-    def __post_init__(self) -> None:
-        if not -math.inf < self.low < self.high < math.inf:
-            raise SceneError(f"a stretch needs low < high, both finite, not {self.low:g} and {self.high:g}")
-        if self.percentiles and not (self.low >= 0 and self.high <= 100):
-            raise SceneError(f"percentiles lie within 0..100, not {self.low:g} and {self.high:g}")
-
 
 class SceneReader:
     """One open scene. Not thread-safe: use it from the thread that reads.
 
-    ``limits`` of a reader that had the same file open spare another look at the whole scene for percentiles.
+    Args:
+        path: anything GDAL opens.
+        bands: red, green and blue, 1-based; default: by colour tags, and as upstream where there are none.
+        stretch: how values become 0..255.
+        limits: of a reader that had the same file open; spares another look at the whole scene for percentiles.
+        gsd: resample to this ground sample distance, m (:mod:`.resample`).
 
     Raises:
         SceneError: the file is no raster, has no usable bands, or holds values other than 0..255
@@ -65,9 +53,12 @@ class SceneReader:
         bands: Sequence[int] | None = None,
         stretch: Stretch | None = None,
         limits: npt.NDArray[np.float32] | None = None,
+        gsd: float | None = None,
     ) -> None:
         self.path = path
-        self._dataset: Any = open_scene(path)
+        self.gsd = gsd
+        self._source: Any = open_scene(path)
+        self._dataset = self._source
         try:
             self.notes: list[str] = []
             self.bands = self._choose_bands(bands)
@@ -76,6 +67,12 @@ class SceneReader:
                 MaskFlags.all_valid in flags for flags in self._dataset.mask_flag_enums
             )
             self.limits = self._stretch_limits(stretch) if limits is None else limits
+            if gsd is not None:
+                with gdal(f"resampling {self.path}"):
+                    self._dataset, how = resampled(self._source, gsd)
+                self.notes.append(how)
+                flags = self._dataset.mask_flag_enums
+                self._masked = self._masked or not all(MaskFlags.all_valid in flag for flag in flags)
         except BaseException:
             self.close()
             raise
@@ -94,7 +91,7 @@ class SceneReader:
     def files(self) -> list[str]:
         """The files it consists of as GDAL names them, sidecars and what a VRT refers to included."""
         with gdal(f"opening {self.path}"):
-            return list(self._dataset.files)
+            return list(self._source.files)
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -105,7 +102,7 @@ class SceneReader:
     @property
     def sequential(self) -> bool:
         """Whether the format can only be decoded from its beginning, so that a second reader would do it all again."""
-        return self._dataset.driver in _SEQUENTIAL
+        return self._source.driver in _SEQUENTIAL
 
     @property
     def georeference(self) -> dict[str, Any]:
@@ -123,7 +120,9 @@ class SceneReader:
 
     def close(self) -> None:
         """Close the dataset."""
-        self._dataset.close()
+        if self._dataset is not self._source:
+            self._dataset.close()
+        self._source.close()
 
     def read_tile(self, row: Span, column: Span, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_] | None:
         """Read one tile into an engine's buffer.
@@ -188,7 +187,7 @@ class SceneReader:
             finite = np.isfinite(pixels).all(axis=0)
             valid = finite if valid is None else valid & finite
         if self.limits is not None:
-            pixels = _stretched(pixels, self.limits)
+            pixels = stretched(pixels, self.limits)
         if valid is None or valid.all():
             return pixels, None
         np.copyto(pixels, INVALID_FILL, where=~valid)
@@ -196,7 +195,7 @@ class SceneReader:
 
     def another(self) -> SceneReader:
         """The same scene opened once more, for another thread."""
-        return SceneReader(self.path, bands=self.bands, limits=self.limits)
+        return SceneReader(self.path, bands=self.bands, limits=self.limits, gsd=self.gsd)
 
     def overview(self, longest_side: int) -> npt.NDArray[np.uint8]:
         """The whole scene as a small RGB picture, ``[H, W, 3]``, with the same bands and stretch as its tiles."""
@@ -205,7 +204,7 @@ class SceneReader:
         with gdal(f"reading {self.path}"):
             pixels = self._dataset.read(self.bands, out_shape=shape)
         if self.limits is not None:
-            pixels = _stretched(np.nan_to_num(pixels), self.limits)
+            pixels = stretched(np.nan_to_num(pixels), self.limits)
         return np.ascontiguousarray(pixels.astype(np.uint8).transpose(1, 2, 0))
 
     def _choose_bands(self, bands: Sequence[int] | None) -> Bands:
@@ -249,21 +248,8 @@ class SceneReader:
                     "--stretch-percentiles LOW HIGH or --stretch-range LOW HIGH",
                 )
             return None
-        if not stretch.percentiles:
-            return np.array([[stretch.low, stretch.high]] * 3, np.float32)
-        scale = min(1.0, _SAMPLE_SIDE / max(self.height, self.width))
-        shape = (3, max(1, round(self.height * scale)), max(1, round(self.width * scale)))
         with gdal(f"reading {self.path}"):
-            sample = self._dataset.read(self.bands, out_shape=shape, masked=True)
-        limits = []
-        for band in sample:
-            values = band.compressed().astype(np.float32)
-            values = values[np.isfinite(values)]
-            if values.size == 0:
-                raise SceneError(f"{self.path} has no valid pixel to take percentiles from")
-            low, high = np.percentile(values, [stretch.low, stretch.high])
-            limits.append((low, high if high > low else low + 1))
-        return np.array(limits, np.float32)
+            return stretch_limits(self._source, self.bands, stretch, self.path)
 
 
 def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
@@ -276,10 +262,3 @@ def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
     period = 2 * (size - 1)
     position = np.arange(start, start + length) % period
     return np.where(position < size, position, period - position).astype(np.intp)
-
-
-def _stretched(pixels: npt.NDArray[Any], limits: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    low, high = limits[:, :1, None], limits[:, 1:, None]
-    with np.errstate(over="ignore", invalid="ignore"):  # nodata values are often the largest there are
-        scaled = (pixels.astype(np.float32) - low) * (255 / (high - low))
-    return np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8)

@@ -1,0 +1,106 @@
+"""Scenes at another ground sample distance: a network sees objects at the size it was trained on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rasterio.crs import CRS
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.transform import Affine
+from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform
+
+from cdkd_edge.errors import SceneError
+from cdkd_edge.scene.raster import gdal
+
+_WARP_MB = 32
+"""For GDAL's warper, in each reading thread."""
+_SAME = 0.01
+"""Ground sample distances this close are the same: a map's scale varies by as much within a scene."""
+_SEMI_MAJOR_M, _FLATTENING = 6_378_137.0, 1 / 298.257223563  # WGS 84
+
+
+def ground_sample_distance(dataset: Any) -> tuple[float, float]:
+    """Metres on the ground from pixel to pixel along rows and columns, in the middle of a scene.
+
+    Measured on the ellipsoid, because units of a projection may be far from metres on the ground (Web Mercator at 60
+    degrees: half) or degrees. Where they are within 1 % of the projection's units, these are what is meant.
+
+    Raises:
+        SceneError: the scene has no place on Earth.
+    """
+    crs, place = dataset.crs, dataset.transform
+    if crs is None or place.is_identity:
+        raise SceneError(
+            "a ground sample distance needs a scene with a reference system and a transform",
+            hint="georeference it first, e.g. with gdalwarp",
+        )
+    steps = []
+    x, y = dataset.width / 2, dataset.height / 2
+    for dx, dy in ((1, 0), (0, 1)):
+        far = (place * (x - 5 * dx, y - 5 * dy)), (place * (x + 5 * dx, y + 5 * dy))
+        with gdal("measuring the ground sample distance"):
+            lon, lat = transform(crs, CRS.from_epsg(4326), [far[0][0], far[1][0]], [far[0][1], far[1][1]])
+        on_ground = _distance(lon[0], lat[0], lon[1], lat[1]) / 10
+        nominal = math.hypot(far[1][0] - far[0][0], far[1][1] - far[0][1]) / 10
+        if crs.is_projected:
+            nominal *= crs.linear_units_factor[1]
+            on_ground = nominal if abs(nominal / on_ground - 1) < _SAME else on_ground
+        if not (math.isfinite(on_ground) and on_ground > 0):
+            raise SceneError("the scene's ground sample distance cannot be told from its reference system")
+        steps.append(on_ground)
+    return steps[0], steps[1]
+
+
+def _distance(lon0: float, lat0: float, lon1: float, lat1: float) -> float:
+    """Metres between two near points on the ellipsoid, by its radii of curvature in their middle."""
+    middle, squared = math.radians((lat0 + lat1) / 2), _FLATTENING * (2 - _FLATTENING)
+    bend = 1 - squared * math.sin(middle) ** 2
+    across, along = _SEMI_MAJOR_M / math.sqrt(bend), _SEMI_MAJOR_M * (1 - squared) / bend**1.5
+    turn = (lon1 - lon0 + 180) % 360 - 180
+    return math.hypot(math.radians(turn) * math.cos(middle) * across, math.radians(lat1 - lat0) * along)
+
+
+def resampled(dataset: Any, metres: float) -> tuple[Any, str]:
+    """A dataset as it looks with pixels of ``metres`` on the ground; its corner and its axes stay where they are.
+
+    Larger pixels are means of what they cover, smaller ones bilinear; pixels without data take no part. GDAL computes
+    it in blocks of its own, so that a pixel does not depend on the window in which it is read.
+
+    Returns:
+        The dataset (the same one if its pixels have that size already), and a sentence on what was done.
+
+    Raises:
+        SceneError: the scene has no place on Earth, or would not be a pixel large.
+    """
+    if not (math.isfinite(metres) and metres > 0):
+        raise SceneError(f"a ground sample distance is a positive number of metres, not {metres:g}")
+    own = ground_sample_distance(dataset)
+    ratios = metres / own[0], metres / own[1]
+    if all(abs(ratio - 1) < _SAME for ratio in ratios):
+        return dataset, f"its pixels are {own[0]:.3g} m already"
+    width, height = (round(size / ratio) for size, ratio in zip((dataset.width, dataset.height), ratios, strict=True))
+    if width < 1 or height < 1:
+        raise SceneError(f"with pixels of {metres:g} m nothing would be left of {dataset.width} x {dataset.height} px")
+    flags = dataset.mask_flag_enums
+    options: dict[str, Any] = {}
+    if ColorInterp.alpha not in dataset.colorinterp:
+        if any(kind.startswith("float") for kind in dataset.dtypes):  # GDAL takes no alpha band of floats for a mask
+            options.update(src_nodata=math.nan if dataset.nodata is None else dataset.nodata, nodata=math.nan)
+        else:
+            options["add_alpha"] = not all(MaskFlags.all_valid in flag for flag in flags)
+    shrinks = max(ratios) > 1
+    vrt = WarpedVRT(
+        dataset,
+        crs=dataset.crs,
+        transform=dataset.transform * Affine.scale(*ratios),
+        width=width,
+        height=height,
+        resampling=Resampling.average if shrinks else Resampling.bilinear,
+        warp_mem_limit=_WARP_MB,
+        UNIFIED_SRC_NODATA="YES",
+        **options,
+    )
+    how = "means" if shrinks else "bilinear"
+    return vrt, f"resampled from {own[0]:.3g} to {metres:g} m ({how}), {width} x {height} px"

@@ -29,13 +29,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cdkd_edge.engines.protocol import LabelsOnly
+
 TILE = 1024
 WIDTHS = (2_000, 10_000, 50_000, 100_000)
 ROWS = 3
 TALL = 100_000
 
 
-class InstantEngine:
+class InstantEngine(LabelsOnly):
     """An engine whose labels are there before they are asked for."""
 
     def __init__(self, tile: int, slots: int = 3) -> None:

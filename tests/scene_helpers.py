@@ -174,15 +174,19 @@ class ProbabilityEngine(FakeEngine):
     """
 
     def __init__(
-        self, tile: int = 64, probabilities: Callable[[UInt8Array], UInt8Array] = red_probabilities, **options: Any
+        self,
+        tile: int = 64,
+        probabilities: Callable[[UInt8Array], UInt8Array] = red_probabilities,
+        kind: str = PROBABILITIES,
+        **options: Any,
     ) -> None:
         super().__init__(tile, function=lambda tiles: probabilities(tiles).argmax(axis=1).astype(np.uint8), **options)
         self._probabilities = probabilities
-        self.manifest = replace(self.manifest, output=PROBABILITIES)
+        self.manifest = replace(self.manifest, output=kind)
 
     @property
     def output_kind(self) -> str:
-        return PROBABILITIES
+        return self.manifest.output
 
     def probabilities(self, slot: int) -> UInt8Array:
         self.output(slot)

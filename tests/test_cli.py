@@ -659,9 +659,9 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "pattern"),
     [
-        (("--merge", "hann"), 10, "gives labels; --merge hann blends probabilities — .*build --output probabilities"),
+        (("--merge", "hann"), 5, "no engine with probabilities in .*build --probabilities"),
         (("--merge", "mean"), 10, "no merge 'mean'"),
-        (("--confidence",), 10, "gives labels alone; --confidence needs more"),
+        (("--confidence",), 5, "no engine with confidence in .*build --confidence"),
         (("--readers", "0"), 2, "--readers"),
         (("--gsd", "-1"), 10, "positive number of metres"),
         (("--gsd", "1"), 10, "needs a scene with a reference system"),

@@ -161,12 +161,11 @@ def test_an_engine_with_labels_alone_is_refused(tmp_path: Path, options: Segment
     path = write_raster(tmp_path / "scene.tif", noise(70, 70))
     with pytest.raises(SceneError, match=r"fake\.onnx gives labels") as caught:
         segment_scene(FakeEngine(TILE), path, tmp_path / "map.tif", options)
-    assert "build --output probabilities" in str(caught.value.hint)
+    assert ("--probabilities" if options.merge == "hann" else "--confidence") in str(caught.value.hint)
 
 
 def test_an_engine_with_confidence_gives_confidence_but_no_blending(tmp_path: Path) -> None:
-    engine = ProbabilityEngine(TILE)
-    engine.manifest.output = "confidence"
+    engine = ProbabilityEngine(TILE, kind="confidence")
     path = write_raster(tmp_path / "scene.tif", np.maximum(noise(70, 70), 1), nodata=0)
     with pytest.raises(SceneError, match="gives confidence; --merge hann blends probabilities"):
         segment_scene(engine, path, tmp_path / "map.tif", SegmentOptions(merge="hann"))

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import rasterio
 import rasterio.shutil
@@ -41,6 +42,7 @@ def write_cog(
     tags: Mapping[str, str],
     *,
     overviews: bool = True,
+    pyramid: Sequence[Path] = (),
     areas: Sequence[ClassArea] = (),
     threads: int | None = None,
 ) -> None:
@@ -57,6 +59,7 @@ def write_cog(
         schema: class names and colours.
         tags: TIFF metadata in addition to the source's.
         overviews: whether to add overviews down to 512 px.
+        pyramid: rasters to take them from, each half the size of the one before (:mod:`.pyramid`). Default: by GDAL.
         areas: pixels and hectares per class for the attribute table.
         threads: that compress. Default: all processors.
 
@@ -68,7 +71,7 @@ def write_cog(
     source, destination = Path(source), Path(destination)
     with whole_file(destination) as temporary, whole_file(sidecar_path(destination)) as sidecar:
         try:
-            _copy(source, temporary, destination, schema, tags, overviews, threads)
+            _copy(source, temporary, destination, schema, tags, overviews, pyramid, threads)
             extra = sidecar_path(temporary)
             text = label_map_xml(schema, areas, extra=extra.read_text(encoding="utf-8") if extra.exists() else None)
             sidecar.write_text(text, encoding="utf-8")
@@ -85,33 +88,51 @@ def _copy(
     schema: LabelSchema,
     tags: Mapping[str, str],
     overviews: bool,
+    pyramid: Sequence[Path],
     threads: int | None,
 ) -> None:
     with open_scene(source) as dataset:
         shape = _require_label_map(dataset, source)
     with _reported(f"writing {destination}", destination.parent), rasterio.Env(GDAL_CACHEMAX=_CACHE_MB):
         # The COG driver copies what its source says of itself; a virtual dataset can say more than the file does.
-        with MemoryFile(ext=".vrt") as description:
+        with contextlib.ExitStack() as stack:
+            description = stack.enter_context(MemoryFile(ext=".vrt"))
             rasterio.shutil.copy(str(source.resolve()), description.name, driver="VRT")
             with rasterio.open(description.name, "r+") as virtual:
                 virtual.nodata = NO_LABEL
                 virtual.write_colormap(1, colormap(schema))
                 virtual.update_tags(**tags)
+            copied = description.name
+            if overviews and pyramid:
+                text = description.read().decode("utf-8")
+                copied = stack.enter_context(MemoryFile(_with_overviews(text, pyramid), ext=".vrt")).name
             rasterio.shutil.copy(
-                description.name,
+                copied,
                 str(temporary),
                 driver="COG",
                 COMPRESS="DEFLATE",
                 PREDICTOR="NO",  # differences of class numbers mean nothing
                 BLOCKSIZE=BLOCK,
                 BIGTIFF="IF_SAFER",
-                OVERVIEWS="IGNORE_EXISTING" if overviews else "NONE",
+                OVERVIEWS="NONE" if not overviews else "FORCE_USE_EXISTING" if pyramid else "IGNORE_EXISTING",
                 OVERVIEW_RESAMPLING="MODE",
                 OVERVIEW_COMPRESS="DEFLATE",
                 OVERVIEW_PREDICTOR="NO",
                 NUM_THREADS=threads or "ALL_CPUS",
             )
         _require_whole(temporary, shape, destination)
+
+
+def _with_overviews(description: str, pyramid: Sequence[Path]) -> bytes:
+    """A virtual dataset's text, with overviews from other files."""
+    root = ElementTree.fromstring(description)
+    band = root.find("VRTRasterBand")
+    assert band is not None
+    for path in pyramid:
+        overview = ElementTree.SubElement(band, "Overview")
+        ElementTree.SubElement(overview, "SourceFilename", relativeToVRT="0").text = str(path.resolve())
+        ElementTree.SubElement(overview, "SourceBand").text = "1"
+    return ElementTree.tostring(root)
 
 
 def colormap(schema: LabelSchema) -> dict[int, tuple[int, int, int, int]]:

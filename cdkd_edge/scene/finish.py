@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from cdkd_edge.labels import LabelSchema
 from cdkd_edge.scene.areas import Areas, class_areas
 from cdkd_edge.scene.cog import write_cog
 from cdkd_edge.scene.merge import NO_CONFIDENCE
+from cdkd_edge.scene.pyramid import Pyramid
 from cdkd_edge.scene.spool import CONFIDENCE, LABELS, Spool
 from cdkd_edge.scene.writer import LabelMapWriter
 
@@ -57,22 +59,49 @@ def finish_label_map(
         SceneError: GDAL cannot write, or the spool is damaged.
         SystemRefusalError, OSError: the system refused to write.
     """
-    if confidence is not None:
-        plain = folder / "confidence.tif"
-        percent = {**tags, "UNIT": f"per cent, {NO_CONFIDENCE} where there is no label"}
-        with LabelMapWriter(plain, spool.height, spool.width, None, georeference, percent) as raster:
-            for rows in spool.rows_of_blocks(CONFIDENCE):
-                raster.write_rows(rows)
-        _publish(plain, confidence)
+    # What a killed run left there is of no use.
+    work = folder / "finish"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        if confidence is not None:
+            _write_confidence(spool, confidence, georeference, tags, work)
+        return _write_label_map(spool, destination, schema, georeference, tags, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_label_map(
+    spool: Spool,
+    destination: Path,
+    schema: LabelSchema,
+    georeference: Mapping[str, Any],
+    tags: Mapping[str, str],
+    folder: Path,
+) -> Finished:
     plain = folder / "label_map.tif"
-    with LabelMapWriter(plain, spool.height, spool.width, schema, georeference, tags) as writer:
+    pyramid = Pyramid(folder, spool.height, spool.width)
+    writer = LabelMapWriter(plain, spool.height, spool.width, schema, georeference, tags, quick=True)
+    with writer, pyramid:
         for rows in spool.rows_of_blocks(LABELS):
             writer.write_rows(rows)
+            pyramid.add(rows)
     areas = class_areas(plain, schema, writer.row_counts)
     # GDAL makes a Cloud-optimised GeoTIFF from a whole raster only.
-    write_cog(plain, plain, schema, {}, areas=areas.classes)
+    write_cog(plain, plain, schema, {}, pyramid=pyramid.paths, areas=areas.classes)
     _publish(plain, destination)
     return Finished(writer.counts, writer.row_counts, areas)
+
+
+def _write_confidence(
+    spool: Spool, destination: Path, georeference: Mapping[str, Any], tags: Mapping[str, str], folder: Path
+) -> None:
+    plain = folder / "confidence.tif"
+    percent = {**tags, "UNIT": f"per cent, {NO_CONFIDENCE} where there is no label"}
+    with LabelMapWriter(plain, spool.height, spool.width, None, georeference, percent) as raster:
+        for rows in spool.rows_of_blocks(CONFIDENCE):
+            raster.write_rows(rows)
+    _publish(plain, destination)
 
 
 def _publish(source: Path, destination: Path) -> None:

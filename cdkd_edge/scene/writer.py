@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 import threading
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 import rasterio
+from rasterio.io import MemoryFile
 
 from cdkd_edge.errors import SceneError, SystemRefusalError
 from cdkd_edge.files import whole_file
@@ -30,6 +32,18 @@ _NO_ROOM = BLOCK * BLOCK
 """A write that failed with less room than a block, in bytes, failed for want of room."""
 
 
+@functools.cache
+def quick_compression() -> dict[str, Any]:
+    """GDAL's options for a GeoTIFF that is soon thrown away: ZSTD where GDAL was built with it."""
+    options = {"compress": "zstd", "zstd_level": 1}
+    try:
+        with MemoryFile() as file, gdal("trying ZSTD"):
+            file.open(driver="GTiff", height=1, width=1, count=1, dtype="uint8", **options).close()
+    except SceneError:
+        return {"compress": "deflate", "zlevel": 1}
+    return options
+
+
 class LabelMapWriter:
     """Writes a label map from top to bottom; under its final name only when whole.
 
@@ -41,6 +55,7 @@ class LabelMapWriter:
         schema: class names and colours; None: a raster of numbers without either.
         georeference: keyword arguments that place the raster (:attr:`.reader.SceneReader.georeference`).
         tags: provenance, stored as TIFF metadata.
+        quick: compress it quickly rather than well.
 
     Raises:
         SceneError: GDAL cannot write the file.
@@ -56,6 +71,8 @@ class LabelMapWriter:
         schema: LabelSchema | None,
         georeference: Mapping[str, Any],
         tags: Mapping[str, str],
+        *,
+        quick: bool = False,
     ) -> None:
         self.path = path
         self.counts = np.zeros(256, np.int64)
@@ -74,7 +91,7 @@ class LabelMapWriter:
             "count": 1,
             "dtype": "uint8",
             "nodata": NO_LABEL,
-            "compress": "deflate",
+            **(quick_compression() if quick else {"compress": "deflate"}),
             "BIGTIFF": "IF_SAFER",
             **georeference,
         }

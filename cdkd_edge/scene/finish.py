@@ -1,12 +1,14 @@
-"""The last step: from the spool to the files a user opens, in one pass and always the same."""
+"""From the spool to the files a user opens: written while the last panel is computed, always in the same order."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,58 +17,140 @@ import numpy.typing as npt
 from cdkd_edge.labels import LabelSchema
 from cdkd_edge.scene.merge import NO_CONFIDENCE
 from cdkd_edge.scene.spool import CONFIDENCE, LABELS, Spool
-from cdkd_edge.scene.writer import LabelMapWriter
+from cdkd_edge.scene.writer import BLOCK, LabelMapWriter
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A label map under its final name."""
+class PlainRasters:
+    """What a spool holds as plain GeoTIFFs, not yet under the names a user knows."""
 
+    label_map: Path
+    """Tiled, with palette; class names in its ``.aux.xml``."""
+    confidence: Path | None
     counts: npt.NDArray[np.int64]
     """Pixels per label, ``[256]``."""
     row_counts: npt.NDArray[np.uint32]
     """Pixels per label in each row of pixels, ``[height, K + 1]``; the last column is no label."""
 
 
-def finish_label_map(
-    spool: Spool,
-    destination: Path,
-    schema: LabelSchema,
-    georeference: Mapping[str, Any],
-    tags: Mapping[str, str],
-    *,
-    folder: Path,
-    confidence: Path | None = None,
-) -> Finished:
-    """Write what a finished spool holds. The same spool gives the same bytes.
+class _StoppedError(Exception):
+    """The rest of the pipeline failed."""
+
+
+class RasterWriting:
+    """Writes plain rasters from a spool while it fills, in a thread of its own. The same labels give the same bytes.
+
+    Use as a context manager; what is not finished when it is left is removed.
 
     Args:
-        spool: all rows of tiles are done.
-        destination: the label map (``.tif``); class names beside it in ``.aux.xml``.
+        spool: where finished rows of tiles are.
         schema: class names and colours.
         georeference: keyword arguments that place the raster.
         tags: provenance, stored as TIFF metadata.
-        folder: on the same file system, for files that are not whole yet.
+        folder: for the files.
+        confidence: whether the spool holds confidence too.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        schema: LabelSchema,
+        georeference: Mapping[str, Any],
+        tags: Mapping[str, str],
+        folder: Path,
+        *,
+        confidence: bool,
+    ) -> None:
+        self._spool = spool
+        self._turn = threading.Condition()
+        self._rows = 0
+        self._stopped = False
+        self._error: BaseException | None = None
+        height, width = spool.height, spool.width
+        self._label_map = LabelMapWriter(folder / "label_map.tif", height, width, schema, georeference, tags)
+        self._writers = [(LABELS, self._label_map)]
+        if confidence:
+            percent = {**tags, "UNIT": f"per cent, {NO_CONFIDENCE} where there is no label"}
+            raster = LabelMapWriter(folder / "confidence.tif", height, width, None, georeference, percent)
+            self._writers.append((CONFIDENCE, raster))
+        self._thread = threading.Thread(target=self._guard, name="write")
+
+    def __enter__(self) -> RasterWriting:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._turn:
+            self._stopped = True
+            self._turn.notify_all()
+        self._thread.join()
+
+    def advance(self, rows: int) -> None:
+        """Say that the spool holds so many rows of pixels from the top.
+
+        Raises:
+            SceneError, SystemRefusalError, OSError: writing failed.
+        """
+        with self._turn:
+            if self._error is not None:
+                raise self._error
+            self._rows = rows
+            self._turn.notify_all()
+
+    def result(self) -> PlainRasters:
+        """Wait for the rasters, once the spool holds all rows.
+
+        Raises:
+            SceneError: GDAL cannot write, or the spool is damaged.
+            SystemRefusalError, OSError: the system refused to write.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        writer = self._label_map
+        other = [raster.path for kind, raster in self._writers if kind == CONFIDENCE]
+        return PlainRasters(writer.path, other[0] if other else None, writer.counts, writer.row_counts)
+
+    def _guard(self) -> None:
+        try:
+            with contextlib.ExitStack() as stack:
+                for _, writer in self._writers:
+                    stack.enter_context(writer)
+                for top in range(0, self._spool.height, BLOCK):
+                    self._wait_for(min(top + BLOCK, self._spool.height))
+                    for kind, writer in self._writers:
+                        writer.write_rows(self._spool.row_of_blocks(kind, top))
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            with self._turn:
+                self._error = error
+
+    def _wait_for(self, rows: int) -> None:
+        with self._turn:
+            while self._rows < rows:
+                if self._stopped:
+                    raise _StoppedError
+                self._turn.wait()
+
+
+def finish_label_map(plain: PlainRasters, destination: Path, confidence: Path | None = None) -> None:
+    """Give finished rasters the names a user knows.
+
+    Args:
+        plain: all of it, on the same file system.
+        destination: the label map (``.tif``); class names beside it in ``.aux.xml``.
         confidence: where the confidence raster goes, if there is one.
 
     Raises:
-        SceneError: GDAL cannot write, or the spool is damaged.
-        SystemRefusalError, OSError: the system refused to write.
+        OSError: the system refused.
     """
-    if confidence is not None:
-        plain = folder / "confidence.tif"
-        percent = {**tags, "UNIT": f"per cent, {NO_CONFIDENCE} where there is no label"}
-        with LabelMapWriter(plain, spool.height, spool.width, None, georeference, percent) as raster:
-            for rows in spool.rows_of_blocks(CONFIDENCE):
-                raster.write_rows(rows)
-        _publish(plain, confidence)
-    plain = folder / "label_map.tif"
-    with LabelMapWriter(plain, spool.height, spool.width, schema, georeference, tags) as writer:
-        for rows in spool.rows_of_blocks(LABELS):
-            writer.write_rows(rows)
-    # `plain` is a tiled GeoTIFF with palette and names. A Cloud-optimised one is made from it here, and nowhere else.
-    _publish(plain, destination)
-    return Finished(writer.counts, writer.row_counts)
+    if confidence is not None and plain.confidence is not None:
+        _publish(plain.confidence, confidence)
+    # A Cloud-optimised GeoTIFF is made of plain.label_map here, and nowhere else.
+    _publish(plain.label_map, destination)
 
 
 def _publish(source: Path, destination: Path) -> None:

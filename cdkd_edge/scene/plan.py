@@ -99,6 +99,11 @@ class Plan:
         counts = [panel.last - panel.first for panel in self.panels]
         return sum(counts[:whole]) * len(self.grid.rows) + (counts[whole] * rest if rest else 0)
 
+    def rows_done(self, bands: int) -> int:
+        """Rows of pixels from the top that are whole when ``bands`` rows of tiles are done; 0 before the last panel."""
+        done = bands - (len(self.panels) - 1) * len(self.grid.rows)
+        return self.grid.rows[done - 1].last if done > 0 else 0
+
     def columns(self, panel: int) -> tuple[Span, ...]:
         """Columns of tiles that are computed for a panel."""
         extent = self.panels[panel]

@@ -112,31 +112,31 @@ class Spool:
             self._synced = time.monotonic()
         self._accept(tiles_without_data)
 
-    def rows_of_blocks(self, kind: int) -> Iterator[npt.NDArray[np.uint8]]:
-        """The whole raster from top to bottom, ``[up to 512, width]`` at a time; the array is used again.
+    def row_of_blocks(self, kind: int, top: int) -> npt.NDArray[np.uint8]:
+        """The rows that begin at ``top``, a multiple of 512, ``[up to 512, width]``.
+
+        May be called from another thread than the one that appends, for rows that are whole.
 
         Raises:
-            SceneError: the file was damaged since it was written.
+            SceneError: the file was damaged since it was written, or the rows are not whole.
         """
-        rows = np.empty((min(BLOCK, self.height), self.width), np.uint8)
-        for top in range(0, self.height, BLOCK):
-            part = rows[: min(BLOCK, self.height - top)]
-            missing = part.size
-            pieces = self._pieces.get((kind, top // BLOCK), array("Q"))
-            for start in range(0, len(pieces), 7):
-                row, column, height, width, offset, length, crc = pieces[start : start + 7]
-                payload = os.pread(self._file.fileno(), length, offset)
-                if zlib.crc32(payload) != crc:
-                    raise self._damaged()
-                target = part[row - top : row - top + height, column : column + width]
-                if length == 1:
-                    target.fill(payload[0])
-                else:
-                    target[:] = np.frombuffer(zlib.decompress(payload), np.uint8).reshape(height, width)
-                missing -= target.size
-            if missing:
+        rows = np.empty((min(BLOCK, self.height - top), self.width), np.uint8)
+        missing = rows.size
+        pieces = self._pieces.get((kind, top // BLOCK), array("Q"))
+        for start in range(0, len(pieces), 7):
+            row, column, height, width, offset, length, crc = pieces[start : start + 7]
+            payload = os.pread(self._file.fileno(), length, offset)
+            if zlib.crc32(payload) != crc:
                 raise self._damaged()
-            yield part
+            target = rows[row - top : row - top + height, column : column + width]
+            if length == 1:
+                target.fill(payload[0])
+            else:
+                target[:] = np.frombuffer(zlib.decompress(payload), np.uint8).reshape(height, width)
+            missing -= target.size
+        if missing:
+            raise self._damaged()
+        return rows
 
     def _damaged(self) -> SceneError:
         return SceneError(f"{self.path} is damaged", hint="start anew with --overwrite")

@@ -2,8 +2,8 @@
 
 Every record carries a checksum, so a file that ends anywhere (``kill -9``, a full disk, a power cut) is good up to the
 last record that is whole, and nothing but its end is ever written. A row of tiles counts as done when the record
-that closes it is there. The label map is made from the spool in one pass at the end, so it does not depend on
-where the work was interrupted. Labels compress well: the spool takes about as much room as the label map will.
+that closes it is there. The label map is made from the spool, always in the same order, so it does not depend on
+where the work was interrupted. Labels compress well: the spool takes about twice the room that the label map will.
 
 Record: 40-byte header, payload. Header, little-endian: kind, row, column, height, width (uint32), length of the payload
 (uint64), its CRC-32, a spare uint32, CRC-32 of the 36 bytes before. A piece lies within one block row of the label

@@ -2,7 +2,7 @@
 
 A row of 1024 px tiles over 100,000 px is 300 MB of pixels. Wide scenes are therefore cut into panels, groups of
 neighbouring columns of tiles, and each panel is worked through like a scene of its own; what is in memory is
-one row of tiles of one panel. Scenes up to some 28,000 px wide are a single panel.
+one row of tiles of one panel. Scenes up to some 20,000 px wide are a single panel.
 """
 
 from __future__ import annotations

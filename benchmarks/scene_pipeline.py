@@ -344,7 +344,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="Where results go, without suffix. Default: printed.")
-    parser.add_argument("--side", type=int, default=8_000, help="Side of the scenes whose speed is measured, px.")
+    parser.add_argument("--side", type=int, default=10_000, help="Side of the scenes whose speed is measured, px.")
     parser.add_argument("--repeats", type=int, default=3, help="Runs of each; the median counts.")
     parser.add_argument("--readers", type=int, default=2, help="Reading threads.")
     parser.add_argument("--parts", nargs="*", default=["speed", "memory"], choices=["speed", "memory"])

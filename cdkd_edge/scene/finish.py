@@ -1,13 +1,15 @@
-"""The last step: from the spool to the files a user opens, in one pass and always the same."""
+"""From the spool to the files a user opens: written while the last panel is computed, always in the same order."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,89 +21,169 @@ from cdkd_edge.scene.cog import write_cog
 from cdkd_edge.scene.merge import NO_CONFIDENCE
 from cdkd_edge.scene.pyramid import Pyramid
 from cdkd_edge.scene.spool import CONFIDENCE, LABELS, Spool
-from cdkd_edge.scene.writer import LabelMapWriter
+from cdkd_edge.scene.writer import BLOCK, LabelMapWriter
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A label map under its final name."""
+class PlainRasters:
+    """What a spool holds as plain GeoTIFFs, not yet under the names a user knows."""
 
+    label_map: Path
+    """Tiled, with palette; class names in its ``.aux.xml``."""
+    confidence: Path | None
     counts: npt.NDArray[np.int64]
     """Pixels per label, ``[256]``."""
     row_counts: npt.NDArray[np.uint32]
     """Pixels per label in each row of pixels, ``[height, K + 1]``; the last column is no label."""
-    areas: Areas
-    """Of the classes, on the ground."""
+    pyramid: tuple[Path, ...]
+    """Overviews of the label map."""
 
 
-def finish_label_map(
-    spool: Spool,
-    destination: Path,
-    schema: LabelSchema,
-    georeference: Mapping[str, Any],
-    tags: Mapping[str, str],
-    *,
-    folder: Path,
-    confidence: Path | None = None,
-) -> Finished:
-    """Write what a finished spool holds. The same spool gives the same bytes.
+class _StoppedError(Exception):
+    """The rest of the pipeline failed."""
+
+
+class RasterWriting:
+    """Writes plain rasters from a spool while it fills, in a thread of its own. The same labels give the same bytes.
+
+    Use as a context manager; what is not finished when it is left is removed.
 
     Args:
-        spool: all rows of tiles are done.
-        destination: the label map (``.tif``); class names beside it in ``.aux.xml``.
+        spool: where finished rows of tiles are.
         schema: class names and colours.
         georeference: keyword arguments that place the raster.
         tags: provenance, stored as TIFF metadata.
-        folder: on the same file system, for files that are not whole yet.
+        folder: for a folder with the files.
+        confidence: whether the spool holds confidence too.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        schema: LabelSchema,
+        georeference: Mapping[str, Any],
+        tags: Mapping[str, str],
+        folder: Path,
+        *,
+        confidence: bool,
+    ) -> None:
+        self._spool = spool
+        self._turn = threading.Condition()
+        self._rows = 0
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._folder = folder = folder / "finish"
+        height, width = spool.height, spool.width
+        self._label_map = LabelMapWriter(
+            folder / "label_map.tif", height, width, schema, georeference, tags, quick=True
+        )
+        self._pyramid = Pyramid(folder, height, width)
+        self._writers = [(LABELS, self._label_map)]
+        if confidence:
+            percent = {**tags, "UNIT": f"per cent, {NO_CONFIDENCE} where there is no label"}
+            raster = LabelMapWriter(folder / "confidence.tif", height, width, None, georeference, percent)
+            self._writers.append((CONFIDENCE, raster))
+        self._thread = threading.Thread(target=self._guard, name="write")
+
+    def __enter__(self) -> RasterWriting:
+        shutil.rmtree(self._folder, ignore_errors=True)  # what a killed run left there is of no use
+        self._folder.mkdir()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._turn:
+            self._stopped = True
+            self._turn.notify_all()
+        self._thread.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def advance(self, rows: int) -> None:
+        """Say that the spool holds so many rows of pixels from the top.
+
+        Raises:
+            SceneError, SystemRefusalError, OSError: writing failed.
+        """
+        with self._turn:
+            if self._error is not None:
+                raise self._error
+            self._rows = rows
+            self._turn.notify_all()
+
+    def result(self) -> PlainRasters:
+        """Wait for the rasters, once the spool holds all rows.
+
+        Raises:
+            SceneError: GDAL cannot write, or the spool is damaged.
+            SystemRefusalError, OSError: the system refused to write.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        writer = self._label_map
+        other = [raster.path for kind, raster in self._writers if kind == CONFIDENCE]
+        return PlainRasters(
+            label_map=writer.path,
+            confidence=other[0] if other else None,
+            counts=writer.counts,
+            row_counts=writer.row_counts,
+            pyramid=tuple(self._pyramid.paths),
+        )
+
+    def _guard(self) -> None:
+        try:
+            with contextlib.ExitStack() as stack:
+                for _, writer in self._writers:
+                    stack.enter_context(writer)
+                stack.enter_context(self._pyramid)
+                for top in range(0, self._spool.height, BLOCK):
+                    self._wait_for(min(top + BLOCK, self._spool.height))
+                    for kind, writer in self._writers:
+                        rows = self._spool.row_of_blocks(kind, top)
+                        writer.write_rows(rows)
+                        if kind == LABELS:
+                            self._pyramid.add(rows)
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            with self._turn:
+                self._error = error
+
+    def _wait_for(self, rows: int) -> None:
+        with self._turn:
+            while self._rows < rows:
+                if self._stopped:
+                    raise _StoppedError
+                self._turn.wait()
+
+
+def finish_label_map(
+    plain: PlainRasters, destination: Path, schema: LabelSchema, confidence: Path | None = None
+) -> Areas:
+    """Make the label map a Cloud-optimised GeoTIFF, and give finished rasters the names a user knows.
+
+    Args:
+        plain: all of it, on the same file system.
+        destination: the label map (``.tif``); class names and areas beside it in ``.aux.xml``.
+        schema: its classes.
         confidence: where the confidence raster goes, if there is one.
 
+    Returns:
+        Pixels and hectares of the classes.
+
     Raises:
-        SceneError: GDAL cannot write, or the spool is damaged.
-        SystemRefusalError, OSError: the system refused to write.
+        SceneError: GDAL cannot write.
+        SystemRefusalError, OSError: the system refused.
     """
-    # What a killed run left there is of no use.
-    work = folder / "finish"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        if confidence is not None:
-            _write_confidence(spool, confidence, georeference, tags, work)
-        return _write_label_map(spool, destination, schema, georeference, tags, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _write_label_map(
-    spool: Spool,
-    destination: Path,
-    schema: LabelSchema,
-    georeference: Mapping[str, Any],
-    tags: Mapping[str, str],
-    folder: Path,
-) -> Finished:
-    plain = folder / "label_map.tif"
-    pyramid = Pyramid(folder, spool.height, spool.width)
-    writer = LabelMapWriter(plain, spool.height, spool.width, schema, georeference, tags, quick=True)
-    with writer, pyramid:
-        for rows in spool.rows_of_blocks(LABELS):
-            writer.write_rows(rows)
-            pyramid.add(rows)
-    areas = class_areas(plain, schema, writer.row_counts)
-    # GDAL makes a Cloud-optimised GeoTIFF from a whole raster only.
-    write_cog(plain, plain, schema, {}, pyramid=pyramid.paths, areas=areas.classes)
-    _publish(plain, destination)
-    return Finished(writer.counts, writer.row_counts, areas)
-
-
-def _write_confidence(
-    spool: Spool, destination: Path, georeference: Mapping[str, Any], tags: Mapping[str, str], folder: Path
-) -> None:
-    plain = folder / "confidence.tif"
-    percent = {**tags, "UNIT": f"per cent, {NO_CONFIDENCE} where there is no label"}
-    with LabelMapWriter(plain, spool.height, spool.width, None, georeference, percent) as raster:
-        for rows in spool.rows_of_blocks(CONFIDENCE):
-            raster.write_rows(rows)
-    _publish(plain, destination)
+    areas = class_areas(plain.label_map, schema, plain.row_counts)
+    # GDAL makes one of a whole raster only.
+    write_cog(plain.label_map, plain.label_map, schema, {}, pyramid=plain.pyramid, areas=areas.classes)
+    if confidence is not None and plain.confidence is not None:
+        _publish(plain.confidence, confidence)
+    _publish(plain.label_map, destination)
+    return areas
 
 
 def _publish(source: Path, destination: Path) -> None:

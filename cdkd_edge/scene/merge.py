@@ -81,6 +81,8 @@ class SpoolMerge:
     whole_tile = False
 
     def __init__(self, engine: Labeller, spool: Spool, *, confidence: bool, area: Area | None = None) -> None:
+        self.on_band: Callable[[], None] = lambda: None
+        """Called when a row of tiles is done."""
         self.engine: Any = engine
         self.spool = spool
         self.with_confidence = confidence
@@ -94,6 +96,7 @@ class SpoolMerge:
         if place.ends_band:
             self.spool.finish_band(self._without_data)
             self._without_data = 0
+            self.on_band()
 
     def emit(self, place: Place, slot: int | None, index: int, valid: Mask | None) -> None:
         """Write the kept part of a tile."""

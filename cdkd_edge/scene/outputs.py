@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdkd_edge.errors import SceneError, UsageError
-from cdkd_edge.scene.partial import continues_replacing
+from cdkd_edge.scene.partial import continues_replacing, partial_folder
 
 _OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".jp2", ".img", ".vrt", ".gpkg", ".nc"}
 
@@ -65,8 +65,16 @@ def spare(scenes: Sequence[str], outputs: Sequence[Path], *, overwrite: bool) ->
             raise SceneError(f"{path} is a folder", hint="name a file in it, or a folder without .tif")
         if not path.exists():
             continue
-        if not overwrite and not continues_replacing(path):
+        if not overwrite and not continues_replacing(path) and not _awaits_its_label_map(path):
             raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
         for scene in scenes:
             if Path(scene).exists() and path.samefile(scene):
                 raise SceneError(f"{path} would overwrite the scene {scene}", hint="choose another --output")
+
+
+def _awaits_its_label_map(path: Path) -> bool:
+    """Whether it is the confidence raster of a run that was interrupted: finished first, and to be written again."""
+    if not path.stem.endswith("_confidence"):
+        return False
+    stem = path.stem.removesuffix("_confidence")
+    return any(partial_folder(path.with_name(stem + suffix)).is_dir() for suffix in (".tif", ".tiff"))

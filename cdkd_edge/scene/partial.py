@@ -20,6 +20,7 @@ from cdkd_edge.errors import SceneError
 from cdkd_edge.files import write_text
 
 _FORMAT = 1
+_KEPT = ("lock", "run.json", "labels.spool")
 
 
 def partial_folder(output: Path) -> Path:
@@ -84,6 +85,8 @@ class Partial:
         try:
             if self.finished or not self.worth_keeping:
                 shutil.rmtree(self.folder, ignore_errors=True)
+            else:
+                self._tidy(_KEPT)
         finally:
             os.close(self._lock)
 
@@ -125,11 +128,14 @@ class Partial:
                     hint="start anew with --overwrite, or choose another --output",
                 )
             replaces = replaces or bool(found.get("replaces"))
-        for path in self.folder.iterdir():
-            keep = path.name == "lock" or (self.worth_keeping and path.name in ("run.json", "labels.spool"))
-            if not keep:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._tidy(_KEPT if self.worth_keeping else ("lock",))
         write_text(self.folder / "run.json", json.dumps({"identity": identity, "replaces": replaces}, indent=1) + "\n")
+
+    def _tidy(self, kept: tuple[str, ...]) -> None:
+        """Remove what a run left that was killed, such as half a GeoTIFF."""
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def differences(found: Any, wanted: Any, name: str = "") -> list[str]:

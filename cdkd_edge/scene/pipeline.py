@@ -26,7 +26,7 @@ from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.manifest import EngineManifest
 from cdkd_edge.scene.aoi import AreaOnScene, read_area
 from cdkd_edge.scene.cells import CellLayout
-from cdkd_edge.scene.finish import Finished, finish_label_map
+from cdkd_edge.scene.finish import PlainRasters, RasterWriting, finish_label_map
 from cdkd_edge.scene.flow import Flow, RunTotals
 from cdkd_edge.scene.grid import Span, TileGrid, default_overlap
 from cdkd_edge.scene.hann import HannMerge, hann_grid
@@ -89,30 +89,30 @@ def segment_scene(
         spool = stack.enter_context(Spool(partial.spool, reader.height, reader.width))
         resumed = spool.bands
         stack.callback(_note_what_is_worth, partial, spool)
+        writing = RasterWriting(
+            spool, engine.schema, reader.georeference, tags, partial.folder, confidence=options.confidence
+        )
+        stack.enter_context(writing)
+        writing.advance(plan.rows_done(resumed))
         totals = RunTotals()
         if resumed < plan.bands:
             merge = _merge(engine, spool, plan, options, area)
+            merge.on_band = lambda: writing.advance(plan.rows_done(spool.bands))
             flow = Flow(engine, readers, plan, merge, start=resumed, progress=progress)
             flow.run()
             totals = flow.totals
         if times_of_change(reader) != times:
             raise SceneError(f"{scene} changed while it was read", hint="start anew with --overwrite")
         finishing = time.perf_counter()
+        finished = writing.result()
         confidence = confidence_path(output) if options.confidence else None
-        finished = finish_label_map(
-            spool,
-            output,
-            engine.schema,
-            reader.georeference,
-            tags,
-            folder=partial.folder,
-            confidence=confidence,
-        )
+        areas = finish_label_map(finished, output, engine.schema, confidence)
         totals.stages["finish"] = time.perf_counter() - finishing
         partial.finished = True
         result = _result(engine, reader, plan, output, finished, spool.tiles_without_data)
     return dataclasses.replace(
         result,
+        areas=areas,
         seconds=time.perf_counter() - started,
         engine_seconds=totals.engine_seconds,
         tiles_resumed=plan.tiles_in(resumed),
@@ -242,7 +242,7 @@ def _identity(engine: Labeller, reader: SceneReader, tags: dict[str, str]) -> di
 
 
 def _result(
-    engine: Labeller, reader: SceneReader, plan: Plan, output: Path, finished: Finished, tiles_without_data: int
+    engine: Labeller, reader: SceneReader, plan: Plan, output: Path, finished: PlainRasters, tiles_without_data: int
 ) -> SegmentResult:
     limits = reader.limits
     names = engine.schema.class_names
@@ -259,7 +259,6 @@ def _result(
         notes=tuple(reader.notes),
         stretch_limits=None if limits is None else tuple((float(low), float(high)) for low, high in limits),
         row_class_pixels=finished.row_counts,
-        areas=finished.areas,
     )
 
 

@@ -2,7 +2,7 @@
 
 A row of 1024 px tiles over 100,000 px is 300 MB of pixels. Wide scenes are therefore cut into panels, groups of
 neighbouring columns of tiles, and each panel is worked through like a scene of its own; what is in memory is
-one row of tiles of one panel. Scenes up to some 28,000 px wide are a single panel.
+one row of tiles of one panel. Scenes up to some 20,000 px wide are a single panel.
 """
 
 from __future__ import annotations
@@ -98,6 +98,11 @@ class Plan:
         whole, rest = divmod(bands, len(self.grid.rows))
         counts = [panel.last - panel.first for panel in self.panels]
         return sum(counts[:whole]) * len(self.grid.rows) + (counts[whole] * rest if rest else 0)
+
+    def rows_done(self, bands: int) -> int:
+        """Rows of pixels from the top that are whole when ``bands`` rows of tiles are done; 0 before the last panel."""
+        done = bands - (len(self.panels) - 1) * len(self.grid.rows)
+        return self.grid.rows[done - 1].last if done > 0 else 0
 
     def columns(self, panel: int) -> tuple[Span, ...]:
         """Columns of tiles that are computed for a panel."""

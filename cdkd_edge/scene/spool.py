@@ -2,8 +2,8 @@
 
 Every record carries a checksum, so a file that ends anywhere (``kill -9``, a full disk, a power cut) is good up to the
 last record that is whole, and nothing but its end is ever written. A row of tiles counts as done when the record
-that closes it is there. The label map is made from the spool in one pass at the end, so it does not depend on
-where the work was interrupted. Labels compress well: the spool takes about as much room as the label map will.
+that closes it is there. The label map is made from the spool, always in the same order, so it does not depend on
+where the work was interrupted. Labels compress well: the spool takes about twice the room that the label map will.
 
 Record: 40-byte header, payload. Header, little-endian: kind, row, column, height, width (uint32), length of the payload
 (uint64), its CRC-32, a spare uint32, CRC-32 of the 36 bytes before. A piece lies within one block row of the label
@@ -112,31 +112,31 @@ class Spool:
             self._synced = time.monotonic()
         self._accept(tiles_without_data)
 
-    def rows_of_blocks(self, kind: int) -> Iterator[npt.NDArray[np.uint8]]:
-        """The whole raster from top to bottom, ``[up to 512, width]`` at a time; the array is used again.
+    def row_of_blocks(self, kind: int, top: int) -> npt.NDArray[np.uint8]:
+        """The rows that begin at ``top``, a multiple of 512, ``[up to 512, width]``.
+
+        May be called from another thread than the one that appends, for rows that are whole.
 
         Raises:
-            SceneError: the file was damaged since it was written.
+            SceneError: the file was damaged since it was written, or the rows are not whole.
         """
-        rows = np.empty((min(BLOCK, self.height), self.width), np.uint8)
-        for top in range(0, self.height, BLOCK):
-            part = rows[: min(BLOCK, self.height - top)]
-            missing = part.size
-            pieces = self._pieces.get((kind, top // BLOCK), array("Q"))
-            for start in range(0, len(pieces), 7):
-                row, column, height, width, offset, length, crc = pieces[start : start + 7]
-                payload = os.pread(self._file.fileno(), length, offset)
-                if zlib.crc32(payload) != crc:
-                    raise self._damaged()
-                target = part[row - top : row - top + height, column : column + width]
-                if length == 1:
-                    target.fill(payload[0])
-                else:
-                    target[:] = np.frombuffer(zlib.decompress(payload), np.uint8).reshape(height, width)
-                missing -= target.size
-            if missing:
+        rows = np.empty((min(BLOCK, self.height - top), self.width), np.uint8)
+        missing = rows.size
+        pieces = self._pieces.get((kind, top // BLOCK), array("Q"))
+        for start in range(0, len(pieces), 7):
+            row, column, height, width, offset, length, crc = pieces[start : start + 7]
+            payload = os.pread(self._file.fileno(), length, offset)
+            if zlib.crc32(payload) != crc:
                 raise self._damaged()
-            yield part
+            target = rows[row - top : row - top + height, column : column + width]
+            if length == 1:
+                target.fill(payload[0])
+            else:
+                target[:] = np.frombuffer(zlib.decompress(payload), np.uint8).reshape(height, width)
+            missing -= target.size
+        if missing:
+            raise self._damaged()
+        return rows
 
     def _damaged(self) -> SceneError:
         return SceneError(f"{self.path} is damaged", hint="start anew with --overwrite")

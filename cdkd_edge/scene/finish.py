@@ -153,10 +153,10 @@ class RasterWriting:
 
     def _wait_for(self, rows: int) -> None:
         with self._turn:
-            while self._rows < rows:
-                if self._stopped:
-                    raise _StoppedError
+            while self._rows < rows and not self._stopped:
                 self._turn.wait()
+            if self._stopped:
+                raise _StoppedError
 
 
 def finish_label_map(

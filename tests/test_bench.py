@@ -487,6 +487,7 @@ def test_throttling_makes_the_run_invalid(
     assert said in " ".join(summary.verdict.reasons)
     assert summary.figures is None
     assert "conditions.csv" in names_in(folder)
+    assert summary.conditions["throttle_events"]["oc1"] == int("oc1" in file)
 
 
 def test_clocks_and_temperatures_are_recorded(folder: Path, scene: Path, tree: Path, hungry: Any) -> None:
@@ -535,6 +536,19 @@ def test_presets_can_be_exceeded_and_not_undercut() -> None:
     for change in ({"load": 0}, {"idle": -1}, {"repeats": 0}, {"warm_up_cap": -1}, {"load": math.nan}):
         with pytest.raises(UsageError):
             protocol_of(**change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["idle", "load", "warm_up_cap"])
+def test_phases_end(name: str) -> None:
+    with pytest.raises(UsageError, match="phases"):
+        protocol_of(**{name: math.inf})  # type: ignore[arg-type]
+
+
+def test_a_device_that_does_not_exist_is_found_before_the_long_measurement(folder: Path) -> None:
+    engine = FakeEngine()
+    with pytest.raises(UsageError, match="no device 'orin-nx-17gb'"):
+        run_benchmark(engine, folder, BenchOptions(times(30), device="orin-nx-17gb"))
+    assert not folder.parent.exists()
 
 
 def test_three_windows_fit_into_the_warm_up() -> None:

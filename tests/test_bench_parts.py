@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scene_helpers import engine_manifest
 
 from cdkd_edge.benchmarks.bound import modelled_bound
+from cdkd_edge.benchmarks.folder import TimedBatch
 from cdkd_edge.benchmarks.protocol import DEFAULT, Course, hottest
 from cdkd_edge.benchmarks.record import RailRepeat, Repeat, Span
 from cdkd_edge.benchmarks.roofline.devices import load_device
@@ -149,6 +150,22 @@ def test_what_a_reader_is_warned_of(changes, said):
     verdict = verdict_of(**changes)
     assert verdict.status == "valid", verdict
     assert said in " ".join(verdict.warnings)
+
+
+@pytest.mark.parametrize(("slower", "warned"), [(1.0, False), (1.04, False), (1.5, True)])
+def test_a_load_that_changes_its_speed_is_said(slower, warned):
+    """The last 30 of 100 batches take longer."""
+    start, batches = 30.0, []
+    for number in range(100):
+        latency = 0.1 * (slower if number >= 70 else 1)
+        batches.append(TimedBatch(0, "load", start, latency))
+        start += latency
+    course = Course(0.0, [Span("load", 0, 30.0, start)], batches)
+    manifest = replace(engine_manifest(64), batch=2)
+    verdict = judge(course, DEFAULT, (repeat_of(),), manifest, None, "", (), power_wanted=False)
+    said = ("load 1: the speed changed between 13.3 and 20 tiles/s (means of a fifth of the tiles each)",)
+    assert verdict.warnings == (said if warned else ())
+    assert verdict.status == "valid"
 
 
 def test_idle_that_drifts_is_said():

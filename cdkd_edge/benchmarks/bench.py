@@ -27,10 +27,11 @@ from cdkd_edge.benchmarks.page import write_report_page
 from cdkd_edge.benchmarks.plot import write_trace_picture
 from cdkd_edge.benchmarks.protocol import DEFAULT, Course, Live, run_course
 from cdkd_edge.benchmarks.record import INVALID, LOAD, BenchSummary, EndToEnd, Figures, Protocol, Repeat
+from cdkd_edge.benchmarks.roofline.devices import load_device
 from cdkd_edge.benchmarks.verdict import judge
 from cdkd_edge.board.conditions import Conditions, ConditionsMonitor
 from cdkd_edge.board.identity import BoardIdentity, describe_board
-from cdkd_edge.board.throttling import judge_conditions, summarise
+from cdkd_edge.board.throttling import judge_conditions, judge_power_mode, summarise
 from cdkd_edge.engines.protocol import Engine
 from cdkd_edge.errors import PowerError, UsageError
 from cdkd_edge.files import whole_folder
@@ -98,7 +99,7 @@ def run_benchmark(
     Raises:
         EngineError, SceneError: the engine or the scene failed.
         PowerError: the source of power that was asked for by name does not answer.
-        UsageError: the paper's protocol with another tile or batch.
+        UsageError: the paper's protocol with another tile or batch; no device file of that name.
         OSError: the folder cannot be written, or has no room; known before anything is measured.
     """
     if options.protocol.preset == "paper" and (engine.manifest.tile, engine.manifest.batch) != (PAPER_TILE, 1):
@@ -107,6 +108,8 @@ def run_benchmark(
             f"the paper measured one tile of {PAPER_TILE} px at a time; this engine takes {shape}",
             hint=f"export --tile {PAPER_TILE} --batch 1, and build that",
         )
+    if options.device is not None:
+        load_device(options.device)
     with whole_folder(folder) as temporary:
         _reserve(temporary, options.protocol)
         if options.scene is not None:
@@ -149,6 +152,9 @@ def _measure(
         for span in loads
         for finding in judge_conditions(measured.readings, course.origin + span.start, course.origin + span.stop)
     ]
+    if loads:  # idle is taken off what the load took: a mode for both
+        whole = (course.origin + course.spans[0].start, course.origin + course.spans[-1].stop)
+        findings += judge_power_mode(measured.readings, *whole)
     verdict = judge(
         course,
         protocol,
@@ -267,7 +273,11 @@ def _conditions(measured: _Measured, loads: list[Any]) -> dict[str, Any]:
     within = [
         one for one in measured.readings if any(origin + span.start <= one.time <= origin + span.stop for span in loads)
     ]
-    return summarise(within, origin + loads[0].start, origin + loads[-1].stop)
+    found = summarise(within, origin + loads[0].start, origin + loads[-1].stop)
+    # As the verdict sees them: from the last reading before a load to the first one after it.
+    risen = [summarise(measured.readings, origin + span.start, origin + span.stop)["throttle_events"] for span in loads]
+    found["throttle_events"] = {name: sum(one.get(name, 0) for one in risen) for name in sorted(set().union(*risen))}
+    return found
 
 
 def _reserve(folder: Path, protocol: Protocol) -> None:

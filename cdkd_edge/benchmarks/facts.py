@@ -13,7 +13,12 @@ _UNITS: Final = {
     "celsius": "°C", "mhz": "MHz", "khz": "kHz", "hz": "Hz", "rpm": "rpm", "percent": "%", "watts": "W", "w": "W",
     "mv": "mV", "bytes": "B", "s": "s",
 }  # fmt: skip
-_NAMES: Final = {"cpu": "CPU", "cuda": "CUDA", "gpu": "GPU", "jetpack": "JetPack", "l4t": "L4T", "soc": "SoC"}
+_NAMES: Final = {
+    "cpu": "CPU", "cuda": "CUDA", "emc": "memory", "gpu": "GPU", "jetpack": "JetPack", "l4t": "L4T", "soc": "SoC",
+}  # fmt: skip
+_SPREAD: Final = {"min", "mean", "max"}
+_IN_WORDS: Final = ("readings", "throttle_events", "power_modes", "memory_available_bytes")
+"""Conditions that are no rows of the table; the number of readings says nothing that the load's length does not."""
 
 
 def device(summary: BenchSummary) -> str:
@@ -146,23 +151,59 @@ def bound(summary: BenchSummary) -> Html:
 
 
 def conditions(summary: BenchSummary) -> Html:
-    """Clocks, temperatures and fan; the board's settings."""
+    """Clocks, temperatures and fan over the loads; the board's settings."""
     rows: list[tuple[str, ...]] = []
     others: list[tuple[str, str]] = []
-    for name, value in summary.conditions.items():
-        if isinstance(value, dict) and {"minimum", "mean", "maximum"} <= value.keys():
-            label, unit = _unit(name)
-            texts = (_value(value[key]) for key in ("minimum", "mean", "maximum"))
-            rows.append((f"{label}, {unit}" if unit else label, *texts))
-        else:
-            others += _flat(name, value)
+    for section, value in summary.conditions.items():
+        if section in _IN_WORDS:
+            others += _in_words(section, value)
+            continue
+        for name, spread in value.items() if isinstance(value, dict) else ():
+            if isinstance(spread, dict) and spread.keys() >= _SPREAD:
+                rows.append((_quantity(section, name), *(_value(spread[key]) for key in ("min", "mean", "max"))))
+            else:
+                others += _flat(f"{section} {name}", spread)
+        if not isinstance(value, dict):
+            others += _flat(section, value)
     parts: list[Any] = []
     if rows:
-        parts.append(table("Over the load phases", ("", "minimum", "mean", "maximum"), rows))
-    settings = [pair for name, value in (summary.board or {}).items() for pair in _flat(name, value)]
+        parts.append(table("Over the load phases, read once a second", ("", "minimum", "mean", "maximum"), rows))
+    settings = [pair for name, value in (summary.board or {}).items() for pair in _flat(name, _named(value))]
     if settings or others:
         parts.append(pairs([*settings, *others]))
     return joined(parts) if parts else tag("p", "This machine reports no clocks and temperatures.")
+
+
+def _quantity(section: str, name: str) -> str:
+    """What a row of the table is of, with its unit."""
+    word = _NAMES.get(name, name)
+    if section == "clocks_mhz":
+        return f"{word} clock, MHz"
+    if section == "clock_limits_mhz":
+        return f"{word} clock, highest allowed, MHz"
+    if section == "temperatures":
+        return f"{name.removesuffix('-thermal')}, °C"
+    return f"{section} {name}, {_UNITS[name]}" if name in _UNITS else f"{section} {name}"
+
+
+def _in_words(section: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Those conditions that are no curves; nothing where there was nothing to read."""
+    if section == "memory_available_bytes" and isinstance(value, dict) and value.keys() >= _SPREAD:
+        texts = [size(value[key]) if isinstance(value[key], int | float) else ABSENT for key in ("min", "mean", "max")]
+        yield "memory available", "minimum {}, mean {}, maximum {}".format(*texts)
+    elif section == "throttle_events" and isinstance(value, dict) and value:
+        yield "throttling counters rose by", ", ".join(f"{name} {_value(rise)}" for name, rise in value.items())
+    elif section == "power_modes" and isinstance(value, list) and value:
+        yield "power modes during the loads", ", ".join(map(_value, value))
+
+
+def _named(value: Any) -> Any:
+    """A power mode as its name and number, also within a list."""
+    if isinstance(value, list | tuple):
+        return [_named(one) for one in value]
+    if isinstance(value, dict) and value.keys() == {"id", "name"}:
+        return f"{value['name']} (id {value['id']})"
+    return value
 
 
 def _unit(name: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ phase on both sides; without power there is no idle phase. Warm-up ends when win
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,8 @@ def protocol_of(
     )
     if not (chosen.idle_seconds > 0 and chosen.load_seconds > 0 and chosen.warm_up_cap_seconds >= 0):
         raise UsageError("phases last longer than 0 s")
+    if not math.isfinite(chosen.idle_seconds + chosen.load_seconds + chosen.warm_up_cap_seconds):
+        raise UsageError("phases come to an end")
     if chosen.repeats < 1:
         raise UsageError("at least one repeat")
     if preset != "default":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -142,7 +143,7 @@ def make_run(
         roofline_reason="",
         machine=Machine(**_machine()),
         board={"model": "emulated", "power_mode": {"id": 0, "name": mode}, "l4t": "R36.4.3"} if mode else None,
-        conditions=CONDITIONS,
+        conditions=copy.deepcopy(CONDITIONS),
         libraries={"python": "3.11"},
         peak_memory_bytes=10**9,
         started="2026-11-22T10:00:00+00:00",

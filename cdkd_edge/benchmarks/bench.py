@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
-import resource
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cdkd_edge.benchmarks.bound import modelled_bound
 from cdkd_edge.benchmarks.end_to_end import check_scene, time_scene
@@ -33,9 +34,9 @@ from cdkd_edge.board.conditions import Conditions, ConditionsMonitor
 from cdkd_edge.board.identity import BoardIdentity, describe_board
 from cdkd_edge.board.throttling import judge_conditions, judge_power_mode, summarise
 from cdkd_edge.engines.protocol import Engine
-from cdkd_edge.errors import PowerError, UsageError
+from cdkd_edge.errors import PowerError, SceneError, UsageError
 from cdkd_edge.files import whole_folder
-from cdkd_edge.machine import describe_machine
+from cdkd_edge.machine import describe_machine, forget_peak_memory, peak_memory
 from cdkd_edge.manifest import library_versions
 from cdkd_edge.power.find import find_source
 from cdkd_edge.power.sampler import PowerSampler
@@ -97,7 +98,8 @@ def run_benchmark(
         tell: called about twice a second during it.
 
     Raises:
-        EngineError, SceneError: the engine or the scene failed.
+        EngineError: the engine failed.
+        SceneError: the scene cannot be read; known before anything is measured. If it fails later, that is a warning.
         PowerError: the source of power that was asked for by name does not answer.
         UsageError: the paper's protocol with another tile or batch; no device file of that name.
         OSError: the folder cannot be written, or has no room; known before anything is measured.
@@ -133,6 +135,7 @@ class _Measured:
     """Why there is no trace."""
     readings: tuple[Conditions, ...]
     board: BoardIdentity
+    peak_memory_bytes: int
 
 
 def _measure(
@@ -171,7 +174,12 @@ def _measure(
         figures = figures_of(repeats, course, engine.manifest.tile, trace, power_reason)
         progress("a scene end to end")
         tiles = protocol.load_seconds * figures.tiles_per_second.mean / 2
-        end_to_end = time_scene(engine, options.scene, options.segment, tiles)
+        try:
+            end_to_end = time_scene(engine, options.scene, options.segment, tiles)
+        except (SceneError, OSError) as error:  # a full disk, a damaged block: what was measured stands all the same
+            said = error.message if isinstance(error, SceneError) else str(error)
+            warning = f"the scene end to end has no figure: {said}"
+            verdict = replace(verdict, warnings=(*verdict.warnings, warning))
 
     mode = measured.board.power_mode
     bound, no_bound = modelled_bound(
@@ -196,7 +204,7 @@ def _measure(
         board=_board(measured.board),
         conditions=_conditions(measured, loads),
         libraries=library_versions(LIBRARIES),
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=measured.peak_memory_bytes,
         started=started,
         origin=course.origin,
         command=options.command,
@@ -224,8 +232,10 @@ def _run(
             stack.enter_context(sampler)
         monitor = stack.enter_context(ConditionsMonitor(options.root))
         board = describe_board(options.root)
+        forget_peak_memory()  # drawing tiles may take more than the engine does
         course = run_course(engine, options.protocol, sampler, monitor, tell, go_on=options.keep_invalid)
-    return _Measured(course, sampler.trace() if sampler else None, reason, monitor.readings(), board)
+        memory = peak_memory()
+    return _Measured(course, sampler.trace() if sampler else None, reason, monitor.readings(), board, memory)
 
 
 def _sampler(options: BenchOptions) -> tuple[PowerSampler | None, str]:
@@ -286,14 +296,18 @@ def _reserve(folder: Path, protocol: Protocol) -> None:
     # 10 readings of 60 bytes and 30 tiles of 40 bytes a second, the pictures and the page.
     size = int(4e6 + seconds * 2000)
     with open(folder / _RESERVE, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            error.filename = f"{size / 1e6:.0f} MB in {folder.parent}"
+            raise
 
 
 def _fill_inputs(engine: Engine) -> None:
     """Different drawn tiles in every slot, so that no cache sees the same image twice in a row."""
     tile, batch = engine.manifest.tile, engine.manifest.batch
-    scene = draw_scene(tile * 2, tile * 2, seed=3).image
+    scene = draw_scene(tile, tile, seed=3).image.transpose(2, 0, 1)
     for slot in range(engine.slots):
         for index in range(batch):
             shift = (slot * batch + index) * 37 % tile
-            engine.input(slot)[index] = scene[shift : shift + tile, shift : shift + tile].transpose(2, 0, 1)
+            engine.input(slot)[index] = np.roll(scene, (shift, shift), (1, 2))

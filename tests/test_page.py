@@ -160,7 +160,7 @@ def test_conditions_are_a_table_with_units(pages):
         "memory clock, MHz 3199 3199 3199",
         "GPU clock, highest allowed, MHz 918 918 918",
         "tj, °C 47.0 58.5 70.0",
-        "fan percent, % 31.4 31.4 31.4",
+        "fan, % 31.4 31.4 31.4",
         "throttling counters rose by oc1 0, oc2 0",
         "memory available minimum 8.59 GB, mean 8.59 GB, maximum 8.59 GB",
         "power mode MAXN (id 0)",

@@ -122,7 +122,7 @@ def end_to_end(summary: BenchSummary) -> Html:
         ("scene", f"{scene.scene}, {scene.width} x {scene.height} px, {scene.tiles} tiles"),
         ("time", f"{number(scene.seconds, 3)} s, of which the engine {number(scene.engine_seconds, 3)} s"),
         ("throughput", rates),
-        ("reading and writing", overhead),
+        ("the whole", overhead),
     ]
     return pairs(rows)
 
@@ -185,7 +185,7 @@ def _quantity(section: str, name: str) -> str:
         return f"{word} clock, highest allowed, MHz"
     if section == "temperatures":
         return f"{name.removesuffix('-thermal')}, °C"
-    return f"{section} {name}, {_UNITS[name]}" if name in _UNITS else f"{section} {name}"
+    return f"{section}, {_UNITS[name]}" if name in _UNITS else f"{section} {name}"  # a fan's are named by their unit
 
 
 def _in_words(section: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -260,9 +260,14 @@ class _Run:
     def _require_power(self) -> None:
         """End a course that cannot become valid any more."""
         assert self.sampler is not None
-        lost, silence = self.sampler.lost(), self.sampler.silence()
-        if not lost and silence > max(LONGEST_SILENCE, LONGEST_SILENCE_SHARE * self.protocol.load_seconds):
+        lost, rail = self.sampler.lost(), self._rail()
+        longest = max(LONGEST_SILENCE, LONGEST_SILENCE_SHARE * self.protocol.load_seconds)
+        if self.sampler.info is not None:  # another client may have set a long one
+            longest = max(longest, 3 * self.sampler.info.nominal_interval)
+        if not lost and (silence := self.sampler.silence()) > longest:
             lost = f"no reading for {silence:.1f} s"
+        if not lost and (silence := self.sampler.silence(rail)) > longest:
+            lost = f"no reading of {rail} for {silence:.1f} s"
         if lost and not self.go_on:
             raise _LostError(f"{self.sampler.source} stopped answering: {lost}")
 

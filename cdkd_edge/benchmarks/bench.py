@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import os
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from cdkd_edge.benchmarks.bound import modelled_bound
 from cdkd_edge.benchmarks.end_to_end import check_scene, time_scene
@@ -26,6 +24,7 @@ from cdkd_edge.benchmarks.folder import (
 )
 from cdkd_edge.benchmarks.page import write_report_page
 from cdkd_edge.benchmarks.plot import write_trace_picture
+from cdkd_edge.benchmarks.prepare import RESERVED, fill_inputs, reserve_room
 from cdkd_edge.benchmarks.protocol import DEFAULT, Course, Live, run_course
 from cdkd_edge.benchmarks.record import INVALID, LOAD, BenchSummary, EndToEnd, Figures, Protocol, Repeat
 from cdkd_edge.benchmarks.roofline.devices import load_device
@@ -42,12 +41,10 @@ from cdkd_edge.power.find import find_source
 from cdkd_edge.power.sampler import PowerSampler
 from cdkd_edge.power.trace import Trace
 from cdkd_edge.scene.pipeline import SegmentOptions
-from cdkd_edge.scenery import draw_scene
 
 PAPER_TILE = 1024
 """Side of a tile in the Mask-CDKD paper's deployment, px."""
 LIBRARIES = ("onnxruntime", "numpy", "rasterio", "tensorrt", "tensorrt-rtx", "pycuda", "cuda-python", "jetson-stats")
-_RESERVE = ".reserved"
 
 
 @dataclass(frozen=True)
@@ -113,10 +110,10 @@ def run_benchmark(
     if options.device is not None:
         load_device(options.device)
     with whole_folder(folder) as temporary:
-        _reserve(temporary, options.protocol)
+        reserve_room(temporary, options.protocol)
         if options.scene is not None:
             check_scene(engine, options.scene, options.segment)
-        _fill_inputs(engine)
+        fill_inputs(engine)
         summary = _measure(engine, temporary, options, progress, tell)
         progress("drawing")
         run = replace(read_run(temporary), folder=folder)
@@ -177,8 +174,9 @@ def _measure(
         try:
             end_to_end = time_scene(engine, options.scene, options.segment, tiles)
         except (SceneError, OSError) as error:  # a full disk, a damaged block: what was measured stands all the same
-            said = error.message if isinstance(error, SceneError) else str(error)
-            warning = f"the scene end to end has no figure: {said}"
+            # Rasterio's "See previous exception" is the cause.
+            said = error.message if isinstance(error, SceneError) else str(error.__cause__ or error)
+            warning = f"the scene end to end has no figure: {said} (it is written to {tempfile.gettempdir()})"
             verdict = replace(verdict, warnings=(*verdict.warnings, warning))
 
     mode = measured.board.power_mode
@@ -209,7 +207,7 @@ def _measure(
         origin=course.origin,
         command=options.command,
     )
-    (folder / _RESERVE).unlink()
+    (folder / RESERVED).unlink()
     write_tiles(folder, course.batches)
     if trace is not None:
         write_trace(folder, trace, course.spans, course.origin)
@@ -288,26 +286,3 @@ def _conditions(measured: _Measured, loads: list[Any]) -> dict[str, Any]:
     risen = [summarise(measured.readings, origin + span.start, origin + span.stop)["throttle_events"] for span in loads]
     found["throttle_events"] = {name: sum(one.get(name, 0) for one in risen) for name in sorted(set().union(*risen))}
     return found
-
-
-def _reserve(folder: Path, protocol: Protocol) -> None:
-    """Take the room that the tables will need now, so that a disk that fills up meanwhile costs no measurement."""
-    seconds = protocol.repeats * (protocol.load_seconds + protocol.warm_up_cap_seconds + protocol.idle_seconds)
-    # 10 readings of 60 bytes and 30 tiles of 40 bytes a second, the pictures and the page.
-    size = int(4e6 + seconds * 2000)
-    with open(folder / _RESERVE, "wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            error.filename = f"{size / 1e6:.0f} MB in {folder.parent}"
-            raise
-
-
-def _fill_inputs(engine: Engine) -> None:
-    """Different drawn tiles in every slot, so that no cache sees the same image twice in a row."""
-    tile, batch = engine.manifest.tile, engine.manifest.batch
-    scene = draw_scene(tile, tile, seed=3).image.transpose(2, 0, 1)
-    for slot in range(engine.slots):
-        for index in range(batch):
-            shift = (slot * batch + index) * 37 % tile
-            engine.input(slot)[index] = np.roll(scene, (shift, shift), (1, 2))

@@ -490,10 +490,17 @@ def test_a_total_that_is_gone_for_good_ends_the_run(
     monkeypatch.setattr(protocol, "LONGEST_SILENCE", 0.5)
     monkeypatch.setattr(protocol, "TELL_EVERY", 0.05)
     Timer(1.0, (tree / HWMON / "in1_input").unlink).start()
+    options = BenchOptions(times(8.0, idle=0.2), scene=scene, power=True, root=tree.parent)
     began = time.monotonic()
-    summary = run_benchmark(hungry(delay=0.005), folder, BenchOptions(times(8.0, idle=0.2), scene=scene, power=True))
+    summary = run_benchmark(hungry(delay=0.005), folder, options)
     assert time.monotonic() - began < 7
     assert re.fullmatch(r"ina3221 stopped answering: no reading of VDD_IN for \d\.\d s", summary.verdict.reasons[0])
+    assert [span.name for span in summary.phases] == ["idle", "warm-up", "load"], "the last one was cut off"
+    assert summary.repeats == ()
+    assert 0.5 < summary.phases[-1].seconds < 7
+    assert summary.conditions["clocks_mhz"]["gpu"]["mean"] == 918.0
+    with open(folder / "trace.csv", newline="") as file:
+        assert list(csv.DictReader(file))[-1]["phase"] == "load"
 
 
 def test_a_sensor_that_is_away_for_a_while_makes_the_run_invalid(

@@ -225,7 +225,7 @@ def test_little_data(pages, tmp_path):
     write_report_page(replace(run, tiles=(), watts={}, conditions={}, summary=summary), tmp_path / "report.html")
     shown = words(tmp_path / "report.html")
     assert "No repeat was finished." in shown
-    assert "No load was finished: clocks and temperatures until then are in conditions.csv." in shown
+    assert "There was no load: clocks and temperatures until then are in conditions.csv." in shown
 
 
 def test_ten_minutes_make_a_small_page(tmp_path):

@@ -146,14 +146,14 @@ def _measure(
     measured = _run(engine, options, progress, tell)
     course, trace, protocol = measured.course, measured.trace, options.protocol
     repeats, power_reason = _repeats(measured, protocol, engine.manifest.batch)
-    loads = [span for span in course.spans if span.name == LOAD]
+    loads = [span for span in course.phases if span.name == LOAD]
     findings = [
         finding
         for span in loads
         for finding in judge_conditions(measured.readings, course.origin + span.start, course.origin + span.stop)
     ]
     if loads:  # idle is taken off what the load took: a mode for both
-        whole = (course.origin + course.spans[0].start, course.origin + course.spans[-1].stop)
+        whole = (course.origin + course.phases[0].start, course.origin + course.phases[-1].stop)
         findings += judge_power_mode(measured.readings, *whole)
     verdict = judge(
         course,
@@ -193,7 +193,7 @@ def _measure(
         figures=figures,
         engine=engine.manifest,
         protocol=protocol,
-        phases=tuple(course.spans),
+        phases=course.phases,
         repeats=repeats,
         end_to_end=end_to_end,
         roofline=bound,
@@ -210,7 +210,7 @@ def _measure(
     (folder / RESERVED).unlink()
     write_tiles(folder, course.batches)
     if trace is not None:
-        write_trace(folder, trace, course.spans, course.origin)
+        write_trace(folder, trace, course.phases, course.origin)
     if measured.readings:
         write_conditions(folder, [(one.time - course.origin, columns(one)) for one in measured.readings])
     write_summary(folder, summary)

@@ -172,7 +172,7 @@ def conditions(summary: BenchSummary) -> Html:
     if settings or others:
         parts.append(pairs([*settings, *others]))
     if not any(span.name == LOAD for span in summary.phases):
-        parts.append(tag("p", "No load was finished: clocks and temperatures until then are in conditions.csv."))
+        parts.append(tag("p", "There was no load: clocks and temperatures until then are in conditions.csv."))
     return joined(parts) if parts else tag("p", "This machine reports no clocks and temperatures.")
 
 

@@ -28,7 +28,10 @@ LOAD: Final = "load"
 
 @dataclass(frozen=True)
 class Span:
-    """A phase. Repeat i has its idle, warm-up and load; the idle phase after the last load has the next number."""
+    """A phase. Repeat i has its idle, warm-up and load; the idle phase after the last load has the next number.
+
+    Of a run that was broken off, the last one is the phase in which that happened.
+    """
 
     name: Literal["idle", "warm-up", "load"]
     repeat: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,21 @@ def describe_machine() -> Machine:
 def available_cores() -> int:
     """Cores this process may be scheduled on."""
     return len(os.sched_getaffinity(0))
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process, bytes, since :func:`forget_peak_memory`, or else so far."""
+    match = re.search(r"^VmHWM:\s*(\d+) kB", _text("/proc/self/status") or "", re.MULTILINE)
+    return (int(match[1]) if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+def forget_peak_memory() -> bool:
+    """Begin anew with :func:`peak_memory`; False where the system does not allow it (proc(5), ``clear_refs``)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _cpu_name() -> str:

@@ -7,7 +7,9 @@ to type.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -97,6 +99,19 @@ class Workspace:
             attempt += 1
             path = self.benchmarks / f"{stamp}-{label}-{attempt}"
         return path
+
+    def hand_over(self, folder: Path) -> None:
+        """Give a run's folder to the owner of the workspace, if root made it: root is needed for clocks alone.
+
+        Otherwise a run under ``sudo`` leaves a ``benchmarks/`` that its user cannot write to. Where the system
+        refuses, it stays root's.
+        """
+        owner = self.root.stat()
+        if os.geteuid() != 0 or owner.st_uid == 0:
+            return
+        for path in (self.benchmarks, folder, *folder.iterdir()):
+            with contextlib.suppress(OSError):
+                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _artefacts(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -249,13 +249,17 @@ class Pattern(threading.Thread):
         self._board, self._steps = board, steps
         self.times: list[float] = []
         self.watts: list[float] = []
+        self.slowest = 0.0
+        """Seconds that setting watts took at worst: by so much the moments may be wrong."""
         self.finished = 0.0
         """Moment at which the last step ended, s on time.monotonic's clock."""
 
     def run(self) -> None:
         for seconds, watts in self._steps:
+            before = time.monotonic()
             self._board.set_watts(watts)
             now = time.monotonic()
+            self.slowest = max(self.slowest, now - before)
             self.times.append(now)
             self.watts.append(round(watts / VOLTS * 1000) * VOLTS / 1000)
             time.sleep(seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,33 @@ from cdkd_edge.benchmarks.record import (
     Verdict,
 )
 from cdkd_edge.benchmarks.statistics import figure_of, latency_of
+from cdkd_edge.board.conditions import Conditions
+from cdkd_edge.board.throttling import summarise
 from cdkd_edge.machine import Machine
 from cdkd_edge.power.protocol import MODULE, WATTS, Sample, SourceInfo
 from cdkd_edge.power.trace import Phase, Trace
 
 TILE = 1024
+
+
+CONDITIONS = summarise(
+    [
+        Conditions(
+            float(second),
+            temperatures={"tj-thermal": 47.0 + second},
+            clocks_mhz={"gpu": 918.0, "emc": 3199.0},
+            clock_limits_mhz={"gpu": 918.0},
+            fan={"percent": 31.4, "rpm": 1800.0},
+            throttle_events={"oc1": 0, "oc2": 4},
+            power_mode="MAXN",
+            memory_available_bytes=8 << 30,
+        )
+        for second in range(24)
+    ],
+    0.0,
+    30.0,
+)
+"""As a benchmark on a board records them."""
 
 
 def make_run(
@@ -120,7 +143,7 @@ def make_run(
         roofline_reason="",
         machine=Machine(**_machine()),
         board={"model": "emulated", "power_mode": {"id": 0, "name": mode}, "l4t": "R36.4.3"} if mode else None,
-        conditions={"tj_celsius": {"minimum": 47.0, "mean": 60.0, "maximum": 70.0}},
+        conditions=copy.deepcopy(CONDITIONS),
         libraries={"python": "3.11"},
         peak_memory_bytes=10**9,
         started="2026-11-22T10:00:00+00:00",

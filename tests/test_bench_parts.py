@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from scene_helpers import engine_manifest
 
 from cdkd_edge.benchmarks.bound import modelled_bound
+from cdkd_edge.benchmarks.folder import TimedBatch
 from cdkd_edge.benchmarks.protocol import DEFAULT, Course, hottest
 from cdkd_edge.benchmarks.record import RailRepeat, Repeat, Span
 from cdkd_edge.benchmarks.roofline.devices import load_device
 from cdkd_edge.benchmarks.roofline.model import roofline
-from cdkd_edge.benchmarks.statistics import latency_of
+from cdkd_edge.benchmarks.statistics import figure_of, latency_of
 from cdkd_edge.benchmarks.steady import Window, is_steady
 from cdkd_edge.benchmarks.verdict import judge
 from cdkd_edge.board.throttling import ConditionFinding
@@ -22,6 +23,7 @@ from cdkd_edge.errors import UsageError
 from cdkd_edge.manifest import FileRecord, TensorRTBuild
 from cdkd_edge.power.protocol import CPU_PACKAGE, GPU_BOARD, MODULE, WATTS, Sample, SourceInfo
 from cdkd_edge.power.trace import Problem, Trace
+from cdkd_edge.report.bench import _figure
 
 # --- steady ---------------------------------------------------------------------------------------
 
@@ -151,6 +153,21 @@ def test_what_a_reader_is_warned_of(changes, said):
     assert said in " ".join(verdict.warnings)
 
 
+@pytest.mark.parametrize(("slower", "warned"), [(1.0, False), (1.04, False), (1.5, True)])
+def test_a_load_that_changes_its_speed_is_said(slower, warned):
+    """The last 30 of 100 batches take longer."""
+    start, batches = 30.0, []
+    for number in range(100):
+        latency = 0.1 * (slower if number >= 70 else 1)
+        batches.append(TimedBatch(0, "load", start, latency))
+        start += latency
+    course = Course(0.0, [Span("load", 0, 30.0, start)], batches)
+    verdict = judge(course, DEFAULT, (repeat_of(),), engine_manifest(64), None, "", (), power_wanted=False)
+    said = ("load 1: from fifth to fifth the speed changed by 38% of its mean",)
+    assert verdict.warnings == (said if warned else ())
+    assert verdict.status == "valid"
+
+
 def test_idle_that_drifts_is_said():
     (warning,) = verdict_of(repeat_of(idle=5.0, after=6.5)).warnings
     assert warning.startswith("repeat 1: idle is 5.00 W before and 6.50 W after")
@@ -226,3 +243,14 @@ def test_a_device_that_does_not_exist_is_an_error_before_all_else(built):
 @given(st.lists(st.floats(0.1, 100), min_size=3, max_size=8))
 def test_windows_of_the_same_speed_are_steady_whatever_came_before(speeds):
     assert is_steady([*(Window(speed, None, None) for speed in speeds), *[Window(7.0, None, None)] * 3])
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(18.9512, "18.95"), (2.5, "2.50"), (0.9612, "0.961"), (0.0123, "0.0123"), (0.0, "0.00")]
+)
+def test_small_figures_keep_three_digits(value, shown):
+    assert _figure(figure_of([value])) == shown
+    assert _figure(figure_of([value, value])) == f"{shown} ({shown} .. {shown})"

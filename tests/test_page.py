@@ -44,7 +44,10 @@ KINDS = {
         "engine": {"name": EVIL, "libraries": {EVIL: EVIL}},
         "board": {"model": EVIL, EVIL: {EVIL: [EVIL], "deep": {EVIL: None}}},
         "verdict": Verdict("not_steady", (EVIL,), (EVIL,)),
-        "conditions": {EVIL: {"minimum": EVIL, "mean": 1.0, "maximum": True}, "x": EVIL},
+        "conditions": {
+            "clocks_mhz": {EVIL: {"min": EVIL, "mean": 1.0, "max": True}}, "fan": EVIL, EVIL: {EVIL: {EVIL: EVIL}},
+            "power_modes": [EVIL], "throttle_events": {EVIL: EVIL}, "memory_available_bytes": {"min": EVIL},
+        },
         "libraries": {EVIL: EVIL},
         "command": EVIL,
         "roofline": None,
@@ -150,6 +153,21 @@ def test_figures_stand_beside_the_papers(pages):
     assert "19.8 % of the bound" in shown
 
 
+def test_conditions_are_a_table_with_units(pages):
+    words = " ".join(" ".join(Outline(pages["valid"].read_text(encoding="utf-8")).words).split())
+    for row in (
+        "GPU clock, MHz 918 918 918",
+        "memory clock, MHz 3199 3199 3199",
+        "GPU clock, highest allowed, MHz 918 918 918",
+        "tj, °C 47.0 58.5 70.0",
+        "fan, % 31.4 31.4 31.4",
+        "throttling counters rose by oc1 0, oc2 0",
+        "memory available minimum 8.59 GB, mean 8.59 GB, maximum 8.59 GB",
+        "power mode MAXN (id 0)",
+    ):
+        assert row in words, row
+
+
 def test_an_invalid_run_shows_no_figure(pages):
     """Made of round, rare numbers so that none can hide among others."""
     shown = words(pages["invalid"])
@@ -207,7 +225,7 @@ def test_little_data(pages, tmp_path):
     write_report_page(replace(run, tiles=(), watts={}, conditions={}, summary=summary), tmp_path / "report.html")
     shown = words(tmp_path / "report.html")
     assert "No repeat was finished." in shown
-    assert "This machine reports no clocks and temperatures." in shown
+    assert "There was no load: clocks and temperatures until then are in conditions.csv." in shown
 
 
 def test_ten_minutes_make_a_small_page(tmp_path):

@@ -114,8 +114,8 @@ def test_what_is_damaged_is_not_and_the_reader_agrees(validator, tmp_path, damag
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_number_is_neither_written_nor_read(tmp_path, number):
     summary = make_run(tmp_path / "run")
-    summary.conditions["tj_celsius"]["mean"] = number
-    with pytest.raises(ValueError, match=r"summary\.conditions\.tj_celsius\.mean is"):
+    summary.conditions["temperatures"]["tj-thermal"]["mean"] = number
+    with pytest.raises(ValueError, match=r"summary\.conditions\.temperatures\.tj-thermal\.mean is"):
         write_summary(tmp_path / "run", summary)
     tree = json.loads((tmp_path / "run" / "summary.json").read_text())
     tree["peak_memory_bytes"] = 0

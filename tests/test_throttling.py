@@ -15,6 +15,7 @@ from cdkd_edge.board.throttling import (
     THERMAL_THROTTLING,
     TOO_HOT,
     judge_conditions,
+    judge_power_mode,
     summarise,
 )
 
@@ -108,6 +109,15 @@ def test_a_changed_mode() -> None:
     assert kinds(run(lost, lost, {}, lost, {})) == []
     assert kinds(run(other, {}, {}, {}, {})) == [], "long before the load"
     assert kinds(run({}, {}, {}, {}, {}, {}, other)) == [], "long after it"
+
+
+def test_a_mode_that_changes_between_loads() -> None:
+    readings = run({}, {}, {"power_mode": "10W"}, {"power_mode": "10W"}, {"power_mode": "10W"})
+    assert judge_conditions(readings, 3.5, 3.9) == judge_conditions(readings, 0.1, 0.9) == ()
+    (found,) = judge_power_mode(readings, 0.1, 3.9)
+    assert (found.kind, found.invalidates) == (MODE_CHANGED, True)
+    assert "MAXN -> 10W" in found.message
+    assert judge_power_mode(readings, 2.5, 3.9) == ()
 
 
 def test_slow_clocks_are_told() -> None:

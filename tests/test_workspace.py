@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -134,3 +135,17 @@ def test_graphs_are_told_apart_by_precision(space):
     assert (space.only_graph(), space.only_graph("fp16")) == (plain, half)
     with pytest.raises(WorkspaceError, match="no int8 graph"):
         space.only_graph("int8")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make what belongs to somebody else")
+def test_what_root_makes_belongs_to_the_owner_of_the_workspace(tmp_path):
+    space = Workspace(tmp_path)
+    folder = space.new_run("tiny")
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")
+    space.hand_over(folder)
+    assert folder.stat().st_uid == 0
+    os.chown(tmp_path, 65534, 65534)
+    space.hand_over(folder)
+    for path in (space.benchmarks, folder, folder / "summary.json"):
+        assert (path.stat().st_uid, path.stat().st_gid) == (65534, 65534)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import os
-import resource
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -25,27 +24,27 @@ from cdkd_edge.benchmarks.folder import (
 )
 from cdkd_edge.benchmarks.page import write_report_page
 from cdkd_edge.benchmarks.plot import write_trace_picture
+from cdkd_edge.benchmarks.prepare import RESERVED, fill_inputs, reserve_room
 from cdkd_edge.benchmarks.protocol import DEFAULT, Course, Live, run_course
 from cdkd_edge.benchmarks.record import INVALID, LOAD, BenchSummary, EndToEnd, Figures, Protocol, Repeat
+from cdkd_edge.benchmarks.roofline.devices import load_device
 from cdkd_edge.benchmarks.verdict import judge
 from cdkd_edge.board.conditions import Conditions, ConditionsMonitor
 from cdkd_edge.board.identity import BoardIdentity, describe_board
-from cdkd_edge.board.throttling import judge_conditions, summarise
+from cdkd_edge.board.throttling import judge_conditions, judge_power_mode, summarise
 from cdkd_edge.engines.protocol import Engine
-from cdkd_edge.errors import PowerError, UsageError
+from cdkd_edge.errors import PowerError, SceneError, UsageError
 from cdkd_edge.files import whole_folder
-from cdkd_edge.machine import describe_machine
+from cdkd_edge.machine import describe_machine, forget_peak_memory, peak_memory
 from cdkd_edge.manifest import library_versions
 from cdkd_edge.power.find import find_source
 from cdkd_edge.power.sampler import PowerSampler
 from cdkd_edge.power.trace import Trace
 from cdkd_edge.scene.pipeline import SegmentOptions
-from cdkd_edge.scenery import draw_scene
 
 PAPER_TILE = 1024
 """Side of a tile in the Mask-CDKD paper's deployment, px."""
 LIBRARIES = ("onnxruntime", "numpy", "rasterio", "tensorrt", "tensorrt-rtx", "pycuda", "cuda-python", "jetson-stats")
-_RESERVE = ".reserved"
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,10 @@ def run_benchmark(
         tell: called about twice a second during it.
 
     Raises:
-        EngineError, SceneError: the engine or the scene failed.
+        EngineError: the engine failed.
+        SceneError: the scene cannot be read; known before anything is measured. If it fails later, that is a warning.
         PowerError: the source of power that was asked for by name does not answer.
-        UsageError: the paper's protocol with another tile or batch.
+        UsageError: the paper's protocol with another tile or batch; no device file of that name.
         OSError: the folder cannot be written, or has no room; known before anything is measured.
     """
     if options.protocol.preset == "paper" and (engine.manifest.tile, engine.manifest.batch) != (PAPER_TILE, 1):
@@ -107,11 +107,13 @@ def run_benchmark(
             f"the paper measured one tile of {PAPER_TILE} px at a time; this engine takes {shape}",
             hint=f"export --tile {PAPER_TILE} --batch 1, and build that",
         )
+    if options.device is not None:
+        load_device(options.device)
     with whole_folder(folder) as temporary:
-        _reserve(temporary, options.protocol)
+        reserve_room(temporary, options.protocol)
         if options.scene is not None:
             check_scene(engine, options.scene, options.segment)
-        _fill_inputs(engine)
+        fill_inputs(engine)
         summary = _measure(engine, temporary, options, progress, tell)
         progress("drawing")
         run = replace(read_run(temporary), folder=folder)
@@ -130,6 +132,7 @@ class _Measured:
     """Why there is no trace."""
     readings: tuple[Conditions, ...]
     board: BoardIdentity
+    peak_memory_bytes: int
 
 
 def _measure(
@@ -143,12 +146,15 @@ def _measure(
     measured = _run(engine, options, progress, tell)
     course, trace, protocol = measured.course, measured.trace, options.protocol
     repeats, power_reason = _repeats(measured, protocol, engine.manifest.batch)
-    loads = [span for span in course.spans if span.name == LOAD]
+    loads = [span for span in course.phases if span.name == LOAD]
     findings = [
         finding
         for span in loads
         for finding in judge_conditions(measured.readings, course.origin + span.start, course.origin + span.stop)
     ]
+    if loads:  # idle is taken off what the load took: a mode for both
+        whole = (course.origin + course.phases[0].start, course.origin + course.phases[-1].stop)
+        findings += judge_power_mode(measured.readings, *whole)
     verdict = judge(
         course,
         protocol,
@@ -165,7 +171,13 @@ def _measure(
         figures = figures_of(repeats, course, engine.manifest.tile, trace, power_reason)
         progress("a scene end to end")
         tiles = protocol.load_seconds * figures.tiles_per_second.mean / 2
-        end_to_end = time_scene(engine, options.scene, options.segment, tiles)
+        try:
+            end_to_end = time_scene(engine, options.scene, options.segment, tiles)
+        except (SceneError, OSError) as error:  # a full disk, a damaged block: what was measured stands all the same
+            # Rasterio's "See previous exception" is the cause.
+            said = error.message if isinstance(error, SceneError) else str(error.__cause__ or error)
+            warning = f"the scene end to end has no figure: {said} (it is written to {tempfile.gettempdir()})"
+            verdict = replace(verdict, warnings=(*verdict.warnings, warning))
 
     mode = measured.board.power_mode
     bound, no_bound = modelled_bound(
@@ -181,7 +193,7 @@ def _measure(
         figures=figures,
         engine=engine.manifest,
         protocol=protocol,
-        phases=tuple(course.spans),
+        phases=course.phases,
         repeats=repeats,
         end_to_end=end_to_end,
         roofline=bound,
@@ -190,15 +202,15 @@ def _measure(
         board=_board(measured.board),
         conditions=_conditions(measured, loads),
         libraries=library_versions(LIBRARIES),
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=measured.peak_memory_bytes,
         started=started,
         origin=course.origin,
         command=options.command,
     )
-    (folder / _RESERVE).unlink()
+    (folder / RESERVED).unlink()
     write_tiles(folder, course.batches)
     if trace is not None:
-        write_trace(folder, trace, course.spans, course.origin)
+        write_trace(folder, trace, course.phases, course.origin)
     if measured.readings:
         write_conditions(folder, [(one.time - course.origin, columns(one)) for one in measured.readings])
     write_summary(folder, summary)
@@ -218,8 +230,10 @@ def _run(
             stack.enter_context(sampler)
         monitor = stack.enter_context(ConditionsMonitor(options.root))
         board = describe_board(options.root)
+        forget_peak_memory()  # drawing tiles may take more than the engine does
         course = run_course(engine, options.protocol, sampler, monitor, tell, go_on=options.keep_invalid)
-    return _Measured(course, sampler.trace() if sampler else None, reason, monitor.readings(), board)
+        memory = peak_memory()
+    return _Measured(course, sampler.trace() if sampler else None, reason, monitor.readings(), board, memory)
 
 
 def _sampler(options: BenchOptions) -> tuple[PowerSampler | None, str]:
@@ -267,23 +281,8 @@ def _conditions(measured: _Measured, loads: list[Any]) -> dict[str, Any]:
     within = [
         one for one in measured.readings if any(origin + span.start <= one.time <= origin + span.stop for span in loads)
     ]
-    return summarise(within, origin + loads[0].start, origin + loads[-1].stop)
-
-
-def _reserve(folder: Path, protocol: Protocol) -> None:
-    """Take the room that the tables will need now, so that a disk that fills up meanwhile costs no measurement."""
-    seconds = protocol.repeats * (protocol.load_seconds + protocol.warm_up_cap_seconds + protocol.idle_seconds)
-    # 10 readings of 60 bytes and 30 tiles of 40 bytes a second, the pictures and the page.
-    size = int(4e6 + seconds * 2000)
-    with open(folder / _RESERVE, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
-
-
-def _fill_inputs(engine: Engine) -> None:
-    """Different drawn tiles in every slot, so that no cache sees the same image twice in a row."""
-    tile, batch = engine.manifest.tile, engine.manifest.batch
-    scene = draw_scene(tile * 2, tile * 2, seed=3).image
-    for slot in range(engine.slots):
-        for index in range(batch):
-            shift = (slot * batch + index) * 37 % tile
-            engine.input(slot)[index] = scene[shift : shift + tile, shift : shift + tile].transpose(2, 0, 1)
+    found = summarise(within, origin + loads[0].start, origin + loads[-1].stop)
+    # As the verdict sees them: from the last reading before a load to the first one after it.
+    risen = [summarise(measured.readings, origin + span.start, origin + span.stop)["throttle_events"] for span in loads]
+    found["throttle_events"] = {name: sum(one.get(name, 0) for one in risen) for name in sorted(set().union(*risen))}
+    return found

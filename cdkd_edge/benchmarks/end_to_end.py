@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+from rasterio.windows import Window
 
 from cdkd_edge.benchmarks.record import EndToEnd
 from cdkd_edge.engines.protocol import Engine
@@ -17,6 +18,9 @@ from cdkd_edge.scenery import draw_scene
 
 LEAST_TILES, MOST_TILES = 4, 100
 """In a drawn scene."""
+DRAWN = 1024
+"""Side of the picture that is repeated in it, px. Drawing takes about 100 bytes per pixel: 100 tiles of 1024 px in one
+piece would take 8 GB, which a board does not have."""
 
 
 def check_scene(engine: Engine, scene: Path, options: SegmentOptions) -> None:
@@ -73,7 +77,11 @@ def _side(engine: Engine, tiles: float) -> int:
 
 
 def _draw_to(path: Path, side: int) -> None:
-    image = draw_scene(side, side, seed=5).image
+    piece = min(side, DRAWN)
+    image = draw_scene(piece, piece, seed=5).image.transpose(2, 0, 1)
     profile = {"driver": "GTiff", "width": side, "height": side, "count": 3, "dtype": "uint8", "photometric": "RGB"}
     with rasterio.open(path, "w", **profile, tiled=True, blockxsize=256, blockysize=256) as dataset:
-        dataset.write(image.transpose(2, 0, 1))
+        for top in range(0, side, piece):
+            for left in range(0, side, piece):
+                height, width = min(piece, side - top), min(piece, side - left)
+                dataset.write(image[:, :height, :width], window=Window(left, top, width, height))

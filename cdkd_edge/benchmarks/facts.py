@@ -6,14 +6,19 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from cdkd_edge.benchmarks.markup import ABSENT, Html, bullets, figure, joined, number, pairs, size, table, tag
-from cdkd_edge.benchmarks.record import BenchSummary, Repeat
+from cdkd_edge.benchmarks.record import LOAD, BenchSummary, Repeat
 from cdkd_edge.manifest import EngineManifest, FileRecord, TensorRTBuild
 
 _UNITS: Final = {
     "celsius": "°C", "mhz": "MHz", "khz": "kHz", "hz": "Hz", "rpm": "rpm", "percent": "%", "watts": "W", "w": "W",
     "mv": "mV", "bytes": "B", "s": "s",
 }  # fmt: skip
-_NAMES: Final = {"cpu": "CPU", "cuda": "CUDA", "gpu": "GPU", "jetpack": "JetPack", "l4t": "L4T", "soc": "SoC"}
+_NAMES: Final = {
+    "cpu": "CPU", "cuda": "CUDA", "emc": "memory", "gpu": "GPU", "jetpack": "JetPack", "l4t": "L4T", "soc": "SoC",
+}  # fmt: skip
+_SPREAD: Final = {"min", "mean", "max"}
+_IN_WORDS: Final = ("readings", "throttle_events", "power_modes", "memory_available_bytes")
+"""Conditions that are no rows of the table; the number of readings says nothing that the load's length does not."""
 
 
 def device(summary: BenchSummary) -> str:
@@ -28,9 +33,9 @@ def protocol(summary: BenchSummary) -> Html:
     words = (
         f"Preset “{one.preset}”. The engine is loaded first and stays loaded. "
         + (f"{one.repeats} times: idle" if many else "Idle")
-        + f" for {one.idle_seconds:g} s; warm-up until successive windows of at least {one.window_seconds:g} s agree, "
-        f"for at most {one.warm_up_cap_seconds:g} s; load for at least {one.load_seconds:g} s and {one.min_batches} "
-        "batches; idle once more after the last load. Tiles come from memory, one batch "
+        + f" for {one.idle_seconds:g} s; warm-up until successive windows of at least {one.window_seconds:.3g} s "
+        f"agree, for at most {one.warm_up_cap_seconds:g} s; load for at least {one.load_seconds:g} s and "
+        f"{one.min_batches} batches; idle once more after the last load. Tiles come from memory, one batch "
         f"({engine.batch} {'tile' if engine.batch == 1 else 'tiles'}) after the other. Idle power is the mean of the "
         "idle phases before and after a load, net is load without idle. Throughput, latency and power are of the same "
         "load phases."
@@ -117,7 +122,7 @@ def end_to_end(summary: BenchSummary) -> Html:
         ("scene", f"{scene.scene}, {scene.width} x {scene.height} px, {scene.tiles} tiles"),
         ("time", f"{number(scene.seconds, 3)} s, of which the engine {number(scene.engine_seconds, 3)} s"),
         ("throughput", rates),
-        ("reading and writing", overhead),
+        ("the whole", overhead),
     ]
     return pairs(rows)
 
@@ -146,23 +151,61 @@ def bound(summary: BenchSummary) -> Html:
 
 
 def conditions(summary: BenchSummary) -> Html:
-    """Clocks, temperatures and fan; the board's settings."""
+    """Clocks, temperatures and fan over the loads; the board's settings."""
     rows: list[tuple[str, ...]] = []
     others: list[tuple[str, str]] = []
-    for name, value in summary.conditions.items():
-        if isinstance(value, dict) and {"minimum", "mean", "maximum"} <= value.keys():
-            label, unit = _unit(name)
-            texts = (_value(value[key]) for key in ("minimum", "mean", "maximum"))
-            rows.append((f"{label}, {unit}" if unit else label, *texts))
-        else:
-            others += _flat(name, value)
+    for section, value in summary.conditions.items():
+        if section in _IN_WORDS:
+            others += _in_words(section, value)
+            continue
+        for name, spread in value.items() if isinstance(value, dict) else ():
+            if isinstance(spread, dict) and spread.keys() >= _SPREAD:
+                rows.append((_quantity(section, name), *(_value(spread[key]) for key in ("min", "mean", "max"))))
+            else:
+                others += _flat(f"{section} {name}", spread)
+        if not isinstance(value, dict):
+            others += _flat(section, value)
     parts: list[Any] = []
     if rows:
-        parts.append(table("Over the load phases", ("", "minimum", "mean", "maximum"), rows))
-    settings = [pair for name, value in (summary.board or {}).items() for pair in _flat(name, value)]
+        parts.append(table("Over the load phases, read once a second", ("", "minimum", "mean", "maximum"), rows))
+    settings = [pair for name, value in (summary.board or {}).items() for pair in _flat(name, _named(value))]
     if settings or others:
         parts.append(pairs([*settings, *others]))
+    if not any(span.name == LOAD for span in summary.phases):
+        parts.append(tag("p", "There was no load: clocks and temperatures until then are in conditions.csv."))
     return joined(parts) if parts else tag("p", "This machine reports no clocks and temperatures.")
+
+
+def _quantity(section: str, name: str) -> str:
+    """What a row of the table is of, with its unit."""
+    word = _NAMES.get(name, name)
+    if section == "clocks_mhz":
+        return f"{word} clock, MHz"
+    if section == "clock_limits_mhz":
+        return f"{word} clock, highest allowed, MHz"
+    if section == "temperatures":
+        return f"{name.removesuffix('-thermal')}, °C"
+    return f"{section}, {_UNITS[name]}" if name in _UNITS else f"{section} {name}"  # a fan's are named by their unit
+
+
+def _in_words(section: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Those conditions that are no curves; nothing where there was nothing to read."""
+    if section == "memory_available_bytes" and isinstance(value, dict) and value.keys() >= _SPREAD:
+        texts = [size(value[key]) if isinstance(value[key], int | float) else ABSENT for key in ("min", "mean", "max")]
+        yield "memory available", "minimum {}, mean {}, maximum {}".format(*texts)
+    elif section == "throttle_events" and isinstance(value, dict) and value:
+        yield "throttling counters rose by", ", ".join(f"{name} {_value(rise)}" for name, rise in value.items())
+    elif section == "power_modes" and isinstance(value, list) and value:
+        yield "power modes during the loads", ", ".join(map(_value, value))
+
+
+def _named(value: Any) -> Any:
+    """A power mode as its name and number, also within a list."""
+    if isinstance(value, list | tuple):
+        return [_named(one) for one in value]
+    if isinstance(value, dict) and value.keys() == {"id", "name"}:
+        return f"{value['name']} (id {value['id']})"
+    return value
 
 
 def _unit(name: str) -> tuple[str, str]:
@@ -254,7 +297,7 @@ def machine(summary: BenchSummary) -> Html:
         ("memory", size(one.memory_bytes)),
         ("system", f"{one.os}, kernel {one.kernel}" + (f", L4T {one.l4t}" if one.l4t else "")),
         ("libraries", _versions(summary.libraries)),
-        ("peak memory of the process", size(summary.peak_memory_bytes)),
+        ("peak memory of the process, measuring", size(summary.peak_memory_bytes)),
     ]
     return pairs(rows)
 

@@ -7,6 +7,7 @@ phase on both sides; without power there is no idle phase. Warm-up ends when win
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,8 @@ def protocol_of(
     )
     if not (chosen.idle_seconds > 0 and chosen.load_seconds > 0 and chosen.warm_up_cap_seconds >= 0):
         raise UsageError("phases last longer than 0 s")
+    if not math.isfinite(chosen.idle_seconds + chosen.load_seconds + chosen.warm_up_cap_seconds):
+        raise UsageError("phases come to an end")
     if chosen.repeats < 1:
         raise UsageError("at least one repeat")
     if preset != "default":
@@ -107,6 +110,13 @@ class Course:
     """Per repeat."""
     broken_off: str = ""
     """Why the course ended early; empty if it did not."""
+    cut_off: Span | None = None
+    """The phase in which it did; it is not among the others, because nothing is computed from it."""
+
+    @property
+    def phases(self) -> tuple[Span, ...]:
+        """All of them, the one that was cut off included."""
+        return (*self.spans, self.cut_off) if self.cut_off else tuple(self.spans)
 
     def span(self, name: str, repeat: int) -> Span:
         """The phase of a repeat.
@@ -162,6 +172,7 @@ class _Run:
         self.engine, self.protocol, self.sampler, self.monitor = engine, protocol, sampler, monitor
         self.tell, self.go_on = tell, go_on
         self.course = Course(time.monotonic())
+        self._begun: tuple[Literal["idle", "warm-up", "load"], int, float] | None = None
         self._told = 0.0
         self._batch = 0
 
@@ -181,17 +192,28 @@ class _Run:
                 time.sleep(3 * self.sampler.info.nominal_interval)  # readings after the last one
         except _LostError as lost:
             self.course.broken_off = str(lost)
+            if self._begun is not None:
+                self.course.cut_off = Span(*self._begun, self._now())
         return self.course
 
     def _now(self) -> float:
         return time.monotonic() - self.course.origin
 
+    def _begin(self, name: Literal["idle", "warm-up", "load"], repeat: int) -> float:
+        self._begun = (name, repeat, self._now())
+        return self._begun[-1]
+
+    def _end(self, stop: float) -> None:
+        assert self._begun is not None
+        self.course.spans.append(Span(*self._begun, stop))
+        self._begun = None
+
     def _idle(self, repeat: int) -> None:
         if repeat:
             self._rest(SETTLE_SECONDS, repeat)
-        start = self._now()
+        self._begin(IDLE, repeat)
         self._rest(self.protocol.idle_seconds, repeat)
-        self.course.spans.append(Span(IDLE, repeat, start, self._now()))
+        self._end(self._now())
 
     def _rest(self, seconds: float, repeat: int) -> None:
         end = self._now() + seconds
@@ -200,12 +222,12 @@ class _Run:
             time.sleep(min(left, 1.0))  # the measurement itself: nothing may run now
 
     def _warm_up(self, repeat: int) -> None:
-        protocol, start = self.protocol, self._now()
+        protocol, start = self.protocol, self._begin(WARM_UP, repeat)
         windows: list[Window] = []
         cap = start + protocol.warm_up_cap_seconds
         while not is_steady(windows) and (not windows or self._now() < cap):
             windows.append(self._window(repeat, cap))
-        self.course.spans.append(Span(WARM_UP, repeat, start, self._now()))
+        self._end(self._now())
         self.course.steady.append(is_steady(windows))
 
     def _window(self, repeat: int, cap: float) -> Window:
@@ -222,11 +244,10 @@ class _Run:
         return Window(count / (stop - start), watts, self._celsius())
 
     def _load(self, repeat: int) -> None:
-        start = self._now()
-        end = start + self.protocol.load_seconds
+        end = self._begin(LOAD, repeat) + self.protocol.load_seconds
         self._batches(LOAD, repeat, end, self.protocol.min_batches, end)
         last = self.course.batches[-1]
-        self.course.spans.append(Span(LOAD, repeat, start, last.start + last.latency))
+        self._end(last.start + last.latency)
 
     def _batches(self, phase: str, repeat: int, until: float, at_least: int, tell_until: float) -> int:
         """Run batches until a moment; how many they were."""
@@ -257,9 +278,14 @@ class _Run:
     def _require_power(self) -> None:
         """End a course that cannot become valid any more."""
         assert self.sampler is not None
-        lost, silence = self.sampler.lost(), self.sampler.silence()
-        if not lost and silence > max(LONGEST_SILENCE, LONGEST_SILENCE_SHARE * self.protocol.load_seconds):
+        lost, rail = self.sampler.lost(), self._rail()
+        longest = max(LONGEST_SILENCE, LONGEST_SILENCE_SHARE * self.protocol.load_seconds)
+        if self.sampler.info is not None:  # another client may have set a long one
+            longest = max(longest, 3 * self.sampler.info.nominal_interval)
+        if not lost and (silence := self.sampler.silence()) > longest:
             lost = f"no reading for {silence:.1f} s"
+        if not lost and (silence := self.sampler.silence(rail)) > longest:
+            lost = f"no reading of {rail} for {silence:.1f} s"
         if lost and not self.go_on:
             raise _LostError(f"{self.sampler.source} stopped answering: {lost}")
 

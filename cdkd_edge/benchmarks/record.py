@@ -28,7 +28,10 @@ LOAD: Final = "load"
 
 @dataclass(frozen=True)
 class Span:
-    """A phase. Repeat i has its idle, warm-up and load; the idle phase after the last load has the next number."""
+    """A phase. Repeat i has its idle, warm-up and load; the idle phase after the last load has the next number.
+
+    Of a run that was broken off, the last one is the phase in which that happened.
+    """
 
     name: Literal["idle", "warm-up", "load"]
     repeat: int
@@ -192,7 +195,7 @@ class BenchSummary:
     phases: tuple[Span, ...]
     repeats: tuple[Repeat, ...]
     end_to_end: EndToEnd | None
-    """None in an invalid run, unless it was to be kept."""
+    """None in an invalid run, unless it was to be kept; also where it failed, and a warning says why."""
     roofline: ModelledBound | None
     roofline_reason: str
     """Why there is no modelled bound; empty where there is one."""
@@ -203,7 +206,8 @@ class BenchSummary:
     """Clocks, temperatures and fan over the load phases: minimum, mean, maximum of each."""
     libraries: dict[str, str]
     peak_memory_bytes: int
-    """Largest resident size of the process so far; where CPU and GPU share memory, the GPU's part is not in it."""
+    """Largest resident size of the process while the engine was measured (where the kernel cannot forget what was
+    before, with loading it and drawing its tiles); where CPU and GPU share memory, the GPU's part is not in it."""
     started: str
     """UTC, ISO 8601."""
     origin: float

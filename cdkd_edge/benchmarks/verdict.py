@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from cdkd_edge.benchmarks.protocol import Course
 from cdkd_edge.benchmarks.record import INVALID, LOAD, NOT_STEADY, VALID, Protocol, Repeat, Verdict
@@ -17,6 +18,8 @@ IDLE_DIFFERENCE = 0.1
 """Difference of the idle phases before and after a load, as a share of their mean, above which a reader is warned."""
 MLPERF_POWER_SECONDS = 60.0
 """Of load, that MLPerf Power asks for at least."""
+FIFTHS, FIFTHS_DIFFERENCE = 5, 0.1
+"""Parts of a load, and the difference of their speeds, as a share of the load's, above which a reader is warned."""
 LATE_SHARE = 0.05
 """Of readings that come late, above which a reader is warned."""
 
@@ -54,6 +57,7 @@ def judge(
         warnings += _power_warnings(repeats, trace)
     elif power_wanted:
         warnings.append(f"power was asked for and not measured: {power_reason}")
+    warnings += _drift_warnings(course)
     loads = [span.seconds for span in course.spans if span.name == LOAD]
     if power_wanted and loads and min(loads) < MLPERF_POWER_SECONDS:
         warnings.append(f"load of {min(loads):.0f} s; MLPerf Power asks for {MLPERF_POWER_SECONDS:.0f} s")
@@ -65,6 +69,24 @@ def judge(
         cap = f"the warm-up{which} did not become steady within {protocol.warm_up_cap_seconds:g} s"
         return Verdict(NOT_STEADY, (cap,), tuple(warnings))
     return Verdict(VALID, (), tuple(warnings))
+
+
+def _drift_warnings(course: Course) -> list[str]:
+    """Loads that were not as steady as the warm-up before them promised."""
+    warnings = []
+    for span in course.spans:
+        starts = [one.start for one in course.batches if (one.phase, one.repeat) == (span.name, span.repeat)]
+        if span.name != LOAD or len(starts) < 4 * FIFTHS:
+            continue
+        edges = [len(starts) * part // FIFTHS for part in range(FIFTHS + 1)]
+        moments = [*starts, span.stop]
+        speeds = [(b - a) / (moments[b] - moments[a]) for a, b in pairwise(edges)]
+        change = (max(speeds) - min(speeds)) * span.seconds / len(starts)
+        if change > FIFTHS_DIFFERENCE:  # no speeds: the run may be invalid, and then it has none
+            warnings.append(
+                f"load {span.repeat + 1}: from fifth to fifth the speed changed by {change:.0%} of its mean"
+            )
+    return warnings
 
 
 def _power_reasons(

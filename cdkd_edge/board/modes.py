@@ -23,6 +23,7 @@ from cdkd_edge.board.signals import HeldSignals
 from cdkd_edge.errors import BoardError
 
 ROOT = Path("/")
+AS_ROOT = "sudo $(command -v cdkd-edge) bench ... (sudo has a PATH of its own, without virtual environments)"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def changed_board(
         yield BoardChange()
         return
     if os.geteuid() != 0:
-        raise BoardError("only root may change power mode and clocks", hint="sudo cdkd-edge bench ...")
+        raise BoardError("only root may change power mode and clocks", hint=AS_ROOT)
     if not is_jetson(root):
         raise BoardError("power modes and clocks can be set on a Jetson only, and this is none")
     journal = Journal(root)

@@ -63,6 +63,14 @@ def judge_conditions(readings: Sequence[Conditions], start: float, stop: float) 
     )
 
 
+def judge_power_mode(readings: Sequence[Conditions], start: float, stop: float) -> tuple[ConditionFinding, ...]:
+    """Whether the power mode stayed the same between two moments, with the readings on either side.
+
+    For a whole run: between loads a change would fall into no load, and part repeats, or idle and load.
+    """
+    return tuple(_modes(_around(readings, start, stop)))
+
+
 def summarise(readings: Sequence[Conditions], start: float, stop: float) -> dict[str, Any]:
     """Least, mean and largest value of everything between two moments, as plain data for a JSON file.
 
@@ -137,7 +145,8 @@ def _hot(readings: Sequence[Conditions]) -> list[ConditionFinding]:
         for zone, degrees in one.temperatures.items():
             tops[zone] = max(degrees, tops.get(zone, degrees))
     # The junction is the hottest of all zones. Without it, each zone of the SoC; PC sensors have limits of their own.
-    zones = ["tj-thermal"] if "tj-thermal" in tops else [zone for zone in tops if zone.endswith(("-thermal", "-therm"))]
+    junction = [zone for zone in tops if zone.casefold().startswith("tj")]
+    zones = junction or [zone for zone in tops if zone.endswith(("-thermal", "-therm"))]
     hot = [f"{zone} reached {tops[zone]:.1f} C" for zone in zones if tops[zone] >= HOT]
     return [ConditionFinding(TOO_HOT, True, f"{', '.join(hot)}, the limit is {HOT:.0f} C")] if hot else []
 

@@ -166,6 +166,7 @@ def bench(
             folder = space.new_run(loaded.manifest.name)
             with live_bench() as (progress, tell):
                 summary = run_benchmark(loaded, folder, options, progress, tell)
+            space.hand_over(folder)
         finally:
             loaded.close()
     show(describe_bench(summary, folder), as_json)

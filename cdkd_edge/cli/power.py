@@ -23,7 +23,7 @@ def power(
 ) -> None:
     """Which sources of power answer here: what they cover, watts now, readings per second, or why there are none.
 
-    Leaves with 15 if the one that --source names cannot be used.
+    Leaves with 16 if the one that --source names cannot be used.
     """
     from cdkd_edge.errors import PowerError
     from cdkd_edge.power.find import list_sources

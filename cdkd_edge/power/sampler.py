@@ -169,8 +169,11 @@ class PowerSampler:
         """Why no sample will come any more; empty while some may."""
         return next((problem.message for problem in self._problems if problem.kind in ("lost", "died")), "")
 
-    def silence(self) -> float:
-        """Seconds since the latest sample."""
+    def silence(self, rail: str | None = None) -> float:
+        """Seconds since the latest sample, or the latest one of a rail."""
+        if rail is not None:
+            taken = (sample.time for sample in reversed(self._samples) if rail in sample.values)
+            return time.monotonic() - next(taken, self._began)
         return time.monotonic() - max(self._heard, self._began)
 
     def watts(self) -> dict[str, float]:

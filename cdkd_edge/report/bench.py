@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,12 +71,18 @@ def _mode(summary: BenchSummary) -> str:
     return (f", {mode['name']}" if mode else ", power mode unknown") + (", jetson_clocks" if clocks else "")
 
 
-def _figure(figure: Figure, digits: int = 2) -> str:
+def _figure(figure: Figure) -> str:
     """A mean, with its interval if there is one."""
+    digits = _decimals(figure.mean)
     text = f"{figure.mean:.{digits}f}"
     if figure.interval is not None:
         text += f" ({figure.interval.low:.{digits}f} .. {figure.interval.high:.{digits}f})"
     return text
+
+
+def _decimals(value: float) -> int:
+    """Two, and more of what is small: at least three digits that say something, as far as a millionth."""
+    return 2 if abs(value) < 1e-4 else max(2, 2 - math.floor(math.log10(abs(value))))
 
 
 def _power_rows(figures: Figures) -> list[tuple[str, str]]:
@@ -84,12 +91,13 @@ def _power_rows(figures: Figures) -> list[tuple[str, str]]:
         return [("power", f"not measured: {figures.power_reason}")]
     rows = []
     for rail, one in power.rails.items():
+        gross, net = one.gross_joules_per_tile.mean, one.net_joules_per_tile.mean
         rows.append(
             (
                 f"power ({power.scope})",
                 f"{rail}: idle {_figure(one.idle_watts)} W, load {_figure(one.load_watts)} W, net "
-                f"{_figure(one.net_watts)} W; per tile {one.gross_joules_per_tile.mean:.2f} J gross, "
-                f"{one.net_joules_per_tile.mean:.2f} J net",
+                f"{_figure(one.net_watts)} W; per tile {gross:.{_decimals(gross)}f} J gross, "
+                f"{net:.{_decimals(net)}f} J net",
             )
         )
     gaps = f", {power.gaps} gaps of {power.gap_seconds:.1f} s together" if power.gaps else ", no gap"

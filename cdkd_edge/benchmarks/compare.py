@@ -29,7 +29,7 @@ from cdkd_edge.benchmarks.ratio import (
 from cdkd_edge.benchmarks.record import LOAD, Figures
 from cdkd_edge.benchmarks.scores import Score, scores_by_engine
 from cdkd_edge.benchmarks.statistics import Figure
-from cdkd_edge.errors import CompareError
+from cdkd_edge.errors import CompareError, UsageError
 
 METHOD = (
     "95 %; ratio of two independent means on its logarithm, Welch's degrees of freedom; over repeats, or over "
@@ -57,11 +57,12 @@ def compare_runs(
 
     Raises:
         BenchError: a folder is no run, or is damaged.
-        CompareError: there are fewer than two, a run has no figures, they are not comparable (unless forced), a limit
+        UsageError: there are fewer than two.
+        CompareError: a run has no figures, they are not comparable (unless forced), a limit
             can't be held against them, or an evaluation can't be read.
     """
     if len(folders) < 2:
-        raise CompareError("a comparison needs at least two runs", hint="cdkd-edge compare RUN RUN...")
+        raise UsageError("a comparison needs at least two runs", hint="cdkd-edge compare RUN RUN...")
     if not 0 <= baseline < len(folders):
         raise CompareError(f"there is no run {baseline + 1}; {len(folders)} were named")
     runs = [read_run(folder.parent if folder.name == SUMMARY else folder) for folder in folders]

@@ -90,13 +90,13 @@ def test_real_imagery_of_a_scene_never_trained_on(workspace: Path) -> None:
     confusion = ConfusionMatrix(len(schema))
     images = sorted((DUBAI / "images").glob(f"{HELD_OUT_SCENE}_*.jpg"))
     assert images
-    outputs = run("segment", *map(str, images), "-w", str(workspace), "--quicklook")
+    outputs = run("segment", *map(str, images), "-w", str(workspace), "--preview")
     for image, output in zip(images, outputs, strict=True):
         mask = Image.open(DUBAI / "masks" / f"{image.stem}.png").convert("RGB")
         truth = schema.encode(np.asarray(mask), mask.filename if hasattr(mask, "filename") else image.stem)
         with rasterio.open(output["output"]) as dataset:
             confusion.update(truth, dataset.read(1))
-        assert Path(output["quicklook"]).is_file()
+        assert Path(output["preview"]).is_file()
     assert confusion.mean_iou > 0.51  # 0.522 measured; the better colour rule: 0.392
     assert confusion.overall_accuracy > 0.86  # 0.874 measured; always the commonest class: 0.526
     (engine,) = (workspace / "engines").glob("*.onnx")

@@ -273,7 +273,7 @@ def test_build_makes_the_graph_and_the_engine_and_nothing_becomes_ambiguous(spac
     for arguments in (
         ["segment", scene],
         ["inspect"],
-        ["bench", "--duration", "0.1", "--warmup", "0", "--scene", scene],
+        ["bench", "--duration", "0.1", "--max-warm-up", "0", "--scene", scene],
         ["roofline"],
         ["build"],
     ):

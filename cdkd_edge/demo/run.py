@@ -96,7 +96,7 @@ def run_demo(
             mean_iou = confusion.mean_iou
         progress("measuring the speed")
         folder = workspace.new_run("demo")
-        bench = run_benchmark(engine, folder, BenchOptions(protocol_of(load=6.0, warm_up_cap=10.0)))
+        bench = run_benchmark(engine, folder, BenchOptions(protocol_of(load=4.0, warm_up_cap=4.0)))
     finally:
         engine.close()
     return DemoResult(exported, built, engine_path, result, quicklook, mean_iou, bench, folder)

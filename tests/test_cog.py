@@ -273,7 +273,7 @@ def test_no_more_may_be_written(tmp_path: Path) -> None:
 def test_a_full_disk_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = label_map(tmp_path / "map.tif", patches(600, 600))
     source.write_bytes(source.read_bytes()[:3000])
-    monkeypatch.setattr(cog.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr("cdkd_edge.scene.raster.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(SystemRefusalError, match="no space left"):
         write_cog(source, tmp_path / "cog.tif", SCHEMA, {})
 

@@ -27,8 +27,8 @@ logging.getLogger("rasterio").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 CACHE_BYTES = 32 << 20
-"""GDAL's cache of blocks. What is read and written here goes along blocks; it is for masks and for resampling, which ask
-for a block again soon. GDAL's own default is a share of the memory."""
+"""GDAL's cache of blocks. What is read and written here goes along blocks; it is for masks and for resampling, which
+ask for a block again soon. GDAL's own default is a share of the memory."""
 
 # One for all threads of the process. An option of rasterio.Env would be so too, and whichever thread leaves first would
 # put the default back; and Env takes bytes, where GDAL's environment variable takes MB.

@@ -18,13 +18,14 @@ import rasterio
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.transform import Affine, from_origin
-from scene_helpers import SCHEMA, names_in, read_labels, write_raster
+from scene_helpers import SCHEMA, ProbabilityEngine, names_in, noise, read_labels, write_raster
 
 from cdkd_edge.errors import SceneError, SystemRefusalError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.scene import cog
 from cdkd_edge.scene.cog import write_cog
 from cdkd_edge.scene.pam import ClassArea
+from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -273,7 +274,7 @@ def test_no_more_may_be_written(tmp_path: Path) -> None:
 def test_a_full_disk_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = label_map(tmp_path / "map.tif", patches(600, 600))
     source.write_bytes(source.read_bytes()[:3000])
-    monkeypatch.setattr(cog.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr("cdkd_edge.scene.raster.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(SystemRefusalError, match="no space left"):
         write_cog(source, tmp_path / "cog.tif", SCHEMA, {})
 
@@ -292,3 +293,29 @@ def test_unicode_and_odd_names(tmp_path: Path) -> None:
     source = label_map(folder / "kárta 'x' \"y\".tif", labels)
     write_cog(source, folder / "ç.tif", SCHEMA, {})
     assert (read_labels(folder / "ç.tif") == labels).all()
+
+
+def test_the_confidence_raster_is_one_too(tmp_path: Path) -> None:
+    scene = write_raster(tmp_path / "scene.tif", noise(1100, 700), photometric="RGB", **UTM)
+    segment_scene(ProbabilityEngine(256), scene, tmp_path / "map.tif", SegmentOptions(confidence=True))
+    path = tmp_path / "map_confidence.tif"
+    validate = pytest.importorskip("rio_cogeo", reason="rio-cogeo judges the layout").cog_validate
+    assert validate(str(path), quiet=True) == (True, [], [])
+    with rasterio.open(path) as dataset:
+        percent = dataset.read(1)
+        assert dataset.overviews(1) == [2, 4]
+        assert dataset.nodata == 255
+        assert dataset.colorinterp[0].name == "gray"
+        assert dataset.tags()["UNIT"].startswith("per cent")
+        assert (dataset.read(1, out_shape=(550, 350)) == percent[::2, ::2]).all()
+    assert not (tmp_path / "map_confidence.tif.aux.xml").exists()
+
+
+def test_gdal_keeps_as_much_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rasterio takes bytes; GDAL's environment variable is in MB."""
+    program = "from cdkd_edge.scene import raster; from rasterio.env import get_gdal_config as g; "
+    program += "import rasterio; e = raster.gdal('x'); e.__enter__(); print(g('GDAL_CACHEMAX'))"
+    monkeypatch.delenv("GDAL_CACHEMAX", raising=False)
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == f"{32 << 20}\n"
+    monkeypatch.setenv("GDAL_CACHEMAX", "77")
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == f"{77 << 20}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scene_helpers import relaxed
 
+from cdkd_edge.errors import SceneError
 from cdkd_edge.labels import NO_LABEL
-from cdkd_edge.scene.pyramid import Pyramid, halved
+from cdkd_edge.scene.pyramid import Pyramid, every_other, halved
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -71,3 +73,29 @@ def test_it_is_what_gdal_makes_where_no_two_labels_are_equally_frequent(tmp_path
     for level, expected in enumerate((halved(whole), halved(halved(whole)))):
         with rasterio.open(tmp_path / "map.tif", overview_level=level) as overview:
             assert (overview.read(1) == expected).all()
+
+
+def test_numbers_are_not_mixed(tmp_path: Path) -> None:
+    whole = np.random.default_rng(2).integers(0, 256, (1101, 905)).astype(np.uint8)
+    with Pyramid(tmp_path, *whole.shape, every_other, "percent") as pyramid:
+        for top in range(0, 1101, 512):
+            pyramid.add(whole[top : top + 512])
+    assert [path.name for path in pyramid.paths] == ["percent-1.tif", "percent-2.tif"]
+    with rasterio.open(pyramid.paths[1]) as level:
+        assert (level.read(1) == whole[::4, ::4]).all()
+
+
+def test_what_gdal_reports_at_the_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyramid = Pyramid(tmp_path, 600, 600).__enter__()
+    pyramid.add(np.zeros((600, 600), np.uint8))
+    level = pyramid._levels[0]
+    close = level._dataset.close
+
+    class Failing:
+        def close(self) -> None:
+            close()
+            logging.getLogger("rasterio._env").error("CPLE_FileIO in overview-1.tif: write error")
+
+    level._dataset = Failing()
+    with pytest.raises(SceneError, match="write error"):
+        pyramid.__exit__(None, None, None)

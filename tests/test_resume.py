@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scene_helpers import FakeEngine, ProbabilityEngine, engine_manifest, names_in, noise, read_labels, write_raster
+from scene_helpers import (
+    FakeEngine,
+    ProbabilityEngine,
+    engine_manifest,
+    names_in,
+    noise,
+    pipeline_threads,
+    read_labels,
+    write_raster,
+)
 
 from cdkd_edge.errors import EngineError, SceneError, SystemRefusalError
 from cdkd_edge.scene.outputs import confidence_path, spare
-from cdkd_edge.scene.partial import Partial, differences, partial_folder
+from cdkd_edge.scene.partial import Partial, differences, drop_finished, partial_folder
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
 from cdkd_edge.scene.plan import Plan
+from cdkd_edge.scene.pyramid import Pyramid
 from cdkd_edge.scene.reader import Stretch
 from cdkd_edge.scene.spool import Spool
 
@@ -340,6 +351,41 @@ def test_a_folder_where_the_map_should_be(tmp_path: Path, scene: Path) -> None:
     with pytest.raises(IsADirectoryError):
         segment_scene(FakeEngine(TILE), scene, tmp_path / "map.tif")
     assert not (tmp_path / "map.tif.aux.xml").exists()
+
+
+def test_ctrl_c_while_waiting_for_the_last_rows_leaves_nothing_half_done(
+    tmp_path: Path, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python up to 3.12 takes a thread for finished when join() is interrupted."""
+    add, main = Pyramid.add, threading.main_thread().ident
+    assert main is not None
+
+    def slow(pyramid: Pyramid, rows: Any) -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.2)  # the main thread waits for this one, and is interrupted
+        add(pyramid, rows)
+
+    monkeypatch.setattr(Pyramid, "add", slow)
+    with pytest.raises(KeyboardInterrupt):
+        segment_scene(FakeEngine(TILE), scene, tmp_path / "map.tif")
+    assert pipeline_threads() == []
+    assert names_in(partial_folder(tmp_path / "map.tif")) == ["labels.spool", "lock", "run.json"]
+
+
+def test_what_a_finished_run_left_is_dropped_and_nothing_else(tmp_path: Path, scene: Path, interrupted: Path) -> None:
+    drop_finished(interrupted)
+    assert partial_folder(interrupted).exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *paths, **options: None)  # killed just before
+        segment_scene(FakeEngine(TILE), scene, interrupted)
+    whole = files(interrupted.parent)
+    assert json.loads((partial_folder(interrupted) / "run.json").read_text())["finished"] is True
+    with Partial(interrupted, {}, resume=False):
+        drop_finished(interrupted)
+        assert partial_folder(interrupted).exists()
+    drop_finished(interrupted)
+    assert names_in(interrupted.parent) == [*WHOLE, "scene.tif"]
+    assert interrupted.read_bytes() == whole["map.tif"]
 
 
 def test_names_in_any_script(tmp_path: Path, scene: Path) -> None:

@@ -25,7 +25,7 @@ from cdkd_edge.errors import CdkdEdgeError, EngineError, SystemRefusalError
 from cdkd_edge.fleet.kept import KeptMap, refuse_foreign_map
 from cdkd_edge.fleet.products import NOTHING, PRODUCTS, Wanted, refuse_existing_products, write_products
 from cdkd_edge.scene import pipeline
-from cdkd_edge.scene.partial import continues_replacing
+from cdkd_edge.scene.partial import continues_replacing, drop_finished
 from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult
 
 JOB_VERSION = 1
@@ -190,6 +190,7 @@ def do_job(engine: Labeller, job: Job, progress: Callable[[int, int], None] = la
                 raise
         if kept is not None and now == job.before:
             status = KEPT
+            drop_finished(output)
         elif kept is not None:
             notes = ("finished by an earlier attempt, whose answer was lost",)
     if kept is None:

@@ -29,6 +29,8 @@ class KeptMap:
     class_pixels: dict[str, int]
     no_data_pixels: int
     areas: Areas
+    confidence: Path | None = None
+    """The confidence raster beside it, if one was asked for."""
 
 
 def refuse_foreign_map(
@@ -81,6 +83,7 @@ def refuse_foreign_map(
         class_pixels={area.name: area.pixels for area in areas.classes},
         no_data_pixels=areas.no_data.pixels,
         areas=areas,
+        confidence=confidence_path(output) if options.confidence else None,
     )
 
 

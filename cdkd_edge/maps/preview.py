@@ -242,10 +242,8 @@ def _percent(share: float) -> str:
 def _hectares(hectares: float | None) -> str:
     if hectares is None:
         return ""
-    if hectares < _SMALL_HA:
-        return f"{hectares * 10_000:,.0f} m²".replace(",", " ")
-    if hectares >= 100_000:
-        return f"{hectares / 100:,.0f} km²".replace(",", " ")
+    if hectares < _SMALL_HA:  # not in square metres: the font has no raised two
+        return f"{hectares:.4f} ha"
     return f"{hectares:,.{1 if hectares < 1000 else 0}f} ha".replace(",", " ")
 
 

@@ -38,6 +38,7 @@ def describe_job(report: JobReport) -> Report:
         *(("note", note) for note in report.notes),
         *class_rows(kept.areas, total),
         ("no data", f"{kept.no_data_pixels / total:.1%}"),
+        *([("confidence", str(kept.confidence))] if kept.confidence else []),
         *report.products.items(),
     ]
     was_there = "" if report.status == DONE else ", kept: it was there"

@@ -6,39 +6,29 @@ Layout and options: https://gdal.org/en/stable/drivers/raster/cog.html.
 from __future__ import annotations
 
 import contextlib
-import logging
-import shutil
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import rasterio
 import rasterio.shutil
-from rasterio._err import CPLE_BaseError  # rasterio.shutil lets GDAL's own errors through
 from rasterio.io import MemoryFile
 
-from cdkd_edge.errors import SceneError, SystemRefusalError
+from cdkd_edge.errors import SceneError
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.scene.pam import ClassArea, label_map_xml, sidecar_path
-from cdkd_edge.scene.raster import gdal, open_scene
+from cdkd_edge.scene.raster import open_scene, writing
 
 BLOCK = 512
 """Side of the file's blocks, px; also the longest side of the smallest overview."""
-
-_CACHE_MB = 64
-"""GDAL's block cache while it copies: some rows of blocks of a map of 100,000 px."""
-
-_LITTLE_ROOM = 1 << 20
-"""Copying that failed with less than this free, in bytes, failed for want of room."""
 
 
 def write_cog(
     source: Path,
     destination: Path,
-    schema: LabelSchema,
+    schema: LabelSchema | None,
     tags: Mapping[str, str],
     *,
     overviews: bool = True,
@@ -56,7 +46,7 @@ def write_cog(
     Args:
         source: uint8 label map of one band, nodata 255; tiled, or reading it costs more.
         destination: the file to write (``.tif``); may be ``source``.
-        schema: class names and colours.
+        schema: class names and colours; None: a raster of numbers without either, whose sidecar is GDAL's if it has one.
         tags: TIFF metadata in addition to the source's.
         overviews: whether to add overviews down to 512 px.
         pyramid: rasters to take them from, each half the size of the one before (:mod:`.pyramid`). Default: by GDAL.
@@ -69,12 +59,16 @@ def write_cog(
         OSError: the folder cannot be written.
     """
     source, destination = Path(source), Path(destination)
-    with whole_file(destination) as temporary, whole_file(sidecar_path(destination)) as sidecar:
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(whole_file(destination))
         try:
             _copy(source, temporary, destination, schema, tags, overviews, pyramid, threads)
             extra = sidecar_path(temporary)
-            text = label_map_xml(schema, areas, extra=extra.read_text(encoding="utf-8") if extra.exists() else None)
-            sidecar.write_text(text, encoding="utf-8")
+            text = extra.read_text(encoding="utf-8") if extra.exists() else None
+            if schema is not None:
+                text = label_map_xml(schema, areas, extra=text)
+            if text is not None:
+                stack.enter_context(whole_file(sidecar_path(destination))).write_text(text, encoding="utf-8")
         finally:
             # GDAL's own companions: an unusual CRS beside it, overviews while it works.
             for suffix in (".aux.xml", ".ovr.tmp", ".msk.ovr.tmp"):
@@ -85,7 +79,7 @@ def _copy(
     source: Path,
     temporary: Path,
     destination: Path,
-    schema: LabelSchema,
+    schema: LabelSchema | None,
     tags: Mapping[str, str],
     overviews: bool,
     pyramid: Sequence[Path],
@@ -93,14 +87,15 @@ def _copy(
 ) -> None:
     with open_scene(source) as dataset:
         shape = _require_label_map(dataset, source)
-    with _reported(f"writing {destination}", destination.parent), rasterio.Env(GDAL_CACHEMAX=_CACHE_MB):
+    with writing(f"writing {destination}", destination.parent):
         # The COG driver copies what its source says of itself; a virtual dataset can say more than the file does.
         with contextlib.ExitStack() as stack:
             description = stack.enter_context(MemoryFile(ext=".vrt"))
             rasterio.shutil.copy(str(source.resolve()), description.name, driver="VRT")
             with rasterio.open(description.name, "r+") as virtual:
                 virtual.nodata = NO_LABEL
-                virtual.write_colormap(1, colormap(schema))
+                if schema is not None:
+                    virtual.write_colormap(1, colormap(schema))
                 virtual.update_tags(**tags)
             copied = description.name
             if overviews and pyramid:
@@ -115,7 +110,7 @@ def _copy(
                 BLOCKSIZE=BLOCK,
                 BIGTIFF="IF_SAFER",
                 OVERVIEWS="NONE" if not overviews else "FORCE_USE_EXISTING" if pyramid else "IGNORE_EXISTING",
-                OVERVIEW_RESAMPLING="MODE",
+                OVERVIEW_RESAMPLING="MODE" if schema is not None else "NEAREST",
                 OVERVIEW_COMPRESS="DEFLATE",
                 OVERVIEW_PREDICTOR="NO",
                 NUM_THREADS=threads or "ALL_CPUS",
@@ -159,31 +154,3 @@ def _require_whole(path: Path, shape: tuple[int, int], destination: Path) -> Non
         if (dataset.height, dataset.width) != shape or sum(map(int, place)) > path.stat().st_size:
             raise SceneError(f"writing {destination} failed: the file is not whole")
         dataset.read(1, window=((shape[0] - 1, shape[0]), (shape[1] - 1, shape[1])))
-
-
-@contextlib.contextmanager
-def _reported(doing: str, folder: Path) -> Iterator[None]:
-    """Errors of GDAL as ours, also those that rasterio only logs; and want of room as such."""
-    thread, messages = threading.get_ident(), list[str]()
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.thread == thread:
-                messages.append(record.getMessage())
-
-    logger, collector = logging.getLogger("rasterio._env"), Collector(logging.ERROR)
-    logger.addHandler(collector)
-    try:
-        with gdal(doing):
-            try:
-                yield
-            except CPLE_BaseError as error:
-                raise SceneError(f"{doing} failed: {' '.join(str(error).split())}") from None
-        if messages:
-            raise SceneError(f"{doing} failed: {messages[0]}")
-    except SceneError:
-        if shutil.disk_usage(folder).free < _LITTLE_ROOM:
-            raise SystemRefusalError(f"{doing} failed: no space left on the device") from None
-        raise
-    finally:
-        logger.removeHandler(collector)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from cdkd_edge.labels import LabelSchema
 from cdkd_edge.scene.areas import Areas, class_areas
 from cdkd_edge.scene.cog import write_cog
 from cdkd_edge.scene.merge import NO_CONFIDENCE
-from cdkd_edge.scene.pyramid import Pyramid
+from cdkd_edge.scene.pyramid import Pyramid, every_other
 from cdkd_edge.scene.spool import CONFIDENCE, LABELS, Spool
 from cdkd_edge.scene.writer import BLOCK, LabelMapWriter
 
@@ -37,6 +37,8 @@ class PlainRasters:
     """Pixels per label in each row of pixels, ``[height, K + 1]``; the last column is no label."""
     pyramid: tuple[Path, ...]
     """Overviews of the label map."""
+    confidence_pyramid: tuple[Path, ...] = ()
+    """Overviews of the confidence raster."""
 
 
 class _StoppedError(Exception):
@@ -74,15 +76,14 @@ class RasterWriting:
         self._error: BaseException | None = None
         self._folder = folder = folder / "finish"
         height, width = spool.height, spool.width
-        self._label_map = LabelMapWriter(
-            folder / "label_map.tif", height, width, schema, georeference, tags, quick=True
-        )
-        self._pyramid = Pyramid(folder, height, width)
-        self._writers = [(LABELS, self._label_map)]
+        labels = LabelMapWriter(folder / "label_map.tif", height, width, schema, georeference, tags, quick=True)
+        self._writers = [(LABELS, labels, Pyramid(folder, height, width))]
         if confidence:
             percent = {**tags, "UNIT": f"per cent, {NO_CONFIDENCE} where there is no label"}
-            raster = LabelMapWriter(folder / "confidence.tif", height, width, None, georeference, percent)
-            self._writers.append((CONFIDENCE, raster))
+            raster = LabelMapWriter(folder / "confidence.tif", height, width, None, georeference, percent, quick=True)
+            levels = Pyramid(folder, height, width, every_other, "confidence-overview")
+            self._writers.append((CONFIDENCE, raster, levels))
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._guard, name="write")
 
     def __enter__(self) -> RasterWriting:
@@ -97,7 +98,7 @@ class RasterWriting:
         with self._turn:
             self._stopped = True
             self._turn.notify_all()
-        self._thread.join()
+        self._wait_for_the_end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def advance(self, rows: int) -> None:
@@ -119,37 +120,44 @@ class RasterWriting:
             SceneError: GDAL cannot write, or the spool is damaged.
             SystemRefusalError, OSError: the system refused to write.
         """
-        self._thread.join()
+        self._wait_for_the_end()
         if self._error is not None:
             raise self._error
-        writer = self._label_map
-        other = [raster.path for kind, raster in self._writers if kind == CONFIDENCE]
+        (_, writer, pyramid), *other = self._writers
         return PlainRasters(
             label_map=writer.path,
-            confidence=other[0] if other else None,
+            confidence=other[0][1].path if other else None,
             counts=writer.counts,
             row_counts=writer.row_counts,
-            pyramid=tuple(self._pyramid.paths),
+            pyramid=tuple(pyramid.paths),
+            confidence_pyramid=tuple(other[0][2].paths) if other else (),
         )
+
+    def _wait_for_the_end(self) -> None:
+        # Not by join() alone: when Ctrl-C ends it, Python up to 3.12 takes the thread for finished, and what it writes
+        # after that would stay in the folder.
+        self._ended.wait()
+        self._thread.join()
 
     def _guard(self) -> None:
         try:
             with contextlib.ExitStack() as stack:
-                for _, writer in self._writers:
+                for _, writer, pyramid in self._writers:
                     stack.enter_context(writer)
-                stack.enter_context(self._pyramid)
+                    stack.enter_context(pyramid)
                 for top in range(0, self._spool.height, BLOCK):
                     self._wait_for(min(top + BLOCK, self._spool.height))
-                    for kind, writer in self._writers:
+                    for kind, writer, pyramid in self._writers:
                         rows = self._spool.row_of_blocks(kind, top)
                         writer.write_rows(rows)
-                        if kind == LABELS:
-                            self._pyramid.add(rows)
+                        pyramid.add(rows)
         except _StoppedError:
             pass
         except BaseException as error:
             with self._turn:
                 self._error = error
+        finally:
+            self._ended.set()
 
     def _wait_for(self, rows: int) -> None:
         with self._turn:
@@ -160,15 +168,21 @@ class RasterWriting:
 
 
 def finish_label_map(
-    plain: PlainRasters, destination: Path, schema: LabelSchema, confidence: Path | None = None
+    plain: PlainRasters,
+    destination: Path,
+    schema: LabelSchema,
+    confidence: Path | None = None,
+    *,
+    on_whole: Callable[[], None] = lambda: None,
 ) -> Areas:
-    """Make the label map a Cloud-optimised GeoTIFF, and give finished rasters the names a user knows.
+    """Make the rasters Cloud-optimised GeoTIFFs, and give them the names a user knows.
 
     Args:
         plain: all of it, on the same file system.
         destination: the label map (``.tif``); class names and areas beside it in ``.aux.xml``.
         schema: its classes.
         confidence: where the confidence raster goes, if there is one.
+        on_whole: called when all is written and nothing has its final name yet.
 
     Returns:
         Pixels and hectares of the classes.
@@ -180,6 +194,9 @@ def finish_label_map(
     areas = class_areas(plain.label_map, schema, plain.row_counts)
     # GDAL makes one of a whole raster only.
     write_cog(plain.label_map, plain.label_map, schema, {}, pyramid=plain.pyramid, areas=areas.classes)
+    if confidence is not None and plain.confidence is not None:
+        write_cog(plain.confidence, plain.confidence, None, {}, pyramid=plain.confidence_pyramid)
+    on_whole()
     if confidence is not None and plain.confidence is not None:
         _publish(plain.confidence, confidence)
     _publish(plain.label_map, destination)

@@ -106,6 +106,7 @@ class Flow:
         self._all_computed = False
         self._error: BaseException | None = None
         self._stopped = False
+        self._started = self._ended = 0  # threads
 
     def run(self) -> None:
         """Run to the end, or raise the first error of any part after all have stopped."""
@@ -116,18 +117,26 @@ class Flow:
         try:
             for thread in threads:
                 thread.start()
+                self._started += 1
             self._infer()
+            self._wait_for_threads()
         except _StoppedError:
             pass
         except BaseException:
             self._stop(None)
             raise
         finally:
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            self._wait_for_threads()
+            for thread in threads[: self._started]:
+                thread.join()
         if self._error is not None:
             raise self._error
+
+    def _wait_for_threads(self) -> None:
+        # Not by join() alone: when Ctrl-C ends it, Python up to 3.12 takes the thread for finished.
+        with self._turn:
+            while self._ended < self._started:
+                self._turn.wait()
 
     # --- what is to be done, in order ---------------------------------------------------------------
 
@@ -277,6 +286,10 @@ class Flow:
             pass
         except BaseException as error:
             self._stop(error)
+        finally:
+            with self._turn:
+                self._ended += 1
+                self._turn.notify_all()
 
     def _stop(self, error: BaseException | None) -> None:
         with self._turn:

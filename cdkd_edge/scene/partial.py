@@ -33,6 +33,16 @@ def continues_replacing(output: Path) -> bool:
     return bool(_document(partial_folder(output)).get("replaces"))
 
 
+def drop_finished(output: Path) -> None:
+    """Remove what a run left that was killed after its label map was whole; nothing else is touched."""
+    folder = partial_folder(output)
+    if not _document(folder).get("finished"):
+        return
+    with contextlib.suppress(OSError), open(folder / "lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def way_to_go_on(output: Path) -> str | None:
     """What to tell somebody who interrupted a run; None if nothing was done yet."""
     folder = partial_folder(output)
@@ -75,6 +85,10 @@ class Partial:
     def spool(self) -> Path:
         """Where finished rows of tiles are."""
         return self.folder / "labels.spool"
+
+    def finishing(self) -> None:
+        """Note that all rasters are whole and are about to get their final names; see :func:`drop_finished`."""
+        write_text(self.folder / "run.json", json.dumps({**self._note, "finished": True}, indent=1) + "\n")
 
     def __enter__(self) -> Partial:
         return self
@@ -129,7 +143,8 @@ class Partial:
                 )
             replaces = replaces or bool(found.get("replaces"))
         self._tidy(_KEPT if self.worth_keeping else ("lock",))
-        write_text(self.folder / "run.json", json.dumps({"identity": identity, "replaces": replaces}, indent=1) + "\n")
+        self._note = {"identity": identity, "replaces": replaces}
+        write_text(self.folder / "run.json", json.dumps(self._note, indent=1) + "\n")
 
     def _tidy(self, kept: tuple[str, ...]) -> None:
         """Remove what a run left that was killed, such as half a GeoTIFF."""

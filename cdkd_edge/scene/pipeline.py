@@ -106,7 +106,7 @@ def segment_scene(
         finishing = time.perf_counter()
         finished = writing.result()
         confidence = confidence_path(output) if options.confidence else None
-        areas = finish_label_map(finished, output, engine.schema, confidence)
+        areas = finish_label_map(finished, output, engine.schema, confidence, on_whole=partial.finishing)
         totals.stages["finish"] = time.perf_counter() - finishing
         partial.finished = True
         result = _result(engine, reader, plan, output, finished, spool.tiles_without_data)

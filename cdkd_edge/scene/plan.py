@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from cdkd_edge.scene.grid import Span, TileGrid
 
-PANEL_BYTES = 128 << 20
+PANEL_BYTES = 96 << 20
 """What the pixels of one row of tiles of a panel may take."""
 
 

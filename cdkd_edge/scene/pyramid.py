@@ -1,4 +1,4 @@
-"""Overviews of a label map, halved row by row while it is written.
+"""Overviews of a raster, halved row by row while it is written.
 
 GDAL's MODE resampling does the same on one core at some 80 MP/s, slower than everything else in the pipeline together;
 this takes a tenth of that. Each level is halved from the one above, as GDAL does it: of four labels the most frequent,
@@ -7,6 +7,8 @@ pixels without a label having no vote; of equally frequent ones the first.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,10 +19,13 @@ import rasterio
 from rasterio.windows import Window
 
 from cdkd_edge.labels import NO_LABEL
-from cdkd_edge.scene.raster import gdal
+from cdkd_edge.scene.raster import writing
 from cdkd_edge.scene.writer import BLOCK, quick_compression
 
 Labels = npt.NDArray[np.uint8]
+
+_LOWEST_BLOCK = 16
+"""Blocks of a GeoTIFF are a multiple of it high."""
 
 _ROWS = 32
 """Halved at once: what is worked on stays in the processor's cache for maps of usual width."""
@@ -51,25 +56,42 @@ def _mode_of_four(labels: Labels, out: Labels) -> None:
     np.copyto(out, first, where=out == NO_LABEL)
 
 
+def every_other(values: Labels) -> Labels:
+    """Half the resolution of ``[H, W]`` by the nearest pixel: for numbers that must not be mixed."""
+    return np.ascontiguousarray(values[::2, ::2])
+
+
 class Pyramid:
-    """Writes the overviews of a label map whose rows come from top to bottom. Use as a context manager.
+    """Writes the overviews of a raster whose rows come from top to bottom. Use as a context manager.
 
     Args:
-        folder: where ``overview-1.tif`` ... go.
-        height, width: of the label map, px.
+        folder: where ``NAME-1.tif`` ... go.
+        height, width: of the raster, px.
+        halve: how ``[H, W]`` becomes ``[ceil(H / 2), ceil(W / 2)]``.
+        name: of the files.
 
     Raises:
         SceneError: GDAL cannot write a file.
+        SystemRefusalError: the disk is full.
     """
 
-    def __init__(self, folder: Path, height: int, width: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        height: int,
+        width: int,
+        halve: Callable[[Labels], Labels] = halved,
+        name: str = "overview",
+    ) -> None:
         self.paths: list[Path] = []
         """Half the resolution, a quarter ... until both sides fit into a block."""
         self._levels: list[_Level] = []
         while max(height, width) > BLOCK:
             height, width = -(-height // 2), -(-width // 2)
-            self.paths.append(folder / f"overview-{len(self.paths) + 1}.tif")
-            self._levels.append(_Level(self.paths[-1], height, width))
+            self.paths.append(folder / f"{name}-{len(self.paths) + 1}.tif")
+            # What a row of the raster's blocks becomes is a row of blocks here, so that rows need not be collected.
+            block = max(_LOWEST_BLOCK, BLOCK >> len(self.paths))
+            self._levels.append(_Level(self.paths[-1], height, width, block, halve))
 
     def __enter__(self) -> Pyramid:
         try:
@@ -88,13 +110,15 @@ class Pyramid:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for level in self._levels:
-            level.close()
+        with contextlib.ExitStack() as stack:  # all of them, also if one fails
+            for level in self._levels:
+                stack.callback(level.close)
 
 
 class _Level:
-    def __init__(self, path: Path, height: int, width: int) -> None:
+    def __init__(self, path: Path, height: int, width: int, block: int, halve: Callable[[Labels], Labels]) -> None:
         self.path, self.height, self.width = path, height, width
+        self._block, self._halve = block, halve
         self._dataset: Any = None
         self._odd: Labels | None = None
         """A row of the level above that waits for its other half."""
@@ -104,7 +128,7 @@ class _Level:
 
     def open(self) -> None:
         profile = {"driver": "GTiff", "height": self.height, "width": self.width, "count": 1, "dtype": "uint8"}
-        with gdal(f"creating {self.path}"):
+        with writing(f"creating {self.path}", self.path.parent):
             self._dataset = rasterio.open(
                 self.path,
                 "w",
@@ -112,7 +136,7 @@ class _Level:
                 nodata=NO_LABEL,
                 tiled=True,
                 blockxsize=BLOCK,
-                blockysize=BLOCK,
+                blockysize=self._block,
                 BIGTIFF="IF_SAFER",
                 **quick_compression(),
             )
@@ -126,23 +150,24 @@ class _Level:
         last = done + -(-len(above) // 2) >= self.height and done * 2 + len(above) >= 2 * self.height - 1
         if len(above) % 2 and not last:
             self._odd, above = above[-1:].copy(), above[:-1]
-        rows = halved(above)
+        rows = self._halve(above)
         self._waiting.append(rows)
         self._rows += len(rows)
-        if self._rows >= BLOCK or self._next + self._rows == self.height:
+        if self._rows >= self._block or self._next + self._rows == self.height:
             self._write(whole=self._next + self._rows == self.height)
         return rows
 
     def _write(self, *, whole: bool) -> None:
         rows = np.concatenate(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
-        count = len(rows) if whole else len(rows) // BLOCK * BLOCK
-        with gdal(f"writing {self.path}"):
+        count = len(rows) if whole else len(rows) // self._block * self._block
+        with writing(f"writing {self.path}", self.path.parent):
             self._dataset.write(rows[:count], 1, window=Window(0, self._next, self.width, count))
         self._next += count
-        self._waiting = [rows[count:]] if count < len(rows) else []
+        self._waiting = [rows[count:].copy()] if count < len(rows) else []
         self._rows = len(rows) - count
 
     def close(self) -> None:
         if self._dataset is not None:
-            with gdal(f"writing {self.path}"):
+            # GDAL writes much of it only now.
+            with writing(f"writing {self.path}", self.path.parent):
                 self._dataset.close()

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
+import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import rasterio
+from rasterio._err import CPLE_BaseError  # rasterio.shutil lets GDAL's own errors through
+from rasterio.env import set_gdal_config
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import SceneError, SystemRefusalError
 
 # GDAL's messages reach the user once, as the text of our errors, not also through logging's last resort.
 logging.getLogger("rasterio").addHandler(logging.NullHandler())
 # Scenes without georeference are welcome; their label maps have none either. (A filter set once: the
 # context manager in warnings is not safe in threads.)
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+
+CACHE_BYTES = 32 << 20
+"""GDAL's cache of blocks. What is read and written here goes along blocks; it is for masks and for resampling, which
+ask for a block again soon. GDAL's own default is a share of the memory."""
+
+# One for all threads of the process. An option of rasterio.Env would be so too, and whichever thread leaves first would
+# put the default back; and Env takes bytes, where GDAL's environment variable takes MB.
+if "GDAL_CACHEMAX" not in os.environ:
+    set_gdal_config("GDAL_CACHEMAX", CACHE_BYTES)
+
+_LITTLE_ROOM = 1 << 20
+"""Writing that failed with less than this free, in bytes, failed for want of room."""
 
 _GDAL_OPTIONS = {
     "GDAL_PAM_ENABLED": "YES",
@@ -32,12 +49,9 @@ _GDAL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:|/vsi")
 
 
 @contextlib.contextmanager
-def gdal(doing: str, cache_mb: int = 256) -> Iterator[None]:
-    """A GDAL environment in which errors become :class:`SceneError`: "``doing`` failed: why".
-
-    GDAL's default for its cache of blocks is a share of the memory, too much on a board and unbounded on a server.
-    """
-    with rasterio.Env(GDAL_CACHEMAX=cache_mb, **_GDAL_OPTIONS):
+def gdal(doing: str) -> Iterator[None]:
+    """A GDAL environment in which errors become :class:`SceneError`: "``doing`` failed: why"."""
+    with rasterio.Env(**_GDAL_OPTIONS):
         try:
             yield
         except (RasterioError, RasterioIOError) as error:  # not a subclass before rasterio 1.4
@@ -51,6 +65,39 @@ def gdal(doing: str, cache_mb: int = 256) -> Iterator[None]:
             raise SceneError(f"{doing} failed: {reason}") from None
         except UnicodeEncodeError:
             raise SceneError(f"{doing} failed: GDAL takes only names in UTF-8") from None
+
+
+@contextlib.contextmanager
+def writing(doing: str, folder: Path) -> Iterator[None]:
+    """Like :func:`gdal`, also for errors that rasterio only logs; and want of room in ``folder`` is called so.
+
+    Raises:
+        SceneError: GDAL cannot write.
+        SystemRefusalError: the disk is full.
+    """
+    thread, messages = threading.get_ident(), list[str]()
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.thread == thread:  # what GDAL reports in others is about other files
+                messages.append(record.getMessage())
+
+    logger, collector = logging.getLogger("rasterio._env"), Collector(logging.ERROR)
+    logger.addHandler(collector)
+    try:
+        with gdal(doing):
+            try:
+                yield
+            except CPLE_BaseError as error:
+                raise SceneError(f"{doing} failed: {' '.join(str(error).split())}") from None
+        if messages:
+            raise SceneError(f"{doing} failed: {messages[0]}")
+    except SceneError:
+        if shutil.disk_usage(folder).free < _LITTLE_ROOM:
+            raise SystemRefusalError(f"{doing} failed: no space left on the device") from None
+        raise
+    finally:
+        logger.removeHandler(collector)
 
 
 def is_gdal_name(name: str) -> bool:

@@ -25,11 +25,6 @@ INVALID_FILL = np.array([124, 116, 104], np.uint8).reshape(3, 1, 1)
 
 _SEQUENTIAL = ("PNG", "JPEG", "GIF")
 
-TILE_CACHE_MB = 256
-"""What GDAL may keep where tiles are read one by one: the blocks under a row of them."""
-WINDOW_CACHE_MB = 64
-"""What it may keep where nothing is read twice."""
-
 
 class SceneReader:
     """One open scene. Not thread-safe: use it from the thread that reads.
@@ -141,9 +136,7 @@ class SceneReader:
         top, left = max(row.start, 0), max(column.start, 0)
         bottom, right = min(row.start + tile, self.height), min(column.start + tile, self.width)
         inside = (bottom - top, right - left) == (tile, tile)
-        pixels, valid = self.read_window(
-            top, left, bottom - top, right - left, out=out if inside else None, cache_mb=TILE_CACHE_MB
-        )
+        pixels, valid = self.read_window(top, left, bottom - top, right - left, out=out if inside else None)
         if inside:
             if pixels is not out:
                 out[:] = pixels
@@ -161,14 +154,12 @@ class SceneReader:
         width: int,
         *,
         out: npt.NDArray[np.uint8] | None = None,
-        cache_mb: int = WINDOW_CACHE_MB,
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
         """Read a rectangle of the scene.
 
         Args:
             top, left, height, width: the rectangle, px; it lies within the scene.
             out: uint8 ``[3, h, w]`` that may be used for the pixels.
-            cache_mb: what GDAL may keep of the file's blocks, MB.
 
         Returns:
             RGB ``[3, h, w]``, and validity ``[h, w]`` or None where every pixel is valid.
@@ -177,7 +168,7 @@ class SceneReader:
             SceneError: the file cannot be read there.
         """
         window = Window(left, top, width, height)
-        with gdal(f"reading {self.path}", cache_mb):
+        with gdal(f"reading {self.path}"):
             if self.limits is None:
                 pixels: npt.NDArray[Any] = self._dataset.read(self.bands, window=window, out=out)
             else:

@@ -25,9 +25,6 @@ from cdkd_edge.scene.raster import gdal
 BLOCK = 512
 """Side of the GeoTIFF's blocks, px. Rows are written in multiples of it, so no block is written twice."""
 
-_CACHE_MB = 64
-"""For GDAL; whole blocks are written once and need none."""
-
 _NO_ROOM = BLOCK * BLOCK
 """A write that failed with less room than a block, in bytes, failed for want of room."""
 
@@ -102,7 +99,7 @@ class LabelMapWriter:
         self._file = whole_file(self.path)
         self._temporary = temporary = self._file.__enter__()
         try:
-            with gdal(f"creating {self.path}", _CACHE_MB):
+            with gdal(f"creating {self.path}"):
                 self._dataset = rasterio.open(temporary, "w", **self._profile)
                 if self._schema is not None:
                     palette = self._schema.palette()
@@ -198,7 +195,7 @@ class LabelMapWriter:
     def _writing(self) -> Iterator[None]:
         self._errors.threads.add(threading.get_ident())
         try:
-            with gdal(f"writing {self.path}", _CACHE_MB):
+            with gdal(f"writing {self.path}"):
                 yield
             if self._errors.messages:
                 raise SceneError(f"writing {self.path} failed: {self._errors.messages[0]}")

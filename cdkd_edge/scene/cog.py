@@ -46,7 +46,7 @@ def write_cog(
     Args:
         source: uint8 label map of one band, nodata 255; tiled, or reading it costs more.
         destination: the file to write (``.tif``); may be ``source``.
-        schema: class names and colours; None: a raster of numbers without either, whose sidecar is GDAL's if it has one.
+        schema: class names and colours; None: a raster of numbers, and no sidecar unless GDAL needs one.
         tags: TIFF metadata in addition to the source's.
         overviews: whether to add overviews down to 512 px.
         pyramid: rasters to take them from, each half the size of the one before (:mod:`.pyramid`). Default: by GDAL.

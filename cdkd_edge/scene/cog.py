@@ -87,7 +87,8 @@ def _copy(
 ) -> None:
     with open_scene(source) as dataset:
         shape = _require_label_map(dataset, source)
-    with writing(f"writing {destination}", destination.parent):
+    room = (1 << 20) + sum(path.stat().st_size for path in (source, *pyramid))
+    with writing(f"writing {destination}", destination.parent, room):
         # The COG driver copies what its source says of itself; a virtual dataset can say more than the file does.
         with contextlib.ExitStack() as stack:
             description = stack.enter_context(MemoryFile(ext=".vrt"))

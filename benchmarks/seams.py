@@ -202,7 +202,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"With `crop`, parts that are kept end {results['border_of_kept_parts_px']} px from the border of a tile, "
-        "where tiles agree most. How often the label changes from a pixel to the next:",
+        "the furthest from both. How often the label changes from a pixel to the next:",
         "",
         "| merge | across borders of tiles | elsewhere | ratio (95 % over images) |",
         "|---|---|---|---|",
@@ -213,6 +213,16 @@ def as_markdown(results: dict[str, Any]) -> str:
             f"| {row['merge']} | {row['at_borders']:.3%} | {row['elsewhere']:.3%} "
             f"| {row['ratio']:.2f} ({low:.2f} .. {high:.2f}) |"
         )
+    edge = results["border_of_kept_parts_px"]
+    differing = [1 - row["agreement"] for row in results["agreement"] if row["from_px"] <= edge <= row["to_px"]]
+    if differing:
+        lines += [
+            "",
+            "The pixels to either side of such a border come from different tiles, so a step of `crop` is the "
+            f"network's own: {edge} px from their borders two tiles differ in {differing[0]:.1%} of the pixels, and "
+            f"{results['changes'][0]['at_borders']:.1%} of the labels change across borders. "
+            "`hann` blends what differs.",
+        ]
     return "\n".join([*lines, ""])
 
 

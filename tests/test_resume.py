@@ -361,8 +361,9 @@ def test_ctrl_c_while_waiting_for_the_last_rows_leaves_nothing_half_done(
     assert main is not None
 
     def slow(pyramid: Pyramid, rows: Any) -> None:
+        time.sleep(0.3)  # until the main thread has nothing left to do but wait for this one
         signal.pthread_kill(main, signal.SIGINT)
-        time.sleep(0.2)  # the main thread waits for this one, and is interrupted
+        time.sleep(0.3)
         add(pyramid, rows)
 
     monkeypatch.setattr(Pyramid, "add", slow)

@@ -46,7 +46,7 @@ def write_cog(
     Args:
         source: uint8 label map of one band, nodata 255; tiled, or reading it costs more.
         destination: the file to write (``.tif``); may be ``source``.
-        schema: class names and colours; None: a raster of numbers without either, whose sidecar is GDAL's own.
+        schema: class names and colours; None: a raster of numbers, and no sidecar unless GDAL needs one.
         tags: TIFF metadata in addition to the source's.
         overviews: whether to add overviews down to 512 px.
         pyramid: rasters to take them from, each half the size of the one before (:mod:`.pyramid`). Default: by GDAL.
@@ -87,7 +87,8 @@ def _copy(
 ) -> None:
     with open_scene(source) as dataset:
         shape = _require_label_map(dataset, source)
-    with writing(f"writing {destination}", destination.parent):
+    room = (1 << 20) + sum(path.stat().st_size for path in (source, *pyramid))
+    with writing(f"writing {destination}", destination.parent, room):
         # The COG driver copies what its source says of itself; a virtual dataset can say more than the file does.
         with contextlib.ExitStack() as stack:
             description = stack.enter_context(MemoryFile(ext=".vrt"))

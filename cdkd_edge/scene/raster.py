@@ -36,7 +36,7 @@ if "GDAL_CACHEMAX" not in os.environ:
     set_gdal_config("GDAL_CACHEMAX", CACHE_BYTES)
 
 _LITTLE_ROOM = 1 << 20
-"""Writing that failed with less than this free, in bytes, failed for want of room."""
+"""Bytes."""
 
 _GDAL_OPTIONS = {
     "GDAL_PAM_ENABLED": "YES",
@@ -68,8 +68,10 @@ def gdal(doing: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(doing: str, folder: Path) -> Iterator[None]:
+def writing(doing: str, folder: Path, room: int = _LITTLE_ROOM) -> Iterator[None]:
     """Like :func:`gdal`, also for errors that rasterio only logs; and want of room in ``folder`` is called so.
+
+    What failed with less than ``room`` bytes free failed for want of room. (Some drivers remove what they began.)
 
     Raises:
         SceneError: GDAL cannot write.
@@ -93,7 +95,7 @@ def writing(doing: str, folder: Path) -> Iterator[None]:
         if messages:
             raise SceneError(f"{doing} failed: {messages[0]}")
     except SceneError:
-        if shutil.disk_usage(folder).free < _LITTLE_ROOM:
+        if shutil.disk_usage(folder).free < room:
             raise SystemRefusalError(f"{doing} failed: no space left on the device") from None
         raise
     finally:

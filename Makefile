@@ -30,7 +30,7 @@ test-gpu: $(if $(filter $(VENV)/%,$(GPU_PYTHON)),$(VENV)/.gpu)
 # What a board needs: the package without torch, on BOARD_PYTHON.
 test-board: $(BOARD_VENV)/.tests
 	$(BOARD_VENV)/bin/pip install --quiet --no-deps --force-reinstall .
-	$(BOARD_VENV)/bin/pytest
+	$(BOARD_VENV)/bin/pytest -n 2
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
@@ -107,7 +107,7 @@ $(VENV)/.typings: $(VENV)/.tests
 
 $(BOARD_VENV)/.tests: $(INPUTS)
 	$(BOARD_PYTHON) -m venv $(BOARD_VENV)
-	$(BOARD_VENV)/bin/pip install --quiet -c constraints.txt . pytest hypothesis
+	$(BOARD_VENV)/bin/pip install --quiet -c constraints.txt . pytest pytest-xdist hypothesis
 	@! $(BOARD_VENV)/bin/python -c 'import torch' 2>/dev/null || { echo "torch came along; the board profile must not need it"; exit 1; }
 	touch $@
 

@@ -21,12 +21,12 @@ from rasterio.io import MemoryFile
 from rasterio.transform import Affine, from_origin
 from scene_helpers import SCHEMA, names_in, relaxed, write_raster
 
-from cdkd_edge.errors import MissingExtraError, SceneError
+from cdkd_edge.errors import MissingExtraError, SceneError, UsageError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.maps import regions as regions_module
 from cdkd_edge.maps.outlines import Outlines, large_enough
 from cdkd_edge.maps.regions import regions
-from cdkd_edge.maps.vector import VectorOptions, write_vector
+from cdkd_edge.maps.vector import VectorOptions, vector_options, write_vector
 from cdkd_edge.scene.areas import class_areas, ground_of
 
 shapely = pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
@@ -387,3 +387,23 @@ def test_no_more_may_be_written(tmp_path: Path) -> None:
     assert [kind for kind, _ in told] == ["SceneError"] * 4, answer.stdout
     assert all("map.gpkg failed" in text and ".part" not in text for _, text in told)
     assert names_in(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "options"),
+    [
+        (None, VectorOptions()),
+        ("100m2", VectorOptions(minimum_m2=100)),
+        ("0.5 ha", VectorOptions(minimum_m2=5000)),
+        ("2km2", VectorOptions(minimum_m2=2e6)),
+        ("20px", VectorOptions(minimum_px=20)),
+    ],
+)
+def test_areas_as_a_person_types_them(typed, options):
+    assert vector_options(typed) == options
+
+
+@pytest.mark.parametrize("typed", ["", "many", "3", "1.2.3ha", "-5px", "5 acres"])
+def test_what_is_no_area(typed):
+    with pytest.raises(UsageError, match="is no area"):
+        vector_options(typed)

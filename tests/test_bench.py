@@ -299,6 +299,15 @@ def test_somebody_who_watches_hears_of_every_phase(folder: Path, scene: Path, mo
     assert live_text(Live("idle", 0, 1, None, 5.74, 47.5, 9.0)) == "idle   5.7 W   48 °C   9 s left"
 
 
+def test_who_is_told_slowly_shortens_no_load(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load of 600 s is one; whatever the drawing of the live line takes."""
+    monkeypatch.setattr(protocol, "TELL_EVERY", 0.0)
+    options = BenchOptions(times(0.25), scene=scene)
+    run_benchmark(FakeEngine(delay=0.01), folder, options, tell=lambda live: time.sleep(0.1))
+    (load,) = (span for span in read_run(folder).summary.phases if span.name == "load")
+    assert load.seconds >= 0.25
+
+
 # --- steady ---------------------------------------------------------------------------------------
 
 

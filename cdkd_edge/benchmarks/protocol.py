@@ -250,10 +250,12 @@ class _Run:
         self._end(last.start + last.latency)
 
     def _batches(self, phase: str, repeat: int, until: float, at_least: int, tell_until: float) -> int:
-        """Run batches until a moment; how many they were."""
+        """Run batches until the last one ends at that moment or after it; how many they were."""
         engine, origin, batches = self.engine, self.course.origin, self.course.batches
         count, began = 0, self._now()
-        while count < at_least or time.monotonic() - origin < until:
+        done = origin + began
+        # Told by the last batch's own end: with a later look at the clock, what is told in between shortens the phase.
+        while count < at_least or done - origin < until:
             slot = self._batch % engine.slots
             begin = time.monotonic()
             engine.launch(slot)

@@ -21,10 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scene_helpers import FakeEngine, names_in, noise, pipeline_threads, relaxed, write_raster
 
-from cdkd_edge.benchmarks import bench, end_to_end, protocol, steady
+from cdkd_edge.benchmarks import bench, course, end_to_end, steady
 from cdkd_edge.benchmarks.bench import BenchOptions, run_benchmark
+from cdkd_edge.benchmarks.course import Live
 from cdkd_edge.benchmarks.folder import read_run
-from cdkd_edge.benchmarks.protocol import Live, protocol_of
+from cdkd_edge.benchmarks.protocol import protocol_of
 from cdkd_edge.benchmarks.record import BenchSummary, Protocol
 from cdkd_edge.benchmarks.statistics import figure_of, latency_of, t_quantile
 from cdkd_edge.board.conditions import ConditionsMonitor
@@ -118,7 +119,7 @@ def test_one_repeat_has_no_interval() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "SETTLE_SECONDS", 0.4)
+    monkeypatch.setattr(course, "SETTLE_SECONDS", 0.4)
 
 
 @pytest.mark.parametrize(("batch", "slots"), [(1, 3), (4, 1)])
@@ -285,7 +286,7 @@ def test_an_empty_scene_has_no_overhead_and_still_a_summary(folder: Path, tmp_pa
 
 
 def test_somebody_who_watches_hears_of_every_phase(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(course, "TELL_EVERY", 0.0)
     heard: list[Live] = []
     run_benchmark(
         FakeEngine(delay=0.01), folder, BenchOptions(times(0.1, 0.1, repeats=2), scene=scene), tell=heard.append
@@ -301,7 +302,7 @@ def test_somebody_who_watches_hears_of_every_phase(folder: Path, scene: Path, mo
 
 def test_who_is_told_slowly_shortens_no_load(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A load of 600 s is one; whatever the drawing of the live line takes."""
-    monkeypatch.setattr(protocol, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(course, "TELL_EVERY", 0.0)
     options = BenchOptions(times(0.25), scene=scene)
     run_benchmark(FakeEngine(delay=0.01), folder, options, tell=lambda live: time.sleep(0.1))
     (load,) = (span for span in read_run(folder).summary.phases if span.name == "load")
@@ -458,7 +459,7 @@ def test_a_source_that_dies_makes_the_run_invalid(
         return sampler
 
     monkeypatch.setattr(bench, "find_source", doomed)
-    monkeypatch.setattr(protocol, "TELL_EVERY", 0.05)
+    monkeypatch.setattr(course, "TELL_EVERY", 0.05)
     options = BenchOptions(times(0.8, 0.05, idle=0.5), scene=scene, power=True, keep_invalid=keep)
     summary = run_benchmark(hungry(delay=0.005), folder, options)
     assert summary.verdict.status == "invalid"
@@ -485,8 +486,8 @@ def test_a_source_that_hangs_ends_a_run_that_cannot_become_valid(
         return sampler
 
     monkeypatch.setattr(bench, "find_source", frozen)
-    monkeypatch.setattr(protocol, "LONGEST_SILENCE", 0.5)
-    monkeypatch.setattr(protocol, "TELL_EVERY", 0.05)
+    monkeypatch.setattr(course, "LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr(course, "TELL_EVERY", 0.05)
     began = time.monotonic()
     summary = run_benchmark(hungry(delay=0.005), folder, BenchOptions(times(8.0, idle=0.2), scene=scene, power=True))
     assert time.monotonic() - began < 7
@@ -496,8 +497,8 @@ def test_a_source_that_hangs_ends_a_run_that_cannot_become_valid(
 def test_a_total_that_is_gone_for_good_ends_the_run(
     folder: Path, scene: Path, tree: Path, hungry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "LONGEST_SILENCE", 0.5)
-    monkeypatch.setattr(protocol, "TELL_EVERY", 0.05)
+    monkeypatch.setattr(course, "LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr(course, "TELL_EVERY", 0.05)
     Timer(1.0, (tree / HWMON / "in1_input").unlink).start()
     options = BenchOptions(times(8.0, idle=0.2), scene=scene, power=True, root=tree.parent)
     began = time.monotonic()

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scene_helpers import engine_manifest
 
 from cdkd_edge.benchmarks.bound import modelled_bound
+from cdkd_edge.benchmarks.course import Course, hottest
 from cdkd_edge.benchmarks.folder import TimedBatch
-from cdkd_edge.benchmarks.protocol import DEFAULT, Course, hottest
+from cdkd_edge.benchmarks.protocol import DEFAULT
 from cdkd_edge.benchmarks.record import RailRepeat, Repeat, Span
 from cdkd_edge.benchmarks.roofline.devices import load_device
 from cdkd_edge.benchmarks.roofline.model import roofline

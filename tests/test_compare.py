@@ -15,13 +15,13 @@ from scene_helpers import names_in
 from test_cli import assert_answer, assert_wrong_usage, run
 from test_parity import build_data
 
-from cdkd_edge.benchmarks.compare import compare_runs
-from cdkd_edge.benchmarks.comparison import Comparison
+from cdkd_edge.benchmarks.comparison.compare import compare_runs
+from cdkd_edge.benchmarks.comparison.gates import Limits, judge
+from cdkd_edge.benchmarks.comparison.pareto import front, write_picture
+from cdkd_edge.benchmarks.comparison.ratio import Ratio
+from cdkd_edge.benchmarks.comparison.result import Comparison
+from cdkd_edge.benchmarks.comparison.scores import read_scores
 from cdkd_edge.benchmarks.folder import read_summary, write_summary
-from cdkd_edge.benchmarks.gates import Limits, judge
-from cdkd_edge.benchmarks.pareto import front, write_picture
-from cdkd_edge.benchmarks.ratio import Ratio
-from cdkd_edge.benchmarks.scores import read_scores
 from cdkd_edge.benchmarks.statistics import Interval
 from cdkd_edge.errors import BenchError, CompareError
 from cdkd_edge.manifest import FileRecord

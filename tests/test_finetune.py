@@ -27,7 +27,7 @@ from cdkd_edge.labels import NO_LABEL  # noqa: E402
 from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.model.infer import resample_patches, resample_position  # noqa: E402
-from cdkd_edge.report import live_training  # noqa: E402
+from cdkd_edge.report.training import live_training  # noqa: E402
 from cdkd_edge.training import finetune as module  # noqa: E402
 from cdkd_edge.training.start import Shape, starting_network  # noqa: E402
 

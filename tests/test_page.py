@@ -16,11 +16,11 @@ from PIL import Image
 from run_helpers import make_run
 
 from cdkd_edge.benchmarks.folder import Series, read_run
-from cdkd_edge.benchmarks.markup import escaped, figure, number, size
-from cdkd_edge.benchmarks.page import write_report_page
+from cdkd_edge.benchmarks.page.markup import escaped, figure, number, size
+from cdkd_edge.benchmarks.page.report import write_report_page
+from cdkd_edge.benchmarks.page.svg import histogram, ticks
 from cdkd_edge.benchmarks.record import Verdict
 from cdkd_edge.benchmarks.statistics import figure_of, latency_of
-from cdkd_edge.benchmarks.svg import histogram, ticks
 from cdkd_edge.manifest import EngineTensor, TensorRTBuild
 
 EVIL = "<script>alert(1)</script>\"'&\u202e\x07 漢字 " + "w" * 150

@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cdkd_edge.benchmarks.folder import TimedBatch
-from cdkd_edge.benchmarks.ratio import (
+from cdkd_edge.benchmarks.comparison.ratio import (
     BLOCKS,
     MIN_BATCHES,
     Ratio,
@@ -18,6 +17,7 @@ from cdkd_edge.benchmarks.ratio import (
     spread_of_batches,
     spread_of_repeats,
 )
+from cdkd_edge.benchmarks.folder import TimedBatch
 
 Floats = npt.NDArray[np.float64]
 

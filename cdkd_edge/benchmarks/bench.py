@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cdkd_edge.benchmarks.bound import modelled_bound
+from cdkd_edge.benchmarks.course import Course, Live, run_course
 from cdkd_edge.benchmarks.end_to_end import check_scene, time_scene
 from cdkd_edge.benchmarks.figures import NoFigureError, figures_of, repeats_of
 from cdkd_edge.benchmarks.folder import (
@@ -22,10 +23,10 @@ from cdkd_edge.benchmarks.folder import (
     write_tiles,
     write_trace,
 )
-from cdkd_edge.benchmarks.page import write_report_page
+from cdkd_edge.benchmarks.page.report import write_report_page
 from cdkd_edge.benchmarks.plot import write_trace_picture
 from cdkd_edge.benchmarks.prepare import RESERVED, fill_inputs, reserve_room
-from cdkd_edge.benchmarks.protocol import DEFAULT, Course, Live, run_course
+from cdkd_edge.benchmarks.protocol import DEFAULT
 from cdkd_edge.benchmarks.record import INVALID, LOAD, BenchSummary, EndToEnd, Figures, Protocol, Repeat
 from cdkd_edge.benchmarks.roofline.devices import load_device
 from cdkd_edge.benchmarks.verdict import judge

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cdkd_edge.benchmarks.protocol import Course
+from cdkd_edge.benchmarks.course import Course
 from cdkd_edge.benchmarks.record import (
     IDLE,
     LOAD,

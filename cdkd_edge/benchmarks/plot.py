@@ -92,7 +92,7 @@ class _Picture:
         for name, size in rows:
             top -= size
             if name == "banner" and banner:
-                self._drawbanner_lines(banner, top, size)
+                self._draw_banner(banner, top, size)
             elif name == "caption":
                 self._draw_caption(top)
             elif name == "track":
@@ -123,7 +123,7 @@ class _Picture:
         for span in self.run.summary.phases:
             axes.axvspan(span.start, span.stop, color=SHADES[span.name], linewidth=0, zorder=0)
 
-    def _drawbanner_lines(self, lines: list[str], bottom: float, size: float) -> None:
+    def _draw_banner(self, lines: list[str], bottom: float, size: float) -> None:
         from matplotlib.patches import Rectangle
 
         invalid = self.run.summary.verdict.status == INVALID

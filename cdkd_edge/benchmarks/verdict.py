@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-from cdkd_edge.benchmarks.protocol import Course
+from cdkd_edge.benchmarks.course import Course
 from cdkd_edge.benchmarks.record import INVALID, LOAD, NOT_STEADY, VALID, Protocol, Repeat, Verdict
 from cdkd_edge.board.throttling import ConditionFinding
 from cdkd_edge.manifest import EngineManifest

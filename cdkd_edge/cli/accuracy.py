@@ -78,7 +78,7 @@ def evaluate(
     from cdkd_edge.accuracy.evaluate import data_schema
     from cdkd_edge.accuracy.evaluate import evaluate as judge
     from cdkd_edge.accuracy.subject import open_subject
-    from cdkd_edge.report import describe_evaluation
+    from cdkd_edge.report.accuracy import describe_evaluation
 
     options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
     dataset = chosen_images(data, scenes, image_list)
@@ -241,7 +241,7 @@ def finetune(
 ) -> None:
     """Encoder and labelled images to a checkpoint, by the paper's protocol. Writes a model card beside it."""
     need("torch", "export", "training")
-    from cdkd_edge.report import describe_finetune, live_training
+    from cdkd_edge.report.training import describe_finetune, live_training
     from cdkd_edge.training.finetune import FinetuneOptions
     from cdkd_edge.training.finetune import finetune as tune
     from cdkd_edge.training.recipe import Recipe

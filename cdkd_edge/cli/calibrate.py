@@ -61,7 +61,7 @@ def calibrate(
     """Scenes to a calibration set: tiles that cover the imagery, for INT8 ranges. Writes engines/calibration/NAME/."""
     from cdkd_edge.calibration.generate import CalibrateOptions, default_folder, default_tile
     from cdkd_edge.calibration.generate import calibrate as generate
-    from cdkd_edge.report import describe_calibration
+    from cdkd_edge.report.calibration import describe_calibration
 
     space = workspace_at(workspace)
     options = CalibrateOptions(

@@ -21,7 +21,7 @@ def info(
 ) -> None:
     """What a checkpoint holds: layout, parameters, multiply-accumulates, classes."""
     need("torch", "export", "reading a checkpoint")
-    from cdkd_edge.report import describe_checkpoint
+    from cdkd_edge.report.chain import describe_checkpoint
 
     show(describe_checkpoint(checkpoint, tile=tile, heads=heads), as_json)
 
@@ -70,7 +70,7 @@ def export(
     """Checkpoint to ONNX graph, checked against PyTorch. Writes export/NAME.onnx, NAME.fp16.onnx, their manifests."""
     need("torch", "export", "exporting a checkpoint")
     from cdkd_edge.export.pipeline import ExportOptions, export_checkpoint
-    from cdkd_edge.report import describe_export
+    from cdkd_edge.report.chain import describe_export
 
     destination = output or workspace_at(workspace).graphs / f"{checkpoint.stem}.onnx"
     if destination.suffix != ".onnx":
@@ -99,7 +99,7 @@ def demo(
     """The whole chain with a small bundled network: export, build, segment, bench."""
     need("torch", "export", "the demo's export")
     from cdkd_edge.demo.run import run_demo
-    from cdkd_edge.report import describe_demo
+    from cdkd_edge.report.chain import describe_demo
 
     options = segment_options(None, bands, stretch, None, None)
     with steps() as step:

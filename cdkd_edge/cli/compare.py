@@ -77,8 +77,8 @@ def compare(
 
     Leaves with 20 if the runs are not comparable, or if one is slower or hungrier than allowed.
     """
-    from cdkd_edge.benchmarks.compare import compare_runs
-    from cdkd_edge.benchmarks.gates import Limits, require_kept
+    from cdkd_edge.benchmarks.comparison.compare import compare_runs
+    from cdkd_edge.benchmarks.comparison.gates import Limits, require_kept
     from cdkd_edge.report.compare import describe_comparison
 
     limits = Limits(
@@ -92,7 +92,7 @@ def compare(
     report = describe_comparison(found)
     with new_folder(output) as place:
         if place:
-            from cdkd_edge.benchmarks.pareto import write_picture
+            from cdkd_edge.benchmarks.comparison.pareto import write_picture
             from cdkd_edge.files import write_text
 
             write_picture(place / "pareto.png", found)

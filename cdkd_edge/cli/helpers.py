@@ -90,13 +90,13 @@ def print_json(data: Any) -> None:
 
 def steps() -> Any:
     """A spinner on stderr that names the current step; a context manager."""
-    from cdkd_edge.report import live_steps
+    from cdkd_edge.report.live import live_steps
 
     return live_steps()
 
 
 def progress_bar(title: str) -> Any:
     """A bar of tiles on stderr; a context manager."""
-    from cdkd_edge.report import live_bar
+    from cdkd_edge.report.live import live_bar
 
     return live_bar(title)

@@ -86,7 +86,7 @@ def parity(
     from cdkd_edge.accuracy.parity import Gate
     from cdkd_edge.accuracy.subject import open_pair
     from cdkd_edge.errors import ParityError
-    from cdkd_edge.report import describe_parity
+    from cdkd_edge.report.accuracy import describe_parity
 
     if min_agreement is not None and 0 < min_agreement <= 1:
         raise typer.BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")

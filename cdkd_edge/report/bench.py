@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from cdkd_edge.report import Listing, Report, plain
+from cdkd_edge.report.table import Listing, Report, plain
 
 if TYPE_CHECKING:
-    from cdkd_edge.benchmarks.protocol import Live
+    from cdkd_edge.benchmarks.course import Live
     from cdkd_edge.benchmarks.record import BenchSummary, Figures
     from cdkd_edge.benchmarks.statistics import Figure
 

@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cdkd_edge.report import Listing, Report, plain
+from cdkd_edge.report.table import Listing, Report, plain
 
 if TYPE_CHECKING:
-    from cdkd_edge.benchmarks.comparison import Comparison, Row
-    from cdkd_edge.benchmarks.ratio import Ratio
+    from cdkd_edge.benchmarks.comparison.ratio import Ratio
+    from cdkd_edge.benchmarks.comparison.result import Comparison, Row
     from cdkd_edge.benchmarks.statistics import Figure, Interval
 
 NONE = "–"

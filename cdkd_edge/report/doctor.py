@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from cdkd_edge.board.tree import printable
-from cdkd_edge.report import Listing, Report
+from cdkd_edge.report.table import Listing, Report
 
 if TYPE_CHECKING:
     from cdkd_edge.doctor.examine import Diagnosis

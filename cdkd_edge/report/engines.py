@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdkd_edge.report import Listing, Report, plain
+from cdkd_edge.report.table import Listing, Report, plain
 
 if TYPE_CHECKING:
     from cdkd_edge.accuracy.int8 import Int8Result

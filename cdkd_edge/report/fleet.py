@@ -15,8 +15,9 @@ from rich.text import Text
 
 from cdkd_edge.fleet.crew import Listener
 from cdkd_edge.fleet.jobs import DONE, FAILED, JobReport
-from cdkd_edge.report import Report, live_bar
+from cdkd_edge.report.live import live_bar
 from cdkd_edge.report.segment import class_rows, describe_segment
+from cdkd_edge.report.table import Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable

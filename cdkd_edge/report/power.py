@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from cdkd_edge.power.find import SourceReport
-from cdkd_edge.report import Listing, Report
+from cdkd_edge.report.table import Listing, Report
 
 
 def describe_power(reports: Sequence[SourceReport]) -> Report:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cdkd_edge.report import Listing, Report
+from cdkd_edge.report.table import Listing, Report
 
 if TYPE_CHECKING:
     from cdkd_edge.benchmarks.roofline.model import Estimate, Roofline

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cdkd_edge.report import Report, in_brackets, plain
+from cdkd_edge.report.table import Report, in_brackets, plain
 
 if TYPE_CHECKING:
     from cdkd_edge.scene.areas import Areas

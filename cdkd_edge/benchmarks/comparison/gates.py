@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cdkd_edge.benchmarks.ratio import Ratio
+from cdkd_edge.benchmarks.comparison.ratio import Ratio
 from cdkd_edge.errors import CompareError
 
 _ROUNDING = 1e-9

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cdkd_edge.benchmarks.gates import Gate
-from cdkd_edge.benchmarks.ratio import Ratio
+from cdkd_edge.benchmarks.comparison.gates import Gate
+from cdkd_edge.benchmarks.comparison.ratio import Ratio
 from cdkd_edge.benchmarks.record import RailFigures
 from cdkd_edge.benchmarks.statistics import Figure, Interval, Latency
 

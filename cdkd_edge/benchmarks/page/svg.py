@@ -10,7 +10,7 @@ import numpy as np
 
 from cdkd_edge.benchmarks import curves
 from cdkd_edge.benchmarks.folder import Run, Series
-from cdkd_edge.benchmarks.markup import escaped
+from cdkd_edge.benchmarks.page.markup import escaped
 from cdkd_edge.benchmarks.record import IDLE, LOAD
 from cdkd_edge.benchmarks.statistics import Latency
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from cdkd_edge.benchmarks.markup import ABSENT, Html, bullets, figure, joined, number, pairs, size, table, tag
+from cdkd_edge.benchmarks.page.markup import ABSENT, Html, bullets, figure, joined, number, pairs, size, table, tag
 from cdkd_edge.benchmarks.record import LOAD, BenchSummary, Repeat
 from cdkd_edge.manifest import EngineManifest, FileRecord, TensorRTBuild
 

@@ -6,12 +6,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from cdkd_edge.benchmarks import curves, facts
+from cdkd_edge.benchmarks import curves
 from cdkd_edge.benchmarks.folder import CONDITIONS, PICTURE, SUMMARY, TILES, TRACE, Run
-from cdkd_edge.benchmarks.markup import ABSENT, Html, bullets, escaped, figure, joined, number, table, tag
+from cdkd_edge.benchmarks.page import facts
+from cdkd_edge.benchmarks.page.markup import ABSENT, Html, bullets, escaped, figure, joined, number, table, tag
+from cdkd_edge.benchmarks.page.svg import histogram_drawing, rail_classes, trace_drawing
 from cdkd_edge.benchmarks.published import ORIN_NX, PAPER, differences
 from cdkd_edge.benchmarks.record import INVALID, NOT_STEADY, VALID, BenchSummary, RailFigures
-from cdkd_edge.benchmarks.svg import histogram_drawing, rail_classes, trace_drawing
 from cdkd_edge.files import write_text
 
 WIDE, NARROW = 800, 358
@@ -49,7 +50,7 @@ def write_report_page(run: Run, path: Path) -> None:
         ("again", "Files, and how to repeat this", _again(run, path.parent)),
     ]
     shown = [section for section in sections if section[2]]
-    style = resources.files("cdkd_edge.benchmarks").joinpath("page.css").read_text(encoding="utf-8")
+    style = resources.files("cdkd_edge.benchmarks.page").joinpath("page.css").read_text(encoding="utf-8")
     summary = run.summary
     word = summary.verdict.status.replace("_", " ")
     title = f"{summary.engine.name} on {facts.device(summary)}"

@@ -6,8 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from cdkd_edge.benchmarks import comparable
-from cdkd_edge.benchmarks.comparison import (
+from cdkd_edge.benchmarks.comparison import comparable
+from cdkd_edge.benchmarks.comparison.gates import Gate, Limits, judge
+from cdkd_edge.benchmarks.comparison.ratio import (
+    MIN_BATCHES,
+    Ratio,
+    Spread,
+    ratio_of,
+    spread_of_batches,
+    spread_of_repeats,
+)
+from cdkd_edge.benchmarks.comparison.result import (
     BASELINE,
     CANNOT_TELL,
     NO_DIFFERENCE,
@@ -16,18 +25,9 @@ from cdkd_edge.benchmarks.comparison import (
     Energy,
     Row,
 )
+from cdkd_edge.benchmarks.comparison.scores import Score, scores_by_engine
 from cdkd_edge.benchmarks.folder import SUMMARY, Run, read_run
-from cdkd_edge.benchmarks.gates import Gate, Limits, judge
-from cdkd_edge.benchmarks.ratio import (
-    MIN_BATCHES,
-    Ratio,
-    Spread,
-    ratio_of,
-    spread_of_batches,
-    spread_of_repeats,
-)
 from cdkd_edge.benchmarks.record import LOAD, Figures
-from cdkd_edge.benchmarks.scores import Score, scores_by_engine
 from cdkd_edge.benchmarks.statistics import Figure
 from cdkd_edge.errors import CompareError, UsageError
 
@@ -52,7 +52,8 @@ def compare_runs(
         folders: of at least two runs; their ``summary.json`` will do.
         baseline: index of the run that ratios are taken against.
         force: compare what is not comparable; :attr:`Comparison.not_comparable` then says why it is not.
-        limits: what is allowed (:mod:`cdkd_edge.benchmarks.gates`); the outcome is in :attr:`Comparison.gates`.
+        limits: what is allowed (:mod:`cdkd_edge.benchmarks.comparison.gates`); the outcome is in
+            :attr:`Comparison.gates`.
         evaluations: files with mIoU of engines, matched by the engine's SHA-256.
 
     Raises:

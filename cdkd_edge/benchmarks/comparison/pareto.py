@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdkd_edge.benchmarks.comparison import Comparison, Row
+from cdkd_edge.benchmarks.comparison.result import Comparison, Row
 from cdkd_edge.benchmarks.statistics import Interval
 from cdkd_edge.files import whole_file
 

@@ -18,7 +18,8 @@ PACKAGE = Path(cdkd_edge.__file__).parent
 ROOT = PACKAGE.parent
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-GROUND = ("errors", "files", "labels", "output_kinds", "manifest", "workspace", "machine", "scenery", "calibration_set")
+GROUND = ("errors", "files", "labels", "output_kinds", "manifest", "workspace", "machine", "scenery", "calibration_set",
+          "interrupts")  # fmt: skip
 FLOORS = (
     GROUND, ("model",), ("export",), ("engines",), ("quantization",), ("board",), ("power",), ("scene",), ("maps",),
     ("calibration",), ("accuracy",), ("training",), ("fleet",), ("benchmarks",), ("demo",), ("doctor",), ("report",),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -11,6 +9,7 @@ from typer.core import TyperGroup
 
 from cdkd_edge import __version__
 from cdkd_edge.errors import CdkdEdgeError, SystemRefusalError, UsageError
+from cdkd_edge.interrupts import end_on_signals
 
 _UsageError: Any = typer.BadParameter.__base__
 """What every complaint about arguments is a kind of; Typer does not export it."""
@@ -83,9 +82,7 @@ def _root(
 def main() -> None:
     """Entry point of the ``cdkd-edge`` command."""
     # So that temporary files are removed when a job scheduler ends the process or a connection is lost.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda received, _: sys.exit(128 + received))
+    end_on_signals()
     app()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from cdkd_edge.interrupts import check
 from cdkd_edge.report.table import Listing, Report, plain
 
 if TYPE_CHECKING:
@@ -169,17 +170,19 @@ def live_bench() -> Iterator[tuple[Callable[[str], None], Callable[[Live], None]
     """A line on stderr that says what is being measured; drawn only when told, so that it takes no time meanwhile."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield (lambda step: None), (lambda live: None)
+        yield (lambda step: check()), (lambda live: check())
         return
 
     from rich.live import Live as LiveLine
     from rich.text import Text
 
     with LiveLine(console=console, auto_refresh=False, transient=True) as line:
-        yield (
-            lambda step: line.update(Text(step), refresh=True),
-            lambda live: line.update(Text(live_text(live)), refresh=True),
-        )
+
+        def draw(text: str) -> None:
+            check()
+            line.update(Text(text), refresh=True)
+
+        yield draw, lambda live: draw(live_text(live))
 
 
 def live_text(live: Live) -> str:

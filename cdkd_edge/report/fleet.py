@@ -15,6 +15,7 @@ from rich.text import Text
 
 from cdkd_edge.fleet.crew import Listener
 from cdkd_edge.fleet.jobs import DONE, FAILED, JobReport
+from cdkd_edge.interrupts import check
 from cdkd_edge.report.live import live_bar
 from cdkd_edge.report.segment import class_rows, describe_segment
 from cdkd_edge.report.table import Report
@@ -87,11 +88,13 @@ class FleetLines(Listener):
 
     def begun(self, index: int, job: Job) -> None:
         """See :class:`~cdkd_edge.fleet.crew.Listener`."""
+        check()
         self._parts[index] = (0, 1)
         self._show()
 
     def tiles(self, index: int, done: int, total: int) -> None:
         """See :class:`~cdkd_edge.fleet.crew.Listener`."""
+        check()
         self._parts[index] = (done, total)
         if self._update:
             self._update(done, total)

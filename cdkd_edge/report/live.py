@@ -1,4 +1,7 @@
-"""What is seen on stderr while something takes its time."""
+"""What is seen on stderr while something takes its time.
+
+Whoever tells how far it is learns here that it was interrupted (:mod:`cdkd_edge.interrupts`), watched or not.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,23 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cdkd_edge.interrupts import check
+
 
 @contextlib.contextmanager
 def live_steps() -> Iterator[Callable[[str], None]]:
     """A spinner on stderr that names the current step."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda step: None
+        yield lambda step: check()
         return
     with console.status("starting") as status:
-        yield lambda step: status.update(step)
+
+        def tell(step: str) -> None:
+            check()
+            status.update(step)
+
+        yield tell
 
 
 @contextlib.contextmanager
@@ -36,4 +46,9 @@ def live_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     # Where nobody watches, a bar would leave blank lines between the messages that matter.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def tell(done: int, total: int) -> None:
+            check()
+            progress.update(task, completed=done, total=total)
+
+        yield tell

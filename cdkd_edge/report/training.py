@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from cdkd_edge.interrupts import check
 from cdkd_edge.report.table import Report, percent
 
 if TYPE_CHECKING:
@@ -55,9 +56,11 @@ class _TrainingLines:
         self._last_line = time.monotonic()
 
     def step(self, text: str) -> None:
+        check()
         self._progress.update(self._task, description=text)
 
     def batch(self, done: int, total: int, seconds_left: float | None) -> None:
+        check()
         left = "" if seconds_left is None else f"{_duration(seconds_left)} left"
         self._progress.update(self._task, description="training", completed=done, total=total, left=f"steps, {left}")
         if not self._console.is_terminal and time.monotonic() - self._last_line > _LINE_EVERY_S:

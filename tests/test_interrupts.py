@@ -1,0 +1,108 @@
+"""Ctrl-C and SIGTERM end what is under way, also where the exception they raise is dropped on its way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from scene_helpers import names_in, sparse_raster
+
+from cdkd_edge import interrupts
+
+LOSE = """
+import importlib, os, sys
+module, name, number, *arguments = sys.argv[1:]
+place = importlib.import_module(module)
+inner = getattr(place, name)
+
+def losing(*positional, **named):
+    try:
+        os.kill(os.getpid(), int(number))
+        for _ in range(1000):
+            pass
+    except BaseException:
+        pass
+    return inner(*positional, **named)
+
+setattr(place, name, losing)
+sys.argv = ["cdkd-edge", *arguments]
+from cdkd_edge.cli import main
+main()
+"""
+"""Runs the command with one function replaced by one that drops whatever a signal raises, as compiled modules do."""
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "name"),
+    [
+        ("bench", "cdkd_edge.benchmarks.bench", "fill_inputs"),
+        ("segment", "cdkd_edge.fleet.local", "do_job"),
+    ],
+)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+def test_a_signal_that_was_dropped_ends_the_command(
+    small_engine_path: Path, tmp_path: Path, command: str, module: str, name: str, number: signal.Signals, code: int
+) -> None:
+    scene = sparse_raster(tmp_path / "large.tif", 6000, 6000)
+    options = {
+        "bench": (small_engine_path, "-w", tmp_path, "--duration", "60"),
+        "segment": (scene, "--engine", small_engine_path, "-o", tmp_path / "maps" / "map.tif"),
+    }[command]
+    arguments = [str(argument) for argument in (module, name, int(number), command, *options)]
+    done = subprocess.run([sys.executable, "-c", LOSE, *arguments], capture_output=True, text=True, timeout=30)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [one for one in tmp_path.rglob("*") if one.name in ("map.tif", "summary.json")]
+    if command == "bench":
+        assert names_in(tmp_path / "benchmarks") == []
+
+
+@pytest.fixture
+def ours() -> Iterator[None]:
+    """Our handlers; those from before come back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    interrupts.end_on_signals()
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("ours")
+def test_what_was_lost_is_raised_once() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.check()
+    interrupts.check()
+
+
+@pytest.mark.usefixtures("ours")
+def test_nothing_is_raised_into_the_cleaning_up() -> None:
+    """What is called while the exception is on its way must come to its end."""
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        interrupts.check()
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.check()
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """Under nohup, and in the background of a script."""
+    script = (
+        "import os, signal\n"
+        "from cdkd_edge import interrupts\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "interrupts.end_on_signals()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "interrupts.check()\n"
+        "print('here')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "here\n"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,8 @@ import numpy.typing as npt
 from cdkd_edge.errors import SceneError
 from cdkd_edge.labels import LabelSchema
 from cdkd_edge.maps.preview import write_preview
-from cdkd_edge.maps.stac import Provenance, When, item_for, write_item
+from cdkd_edge.maps.stac import Provenance, When, item_for
+from cdkd_edge.maps.stac_assets import write_item
 from cdkd_edge.maps.vector import VectorOptions, VectorResult, require_vector, write_vector
 from cdkd_edge.scene.areas import Areas, class_areas
 from cdkd_edge.scene.pipeline import SegmentOptions
@@ -33,6 +34,8 @@ class ProductOptions:
     """How the scene was read: the preview shows the same bands and stretch."""
     provenance: Provenance | None = None
     """The engine."""
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    """What lies beside the label map already, as :func:`.stac.item_for` takes it."""
 
 
 class Segmented(Protocol):
@@ -121,7 +124,7 @@ def write_products(
     if options.preview:
         write_preview(scene, label_map, schema, areas, paths["preview"], options.segment)
     if options.stac:
-        assets = {name: path for name, path in paths.items() if name != "stac"}
+        assets = {**options.beside, **{name: path for name, path in paths.items() if name != "stac"}}
         item = item_for(
             label_map, scene, schema, areas, provenance=options.provenance, when=options.when, assets=assets
         )

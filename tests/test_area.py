@@ -18,7 +18,7 @@ from rasterio.transform import Affine, from_origin
 from rasterio.warp import transform, transform_geom
 from scene_helpers import FakeEngine, ProbabilityEngine, noise, read_labels, red_labels, write_raster
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import SceneError, UsageError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.scene.aoi import read_area
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
@@ -257,11 +257,17 @@ def test_holes_stay_holes(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gsd", "message"), [(0.0, "positive"), (-1.0, "positive"), (math.nan, "positive"), (1e6, "nothing would be left")]
+    ("gsd", "kind", "message"),
+    [
+        (0.0, UsageError, "positive"),
+        (-1.0, UsageError, "positive"),
+        (math.nan, UsageError, "positive"),
+        (1e6, SceneError, "nothing would be left"),
+    ],
 )
-def test_a_distance_that_makes_no_sense(tmp_path: Path, gsd: float, message: str) -> None:
+def test_a_distance_that_makes_no_sense(tmp_path: Path, gsd: float, kind: type[Exception], message: str) -> None:
     path = write_raster(tmp_path / "scene.tif", noise(70, 90), **UTM)
-    with pytest.raises(SceneError, match=message):
+    with pytest.raises(kind, match=message):
         segment_scene(FakeEngine(TILE), path, tmp_path / "map.tif", SegmentOptions(gsd=gsd))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from cdkd_edge import __version__
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.errors import CdkdEdgeError, EngineError, SystemRefusalError
+from cdkd_edge.errors import CdkdEdgeError, EngineError, SystemRefusalError, UsageError
 from cdkd_edge.fleet.kept import KeptMap, refuse_foreign_map
 from cdkd_edge.fleet.products import NOTHING, PRODUCTS, Wanted, refuse_existing_products, write_products
 from cdkd_edge.scene import pipeline
@@ -246,6 +246,8 @@ _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 def _reach(error: Exception) -> str:
     if isinstance(error, EngineError):
         return ENGINE
+    if isinstance(error, UsageError):  # options are the same for all
+        return RUN
     # The writer says SystemRefusalError when the disk is full, and knows no number then.
     if isinstance(error, SystemRefusalError) or (isinstance(error, OSError) and error.errno in _HOPELESS):
         return RUN

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from rasterio.windows import Window
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import SceneError, UsageError
 
 _SAMPLE_SIDE = 1024
 """Percentiles are taken from the scene reduced to at most this many pixels a side."""
@@ -37,9 +37,9 @@ class Stretch:
 
     def __post_init__(self) -> None:
         if not -math.inf < self.low < self.high < math.inf:
-            raise SceneError(f"a stretch needs low < high, both finite, not {self.low:g} and {self.high:g}")
+            raise UsageError(f"a stretch needs low < high, both finite, not {self.low:g} and {self.high:g}")
         if self.percentiles and not (self.low >= 0 and self.high <= 100):
-            raise SceneError(f"percentiles lie within 0..100, not {self.low:g} and {self.high:g}")
+            raise UsageError(f"percentiles lie within 0..100, not {self.low:g} and {self.high:g}")
 
 
 def stretch_limits(dataset: Any, bands: Sequence[int], stretch: Stretch, name: object) -> Limits:

@@ -306,7 +306,11 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"| {row['seconds']:.0f} |"
         for row in results["runs"]
     ]
-    lines += ["", "Peak: VmHWM of the process, read from outside, products included. Seconds are of a busy machine.", ""]
+    lines += [
+        "",
+        "Peak: VmHWM of the process, read from outside, products included. Seconds are of a busy machine.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -82,7 +82,8 @@ def segment_many(
         report.ended = COMPLETE
     except Exception as error:
         report.ended, report.error = STOPPED, Failure.of(error)
-        if idle := report.count(NOT_BEGUN) + report.count(INTERRUPTED):
+        idle = report.count(NOT_BEGUN) + report.count(INTERRUPTED)
+        if idle and len(jobs) > 1:
             listener.note(f"stopped; {idle} of {len(jobs)} scenes were not begun or not finished")
         raise
     except BaseException:

@@ -96,7 +96,10 @@ CASES = (
 class AnyEngine(InstantEngine):
     """An instant engine that gives everything."""
 
-    output_kind = "probabilities"  # type: ignore[assignment]
+    @property
+    def output_kind(self) -> str:
+        """All of it."""
+        return "probabilities"
 
     def __init__(self, tile: int) -> None:
         super().__init__(tile)
@@ -229,7 +232,8 @@ def child(scene: str, output: str, number: int) -> None:
     case = CASES[number]
     options = dict(case.options)
     if "stretch" in options:
-        options["stretch"] = Stretch(*options["stretch"], percentiles=True)
+        low, high = options["stretch"]
+        options["stretch"] = Stretch(low, high, percentiles=True)
     engine = AnyEngine(TILE)
     wanted = Wanted(
         vector=VectorOptions() if "vector" in case.products else None,

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scene_helpers import relaxed
 
-from cdkd_edge.errors import SceneError, UsageError
+from cdkd_edge.errors import UsageError
 from cdkd_edge.scene.grid import Span, TileGrid, default_overlap, tile_axis
 
 SIZES = st.integers(1, 5000)

@@ -227,7 +227,7 @@ class _Package:
         colors = np.array([f"#{r:02x}{g:02x}{b:02x}" for r, g, b in (c.color for c in self._schema.classes)], object)
         hectares = areas / 10_000 if self._ground.known else np.full(len(areas), np.nan)
         values = [labels.astype(np.int32), names[labels], colors[labels], hectares]
-        with self._writing():
+        with self._writing(sum(map(len, wkb))):
             self._pyogrio.raw.write(
                 str(self._temporary),
                 wkb,
@@ -247,7 +247,8 @@ class _Package:
         self.written += len(wkb)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, size: int = 0) -> Iterator[None]:
+        """Turn errors into ours. ``size``: bytes of what is written, which a failed transaction sets free again."""
         before = self._pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
         self._pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": _EPOCH})
         try:
@@ -255,7 +256,8 @@ class _Package:
                 warnings.filterwarnings("ignore", message="'crs' was not provided")
                 yield
         except (self._pyogrio.errors.DataSourceError, self._pyogrio.errors.DataLayerError, RuntimeError) as error:
-            if shutil.disk_usage(self._output.parent).free < _LITTLE_ROOM:
+            # With its journal and its index a batch takes some three times its own size.
+            if shutil.disk_usage(self._output.parent).free < _LITTLE_ROOM + 4 * size:
                 raise SystemRefusalError(f"writing {self._output} failed: no space left on the device") from None
             reason = " ".join(str(error).split()).replace(str(self._temporary), str(self._output))
             raise SceneError(f"writing {self._output} failed: {reason}") from None

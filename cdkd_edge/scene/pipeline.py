@@ -227,6 +227,7 @@ def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: 
         slack_rows=slack,
         blends=blends,
         panel_bytes=PANEL_BYTES,
+        pixel_bytes=reader.pixel_bytes,
         wanted=wanted,
     )
 

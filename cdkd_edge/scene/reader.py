@@ -95,6 +95,12 @@ class SceneReader:
         return int(height), int(width)
 
     @property
+    def pixel_bytes(self) -> int:
+        """Bytes that a pixel takes in memory: red, green, blue, validity if it may be without data, and of
+        floats some more on their way to bytes."""
+        return 3 + self._masked + 2 * self._float
+
+    @property
     def sequential(self) -> bool:
         """Whether the format can only be decoded from its beginning, so that a second reader would do it all again."""
         return self._source.driver in _SEQUENTIAL

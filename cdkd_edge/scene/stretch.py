@@ -20,6 +20,8 @@ _WHOLE_PIXELS = 8192 * 8192
 _WINDOWS_A_SIDE, _WINDOW, _EVERY = 16, 256, 4
 _STRIP_PIXELS = 1 << 21
 """Read at once of a file in strips."""
+_ROWS = 32
+"""Stretched at once."""
 _ENOUGH = 1000
 """Valid pixels of a band; fewer say little."""
 
@@ -117,6 +119,14 @@ def _spread(size: int, window: int, block: int) -> list[int]:
 def stretched(pixels: npt.NDArray[Any], limits: Limits) -> npt.NDArray[np.uint8]:
     """Pixels ``[3, h, w]`` as 0..255."""
     low, high = limits[:, :1, None], limits[:, 1:, None]
-    with np.errstate(over="ignore", invalid="ignore"):  # nodata values are often the largest there are
-        scaled = (pixels.astype(np.float32) - low) * (255 / (high - low))
-    return np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8)
+    result = np.empty(pixels.shape, np.uint8)
+    for top in range(0, pixels.shape[1], _ROWS):  # floats take four times the room
+        scaled = pixels[:, top : top + _ROWS].astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # nodata values are often the largest there are
+            scaled -= low
+            scaled *= 255 / (high - low)
+        np.nan_to_num(scaled, copy=False)
+        np.rint(scaled, out=scaled)
+        np.clip(scaled, 0, 255, out=scaled)
+        result[:, top : top + _ROWS] = scaled
+    return result

@@ -199,5 +199,5 @@ def test_more_overlap_than_half_a_tile_is_refused(tmp_path: Path) -> None:
 
 def test_another_merge_there_is_not(tmp_path: Path) -> None:
     path = write_raster(tmp_path / "scene.tif", noise(70, 70))
-    with pytest.raises(SceneError, match="no merge 'mean'"):
+    with pytest.raises(UsageError, match="no merge 'mean'"):
         segment_scene(FakeEngine(TILE), path, tmp_path / "map.tif", SegmentOptions(merge="mean"))

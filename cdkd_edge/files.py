@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -36,6 +37,17 @@ def whole_file(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
             error.filename = str(path)  # the name that the user knows
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what :func:`whole_file` left beside ``path`` in a process that was killed.
+
+    Whoever calls this knows that nobody is writing ``path`` just now.
+    """
+    pattern = f".{glob.escape(path.stem)}.{'[0-9a-f]' * 8}.part{glob.escape(path.suffix)}*"  # and journals of SQLite
+    for leftover in path.parent.glob(pattern):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
 
 
 @contextlib.contextmanager

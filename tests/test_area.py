@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from rasterio.transform import Affine, from_origin
 from rasterio.warp import transform, transform_geom
 from scene_helpers import FakeEngine, ProbabilityEngine, noise, read_labels, red_labels, write_raster
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import SceneError, UsageError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.scene.aoi import read_area
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
 from cdkd_edge.scene.reader import SceneReader, Stretch
 from cdkd_edge.scene.resample import ground_sample_distance
+from cdkd_edge.scene.stretch import stretch_limits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
@@ -255,11 +257,17 @@ def test_holes_stay_holes(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gsd", "message"), [(0.0, "positive"), (-1.0, "positive"), (math.nan, "positive"), (1e6, "nothing would be left")]
+    ("gsd", "kind", "message"),
+    [
+        (0.0, UsageError, "positive"),
+        (-1.0, UsageError, "positive"),
+        (math.nan, UsageError, "positive"),
+        (1e6, SceneError, "nothing would be left"),
+    ],
 )
-def test_a_distance_that_makes_no_sense(tmp_path: Path, gsd: float, message: str) -> None:
+def test_a_distance_that_makes_no_sense(tmp_path: Path, gsd: float, kind: type[Exception], message: str) -> None:
     path = write_raster(tmp_path / "scene.tif", noise(70, 90), **UTM)
-    with pytest.raises(SceneError, match=message):
+    with pytest.raises(kind, match=message):
         segment_scene(FakeEngine(TILE), path, tmp_path / "map.tif", SegmentOptions(gsd=gsd))
 
 
@@ -299,6 +307,64 @@ def test_windows_that_all_miss_the_data_are_not_the_last_word(tmp_path: Path, mo
     assert reader.limits is not None
     assert reader.limits[0].tolist() == [500, 501]
     reader.close()
+
+
+class Recorded:
+    """A dataset that notes which windows are read."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.windows: list[Any] = []
+        self._dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+    def read(self, bands: Any, window: Any = None, **options: Any) -> Any:
+        self.windows.append(window)
+        return self._dataset.read(bands, window=window, **options)
+
+
+@pytest.mark.parametrize("strip", [1, 3, 16, 300])
+def test_percentiles_of_strips_take_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strip: int) -> None:
+    """Windows beside each other would decode the same rows again and again."""
+    monkeypatch.setattr("cdkd_edge.scene.stretch._WHOLE_PIXELS", 1000)
+    monkeypatch.setattr("cdkd_edge.scene.stretch._WINDOW", 32)
+    scene = np.random.default_rng(0).integers(100, 5000, (3, 1100, 1300)).astype(np.uint16)
+    path = write_raster(tmp_path / "scene.tif", scene, blockysize=strip)
+    with rasterio.open(path) as dataset:
+        recorded = Recorded(dataset)
+        limits = stretch_limits(recorded, (1, 2, 3), Stretch(2, 98, percentiles=True), path)
+    assert limits == pytest.approx(np.array([[198, 4902]] * 3), abs=60)
+    rows = [row for window in recorded.windows for row in range(window.row_off, window.row_off + window.height)]
+    assert len(rows) == len(set(rows))
+    assert all(window.width == 1300 for window in recorded.windows)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_percentiles_of_a_large_file_hold_a_sample_only(tmp_path: Path, kind: type[Any]) -> None:
+    path = tmp_path / "scene.tif"
+    profile = {"count": 3, "dtype": kind, "tiled": True, "blockxsize": 256, "blockysize": 256, "sparse_ok": True}
+    rasterio.open(path, "w", driver="GTiff", height=9000, width=9000, **profile).close()
+    with rasterio.open(path) as dataset:
+        tracemalloc.start()
+        stretch_limits(dataset, (1, 2, 3), Stretch(2, 98, percentiles=True), path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 60e6  # a window for each sample would be 150 MB and more
+
+
+def test_windows_that_hold_nothing_but_nan_are_not_the_last_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdkd_edge.scene.stretch._WHOLE_PIXELS", 1000)
+    monkeypatch.setattr("cdkd_edge.scene.stretch._WINDOW", 8)
+    monkeypatch.setattr("cdkd_edge.scene.stretch._WINDOWS_A_SIDE", 2)
+    scene = np.full((3, 400, 400), np.nan, np.float32)
+    scene[:, 190:210, 190:210] = 500
+    path = write_raster(tmp_path / "scene.tif", scene)
+    with rasterio.open(path) as dataset:
+        limits = stretch_limits(dataset, (1, 2, 3), Stretch(2, 98, percentiles=True), path)
+    assert limits[0].tolist() == [500, 501]
 
 
 def test_limits_are_in_the_tags_and_the_result(tmp_path: Path) -> None:

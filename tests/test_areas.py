@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,17 @@ def test_large_maps_are_read_in_windows(tmp_path: Path, monkeypatch: pytest.Monk
     with rasterio.open(path) as dataset:
         rows = ground_of(dataset).row_areas(333)
     assert hectares(class_areas(path, SCHEMA)) == pytest.approx(rows @ counts_by_row(labels) / 10_000, rel=1e-12)
+
+
+def test_a_wide_map_on_a_rotated_geographic_grid_takes_little_memory(tmp_path: Path) -> None:
+    """Areas of single pixels are numbers of eight bytes; a row of blocks of them would be 160 MB here."""
+    path = tmp_path / "map.tif"
+    place = {"crs": "EPSG:4326", "transform": Affine(1e-5, 2e-6, 10, 2e-6, -1e-5, 50)}
+    profile = {"count": 1, "dtype": "uint8", "tiled": True, "blockxsize": 512, "blockysize": 512, "sparse_ok": True}
+    rasterio.open(path, "w", driver="GTiff", height=512, width=40_000, **profile, **place).close()
+    tracemalloc.start()
+    found = class_areas(path, SCHEMA)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.classes[0].pixels == 512 * 40_000
+    assert peak < 40e6

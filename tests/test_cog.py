@@ -319,3 +319,14 @@ def test_gdal_keeps_as_much_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == f"{32 << 20}\n"
     monkeypatch.setenv("GDAL_CACHEMAX", "77")
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == f"{77 << 20}\n"
+
+
+@pytest.mark.parametrize("shape", [(1100, 1), (1, 1100), (1100, 2), (3, 2100)])
+def test_maps_of_a_few_pixels_across_are_cogs_too(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """An overview that is no narrower than the map is none to rio-cogeo."""
+    scene = write_raster(tmp_path / "scene.tif", noise(*shape), photometric="RGB", **UTM)
+    segment_scene(ProbabilityEngine(256), scene, tmp_path / "map.tif", SegmentOptions(confidence=True))
+    validate = pytest.importorskip("rio_cogeo", reason="rio-cogeo judges the layout").cog_validate
+    for name in ("map.tif", "map_confidence.tif"):
+        whole, errors, _ = validate(str(tmp_path / name), quiet=True)
+        assert (whole, errors) == (True, [])

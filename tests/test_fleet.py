@@ -407,3 +407,11 @@ def test_boards_with_engines_of_one_graph_keep_each_others_maps(scenes: list[str
     change_engine(other)
     assert run_job(other, job).status == "kept"
     assert run_job(other, dataclasses.replace(job, engine=REF)).status == "failed"
+
+
+def test_an_option_that_fits_no_scene_is_wrong_usage_and_said_once(scenes: list[str], use: Any, tmp_path: Path) -> None:
+    use(FakeEngine(64))
+    with pytest.raises(UsageError, match="an overlap of 64 px"):
+        segment(scenes, options=SegmentOptions(overlap=64), report_path=tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["status"] for row in report["scenes"]] == ["failed", "not begun", "not begun"]

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scene_helpers import relaxed
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import UsageError
 from cdkd_edge.scene.grid import Span, TileGrid, default_overlap, tile_axis
 
 SIZES = st.integers(1, 5000)
@@ -112,7 +112,7 @@ def test_a_grid_labels_every_pixel_once_row_by_row(height: int, width: int, shap
 @pytest.mark.parametrize(("tile", "overlap"), [(64, 64), (64, 65), (64, -1), (1, 1), (0, 0)])
 @pytest.mark.parametrize("size", [1, 64, 5000])
 def test_an_overlap_that_leaves_no_progress_is_refused(size: int, tile: int, overlap: int) -> None:
-    with pytest.raises(SceneError, match=rf"an overlap of {overlap} px does not fit tiles of {tile} px"):
+    with pytest.raises(UsageError, match=rf"an overlap of {overlap} px does not fit tiles of {tile} px"):
         tile_axis(size, tile, overlap)
 
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scene_helpers import FakeEngine, ProbabilityEngine, noise, read_labels, red_labels, relaxed, write_raster
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import SceneError, UsageError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.scene.grid import TileGrid
 from cdkd_edge.scene.hann import hann_grid, hann_weights
@@ -193,11 +193,11 @@ def test_a_confidence_raster_is_numbers_in_the_place_of_the_map(tmp_path: Path) 
 
 def test_more_overlap_than_half_a_tile_is_refused(tmp_path: Path) -> None:
     path = write_raster(tmp_path / "scene.tif", noise(70, 70))
-    with pytest.raises(SceneError, match="at most half a tile, 16 px, not 17"):
+    with pytest.raises(UsageError, match="at most half a tile, 16 px, not 17"):
         segment_scene(ProbabilityEngine(TILE), path, tmp_path / "map.tif", SegmentOptions(merge="hann", overlap=17))
 
 
 def test_another_merge_there_is_not(tmp_path: Path) -> None:
     path = write_raster(tmp_path / "scene.tif", noise(70, 70))
-    with pytest.raises(SceneError, match="no merge 'mean'"):
+    with pytest.raises(UsageError, match="no merge 'mean'"):
         segment_scene(FakeEngine(TILE), path, tmp_path / "map.tif", SegmentOptions(merge="mean"))

@@ -33,7 +33,7 @@ from scene_helpers import (
 from cdkd_edge import __version__
 from cdkd_edge.engines.load import load_engine
 from cdkd_edge.engines.protocol import segment_tiles
-from cdkd_edge.errors import CdkdEdgeError, EngineError, SceneError
+from cdkd_edge.errors import CdkdEdgeError, EngineError, SceneError, UsageError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.scene.grid import TileGrid
 from cdkd_edge.scene.merge import SpoolMerge
@@ -296,7 +296,7 @@ def test_the_scene_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_an_overlap_that_does_not_fit(tmp_path: Path) -> None:
     path = write_raster(tmp_path / "scene.tif", noise(70, 90))
-    with pytest.raises(SceneError, match="overlap of 64 px"):
+    with pytest.raises(UsageError, match="overlap of 64 px"):
         segment_scene(FakeEngine(TILE), path, tmp_path / "map.tif", SegmentOptions(overlap=64))
     assert names_in(tmp_path) == ["scene.tif"]
 

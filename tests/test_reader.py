@@ -20,7 +20,7 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import Affine, from_origin
 from scene_helpers import noise, relaxed, write_raster
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import SceneError, UsageError
 from cdkd_edge.scene.grid import Span, TileGrid
 from cdkd_edge.scene.reader import INVALID_FILL, SceneReader, Stretch, reflected
 
@@ -326,20 +326,20 @@ def test_a_scene_without_a_valid_pixel_has_no_percentiles(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("low", "high"), [(5, 5), (6, 5), (float("nan"), 5), (5, float("nan"))])
 @pytest.mark.parametrize("percentiles", [True, False])
 def test_a_stretch_needs_low_below_high(low: float, high: float, percentiles: bool) -> None:
-    with pytest.raises(SceneError, match="low < high"):
+    with pytest.raises(UsageError, match="low < high"):
         Stretch(low, high, percentiles)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1, 50), (50, 101)])
 def test_percentiles_lie_between_0_and_100(low: float, high: float) -> None:
-    with pytest.raises(SceneError, match=r"0\.\.100"):
+    with pytest.raises(UsageError, match=r"0\.\.100"):
         Stretch(low, high, percentiles=True)
     assert not Stretch(low, high, percentiles=False).percentiles
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, float("inf")), (float("-inf"), 0)])
 def test_a_stretch_to_infinity_is_refused(low: float, high: float) -> None:
-    with pytest.raises(SceneError):
+    with pytest.raises(UsageError):
         Stretch(low, high, percentiles=False)
 
 

@@ -16,19 +16,22 @@ import rasterio
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.transform import Affine, from_origin
-from scene_helpers import SCHEMA, names_in, noise, write_raster
+from scene_helpers import SCHEMA, ProbabilityEngine, names_in, noise, write_raster
 
 from cdkd_edge import __version__
 from cdkd_edge.errors import MissingExtraError, SceneError, UsageError
+from cdkd_edge.fleet.jobs import EngineRef, Job, do_job, stamp
+from cdkd_edge.fleet.products import Wanted
 from cdkd_edge.labels import NO_LABEL, LabelSchema, LandCoverClass
 from cdkd_edge.maps import products
 from cdkd_edge.maps.footprint import footprint_of
 from cdkd_edge.maps.products import ProductOptions, product_paths, write_products
-from cdkd_edge.maps.stac import EXTENSIONS, Provenance, When, item_for, parse_when, write_item
+from cdkd_edge.maps.stac import EXTENSIONS, Provenance, When, item_for, parse_when
+from cdkd_edge.maps.stac_assets import complete_item, write_item
 from cdkd_edge.maps.vector import VectorOptions
 from cdkd_edge.scene.areas import class_areas
 from cdkd_edge.scene.cog import write_cog
-from cdkd_edge.scene.pipeline import SegmentResult
+from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
@@ -36,6 +39,8 @@ pytestmark = [
 ]
 
 UTM = {"crs": "EPSG:32640", "transform": from_origin(325_000, 2_786_000, 0.5, 0.5)}
+SCHEMAS = Path(__file__).parent / "stac_schemas"
+TILE = 64
 NOW = datetime(2026, 5, 4, 10, 30, tzinfo=timezone.utc)
 
 
@@ -58,10 +63,12 @@ def item_of(folder: Path, schema: LabelSchema = SCHEMA, place: dict[str, Any] = 
 
 def require_valid(item: dict[str, Any]) -> None:
     pystac = pytest.importorskip("pystac", reason="pystac brings the JSON schema of STAC's core")
-    pytest.importorskip("jsonschema", reason="jsonschema applies it")
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema applies it")
     from pystac.validation.stac_validator import JsonSchemaSTACValidator
 
     JsonSchemaSTACValidator().validate_core(item, pystac.STACObjectType.ITEM, item["stac_version"])
+    for name in ("classification-v2.0.0", "file-v2.1.0"):
+        jsonschema.Draft7Validator(json.loads((SCHEMAS / f"{name}.json").read_text())).validate(item)
     assert pystac.Item.from_dict(item).to_dict(include_self_link=False)["properties"] == item["properties"]
 
 
@@ -306,3 +313,73 @@ def test_what_is_missing_is_said_before_work_begins(tmp_path: Path, monkeypatch:
     with pytest.raises(MissingExtraError):
         write_products(path, scene, None, SCHEMA, ProductOptions(VectorOptions(), preview=True))
     assert names_in(tmp_path) == ["scene.tif", "scene_labels.tif"]
+
+
+def job_of(scene: Path, path: Path, wanted: Wanted, **options: Any) -> Job:
+    engine = ProbabilityEngine(TILE, kind="confidence")
+    ref = EngineRef("fake.onnx", "fake", "fp32", "fake", engine.artefact.sha256, "cd" * 32)
+    return Job(str(scene), str(path), ref, SegmentOptions(**options), wanted, before=stamp(path))
+
+
+def assets_of(path: Path) -> dict[str, Any]:
+    item = json.loads(path.read_text(encoding="utf-8"))
+    require_valid(item)
+    for asset in item["assets"].values():
+        file = path.parent / asset["href"]
+        assert file.exists()
+        if "file:checksum" in asset:
+            assert asset["file:checksum"] == "1220" + hashlib.sha256(file.read_bytes()).hexdigest()
+    return dict(item["assets"])
+
+
+def test_every_file_that_was_written_is_an_asset(tmp_path: Path) -> None:
+    pytest.importorskip("pyogrio", reason="polygons need the extra 'vector'")
+    pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
+    scene, path = write_raster(tmp_path / "scene.tif", noise(70, 90), **UTM), tmp_path / "scene_labels.tif"
+    wanted = Wanted(vector=VectorOptions(), preview=True, stac=True)
+    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, wanted, confidence=True))
+    assets = assets_of(tmp_path / "scene_labels.stac.json")
+    listed = sorted(asset["href"].removeprefix("./") for asset in assets.values())
+    assert listed == sorted(set(names_in(tmp_path)) - {"scene.tif", "scene_labels.stac.json"})
+    (band,) = assets["confidence"]["bands"]
+    assert (band["data_type"], band["nodata"], band["unit"], band["raster:sampling"]) == ("uint8", 255, "%", "area")
+    assert "classification:classes" not in band
+    roles = {key: asset["roles"] for key, asset in assets.items()}
+    assert roles == {
+        "labels": ["data"], "confidence": ["data"], "vector": ["data"], "preview": ["overview"],
+        "attributes": ["metadata"],
+    }  # fmt: skip
+    with rasterio.open(tmp_path / "scene_labels_confidence.tif") as dataset:
+        assert (dataset.dtypes[0], dataset.nodata) == (band["data_type"], band["nodata"])
+
+
+def test_an_item_made_later_lists_what_was_there(tmp_path: Path) -> None:
+    scene, path = write_raster(tmp_path / "scene.tif", noise(70, 90), **UTM), tmp_path / "scene_labels.tif"
+    engine = ProbabilityEngine(TILE, kind="confidence")
+    do_job(engine, job_of(scene, path, Wanted(preview=True), confidence=True))
+    report = do_job(engine, job_of(scene, path, Wanted(preview=True, stac=True), confidence=True))
+    assert report.status == "kept"
+    assert {"labels", "confidence", "preview"} <= set(assets_of(tmp_path / "scene_labels.stac.json"))
+
+
+def test_what_is_made_later_is_added_to_the_item_that_was_there(tmp_path: Path) -> None:
+    scene, path = write_raster(tmp_path / "scene.tif", noise(70, 90), **UTM), tmp_path / "scene_labels.tif"
+    engine, item = ProbabilityEngine(TILE, kind="confidence"), tmp_path / "scene_labels.stac.json"
+    do_job(engine, job_of(scene, path, Wanted(stac=True, when="2026-05-04"), confidence=True))
+    before = json.loads(item.read_text())
+    report = do_job(engine, job_of(scene, path, Wanted(preview=True, stac=True), confidence=True))
+    assert report.notes == ("scene_labels.stac.json was there; what it did not list was added",)
+    after = json.loads(item.read_text())
+    assert set(assets_of(item)) - set(before["assets"]) == {"preview"}
+    assert after["properties"] == before["properties"]  # the time of the image was given to the first run only
+    again = item.read_bytes()
+    report = do_job(engine, job_of(scene, path, Wanted(preview=True, stac=True), confidence=True))
+    assert (report.notes, item.read_bytes()) == ((), again)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"assets": 3}', "nonsense", '{"assets": null}'])
+def test_what_is_no_item_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "item.json"
+    path.write_text(text)
+    assert not complete_item(path, tmp_path / "map.tif", {"preview": tmp_path / "map_preview.png"})
+    assert path.read_text() == text

@@ -77,9 +77,10 @@ def segment_options(
     numbers = None
     if bands is not None:
         try:
-            numbers = [int(part) for part in bands.split(",")]
+            red, green, blue = (int(part) for part in bands.split(","))
         except ValueError:
             raise typer.BadParameter("three numbers, e.g. 3,2,1", param_hint="--bands") from None
+        numbers = [red, green, blue]
     if value_range and (percentiles or stretch):
         raise typer.BadParameter("choose percentiles or a range", param_hint="--stretch-range")
     chosen = None

@@ -21,7 +21,7 @@ import numpy as np
 
 from cdkd_edge import __version__
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.errors import CdkdEdgeError, EngineError, SystemRefusalError
+from cdkd_edge.errors import CdkdEdgeError, EngineError, SystemRefusalError, UsageError
 from cdkd_edge.fleet.kept import KeptMap, refuse_foreign_map
 from cdkd_edge.fleet.products import NOTHING, PRODUCTS, Wanted, refuse_existing_products, write_products
 from cdkd_edge.scene import pipeline
@@ -163,7 +163,12 @@ def run_job(engine: Labeller, job: Job, progress: Callable[[int, int], None] = l
         return failed(job, error, time.perf_counter() - started, engine.artefact.sha256)
 
 
-def do_job(engine: Labeller, job: Job, progress: Callable[[int, int], None] = lambda done, total: None) -> JobReport:
+def do_job(
+    engine: Labeller,
+    job: Job,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> JobReport:
     """Make a label map and its products, unless they are there.
 
     Raises:
@@ -196,7 +201,7 @@ def do_job(engine: Labeller, job: Job, progress: Callable[[int, int], None] = la
     if kept is None:
         # What a lost worker left is gone on with, unless it was made by the engine of another board.
         resume = job.engine.sha256 is not None if job.attempt > 1 else not job.overwrite
-        result = pipeline.segment_scene(engine, job.scene, output, job.options, progress, resume=resume)
+        result = pipeline.segment_scene(engine, job.scene, output, job.options, progress, resume=resume, warn=warn)
     products, said = write_products(
         job.scene, output, result, engine, job.products, job.options, only_missing=kept is not None
     )
@@ -246,6 +251,8 @@ _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 def _reach(error: Exception) -> str:
     if isinstance(error, EngineError):
         return ENGINE
+    if isinstance(error, UsageError):  # options are the same for all
+        return RUN
     # The writer says SystemRefusalError when the disk is full, and knows no number then.
     if isinstance(error, SystemRefusalError) or (isinstance(error, OSError) and error.errno in _HOPELESS):
         return RUN

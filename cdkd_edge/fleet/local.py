@@ -53,7 +53,7 @@ class LocalCrew:
 
             error: Exception | None = None
             try:
-                report = do_job(self._engine, job, progress)
+                report = do_job(self._engine, job, progress, listener.note)
             except Exception as caught:
                 error = caught
                 report = failed(job, caught, time.perf_counter() - started, self._engine.artefact.sha256)

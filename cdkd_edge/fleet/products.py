@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import SceneError
+from cdkd_edge.files import remove_leftovers
 from cdkd_edge.maps import products as maps
 from cdkd_edge.maps.stac import Provenance, parse_when
+from cdkd_edge.maps.stac_assets import complete_item
 from cdkd_edge.maps.vector import VectorOptions
 from cdkd_edge.scene.outputs import confidence_path
 from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult
@@ -85,24 +90,60 @@ def write_products(
 
     Returns:
         The path of each, and what is to be said about them.
+
+    Raises:
+        SceneError: another run is making them; or as :func:`cdkd_edge.maps.products.write_products`.
     """
     asked = replace(
         _options(wanted), segment=options, provenance=Provenance(engine.artefact.file, engine.artefact.sha256)
     )
     paths = maps.product_paths(output, asked)
     made = {name: str(path) for name, path in paths.items()}
+    beside = {"confidence": confidence_path(output)} if options.confidence else {}
+    item = paths.get("stac")
     if only_missing:
-        there = {name for name, path in paths.items() if path.exists()}
+        there = {name: path for name, path in paths.items() if path.exists()}
+        beside.update({name: path for name, path in there.items() if name != "stac"})
         asked = replace(
             asked,
+            beside=beside,
             vector=None if "vector" in there else asked.vector,
             preview=asked.preview and "preview" not in there,
             stac=asked.stac and "stac" not in there,
         )
-    if not maps.product_paths(output, asked):
-        return made, ()
-    products = maps.write_products(output, scene, result, engine.schema, asked, areas=result.areas if result else None)
-    return made, products.notes
+    else:
+        asked = replace(asked, beside=beside)
+    notes: tuple[str, ...] = ()
+    with _alone_with(output, paths.values()):
+        if maps.product_paths(output, asked):
+            areas = result.areas if result else None
+            notes = maps.write_products(output, scene, result, engine.schema, asked, areas=areas).notes
+        if item is not None and not asked.stac:  # it was there, and may not know of what has been added since
+            further = {**beside, **{name: path for name, path in paths.items() if name != "stac"}}
+            if complete_item(item, output, further):
+                notes = (*notes, f"{item.name} was there; what it did not list was added")
+    return made, notes
+
+
+@contextlib.contextmanager
+def _alone_with(output: Path, products: Collection[Path]) -> Iterator[None]:
+    """Keep other runs from making the same products, and remove what one left that was killed."""
+    if not products:
+        yield
+        return
+    with open(output, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SceneError(
+                f"another run is writing what belongs to {output}", hint="wait for it, or choose another --output"
+            ) from None
+        except OSError:  # a file system without locks: then nobody knows what is in use
+            yield
+            return
+        for path in products:
+            remove_leftovers(path)
+        yield
 
 
 def _options(wanted: Wanted) -> maps.ProductOptions:

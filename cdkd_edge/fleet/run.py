@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cdkd_edge.errors import EngineError, FleetError, SystemRefusalError
+from cdkd_edge.errors import EngineError, FleetError, SystemRefusalError, UsageError
 from cdkd_edge.fleet.crew import Crew, Listener
 from cdkd_edge.fleet.jobs import FAILED, INTERRUPTED, NOT_BEGUN, SCENE, EngineRef, Failure, Job, stamp
 from cdkd_edge.fleet.local import LocalCrew
@@ -82,7 +82,8 @@ def segment_many(
         report.ended = COMPLETE
     except Exception as error:
         report.ended, report.error = STOPPED, Failure.of(error)
-        if idle := report.count(NOT_BEGUN) + report.count(INTERRUPTED):
+        idle = report.count(NOT_BEGUN) + report.count(INTERRUPTED)
+        if idle and len(jobs) > 1:
             listener.note(f"stopped; {idle} of {len(jobs)} scenes were not begun or not finished")
         raise
     except BaseException:
@@ -130,7 +131,7 @@ class _Marking(Listener):
 
 def _as_error(failure: Failure) -> Exception:
     """The error behind a failure that was reported from elsewhere."""
-    kinds = (EngineError, SystemRefusalError)
+    kinds = (EngineError, SystemRefusalError, UsageError)
     kind = next((kind for kind in kinds if kind.exit_code == failure.exit_code), FleetError)
     return kind(failure.message, hint=failure.hint)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +15,8 @@ import numpy.typing as npt
 from cdkd_edge.errors import SceneError
 from cdkd_edge.labels import LabelSchema
 from cdkd_edge.maps.preview import write_preview
-from cdkd_edge.maps.stac import Provenance, When, item_for, write_item
+from cdkd_edge.maps.stac import Provenance, When, item_for
+from cdkd_edge.maps.stac_assets import write_item
 from cdkd_edge.maps.vector import VectorOptions, VectorResult, require_vector, write_vector
 from cdkd_edge.scene.areas import Areas, class_areas
 from cdkd_edge.scene.pipeline import SegmentOptions
@@ -33,6 +36,8 @@ class ProductOptions:
     """How the scene was read: the preview shows the same bands and stretch."""
     provenance: Provenance | None = None
     """The engine."""
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    """What lies beside the label map already, as :func:`.stac.item_for` takes it."""
 
 
 class Segmented(Protocol):
@@ -111,6 +116,7 @@ def write_products(
         OSError: the folder cannot be written.
     """
     require_products(options)
+    _hand_memory_back()
     paths = product_paths(label_map, options)
     areas = areas or class_areas(label_map, schema, row_counts)
     if result is not None:
@@ -121,13 +127,20 @@ def write_products(
     if options.preview:
         write_preview(scene, label_map, schema, areas, paths["preview"], options.segment)
     if options.stac:
-        assets = {name: path for name, path in paths.items() if name != "stac"}
+        assets = {**options.beside, **{name: path for name, path in paths.items() if name != "stac"}}
         item = item_for(
             label_map, scene, schema, areas, provenance=options.provenance, when=options.when, assets=assets
         )
         write_item(paths["stac"], item)
     notes = tuple(dict.fromkeys([*areas.notes, *(vector.notes if vector else ())]))
     return Products(areas, vector, paths.get("preview"), paths.get("stac"), notes)
+
+
+def _hand_memory_back() -> None:
+    """Give the system what segmentation took and has freed: glibc keeps it, 150 MB of a wide scene, for more arrays of
+    that size, and polygons are many small things."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _require_same(areas: Areas, result: Segmented, label_map: Path) -> None:

@@ -24,13 +24,16 @@ from cdkd_edge.labels import NO_LABEL
 TILE = 1024
 """Side of a tile, px: a multiple of the label map's blocks."""
 
-MAX_VERTICES = 2_000_000
-"""A region with more vertices than this is handed out in parts; one geometry of such size serves nobody."""
+MAX_VERTICES = 200_000
+"""A region with more vertices than this is handed out in parts: uniting its pieces takes some 300 bytes for each."""
 
 MAX_BORDERS = 100_000
 """Pixel edges between labels in one tile; simplified, they take up to 1.5 kB each. Tiles with more are cut smaller."""
 
 _SMALLEST_TILE = 64
+
+_ROW_PIXELS = 1 << 25
+"""Of a row of tiles: all pieces that touch their borders are held."""
 
 _NONE = -1
 
@@ -119,12 +122,14 @@ def regions(
 
 
 def _side(dataset: Any, start: int, end: int, tile: int) -> int:
-    """Side of the tiles of some rows: smaller where labels are like noise, for memory grows with their borders."""
+    """Side of the tiles of some rows: smaller on wide maps and where labels are like noise; memory grows with both."""
     densest = 0
     for left in range(0, dataset.width, tile):
         labels = dataset.read(1, window=Window(left, start, min(tile, dataset.width - left), end - start))
         densest = max(densest, int((labels[1:] != labels[:-1]).sum() + (labels[:, 1:] != labels[:, :-1]).sum()))
     side = tile
+    while side * dataset.width > _ROW_PIXELS and side > _SMALLEST_TILE:
+        side, densest = side // 2, densest // 4
     while densest > MAX_BORDERS and side > _SMALLEST_TILE:
         side, densest = side // 2, densest // 4
     return side
@@ -207,16 +212,36 @@ class _Merger:
         alone = ~touching & (labels != NO_LABEL)
         if alone.any():
             yield Regions(polygons[alone], labels[alone], np.zeros(int(alone.sum()), bool))
+        large = [region for region in self._open.values() if region.vertices > self._max_vertices]
+        if large:  # on a wide map one row of tiles may hold millions
+            yield self._united(large, whole=False)
 
     def finish_row(self, *, last: bool) -> Iterator[Regions]:
         """Hand out what no later tile can add to."""
         held = set() if last else {self._root(int(piece)) for piece in np.unique(self._below) if piece != _NONE}
+        done = {root: region for root, region in self._open.items() if root not in held}
+        for root in done:
+            del self._open[root]
+        self._above, self._below = self._below, np.full_like(self._below, _NONE)
+        # Only the border's pieces are asked for again; the rest of the forest can go.
+        self._parent = {int(p): self._root(int(p)) for p in np.unique(self._above) if p != _NONE}
+        self._parent.update({root: root for root in self._open})
+        portion: list[_Open] = []  # whoever takes them holds all of it in other forms, too
+        vertices = 0
+        for region in done.values():
+            portion.append(region)
+            vertices += region.vertices
+            if vertices > self._max_vertices // 4:
+                yield self._united(portion, whole=True)
+                portion, vertices = [], 0
+        if any(region.pieces for region in portion):
+            yield self._united(portion, whole=True)
+
+    def _united(self, regions: list[_Open], *, whole: bool) -> Regions:
+        """Unite the pieces of regions; of those that are not whole, more will come."""
         polygons: list[Any] = []
         labels, parts = [], []
-        for root, region in list(self._open.items()):
-            whole = root not in held
-            if not whole and region.vertices <= self._max_vertices:
-                continue
+        for region in regions:
             region.cut |= not whole
             if region.pieces:
                 united = self._shapely.union_all(region.pieces) if len(region.pieces) > 1 else region.pieces[0]
@@ -225,14 +250,7 @@ class _Merger:
                 labels.extend([region.label] * len(found))
                 parts.extend([region.cut] * len(found))
             region.pieces, region.vertices = [], 0
-            if whole:
-                del self._open[root]
-        self._above, self._below = self._below, np.full_like(self._below, _NONE)
-        # Only the border's pieces are asked for again; the rest of the forest can go.
-        self._parent = {int(p): self._root(int(p)) for p in np.unique(self._above) if p != _NONE}
-        self._parent.update({root: root for root in self._open})
-        if polygons:
-            yield Regions(np.array(polygons, object), np.array(labels, np.uint8), np.array(parts, bool))
+        return Regions(np.array(polygons, object), np.array(labels, np.uint8), np.array(parts, bool))
 
     def _along(self, polygons: Polygons, axis: int, at: int, start: int, length: int) -> npt.NDArray[np.int64]:
         """Which polygon lies at each pixel along a border: the line x = at (axis 0) or y = at (axis 1)."""

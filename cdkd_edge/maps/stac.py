@@ -6,24 +6,21 @@ STAC 1.1.0 with the extensions projection 2.0.0, raster 2.0.0, classification 2.
 
 from __future__ import annotations
 
-import json
 import mimetypes
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from cdkd_edge import __version__
 from cdkd_edge.errors import SceneError, UsageError
-from cdkd_edge.files import sha256_of, write_text
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.maps.footprint import footprint_of
+from cdkd_edge.maps.stac_assets import COG_TYPE, file_fields, further_assets, href
 from cdkd_edge.scene.areas import Areas
-from cdkd_edge.scene.raster import gdal, is_gdal_name, open_scene
+from cdkd_edge.scene.raster import gdal, open_scene
 
 STAC_VERSION = "1.1.0"
 _EXTENSION = "https://stac-extensions.github.io/{}/schema.json"
@@ -31,10 +28,6 @@ EXTENSIONS = tuple(
     _EXTENSION.format(name)
     for name in ("projection/v2.0.0", "raster/v2.0.0", "classification/v2.0.0", "file/v2.1.0", "processing/v1.2.0")
 )
-COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
-_MULTIHASH_SHA256 = "1220"
-"""Function code and length of a SHA-256 digest (https://github.com/multiformats/multihash)."""
-
 _TIFF_TIME = re.compile(r"(\d{4}):(\d\d):(\d\d) (\d\d):(\d\d):(\d\d)")
 
 
@@ -96,7 +89,7 @@ def item_for(
         provenance: the engine.
         when: the time of the image. Default: ``TIFFTAG_DATETIME`` of the scene or label map (taken as UTC), else the
             time of creation; the item says which.
-        assets: further files, by key: ``vector`` (GeoPackage), ``preview`` (PNG).
+        assets: further files, by key: ``confidence`` (GeoTIFF), ``vector`` (GeoPackage), ``preview`` (PNG).
         created: the time of creation. Default: now.
 
     Raises:
@@ -149,36 +142,21 @@ def item_for(
         "links": [_source_link(scene, label_map.parent)],
         "assets": {
             "labels": {
-                "href": _href(label_map, label_map.parent),
+                "href": href(label_map, label_map.parent),
                 "type": COG_TYPE if overviews else "image/tiff; application=geotiff",
                 "title": "Label map",
                 "roles": ["data"],
                 "bands": [band],
-                **_file(label_map),
+                **file_fields(label_map),
             }
         },
     }
-    for key, path in (assets or {}).items():
-        kind, title, roles = _ASSETS[key]
-        item["assets"][key] = {
-            "href": _href(path, label_map.parent), "type": kind, "title": title, "roles": roles, **_file(path)
-        }  # fmt: skip
+    item["assets"].update(further_assets(label_map, assets or {}))
     return item
 
 
-_ASSETS = {
-    "vector": ("application/geopackage+sqlite3", "Polygons per class", ["data"]),
-    "preview": ("image/png", "The label map over the scene", ["overview"]),
-}
-
-
-def write_item(path: Path, item: Mapping[str, Any]) -> None:
-    """Write an item as JSON; the file appears only when whole."""
-    write_text(path, json.dumps(item, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def _source_link(scene: str | Path, folder: Path) -> dict[str, Any]:
-    link = {"rel": "derived_from", "href": _href(scene, folder), "title": "the scene"}
+    link = {"rel": "derived_from", "href": href(scene, folder), "title": "the scene"}
     kind, _ = mimetypes.guess_type(str(scene))
     return {**link, "type": kind} if kind is not None else link  # so that nobody takes it for a STAC Item
 
@@ -240,19 +218,6 @@ def _taken(scene: str | Path, label_map: Path) -> When | None:
             continue
         return When(moment, note="the time of the image is its TIFFTAG_DATETIME, taken as UTC")
     return None
-
-
-def _file(path: Path) -> dict[str, Any]:
-    return {"file:size": path.stat().st_size, "file:checksum": _MULTIHASH_SHA256 + sha256_of(path)}
-
-
-def _href(target: str | Path, folder: Path) -> str:
-    name = str(target)
-    if is_gdal_name(name):
-        return name
-    relative = Path(os.path.relpath(Path(name).resolve(), folder.resolve())).as_posix()
-    quoted = quote(relative)
-    return quoted if quoted.startswith("../") else f"./{quoted}"
 
 
 def _utc(moment: datetime) -> datetime:

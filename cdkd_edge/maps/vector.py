@@ -26,8 +26,8 @@ from cdkd_edge.scene.raster import gdal, open_scene
 
 LAYER = "classes"
 
-_BATCH = 10_000
-"""Polygons written at once."""
+_BATCH, _BATCH_BYTES = 10_000, 16 << 20
+"""Polygons, and bytes of them, written at once."""
 
 _LITTLE_ROOM = 1 << 20
 
@@ -100,7 +100,7 @@ def write_vector(
 
     Fields: ``class_id``, ``class``, ``color`` (#rrggbb), ``area_ha`` (of the polygon as drawn, on the ellipsoid for
     geographic grids; null where unknown). A style for QGIS is inside. The file appears only when whole. Pixels
-    connected by an edge make one polygon, except regions of more than 2 million vertices, which come in parts.
+    connected by an edge make one polygon, except regions of more than 200,000 vertices, which come in parts.
 
     Without georeference, x is the column and y the negative row, which is where QGIS puts such rasters.
 
@@ -169,7 +169,7 @@ class _Package:
         self._transform = Affine.scale(1, -1) if dataset.transform.is_identity else dataset.transform
         self._options = options
         self._waiting: list[tuple[npt.NDArray[Any], ...]] = []
-        self._waiting_count = 0
+        self._waiting_count = self._waiting_bytes = 0
         self._created = False
         self.written = self.left_out = 0
         self.notes: list[str] = []
@@ -197,7 +197,8 @@ class _Package:
                 wkb = self._shapely.to_wkb(drawn.to_shapely(self._shapely))
                 self._waiting.append((wkb, labels[which], areas))
                 self._waiting_count += len(wkb)
-        if self._waiting_count >= _BATCH:
+                self._waiting_bytes += sum(map(len, wkb))
+        if self._waiting_count >= _BATCH or self._waiting_bytes >= _BATCH_BYTES:
             self._flush()
 
     def finish(self) -> None:
@@ -212,7 +213,7 @@ class _Package:
                 geometry_type=None,
             )  # fmt: skip
         if self._parts:
-            self.notes.append("regions of more than 2 million vertices are in parts")
+            self.notes.append("regions of more than 200,000 vertices are in parts")
         if not self._ground.known:
             self.notes.append(f"no areas: {self._ground.reason}")
 
@@ -221,12 +222,12 @@ class _Package:
             return
         empty = (np.empty(0, object), np.empty(0, np.uint8), np.empty(0))
         wkb, labels, areas = (np.concatenate(part) for part in zip(*(self._waiting or [empty]), strict=True))
-        self._waiting, self._waiting_count = [], 0
+        self._waiting, self._waiting_count, self._waiting_bytes = [], 0, 0
         names = np.array(self._schema.class_names, object)
         colors = np.array([f"#{r:02x}{g:02x}{b:02x}" for r, g, b in (c.color for c in self._schema.classes)], object)
         hectares = areas / 10_000 if self._ground.known else np.full(len(areas), np.nan)
         values = [labels.astype(np.int32), names[labels], colors[labels], hectares]
-        with self._writing():
+        with self._writing(sum(map(len, wkb))):
             self._pyogrio.raw.write(
                 str(self._temporary),
                 wkb,
@@ -246,7 +247,8 @@ class _Package:
         self.written += len(wkb)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, size: int = 0) -> Iterator[None]:
+        """Turn errors into ours. ``size``: bytes of what is written, which a failed transaction sets free again."""
         before = self._pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
         self._pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": _EPOCH})
         try:
@@ -254,7 +256,8 @@ class _Package:
                 warnings.filterwarnings("ignore", message="'crs' was not provided")
                 yield
         except (self._pyogrio.errors.DataSourceError, self._pyogrio.errors.DataLayerError, RuntimeError) as error:
-            if shutil.disk_usage(self._output.parent).free < _LITTLE_ROOM:
+            # With its journal and its index a batch takes some three times its own size.
+            if shutil.disk_usage(self._output.parent).free < _LITTLE_ROOM + 4 * size:
                 raise SystemRefusalError(f"writing {self._output} failed: no space left on the device") from None
             reason = " ".join(str(error).split()).replace(str(self._temporary), str(self._output))
             raise SceneError(f"writing {self._output} failed: {reason}") from None

@@ -112,13 +112,16 @@ class FleetLines(Listener):
 
     def note(self, text: str) -> None:
         """See :class:`~cdkd_edge.fleet.crew.Listener`."""
-        self._say(f"note: {text}")
+        self._print(f"note: {text}", self._console or Console(stderr=True, highlight=False))
 
     def _say(self, text: str) -> None:
         if self._console:  # of one scene the error itself says it
-            # File names and messages from inside files must not steer the terminal.
-            shown = "".join(char if char.isprintable() else " " for char in text)
-            self._console.print(Text(shown), soft_wrap=True)
+            self._print(text, self._console)
+
+    def _print(self, text: str, console: Console) -> None:
+        # File names and messages from inside files must not steer the terminal.
+        shown = "".join(char if char.isprintable() else " " for char in text)
+        console.print(Text(shown), soft_wrap=True)
 
     def _show(self) -> None:
         if self._progress is None or self._task is None:

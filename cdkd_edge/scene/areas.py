@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ _STRETCH_WORTH_TELLING = 0.001
 
 _WINDOW_PX = 4 << 20
 """Pixels read at once."""
+
+_AREA_ROWS = 64
+"""Rows whose pixels' areas are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -265,23 +268,33 @@ def _summed(
     dataset: Any, ground: Ground, schema: LabelSchema, path: Path
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Pixels and m2 per class, and of no label, by reading the map."""
-    block = dataset.block_shapes[0][0]
-    rows = max(block, _WINDOW_PX // dataset.width // block * block)
     pixels, m2 = np.zeros(256, np.int64), np.zeros(256)
     row_areas = ground.row_areas(dataset.height) if ground.known and ground.same_in_a_row else None
-    for start in range(0, dataset.height, rows):
-        window = Window(0, start, dataset.width, min(rows, dataset.height - start))
+    for window in _windows(dataset):
         labels = dataset.read(1, window=window)
-        areas = None if ground.same_in_a_row else ground.pixel_areas(window)
-        for index, row in enumerate(labels):
-            count = np.bincount(row, minlength=256)
-            pixels += count
-            if areas is not None:
-                m2 += np.bincount(row, areas[index], 256)
-            elif row_areas is not None:
-                m2 += count * row_areas[start + index]
+        for start in range(0, len(labels), _AREA_ROWS):  # areas of single pixels take eight times the room of labels
+            some = labels[start : start + _AREA_ROWS]
+            part = Window(window.col_off, window.row_off + start, window.width, len(some))
+            areas = None if ground.same_in_a_row else ground.pixel_areas(part)
+            for index, row in enumerate(some):
+                count = np.bincount(row, minlength=256)
+                pixels += count
+                if areas is not None:
+                    m2 += np.bincount(row, areas[index], 256)
+                elif row_areas is not None:
+                    m2 += count * row_areas[part.row_off + index]
     unknown = np.flatnonzero(pixels[len(schema) : NO_LABEL])
     if unknown.size:
         raise SceneError(f"{path} holds the label {len(schema) + unknown[0]}; its schema has {len(schema)} classes")
     chosen = [*range(len(schema)), NO_LABEL]
     return pixels[chosen], m2[chosen]
+
+
+def _windows(dataset: Any) -> Iterator[Window]:
+    """A raster along its blocks, row by row, some 4 million pixels at a time."""
+    height, width = dataset.block_shapes[0]
+    rows = max(height, _WINDOW_PX // dataset.width // height * height)
+    columns = max(width, _WINDOW_PX // rows // width * width)
+    for top in range(0, dataset.height, rows):
+        for left in range(0, dataset.width, columns):
+            yield Window(left, top, min(columns, dataset.width - left), min(rows, dataset.height - top))

@@ -193,9 +193,11 @@ def finish_label_map(
     """
     areas = class_areas(plain.label_map, schema, plain.row_counts)
     # GDAL makes one of a whole raster only.
-    write_cog(plain.label_map, plain.label_map, schema, {}, pyramid=plain.pyramid, areas=areas.classes)
+    levels = plain.pyramid
+    write_cog(plain.label_map, plain.label_map, schema, {}, overviews=bool(levels), pyramid=levels, areas=areas.classes)
     if confidence is not None and plain.confidence is not None:
-        write_cog(plain.confidence, plain.confidence, None, {}, pyramid=plain.confidence_pyramid)
+        levels = plain.confidence_pyramid
+        write_cog(plain.confidence, plain.confidence, None, {}, overviews=bool(levels), pyramid=levels)
     on_whole()
     if confidence is not None and plain.confidence is not None:
         _publish(plain.confidence, confidence)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import UsageError
 
 DEFAULT_OVERLAP = 128
 
@@ -44,10 +44,12 @@ def tile_axis(size: int, tile: int, overlap: int) -> list[Span]:
         Spans whose kept parts partition ``0 .. size - 1`` in order.
 
     Raises:
-        SceneError: the overlap is negative or leaves a tile no pixel of its own.
+        UsageError: the overlap is negative or leaves a tile no pixel of its own.
     """
     if not 0 <= overlap < tile:
-        raise SceneError(f"an overlap of {overlap} px does not fit tiles of {tile} px")
+        raise UsageError(
+            f"an overlap of {overlap} px does not fit tiles of {tile} px", hint=f"choose --overlap below {tile}"
+        )
     if size <= tile:
         return [Span(-((tile - size) // 2), 0, size)]
     count = -(-(size - overlap) // (tile - overlap))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import UsageError
 from cdkd_edge.scene.grid import Span, TileGrid
 from cdkd_edge.scene.merge import Area, Mask, SpoolMerge
 from cdkd_edge.scene.plan import Place, Plan
@@ -58,7 +58,7 @@ class HannMerge(SpoolMerge):
         area: the area of interest.
 
     Raises:
-        SceneError: tiles overlap by more than half.
+        UsageError: tiles overlap by more than half.
     """
 
     whole_tile = True
@@ -68,7 +68,7 @@ class HannMerge(SpoolMerge):
     ) -> None:
         super().__init__(engine, spool, confidence=confidence, area=area)
         if 2 * overlap > plan.tile:
-            raise SceneError(
+            raise UsageError(
                 f"--merge hann takes an overlap of at most half a tile, {plan.tile // 2} px, not {overlap}"
             )
         self._plan = plan

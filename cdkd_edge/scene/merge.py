@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import SceneError, UsageError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.scene.grid import Span
 from cdkd_edge.scene.plan import Place
@@ -44,10 +44,11 @@ def require_output(engine: Labeller, *, merge: str, confidence: bool) -> None:
     """Make sure that an engine gives what a merge needs.
 
     Raises:
-        SceneError: it does not, or there is no such merge.
+        UsageError: there is no such merge.
+        SceneError: it does not.
     """
     if merge not in ("crop", "hann"):
-        raise SceneError(f"there is no merge {merge!r}", hint="crop keeps the middle of each tile, hann blends tiles")
+        raise UsageError(f"there is no merge {merge!r}", hint="crop keeps the middle of each tile, hann blends tiles")
     given = engine_output(engine)
     if merge == "hann" and given != "probabilities":
         raise SceneError(

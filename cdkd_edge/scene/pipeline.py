@@ -37,6 +37,7 @@ from cdkd_edge.scene.outputs import confidence_path
 from cdkd_edge.scene.partial import Partial
 from cdkd_edge.scene.plan import PANEL_BYTES, Plan
 from cdkd_edge.scene.reader import SceneReader
+from cdkd_edge.scene.room import RoomWatch
 from cdkd_edge.scene.spool import Spool
 from cdkd_edge.scene.stitch import RowStitcher
 
@@ -51,6 +52,7 @@ def segment_scene(
     progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     resume: bool = True,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> SegmentResult:
     """Label every pixel of a scene.
 
@@ -64,6 +66,7 @@ def segment_scene(
         options: overlap, bands, stretch, merge.
         progress: called with tiles done and tiles in all.
         resume: go on with what an interrupted run left; False: start anew.
+        warn: told, from another thread, what the user should know before the end: that the disk will be full.
 
     Raises:
         SceneError: the scene cannot be read or the label map not be written; another run is writing it; or what an
@@ -97,7 +100,13 @@ def segment_scene(
         totals = RunTotals()
         if resumed < plan.bands:
             merge = _merge(engine, spool, plan, options, area)
-            merge.on_band = lambda: writing.advance(plan.rows_done(spool.bands))
+            room = RoomWatch(partial.folder, warn)
+
+            def on_band() -> None:
+                writing.advance(plan.rows_done(spool.bands))
+                room.look(spool.path, plan.tiles_in(spool.bands) / len(plan.grid))
+
+            merge.on_band = on_band
             flow = Flow(engine, readers, plan, merge, start=resumed, progress=progress)
             flow.run()
             totals = flow.totals
@@ -218,6 +227,7 @@ def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: 
         slack_rows=slack,
         blends=blends,
         panel_bytes=PANEL_BYTES,
+        pixel_bytes=reader.pixel_bytes,
         wanted=wanted,
     )
 

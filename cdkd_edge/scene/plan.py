@@ -63,6 +63,7 @@ class Plan:
         slack_rows: int = 0,
         blends: bool = False,
         panel_bytes: int | None = PANEL_BYTES,
+        pixel_bytes: int = 3,
         wanted: Callable[[Span, Span], bool] = lambda row, column: True,
     ) -> Plan:
         """Plan a grid.
@@ -73,13 +74,14 @@ class Plan:
             slack_rows: rows of pixels held beyond a row of tiles, because files are read in blocks.
             blends: see :attr:`blends`.
             panel_bytes: bound of the pixels held at a time; None: a single panel, so that labels come row by row.
+            pixel_bytes: of a pixel that is held, with its validity.
             wanted: whether a tile is to be computed.
         """
         columns = grid.columns
         count = 1
         if panel_bytes is not None:
             width = columns[-1].start + tile - columns[0].start
-            most = max(tile, panel_bytes // (3 * (tile + slack_rows)))
+            most = max(tile, panel_bytes // (pixel_bytes * (tile + slack_rows)))
             count = min(len(columns), -(-width // most))
         cuts = [round(index * len(columns) / count) for index in range(count + 1)]
         panels = []

@@ -84,9 +84,9 @@ class Pyramid:
         name: str = "overview",
     ) -> None:
         self.paths: list[Path] = []
-        """Half the resolution, a quarter ... until both sides fit into a block."""
+        """Half the resolution, a quarter ... until both sides fit into a block, or one is a single pixel."""
         self._levels: list[_Level] = []
-        while max(height, width) > BLOCK:
+        while max(height, width) > BLOCK and min(height, width) > 1:  # halved no more, it is no valid overview (COG)
             height, width = -(-height // 2), -(-width // 2)
             self.paths.append(folder / f"{name}-{len(self.paths) + 1}.tif")
             # What a row of the raster's blocks becomes is a row of blocks here, so that rows need not be collected.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class SceneReader:
     ) -> None:
         self.path = path
         self.gsd = gsd
+        self._values: npt.NDArray[Any] | None = None
         self._source: Any = open_scene(path)
         self._dataset = self._source
         try:
@@ -93,6 +95,12 @@ class SceneReader:
         """Rows and columns of the blocks in which the file is stored, px."""
         height, width = self._dataset.block_shapes[self.bands[0] - 1]
         return int(height), int(width)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes that a pixel takes in memory: red, green, blue, validity if it may be without data, and of
+        floats some more on their way to bytes."""
+        return 3 + self._masked + 4 * self._float
 
     @property
     def sequential(self) -> bool:
@@ -172,7 +180,7 @@ class SceneReader:
             if self.limits is None:
                 pixels: npt.NDArray[Any] = self._dataset.read(self.bands, window=window, out=out)
             else:
-                pixels = self._dataset.read(self.bands, window=window)
+                pixels = self._dataset.read(self.bands, window=window, out=self._place_for((3, height, width)))
             valid = self._dataset.dataset_mask(window=window) != 0 if self._masked else None
         if self._float:
             finite = np.isfinite(pixels).all(axis=0)
@@ -183,6 +191,17 @@ class SceneReader:
             return pixels, None
         np.copyto(pixels, INVALID_FILL, where=~valid)
         return pixels, valid
+
+    def _place_for(self, shape: tuple[int, int, int]) -> npt.NDArray[Any] | None:
+        """An array for values before they are stretched, the same again and again: pieces of this size that come and
+        go leave the heap in holes. None: of bands of several kinds."""
+        kinds = {self._dataset.dtypes[band - 1] for band in self.bands}
+        if len(kinds) > 1:
+            return None
+        size = math.prod(shape)
+        if self._values is None or self._values.size < size:
+            self._values = np.empty(size, kinds.pop())
+        return self._values[:size].reshape(shape)
 
     def another(self) -> SceneReader:
         """The same scene opened once more, for another thread."""

@@ -11,7 +11,7 @@ from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import SceneError, UsageError
 from cdkd_edge.scene.raster import gdal
 
 _WARP_MB = 32
@@ -72,10 +72,11 @@ def resampled(dataset: Any, metres: float) -> tuple[Any, str]:
         The dataset (the same one if its pixels have that size already), and a sentence on what was done.
 
     Raises:
+        UsageError: ``metres`` is no distance.
         SceneError: the scene has no place on Earth, or would not be a pixel large.
     """
     if not (math.isfinite(metres) and metres > 0):
-        raise SceneError(f"a ground sample distance is a positive number of metres, not {metres:g}")
+        raise UsageError(f"a ground sample distance is a positive number of metres, not {metres:g}")
     own = ground_sample_distance(dataset)
     ratios = metres / own[0], metres / own[1]
     if all(abs(ratio - 1) < _SAME for ratio in ratios):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,19 @@ import numpy as np
 import numpy.typing as npt
 from rasterio.windows import Window
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import SceneError, UsageError
 
 _SAMPLE_SIDE = 1024
 """Percentiles are taken from the scene reduced to at most this many pixels a side."""
 _WHOLE_PIXELS = 8192 * 8192
 """Scenes up to this size are reduced as a whole; larger ones by their overviews, or sampled in windows."""
 _WINDOWS_A_SIDE, _WINDOW, _EVERY = 16, 256, 4
+_STRIP_PIXELS = 1 << 21
+"""Read at once of a file in strips."""
+_ROWS = 32
+"""Stretched at once."""
+_ENOUGH = 1000
+"""Valid pixels of a band; fewer say little."""
 
 Limits = npt.NDArray[np.float32]
 """Per band the values that become 0 and 255, ``[3, 2]``."""
@@ -33,16 +39,18 @@ class Stretch:
 
     def __post_init__(self) -> None:
         if not -math.inf < self.low < self.high < math.inf:
-            raise SceneError(f"a stretch needs low < high, both finite, not {self.low:g} and {self.high:g}")
+            raise UsageError(f"a stretch needs low < high, both finite, not {self.low:g} and {self.high:g}")
         if self.percentiles and not (self.low >= 0 and self.high <= 100):
-            raise SceneError(f"percentiles lie within 0..100, not {self.low:g} and {self.high:g}")
+            raise UsageError(f"percentiles lie within 0..100, not {self.low:g} and {self.high:g}")
 
 
 def stretch_limits(dataset: Any, bands: Sequence[int], stretch: Stretch, name: object) -> Limits:
     """The limits of a stretch on an open dataset.
 
     Percentiles are those of valid, finite pixels of a sample: the scene reduced to 1024 px a side or, where that would
-    mean reading all of a large file that has no overviews, every fourth pixel of 16 x 16 windows spread evenly over it.
+    mean reading all of a large file that has no overviews, every fourth pixel of 16 x 16 windows spread evenly over it
+    (of a file in strips, every fourth row of 16 such bands). No block is decoded twice for it. Only if next to no valid
+    pixel is among those, all of the file is read, which labelling will do as well.
 
     Raises:
         SceneError: there is no valid pixel.
@@ -50,14 +58,8 @@ def stretch_limits(dataset: Any, bands: Sequence[int], stretch: Stretch, name: o
     """
     if not stretch.percentiles:
         return np.array([[stretch.low, stretch.high]] * len(bands), np.float32)
-    found: list[list[npt.NDArray[np.float32]]] = [[] for _ in bands]
-    for sample in _samples(dataset, bands):
-        for values, band in zip(found, sample, strict=True):
-            some = band.compressed().astype(np.float32)
-            values.append(some[np.isfinite(some)])
     limits = []
-    for values in found:
-        pixels = np.concatenate(values)
+    for pixels in _sample(dataset, bands):
         if pixels.size == 0:
             raise SceneError(f"{name} has no valid pixel to take percentiles from")
         low, high = np.percentile(pixels, [stretch.low, stretch.high])
@@ -65,39 +67,66 @@ def stretch_limits(dataset: Any, bands: Sequence[int], stretch: Stretch, name: o
     return np.array(limits, np.float32)
 
 
-def _samples(dataset: Any, bands: Sequence[int]) -> Iterator[Any]:
+def _sample(dataset: Any, bands: Sequence[int]) -> list[npt.NDArray[np.float32]]:
+    """Valid pixels of each band."""
     height, width = dataset.height, dataset.width
     small = height * width <= _WHOLE_PIXELS
     if not small and not all(dataset.overviews(band) for band in bands):
-        some = list(_windows(dataset, bands))
-        if any(not band.mask.all() for sample in some for band in sample):
-            yield from some
-            return
+        found = _valid(_windows(dataset, bands), len(bands))
+        if all(pixels.size >= _ENOUGH for pixels in found):
+            return found
     scale = min(1.0, _SAMPLE_SIDE / max(height, width))
     shape = (len(bands), max(1, round(height * scale)), max(1, round(width * scale)))
-    yield dataset.read(bands, out_shape=shape, masked=True)
+    return _valid([dataset.read(bands, out_shape=shape, masked=True)], len(bands))
+
+
+def _valid(samples: Iterable[Any], count: int) -> list[npt.NDArray[np.float32]]:
+    """The finite pixels of masked samples ``[bands, h, w]`` that are not masked, band by band."""
+    found: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(count)]
+    for sample in samples:
+        for values, band in zip(found, sample, strict=True):
+            some = band.compressed().astype(np.float32)
+            values.append(some[np.isfinite(some)])
+    return [np.concatenate(values) for values in found]
 
 
 def _windows(dataset: Any, bands: Sequence[int]) -> Iterator[Any]:
-    """Windows along the file's blocks, so that each costs few of them."""
+    """Parts of the file along its blocks, from top to bottom, so that each costs few of them."""
     block_height, block_width = dataset.block_shapes[bands[0] - 1]
     height, width = min(_WINDOW, dataset.height), min(_WINDOW, dataset.width)
-    for top in _spread(dataset.height, height, block_height):
+    tops = _spread(dataset.height, height, block_height)
+    if block_width >= dataset.width > _WINDOW:
+        # Strips: a window as narrow as those below costs all of its rows, and so does the next one beside it.
+        columns = max(1, dataset.width * _EVERY // (_WINDOWS_A_SIDE * _WINDOW))
+        rows = max(1, min(block_height, _STRIP_PIXELS // dataset.width))
+        for row in (row for top in tops for row in range(top, top + height, max(block_height, _EVERY))):
+            window = Window(0, row, dataset.width, min(rows, dataset.height - row))
+            yield dataset.read(bands, window=window, masked=True)[:, ::_EVERY, ::columns]
+        return
+    for top in tops:
         for left in _spread(dataset.width, width, block_width):
             pixels = dataset.read(bands, window=Window(left, top, width, height), masked=True)
             yield pixels[:, ::_EVERY, ::_EVERY]
 
 
 def _spread(size: int, window: int, block: int) -> list[int]:
+    """Where windows begin along an axis: spread evenly, at the beginning of a block each."""
     count = min(_WINDOWS_A_SIDE, size // window)
     places = [round((index + 0.5) * size / count - window / 2) for index in range(count)]
-    step = block if block <= window * 4 else 1
-    return sorted({min(max(place // step * step, 0), size - window) for place in places})
+    return sorted({min(max(place // block * block, 0), size - window) for place in places})
 
 
 def stretched(pixels: npt.NDArray[Any], limits: Limits) -> npt.NDArray[np.uint8]:
     """Pixels ``[3, h, w]`` as 0..255."""
     low, high = limits[:, :1, None], limits[:, 1:, None]
-    with np.errstate(over="ignore", invalid="ignore"):  # nodata values are often the largest there are
-        scaled = (pixels.astype(np.float32) - low) * (255 / (high - low))
-    return np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8)
+    result = np.empty(pixels.shape, np.uint8)
+    for top in range(0, pixels.shape[1], _ROWS):  # floats take four times the room
+        scaled = pixels[:, top : top + _ROWS].astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # nodata values are often the largest there are
+            scaled -= low
+            scaled *= 255 / (high - low)
+        np.nan_to_num(scaled, copy=False)
+        np.rint(scaled, out=scaled)
+        np.clip(scaled, 0, 255, out=scaled)
+        result[:, top : top + _ROWS] = scaled
+    return result

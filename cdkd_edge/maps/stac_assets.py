@@ -1,0 +1,106 @@
+"""The files beside a label map as assets of its STAC Item."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from cdkd_edge.files import sha256_of, write_text
+from cdkd_edge.scene.merge import NO_CONFIDENCE
+from cdkd_edge.scene.pam import sidecar_path
+from cdkd_edge.scene.raster import is_gdal_name
+
+COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
+_MULTIHASH_SHA256 = "1220"
+"""Function code and length of a SHA-256 digest (https://github.com/multiformats/multihash)."""
+
+_ASSETS: dict[str, dict[str, Any]] = {
+    "attributes": {
+        "type": "application/xml",
+        "title": "Class names and areas as GDAL and QGIS read them",
+        "roles": ["metadata"],
+    },
+    "confidence": {
+        "type": COG_TYPE,
+        "title": "Probability of the label",
+        "roles": ["data"],
+        "bands": [
+            {
+                "name": "confidence",
+                "description": "Softmax probability of the label, not calibrated",
+                "data_type": "uint8",
+                "nodata": NO_CONFIDENCE,
+                "unit": "%",
+                "raster:sampling": "area",
+            }
+        ],
+    },
+    "vector": {"type": "application/geopackage+sqlite3", "title": "Polygons per class", "roles": ["data"]},
+    "preview": {"type": "image/png", "title": "The label map over the scene", "roles": ["overview"]},
+}
+
+
+def further_assets(label_map: Path, assets: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """What lies beside a label map, as STAC assets.
+
+    Args:
+        label_map: the file.
+        assets: others by key: ``confidence``, ``vector``, ``preview``. Its ``.aux.xml`` is found.
+    """
+    found = {}
+    for key, path in assets.items():
+        found[key] = {"href": href(path, label_map.parent), **_ASSETS[key], **file_fields(path)}
+    sidecar = sidecar_path(label_map)
+    if sidecar.exists():  # without size and checksum: GDAL and QGIS keep statistics there, too
+        found["attributes"] = {"href": href(sidecar, label_map.parent), **_ASSETS["attributes"]}
+    return found
+
+
+def complete_item(path: Path, label_map: Path, assets: Mapping[str, Path]) -> bool:
+    """Add assets to an item that was written before they were; all else in it stays.
+
+    Args:
+        path: the item.
+        label_map: the file it describes.
+        assets: as for :func:`further_assets`.
+
+    Returns:
+        Whether any was missing. A file that is no item any more is left alone.
+
+    Raises:
+        OSError: the item cannot be read or written.
+    """
+    try:
+        item = json.loads(path.read_text(encoding="utf-8"))
+        missing = {key: place for key, place in assets.items() if key not in item["assets"]}
+        if not missing:
+            return False
+        item["assets"].update(further_assets(label_map, missing))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
+    write_item(path, item)
+    return True
+
+
+def write_item(path: Path, item: Mapping[str, Any]) -> None:
+    """Write an item as JSON; the file appears only when whole."""
+    write_text(path, json.dumps(item, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def file_fields(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file, by the file extension."""
+    return {"file:size": path.stat().st_size, "file:checksum": _MULTIHASH_SHA256 + sha256_of(path)}
+
+
+def href(target: str | Path, folder: Path) -> str:
+    """A file as a link from a folder, relative; a name of GDAL's (a URL) as it is."""
+    name = str(target)
+    if is_gdal_name(name):
+        return name
+    relative = Path(os.path.relpath(Path(name).resolve(), folder.resolve())).as_posix()
+    quoted = quote(relative)
+    return quoted if quoted.startswith("../") else f"./{quoted}"

@@ -23,6 +23,7 @@ from cdkd_edge import __version__
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import SceneError, SystemRefusalError
 from cdkd_edge.labels import NO_LABEL
+from cdkd_edge.machine import hand_memory_back
 from cdkd_edge.manifest import EngineManifest
 from cdkd_edge.scene.aoi import AreaOnScene, read_area
 from cdkd_edge.scene.cells import CellLayout
@@ -110,6 +111,8 @@ def segment_scene(
             flow = Flow(engine, readers, plan, merge, start=resumed, progress=progress)
             flow.run()
             totals = flow.totals
+            del flow, merge
+            hand_memory_back()
         if times_of_change(reader) != times:
             raise SceneError(f"{scene} changed while it was read", hint="start anew with --overwrite")
         finishing = time.perf_counter()

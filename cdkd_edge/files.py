@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+_PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
+"""Name of a temporary folder."""
 
 
 @contextlib.contextmanager
@@ -49,11 +54,11 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     # Behind a symbolic link it is the folder that is replaced, not the link.
     path = Path(os.path.realpath(path)) if replace else Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     if not replace:
         _require_new(path)
+    made = [folder for folder in path.parents if not folder.exists()]  # nearest first
     try:
-        temporary.mkdir(parents=True)
+        temporary, lock = _locked_folder(path)
     except OSError as error:
         error.filename = str(path)  # the name that the user knows
         raise
@@ -67,7 +72,33 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         _sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else is using it by now
+            for folder in made:
+                folder.rmdir()
         raise
+    finally:
+        os.close(lock)
+
+
+def remove_abandoned(parent: Path) -> tuple[Path, ...]:
+    """Remove what :func:`whole_folder` left in ``parent`` when its process was killed.
+
+    A folder in the making is locked by its process, and the lock goes with it. Where folders cannot be locked (NFS),
+    nothing is removed.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    with contextlib.suppress(OSError):
+        for folder in sorted(parent.iterdir()):
+            if not _PART.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+                continue
+            with contextlib.suppress(OSError), _opened(folder) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+                removed.append(folder)
+    return tuple(removed)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,6 +114,28 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A temporary folder beside ``path``, and the open descriptor that locks it."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        temporary.mkdir(parents=True)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system that cannot
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)  # taken for abandoned before it was locked
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _require_new(path: Path) -> None:
@@ -103,8 +156,5 @@ def _swap(temporary: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -601,10 +601,30 @@ def test_a_benchmark_that_cannot_be_written(workspace: Path) -> None:
 
 
 def test_a_benchmark_that_fails_leaves_no_folder(workspace: Path) -> None:
-    (workspace / "benchmarks").mkdir()
     unchanged = untouched(workspace)
+    for options, code, said in (
+        (("--scene", workspace / "nowhere.tif"), 10, "does not exist"),
+        (("--power-source", "wattmeter"), 2, "no source of power named"),
+        (("--device", "toaster"), 2, "toaster"),
+        (("--paper",), 2, "one tile of 1024 px"),
+    ):
+        answer = run("bench", "-w", workspace, *options, *(() if "--paper" in options else QUICK))
+        assert_answer(answer, code, said)
+        assert unchanged(), "not even an empty benchmarks/"
+    (workspace / "benchmarks").mkdir()
     assert_answer(run("bench", "-w", workspace, *QUICK, "--scene", workspace / "nowhere.tif"), 10, "does not exist")
-    assert unchanged()
+    assert (workspace / "benchmarks").is_dir()
+
+
+def test_what_a_killed_benchmark_left_goes_with_the_next(workspace: Path) -> None:
+    left = workspace / "benchmarks/.20260101T000000Z-small.fp32.0123abcd.part"
+    left.mkdir(parents=True)
+    (left / ".reserved").write_bytes(bytes(1000))
+    answer = run("bench", "-w", workspace, *QUICK, "--json")
+    assert answer.exit_code == 0
+    assert not left.exists()
+    assert f"removed {left}, which a killed run had left" in answer.stderr.replace("\n", "")
+    assert list(json.loads(answer.stdout)) == ["folder", "summary"]
 
 
 # --- mistakes: the options ------------------------------------------------------------------------

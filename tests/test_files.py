@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import shutil
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from cdkd_edge.files import sha256_of, whole_file, whole_folder, write_text
+from cdkd_edge.files import remove_abandoned, sha256_of, whole_file, whole_folder, write_text
 
 
 def names(folder):
@@ -85,6 +89,67 @@ def test_a_failure_leaves_no_folder(tmp_path):
         (temporary / "deep" / "a").touch()
         raise KeyboardInterrupt
     assert names(tmp_path) == []
+
+
+def test_a_failure_leaves_no_parent_that_was_made_for_it(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "far/away/run"):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "far/away/run"):  # noqa: PT012
+        (tmp_path / "far/other").touch()
+        raise KeyboardInterrupt
+    assert names(tmp_path / "far") == ["other"], "what somebody else has put there stays"
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from cdkd_edge.files import whole_folder
+with whole_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "half").touch()
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_one_s_is_not(tmp_path):
+    holders = [
+        subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path / f"run{number}"], stdout=subprocess.PIPE)
+        for number in (1, 2)
+    ]
+    (tmp_path / ".mine.part").mkdir()
+    (tmp_path / ".run.0123abcd.part").symlink_to(tmp_path / ".mine.part")
+    try:
+        for holder in holders:
+            assert holder.stdout.readline() == b"ready\n"
+        assert remove_abandoned(tmp_path) == ()
+        holders[0].kill()
+        holders[0].wait()
+        (removed,) = remove_abandoned(tmp_path)
+        assert removed.name.startswith(".run1.")
+        left = [name.split(".")[1] for name in names(tmp_path)]
+        assert sorted(left) == ["mine", "run", "run2"]
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+            holder.stdout.close()
+    assert remove_abandoned(tmp_path / "absent") == ()
+
+
+def test_a_folder_taken_for_abandoned_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    lock, taken = fcntl.flock, []
+
+    def late(descriptor, how):
+        if not taken:
+            taken.append(names(tmp_path))
+            shutil.rmtree(tmp_path / taken[0][0])
+        lock(descriptor, how)
+
+    monkeypatch.setattr("cdkd_edge.files.fcntl.flock", late)
+    with whole_folder(tmp_path / "run") as temporary:
+        (temporary / "a").touch()
+    assert names(tmp_path) == ["run"]
 
 
 def test_a_folder_that_exists_is_kept(tmp_path):

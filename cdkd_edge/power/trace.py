@@ -29,7 +29,7 @@ class Gap:
     start: float
     stop: float
     missed: int
-    """Readings that should have come in it."""
+    """Readings that should have come in it, one in an interval."""
 
     @property
     def seconds(self) -> float:

@@ -169,6 +169,31 @@ def test_a_load_that_changes_its_speed_is_said(slower, warned):
     assert verdict.status == "valid"
 
 
+@pytest.mark.parametrize(
+    ("stands", "within", "latency", "status"),
+    [
+        (0.8, True, 0.05, "valid"),  # a hiccup of a shared machine
+        (1.5, True, 0.5, "valid"),  # a slow engine has slow batches
+        (1.1, True, 0.1, "warned"),
+        (4.0, True, 0.1, "invalid"),
+        (4.0, False, 0.1, "invalid"),
+    ],
+)
+def test_a_load_that_stood_still(stands, within, latency, status):
+    """As after SIGSTOP and SIGCONT, during a batch or between two: 60 s or 120 s of load."""
+    start, batches = 10.0, []
+    for number in range(round((120 if status == "warned" else 60) / latency)):
+        pause = stands if number == 100 else 0.0
+        batches.append(TimedBatch(0, "load", start, latency + (pause if within else 0)))
+        start += latency + pause
+    course = Course(0.0, [Span("load", 0, 10.0, start)], batches)
+    verdict = judge(course, DEFAULT, (repeat_of(),), engine_manifest(64), None, "", (), power_wanted=False)
+    said = f"load 1: the run stood still for {stands:.1f} s of {start - 10:.1f} s"
+    assert (said in verdict.reasons) == (status == "invalid")
+    assert (said in verdict.warnings) == (status == "warned")
+    assert verdict.status == ("invalid" if status == "invalid" else "valid")
+
+
 def test_idle_that_drifts_is_said():
     (warning,) = verdict_of(repeat_of(idle=5.0, after=6.5)).warnings
     assert warning.startswith("repeat 1: idle is 5.00 W before and 6.50 W after")

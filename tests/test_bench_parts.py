@@ -117,6 +117,7 @@ def test_what_makes_a_run_invalid(changes, said):
     [
         (repeat_of(covered=0.97), "readings of VDD_IN are missing in 3% of a phase"),
         (repeat_of(load=5.70), "VDD_IN is not higher under load (5.70 W) than idle (5.74 W)"),
+        (repeat_of(idle=-5.0, after=3.0), "jtop: VDD_IN reads -5.00 W in the mean of a phase: less than nothing"),
     ],
 )
 def test_one_repeat_at_fault_makes_all_invalid(repeat, said):

@@ -102,6 +102,18 @@ def test_probed_by_a_reading(tree, file, text):
     assert reason == "VDD_IN cannot be read"
 
 
+def test_more_than_the_chip_can_read_is_no_reading(tree):
+    reader, _ = Ina3221Reader.probe(tree)
+    write(tree / HWMON / "curr1_input", 10**9)
+    assert reader.read() == {"VDD_CPU_GPU_CV": 9.5, "VDD_SOC": 3.25}
+    write(tree / HWMON / "curr1_input", -4)
+    assert reader.read()["VDD_IN"] == pytest.approx(-0.02), "an offset is a reading"
+    for channel in (1, 2, 3):
+        write(tree / HWMON / f"curr{channel}_input", 10**9)
+    with pytest.raises(OSError, match=r"VDD_SOC reads 5e\+06 W, which the chip cannot"):
+        reader.read()
+
+
 def test_no_chip(tmp_path):
     assert Ina3221Reader.probe(tmp_path)[0] is None
     assert "no INA3221" in Ina3221Reader.probe(tmp_path)[1]
@@ -234,7 +246,7 @@ def test_a_total_of_another_board_is_not_vdd_in(name):
     assert f"the total is {name}, not VDD_IN" in rails_of(reading(name=name))
 
 
-@pytest.mark.parametrize("power", [None, "6000", float("nan")])
+@pytest.mark.parametrize("power", [None, "6000", float("nan"), float("inf"), 6e9])
 def test_a_total_without_a_value(power):
     assert "no value" in rails_of(reading(power))
     assert "no value" in rails_of(reading(online=False))

@@ -24,6 +24,8 @@ FIFTHS, FIFTHS_DIFFERENCE = 5, 0.1
 STALL_SECONDS, STALL_FACTOR = 1.0, 10.0
 """From one batch to the next, and times the median of the load, above both of which the run stood still: a process that
 was suspended, a machine that swapped. If that is more of a load than may lie between readings, the run is invalid."""
+LEAST_WATTS = -0.1
+"""That a rail may read in the mean: sensors have an offset."""
 LATE_SHARE = 0.05
 """Of readings that come late, above which a reader is warned."""
 
@@ -130,6 +132,9 @@ def _power_reasons(
                 reasons.append(
                     f"{source.name}: readings of {rail} are missing in {1 - one.covered:.0%} of a phase{why}"
                 )
+            least = min(one.idle_before_watts, one.idle_after_watts, one.load_watts)
+            if least < LEAST_WATTS:
+                reasons.append(f"{source.name}: {rail} reads {least:.2f} W in the mean of a phase: less than nothing")
             if rail == source.total and one.load_watts <= one.idle_watts:
                 reasons.append(
                     f"{rail} is not higher under load ({one.load_watts:.2f} W) than idle ({one.idle_watts:.2f} W): "

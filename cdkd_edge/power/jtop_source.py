@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cdkd_edge.power.ina3221 import COVERS, TOTAL
+from cdkd_edge.power.ina3221 import COVERS, MOST_WATTS, TOTAL
 from cdkd_edge.power.protocol import (
     MODULE,
     UNROUND,
@@ -180,7 +180,8 @@ def rails_of(power: Any) -> dict[str, float] | str:
     values = {}
     for rail, reading in [(TOTAL, total), *power.get("rail", {}).items()]:
         milliwatts = reading.get("power")
-        if isinstance(milliwatts, (int, float)) and math.isfinite(milliwatts) and reading.get("online", True):
+        possible = isinstance(milliwatts, (int, float)) and abs(milliwatts) <= MOST_WATTS * 1000  # nan is not
+        if possible and reading.get("online", True):
             values[rail] = milliwatts / 1000
     return values if TOTAL in values else f"{TOTAL} has no value"
 

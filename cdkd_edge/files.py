@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -50,15 +51,14 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     With ``replace``, what is there until then makes room at the last moment, and comes back if that fails.
 
     Raises:
-        OSError: the folder exists (and is not to be replaced), or its parent cannot be written.
+        OSError: the folder exists or is being made (and is not to be replaced), or its parent cannot be written; known
+            at the start.
     """
     # Behind a symbolic link it is the folder that is replaced, not the link.
     path = Path(os.path.realpath(path)) if replace else Path(path)
-    if not replace:
-        _require_new(path)
     made = [folder for folder in path.parents if not folder.exists()]  # nearest first
     try:
-        temporary, lock = _locked_folder(path)
+        temporary, lock = _locked_folder(path, new=not replace)
     except OSError as error:
         error.filename = str(path)  # the name that the user knows
         raise
@@ -80,6 +80,19 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         os.close(lock)
 
 
+def being_made(path: Path) -> bool:
+    """Whether :func:`whole_folder` is making this folder now, in any process."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        try:
+            with _opened(part) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # gone by now; or a file system that cannot
+            continue
+    return False
+
+
 def remove_abandoned(parent: Path) -> tuple[Path, ...]:
     """Remove what :func:`whole_folder` left in ``parent`` when its process was killed.
 
@@ -90,7 +103,8 @@ def remove_abandoned(parent: Path) -> tuple[Path, ...]:
         What was removed.
     """
     removed = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), _opened(parent) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # nobody is about to lock one
         for folder in sorted(parent.iterdir()):
             if not _PART.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
                 continue
@@ -116,17 +130,22 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _locked_folder(path: Path) -> tuple[Path, int]:
+def _locked_folder(path: Path, *, new: bool) -> tuple[Path, int]:
     """A temporary folder beside ``path``, and the open descriptor that locks it."""
-    while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        temporary.mkdir(parents=True)
-        descriptor = os.open(temporary, os.O_RDONLY)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _opened(path.parent) as parent:
         with contextlib.suppress(OSError):  # a file system that cannot
+            fcntl.flock(parent, fcntl.LOCK_EX)  # one at a time, so that no two make the same
+        if new:
+            _require_new(path)
+            if being_made(path):
+                raise FileExistsError(errno.EEXIST, "another process is making it", str(path))
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        temporary.mkdir()
+        descriptor = os.open(temporary, os.O_RDONLY)
+        with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if temporary.exists():
-            return temporary, descriptor
-        os.close(descriptor)  # taken for abandoned before it was locked
+    return temporary, descriptor
 
 
 @contextlib.contextmanager

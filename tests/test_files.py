@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
-import shutil
 import stat
 import subprocess
 import sys
 
 import pytest
 
-from cdkd_edge.files import remove_abandoned, sha256_of, whole_file, whole_folder, write_text
+from cdkd_edge.files import being_made, remove_abandoned, sha256_of, whole_file, whole_folder, write_text
 
 
 def names(folder):
@@ -137,19 +136,36 @@ def test_what_a_killed_process_left_is_removed_and_a_living_one_s_is_not(tmp_pat
     assert remove_abandoned(tmp_path / "absent") == ()
 
 
-def test_a_folder_taken_for_abandoned_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
-    lock, taken = fcntl.flock, []
+def test_two_cannot_make_the_same_folder(tmp_path):
+    """Known at the start, not when the work is done."""
+    path = tmp_path / "run [1]"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, path], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"ready\n"
+        assert being_made(path)
+        assert not being_made(tmp_path / "run")
+        with pytest.raises(FileExistsError, match="another process is making it"), whole_folder(path):
+            raise AssertionError
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert not being_made(path)
+    with whole_folder(path):
+        pass
+    assert path.is_dir()
 
-    def late(descriptor, how):
-        if not taken:
-            taken.append(names(tmp_path))
-            shutil.rmtree(tmp_path / taken[0][0])
-        lock(descriptor, how)
 
-    monkeypatch.setattr("cdkd_edge.files.fcntl.flock", late)
-    with whole_folder(tmp_path / "run") as temporary:
-        (temporary / "a").touch()
-    assert names(tmp_path) == ["run"]
+def test_where_folders_cannot_be_locked(tmp_path, monkeypatch):
+    def refuse(descriptor, how):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("cdkd_edge.files.fcntl.flock", refuse)
+    (tmp_path / ".run.0123abcd.part").mkdir()
+    assert remove_abandoned(tmp_path) == ()
+    with whole_folder(tmp_path / "run"):
+        pass
+    assert names(tmp_path) == [".run.0123abcd.part", "run"]
 
 
 def test_a_folder_that_exists_is_kept(tmp_path):

@@ -168,8 +168,8 @@ def bench(
         try:
             for left in remove_abandoned(space.benchmarks):
                 typer.echo(f"removed {left}, which a killed run had left", err=True)
-            folder = space.new_run(loaded.manifest.name)
             with live_bench() as (progress, tell):
+                folder = space.new_run(loaded.manifest.name)
                 summary = run_benchmark(loaded, folder, options, progress, tell)
             space.hand_over(folder)
         finally:

@@ -82,7 +82,8 @@ def judge(
 
 def _stalls(course: Course) -> tuple[list[str], list[str]]:
     """Loads in which nothing went on for a while: reasons, and warnings."""
-    reasons, warnings = [], []
+    reasons: list[str] = []
+    warnings: list[str] = []
     for span in course.spans:
         starts = [one.start for one in course.batches if (one.phase, one.repeat) == (span.name, span.repeat)]
         if span.name != LOAD or not starts:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+_PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
+"""Name of a temporary folder."""
 
 
 @contextlib.contextmanager
@@ -57,15 +62,14 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     With ``replace``, what is there until then makes room at the last moment, and comes back if that fails.
 
     Raises:
-        OSError: the folder exists (and is not to be replaced), or its parent cannot be written.
+        OSError: the folder exists or is being made (and is not to be replaced), or its parent cannot be written; known
+            at the start.
     """
     # Behind a symbolic link it is the folder that is replaced, not the link.
     path = Path(os.path.realpath(path)) if replace else Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    if not replace:
-        _require_new(path)
+    made = [folder for folder in path.parents if not folder.exists()]  # nearest first
     try:
-        temporary.mkdir(parents=True)
+        temporary, lock = _locked_folder(path, new=not replace)
     except OSError as error:
         error.filename = str(path)  # the name that the user knows
         raise
@@ -79,7 +83,47 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         _sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else is using it by now
+            for folder in made:
+                folder.rmdir()
         raise
+    finally:
+        os.close(lock)
+
+
+def being_made(path: Path) -> bool:
+    """Whether :func:`whole_folder` is making this folder now, in any process."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        try:
+            with _opened(part) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # gone by now; or a file system that cannot
+            continue
+    return False
+
+
+def remove_abandoned(parent: Path) -> tuple[Path, ...]:
+    """Remove what :func:`whole_folder` left in ``parent`` when its process was killed.
+
+    A folder in the making is locked by its process, and the lock goes with it. Where folders cannot be locked (NFS),
+    nothing is removed.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    with contextlib.suppress(OSError), _opened(parent) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # nobody is about to lock one
+        for folder in sorted(parent.iterdir()):
+            if not _PART.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+                continue
+            with contextlib.suppress(OSError), _opened(folder) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+                removed.append(folder)
+    return tuple(removed)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,6 +139,33 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _locked_folder(path: Path, *, new: bool) -> tuple[Path, int]:
+    """A temporary folder beside ``path``, and the open descriptor that locks it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _opened(path.parent) as parent:
+        with contextlib.suppress(OSError):  # a file system that cannot
+            fcntl.flock(parent, fcntl.LOCK_EX)  # one at a time, so that no two make the same
+        if new:
+            _require_new(path)
+            if being_made(path):
+                raise FileExistsError(errno.EEXIST, "another process is making it", str(path))
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        temporary.mkdir()
+        descriptor = os.open(temporary, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return temporary, descriptor
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _require_new(path: Path) -> None:
@@ -115,8 +186,5 @@ def _swap(temporary: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

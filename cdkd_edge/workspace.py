@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdkd_edge.errors import WorkspaceError
+from cdkd_edge.files import being_made
 from cdkd_edge.manifest import manifest_path, output_of, precision_of
 from cdkd_edge.output_kinds import LABELS, provides
 
@@ -87,7 +88,7 @@ class Workspace:
         return _only(exact or found, what, self.engines, command, first)
 
     def new_run(self, label: str) -> Path:
-        """A folder ``benchmarks/<UTC time>-<label>`` that does not exist yet (and is not made here).
+        """A folder ``benchmarks/<UTC time>-<label>`` that nobody has made or is making (and is not made here).
 
         Unusual characters of the label become ``_``: it may come from a manifest, and must not lead elsewhere.
         """
@@ -95,7 +96,7 @@ class Workspace:
         stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         path = self.benchmarks / f"{stamp}-{label}"
         attempt = 1
-        while path.exists():
+        while path.exists() or being_made(path):
             attempt += 1
             path = self.benchmarks / f"{stamp}-{label}-{attempt}"
         return path

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -272,6 +273,31 @@ class Pattern(threading.Thread):
             watts * max(0.0, min(stop, end) - max(start, begin))
             for begin, end, watts in zip(self.times, ends, self.watts, strict=True)
         )
+
+
+class Ripple(Pattern):
+    """VDD_IN as 15 W with a ripple of 6 W, in step with a round frequency for as long as it lasts."""
+
+    def __init__(self, board: Board, hertz: float, shape: str, seconds: float) -> None:
+        """``shape`` is ``square``, or ``sine`` in 10 or 20 steps."""
+        parts = 2 if shape == "square" else 20 if hertz <= 20 else 10
+        turns = [(part + 0.5) / parts for part in range(parts)]
+        heights = [1.0 if turn < 0.5 else -1.0 for turn in turns]
+        if shape == "sine":
+            heights = [math.sin(2 * math.pi * turn) for turn in turns]
+        count = round(seconds * hertz)
+        super().__init__(board, [(1 / hertz / parts, 15 + 6 * height) for height in heights] * count)
+
+    def run(self) -> None:
+        """As a pattern, but nothing that is late makes what follows late."""
+        due = time.monotonic()
+        for seconds, watts in self._steps:
+            time.sleep(max(0.0, due - time.monotonic()))
+            self._board.set_watts(watts)
+            self.times.append(time.monotonic())
+            self.watts.append(round(watts / VOLTS * 1000) * VOLTS / 1000)
+            due += seconds
+        self.finished = time.monotonic()
 
 
 @contextlib.contextmanager

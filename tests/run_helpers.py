@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scene_helpers import engine_manifest
 
+from cdkd_edge.benchmarks.figures import rejected
 from cdkd_edge.benchmarks.folder import TimedBatch, write_conditions, write_summary, write_tiles, write_trace
 from cdkd_edge.benchmarks.record import (
     BenchSummary,
@@ -151,6 +152,8 @@ def make_run(
         command="cdkd-edge bench --power-trace",
     )
     summary = replace(summary, **changes)
+    if summary.figures is None:
+        summary = replace(summary, repeats=(), rejected_repeats=tuple(map(rejected, summary.repeats)))
     folder.mkdir(parents=True)
     write_summary(folder, summary)
     write_tiles(folder, batches)

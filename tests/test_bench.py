@@ -506,7 +506,7 @@ def test_a_total_that_is_gone_for_good_ends_the_run(
     assert time.monotonic() - began < 7
     assert re.fullmatch(r"ina3221 stopped answering: no reading of VDD_IN for \d\.\d s", summary.verdict.reasons[0])
     assert [span.name for span in summary.phases] == ["idle", "warm-up", "load"], "the last one was cut off"
-    assert summary.repeats == ()
+    assert (summary.repeats, summary.rejected_repeats) == ((), ())
     assert 0.5 < summary.phases[-1].seconds < 7
     assert summary.conditions["clocks_mhz"]["gpu"]["mean"] == 918.0
     with open(folder / "trace.csv", newline="") as file:
@@ -528,6 +528,14 @@ def test_a_sensor_that_is_away_for_a_while_makes_the_run_invalid(
         re.search(r"readings of VDD_IN are missing in \d\d% of a phase; .*No such file", reason)
         for reason in summary.verdict.reasons
     )
+    assert summary.repeats == (), "with one repeat they are the headline figure"
+    (one,) = summary.rejected_repeats
+    assert one.covered is not None
+    assert one.covered["VDD_IN"] < 0.98
+    data = json.dumps(describe_bench(summary, folder).data)
+    for name in ("tiles_per_second", "latency_ms", "load_watts", "load_joules"):
+        assert f'"{name}"' not in data, name
+    assert read_run(folder).summary == summary
 
 
 def test_a_rail_that_does_not_rise_is_the_wrong_one(folder: Path, scene: Path, tree: Path) -> None:

@@ -117,6 +117,7 @@ def test_what_makes_a_run_invalid(changes, said):
     [
         (repeat_of(covered=0.97), "readings of VDD_IN are missing in 3% of a phase"),
         (repeat_of(load=5.70), "VDD_IN is not higher under load (5.70 W) than idle (5.74 W)"),
+        (repeat_of(idle=-5.0, after=3.0), "jtop: VDD_IN reads -5.00 W in the mean of a phase: less than nothing"),
     ],
 )
 def test_one_repeat_at_fault_makes_all_invalid(repeat, said):
@@ -167,6 +168,31 @@ def test_a_load_that_changes_its_speed_is_said(slower, warned):
     said = ("load 1: from fifth to fifth the speed changed by 38% of its mean",)
     assert verdict.warnings == (said if warned else ())
     assert verdict.status == "valid"
+
+
+@pytest.mark.parametrize(
+    ("stands", "within", "latency", "status"),
+    [
+        (0.8, True, 0.05, "valid"),  # a hiccup of a shared machine
+        (1.5, True, 0.5, "valid"),  # a slow engine has slow batches
+        (1.1, True, 0.1, "warned"),
+        (4.0, True, 0.1, "invalid"),
+        (4.0, False, 0.1, "invalid"),
+    ],
+)
+def test_a_load_that_stood_still(stands, within, latency, status):
+    """As after SIGSTOP and SIGCONT, during a batch or between two: 60 s or 120 s of load."""
+    start, batches = 10.0, []
+    for number in range(round((120 if status == "warned" else 60) / latency)):
+        pause = stands if number == 100 else 0.0
+        batches.append(TimedBatch(0, "load", start, latency + (pause if within else 0)))
+        start += latency + pause
+    course = Course(0.0, [Span("load", 0, 10.0, start)], batches)
+    verdict = judge(course, DEFAULT, (repeat_of(),), engine_manifest(64), None, "", (), power_wanted=False)
+    said = f"load 1: the run stood still for {stands:.1f} s of {start - 10:.1f} s"
+    assert (said in verdict.reasons) == (status == "invalid")
+    assert (said in verdict.warnings) == (status == "warned")
+    assert verdict.status == ("invalid" if status == "invalid" else "valid")
 
 
 def test_idle_that_drifts_is_said():

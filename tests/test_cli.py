@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
 import inspect
 import json
@@ -26,7 +28,9 @@ from typer.testing import CliRunner
 
 from cdkd_edge import __version__, cli
 from cdkd_edge.engines.load import load_engine
+from cdkd_edge.files import whole_folder
 from cdkd_edge.scene.pipeline import segment_scene
+from cdkd_edge.workspace import Workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -306,6 +310,24 @@ def test_two_benchmarks_in_the_same_second_do_not_meet(workspace: Path) -> None:
     for _ in range(3):
         assert run("bench", "-w", workspace, *QUICK, "--scene", workspace / "scene.tif").exit_code == 0
     assert len(list((workspace / "benchmarks").iterdir())) == 3
+
+
+def test_two_benchmarks_at_the_same_time_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the later one learns of it when its measurement is over."""
+
+    class Noon(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Noon:
+            return cls(2026, 1, 1, 12, tzinfo=tz)
+
+    monkeypatch.setattr("cdkd_edge.workspace.datetime.datetime", Noon)
+    space, made = Workspace(tmp_path), []
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            made.append(space.new_run("engine"))
+            stack.enter_context(whole_folder(made[-1]))
+    assert [path.name for path in made] == [f"20260101T120000Z-engine{number}" for number in ("", "-2", "-3")]
+    assert all(path.is_dir() for path in made)
 
 
 @pytest.mark.needs_torch
@@ -601,10 +623,30 @@ def test_a_benchmark_that_cannot_be_written(workspace: Path) -> None:
 
 
 def test_a_benchmark_that_fails_leaves_no_folder(workspace: Path) -> None:
-    (workspace / "benchmarks").mkdir()
     unchanged = untouched(workspace)
+    for options, code, said in (
+        (("--scene", workspace / "nowhere.tif"), 10, "does not exist"),
+        (("--power-source", "wattmeter"), 2, "no source of power named"),
+        (("--device", "toaster"), 2, "toaster"),
+        (("--paper",), 2, "one tile of 1024 px"),
+    ):
+        answer = run("bench", "-w", workspace, *options, *(() if "--paper" in options else QUICK))
+        assert_answer(answer, code, said)
+        assert unchanged(), "not even an empty benchmarks/"
+    (workspace / "benchmarks").mkdir()
     assert_answer(run("bench", "-w", workspace, *QUICK, "--scene", workspace / "nowhere.tif"), 10, "does not exist")
-    assert unchanged()
+    assert (workspace / "benchmarks").is_dir()
+
+
+def test_what_a_killed_benchmark_left_goes_with_the_next(workspace: Path) -> None:
+    left = workspace / "benchmarks/.20260101T000000Z-small.fp32.0123abcd.part"
+    left.mkdir(parents=True)
+    (left / ".reserved").write_bytes(bytes(1000))
+    answer = run("bench", "-w", workspace, *QUICK, "--json")
+    assert answer.exit_code == 0
+    assert not left.exists()
+    assert f"removed {left}, which a killed run had left" in answer.stderr.replace("\n", "")
+    assert list(json.loads(answer.stdout)) == ["folder", "summary"]
 
 
 # --- mistakes: the options ------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from cdkd_edge.benchmarks.statistics import Interval
 from cdkd_edge.errors import BenchError, CompareError
 from cdkd_edge.manifest import FileRecord
 from cdkd_edge.power.protocol import GPU_BOARD
-from cdkd_edge.report.compare import describe_comparison
+from cdkd_edge.report.compare import describe_comparison, significant
 
 SHORT: dict[str, Any] = {"seconds": 8.0, "idle_seconds": 0.5, "warm_up": 0.5}
 REPEATED: dict[str, Any] = {**SHORT, "repeats": 5, "spread": 0.01}
@@ -81,6 +81,15 @@ def test_faster_on_the_same_watts_needs_less_energy(pair: tuple[Path, Path]) -> 
     assert one.speed is one.gross_energy is None
     assert one.interval_basis == "5 repeats"
     assert not found.not_comparable
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(7.6, 3, "7.60"), (7.5799, 3, "7.58"), (2.5, 4, "2.500"), (9.9996, 4, "10.00"), (407, 4, "407.0"),
+     (123456.7, 4, "123457"), (0.00123, 3, "0.00123"), (0, 4, "0"), (-1.5, 3, "-1.50")],
+)  # fmt: skip
+def test_figures_beside_each_other_have_as_many_digits(value: float, digits: int, text: str) -> None:
+    assert significant(value, digits) == text
 
 
 def test_the_baseline_can_be_any_run(pair: tuple[Path, Path]) -> None:

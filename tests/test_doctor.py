@@ -437,8 +437,8 @@ def test_this_machine(tmp_path: Path) -> None:
     data = json.loads(out)
     failed = [one["name"] for one in data["findings"] if one["status"] == FAIL]
     assert code == (15 if failed else 0), err
-    assert len(data["findings"]) == 15
-    assert sum(data["counts"].values()) == 15
+    assert len(data["findings"]) == 16
+    assert sum(data["counts"].values()) == 16
     found = {one["name"]: one for one in data["findings"]}
     assert found["Python"]["data"]["version"].split(".")[:2] == [str(part) for part in sys.version_info[:2]]
     assert found["disk"]["data"]["path"] == str(tmp_path)

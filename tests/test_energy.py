@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdkd_edge.power.energy import load_energy, rail_energy
@@ -199,3 +199,23 @@ def test_idle_and_load():
 def test_an_empty_window_is_a_mistake(window):
     with pytest.raises(ValueError, match="empty"):
         rail_energy(trace_of(steady(1, 1)), "rail", *window)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([WATTS, JOULES]))
+def test_what_lies_far_from_a_window_changes_nothing(seed, quantity):
+    """Energy is computed of the readings around a window; of all of them it is the same."""
+    draw = random.Random(seed)
+    time, value, samples = 100.0, 5.0, []
+    for _ in range(draw.randrange(2, 80)):
+        time += draw.choice([0.02, 0.1, 0.1, 0.1, 0.4, 1.5])
+        value = value + draw.random() if quantity == JOULES else draw.uniform(4, 20)
+        values = {"rail": value} if draw.random() < 0.8 else {}
+        samples.append(Sample(time, draw.choice([0.0, 0.005, 0.05]), values))
+    info = SourceInfo("x", "module", "", quantity, ("rail",), "rail", 0.1)
+    trace = Trace(info, tuple(samples), (), (), 100.0, time)
+    start, stop = sorted(draw.uniform(99, time + 1) for _ in range(2))
+    found = rail_energy(trace, "rail", start, stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trace, "around", lambda self, *window: self)
+        assert found == rail_energy(trace, "rail", start, stop)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from cdkd_edge.files import sha256_of, whole_file, whole_folder, write_text
+from cdkd_edge.files import being_made, remove_abandoned, sha256_of, whole_file, whole_folder, write_text
 
 
 def names(folder):
@@ -85,6 +88,84 @@ def test_a_failure_leaves_no_folder(tmp_path):
         (temporary / "deep" / "a").touch()
         raise KeyboardInterrupt
     assert names(tmp_path) == []
+
+
+def test_a_failure_leaves_no_parent_that_was_made_for_it(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "far/away/run"):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "far/away/run"):  # noqa: PT012
+        (tmp_path / "far/other").touch()
+        raise KeyboardInterrupt
+    assert names(tmp_path / "far") == ["other"], "what somebody else has put there stays"
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from cdkd_edge.files import whole_folder
+with whole_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "half").touch()
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_one_s_is_not(tmp_path):
+    holders = [
+        subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path / f"run{number}"], stdout=subprocess.PIPE)
+        for number in (1, 2)
+    ]
+    (tmp_path / ".mine.part").mkdir()
+    (tmp_path / ".run.0123abcd.part").symlink_to(tmp_path / ".mine.part")
+    try:
+        for holder in holders:
+            assert holder.stdout.readline() == b"ready\n"
+        assert remove_abandoned(tmp_path) == ()
+        holders[0].kill()
+        holders[0].wait()
+        (removed,) = remove_abandoned(tmp_path)
+        assert removed.name.startswith(".run1.")
+        left = [name.split(".")[1] for name in names(tmp_path)]
+        assert sorted(left) == ["mine", "run", "run2"]
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+            holder.stdout.close()
+    assert remove_abandoned(tmp_path / "absent") == ()
+
+
+def test_two_cannot_make_the_same_folder(tmp_path):
+    """Known at the start, not when the work is done."""
+    path = tmp_path / "run [1]"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, path], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"ready\n"
+        assert being_made(path)
+        assert not being_made(tmp_path / "run")
+        with pytest.raises(FileExistsError, match="another process is making it"), whole_folder(path):
+            raise AssertionError
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert not being_made(path)
+    with whole_folder(path):
+        pass
+    assert path.is_dir()
+
+
+def test_where_folders_cannot_be_locked(tmp_path, monkeypatch):
+    def refuse(descriptor, how):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("cdkd_edge.files.fcntl.flock", refuse)
+    (tmp_path / ".run.0123abcd.part").mkdir()
+    assert remove_abandoned(tmp_path) == ()
+    with whole_folder(tmp_path / "run"):
+        pass
+    assert names(tmp_path) == [".run.0123abcd.part", "run"]
 
 
 def test_a_folder_that_exists_is_kept(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scene_helpers import names_in, sparse_raster
+from scene_helpers import sparse_raster
 
 from cdkd_edge import interrupts
 
@@ -59,7 +59,7 @@ def test_a_signal_that_was_dropped_ends_the_command(
     assert "Traceback" not in done.stderr
     assert not [one for one in tmp_path.rglob("*") if one.name in ("map.tif", "summary.json")]
     if command == "bench":
-        assert names_in(tmp_path / "benchmarks") == []
+        assert not (tmp_path / "benchmarks").exists()
 
 
 @pytest.fixture

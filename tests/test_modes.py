@@ -26,6 +26,8 @@ from cdkd_edge.board.identity import clocks_held
 from cdkd_edge.board.journal import Change, Journal
 from cdkd_edge.board.modes import BoardChange, changed_board, find_mode, pending_restore, restore_pending
 from cdkd_edge.board.nvpmodel import PowerMode
+from cdkd_edge.doctor.board import probe_restore
+from cdkd_edge.doctor.finding import OK, WARN
 from cdkd_edge.errors import BoardError
 
 MAXN, LOW, COLD = PowerMode(0, "MAXN"), PowerMode(3, "MODE_25W"), PowerMode(4, "7W")
@@ -460,6 +462,32 @@ def test_what_is_left(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert restore_pending(killed) == left
     assert as_before(killed)
+
+
+def test_what_is_typed_by_hand_leaves_nothing_to_do(killed: Path) -> None:
+    left = pending_restore(killed)
+    assert left is not None
+    for command in left.commands:
+        answer = run_command(tuple(command.removeprefix("sudo ").split()))
+        assert answer.code == 0, command
+    assert (mode_now(killed), clocks_held(killed)) == (0, False)
+    assert pending_restore(killed) is None
+
+
+def test_the_doctor_names_it(killed: Path) -> None:
+    found = probe_restore(killed)
+    assert (found.status, found.data["mode"]) == (WARN, {"id": 0, "name": "MAXN"})
+    assert found.text.startswith("power mode MAXN (id 0) and the clocks, changed by a run of ")
+    left = pending_restore(killed)
+    assert left is not None
+    assert found.mend == " && ".join(left.commands)
+    with Journal(killed).locked():
+        assert probe_restore(killed).status == OK, "the run is alive"
+    (killed / STATE / "board.json").write_text("{")
+    found = probe_restore(killed)
+    assert (found.status, "sudo rm" in (found.mend or "")) == (WARN, True)
+    (killed / STATE / "board.json").unlink()
+    assert (probe_restore(killed).status, probe_restore(killed).text) == (OK, "nothing")
 
 
 def test_a_reboot_since_lets_clocks_go(killed: Path) -> None:

@@ -221,7 +221,7 @@ def test_several_rails_without_a_total(tmp_path):
 
 def test_little_data(pages, tmp_path):
     run = read_run(pages["invalid"].parent)
-    summary = replace(run.summary, phases=(), repeats=(), conditions={}, board=None)
+    summary = replace(run.summary, phases=(), rejected_repeats=(), conditions={}, board=None)
     write_report_page(replace(run, tiles=(), watts={}, conditions={}, summary=summary), tmp_path / "report.html")
     shown = words(tmp_path / "report.html")
     assert "No repeat was finished." in shown

@@ -171,6 +171,13 @@ def test_unknown_operators_are_named(tmp_path: Path) -> None:
     assert all(math.isinf(one.arithmetic_bound_fps) for one in found.estimates)
 
 
+def test_a_graph_that_computes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "g.onnx"
+    onnx.save(model_of([helper.make_node("Identity", ["x"], ["y"])], {"x": [3, 4]}, "y"), path)
+    with pytest.raises(GraphError, match="computes nothing"):
+        roofline(path, ORIN)
+
+
 def test_an_input_without_fixed_shape() -> None:
     node = helper.make_node("Relu", ["x"], ["y"])
     with pytest.raises(GraphError, match="no fixed shape"):

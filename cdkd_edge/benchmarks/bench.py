@@ -13,7 +13,7 @@ from typing import Any
 from cdkd_edge.benchmarks.bound import modelled_bound
 from cdkd_edge.benchmarks.course import Course, Live, run_course
 from cdkd_edge.benchmarks.end_to_end import check_scene, time_scene
-from cdkd_edge.benchmarks.figures import NoFigureError, figures_of, repeats_of
+from cdkd_edge.benchmarks.figures import NoFigureError, figures_of, rejected, repeats_of
 from cdkd_edge.benchmarks.folder import (
     PAGE,
     PICTURE,
@@ -168,7 +168,8 @@ def _measure(
     )
     figures: Figures | None = None
     end_to_end: EndToEnd | None = None
-    if repeats and (verdict.status != INVALID or options.keep_invalid):
+    quotable = verdict.status != INVALID or options.keep_invalid
+    if repeats and quotable:
         figures = figures_of(repeats, course, engine.manifest.tile, trace, power_reason)
         progress("a scene end to end")
         tiles = protocol.load_seconds * figures.tiles_per_second.mean / 2
@@ -195,7 +196,8 @@ def _measure(
         engine=engine.manifest,
         protocol=protocol,
         phases=course.phases,
-        repeats=repeats,
+        repeats=repeats if quotable else (),
+        rejected_repeats=() if quotable else tuple(map(rejected, repeats)),
         end_to_end=end_to_end,
         roofline=bound,
         roofline_reason=no_bound,

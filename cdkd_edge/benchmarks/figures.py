@@ -12,6 +12,7 @@ from cdkd_edge.benchmarks.record import (
     Protocol,
     RailFigures,
     RailRepeat,
+    RejectedRepeat,
     Repeat,
     Span,
 )
@@ -63,6 +64,12 @@ def repeats_of(course: Course, protocol: Protocol, batch: int, trace: Trace | No
             )
         )
     return tuple(found)
+
+
+def rejected(repeat: Repeat) -> RejectedRepeat:
+    """A repeat without what could be quoted of it."""
+    covered = None if repeat.rails is None else {name: rail.covered for name, rail in repeat.rails.items()}
+    return RejectedRepeat(repeat.steady, repeat.warm_up_seconds, repeat.tiles, repeat.seconds, covered)
 
 
 def _rail(trace: Trace, rail: str, origin: float, before: Span, after: Span, load: Span) -> RailRepeat:

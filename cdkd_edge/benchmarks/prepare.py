@@ -22,8 +22,8 @@ def reserve_room(folder: Path, protocol: Protocol) -> None:
         OSError: there is not so much.
     """
     seconds = protocol.repeats * (protocol.load_seconds + protocol.warm_up_cap_seconds + protocol.idle_seconds)
-    # 10 readings of 60 bytes and 30 tiles of 40 bytes a second, the pictures and the page.
-    size = int(4e6 + seconds * 2000)
+    # 42 readings of 60 bytes and 30 tiles of 40 bytes a second, the pictures and the page.
+    size = int(4e6 + seconds * 4000)
     with open(folder / RESERVED, "wb") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)

@@ -106,6 +106,19 @@ class Repeat:
 
 
 @dataclass(frozen=True)
+class RejectedRepeat:
+    """A repeat of an invalid run: what helps to find the cause, and no rate, latency or watts that could be quoted."""
+
+    steady: bool
+    warm_up_seconds: float
+    tiles: int
+    seconds: float
+    """Of the load phase."""
+    covered: dict[str, float] | None
+    """Per rail, as in :class:`RailRepeat`; None where power was not measured."""
+
+
+@dataclass(frozen=True)
 class RailFigures:
     """One rail over all repeats. Net is load without idle; gross is with it."""
 
@@ -194,6 +207,7 @@ class BenchSummary:
     protocol: Protocol
     phases: tuple[Span, ...]
     repeats: tuple[Repeat, ...]
+    """Empty in an invalid run, unless it was to be kept."""
     end_to_end: EndToEnd | None
     """None in an invalid run, unless it was to be kept; also where it failed, and a warning says why."""
     roofline: ModelledBound | None
@@ -212,6 +226,8 @@ class BenchSummary:
     """UTC, ISO 8601."""
     origin: float
     """The same moment on CLOCK_MONOTONIC, s, from which all others in the record are counted; to align other meters."""
+    rejected_repeats: tuple[RejectedRepeat, ...] = ()
+    """Those of an invalid run; every tile and reading of it is in the tables beside this file."""
     command: str = ""
     """What was typed; empty if the run was made from Python."""
     tool: str = field(default=f"cdkd-edge {__version__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from statistics import median
 
 from cdkd_edge.benchmarks.course import Course
 from cdkd_edge.benchmarks.record import INVALID, LOAD, NOT_STEADY, VALID, Protocol, Repeat, Verdict
@@ -20,6 +21,11 @@ MLPERF_POWER_SECONDS = 60.0
 """Of load, that MLPerf Power asks for at least."""
 FIFTHS, FIFTHS_DIFFERENCE = 5, 0.1
 """Parts of a load, and the difference of their speeds, as a share of the load's, above which a reader is warned."""
+STALL_SECONDS, STALL_FACTOR = 1.0, 10.0
+"""From one batch to the next, and times the median of the load, above both of which the run stood still: a process that
+was suspended, a machine that swapped. If that is more of a load than may lie between readings, the run is invalid."""
+LEAST_WATTS = -0.1
+"""That a rail may read in the mean: sensors have an offset."""
 LATE_SHARE = 0.05
 """Of readings that come late, above which a reader is warned."""
 
@@ -57,6 +63,9 @@ def judge(
         warnings += _power_warnings(repeats, trace)
     elif power_wanted:
         warnings.append(f"power was asked for and not measured: {power_reason}")
+    stood_still, paused = _stalls(course)
+    reasons += stood_still
+    warnings += paused
     warnings += _drift_warnings(course)
     loads = [span.seconds for span in course.spans if span.name == LOAD]
     if power_wanted and loads and min(loads) < MLPERF_POWER_SECONDS:
@@ -69,6 +78,23 @@ def judge(
         cap = f"the warm-up{which} did not become steady within {protocol.warm_up_cap_seconds:g} s"
         return Verdict(NOT_STEADY, (cap,), tuple(warnings))
     return Verdict(VALID, (), tuple(warnings))
+
+
+def _stalls(course: Course) -> tuple[list[str], list[str]]:
+    """Loads in which nothing went on for a while: reasons, and warnings."""
+    reasons: list[str] = []
+    warnings: list[str] = []
+    for span in course.spans:
+        starts = [one.start for one in course.batches if (one.phase, one.repeat) == (span.name, span.repeat)]
+        if span.name != LOAD or not starts:
+            continue
+        steps = [b - a for a, b in pairwise([*starts, span.stop])]
+        usual = median(steps)
+        lost = sum(step - usual for step in steps if step > max(STALL_SECONDS, STALL_FACTOR * usual))
+        if lost:
+            text = f"load {span.repeat + 1}: the run stood still for {lost:.1f} s of {span.seconds:.1f} s"
+            (reasons if lost > (1 - LEAST_COVERAGE) * span.seconds else warnings).append(text)
+    return reasons, warnings
 
 
 def _drift_warnings(course: Course) -> list[str]:
@@ -107,6 +133,9 @@ def _power_reasons(
                 reasons.append(
                     f"{source.name}: readings of {rail} are missing in {1 - one.covered:.0%} of a phase{why}"
                 )
+            least = min(one.idle_before_watts, one.idle_after_watts, one.load_watts)
+            if least < LEAST_WATTS:
+                reasons.append(f"{source.name}: {rail} reads {least:.2f} W in the mean of a phase: less than nothing")
             if rail == source.total and one.load_watts <= one.idle_watts:
                 reasons.append(
                     f"{rail} is not higher under load ({one.load_watts:.2f} W) than idle ({one.idle_watts:.2f} W): "

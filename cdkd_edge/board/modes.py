@@ -53,7 +53,7 @@ class PendingRestore:
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """To type in its place."""
+        """To type in its place; afterwards nothing is left to be put back."""
         return _commands(self.mode, self.clocks)
 
     def __str__(self) -> str:
@@ -245,7 +245,8 @@ def _restore_clocks(clocks: Path, run: Run) -> list[str]:
 
 def _commands(mode: PowerMode | None, clocks: Path | None) -> tuple[str, ...]:
     commands = [f"sudo nvpmodel -m {mode.id}"] if mode else []
-    commands += [f"sudo jetson_clocks --restore {clocks}"] if clocks else []
+    # The file is removed because nothing else tells that clocks have been restored by hand.
+    commands += [f"sudo jetson_clocks --restore {clocks}", f"sudo rm {clocks}"] if clocks else []
     return tuple(commands)
 
 

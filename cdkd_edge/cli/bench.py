@@ -135,6 +135,7 @@ def bench(
     from cdkd_edge.board.modes import changed_board, pending_restore
     from cdkd_edge.engines.load import load_engine
     from cdkd_edge.errors import BenchError
+    from cdkd_edge.files import remove_abandoned
     from cdkd_edge.report.bench import describe_bench, live_bench
 
     if paper and mlperf:
@@ -159,12 +160,16 @@ def bench(
         command=command_line(),
     )
     if not (set_mode or max_clocks) and (pending := pending_restore()) is not None:
-        typer.echo(f"warning: {pending}", err=True)
-    with changed_board(set_mode, max_clocks):
+        typer.echo(f"warning: not put back yet: {pending} — {' && '.join(pending.commands)}", err=True)
+    with changed_board(set_mode, max_clocks) as change:
+        if change.restored:
+            typer.echo(f"put back first: {change.restored}", err=True)
         loaded = load_engine(path, threads=threads)
         try:
-            folder = space.new_run(loaded.manifest.name)
+            for left in remove_abandoned(space.benchmarks):
+                typer.echo(f"removed {left}, which a killed run had left", err=True)
             with live_bench() as (progress, tell):
+                folder = space.new_run(loaded.manifest.name)
                 summary = run_benchmark(loaded, folder, options, progress, tell)
             space.hand_over(folder)
         finally:

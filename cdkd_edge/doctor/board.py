@@ -16,9 +16,11 @@ from cdkd_edge.board.jetson import (
     is_jetson,
     jetson_linux,
 )
+from cdkd_edge.board.modes import pending_restore
 from cdkd_edge.board.nvpmodel import CONFIG, NvpMode, default_mode, parse_modes
 from cdkd_edge.board.tree import Text, printable, read
 from cdkd_edge.doctor.finding import FAIL, OK, WARN, Finding
+from cdkd_edge.errors import BoardError
 
 JETPACK_HINT = "flash JetPack 6.1 or newer (NVIDIA SDK Manager): it has TensorRT 10.3"
 
@@ -111,6 +113,25 @@ def probe_clocks(root: Path) -> Finding:
         text += f"free between {low / 1e6:.0f} and {high / 1e6:.0f} MHz; measurements vary more than with fixed clocks"
         return Finding(name, WARN, text, "sudo jetson_clocks", data)
     return Finding(name, OK, f"{text}held at {high / 1e6:.0f} MHz", data=data)
+
+
+def probe_restore(root: Path) -> Finding:
+    """Power mode and clocks that a killed `bench --set-mode` or `--max-clocks` has left changed."""
+    name = "to be put back"
+    if not is_jetson(root):
+        return Finding(name, OK, "not a Jetson: nothing")
+    try:
+        left = pending_restore(root)
+    except BoardError as error:
+        return Finding(name, WARN, error.message, error.hint)
+    if left is None:
+        return Finding(name, OK, "nothing", data={"since": None})
+    data = {
+        "since": left.since,
+        "mode": {"id": left.mode.id, "name": left.mode.name} if left.mode else None,
+        "clocks": str(left.clocks) if left.clocks else None,
+    }
+    return Finding(name, WARN, printable(str(left)), " && ".join(left.commands), data)
 
 
 def _numbers(l4t: str) -> tuple[int, ...]:

@@ -67,6 +67,7 @@ def examine(
             service.probe_jtop_group(root, user),
             board.probe_power_mode(root, software.nvpmodel),
             board.probe_clocks(root),
+            board.probe_restore(root),
             resources.probe_memory(root),
             resources.probe_swap(root),
             resources.probe_disk(workspace),

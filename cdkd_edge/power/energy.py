@@ -100,6 +100,7 @@ def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnerg
     """
     if not stop > start:
         raise ValueError("an empty window has no energy")
+    trace = trace.around(rail, start, stop)  # asked after every window of a warm-up, of a trace that grows
     series = trace.series(rail)
     inner = range(1, len(series) - 1)  # the first and the last say where covered time begins and ends
     clear = [

@@ -7,11 +7,13 @@ any error bound here.
 
 A Jetson AGX Orin has no VDD_IN. Its two chips measure VDD_GPU_SOC, VDD_CPU_CV, VIN_SYS_5V0 and VDDQ_VDD2_1V8AO; which
 of them feed one another is not documented, so there are figures per rail and none for the module.
-Sources: https://docs.kernel.org/hwmon/ina3221.html; Linux, arch/arm64/boot/dts/nvidia/tegra234-p3701.dtsi
+Sources: https://docs.kernel.org/hwmon/ina3221.html; https://www.ti.com/lit/ds/symlink/ina3221.pdf;
+Linux, arch/arm64/boot/dts/nvidia/tegra234-p3701.dtsi
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from cdkd_edge.power.protocol import MODULE, MODULE_RAILS, WATTS
 
 SYS = Path("/sys")
 TOTAL = "VDD_IN"
+MOST_WATTS = 32.76 * 163.8
+"""That the chip can read: its full scales, 32.76 V, and 163.8 mV across a shunt that is not below 1 milliohm."""
 COVERS = "VDD_IN: the module without its carrier board"
 _AGX_ORIN = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0", "VDDQ_VDD2_1V8AO")
 
@@ -74,7 +78,10 @@ class Ina3221Reader:
         for rail, (volts, amperes) in self._channels.items():
             try:
                 # mV x mA = uW
-                values[rail] = int(volts.read_text()) * int(amperes.read_text()) / 1e6
+                watts = _integer(volts) * _integer(amperes) / 1e6
+                if abs(watts) > MOST_WATTS:
+                    raise ValueError(f"{rail} reads {watts:.3g} W, which the chip cannot")
+                values[rail] = watts
             except (OSError, ValueError) as error:  # an empty or half-written file is no reading
                 failure = error
         if not values:
@@ -83,6 +90,15 @@ class Ina3221Reader:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _integer(path: Path) -> int:
+    """As ``int(path.read_text())``, in less than half the time: 250 files a second are read."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return int(os.read(file, 64))
+    finally:
+        os.close(file)
 
 
 def _channels(root: Path) -> dict[str, tuple[Path, Path]]:

@@ -25,8 +25,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cdkd_edge.power.ina3221 import COVERS, TOTAL
-from cdkd_edge.power.protocol import MODULE, WATTS, LostSourceError, Sample, SourceInfo, UnusableSourceError
+from cdkd_edge.power.ina3221 import COVERS, MOST_WATTS, TOTAL
+from cdkd_edge.power.protocol import (
+    MODULE,
+    UNROUND,
+    WATTS,
+    LostSourceError,
+    Sample,
+    SourceInfo,
+    UnusableSourceError,
+)
 
 ATTEMPTS = 3
 """To connect: a service that is slow to make its first measurement refuses with 'Error connection'."""
@@ -45,7 +53,7 @@ class JtopStream:
         """Connect and wait for a first usable sample.
 
         Args:
-            interval: seconds between measurements to ask the service for.
+            interval: seconds between measurements; the service is asked for ``UNROUND`` of them.
             first_reading: seconds to wait for a usable one.
 
         Raises:
@@ -66,7 +74,7 @@ class JtopStream:
         self._last_stamp = -math.inf
         self._began = time.monotonic()
         self._first: Sample | None = None
-        self._client = self._connect(jtop, interval)
+        self._client = self._connect(jtop, interval * UNROUND)
         first = self._first_sample(max(first_reading, 5 * self._client.interval))
         self._first = first
         own = float(self._client.interval)
@@ -172,7 +180,8 @@ def rails_of(power: Any) -> dict[str, float] | str:
     values = {}
     for rail, reading in [(TOTAL, total), *power.get("rail", {}).items()]:
         milliwatts = reading.get("power")
-        if isinstance(milliwatts, (int, float)) and math.isfinite(milliwatts) and reading.get("online", True):
+        possible = isinstance(milliwatts, (int, float)) and abs(milliwatts) <= MOST_WATTS * 1000  # nan is not
+        if possible and reading.get("online", True):
             values[rail] = milliwatts / 1000
     return values if TOTAL in values else f"{TOTAL} has no value"
 

@@ -21,6 +21,12 @@ CPU_PACKAGE = "CPU package"
 SOURCES = ("jtop", "ina3221", "nvml", "rapl")
 """In the order in which they are tried."""
 
+UNROUND = 0.953
+"""Times the interval asked for, watts are read. Readings in step with a ripple of the load see one phase of it, and
+their mean is wrong by up to its amplitude. What ripples comes from timers and regulators, in round numbers of hertz; at
+this rate (10.49 Hz for 10) the phases of all their multiples pass by within seconds. A ripple of just this rate, or a
+multiple, still does not show."""
+
 
 class UnusableSourceError(Exception):
     """A source cannot be used: why, and the next step. Stays inside the sampling process."""
@@ -51,7 +57,7 @@ class SourceInfo:
     total: str | None
     """The rail that contains the others; None where there is none."""
     interval: float
-    """Seconds between readings that were asked for."""
+    """Seconds between readings that were asked for; watts may be read more often."""
     source_interval: float | None = None
     """Seconds between the source's own updates, where it says so."""
     notes: tuple[str, ...] = ()

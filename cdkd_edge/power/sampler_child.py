@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cdkd_edge.power.protocol import (
+    UNROUND,
+    WATTS,
     LostSourceError,
     Reader,
     Sample,
@@ -30,10 +32,15 @@ from cdkd_edge.power.protocol import (
 
 PATIENCE = 5.0
 """Seconds of nothing but errors after which a polled source is lost."""
+OVERSAMPLING = 4
+"""Readings per interval of a source of watts, each a sample of its own. (A counter counts between readings as well.)"""
 
 
 class PolledStream:
-    """A reader, read at its times: ``start + n * interval``. Times that have passed are not made up for."""
+    """A reader, read at regular times. Times that have passed are not made up for.
+
+    Watts are read more often than asked for and never in step with a round frequency: see ``UNROUND``.
+    """
 
     def __init__(self, reader: Reader, interval: float) -> None:
         """Take a first reading.
@@ -41,7 +48,8 @@ class PolledStream:
         Raises:
             UnusableSourceError: it failed.
         """
-        self._reader, self._interval = reader, interval
+        self._reader = reader
+        self._step = interval * UNROUND / OVERSAMPLING if reader.quantity == WATTS else interval
         self._due = time.monotonic()
         self._failing_since: float | None = None
         first = self._read()
@@ -68,9 +76,9 @@ class PolledStream:
             first, self._first = self._first, None
             return first
         now = time.monotonic()
-        self._due += self._interval
+        self._due += self._step
         if self._due < now:  # late: the times that have passed stay without a reading
-            self._due += self._interval * ((now - self._due) // self._interval + 1)
+            self._due += self._step * ((now - self._due) // self._step + 1)
         time.sleep(max(0.0, self._due - now))
         answer = self._read()
         if isinstance(answer, Sample):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from cdkd_edge.power.protocol import Sample, SourceInfo
@@ -29,7 +30,7 @@ class Gap:
     start: float
     stop: float
     missed: int
-    """Readings that should have come in it."""
+    """Readings that should have come in it, one in an interval."""
 
     @property
     def seconds(self) -> float:
@@ -88,6 +89,21 @@ class Trace:
             if phase.name == name:
                 return phase
         raise KeyError(name)
+
+    def around(self, rail: str, start: float, stop: float) -> Trace:
+        """The same between two moments, with two readings of a rail before and after, each clear of them."""
+        first = bisect_left(self.samples, start, key=lambda one: one.time)
+        last = bisect_right(self.samples, stop, key=lambda one: one.time)
+        before = after = 0
+        while first > 0 and before < 2:
+            first -= 1
+            one = self.samples[first]
+            before += rail in one.values and start - one.time >= one.uncertainty
+        while last < len(self.samples) and after < 2:
+            one = self.samples[last]
+            after += rail in one.values and one.time - stop >= one.uncertainty
+            last += 1
+        return replace(self, samples=self.samples[first:last])
 
     def series(self, rail: str) -> list[tuple[float, float, float]]:
         """(time, value, uncertainty) of a rail, where it could be read."""

@@ -33,7 +33,7 @@ def bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
     """Of a run, also where it is part of something else."""
     verdict, protocol, engine = summary.verdict, summary.protocol, summary.engine
     idle = f"{protocol.idle_seconds:g} s idle, " if any(span.name == "idle" for span in summary.phases) else ""
-    warm_ups = [f"{repeat.warm_up_seconds:.0f}" for repeat in summary.repeats]
+    warm_ups = [f"{span.seconds:.0f}" for span in summary.phases if span.name == "warm-up"]
     times = f", {protocol.repeats} times" if protocol.repeats > 1 else ""
     rows = [
         ("verdict", verdict.status.replace("_", " ").upper() if verdict.reasons else verdict.status),

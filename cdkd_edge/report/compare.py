@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -76,9 +77,9 @@ def _speed_row(row: Row, baseline: Row) -> tuple[str, ...]:
         verdict,
         _measured(row.tiles_per_second.mean, row.tiles_per_second_interval),
         _ratio(row.speed),
-        f"{row.megapixels_per_second.mean:.3g}",
-        f"{row.latency_ms.p50:.4g}",
-        f"{row.latency_ms.p99:.4g}",
+        significant(row.megapixels_per_second.mean, 3),
+        significant(row.latency_ms.p50),
+        significant(row.latency_ms.p99),
     )
 
 
@@ -106,7 +107,7 @@ def _energy_row(row: Row) -> tuple[str, ...]:
         row.energy_verdict or NONE,
         f"{row.energy.rail} ({row.energy.scope})",
         *(f"{figure.mean:.2f}" for figure in watts),
-        *(f"{figure.mean:.3g}" for figure in joules),
+        *(significant(figure.mean, 3) for figure in joules),
         _ratio(row.gross_energy),
         _ratio(row.net_energy),
     )
@@ -144,8 +145,16 @@ def _identity_row(row: Row) -> tuple[str, ...]:
 
 
 def _measured(value: float, interval: Interval | None) -> str:
-    text = f"{value:.4g}"
-    return text if interval is None else f"{text} ({interval.low:.4g} .. {interval.high:.4g})"
+    text = significant(value)
+    return text if interval is None else f"{text} ({significant(interval.low)} .. {significant(interval.high)})"
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """In so many digits, zeros at the end included: 7.60 beside 7.58. Whole numbers of more digits stay whole."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 9.9996 is 10.00
+    return f"{value:.{max(0, digits - 1 - exponent)}f}"
 
 
 def _ratio(ratio: Ratio | None) -> str:

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Collection
 
 from cdkd_edge.benchmarks.page.markup import ABSENT, Html, bullets, figure, joined, number, pairs, size, table, tag
-from cdkd_edge.benchmarks.record import LOAD, BenchSummary, Repeat
+from cdkd_edge.benchmarks.record import BenchSummary, RejectedRepeat, Repeat
 from cdkd_edge.manifest import EngineManifest, FileRecord, TensorRTBuild
-
-_UNITS: Final = {
-    "celsius": "°C", "mhz": "MHz", "khz": "kHz", "hz": "Hz", "rpm": "rpm", "percent": "%", "watts": "W", "w": "W",
-    "mv": "mV", "bytes": "B", "s": "s",
-}  # fmt: skip
-_NAMES: Final = {
-    "cpu": "CPU", "cuda": "CUDA", "emc": "memory", "gpu": "GPU", "jetpack": "JetPack", "l4t": "L4T", "soc": "SoC",
-}  # fmt: skip
-_SPREAD: Final = {"min", "mean", "max"}
-_IN_WORDS: Final = ("readings", "throttle_events", "power_modes", "memory_available_bytes")
-"""Conditions that are no rows of the table; the number of readings says nothing that the load's length does not."""
 
 
 def device(summary: BenchSummary) -> str:
@@ -53,44 +41,52 @@ def protocol(summary: BenchSummary) -> Html:
 
 def repeats(summary: BenchSummary) -> Html:
     """A row per repeat; of an invalid run, only what helps to find the cause."""
-    total = summary.figures.power.total if summary.figures and summary.figures.power else None
-    quotable = summary.figures is not None
-    rail = next((_rail(one, total) for one in summary.repeats if _rail(one, total)), None)
-    header = ["repeat", "steady", "warm-up, s", "load, s", "tiles"]
-    if quotable:
-        header += ["tiles/s", "p50, ms", "p99, ms"]
+    if summary.figures is None:
+        return _rejected(summary)
+    total = summary.figures.power.total if summary.figures.power else None
+    rail = next((_rail(one.rails, total) for one in summary.repeats if one.rails), None)
+    header = ["repeat", "steady", "warm-up, s", "load, s", "tiles", "tiles/s", "p50, ms", "p99, ms"]
     if rail:
-        header += ["idle before, W", "idle after, W", "load, W", "load, J", "± J"] if quotable else []
-        header += ["covered, %"]
+        header += ["idle before, W", "idle after, W", "load, W", "load, J", "± J", "covered, %"]
     rows = []
     for index, one in enumerate(summary.repeats):
-        row = [str(index + 1), "yes" if one.steady else "no", f"{one.warm_up_seconds:.1f}", f"{one.seconds:.1f}"]
-        row.append(str(one.tiles))
-        if quotable:
-            row += [number(one.tiles_per_second), number(one.latency_ms.p50), number(one.latency_ms.p99)]
+        row = [*_course(index, one), number(one.tiles_per_second)]
+        row += [number(one.latency_ms.p50), number(one.latency_ms.p99)]
         if rail:
             power = (one.rails or {}).get(rail)
-            watts = (power.idle_before_watts, power.idle_after_watts, power.load_watts) if power else (None,) * 3
-            if quotable:
-                row += [number(value) for value in watts]
-                row += [number(power.load_joules), number(power.bound_joules, 2)] if power else [ABSENT] * 2
-            row.append(f"{100 * power.covered:.1f}" if power else ABSENT)
+            if power:
+                watts = (power.idle_before_watts, power.idle_after_watts, power.load_watts)
+                row += [*map(number, watts), number(power.load_joules), number(power.bound_joules, 2)]
+            row += [f"{100 * power.covered:.1f}"] if power else [ABSENT] * 6
         rows.append(row)
-    caption = (
-        f"Power of {rail}; ± is the sampling's bound"
-        if rail and quotable
-        else "One repeat"
-        if len(rows) == 1
-        else f"{len(rows)} repeats"
-    )
-    if not quotable:
-        caption += "; rates, latencies and watts of an invalid run are left out"
-    return table(caption, header, rows, class_="wide") if rows else tag("p", "No repeat was finished.")
+    one_or_more = "One repeat" if len(rows) == 1 else f"{len(rows)} repeats"
+    caption = f"Power of {rail}; ± is the sampling's bound" if rail else one_or_more
+    return table(caption, header, rows, class_="wide")
 
 
-def _rail(one: Repeat, total: str | None) -> str | None:
+def _rejected(summary: BenchSummary) -> Html:
+    """Of an invalid run."""
+    if not summary.rejected_repeats:
+        return tag("p", "No repeat was finished.")
+    rail = next((_rail(one.covered, None) for one in summary.rejected_repeats if one.covered), None)
+    header = ["repeat", "steady", "warm-up, s", "load, s", "tiles", *(["covered, %"] if rail else [])]
+    rows = []
+    for index, one in enumerate(summary.rejected_repeats):
+        share = (one.covered or {}).get(rail or "")
+        covered = [ABSENT if share is None else f"{100 * share:.1f}"] if rail else []
+        rows.append([*_course(index, one), *covered])
+    caption = f"{len(rows)} repeats" if len(rows) > 1 else "One repeat"
+    return table(f"{caption}; rates, latencies and watts of an invalid run are left out", header, rows, class_="wide")
+
+
+def _course(index: int, one: Repeat | RejectedRepeat) -> list[str]:
+    steady = "yes" if one.steady else "no"
+    return [str(index + 1), steady, f"{one.warm_up_seconds:.1f}", f"{one.seconds:.1f}", str(one.tiles)]
+
+
+def _rail(rails: Collection[str], total: str | None) -> str | None:
     """The total, or else the first rail."""
-    return total if one.rails and total in one.rails else next(iter(one.rails or ()), None)
+    return total if total in rails else next(iter(rails), None)
 
 
 def rails(summary: BenchSummary) -> Html:
@@ -148,97 +144,6 @@ def bound(summary: BenchSummary) -> Html:
         "From the operators of the engine's graph and the device's data sheet; `cdkd-edge roofline` shows the parts."
     )
     return joined([mark, pairs(rows), tag("p", words.replace("`", ""), class_="quiet")])
-
-
-def conditions(summary: BenchSummary) -> Html:
-    """Clocks, temperatures and fan over the loads; the board's settings."""
-    rows: list[tuple[str, ...]] = []
-    others: list[tuple[str, str]] = []
-    for section, value in summary.conditions.items():
-        if section in _IN_WORDS:
-            others += _in_words(section, value)
-            continue
-        for name, spread in value.items() if isinstance(value, dict) else ():
-            if isinstance(spread, dict) and spread.keys() >= _SPREAD:
-                rows.append((_quantity(section, name), *(_value(spread[key]) for key in ("min", "mean", "max"))))
-            else:
-                others += _flat(f"{section} {name}", spread)
-        if not isinstance(value, dict):
-            others += _flat(section, value)
-    parts: list[Any] = []
-    if rows:
-        parts.append(table("Over the load phases, read once a second", ("", "minimum", "mean", "maximum"), rows))
-    settings = [pair for name, value in (summary.board or {}).items() for pair in _flat(name, _named(value))]
-    if settings or others:
-        parts.append(pairs([*settings, *others]))
-    if not any(span.name == LOAD for span in summary.phases):
-        parts.append(tag("p", "There was no load: clocks and temperatures until then are in conditions.csv."))
-    return joined(parts) if parts else tag("p", "This machine reports no clocks and temperatures.")
-
-
-def _quantity(section: str, name: str) -> str:
-    """What a row of the table is of, with its unit."""
-    word = _NAMES.get(name, name)
-    if section == "clocks_mhz":
-        return f"{word} clock, MHz"
-    if section == "clock_limits_mhz":
-        return f"{word} clock, highest allowed, MHz"
-    if section == "temperatures":
-        return f"{name.removesuffix('-thermal')}, °C"
-    return f"{section}, {_UNITS[name]}" if name in _UNITS else f"{section} {name}"  # a fan's are named by their unit
-
-
-def _in_words(section: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Those conditions that are no curves; nothing where there was nothing to read."""
-    if section == "memory_available_bytes" and isinstance(value, dict) and value.keys() >= _SPREAD:
-        texts = [size(value[key]) if isinstance(value[key], int | float) else ABSENT for key in ("min", "mean", "max")]
-        yield "memory available", "minimum {}, mean {}, maximum {}".format(*texts)
-    elif section == "throttle_events" and isinstance(value, dict) and value:
-        yield "throttling counters rose by", ", ".join(f"{name} {_value(rise)}" for name, rise in value.items())
-    elif section == "power_modes" and isinstance(value, list) and value:
-        yield "power modes during the loads", ", ".join(map(_value, value))
-
-
-def _named(value: Any) -> Any:
-    """A power mode as its name and number, also within a list."""
-    if isinstance(value, list | tuple):
-        return [_named(one) for one in value]
-    if isinstance(value, dict) and value.keys() == {"id", "name"}:
-        return f"{value['name']} (id {value['id']})"
-    return value
-
-
-def _unit(name: str) -> tuple[str, str]:
-    """A column's name in words, and the unit it ends in."""
-    label, _, last = name.rpartition("_")
-    label, unit = (label, _UNITS[last]) if label and last in _UNITS else (name, "")
-    return " ".join(_NAMES.get(word, word) for word in label.replace("_", " ").split()), unit
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "not known"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return number(value, 3)
-    return str(value)
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Nested names and values as rows."""
-    if isinstance(value, dict) and value:
-        plain = [item for item in value.values() if not isinstance(item, dict | list)]
-        if len(plain) == len(value):
-            yield _unit(name)[0], ", ".join(f"{key} {_value(item)}" for key, item in value.items())
-            return
-        for key, item in value.items():
-            yield from _flat(f"{name} {key}", item)
-    elif isinstance(value, list | tuple):
-        yield _unit(name)[0], ", ".join(_value(item) for item in value) or "none"
-    else:
-        label, unit = _unit(name)
-        yield label, f"{_value(value)} {unit}".strip()
 
 
 def engine(manifest: EngineManifest) -> Html:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from cdkd_edge.benchmarks import curves
 from cdkd_edge.benchmarks.folder import CONDITIONS, PICTURE, SUMMARY, TILES, TRACE, Run
 from cdkd_edge.benchmarks.page import facts
+from cdkd_edge.benchmarks.page.conditions import conditions
 from cdkd_edge.benchmarks.page.markup import ABSENT, Html, bullets, escaped, figure, joined, number, table, tag
 from cdkd_edge.benchmarks.page.svg import histogram_drawing, rail_classes, trace_drawing
 from cdkd_edge.benchmarks.published import ORIN_NX, PAPER, differences
@@ -44,7 +45,7 @@ def write_report_page(run: Run, path: Path) -> None:
         ("rails", "Power rails", facts.rails(run.summary)),
         ("scene", "A scene, end to end", facts.end_to_end(run.summary)),
         ("bound", "Modelled bound", facts.bound(run.summary)),
-        ("conditions", "Conditions", facts.conditions(run.summary)),
+        ("conditions", "Conditions", conditions(run.summary)),
         ("engine", "Engine", facts.engine(run.summary.engine)),
         ("machine", "Machine and libraries", facts.machine(run.summary)),
         ("again", "Files, and how to repeat this", _again(run, path.parent)),

@@ -129,6 +129,8 @@ def roofline(path: Path, device: Device, *, mode: str | None = None, precision: 
         if not graphs:
             raise UsageError(f"{path} cannot be modelled in {precision}", hint="; ".join(notes) or None)
     for cost in graphs[:1]:
+        if not kernels_of(cost, attention_modes(cost)[0]):
+            raise GraphError(f"{path} computes nothing: there is no kernel to model")
         if cost.unknown:
             notes.append(f"counted as one operation per element: {', '.join(cost.unknown)}")
     if device.note:

@@ -437,10 +437,24 @@ def test_a_truncated_file_is_found_when_its_tiles_are_read(tmp_path: Path, compr
     path.write_bytes(content[: int(share * len(content))])
     out = np.zeros((3, 64, 64), np.uint8)
     reader = SceneReader(path)  # the header is whole
-    with pytest.raises(SceneError, match=rf"reading {re.escape(str(path))} failed: .*ead"):  # noqa: PT012
+    with pytest.raises(SceneError, match=rf"reading {re.escape(str(path))} failed: .*ead") as caught:  # noqa: PT012
         for row, column in TileGrid.over(256, 256, 64, 0):
             reader.read_tile(row, column, out)
+    assert caught.value.hint is not None
+    assert "damaged or cut off" in caught.value.hint
     reader.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("scene.zip", "/vsizip/{}/SCENE.tif"), ("scene.TGZ", "/vsitar/{}/SCENE.tif"), ("scene.tif.gz", "/vsigzip/{}")],
+)
+def test_an_archive_is_told_how_to_be_named(tmp_path: Path, name: str, way: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"PK\x03\x04 and so on")
+    with pytest.raises(SceneError, match="is not a raster") as caught:
+        SceneReader(path)
+    assert caught.value.hint == f"name what is in it: {way.format(path)}"
 
 
 @pytest.mark.parametrize("tile", [64, 256])  # GDAL has a way of its own for pictures that are read at once

@@ -107,7 +107,8 @@ class FleetLines(Listener):
             describe_job(report).print()
         if report.error is not None:
             hint = f" — {report.error.hint}" if report.error.hint else ""
-            self._say(f"failed: {report.scene}: {report.error.message}{hint}")
+            named = "" if str(report.scene) in report.error.message else f"{report.scene}: "
+            self._say(f"failed: {named}{report.error.message}{hint}")
         self._show()
 
     def note(self, text: str) -> None:

@@ -47,6 +47,12 @@ _GDAL_OPTIONS = {
 # What GDAL opens though it is no file: URLs, subdatasets (GPKG:file:table), files inside files.
 _GDAL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:|/vsi")
 
+_UNREADABLE = re.compile(r"IReadBlock|TIFFRead|TIFFFill|[Rr]ead error|corrupt|decompress")
+_DAMAGED = "the file may be damaged or cut off; `gdalinfo -checksum` reads all of it"
+"""GDAL names the block that could not be read, and not what that means."""
+
+_ARCHIVES = {".zip": "/vsizip/", ".kmz": "/vsizip/", ".tar": "/vsitar/", ".tgz": "/vsitar/", ".gz": "/vsigzip/"}
+
 
 @contextlib.contextmanager
 def gdal(doing: str) -> Iterator[None]:
@@ -62,7 +68,9 @@ def gdal(doing: str) -> Iterator[None]:
                 cause = cause.__cause__
             telling = [text for text in causes if "previous exception" not in text] or causes
             reason = " ".join(max(telling, key=len).split())
-            raise SceneError(f"{doing} failed: {reason}") from None
+            raise SceneError(
+                f"{doing} failed: {reason}", hint=_DAMAGED if _UNREADABLE.search(reason) else None
+            ) from None
         except UnicodeEncodeError:
             raise SceneError(f"{doing} failed: GDAL takes only names in UTF-8") from None
 
@@ -107,6 +115,14 @@ def is_gdal_name(name: str) -> bool:
     return _GDAL_NAME.match(name) is not None
 
 
+def _way_into(name: str) -> str | None:
+    """How GDAL reads what is in an archive."""
+    way = _ARCHIVES.get(Path(name).suffix.lower())
+    if way is None or is_gdal_name(name):
+        return None
+    return f"name what is in it: {way}{name}" + ("" if way == "/vsigzip/" else "/SCENE.tif")
+
+
 def open_scene(path: str | Path) -> Any:
     """Open a raster for reading.
 
@@ -121,5 +137,5 @@ def open_scene(path: str | Path) -> Any:
             return rasterio.open(name)
     except SceneError as error:
         if "not recognized" in error.message:
-            raise SceneError(f"{name} is not a raster that GDAL can read") from None
+            raise SceneError(f"{name} is not a raster that GDAL can read", hint=_way_into(name)) from None
         raise

@@ -11,11 +11,15 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 """Name of a temporary folder."""
+
+_LOCK_SECONDS = 2.0
+"""A folder of folders is locked for milliseconds, unless somebody else uses the lock (``flock FOLDER COMMAND``)."""
 
 
 @contextlib.contextmanager
@@ -115,7 +119,7 @@ def remove_abandoned(parent: Path) -> tuple[Path, ...]:
     """
     removed = []
     with contextlib.suppress(OSError), _opened(parent) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # nobody is about to lock one
+        _lock(lock)  # nobody is about to lock one
         for folder in sorted(parent.iterdir()):
             if not _PART.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
                 continue
@@ -143,10 +147,12 @@ def sha256_of(path: Path) -> str:
 
 def _locked_folder(path: Path, *, new: bool) -> tuple[Path, int]:
     """A temporary folder beside ``path``, and the open descriptor that locks it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
     with _opened(path.parent) as parent:
-        with contextlib.suppress(OSError):  # a file system that cannot
-            fcntl.flock(parent, fcntl.LOCK_EX)  # one at a time, so that no two make the same
+        _lock(parent)  # one at a time, so that no two make the same
         if new:
             _require_new(path)
             if being_made(path):
@@ -157,6 +163,21 @@ def _locked_folder(path: Path, *, new: bool) -> tuple[Path, int]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     return temporary, descriptor
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a folder for a moment, or do without: where its file system cannot, or somebody holds it for longer."""
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < until:
+                time.sleep(0.01)
+                continue
+        except OSError:
+            pass
+        return
 
 
 @contextlib.contextmanager

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import os
 import stat
 import subprocess
 import sys
 
 import pytest
 
+from cdkd_edge import files
 from cdkd_edge.files import being_made, remove_abandoned, sha256_of, whole_file, whole_folder, write_text
 
 
@@ -180,3 +183,17 @@ def test_sha256_of_a_file_read_in_pieces(tmp_path, size):
     content = bytes(range(256)) * (size // 256 + 1)
     (tmp_path / "a").write_bytes(content[:size])
     assert sha256_of(tmp_path / "a") == hashlib.sha256(content[:size]).hexdigest()
+
+
+def test_a_folder_that_somebody_else_has_locked_is_used_all_the_same(tmp_path, monkeypatch):
+    """``flock FOLDER cdkd-edge bench`` must not wait for itself."""
+    monkeypatch.setattr(files, "_LOCK_SECONDS", 0.1)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with whole_folder(tmp_path / "run") as temporary:
+            (temporary / "result").touch()
+        assert remove_abandoned(tmp_path) == ()
+    finally:
+        os.close(descriptor)
+    assert (tmp_path / "run/result").exists()

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scene_pipeline import ROWS, TILE, InstantEngine, peak_mb
+from scene_pipeline import ROWS, TILE, InstantEngine, watched
 
 WIDTH = 100_000
 _SIDE = 2048
@@ -263,28 +262,15 @@ def measure(number: int, scratch: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="cdkd-edge-", dir=scratch) as temporary:
         folder = Path(temporary)
         scene = scene_of(case, folder, height)
-        command = [sys.executable, __file__, "--child", str(scene), str(folder / "labels.tif"), str(number)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
-                raise RuntimeError("the child failed; see above")
-            before = peak_mb(process.pid)
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-            if not answer:
-                raise RuntimeError("the child failed; see above")
-            after = peak_mb(process.pid)
-            process.stdin.write("end\n")
-            process.stdin.flush()
+        output = folder / "labels.tif"
+        run, before, after = watched([sys.executable, __file__, "--child", str(scene), str(output), str(number)])
     return {
         "case": case.name,
         "stored": case.stored,
         "width": case.width,
         "height": height,
         "bounded": case.bounded,
-        **json.loads(answer),
+        **run,
         "peak_mb": after,
         "above_engine_mb": after - before,
     }

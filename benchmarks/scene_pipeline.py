@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +185,12 @@ def peak_mb(process: int) -> float:
     raise RuntimeError("no VmHWM in /proc: this needs Linux")
 
 
-def measure(scene: Path, folder: Path, readers: int, engine: Path | None = None) -> dict[str, Any]:
-    """One run in a process of its own."""
-    output = folder / "labels.tif"
-    command = [sys.executable, __file__, "--child", str(scene), str(output), str(engine or ""), str(readers)]
+def watched(command: Sequence[str]) -> tuple[dict[str, Any], float, float]:
+    """Run a child (see :func:`child`), and look at its memory when it is ready and when it is done.
+
+    Returns:
+        What it printed, and the peaks until then, MB.
+    """
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -202,8 +205,16 @@ def measure(scene: Path, folder: Path, readers: int, engine: Path | None = None)
         after = peak_mb(process.pid)
         process.stdin.write("end\n")
         process.stdin.flush()
+    return json.loads(answer), before, after
+
+
+def measure(scene: Path, folder: Path, readers: int, engine: Path | None = None) -> dict[str, Any]:
+    """One run in a process of its own."""
+    output = folder / "labels.tif"
+    run, before, after = watched(
+        [sys.executable, __file__, "--child", str(scene), str(output), str(engine or ""), str(readers)]
+    )
     output.unlink()
-    run: dict[str, Any] = json.loads(answer)
     return {
         **run,
         "tiles_per_second": run["tiles"] / run["seconds"],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy.typing as npt
 
 from cdkd_edge.errors import SceneError
 from cdkd_edge.labels import LabelSchema
+from cdkd_edge.maps.memory import hand_memory_back
 from cdkd_edge.maps.preview import write_preview
 from cdkd_edge.maps.stac import Provenance, When, item_for
 from cdkd_edge.maps.stac_assets import write_item
@@ -116,7 +115,7 @@ def write_products(
         OSError: the folder cannot be written.
     """
     require_products(options)
-    _hand_memory_back()
+    hand_memory_back()
     paths = product_paths(label_map, options)
     areas = areas or class_areas(label_map, schema, row_counts)
     if result is not None:
@@ -134,13 +133,6 @@ def write_products(
         write_item(paths["stac"], item)
     notes = tuple(dict.fromkeys([*areas.notes, *(vector.notes if vector else ())]))
     return Products(areas, vector, paths.get("preview"), paths.get("stac"), notes)
-
-
-def _hand_memory_back() -> None:
-    """Give the system what segmentation took and has freed: glibc keeps it, 150 MB of a wide scene, for more arrays of
-    that size, and polygons are many small things."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _require_same(areas: Areas, result: Segmented, label_map: Path) -> None:

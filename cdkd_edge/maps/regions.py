@@ -20,6 +20,7 @@ from rasterio.windows import Window
 
 from cdkd_edge.errors import MissingExtraError
 from cdkd_edge.labels import NO_LABEL
+from cdkd_edge.maps.memory import hand_memory_back
 from cdkd_edge.maps.outlines import Outlines
 from cdkd_edge.maps.stitching import CutTile, Piece, united
 
@@ -56,7 +57,7 @@ class Regions:
         return self.outlines.to_shapely(shapely_module())
 
 
-@dataclass
+@dataclass(slots=True)
 class _Open:
     """A region that reaches tiles not seen yet, or has not been united."""
 
@@ -125,6 +126,7 @@ def regions(
                 done += height * width
                 progress(tiles * done // (dataset.height * dataset.width), tiles)
             yield from merger.finish_row(last=top + height == dataset.height)
+            hand_memory_back()
 
 
 def _side(dataset: Any, start: int, end: int, tile: int) -> int:

@@ -20,18 +20,41 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(slots=True)
 class Piece:
-    """A polygon of one tile, in as few bytes as it takes.
+    """A polygon of one tile, in as few bytes as it takes: a row of tiles of a wide map has millions of vertices.
 
     Rings lie one after the other and are not closed: edge ``i`` goes from point ``i`` to the next one of its ring. The
     outer ring has positive area (in x, y as they are), holes have negative.
     """
 
-    points: npt.NDArray[np.int32]
-    """Pixel corners ``[P, 2]``."""
+    origin: tuple[int, int]
+    """Pixel corner that points are relative to."""
+    steps: npt.NDArray[np.unsignedinteger]
+    """From there to each point ``[P, 2]``."""
     sizes: npt.NDArray[np.int32]
     """Points of each ring."""
-    border: Bools
-    """Per edge, whether it lies between two tiles; such edges are one pixel long."""
+    flags: npt.NDArray[np.uint8]
+    """Per edge a bit, whether it lies between two tiles; such edges are one pixel long."""
+
+    @classmethod
+    def of(cls, points: Ints, sizes: Ints, border: Bools) -> Piece:
+        """Pack points, ring sizes, and per edge whether it lies between two tiles."""
+        x, y = points.min(0).tolist()
+        steps = points - (x, y)
+        kind = np.uint16 if steps.max() < 1 << 16 else np.uint32
+        return cls((x, y), steps.astype(kind), sizes.astype(np.int32), np.packbits(border))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def points(self) -> npt.NDArray[np.int32]:
+        """Pixel corners ``[P, 2]``."""
+        return self.steps.astype(np.int32) + np.array(self.origin, np.int32)
+
+    @property
+    def border(self) -> Bools:
+        """Per edge, whether it lies between two tiles."""
+        return np.unpackbits(self.flags, count=len(self)).view(bool)
 
 
 class CutTile:
@@ -79,9 +102,7 @@ class CutTile:
         """One of the polygons, without the others' memory."""
         points = slice(self._firsts[polygon], self._firsts[polygon + 1])
         rings = slice(self._rings[polygon], self._rings[polygon + 1])
-        return Piece(
-            self._points[points].astype(np.int32), self._sizes[rings].astype(np.int32), self._border[points].copy()
-        )
+        return Piece.of(self._points[points], self._sizes[rings], self._border[points])
 
     def _polygon(self, edges: Ints) -> Ints:
         return np.searchsorted(self._firsts, edges, "right") - 1
@@ -131,7 +152,7 @@ def united(pieces: list[Piece], regions: Ints) -> tuple[Outlines, Ints]:
     points = np.concatenate([piece.points for piece in pieces])
     sizes = np.concatenate([piece.sizes for piece in pieces]).astype(np.int64)
     border = np.concatenate([piece.border for piece in pieces])
-    owner = np.repeat(np.arange(len(pieces)), [len(piece.points) for piece in pieces])
+    owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
     after = _after(sizes)
 
     one, other = _met(points, after, np.flatnonzero(border), regions[owner])
@@ -218,7 +239,8 @@ def _cycles(following: Ints) -> tuple[Ints, Ints]:
     """Cycles of a permutation: its elements cycle by cycle, and where each cycle begins."""
     steps = following.tolist()
     seen = bytearray(len(steps))
-    elements, firsts = [], []
+    elements: list[int] = []
+    firsts: list[int] = []
     for element in range(len(steps)):
         if not seen[element]:
             firsts.append(len(elements))

@@ -26,7 +26,7 @@ from cdkd_edge.scene.raster import gdal, open_scene
 
 LAYER = "classes"
 
-_BATCH, _BATCH_BYTES = 10_000, 16 << 20
+_BATCH, _BATCH_BYTES = 10_000, 4 << 20
 """Polygons, and bytes of them, written at once."""
 
 _LITTLE_ROOM = 1 << 20

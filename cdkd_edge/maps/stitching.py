@@ -79,23 +79,24 @@ class CutTile:
         self._sizes = np.add.reduceat(times, np.cumsum(sizes) - sizes) if len(sizes) else sizes
         self._rings = outlines.polygons
         self._firsts = np.append(0, np.cumsum(self._sizes))[self._rings]
+        # Of the edges on borders: from where, to where, and whose.
+        edges = np.flatnonzero(self._border)
+        self._here, self._there = self._points[edges], self._points[_after(self._sizes)[edges]]
+        self._owner = np.searchsorted(self._firsts, edges, "right") - 1
 
     @property
     def touching(self) -> Bools:
         """Which polygons have an edge on one of the lines."""
         touching = np.zeros(len(self._rings) - 1, bool)
-        touching[self._polygon(np.flatnonzero(self._border))] = True
+        touching[self._owner] = True
         return touching
 
     def along(self, line: tuple[int, int], start: int, length: int) -> Ints:
         """The polygon at each pixel along a line, ``[length]`` from ``start`` on; N where there is none."""
         axis, at = line
-        edges = np.flatnonzero(self._border)
-        here, there = self._points[edges], self._points[_after(self._sizes)[edges]]
-        on_line = (here[:, axis] == at) & (there[:, axis] == at)
+        on_line = (self._here[:, axis] == at) & (self._there[:, axis] == at)
         polygons = np.full(length, len(self._rings) - 1)
-        pixels = np.minimum(here, there)[on_line, 1 - axis] - start
-        polygons[pixels] = self._polygon(edges[on_line])
+        polygons[np.minimum(self._here, self._there)[on_line, 1 - axis] - start] = self._owner[on_line]
         return polygons
 
     def piece(self, polygon: int) -> Piece:
@@ -103,9 +104,6 @@ class CutTile:
         points = slice(self._firsts[polygon], self._firsts[polygon + 1])
         rings = slice(self._rings[polygon], self._rings[polygon + 1])
         return Piece.of(self._points[points], self._sizes[rings], self._border[points])
-
-    def _polygon(self, edges: Ints) -> Ints:
-        return np.searchsorted(self._firsts, edges, "right") - 1
 
 
 def _oriented(outlines: Outlines) -> tuple[Ints, Ints]:

@@ -28,7 +28,7 @@ TILE = 1024
 """Side of a tile, px: a multiple of the label map's blocks."""
 
 MAX_VERTICES = 200_000
-"""A region with more vertices than this is handed out in parts: uniting its pieces takes some 300 bytes for each."""
+"""A region with more vertices than this is handed out in parts: uniting its pieces takes some 90 bytes for each."""
 
 MAX_BORDERS = 100_000
 """Pixel edges between labels in one tile; simplified, they take up to 1.5 kB each. Tiles with more are cut smaller."""

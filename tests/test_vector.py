@@ -117,7 +117,7 @@ def test_noise_is_taken_in_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> Non
     calls: list[tuple[int, int]] = []
     original = regions_module._polygonized
     monkeypatch.setattr(
-        regions_module, "_polygonized", lambda *a, **k: (calls.append(a[1].shape), original(*a, **k))[1]
+        regions_module, "_polygonized", lambda *a, **k: (calls.append(a[0].shape), original(*a, **k))[1]
     )
     labels = np.zeros((150, 100), np.uint8)
     labels[64:128] = patches(64, 100, 1)

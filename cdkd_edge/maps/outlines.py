@@ -48,6 +48,15 @@ class Outlines:
         outer[self.polygons[:-1]] = True
         return outer
 
+    @property
+    def vertices(self) -> npt.NDArray[np.int64]:
+        """Points of each polygon, with those that close its rings."""
+        return np.diff(self.rings[self.polygons])
+
+    def only(self, polygons: npt.NDArray[np.bool_]) -> Outlines:
+        """Some polygons, with all their rings."""
+        return self.select(np.ones(len(self.rings) - 1, bool), polygons)
+
     def without_straight_vertices(self) -> Outlines:
         """The same shapes without vertices between two edges of one direction (exact for integer coordinates)."""
         starts, ends = self.rings[:-1], self.rings[1:]

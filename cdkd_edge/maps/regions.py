@@ -10,22 +10,25 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rasterio.features import shapes
-from rasterio.transform import Affine
 from rasterio.windows import Window
 
 from cdkd_edge.errors import MissingExtraError
 from cdkd_edge.labels import NO_LABEL
+from cdkd_edge.machine import hand_memory_back
+from cdkd_edge.maps.outlines import Outlines
+from cdkd_edge.maps.stitching import CutTile, Piece, united
 
 TILE = 1024
 """Side of a tile, px: a multiple of the label map's blocks."""
 
 MAX_VERTICES = 200_000
-"""A region with more vertices than this is handed out in parts: uniting its pieces takes some 300 bytes for each."""
+"""A region with more vertices than this is handed out in parts: uniting its pieces takes some 90 bytes for each."""
 
 MAX_BORDERS = 100_000
 """Pixel edges between labels in one tile; simplified, they take up to 1.5 kB each. Tiles with more are cut smaller."""
@@ -37,26 +40,29 @@ _ROW_PIXELS = 1 << 25
 
 _NONE = -1
 
-Polygons = npt.NDArray[np.object_]
-
 
 @dataclass
 class Regions:
     """Some finished regions."""
 
-    polygons: Polygons
-    """Shapely polygons ``[N]`` in pixel corners."""
+    outlines: Outlines
+    """Their polygons ``[N]`` in pixel corners."""
     labels: npt.NDArray[np.uint8]
     parts: npt.NDArray[np.bool_]
     """Whether it is only a part of its region (:data:`MAX_VERTICES`)."""
 
+    @property
+    def polygons(self) -> npt.NDArray[np.object_]:
+        """The outlines as Shapely polygons."""
+        return self.outlines.to_shapely(shapely_module())
 
-@dataclass
+
+@dataclass(slots=True)
 class _Open:
     """A region that reaches tiles not seen yet, or has not been united."""
 
     label: int
-    pieces: list[Any] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     vertices: int = 0
     cut: bool = False
 
@@ -100,7 +106,7 @@ def regions(
         MissingExtraError: Shapely is not installed.
     """
     shapely = shapely_module()
-    merger = _Merger(shapely, dataset.width, max_vertices)
+    merger = _Merger(dataset.width, max_vertices)
     tiles = -(-dataset.height // tile) * -(-dataset.width // tile)
     done = 0
     for strip in range(0, dataset.height, tile):
@@ -112,13 +118,15 @@ def regions(
             for left in range(0, dataset.width, side):
                 width = min(side, dataset.width - left)
                 labels = dataset.read(1, window=Window(left, top, width, height))
-                polygons, values = _polygonized(shapely, labels, left, top, everything=simplify > 0)
-                simple = _simplified(shapely, polygons, simplify) if simplify > 0 else polygons
+                outlines, values = _polygonized(labels, left, top, everything=simplify > 0)
+                if simplify > 0:
+                    outlines = _simplified(shapely, outlines, simplify)
                 inner = (top > 0, left > 0, top + height < dataset.height, left + width < dataset.width)
-                yield from merger.add(polygons, simple, values, left, width, inner)
+                yield from merger.add(outlines, values, left, width, inner)
                 done += height * width
                 progress(tiles * done // (dataset.height * dataset.width), tiles)
             yield from merger.finish_row(last=top + height == dataset.height)
+            hand_memory_back()
 
 
 def _side(dataset: Any, start: int, end: int, tile: int) -> int:
@@ -136,33 +144,38 @@ def _side(dataset: Any, start: int, end: int, tile: int) -> int:
 
 
 def _polygonized(
-    shapely: Any, labels: npt.NDArray[np.uint8], left: int, top: int, *, everything: bool
-) -> tuple[Polygons, npt.NDArray[np.uint8]]:
+    labels: npt.NDArray[np.uint8], left: int, top: int, *, everything: bool
+) -> tuple[Outlines, npt.NDArray[np.uint8]]:
     """Regions of one tile; with ``everything`` also those without a label, as neighbours of the others."""
     mask = None if everything else labels != NO_LABEL
-    found, values = [], []
-    for shape, value in shapes(labels, mask=mask, connectivity=4, transform=Affine.translation(left, top)):
-        outer, *holes = shape["coordinates"]
-        found.append(shapely.Polygon(outer, holes))
+    rings: list[list[tuple[float, float]]] = []
+    counts, values = [], []
+    for shape, value in shapes(labels, mask=mask, connectivity=4):
+        rings += shape["coordinates"]
+        counts.append(len(shape["coordinates"]))
         values.append(int(value))
-    return np.array(found, object), np.array(values, np.uint8)
+    sizes = np.array([len(ring) for ring in rings], np.int64)
+    numbers = chain.from_iterable(chain.from_iterable(rings))
+    points = np.fromiter(numbers, np.float64, 2 * int(sizes.sum())).reshape(-1, 2) + np.array([left, top])
+    ends = np.cumsum(np.array(counts, np.int64))
+    return Outlines(points, np.append(0, np.cumsum(sizes)), np.append(0, ends)), np.array(values, np.uint8)
 
 
-def _simplified(shapely: Any, polygons: Polygons, tolerance: float) -> Polygons:
+def _simplified(shapely: Any, outlines: Outlines, tolerance: float) -> Outlines:
     # GDAL leaves out vertices on straight edges, also where another border meets them; a coverage needs those.
-    dense = shapely.segmentize(polygons, 1.0)
+    dense = shapely.segmentize(outlines.to_shapely(shapely), 1.0)
     dense = shapely.set_coordinates(dense, np.rint(shapely.get_coordinates(dense)))
-    return np.asarray(shapely.coverage_simplify(dense, tolerance, simplify_boundary=False))
+    return Outlines.of(shapely, shapely.coverage_simplify(dense, tolerance, simplify_boundary=False))
 
 
 class _Merger:
     """Puts the pieces of a region together across the borders of tiles (union-find over pieces)."""
 
-    def __init__(self, shapely: Any, width: int, max_vertices: int) -> None:
-        self._shapely = shapely
+    def __init__(self, width: int, max_vertices: int) -> None:
         self._max_vertices = max_vertices
         self._parent: dict[int, int] = {}
         self._open: dict[int, _Open] = {}
+        self._large: set[int] = set()
         self._next = 0
         # Piece at each pixel of the border above, of that below, and of the one to the left.
         self._above = np.full(width, _NONE, np.int64)
@@ -176,8 +189,7 @@ class _Merger:
 
     def add(
         self,
-        outlines: Polygons,
-        polygons: Polygons,
+        outlines: Outlines,
         labels: npt.NDArray[np.uint8],
         left: int,
         width: int,
@@ -185,22 +197,17 @@ class _Merger:
     ) -> Iterator[Regions]:
         """A tile's polygons; ``inner`` says on which sides (top, left, bottom, right) there is another tile."""
         top, height = self._top, self._height
-        lines = (
-            (1, top, left, width),
-            (0, left, top, height),
-            (1, top + height, left, width),
-            (0, left + width, top, height),
+        lines = ((1, top), (0, left), (1, top + height), (0, left + width))
+        tile = CutTile(outlines, [line for line, there in zip(lines, inner, strict=True) if there])
+        labelled = labels != NO_LABEL
+        touching = tile.touching & labelled
+        names = np.full(len(labels) + 1, _NONE, np.int64)  # the last stands for "none"
+        for index in np.flatnonzero(touching).tolist():
+            names[index] = self._new(tile.piece(index), int(labels[index]), int(outlines.vertices[index]))
+        above, beside, below, right = (
+            names[tile.along(line, *((left, width) if line[0] else (top, height)))] if there else None
+            for line, there in zip(lines, inner, strict=True)
         )
-        borders = [self._along(outlines, *line) if there else None for line, there in zip(lines, inner, strict=True)]
-        touching = np.zeros(len(polygons), bool)
-        for border in borders:
-            if border is not None:
-                touching[border[border >= 0]] = True
-        touching &= labels != NO_LABEL
-        names = np.full(len(polygons) + 1, _NONE, np.int64)  # the last stands for "none"
-        for index in np.flatnonzero(touching):
-            names[index] = self._new(polygons[index], int(labels[index]))
-        above, beside, below, right = (None if border is None else names[border] for border in borders)
         if above is not None:
             self._join(self._above[left : left + width], above)
         if beside is not None:
@@ -209,12 +216,12 @@ class _Merger:
             self._below[left : left + width] = below
         if right is not None:
             self._beside = right
-        alone = ~touching & (labels != NO_LABEL)
+        alone = ~touching & labelled
         if alone.any():
-            yield Regions(polygons[alone], labels[alone], np.zeros(int(alone.sum()), bool))
-        large = [region for region in self._open.values() if region.vertices > self._max_vertices]
-        if large:  # on a wide map one row of tiles may hold millions
-            yield self._united(large, whole=False)
+            yield Regions(outlines.only(alone), labels[alone], np.zeros(int(alone.sum()), bool))
+        if self._large:  # on a wide map one row of tiles may hold millions
+            yield self._united([self._open[name] for name in sorted(self._large)], whole=False)
+            self._large.clear()
 
     def finish_row(self, *, last: bool) -> Iterator[Regions]:
         """Hand out what no later tile can add to."""
@@ -239,35 +246,23 @@ class _Merger:
 
     def _united(self, regions: list[_Open], *, whole: bool) -> Regions:
         """Unite the pieces of regions; of those that are not whole, more will come."""
-        polygons: list[Any] = []
-        labels, parts = [], []
-        for region in regions:
+        pieces: list[Piece] = []
+        owners: list[int] = []
+        for index, region in enumerate(regions):
             region.cut |= not whole
-            if region.pieces:
-                united = self._shapely.union_all(region.pieces) if len(region.pieces) > 1 else region.pieces[0]
-                found = self._shapely.get_parts(united)
-                polygons.extend(found)
-                labels.extend([region.label] * len(found))
-                parts.extend([region.cut] * len(found))
+            pieces += region.pieces
+            owners += [index] * len(region.pieces)
             region.pieces, region.vertices = [], 0
-        return Regions(np.array(polygons, object), np.array(labels, np.uint8), np.array(parts, bool))
+        outlines, owner = united(pieces, np.array(owners))
+        labels = np.array([region.label for region in regions], np.uint8)
+        return Regions(outlines, labels[owner], np.array([region.cut for region in regions])[owner])
 
-    def _along(self, polygons: Polygons, axis: int, at: int, start: int, length: int) -> npt.NDArray[np.int64]:
-        """Which polygon lies at each pixel along a border: the line x = at (axis 0) or y = at (axis 1)."""
-        owners = np.full(length, _NONE, np.int64)
-        if not len(polygons):
-            return owners
-        points, owner = self._shapely.get_coordinates(self._shapely.get_exterior_ring(polygons), return_index=True)
-        on_line = (points[:-1, axis] == at) & (points[1:, axis] == at) & (owner[:-1] == owner[1:])
-        ends = np.stack([points[:-1, 1 - axis][on_line], points[1:, 1 - axis][on_line]]).astype(np.int64) - start
-        for first, end, index in zip(ends.min(0), ends.max(0), owner[:-1][on_line], strict=True):
-            owners[first:end] = index
-        return owners
-
-    def _new(self, polygon: Any, label: int) -> int:
+    def _new(self, piece: Piece, label: int, vertices: int) -> int:
         name, self._next = self._next, self._next + 1
         self._parent[name] = name
-        self._open[name] = _Open(label, [polygon], int(self._shapely.get_num_coordinates(polygon)))
+        self._open[name] = _Open(label, [piece], vertices)
+        if vertices > self._max_vertices:
+            self._large.add(name)
         return name
 
     def _join(self, one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> None:
@@ -285,6 +280,9 @@ class _Merger:
                 kept.pieces += gone.pieces
                 kept.vertices += gone.vertices
                 kept.cut |= gone.cut
+                self._large.discard(b)
+                if kept.vertices > self._max_vertices:
+                    self._large.add(a)
 
     def _root(self, name: int) -> int:
         root = name

@@ -18,7 +18,7 @@ from rasterio.transform import Affine
 from cdkd_edge.errors import MissingExtraError, SceneError, SystemRefusalError, UsageError
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import LabelSchema
-from cdkd_edge.maps.outlines import Outlines, large_enough, mapped
+from cdkd_edge.maps.outlines import large_enough, mapped
 from cdkd_edge.maps.qgis import style_row
 from cdkd_edge.maps.regions import Regions, regions, shapely_module
 from cdkd_edge.scene.areas import Ground, ground_of
@@ -26,7 +26,7 @@ from cdkd_edge.scene.raster import gdal, open_scene
 
 LAYER = "classes"
 
-_BATCH, _BATCH_BYTES = 10_000, 16 << 20
+_BATCH, _BATCH_BYTES = 10_000, 4 << 20
 """Polygons, and bytes of them, written at once."""
 
 _LITTLE_ROOM = 1 << 20
@@ -180,13 +180,13 @@ class _Package:
         if found.labels.max() >= len(self._schema):
             wrong = int(found.labels.max())
             raise SceneError(f"the label map holds the label {wrong}; its schema has {len(self._schema)} classes")
-        outlines = Outlines.of(self._shapely, found.polygons).without_straight_vertices()
+        outlines = found.outlines.without_straight_vertices()
         # Of a region that comes in parts, no part is too small.
         for parts in (False, True):
             chosen = found.parts == parts
             if not chosen.any():
                 continue
-            some = outlines.select(np.ones(len(outlines.rings) - 1, bool), chosen)
+            some = outlines.only(chosen)
             labels = found.labels[chosen]
             limits = (0.0, 0.0) if parts else (self._options.minimum_m2, self._options.minimum_px)
             drawn, areas, which = large_enough(some, self._ground, *limits)

@@ -298,7 +298,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "Peak: VmHWM of the process, read from outside, products included. Seconds are of a busy machine.",
+        "Peak: VmHWM of the process, read from outside, products included. Seconds depend on what else runs.",
         "",
     ]
     return "\n".join(lines)

@@ -116,10 +116,20 @@ def ripple_errors(board, hertz, shape, seconds):
     return {source: energy.watts * (stop - start) / truth - 1 for source, energy in energies.items()}
 
 
+def assert_ripple(board, hertz, shape, seconds):
+    """INA3221 within 1.5 per cent. Readings in step with the ripple are tens of per cent off, every time; readings that
+    a busy machine delays at random are so by chance, and once more is enough."""
+    for _ in range(3):
+        errors = ripple_errors(board, hertz, shape, seconds)
+        print(f"{hertz} Hz, {shape}: " + ", ".join(f"{source} {error:+.2%}" for source, error in errors.items()))
+        if abs(errors["ina3221"]) < 0.015:
+            return
+    pytest.fail(f"INA3221 is off by {errors['ina3221']:+.1%}")
+
+
 def test_a_ripple_in_step_with_ten_readings_a_second(board):
     """Up to 40 per cent would be wrong if readings fell on one phase of it."""
-    errors = ripple_errors(board, 10, "square", 10)
-    assert abs(errors["ina3221"]) < 0.015
+    assert_ripple(board, 10, "square", 10)
     # Of jtop, whose readings a busy machine delays, test_power_sources.py tests what interval it is asked for.
 
 
@@ -127,9 +137,7 @@ def test_a_ripple_in_step_with_ten_readings_a_second(board):
 @pytest.mark.parametrize("shape", ["square", "sine"])
 @pytest.mark.parametrize("hertz", [5, 10, 20, 50])
 def test_ripples(board, hertz, shape):
-    errors = ripple_errors(board, hertz, shape, 20)
-    print(f"{hertz} Hz, {shape}: " + ", ".join(f"{source} {error:+.2%}" for source, error in errors.items()))
-    assert abs(errors["ina3221"]) < 0.015
+    assert_ripple(board, hertz, shape, 20)
 
 
 def start_bench(board, workspace, engine, *arguments):

@@ -491,7 +491,7 @@ def test_a_source_that_hangs_ends_a_run_that_cannot_become_valid(
     began = time.monotonic()
     summary = run_benchmark(hungry(delay=0.005), folder, BenchOptions(times(8.0, idle=0.2), scene=scene, power=True))
     assert time.monotonic() - began < 7
-    assert re.fullmatch(r"ina3221 stopped answering: no reading for \d\.\d s", summary.verdict.reasons[0])
+    assert re.fullmatch(r"ina3221 stopped answering: no reading for \d+\.\d s", summary.verdict.reasons[0])
 
 
 def test_a_total_that_is_gone_for_good_ends_the_run(
@@ -504,7 +504,7 @@ def test_a_total_that_is_gone_for_good_ends_the_run(
     began = time.monotonic()
     summary = run_benchmark(hungry(delay=0.005), folder, options)
     assert time.monotonic() - began < 7
-    assert re.fullmatch(r"ina3221 stopped answering: no reading of VDD_IN for \d\.\d s", summary.verdict.reasons[0])
+    assert re.fullmatch(r"ina3221 stopped answering: no reading of VDD_IN for \d+\.\d s", summary.verdict.reasons[0])
     assert [span.name for span in summary.phases] == ["idle", "warm-up", "load"], "the last one was cut off"
     assert (summary.repeats, summary.rejected_repeats) == ((), ())
     assert 0.5 < summary.phases[-1].seconds < 7

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scene_helpers import engine_manifest
 
+from cdkd_edge.benchmarks import course
 from cdkd_edge.benchmarks.bound import modelled_bound
 from cdkd_edge.benchmarks.course import Course, hottest
 from cdkd_edge.benchmarks.folder import TimedBatch
@@ -23,6 +26,7 @@ from cdkd_edge.board.throttling import ConditionFinding
 from cdkd_edge.errors import UsageError
 from cdkd_edge.manifest import FileRecord, TensorRTBuild
 from cdkd_edge.power.protocol import CPU_PACKAGE, GPU_BOARD, MODULE, WATTS, Sample, SourceInfo
+from cdkd_edge.power.sampler import PowerSampler
 from cdkd_edge.power.trace import Problem, Trace
 from cdkd_edge.report.bench import _figure
 
@@ -56,6 +60,33 @@ def test_the_junction_is_what_counts_on_a_jetson():
     assert hottest({"cpu-thermal": 80.0, "tj-thermal": 70.0}) == 70.0
     assert hottest({"Package id 0": 50.0, "acpitz": 30.0}) == 50.0
     assert hottest({}) is None
+
+
+# --- a source that falls silent -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"VDD_IN": 9.0, "VDD_SOC": 2.0}, r"ina3221 stopped answering: no reading for \d+\.\d s"),
+        ({"VDD_SOC": 2.0}, r"ina3221 stopped answering: no reading of VDD_IN for \d+\.\d s"),
+        (None, r"ina3221 stopped answering: no reading for \d+\.\d s"),
+    ],
+    ids=["the source", "its total", "the source, from the start"],
+)
+def test_silence_is_told_of_the_rail_only_where_others_go_on(monkeypatch, values, reason):
+    """Heard 0.1 s after it was taken, a reading is too old at a moment at which it was heard of lately enough."""
+    monkeypatch.setattr(course, "LONGEST_SILENCE", 0.5)
+    sampler = PowerSampler("ina3221")
+    sampler.info = SourceInfo("ina3221", MODULE, "the module", WATTS, ("VDD_IN", "VDD_SOC"), "VDD_IN", 0.1)
+    sampler._heard = time.monotonic() - 0.45
+    sampler._began = sampler._heard - 10
+    sampler._samples = [Sample(sampler._heard - 0.1, 0.0, values)] if values else []
+    protocol = replace(DEFAULT, load_seconds=1.0)
+    run = course._Run(None, protocol, sampler, None, lambda live: None, False)
+    with pytest.raises(course._LostError) as lost:
+        run._require_power()
+    assert re.fullmatch(reason, str(lost.value))
 
 
 # --- verdict --------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import csv
 import json
 import math
 import re
+import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, Thread, Timer
 from typing import Any
@@ -395,11 +396,34 @@ def hungry(tree: Path) -> Iterator[Any]:
         engine.close()
 
 
+def under_load(monkeypatch: pytest.MonkeyPatch, *steps: tuple[float, Callable[[], object]]) -> Callable[[Live], None]:
+    """Told of a run, takes each step once, so many seconds after the load was first told of.
+
+    Not by the clock: a busy machine reaches the load late.
+    """
+    monkeypatch.setattr(course, "TELL_EVERY", 0.05)
+    left, began = list(steps), math.inf
+
+    def tell(live: Live) -> None:
+        nonlocal began
+        if live.phase == "load":
+            began = min(began, time.monotonic())
+            while left and time.monotonic() >= began + left[0][0]:
+                left.pop(0)[1]()
+
+    return tell
+
+
 @pytest.mark.parametrize(("batch", "repeats"), [(1, 1), (2, 1), (1, 3)])
 def test_power_and_energy_per_tile(folder: Path, scene: Path, hungry: Any, batch: int, repeats: int) -> None:
     engine = hungry(delay=0.005, batch=batch)
     options = BenchOptions(times(0.6, 0.3, idle=0.5, repeats=repeats), scene=scene, power=True)
-    summary = run_benchmark(engine, folder, options)
+    for attempt in range(5):
+        folder = folder.with_name(f"attempt {attempt}")
+        summary = run_benchmark(engine, folder, options)
+        # A busy machine can keep the sampler from the CPU for a good part of half a second, and the run says so.
+        if not any("are missing in" in reason for reason in summary.verdict.reasons):
+            break
     names = [(span.name, span.repeat) for span in summary.phases]
     one = ("idle", "warm-up", "load")
     assert names == [*((name, repeat) for repeat in range(repeats) for name in one), ("idle", repeats)]
@@ -455,7 +479,7 @@ def test_a_source_that_dies_makes_the_run_invalid(
     def doomed(forced: str | None = None) -> PowerSampler:
         sampler = find_source("ina3221", 0.02, sys_root=tree)
         assert sampler._process is not None
-        Timer(dies_after, sampler._process.kill).start()
+        Timer(dies_after, sampler._process.kill).start()  # in whatever phase that is
         return sampler
 
     monkeypatch.setattr(bench, "find_source", doomed)
@@ -478,19 +502,19 @@ def test_a_source_that_dies_makes_the_run_invalid(
 def test_a_source_that_hangs_ends_a_run_that_cannot_become_valid(
     folder: Path, scene: Path, tree: Path, hungry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def frozen(forced: str | None = None) -> PowerSampler:
+    processes = []
+
+    def listed(forced: str | None = None) -> PowerSampler:
         sampler = find_source("ina3221", 0.02, sys_root=tree)
-        process = sampler._process
-        assert process is not None
-        Timer(0.4, lambda: process.send_signal(19)).start()
+        processes.append(sampler._process)
         return sampler
 
-    monkeypatch.setattr(bench, "find_source", frozen)
+    monkeypatch.setattr(bench, "find_source", listed)
     monkeypatch.setattr(course, "LONGEST_SILENCE", 0.5)
-    monkeypatch.setattr(course, "TELL_EVERY", 0.05)
-    began = time.monotonic()
-    summary = run_benchmark(hungry(delay=0.005), folder, BenchOptions(times(8.0, idle=0.2), scene=scene, power=True))
-    assert time.monotonic() - began < 7
+    tell = under_load(monkeypatch, (0.2, lambda: processes[0].send_signal(signal.SIGSTOP)))
+    options = BenchOptions(times(20.0, idle=0.2), scene=scene, power=True)
+    summary = run_benchmark(hungry(delay=0.005), folder, options, tell=tell)
+    assert 0.5 < summary.phases[-1].seconds < 10
     assert re.fullmatch(r"ina3221 stopped answering: no reading for \d+\.\d s", summary.verdict.reasons[0])
 
 
@@ -498,16 +522,13 @@ def test_a_total_that_is_gone_for_good_ends_the_run(
     folder: Path, scene: Path, tree: Path, hungry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(course, "LONGEST_SILENCE", 0.5)
-    monkeypatch.setattr(course, "TELL_EVERY", 0.05)
-    Timer(1.0, (tree / HWMON / "in1_input").unlink).start()
-    options = BenchOptions(times(8.0, idle=0.2), scene=scene, power=True, root=tree.parent)
-    began = time.monotonic()
-    summary = run_benchmark(hungry(delay=0.005), folder, options)
-    assert time.monotonic() - began < 7
+    tell = under_load(monkeypatch, (0.2, (tree / HWMON / "in1_input").unlink))
+    options = BenchOptions(times(20.0, idle=0.2), scene=scene, power=True, root=tree.parent)
+    summary = run_benchmark(hungry(delay=0.005), folder, options, tell=tell)
     assert re.fullmatch(r"ina3221 stopped answering: no reading of VDD_IN for \d+\.\d s", summary.verdict.reasons[0])
     assert [span.name for span in summary.phases] == ["idle", "warm-up", "load"], "the last one was cut off"
     assert (summary.repeats, summary.rejected_repeats) == ((), ())
-    assert 0.5 < summary.phases[-1].seconds < 7
+    assert 0.5 < summary.phases[-1].seconds < 10
     assert summary.conditions["clocks_mhz"]["gpu"]["mean"] == 918.0
     with open(folder / "trace.csv", newline="") as file:
         phases = [row["phase"] for row in csv.DictReader(file)]
@@ -515,14 +536,14 @@ def test_a_total_that_is_gone_for_good_ends_the_run(
 
 
 def test_a_sensor_that_is_away_for_a_while_makes_the_run_invalid(
-    folder: Path, scene: Path, tree: Path, hungry: Any
+    folder: Path, scene: Path, tree: Path, hungry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chip = tree / CHIP
     engine = hungry(delay=0.005)
-    Timer(1.0, lambda: chip.rename(tree / "away")).start()
-    Timer(1.5, lambda: (tree / "away").rename(chip)).start()
     engine._tree = tree / "elsewhere"  # what it writes would disturb the renaming
-    summary = run_benchmark(engine, folder, BenchOptions(times(1.5, idle=0.4), scene=scene, power=True))
+    away = tree / "away"
+    tell = under_load(monkeypatch, (0.4, lambda: chip.rename(away)), (0.9, lambda: away.rename(chip)))
+    summary = run_benchmark(engine, folder, BenchOptions(times(1.5, idle=0.4), scene=scene, power=True), tell=tell)
     assert summary.verdict.status == "invalid"
     assert any(
         re.search(r"readings of VDD_IN are missing in \d\d% of a phase; .*No such file", reason)
@@ -541,7 +562,8 @@ def test_a_sensor_that_is_away_for_a_while_makes_the_run_invalid(
 def test_a_rail_that_does_not_rise_is_the_wrong_one(folder: Path, scene: Path, tree: Path) -> None:
     summary = run_benchmark(FakeEngine(delay=0.005), folder, BenchOptions(times(0.5), scene=scene, power=True))
     assert summary.verdict.status == "invalid"
-    assert "VDD_IN is not higher under load (100.00 W) than idle (100.00 W)" in summary.verdict.reasons[0]
+    said = "VDD_IN is not higher under load (100.00 W) than idle (100.00 W)"
+    assert any(said in reason for reason in summary.verdict.reasons)
 
 
 @pytest.mark.parametrize(
@@ -553,7 +575,15 @@ def test_a_rail_that_does_not_rise_is_the_wrong_one(folder: Path, scene: Path, t
     ],
 )
 def test_throttling_makes_the_run_invalid(
-    folder: Path, scene: Path, tree: Path, hungry: Any, file: str, before: object, after: object, said: str
+    folder: Path,
+    scene: Path,
+    tree: Path,
+    hungry: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    before: object,
+    after: object,
+    said: str,
 ) -> None:
     if "oc1" in file:
         write(tree / "class/hwmon/hwmon9/name", "soctherm_oc")
@@ -563,9 +593,9 @@ def test_throttling_makes_the_run_invalid(
         write(root / "proc/device-tree/compatible", "nvidia,p3767-0000 nvidia,tegra234")
     place = (root if file.startswith("var") else tree) / file
     write(place, before)
-    Timer(1.0, lambda: write(place, after)).start()
+    tell = under_load(monkeypatch, (0.3, lambda: write(place, after)))
     options = BenchOptions(times(1.2, idle=0.3), scene=scene, power=True, root=root)
-    summary = run_benchmark(hungry(delay=0.005), folder, options)
+    summary = run_benchmark(hungry(delay=0.005), folder, options, tell=tell)
     assert summary.verdict.status == "invalid", summary.verdict
     assert said in " ".join(summary.verdict.reasons)
     assert summary.figures is None

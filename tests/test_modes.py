@@ -7,7 +7,6 @@ keep it in the system's; ``trouble`` files make them fail, hang, or lie. Signals
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -76,7 +75,6 @@ case "$1" in
     echo 918000000 > $gpu ;;
 esac
 """
-RUN = functools.partial(run_command, timeout=1.0)
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
@@ -119,6 +117,13 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     return root
+
+
+def run(command: Sequence[str]) -> Answer:
+    """As ``run_command``, without patience for tools that were told to hang."""
+    trouble = Path(os.environ["BOARD"], "trouble")
+    hangs = any((trouble / f"{how}-{command[-1]}").exists() for how in ("hang", "endless"))
+    return run_command(command, timeout=1.0 if hangs else 30.0)
 
 
 def mode_now(root: Path) -> int:
@@ -219,7 +224,7 @@ def test_handlers_come_back(board: Path) -> None:
 
 
 def refused(board: Path, mode: str | None = "25W", clocks: bool = False) -> BoardError:
-    with pytest.raises(BoardError) as caught, changed_board(mode, clocks, root=board, run=RUN):
+    with pytest.raises(BoardError) as caught, changed_board(mode, clocks, root=board, run=run):
         pytest.fail("it was set")
     return caught.value
 
@@ -321,7 +326,7 @@ def test_names() -> None:
     ],
 )
 def test_a_board_that_is_not_put_back(board: Path, name: str, said: str) -> None:
-    with pytest.raises(BoardError) as caught, changed_board("25W", True, root=board, run=RUN):
+    with pytest.raises(BoardError) as caught, changed_board("25W", True, root=board, run=run):
         trouble(board, name)
     assert said in caught.value.message
     hint = caught.value.hint or ""
@@ -331,9 +336,9 @@ def test_a_board_that_is_not_put_back(board: Path, name: str, said: str) -> None
     assert left is not None
     assert " && ".join(left.commands) == hint
     (board / "trouble" / name).unlink()
-    assert restore_pending(board, RUN) == left
+    assert restore_pending(board, run) == left
     assert as_before(board)
-    assert restore_pending(board, RUN) is None
+    assert restore_pending(board, run) is None
 
 
 def test_clocks_that_are_not_put_back(board: Path) -> None:
@@ -352,7 +357,7 @@ def test_clocks_that_are_not_put_back(board: Path) -> None:
 
 def test_everything_is_tried(board: Path) -> None:
     """A mode that cannot be put back does not keep the clocks from being."""
-    with pytest.raises(BoardError), changed_board("25W", True, root=board, run=RUN):
+    with pytest.raises(BoardError), changed_board("25W", True, root=board, run=run):
         trouble(board, "fail-0")
     assert clocks_held(board) is False
 
@@ -382,6 +387,23 @@ def wait_until(path: Path, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, path
         time.sleep(0.01)
+
+
+def wait_for_tools(root: Path) -> None:
+    """Until nvpmodel and jetson_clocks, in sessions of their own, have come to their end."""
+    mark = b"BOARD=%s\0" % os.fsencode(root)
+    deadline = time.monotonic() + 20
+    while any(mark in environment for environment in environments()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def environments() -> Iterator[bytes]:
+    """Of all other processes."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if path.parent.name != str(os.getpid()):
+                yield path.read_bytes() + b"\0"
 
 
 PHASES = {"set mode": "slow-3", "set clocks": "slow-clocks", "load": "", "put back": "slow-0"}
@@ -422,7 +444,7 @@ def test_a_killed_run_is_noticed(board: Path, phase: str) -> None:
         wait_until(board / MARKS[phase], process)
         process.kill()
         process.wait()
-    time.sleep(0.4)  # nvpmodel, in a session of its own, comes to its end
+    wait_for_tools(board)
     (board / "trouble" / PHASES[phase]).unlink() if PHASES[phase] else None
     left = pending_restore(board)
     assert left is not None

@@ -164,7 +164,10 @@ class Board:
         A board has its processors for itself. Here other tests want them at the same time, so what runs on the board
         comes first, where that may be asked for.
         """
-        return (*_first_in_line(), "nsenter", "-t", str(self._holder.pid), *self._flags, *map(str, command))
+        return (*granted("nice", "-n", "-5"), *self._enter(*command))
+
+    def _enter(self, *command: object) -> tuple[str, ...]:
+        return ("nsenter", "-t", str(self._holder.pid), *self._flags, *map(str, command))
 
     @property
     def sampler_command(self) -> tuple[str, ...]:
@@ -189,7 +192,8 @@ class Board:
             "from jtop.__main__ import main; main()"
         )
         self.service = subprocess.Popen(
-            self.enter(sys.executable, "-c", code),
+            # Niceness does not reach beyond a session, and this is one of its own.
+            (*granted("chrt", "--rr", "1"), *self._enter(sys.executable, "-c", code)),
             env={**self.environment(), "JTOP_SERVICE": "True"},
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -231,14 +235,13 @@ class Board:
 
 
 @functools.cache
-def _first_in_line() -> tuple[str, ...]:
-    """What makes a command come before others, where that is allowed."""
-    nice = ("nice", "-n", "-5")
+def granted(*command: str) -> tuple[str, ...]:
+    """What makes a command come before others, where that is allowed; else nothing."""
     try:
-        tried = subprocess.run([*nice, "true"], capture_output=True)
+        tried = subprocess.run([*command, "true"], capture_output=True)
     except OSError:
         return ()
-    return () if tried.returncode or tried.stderr else nice
+    return () if tried.returncode or tried.stderr else command
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -23,6 +23,7 @@ from cdkd_edge.fleet.local import LocalCrew
 from cdkd_edge.fleet.products import NOTHING, Wanted
 from cdkd_edge.fleet.run import segment_many
 from cdkd_edge.fleet.scenes import plan_outputs, scenes_of
+from cdkd_edge.scene.outputs import label_map_paths
 from cdkd_edge.scene.pipeline import SegmentOptions
 from cdkd_edge.scene.reader import Stretch
 
@@ -62,7 +63,8 @@ def segment(scenes: list[str], out: str = "maps", **options: Any) -> Any:
     listener = options.pop("listener", None)
     segment_options = options.pop("options", SegmentOptions())
     products = options.pop("products", NOTHING)
-    names, outputs = plan_outputs(scenes, Path(out), Path(), products, overwrite=options.get("overwrite", False))
+    overwrite, keep_folders = options.get("overwrite", False), options.pop("keep_folders", False)
+    names, outputs = plan_outputs(scenes, Path(out), Path(), products, keep_folders=keep_folders, overwrite=overwrite)
     return segment_many(names, outputs, LocalCrew(REF), REF, segment_options, products, listener=listener, **options)
 
 
@@ -116,6 +118,39 @@ def test_two_scenes_of_one_name_are_refused_up_front(scenes: list[str]) -> None:
         plan_outputs(["scenes", "other"], Path("maps"), Path(), (), overwrite=False)
     with pytest.raises(UsageError, match="need a directory"):
         plan_outputs(["scenes"], Path("map.tif"), Path(), (), overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("scene", "label_map"),
+    [
+        ("scenes/a.tif", "maps/scenes/a_labels.tif"),
+        ("./scenes/../scenes/deep/a.tif", "maps/scenes/deep/a_labels.tif"),
+        ("../../scenes/a.tif", "maps/scenes/a_labels.tif"),
+        ("/data/pass 1/a.tif", "maps/data/pass 1/a_labels.tif"),
+        ("a.tif", "maps/a_labels.tif"),
+        ("/vsicurl/https://example.org/pass/a.tif", "maps/a_labels.tif"),
+    ],
+)
+def test_folders_are_kept_below_the_output(scene: str, label_map: str) -> None:
+    assert label_map_paths([scene], Path("maps"), Path(), keep_folders=True) == [Path(label_map)]
+
+
+def test_scenes_of_one_name_in_folders_of_their_own(scenes: list[str], use: Any) -> None:
+    Path("other/deep").mkdir(parents=True)
+    shutil.copy(scenes[0], "other/deep/a.tif")
+    use(FakeEngine())
+    for status in ("done", "kept"):
+        document = segment(["scenes", "other/**/*.tif"], keep_folders=True, report_path=Path("report.json"))
+        assert {row.status for row in document.rows()} == {status}
+    assert sorted(str(path) for path in Path("maps").rglob("*.tif")) == [
+        "maps/other/deep/a_labels.tif",
+        *(f"maps/scenes/{name}_labels.tif" for name in "abc"),
+    ]
+    with pytest.raises(SceneError, match="two scenes would both become") as caught:
+        plan_outputs(["scenes/a.tif", "../scenes/a.tif"], Path("maps"), Path(), keep_folders=True, overwrite=False)
+    assert "separately" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="folders are kept in a directory"):
+        plan_outputs(["scenes/a.tif"], Path("map.tif"), Path(), keep_folders=True, overwrite=False)
 
 
 def test_label_maps_among_the_scenes_are_left_out(scenes: list[str], use: Any) -> None:

@@ -159,24 +159,36 @@ def run_of(workspace):
     return read_run(folder)
 
 
-@pytest.mark.slow
-def test_bench_measures_the_energy_of_a_pattern(board, small_engine_path, tmp_path):
-    """30 s of load while watts change: both sources at once, against the pattern's own energy."""
+def bench_with_both(board, engine, workspace):
+    """30 s of load while watts change, through jtop and INA3221 at once: the pattern, and how each run ended."""
     idle = [(1.7, IDLE), (1.2, 6.1), (2.9, 5.5)]
     pattern = Pattern(board, [*idle, *RESTLESS, *RESTLESS[::-1], *RESTLESS, (2.0, 15.0), *idle, *idle])
     board.set_watts(IDLE)
     times = ("--duration", "30", "--idle", "5", "--max-warm-up", "1", "--json")
     runs = {
-        source: start_bench(board, tmp_path / source, small_engine_path, "--power-source", source, *times)
+        source: start_bench(board, workspace / source, engine, "--power-source", source, *times)
         for source in ("jtop", "ina3221")
     }
     for source in runs:
-        wait_for(lambda source=source: (tmp_path / source / "benchmarks").is_dir(), 30)
+        wait_for(lambda source=source: (workspace / source / "benchmarks").is_dir(), 30)
     pattern.start()
-    for source, process in runs.items():
-        code, out, err = finished(process)
+    ends = {source: finished(process) for source, process in runs.items()}
+    pattern.join()
+    return pattern, ends
+
+
+@pytest.mark.slow
+def test_bench_measures_the_energy_of_a_pattern(board, small_engine_path, tmp_path):
+    """Both sources against the pattern's own energy."""
+    for attempt in range(3):
+        workspace = tmp_path / str(attempt)
+        pattern, ends = bench_with_both(board, small_engine_path, workspace)
+        # A machine that stands still, or keeps the service waiting: the runs say so themselves.
+        if pattern.slowest < 0.02 and not any("are missing in" in err for _, _, err in ends.values()):
+            break
+    for source, (code, out, err) in ends.items():
         assert code == 0, err
-        summary = run_of(tmp_path / source).summary
+        summary = run_of(workspace / source).summary
         assert json.loads(out)["summary"]["verdict"]["status"] in ("valid", "not_steady")
         spans = {(span.name, span.repeat): span for span in summary.phases}
 
@@ -195,7 +207,6 @@ def test_bench_measures_the_energy_of_a_pattern(board, small_engine_path, tmp_pa
         assert figures.net_watts.mean == pytest.approx(net_truth, rel=0.02)
         per_tile = truth(load) / summary.repeats[0].tiles
         assert figures.gross_joules_per_tile.mean == pytest.approx(per_tile, rel=0.01)
-    pattern.join()
 
 
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "jtop"), (signal.SIGSTOP, "no reading for")])

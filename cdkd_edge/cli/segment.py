@@ -40,6 +40,10 @@ def segment(
             help="Label map (.tif), or a directory. Default: NAME_labels.tif here, NAME being the scene's.",
         ),
     ] = None,
+    keep_folders: Annotated[
+        bool,
+        typer.Option("--keep-folders", help="Below the output directory, keep the folders that scenes are named with."),
+    ] = False,
     engine: EngineOption = None,
     overlap: OverlapOption = None,
     bands: BandsOption = None,
@@ -165,7 +169,15 @@ def segment(
         raise typer.BadParameter("it is for --stac", param_hint="--datetime")
     polygons = vector_options(min_area, simplify) if vector else None
     products = Wanted(vector=polygons, preview=preview, stac=stac, when=when)
-    names, outputs = plan_outputs(scenes, output, space.root, products, confidence=confidence, overwrite=overwrite)
+    names, outputs = plan_outputs(
+        scenes,
+        output,
+        space.root,
+        products,
+        confidence=confidence,
+        keep_folders=keep_folders,
+        overwrite=overwrite,
+    )
     kind = "probabilities" if merge == "hann" else "confidence" if confidence else "labels"
     chosen = engine or space.only_engine("cdkd-edge segment SCENE --engine", output=kind)
     ref = engine_ref(chosen, threads=threads, worker_folder=worker_engines)

@@ -68,13 +68,14 @@ def plan_outputs(
     products: Wanted = NOTHING,
     *,
     confidence: bool = False,
+    keep_folders: bool = False,
     overwrite: bool,
 ) -> tuple[list[str], list[Path]]:
     """Scenes and their label maps, checked against each other.
 
     Args:
         arguments: as for :func:`scenes_of`.
-        output, folder: as for :func:`~cdkd_edge.scene.outputs.label_map_paths`.
+        output, folder, keep_folders: as for :func:`~cdkd_edge.scene.outputs.label_map_paths`.
         products: what is wanted beside each label map.
         confidence: whether a raster of confidence is among it.
         overwrite: whether existing label maps are replaced.
@@ -89,7 +90,7 @@ def plan_outputs(
         SystemRefusalError: the output folder is a file.
     """
     scenes = scenes_of(arguments)
-    planned = label_map_paths(scenes, output, folder)
+    planned = label_map_paths(scenes, output, folder, keep_folders=keep_folders)
     outputs = {file_key(str(path)) for path in planned}
     pairs = [
         (scene, path)

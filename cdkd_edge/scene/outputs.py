@@ -8,17 +8,21 @@ from pathlib import Path
 
 from cdkd_edge.errors import SceneError, UsageError
 from cdkd_edge.scene.partial import continues_replacing, partial_folder
+from cdkd_edge.scene.raster import is_gdal_name
 
 _OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".jp2", ".img", ".vrt", ".gpkg", ".nc"}
 
 
-def label_map_paths(scenes: Sequence[str], output: Path | None, folder: Path) -> list[Path]:
+def label_map_paths(
+    scenes: Sequence[str], output: Path | None, folder: Path, *, keep_folders: bool = False
+) -> list[Path]:
     """One label map per scene.
 
     Args:
         scenes: the rasters.
         output: a ``.tif`` for a single scene, or a directory. Default: ``folder``.
         folder: where ``<scene>_labels.tif`` goes when nothing is said.
+        keep_folders: whether it goes below the folders that a scene is named with, as ``cp --parents`` does it.
 
     Raises:
         UsageError: ``output`` is another format, or one file for several scenes.
@@ -32,16 +36,29 @@ def label_map_paths(scenes: Sequence[str], output: Path | None, folder: Path) ->
     if output is not None and output.suffix.lower() in (".tif", ".tiff"):
         if len(scenes) > 1:
             raise UsageError(f"several scenes need a directory, not the one file {output.name}")
+        if keep_folders:
+            raise UsageError(f"folders are kept in a directory, not in the file {output.name}")
         return [output]
-    paths = [(output or folder) / f"{Path(scene).stem}_labels.tif" for scene in scenes]
+    paths = [
+        (output or folder) / (_folders(scene) if keep_folders else "") / f"{Path(scene).stem}_labels.tif"
+        for scene in scenes
+    ]
     sources: dict[Path, str] = {}
     for scene, path in zip(scenes, paths, strict=True):
         if (other := sources.setdefault(path, scene)) is not scene:
             raise SceneError(
                 f"two scenes would both become {path}: {other} and {scene}",
-                hint="segment them separately, with --output",
+                hint="segment them separately, with --output" if keep_folders else "give --keep-folders",
             )
     return paths
+
+
+def _folders(scene: str) -> Path:
+    """Those of its name, without what would lead out of the output folder; none of a name of GDAL's."""
+    if is_gdal_name(scene):
+        return Path()
+    parts = Path(os.path.normpath(scene)).parent.parts
+    return Path(*(part for part in parts if part not in (os.sep, "//", os.pardir)))
 
 
 def quicklook_path(label_map: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import inspect
 import json
@@ -569,6 +570,25 @@ def test_the_preview_does_not_overwrite_the_scene(workspace: Path) -> None:
     content = scene.read_bytes()
     run("segment", scene, "-w", workspace, "-o", workspace / "map.tif", "--preview")
     assert scene.read_bytes() == content
+
+
+@pytest.mark.parametrize("command", [("doctor",), ("doctor", "--json"), ("power", "--json"), ("--help",)])
+def test_who_reads_no_further_hears_no_complaint(command: tuple[str, ...]) -> None:
+    """As with ``| head -1``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    ours = [sys.executable, "-m", "cdkd_edge", *command]
+    done = subprocess.run(ours, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("cdkd_edge.doctor.examine.examine", broken)
+    assert_answer(run("doctor"), 12, "Broken pipe")
 
 
 def test_two_scenes_of_one_name(workspace: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,6 +16,7 @@ _UsageError: Any = typer.BadParameter.__base__
 """What every complaint about arguments is a kind of; Typer does not export it."""
 
 
+STDOUT = 1
 _ORDER = (
     "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "compare", "power", "roofline",
     "evaluate", "parity", "demo", "doctor",
@@ -40,8 +42,8 @@ class _AnsweringGroup(TyperGroup):
         except _UsageError as error:
             _fail_usage(error)
         except (CdkdEdgeError, OSError, MemoryError, ModuleNotFoundError) as error:
-            if ctx.params.get("debug"):
-                raise
+            if ctx.params.get("debug") or (isinstance(error, BrokenPipeError) and _nobody_reads()):
+                raise  # a broken pipe of `| head` ends a command without a word: click does that
             _fail(_as_answer(error))
         except RuntimeError as error:
             if "allocate memory" not in str(error) or ctx.params.get("debug"):  # torch's way to say MemoryError
@@ -84,6 +86,13 @@ def main() -> None:
     # So that temporary files are removed when a job scheduler ends the process or a connection is lost.
     end_on_signals()
     app()
+
+
+def _nobody_reads() -> bool:
+    """Whether what reads this process's output has ended; other pipes break for other reasons."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _as_answer(error: BaseException) -> CdkdEdgeError:

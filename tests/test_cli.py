@@ -240,7 +240,7 @@ def test_segment_several_scenes_into_a_folder_as_json(workspace: Path, tmp_path:
     assert names_in(tmp_path / "maps") == sorted(
         f"{stem}_labels{end}"
         for stem in ("scene", "second")
-        for end in (".tif", ".tif.aux.xml", "_preview.png", ".stac.json")
+        for end in (".tif", ".tif.aux.xml", ".qml", "_preview.png", ".stac.json")
     )
     assert json.loads(Path(other["stac"]).read_text())["stac_version"].startswith("1.")
     with Image.open(other["preview"]) as picture:
@@ -627,7 +627,7 @@ def test_an_output_folder_that_exists(workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "maps").mkdir()
     result = run("segment", workspace / "scene.tif", "-w", workspace, "-o", tmp_path / "maps")
     assert result.exit_code == 0, result.stderr
-    assert names_in(tmp_path / "maps") == ["scene_labels.tif", "scene_labels.tif.aux.xml"]
+    assert names_in(tmp_path / "maps") == ["scene_labels.qml", "scene_labels.tif", "scene_labels.tif.aux.xml"]
 
 
 def test_a_build_that_cannot_be_written(workspace: Path, tmp_path: Path) -> None:
@@ -893,13 +893,13 @@ def test_segment_goes_on_where_it_was_interrupted(workspace: Path, tmp_path: Pat
     (document,) = json.loads(result.stdout)
     assert 0 < document["tiles_resumed"] < document["tiles"]
     assert "row_class_pixels" not in document
-    assert names_in(folder) == ["map.tif", "map.tif.aux.xml"]
+    assert names_in(folder) == ["map.qml", "map.tif", "map.tif.aux.xml"]
     with pytest.raises(ZeroDivisionError):
         segment_scene(FakeEngine(64, fail_at=20, error=ZeroDivisionError()), scene, folder / "other.tif")
     command = ("segment", scene, "-w", workspace, "-o", folder / "other.tif")
     assert_answer(run(*command), 10, r"holds a part of another run: engine .* — start anew with --overwrite")
     assert run(*command, "--overwrite").exit_code == 0
-    assert names_in(folder) == ["map.tif", "map.tif.aux.xml", "other.tif", "other.tif.aux.xml"]
+    assert names_in(folder) == [f"{name}{end}" for name in ("map", "other") for end in (".qml", ".tif", ".tif.aux.xml")]
 
 
 def test_area_and_ground_sample_distance(workspace: Path, tmp_path: Path) -> None:

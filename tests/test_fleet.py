@@ -192,7 +192,7 @@ def test_a_broken_scene_does_not_stop_the_others(scenes: list[str], use: Any) ->
     assert "not a raster" in broken["message"]
     done = report["scenes"][0]
     assert (done["engine_sha256"], done["attempts"], done["tiles"]) == ("ab" * 32, 1, 4)
-    assert names_in(Path("maps")) == [f"{n}_labels.tif{end}" for n in "ac" for end in ("", ".aux.xml")]
+    assert names_in(Path("maps")) == [f"{n}_labels{end}" for n in "ac" for end in (".qml", ".tif", ".tif.aux.xml")]
 
 
 def test_the_one_scene_that_fails_says_why_itself(use: Any) -> None:

@@ -145,8 +145,8 @@ def test_nothing_lost_and_nothing_twice(
                 segment_scene(engine, scene, tmp_path / "undisturbed.tif")
                 assert output.read_bytes() == (tmp_path / "undisturbed.tif").read_bytes(), scene
     visible = sorted(path.name for path in (tmp_path / "maps").iterdir() if not path.name.startswith("."))
-    good = [output.name for output, scene in zip(outputs, scenes, strict=True) if scene != scenes[3]]
-    assert visible == sorted(name + end for name in good for end in ("", ".aux.xml"))
+    good = [output.stem for output, scene in zip(outputs, scenes, strict=True) if scene != scenes[3]]
+    assert visible == sorted(name + end for name in good for end in (".qml", ".tif", ".tif.aux.xml"))
     assert not list((tmp_path / "maps").glob(".*.cdkd-edge-run"))
 
 

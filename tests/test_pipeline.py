@@ -93,7 +93,7 @@ def test_every_pixel_has_its_label(
     assert list(result.class_pixels.values()) == np.bincount(labels.ravel(), minlength=5).tolist()
     assert list(result.class_pixels) == list(SCHEMA.class_names)
     assert result.no_data_pixels == 0
-    assert names_in(folder) == ["map.tif", "map.tif.aux.xml", "scene.tif"]
+    assert names_in(folder) == ["map.qml", "map.tif", "map.tif.aux.xml", "scene.tif"]
 
 
 @pytest.mark.parametrize("readers", [1, 2, 4])

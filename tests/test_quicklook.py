@@ -49,7 +49,7 @@ def test_scene_labels_and_legend(tmp_path: Path) -> None:
     assert COLORS["water"] not in found, "a class that does not occur is not in the legend"
     for red in (0, 64, 128, 192):
         assert found[red, 17, 33] >= 100 * 50, "a stripe of the scene"
-    assert names_in(tmp_path) == ["look.png", "map.tif", "map.tif.aux.xml", "scene.tif"]
+    assert names_in(tmp_path) == ["look.png", "map.qml", "map.tif", "map.tif.aux.xml", "scene.tif"]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from cdkd_edge.scene.spool import Spool
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 TILE = 64
-WHOLE = ["map.tif", "map.tif.aux.xml"]
+WHOLE = ["map.qml", "map.tif", "map.tif.aux.xml"]
 
 
 @pytest.fixture(autouse=True)
@@ -338,10 +338,10 @@ def publish_once() -> Any:
 
     publish, calls = finish._publish, iter(range(9))
 
-    def run(source: Path, destination: Path) -> None:
+    def run(source: Path, destination: Path, *companions: Any) -> None:
         if next(calls):
             raise BoomError
-        publish(source, destination)
+        publish(source, destination, *companions)
 
     return run
 

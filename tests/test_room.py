@@ -90,7 +90,7 @@ def test_a_run_warns_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     segment_scene(FakeEngine(64), scene, tmp_path / "map.tif", warn=said.append)
     assert len(said) == 1
     assert "more will be written" in said[0]
-    assert names_in(tmp_path) == ["map.tif", "map.tif.aux.xml", "scene.tif"]
+    assert names_in(tmp_path) == ["map.qml", "map.tif", "map.tif.aux.xml", "scene.tif"]
 
 
 def test_of_one_scene_it_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -347,7 +347,7 @@ def test_every_file_that_was_written_is_an_asset(tmp_path: Path) -> None:
     roles = {key: asset["roles"] for key, asset in assets.items()}
     assert roles == {
         "labels": ["data"], "confidence": ["data"], "vector": ["data"], "preview": ["overview"],
-        "attributes": ["metadata"],
+        "attributes": ["metadata"], "style": ["metadata"],
     }  # fmt: skip
     with rasterio.open(tmp_path / "scene_labels_confidence.tif") as dataset:
         assert (dataset.dtypes[0], dataset.nodata) == (band["data_type"], band["nodata"])

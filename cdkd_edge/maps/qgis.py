@@ -5,6 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 from cdkd_edge.labels import LabelSchema
+from cdkd_edge.scene.style import qml
 
 
 def style_row(layer: str, geometry: str, schema: LabelSchema, moment: str) -> dict[str, str | bool]:
@@ -60,7 +61,4 @@ def style_qml(schema: LabelSchema) -> str:
             ElementTree.SubElement(options, "Option", name=name, value=value, type="QString")
         for name, value in look.items():  # QGIS before 3.22
             ElementTree.SubElement(fill, "prop", k=name, v=value)
-    ElementTree.indent(root)
-    return "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n" + ElementTree.tostring(
-        root, encoding="unicode"
-    )
+    return qml(root)

@@ -13,6 +13,7 @@ from cdkd_edge.files import sha256_of, write_text
 from cdkd_edge.scene.merge import NO_CONFIDENCE
 from cdkd_edge.scene.pam import sidecar_path
 from cdkd_edge.scene.raster import is_gdal_name
+from cdkd_edge.scene.style import style_path
 
 COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
 _MULTIHASH_SHA256 = "1220"
@@ -24,6 +25,7 @@ _ASSETS: dict[str, dict[str, Any]] = {
         "title": "Class names and areas as GDAL and QGIS read them",
         "roles": ["metadata"],
     },
+    "style": {"type": "application/xml", "title": "Names and colours for QGIS", "roles": ["metadata"]},
     "confidence": {
         "type": COG_TYPE,
         "title": "Probability of the label",
@@ -49,14 +51,15 @@ def further_assets(label_map: Path, assets: Mapping[str, Path]) -> dict[str, dic
 
     Args:
         label_map: the file.
-        assets: others by key: ``confidence``, ``vector``, ``preview``. Its ``.aux.xml`` is found.
+        assets: others by key: ``confidence``, ``vector``, ``preview``. Its ``.aux.xml`` and ``.qml`` are found.
     """
     found = {}
     for key, path in assets.items():
         found[key] = {"href": href(path, label_map.parent), **_ASSETS[key], **file_fields(path)}
-    sidecar = sidecar_path(label_map)
-    if sidecar.exists():  # without size and checksum: GDAL and QGIS keep statistics there, too
-        found["attributes"] = {"href": href(sidecar, label_map.parent), **_ASSETS["attributes"]}
+    # Without size and checksum: GDAL and QGIS keep statistics in one, users their own style in the other.
+    for key, path in (("attributes", sidecar_path(label_map)), ("style", style_path(label_map))):
+        if path.exists():
+            found[key] = {"href": href(path, label_map.parent), **_ASSETS[key]}
     return found
 
 

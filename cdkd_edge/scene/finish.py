@@ -19,8 +19,10 @@ from cdkd_edge.labels import LabelSchema
 from cdkd_edge.scene.areas import Areas, class_areas
 from cdkd_edge.scene.cog import write_cog
 from cdkd_edge.scene.merge import NO_CONFIDENCE
+from cdkd_edge.scene.pam import sidecar_path
 from cdkd_edge.scene.pyramid import Pyramid, every_other
 from cdkd_edge.scene.spool import CONFIDENCE, LABELS, Spool
+from cdkd_edge.scene.style import is_somebodys_own, label_map_style, style_path
 from cdkd_edge.scene.writer import BLOCK, LabelMapWriter
 
 
@@ -179,7 +181,7 @@ def finish_label_map(
 
     Args:
         plain: all of it, on the same file system.
-        destination: the label map (``.tif``); class names and areas beside it in ``.aux.xml``.
+        destination: the label map (``.tif``); beside it class names and areas in ``.aux.xml``, and a style for QGIS.
         schema: its classes.
         confidence: where the confidence raster goes, if there is one.
         on_whole: called when all is written and nothing has its final name yet.
@@ -195,38 +197,39 @@ def finish_label_map(
     # GDAL makes one of a whole raster only.
     levels = plain.pyramid
     write_cog(plain.label_map, plain.label_map, schema, {}, overviews=bool(levels), pyramid=levels, areas=areas.classes)
+    style_path(plain.label_map).write_text(label_map_style(schema), encoding="utf-8")
     if confidence is not None and plain.confidence is not None:
         levels = plain.confidence_pyramid
         write_cog(plain.confidence, plain.confidence, None, {}, overviews=bool(levels), pyramid=levels)
     on_whole()
     if confidence is not None and plain.confidence is not None:
-        _publish(plain.confidence, confidence)
-    _publish(plain.label_map, destination)
+        _publish(plain.confidence, confidence, sidecar_path)
+    if is_somebodys_own(style_path(destination), schema):
+        _publish(plain.label_map, destination, sidecar_path)
+    else:
+        _publish(plain.label_map, destination, sidecar_path, style_path)
     return areas
 
 
-def _publish(source: Path, destination: Path) -> None:
-    """Give a file and its sidecar their final names; the file last, because it is what others look for."""
-    sidecar, final = _sidecar(source), _sidecar(destination)
+def _publish(source: Path, destination: Path, *companions: Callable[[Path], Path]) -> None:
+    """Give a file and what lies beside it their final names; the file last, because it is what others look for."""
     if destination.is_dir():
         raise IsADirectoryError(21, os.strerror(21), str(destination))
-    if sidecar.exists():
-        os.replace(sidecar, final)
-    else:
-        final.unlink(missing_ok=True)  # of an older file; it would describe this one wrongly
+    for place in companions:
+        if place(source).exists():
+            os.replace(place(source), place(destination))
+        else:
+            place(destination).unlink(missing_ok=True)  # of an older file; it would describe this one wrongly
     try:
         os.replace(source, destination)
     except BaseException:
         if not destination.exists():
-            with contextlib.suppress(OSError):
-                final.unlink()
+            for place in companions:
+                with contextlib.suppress(OSError):
+                    place(destination).unlink()
         raise
     descriptor = os.open(destination.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".aux.xml")

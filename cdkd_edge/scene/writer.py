@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from rasterio.io import MemoryFile
 from cdkd_edge.errors import SceneError, SystemRefusalError
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL, LabelSchema
+from cdkd_edge.scene.pam import label_map_xml, sidecar_path
 from cdkd_edge.scene.raster import gdal
 
 BLOCK = 512
@@ -150,7 +150,7 @@ class LabelMapWriter:
                 if text is None:
                     self._file.__exit__(None, None, None)
                     return
-                with whole_file(_sidecar(self.path)) as sidecar:
+                with whole_file(sidecar_path(self.path)) as sidecar:
                     sidecar.write_text(text, encoding="utf-8")
                     self._file.__exit__(None, None, None)
         except BaseException as failure:
@@ -161,20 +161,17 @@ class LabelMapWriter:
 
     def _abandon(self, error: BaseException) -> None:
         with contextlib.suppress(OSError):  # as a rule there is none
-            _sidecar(self._temporary).unlink()
+            sidecar_path(self._temporary).unlink()
         self._file.__exit__(type(error), error, error.__traceback__)
 
     def _metadata(self) -> str | None:
         """The sidecar's text: class names, and what GDAL could not say in GeoTIFF (an unusual CRS)."""
-        own = category_names_xml(self._schema) if self._schema is not None else None
-        extra = _sidecar(self._temporary)
-        if not extra.exists():
-            return own
-        root = ElementTree.fromstring(own or "<PAMDataset/>")
-        root[:0] = [item for item in ElementTree.parse(extra).getroot() if item.tag != "PAMRasterBand"]
-        extra.unlink()
-        ElementTree.indent(root)
-        return ElementTree.tostring(root, encoding="unicode") + "\n"
+        extra = sidecar_path(self._temporary)
+        text = None
+        if extra.exists():
+            text = extra.read_text(encoding="utf-8")
+            extra.unlink()
+        return text if self._schema is None else label_map_xml(self._schema, extra=text)
 
     def _close(self, *, discard: bool) -> None:
         try:
@@ -224,32 +221,3 @@ class _GdalErrors(logging.Handler):
     def close(self) -> None:
         self._logger.removeHandler(self)
         super().close()
-
-
-def category_names_xml(schema: LabelSchema) -> str:
-    """GDAL's auxiliary metadata for a label map: category names and a thematic attribute table.
-
-    Format: https://gdal.org/en/stable/drivers/raster/pamdataset.html (PAMDataset).
-    """
-    root = ElementTree.Element("PAMDataset")
-    band = ElementTree.SubElement(root, "PAMRasterBand", band="1")
-    categories = ElementTree.SubElement(band, "CategoryNames")
-    for name in schema.class_names:
-        ElementTree.SubElement(categories, "Category").text = name
-    table = ElementTree.SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
-    # Type 0 integer, 2 string; usage 5 MinMax (the value), 2 Name, 6-8 red, green, blue.
-    fields = [("Value", 0, 5), ("Class", 2, 2), ("Red", 0, 6), ("Green", 0, 7), ("Blue", 0, 8)]
-    for index, (name, kind, usage) in enumerate(fields):
-        field = ElementTree.SubElement(table, "FieldDefn", index=str(index))
-        for tag, value in (("Name", name), ("Type", str(kind)), ("Usage", str(usage))):
-            ElementTree.SubElement(field, tag).text = value
-    for label, cls in enumerate(schema.classes):
-        row = ElementTree.SubElement(table, "Row", index=str(label))
-        for text in (str(label), cls.name, *map(str, cls.color)):
-            ElementTree.SubElement(row, "F").text = text
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".aux.xml")

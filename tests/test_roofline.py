@@ -184,6 +184,12 @@ def test_an_input_without_fixed_shape() -> None:
         read_operators(model_of([node], {"x": ["batch", 3]}, "y"))
 
 
+def test_an_empty_input() -> None:
+    node = helper.make_node("Relu", ["x"], ["y"])
+    with pytest.raises(GraphError, match=r"input 'x' is empty: its shape is \[0, 3\]"):
+        read_operators(model_of([node], {"x": [0, 3]}, "y"))
+
+
 def test_shapes_that_contradict_each_other() -> None:
     node = helper.make_node("MatMul", ["x", "w"], ["y"])
     with pytest.raises(GraphError):

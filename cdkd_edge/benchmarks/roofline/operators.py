@@ -235,6 +235,8 @@ def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:
         sizes = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim]
         if kind.HasField("shape") and all(size >= 0 for size in sizes):
             found.setdefault(info.name, (kind.elem_type, tuple(sizes)))
+            if 0 in sizes and info in model.graph.input:
+                raise GraphError(f"input {info.name!r} is empty: its shape is {sizes}")
         elif info.name not in found and info in model.graph.input:
             raise GraphError(
                 f"input {info.name!r} has no fixed shape", hint="a roofline needs one; export with a static batch"

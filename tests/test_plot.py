@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from PIL import Image
 from run_helpers import make_run
 
 from cdkd_edge.benchmarks.folder import Series, TimedBatch, read_run
+from cdkd_edge.benchmarks.page.svg import trace_drawing
 from cdkd_edge.benchmarks.plot import _Picture, write_trace_picture
 from cdkd_edge.benchmarks.plot_style import DPI, POWER, WIDTH, banner_lines
 from cdkd_edge.benchmarks.record import Verdict
@@ -116,6 +118,12 @@ def test_means_do_not_lie_upon_the_other_axis(tmp_path):
     for text in words:
         box = text.get_window_extent(picture._renderer())
         assert axes.bbox.x0 <= box.x0 < box.x1 <= axes.bbox.x1
+    for width in (800.0, 358.0):  # the page's
+        middles = re.findall(
+            r'<text x="([\d.]+)"[^>]*>(?:idle|load) \d+\.\d\d W<', trace_drawing(picture.run, width, "")
+        )
+        assert len(middles) == 2
+        assert all(float(x) < width - 44 - 25 for x in middles), "the right axis takes 44 px, half of the words 25"
 
 
 @pytest.mark.parametrize("repeats", [1, 5])

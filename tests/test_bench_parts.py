@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import replace
@@ -148,12 +149,25 @@ def test_what_makes_a_run_invalid(changes, said):
     [
         (repeat_of(covered=0.97), "readings of VDD_IN are missing in 3% of a phase"),
         (repeat_of(load=5.70), "VDD_IN is not higher under load (5.70 W) than idle (5.74 W)"),
+        (repeat_of(load=5.74), "VDD_IN is not higher under load (5.74 W) than idle (5.74 W)"),
+        (repeat_of(load=math.nextafter(5.74, 6)), "VDD_IN is not higher under load (5.74 W) than idle (5.74 W)"),
+        (repeat_of(load=5.79), "VDD_IN is hardly higher under load (5.79 W) than idle (5.74 W)"),
         (repeat_of(idle=-5.0, after=3.0), "jtop: VDD_IN reads -5.00 W in the mean of a phase: less than nothing"),
     ],
 )
 def test_one_repeat_at_fault_makes_all_invalid(repeat, said):
     assert said in verdict_of(repeat_of(), repeat, repeat_of()).reasons[0]
     assert verdict_of(repeat_of(), repeat).status == "invalid"
+
+
+def test_rails_without_a_total_are_watched_together():
+    rising, stuck = repeat_of(), repeat_of(load=5.74)
+    assert verdict_of(rising, trace=trace_of(total=None)).status == "valid"
+    (reason,) = verdict_of(stuck, trace=trace_of(total=None)).reasons
+    assert "jtop's rails are together not higher under load (5.74 W) than idle (5.74 W)" in reason
+    one, other = rising.rails["VDD_IN"], stuck.rails["VDD_IN"]
+    both = replace(rising, rails={"VDD_GPU_SOC": one, "VDD_CPU_CV": other})
+    assert verdict_of(both, trace=trace_of(total=None)).status == "valid"
 
 
 def test_a_gpu_engine_is_not_measured_at_the_cpu():

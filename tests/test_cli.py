@@ -572,6 +572,21 @@ def test_the_preview_does_not_overwrite_the_scene(workspace: Path) -> None:
     assert scene.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("command", "closed", "code"),
+    [("doctor", ">&-", 0), ("doctor", "<&- >&- 2>&-", 0), ("info nothing.pt", "2>&-", 3), ("--version", "<&-", 0)],
+)
+def test_streams_that_were_closed(tmp_path: Path, command: str, closed: str, code: int) -> None:
+    """As by some daemons."""
+    script = f'"$0" -m cdkd_edge {command} {closed}; echo "left with $?"'
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    made = subprocess.run(
+        ["sh", "-c", script, sys.executable], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert made.stdout.endswith(f"left with {code}\n")
+    assert made.stderr == ""
+
+
 @pytest.mark.parametrize("command", [("doctor",), ("doctor", "--json"), ("power", "--json"), ("--help",)])
 def test_who_reads_no_further_hears_no_complaint(command: tuple[str, ...]) -> None:
     """As with ``| head -1``."""

@@ -308,6 +308,11 @@ def test_the_service_is_down(orin: Path) -> None:
     (orin / "run/jtop.sock").unlink()
     found = service.probe_jtop_service(orin, SOFTWARE)
     assert (found.status, found.mend) == (WARN, "sudo systemctl restart jtop.service")
+    absent = dataclasses.replace(SOFTWARE, packages={**PACKAGES, "jetson-stats": None})
+    for release, option in (("R36", ""), ("R38", "--break-system-packages "), ("R39", "--break-system-packages ")):
+        (orin / "etc/nv_tegra_release").write_text(f"# {release} (release), REVISION: 4.0, GCID: 1\n")
+        mend = service.probe_jtop_service(orin, absent).mend
+        assert mend == f"sudo pip3 install {option}-U jetson-stats && sudo systemctl restart jtop.service"
 
 
 @pytest.mark.parametrize(
@@ -324,6 +329,14 @@ def test_the_service_answers_badly(orin: Path, answer: dict[str, Any], text: str
     found = service.probe_jtop_service(orin, dataclasses.replace(SOFTWARE, jtop=answer))
     assert found.status == WARN
     assert text in found.text
+
+
+def test_an_agx_orin_has_no_total(orin: Path) -> None:
+    (orin / "proc/device-tree/model").write_text("NVIDIA Jetson AGX Orin Developer Kit\0")
+    changed = dataclasses.replace(SOFTWARE, jtop={"version": "4.3.2", "rail": "ALL"})
+    found = service.probe_jtop_service(orin, changed)
+    assert (found.status, found.mend) == (OK, None), "installing it again would mend nothing"
+    assert "INA3221" in found.text
 
 
 def test_the_service_without_a_client(orin: Path) -> None:

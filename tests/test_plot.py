@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,8 @@ from PIL import Image
 from run_helpers import make_run
 
 from cdkd_edge.benchmarks.folder import Series, TimedBatch, read_run
-from cdkd_edge.benchmarks.plot import write_trace_picture
+from cdkd_edge.benchmarks.page.svg import trace_drawing
+from cdkd_edge.benchmarks.plot import _Picture, write_trace_picture
 from cdkd_edge.benchmarks.plot_style import DPI, POWER, WIDTH, banner_lines
 from cdkd_edge.benchmarks.record import Verdict
 
@@ -104,6 +106,24 @@ def test_no_means_of_an_invalid_run(run, tmp_path):
     without = drawn(replace(run, summary=replace(run.summary, figures=None)), tmp_path / "b.png")
     body = slice(60, 400)
     assert (with_means[body] != without[body]).any(axis=-1).sum() > 500
+
+
+def test_means_do_not_lie_upon_the_other_axis(tmp_path):
+    make_run(tmp_path / "run", seconds=12, warm_up=300, idle_seconds=1)
+    picture = _Picture(read_run(tmp_path / "run"))
+    figure, _ = picture.draw()
+    axes = next(one for one in figure.axes if one.get_ylabel() == "Power (W)")
+    words = [text for text in axes.texts if text.get_text().endswith(" W")]
+    assert len(words) == 2
+    for text in words:
+        box = text.get_window_extent(picture._renderer())
+        assert axes.bbox.x0 <= box.x0 < box.x1 <= axes.bbox.x1
+    for width in (800.0, 358.0):  # the page's
+        middles = re.findall(
+            r'<text x="([\d.]+)"[^>]*>(?:idle|load) \d+\.\d\d W<', trace_drawing(picture.run, width, "")
+        )
+        assert len(middles) == 2
+        assert all(float(x) < width - 44 - 25 for x in middles), "the right axis takes 44 px, half of the words 25"
 
 
 @pytest.mark.parametrize("repeats", [1, 5])

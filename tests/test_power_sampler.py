@@ -227,6 +227,21 @@ def test_readings_come_before_other_work_where_that_is_granted(tree):
     assert os.sched_getscheduler(0) == os.SCHED_OTHER, "the engine has no more than before"
 
 
+def test_readings_come_before_an_engine_of_real_time_priority(tree):
+    if not may_hurry():
+        pytest.skip("SCHED_RR is not granted here")
+    own = os.sched_getscheduler(0), os.sched_getparam(0)
+    for priority, expected in ((50, 51), (99, 99)):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+        try:
+            sampler = PowerSampler("ina3221", 0.02, sys_root=tree)
+            sampler.start()
+        finally:
+            os.sched_setscheduler(0, *own)
+        assert os.sched_getparam(sampler._process.pid).sched_priority == expected
+        sampler.stop()
+
+
 def test_readings_on_a_busy_machine(tree):
     hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4 * (os.cpu_count() or 1))]
     try:

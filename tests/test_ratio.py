@@ -15,9 +15,11 @@ from cdkd_edge.benchmarks.comparison.ratio import (
     Spread,
     ratio_of,
     spread_of_batches,
+    spread_of_figure,
     spread_of_repeats,
 )
 from cdkd_edge.benchmarks.folder import TimedBatch
+from cdkd_edge.benchmarks.statistics import figure_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -124,6 +126,20 @@ def test_the_inverse_ratio_has_the_inverse_interval():
     assert back.interval
     assert there.interval.low == pytest.approx(1 / back.interval.high)
     assert there.interval.high == pytest.approx(1 / back.interval.low)
+
+
+def test_a_figure_says_how_far_it_would_move():
+    values = [5.2, 5.3, 5.25]
+    plain, known = spread_of_figure(figure_of(values)), spread_of_repeats(values)
+    assert plain
+    assert known
+    assert plain.variance == pytest.approx(known.variance)
+    assert (plain.mean, plain.freedom, plain.basis) == (known.mean, known.freedom, known.basis)
+    wider = spread_of_figure(figure_of(values, 0.01))
+    assert wider
+    assert wider.variance == pytest.approx(known.variance + 0.01 / 5.25**2)
+    assert spread_of_figure(figure_of([2.0])) is None
+    assert spread_of_figure(figure_of([-1.0, 0.5])) is None
 
 
 def test_what_has_no_interval():

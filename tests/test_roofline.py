@@ -79,6 +79,15 @@ def test_a_product_with_bias_and_gelu_is_one_kernel() -> None:
     assert (kernel.read_bytes, kernel.constant_bytes, kernel.written_bytes) == (4 * 48, 4 * (40 + 5), 4 * 30)
 
 
+@pytest.mark.parametrize(("groups", "macs"), [(1, 6 * 5 * 5 * 4 * 2 * 2), (2, 6 * 5 * 5 * 2 * 2 * 2)])
+def test_transposed_convolutions(groups: int, macs: int) -> None:
+    weight = np.zeros((6, 4 // groups, 2, 2), np.float32)
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], group=groups, strides=[2, 2])
+    found = read_operators(model_of([node], {"x": [1, 6, 5, 5]}, "y", w=weight))
+    assert found.product_flop == 2 * macs
+    assert found.unknown == ()
+
+
 def test_convolutions_count_groups() -> None:
     kernel = np.zeros((6, 2, 3, 3), np.float32)
     node = helper.make_node("Conv", ["x", "w"], ["y"], name="c", group=2, pads=[1, 1, 1, 1])
@@ -182,6 +191,12 @@ def test_an_input_without_fixed_shape() -> None:
     node = helper.make_node("Relu", ["x"], ["y"])
     with pytest.raises(GraphError, match="no fixed shape"):
         read_operators(model_of([node], {"x": ["batch", 3]}, "y"))
+
+
+def test_an_empty_input() -> None:
+    node = helper.make_node("Relu", ["x"], ["y"])
+    with pytest.raises(GraphError, match=r"input 'x' is empty: its shape is \[0, 3\]"):
+        read_operators(model_of([node], {"x": [0, 3]}, "y"))
 
 
 def test_shapes_that_contradict_each_other() -> None:

@@ -16,7 +16,7 @@ from cdkd_edge.benchmarks.record import (
     Repeat,
     Span,
 )
-from cdkd_edge.benchmarks.statistics import figure_of, latency_of
+from cdkd_edge.benchmarks.statistics import figure_of, latency_of, variance_hidden_by_sharing
 from cdkd_edge.power.energy import RailEnergy, rail_energy
 from cdkd_edge.power.trace import Trace
 
@@ -124,14 +124,19 @@ def _power(repeats: tuple[Repeat, ...], course: Course, megapixels: float, trace
         # Time that is not covered took what the rest took; a run with much of it is invalid.
         gross = [one.load_watts / rate for rate, one in of_rail]
         net = [(one.load_watts - one.idle_watts) / rate for rate, one in of_rail]
+        # Two loads in a row share the idle phase between them.
+        hidden = variance_hidden_by_sharing(
+            [one.idle_before_watts for _, one in of_rail[:1]] + [one.idle_after_watts for _, one in of_rail]
+        )
+        per_tile = hidden * (sum(1 / rate for rate, _ in of_rail) / len(of_rail)) ** 2
         rails[rail] = RailFigures(
-            idle_watts=figure_of([one.idle_watts for _, one in of_rail]),
+            idle_watts=figure_of([one.idle_watts for _, one in of_rail], hidden),
             load_watts=figure_of([one.load_watts for _, one in of_rail]),
-            net_watts=figure_of([one.load_watts - one.idle_watts for _, one in of_rail]),
+            net_watts=figure_of([one.load_watts - one.idle_watts for _, one in of_rail], hidden),
             gross_joules_per_tile=figure_of(gross),
-            net_joules_per_tile=figure_of(net),
+            net_joules_per_tile=figure_of(net, per_tile),
             gross_joules_per_megapixel=figure_of([joules / megapixels for joules in gross]),
-            net_joules_per_megapixel=figure_of([joules / megapixels for joules in net]),
+            net_joules_per_megapixel=figure_of([joules / megapixels for joules in net], per_tile / megapixels**2),
         )
     origin = course.origin
     gaps = trace.gaps(

@@ -245,10 +245,14 @@ class _Picture:
         ]
         # The load's value stands above the trace, the idle one on its own line, where under load nothing else is.
         height = max([watts, *inside]) if above else watts
-        axes.annotate(
+        text = axes.annotate(
             words, ((widest.start + widest.stop) / 2, height), (0, 1.5), textcoords="offset points", ha="center",
             va="bottom", fontsize=6, zorder=6, bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6},
         )  # fmt: skip
+        # Beside a short load at the end it would lie upon the numbers of the other axis.
+        half = (self._inches(text) / 2 + 0.02) * (self.stop - self.start) / (WIDTH - self.left - self.right)
+        middle = min(max(text.xy[0], self.start + half), self.stop - half)
+        text.xy = (middle, height)
 
     def _draw_speed(self, axes: Axes, watts: float | None) -> None:
         """Tiles/s; with ``watts``, the top of the power axis, at a height where power is not."""

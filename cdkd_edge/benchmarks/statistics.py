@@ -62,11 +62,16 @@ class Figure:
     """Of the mean, by Student's t over repeats; None with fewer than two."""
 
 
-def figure_of(values: Sequence[float]) -> Figure:
+def figure_of(values: Sequence[float], hidden: float = 0.0) -> Figure:
     """Mean and 95 % t-interval of repeats.
 
     Repeats are taken as independent draws of a normal distribution: W. S. Gosset, "The probable error of a mean",
     Biometrika 6 (1908).
+
+    Args:
+        values: one per repeat.
+        hidden: variance of the mean that does not show between the repeats, because neighbours have something in
+            common (:func:`variance_hidden_by_sharing`).
 
     Raises:
         ValueError: there are none.
@@ -76,9 +81,25 @@ def figure_of(values: Sequence[float]) -> Figure:
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return Figure(mean, tuple(values), None)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    half = t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
+    half = t_quantile(len(values) - 1) * math.sqrt(_variance(values) / len(values) + hidden)
     return Figure(mean, tuple(values), Interval(mean - half, mean + half))
+
+
+def variance_hidden_by_sharing(levels: Sequence[float]) -> float:
+    """What the scatter of n repeats lacks of the variance of their mean, each having the mean of two levels.
+
+    Repeat i has (x[i] + x[i + 1]) / 2 of n + 1 levels x, so that neighbours share one and are alike. Of levels of
+    variance V, the mean of the repeats has (n - 1/2) V / n^2, and 1/n of the repeats' own variance is V / 2n less.
+
+    Args:
+        levels: one more than there are repeats.
+    """
+    return _variance(levels) / (2 * (len(levels) - 1)) if len(levels) > 2 else 0.0
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
 def t_quantile(freedom: int, probability: float = 0.975) -> float:

@@ -26,6 +26,9 @@ STALL_SECONDS, STALL_FACTOR = 1.0, 10.0
 was suspended, a machine that swapped. If that is more of a load than may lie between readings, the run is invalid."""
 LEAST_WATTS = -0.1
 """That a rail may read in the mean: sensors have an offset."""
+LEAST_RISE, NO_RISE = 0.01, 1e-6
+"""From idle to load, as a share of idle, that a run needs to be valid: the reading of a sensor that is stuck, or of a
+rail that feeds something else, may seem to rise a little, by rounding or by noise. Up to the second it is no rise."""
 LATE_SHARE = 0.05
 """Of readings that come late, above which a reader is warned."""
 
@@ -136,12 +139,23 @@ def _power_reasons(
             least = min(one.idle_before_watts, one.idle_after_watts, one.load_watts)
             if least < LEAST_WATTS:
                 reasons.append(f"{source.name}: {rail} reads {least:.2f} W in the mean of a phase: less than nothing")
-            if rail == source.total and one.load_watts <= one.idle_watts:
-                reasons.append(
-                    f"{rail} is not higher under load ({one.load_watts:.2f} W) than idle ({one.idle_watts:.2f} W): "
-                    "it does not feed what the engine runs on, or something else was running"
-                )
+        reasons += _no_rise(repeat, source)
     return reasons
+
+
+def _no_rise(repeat: Repeat, source: SourceInfo) -> list[str]:
+    """The total rail under load against idle; without one, all rails together."""
+    rails = repeat.rails or {}
+    watched = [rails[source.total]] if source.total in rails else list(rails.values())
+    idle, load = sum(one.idle_watts for one in watched), sum(one.load_watts for one in watched)
+    if not watched or load - idle > LEAST_RISE * abs(idle):
+        return []
+    what = f"{source.total} is" if source.total in rails else f"{source.name}'s rails are together"
+    much = "hardly" if load - idle > NO_RISE * abs(idle) else "not"
+    return [
+        f"{what} {much} higher under load ({load:.2f} W) than idle ({idle:.2f} W): "
+        "it does not feed what the engine runs on, or something else was running"
+    ]
 
 
 def _wrong_source(source: SourceInfo, engine: EngineManifest) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import select
+import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -85,7 +87,20 @@ def main() -> None:
     """Entry point of the ``cdkd-edge`` command."""
     # So that temporary files are removed when a job scheduler ends the process or a connection is lost.
     end_on_signals()
+    _open_closed_streams()
     app()
+
+
+def _open_closed_streams() -> None:
+    """Streams that were closed by who started this (``>&-``): nothing else may get their numbers, and be written to."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def _nobody_reads() -> bool:

@@ -7,13 +7,15 @@ import pwd
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdkd_edge.board.jetson import is_jetson
+from cdkd_edge.board.jetson import MODEL, is_jetson, jetson_linux
 from cdkd_edge.board.tree import printable, read, resolve
 from cdkd_edge.doctor.finding import OK, WARN, Finding
 from cdkd_edge.doctor.software import Software
 
 SOCKET = "/run/jtop.sock"
-_INSTALL = "sudo pip3 install -U jetson-stats && sudo systemctl restart jtop.service"
+_MANAGED = 38
+"""Jetson Linux from which on the system is Ubuntu 24.04, whose pip refuses to install into the system's Python without
+``--break-system-packages`` (PEP 668). That of JetPack 6 does not know the option."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def probe_jtop_service(root: Path, software: Software) -> Finding:
     if not is_jetson(root):
         return Finding(name, OK, "not a Jetson: not needed", data=data)
     if not socket_exists(root):
-        mend = "sudo systemctl restart jtop.service" if version else _INSTALL
+        mend = "sudo systemctl restart jtop.service" if version else _install(root)
         missing = "" if version else ", jetson-stats is not installed in this Python"
         return Finding(name, WARN, f"does not run ({SOCKET} is not there){missing}", mend, data)
     if version is None:
@@ -64,12 +66,15 @@ def probe_jtop_service(root: Path, software: Software) -> Finding:
         )
     if "error" in software.jtop or not software.jtop:
         said = printable(str(software.jtop.get("error", "was not asked")))
-        return Finding(name, WARN, f"jetson-stats {version} does not get an answer: {said}", _INSTALL, data)
+        return Finding(name, WARN, f"jetson-stats {version} does not get an answer: {said}", _install(root), data)
     rail = software.jtop.get("rail")
+    if rail != "VDD_IN" and "AGX Orin" in (read(root, MODEL).text or ""):
+        text = f"jetson-stats {version} answers; an AGX Orin has no VDD_IN, its power is read from its INA3221 chips"
+        return Finding(name, OK, text, data=data)
     if rail != "VDD_IN":
         total = printable(str(rail)) if rail else "missing"
         text = f"answers, but its total is {total} and not VDD_IN, the module's input"
-        return Finding(name, WARN, text, _INSTALL, data)
+        return Finding(name, WARN, text, _install(root), data)
     return Finding(name, OK, f"jetson-stats {version} answers, VDD_IN is measured", data=data)
 
 
@@ -93,6 +98,12 @@ def probe_jtop_group(root: Path, user: User) -> Finding:
         text = f"{user.name} is a member since after logging in"
         return Finding(name, WARN, text, "log out and in again, or: newgrp jtop", {"gid": number})
     return Finding(name, WARN, f"{user.name} is not a member", f"sudo usermod -aG jtop {user.name}", {"gid": number})
+
+
+def _install(root: Path) -> str:
+    release = jetson_linux(root)
+    option = "--break-system-packages " if release and release[0] >= _MANAGED else ""
+    return f"sudo pip3 install {option}-U jetson-stats && sudo systemctl restart jtop.service"
 
 
 def _group(text: str, name: str) -> tuple[int, frozenset[str]] | None:

@@ -66,7 +66,8 @@ class JtopStream:
         except ImportError:
             raise UnusableSourceError(
                 "jtop: jetson-stats is not installed in this Python",
-                "sudo pip3 install jetson-stats; a virtual environment needs --system-site-packages or its own",
+                "sudo pip3 install jetson-stats (from JetPack 7 on with --break-system-packages); a virtual environment"
+                " needs --system-site-packages or its own",
             ) from None
         self._failure = JtopException
         self._arrived: queue.SimpleQueue[tuple[float, float, Any]] = queue.SimpleQueue()

@@ -207,11 +207,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _take_precedence() -> None:
     """Before all ordinary work, where that is granted (to root): a reading that waits for a CPU is a late one.
 
-    Niceness would not do: this process has a session of its own, and Linux weighs it within that alone
+    Before the engine too, where that was started with a real-time priority (``chrt -f 50``), which this process has
+    inherited. Niceness would not do: this process has a session of its own, and Linux weighs it within that alone
     (sched(7), "The autogroup feature"). Threads begun later are scheduled the same way.
     """
     with contextlib.suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(os.sched_get_priority_min(os.SCHED_RR)))
+        priority = os.sched_getparam(0).sched_priority + 1  # of ordinary processes it is 0
+        priority = min(priority, os.sched_get_priority_max(os.SCHED_RR))
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
 
 
 def _end_with_parent() -> None:

@@ -14,6 +14,7 @@ from cdkd_edge.benchmarks.comparison.ratio import (
     Spread,
     ratio_of,
     spread_of_batches,
+    spread_of_figure,
     spread_of_repeats,
 )
 from cdkd_edge.benchmarks.comparison.result import (
@@ -226,7 +227,7 @@ def _energy_ratio(run: Run, baseline: Run, quantity: str) -> Ratio | None:
     found: list[Figure] = [getattr(power.rails[power.total], quantity) for power in powers if power and power.total]
     if min(figure.mean for figure in found) <= 0:
         return None  # net of next to nothing: its sign is noise
-    spreads = [spread_of_repeats(figure.values) for figure in found]
+    spreads = [spread_of_figure(figure) for figure in found]
     return ratio_of(found[0].mean, spreads[0], found[1].mean, spreads[1], ONE_REPEAT)
 
 

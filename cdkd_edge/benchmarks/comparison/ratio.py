@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.benchmarks.folder import TimedBatch
-from cdkd_edge.benchmarks.statistics import Interval, t_quantile
+from cdkd_edge.benchmarks.statistics import Figure, Interval, t_quantile
 
 BLOCKS = 10
 """Into as many blocks batches are cut: 10 to 30 are enough and not too many (B. Schmeiser, "Batch size effects in the
@@ -60,6 +60,15 @@ def spread_of_repeats(values: Sequence[float]) -> Spread | None:
         return None
     variance = math.fsum((value / mean - 1) ** 2 for value in values) / (len(values) - 1) / len(values)
     return Spread(mean, variance, len(values) - 1, f"{len(values)} repeats")
+
+
+def spread_of_figure(figure: Figure) -> Spread | None:
+    """The same of a figure's own interval, which knows what its repeats share; None where it has none."""
+    if figure.interval is None or figure.mean <= 0:
+        return None
+    freedom = len(figure.values) - 1
+    error = (figure.interval.high - figure.interval.low) / 2 / t_quantile(freedom)
+    return Spread(figure.mean, (error / figure.mean) ** 2, freedom, f"{len(figure.values)} repeats")
 
 
 def spread_of_batches(rate: float, batches: Sequence[TimedBatch]) -> Spread | None:

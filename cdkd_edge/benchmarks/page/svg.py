@@ -187,8 +187,13 @@ def _power(run: Run, box: tuple[float, float, float, float], found: tuple[curves
         middle = panel.x(_middle_of_load(run))
         peak = max((v for v in run.watts[main[0]].values), default=load)
         parts += [panel.level(idle, "mean"), panel.level(load, "mean")]
-        parts.append(text(middle, panel.y(idle) - 4, f"{IDLE} {idle:.2f} W", name="halo"))
-        parts.append(text(middle, panel.y(max(peak, load)) - 5, f"{LOAD} {load:.2f} W", name="halo"))
+        for y, words in (
+            (panel.y(idle) - 4, f"{IDLE} {idle:.2f} W"),
+            (panel.y(max(peak, load)) - 5, f"{LOAD} {load:.2f} W"),
+        ):
+            half = len(words) * LETTER / 2  # kept from the numbers of the other axis, and within the drawing
+            x = min(max(middle, panel.left + half), panel.left + panel.width - half)
+            parts.append(text(x, y, words, name="halo"))
     return parts
 
 

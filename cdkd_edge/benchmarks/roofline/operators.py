@@ -1,6 +1,6 @@
 """What every operator of an ONNX graph costs: floating-point operations and bytes, from shapes alone.
 
-Products (MatMul, Gemm, Conv) are counted exactly: two operations per multiply-accumulate. Other operators get a
+Products (MatMul, Gemm, convolutions) are counted exactly: two operations per multiply-accumulate. Other operators get a
 fixed number of operations per output element (:data:`VECTOR_OPERATIONS`); they are bound by memory, so that it does
 not matter much. Bytes are those of a tensor as it is stored: what is behind a ``DequantizeLinear`` is one byte an
 element, and a view (``Reshape``) is the tensor that it shows.
@@ -28,7 +28,7 @@ _SMALL = 4096
 
 VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split"))
 """They move nothing: compilers read the same memory under another shape. (A Split is along the outer axis here.)"""
-PRODUCTS = frozenset(("MatMul", "Gemm", "Conv"))
+PRODUCTS = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
 POINTWISE = frozenset((
     "Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Erf", "Exp", "Tanh", "Sigmoid", "Pow", "Relu", "Gelu", "Clip", "Min",
     "Max", "Where", "Cast", "QuantizeLinear", "DequantizeLinear",
@@ -69,7 +69,7 @@ class Operator:
     precision: str
     """What its product is computed in: ``int8``, ``fp16``, ``fp32``; of others, the type of the output."""
     product_flop: int
-    """Of a MatMul, Gemm or Conv: two operations per multiply-accumulate."""
+    """Of a MatMul, Gemm, Conv or ConvTranspose: two operations per multiply-accumulate."""
     vector_flop: int
     """Of anything else."""
     constant_bytes: int
@@ -199,6 +199,8 @@ def _product_flop(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -
     if node.op_type == "Conv":  # weight [M, C / groups, kh, kw]
         return 2 * elements * math.prod(shapes[node.input[1]][1:])
     inner = shapes[node.input[0]]
+    if node.op_type == "ConvTranspose":  # weight [C, M / groups, kh, kw]: each input value meets all but the first
+        return 2 * math.prod(inner) * math.prod(shapes[node.input[1]][1:])
     transposed = node.op_type == "Gemm" and any(item.name == "transA" and item.i for item in node.attribute)
     return 2 * elements * inner[-2 if transposed else -1]
 
@@ -235,6 +237,8 @@ def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:
         sizes = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim]
         if kind.HasField("shape") and all(size >= 0 for size in sizes):
             found.setdefault(info.name, (kind.elem_type, tuple(sizes)))
+            if 0 in sizes and info in model.graph.input:
+                raise GraphError(f"input {info.name!r} is empty: its shape is {sizes}")
         elif info.name not in found and info in model.graph.input:
             raise GraphError(
                 f"input {info.name!r} has no fixed shape", hint="a roofline needs one; export with a static batch"

@@ -20,6 +20,7 @@ from scene_helpers import SCHEMA, relaxed, write_raster
 from cdkd_edge.errors import SceneError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.scene.areas import WGS84, Areas, Ellipsoid, class_areas, ellipsoid_of, ground_of
+from cdkd_edge.scene.pam import sidecar_path
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -199,6 +200,15 @@ def test_ground_control_points_have_no_areas(tmp_path: Path) -> None:
     points = [GroundControlPoint(r, c, 55 + c / 1e4, 25 - r / 1e4) for r in (0, 30) for c in (0, 40)]
     path, _ = some_map(tmp_path / "map.tif", gcps=points, crs=CRS.from_epsg(4326))
     assert "ground control points" in (class_areas(path, SCHEMA).reason or "")
+
+
+def test_rational_polynomials_have_no_areas(tmp_path: Path) -> None:
+    """GDAL puts pixels onto the ground by them, given a height; hectares are for who has done so."""
+    path, _ = some_map(tmp_path / "map.tif")
+    sidecar_path(path).write_text(
+        '<PAMDataset><Metadata domain="RPC"><MDI key="LINE_OFF">4</MDI></Metadata></PAMDataset>'
+    )
+    assert "rational polynomials" in (class_areas(path, SCHEMA).reason or "")
 
 
 def test_counts_of_another_map(tmp_path: Path) -> None:

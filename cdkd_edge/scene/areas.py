@@ -161,9 +161,7 @@ def ground_of(dataset: Any) -> Ground:
     """What the pixels of an open raster cover."""
     crs, transform = dataset.crs, dataset.transform
     if crs is None:
-        points = bool(dataset.gcps[0])
-        why = "ground control points, no map grid" if points else "no coordinate reference system"
-        return Ground(transform, reason=f"the scene has {why}")
+        return Ground(transform, reason=f"the scene has {_instead_of_grid(dataset)}")
     if transform.is_identity:
         return Ground(transform, reason="the scene has no geotransform")
     if transform.determinant == 0:
@@ -186,6 +184,12 @@ def ground_of(dataset: Any) -> Ground:
         f"{'more' if stretch > 1 else 'less'} than there is on the ground"
     )
     return Ground(transform, pixel_m2=ground.pixel_m2, notes=(note,))
+
+
+def _instead_of_grid(dataset: Any) -> str:
+    if dataset.gcps[0]:
+        return "ground control points, no map grid"
+    return "rational polynomials, no map grid" if dataset.tags(ns="RPC") else "no coordinate reference system"
 
 
 def areal_stretch(dataset: Any, ground: Ground) -> float | None:

@@ -244,7 +244,8 @@ def _hectares(hectares: float | None) -> str:
         return ""
     if hectares < _SMALL_HA:  # not in square metres: the font has no raised two
         return f"{hectares:.4f} ha"
-    return f"{hectares:,.{1 if hectares < 1000 else 0}f} ha".replace(",", " ")
+    decimals = 2 if hectares < 10 else 1 if hectares < 1000 else 0
+    return f"{hectares:,.{decimals}f} ha".replace(",", " ")
 
 
 def _composed(panels: Sequence[Image.Image], legend: Sequence[_Entry], look: _Look) -> Image.Image:

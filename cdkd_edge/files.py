@@ -42,7 +42,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system refuses that too, and why is told already
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
             error.filename = str(path)  # the name that the user knows
         raise

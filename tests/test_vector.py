@@ -274,6 +274,19 @@ def test_the_style_that_qgis_looks_for(tmp_path: Path) -> None:
     assert next(o.get("value") for o in symbol.iter("Option") if o.get("name") == "color").startswith("226,169,41,")
 
 
+def test_the_system_says_why_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = map_file(tmp_path / "map.tif", patches(30, 40))
+
+    def refused(path: Path, *args: Any, **options: Any) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    for name in ("touch", "unlink"):  # such a file system refuses also to remove what is not there
+        monkeypatch.setattr(Path, name, refused)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        write_vector(path, tmp_path / "map.gpkg", SCHEMA)
+    assert caught.value.filename == str(tmp_path / "map.gpkg")
+
+
 def test_placed_without_a_grid(tmp_path: Path) -> None:
     """QGIS puts such a raster on the map and its polygons into the Gulf of Guinea."""
     points = [GroundControlPoint(r, c, 55 + c / 1e4, 25 - r / 1e4) for r in (0, 30) for c in (0, 40)]

@@ -37,6 +37,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
     try:
+        temporary.touch()  # the system says why it refuses to write there; GDAL and SQLite do not
+        temporary.unlink()
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)

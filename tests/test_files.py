@@ -50,7 +50,7 @@ def test_a_read_only_file_system_is_told_of_by_the_name_that_the_user_knows(tmp_
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     monkeypatch.setattr(files.Path, "unlink", refused)
-    monkeypatch.setattr(files.Path, "write_text", refused)
+    monkeypatch.setattr(files.Path, "touch", refused)
     with pytest.raises(OSError, match="Read-only") as caught:
         write_text(tmp_path / "report.json", "{}")
     assert caught.value.filename == str(tmp_path / "report.json")

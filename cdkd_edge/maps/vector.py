@@ -116,8 +116,6 @@ def write_vector(
     pyogrio = _pyogrio()
     dataset = open_scene(label_map)
     with dataset, gdal(f"reading {label_map}"), whole_file(output) as temporary, _plainly_named(temporary) as plain:
-        temporary.touch()  # the system says why it refuses to write there; SQLite does not
-        temporary.unlink()
         ground = ground_of(dataset)
         if options.minimum_m2 and not ground.known:
             raise SceneError(

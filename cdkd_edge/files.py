@@ -37,12 +37,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
     try:
+        temporary.touch()  # the system says why it refuses to write there; GDAL and SQLite do not
+        temporary.unlink()
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system refuses that too, and why is told already
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
             error.filename = str(path)  # the name that the user knows
         raise

@@ -19,7 +19,18 @@ from scene_helpers import SCHEMA, relaxed, write_raster
 
 from cdkd_edge.errors import SceneError
 from cdkd_edge.labels import NO_LABEL
-from cdkd_edge.scene.areas import WGS84, Areas, Ellipsoid, class_areas, ellipsoid_of, ground_of
+from cdkd_edge.scene.areas import (
+    WGS84,
+    Areas,
+    Ellipsoid,
+    areal_stretch,
+    class_areas,
+    ellipsoid_of,
+    ground_of,
+    to_wgs84,
+)
+from cdkd_edge.scene.pam import sidecar_path
+from cdkd_edge.scene.resample import ground_sample_distance
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -87,8 +98,9 @@ def test_small_cells_keep_their_digits(latitude: float, height: float) -> None:
     """Also those of a few centimetres, whose areas are differences of large numbers."""
     edges = np.radians([latitude - height / 2, latitude + height / 2])
     difference = float(np.diff(WGS84.area_to_parallel(edges))[0])
-    meridian, parallel = WGS84.radii(math.radians(latitude))
-    assert difference == pytest.approx(meridian * parallel * float(np.diff(edges)[0]), rel=2e-6 + 3e-9 / height)
+    south, middle, north = WGS84.positions([0.0] * 3, [latitude - height / 2, latitude, latitude + height / 2])
+    parallel = float(np.hypot(*middle[:2]))
+    assert difference == pytest.approx(parallel * float(np.linalg.norm(north - south)), rel=2e-6 + 2e-7 / height)
 
 
 # --- maps -----------------------------------------------------------------------------------------
@@ -199,6 +211,44 @@ def test_ground_control_points_have_no_areas(tmp_path: Path) -> None:
     points = [GroundControlPoint(r, c, 55 + c / 1e4, 25 - r / 1e4) for r in (0, 30) for c in (0, 40)]
     path, _ = some_map(tmp_path / "map.tif", gcps=points, crs=CRS.from_epsg(4326))
     assert "ground control points" in (class_areas(path, SCHEMA).reason or "")
+
+
+def test_rational_polynomials_have_no_areas(tmp_path: Path) -> None:
+    """GDAL puts pixels onto the ground by them, given a height; hectares are for who has done so."""
+    path, _ = some_map(tmp_path / "map.tif")
+    sidecar_path(path).write_text(
+        '<PAMDataset><Metadata domain="RPC"><MDI key="LINE_OFF">4</MDI></Metadata></PAMDataset>'
+    )
+    assert "rational polynomials" in (class_areas(path, SCHEMA).reason or "")
+
+
+@pytest.mark.parametrize(("left", "top"), [(-30 * 20, 30 * 15), (-30 * 20 + 7, 30 * 15 + 11), (3e6, -2e6)])
+def test_a_polar_projection_at_the_pole(tmp_path: Path, left: float, top: float) -> None:
+    """Polar stereographic, true at 70 degrees north: some 6 % too small at the pole, where longitudes mean nothing."""
+    path, _ = some_map(tmp_path / "map.tif", crs="EPSG:3413", transform=from_origin(left, top, 30, 30))
+    with rasterio.open(path) as dataset:
+        (note,) = ground_of(dataset).notes
+        stretch = areal_stretch(dataset, ground_of(dataset))
+    if left < 0:  # its scale at the pole: Snyder, equation 21-33 with 21-34 (k0 = 0.9697...)
+        assert stretch == pytest.approx(0.96985818**2, rel=1e-4)
+        assert "5.9" in note
+
+
+@pytest.mark.parametrize(
+    "crs",
+    [
+        'LOCAL_CS["site grid",UNIT["metre",1]]',
+        'GEOGCS["Moon",DATUM["Moon",SPHEROID["Moon",1737400,0]],PRIMEM["Meridian",0],UNIT["Degree",0.0174532925199433]]',
+    ],
+    ids=["a site's own", "the Moon"],
+)
+def test_nowhere_on_this_earth(tmp_path: Path, crs: str) -> None:
+    path, _ = some_map(tmp_path / "map.tif", crs=crs, transform=from_origin(10, 10, 1e-3, 1e-3))
+    class_areas(path, SCHEMA)
+    with rasterio.open(path) as dataset:
+        assert to_wgs84(dataset.crs, [10.0], [10.0]) is None
+        with pytest.raises(SceneError, match="cannot be told from its reference system"):
+            ground_sample_distance(dataset)
 
 
 def test_counts_of_another_map(tmp_path: Path) -> None:

@@ -43,6 +43,19 @@ def test_a_failure_leaves_the_old_file(tmp_path, error):
     assert names(tmp_path) == ["a.json"]
 
 
+def test_a_read_only_file_system_is_told_of_by_the_name_that_the_user_knows(tmp_path, monkeypatch):
+    """There even removing what was never written is refused."""
+
+    def refused(path, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(files.Path, "unlink", refused)
+    monkeypatch.setattr(files.Path, "touch", refused)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        write_text(tmp_path / "report.json", "{}")
+    assert caught.value.filename == str(tmp_path / "report.json")
+
+
 def test_a_block_that_wrote_nothing_fails(tmp_path):
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a"):
         pass

@@ -111,6 +111,21 @@ def test_what_names_no_scene(scenes: list[str], argument: str, pattern: str) -> 
         scenes_of([argument])
 
 
+def test_a_link_gives_way_to_the_file_it_leads_to(scenes: list[str]) -> None:
+    """``latest.tif`` leads elsewhere tomorrow, and its label map would be of another scene."""
+    Path("scenes/a-latest.tif").symlink_to("b.tif")
+    Path("scenes/z.tif").symlink_to("b.tif")
+    assert sorted(scenes_of(["scenes"])) == sorted(scenes)
+    assert scenes_of(["scenes/z.tif"]) == ["scenes/z.tif"]
+
+
+def test_a_link_to_nothing_is_a_scene_that_fails(scenes: list[str], use: Any) -> None:
+    use(FakeEngine())
+    Path("scenes/gone.tif").symlink_to("../unmounted/gone.tif")
+    with pytest.raises(FleetError, match=r"1 of 4 scenes failed: gone\.tif"):
+        segment(["scenes/*.tif"])
+
+
 def test_two_scenes_of_one_name_are_refused_up_front(scenes: list[str]) -> None:
     Path("other").mkdir()
     shutil.copy(scenes[0], "other/a.tif")
@@ -286,6 +301,29 @@ def test_a_name_that_is_not_utf8_is_in_the_report(scenes: list[str], use: Any) -
 
 
 # --- what is there is kept --------------------------------------------------------------------------
+
+
+def test_what_a_kept_map_lacks_is_made_again(scenes: list[str], use: Any) -> None:
+    """Of maps whose ``.tif`` alone was copied, and of those that an older release wrote without a style."""
+    use(FakeEngine())
+    segment(scenes[:1])
+    beside = {name: Path("maps", name).read_text() for name in ("a_labels.qml", "a_labels.tif.aux.xml")}
+    for name in beside:
+        Path("maps", name).unlink()
+    report = segment(scenes[:1])
+    assert report.rows()[0].status == "kept"
+    assert {name: Path("maps", name).read_text() for name in beside} == beside
+    Path("maps/a_labels.qml").write_text("somebody's own")
+    segment(scenes[:1])
+    assert Path("maps/a_labels.qml").read_text() == "somebody's own"
+
+
+def test_a_scene_whose_name_begins_with_a_blank_is_kept(scenes: list[str], use: Any) -> None:
+    """TIFF drops it from the tag that names the scene."""
+    use(FakeEngine())
+    shutil.copy(scenes[0], "scenes/ a.tif")
+    for status in ("done", "kept"):
+        assert segment(["scenes/ a.tif"]).rows()[0].status == status
 
 
 def test_finished_scenes_are_kept(scenes: list[str], use: Any) -> None:

@@ -165,7 +165,14 @@ def test_round_lengths(longest: float, length: float) -> None:
 
 @pytest.mark.parametrize(
     ("hectares", "text"),
-    [(None, ""), (0.0123, "0.0123 ha"), (1.25, "1.2 ha"), (54_321, "54 321 ha"), (3e6, "3 000 000 ha")],
+    [
+        (None, ""),
+        (0.0123, "0.0123 ha"),
+        (0.234, "0.23 ha"),
+        (12.34, "12.3 ha"),
+        (54_321, "54 321 ha"),
+        (3e6, "3 000 000 ha"),
+    ],
 )
 def test_areas_in_words(hectares: float | None, text: str) -> None:
     assert preview._hectares(hectares) == text

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
+from rasterio.rpc import RPC
 from rasterio.transform import Affine, from_origin
-from scene_helpers import noise, relaxed, write_raster
+from scene_helpers import FakeEngine, noise, relaxed, write_raster
 
 from cdkd_edge.errors import SceneError, UsageError
 from cdkd_edge.scene.grid import Span, TileGrid
+from cdkd_edge.scene.pipeline import segment_scene
 from cdkd_edge.scene.reader import INVALID_FILL, SceneReader, Stretch, reflected
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -346,8 +348,8 @@ def test_a_stretch_to_infinity_is_refused(low: float, high: float) -> None:
 # --- georeference ---------------------------------------------------------------------------------
 
 
-def georeference(path: Path) -> dict[str, Any]:
-    reader = SceneReader(path)
+def georeference(path: Path, **options: Any) -> dict[str, Any]:
+    reader = SceneReader(path, **options)
     try:
         return reader.georeference
     finally:
@@ -374,6 +376,38 @@ def test_ground_control_points_are_kept(tmp_path: Path) -> None:
     assert set(place) == {"gcps", "crs"}
     assert place["crs"] == CRS.from_epsg(4326)
     assert [(p.row, p.col, p.x, p.y) for p in place["gcps"]] == [(p.row, p.col, p.x, p.y) for p in points]
+
+
+def some_rpc() -> RPC:
+    return RPC(
+        height_off=10.25, height_scale=500, lat_off=25.2, lat_scale=0.1, long_off=55.2, long_scale=1 / 3, line_off=4,
+        line_scale=4, samp_off=4.5, samp_scale=4.5, line_num_coeff=[0, 0, -1, *[1e-7 / 3] * 17],
+        line_den_coeff=[1, *[0] * 19], samp_num_coeff=[0, 1, *[0] * 18], samp_den_coeff=[1, *[0] * 19],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("placed", [{}, {"crs": "EPSG:32640", "transform": from_origin(320_000, 2_790_000, 0.5, 0.5)}])
+def test_rational_polynomials_are_kept(tmp_path: Path, placed: dict[str, Any]) -> None:
+    """Raw passes have them; without them nobody can put the label map on a map."""
+    path = write_raster(tmp_path / "scene.tif", noise(80, 90), rpcs=some_rpc(), **placed)
+    segment_scene(FakeEngine(64), path, tmp_path / "map.tif")
+    with rasterio.open(tmp_path / "map.tif") as dataset, rasterio.open(path) as scene:
+        assert dataset.rpcs == scene.rpcs
+        assert dataset.rpcs.line_num_coeff == pytest.approx(some_rpc().line_num_coeff, rel=1e-14)
+
+
+def test_rational_polynomials_of_other_pixels_are_not(tmp_path: Path) -> None:
+    placed = {"crs": "EPSG:32640", "transform": from_origin(320_000, 2_790_000, 0.5, 0.5)}
+    path = write_raster(tmp_path / "scene.tif", noise(80, 90), rpcs=some_rpc(), **placed)
+    assert set(georeference(path, gsd=1.0)) == {"crs", "transform"}
+
+
+def test_rational_polynomials_that_lack_a_term(tmp_path: Path) -> None:
+    path = write_raster(tmp_path / "scene.tif", noise(8, 9))
+    (tmp_path / "scene.tif.aux.xml").write_text(
+        '<PAMDataset><Metadata domain="RPC"><MDI key="LINE_OFF">4</MDI></Metadata></PAMDataset>'
+    )
+    assert georeference(path) == {}
 
 
 def test_a_scene_may_lie_nowhere(tmp_path: Path) -> None:

@@ -346,6 +346,18 @@ def publish_once() -> Any:
     return run
 
 
+def test_what_gdal_and_qgis_left_beside_an_older_map_goes_with_it(tmp_path: Path, scene: Path) -> None:
+    """Overviews and statistics of the map that was replaced would be shown for the new one."""
+    output = tmp_path / "map.tif"
+    segment_scene(FakeEngine(TILE), scene, output)
+    whole, table = output.read_bytes(), (tmp_path / "map.tif.aux.xml").read_text()
+    (tmp_path / "map.tif.aux.xml").write_text("<PAMDataset/>")
+    (tmp_path / "map.tif.ovr").write_text("older overviews")
+    segment_scene(FakeEngine(TILE), scene, output)
+    assert [name for name in names_in(tmp_path) if name.startswith("map")] == WHOLE
+    assert (output.read_bytes(), (tmp_path / "map.tif.aux.xml").read_text()) == (whole, table)
+
+
 def test_a_folder_where_the_map_should_be(tmp_path: Path, scene: Path) -> None:
     (tmp_path / "map.tif").mkdir()
     with pytest.raises(IsADirectoryError):

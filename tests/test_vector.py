@@ -16,6 +16,7 @@ import pytest
 import rasterio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rasterio.control import GroundControlPoint
 from rasterio.features import rasterize, shapes
 from rasterio.io import MemoryFile
 from rasterio.transform import Affine, from_origin
@@ -271,6 +272,42 @@ def test_the_style_that_qgis_looks_for(tmp_path: Path) -> None:
     assert list(shown) == list(SCHEMA.class_names)
     symbol = next(s for s in style.iter("symbol") if s.get("name") == shown["water"])
     assert next(o.get("value") for o in symbol.iter("Option") if o.get("name") == "color").startswith("226,169,41,")
+
+
+def test_the_system_says_why_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = map_file(tmp_path / "map.tif", patches(30, 40))
+
+    def refused(path: Path, *args: Any, **options: Any) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    for name in ("touch", "unlink"):  # such a file system refuses also to remove what is not there
+        monkeypatch.setattr(Path, name, refused)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        write_vector(path, tmp_path / "map.gpkg", SCHEMA)
+    assert caught.value.filename == str(tmp_path / "map.gpkg")
+
+
+def test_placed_without_a_grid(tmp_path: Path) -> None:
+    """QGIS puts such a raster on the map and its polygons into the Gulf of Guinea."""
+    points = [GroundControlPoint(r, c, 55 + c / 1e4, 25 - r / 1e4) for r in (0, 30) for c in (0, 40)]
+    path = map_file(tmp_path / "map.tif", patches(30, 40), gcps=points, crs="EPSG:4326")
+    areas, pixels = write_vector(path, tmp_path / "map.gpkg", SCHEMA).notes
+    assert "ground control points" in areas
+    assert "in pixels" in pixels
+
+
+@pytest.mark.parametrize(
+    "name", ["semi;colon", "new\nline", "wow!", "so!/what", "a;b/c", "why?", "file:c", "zip:d", "ünï", " "], ids=repr
+)
+def test_names_that_are_no_uris(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyogrio takes them apart, and would write elsewhere; relative ones are the worst."""
+    monkeypatch.chdir(tmp_path)
+    path = map_file(tmp_path / "map.tif", patches(30, 40))
+    write_vector(path, tmp_path / "plain.gpkg", SCHEMA)
+    write_vector(path, Path(name + ".gpkg"), SCHEMA)
+    assert (tmp_path / (name + ".gpkg")).read_bytes() == (tmp_path / "plain.gpkg").read_bytes()
+    written = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert written == {name + ".gpkg", "map.tif", "plain.gpkg"}
 
 
 def test_without_a_place_on_earth(tmp_path: Path) -> None:

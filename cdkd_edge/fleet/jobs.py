@@ -22,7 +22,7 @@ import numpy as np
 from cdkd_edge import __version__
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import CdkdEdgeError, EngineError, SystemRefusalError, UsageError
-from cdkd_edge.fleet.kept import KeptMap, refuse_foreign_map
+from cdkd_edge.fleet.kept import KeptMap, complete, refuse_foreign_map
 from cdkd_edge.fleet.products import NOTHING, PRODUCTS, Wanted, refuse_existing_products, write_products
 from cdkd_edge.scene import pipeline
 from cdkd_edge.scene.partial import continues_replacing, drop_finished
@@ -196,6 +196,7 @@ def do_job(
         if kept is not None and now == job.before:
             status = KEPT
             drop_finished(output)
+            complete(kept, engine.schema)
         elif kept is not None:
             notes = ("finished by an earlier attempt, whose answer was lost",)
     if kept is None:

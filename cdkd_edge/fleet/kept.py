@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import SceneError
+from cdkd_edge.files import write_text
+from cdkd_edge.labels import LabelSchema
 from cdkd_edge.scene.areas import Areas, class_areas
 from cdkd_edge.scene.outputs import confidence_path
+from cdkd_edge.scene.pam import label_map_xml, sidecar_path
 from cdkd_edge.scene.pipeline import SegmentOptions, grid_over, label_map_tags
 from cdkd_edge.scene.raster import gdal, is_gdal_name, open_scene
 from cdkd_edge.scene.reader import SceneReader
+from cdkd_edge.scene.style import label_map_style, style_path
 
 _NOT_COMPARED = ("CDKD_EDGE", "ENGINE", "GRAPH")
 """Tags that may differ, or are compared by their hash. (Another release labels alike; its notes say if not.)"""
@@ -87,6 +92,21 @@ def refuse_foreign_map(
     )
 
 
+def complete(kept: KeptMap, schema: LabelSchema) -> None:
+    """Put beside a label map that was there what is missing of its own: class names and areas, the style for QGIS.
+
+    (Somebody copied the ``.tif`` alone, or an older release wrote it.) A folder that cannot be written stays as it is.
+    """
+    texts = {
+        sidecar_path(kept.output): label_map_xml(schema, kept.areas.classes),
+        style_path(kept.output): label_map_style(schema),
+    }
+    for path, text in texts.items():
+        with contextlib.suppress(OSError):
+            if not path.exists():
+                write_text(path, text)
+
+
 def is_label_map(path: str) -> bool:
     """Whether a raster is a label map that this package wrote."""
     try:
@@ -107,7 +127,8 @@ def _difference(wanted: Mapping[str, str], tags: Mapping[str, str], identity: st
     if _hash(tags.get(identity, "")) != _hash(wanted.get(identity, "")):
         return f"was made by another {identity.lower()} ({tags.get(identity, 'unknown').partition(' ')[0]})"
     for name, value in wanted.items():
-        if name not in _NOT_COMPARED and tags.get(name) != value:
+        # GDAL drops the blanks that a value (a scene's name) begins with.
+        if name not in _NOT_COMPARED and tags.get(name, "").lstrip() != value.lstrip():
             return f"has {name} = {tags.get(name, 'nothing')}, not {value}"
     for name in sorted(tags.keys() - wanted.keys()):
         if name not in _NOT_COMPARED and name != "AREA_OR_POINT" and not name.startswith("TIFFTAG_"):  # GDAL's

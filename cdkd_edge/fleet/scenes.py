@@ -22,8 +22,8 @@ def scenes_of(arguments: Sequence[str]) -> list[str]:
     Matches of a pattern and files of a folder are sorted and leave out what ``segment`` wrote.
 
     Returns:
-        Paths in the order of the arguments, each file once. A path that does not exist is among them: that scene
-        will fail, and no other.
+        Paths in the order of the arguments, each file once, by its own name rather than by a link's. A path that does
+        not exist is among them: that scene will fail, and no other.
 
     Raises:
         SceneError: a pattern or a folder gives no scene, or a list cannot be read.
@@ -31,7 +31,9 @@ def scenes_of(arguments: Sequence[str]) -> list[str]:
     found: dict[str, str] = {}
     for argument in arguments:
         for path in _named(argument):
-            found.setdefault(file_key(path), path)
+            first = found.setdefault(file_key(path), path)
+            if Path(first).is_symlink() and not Path(path).is_symlink():
+                found[file_key(path)] = path  # "latest.tif" is another scene's name tomorrow
     return list(found.values())
 
 

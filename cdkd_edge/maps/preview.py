@@ -153,10 +153,8 @@ def _metres_along_row(dataset: Any) -> float | None:
     placed = to_wgs84(dataset.crs, *centre_corners(dataset))
     if placed is None:
         return None
-    longitude, latitude = (np.radians(values) for values in placed)
-    meridian, parallel = WGS84.radii(float(latitude[0]))
-    turn = (longitude[1] - longitude[0] + math.pi) % (2 * math.pi) - math.pi
-    length = math.hypot(turn * parallel, (latitude[1] - latitude[0]) * meridian)
+    corner, right, _ = WGS84.positions(*placed)
+    length = float(np.linalg.norm(right - corner))
     return length if length > 0 else None
 
 
@@ -244,7 +242,8 @@ def _hectares(hectares: float | None) -> str:
         return ""
     if hectares < _SMALL_HA:  # not in square metres: the font has no raised two
         return f"{hectares:.4f} ha"
-    return f"{hectares:,.{1 if hectares < 1000 else 0}f} ha".replace(",", " ")
+    decimals = 2 if hectares < 10 else 1 if hectares < 1000 else 0
+    return f"{hectares:,.{decimals}f} ha".replace(",", " ")
 
 
 def _composed(panels: Sequence[Image.Image], legend: Sequence[_Entry], look: _Look) -> Image.Image:

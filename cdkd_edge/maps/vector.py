@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import numpy.typing as npt
@@ -113,20 +115,21 @@ def write_vector(
     shapely = shapely_module()
     pyogrio = _pyogrio()
     dataset = open_scene(label_map)
-    with dataset, gdal(f"reading {label_map}"), whole_file(output) as temporary:
+    with dataset, gdal(f"reading {label_map}"), whole_file(output) as temporary, _plainly_named(temporary) as plain:
         ground = ground_of(dataset)
         if options.minimum_m2 and not ground.known:
             raise SceneError(
                 f"a minimum area in m2 means nothing here: {ground.reason}", hint="give the minimum in pixels"
             )
-        package = _Package(pyogrio, shapely, temporary, output, schema, dataset, ground, options)
+        package = _Package(pyogrio, shapely, plain, output, schema, dataset, ground, options)
         try:
             for portion in regions(dataset, simplify=options.simplify_px, progress=progress):
                 package.add(portion)
             package.finish()
         finally:
             for suffix in ("-journal", "-wal", "-shm"):
-                temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
     return VectorResult(output, package.written, package.left_out, tuple(package.notes))
 
 
@@ -148,6 +151,18 @@ def _pyogrio() -> Any:
     return pyogrio
 
 
+@contextlib.contextmanager
+def _plainly_named(path: Path) -> Iterator[Path]:
+    """A name of the same file that pyogrio takes as it is: it takes ``!``, ``;`` and the like for parts of a URI."""
+    if "!" not in str(path) and urlparse(str(path), allow_fragments=False).path == str(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="cdkd-edge-") as folder:
+        link = Path(folder) / "polygons.gpkg"
+        link.symlink_to(path.absolute())
+        yield link
+
+
 class _Package:
     """The GeoPackage while it grows."""
 
@@ -167,6 +182,7 @@ class _Package:
         self._schema, self._ground = schema, ground
         self._crs = dataset.crs.to_wkt() if dataset.crs is not None else None
         self._transform = Affine.scale(1, -1) if dataset.transform.is_identity else dataset.transform
+        self._could_be_placed = dataset.transform.is_identity and (dataset.gcps[0] or dataset.tags(ns="RPC"))
         self._options = options
         self._waiting: list[tuple[npt.NDArray[Any], ...]] = []
         self._waiting_count = self._waiting_bytes = 0
@@ -216,6 +232,8 @@ class _Package:
             self.notes.append("regions of more than 200,000 vertices are in parts")
         if not self._ground.known:
             self.notes.append(f"no areas: {self._ground.reason}")
+        if self._could_be_placed:
+            self.notes.append("polygons are in pixels; for polygons on a map, put the scene on a grid first (gdalwarp)")
 
     def _flush(self, *, last: bool = False) -> None:
         if not self._waiting and not (last and not self._created):

@@ -78,13 +78,12 @@ class Ellipsoid:
         q = (1 - squared) * (sine / (1 - squared * sine**2) + np.arctanh(eccentricity * sine) / eccentricity)
         return np.asarray(self.semi_major**2 * q / 2, np.float64)
 
-    def radii(self, latitude: float) -> tuple[float, float]:
-        """Radius of curvature in the meridian, and of the parallel, m, at a latitude in radians."""
-        w2 = 1 - self.eccentricity2 * math.sin(latitude) ** 2
-        return (
-            self.semi_major * (1 - self.eccentricity2) / w2**1.5,
-            self.semi_major * math.cos(latitude) / math.sqrt(w2),
-        )
+    def positions(self, longitude: npt.ArrayLike, latitude: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Points on it, m from its centre ``[N, 3]``, of longitudes and latitudes in degrees; also at the poles."""
+        turn, angle = np.radians(longitude), np.radians(latitude)
+        normal = self.semi_major / np.sqrt(1 - self.eccentricity2 * np.sin(angle) ** 2)
+        across, up = normal * np.cos(angle), normal * (1 - self.eccentricity2) * np.sin(angle)
+        return np.stack([across * np.cos(turn), across * np.sin(turn), up], axis=-1)
 
 
 WGS84 = Ellipsoid(6_378_137.0, 1 / 298.257223563)
@@ -161,9 +160,7 @@ def ground_of(dataset: Any) -> Ground:
     """What the pixels of an open raster cover."""
     crs, transform = dataset.crs, dataset.transform
     if crs is None:
-        points = bool(dataset.gcps[0])
-        why = "ground control points, no map grid" if points else "no coordinate reference system"
-        return Ground(transform, reason=f"the scene has {why}")
+        return Ground(transform, reason=f"the scene has {_instead_of_grid(dataset)}")
     if transform.is_identity:
         return Ground(transform, reason="the scene has no geotransform")
     if transform.determinant == 0:
@@ -188,17 +185,20 @@ def ground_of(dataset: Any) -> Ground:
     return Ground(transform, pixel_m2=ground.pixel_m2, notes=(note,))
 
 
+def _instead_of_grid(dataset: Any) -> str:
+    if dataset.gcps[0]:
+        return "ground control points, no map grid"
+    return "rational polynomials, no map grid" if dataset.tags(ns="RPC") else "no coordinate reference system"
+
+
 def areal_stretch(dataset: Any, ground: Ground) -> float | None:
     """Grid area over ground area at the centre of a projected raster; None where PROJ cannot tell."""
     x, y = centre_corners(dataset)
     placed = to_wgs84(dataset.crs, x, y)
     if placed is None or ground.pixel_m2 is None:
         return None
-    longitude, latitude = (np.radians(values) for values in placed)
-    meridian, parallel = WGS84.radii(float(latitude[0]))
-    turns = np.remainder(longitude - longitude[0] + math.pi, 2 * math.pi) - math.pi
-    east, north = turns * parallel, (latitude - latitude[0]) * meridian
-    area = abs((east[1] * north[2]) - (east[2] * north[1]))
+    corner, right, below = WGS84.positions(*placed)
+    area = float(np.linalg.norm(np.cross(right - corner, below - corner)))
     return float(ground.pixel_m2 / area) if area > 0 else None
 
 

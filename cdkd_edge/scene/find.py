@@ -61,5 +61,6 @@ def _is_raster(path: Path) -> bool:
         path.suffix.lower() in RASTER_SUFFIXES
         and not path.name.startswith(".")
         and not path.name.endswith(_RESULTS)
-        and path.is_file()
+        # A link to what is gone is a scene that fails, not one that is silently missing.
+        and (path.is_file() or (path.is_symlink() and not path.exists()))
     )

@@ -220,6 +220,8 @@ def _publish(source: Path, destination: Path, *companions: Callable[[Path], Path
             os.replace(place(source), place(destination))
         else:
             place(destination).unlink(missing_ok=True)  # of an older file; it would describe this one wrongly
+    for suffix in (".ovr", ".msk"):  # so would overviews that somebody had GDAL or QGIS make of it
+        destination.with_name(destination.name + suffix).unlink(missing_ok=True)
     try:
         os.replace(source, destination)
     except BaseException:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import rasterio
-from rasterio._err import CPLE_BaseError  # rasterio.shutil lets GDAL's own errors through
+from rasterio._err import CPLE_BaseError  # rasterio.shutil and .warp let GDAL's own errors through
 from rasterio.env import set_gdal_config
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 
@@ -29,6 +29,9 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 CACHE_BYTES = 32 << 20
 """GDAL's cache of blocks. What is read and written here goes along blocks; it is for masks and for resampling, which
 ask for a block again soon. GDAL's own default is a share of the memory."""
+
+_PROJJSON = re.compile(r"'\{.*\}'")
+"""A reference system as PROJ spells it out, half a page long."""
 
 # One for all threads of the process. An option of rasterio.Env would be so too, and whichever thread leaves first would
 # put the default back; and Env takes bytes, where GDAL's environment variable takes MB.
@@ -60,14 +63,14 @@ def gdal(doing: str) -> Iterator[None]:
     with rasterio.Env(**_GDAL_OPTIONS):
         try:
             yield
-        except (RasterioError, RasterioIOError) as error:  # not a subclass before rasterio 1.4
+        except (RasterioError, RasterioIOError, CPLE_BaseError) as error:  # before rasterio 1.4 no subclass
             causes = []
             cause: BaseException | None = error
             while cause is not None:
                 causes.append(str(cause))
                 cause = cause.__cause__
             telling = [text for text in causes if "previous exception" not in text] or causes
-            reason = " ".join(max(telling, key=len).split())
+            reason = _PROJJSON.sub("the reference system", " ".join(max(telling, key=len).split()))
             raise SceneError(
                 f"{doing} failed: {reason}", hint=_DAMAGED if _UNREADABLE.search(reason) else None
             ) from None
@@ -96,10 +99,7 @@ def writing(doing: str, folder: Path, room: int = _LITTLE_ROOM) -> Iterator[None
     logger.addHandler(collector)
     try:
         with gdal(doing):
-            try:
-                yield
-            except CPLE_BaseError as error:
-                raise SceneError(f"{doing} failed: {' '.join(str(error).split())}") from None
+            yield
         if messages:
             raise SceneError(f"{doing} failed: {messages[0]}")
     except SceneError:

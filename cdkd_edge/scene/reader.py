@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,10 @@ class SceneReader:
         points, points_crs = dataset.gcps
         if points and "transform" not in place:
             place.update(gcps=points, crs=points_crs)
+        # Polynomials that lack a term are of no use to anybody; those of a resampled scene GDAL leaves out itself.
+        with contextlib.suppress(KeyError, ValueError, IndexError):
+            if dataset.rpcs is not None:
+                place["rpcs"] = dataset.rpcs
         return place
 
     def close(self) -> None:

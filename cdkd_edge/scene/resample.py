@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
-from rasterio.warp import transform
 
 from cdkd_edge.errors import SceneError, UsageError
-from cdkd_edge.scene.raster import gdal
+from cdkd_edge.scene.areas import to_wgs84
 
 _WARP_MB = 32
 """For GDAL's warper, in each reading thread."""
 _SAME = 0.01
 """Ground sample distances this close are the same: a map's scale varies by as much within a scene."""
+_NOT_TOLD = "the scene's ground sample distance cannot be told from its reference system"
 _SEMI_MAJOR_M, _FLATTENING = 6_378_137.0, 1 / 298.257223563  # WGS 84
 
 
@@ -40,15 +39,17 @@ def ground_sample_distance(dataset: Any) -> tuple[float, float]:
     x, y = dataset.width / 2, dataset.height / 2
     for dx, dy in ((1, 0), (0, 1)):
         far = (place * (x - 5 * dx, y - 5 * dy)), (place * (x + 5 * dx, y + 5 * dy))
-        with gdal("measuring the ground sample distance"):
-            lon, lat = transform(crs, CRS.from_epsg(4326), [far[0][0], far[1][0]], [far[0][1], far[1][1]])
-        on_ground = _distance(lon[0], lat[0], lon[1], lat[1]) / 10
+        placed = to_wgs84(crs, *zip(*far, strict=True))
+        if placed is None:
+            raise SceneError(_NOT_TOLD)
+        (lon0, lon1), (lat0, lat1) = placed
+        on_ground = _distance(lon0, lat0, lon1, lat1) / 10
         nominal = math.hypot(far[1][0] - far[0][0], far[1][1] - far[0][1]) / 10
         if crs.is_projected:
             nominal *= crs.linear_units_factor[1]
             on_ground = nominal if abs(nominal / on_ground - 1) < _SAME else on_ground
         if not (math.isfinite(on_ground) and on_ground > 0):
-            raise SceneError("the scene's ground sample distance cannot be told from its reference system")
+            raise SceneError(_NOT_TOLD)
         steps.append(on_ground)
     return steps[0], steps[1]
 

@@ -1,5 +1,7 @@
 """A file server with byte ranges, as object stores have them: ``python range_server.py FOLDER`` prints its port.
 
+Of files in ``whole/`` it sends the whole, as simple servers do.
+
 A process of its own, because GDAL opens files while it holds Python's lock, and would wait for a thread for good.
 """
 
@@ -19,11 +21,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             return
         content, first, status = path.read_bytes(), 0, 200
         last = len(content) - 1
-        if wanted := self.headers.get("Range"):
+        ranges = not self.path.startswith("/whole/")
+        if (wanted := self.headers.get("Range")) and ranges:
             begin, _, end = wanted.removeprefix("bytes=").partition("-")
             first, last, status = int(begin), min(int(end or last), last), 206
         self.send_response(status)
-        self.send_header("Accept-Ranges", "bytes")
+        if ranges:
+            self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(last - first + 1))
         if status == 206:
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")

@@ -670,8 +670,12 @@ def test_a_run_too_short_for_a_sample_says_so(folder: Path, scene: Path, hungry:
 def test_presets_can_be_exceeded_and_not_undercut() -> None:
     assert (protocol_of("paper").repeats, protocol_of("mlperf").load_seconds) == (3, 600)
     assert protocol_of("paper", repeats=5, load=300).repeats == 5
-    for preset, change in (("paper", {"repeats": 2}), ("mlperf", {"load": 60}), ("mlperf", {"idle": 10})):
-        with pytest.raises(UsageError, match=f"--{preset} asks for"):
+    for preset, change, option in (
+        ("paper", {"repeats": 2}, "--repeat of at least 3"),
+        ("mlperf", {"load": 60}, "--duration of at least 600"),
+        ("mlperf", {"idle": 10}, "--idle of at least 60"),
+    ):
+        with pytest.raises(UsageError, match=f"--{preset} asks for {option}"):
             protocol_of(preset, **change)  # type: ignore[arg-type]
     for change in ({"load": 0}, {"idle": -1}, {"repeats": 0}, {"warm_up_cap": -1}, {"load": math.nan}):
         with pytest.raises(UsageError):

@@ -209,6 +209,15 @@ def test_a_scene_on_a_server(tmp_path: Path, server: tuple[str, Path], prefix: s
     assert "GET bytes=" in (tmp_path / "requests").read_text()
 
 
+def test_a_server_that_sends_whole_files_only(tmp_path: Path, server: tuple[str, Path]) -> None:
+    address, folder = server
+    (folder / "whole").mkdir()
+    write_raster(folder / "whole" / "scene.tif", noise(300, 260), tiled=True, blockxsize=64, blockysize=64)
+    with pytest.raises(SceneError, match="Range downloading not supported") as caught:
+        segment_scene(FakeEngine(TILE), f"{address}/whole/scene.tif", tmp_path / "map.tif")
+    assert "download the file" in str(caught.value.hint)
+
+
 def test_work_on_a_remote_scene_is_gone_on_with_unless_it_changed(tmp_path: Path, server: tuple[str, Path]) -> None:
     address, folder = server
     for number, change in enumerate((False, True)):

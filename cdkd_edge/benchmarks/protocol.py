@@ -47,14 +47,14 @@ def protocol_of(
         repeats=base.repeats if repeats is None else repeats,
     )
     if not (chosen.idle_seconds > 0 and chosen.load_seconds > 0 and chosen.warm_up_cap_seconds >= 0):
-        raise UsageError("phases last longer than 0 s")
+        raise UsageError("idle and load phases last longer than 0 s, the warm-up 0 s or longer")
     if not math.isfinite(chosen.idle_seconds + chosen.load_seconds + chosen.warm_up_cap_seconds):
-        raise UsageError("phases come to an end")
+        raise UsageError("phases have a length in seconds, not without end")
     if chosen.repeats < 1:
         raise UsageError("at least one repeat")
     if preset != "default":
-        for name in ("idle_seconds", "load_seconds", "repeats"):
+        for name, option in (("idle_seconds", "--idle"), ("load_seconds", "--duration"), ("repeats", "--repeat")):
             if getattr(chosen, name) < getattr(base, name):
-                raise UsageError(f"--{preset} asks for {name.replace('_', ' ')} of at least {getattr(base, name):g}")
+                raise UsageError(f"--{preset} asks for {option} of at least {getattr(base, name):g}")
     # Three windows have to fit.
     return replace(chosen, window_seconds=min(base.window_seconds, max(chosen.warm_up_cap_seconds / 6, 0.01)))

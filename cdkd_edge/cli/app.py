@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import sys
@@ -88,6 +89,8 @@ def main() -> None:
     # So that temporary files are removed when a job scheduler ends the process or a connection is lost.
     end_on_signals()
     _open_closed_streams()
+    # Where there is no home it says where its fonts are instead; nobody who asked for a benchmark wants to know.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     app()
 
 

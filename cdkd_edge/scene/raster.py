@@ -53,6 +53,7 @@ _GDAL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:|/vsi")
 _UNREADABLE = re.compile(r"IReadBlock|TIFFRead|TIFFFill|[Rr]ead error|corrupt|decompress")
 _DAMAGED = "the file may be damaged or cut off; `gdalinfo -checksum` reads all of it"
 """GDAL names the block that could not be read, and not what that means."""
+_NO_RANGES = "this server sends whole files only; download the file, or use a server that answers range requests"
 
 _ARCHIVES = {".zip": "/vsizip/", ".kmz": "/vsizip/", ".tar": "/vsitar/", ".tgz": "/vsitar/", ".gz": "/vsigzip/"}
 
@@ -71,9 +72,8 @@ def gdal(doing: str) -> Iterator[None]:
                 cause = cause.__cause__
             telling = [text for text in causes if "previous exception" not in text] or causes
             reason = _PROJJSON.sub("the reference system", " ".join(max(telling, key=len).split()))
-            raise SceneError(
-                f"{doing} failed: {reason}", hint=_DAMAGED if _UNREADABLE.search(reason) else None
-            ) from None
+            hint = _NO_RANGES if "Range downloading" in reason else _DAMAGED if _UNREADABLE.search(reason) else None
+            raise SceneError(f"{doing} failed: {reason}", hint=hint) from None
         except UnicodeEncodeError:
             raise SceneError(f"{doing} failed: GDAL takes only names in UTF-8") from None
 

@@ -574,7 +574,7 @@ def test_the_preview_does_not_overwrite_the_scene(workspace: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "closed", "code"),
-    [("doctor", ">&-", 0), ("doctor", "<&- >&- 2>&-", 0), ("info nothing.pt", "2>&-", 3), ("--version", "<&-", 0)],
+    [("doctor", ">&-", 0), ("doctor", "<&- >&- 2>&-", 0), ("inspect nothing.onnx", "2>&-", 6), ("--version", "<&-", 0)],
 )
 def test_streams_that_were_closed(tmp_path: Path, command: str, closed: str, code: int) -> None:
     """As by some daemons."""

@@ -659,7 +659,12 @@ def test_no_source_is_a_reason(folder: Path, scene: Path, monkeypatch: pytest.Mo
 
 
 def test_a_run_too_short_for_a_sample_says_so(folder: Path, scene: Path, hungry: Any) -> None:
-    summary = run_benchmark(hungry(), folder, BenchOptions(times(0.001, idle=0.3), scene=scene, power=True))
+    engine, options = hungry(), BenchOptions(times(0.001, idle=0.3), scene=scene, power=True)
+    for attempt in range(8):
+        summary = run_benchmark(engine, folder.with_name(f"attempt {attempt}"), options)
+        (load,) = (span for span in summary.phases if span.name == "load")
+        if load.seconds < 0.005:  # else this machine held it up, and readings fall into it
+            break
     assert summary.verdict.status == "invalid"
     assert re.fullmatch(r"ina3221: [01] readings of VDD_IN in 0\.\d s of load", summary.verdict.reasons[0])
 

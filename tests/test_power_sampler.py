@@ -245,7 +245,7 @@ def test_readings_come_before_an_engine_of_real_time_priority(tree):
 def test_readings_on_a_busy_machine(tree):
     hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4 * (os.cpu_count() or 1))]
     try:
-        for _ in range(4):  # the machine itself may stand still
+        for _ in range(10):  # a virtual machine is itself kept waiting now and then
             with PowerSampler("ina3221", 0.1, sys_root=tree) as sampler:
                 time.sleep(3)
             times = [sample.time for sample in sampler.samples]

@@ -19,7 +19,6 @@ _UsageError: Any = typer.BadParameter.__base__
 """What every complaint about arguments is a kind of; Typer does not export it."""
 
 
-STDOUT = 1
 _ORDER = (
     "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "compare", "power", "roofline",
     "evaluate", "parity", "demo", "doctor",
@@ -106,10 +105,13 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
+_STDOUT = 1
+
+
 def _nobody_reads() -> bool:
     """Whether what reads this process's output has ended; other pipes break for other reasons."""
     poll = select.poll()
-    poll.register(STDOUT, 0)
+    poll.register(_STDOUT, 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 

@@ -15,7 +15,6 @@ from cdkd_edge.benchmarks.comparison.ratio import (
     Spread,
     ratio_of,
     spread_of_batches,
-    spread_of_figure,
     spread_of_repeats,
 )
 from cdkd_edge.benchmarks.folder import TimedBatch
@@ -39,8 +38,9 @@ def alike(random: np.random.Generator, series: int, count: int, correlation: flo
 
 
 def ratio_of_repeats(one: Floats, other: Floats) -> Ratio:
-    one, other = list(one), list(other)
-    return ratio_of(np.mean(one), spread_of_repeats(one), np.mean(other), spread_of_repeats(other), "")
+    figures = figure_of(list(one)), figure_of(list(other))
+    spreads = [spread_of_repeats(figure) for figure in figures]
+    return ratio_of(figures[0].mean, spreads[0], figures[1].mean, spreads[1], "")
 
 
 def share_that_holds(truth: float, ratios: list[Ratio]) -> float:
@@ -130,22 +130,20 @@ def test_the_inverse_ratio_has_the_inverse_interval():
 
 def test_a_figure_says_how_far_it_would_move():
     values = [5.2, 5.3, 5.25]
-    plain, known = spread_of_figure(figure_of(values)), spread_of_repeats(values)
+    variance = np.var(values, ddof=1) / len(values) / np.mean(values) ** 2
+    plain, wider = spread_of_repeats(figure_of(values)), spread_of_repeats(figure_of(values, 0.01))
     assert plain
-    assert known
-    assert plain.variance == pytest.approx(known.variance)
-    assert (plain.mean, plain.freedom, plain.basis) == (known.mean, known.freedom, known.basis)
-    wider = spread_of_figure(figure_of(values, 0.01))
     assert wider
-    assert wider.variance == pytest.approx(known.variance + 0.01 / 5.25**2)
-    assert spread_of_figure(figure_of([2.0])) is None
-    assert spread_of_figure(figure_of([-1.0, 0.5])) is None
+    assert plain.variance == pytest.approx(variance)
+    assert (plain.mean, plain.freedom, plain.basis) == (pytest.approx(5.25), 2, "3 repeats")
+    assert wider.variance == pytest.approx(variance + 0.01 / 5.25**2)
 
 
 def test_what_has_no_interval():
-    assert spread_of_repeats([2.0]) is None
-    assert spread_of_repeats([]) is None
-    assert spread_of_repeats([-1.0, 0.5]) is None, "a relative variance needs a mean above zero"
+    assert spread_of_repeats(figure_of([2.0])) is None
+    with pytest.raises(ValueError, match="repeat"):
+        figure_of([])
+    assert spread_of_repeats(figure_of([-1.0, 0.5])) is None, "a relative variance needs a mean above zero"
     assert spread_of_batches(1.0, batches_of(np.ones(MIN_BATCHES - 1))) is None
     assert spread_of_batches(0.0, batches_of(np.ones(MIN_BATCHES))) is None
     assert spread_of_batches(1.0, batches_of(np.zeros(MIN_BATCHES))) is None

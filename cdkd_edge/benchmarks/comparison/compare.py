@@ -14,7 +14,6 @@ from cdkd_edge.benchmarks.comparison.ratio import (
     Spread,
     ratio_of,
     spread_of_batches,
-    spread_of_figure,
     spread_of_repeats,
 )
 from cdkd_edge.benchmarks.comparison.result import (
@@ -205,7 +204,7 @@ def _speed_spread(run: Run) -> tuple[Spread | None, str]:
     """How far the speed would move; why that is not known."""
     rates = _figures(run).tiles_per_second
     if len(rates.values) > 1:
-        return spread_of_repeats(rates.values), "repeats of no speed"
+        return spread_of_repeats(rates), "repeats of no speed"
     batches = [batch for batch in run.tiles if batch.phase == LOAD]
     if len(batches) * run.summary.engine.batch != sum(repeat.tiles for repeat in run.summary.repeats):
         return None, "tiles.csv and summary.json are of different runs"
@@ -227,7 +226,7 @@ def _energy_ratio(run: Run, baseline: Run, quantity: str) -> Ratio | None:
     found: list[Figure] = [getattr(power.rails[power.total], quantity) for power in powers if power and power.total]
     if min(figure.mean for figure in found) <= 0:
         return None  # net of next to nothing: its sign is noise
-    spreads = [spread_of_figure(figure) for figure in found]
+    spreads = [spread_of_repeats(figure) for figure in found]
     return ratio_of(found[0].mean, spreads[0], found[1].mean, spreads[1], ONE_REPEAT)
 
 

@@ -53,17 +53,9 @@ class Ratio:
     """What the interval was taken from; why there is none."""
 
 
-def spread_of_repeats(values: Sequence[float]) -> Spread | None:
-    """Spread of repeats; None with fewer than two, or where their mean is not above zero."""
-    mean = math.fsum(values) / len(values) if values else 0.0
-    if len(values) < 2 or mean <= 0:
-        return None
-    variance = math.fsum((value / mean - 1) ** 2 for value in values) / (len(values) - 1) / len(values)
-    return Spread(mean, variance, len(values) - 1, f"{len(values)} repeats")
-
-
-def spread_of_figure(figure: Figure) -> Spread | None:
-    """The same of a figure's own interval, which knows what its repeats share; None where it has none."""
+def spread_of_repeats(figure: Figure) -> Spread | None:
+    """Spread by a figure's own interval, which knows what its repeats share; None with fewer than two, or where their
+    mean is not above zero."""
     if figure.interval is None or figure.mean <= 0:
         return None
     freedom = len(figure.values) - 1

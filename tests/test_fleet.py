@@ -161,6 +161,8 @@ def test_scenes_of_one_name_in_folders_of_their_own(scenes: list[str], use: Any)
         "maps/other/deep/a_labels.tif",
         *(f"maps/scenes/{name}_labels.tif" for name in "abc"),
     ]
+    with pytest.raises(FleetError, match=r"1 of 2 scenes failed: gone/a\.tif"):
+        segment(["scenes/a.tif", "gone/a.tif"], keep_folders=True)
     with pytest.raises(SceneError, match="two scenes would both become") as caught:
         plan_outputs(["scenes/a.tif", "../scenes/a.tif"], Path("maps"), Path(), keep_folders=True, overwrite=False)
     assert "separately" in str(caught.value.hint)

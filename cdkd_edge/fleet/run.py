@@ -142,7 +142,9 @@ def _require_success(report: FleetReport, errors: Sequence[Exception]) -> None:
         return
     if len(report.jobs) == 1 and errors:
         raise errors[0]
-    names = ", ".join(Path(row.scene).name for row in rows[:_NAMES_SHOWN])
+    short = [Path(job.scene).name for job in report.jobs]
+    unique = len(set(short)) == len(short)
+    names = ", ".join(Path(row.scene).name if unique else row.scene for row in rows[:_NAMES_SHOWN])
     more = f" and {len(rows) - _NAMES_SHOWN} more" if len(rows) > _NAMES_SHOWN else ""
     reason = f": {rows[0].error.message}" if len(report.jobs) == 1 and rows[0].error else f": {names}{more}"
     raise FleetError(

@@ -2,13 +2,13 @@
 
 A :class:`CdkdEdgeError` is an answer, not a bug: the command line prints its message and its hint on
 one line and leaves with its exit code (``--debug`` shows the traceback instead and leaves with 1).
-Anything else that escapes is a bug and always shows its traceback.
+Anything else that escapes is a bug: one line with the path of a log file that holds the traceback.
 
-====  =============================================================
+====  ==================================================================================
 code  meaning
-====  =============================================================
+====  ==================================================================================
 0     success
-1     unexpected failure (a bug; with its traceback)
+1     an installed package is incomplete; under --debug any failure, with its traceback
 2     wrong usage of the command line
 3     the checkpoint cannot be used
 4     the label schema cannot be used
@@ -28,13 +28,27 @@ code  meaning
 18    segment: some scenes of several failed; the others are finished
 19    bench: the run is invalid; or a run's folder cannot be used
 20    compare: the runs cannot be compared, or one is slower than allowed
+70    a fault of cdkd-edge itself; a log file has the traceback
 130   interrupted (128 + signal: 129 hang-up, 143 terminated)
-====  =============================================================
+====  ==================================================================================
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """Text of unknown origin on one line, safe for a terminal and for XML.
+
+    Whatever is not printable becomes a blank: control characters (escape sequences begin with one), surrogates
+    (undecodable file names), characters that turn the direction of writing, code points without a character (U+FFFE).
+
+    Args:
+        text: from a file, a file name, or another program.
+        limit: characters to keep.
+    """
+    return "".join(char if char.isprintable() else " " for char in text).strip()[:limit]
 
 
 class CdkdEdgeError(Exception):
@@ -167,6 +181,12 @@ class BenchError(CdkdEdgeError):
     """A benchmark run is not valid, or its folder cannot be used."""
 
     exit_code = 19
+
+
+class InternalError(CdkdEdgeError):
+    """Something happened that nobody foresaw: a fault of cdkd-edge."""
+
+    exit_code = 70
 
 
 class CompareError(CdkdEdgeError):

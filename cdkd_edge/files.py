@@ -11,55 +11,116 @@ import os
 import re
 import secrets
 import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
-"""Name of a temporary folder."""
+"""Name of a temporary folder. Its process holds a lock on it, which the system releases when the process ends."""
 
 _LOCK_SECONDS = 2.0
 """A folder of folders is locked for milliseconds, unless somebody else uses the lock (``flock FOLDER COMMAND``)."""
 
+SMALL = 16 << 20
+"""Most bytes of a document that is read whole: manifests, schemas, lists, journals."""
+
+_swept: set[Path] = set()
+"""Folders from which this process has removed what killed processes left."""
+
+
+def read_small(path: Path, limit: int = SMALL) -> bytes:
+    """The content of a file that is small if it is what it should be. A pipe is read to its end.
+
+    Raises:
+        OSError: it cannot be read, or is larger than ``limit`` bytes (``EFBIG``).
+    """
+    # Without O_NONBLOCK, a named pipe that nobody writes to would hold the program up for good.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        os.set_blocking(file.fileno(), True)
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit >> 20 or 1} MiB", str(path))
+    return content
+
+
+def read_json(path: Path, limit: int = SMALL) -> Any:
+    """The data of a JSON file.
+
+    Raises:
+        OSError: as from :func:`read_small`.
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    import msgspec
+
+    try:
+        return msgspec.json.decode(read_small(path, limit).removeprefix(b"\xef\xbb\xbf"))
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file of at most 1 MiB.
+
+    Raises:
+        OSError: as from :func:`read_small`.
+        ValueError: it is no TOML, or nested too deeply.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    try:
+        return tomllib.loads(read_small(path, 1 << 20).decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it to ``path`` when the block succeeds.
+    """Yield a temporary path; what the block writes there becomes ``path`` when the block succeeds.
 
-    The suffix is kept, because libraries choose a format by it. The data and the directory entry
+    The temporary file has the same name, in a temporary folder beside ``path``. The data and the directory entry
     are synced before and after the rename, so that a power cut leaves the old file or the new one.
-    On any exception, Ctrl-C included, the temporary file is removed and ``path`` is untouched.
+    On any exception, Ctrl-C included, the temporary file is removed and ``path`` is untouched. A link keeps leading
+    where it leads; a device or a pipe is written to, never replaced.
 
     Raises:
-        OSError: the directory cannot be created or written.
+        OSError: the directory cannot be created or written, or ``path`` is a folder.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
+    if _is_stream(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch, path.name)
+            with open(Path(scratch, path.name), "rb") as source, open(path, "wb") as stream:
+                shutil.copyfileobj(source, stream)
+        return
+    target = Path(os.path.realpath(path))
     try:
-        temporary.touch()  # the system says why it refuses to write there; GDAL and SQLite do not
-        temporary.unlink()
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        folder, lock = _locked_folder(target)
+    except OSError as error:
+        error.filename = str(path)  # the name that the user knows
+        raise
+    temporary = folder / target.name
+    try:
         yield temporary
         _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # a read-only file system refuses that too, and why is told already
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
-            error.filename = str(path)  # the name that the user knows
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary), temporary):
+            error.filename = str(path)
         raise
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove what :func:`whole_file` left beside ``path`` in a process that was killed.
-
-    Whoever calls this knows that nobody is writing ``path`` just now.
-    """
-    pattern = f".{glob.escape(path.stem)}.{'[0-9a-f]' * 8}.part{glob.escape(path.suffix)}*"  # and journals of SQLite
-    for leftover in path.parent.glob(pattern):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -100,7 +161,7 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 def being_made(path: Path) -> bool:
     """Whether :func:`whole_folder` is making this folder now, in any process."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    for part in path.parent.glob(f"{glob.escape(_part_prefix(path))}*.part"):
         try:
             with _opened(part) as descriptor:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,10 +173,10 @@ def being_made(path: Path) -> bool:
 
 
 def remove_abandoned(parent: Path) -> tuple[Path, ...]:
-    """Remove what :func:`whole_folder` left in ``parent`` when its process was killed.
+    """Remove what :func:`whole_file` and :func:`whole_folder` left in ``parent`` when their process was killed.
 
-    A folder in the making is locked by its process, and the lock goes with it. Where folders cannot be locked (NFS),
-    nothing is removed.
+    Both call this, once per process and folder. A folder in the making is locked by its process, and the lock goes
+    with it. Where folders cannot be locked (NFS), nothing is removed.
 
     Returns:
         What was removed.
@@ -148,24 +209,44 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _locked_folder(path: Path, *, new: bool) -> tuple[Path, int]:
-    """A temporary folder beside ``path``, and the open descriptor that locks it."""
+def _locked_folder(path: Path, *, new: bool = False) -> tuple[Path, int]:
+    """A temporary folder beside ``path``, and the open descriptor that locks it.
+
+    Args:
+        path: what is being made.
+        new: refuse where it exists, or another process is making it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        remove_abandoned(path.parent)
     with _opened(path.parent) as parent:
-        _lock(parent)  # one at a time, so that no two make the same
+        _lock(parent)  # one at a time, so that no two make the same, and none is swept before it is locked
         if new:
             _require_new(path)
             if being_made(path):
                 raise FileExistsError(errno.EEXIST, "another process is making it", str(path))
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        temporary = path.with_name(f"{_part_prefix(path)}{secrets.token_hex(4)}.part")
         temporary.mkdir()
         descriptor = os.open(temporary, os.O_RDONLY)
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     return temporary, descriptor
+
+
+def _part_prefix(path: Path) -> str:
+    """How names of temporary folders for ``path`` begin; a name of the greatest length leaves no room for more."""
+    return f".{os.fsdecode(os.fsencode(path.name)[:200])}."
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path leads to a device, a pipe or an open file (``/dev/stdout``): nothing can be renamed to these."""
+    return path.exists() and (
+        not (path.is_file() or path.is_dir()) or os.fspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/self/fd/"))
+    )
 
 
 def _lock(descriptor: int) -> None:

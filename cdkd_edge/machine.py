@@ -12,6 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/cdkd-edge``, by default below ``~/.cache``: all that is written outside a workspace.
+
+    Raises:
+        RuntimeError: there is no home.
+    """
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"
+    return base / "cdkd-edge"
+
+
 @dataclass(frozen=True)
 class Machine:
     """A description of the machine; fields that cannot be read are None."""

@@ -806,6 +806,19 @@ def test_a_scene_whose_name_is_not_utf8(workspace: Path) -> None:
     assert_answer(run("segment", name, "-w", workspace), 10, "scene-")
 
 
+def test_what_nobody_foresaw_is_one_line_and_a_log(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise KeyError("pos\x1b[31m_embed")
+
+    monkeypatch.setattr("cdkd_edge.workspace.Workspace.only_graph", fail)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
+    assert_answer(run("build", "-w", workspace), 70, "fault of cdkd-edge: KeyError: 'pos")
+    (log,) = (workspace / "cache/cdkd-edge/errors").iterdir()
+    assert "only_graph" in log.read_text()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert_answer(run("build", "-w", workspace), 70, "--debug")
+
+
 def test_debug_shows_the_traceback(workspace: Path) -> None:
     result = run("--debug", "segment", "nowhere.tif", "-w", workspace)
     assert result.exit_code == 1

@@ -14,12 +14,13 @@ import pytest
 from test_cli import assert_answer, finish, run, start
 
 from cdkd_edge.board.nvpmodel import NvpMode, default_mode, parse_modes
-from cdkd_edge.board.tree import Text, printable, read
+from cdkd_edge.board.tree import Text, read
 from cdkd_edge.doctor import board, resources, service, software
 from cdkd_edge.doctor.examine import Diagnosis, examine
 from cdkd_edge.doctor.finding import FAIL, OK, WARN, Finding
 from cdkd_edge.doctor.service import User
 from cdkd_edge.doctor.software import Software
+from cdkd_edge.errors import printable
 
 CONF = """\
 # comment
@@ -438,7 +439,9 @@ def test_reading(tmp_path: Path) -> None:
     assert read(tmp_path, "/a/under/a/file").text is None
     assert Text("12 apples").number == 12
     assert Text("").number is Text(None).number is Text("x").number is None
-    assert printable("a\x1b[31m\nb" + "c" * 200).startswith("a [31m b")
+    assert printable("a\x1b[31m\nb" + "c" * 200, 20) == "a [31m b" + "c" * 12
+    assert printable("a\x9b\u202e\udcff\ufffeb") == "a    b"
+    assert printable("[31m\n") == "[31m"
 
 
 # --- the command ------------------------------------------------------------------------------------

@@ -13,7 +13,17 @@ import sys
 import pytest
 
 from cdkd_edge import files
-from cdkd_edge.files import being_made, remove_abandoned, sha256_of, whole_file, whole_folder, write_text
+from cdkd_edge.files import (
+    being_made,
+    read_json,
+    read_small,
+    read_toml,
+    remove_abandoned,
+    sha256_of,
+    whole_file,
+    whole_folder,
+    write_text,
+)
 
 
 def names(folder):
@@ -23,9 +33,8 @@ def names(folder):
 def test_a_file_appears_when_it_is_whole(tmp_path):
     path = tmp_path / "new" / "a.tif"
     with whole_file(path) as temporary:
-        assert temporary.parent == path.parent
-        assert temporary.suffix == ".tif"  # libraries choose a format by it
-        assert temporary.name.startswith(".")
+        assert temporary.parent.parent == path.parent, "on the same file system"
+        assert temporary.name == "a.tif"  # libraries choose a format by the suffix
         temporary.write_bytes(b"whole")
         assert not path.exists()
     assert path.read_bytes() == b"whole"
@@ -44,13 +53,10 @@ def test_a_failure_leaves_the_old_file(tmp_path, error):
 
 
 def test_a_read_only_file_system_is_told_of_by_the_name_that_the_user_knows(tmp_path, monkeypatch):
-    """There even removing what was never written is refused."""
-
     def refused(path, *args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(files.Path, "unlink", refused)
-    monkeypatch.setattr(files.Path, "touch", refused)
+    monkeypatch.setattr(files.Path, "mkdir", refused)
     with pytest.raises(OSError, match="Read-only") as caught:
         write_text(tmp_path / "report.json", "{}")
     assert caught.value.filename == str(tmp_path / "report.json")
@@ -114,6 +120,115 @@ def test_a_failure_leaves_no_parent_that_was_made_for_it(tmp_path):
         (tmp_path / "far/other").touch()
         raise KeyboardInterrupt
     assert names(tmp_path / "far") == ["other"], "what somebody else has put there stays"
+
+
+HALF_A_FILE = """
+import sys, time
+from pathlib import Path
+from cdkd_edge.files import whole_file
+with whole_file(Path(sys.argv[1])) as temporary:
+    temporary.write_bytes(b"half")
+    temporary.with_name(temporary.name + "-journal").write_bytes(b"half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_half_a_file_of_a_killed_process_goes_when_the_next_file_is_written(tmp_path):
+    holders = [
+        subprocess.Popen([sys.executable, "-c", HALF_A_FILE, tmp_path / name], stdout=subprocess.PIPE)
+        for name in ("killed.gpkg", "alive.gpkg")
+    ]
+    (tmp_path / ".mine.0123abcd.part").write_text("a file, not a folder: not ours")
+    try:
+        for holder in holders:
+            assert holder.stdout.readline() == b"ready\n"
+        holders[0].kill()
+        holders[0].wait()
+        subprocess.run(
+            [sys.executable, "-c", "import sys; from cdkd_edge.files import *; write_text(Path(sys.argv[1]), 'x')",
+             tmp_path / "other.txt"], check=True,
+        )  # fmt: skip
+        assert [name.split(".")[1] for name in names(tmp_path) if name.startswith(".")] == ["alive", "mine"]
+        assert (tmp_path / "other.txt").exists()
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+            holder.stdout.close()
+
+
+def test_a_name_of_the_greatest_length(tmp_path):
+    path = tmp_path / ("ä" * 125 + ".json")
+    write_text(path, "{}")
+    with whole_folder(tmp_path / ("x" * 255)):
+        pass
+    assert sorted(map(len, names(tmp_path))) == [130, 255]
+
+
+def test_a_link_goes_on_leading_where_it_leads(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "disk" / "real.json")  # dangling, so far
+    for text in ("one", "two"):
+        write_text(tmp_path / "link.json", text)
+        assert (tmp_path / "link.json").is_symlink()
+        assert (tmp_path / "disk" / "real.json").read_text() == text
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_text(tmp_path / "loop", "x")
+    assert names(tmp_path) == ["disk", "link.json", "loop"]
+
+
+def test_devices_and_pipes_are_written_to_and_stay(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE) as reader:
+        write_text(fifo, "through")
+        assert reader.stdout.read() == b"through"
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+    with pytest.raises(OSError, match="No space"):
+        write_text(files.Path("/dev/full"), "x")
+    assert stat.S_ISCHR(files.Path("/dev/full").stat().st_mode)
+    with open(tmp_path / "out", "wb") as out:
+        write = "from cdkd_edge.files import *; write_text(Path('/dev/stdout'), 'a'); print('b')"
+        subprocess.run([sys.executable, "-c", write], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() in ("b\n", "ab\n"), "the stream stays open"
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path, "x")
+    assert names(tmp_path) == ["fifo", "out"]
+
+
+def test_documents_are_bounded(tmp_path):
+    path = tmp_path / "a"
+    with pytest.raises(OSError, match="larger than 16 MiB"):
+        read_small(files.Path("/dev/zero"))
+    os.mkfifo(tmp_path / "fifo")
+    assert read_small(tmp_path / "fifo") == b"", "no writer: no waiting"
+    path.write_bytes(b"12345")
+    assert read_small(path, 5) == b"12345"
+    with pytest.raises(OSError, match="larger"):
+        read_small(path, 4)
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff", b"[" * 100_000, b'{"a": NaN}', b""])
+def test_what_is_no_json_is_a_value_error(tmp_path, text):
+    (tmp_path / "a").write_bytes(text)
+    with pytest.raises(ValueError, match=r"\S"):
+        read_json(tmp_path / "a")
+
+
+@pytest.mark.parametrize("text", [b"a = [", b"a = '\xff'", b"a = " + b"[" * 100_000, b"a = 1\na = 2"])
+def test_what_is_no_toml_is_a_value_error(tmp_path, text):
+    (tmp_path / "a").write_bytes(text)
+    with pytest.raises(ValueError, match=r"\S"):
+        read_toml(tmp_path / "a")
+
+
+def test_documents_are_read(tmp_path):
+    (tmp_path / "a").write_bytes(b'\xef\xbb\xbf{"a": [1, "\xc3\xa4"]}')
+    assert read_json(tmp_path / "a") == {"a": [1, "ä"]}
+    (tmp_path / "a").write_text("[t]\nx = 1")
+    assert read_toml(tmp_path / "a") == {"t": {"x": 1}}
 
 
 HOLDS = """

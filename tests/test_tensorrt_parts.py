@@ -292,7 +292,7 @@ def test_where_timings_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert path == tmp_path / "cdkd-edge" / "timing" / "tensorrt-10.3.0-NVIDIA_Orin_ü_nvgpu_-sm87.cache"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
-    assert timing.cache_folder() == tmp_path / "me" / ".cache" / "cdkd-edge" / "timing"
+    assert timing.cache_folder() == tmp_path / "me" / ".cache" / "cdkd-edge"
 
 
 def test_different_devices_and_releases_have_different_files(tmp_path: Path) -> None:

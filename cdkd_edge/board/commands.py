@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cdkd_edge.board.tree import printable
-from cdkd_edge.errors import BoardError
+from cdkd_edge.errors import BoardError, printable
 
 TIMEOUT = 30.0
 """Seconds; on a board the tools take one or two."""

@@ -21,6 +21,7 @@ from typing import Any
 from cdkd_edge.board.identity import SYS_CPU, mode_of, read_modes
 from cdkd_edge.board.jetson import current_mode, gpu_folder
 from cdkd_edge.board.tree import resolve
+from cdkd_edge.errors import printable
 
 _MOST_CPUS = 16
 """CPUs whose clocks are read: on old x86 kernels each reading may wait 10 ms."""
@@ -161,7 +162,7 @@ def _number(path: Path, scale: float = 1.0) -> float | None:
 
 def _name(path: Path) -> str:
     try:
-        return "".join(filter(str.isprintable, path.read_text(errors="replace"))).strip()[:60]
+        return printable(path.read_text(errors="replace"), 60)
     except OSError:
         return ""
 

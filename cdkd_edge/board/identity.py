@@ -16,7 +16,8 @@ from cdkd_edge.board.jetson import (
     jetson_linux,
 )
 from cdkd_edge.board.nvpmodel import CONFIG, PowerMode, parse_modes
-from cdkd_edge.board.tree import printable, read
+from cdkd_edge.board.tree import read
+from cdkd_edge.errors import printable
 
 SYS_CPU = "sys/devices/system/cpu"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cdkd_edge.board.tree import printable, read, resolve
+from cdkd_edge.board.tree import read, resolve
+from cdkd_edge.errors import printable
 
 MODEL = "/proc/device-tree/model"
 RELEASE = "/etc/nv_tegra_release"

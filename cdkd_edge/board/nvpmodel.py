@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from cdkd_edge.errors import printable
+
 CONFIG = "/etc/nvpmodel.conf"
 _MODE = re.compile(r"^<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>\s*$")
 _DEFAULT = re.compile(r"^<\s*PM_CONFIG\s+DEFAULT=(\d+)\s*>", re.MULTILINE)
@@ -45,7 +47,7 @@ def parse_modes(text: str) -> list[NvpMode]:
         words = line.split()
         match = _MODE.match(line)
         if match:
-            modes.append(NvpMode(int(match[1]), "".join(filter(str.isprintable, match[2])), None, None))
+            modes.append(NvpMode(int(match[1]), printable(match[2]), None, None))
         elif modes and len(words) == 3 and re.fullmatch(r"-?\d+", words[2]):
             last, value = modes[-1], int(words[2])
             if words[:2] == ["GPU", "MAX_FREQ"]:

@@ -43,8 +43,3 @@ def resolve(root: Path, path: str) -> Path:
         target = place.readlink()
         place = root / str(target).lstrip("/") if target.is_absolute() else place.parent / target
     return place
-
-
-def printable(text: str, limit: int = 120) -> str:
-    """A text from a file on one line, without what would steer a terminal."""
-    return "".join(char if char.isprintable() else " " for char in text).strip()[:limit]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from cdkd_edge.errors import printable
 from cdkd_edge.files import whole_file
 
 KIND_COLORS = (
@@ -125,7 +126,7 @@ def _legend_rows(kinds: Sequence[tuple[int, str]], width: int) -> list[list[tupl
 
 def _fitting(text: str, width: int, size: int) -> str:
     """The text, its middle left out where it is too long: names differ at both ends."""
-    text = "".join(char if char.isprintable() else " " for char in text)
+    text = printable(text)
     font = _font(size)
     if font.getlength(text) <= width:
         return text

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from cdkd_edge import __version__
-from cdkd_edge.errors import CdkdEdgeError, SystemRefusalError, UsageError
+from cdkd_edge.errors import CdkdEdgeError, InternalError, SystemRefusalError, UsageError, printable
 from cdkd_edge.interrupts import end_on_signals
 
 _UsageError: Any = typer.BadParameter.__base__
 """What every complaint about arguments is a kind of; Typer does not export it."""
+
+_ClickException: Any = _UsageError.__base__
 
 
 _ORDER = (
@@ -27,30 +31,34 @@ _ORDER = (
 
 
 class _AnsweringGroup(TyperGroup):
-    """Turns errors into one line and an exit code; tracebacks only for bugs, or with ``--debug``."""
+    """Turns errors into one line and an exit code; tracebacks only with ``--debug``."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=_ORDER.index)
 
     def make_context(self, *arguments: Any, **extra: Any) -> Any:
-        try:
+        with _answers():
             return super().make_context(*arguments, **extra)
-        except _UsageError as error:
-            _fail_usage(error)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _answers(debug=ctx.params.get("debug", False)):
             return super().invoke(ctx)
-        except _UsageError as error:
-            _fail_usage(error)
-        except (CdkdEdgeError, OSError, MemoryError, ModuleNotFoundError) as error:
-            if ctx.params.get("debug") or (isinstance(error, BrokenPipeError) and _nobody_reads()):
-                raise  # a broken pipe of `| head` ends a command without a word: click does that
-            _fail(_as_answer(error))
-        except RuntimeError as error:
-            if "allocate memory" not in str(error) or ctx.params.get("debug"):  # torch's way to say MemoryError
-                raise
-            _fail(_as_answer(MemoryError()))
+
+
+@contextlib.contextmanager
+def _answers(*, debug: bool = False) -> Iterator[None]:
+    """Let a command end with one line and an exit code, whatever went wrong in the block."""
+    try:
+        yield
+    except _UsageError as error:
+        _fail_usage(error)
+    except (_ClickException, typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        # A broken pipe of `| head` ends a command without a word: click does that.
+        if debug or (isinstance(error, BrokenPipeError) and _nobody_reads()):
+            raise
+        _fail(_as_answer(error))
 
 
 app = typer.Typer(
@@ -115,21 +123,43 @@ def _nobody_reads() -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-def _as_answer(error: BaseException) -> CdkdEdgeError:
+def _as_answer(error: Exception) -> CdkdEdgeError:
     if isinstance(error, CdkdEdgeError):
         return error
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return SystemRefusalError(f"{where}{error.strerror or error}")
-    if isinstance(error, MemoryError):
+    torch_refused = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    if isinstance(error, MemoryError) or torch_refused:
         return SystemRefusalError("out of memory")
-    return CdkdEdgeError(f"{error}", hint="an installed package is incomplete; reinstall cdkd-edge")
+    if isinstance(error, ModuleNotFoundError):
+        return CdkdEdgeError(f"{error}", hint="an installed package is incomplete; reinstall cdkd-edge")
+    return _as_fault(error)
+
+
+def _as_fault(error: Exception) -> CdkdEdgeError:
+    """The answer to an error that nobody foresaw; its traceback is written to a log file in our cache."""
+    import datetime
+    import platform
+    import traceback
+
+    from cdkd_edge.files import write_text
+    from cdkd_edge.machine import cache_folder
+
+    reason = f"{type(error).__name__}: {error}"
+    about = f"cdkd-edge {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    text = "\n".join([about, repr(sys.argv), *traceback.format_exception(error)])
+    try:
+        log = cache_folder() / "errors" / f"{datetime.datetime.now():%Y%m%dT%H%M%S}-{os.getpid()}.log"
+        write_text(log, text.encode("utf-8", "backslashreplace").decode())
+        hint = f"please report it; the traceback is in {log}"
+    except (OSError, RuntimeError):  # no home, or no room in it
+        hint = "please report it, with the traceback that --debug shows"
+    return InternalError(f"this is a fault of cdkd-edge: {printable(reason, 300)}", hint=hint)
 
 
 def _fail(error: CdkdEdgeError) -> NoReturn:
-    text = f"{error.message} — {error.hint}" if error.hint else error.message
-    # File names and messages from inside files must not steer the terminal.
-    text = "".join(char if char.isprintable() else " " for char in text)
+    text = printable(f"{error.message} — {error.hint}" if error.hint else error.message)
     typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)
     raise typer.Exit(error.exit_code)
 

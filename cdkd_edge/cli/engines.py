@@ -11,6 +11,7 @@ import typer
 from cdkd_edge.cli.app import app
 from cdkd_edge.cli.helpers import show, steps, workspace_at
 from cdkd_edge.cli.options import JsonOption, SchemaOption, WorkspaceOption
+from cdkd_edge.errors import printable
 
 _PANEL = "TensorRT"
 _GRAPH = "Making the FP16 or INT8 graph"
@@ -212,7 +213,7 @@ def inspect(
 def _tell(severity: str, text: str) -> None:
     """A line of TensorRT's log, without what would steer the terminal."""
     for line in text.splitlines():
-        typer.echo(f"{severity}: " + "".join(char if char.isprintable() else " " for char in line), err=True)
+        typer.echo(f"{severity}: " + printable(line), err=True)
 
 
 def _ignore(severity: str, text: str) -> None:

@@ -18,9 +18,9 @@ from cdkd_edge.board.jetson import (
 )
 from cdkd_edge.board.modes import pending_restore
 from cdkd_edge.board.nvpmodel import CONFIG, NvpMode, default_mode, parse_modes
-from cdkd_edge.board.tree import Text, printable, read
+from cdkd_edge.board.tree import Text, read
 from cdkd_edge.doctor.finding import FAIL, OK, WARN, Finding
-from cdkd_edge.errors import BoardError
+from cdkd_edge.errors import BoardError, printable
 
 JETPACK_HINT = "flash JetPack 6.1 or newer (NVIDIA SDK Manager): it has TensorRT 10.3"
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdkd_edge.board.jetson import MODEL, is_jetson, jetson_linux
-from cdkd_edge.board.tree import printable, read, resolve
+from cdkd_edge.board.tree import read, resolve
 from cdkd_edge.doctor.finding import OK, WARN, Finding
 from cdkd_edge.doctor.software import Software
+from cdkd_edge.errors import printable
 
 SOCKET = "/run/jtop.sock"
 _MANAGED = 38

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from cdkd_edge.board.jetson import is_jetson, jetson_linux
-from cdkd_edge.board.tree import printable, read
+from cdkd_edge.board.tree import read
 from cdkd_edge.doctor.finding import FAIL, OK, WARN, Finding
+from cdkd_edge.errors import printable
 
 NEEDED: Mapping[str, tuple[int, ...]] = {
     "msgspec": (0, 18), "numpy": (1, 26), "onnx": (1, 16), "onnxruntime": (1, 20), "pillow": (10, 1),

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import SceneError
-from cdkd_edge.files import remove_leftovers
 from cdkd_edge.maps import products as maps
 from cdkd_edge.maps.stac import Provenance, parse_when
 from cdkd_edge.maps.stac_assets import complete_item
@@ -141,8 +140,6 @@ def _alone_with(output: Path, products: Collection[Path]) -> Iterator[None]:
         except OSError:  # a file system without locks: then nobody knows what is in use
             yield
             return
-        for path in products:
-            remove_leftovers(path)
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from cdkd_edge.board.tree import printable
+from cdkd_edge.errors import printable
 from cdkd_edge.report.table import Listing, Report
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from cdkd_edge.errors import printable
 from cdkd_edge.fleet.crew import Listener
 from cdkd_edge.fleet.jobs import DONE, FAILED, JobReport
 from cdkd_edge.interrupts import check
@@ -121,7 +122,7 @@ class FleetLines(Listener):
 
     def _print(self, text: str, console: Console) -> None:
         # File names and messages from inside files must not steer the terminal.
-        shown = "".join(char if char.isprintable() else " " for char in text)
+        shown = printable(text)
         console.print(Text(shown), soft_wrap=True)
 
     def _show(self) -> None:

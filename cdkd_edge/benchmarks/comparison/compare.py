@@ -29,7 +29,7 @@ from cdkd_edge.benchmarks.comparison.scores import Score, scores_by_engine
 from cdkd_edge.benchmarks.folder import SUMMARY, Run, read_run
 from cdkd_edge.benchmarks.record import LOAD, Figures
 from cdkd_edge.benchmarks.statistics import Figure
-from cdkd_edge.errors import CompareError, UsageError
+from cdkd_edge.errors import CompareError, UsageError, printable
 
 METHOD = (
     "95 %; ratio of two independent means on its logarithm, Welch's degrees of freedom; over repeats, or over "
@@ -101,7 +101,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
         f"{name} ({chosen[:index].count(name) + 1})" if name in chosen[:index] else name
         for index, name in enumerate(chosen)
     ]
-    return ["".join(char if char.isprintable() else " " for char in name) for name in chosen]
+    return [printable(name) for name in chosen]
 
 
 def _require_figures(name: str, run: Run) -> None:

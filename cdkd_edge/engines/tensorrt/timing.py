@@ -18,22 +18,16 @@ from typing import TYPE_CHECKING
 from cdkd_edge.engines.tensorrt.api import TENSORRT_RTX, TensorRT
 from cdkd_edge.engines.tensorrt.device import Gpu, NoGpu
 from cdkd_edge.files import whole_file
+from cdkd_edge.machine import cache_folder
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
 
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/cdkd-edge/timing``, by default below ``~/.cache``."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"
-    return base / "cdkd-edge" / "timing"
-
-
 def cache_path(kind: str, version: str, gpu: Gpu, folder: Path | None = None) -> Path:
     """The file for a TensorRT and a GPU: timings of others do not apply."""
     name = f"{kind}-{version}-{gpu.name}-sm{gpu.compute_capability.replace('.', '')}"
-    return (folder or cache_folder()) / (re.sub(r"[^\w.-]+", "_", name) + ".cache")
+    return (folder or cache_folder() / "timing") / (re.sub(r"[^\w.-]+", "_", name) + ".cache")
 
 
 def read_cache(path: Path) -> bytes:

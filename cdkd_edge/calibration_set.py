@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from cdkd_edge import __version__
 from cdkd_edge.errors import ManifestError
-from cdkd_edge.files import sha256_of, write_text
+from cdkd_edge.files import read_json, sha256_of, write_text
 
 SET_VERSION = 1
 SET_FILE = "set.json"
@@ -187,11 +187,9 @@ def pixels_sha256(tile: npt.NDArray[np.uint8]) -> str:
 
 def is_calibration_set(folder: Path) -> bool:
     """Whether a folder holds a set of any version, by the kind that its ``set.json`` names."""
-    import msgspec
-
     try:
-        document = msgspec.json.decode((folder / SET_FILE).read_bytes())
-    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError):
+        document = read_json(folder / SET_FILE)
+    except (OSError, ValueError):
         return False
     return isinstance(document, dict) and document.get("kind") == SET_KIND
 
@@ -222,13 +220,13 @@ def read_set_manifest(folder: Path) -> SetManifest:
 
     path = folder / SET_FILE
     try:
-        document = msgspec.json.decode(path.read_bytes())
+        document = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         what = "has no set.json" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
         raise ManifestError(
             f"calibration set {folder} {what}", hint="make one: cdkd-edge calibrate SCENES... -o FOLDER"
         ) from None
-    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ManifestError(f"{path} cannot be read: {error}") from None
     if not isinstance(document, dict) or document.pop("kind", None) != SET_KIND:
         raise ManifestError(f"{path} is not the manifest of a calibration set")

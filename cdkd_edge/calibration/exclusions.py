@@ -23,7 +23,7 @@ from pathlib import Path
 from cdkd_edge.calibration.scenes import expand
 from cdkd_edge.calibration_set import SET_FILE, is_calibration_set, read_set_manifest
 from cdkd_edge.errors import DatasetError
-from cdkd_edge.files import sha256_of
+from cdkd_edge.files import read_small, sha256_of
 from cdkd_edge.scene.find import RASTER_SUFFIXES
 
 Window = tuple[int, int, int, int]
@@ -129,11 +129,11 @@ class Exclusions:
 
     def _add_list(self, file: Path) -> None:
         try:
-            lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+            text = read_small(file).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise DatasetError(f"list {file} cannot be read: {reason}") from None
-        entries = list(filter(None, lines))
+        entries = [entry for line in text.splitlines() if (entry := line.partition("#")[0].strip())]
         if not entries:
             raise DatasetError(f"list {file} names no image")
         for entry in entries:

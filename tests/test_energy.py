@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdkd_edge.power.energy import load_energy, rail_energy
+from cdkd_edge.power.energy import bound_holds, load_energy, rail_energy
 from cdkd_edge.power.protocol import JOULES, WATTS, Sample, SourceInfo
 from cdkd_edge.power.trace import Phase, Trace
 
@@ -219,3 +220,12 @@ def test_what_lies_far_from_a_window_changes_nothing(seed, quantity):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trace, "around", lambda self, *window: self)
         assert found == rail_energy(trace, "rail", start, stop)
+
+
+def test_a_bound_says_for_which_loads_it_holds():
+    """A square in step with regular readings looks constant: its bound is 0 J, and names what it takes for granted."""
+    regular = trace_of(steady(10, 9.0))
+    assert rail_energy(regular, "rail", 100, 110).bound == 0
+    assert bound_holds(regular.source).startswith("only if power between two readings stays between them")
+    assert "any load" in bound_holds(trace_of(steady(1, 9.0), JOULES).source)
+    assert "random" in bound_holds(replace(regular.source, random_moments=True))

@@ -102,7 +102,7 @@ def test_energy_of_a_known_pattern(board, source):
 
 
 def ripple_errors(board, hertz, shape, seconds):
-    """Per source, what is wrong with the energy of a ripple, both sampling it at the same time."""
+    """Per source, what is wrong with the energy of a ripple and its bound, as shares; both sample it at once."""
     with sampler_on(board, "jtop") as jtop, sampler_on(board, "ina3221") as ina3221:
         ripple = Ripple(board, hertz, shape, seconds + 1)
         ripple.start()
@@ -113,22 +113,27 @@ def ripple_errors(board, hertz, shape, seconds):
         ripple.join()
     truth = ripple.joules(start, stop)
     energies = {one.source: rail_energy(one.trace(), "VDD_IN", start, stop) for one in (jtop, ina3221)}
-    return {source: energy.watts * (stop - start) / truth - 1 for source, energy in energies.items()}
+    return {
+        source: (energy.watts * (stop - start) / truth - 1, energy.bound / truth) for source, energy in energies.items()
+    }
 
 
 def assert_ripple(board, hertz, shape, seconds):
-    """INA3221 within 1.5 per cent. Readings in step with the ripple are tens of per cent off, every time; readings that
-    a busy machine delays at random are so by chance, and once more is enough."""
+    """INA3221 within its bound, of a few per cent. (A busy machine delays the ripple and the readings alike: then once
+    more is enough.)"""
     for _ in range(3):
         errors = ripple_errors(board, hertz, shape, seconds)
-        print(f"{hertz} Hz, {shape}: " + ", ".join(f"{source} {error:+.2%}" for source, error in errors.items()))
-        if abs(errors["ina3221"]) < 0.015:
+        print(f"{hertz} Hz, {shape}: " + ", ".join(f"{name} {off:+.2%} ({b:.2%})" for name, (off, b) in errors.items()))
+        error, bound = errors["ina3221"]
+        if abs(error) < bound < 0.08:
             return
-    pytest.fail(f"INA3221 is off by {errors['ina3221']:+.1%}")
+    pytest.fail(f"INA3221 is off by {error:+.1%}, its bound is {bound:.1%}")
 
 
 def test_a_ripple_in_step_with_ten_readings_a_second(board):
     """Up to 40 per cent would be wrong if readings fell on one phase of it."""
+    # 40 Hz is the rate of the readings themselves.
+    assert_ripple(board, 40, "square", 10)
     assert_ripple(board, 10, "square", 10)
     # Of jtop, whose readings a busy machine delays, test_power_sources.py tests what interval it is asked for.
 

@@ -252,14 +252,14 @@ def test_readings_on_a_busy_machine(tree):
             steps = [second - first for first, second in itertools.pairwise(times)]
             usual, worst = 1e3 * statistics.median(steps), 1e3 * max(steps)
             print(f"{len(steps)} readings in 3 s, every {usual:.1f} ms, at most {worst:.1f} ms apart")
-            if worst < 30 or not may_hurry():
+            if worst < 55 or not may_hurry():  # at random within steps of 25 ms
                 break
     finally:
         for hog in hogs:
             hog.kill()
             hog.wait()
-    assert worst < 30 or not may_hurry()
-    assert usual == pytest.approx(23.8, rel=0.1)
+    assert worst < 55 or not may_hurry()
+    assert usual == pytest.approx(25, rel=0.25)
 
 
 def test_a_frozen_process_can_be_stopped(tree):

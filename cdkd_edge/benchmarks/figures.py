@@ -17,7 +17,7 @@ from cdkd_edge.benchmarks.record import (
     Span,
 )
 from cdkd_edge.benchmarks.statistics import figure_of, latency_of, variance_hidden_by_sharing
-from cdkd_edge.power.energy import RailEnergy, rail_energy
+from cdkd_edge.power.energy import RailEnergy, bound_holds, rail_energy
 from cdkd_edge.power.trace import Trace
 
 LEAST_READINGS = 2
@@ -154,4 +154,5 @@ def _power(repeats: tuple[Repeat, ...], course: Course, megapixels: float, trace
         gaps=len(gaps),
         gap_seconds=sum(gap.seconds for gap in gaps),
         problems=tuple(problem.message for problem in trace.problems),
+        bound_holds=bound_holds(source),
     )

@@ -22,7 +22,7 @@ def reserve_room(folder: Path, protocol: Protocol) -> None:
         OSError: there is not so much.
     """
     seconds = protocol.repeats * (protocol.load_seconds + protocol.warm_up_cap_seconds + protocol.idle_seconds)
-    # 42 readings of 60 bytes and 30 tiles of 40 bytes a second, the pictures and the page.
+    # 40 readings of 60 bytes and 30 tiles of 40 bytes a second, the pictures and the page.
     size = int(4e6 + seconds * 4000)
     with open(folder / RESERVED, "wb") as file:
         try:

@@ -87,7 +87,8 @@ class RailRepeat:
     covered: float
     """Share of the worst-covered of the three phases that lies between readings, 0..1."""
     bound_joules: float
-    """By how much ``load_joules`` may be wrong through sampling (:mod:`cdkd_edge.power.energy`)."""
+    """By how much ``load_joules`` may be wrong through sampling (:mod:`cdkd_edge.power.energy`), for the loads that
+    ``figures.power.bound_holds`` names."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ class PowerFigures:
     gap_seconds: float
     problems: tuple[str, ...]
     """That the sampling met; it may have got over them."""
+    bound_holds: str = ""
+    """For which loads ``bound_joules`` of the repeats holds, and what it takes for granted; empty: not recorded."""
 
 
 @dataclass(frozen=True)

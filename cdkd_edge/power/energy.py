@@ -8,21 +8,28 @@ reading so close to an edge that it may belong to either side counts for none. A
 is not covered, and joules are those of the covered time. A counter's joules are differences of its readings; at the
 edges its step goes on at the pace of the step inside. A gap within a counter loses nothing.
 
-``bound`` says by how much the joules of the covered time may be wrong,
+``bound`` says by how much the joules of the covered time may be wrong through sampling, and :func:`bound_holds` for
+which loads. Between two readings of watts a load may do anything, so without an assumption there is no bound:
 
-    sum over steps of  1/2 dt |P2 - P1|  +  u |P2 - P1|
+- Watts at regular moments: the sum over steps of 1/2 dt |P2 - P1|. It holds if power between two readings stays between
+  them. A load that changes in step with the readings looks constant, and is wrong by any amount.
+- Watts at moments drawn at random, one in every step: the sum is a random sample of the load, whatever the load does,
+  and its error is known from the scatter of the readings. Three times the root of the sum of 1/2 (dt |P2 - P1|)^2, to
+  which one more change as large as the largest is added for what was missed: 99 % confidence. (Neighbours differ at
+  least as much as readings within one step would.)
+- A counter adds up between its readings by itself: only the steps that the edges cut count, for any load.
 
-``u`` being the larger uncertainty of the two moments, and at the edges dt |P2 - P1|. It holds if power between two
-readings stays between them. It says nothing about changes faster than the sampling, nor about the sensor's own
-accuracy.
+At the edges of watts dt |P2 - P1| is added; there and between regular readings u |P2 - P1|, ``u`` being the larger
+uncertainty of the two moments. The sensor's own accuracy is in none of them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cdkd_edge.power.protocol import WATTS
+from cdkd_edge.power.protocol import WATTS, SourceInfo
 from cdkd_edge.power.trace import Gap, Phase, Trace
 
 Series = list[tuple[float, float, float]]
@@ -41,7 +48,7 @@ class RailEnergy:
     covered: float
     """Seconds of it that lie between readings."""
     bound: float
-    """Joules; see the module."""
+    """Joules; see the module, and :func:`bound_holds`."""
     readings: int
     """That lie in the window."""
     gaps: tuple[Gap, ...]
@@ -109,7 +116,8 @@ def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnerg
         if index not in inner or (abs(t - start) >= u and abs(t - stop) >= u)
     ]
     if trace.source.quantity == WATTS:
-        joules, covered, bound = _of_watts(clear, start, stop, trace.longest_step)
+        longest, random = trace.longest_step, trace.source.random_moments
+        joules, covered, bound = _of_watts(clear, start, stop, longest, random)
     else:
         joules, covered, bound = _of_counter(clear, start, stop)
     if covered <= 0:
@@ -118,9 +126,25 @@ def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnerg
     return RailEnergy(rail, joules, stop - start, covered, bound, readings, trace.gaps(rail, start, stop))
 
 
-def _of_watts(series: Series, start: float, stop: float, longest: float) -> tuple[float, float, float]:
+def bound_holds(source: SourceInfo) -> str:
+    """For which loads the bound on joules of a source holds, as a sentence."""
+    if source.quantity != WATTS:
+        return "for any load: the counter adds up between readings by itself"
+    if source.random_moments:
+        return (
+            "with 99 % confidence for any load: every reading is taken at a random moment (peaks that last for less "
+            "than three readings in all can be missed)"
+        )
+    return (
+        "only if power between two readings stays between them: a load that changes in step with the readings, or up "
+        "and down between two of them, can be off by more"
+    )
+
+
+def _of_watts(series: Series, start: float, stop: float, longest: float, random: bool) -> tuple[float, float, float]:
     """Joules, covered seconds, bound."""
     joules = covered = bound = 0.0
+    scatter = largest = 0.0  # J^2
     for (t1, p1, u1), (t2, p2, u2) in pairwise(series):
         begin, end, step = max(t1, start), min(t2, stop), t2 - t1
         if end <= begin or not 0 < step <= longest:
@@ -135,8 +159,12 @@ def _of_watts(series: Series, start: float, stop: float, longest: float) -> tupl
         inside = t1 >= start and t2 < stop
         joules += watts * seconds
         covered += seconds
-        bound += change * (seconds * (0.5 if inside else 1) + max(u1, u2))
-    return joules, covered, bound
+        if not inside or not random:
+            bound += change * (seconds * (0.5 if inside else 1) + max(u1, u2))
+        else:
+            scatter += (change * seconds) ** 2 / 2
+            largest = max(largest, (change * seconds) ** 2)
+    return joules, covered, bound + 3 * math.sqrt(scatter + largest)
 
 
 def _of_counter(series: Series, start: float, stop: float) -> tuple[float, float, float]:

@@ -22,10 +22,10 @@ SOURCES = ("jtop", "ina3221", "nvml", "rapl")
 """In the order in which they are tried."""
 
 UNROUND = 0.953
-"""Times the interval asked for, watts are read. Readings in step with a ripple of the load see one phase of it, and
-their mean is wrong by up to its amplitude. What ripples comes from timers and regulators, in round numbers of hertz; at
-this rate (10.49 Hz for 10) the phases of all their multiples pass by within seconds. A ripple of just this rate, or a
-multiple, still does not show."""
+"""jtop is asked for readings of watts in this share of the interval. Readings in step with a ripple of the load see one
+phase of it, and their mean is wrong by up to its amplitude. What ripples comes from timers and regulators, in round
+numbers of hertz; at this rate (10.49 Hz for 10) the phases of all their multiples pass by within seconds. A ripple of
+just this rate, or a multiple, still does not show: only moments drawn at random are in step with nothing."""
 
 
 class UnusableSourceError(Exception):
@@ -60,6 +60,8 @@ class SourceInfo:
     """Seconds between readings that were asked for; watts may be read more often."""
     source_interval: float | None = None
     """Seconds between the source's own updates, where it says so."""
+    random_moments: bool = False
+    """Whether each reading is taken at a moment drawn at random within its step."""
     notes: tuple[str, ...] = ()
 
     @property

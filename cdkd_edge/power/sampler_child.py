@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import sys
 import threading
 import time
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from cdkd_edge.power.protocol import (
-    UNROUND,
     WATTS,
     LostSourceError,
     Reader,
@@ -37,9 +37,11 @@ OVERSAMPLING = 4
 
 
 class PolledStream:
-    """A reader, read at regular times. Times that have passed are not made up for.
+    """A reader, read once in every step of time. Steps that have passed are not made up for.
 
-    Watts are read more often than asked for and never in step with a round frequency: see ``UNROUND``.
+    A counter is read at regular moments. Watts are read more often than asked for, each time at a moment drawn at
+    random within the step: no load is in step with that, so that what the readings miss can be told from their scatter
+    (:mod:`cdkd_edge.power.energy`).
     """
 
     def __init__(self, reader: Reader, interval: float) -> None:
@@ -49,7 +51,8 @@ class PolledStream:
             UnusableSourceError: it failed.
         """
         self._reader = reader
-        self._step = interval * UNROUND / OVERSAMPLING if reader.quantity == WATTS else interval
+        self._random = reader.quantity == WATTS
+        self._step = interval / OVERSAMPLING if self._random else interval
         self._due = time.monotonic()
         self._failing_since: float | None = None
         first = self._read()
@@ -64,10 +67,11 @@ class PolledStream:
             rails=tuple(first.values),
             total=reader.total,
             interval=interval,
+            random_moments=self._random,
         )
 
     def next(self, timeout: float) -> Sample | str | None:
-        """Wait for the next due time and read; the reading that it was tried with comes first.
+        """Wait for the next moment and read; the reading that it was tried with comes first.
 
         Raises:
             LostSourceError: nothing could be read for ``PATIENCE`` seconds.
@@ -79,7 +83,8 @@ class PolledStream:
         self._due += self._step
         if self._due < now:  # late: the times that have passed stay without a reading
             self._due += self._step * ((now - self._due) // self._step + 1)
-        time.sleep(max(0.0, self._due - now))
+        moment = self._due + (random.random() * self._step if self._random else 0.0)
+        time.sleep(max(0.0, moment - now))
         answer = self._read()
         if isinstance(answer, Sample):
             self._failing_since = None

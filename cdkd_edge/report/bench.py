@@ -56,7 +56,7 @@ def bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
             "latency",
             f"p50 {latency.p50:.1f}, p90 {latency.p90:.1f}, p99 {latency.p99:.1f} ms over {latency.samples} runs",
         ),
-        *_power_rows(figures),
+        *_power_rows(summary, figures),
         *_scene_rows(summary),
         *_bound_rows(summary),
         ("peak memory", f"{summary.peak_memory_bytes / 1e6:.0f} MB"),
@@ -86,7 +86,7 @@ def _decimals(value: float) -> int:
     return 2 if abs(value) < 1e-4 else max(2, 2 - math.floor(math.log10(abs(value))))
 
 
-def _power_rows(figures: Figures) -> list[tuple[str, str]]:
+def _power_rows(summary: BenchSummary, figures: Figures) -> list[tuple[str, str]]:
     power = figures.power
     if power is None:
         return [("power", f"not measured: {figures.power_reason}")]
@@ -103,6 +103,14 @@ def _power_rows(figures: Figures) -> list[tuple[str, str]]:
         )
     gaps = f", {power.gaps} gaps of {power.gap_seconds:.1f} s together" if power.gaps else ", no gap"
     rows.append(("", f"{power.source}: {power.covers}; {power.readings_per_second:.1f} readings/s{gaps}"))
+    rail = power.total or next(iter(power.rails))
+    shares = [
+        one.rails[rail].bound_joules / one.rails[rail].load_joules
+        for one in summary.repeats
+        if one.rails and one.rails[rail].load_joules > 0
+    ]
+    if shares and power.bound_holds:
+        rows.append(("", f"load joules of {rail} within {100 * max(shares):.2g} %, {power.bound_holds}"))
     return rows
 
 

@@ -33,6 +33,8 @@ def protocol(summary: BenchSummary) -> Html:
     if power:
         sampled = f"Power: {power.source}, {number(power.readings_per_second, 3)} readings/s; {power.late} late, "
         sampled += f"{power.gaps} gaps of {power.gap_seconds:.1f} s in all. Missing readings are not filled in."
+        if power.bound_holds:
+            sampled += f" The sampling's bound on joules (±, under Repeats) holds {power.bound_holds}."
         parts.append(tag("p", sampled))
         if power.problems:
             parts += [tag("p", "Met while sampling:"), bullets(power.problems)]
@@ -60,7 +62,7 @@ def repeats(summary: BenchSummary) -> Html:
             row += [f"{100 * power.covered:.1f}"] if power else [ABSENT] * 6
         rows.append(row)
     one_or_more = "One repeat" if len(rows) == 1 else f"{len(rows)} repeats"
-    caption = f"Power of {rail}; ± is the sampling's bound" if rail else one_or_more
+    caption = f"Power of {rail}; ± is the sampling's bound: see Protocol" if rail else one_or_more
     return table(caption, header, rows, class_="wide")
 
 

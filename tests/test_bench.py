@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,15 +80,31 @@ def test_percentiles_are_observed_samples(seconds: list[float]) -> None:
     ordered = sorted(second * 1e3 for second in seconds)
     assert latency.samples == len(seconds)
     for value, percent in ((latency.p50, 50), (latency.p90, 90), (latency.p99, 99)):
-        assert value == ordered[math.ceil(len(ordered) * percent / 100) - 1], "nearest rank"
+        assert value in (None, ordered[math.ceil(len(ordered) * percent / 100) - 1]), "nearest rank"
     assert (latency.minimum, latency.maximum) == (ordered[0], ordered[-1])
     assert latency.mean == pytest.approx(statistics.fmean(ordered))
 
 
 def test_an_outlier_is_a_sample_like_any_other() -> None:
-    latency = latency_of([0.010] * 98 + [0.5, 9.0])
+    latency = latency_of([0.010] * 392 + [0.5] * 4 + [9.0] * 4)
     assert (latency.p50, latency.p90, latency.p99, latency.maximum) == (10, 10, 500, 9000)
     assert latency.mean == pytest.approx(10 * 0.98 + 95)
+
+
+@pytest.mark.parametrize(
+    ("count", "absent"),
+    [
+        (1, "p90 needs 29 batches and p99 needs 299 batches, there are 1"),
+        (28, "p90 needs 29 batches and p99 needs 299 batches, there are 28"),
+        (66, "p99 needs 299 batches, there are 66"),
+        (298, "p99 needs 299 batches, there are 298"),
+        (299, ""),
+    ],
+)
+def test_a_percentile_that_would_be_the_maximum_is_absent_with_the_reason(count: int, absent: str) -> None:
+    latency = latency_of([0.01 + 1e-5 * number for number in range(count)])
+    assert latency.absent == absent
+    assert (latency.p90 is None, latency.p99 is None) == (count < 29, count < 299)
 
 
 def test_without_a_sample_there_is_no_statistic() -> None:
@@ -152,7 +171,7 @@ def test_speed_of_an_engine_of_known_speed(folder: Path, scene: Path, batch: int
     assert repeat.tiles_per_second == pytest.approx(repeat.tiles / repeat.seconds)
     assert 10 * batch < repeat.tiles_per_second <= 100 * batch
     assert figures.megapixels_per_second.mean == pytest.approx(repeat.tiles_per_second * 64 * 64 / 1e6)
-    assert 10 <= latency.minimum <= latency.p50 <= latency.p90 <= latency.p99 <= latency.maximum
+    assert 10 <= latency.minimum <= latency.p50 <= latency.maximum
     assert latency.p50 < 50
 
     end = summary.end_to_end
@@ -178,7 +197,7 @@ def test_what_is_written_is_what_was_measured(folder: Path, scene: Path) -> None
         assert least <= found < least + 100
     assert latency.maximum == pytest.approx(max(measured), abs=1e-3)
     assert latency.maximum >= 150, "the outlier counts"
-    for percentile in (latency.minimum, latency.p50, latency.p90, latency.p99):
+    for percentile in (latency.minimum, latency.p50, latency.p90 or latency.p50):
         assert min(abs(percentile - sample) for sample in measured) <= 1e-3
     assert latency.mean == pytest.approx(statistics.fmean(measured), abs=1e-2)
     assert summary.repeats[0].seconds >= sum(measured) / 1e3 - 1e-3
@@ -337,14 +356,15 @@ def test_warm_up_ends_when_the_speed_stays(folder: Path, scene: Path, monkeypatc
     assert repeat.steady
     assert 0.5 < repeat.warm_up_seconds < 6.0
     assert repeat.latency_ms.p50 < 30, "no slow tile is in the load"
-    assert summary.verdict.status == "valid"
+    assert summary.verdict.status != "invalid"
+    assert "the warm-up" not in " ".join(summary.verdict.reasons)
 
 
 def test_what_never_becomes_steady_says_so(folder: Path, scene: Path) -> None:
     engine = FakeEngine(delay=lambda number: 0.002 * 1.2 ** (number % 20))
     summary = run_benchmark(engine, folder, BenchOptions(Protocol("default", 1, 0.1, 2, 0.01, 0.2, 1), scene=scene))
     assert summary.verdict.status == "not_steady"
-    assert summary.verdict.reasons == ("the warm-up of repeat 1, 2 did not become steady within 0.2 s",)
+    assert summary.verdict.reasons[0] == "the warm-up of repeat 1, 2 did not become steady within 0.2 s"
     assert summary.figures is not None, "the figures are given, with that"
     assert dict(describe_bench(summary, folder).rows)["verdict"] == "NOT STEADY"
 
@@ -637,6 +657,21 @@ def test_clocks_and_temperatures_are_recorded(folder: Path, scene: Path, tree: P
     assert set(run.conditions["gpu_mhz"].values) == {918.0}
     assert set(run.conditions["tj_celsius"].values) == {47.5}
     assert "918" in json.dumps(summary.conditions)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="this system does not say who uses its processors")
+def test_other_programs_that_use_the_processors_are_why_a_run_is_not_steady(folder: Path, scene: Path) -> None:
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        summary = run_benchmark(FakeEngine(delay=0.01), folder, BenchOptions(times(2.5), scene=scene))
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    assert summary.verdict.status == "not_steady"
+    said = [reason for reason in summary.verdict.reasons if reason.startswith("other programs used ")]
+    assert said, summary.verdict
+    assert summary.conditions["other_programs_percent"] > 50
 
 
 def test_no_source_is_a_reason(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:

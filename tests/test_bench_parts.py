@@ -23,7 +23,8 @@ from cdkd_edge.benchmarks.roofline.model import roofline
 from cdkd_edge.benchmarks.statistics import figure_of, latency_of
 from cdkd_edge.benchmarks.steady import Window, is_steady
 from cdkd_edge.benchmarks.verdict import judge
-from cdkd_edge.board.throttling import ConditionFinding
+from cdkd_edge.board.conditions import Conditions
+from cdkd_edge.board.throttling import ConditionFinding, judge_other_programs
 from cdkd_edge.errors import UsageError
 from cdkd_edge.manifest import FileRecord, TensorRTBuild
 from cdkd_edge.power.protocol import CPU_PACKAGE, GPU_BOARD, MODULE, WATTS, Sample, SourceInfo
@@ -200,26 +201,52 @@ def test_what_a_reader_is_warned_of(changes, said):
     assert said in " ".join(verdict.warnings)
 
 
-@pytest.mark.parametrize(("slower", "warned"), [(1.0, False), (1.04, False), (1.5, True)])
-def test_a_load_that_changes_its_speed_is_said(slower, warned):
-    """The last 30 of 100 batches take longer."""
-    start, batches = 30.0, []
-    for number in range(100):
-        latency = 0.1 * (slower if number >= 70 else 1)
+@pytest.mark.parametrize(
+    ("batches", "slower", "status", "said"),
+    [
+        (100, 1.0, "valid", ""),
+        (100, 1.04, "valid", ""),
+        (100, 1.07, "valid", "load 1: between its 5 parts the speed changed by 7% of its mean"),
+        (66, 1.14, "not_steady", "load 1: between its 5 parts the speed changed by 13% of its mean"),
+        (100, 1.5, "not_steady", "load 1: between its 5 parts the speed changed by 38% of its mean"),
+        (4, 1.5, "not_steady", "load 1: between its 2 parts the speed changed by 22% of its mean"),
+        (3, 1.0, "not_steady", "load 1: 3 batches are too few to see whether the speed held"),
+        (1, 1.0, "not_steady", "load 1: 1 batch is too few to see whether the speed held"),
+    ],
+)
+def test_a_load_whose_speed_did_not_hold_is_not_steady(batches, slower, status, said):
+    """The last 30 % of the batches take longer."""
+    start, count, batches = 30.0, batches, []
+    for number in range(count):
+        latency = 0.1 * (slower if number >= 0.7 * count else 1)
         batches.append(TimedBatch(0, "load", start, latency))
         start += latency
     course = Course(0.0, [Span("load", 0, 30.0, start)], batches)
     verdict = judge(course, DEFAULT, (repeat_of(),), engine_manifest(64), None, "", (), power_wanted=False)
-    said = ("load 1: from fifth to fifth the speed changed by 38% of its mean",)
-    assert verdict.warnings == (said if warned else ())
-    assert verdict.status == "valid"
+    assert verdict.status == status
+    assert (*verdict.reasons, *verdict.warnings) == ((said,) if said else ())
+
+
+@pytest.mark.parametrize(
+    ("share", "on_gpu", "status"),
+    [(0.04, False, "valid"), (0.08, False, "warned"), (0.6, False, "not_steady"), (0.6, True, "warned")],
+)
+def test_other_programs_on_the_processors_are_named_with_their_share(share, on_gpu, status):
+    readings = [Conditions(float(second), others_seconds=100 + share * second) for second in range(60)]
+    findings = judge_other_programs(readings, 20.0, 40.0, "load 1")
+    engine = replace(engine_manifest(1024), tensorrt=build_record()) if on_gpu else None
+    verdict = verdict_of(engine=engine, conditions=findings)
+    said = f"other programs used {share:.0%} of the processors' time during load 1"
+    assert verdict.status == ("not_steady" if status == "not_steady" else "valid")
+    assert (said in verdict.reasons) == (status == "not_steady")
+    assert (said in verdict.warnings) == (status == "warned")
 
 
 @pytest.mark.parametrize(
     ("stands", "within", "latency", "status"),
     [
         (0.8, True, 0.05, "valid"),  # a hiccup of a shared machine
-        (1.5, True, 0.5, "valid"),  # a slow engine has slow batches
+        (1.0, True, 0.5, "valid"),  # a slow engine has slow batches
         (1.1, True, 0.1, "warned"),
         (4.0, True, 0.1, "invalid"),
         (4.0, False, 0.1, "invalid"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import threading
 import time
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 from board import make_tree, write
 
-from cdkd_edge.board.conditions import Conditions, ConditionsMonitor, ConditionsReader, as_json
+from cdkd_edge.board.conditions import Conditions, ConditionsMonitor, ConditionsReader
 from cdkd_edge.board.identity import BoardIdentity, clocks_held, describe_board
 from cdkd_edge.board.nvpmodel import PowerMode
 
@@ -109,8 +107,6 @@ def test_a_reading_of_an_orin_nx(orin: Path) -> None:
     assert one.throttle_events == {"oc1": 0, "oc2": 0, "oc3": 0}
     assert one.power_mode == "MAXN"
     assert one.memory_available_bytes == 12_000_000 * 1024
-    assert json.loads(json.dumps(as_json(one)))["clocks_mhz"]["gpu"] == pytest.approx(918)
-    assert set(as_json(one)) == {field.name for field in dataclasses.fields(one)}
 
 
 def test_every_value_is_read_again(orin: Path) -> None:
@@ -187,7 +183,6 @@ def test_a_desktop(tmp_path: Path) -> None:
 def test_an_empty_tree(tmp_path: Path) -> None:
     one = ConditionsReader(tmp_path).read()
     assert one == Conditions(one.time)
-    assert as_json(one)["temperatures"] == {}
 
 
 # --- the monitor ------------------------------------------------------------------------------------

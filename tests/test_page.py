@@ -18,7 +18,7 @@ from run_helpers import make_run
 from cdkd_edge.benchmarks.folder import Series, read_run
 from cdkd_edge.benchmarks.page.markup import escaped, figure, number, size
 from cdkd_edge.benchmarks.page.report import write_report_page
-from cdkd_edge.benchmarks.page.svg import histogram, ticks
+from cdkd_edge.benchmarks.page.svg import histogram, histogram_drawing, ticks
 from cdkd_edge.benchmarks.record import Verdict
 from cdkd_edge.benchmarks.statistics import figure_of, latency_of
 from cdkd_edge.manifest import EngineTensor, TensorRTBuild
@@ -219,6 +219,15 @@ def test_several_rails_without_a_total(tmp_path):
     assert "No rail contains the others, so there is no total" in words(tmp_path / "report.html")
 
 
+def test_idle_phases_are_described_only_where_there_were_any(pages, tmp_path):
+    assert "idle once more after the last load" in words(pages["valid"])
+    make_run(tmp_path / "run", **SHORT, power=False)
+    run = read_run(tmp_path / "run")
+    phases = tuple(span for span in run.summary.phases if span.name != "idle")
+    write_report_page(replace(run, summary=replace(run.summary, phases=phases)), tmp_path / "report.html")
+    assert "idle" not in words(tmp_path / "report.html").split("Protocol")[-1].split("Repeats")[0].lower()
+
+
 def test_little_data(pages, tmp_path):
     run = read_run(pages["invalid"].parent)
     summary = replace(run.summary, phases=(), rejected_repeats=(), conditions={}, board=None)
@@ -292,15 +301,36 @@ def test_ticks_are_round_and_inside(low, high):
 @pytest.mark.parametrize("tail", [[], [5000.0], [101.0, 5000.0, 9000.0]])
 def test_the_histogram_holds_every_batch(tail):
     values = np.asarray([*np.random.default_rng(0).normal(100, 2, 1000), *tail])
-    counts, edges, above = histogram(values, latency_of((values / 1e3).tolist()))
+    counts, edges, above = histogram(values)
     assert counts.sum() + above == len(values)
     assert edges[-1] < 200, "an outlier does not squeeze the rest into one bar"
 
 
 def test_equal_latencies_have_a_histogram():
-    counts, _, above = histogram(np.full(50, 7.0), latency_of([0.007] * 50))
+    counts, _, above = histogram(np.full(50, 7.0))
     assert counts.sum() == 50
     assert above == 0
+
+
+@pytest.mark.parametrize("count", [2, 8, 66, 1000])
+def test_one_batch_of_a_thousandfold_latency_does_not_squeeze_the_others(count):
+    counts, edges, above = histogram(np.asarray([*np.linspace(10, 11, count - 1), 10_000.0]))
+    assert (counts.sum(), above) == (count - 1, 1)
+    assert edges[-1] < 12
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.001, 0.2])
+def test_labels_of_percentiles_do_not_lie_upon_each_other(spread):
+    seconds = (0.01 * (1 + spread * np.random.default_rng(0).random(400))).tolist()
+    drawn = histogram_drawing(np.asarray(seconds) * 1e3, latency_of(seconds), 358, "histogram")
+    places = [
+        tuple(map(float, re.findall(r'[ xy]+="([-\d.]+)"', found)[:2]))
+        for found in re.findall(r"<text[^>]*>p\d\d</text>", drawn)
+    ]
+    assert len(places) == 3
+    for index, (x, y) in enumerate(places):
+        assert 9 <= y <= 32
+        assert all(abs(x - other) >= 18 or abs(y - height) >= 10 for other, height in places[:index])
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,18 @@ from cdkd_edge.benchmarks.page.report import write_report_page
 from cdkd_edge.benchmarks.plot import write_trace_picture
 from cdkd_edge.benchmarks.prepare import RESERVED, fill_inputs, reserve_room
 from cdkd_edge.benchmarks.protocol import DEFAULT
-from cdkd_edge.benchmarks.record import INVALID, LOAD, BenchSummary, EndToEnd, Figures, Protocol, Repeat
+from cdkd_edge.benchmarks.record import INVALID, LOAD, WARM_UP, BenchSummary, EndToEnd, Figures, Protocol, Repeat
 from cdkd_edge.benchmarks.roofline.devices import load_device
 from cdkd_edge.benchmarks.verdict import judge
 from cdkd_edge.board.conditions import Conditions, ConditionsMonitor
 from cdkd_edge.board.identity import BoardIdentity, describe_board
-from cdkd_edge.board.throttling import judge_conditions, judge_power_mode, summarise
+from cdkd_edge.board.throttling import (
+    judge_conditions,
+    judge_other_programs,
+    judge_power_mode,
+    others_share,
+    summarise,
+)
 from cdkd_edge.engines.protocol import Engine
 from cdkd_edge.errors import PowerError, SceneError, UsageError
 from cdkd_edge.files import whole_folder
@@ -152,6 +158,15 @@ def _measure(
         finding
         for span in loads
         for finding in judge_conditions(measured.readings, course.origin + span.start, course.origin + span.stop)
+    ]
+    restless = [repeat for repeat, steady in enumerate(course.steady) if not steady]
+    findings += [
+        finding
+        for span in course.spans
+        if span.name == LOAD or (span.name == WARM_UP and span.repeat in restless)
+        for finding in judge_other_programs(
+            measured.readings, course.origin + span.start, course.origin + span.stop, f"{span.name} {span.repeat + 1}"
+        )
     ]
     if loads:  # idle is taken off what the load took: a mode for both
         whole = (course.origin + course.phases[0].start, course.origin + course.phases[-1].stop)
@@ -288,4 +303,7 @@ def _conditions(measured: _Measured, loads: list[Any]) -> dict[str, Any]:
     # As the verdict sees them: from the last reading before a load to the first one after it.
     risen = [summarise(measured.readings, origin + span.start, origin + span.stop)["throttle_events"] for span in loads]
     found["throttle_events"] = {name: sum(one.get(name, 0) for one in risen) for name in sorted(set().union(*risen))}
+    shares = [others_share(measured.readings, origin + span.start, origin + span.stop) for span in loads]
+    known = [share for share in shares if share is not None]
+    found["other_programs_percent"] = 100 * max(known) if known else None
     return found

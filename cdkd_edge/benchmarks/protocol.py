@@ -16,7 +16,7 @@ DEFAULT = Protocol(
     repeats=1,
     window_seconds=5.0,
     warm_up_cap_seconds=120.0,
-    min_batches=5,
+    min_batches=8,
 )
 PAPER = replace(DEFAULT, preset="paper", idle_seconds=60.0, load_seconds=120.0, repeats=3, warm_up_cap_seconds=600.0)
 """Tiles of 1024 px, one at a time, as in the Mask-CDKD paper. It does not say how long it measured; this is longer than

@@ -8,18 +8,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
+CONFIDENCE = 0.95
+
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds from launch to labels. Percentiles are observed samples (nearest rank)."""
+    """Milliseconds from launch to labels. Percentiles are observed samples (nearest rank).
+
+    p90 and p99 are there if, with 95 % confidence, some sample lies above the true one: from 29 and 299 samples on.
+    """
 
     samples: int
     mean: float
     minimum: float
     p50: float
-    p90: float
-    p99: float
+    p90: float | None
+    p99: float | None
     maximum: float
+    absent: str = ""
+    """Why p90 or p99 is null; empty where both are there."""
 
 
 def latency_of(seconds: Sequence[float]) -> Latency:
@@ -31,16 +38,27 @@ def latency_of(seconds: Sequence[float]) -> Latency:
     if not seconds:
         raise ValueError("no latency was measured")
     milliseconds = np.asarray(seconds) * 1e3
-    p50, p90, p99 = np.percentile(milliseconds, [50, 90, 99], method="inverted_cdf")
+    found = {
+        share: float(np.percentile(milliseconds, share, method="inverted_cdf"))
+        for share in (50, 90, 99)
+        if share == 50 or len(seconds) >= samples_for(share)
+    }
+    absent = [f"p{share} needs {samples_for(share)} batches" for share in (90, 99) if share not in found]
     return Latency(
         samples=len(seconds),
         mean=float(milliseconds.mean()),
         minimum=float(milliseconds.min()),
-        p50=float(p50),
-        p90=float(p90),
-        p99=float(p99),
+        p50=found[50],
+        p90=found.get(90),
+        p99=found.get(99),
         maximum=float(milliseconds.max()),
+        absent=f"{' and '.join(absent)}, there are {len(seconds)}" if absent else "",
     )
+
+
+def samples_for(percentile: float) -> int:
+    """Samples of which the largest lies above the true percentile with 95 % confidence."""
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log(percentile / 100))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,11 @@ IDLE_DIFFERENCE = 0.1
 """Difference of the idle phases before and after a load, as a share of their mean, above which a reader is warned."""
 MLPERF_POWER_SECONDS = 60.0
 """Of load, that MLPerf Power asks for at least."""
-FIFTHS, FIFTHS_DIFFERENCE = 5, 0.1
-"""Parts of a load, and the difference of their speeds, as a share of the load's, above which a reader is warned."""
+PARTS, BATCHES_IN_PART = 5, 2
+"""Into which a load is cut, and batches that each has at least; a load of fewer has fewer parts."""
+DRIFT_SEEN, DRIFT_DISTURBS = 0.05, 0.1
+"""Difference of the parts' speeds, as a share of the load's, above which a reader is warned; above which the load was
+not steady."""
 STALL_SECONDS, STALL_FACTOR = 1.0, 10.0
 """From one batch to the next, and times the median of the load, above both of which the run stood still: a process that
 was suspended, a machine that swapped. If that is more of a load than may lie between readings, the run is invalid."""
@@ -69,17 +72,21 @@ def judge(
     stood_still, paused = _stalls(course)
     reasons += stood_still
     warnings += paused
-    warnings += _drift_warnings(course)
+    drifts, drifted = _drifts(course)
+    warnings += drifted
+    disturbed = [finding.message for finding in findings if finding.disturbs and engine.tensorrt is None]
     loads = [span.seconds for span in course.spans if span.name == LOAD]
     if power_wanted and loads and min(loads) < MLPERF_POWER_SECONDS:
         warnings.append(f"load of {min(loads):.0f} s; MLPerf Power asks for {MLPERF_POWER_SECONDS:.0f} s")
     if reasons:
-        return Verdict(INVALID, tuple(dict.fromkeys(reasons)), tuple(warnings))
+        return Verdict(INVALID, tuple(dict.fromkeys(reasons)), (*warnings, *drifts))
     restless = [str(number + 1) for number, repeat in enumerate(repeats) if not repeat.steady]
     if restless:
         which = "" if protocol.repeats == 1 else f" of repeat {', '.join(restless)}"
-        cap = f"the warm-up{which} did not become steady within {protocol.warm_up_cap_seconds:g} s"
-        return Verdict(NOT_STEADY, (cap,), tuple(warnings))
+        drifts.insert(0, f"the warm-up{which} did not become steady within {protocol.warm_up_cap_seconds:g} s")
+    if drifts or disturbed:
+        others = [warning for warning in warnings if warning not in disturbed]
+        return Verdict(NOT_STEADY, (*drifts, *disturbed), tuple(others))
     return Verdict(VALID, (), tuple(warnings))
 
 
@@ -100,22 +107,28 @@ def _stalls(course: Course) -> tuple[list[str], list[str]]:
     return reasons, warnings
 
 
-def _drift_warnings(course: Course) -> list[str]:
-    """Loads that were not as steady as the warm-up before them promised."""
-    warnings = []
+def _drifts(course: Course) -> tuple[list[str], list[str]]:
+    """Loads that were not as steady as the warm-up before them promised: why they were not, and warnings."""
+    reasons: list[str] = []
+    warnings: list[str] = []
     for span in course.spans:
         starts = [one.start for one in course.batches if (one.phase, one.repeat) == (span.name, span.repeat)]
-        if span.name != LOAD or len(starts) < 4 * FIFTHS:
+        parts = min(PARTS, len(starts) // BATCHES_IN_PART)
+        if span.name != LOAD or not starts:
             continue
-        edges = [len(starts) * part // FIFTHS for part in range(FIFTHS + 1)]
+        if parts < 2:
+            count = f"{len(starts)} batch is" if len(starts) == 1 else f"{len(starts)} batches are"
+            reasons.append(f"load {span.repeat + 1}: {count} too few to see whether the speed held")
+            continue
+        edges = [len(starts) * part // parts for part in range(parts + 1)]
         moments = [*starts, span.stop]
         speeds = [(b - a) / (moments[b] - moments[a]) for a, b in pairwise(edges)]
         change = (max(speeds) - min(speeds)) * span.seconds / len(starts)
-        if change > FIFTHS_DIFFERENCE:  # no speeds: the run may be invalid, and then it has none
-            warnings.append(
-                f"load {span.repeat + 1}: from fifth to fifth the speed changed by {change:.0%} of its mean"
-            )
-    return warnings
+        # No speeds: the run may be invalid, and then it has none.
+        text = f"load {span.repeat + 1}: between its {parts} parts the speed changed by {change:.0%} of its mean"
+        if change > DRIFT_SEEN:
+            (reasons if change > DRIFT_DISTURBS else warnings).append(text)
+    return reasons, warnings
 
 
 def _power_reasons(

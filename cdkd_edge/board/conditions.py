@@ -9,6 +9,7 @@ Performance", Jetson Orin series; x86 counts thermal throttling in ``cpu*/therma
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 import time
@@ -16,7 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from cdkd_edge.board.identity import SYS_CPU, mode_of, read_modes
 from cdkd_edge.board.jetson import current_mode, gpu_folder
@@ -50,6 +50,9 @@ class Conditions:
     """Counters since the machine started: ``oc1`` ... of a Jetson, ``core_throttle``, ``package_throttle`` of x86."""
     power_mode: str | None = None
     memory_available_bytes: int | None = None
+    others_seconds: float | None = None
+    """Seconds of processor time, over those that this process may use, which other programs have used since the machine
+    started, per processor; with what the host took from a virtual machine."""
 
 
 class ConditionsMonitor:
@@ -141,6 +144,7 @@ class ConditionsReader:
             throttle_events={key: int(value) for key, value in _values(self._events).items()},
             power_mode=mode.name if mode else None,
             memory_available_bytes=memory,
+            others_seconds=_others_seconds(self._root / "proc/stat"),
         )
 
 
@@ -273,15 +277,17 @@ def _meminfo(path: Path) -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-def as_json(conditions: Conditions) -> dict[str, Any]:
-    """The same as plain data, for a file of readings."""
-    return {
-        "time": conditions.time,
-        "temperatures": dict(conditions.temperatures),
-        "clocks_mhz": dict(conditions.clocks_mhz),
-        "clock_limits_mhz": dict(conditions.clock_limits_mhz),
-        "fan": dict(conditions.fan),
-        "throttle_events": dict(conditions.throttle_events),
-        "power_mode": conditions.power_mode,
-        "memory_available_bytes": conditions.memory_available_bytes,
-    }
+def _others_seconds(path: Path) -> float | None:
+    """See :attr:`Conditions.others_seconds`; of children, only those that have ended count as this program."""
+    own = sum(os.times()[:4])
+    usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    try:
+        rows = [line.split() for line in path.read_text().splitlines() if line.startswith("cpu")]
+        # user, nice, system, idle, iowait, irq, softirq, steal; guests are in user. Source: proc(5).
+        counts = [[int(count) for count in row[1:9]] for row in rows if row[0] in usable]
+    except (OSError, ValueError):
+        return None
+    if not counts or not all(len(row) == 8 and any(row) for row in counts):
+        return None
+    busy = sum(sum(row) - row[3] - row[4] for row in counts) / os.sysconf("SC_CLK_TCK")
+    return (busy - own) / len(counts)

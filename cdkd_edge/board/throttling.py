@@ -18,9 +18,12 @@ TOO_HOT = "too hot"
 MODE_CHANGED = "mode changed"
 THERMAL_THROTTLING = "thermal throttling"
 BELOW_MAXIMUM = "below maximum clock"
+OTHER_PROGRAMS = "other programs"
 
 HOT = 95.0
 """Degrees Celsius of the junction, from which on a run is not used; Orin shuts down a few degrees above."""
+OTHERS_SEEN, OTHERS_DISTURB = 0.05, 0.1
+"""Of the processors' time, used by other programs: a reader is warned; figures of a CPU hold for this run alone."""
 _FULL = 0.98
 """Share of the highest allowed clock that counts as it."""
 _EVENTS = {
@@ -40,6 +43,8 @@ class ConditionFinding:
     invalidates: bool
     """Whether figures of this run must not be used."""
     message: str
+    disturbs: bool = False
+    """Whether figures of an engine that runs on the CPU hold for this run alone."""
 
 
 def judge_conditions(readings: Sequence[Conditions], start: float, stop: float) -> tuple[ConditionFinding, ...]:
@@ -69,6 +74,25 @@ def judge_power_mode(readings: Sequence[Conditions], start: float, stop: float) 
     For a whole run: between loads a change would fall into no load, and part repeats, or idle and load.
     """
     return tuple(_modes(_around(readings, start, stop)))
+
+
+def others_share(readings: Sequence[Conditions], start: float, stop: float) -> float | None:
+    """Share of the processors' time that other programs used between two moments, 0..1; None where it is not known."""
+    known = [(one.time, one.others_seconds) for one in _around(readings, start, stop) if one.others_seconds is not None]
+    if len(known) < 2 or known[-1][0] <= known[0][0]:
+        return None
+    return min(1.0, max(0.0, (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0])))
+
+
+def judge_other_programs(
+    readings: Sequence[Conditions], start: float, stop: float, phase: str
+) -> tuple[ConditionFinding, ...]:
+    """Whether other programs used the processors in a phase, which is named in the finding."""
+    share = others_share(readings, start, stop)
+    if share is None or share <= OTHERS_SEEN:
+        return ()
+    text = f"other programs used {share:.0%} of the processors' time during {phase}"
+    return (ConditionFinding(OTHER_PROGRAMS, False, text, disturbs=share > OTHERS_DISTURB),)
 
 
 def summarise(readings: Sequence[Conditions], start: float, stop: float) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
         return [*rows, ("figures", "none: the run is invalid (--keep-invalid gives them all the same)")]
     figures = summary.figures
     latency = figures.latency_ms
+    percentiles = (("p50", latency.p50), ("p90", latency.p90), ("p99", latency.p99))
     rows += [
         (
             "engine only",
@@ -54,7 +55,9 @@ def bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
         ),
         (
             "latency",
-            f"p50 {latency.p50:.1f}, p90 {latency.p90:.1f}, p99 {latency.p99:.1f} ms over {latency.samples} runs",
+            ", ".join(f"{name} {value:.{_decimals(value)}f}" for name, value in percentiles if value is not None)
+            + f" ms over {latency.samples} runs"
+            + (f"; {latency.absent}" if latency.absent else ""),
         ),
         *_power_rows(summary, figures),
         *_scene_rows(summary),

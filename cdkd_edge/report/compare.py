@@ -79,7 +79,7 @@ def _speed_row(row: Row, baseline: Row) -> tuple[str, ...]:
         _ratio(row.speed),
         significant(row.megapixels_per_second.mean, 3),
         significant(row.latency_ms.p50),
-        significant(row.latency_ms.p99),
+        NONE if row.latency_ms.p99 is None else significant(row.latency_ms.p99),
     )
 
 

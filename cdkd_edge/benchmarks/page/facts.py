@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from cdkd_edge.benchmarks.page.markup import ABSENT, Html, bullets, figure, joined, number, pairs, size, table, tag
-from cdkd_edge.benchmarks.record import BenchSummary, RejectedRepeat, Repeat
+from cdkd_edge.benchmarks.record import IDLE, BenchSummary, RejectedRepeat, Repeat
 from cdkd_edge.manifest import EngineManifest, FileRecord, TensorRTBuild
 
 
@@ -18,15 +18,25 @@ def protocol(summary: BenchSummary) -> Html:
     """One paragraph, and how well power was sampled."""
     one, engine = summary.protocol, summary.engine
     many = one.repeats > 1
+    idle = any(span.name == IDLE for span in summary.phases)  # without power there is none
+    parts_of_it = [
+        *([f"idle for {one.idle_seconds:g} s"] if idle else []),
+        f"warm-up until successive windows of at least {one.window_seconds:.3g} s agree, for at most "
+        f"{one.warm_up_cap_seconds:g} s",
+        f"load for at least {one.load_seconds:g} s and {one.min_batches} batches",
+    ]
+    course = (f"{one.repeats} times: " if many else "") + "; ".join(parts_of_it)
     words = (
-        f"Preset “{one.preset}”. The engine is loaded first and stays loaded. "
-        + (f"{one.repeats} times: idle" if many else "Idle")
-        + f" for {one.idle_seconds:g} s; warm-up until successive windows of at least {one.window_seconds:.3g} s "
-        f"agree, for at most {one.warm_up_cap_seconds:g} s; load for at least {one.load_seconds:g} s and "
-        f"{one.min_batches} batches; idle once more after the last load. Tiles come from memory, one batch "
-        f"({engine.batch} {'tile' if engine.batch == 1 else 'tiles'}) after the other. Idle power is the mean of the "
-        "idle phases before and after a load, net is load without idle. Throughput, latency and power are of the same "
-        "load phases."
+        f"Preset “{one.preset}”. The engine is loaded first and stays loaded. {course[0].upper()}{course[1:]}"
+        + ("; idle once more after the last load. " if idle else ". ")
+        + f"Tiles come from memory, one batch ({engine.batch} {'tile' if engine.batch == 1 else 'tiles'}) after the "
+        "other. "
+        + (
+            "Idle power is the mean of the idle phases before and after a load, net is load without idle. "
+            if idle
+            else ""
+        )
+        + f"Throughput{', latency and power' if idle else ' and latency'} are of the same load phases."
     )
     parts = [tag("p", words)]
     power = summary.figures.power if summary.figures else None

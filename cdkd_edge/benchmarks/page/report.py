@@ -199,6 +199,7 @@ def _latency(run: Run) -> Html:
     names = ("minimum", "mean", "p50", "p90", "p99", "maximum")
     batch = run.summary.engine.batch
     caption = f"All load phases: {latency.samples} batches of {'one tile' if batch == 1 else f'{batch} tiles'}"
+    caption += f"; {latency.absent}" if latency.absent else ""
     rows = [("latency, ms", *(number(getattr(latency, name)) for name in names))]
     parts: list[Any] = [table(caption, ("", *names), rows)]
     measured = curves.load_latencies_ms(run)

@@ -231,11 +231,11 @@ def _middle_of_load(run: Run) -> float:
 
 
 def histogram_drawing(latencies: curves.Floats, latency: Latency, width: float, name: str) -> str:
-    """How often each latency occurred. Nothing is left out: what lies far above the 99th percentile is the last bar."""
-    height, left, bottom = 190.0, 44.0, 34.0
-    counts, edges, above = histogram(latencies, latency)
+    """How often each latency occurred. Nothing is left out: what lies far above all but 1 % is the last bar."""
+    height, left, bottom, head = 200.0, 44.0, 34.0, 32.0
+    counts, edges, above = histogram(latencies)
     highest = max(int(counts.max()), above, 1)
-    panel = Panel((left, 22, width - left - 12, height - 22 - bottom), (edges[0], edges[-1], 0, highest * 1.12))
+    panel = Panel((left, head, width - left - 12, height - head - bottom), (edges[0], edges[-1], 0, highest * 1.12))
     if above:  # the last bar stands apart
         panel.width -= 40
     parts = [panel.scale(count=4)]
@@ -246,8 +246,14 @@ def histogram_drawing(latencies: curves.Floats, latency: Latency, width: float, 
         parts.append(_bar(panel, x, x + 22, above, "bar above"))
         parts.append(text(x + 11, panel.y(above) - 3, str(above)))
         parts.append(text(x + 11, panel.top + panel.height + 15, f"> {ticks_text(edges[-1])}"))
-    for label, value, row in (("p50", latency.p50, 0), ("p90", latency.p90, 1), ("p99", latency.p99, 0)):
+    ends: list[float] = []  # right end of the last label in each row; labels that would collide go one row up
+    for label, value in (("p50", latency.p50), ("p90", latency.p90), ("p99", latency.p99)):
+        if value is None:
+            continue
         x = panel.x(min(value, panel.stop))
+        half = len(label) * LETTER / 2 + 1
+        row = next((row for row, end in enumerate(ends) if end < x - half), len(ends))
+        ends[row : row + 1] = [x + half]
         parts.append(f'<line class="quantile" x1="{x:.1f}" x2="{x:.1f}" y1="{panel.top:g}" y2="{panel.y(0):.1f}"/>')
         parts.append(text(x, panel.top - 3 - 10 * row, label, name="halo"))
     parts += [panel.level(0, "axis"), panel.time_scale(4), text(4, 12, "batches", anchor="start")]
@@ -260,14 +266,15 @@ def ticks_text(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def histogram(latencies: curves.Floats, latency: Latency) -> tuple[curves.Floats, curves.Floats, int]:
-    """Counts ``[B]``, edges ``[B + 1]`` in ms, and how many lie above the last edge."""
-    low, high = float(latencies.min()), float(latencies.max())
-    far = latency.p99 + 2 * (latency.p99 - low)
-    if high > far > low:
-        high = latency.p99 + (latency.p99 - low) / 4
-    if high <= low:
-        high = low + max(low * 0.01, 1e-6)
+def histogram(latencies: curves.Floats) -> tuple[curves.Floats, curves.Floats, int]:
+    """Counts ``[B]``, edges ``[B + 1]`` in ms, and how many lie above the last edge: 1 % at most, or one."""
+    ordered = np.sort(latencies)
+    low, high = float(ordered[0]), float(ordered[-1])
+    usual = float(ordered[max(0, len(ordered) - 1 - max(1, len(ordered) // 100))])
+    spread = max(usual - low, 0.01 * low, 1e-6)
+    if high > usual + 2 * spread:
+        high = usual + spread / 4
+    high = max(high, low + max(low * 0.01, 1e-6))
     bins = int(np.clip(2 * len(latencies) ** (1 / 3), 8, 40))  # Rice's rule, as many as can be seen
     counts, edges = np.histogram(latencies[latencies <= high], bins, (low, high))
     return counts.astype(np.float64), edges, int((latencies > high).sum())

@@ -184,6 +184,25 @@ def load_schema(name_or_path: str | Path) -> LabelSchema:
     return schema_from_document(document, source=name)
 
 
+def schema_of_lists(name: str, class_names: object, colors: object, count: int) -> LabelSchema:
+    """A schema of ``count`` classes from a list of names and one of RGB colours; no colours: numbered ones.
+
+    Raises:
+        SchemaError: these are no such lists, or of another length, or not unique.
+    """
+    if colors is None:
+        colors = [cls.color for cls in numbered_schema(count).classes]
+    for what, part in (("class names", class_names), ("colours", colors)):
+        if not isinstance(part, (list, tuple)) or len(part) != count:
+            found = f"{len(part)} {what}" if isinstance(part, (list, tuple)) else f"no list of {what}"
+            raise SchemaError(f"{found} for {count} classes")
+    classes = [
+        {"name": one, "color": list(color) if isinstance(color, tuple) else color}
+        for one, color in zip(class_names, colors, strict=True)  # type: ignore[call-overload]
+    ]
+    return schema_from_document({"name": name, "classes": classes}, source=name)
+
+
 def numbered_schema(count: int) -> LabelSchema:
     """Classes ``class_0 .. class_{count-1}`` in well-separated colours, for checkpoints without names."""
     import colorsys

@@ -196,10 +196,10 @@ def schema_of_lists(name: str, class_names: object, colors: object, count: int) 
         if not isinstance(part, (list, tuple)) or len(part) != count:
             found = f"{len(part)} {what}" if isinstance(part, (list, tuple)) else f"no list of {what}"
             raise SchemaError(f"{found} for {count} classes")
-    classes = [
-        {"name": one, "color": list(color) if isinstance(color, tuple) else color}
-        for one, color in zip(class_names, colors, strict=True)  # type: ignore[call-overload]
-    ]
+    classes = []
+    for one, color in zip(class_names, colors, strict=True):  # type: ignore[call-overload]
+        sound = isinstance(color, (list, tuple)) and all(isinstance(part, int) for part in color)
+        classes.append({"name": one, "color": list(color) if sound else None})
     return schema_from_document({"name": name, "classes": classes}, source=name)
 
 
@@ -226,15 +226,17 @@ def schema_from_document(document: dict[str, Any], source: str) -> LabelSchema:
     Raises:
         SchemaError: with ``source`` and the place that is wrong.
     """
-    if unknown := sorted(set(document) - _SCHEMA_KEYS):
+    if unknown := sorted(map(str, set(document) - _SCHEMA_KEYS)):
         raise SchemaError(f"{source}: unknown key {unknown[0]!r} (known: {', '.join(sorted(_SCHEMA_KEYS))})")
     tables = document.get("classes")
     if not isinstance(tables, list) or not tables:
         raise SchemaError(f"{source}: needs at least one [[classes]] table")
+    if len(tables) > MAX_CLASSES:
+        raise SchemaError(f"{source}: has {len(tables)} classes; 1 to {MAX_CLASSES} are possible")
     classes = []
     for position, table in enumerate(tables):
         where = f"{source}: class {position}"
-        if not isinstance(table, dict) or (unknown := sorted(set(table) - _CLASS_KEYS)):
+        if not isinstance(table, dict) or set(table) - _CLASS_KEYS:
             raise SchemaError(f"{where}: takes the keys {', '.join(sorted(_CLASS_KEYS))}")
         name = table.get("name")
         if not isinstance(name, str) or not name.strip() or re.search(r"[\x00-\x1f\x7f]", name):
@@ -246,8 +248,8 @@ def schema_from_document(document: dict[str, Any], source: str) -> LabelSchema:
     if not isinstance(binarize, bool):
         raise SchemaError(f"{source}: binarize_colors is true or false")
     name = document.get("name", Path(source).stem)
-    if not isinstance(name, str):
-        raise SchemaError(f"{source}: name is a string")
+    if not isinstance(name, str) or not ("name" not in document or name.isprintable()):
+        raise SchemaError(f"{source}: name is a string of printable characters")
     return LabelSchema(
         name,
         tuple(classes),

@@ -43,7 +43,7 @@ from cdkd_edge.model.unwrap import find_weights
 _Module = TypeVar("_Module", SegmentationNetwork, Encoder)
 OPENMMLAB_SCHEMA = "OpenMMLab meta"
 """Name of a schema of OpenMMLab's class names; one that a user names goes before it."""
-_MAX_HEADER = 16 << 20
+_MAX_HEADER = 4 << 20
 """Characters of configuration, schema and training notes as JSON."""
 
 
@@ -162,6 +162,9 @@ def _read(
     weights: str | None,
 ) -> tuple[NetworkConfig, dict[str, Tensor], CheckpointReport]:
     document, header = read_container(path)
+    for part in ("version", "config", "schema", "training"):
+        if part in header and not _is_plain(header[part], dict if part != "version" else int):
+            raise CheckpointError(f"{path} has a damaged header: its {part} is not plain data")
     found = find_weights(document, path, weights)
     layout = recognise(list(found.tensors))
     state, dropped = translate(found.tensors, layout)
@@ -177,10 +180,6 @@ def _read(
         raise CheckpointError(f"{path} states {config.heads} heads and LayerNorm eps {config.layer_norm_eps:g} itself")
     config = _resampled(state, config, tile, patch, notes)
     training = header.get("training") or {}
-    if not all(_is_plain_table(part) for part in (header.get("schema") or {}, training)):
-        raise CheckpointError(
-            f"{path} has a damaged header: its schema or training notes are not a table of plain data"
-        )
     schema = None
     if header.get("schema"):
         schema = schema_from_document(header["schema"], source=str(path))
@@ -246,7 +245,7 @@ def _resampled(
     return resized
 
 
-def _is_plain_table(value: object) -> bool:
+def _is_plain(value: object, kind: type) -> bool:
     """Whether a manifest can hold it. Lists that hold one another by reference may be endless as text."""
     size = 0
     try:
@@ -256,7 +255,7 @@ def _is_plain_table(value: object) -> bool:
                 return False
     except (TypeError, ValueError, RecursionError):
         return False
-    return isinstance(value, dict)
+    return value is None or isinstance(value, kind)
 
 
 def _filled(

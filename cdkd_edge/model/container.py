@@ -11,7 +11,6 @@ import json
 import pickletools
 import re
 import struct
-import tarfile
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -29,7 +28,9 @@ FORMAT_VERSION = 1
 _MAX_ENTRIES = 100_000
 """Files in a torch.save archive: one per tensor."""
 _MAX_DIRECTORY = 32 << 20
-"""Bytes of the pickle in an archive, or of a safetensors header: names and shapes, some 100 bytes per tensor."""
+"""Bytes of the pickle in an archive: names and shapes, and whatever text there is."""
+_MAX_NAMES = 8 << 20
+"""Bytes of the header of a safetensors file, some 100 per tensor."""
 _MAX_STEPS = 1_000_000
 """Steps that a pickle may take; a tensor takes 30. torch needs about 2 us and 100 bytes for each."""
 _MAX_KEY = 20_000
@@ -89,7 +90,7 @@ def text_keys(document: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _foreign(path: Path, start: bytes) -> CheckpointError:
     """What a file is that no library writes as a checkpoint."""
-    packed = "gzip" if start.startswith(b"\x1f\x8b") else "tar" if tarfile.is_tarfile(path) else None
+    packed = "gzip" if start.startswith(b"\x1f\x8b") else "tar" if start[257:262] == b"ustar" else None
     if packed:
         return CheckpointError(f"{path} is a {packed} archive, not a checkpoint", hint="unpack it first")
     if path.suffix.lower() == ".safetensors":
@@ -100,7 +101,7 @@ def _foreign(path: Path, start: bytes) -> CheckpointError:
 
 
 def _read_safetensors(path: Path, header_bytes: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    if header_bytes > min(_MAX_DIRECTORY, path.stat().st_size):
+    if header_bytes > min(_MAX_NAMES, path.stat().st_size):
         raise CheckpointError(f"{path} is damaged or not a safetensors file: its header claims {header_bytes} bytes")
     safetensors = safetensors_torch()
     from safetensors import SafetensorError, safe_open

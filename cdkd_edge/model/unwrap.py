@@ -90,7 +90,7 @@ class _Search:
         self.dropped: dict[str, list[str]] = {}
         self.notes: list[str] = []
         self.averaged = False
-        self._chosen = False
+        self._chosen = self._settled = False
         self._offered: list[str] = []
         self._raw: Any = None
 
@@ -127,7 +127,7 @@ class _Search:
         for name, value in _with_callbacks(level):
             role = _role(name.partition(".")[0])
             if isinstance(value, Tensor) and _is_counter(name, value):
-                self.averaged |= name == "n_averaged"
+                self.averaged |= name == "n_averaged" and not self._settled
                 self._drop("training counters", [name])
             elif any(_words(part) & _TRAINING for part in name.split(".")):
                 self._drop("used only in training", _names(name, _tensors_in(value)))
@@ -176,6 +176,7 @@ class _Search:
         if len(wanted) != 1:
             self._ask(groups, "more than one set of weights")
         (name,) = wanted
+        self._settled |= len(groups) > 1
         if roles[name] == "ema":
             self.averaged = True
             if len(raw) == 1:
@@ -193,7 +194,7 @@ class _Search:
 
     def _ask(self, groups: Iterable[str], what: str) -> NoReturn:
         names = [name or "raw" for name in groups]
-        hint = " or ".join(f"--weights {shlex.quote(name)}" for name in names[:4])
+        hint = " or ".join(f"--weights {shlex.quote(name)}" for name in names[:4] if len(name) < 100)
         raise CheckpointError(f"{self.path} holds {what}: {listed(names)}", hint=f"say which is meant: {hint}")
 
     def _completed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -184,6 +184,25 @@ def load_schema(name_or_path: str | Path) -> LabelSchema:
     return schema_from_document(document, source=name)
 
 
+def schema_of_lists(name: str, class_names: object, colors: object, count: int) -> LabelSchema:
+    """A schema of ``count`` classes from a list of names and one of RGB colours; no colours: numbered ones.
+
+    Raises:
+        SchemaError: these are no such lists, or of another length, or not unique.
+    """
+    if colors is None:
+        colors = [cls.color for cls in numbered_schema(count).classes]
+    for what, part in (("class names", class_names), ("colours", colors)):
+        if not isinstance(part, (list, tuple)) or len(part) != count:
+            found = f"{len(part)} {what}" if isinstance(part, (list, tuple)) else f"no list of {what}"
+            raise SchemaError(f"{found} for {count} classes")
+    classes = []
+    for one, color in zip(class_names, colors, strict=True):  # type: ignore[call-overload]
+        sound = isinstance(color, (list, tuple)) and all(isinstance(part, int) for part in color)
+        classes.append({"name": one, "color": list(color) if sound else None})
+    return schema_from_document({"name": name, "classes": classes}, source=name)
+
+
 def numbered_schema(count: int) -> LabelSchema:
     """Classes ``class_0 .. class_{count-1}`` in well-separated colours, for checkpoints without names."""
     import colorsys
@@ -207,15 +226,17 @@ def schema_from_document(document: dict[str, Any], source: str) -> LabelSchema:
     Raises:
         SchemaError: with ``source`` and the place that is wrong.
     """
-    if unknown := sorted(set(document) - _SCHEMA_KEYS):
+    if unknown := sorted(map(str, set(document) - _SCHEMA_KEYS)):
         raise SchemaError(f"{source}: unknown key {unknown[0]!r} (known: {', '.join(sorted(_SCHEMA_KEYS))})")
     tables = document.get("classes")
     if not isinstance(tables, list) or not tables:
         raise SchemaError(f"{source}: needs at least one [[classes]] table")
+    if len(tables) > MAX_CLASSES:
+        raise SchemaError(f"{source}: has {len(tables)} classes; 1 to {MAX_CLASSES} are possible")
     classes = []
     for position, table in enumerate(tables):
         where = f"{source}: class {position}"
-        if not isinstance(table, dict) or (unknown := sorted(set(table) - _CLASS_KEYS)):
+        if not isinstance(table, dict) or set(table) - _CLASS_KEYS:
             raise SchemaError(f"{where}: takes the keys {', '.join(sorted(_CLASS_KEYS))}")
         name = table.get("name")
         if not isinstance(name, str) or not name.strip() or re.search(r"[\x00-\x1f\x7f]", name):
@@ -227,8 +248,8 @@ def schema_from_document(document: dict[str, Any], source: str) -> LabelSchema:
     if not isinstance(binarize, bool):
         raise SchemaError(f"{source}: binarize_colors is true or false")
     name = document.get("name", Path(source).stem)
-    if not isinstance(name, str):
-        raise SchemaError(f"{source}: name is a string")
+    if not isinstance(name, str) or not ("name" not in document or name.isprintable()):
+        raise SchemaError(f"{source}: name is a string of printable characters")
     return LabelSchema(
         name,
         tuple(classes),

@@ -5,14 +5,19 @@ What a checkpoint computes is decided by the NumPy reference, never by this pack
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 import pickle
 import re
+import resource
 import signal
 import struct
+import tarfile
 import tracemalloc
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -442,9 +447,8 @@ def test_openmmlab_names(tmp_path, weights, image, timm_names, wrap):
     network, report = load_checkpoint(saved(tmp_path / "mm.pth", wrap(state)))
     assert report.layout == "OpenMMLab"
     assert report.has_head
-    (dropped,) = report.dropped
-    assert "auxiliary head" in dropped.what
-    assert dropped.tensors == 2
+    dropped = {part.what: part.tensors for part in report.dropped}
+    assert dropped == {"training counters": 12, "auxiliary head, used only in training": 2}
     assert_computes(network, weights, image, eps=OPENMMLAB_EPS)
 
 
@@ -453,6 +457,215 @@ def test_openmmlab_neck_and_linear_head_are_listed_not_ignored(tmp_path, weights
     state |= {"neck.convs.0.weight": torch.ones(1), "backbone.ln1.weight": torch.ones(1)}
     message = refusal(saved(tmp_path / "mm.pth", state)).message
     assert "2 unexpected tensors: neck.convs.0.weight, backbone.ln1.weight" in message
+
+
+# --- averaged weights -----------------------------------------------------------------------------
+
+SWAPPED_BY_MMENGINE = {"meta": {"mmengine_version": "0.10.4"}, "message_hub": {}}
+LISTED = {"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(2, 2)], "collected_params": None}
+
+
+def learnt(state):
+    """Parameters alone: what some means are of."""
+    return {key: value for key, value in state.items() if "running_" not in key}
+
+
+def flat(prefix, state, between):
+    return {prefix + key.replace(".", between): value for key, value in learnt(state).items()}
+
+
+def averaged_model(state):
+    """torch.optim.swa_utils.AveragedModel's state."""
+    return {"n_averaged": torch.tensor(5), **prefixed("module.", state)}
+
+
+BESIDE = {
+    "model_ema": lambda raw, mean: {"model": raw, "model_ema": mean, "optimizer": {"state": {0: torch.ones(2, 2)}}},
+    "ema": lambda raw, mean: {"model": raw, "ema": mean},
+    "timm": lambda raw, mean: {"state_dict": raw, "state_dict_ema": prefixed("module.", mean)},
+    "module_ema": lambda raw, mean: {"module": raw, "module_ema": mean},
+    "ema_state_dict": lambda raw, mean: {"state_dict": raw, "ema_state_dict": mean},
+    "ModelEMA": lambda raw, mean: {"Model": raw, "ModelEMA": mean},
+    "swa": lambda raw, mean: {"model": raw, "swa_model": averaged_model(mean)},
+    "deeper": lambda raw, mean: {"model": raw, "ema": {"decay": 0.9, "shadow": mean}},
+    "mmengine": lambda raw, mean: {"state_dict": mean, "ema_state_dict": averaged_model(raw), **SWAPPED_BY_MMENGINE},
+    "Lightning's callback": lambda raw, mean: {
+        "state_dict": prefixed("net.", raw),
+        "callbacks": {"EMACallback{'decay': 0.9}": {"ema_state_dict": prefixed("net.", mean)}, "Other": {"a": 1}},
+    },
+    "Lightning's WeightAveraging": lambda raw, mean: {
+        "state_dict": prefixed("net.", mean),
+        "current_model_state": prefixed("net.", raw),
+        "averaging_state": {"n_averaged": torch.tensor(3)},
+    },
+    "a module of the network": lambda raw, mean: {
+        "state_dict": prefixed("model.", raw) | prefixed("ema_model.", averaged_model(mean))
+    },
+    "names without dots": lambda raw, mean: {
+        "state_dict": prefixed("model.", raw) | flat("model_ema.", mean, "") | {"model_ema.decay": torch.tensor(0.9)}
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def raw_and_mean(weights):
+    raw = tensors(weights)
+    return raw, {key: value * 2 for key, value in raw.items()}
+
+
+def taken_from(path, raw, mean, **options):
+    """Which weights a file gives."""
+    network, report = load_checkpoint(path, **options)
+    found = dict(network.state_dict())
+    for name, state in (("raw", raw), ("mean", mean)):
+        if all(torch.equal(found[key], value) for key, value in learnt(state).items()):
+            return name, report
+    return "neither", report
+
+
+@pytest.mark.parametrize("write", BESIDE.values(), ids=BESIDE.keys())
+def test_averaged_weights_are_taken_and_said_and_raw_ones_on_request(tmp_path, raw_and_mean, write):
+    path = saved(tmp_path / "x.pth", write(*raw_and_mean))
+    name, report = taken_from(path, *raw_and_mean)
+    assert name == "mean"
+    assert report.averaged
+    assert "averaged weights" in report.taken[0]
+    assert "--weights raw" in report.notes[0]
+    assert taken_from(path, *raw_and_mean, weights="ema")[0] == "mean"
+    name, report = taken_from(path, *raw_and_mean, weights="raw")
+    assert name == "raw"
+    assert not report.averaged
+    assert "raw weights taken" in report.taken[0]
+
+
+def test_a_mean_of_the_parameters_gets_the_statistics_of_the_raw_weights(tmp_path, raw_and_mean):
+    raw, mean = raw_and_mean
+    network, report = load_checkpoint(saved(tmp_path / "x.pth", {"model": raw, "ema": learnt(mean)}))
+    assert torch.equal(network.head.fuse.bn.running_var, raw["head.fuse.bn.running_var"])
+    assert torch.equal(network.head.fuse.bn.weight, mean["head.fuse.bn.weight"])
+    assert "24 statistics of BatchNorm" in report.taken[1]
+
+
+@pytest.mark.parametrize("write", [averaged_model, lambda mean: {"ema": mean}], ids=["AveragedModel", "ema"])
+def test_averaged_weights_alone_are_taken(tmp_path, raw_and_mean, write):
+    path = saved(tmp_path / "x.pth", write(raw_and_mean[1]))
+    name, report = taken_from(path, *raw_and_mean)
+    assert (name, report.averaged) == ("mean", True)
+    assert "averaged weights alone" in refusal(path, weights="raw").message
+
+
+AMBIGUOUS = {
+    "two means": (lambda raw, mean: {"model": raw, "ema_0.9": mean, "ema_0.99": mean}, "--weights ema_0.99"),
+    "two networks": (lambda raw, mean: {"model": raw, "discriminator": mean}, "--weights discriminator"),
+    "a teacher like the student": (lambda raw, mean: {"student": raw, "teacher": mean}, "--weights teacher"),
+    "buffers": (lambda raw, mean: {"state_dict": {**raw, **flat("ema_", mean, "_")}}, "--weights raw"),
+    "no names": (lambda raw, mean: {"model": raw, "ema": LISTED}, "--weights raw"),
+    "half a mean": (lambda raw, mean: {"model": raw, "ema": {"encoder.pos_embed": torch.ones(1, 36, 128)}}, "raw"),
+}
+
+
+@pytest.mark.parametrize(("write", "words"), AMBIGUOUS.values(), ids=AMBIGUOUS.keys())
+def test_weights_that_could_be_meant_are_listed_never_guessed(tmp_path, raw_and_mean, write, words):
+    document = write(*raw_and_mean)
+    path = saved(tmp_path / "x.pth", document)
+    error = refusal(path)
+    assert words in error.hint
+    for name in re.findall(r"--weights (\S+)", error.hint):
+        assert taken_from(path, *raw_and_mean, weights=name)[0] in ("raw", "mean")
+
+
+@pytest.mark.parametrize("name", ["ema", "blah", "__class__"])
+def test_weights_that_are_not_there_are_refused(tmp_path, raw_and_mean, name):
+    message = refusal(saved(tmp_path / "x.pth", {"model": raw_and_mean[0]}), weights=name).message
+    assert "no averaged weights" in message if name == "ema" else repr(name) in message
+
+
+# --- wrappers and what only training needs --------------------------------------------------------
+
+WRAPPED = {
+    "a compiled encoder": ("_orig_mod.", lambda key: key.replace("encoder.", "encoder._orig_mod.")),
+    "compiled in DDP in a Lightning module": ("_orig_mod.", lambda key: f"net.module._orig_mod.{key}"),
+    "compiled around DDP": ("module.", lambda key: f"model._orig_mod.module.{key}"),
+    "compiled blocks": ("_orig_mod.", lambda key: re.sub(r"(blocks\.\d)", r"\1._orig_mod", key)),
+    "sharded blocks": ("_fsdp_wrapped_module.", lambda key: re.sub(r"(blocks\.\d)", r"\1._fsdp_wrapped_module", key)),
+    "an attribute of any name": ("segmentor.", lambda key: f"segmentor.{key}"),
+}
+
+
+@pytest.mark.parametrize(("said", "rename"), WRAPPED.values(), ids=WRAPPED.keys())
+def test_wrappers_are_taken_off_wherever_they_are(tmp_path, raw_and_mean, said, rename):
+    raw, mean = raw_and_mean
+    name, report = taken_from(saved(tmp_path / "x.pt", {rename(k): v for k, v in raw.items()}), raw, mean)
+    assert name == "raw"
+    assert said in report.unwrapped
+
+
+def test_what_only_training_needs_is_dropped_by_name(tmp_path, raw_and_mean):
+    raw, mean = raw_and_mean
+    extras = {
+        "criterion.weight": torch.ones(5), "head.loss_decode.class_weight": torch.ones(5),
+        "aux_loss.scale": torch.ones(2), "train_metrics.confmat": torch.ones(5, 5), "global_step": torch.tensor(7), "ema_updates": torch.tensor(3.0),
+    }  # fmt: skip
+    document = {"state_dict": prefixed("model.", raw) | extras, "lr_scheduler": {"x": torch.ones(2, 2)}, "epoch": 3}
+    document |= {"rng_state": torch.ones(9, 9, dtype=torch.uint8), "class_weights": torch.ones(5)}
+    name, report = taken_from(saved(tmp_path / "x.pt", document), raw, mean)
+    assert name == "raw"
+    dropped = {part.what: (part.tensors, part.example) for part in report.dropped}
+    assert dropped == {
+        "used only in training": (6, "lr_scheduler.x"),
+        "beside the weights": (1, "class_weights"),
+        "training counters": (2, "global_step"),
+    }
+
+
+def test_an_error_names_the_culprit_and_a_dozen_keys_at_most(tmp_path, raw_and_mean):
+    message = refusal(
+        saved(tmp_path / "x.pt", prefixed("model.", raw_and_mean[0]) | {"foo.bar": torch.ones(2)})
+    ).message
+    assert message.endswith("beside model: foo.bar")
+    many = {f"adapter.{i}.weight": torch.ones(2) for i in range(300)}
+    message = refusal(saved(tmp_path / "x.pt", raw_and_mean[0] | many)).message
+    assert "300 unexpected tensors: adapter.0.weight, adapter.1.weight" in message
+    assert message.count("adapter.") == 12
+    assert "(300 in all)" in message
+    message = refusal(saved(tmp_path / "x.pt", {"encoder.blocks.0.norm1.weight": torch.ones(2), **many})).message
+    assert len(message) < 500
+
+
+# --- class names of OpenMMLab ---------------------------------------------------------------------
+
+NAMES, COLORS = ("a", "b", "c", "d", "e"), [[i, 0, 9] for i in range(5)]
+ENDLESS: list = []
+for _ in range(40):
+    ENDLESS = [ENDLESS] * 10
+METAS = {
+    "mmcv": ({"CLASSES": NAMES, "PALETTE": COLORS}, NAMES, (1, 0, 9), "names and colours"),
+    "mmengine": ({"dataset_meta": {"classes": NAMES, "palette": COLORS}}, NAMES, (1, 0, 9), "names and colours"),
+    "tuples": ({"CLASSES": list(NAMES), "PALETTE": tuple(map(tuple, COLORS))}, NAMES, (1, 0, 9), "names and colours"),
+    "no colours": ({"CLASSES": NAMES, "PALETTE": None}, NAMES, None, "class names"),
+    "a colour twice": ({"CLASSES": NAMES, "PALETTE": [[1, 2, 3]] * 5}, NAMES, None, "twice"),
+    "colours of another kind": ({"CLASSES": NAMES, "PALETTE": "random"}, NAMES, None, "no list of colours"),
+    "endless colours": ({"CLASSES": NAMES, "PALETTE": [ENDLESS] * 5}, NAMES, None, "colours"),
+    "a tensor of colours": ({"CLASSES": NAMES, "PALETTE": torch.ones(5, 3)}, NAMES, None, "colours"),
+    "another count": ({"CLASSES": NAMES[:4]}, None, None, "4 class names for 5 classes"),
+    "a name twice": ({"CLASSES": ("a",) * 5}, None, None, "twice"),
+    "a hostile name": ({"CLASSES": (*NAMES[:4], "\x1b[31m")}, None, None, "printable name"),
+    "names of other kinds": ({"CLASSES": (1, None, [], {}, "e")}, None, None, "printable name"),
+    "text": ({"CLASSES": "abcde"}, None, None, "no list of class names"),
+    "a list": ([NAMES], None, None, None),
+    "nothing": ({"epoch": 3}, None, None, None),
+}
+
+
+@pytest.mark.parametrize(("meta", "names", "color", "words"), METAS.values(), ids=METAS.keys())
+def test_class_names_of_openmmlab_are_used_where_they_fit(tmp_path, weights, meta, names, color, words):
+    state = openmmlab(weights, timm_names=False)
+    _, report = load_checkpoint(saved(tmp_path / "mm.pth", {"meta": meta, "state_dict": state}))
+    assert (report.schema and report.schema.class_names) == names
+    if color:
+        assert report.schema.classes[1].color == color
+    said = [note for note in report.notes if "meta" in note]
+    assert words in " ".join(said) if words else not said
 
 
 # --- another tile ---------------------------------------------------------------------------------
@@ -651,10 +864,142 @@ def test_missing_empty_and_directory(tmp_path, suffix):
     assert "not a file" in refusal(path).message
 
 
-def test_another_suffix_is_refused_before_reading(tmp_path):
-    path = tmp_path / "weights.onnx"
-    path.write_bytes(b"anything")
-    assert ".safetensors" in refusal(path).message
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "BEST.PTH", "best.pt.zip", "best", "best.weights", "v1.5"])
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_content_decides_not_the_suffix(tmp_path, raw_and_mean, name, form):
+    path = tmp_path / name
+    if form == "safetensors":
+        safetensors_torch.save_file(raw_and_mean[0], path)
+    else:
+        torch.save(raw_and_mean[0], path, _use_new_zipfile_serialization=form == "zip")
+    assert taken_from(path, *raw_and_mean)[0] == "raw"
+
+
+@pytest.mark.parametrize("pack", ["zip", "tar", "gzip"])
+def test_a_packed_checkpoint_is_to_be_unpacked(tmp_path, raw_and_mean, pack):
+    inner, path = saved(tmp_path / "best.pt", raw_and_mean[0]), tmp_path / f"best.pt.{pack}"
+    if pack == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(inner, "best.pt")
+    elif pack == "tar":
+        with tarfile.open(path, "w") as archive:
+            archive.add(inner, "best.pt")
+    else:
+        path.write_bytes(gzip.compress(inner.read_bytes()))
+    error = refusal(path)
+    assert f"{pack} archive" in error.message
+    assert "unpack" in error.hint
+
+
+# --- larger inside than outside -------------------------------------------------------------------
+
+
+def archive(pickled, method=zipfile.ZIP_STORED):
+    """torch.save's archive around a pickle."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", method) as file:
+        file.writestr("x/data.pkl", b"\x80\x02" + pickled + b".")
+        file.writestr("x/version", "3\n")
+    return target.getvalue()
+
+
+def packed_again(state):
+    target = io.BytesIO()
+    torch.save(state, target)
+    with zipfile.ZipFile(target) as before, zipfile.ZipFile(again := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as file:
+        for name in before.namelist():
+            file.writestr(name, before.read(name))
+    return again.getvalue()
+
+
+def overlapping(count):
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as file:
+        file.writestr("x/data.pkl", b"\x80\x02}.")
+        file.writestr("x/data/0", bytes(100_000))
+        file.filelist += [file.getinfo("x/data/0")] * count
+    return target.getvalue()
+
+
+def safetensors_header(document, length=None):
+    header = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return struct.pack("<Q", len(header) if length is None else length) + header
+
+
+def in_zip(document):
+    target = io.BytesIO()
+    torch.save(document, target)
+    return target.getvalue()
+
+
+LARGE = torch.zeros(1).as_strided((10**6, 10**6), (0, 0))
+ONE = torch.zeros(1024, 1024)
+BOMBS = {
+    "a deflated pickle": lambda s: archive(b"](" + b"}" * 50_000_000 + b"e", zipfile.ZIP_DEFLATED),
+    "deflated tensors": lambda s: packed_again({"a": torch.zeros(10**7)}),
+    "many dicts": lambda s: archive(b"](" + b"}" * 20_000_000 + b"e"),
+    "many keys": lambda s: archive(b"}(" + b"X\x05\x00\x00\x00abcdeK\x01" * 600_000 + b"u"),
+    "deep tuples": lambda s: archive(b"})" + b"\x85" * 400_000 + b"K\x01s"),
+    "tuples of tuples": lambda s: archive(b"})" + b"q\x01h\x01\x86" * 40 + b"K\x01s"),
+    "deep lists": lambda s: archive(b"}X\x01\x00\x00\x00a" + b"]" * 300_000 + b"a" * 299_999 + b"s"),
+    "a bytearray": lambda s: archive(b"c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R"),
+    "a tensor by size": lambda s: archive(b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x10\x85R"),
+    "overlapping entries": lambda s: overlapping(500),
+    "many entries": lambda s: overlapping(60_000) + b"PK\x05\x06" + struct.pack("<4H2IH", 0, 0, 9, 9, 1 << 30, 0, 0),
+    "an expanded tensor": lambda s: in_zip(s | {"encoder.pos_embed": LARGE}),
+    "an expanded mean": lambda s: in_zip({"model": s, "ema": dict.fromkeys(s, LARGE)}),
+    "one storage for all": lambda s: in_zip(
+        prefixed("encoder.", {f"blocks.{i}.norm1.weight": ONE for i in range(500)}) | {"encoder.pos_embed": ONE}
+    ),
+    "endless lists": lambda s: in_zip({"format": "cdkd-edge checkpoint", "version": 1, "training": {"a": ENDLESS}}),
+    "an endless version": lambda s: in_zip({"format": "cdkd-edge checkpoint", "version": ENDLESS, "state_dict": s}),
+    "a header of 2^60 bytes": lambda s: safetensors_header(b"{}", 1 << 60),
+    "a header without end": lambda s: safetensors_header(b'{"a":' * 200_000),
+    "many names": lambda s: safetensors_header(
+        {f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(200_000)}
+    ),
+    "a shape larger than its bytes": lambda s: safetensors_header(
+        {"a": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4]}}
+    ) + bytes(4),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("make", BOMBS.values(), ids=BOMBS.keys())
+def test_a_file_that_is_larger_inside_than_outside_is_refused_soon(tmp_path, raw_and_mean, make):
+    path = tmp_path / "x.pt"
+    path.write_bytes(make(raw_and_mean[0]))
+    peak, seconds, message = measured_refusal(path)
+    assert peak < 500e6
+    assert seconds < 10  # of the processor; an idle one takes less than 4
+    assert len(message) < 1000
+
+
+def measured_refusal(path):
+    """Bytes and seconds that a refusal takes in a process of its own, beyond imports; the message."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            before = resource.getrusage(resource.RUSAGE_SELF)
+            try:
+                load_checkpoint(path)
+                message = "not refused"
+            except CheckpointError as error:
+                message = f"{error.message} {error.hint}"
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            peak = 1024 * (after.ru_maxrss - before.ru_maxrss)
+            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            os.write(writer, json.dumps([peak, seconds, message[:2000]]).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    assert answer, "the process was killed"
+    peak, seconds, message = json.loads(answer)
+    assert message != "not refused"
+    return peak, seconds, message
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])

@@ -193,7 +193,7 @@ MALFORMED = {
     "one ignored value": ("ignore_values = 9\n" + ONE_CLASS, "ignore_values is a list"),
     "ignored value above 255": ("ignore_values = [300]\n" + ONE_CLASS, "ignore_values"),
     "binarize as text": ('binarize_colors = "yes"\n' + ONE_CLASS, "binarize_colors is true or false"),
-    "name of the schema": ("name = 5\n" + ONE_CLASS, "name is a string"),
+    "name of the schema": ("name = 5\n" + ONE_CLASS, "name is a string of printable characters"),
     "too many": (
         "".join(f'[[classes]]\nname="{i}"\ncolor=[{i // 256},{i % 256},0]\nvalue={i % 256}\n' for i in range(256)),
         "256 classes; 1 to 255",

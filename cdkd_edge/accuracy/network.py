@@ -13,7 +13,7 @@ from cdkd_edge.engines.protocol import LabelsOnly, UInt8Array
 from cdkd_edge.errors import EngineError, SchemaError
 from cdkd_edge.labels import NO_LABEL, LabelSchema, load_schema, numbered_schema
 from cdkd_edge.manifest import FileRecord
-from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
+from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_checkpoint
 from cdkd_edge.model.network import SegmentationNetwork
 from cdkd_edge.model.run import PRECISIONS, autocast, chosen_device
 
@@ -100,6 +100,7 @@ def load_network(
     tile: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
+    weights: str | None = None,
 ) -> tuple[NetworkLabeller, CheckpointReport]:
     """A checkpoint as a labeller.
 
@@ -109,6 +110,7 @@ def load_network(
         tile: side of the tiles, px. Default: the checkpoint's.
         device: ``auto`` (CUDA if there is one), or what torch calls it.
         precision: see :class:`NetworkLabeller`.
+        weights: see :func:`cdkd_edge.model.checkpoint.load_checkpoint`.
 
     Raises:
         CheckpointError, SchemaError: as their loaders do.
@@ -116,9 +118,9 @@ def load_network(
     """
     where = chosen_device(device)
     autocast(where, precision)  # so that a mistake is found before a large file is read
-    network, report = load_checkpoint(path, tile=tile)
+    network, report = load_checkpoint(path, tile=tile, weights=weights)
     names = report.schema
-    if names is None:
+    if names is None or (schema and names.name == OPENMMLAB_SCHEMA):
         names = load_schema(schema) if schema else numbered_schema(network.config.classes)
         if len(names) != network.config.classes:
             raise SchemaError(

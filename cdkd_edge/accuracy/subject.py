@@ -14,8 +14,6 @@ from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import MissingExtraError, UsageError
 from cdkd_edge.manifest import EngineManifest, GraphManifest, kind_of, read_manifest
 
-CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -29,6 +27,13 @@ class Subject:
     labeller: Labeller
     training: Mapping[str, Any] = field(default_factory=dict)
     """What the artefact says of its training."""
+    notes: tuple[str, ...] = ()
+    """Which weights of a checkpoint these are, where it holds several sets."""
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file is to be read as a checkpoint; which kind it is, its content says."""
+    return path.suffix not in (".onnx", ".engine") and kind_of(path) is None
 
 
 def open_subject(
@@ -39,6 +44,7 @@ def open_subject(
     device: str = "auto",
     precision: str = "fp32",
     threads: int | None = None,
+    weights: str | None = None,
 ) -> Subject:
     """Load a checkpoint (PyTorch), a graph (ONNX Runtime) or an engine.
 
@@ -48,11 +54,12 @@ def open_subject(
         tile: side of the tiles, px, for a checkpoint. Default: its own.
         device, precision: for a checkpoint; see :func:`cdkd_edge.accuracy.network.load_network`.
         threads: CPU threads for a graph or a CPU engine.
+        weights: ``raw``, ``ema`` or a name, for a checkpoint with several sets of weights.
 
     Raises:
         CdkdEdgeError: as the loaders do.
     """
-    if path.suffix in CHECKPOINT_SUFFIXES:
+    if _is_checkpoint(path):
         try:
             import torch
 
@@ -61,11 +68,15 @@ def open_subject(
             if error.name != "torch":
                 raise
             raise MissingExtraError("torch", "export", "judging a checkpoint") from None
-        labeller, report = load_network(path, schema=schema, tile=tile, device=device, precision=precision)
+        labeller, report = load_network(
+            path, schema=schema, tile=tile, device=device, precision=precision, weights=weights
+        )
         runtime = f"torch {torch.__version__} on {labeller.device}"
-        return Subject(path, "checkpoint", runtime, precision, labeller, report.training)
-    if precision != "fp32" or device not in ("auto", "cpu") or tile is not None:
-        raise UsageError(f"{path.name} has its own tile, precision and device; only a checkpoint can be given others")
+        return Subject(path, "checkpoint", runtime, precision, labeller, report.training, report.taken)
+    if precision != "fp32" or device not in ("auto", "cpu") or tile is not None or weights:
+        raise UsageError(
+            f"{path.name} has its own tile, weights, precision and device; only a checkpoint can be given others"
+        )
     if kind_of(path) == GraphManifest.kind:
         graph = read_manifest(path, GraphManifest)
         runtime = "onnxruntime-cpu" + (", values rounded to FP16" if graph.precision == "fp16" else "")
@@ -84,22 +95,23 @@ def open_pair(
     device: str = "auto",
     precision: str = "fp32",
     threads: int | None = None,
+    weights: str | None = None,
 ) -> Iterator[tuple[Subject, Subject]]:
     """Two artefacts that are to be compared, closed when the block ends.
 
-    A checkpoint is opened with the tile of the other one, if that is a graph or an engine. ``device`` and ``precision``
-    are for checkpoints, and wrong where there is none.
+    A checkpoint is opened with the tile of the other one, if that is a graph or an engine. ``device``, ``precision``
+    and ``weights`` are for checkpoints, and wrong where there is none.
 
     Raises:
         CdkdEdgeError: as :func:`open_subject` does.
     """
     paths = (reference, candidate)
-    flexible = [path.suffix in CHECKPOINT_SUFFIXES for path in paths]
+    flexible = [_is_checkpoint(path) for path in paths]
     with contextlib.ExitStack() as stack:
         opened: dict[int, Subject] = {}
         tile = None
         for index in sorted(range(2), key=lambda i: flexible[i]):  # what has its own tile comes first
-            extra: dict[str, Any] = {"device": device, "precision": precision}
+            extra: dict[str, Any] = {"device": device, "precision": precision, "weights": weights}
             if flexible[index]:
                 extra["tile"] = tile
             elif any(flexible):

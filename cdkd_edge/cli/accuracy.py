@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import command_line, need, new_folder, progress_bar, show, workspace_at, write_json
+from cdkd_edge.cli.helpers import command_line, need, new_folder, progress_bar, show, stem_of, workspace_at, write_json
 from cdkd_edge.cli.options import (
     BandsOption,
     DataOption,
@@ -21,6 +21,7 @@ from cdkd_edge.cli.options import (
     SchemaOption,
     StretchOption,
     ThreadsOption,
+    WeightsOption,
     WorkspaceOption,
     chosen_images,
     names,
@@ -70,6 +71,7 @@ def evaluate(
     stretch_range: RangeOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
+    weights: WeightsOption = None,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
@@ -82,8 +84,10 @@ def evaluate(
 
     options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
     dataset = chosen_images(data, scenes, image_list)
-    folder = output or (workspace_at(workspace).new_run(f"{subject.stem}-accuracy") if save_maps else None)
-    loaded = open_subject(subject, schema=schema, tile=tile, device=device, precision=precision, threads=threads)
+    folder = output or (workspace_at(workspace).new_run(f"{stem_of(subject)}-accuracy") if save_maps else None)
+    loaded = open_subject(
+        subject, schema=schema, tile=tile, device=device, precision=precision, threads=threads, weights=weights
+    )
     try:
         classes = data_schema(dataset, schema, loaded.labeller.schema)
         with new_folder(folder) as place, progress_bar(subject.name) as progress:
@@ -212,6 +216,7 @@ def finetune(
     seed: Annotated[
         int, typer.Option(help="The same seed on the same machine gives the same weights.", rich_help_panel=RECIPE)
     ] = 0,
+    weights: WeightsOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
     features: Annotated[
@@ -266,7 +271,7 @@ def finetune(
     )
     options = FinetuneOptions(
         recipe=recipe,
-        shape=Shape(tile, patch, heads, norm_eps, head_channels, new_head),
+        shape=Shape(tile, patch, heads, norm_eps, head_channels, new_head, weights),
         schema=schema,
         training_scenes=names(train_scenes),
         validation_scenes=names(val_scenes),

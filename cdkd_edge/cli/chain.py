@@ -8,27 +8,35 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import need, show, steps, workspace_at
-from cdkd_edge.cli.options import BandsOption, JsonOption, StretchOption, WorkspaceOption, segment_options
+from cdkd_edge.cli.helpers import need, show, stem_of, steps, workspace_at
+from cdkd_edge.cli.options import (
+    BandsOption,
+    JsonOption,
+    StretchOption,
+    WeightsOption,
+    WorkspaceOption,
+    segment_options,
+)
 
 
 @app.command()
 def info(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .bin, .ckpt or .safetensors.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: what torch.save wrote, or safetensors.")],
     tile: Annotated[Optional[int], typer.Option(help="Count for this tile side, px.", min=1)] = None,  # noqa: UP045
     heads: Annotated[Optional[int], typer.Option(help="Attention heads, if not 64 wide.", min=1)] = None,  # noqa: UP045
+    weights: WeightsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """What a checkpoint holds: layout, parameters, multiply-accumulates, classes."""
     need("torch", "export", "reading a checkpoint")
     from cdkd_edge.report.chain import describe_checkpoint
 
-    show(describe_checkpoint(checkpoint, tile=tile, heads=heads), as_json)
+    show(describe_checkpoint(checkpoint, tile=tile, heads=heads, weights=weights), as_json)
 
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .bin, .ckpt or .safetensors.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: what torch.save wrote, or safetensors.")],
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -64,6 +72,7 @@ def export(
         Optional[float],  # noqa: UP045
         typer.Option(help="Ground sample distance of the training imagery, for --qgis and --stac.", metavar="METRES"),
     ] = None,
+    weights: WeightsOption = None,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
@@ -72,12 +81,12 @@ def export(
     from cdkd_edge.export.pipeline import ExportOptions, export_checkpoint
     from cdkd_edge.report.chain import describe_export
 
-    destination = output or workspace_at(workspace).graphs / f"{checkpoint.stem}.onnx"
+    destination = output or workspace_at(workspace).graphs / f"{stem_of(checkpoint)}.onnx"
     if destination.suffix != ".onnx":
         raise typer.BadParameter("a graph is an .onnx file", param_hint="--output")
     if gsd is not None and not (qgis or stac):
         raise typer.BadParameter("it is written into what --qgis and --stac make", param_hint="--gsd")
-    options = ExportOptions(tile, batch, opset, schema, heads, norm_eps, fp16, qgis, stac, gsd)
+    options = ExportOptions(tile, batch, opset, schema, heads, norm_eps, fp16, qgis, stac, gsd, weights)
     with steps() as step:
         result = export_checkpoint(checkpoint, destination, options, step)
     show(describe_export(result), as_json)

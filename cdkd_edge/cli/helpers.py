@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,12 @@ def workspace_at(root: Path) -> Workspace:
     from cdkd_edge.workspace import Workspace
 
     return Workspace(root)
+
+
+def stem_of(artefact: Path) -> str:
+    """A file's name without its suffix, or without all that checkpoints have: ``best`` of ``best.pth.tar``."""
+    name = re.sub(r"(?i)(?<=.)(\.(pt|pth|bin|ckpt|safetensors|tar|zip))+$", "", artefact.name)
+    return artefact.stem if name == artefact.name else name
 
 
 def command_line() -> str:

@@ -49,6 +49,14 @@ SchemaOption = Annotated[
         help="How masks encode classes: deepglobe, loveda, dubai, or a .toml file. Default: what the data says.",
     ),
 ]
+WeightsOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--weights",
+        help="Which weights of a checkpoint: raw, ema (averaged), or the name of a set in it. Default: averaged ones.",
+        metavar="raw|ema|NAME",
+    ),
+]
 DeviceOption = Annotated[
     str, typer.Option("--device", help="Where PyTorch computes: cpu, cuda, cuda:1, mps. auto: CUDA if it is there.")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import new_folder, progress_bar, show, workspace_at, write_json
+from cdkd_edge.cli.helpers import new_folder, progress_bar, show, stem_of, workspace_at, write_json
 from cdkd_edge.cli.options import (
     BandsOption,
     DataOption,
@@ -21,6 +21,7 @@ from cdkd_edge.cli.options import (
     SchemaOption,
     StretchOption,
     ThreadsOption,
+    WeightsOption,
     WorkspaceOption,
     chosen_images,
     segment_options,
@@ -73,6 +74,7 @@ def parity(
     stretch_range: RangeOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
+    weights: WeightsOption = None,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
@@ -92,8 +94,10 @@ def parity(
         raise typer.BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")
     options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
     dataset = chosen_images(data, scenes, image_list)
-    folder = output or (workspace_at(workspace).new_run(f"{candidate.stem}-parity") if save_maps else None)
-    pair = open_pair(reference, candidate, schema=schema, device=device, precision=precision, threads=threads)
+    folder = output or (workspace_at(workspace).new_run(f"{stem_of(candidate)}-parity") if save_maps else None)
+    pair = open_pair(
+        reference, candidate, schema=schema, device=device, precision=precision, threads=threads, weights=weights
+    )
     with pair as (ours, theirs), new_folder(folder) as place, progress_bar(candidate.name) as progress:
         gate = Gate.of(theirs.precision, tolerance, None if min_agreement is None else min_agreement / 100)
         named = next((one.labeller.schema for one in (theirs, ours) if not one.labeller.schema.numbered), None)

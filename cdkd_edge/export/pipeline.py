@@ -52,6 +52,8 @@ class ExportOptions:
     """Also write a STAC item."""
     gsd: float | None = None
     """Metres per pixel of the imagery that the network was trained on."""
+    weights: str | None = None
+    """``raw``, ``ema`` or a name, where the checkpoint holds several sets of weights."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,11 @@ def export_checkpoint(
     _require_sound(options, destination)
     progress("loading the checkpoint")
     network, report = load_checkpoint(
-        checkpoint, tile=options.tile, heads=options.heads, layer_norm_eps=options.layer_norm_eps
+        checkpoint,
+        tile=options.tile,
+        heads=options.heads,
+        layer_norm_eps=options.layer_norm_eps,
+        weights=options.weights,
     )
     schema = _schema(options.schema, report)
     config = network.config

@@ -1,66 +1,108 @@
-"""Checkpoint files: read without executing anything in them, and unwrapped to a flat state dict.
+"""Checkpoint files: told apart by their content, bounded, and read without executing anything in them.
 
-``.pt``, ``.pth``, ``.bin`` and ``.ckpt`` files are pickles. They are read with ``weights_only=True`` alone;
-``.safetensors`` files cannot hold code at all.
+What ``torch.save`` writes is a zip archive (before torch 1.6, one file) around a pickle. Pickles are read with
+``weights_only=True`` alone, after a look at what they ask for; ``.safetensors`` files cannot hold code at all.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import pickletools
 import re
+import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from cdkd_edge.errors import CheckpointError, MissingExtraError
-from cdkd_edge.model.layouts import Dropped
 
 FORMAT = "cdkd-edge checkpoint"
 FORMAT_VERSION = 1
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "student", "network")
-_MAX_WRAPPERS = 8
-"""A pickle can hold a dict that contains itself."""
-_TEACHER = "teacher beside the student"
-_PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
+_MAX_ENTRIES = 100_000
+"""Files in a torch.save archive: one per tensor."""
+_MAX_DIRECTORY = 32 << 20
+"""Bytes of the pickle in an archive: names and shapes, and whatever text there is."""
+_MAX_NAMES = 8 << 20
+"""Bytes of the header of a safetensors file, some 100 per tensor."""
+_MAX_STEPS = 1_000_000
+"""Steps that a pickle may take; a tensor takes 30. torch needs about 2 us and 100 bytes for each."""
+_MAX_KEY = 20_000
+"""Parts of a tuple within tuples. Python hashes a key by recursion, and ends with a crash at about 100,000."""
+_SPARE = 64 << 20
+"""Bytes that the tensors of a file may take beyond its size, where some share their storage."""
 
 
 def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The top-level mapping of a checkpoint file, and our header (empty if it is not ours).
 
     Raises:
-        CheckpointError: missing, empty, damaged, of another kind, or refused because reading it could run code.
-        MissingExtraError: a ``.safetensors`` file, and safetensors is not installed.
+        CheckpointError: missing, empty, damaged, of another kind, larger inside than outside, or refused because
+            reading it could run code.
+        MissingExtraError: a safetensors file, and safetensors is not installed.
     """
     if not path.exists():
         raise CheckpointError(f"checkpoint {path} does not exist")
     if not path.is_file() or path.stat().st_size == 0:
         raise CheckpointError(f"checkpoint {path} is {'empty' if path.is_file() else 'not a file'}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
-        raise CheckpointError(f"{path} is not a checkpoint (.pt, .pth, .bin, .ckpt or .safetensors)")
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start[8:9] == b"{":
+        header_bytes = struct.unpack("<Q", start[:8])[0]
+        if header_bytes < path.stat().st_size or not start.startswith((b"PK", b"\x80")):
+            return _read_safetensors(path, header_bytes)
+    zipped = start.startswith(b"PK")
+    if not zipped and not start.startswith(b"\x80"):
+        raise _foreign(path, start)
     try:
+        if zipped:
+            _require_archive(path)
+        else:
+            _require_pickles(path)
         with warnings.catch_warnings():
             # What torch warns of here (TorchScript, pickle protocols) is answered below, in one sentence.
             warnings.simplefilter("ignore")
             # Mapping the file keeps a large teacher beside the student out of memory.
-            document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises half a dozen unrelated types for damaged files
+            document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch and zipfile raise half a dozen unrelated types for damaged files
         raise _unreadable(path, error) from None
     if not isinstance(document, Mapping):
         raise CheckpointError(f"{path} holds a {type(document).__name__}, not a state dict")
-    document = {str(key): value for key, value in document.items()}
-    header = document if document.get("format") == FORMAT else {}
-    return document, header
+    document = text_keys(document)
+    return document, document if document.get("format") == FORMAT else {}
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def text_keys(document: Mapping[Any, Any]) -> dict[str, Any]:
+    """A mapping with text for keys; other keys are no names of weights, and may be of any size."""
+    return {
+        key if isinstance(key, str) else f"{key}" if isinstance(key, int) else f"({type(key).__name__})": value
+        for key, value in document.items()
+    }
+
+
+def _foreign(path: Path, start: bytes) -> CheckpointError:
+    """What a file is that no library writes as a checkpoint."""
+    packed = "gzip" if start.startswith(b"\x1f\x8b") else "tar" if start[257:262] == b"ustar" else None
+    if packed:
+        return CheckpointError(f"{path} is a {packed} archive, not a checkpoint", hint="unpack it first")
+    if path.suffix.lower() == ".safetensors":
+        return CheckpointError(f"{path} is damaged or not a safetensors file")
+    return CheckpointError(
+        f"{path} is damaged or not a PyTorch checkpoint: it begins neither as torch.save's files nor as .safetensors"
+    )
+
+
+def _read_safetensors(path: Path, header_bytes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    if header_bytes > min(_MAX_NAMES, path.stat().st_size):
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: its header claims {header_bytes} bytes")
     safetensors = safetensors_torch()
     from safetensors import SafetensorError, safe_open
 
@@ -69,15 +111,125 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         header = json.loads(metadata.get("cdkd-edge", "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
+    except (SafetensorError, ValueError, OSError, RecursionError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {str(error)[:200]}") from None
     return dict(document), header if isinstance(header, dict) else {}
+
+
+def _require_archive(path: Path) -> None:
+    """Refuse an archive that is none of torch.save's, or that is larger inside than outside.
+
+    torch.save never compresses, so sizes in the archive's directory can be held against that of the file.
+    """
+    size = path.stat().st_size
+    if _entries_claimed(path) > _MAX_ENTRIES:
+        raise CheckpointError(f"{path} claims more than {_MAX_ENTRIES} entries; a checkpoint has one per tensor")
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        pickled = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        if not pickled:
+            held = ", ".join(entry.filename for entry in entries[:3])
+            raise CheckpointError(
+                f"{path} is a zip archive that torch.save did not write ({held})", hint="unpack it first"
+            )
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise CheckpointError(f"{path} is a TorchScript archive, not a state dict", hint="save model.state_dict()")
+        packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+        if packed:
+            raise CheckpointError(
+                f"{path} is compressed, as torch.save never leaves it: {packed.filename} would grow from "
+                f"{packed.compress_size} to {packed.file_size} bytes",
+                hint="write it anew where you trust it: torch.save(torch.load(FILE), NEW)",
+            )
+        if sum(entry.file_size for entry in entries) > size:
+            raise CheckpointError(f"{path} is damaged: its entries claim more bytes than the file has ({size})")
+        for entry in pickled:
+            if entry.file_size > _MAX_DIRECTORY:
+                raise CheckpointError(
+                    f"{path} holds {entry.file_size / 1e6:.0f} MB beside its tensors; {_MAX_DIRECTORY / 1e6:.0f} MB "
+                    "are read",
+                    hint="save the weights alone: torch.save(checkpoint['state_dict'], 'weights.pt')",
+                )
+            _require_modest(path, io.BytesIO(archive.read(entry)))
+
+
+def _entries_claimed(path: Path) -> int:
+    """The number of entries by the end of a zip archive's directory, before all of them are listed."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16) - 100))
+        tail = file.read()
+    where = tail.rfind(b"PK\x05\x06")
+    if where < 0 or len(tail) < where + 22:
+        raise CheckpointError(f"{path} is damaged: a zip archive without its end")
+    count, length = struct.unpack("<HI", tail[where + 10 : where + 16])
+    wide = tail.rfind(b"PK\x06\x06", 0, where)  # zip64
+    if wide >= 0 and len(tail) >= wide + 48:
+        count, length = struct.unpack("<QQ", tail[wide + 32 : wide + 48])
+    return max(count, length // 46)  # the smallest entry of a directory
+
+
+def _require_pickles(path: Path) -> None:
+    """Look at the pickles of a file from before torch 1.6: three of bookkeeping, the document, its storages."""
+    with path.open("rb") as file:
+        beginning = file.read(_MAX_DIRECTORY)
+    stream = io.BytesIO(beginning)
+    for _ in range(5):
+        if beginning[stream.tell() : stream.tell() + 1] != b"\x80":
+            return  # torch says what is wrong with it
+        _require_modest(path, stream)
+
+
+def _require_modest(path: Path, stream: IO[bytes]) -> None:
+    """Go through a pickle without building anything, and refuse what would take much more than its size to build."""
+    stack: list[Any] = []  # the parts of a tuple, the name of a function, None for a mark
+    memo: dict[Any, Any] = {}
+    try:
+        for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if step == _MAX_STEPS:
+                raise CheckpointError(f"{path} holds more than a checkpoint: its pickle takes over {_MAX_STEPS} steps")
+            name = opcode.name
+            taken = []
+            if marked := pickletools.markobject in opcode.stack_before:
+                while (one := stack.pop()) is not None:
+                    taken.append(one)
+            if below := len(opcode.stack_before) - 2 * marked:  # the mark, and what lies above it
+                taken += stack[-below:]
+                del stack[-below:]
+            if name == "MARK":
+                stack.append(None)
+            elif name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo.get(argument, 1))
+            elif name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif name == "GLOBAL":
+                stack.append(argument)
+            elif name.startswith("TUPLE"):
+                stack.append(1 + sum(one if isinstance(one, int) else 1 for one in taken))
+                if stack[-1] > _MAX_KEY:
+                    raise CheckpointError(f"{path} is refused: a tuple in it has more than {_MAX_KEY} parts")
+            elif name in ("REDUCE", "NEWOBJ") and _allocates(taken[0]):
+                raise CheckpointError(
+                    f"{path} is refused: it calls {taken[0].replace(' ', '.')}, which takes any memory"
+                )
+            else:
+                stack += [1] * len(opcode.stack_after)
+    except CheckpointError:
+        raise
+    except (ValueError, IndexError, TypeError):
+        raise CheckpointError(
+            f"{path} is damaged or not a PyTorch checkpoint", hint="other pickles are never loaded"
+        ) from None
+
+
+def _allocates(function: object) -> bool:
+    """Whether a name is of what torch lets a pickle call, and makes something of any size from a number or a list."""
+    return isinstance(function, str) and bool(
+        re.fullmatch(r"(builtins|__builtin__) bytearray|torch(\.\w+)* \w*(Tensor|Storage)", function)
+    )
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     text = " ".join(str(error).split())
-    if "TorchScript" in text:
-        return CheckpointError(f"{path} is a TorchScript archive, not a state dict", hint="save model.state_dict()")
     if name := re.search(r"GLOBAL ([\w.]+)", text):
         return CheckpointError(
             f"{path} is refused: it asks to load {name[1]}, and reading that could execute anything its author wrote",
@@ -103,38 +255,16 @@ def safetensors_torch() -> Any:
     return safetensors.torch
 
 
-def unwrap(document: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[Dropped, ...]]:
-    """Descend to the student's state dict and take off prefixes that every key shares.
+def require_in_file(tensors: Iterable[Tensor], path: Path) -> None:
+    """Refuse tensors that are larger than the file: expanded over a small storage, or many over one.
 
-    Returns:
-        The tensors, what was unwrapped (outermost first), and what was left behind on the way.
+    Raises:
+        CheckpointError: they are.
     """
-    unwrapped: list[str] = []
-    dropped: list[Dropped] = []
-    while inner := next((key for key in _WRAPPERS if isinstance(document.get(key), Mapping)), None):
-        if len(unwrapped) == _MAX_WRAPPERS:
-            raise CheckpointError(f"{path} holds no state dict within {_MAX_WRAPPERS} wrappers")
-        if isinstance(teacher := document.get("teacher"), Mapping) and teacher:
-            dropped.append(Dropped(_TEACHER, len(teacher), f"teacher.{next(iter(teacher))}"))
-        unwrapped.append(inner)
-        document = {str(key): value for key, value in document[inner].items()}
-    tensors = {key: value for key, value in document.items() if isinstance(value, Tensor)}
-    if not tensors:
-        shown = ", ".join(list(document)[:6]) or "nothing"
-        raise CheckpointError(f"{path} holds no state dict; its top level is: {shown}")
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None):
-        unwrapped.append(prefix)
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    if any(key.startswith("student.") for key in tensors):
-        unwrapped.append("student.")
-        if teacher_keys := [key for key in tensors if key.startswith("teacher.")]:
-            dropped.append(Dropped(_TEACHER, len(teacher_keys), teacher_keys[0]))
-        others = [key for key in tensors if not key.startswith(("student.", "teacher."))]
-        if others:
-            raise CheckpointError(f"{path} holds {len(others)} tensors beside student and teacher: {', '.join(others)}")
-        tensors = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return tensors, tuple(unwrapped), tuple(dropped)
+    dense = [tensor for tensor in tensors if tensor.layout is torch.strided and not tensor.is_nested]
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in dense if not tensor.is_meta)
+    if claimed > path.stat().st_size + _SPARE:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, and its tensors would take {claimed}")
 
 
 def as_float32(key: str, tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Pat
         values = dict(header["config"])
         stored = NetworkConfig(**{**values, "pool_scales": tuple(values["pool_scales"])})
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a damaged configuration: {error}") from None
+        raise CheckpointError(f"{path} has a damaged configuration: {str(error)[:200]}") from None
     if any(type(number) is not int for number in (stored.heads, *stored.pool_scales)):
         raise CheckpointError(f"{path} has a damaged configuration: heads and pool_scales are whole numbers")
     # Before anything of that size is allocated.

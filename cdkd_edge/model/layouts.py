@@ -10,7 +10,7 @@ Sources of the names: Mask-CDKD ``student_vit_mae.py`` (github.com/whujader/mask
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -76,6 +76,13 @@ class Dropped:
     example: str
 
 
+def listed(names: Iterable[str], limit: int = 12) -> str:
+    """The first names of many, and how many there are."""
+    names = list(names)
+    shown = ", ".join(name if len(name) <= 100 else f"{name[:97]}..." for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
+
+
 def recognise(keys: list[str]) -> Layout:
     """The layout that a set of keys is written in.
 
@@ -94,9 +101,8 @@ def recognise(keys: list[str]) -> Layout:
         if any_starts("decoder_embed.", "pos_embed_decoder") and not any_starts("cls_token"):
             return STUDENT
         return TIMM if any_starts("cls_token", "norm.", "fc_norm.") else STUDENT
-    shown = ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
     raise CheckpointError(
-        f"the checkpoint's layout is not known; it holds {len(keys)} tensors: {shown}",
+        f"the checkpoint's layout is not known; it holds {len(keys)} tensors: {listed(keys, 6)}",
         hint="known layouts: cdkd-edge, Mask-CDKD student, timm ViT names, OpenMMLab backbone. + decode_head.",
     )
 
@@ -108,14 +114,12 @@ def translate(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Te
         The renamed tensors, and what was dropped on purpose.
 
     Raises:
-        CheckpointError: keys that the layout does not explain; all of them are listed.
+        CheckpointError: keys that the layout does not explain; the first dozen is listed.
     """
     renamed: dict[str, Tensor] = {}
     dropped: dict[str, list[str]] = {}
     unknown: list[str] = []
     for key, tensor in state.items():
-        if key.endswith("num_batches_tracked"):
-            continue  # a training-time counter of BatchNorm; inference never reads it
         target = _first_match(key, layout.rules)
         if target is not None:
             if target in renamed:
@@ -127,7 +131,7 @@ def translate(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Te
             unknown.append(key)
     if unknown:
         raise CheckpointError(
-            f"{layout.name} layout: {len(unknown)} unexpected tensors: {', '.join(unknown)}",
+            f"{layout.name} layout: {len(unknown)} unexpected tensors: {listed(unknown)}",
             hint="these would change the result, so they are not ignored; remove them only if the network "
             "was trained without them",
         )

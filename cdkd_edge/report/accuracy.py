@@ -21,7 +21,7 @@ def describe_evaluation(subject: Subject, dataset: Dataset, result: Evaluation, 
     rows = [
         (subject.kind, f"{subject.path}, {subject.precision}, {subject.runtime}"),
         ("data", f"{len(dataset)} images of {dataset.folder} ({dataset.layout}), schema {result.schema.name}"),
-        *(("note", note) for note in result.notes),
+        *(("note", note) for note in (*subject.notes, *result.notes)),
         *(
             (row["name"], f"IoU {percent(row['iou'])}   F1 {percent(row['f1'])}   {row['truth_pixels']} px")
             for row in classes
@@ -56,6 +56,7 @@ def describe_parity(
             for side, subject in (("reference", reference), ("candidate", candidate))
         ),
         ("data", f"{len(dataset)} images of {dataset.folder} ({dataset.layout}), schema {result.schema.name}"),
+        *(("note", f"{one.path.name}: {note}") for one in (reference, candidate) for note in one.notes),
         *(("note", note) for note in result.notes),
         *(
             (name, f"IoU {_change(*result.class_iou[label], result.class_deltas[label])}")
@@ -121,4 +122,5 @@ def _subject_data(subject: Subject) -> dict[str, Any]:
         "runtime": subject.runtime,
         "sha256": subject.labeller.artefact.sha256,
         "tile": subject.labeller.tile,
+        "notes": list(subject.notes),
     }

@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from cdkd_edge.export.pipeline import ExportResult
 
 
-def describe_checkpoint(path: Path, *, tile: int | None, heads: int | None) -> Report:
+def describe_checkpoint(path: Path, *, tile: int | None, heads: int | None, weights: str | None) -> Report:
     """``cdkd-edge info``."""
     from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder
     from cdkd_edge.model.cost import network_cost
 
     network: Any
-    network, report = load_encoder(path, tile=tile, heads=heads)
+    network, report = load_encoder(path, tile=tile, heads=heads, weights=weights)
     if report.has_head:
-        network, report = load_checkpoint(path, tile=tile, heads=heads)
+        network, report = load_checkpoint(path, tile=tile, heads=heads, weights=weights)
     config, cost = report.config, network_cost(network)
     classes = ", ".join(report.schema.class_names) if report.schema else "no names in the checkpoint"
     rows = [
@@ -52,6 +52,7 @@ def describe_checkpoint(path: Path, *, tile: int | None, heads: int | None) -> R
         "layout": report.layout,
         "config": dataclasses.asdict(config),
         "has_head": report.has_head,
+        "averaged": report.averaged,
         "classes": list(report.schema.class_names) if report.schema else None,
         "cost": {**dataclasses.asdict(cost), "total_macs": cost.total_macs},
         "dropped": [dataclasses.asdict(d) for d in report.dropped],

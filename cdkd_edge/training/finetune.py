@@ -245,6 +245,7 @@ class _Run:
             "recipe": dataclasses.asdict(self.options.recipe),
             "network": dataclasses.asdict(self.start.network.config),
             "source": self.source_record["sha256"] or self.source_record["file"],
+            **({"weights": self.options.shape.weights} if self.options.shape.weights else {}),
             "classes": list(self.schema.class_names),
             "training images": [pair.name for pair in self.split.training],
             "validation images": [pair.name for pair in self.split.validation],
@@ -323,7 +324,8 @@ def _data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, Lab
     fallback = None
     if not (options.schema or dataset.schema_name) and not source.startswith(PRESET_PREFIX):
         shape = options.shape
-        fallback = load_encoder(source, heads=shape.heads, layer_norm_eps=shape.layer_norm_eps)[1].schema
+        _, report = load_encoder(source, heads=shape.heads, layer_norm_eps=shape.layer_norm_eps, weights=shape.weights)
+        fallback = report.schema
     schema = data_schema(dataset, options.schema, fallback)
     split = split_dataset(
         dataset,

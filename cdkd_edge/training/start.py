@@ -33,6 +33,8 @@ class Shape:
     """Of a new head. Default: those of the head it replaces, or of the preset, or 256."""
     new_head: bool = False
     """Start with a new head also where the checkpoint has one that fits."""
+    weights: str | None = None
+    """``raw``, ``ema`` or a name, where the checkpoint holds several sets of weights."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,16 @@ def starting_network(source: str | Path, schema: LabelSchema, shape: Shape, seed
     if str(source).startswith(PRESET_PREFIX):
         return _from_preset(str(source), schema, shape, seed)
     source = Path(source)
-    encoder, report = load_encoder(source, heads=shape.heads, layer_norm_eps=shape.layer_norm_eps)
+    encoder, report = load_encoder(
+        source, heads=shape.heads, layer_norm_eps=shape.layer_norm_eps, weights=shape.weights
+    )
     own = report.config
     tile = shape.tile or (own.tile if report.has_head else DEFAULT_TILE)
     patch = shape.patch or (own.patch if tile % own.patch == 0 else DEFAULT_PATCH)
     if tile % patch:
         raise CheckpointError(f"a tile of {tile} px is a multiple of neither {own.patch} nor {patch} px patches")
     loading = {"tile": tile, "patch": patch, "heads": shape.heads, "layer_norm_eps": shape.layer_norm_eps}
+    loading["weights"] = shape.weights
     reason = _why_not_its_head(report, schema, shape)
     if reason is None:
         network, report = load_checkpoint(source, **loading)  # type: ignore[arg-type]

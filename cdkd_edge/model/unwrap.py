@@ -1,0 +1,328 @@
+"""Which of a checkpoint's weights are meant: wrappers are taken off, averaged weights told from raw ones.
+
+A checkpoint is a tree: what ``torch.save`` was given, state dicts in it, and in their keys the modules that a
+network was wrapped in. On the way down there is often more than one set of weights: those that were trained,
+their running mean (EMA, SWA), a teacher. The mean is taken where there is one, and that is said; what is
+ambiguous is an error that lists what there is.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from cdkd_edge.errors import CheckpointError
+from cdkd_edge.model.container import text_keys
+from cdkd_edge.model.layouts import Dropped, listed
+
+_MAX_WRAPPERS = 8
+"""A pickle can hold a dict that contains itself."""
+_OWN = ""
+"""The group of tensors that are in no other."""
+_AVERAGED = {"ema", "swa", "ewa", "averaged", "average", "avg", "polyak", "shadow"}
+_TRAINING = {
+    "criterion", "criteria", "loss", "losses", "objective", "optimizer", "optimizers", "optimiser", "optim",
+    "scheduler", "schedulers", "scaler", "rng", "metric", "metrics",
+}  # fmt: skip
+"""Words in the names of what only training needs."""
+_NOTES = {"meta", "hyper", "hparams", "args", "config", "cfg"}
+"""Words in the names of what describes a run."""
+_COUNTERS = {
+    "step", "steps", "epoch", "epochs", "iter", "iters", "iteration", "iterations", "updates", "averaged", "tracked",
+    "decay", "initted", "counter",
+}  # fmt: skip
+"""Last words in the names of single numbers that only training needs."""
+_STRUCTURE = {
+    "encoder", "head", "blocks", "layers", "backbone", "decode_head", "auxiliary_head", "neck", "patch_embed", "norm",
+    "fc_norm", "decoder", "decoder_embed",
+}  # fmt: skip
+"""Modules of networks; any other name that every key begins with is a wrapper's."""
+_WRAPPED = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+"""Modules that torch and its relatives put around others, at any depth."""
+_TEACHER = "teacher beside the student"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of weights of a checkpoint."""
+
+    tensors: dict[str, Tensor]
+    unwrapped: tuple[str, ...]
+    """Wrapper keys and prefixes that were taken off, outermost first."""
+    dropped: tuple[Dropped, ...]
+    averaged: bool
+    notes: tuple[str, ...]
+    """Which set was taken, where that is a choice."""
+
+
+def find_weights(document: Mapping[str, Any], path: Path, choice: str | None = None) -> Weights:
+    """Descend to one state dict and take off what its keys share.
+
+    Args:
+        document: the top level of a checkpoint.
+        path: for messages.
+        choice: ``raw``, ``ema``, or the name of one of several sets. Default: averaged weights where there are.
+
+    Raises:
+        CheckpointError: no weights, or more than one set that could be meant; ``choice`` is not there.
+    """
+    search = _Search(path, choice)
+    tensors = search.descend(document)
+    search.require_choice_met()
+    dropped = tuple(Dropped(what, len(keys), keys[0]) for what, keys in search.dropped.items())
+    return Weights(tensors, tuple(search.unwrapped), dropped, search.averaged, tuple(search.taken()))
+
+
+class _Search:
+    """The way down one checkpoint."""
+
+    def __init__(self, path: Path, choice: str | None) -> None:
+        self.path, self.choice = path, choice
+        self.unwrapped: list[str] = []
+        self.dropped: dict[str, list[str]] = {}
+        self.notes: list[str] = []
+        self.averaged = False
+        self._chosen = self._settled = False
+        self._offered: list[str] = []
+        self._raw: Any = None
+
+    def descend(self, level: Mapping[Any, Any]) -> dict[str, Tensor]:
+        """The tensors of the one set of weights that is meant."""
+        for _ in range(_MAX_WRAPPERS + 1):
+            level = text_keys(level)
+            groups = self._groups(level)
+            if not groups:
+                raise CheckpointError(
+                    f"{self.path} holds no state dict; its top level is: {listed(level, 6) or 'nothing'}"
+                )
+            if list(groups) != [_OWN]:
+                name = self._choose(groups, _roles(groups, level))
+                self.unwrapped += [name] if name else []
+                level = groups[name]
+                continue
+            tensors = groups[_OWN]
+            shared = next(iter(tensors)).partition(".")[0] + "."
+            if shared[:-1] not in _STRUCTURE and all(key.startswith(shared) for key in tensors):
+                self.unwrapped.append(shared)
+                level = {key.removeprefix(shared): tensor for key, tensor in tensors.items()}
+            elif not any(_WRAPPED.search(key) for key in tensors):
+                self._require_no_strangers(tensors)
+                return self._completed(tensors)
+            else:
+                level = self._without_wrappers(tensors)
+        raise CheckpointError(f"{self.path} holds no state dict within {_MAX_WRAPPERS} wrappers")
+
+    def _groups(self, level: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The sets of weights at one level; what only training needs is dropped."""
+        groups: dict[str, dict[str, Any]] = {}
+        own: dict[str, Tensor] = {}
+        for name, value in _with_callbacks(level):
+            role = _role(name.partition(".")[0])
+            if isinstance(value, Tensor) and _is_counter(name, value):
+                self.averaged |= name == "n_averaged" and not self._settled
+                self._drop("training counters", [name])
+            elif any(_words(part) & _TRAINING for part in name.split(".")):
+                self._drop("used only in training", _names(name, _tensors_in(value)))
+            elif not isinstance(value, Tensor):
+                inside = list(_tensors_in(value))
+                if (
+                    isinstance(value, Mapping)
+                    and not _words(name) & _NOTES
+                    and any(role != "raw" or tensor.ndim > 1 for _, tensor in inside)
+                ):
+                    groups[name] = dict(value)
+                elif role == "ema" and any(tensor.ndim for _, tensor in inside):
+                    groups[name] = {}
+                elif inside:
+                    self._drop("beside the weights", _names(name, inside))
+            elif role == "raw":
+                own[name] = value
+            else:
+                separator = "." if "." in name else "_"  # OpenMMLab's mmcv has buffers ema_backbone_layers_0
+                first, _, rest = name.partition(separator)
+                groups.setdefault(first + separator, {})[rest] = value
+        if not all(name.endswith((".", "_")) for name in groups):
+            self._drop("beside the weights", [name for name, value in own.items() if value.ndim < 2])
+            own = {name: value for name, value in own.items() if value.ndim > 1}
+        return {_OWN: own, **groups} if own else groups
+
+    def _choose(self, groups: dict[str, dict[str, Any]], roles: dict[str, str]) -> str:
+        """The name of the group that is meant; the others are dropped."""
+        self._offered += filter(None, groups)
+        averaged, raw, teachers = (
+            [name for name in groups if roles[name] == role] for role in ("ema", "raw", "teacher")
+        )
+        if teachers and len(raw) == 1:
+            if _shapes(self.path, groups[teachers[0]]) == _shapes(self.path, groups[raw[0]]):
+                if self.choice is None:
+                    self._ask(groups, "a teacher with the student's shapes, perhaps its running mean")
+                averaged += teachers
+                roles = {**roles, **dict.fromkeys(teachers, "ema")}
+        elif not raw and not averaged:
+            raw = teachers
+        if "ema_" in groups and self.choice is None:
+            self._ask(groups, "averaged weights as buffers, which mmcv exchanges with the raw ones after an epoch")
+        wanted = {"ema": averaged, "raw": raw}.get(self.choice or "") or averaged or raw
+        if self.choice in groups:
+            wanted, self._chosen = [self.choice], True
+        if len(wanted) != 1:
+            self._ask(groups, "more than one set of weights")
+        (name,) = wanted
+        self._settled |= len(groups) > 1
+        if roles[name] == "ema":
+            self.averaged = True
+            if len(raw) == 1:
+                self._raw = groups[raw[0]]
+            if not groups[name]:
+                raise CheckpointError(
+                    f"{self.path} holds averaged weights without names ({name})",
+                    hint="--weights raw takes the raw ones" if self._raw else "save them with the names of the network",
+                )
+        what = {"ema": "averaged weights", "raw": "other weights", "teacher": _TEACHER}
+        for other in groups:
+            if other != name:
+                self._drop(what[roles[other]], _names(other, _tensors_in(groups[other])))
+        return name
+
+    def _ask(self, groups: Iterable[str], what: str) -> NoReturn:
+        names = [name or "raw" for name in groups]
+        hint = " or ".join(f"--weights {shlex.quote(name)}" for name in names[:4] if len(name) < 100)
+        raise CheckpointError(f"{self.path} holds {what}: {listed(names)}", hint=f"say which is meant: {hint}")
+
+    def _completed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Averaged weights under the names of the raw ones, and with BatchNorm's statistics, which some leave out."""
+        if self._raw is None:
+            return tensors
+        raw = _Search(self.path, None).descend(self._raw)
+        if not tensors.keys() & raw.keys():  # some write blocks_0_norm1_weight, or leave the dots out
+            plain = {re.sub(r"[._]", "", key): key for key in raw}
+            tensors = {plain.get(re.sub(r"[._]", "", key), key): tensor for key, tensor in tensors.items()}
+        statistics = [key for key in raw if key.endswith((".running_mean", ".running_var")) and key not in tensors]
+        if statistics:
+            self.notes.append(f"{len(statistics)} statistics of BatchNorm are those of the raw weights")
+        if lacking := [key for key in raw if key not in tensors and key not in statistics]:
+            raise CheckpointError(
+                f"{self.path}: the averaged weights lack {listed(lacking)}, which the raw ones have",
+                hint="--weights raw takes the raw ones",
+            )
+        return {**tensors, **{key: raw[key] for key in statistics}}
+
+    def _require_no_strangers(self, tensors: dict[str, Tensor]) -> None:
+        """Refuse a network within a wrapper where something lies beside the wrapper."""
+        first = {key.partition(".")[0] for key in tensors}
+        for wrapper in first & {"student", "model", "net", "network", "online_model"}:
+            others = [key for key in tensors if not key.startswith(f"{wrapper}.")]
+            raise CheckpointError(f"{self.path} holds tensors beside {wrapper}: {listed(others)}")
+
+    def _without_wrappers(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        level: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            self.unwrapped += [part for part in _WRAPPED.findall(key) if part not in self.unwrapped]
+            plain = _WRAPPED.sub("", key)
+            if plain in level:
+                raise CheckpointError(f"{self.path}: two tensors both mean {plain}; one is {key}")
+            level[plain] = tensor
+        return level
+
+    def _drop(self, what: str, names: list[str]) -> None:
+        if names:
+            self.dropped.setdefault(what, []).extend(names)
+
+    def taken(self) -> Iterator[str]:
+        """What a user should know of the choice."""
+        if self.averaged:
+            hint = "; --weights raw takes the raw ones" if "other weights" in self.dropped else ""
+            yield "averaged weights (EMA) taken" + hint
+        elif "averaged weights" in self.dropped:
+            yield "raw weights taken, as asked; there are averaged ones"
+        yield from self.notes
+
+    def require_choice_met(self) -> None:
+        """Refuse a choice that led nowhere."""
+        if self.choice is None or self._chosen:
+            return
+        if self.choice not in ("raw", "ema"):
+            raise CheckpointError(
+                f"{self.path} holds no weights {self.choice!r}", hint=f"it holds {listed(self._offered) or 'one set'}"
+            )
+        if self.averaged != (self.choice == "ema"):
+            raise CheckpointError(
+                f"{self.path} holds {'averaged weights alone' if self.averaged else 'no averaged weights'}",
+                hint="leave --weights out",
+            )
+
+
+def _roles(groups: Iterable[str], level: Mapping[str, Any]) -> dict[str, str]:
+    roles = {name: _role(name) for name in groups}
+    meta, averages = level.get("meta"), level.get("ema_state_dict")
+    mmengine = (isinstance(meta, Mapping) and "mmengine_version" in meta) or "message_hub" in level
+    mmengine |= isinstance(averages, Mapping) and "steps" in averages
+    # mmengine's EMAHook and Lightning's WeightAveraging exchange the two when they save.
+    exchanged = "current_model_state" if "current_model_state" in roles else "ema_state_dict" if mmengine else None
+    if "state_dict" in roles and exchanged in roles:
+        roles |= {"state_dict": "ema", exchanged: "raw"}
+    return roles
+
+
+def _role(name: str) -> str:
+    """``ema``, ``teacher`` or ``raw``, by a name."""
+    words = _words(name)
+    return "ema" if words & _AVERAGED else "teacher" if "teacher" in words else "raw"
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name: of ``model_ema``, ``modelEMA``, ``EMACallback``."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name[:200])}
+
+
+def _is_counter(name: str, tensor: Tensor) -> bool:
+    last = re.split(r"[._]", name[-50:])[-1].lower()
+    return last in _COUNTERS and tensor.ndim < 2 and tensor.numel() == 1
+
+
+def _with_callbacks(level: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What lies at one level; of Lightning's callbacks those that keep averaged weights."""
+    for name, value in level.items():
+        if name != "callbacks" or not isinstance(value, Mapping):
+            yield name, value
+            continue
+        for callback, state in text_keys(value).items():
+            parts = text_keys(state).items() if isinstance(state, Mapping) else ()
+            inner = [(key, part) for key, part in parts if isinstance(part, Mapping) and _role(key) == "ema"]
+            if inner or _role(callback) == "ema":
+                yield from ((f"callbacks.{callback}.{key}", part) for key, part in inner or [("", state)])
+
+
+def _tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """All tensors at or below a value, with their names; each container once."""
+    waiting, seen = [("", value)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            items = text_keys(value).items() if isinstance(value, Mapping) else enumerate(value)
+            start = f"{name[:100]}." if name else ""
+            waiting += [(f"{start}{key}", part) for key, part in items]
+
+
+def _names(prefix: str, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    start = prefix.rstrip(".")
+    return [f"{start}.{name}" if start and name else start or name for name, _ in tensors]
+
+
+def _shapes(path: Path, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes of a set of weights; None where it is none."""
+    try:
+        return {key: tuple(tensor.shape) for key, tensor in _Search(path, None).descend(group).items()}
+    except CheckpointError:
+        return None

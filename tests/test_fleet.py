@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
-from scene_helpers import FakeEngine, names_in, noise, read_labels, write_raster
+from scene_helpers import FakeEngine, names_in, noise, read_labels, sparse_raster, write_raster
 
+from cdkd_edge.engines.load import load_engine
+from cdkd_edge.engines.tensorrt.process import child_environment
 from cdkd_edge.errors import EngineError, FleetError, SceneError, SystemRefusalError, UsageError
 from cdkd_edge.fleet import jobs, local
 from cdkd_edge.fleet.crew import Listener
 from cdkd_edge.fleet.jobs import EngineRef, Failure, Job, JobReport, decode, encode, run_job, stamp
-from cdkd_edge.fleet.local import LocalCrew
+from cdkd_edge.fleet.local import LocalCrew, ProcessCrew
 from cdkd_edge.fleet.products import NOTHING, Wanted
-from cdkd_edge.fleet.run import segment_many
+from cdkd_edge.fleet.run import crew_for, engine_ref, segment_many
 from cdkd_edge.fleet.scenes import plan_outputs, scenes_of
 from cdkd_edge.scene.outputs import label_map_paths
-from cdkd_edge.scene.pipeline import SegmentOptions
+from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
 from cdkd_edge.scene.reader import Stretch
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -490,3 +497,113 @@ def test_an_option_that_fits_no_scene_is_wrong_usage_and_said_once(scenes: list[
         segment(scenes, options=SegmentOptions(overlap=64), report_path=tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["status"] for row in report["scenes"]] == ["failed", "not begun", "not begun"]
+
+
+# --- in processes of their own ----------------------------------------------------------------------
+
+
+def children(parent: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def filled(spool: Path) -> bool:
+    """Whether rows of tiles are in it."""
+    return spool.exists() and spool.stat().st_size > 1 << 20
+
+
+class Killing(Listener):
+    """Kills the process that has the first scene, so many times, as soon as it tells of tiles."""
+
+    def __init__(self, crew: ProcessCrew, times: int) -> None:
+        self.crew, self.times = crew, times
+        self.notes: list[str] = []
+
+    def tiles(self, index: int, done: int, total: int) -> None:
+        if index == 0 and len(self.notes) < self.times and 0 < done < total:
+            (worker,) = [one for one in self.crew._workers.values() if one._task is not None and one._task.index == 0]
+            worker.process.kill()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_scene_whose_process_is_killed_goes_to_another_one_at_most_three_times(
+    small_engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    names = [str(write_raster(tmp_path / "large.tif", noise(2000, 1600)))]
+    names += [str(write_raster(tmp_path / f"s{i}.tif", noise(200, 150, seed=i))) for i in range(3)]
+    outputs = [Path("maps") / f"{Path(name).stem}_labels.tif" for name in names]
+    crew, ref = crew_for(engine_ref(small_engine_path, threads=1), None, 2)
+    assert isinstance(crew, ProcessCrew)
+    listener = Killing(crew, times)
+    failing = pytest.raises(FleetError, match=r"1 of 4 scenes failed: large\.tif")
+    with failing if times == 3 else contextlib.nullcontext():
+        segment_many(names, outputs, crew, ref, report_path=Path("report.json"), listener=listener)
+    report = json.loads(Path("report.json").read_text())
+    assert [row["attempts"] for row in report["scenes"]] == [min(times + 1, 3), 1, 1, 1]
+    assert [row["status"] for row in report["scenes"]] == ["done" if times == 1 else "failed", "done", "done", "done"]
+    assert report["crew"] == {"kind": "workers", "workers": 2}
+    assert len(listener.notes) == times
+    assert all("large.tif" in note for note in listener.notes)
+    with contextlib.closing(load_engine(small_engine_path, threads=1)) as engine:
+        for name, output in list(zip(names, outputs, strict=True))[times == 3 :]:
+            segment_scene(engine, name, tmp_path / "undisturbed.tif")
+            assert output.read_bytes() == (tmp_path / "undisturbed.tif").read_bytes(), name
+    assert all(one.process.returncode is not None for one in crew._workers.values())
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "when"),
+    [
+        (signal.SIGTERM, 143, "starting"),
+        (signal.SIGINT, 130, "starting"),
+        (signal.SIGTERM, 143, "working"),
+        (signal.SIGKILL, -9, "working"),
+    ],
+)
+def test_a_signal_ends_the_run_and_its_processes(
+    small_engine_path: Path, tmp_path: Path, number: signal.Signals, code: int, when: str
+) -> None:
+    names = [sparse_raster(tmp_path / f"large{i}.tif", 6000, 6000) for i in range(2)]
+    command = [sys.executable, "-m", "cdkd_edge", "segment", *names, "-o", "maps", "-e", small_engine_path]
+    process = subprocess.Popen(
+        [*map(str, command), "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env=child_environment(),
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    started: list[int] = []
+    spools = [Path("maps") / f"large{i}_labels.tif.partial" / "labels.spool" for i in range(2)]
+    while len(started) < 2 or (when == "working" and not any(map(filled, spools))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        started = children(process.pid)
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert b"Traceback" not in said
+    assert (b"the same command goes on from there" in said) == (when == "working" and code > 0)
+    assert not list(Path("maps").glob("*.tif"))
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in started):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_processes_share_the_cores(small_engine_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdkd_edge.fleet.run.available_cores", lambda: 6)
+    assert crew_for(engine_ref(small_engine_path), None, 3)[1].threads == 2
+    assert crew_for(engine_ref(small_engine_path), None, 100)[1].threads == 1
+    assert crew_for(engine_ref(small_engine_path, threads=5), None, 3)[1].threads == 5
+
+
+def test_an_engine_that_no_process_can_load(small_engine_path: Path, scenes: list[str], tmp_path: Path) -> None:
+    for path in (small_engine_path, small_engine_path.with_suffix(".json")):
+        shutil.copy(path, tmp_path)
+    engine = tmp_path / small_engine_path.name
+    engine.write_bytes(engine.read_bytes()[:-1])
+    crew, ref = crew_for(engine_ref(engine), None, 2)
+    with pytest.raises(EngineError, match=r"no worker can do this: .*small"):
+        segment_many(scenes, [Path(f"{i}.tif") for i in range(3)], crew, ref)

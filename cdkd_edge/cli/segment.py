@@ -181,7 +181,7 @@ def segment(
     kind = "probabilities" if merge == "hann" else "confidence" if confidence else "labels"
     chosen = engine or space.only_engine("cdkd-edge segment SCENE --engine", output=kind)
     ref = engine_ref(chosen, threads=threads, worker_folder=worker_engines)
-    crew, ref = crew_for(ref, dask, workers)
+    crew, ref = crew_for(ref, dask, workers and min(workers, len(names)))
     with live_fleet(names, as_json) as listener:
         try:
             segment_many(

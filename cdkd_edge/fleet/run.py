@@ -10,9 +10,10 @@ from pathlib import Path
 from cdkd_edge.errors import EngineError, FleetError, SystemRefusalError, UsageError
 from cdkd_edge.fleet.crew import Crew, Listener
 from cdkd_edge.fleet.jobs import FAILED, INTERRUPTED, NOT_BEGUN, SCENE, EngineRef, Failure, Job, stamp
-from cdkd_edge.fleet.local import LocalCrew
+from cdkd_edge.fleet.local import LocalCrew, ProcessCrew
 from cdkd_edge.fleet.products import NOTHING, Wanted, require_products
 from cdkd_edge.fleet.report import COMPLETE, STOPPED, FleetReport, ReportFile
+from cdkd_edge.machine import available_cores
 from cdkd_edge.manifest import EngineManifest, GraphManifest, kind_of, read_manifest
 from cdkd_edge.scene.pipeline import SegmentOptions
 from cdkd_edge.scene.raster import is_gdal_name
@@ -190,11 +191,10 @@ def crew_for(engine: EngineRef, address: str | None, workers: int | None) -> tup
         address: of a dask scheduler; None: this machine.
         workers: processes to start here; None: this one does it.
     """
-    if address is None and workers is None:
-        return LocalCrew(engine), engine
-    from cdkd_edge.fleet.dask import DaskCrew, worker_threads
-
     if address is not None:
+        from cdkd_edge.fleet.dask import DaskCrew
+
         return DaskCrew(address), engine
-    shared = replace(engine, threads=engine.threads or worker_threads(workers or 1))
-    return DaskCrew(workers=workers or 1), shared
+    if workers is None:
+        return LocalCrew(engine), engine
+    return ProcessCrew(workers), replace(engine, threads=engine.threads or max(1, available_cores() // workers))

@@ -1,10 +1,16 @@
-"""What happens on a worker of dask.distributed: one engine, loaded once; one job at a time; JSON in, JSON out."""
+"""What happens on a worker: one engine, loaded once; one job at a time; JSON in, JSON out.
+
+A worker is one of dask.distributed, or a process that ``segment --workers`` starts (:func:`main`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
+import queue
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +23,7 @@ from cdkd_edge.engines.load import load_engine
 from cdkd_edge.engines.protocol import Engine
 from cdkd_edge.errors import CdkdEdgeError, EngineError, FleetError, ManifestError
 from cdkd_edge.fleet.jobs import ENGINE, WORKER, EngineRef, Job, decode, encode, failed, run_job
+from cdkd_edge.interrupts import check, end_on_signals
 from cdkd_edge.manifest import EngineManifest, read_manifest
 from cdkd_edge.workspace import ENGINE_SUFFIXES
 
@@ -179,6 +186,7 @@ def _throttled(run: str, tell: Callable[[int, int], None]) -> Callable[[int, int
 
     def progress(done: int, total: int) -> None:
         nonlocal last
+        check()
         if run in _stopped:
             raise RunStoppedError("the run was stopped")
         now = time.monotonic()
@@ -187,3 +195,37 @@ def _throttled(run: str, tell: Callable[[int, int], None]) -> Callable[[int, int
             tell(done, total)
 
     return progress
+
+
+def main() -> None:
+    """Do the jobs that stdin names, a line of JSON each; the end of stdin ends this process, whatever it does.
+
+    Lines on stdout are JSON: ``done`` and ``total`` tiles of the job, or its ``report``.
+    """
+    end_on_signals()
+    # Lines go to a copy of stdout; what a library prints goes to stderr.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_hear, args=(jobs,), daemon=True).start()
+    station = Station()
+
+    def tell(**fields: Any) -> None:
+        out.write(json.dumps(fields) + "\n")
+        out.flush()
+
+    while True:
+        job = decode(jobs.get(), Job)
+        progress = _throttled("", lambda done, total: tell(done=done, total=total))
+        tell(report=encode_report(station, job, progress))
+
+
+def _hear(jobs: queue.SimpleQueue[str]) -> None:
+    with os.fdopen(os.dup(0), encoding="utf-8") as lines:
+        for line in lines:
+            jobs.put(line)
+    os.kill(os.getpid(), signal.SIGTERM)  # so that a job in work ends as if it had been asked to
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from cdkd_edge.engines.tensorrt.process import child_environment
 from cdkd_edge.errors import PowerError, UsageError
 from cdkd_edge.power.protocol import Sample, SourceInfo
 from cdkd_edge.power.trace import Phase, Problem, Trace
@@ -106,7 +107,7 @@ class PowerSampler:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=_environment(),
+            env=child_environment(),
             start_new_session=True,  # Ctrl-C reaches this process alone, which then stops that one
         )
         self._listener = threading.Thread(target=self._listen, name="power", daemon=True)
@@ -283,10 +284,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _environment() -> dict[str, str]:
-    """Of this process, with this very package first and the working directory not on the path."""
-    own = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH", ""))))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

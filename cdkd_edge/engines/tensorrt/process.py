@@ -53,7 +53,7 @@ def run_builder(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=_environment(),
+            env=child_environment(),
             start_new_session=True,
         )
         try:
@@ -97,8 +97,8 @@ def _conversation(process: subprocess.Popen[bytes], request: BuildRequest) -> It
             yield event
 
 
-def _environment() -> dict[str, str]:
-    """Of this process, with this very package first and the working directory not on the path."""
+def child_environment() -> dict[str, str]:
+    """For a child: that of this process, with this very package first and the working directory not on the path."""
     own = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH", ""))))
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

@@ -26,8 +26,8 @@ from quantization_helpers import (
 from reference import reference_logits
 
 from cdkd_edge.errors import GraphError, ManifestError, NumericalCheckError
-from cdkd_edge.export.derive import fp16_path, read_graph, write_fp16
-from cdkd_edge.export.graph import build_graph
+from cdkd_edge.export.derive import fp16_path, write_fp16
+from cdkd_edge.export.graph import build_graph, load_graph
 from cdkd_edge.export.half import casts, fp16_on_cpu, rounded_values, to_fp16
 from cdkd_edge.export.half_check import check_half, extreme_tiles
 from cdkd_edge.manifest import GraphManifest, read_manifest
@@ -426,7 +426,7 @@ def test_a_file_that_is_no_graph(tmp_path):
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"not a graph")
     with pytest.raises(GraphError, match=r"broken\.onnx is not an ONNX graph"):
-        read_graph(path)
+        load_graph(path)
 
 
 def test_what_rounding_takes_from_the_patch_bias_is_in_the_positions(small_config, make_weights):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 
 from cdkd_edge.errors import GraphError, ManifestError
+from cdkd_edge.export.graph import read_graph
 from cdkd_edge.export.half import SUFFIX, to_fp16
 from cdkd_edge.export.half_check import check_half
 from cdkd_edge.files import whole_file
@@ -83,7 +84,7 @@ def write_fp16(
     if source.precision != "fp32":
         raise GraphError(f"{plain} is an {source.precision} graph; FP16 is made from the FP32 graph")
     progress("casting the graph to FP16")
-    half = to_fp16(read_graph(plain))
+    half = to_fp16(read_graph(plain, source))
     chosen = sample_tiles(source.tile, CHECK_TILES) if tiles is None else tiles
     check = check_half(plain, half, chosen, imagery, progress)
     with whole_file(destination) as temporary:
@@ -101,16 +102,3 @@ def write_fp16(
         )
         write_manifest(destination, manifest)  # before the graph gets its name: no graph without a manifest
     return manifest
-
-
-def read_graph(path: Path) -> onnx.ModelProto:
-    """An ONNX file.
-
-    Raises:
-        GraphError: it is none.
-    """
-    try:
-        return onnx.load(path)
-    except Exception as error:  # protobuf's own type, and what onnx makes of a file without a graph
-        text = " ".join(str(error).split())[:300]
-        raise GraphError(f"{path} is not an ONNX graph: {text}", hint="export it again") from None

@@ -8,11 +8,12 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import new_folder, progress_bar, show, workspace_at, write_json
+from cdkd_edge.cli.helpers import command_line, new_folder, progress_bar, show, workspace_at, write_json
 from cdkd_edge.cli.options import (
     BandsOption,
     DataOption,
     DeviceOption,
+    EngineOption,
     JsonOption,
     OverlapOption,
     PercentilesOption,
@@ -23,6 +24,7 @@ from cdkd_edge.cli.options import (
     ThreadsOption,
     WorkspaceOption,
     chosen_images,
+    named_engine,
     segment_options,
 )
 
@@ -32,10 +34,15 @@ def parity(
     reference: Annotated[
         Path, typer.Argument(metavar="CKPT", help="What the labels should be: a checkpoint, or a graph or engine.")
     ],
-    candidate: Annotated[
-        Path, typer.Argument(metavar="ENGINE", help="What is to be proved: an engine, or a graph or checkpoint.")
-    ],
     data: DataOption,
+    artefact: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(
+            metavar="ENGINE",
+            help="What is to be proved: an engine, or a graph or checkpoint. Default: the workspace's only engine.",
+        ),
+    ] = None,
+    engine: EngineOption = None,
     schema: SchemaOption = None,
     scenes: Annotated[
         Optional[str],  # noqa: UP045
@@ -91,8 +98,12 @@ def parity(
     if min_agreement is not None and 0 < min_agreement <= 1:
         raise typer.BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")
     options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
+    space = workspace_at(workspace)
+    candidate = named_engine(artefact, engine) or space.only_engine(
+        f"cdkd-edge parity {reference}", typed=command_line()
+    )
     dataset = chosen_images(data, scenes, image_list)
-    folder = output or (workspace_at(workspace).new_run(f"{candidate.stem}-parity") if save_maps else None)
+    folder = output or (space.new_run(f"{candidate.stem}-parity") if save_maps else None)
     pair = open_pair(reference, candidate, schema=schema, device=device, precision=precision, threads=threads)
     with pair as (ours, theirs), new_folder(folder) as place, progress_bar(candidate.name) as progress:
         gate = Gate.of(theirs.precision, tolerance, None if min_agreement is None else min_agreement / 100)

@@ -71,6 +71,26 @@ class ConversionCheck:
     finite: bool
     """Whether every value is finite in FP16, also on tiles that are all 0, all 255, a checkerboard and noise."""
     runtime: str
+    max_logit_error: float | None = None
+    """Largest difference of a logit; None where the share of labels alone was judged."""
+    logit_tolerance: float | None = None
+    """What rounding explains of it. Labels that differ are ties: FP32's best scores are nearer than twice this."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why no FP16 graph was made of an FP32 graph."""
+
+    reason: str
+    out_of_range: bool
+    """A value is too large for FP16, which no other imagery and no INT8 layer changes."""
+    tool: str = f"cdkd-edge {__version__}"
+    """Whose judgement it is; another release may judge otherwise."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether this release would find the same."""
+        return self.tool == f"cdkd-edge {__version__}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,8 @@ class GraphManifest:
     """That graph against its parent."""
     quantization: dict[str, Any] = field(default_factory=dict)
     """How an INT8 graph got its scales, and which layers are INT8."""
+    fp16_refused: Refusal | None = None
+    """Of an FP32 graph: why `export` or `build` made no FP16 graph of it, so that nobody has to find out again."""
     output: str = LABELS
     """What it gives: one of :data:`cdkd_edge.output_kinds.OUTPUT_KINDS`."""
     created: str = field(default_factory=lambda: _now())
@@ -227,6 +249,13 @@ def output_of(artefact: Path) -> str:
     """The kind of output by the manifest beside a file; labels where it does not say."""
     output = _glance(artefact).get("output")
     return output if output in OUTPUT_KINDS else LABELS
+
+
+def fp16_refusal(artefact: Path) -> str | None:
+    """Why there is no FP16 graph of a graph, by the manifest beside it; None where it does not say."""
+    refusal = _glance(artefact).get("fp16_refused")
+    reason = refusal.get("reason") if isinstance(refusal, dict) else None
+    return reason if isinstance(reason, str) else None
 
 
 def _glance(artefact: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cdkd_edge.errors import WorkspaceError
 from cdkd_edge.files import being_made
-from cdkd_edge.manifest import manifest_path, output_of, precision_of
+from cdkd_edge.manifest import fp16_refusal, manifest_path, output_of, precision_of
 from cdkd_edge.output_kinds import LABELS, provides
 
 ENGINE_SUFFIXES = (".onnx", ".engine")
@@ -67,7 +67,7 @@ class Workspace:
         command = command or ("cdkd-edge build" if precision == "fp32" else f"cdkd-edge build --{precision}")
         return _only(self.graphs_of(precision, output), what, self.graphs, command, "cdkd-edge export CKPT")
 
-    def only_engine(self, command: str, output: str = LABELS) -> Path:
+    def only_engine(self, command: str, output: str = LABELS, typed: str = "") -> Path:
         """The one engine, for ``command`` (shown with each candidate if there are several).
 
         Engines that give exactly ``output`` come first; without any, those that give more than that. So an
@@ -76,16 +76,27 @@ class Workspace:
         Args:
             command: what to type before an engine's name.
             output: what it must give; see :mod:`cdkd_edge.output_kinds`.
+            typed: the whole command, to go on with once there is an engine.
 
         Raises:
             WorkspaceError: there is none, or more than one.
         """
         found = [path for path in _artefacts(self.engines, ENGINE_SUFFIXES) if provides(output_of(path), output)]
         exact = [path for path in found if output_of(path) == output]
-        what, first = "engine", "cdkd-edge build"
-        if output != LABELS:
-            what, first = f"engine with {output}", f"cdkd-edge build --{output}"
-        return _only(exact or found, what, self.engines, command, first)
+        what = "engine" if output == LABELS else f"engine with {output}"
+        if not found:
+            raise self._no_engine(what, output, typed)
+        return _only(exact or found, what, self.engines, command, "")
+
+    def _no_engine(self, what: str, output: str, typed: str) -> WorkspaceError:
+        """What is missing, why if that is known, and the commands that go on."""
+        has = [precision for precision in ("fp32", "fp16", "int8") if self.graphs_of(precision)]
+        precision = "" if not has or "fp32" in has else f" --{has[0]}"
+        options = precision + ("" if output == LABELS else f" --{output}")
+        commands = [*([] if has else ["cdkd-edge export CKPT"]), f"cdkd-edge build{options}", *filter(None, [typed])]
+        refused = [(path.name, reason) for path in self.graphs_of("fp32") if (reason := fp16_refusal(path))]
+        why = "".join(f"; FP16 was refused for {name}: {reason}" for name, reason in refused[:1])
+        return WorkspaceError(f"there is no {what} in {self.engines}{why}", hint=f"make one: {' && '.join(commands)}")
 
     def new_run(self, label: str) -> Path:
         """A folder ``benchmarks/<UTC time>-<label>`` that nobody has made or is making (and is not made here).

@@ -769,7 +769,7 @@ def test_an_export_without_a_checkpoint(tmp_path: Path) -> None:
 def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (tmp_path / "ckpt.pt").touch()
-    for command in (("export", "ckpt.pt"), ("info", "ckpt.pt"), ("demo",)):
+    for command in (("export", "ckpt.pt"), ("info", "ckpt.pt")):
         assert_answer(run(*command), 11, r"needs torch, which is not installed — pip install 'cdkd-edge\[export\]'")
     assert names_in(tmp_path) == ["ckpt.pt"]
 

@@ -26,10 +26,10 @@ from quantization_helpers import (
 from reference import reference_logits
 
 from cdkd_edge.errors import GraphError, ManifestError, NumericalCheckError
-from cdkd_edge.export.derive import fp16_path, read_graph, write_fp16
-from cdkd_edge.export.graph import build_graph
-from cdkd_edge.export.half import casts, fp16_on_cpu, rounded_values, to_fp16
-from cdkd_edge.export.half_check import check_half, extreme_tiles
+from cdkd_edge.export.derive import fp16_path, write_fp16
+from cdkd_edge.export.graph import build_graph, load_graph
+from cdkd_edge.export.half import casts, fp16_on_cpu, longest_rounding, rounded_values, to_fp16
+from cdkd_edge.export.half_check import check_half, extreme_tiles, logit_tolerance
 from cdkd_edge.manifest import GraphManifest, read_manifest
 from cdkd_edge.quantization.calibrate import calibrate
 from cdkd_edge.quantization.graphs import int8_graph
@@ -341,8 +341,65 @@ def test_agreement_is_that_of_the_tiles_and_of_nothing_else(weights, make_weight
 
 def test_a_network_that_loses_labels_is_refused(weights, make_weights, store):
     other = build_graph(centred(make_weights(CONFIG, seed=1), CONFIG), CONFIG)
+    graph = store(build_graph(weights, CONFIG))
     with pytest.raises(NumericalCheckError, match=r"another label on \d+\.\d+% .*of odd tiles .*at most 0\.1%"):
-        check_half(store(build_graph(weights, CONFIG)), to_fp16(other), tiles_of(2), "odd")
+        check_half(graph, to_fp16(other), tiles_of(2), "odd", least=0.999)
+    with pytest.raises(NumericalCheckError, match=r"logits of odd tiles differ by up to .*rounding explains"):
+        check_half(graph, to_fp16(other), tiles_of(2), "odd")
+
+
+@pytest.fixture
+def undecided(weights):
+    """A network whose classes 0 and 1 are as good as the same on every pixel, which rounding decides."""
+    even = dict(weights)
+    for name in ("head.classifier.weight", "head.classifier.bias"):
+        even[name] = weights[name].copy()
+        even[name][1] = even[name][0] * np.float32(1 + 2e-5)
+    even["head.classifier.bias"][:2] += 3  # ahead of all others
+    return even
+
+
+def test_ties_are_counted_and_no_fault(undecided, store):
+    model = build_graph(undecided, CONFIG)
+    found = check_half(store(model), to_fp16(model), tiles_of(2), "drawn")
+    assert found.label_agreement < 0.99
+    assert 0 < found.max_logit_error < found.logit_tolerance
+    with pytest.raises(NumericalCheckError, match=r"another label on"):
+        check_half(store(model), to_fp16(model), tiles_of(2), "drawn", least=0.999)
+
+
+def test_the_tolerance_is_five_spreads_of_the_roundings_in_a_row(plain):
+    roundings = longest_rounding(fp16_on_cpu(to_fp16(plain)))
+    # Ten in each of 4 blocks, patch embedding and positions; eleven from there to the logits, and the scores.
+    assert roundings == 10 * 4 + 2 + 12
+    assert logit_tolerance(roundings, 3.0) == pytest.approx(5 * 2**-11 * math.sqrt(roundings / 3) * 3)
+
+
+@pytest.mark.parametrize("name", ["blocks.1.mlp.fc1.weight", "blocks.3.attn.qkv.weight", "fuse.weight"])
+def test_a_weight_that_became_another_is_found(plain, store, name):
+    half = to_fp16(plain)
+    set_constant(half, name, constants(half)[name] * np.float16(1.25))
+    with pytest.raises(NumericalCheckError, match="logits of drawn tiles differ"):
+        check_half(store(plain), half, tiles_of(1), "drawn")
+
+
+def test_a_wrong_cast_is_found(plain, store):
+    """Of a value on the way, and of the labels themselves, which logits do not show."""
+    half = to_fp16(plain)
+    node = next(node for node in half.graph.node if node.output[0] == "blocks.2.out")
+    node.output[0] = "wide"
+    at = list(half.graph.node).index(node) + 1
+    half.graph.node.insert(at, helper.make_node("Cast", ["wide"], ["whole"], to=TensorProto.INT8))
+    half.graph.node.insert(at + 1, helper.make_node("Cast", ["whole"], ["blocks.2.out"], to=HALF))
+    with pytest.raises(NumericalCheckError, match="logits of drawn tiles differ"):
+        check_half(store(plain), half, tiles_of(1), "drawn")
+
+    half = to_fp16(plain)
+    resize = next(node for node in half.graph.node if node.op_type == "Resize")
+    mode = next(item for item in resize.attribute if item.name == "mode")
+    mode.s = b"nearest"
+    with pytest.raises(NumericalCheckError, match=r"\d+ pixels of drawn tiles have another label, though"):
+        check_half(store(plain), half, tiles_of(1), "drawn")
 
 
 def test_without_a_tile_nothing_was_checked(plain, store):
@@ -426,7 +483,7 @@ def test_a_file_that_is_no_graph(tmp_path):
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"not a graph")
     with pytest.raises(GraphError, match=r"broken\.onnx is not an ONNX graph"):
-        read_graph(path)
+        load_graph(path)
 
 
 def test_what_rounding_takes_from_the_patch_bias_is_in_the_positions(small_config, make_weights):

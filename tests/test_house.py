@@ -40,7 +40,6 @@ NEEDS_TORCH = (
     "cdkd_edge.export.pipeline",
     "cdkd_edge.accuracy.network",
     "cdkd_edge.training",
-    "cdkd_edge.demo.run",
 )
 """Modules, and packages with all their modules, that are not used on a board."""
 EXTRAS = (

@@ -231,7 +231,7 @@ def test_quantised_nodes_are_counted_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "code", "pattern"),
     [
-        ("a.onnx", b"", 7, "without nodes"),
+        ("a.onnx", b"", 7, "not an ONNX graph"),
         ("a.onnx", b"garbage", 7, "not an ONNX graph"),
         ("a.onnx", b"\x08\x07" * 9, 7, "without nodes|not an ONNX graph"),
         ("a.engine", b"", 6, "has no manifest"),

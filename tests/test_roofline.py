@@ -29,8 +29,9 @@ from cdkd_edge.benchmarks.roofline.model import (
     roofline,
     share_of_bound,
 )
-from cdkd_edge.benchmarks.roofline.operators import GraphCost, load_graph, read_operators
+from cdkd_edge.benchmarks.roofline.operators import GraphCost, read_operators
 from cdkd_edge.errors import GraphError, UsageError
+from cdkd_edge.export.graph import load_graph
 from cdkd_edge.model.config import NetworkConfig
 
 ORIN = load_device("orin-nx-16gb")

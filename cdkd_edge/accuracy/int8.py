@@ -24,7 +24,7 @@ from cdkd_edge.accuracy.int8_judge import Judge, Judgement, LabelledData
 from cdkd_edge.accuracy.int8_report import require_own_report, write_report
 from cdkd_edge.calibration_set import CalibrationSet, Role
 from cdkd_edge.errors import GraphError, NumericalCheckError, UsageError
-from cdkd_edge.export.derive import read_graph
+from cdkd_edge.export.graph import read_graph
 from cdkd_edge.export.half_check import check_half
 from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.files import whole_file
@@ -158,7 +158,7 @@ def write_int8(
     if data is not None:  # a mistake that evaluate() would tell after minutes
         require_same_classes(source.schema, data.schema)
         require_readable(data.dataset, source.tile, data.options)
-    model = read_graph(plain)
+    model = read_graph(plain, source)
     require_layers(model, options.keep)
     calibrated = calibrate(
         model,

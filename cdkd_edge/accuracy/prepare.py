@@ -12,7 +12,8 @@ from cdkd_edge.accuracy.evaluate import data_schema
 from cdkd_edge.accuracy.int8 import Gate, Int8Options, Int8Result, require_fitting, write_int8
 from cdkd_edge.accuracy.int8_judge import LabelledData
 from cdkd_edge.calibration_set import CalibrationSet, is_calibration_set
-from cdkd_edge.errors import ManifestError, UsageError, WorkspaceError
+from cdkd_edge.engines.plan import CPU, no_fp16_here
+from cdkd_edge.errors import ManifestError, NumericalCheckError, UsageError, WorkspaceError
 from cdkd_edge.export.derive import fp16_path, int8_path, write_fp16
 from cdkd_edge.export.variant import is_variant_of, variant_path, write_variant
 from cdkd_edge.manifest import GraphManifest, output_of, precision_of, read_manifest
@@ -29,7 +30,9 @@ class Request:
     int8: Int8Options = Int8Options()
     data: LabelledData | None = None
     again: bool = False
-    """Make the graph even if there is one."""
+    """Make the graph even if there is one (as if anything else is asked for), or if FP16 is known to break it."""
+    least: float | None = None
+    """Share of labels that must stay the same, 0..1. Default: that of ``int8``; of FP16, see :func:`check_half`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def prepare_graph(
     request: Request = Request(),
     progress: Callable[[str], None] = lambda step: None,
     output: str | None = None,
+    runtime: str | None = None,
 ) -> Prepared:
     """The graph for an engine of a precision and kind of output.
 
@@ -64,18 +68,23 @@ def prepare_graph(
         progress: called with the name of each step.
         output: what it is to give (:mod:`cdkd_edge.output_kinds`); None: what the named graph gives, or labels. A
             graph with more than labels is made from the one of that precision, unless it is there.
+        runtime: what the engine is for: an FP16 graph is not made for the CPU, which has no such engine.
 
     Raises:
         WorkspaceError: no graph is named, and there is none or more than one; likewise for calibration sets.
         UsageError: the named graph has another precision and is not FP32; or it gives something else than is asked for,
             and not labels alone; or the request says how to make a graph that is there and cannot be made, for want of
             its FP32 graph.
+        NumericalCheckError: FP16 breaks the network, as is known from before. (``request.again`` tries it again.)
+        EngineError: an FP16 graph would have to be made, and this machine cannot build an engine from it.
         CdkdEdgeError: as :func:`write_fp16`, :func:`write_int8` and :func:`write_variant` do.
     """
     if graph is not None and output_of(graph) != LABELS:
         return _finished(graph, precision, output, request)
+    if request.least is not None:  # a share that makes no sense is an error
+        Gate(request.least)
     if output is None or output == LABELS:
-        return _labels_graph(space, graph, precision, request, progress)
+        return _labels_graph(space, graph, precision, request, progress, runtime)
     wanted = precision or "fp32"
     if (
         graph is None
@@ -84,7 +93,7 @@ def prepare_graph(
         and space.graphs_of(wanted, output)
     ):
         return _as_it_is(space.only_graph(wanted, f"cdkd-edge build --{output}", output), request)
-    plain = _labels_graph(space, graph, precision, request, progress)
+    plain = _labels_graph(space, graph, precision, request, progress, runtime)
     destination = variant_path(plain.path, output)
     made = not is_variant_of(destination, plain.path, output)
     if made:
@@ -109,6 +118,7 @@ def _labels_graph(
     precision: str | None,
     request: Request,
     progress: Callable[[str], None],
+    runtime: str | None,
 ) -> Prepared:
     """The graph with labels alone; see :func:`prepare_graph`."""
     own = precision_of(graph) if graph else None
@@ -127,19 +137,32 @@ def _labels_graph(
             hint=f"name the FP32 graph, leave out --{wanted}, or leave out the graph",
         )
     destination = fp16_path(graph) if wanted == "fp16" else int8_path(graph)
-    if not request.again and _made_from(destination, graph):
+    if request == Request() and _made_from(destination, graph):
         return Prepared(destination)
     source = read_manifest(graph, GraphManifest)
+    _require_hope(graph, source, wanted, request)
     if wanted == "fp16":
+        if runtime == CPU:
+            raise no_fp16_here(graph)
         if request.calibration is None:
-            write_fp16(graph, destination, progress=progress)
+            write_fp16(graph, destination, least=request.least, progress=progress)
         else:
             tiles = CalibrationSet.load(request.calibration)
             require_fitting(tiles, source, "check")
-            write_fp16(graph, destination, tiles=tiles.tiles("check"), imagery=tiles.name, progress=progress)
+            write_fp16(
+                graph,
+                destination,
+                tiles=tiles.tiles("check"),
+                imagery=tiles.name,
+                least=request.least,
+                progress=progress,
+            )
         return Prepared(destination, made=True)
     tiles = CalibrationSet.load(request.calibration or only_calibration_set(space))
-    result = write_int8(graph, destination, tiles, request.int8, request.data, progress)
+    options = request.int8
+    if request.least is not None:
+        options = dataclasses.replace(options, gate=Gate(request.least, options.gate.loss))
+    result = write_int8(graph, destination, tiles, options, request.data, progress)
     return Prepared(destination, made=True, int8=result)
 
 
@@ -187,6 +210,27 @@ def _require_meaning(request: Request, precision: str) -> None:
         raise UsageError("gate, ranges and labelled data are for INT8 graphs", hint="add --int8")
     if precision == "fp32" and request != Request():
         raise UsageError("an FP32 graph is exported, not made from another", hint="add --fp16 or --int8")
+
+
+def _require_hope(graph: Path, source: GraphManifest, precision: str, request: Request) -> None:
+    """Don't find out again, in minutes, what is known: that FP16 breaks the network.
+
+    INT8 graphs keep the rest of the network in FP16, so values that are too large for it end them too.
+    """
+    refusal = source.fp16_refused
+    if refusal is None or not refusal.holds or request.again:
+        return
+    if precision == "fp16" and (refusal.out_of_range or (request.calibration is None and request.least is None)):
+        asked = "FP16" if refusal.out_of_range else "FP16 (without --calibration or --min-agreement)"
+        raise NumericalCheckError(
+            f"{asked} is not for {graph.name}, as was found before: {refusal.reason}",
+            hint="build it in FP32: cdkd-edge build; --again judges it once more",
+        )
+    if precision == "int8" and refusal.out_of_range:
+        raise NumericalCheckError(
+            f"INT8 keeps parts of {graph.name} in FP16, and was found before: {refusal.reason}",
+            hint="build it in FP32: cdkd-edge build; --again tries it all the same",
+        )
 
 
 def _as_it_is(graph: Path, request: Request) -> Prepared:

@@ -13,6 +13,7 @@ from cdkd_edge.cli.options import (
     BandsOption,
     DataOption,
     DeviceOption,
+    EngineOption,
     JsonOption,
     OverlapOption,
     PercentilesOption,
@@ -24,6 +25,7 @@ from cdkd_edge.cli.options import (
     WeightsOption,
     WorkspaceOption,
     chosen_images,
+    named_engine,
     names,
     segment_options,
 )
@@ -40,10 +42,15 @@ SPLIT, RECIPE, VIEWS, NETWORK, MEMORY = (
 
 @app.command()
 def evaluate(
-    subject: Annotated[
-        Path, typer.Argument(metavar="CKPT|GRAPH|ENGINE", help="Checkpoint, exported graph (.onnx) or engine.")
-    ],
     data: DataOption,
+    artefact: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(
+            metavar="CKPT|GRAPH|ENGINE",
+            help="Checkpoint, exported graph (.onnx) or engine. Default: the only engine in the workspace.",
+        ),
+    ] = None,
+    engine: EngineOption = None,
     schema: SchemaOption = None,
     scenes: Annotated[
         Optional[str],  # noqa: UP045
@@ -82,9 +89,11 @@ def evaluate(
     from cdkd_edge.accuracy.subject import open_subject
     from cdkd_edge.report.accuracy import describe_evaluation
 
+    space = workspace_at(workspace)
+    subject = named_engine(artefact, engine) or space.only_engine("cdkd-edge evaluate", typed=command_line())
     options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
     dataset = chosen_images(data, scenes, image_list)
-    folder = output or (workspace_at(workspace).new_run(f"{stem_of(subject)}-accuracy") if save_maps else None)
+    folder = output or (space.new_run(f"{stem_of(subject)}-accuracy") if save_maps else None)
     loaded = open_subject(
         subject, schema=schema, tile=tile, device=device, precision=precision, threads=threads, weights=weights
     )

@@ -11,6 +11,7 @@ from cdkd_edge.cli.app import app
 from cdkd_edge.cli.helpers import command_line, show, workspace_at
 from cdkd_edge.cli.options import (
     BandsOption,
+    EngineOption,
     JsonOption,
     OverlapOption,
     PercentilesOption,
@@ -18,6 +19,7 @@ from cdkd_edge.cli.options import (
     StretchOption,
     ThreadsOption,
     WorkspaceOption,
+    named_engine,
     segment_options,
 )
 
@@ -32,6 +34,7 @@ def bench(
         Optional[Path],  # noqa: UP045
         typer.Argument(help="Engine file. Default: the only one in the workspace."),
     ] = None,
+    option: EngineOption = None,
     power_trace: Annotated[
         bool,
         typer.Option(
@@ -141,7 +144,7 @@ def bench(
     if paper and mlperf:
         raise typer.BadParameter("one protocol at a time", param_hint="--paper --mlperf")
     space = workspace_at(workspace)
-    path = engine or space.only_engine("cdkd-edge bench")
+    path = named_engine(engine, option) or space.only_engine("cdkd-edge bench", typed=command_line())
     options = BenchOptions(
         protocol=protocol_of(
             "paper" if paper else "mlperf" if mlperf else "default",

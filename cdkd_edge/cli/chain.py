@@ -62,6 +62,10 @@ def export(
         Optional[bool],  # noqa: UP045
         typer.Option("--fp16/--no-fp16", help="Also write NAME.fp16.onnx. Default: if it passes its check."),
     ] = None,
+    min_agreement: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Per cent of labels that FP16 must keep. Default: all but ties, as rounding explains them."),
+    ] = None,
     qgis: Annotated[
         bool, typer.Option("--qgis", help="Also write NAME.qgis.onnx for the QGIS plugin Deepness; needs --gsd.")
     ] = False,
@@ -78,6 +82,7 @@ def export(
 ) -> None:
     """Checkpoint to ONNX graph, checked against PyTorch. Writes export/NAME.onnx, NAME.fp16.onnx, their manifests."""
     need("torch", "export", "exporting a checkpoint")
+    from cdkd_edge.accuracy.int8 import Gate
     from cdkd_edge.export.pipeline import ExportOptions, export_checkpoint
     from cdkd_edge.report.chain import describe_export
 
@@ -86,7 +91,10 @@ def export(
         raise typer.BadParameter("a graph is an .onnx file", param_hint="--output")
     if gsd is not None and not (qgis or stac):
         raise typer.BadParameter("it is written into what --qgis and --stac make", param_hint="--gsd")
-    options = ExportOptions(tile, batch, opset, schema, heads, norm_eps, fp16, qgis, stac, gsd, weights)
+    if min_agreement is not None and fp16 is False:
+        raise typer.BadParameter("it is about the FP16 graph", param_hint="--min-agreement")
+    least = None if min_agreement is None else Gate(min_agreement / 100).agreement
+    options = ExportOptions(tile, batch, opset, schema, heads, norm_eps, fp16, least, qgis, stac, gsd, weights)
     with steps() as step:
         result = export_checkpoint(checkpoint, destination, options, step)
     show(describe_export(result), as_json)
@@ -105,8 +113,10 @@ def demo(
     ] = Path("cdkd-edge-demo"),
     as_json: JsonOption = False,
 ) -> None:
-    """The whole chain with a small bundled network: export, build, segment, bench."""
-    need("torch", "export", "the demo's export")
+    """The whole chain with a small bundled network: export, build, segment, bench.
+
+    Without PyTorch, as on a board, the check against it is skipped.
+    """
     from cdkd_edge.demo.run import run_demo
     from cdkd_edge.report.chain import describe_demo
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import show, steps, workspace_at
-from cdkd_edge.cli.options import JsonOption, SchemaOption, WorkspaceOption
+from cdkd_edge.cli.helpers import command_line, show, steps, workspace_at
+from cdkd_edge.cli.options import EngineOption, JsonOption, SchemaOption, WorkspaceOption, named_engine
 from cdkd_edge.errors import printable
 
 _PANEL = "TensorRT"
@@ -113,9 +112,13 @@ def build(
         typer.Option(help="Keep this layer in FP16, e.g. blocks.0.mlp.fc2; repeatable.", rich_help_panel=_GRAPH),
     ] = None,
     min_agreement: Annotated[
-        float,
-        typer.Option(help="Gate: per cent of the check tiles' pixels that keep their label.", rich_help_panel=_GRAPH),
-    ] = 98.0,
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Gate: per cent of the check tiles' pixels that keep their label. Default: 98 for INT8, all but ties "
+            "for FP16.",
+            rich_help_panel=_GRAPH,
+        ),
+    ] = None,
     max_loss: Annotated[
         float, typer.Option(help="Gate: points of mIoU that may be lost on --data.", rich_help_panel=_GRAPH)
     ] = 0.5,
@@ -166,18 +169,18 @@ def build(
         raise typer.BadParameter("the CPU engine has none of TensorRT's options", param_hint="--runtime cpu")
     space = workspace_at(workspace)
     ranges = CalibrationOptions(calibrator, percentile, alpha or None)
-    gate = Gate(min_agreement / 100, max_loss)
+    least = None if min_agreement is None else min_agreement / 100
     request = Request(
         calibration,
-        Int8Options(ranges, gate, auto, tuple(keep or ())),
+        Int8Options(ranges, Gate(loss=max_loss), auto, tuple(keep or ())),
         labelled_data(data, schema, scenes) if data else None,
+        again,
+        least,
     )
     if (schema or scenes) and not data:
         raise typer.BadParameter("they say how to read --data", param_hint="--schema, --scenes")
     with steps() as step:
-        prepared = prepare_graph(
-            space, graph, asked[0] if asked else None, replace(request, again=again or request != Request()), step, kind
-        )
+        prepared = prepare_graph(space, graph, asked[0] if asked else None, request, step, kind, chosen)
     source = prepared.path
     destination = output or engine_path(space, source, chosen)
     if destination.suffix != (".onnx" if chosen == CPU else ".engine"):
@@ -198,6 +201,7 @@ def inspect(
         Optional[Path],  # noqa: UP045
         typer.Argument(help="Engine (.engine, .cpu.onnx) or graph (.onnx). Default: the only engine in the workspace."),
     ] = None,
+    engine: EngineOption = None,
     every: Annotated[bool, typer.Option("--all", help="List every layer, not only those that move most.")] = False,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
@@ -206,7 +210,8 @@ def inspect(
     from cdkd_edge.engines.inspection import inspect_artefact
     from cdkd_edge.report.engines import describe_inspection
 
-    path = artefact or workspace_at(workspace).only_engine("cdkd-edge inspect")
+    space = workspace_at(workspace)
+    path = named_engine(artefact, engine) or space.only_engine("cdkd-edge inspect", typed=command_line())
     show(describe_inspection(inspect_artefact(path), every=every), as_json)
 
 

@@ -67,6 +67,17 @@ ThreadsOption = Annotated[
 ]
 
 
+def named_engine(argument: Path | None, option: Path | None) -> Path | None:
+    """The engine that was named, as an argument or with ``--engine``; None: the only one in the workspace.
+
+    Raises:
+        BadParameter: two were named.
+    """
+    if argument is not None and option is not None:
+        raise typer.BadParameter("an engine is named already", param_hint="--engine")
+    return option if argument is None else argument
+
+
 def segment_options(
     overlap: int | None,
     bands: str | None,

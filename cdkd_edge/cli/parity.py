@@ -8,11 +8,12 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import new_folder, progress_bar, show, stem_of, workspace_at, write_json
+from cdkd_edge.cli.helpers import command_line, new_folder, progress_bar, show, stem_of, workspace_at, write_json
 from cdkd_edge.cli.options import (
     BandsOption,
     DataOption,
     DeviceOption,
+    EngineOption,
     JsonOption,
     OverlapOption,
     PercentilesOption,
@@ -24,6 +25,7 @@ from cdkd_edge.cli.options import (
     WeightsOption,
     WorkspaceOption,
     chosen_images,
+    named_engine,
     segment_options,
 )
 
@@ -33,10 +35,15 @@ def parity(
     reference: Annotated[
         Path, typer.Argument(metavar="CKPT", help="What the labels should be: a checkpoint, or a graph or engine.")
     ],
-    candidate: Annotated[
-        Path, typer.Argument(metavar="ENGINE", help="What is to be proved: an engine, or a graph or checkpoint.")
-    ],
     data: DataOption,
+    artefact: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(
+            metavar="ENGINE",
+            help="What is to be proved: an engine, or a graph or checkpoint. Default: the workspace's only engine.",
+        ),
+    ] = None,
+    engine: EngineOption = None,
     schema: SchemaOption = None,
     scenes: Annotated[
         Optional[str],  # noqa: UP045
@@ -93,8 +100,12 @@ def parity(
     if min_agreement is not None and 0 < min_agreement <= 1:
         raise typer.BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")
     options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
+    space = workspace_at(workspace)
+    candidate = named_engine(artefact, engine) or space.only_engine(
+        f"cdkd-edge parity {reference}", typed=command_line()
+    )
     dataset = chosen_images(data, scenes, image_list)
-    folder = output or (workspace_at(workspace).new_run(f"{stem_of(candidate)}-parity") if save_maps else None)
+    folder = output or (space.new_run(f"{stem_of(candidate)}-parity") if save_maps else None)
     pair = open_pair(
         reference, candidate, schema=schema, device=device, precision=precision, threads=threads, weights=weights
     )

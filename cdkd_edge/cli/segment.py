@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import print_json, workspace_at
+from cdkd_edge.cli.helpers import command_line, print_json, workspace_at
 from cdkd_edge.cli.options import (
     BandsOption,
     EngineOption,
@@ -179,7 +179,7 @@ def segment(
         overwrite=overwrite,
     )
     kind = "probabilities" if merge == "hann" else "confidence" if confidence else "labels"
-    chosen = engine or space.only_engine("cdkd-edge segment SCENE --engine", output=kind)
+    chosen = engine or space.only_engine("cdkd-edge segment SCENE --engine", kind, command_line())
     ref = engine_ref(chosen, threads=threads, worker_folder=worker_engines)
     crew, ref = crew_for(ref, dask, workers and min(workers, len(names)))
     with live_fleet(names, as_json) as listener:

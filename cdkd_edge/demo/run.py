@@ -1,14 +1,23 @@
-"""``cdkd-edge demo``: every stage with a bundled trained checkpoint, on any machine."""
+"""``cdkd-edge demo``: every stage with a bundled trained checkpoint, on any machine.
+
+Where PyTorch is, the checkpoint is exported as any other. Where it is not, as on a board, the same graph is written
+from the same weights, without simplification and without the check against PyTorch.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+import onnxruntime
 import rasterio
 from rasterio.transform import from_origin
 
@@ -19,15 +28,28 @@ from cdkd_edge.benchmarks.record import BenchSummary
 from cdkd_edge.engines.cpu import build_cpu_engine
 from cdkd_edge.engines.load import load_engine
 from cdkd_edge.errors import WorkspaceError
-from cdkd_edge.export.pipeline import ExportResult, export_checkpoint
+from cdkd_edge.export.graph import build_graph
 from cdkd_edge.files import whole_file
-from cdkd_edge.manifest import EngineManifest
+from cdkd_edge.manifest import (
+    EngineManifest,
+    FileRecord,
+    GraphCheck,
+    GraphManifest,
+    Preprocessing,
+    library_versions,
+    require_replaceable,
+    write_manifest,
+)
+from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 from cdkd_edge.scene.outputs import label_map_paths, quicklook_path
 from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult, segment_scene
 from cdkd_edge.scene.quicklook import write_quicklook
 from cdkd_edge.scene.reader import SceneReader
 from cdkd_edge.scenery import draw_scene
 from cdkd_edge.workspace import Workspace
+
+if TYPE_CHECKING:
+    from cdkd_edge.export.pipeline import ExportResult
 
 SCENE_WIDTH, SCENE_HEIGHT, SCENE_SEED = 3000, 2000, 2026
 SCENE_PIXEL_M = 0.5
@@ -36,10 +58,20 @@ MARK = ".cdkd-edge-demo"
 
 
 @dataclass(frozen=True)
+class BundledGraph:
+    """The bundled network's graph, written without PyTorch."""
+
+    path: Path
+    manifest: GraphManifest
+    skipped: str
+    """What an export does besides, and why it was not done."""
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """What the demo made and measured."""
 
-    export: ExportResult
+    export: ExportResult | BundledGraph
     engine: EngineManifest
     engine_path: Path
     segment: SegmentResult
@@ -77,7 +109,7 @@ def run_demo(
         scene = workspace.root / "demo_scene.tif"
         truth = _draw(scene)
     with resources.as_file(resources.files("cdkd_edge.demo") / "tiny.safetensors") as checkpoint:
-        exported = export_checkpoint(checkpoint, workspace.graphs / "tiny.onnx", progress=progress)
+        exported = _export(checkpoint, workspace.graphs / "tiny.onnx", progress)
     progress("building the engine")
     engine_path = workspace.engines / "tiny.fp32.cpu.onnx"
     built = build_cpu_engine(exported.path, engine_path)
@@ -100,6 +132,55 @@ def run_demo(
     finally:
         engine.close()
     return DemoResult(exported, built, engine_path, result, quicklook, mean_iou, bench, folder)
+
+
+def _export(checkpoint: Path, destination: Path, progress: Callable[[str], None]) -> ExportResult | BundledGraph:
+    try:
+        import torch  # noqa: F401, I001 - the first that is missing is named
+        import onnxsim  # noqa: F401
+        import safetensors  # noqa: F401
+
+        from cdkd_edge.export.pipeline import export_checkpoint
+    except ImportError as error:
+        progress("writing the graph")
+        return _write_bundled(checkpoint, destination, f"the check against PyTorch, and simplification ({error})")
+    return export_checkpoint(checkpoint, destination, progress=progress)
+
+
+def _write_bundled(checkpoint: Path, destination: Path, skipped: str) -> BundledGraph:
+    """The graph of a safetensors checkpoint in this package's own names and FP16, and its manifest."""
+    require_replaceable(destination)
+    content = checkpoint.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")  # https://github.com/huggingface/safetensors#format
+    entries = json.loads(content[8:start])
+    header = json.loads(entries.pop("__metadata__")["cdkd-edge"])
+    weights = {}
+    for name, entry in entries.items():
+        first, end = (start + offset for offset in entry["data_offsets"])
+        weights[name] = np.frombuffer(content[first:end], np.float16).reshape(entry["shape"]).astype(np.float32)
+    config = NetworkConfig(**{**header["config"], "pool_scales": tuple(header["config"]["pool_scales"])})
+    model = build_graph(weights, config)
+    with whole_file(destination) as temporary:
+        onnx.save(model, temporary)
+        manifest = GraphManifest(
+            name=destination.stem,
+            precision="fp32",
+            artefact=FileRecord.of(temporary, destination.name),
+            checkpoint=FileRecord.of(checkpoint),
+            layout="cdkd-edge",
+            labels=header["schema"],
+            preprocessing=Preprocessing("RGB", PIXEL_MEAN, PIXEL_STD),
+            tile=config.tile,
+            batch=1,
+            opset=model.opset_import[0].version,
+            network=dataclasses.asdict(config),
+            nodes=len(model.graph.node),
+            check=GraphCheck(0, 0.0, 0.0, "none", f"onnxruntime {onnxruntime.__version__}"),
+            libraries=library_versions(("onnx", "onnxruntime", "numpy")),
+            training=header["training"],
+        )
+        write_manifest(destination, manifest)
+    return BundledGraph(destination, manifest, skipped)
 
 
 def _claim(folder: Path) -> None:

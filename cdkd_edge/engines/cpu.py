@@ -13,8 +13,8 @@ import onnxruntime
 from cdkd_edge.engines.integers import require_exact_integers
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.errors import EngineError, NumericalCheckError, SystemRefusalError
-from cdkd_edge.export.derive import read_graph
 from cdkd_edge.export.fuse import fuse_attention
+from cdkd_edge.export.graph import read_graph
 from cdkd_edge.export.half import fp16_on_cpu
 from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.files import whole_file
@@ -67,7 +67,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
             f"{graph} is an {source.precision} graph; a CPU runs fp32 and int8",
             hint="build it where TensorRT is, or build the fp32 graph here",
         )
-    model = read_graph(graph)
+    model = read_graph(graph, source)
     if source.precision == "int8":
         require_exact_integers()
         model = cpu_twin(model)
@@ -140,8 +140,6 @@ class OnnxLabeller:
         self._session = _session(model or str(path), _session_options(threads), f"loading {path.name}")
         n, tile = self.batch, self.tile
         self.output_kind = manifest.output
-        if [item.name for item in self._session.get_outputs()] != list(manifest.outputs):
-            raise EngineError(f"{path} has other outputs than its manifest says", hint="make it again: cdkd-edge build")
         self._inputs = [np.zeros((n, 3, tile, tile), np.uint8) for _ in range(SLOTS)]
         self._outputs = [
             {name: np.zeros(shape, np.uint8) for name, shape in manifest.outputs.items()} for _ in range(SLOTS)
@@ -220,9 +218,10 @@ def graph_labeller(path: Path, manifest: GraphManifest, threads: int | None = No
         GraphError: it is no graph, or not one of its precision.
         EngineError: ONNX Runtime refuses it.
     """
+    model = read_graph(path, manifest)
     if manifest.precision == "fp32":
+        del model
         return OnnxLabeller(path, manifest, threads)
-    model = read_graph(path)
     if manifest.precision == "fp16":
         model = fp16_on_cpu(model)
     else:
@@ -250,6 +249,7 @@ class CpuEngine(OnnxLabeller):
             )
         if manifest.precision == "int8":
             require_exact_integers()
+        read_graph(path, manifest)
         self.manifest = manifest
         super().__init__(path, manifest, threads)
 

@@ -12,8 +12,9 @@ import onnx
 from onnx import TensorProto
 
 from cdkd_edge.engines.tensorrt.layers import EngineLayers, read_layers
-from cdkd_edge.errors import EngineError, GraphError, ManifestError
+from cdkd_edge.errors import EngineError, ManifestError
 from cdkd_edge.export.fuse import CONTRIB_DOMAIN
+from cdkd_edge.export.graph import load_graph
 from cdkd_edge.manifest import EngineManifest, GraphManifest, kind_of, manifest_path, read_manifest
 
 _NAMES = {
@@ -129,13 +130,7 @@ def read_onnx(path: Path) -> OnnxContents:
     Raises:
         GraphError: it is not one, or is empty.
     """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's own types
-        raise GraphError(f"{path} is not an ONNX graph: {' '.join(str(error).split())[:200]}") from None
-    if not model.graph.node:
-        raise GraphError(f"{path} is an ONNX file without nodes")
-    graph = model.graph
+    graph = load_graph(path).graph
     dtypes = {item.name: _NAMES.get(item.data_type, "other") for item in graph.initializer}
     dtypes |= {item.name: _NAMES.get(item.type.tensor_type.elem_type, "other") for item in graph.input}
     operators: dict[str, Counter[str]] = {}
@@ -146,7 +141,7 @@ def read_onnx(path: Path) -> OnnxContents:
             dtypes[name] = output
         operators.setdefault(node.op_type, Counter())[_node_precision(node, dtypes, output)] += 1
         if node.op_type == "Cast":
-            casts[f"{dtypes.get(node.input[0], 'other')} to {output}"] += 1
+            casts[f"{dtypes.get(next(iter(node.input), ''), 'other')} to {output}"] += 1
     ordered = sorted(operators.items(), key=lambda item: (-sum(item[1].values()), item[0]))
     fused = sum(
         node.op_type in ("Attention", "MultiHeadAttention", "PackedMultiHeadAttention")
@@ -156,7 +151,7 @@ def read_onnx(path: Path) -> OnnxContents:
     parameters: Counter[str] = Counter()
     for item in graph.initializer:
         kind = _NAMES.get(item.data_type, "other")
-        parameters[kind] += math.prod(item.dims) * _ITEM_BYTES.get(kind, 0)
+        parameters[kind] += math.prod(max(0, size) for size in item.dims) * _ITEM_BYTES.get(kind, 0)
     return OnnxContents(
         operators={name: dict(row.most_common()) for name, row in ordered},
         casts=dict(casts.most_common()),

@@ -67,7 +67,7 @@ def build_engine(
     from cdkd_edge.engines.cpu import build_cpu_engine
 
     if precision_of(graph) == "fp16":
-        raise _no_fp16_here(graph)
+        raise no_fp16_here(graph)
     return build_cpu_engine(graph, destination)
 
 
@@ -115,17 +115,16 @@ def _suffix(kind: str) -> str:
     return "" if kind == LABELS else f".{kind}"
 
 
-def _no_fp16_here(graph: Path) -> EngineError:
-    """FP16 is TensorRT's: say what is missing, and that the graph is all the board needs."""
+def no_fp16_here(graph: Path) -> EngineError:
+    """FP16 is TensorRT's: say what is missing, and that the graph (FP32 or FP16) is all the board needs."""
     source = read_manifest(graph, GraphManifest)
     if tensorrt_is_installed():
         gpu = find_gpu()
         missing = gpu.reason if isinstance(gpu, NoGpu) else "the CPU engine has no FP16 kernels"
     else:
         missing = "TensorRT is not installed here"
-    state = "is checked" if source.conversion else "is what it builds from"
     return EngineError(
         f"an FP16 engine needs TensorRT on a GPU: {missing}",
-        hint=f"{graph} {state}: carry it and its .json to the board and run "
-        f"`cdkd-edge build {build_options('fp16', source.output)}` there",
+        hint=f"carry {graph} and its .json to a board and run `cdkd-edge build "
+        f"{build_options('fp16', source.output)}` there; for this machine: cdkd-edge build",
     )

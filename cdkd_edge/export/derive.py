@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 from collections.abc import Callable, Iterable
@@ -11,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from cdkd_edge.errors import GraphError, ManifestError
+from cdkd_edge.errors import GraphError, ManifestError, NumericalCheckError
+from cdkd_edge.export.graph import read_graph
 from cdkd_edge.export.half import SUFFIX, to_fp16
-from cdkd_edge.export.half_check import check_half
+from cdkd_edge.export.half_check import OutOfRangeError, check_half
 from cdkd_edge.files import whole_file
 from cdkd_edge.manifest import (
     FileRecord,
     GraphManifest,
+    Refusal,
     library_versions,
     read_manifest,
     require_replaceable,
@@ -62,6 +65,7 @@ def write_fp16(
     *,
     tiles: Iterable[npt.NDArray[np.uint8]] | None = None,
     imagery: str = "drawn",
+    least: float | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> GraphManifest:
     """Make the FP16 graph of an exported FP32 graph, check it, write it and its manifest.
@@ -71,21 +75,30 @@ def write_fp16(
         destination: final path of the FP16 graph; see :func:`fp16_path`.
         tiles: uint8 ``[3, T, T]`` tiles to compare labels on. Default: two drawn ones.
         imagery: what they are.
+        least: share of labels that must stay the same, in place of the default judgement; see :func:`check_half`.
         progress: called with the name of each step.
 
     Raises:
         ManifestError: the graph is not what its manifest says, or the destination is not ours to replace.
         GraphError: it is not an FP32 graph, or a weight does not fit FP16.
-        NumericalCheckError: the network loses too many labels in FP16, or leaves its range.
+        NumericalCheckError: FP16 breaks the network. Judged in the default way, this is noted in the FP32 graph's
+            manifest.
     """
     require_replaceable(destination)
     source = read_manifest(plain, GraphManifest)
     if source.precision != "fp32":
         raise GraphError(f"{plain} is an {source.precision} graph; FP16 is made from the FP32 graph")
     progress("casting the graph to FP16")
-    half = to_fp16(read_graph(plain))
+    half = to_fp16(read_graph(plain, source))
     chosen = sample_tiles(source.tile, CHECK_TILES) if tiles is None else tiles
-    check = check_half(plain, half, chosen, imagery, progress)
+    try:
+        check = check_half(plain, half, chosen, imagery, progress, least=least)
+    except NumericalCheckError as error:
+        if tiles is None and least is None:
+            _note(plain, source, Refusal(error.message, isinstance(error, OutOfRangeError)))
+        raise
+    if source.fp16_refused:
+        _note(plain, source, None)
     with whole_file(destination) as temporary:
         onnx.save(half, temporary)
         manifest = dataclasses.replace(
@@ -95,6 +108,7 @@ def write_fp16(
             nodes=len(half.graph.node),
             parent=source.artefact,
             conversion=check,
+            fp16_refused=None,
             libraries=library_versions(("onnx", "onnxruntime", "numpy")),
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             tool=GraphManifest.tool,
@@ -103,14 +117,6 @@ def write_fp16(
     return manifest
 
 
-def read_graph(path: Path) -> onnx.ModelProto:
-    """An ONNX file.
-
-    Raises:
-        GraphError: it is none.
-    """
-    try:
-        return onnx.load(path)
-    except Exception as error:  # protobuf's own type, and what onnx makes of a file without a graph
-        text = " ".join(str(error).split())[:300]
-        raise GraphError(f"{path} is not an ONNX graph: {text}", hint="export it again") from None
+def _note(plain: Path, source: GraphManifest, refusal: Refusal | None) -> None:
+    with contextlib.suppress(OSError):  # in a folder that cannot be written, it is found out again the next time
+        write_manifest(plain, dataclasses.replace(source, fp16_refused=refusal))

@@ -105,6 +105,16 @@ def rounded_values(rehearsal: onnx.ModelProto) -> list[str]:
     return [node.output[0] for node in rehearsal.graph.node if node.name.endswith("/Widen")]
 
 
+def longest_rounding(rehearsal: onnx.ModelProto) -> int:
+    """How many values are rounded one after the other, at most, on the way to a label."""
+    rounded = set(rounded_values(rehearsal))
+    before: dict[str, int] = {}
+    for node in rehearsal.graph.node:
+        most = max((before.get(name, 0) for name in node.input), default=0)
+        before |= {name: most + (name in rounded) for name in node.output}
+    return before["labels"]
+
+
 def casts(model: onnx.ModelProto) -> Counter[str]:
     """How many casts a graph has, by what they cast to (``FLOAT16``, ``UINT8``, ...)."""
     return Counter(TensorProto.DataType.Name(_cast_type(node).i) for node in model.graph.node if node.op_type == "Cast")

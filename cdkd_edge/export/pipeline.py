@@ -46,6 +46,8 @@ class ExportOptions:
     layer_norm_eps: float | None = None
     fp16: bool | None = False
     """Also write the FP16 graph: True, or it is an error; None, if it passes its check; False, not."""
+    min_agreement: float | None = None
+    """Judge FP16 by the share of labels that stay the same, 0..1; default: see :func:`check_half`."""
     qgis: bool = False
     """Also write the graph for the QGIS plugin Deepness; ``gsd`` must be given."""
     stac: bool = False
@@ -158,7 +160,7 @@ def export_checkpoint(
     half, refused = None, None
     if options.fp16 is not False:
         try:
-            half = write_fp16(destination, fp16_path(destination), progress=progress)
+            half = write_fp16(destination, fp16_path(destination), least=options.min_agreement, progress=progress)
         except (GraphError, NumericalCheckError) as error:
             if options.fp16:
                 raise

@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cdkd_edge import __version__
 from cdkd_edge.errors import GraphError, ManifestError, NumericalCheckError
-from cdkd_edge.export.derive import read_graph
+from cdkd_edge.export.graph import read_graph
 from cdkd_edge.files import whole_file
 from cdkd_edge.manifest import (
     FileRecord,
@@ -168,7 +168,7 @@ def write_variant(
         raise GraphError(f"{source} gives {manifest.output} already; {kind} are made from the graph with labels alone")
     progress(f"adding {kind} to {source.name}")
     classes = len(manifest.schema)
-    model = with_output(read_graph(source), kind, classes)
+    model = with_output(read_graph(source, manifest), kind, classes)
     check_branch(kind, classes, opset_of(model), half=manifest.precision != "fp32")
     with whole_file(destination) as temporary:
         onnx.save(model, temporary)

@@ -125,11 +125,14 @@ def describe_demo(result: DemoResult) -> Report:
     from cdkd_edge.report.bench import bench_rows
     from cdkd_edge.report.segment import segment_data
 
-    check, segment = result.export.manifest.check, result.segment
+    segment = result.segment
+    check, skipped = result.export.manifest.check, getattr(result.export, "skipped", None)
     total = max(1, segment.height * segment.width)
     rows = [
         ("graph", f"{result.export.path}  ({result.export.manifest.nodes} nodes)"),
-        ("check", f"labels agree with PyTorch on {check.label_agreement:.4%} of the pixels"),
+        ("skipped", skipped)
+        if skipped
+        else ("check", f"labels agree with PyTorch on {check.label_agreement:.4%} of the pixels"),
         ("engine", f"{result.engine_path}  ({result.engine.attention_fused} attention blocks fused)"),
         ("label map", f"{segment.output}  ({segment.tiles} tiles in {segment.seconds:.1f} s)"),
         ("classes", ", ".join(f"{name} {count / total:.1%}" for name, count in segment.class_pixels.items())),

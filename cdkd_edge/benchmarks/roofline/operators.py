@@ -11,20 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx
-from onnx import TensorProto, helper, numpy_helper, shape_inference
+from onnx import TensorProto
 
 from cdkd_edge.errors import GraphError
+from cdkd_edge.export.graph import Sizes, sizes_of
 
 _ITEM_BYTES: dict[int, int] = {
     TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2, TensorProto.DOUBLE: 8,
     TensorProto.INT8: 1, TensorProto.UINT8: 1, TensorProto.INT32: 4, TensorProto.INT64: 8, TensorProto.BOOL: 1,
 }  # fmt: skip
 _EIGHT_BIT = (TensorProto.INT8, TensorProto.UINT8)
-_SMALL = 4096
-"""Bytes up to which a constant is kept when shapes are inferred; shapes and axes are small."""
 
 VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split"))
 """They move nothing: compilers read the same memory under another shape. (A Split is along the outer axis here.)"""
@@ -98,26 +96,6 @@ class GraphCost:
     def product_flop(self) -> int:
         """Of all products, attention's included."""
         return sum(operator.product_flop for operator in self.operators)
-
-
-def load_graph(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file.
-
-    Raises:
-        GraphError: it is not one, or is empty.
-        OSError: it cannot be read.
-    """
-    if not path.is_file():
-        raise GraphError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-    try:
-        model = onnx.load(path)
-    except OSError:
-        raise
-    except Exception as error:  # protobuf's own types
-        raise GraphError(f"{path} is not an ONNX graph: {' '.join(str(error).split())[:200]}") from None
-    if not model.graph.node:
-        raise GraphError(f"{path} is an ONNX file without nodes")
-    return model
 
 
 def read_operators(model: onnx.ModelProto) -> GraphCost:
@@ -229,36 +207,14 @@ def _precision(operators: list[Operator]) -> str:
     return "fp16" if products == {"fp16"} else "fp32"
 
 
-def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:
+def _shapes(model: onnx.ModelProto) -> Sizes:
     """Type and sizes of every value."""
-    found = {item.name: (item.data_type, tuple(item.dims)) for item in model.graph.initializer}
-    for info in (*_inferred(model), *model.graph.input):
-        kind = info.type.tensor_type
-        sizes = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim]
-        if kind.HasField("shape") and all(size >= 0 for size in sizes):
-            found.setdefault(info.name, (kind.elem_type, tuple(sizes)))
-            if 0 in sizes and info in model.graph.input:
-                raise GraphError(f"input {info.name!r} is empty: its shape is {sizes}")
-        elif info.name not in found and info in model.graph.input:
+    found = sizes_of(model, "the graph")
+    for info in model.graph.input:
+        if info.name not in found:
             raise GraphError(
                 f"input {info.name!r} has no fixed shape", hint="a roofline needs one; export with a static batch"
             )
+        if 0 in found[info.name][1]:
+            raise GraphError(f"input {info.name!r} is empty: its shape is {list(found[info.name][1])}")
     return found
-
-
-def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """ONNX's own inference on the graph without its weights, which would be copied several times."""
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
-    graph = bare.graph
-    del graph.initializer[:]
-    for item in model.graph.initializer:
-        if math.prod(item.dims) * _ITEM_BYTES.get(item.data_type, 4) <= _SMALL:
-            graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(item), item.name))
-        else:
-            graph.input.append(helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)))
-    try:
-        inferred = shape_inference.infer_shapes(bare, strict_mode=False, data_prop=True)
-    except Exception as error:
-        raise GraphError(f"the graph's shapes contradict each other: {' '.join(str(error).split())[:200]}") from None
-    return [*inferred.graph.value_info, *inferred.graph.output]

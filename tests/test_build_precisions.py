@@ -14,6 +14,7 @@ from quantization_helpers import CONFIG, nodes_of, session_of, tiles_of, write_s
 from scene_helpers import noise, read_labels, write_raster
 from test_cli import assert_answer, assert_wrong_usage, run
 
+from cdkd_edge.accuracy.prepare import prepare_graph
 from cdkd_edge.engines import plan
 from cdkd_edge.engines.load import load_engine
 from cdkd_edge.engines.speed import speed_ratio
@@ -329,8 +330,15 @@ def test_a_set_that_is_none(space, tmp_path):
 # --- build --fp16 where no GPU is -----------------------------------------------------------------
 
 
-def test_fp16_is_made_and_waits_for_a_board(space):
-    result = run("build", "--fp16", "--workspace", space.root)
-    assert_answer(result, 9, r"an FP16 engine needs TensorRT on a GPU.*small\.fp16\.onnx is checked: carry it")
-    assert names(space.graphs) == ["small.fp16.json", "small.fp16.onnx", "small.json", "small.onnx"]
+def test_fp16_is_for_a_board_and_not_made_first(space):
+    """That this machine has no FP16 engine is known before the graph is made; the board makes it from either graph."""
+    answer = (
+        r"an FP16 engine needs TensorRT on a GPU.*carry \S*{} and its \.json to a board.*for this machine: cdkd-edge"
+    )
+    for options in ((), ("--again",), ("--min-agreement", "99")):
+        result = run("build", "--fp16", *options, "--workspace", space.root)
+        assert_answer(result, 9, answer.format(r"small\.onnx"))
+    assert names(space.graphs) == ["small.json", "small.onnx"]
+    prepare_graph(space, None, "fp16")
+    assert_answer(run("build", "--fp16", "--workspace", space.root), 9, answer.format(r"small\.fp16\.onnx"))
     assert names(space.engines) == []

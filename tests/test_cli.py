@@ -378,7 +378,11 @@ def test_two_graphs(workspace: Path) -> None:
 
 def test_no_engine(tmp_path: Path) -> None:
     write_raster(tmp_path / "scene.tif", noise(70, 90))
-    assert_answer(run("segment", "scene.tif"), 5, r"there is no engine in engines — make one: cdkd-edge build")
+    assert_answer(
+        run("segment", "scene.tif"),
+        5,
+        r"there is no engine in engines — make one: cdkd-edge export CKPT && cdkd-edge build",
+    )
     assert_answer(run("bench"), 5, r"there is no engine")
     assert names_in(tmp_path) == ["scene.tif"]
 

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxsim")
 
-from quantization_helpers import CONFIG, nodes_of, write_set  # noqa: E402
+from quantization_helpers import CONFIG, nodes_of, tiles_of, write_set  # noqa: E402
 from test_cli import assert_answer, run  # noqa: E402
 
 from cdkd_edge.accuracy.int8 import Gate, Int8Options, write_int8  # noqa: E402
@@ -98,6 +98,37 @@ def test_a_network_that_fp16_is_not_for(tmp_path, loud):
     data = json.loads(run("export", loud, *HEADS, "--json").stdout)
     assert data["fp16"] is None
     assert "leaves FP16's range" in data["fp16_refused"]
+
+
+def test_what_an_export_found_is_known_to_the_commands_after_it(tmp_path, loud, make_weights, monkeypatch):
+    run("export", loud, *HEADS)
+    kept = read_manifest(tmp_path / "export" / "city.onnx", GraphManifest).fp16_refused
+    assert kept.out_of_range
+    write_set(tmp_path / "engines" / "calibration" / "mission", tiles_of(1), tiles_of(1))
+    typed = ["cdkd-edge", "bench", "--power-trace"]
+    with monkeypatch.context() as patch:
+        patch.setattr("cdkd_edge.export.derive.to_fp16", None)  # nothing is computed again
+        patch.setattr("cdkd_edge.accuracy.int8.calibrate", None)
+        for runtime in ("cpu", "tensorrt"):
+            result = run("build", "--fp16", "--runtime", runtime)
+            assert_answer(result, 8, r"found before: on the imagery blocks\.1\.mlp\.fc1 leaves.*FP32: cdkd-edge build;")
+        assert_answer(run("build", "--int8"), 8, r"INT8 keeps parts of city\.onnx in FP16.*fc1 leaves FP16's range")
+        patch.setattr("sys.argv", typed)
+        answer = r"no engine in engines; FP16 was refused for city\.onnx: .*fc1 leaves.*cdkd-edge build && cdkd-edge bench --pow"
+        assert_answer(run(*typed[1:]), 5, answer)
+    assert_answer(run("build", "--fp16", "--again", "--runtime", "tensorrt"), 8, r"^error: on the imagery blocks\.1")
+    run("export", save(tmp_path / "city.pt", make_weights(CONFIG, seed=2)), *HEADS)
+    assert read_manifest(tmp_path / "export" / "city.onnx", GraphManifest).fp16_refused is None
+
+
+def test_a_share_of_labels_may_be_asked_for_instead(tmp_path, sound):
+    for options in (("--min-agreement", "0.5"), ("--min-agreement", "101")):
+        assert_answer(run("export", sound, *HEADS, *options), 2, "makes no sense")
+    assert_answer(run("export", sound, *HEADS, "--no-fp16", "--min-agreement", "99"), 2, "about the FP16 graph")
+    data = json.loads(run("export", sound, *HEADS, "--fp16", "--min-agreement", "99", "--json").stdout)
+    assert data["fp16"]["conversion"]["max_logit_error"] is None
+    data = json.loads(run("export", sound, *HEADS, "--json").stdout)
+    assert 0 < data["fp16"]["conversion"]["max_logit_error"] < data["fp16"]["conversion"]["logit_tolerance"]
 
 
 def test_asked_for_it_is_an_error_and_the_fp32_graph_stays(tmp_path, loud):

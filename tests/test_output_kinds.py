@@ -220,7 +220,7 @@ def test_without_an_engine_that_has_it_the_build_command_is_named(tmp_path, kind
         put(space.engines, "a.fp16.confidence.engine", output="confidence")
     with pytest.raises(WorkspaceError, match=f"there is no engine with {kind} in") as caught:
         space.only_engine("cdkd-edge segment", kind)
-    assert caught.value.hint == f"make one: cdkd-edge build --{kind}"
+    assert caught.value.hint == f"make one: cdkd-edge export CKPT && cdkd-edge build --{kind}"
 
 
 def test_graphs_with_more_than_labels_are_found_only_when_asked_for(tmp_path):

@@ -61,7 +61,7 @@ def test_an_empty_workspace_names_the_command_that_fills_it(space):
         assert caught.value.hint == "make one: cdkd-edge export CKPT"
         with pytest.raises(WorkspaceError, match="there is no engine in ") as caught:
             space.only_engine("cdkd-edge bench")
-        assert caught.value.hint == "make one: cdkd-edge build"
+        assert caught.value.hint == "make one: cdkd-edge export CKPT && cdkd-edge build"
         assert caught.value.exit_code == 5
 
 

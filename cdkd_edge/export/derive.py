@@ -14,7 +14,7 @@ import onnx
 
 from cdkd_edge.errors import GraphError, ManifestError, NumericalCheckError
 from cdkd_edge.export.graph import read_graph
-from cdkd_edge.export.half import SUFFIX, to_fp16
+from cdkd_edge.export.half import SUFFIX, WeightRangeError, to_fp16
 from cdkd_edge.export.half_check import OutOfRangeError, check_half
 from cdkd_edge.files import whole_file
 from cdkd_edge.manifest import (
@@ -81,21 +81,24 @@ def write_fp16(
     Raises:
         ManifestError: the graph is not what its manifest says, or the destination is not ours to replace.
         GraphError: it is not an FP32 graph, or a weight does not fit FP16.
-        NumericalCheckError: FP16 breaks the network. Judged in the default way, this is noted in the FP32 graph's
-            manifest.
+        NumericalCheckError: FP16 breaks the network. If a value is too large, or it was judged in the default
+            way, this is noted in the FP32 graph's manifest.
     """
     require_replaceable(destination)
     source = read_manifest(plain, GraphManifest)
     if source.precision != "fp32":
         raise GraphError(f"{plain} is an {source.precision} graph; FP16 is made from the FP32 graph")
     progress("casting the graph to FP16")
-    half = to_fp16(read_graph(plain, source))
+    model = read_graph(plain, source)
     chosen = sample_tiles(source.tile, CHECK_TILES) if tiles is None else tiles
     try:
+        half = to_fp16(model)
+        del model
         check = check_half(plain, half, chosen, imagery, progress, least=least)
-    except NumericalCheckError as error:
-        if tiles is None and least is None:
-            _note(plain, source, Refusal(error.message, isinstance(error, OutOfRangeError)))
+    except (WeightRangeError, NumericalCheckError) as error:
+        out_of_range = isinstance(error, (WeightRangeError, OutOfRangeError))
+        if out_of_range or (tiles is None and least is None):
+            _note(plain, source, Refusal(error.message, out_of_range))
         raise
     if source.fp16_refused:
         _note(plain, source, None)

@@ -32,6 +32,10 @@ _NOT_FP16 = frozenset({"Cast", "ArgMax", "QuantizeLinear", "DequantizeLinear"})
 """Operators whose outputs are integers, or integers times a scale, which multiplications take as they are."""
 
 
+class WeightRangeError(GraphError):
+    """A weight is too large for FP16."""
+
+
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """An FP32 graph of :mod:`cdkd_edge.export.graph` in FP16, inputs, outputs and names unchanged.
 
@@ -124,7 +128,7 @@ def _rounded(item: onnx.TensorProto) -> np.ndarray:
     values = numpy_helper.to_array(item)
     largest = float(np.abs(values).max()) if values.size else 0.0
     if not largest <= FP16_MAX:
-        raise GraphError(
+        raise WeightRangeError(
             f"weight {item.name} holds {largest:.3g}; FP16 ends at {FP16_MAX:.0f}",
             hint="deploy this network in FP32",
         )

@@ -107,6 +107,9 @@ def _half_rows(result: ExportResult) -> list[tuple[str, str]]:
     text = f"{half.artefact.file}, {half.artefact.bytes / 1e6:.1f} MB"
     if check:
         text += f", {check.label_agreement:.3%} of the pixels of {check.tiles} {check.imagery} tiles keep their label"
+        if check.max_logit_error is not None and check.logit_tolerance is not None:
+            ties = ", the others are ties" if check.label_agreement < 1 else ""
+            text += f"{ties}; logits differ by up to {check.max_logit_error:.2g} (allowed: {check.logit_tolerance:.2g})"
     return [("FP16", text)]
 
 

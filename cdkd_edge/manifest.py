@@ -17,11 +17,14 @@ from typing import Any, ClassVar, TypeVar
 
 from cdkd_edge import __version__
 from cdkd_edge.errors import ManifestError, SchemaError
-from cdkd_edge.files import sha256_of, write_text
+from cdkd_edge.files import read_json, sha256_of, write_text
 from cdkd_edge.labels import LabelSchema, schema_from_document
 from cdkd_edge.output_kinds import LABELS, OUTPUT_KINDS, output_shapes
 
 MANIFEST_VERSION = 1
+PRECISIONS = ("fp32", "fp16", "int8")
+MAX_PIXEL_BYTES = 1 << 31
+"""Of a batch of tiles: two tiles of 16,384 px, or 600 of 1024 px."""
 
 
 @dataclass(frozen=True)
@@ -260,11 +263,9 @@ def fp16_refusal(artefact: Path) -> str | None:
 
 def _glance(artefact: Path) -> dict[str, Any]:
     """What stands in the manifest's place, unchecked; empty where it is no JSON object."""
-    import msgspec
-
     try:
-        document = msgspec.json.decode(manifest_path(artefact).read_bytes())
-    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError):
+        document = read_json(manifest_path(artefact))
+    except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}
 
@@ -310,13 +311,13 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
     if not artefact.is_file():
         raise ManifestError(f"{kind.kind} {artefact} does not exist")
     try:
-        document = msgspec.json.decode(path.read_bytes())
+        document = read_json(path)
     except FileNotFoundError:
         raise ManifestError(
             f"{artefact} has no manifest ({path.name}) beside it",
             hint="copy both files together, or make them again with `cdkd-edge export` and `cdkd-edge build`",
         ) from None
-    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ManifestError(f"manifest {path} cannot be read: {error}") from None
     if not isinstance(document, dict) or document.pop("kind", None) != kind.kind:
         raise ManifestError(f"{path} is not the manifest of a cdkd-edge {kind.kind}")
@@ -331,7 +332,9 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
         raise ManifestError(f"manifest {path} is damaged: {error}") from None
     if manifest.output not in OUTPUT_KINDS:
         raise ManifestError(f"{path} is of a {kind.kind} that gives {manifest.output!r}, unknown to this release")
-    if manifest.tile < 1 or manifest.batch < 1:
+    if manifest.precision not in PRECISIONS:
+        raise ManifestError(f"{path} is of a {kind.kind} in {manifest.precision!r}, unknown to this release")
+    if manifest.tile < 1 or manifest.batch < 1 or 3 * manifest.batch * manifest.tile**2 > MAX_PIXEL_BYTES:
         raise ManifestError(f"manifest {path} is damaged: {manifest.batch} tiles of {manifest.tile} px")
     if verify and sha256_of(artefact) != manifest.artefact.sha256:
         raise ManifestError(

@@ -8,10 +8,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from reference import reference_labels, reference_logits
 
-from cdkd_edge.errors import GraphError
-from cdkd_edge.export.graph import DEFAULT_OPSET, OPSETS, build_graph
+from cdkd_edge.errors import GraphError, ManifestError
+from cdkd_edge.export.graph import DEFAULT_OPSET, OPSETS, build_graph, load_graph, read_graph, sizes_of
+from cdkd_edge.manifest import GraphManifest, read_manifest
 from cdkd_edge.model.config import NetworkConfig
 
 TENSORRT_10_3 = {
@@ -197,3 +199,161 @@ def test_the_paper_network_has_few_nodes(make_weights):
     counts = {opset: len(build_graph(weights, NetworkConfig(), opset=opset).graph.node) for opset in (17, 20)}
     assert counts[20] == 314  # a traced export has 782; the target is 340
     assert counts[17] - counts[20] == 4 * 12  # GELU in five nodes
+
+
+# --- graphs of others, and damaged ones -----------------------------------------------------------
+
+TRUE = numpy_helper.from_array(np.array(True), "true")
+END = helper.make_node("Identity", ["plain"], ["labels"])
+
+
+def node(op, inputs, output, **attributes):
+    return helper.make_node(op, inputs, [output], name=f"{output}/{op}", **attributes)
+
+
+def numbers(name, value, dtype=np.int64):
+    return numpy_helper.from_array(np.array(value, dtype), name)
+
+
+def value(name, kind, shape):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def foreign(nodes, constants=(), image=(1, 3, 64, 64), labels=(1, 64, 64), kind=TensorProto.UINT8):
+    """Labels of images by ArgMax over the channels, and whatever else is to be added."""
+    first = [node("ArgMax", ["image"], "best", axis=1, keepdims=0), node("Cast", ["best"], "plain", to=kind)]
+    inputs, outputs = [value("image", TensorProto.UINT8, image)], [value("labels", kind, labels)]
+    graph = helper.make_graph([*first, *nodes], "foreign", inputs, outputs, initializer=list(constants))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def with_value(nodes, constants=()):
+    """A graph that adds the maximum of ``big`` to its labels."""
+    last = [node("ReduceMax", ["big"], "m", keepdims=0), node("Cast", ["m"], "c", to=TensorProto.UINT8)]
+    return foreign([*nodes, *last, node("Add", ["plain", "c"], "labels")], constants)
+
+
+def endless():
+    kinds = [("i", TensorProto.INT64, []), ("on", TensorProto.BOOL, []), ("x", TensorProto.UINT8, [1, 64, 64])]
+    body = helper.make_graph(
+        [node("Identity", ["on"], "still"), node("Identity", ["x"], "y")],
+        "body",
+        [value(*each) for each in kinds],
+        [value("still", TensorProto.BOOL, []), value("y", TensorProto.UINT8, [1, 64, 64])],
+    )
+    return foreign([node("Loop", ["", "true", "plain"], "labels", body=body)], [TRUE])
+
+
+def doubling(count):
+    return with_value(
+        [node("Concat", [f"x{i}"] * 2, f"x{i + 1}" if i < count - 1 else "big", axis=0) for i in range(count)],
+        [numbers("x0", [1])],
+    )
+
+
+GIANTS = {
+    "constant": with_value([node("ConstantOfShape", ["s"], "big")], [numbers("s", [10**12])]),
+    "2 GB": with_value([node("ConstantOfShape", ["s"], "big")], [numbers("s", [5 * 10**8])]),
+    "computed sizes": with_value(
+        [node("Mul", ["s", "s"], "n"), node("ConstantOfShape", ["n"], "big")], [numbers("s", [10**5])]
+    ),
+    "expand": with_value([node("Expand", ["o", "s"], "big")], [numbers("o", [1]), numbers("s", [10**6, 10**6])]),
+    "tile": with_value([node("Tile", ["plain", "s"], "big")], [numbers("s", [10**4, 10**4, 10**4])]),
+    "range": with_value(
+        [node("Range", ["z", "s", "o"], "big")], [numbers("z", 0), numbers("s", 10**12), numbers("o", 1)]
+    ),
+    "outer": with_value(
+        [node("Add", ["u", "v"], "big")], [numbers("u", np.ones((30000, 1))), numbers("v", np.ones((1, 30000)))]
+    ),
+    "doubling": doubling(60),
+    "a long list": doubling(24),
+}
+
+
+@pytest.mark.parametrize("name", GIANTS)
+def test_values_out_of_all_proportion_are_refused(name):
+    with pytest.raises(GraphError, match=r"makes \S+ numbers"):
+        sizes_of(GIANTS[name], "it")
+
+
+def test_sizes_that_only_running_tells_are_refused(small_graph, tmp_path):
+    """Of a value that becomes as large as a constant says, by way of floats that shape inference does not follow."""
+    hidden = [node("Exp", ["s"], "e"), node("Cast", ["e"], "n", to=TensorProto.INT64)]
+    model = with_value([*hidden, node("ConstantOfShape", ["n"], "big")], [numbers("s", [20], np.float32)])
+    with pytest.raises(GraphError, match="how large 'big' is"):
+        sizes_of(model, "it")
+
+
+def test_a_graph_that_may_run_without_end_is_refused():
+    with pytest.raises(GraphError, match="a graph inside a node"):
+        sizes_of(endless(), "it")
+
+
+def external(model):
+    item = model.graph.initializer[0]
+    item.ClearField("raw_data")
+    item.data_location = TensorProto.EXTERNAL
+    item.external_data.add(key="location", value="../../etc/passwd")
+
+
+def sparse(model):
+    model.graph.sparse_initializer.add(dims=[10**12]).values.name = "few"
+
+
+def text(model):
+    item = model.graph.initializer[0]
+    item.CopyFrom(helper.make_tensor(item.name, TensorProto.STRING, [1], [b"a"]))
+
+
+def negative(model):
+    model.graph.initializer[0].dims[0] = -5
+
+
+def huge(model):
+    model.graph.initializer[0].dims[0] = 10**12
+
+
+def unknown(model):
+    model.graph.node[5].domain = "com.somebody"
+
+
+def cycle(model):
+    model.graph.node[2].input[0] = model.graph.node[40].output[0]
+
+
+def nothing(model):
+    del model.graph.initializer[:]
+
+
+@pytest.mark.parametrize("damage", [external, sparse, text, negative, huge, unknown, cycle, nothing])
+def test_damaged_graphs_are_refused(small_weights, small_config, damage):
+    model = build_graph(small_weights, small_config)
+    damage(model)
+    with pytest.raises(GraphError, match=r"^it"):
+        sizes_of(model, "it")
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "pattern"),
+    [
+        (foreign([END]), ManifestError, "gives 3 classes; its manifest names 5"),
+        (foreign([END], kind=TensorProto.INT64), GraphError, r"labels int64 \[1,64,64\]; what makes labels"),
+        (foreign([END], labels=(1, 64, 32)), GraphError, "not valid ONNX|what makes labels"),
+        (foreign([END], image=(1, 3, 64, 32), labels=(1, 64, 32)), GraphError, "what makes labels"),
+        (foreign([END], image=(2, 3, 32, 32), labels=(2, 32, 32)), ManifestError, "its manifest says"),
+        (foreign([END], image=("N", 3, 64, 64), labels=("N", 64, 64)), GraphError, "what makes labels"),
+    ],
+)
+def test_only_graphs_that_keep_the_contract_and_their_manifest_are_read(tmp_path, small_graph, model, error, pattern):
+    path = tmp_path / "a.onnx"
+    onnx.save(model, path)
+    with pytest.raises(error, match=pattern):
+        read_graph(path, read_manifest(small_graph, GraphManifest))
+
+
+@pytest.mark.parametrize("content", [b"", b"some text", bytes(1000), b"\x89PNG\r\n", b"\x08\x07garbage"], ids=repr)
+def test_what_is_no_graph(tmp_path, content):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(content)
+    with pytest.raises(GraphError, match=r"a\.onnx is (not an ONNX graph|an ONNX file without nodes)"):
+        load_graph(path)

@@ -91,7 +91,7 @@ def test_auto_is_tensorrt_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_fp16_without_tensorrt(workspace: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "tensorrt_is_installed", lambda: False)
-    pattern = r"TensorRT is not installed here — .*small\.fp16\.onnx .* carry it and its \.json to the board and run"
+    pattern = r"TensorRT is not installed here — carry .*small\.fp16\.onnx and its \.json to a board and run"
     assert_answer(run("build", "--fp16", "-w", workspace), 9, pattern)
     monkeypatch.setattr(plan, "tensorrt_is_installed", lambda: True)
     assert_answer(run("build", "--fp16", "-w", workspace), 9, "needs TensorRT on a GPU: the tests look for no GPU")

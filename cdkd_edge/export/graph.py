@@ -45,6 +45,8 @@ _MAX_LIST = 1 << 20
 """The same of lists (one dimension); ONNX's shape inference with values takes 100 bytes an element."""
 _MAX_GROWTH = 1000
 """Elements of a value for each one of the image. Attention over patches of 8 px at 1024 px makes 512."""
+_SIZED_BY_VALUES = {"ConstantOfShape": 0, "Range": 0, "Expand": 1, "Tile": 1, "OneHot": 1, "Pad": 1, "Resize": 1}
+"""Operators whose outputs are as large as the numbers in their inputs say, and the first of these inputs."""
 _SMALL = 4096
 """Bytes up to which a constant stays when shapes are inferred: shapes and axes are small, weights would be copied."""
 _MODEL_FIELDS = (0x08, 0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72)
@@ -380,7 +382,7 @@ def sizes_of(model: onnx.ModelProto, name: str) -> Sizes:
         found: Sizes = {}
         for follow in (False, True):  # the values of lists only when their lengths are known to be bounded
             found = _known_sizes(onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=follow))
-            _require_bounded(model, found, name)
+            _require_bounded(model, found, name, final=follow)
     except GraphError:
         raise
     except Exception as error:  # onnx's own types, and bad_alloc
@@ -440,13 +442,17 @@ def _known_sizes(inferred: onnx.ModelProto) -> Sizes:
     return found
 
 
-def _require_bounded(model: onnx.ModelProto, sizes: Sizes, name: str) -> None:
+def _require_bounded(model: onnx.ModelProto, sizes: Sizes, name: str, *, final: bool) -> None:
     """Make sure that no node makes far more than the image is, and that constants make little."""
-    constant = {"", *(item.name for item in model.graph.initializer)}
+    given = {"", *(item.name for item in model.graph.initializer)}
+    constant = set(given)
     image = max((math.prod(sizes[item.name][1]) for item in model.graph.input if item.name in sizes), default=0)
     for node in model.graph.node:
         computed = constant.issuperset(node.input)
         for output in node.output:
+            sizing = node.input[_SIZED_BY_VALUES.get(node.op_type, len(node.input)) :]
+            if final and output not in sizes and not given.issuperset(sizing):
+                raise GraphError(f"{name}: how large {output!r} is ({node.op_type}) is not known", hint=_AGAIN)
             shape = sizes.get(output, (0, ()))[1]
             most = _MAX_COMPUTED if computed else _MAX_GROWTH * image + _MAX_COMPUTED
             if (made := math.prod(shape)) > (_MAX_LIST if computed and len(shape) == 1 else most):

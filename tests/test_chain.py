@@ -16,7 +16,12 @@ pytest.importorskip("torch")
 
 from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.cli import app
+from cdkd_edge.demo.run import _write_bundled
+from cdkd_edge.engines.cpu import graph_labeller
+from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.labels import load_schema
+from cdkd_edge.manifest import GraphManifest, read_manifest
+from cdkd_edge.scenery import sample_tiles
 
 DUBAI = Path(__file__).resolve().parents[2] / "shared" / "data" / "dubai"
 HELD_OUT_SCENE = "tile5"
@@ -48,6 +53,21 @@ def test_bundled_checkpoint_is_small_and_named() -> None:
         info = run("info", str(path))
     assert info["classes"] == ["building", "land", "road", "vegetation", "water"]
     assert info["training"], "how it was trained travels with it"
+
+
+def test_the_graph_without_torch_is_the_same(tmp_path: Path, workspace: Path) -> None:
+    with resources.as_file(resources.files("cdkd_edge.demo") / "tiny.safetensors") as checkpoint:
+        bundled = _write_bundled(checkpoint, tmp_path / "tiny.onnx", "all of it")
+    exported = read_manifest(workspace / "export" / "tiny.onnx", GraphManifest)
+    written = read_manifest(bundled.path, GraphManifest)
+    for name in ("labels", "network", "preprocessing", "tile", "batch", "opset", "training", "checkpoint"):
+        assert getattr(written, name) == getattr(exported, name), name
+    found = []
+    for path, manifest in ((bundled.path, bundled.manifest), (workspace / "export" / "tiny.onnx", exported)):
+        labeller = graph_labeller(path, manifest)
+        found.append(segment_tiles(labeller, sample_tiles(256, 1)))
+        labeller.close()
+    assert (found[0] == found[1]).mean() >= 0.9999
 
 
 def test_demo_leaves_what_it_prints(tmp_path: Path) -> None:

@@ -770,6 +770,23 @@ def test_an_export_without_a_checkpoint(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["text.pt"]
 
 
+def test_the_demo_needs_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a board: the same graph without PyTorch, and what was skipped is said."""
+    for name in ("torch", "onnxsim", "safetensors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "cdkd_edge.export.pipeline", raising=False)
+    monkeypatch.setattr("cdkd_edge.demo.run.SCENE_WIDTH", 512)
+    monkeypatch.setattr("cdkd_edge.demo.run.SCENE_HEIGHT", 256)
+    result = run("demo", "-w", tmp_path / "demo", "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert "the check against PyTorch" in data["export"]["skipped"]
+    assert "torch" in data["export"]["skipped"]
+    assert data["export"]["manifest"]["check"]["tiles"] == 0
+    assert data["mean_iou"] > 0.5
+    assert data["engine"]["attention_fused"] == 6
+
+
 def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (tmp_path / "ckpt.pt").touch()

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper
 
 from cdkd_edge.calibration.candidates import Candidates, ScanOptions, scan
@@ -44,6 +43,8 @@ def quantised_inputs(model: onnx.ModelProto) -> list[str]:
 
 def largest_magnitudes(candidates: Candidates, graph: Path) -> Array:
     """Of every candidate and tensor, ``[N, L]``."""
+    import onnxruntime  # after cdkd_edge, which turns its telemetry off
+
     model = onnx.load(graph)
     tensors = quantised_inputs(model)
     for position, name in enumerate(tensors):

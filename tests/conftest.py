@@ -10,6 +10,7 @@ import os
 # Before NumPy and torch are imported: for matrices this small, threads do little but wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before it is imported; tests take nothing from the network
 
 import dataclasses
 import signal

@@ -6,11 +6,13 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scene_helpers import noise, write_raster
 
 import cdkd_edge
 
@@ -196,3 +198,88 @@ def test_no_file_names_somebodys_home():
         if b"\0" not in content[:8192]:
             found += [f"{name}:{content[: hit.start()].count(10) + 1}" for hit in pattern.finditer(content)]
     assert found == []
+
+
+CALLS = ("connect", "sendto", "sendmsg", "sendmmsg", "bind", "openat", "mkdir", "rename", "unlink", "symlink")
+"""By which a process reaches the network or changes files."""
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    """Runs a command under strace, with a home and workspace of its own, and judges its calls and what it left."""
+    if shutil.which("strace") is None or subprocess.run(["strace", "true"], capture_output=True).returncode:
+        pytest.skip("needs strace, and a system that lets it trace")
+    place = tmp_path_factory.mktemp("traced")
+    for name in ("home", "tmp", "work"):
+        (place / name).mkdir()
+    hidden = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "ORT_DISABLE_TELEMETRY", "MPLCONFIGDIR")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    traced = ",".join(f"?{call}" for call in CALLS)
+    tracing = (
+        f"strace -f -qq --seccomp-bpf -s 4096 -e trace={traced} -o {place / 'calls'} {sys.executable} -m cdkd_edge"
+    )
+
+    def run(*arguments):
+        command = [*tracing.split(), *map(str, arguments)]
+        done = subprocess.run(command, cwd=place / "work", env=environment, capture_output=True, text=True)
+        assert done.returncode in (0, 16), (arguments, done.stderr)  # 16: no source of power here
+        calls = (place / "calls").read_text(errors="replace").splitlines()
+        assert len(calls) > 10
+        assert [call for call in calls if leaves(call, place)] == [], arguments
+        assert not [path for path in (place / "tmp").rglob("*") if path.is_file()], arguments
+        left = {path.relative_to(place / "home").parts[:2] for path in (place / "home").rglob("*") if path.is_file()}
+        assert left <= {(".cache", "cdkd-edge")}, arguments
+
+    run.place = place
+    return run
+
+
+def leaves(call, place):
+    """Whether a traced call reaches beyond this machine, or writes outside ``place``."""
+    if "AF_INET" in call:
+        return not re.search(r'"(127\.|::1"|::ffff:127\.)', call)
+    writes = re.search(r"O_WRONLY|O_RDWR|O_CREAT|mkdir|rename|unlink|symlink", call) and " = -1 " not in call
+    paths = [path for path in re.findall(r'"([^"]*)"', call) if path.startswith("/")]
+    return bool(writes) and not all(path.startswith((str(place), "/dev/", "/proc/")) for path in paths)
+
+
+def test_no_command_of_a_board_reaches_the_network_or_writes_elsewhere(traced, small_graph):
+    """ONNX Runtime leaves a device id at once, and looks up its host after nine seconds."""
+    work = traced.place / "work"
+    (work / "export").mkdir()
+    for path in (small_graph, small_graph.with_suffix(".json")):
+        shutil.copy(path, work / "export")
+    for name in ("a", "b"):
+        write_raster(work / f"{name}.tif", noise(150, 200))
+    traced("build")
+    traced("segment", "a.tif", "b.tif", "--workers", "2", "--preview", "--stac", "--report", "report.json")
+    traced("bench", "--duration", "12", "--max-warm-up", "0")
+    (measured,) = (work / "benchmarks").iterdir()
+    traced("compare", measured, measured, "--force", "-o", "compared")
+    traced("calibrate", "a.tif", "--count", "2", "--check", "0")
+    for command in ("inspect", "doctor", "power", "roofline"):
+        traced(command)
+
+
+@pytest.mark.needs_torch
+def test_no_command_with_torch_does(traced):
+    pytest.importorskip("torch")
+    traced("export", PACKAGE / "demo" / "tiny.safetensors", "--schema", "dubai", "-w", "desk", "--tile", "64")
+
+
+def test_who_imports_onnxruntime_first_is_told(tmp_path):
+    """Its telemetry begins with the import, and nothing that comes later ends it."""
+    import onnxruntime
+
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "0"}
+    script = "import {}, {}, os; assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
+    told = []
+    for order in (("onnxruntime", "cdkd_edge"), ("cdkd_edge", "onnxruntime")):
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(*order)], capture_output=True, text=True, check=True, env=environment
+        )
+        told.append("RuntimeWarning: onnxruntime was imported before cdkd_edge" in done.stderr)
+    has_telemetry = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 29)
+    assert told == [has_telemetry, False]

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from cdkd_edge import __version__
 from cdkd_edge.errors import CdkdEdgeError, InternalError, SystemRefusalError, UsageError, printable
 from cdkd_edge.interrupts import end_on_signals
+from cdkd_edge.machine import cache_folder
 
 _UsageError: Any = typer.BadParameter.__base__
 """What every complaint about arguments is a kind of; Typer does not export it."""
@@ -98,6 +99,9 @@ def main() -> None:
     _open_closed_streams()
     # Where there is no home it says where its fonts are instead; nobody who asked for a benchmark wants to know.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    with contextlib.suppress(RuntimeError):  # there is no home
+        # Its list of fonts belongs into our own cache: nothing else outside the workspace is written to.
+        os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
     app()
 
 
@@ -144,7 +148,6 @@ def _as_fault(error: Exception) -> CdkdEdgeError:
     import traceback
 
     from cdkd_edge.files import write_text
-    from cdkd_edge.machine import cache_folder
 
     reason = f"{type(error).__name__}: {error}"
     about = f"cdkd-edge {__version__}, Python {platform.python_version()}, {platform.platform()}"

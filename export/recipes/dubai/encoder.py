@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import torch
 from onnx import numpy_helper
 from safetensors.numpy import save_file
@@ -87,6 +86,8 @@ def encoder_weights(model: onnx.ModelProto) -> dict[str, Array]:
 
 def difference(model: onnx.ModelProto, checkpoint: Path) -> tuple[float, float]:
     """Largest difference of the last block's output, ONNX Runtime against our encoder, and the largest value."""
+    import onnxruntime  # after cdkd_edge, which turns its telemetry off
+
     output = [n.output[0] for n in model.graph.node if f"layer.{BLOCKS - 1}/" in n.name and n.op_type == "Add"][-1]
     model.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -602,10 +602,9 @@ def test_wrappers_are_taken_off_wherever_they_are(tmp_path, raw_and_mean, said, 
 
 def test_what_only_training_needs_is_dropped_by_name(tmp_path, raw_and_mean):
     raw, mean = raw_and_mean
-    extras = {
-        "criterion.weight": torch.ones(5), "head.loss_decode.class_weight": torch.ones(5),
-        "aux_loss.scale": torch.ones(2), "train_metrics.confmat": torch.ones(5, 5), "global_step": torch.tensor(7), "ema_updates": torch.tensor(3.0),
-    }  # fmt: skip
+    extras = dict.fromkeys(("criterion.weight", "head.loss_decode.class_weight", "aux_loss.scale"), torch.ones(5))
+    extras |= {"train_metrics.confmat": torch.ones(5, 5)}
+    extras |= {"global_step": torch.tensor(7), "ema_updates": torch.tensor(3.0)}
     document = {"state_dict": prefixed("model.", raw) | extras, "lr_scheduler": {"x": torch.ones(2, 2)}, "epoch": 3}
     document |= {"rng_state": torch.ones(9, 9, dtype=torch.uint8), "class_weights": torch.ones(5)}
     name, report = taken_from(saved(tmp_path / "x.pt", document), raw, mean)

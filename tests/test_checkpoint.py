@@ -5,6 +5,7 @@ What a checkpoint computes is decided by the NumPy reference, never by this pack
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import io
 import json
@@ -14,8 +15,10 @@ import re
 import resource
 import signal
 import struct
+import sys
 import tarfile
 import tracemalloc
+import types
 import warnings
 import zipfile
 
@@ -574,10 +577,49 @@ def test_weights_that_could_be_meant_are_listed_never_guessed(tmp_path, raw_and_
         assert taken_from(path, *raw_and_mean, weights=name)[0] in ("raw", "mean")
 
 
+def test_an_array_among_the_weights_is_refused(tmp_path, raw_and_mean):
+    message = refusal(saved(tmp_path / "x.pt", raw_and_mean[0] | {"adapter.weight": np.ones((2, 2))})).message
+    assert message.endswith("NumPy arrays among its weights: adapter.weight")
+
+
 @pytest.mark.parametrize("name", ["ema", "blah", "__class__"])
 def test_weights_that_are_not_there_are_refused(tmp_path, raw_and_mean, name):
     message = refusal(saved(tmp_path / "x.pth", {"model": raw_and_mean[0]}), weights=name).message
     assert "no averaged weights" in message if name == "ema" else repr(name) in message
+
+
+class HistoryBuffer:
+    """As mmengine's: with arrays and, by name, its own methods."""
+
+    def __init__(self):
+        self.log = np.arange(3.0)
+        self.methods = {"mean": HistoryBuffer.mean}
+
+    def mean(self):
+        return self.log.mean()
+
+
+HistoryBuffer.__module__ = "mmengine.logging.history_buffer"
+
+
+def test_what_training_scripts_leave_beside_the_weights_is_not_read(tmp_path, raw_and_mean, monkeypatch):
+    raw, mean = raw_and_mean
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer = HistoryBuffer
+    with monkeypatch.context() as patch:
+        for name in ("mmengine", "mmengine.logging"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, module.__name__, module)
+        document = {
+            "model": raw,
+            "model_ema": mean,
+            "args": argparse.Namespace(lr=0.1, out=tmp_path),
+            "best": np.float64(3),
+        }
+        document["message_hub"] = {"log_scalars": {"loss": HistoryBuffer()}, "seen": np.arange(4)}
+        path = saved(tmp_path / "x.pth", document)
+    assert "mmengine" not in sys.modules
+    assert taken_from(path, raw, mean)[0] == "mean"
 
 
 # --- wrappers and what only training needs --------------------------------------------------------
@@ -602,10 +644,9 @@ def test_wrappers_are_taken_off_wherever_they_are(tmp_path, raw_and_mean, said, 
 
 def test_what_only_training_needs_is_dropped_by_name(tmp_path, raw_and_mean):
     raw, mean = raw_and_mean
-    extras = {
-        "criterion.weight": torch.ones(5), "head.loss_decode.class_weight": torch.ones(5),
-        "aux_loss.scale": torch.ones(2), "train_metrics.confmat": torch.ones(5, 5), "global_step": torch.tensor(7), "ema_updates": torch.tensor(3.0),
-    }  # fmt: skip
+    extras = dict.fromkeys(("criterion.weight", "head.loss_decode.class_weight", "aux_loss.scale"), torch.ones(5))
+    extras |= {"train_metrics.confmat": torch.ones(5, 5)}
+    extras |= {"global_step": torch.tensor(7), "ema_updates": torch.tensor(3.0)}
     document = {"state_dict": prefixed("model.", raw) | extras, "lr_scheduler": {"x": torch.ones(2, 2)}, "epoch": 3}
     document |= {"rng_state": torch.ones(9, 9, dtype=torch.uint8), "class_weights": torch.ones(5)}
     name, report = taken_from(saved(tmp_path / "x.pt", document), raw, mean)

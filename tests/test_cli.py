@@ -357,6 +357,62 @@ def test_export_build_segment_with_nothing_but_defaults(
 # --- mistakes: the workspace ----------------------------------------------------------------------
 
 
+HOSTILE = "\x1b]0;owned\x07\x9b31m[red]x[/nothing]\u202ecba\ufffe\n:smile:"
+SHOWN = "]0;owned  31m[red]x[/nothing] cba  :smile:"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_text_from_files_does_not_steer_the_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cdkd_edge.cli.helpers import print_json, say
+    from cdkd_edge.report.doctor import DoctorReport
+    from cdkd_edge.report.live import live_bar, live_steps
+    from cdkd_edge.report.table import Listing, Report
+
+    if terminal:
+        for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "200")):
+            monkeypatch.setenv(name, value)
+    Report(HOSTILE, ((HOSTILE, HOSTILE),), {}, Listing((HOSTILE, "b"), ((HOSTILE, HOSTILE),))).print()
+    DoctorReport(HOSTILE, (), {}, Listing(("", "", ""), (("ok", HOSTILE, HOSTILE),))).print()
+    with live_bar(HOSTILE) as progress:
+        progress(1, 2)
+    with live_steps() as step:
+        step(HOSTILE)
+    say(HOSTILE)
+    out, err = capsys.readouterr()
+    rich = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # its colours and movements, which we ask for
+    for text in (rich.sub("", out), rich.sub("", err)):
+        assert text.replace("\n", "").isprintable()
+        assert "owned" in text
+    assert SHOWN in rich.sub("", err)
+    assert rich.sub("", out).count(SHOWN) == 9
+    assert ("\x1b[1m" in out) == terminal
+    print_json({"name": HOSTILE})
+    written = capsys.readouterr().out
+    assert json.loads(written) == {"name": HOSTILE}
+    assert written.replace("\n", "").isprintable()
+
+
+@pytest.mark.needs_torch
+def test_averaged_weights_and_a_name_with_many_suffixes(tmp_path: Path, small_weights: dict[str, np.ndarray]) -> None:
+    torch = pytest.importorskip("torch")
+
+    raw = {key: torch.from_numpy(value.copy()) for key, value in small_weights.items()}
+    mean = {key: value * 0.5 for key, value in raw.items()}
+    checkpoint = tmp_path / "model_best.pth.tar"
+    torch.save({"model": raw, "model_ema": mean, "criterion": {"weight": torch.ones(5)}, HOSTILE: 1}, checkpoint)
+    for options, averaged in (((), True), (("--weights", "raw"), False), (("--weights", "ema"), True)):
+        found = json.loads(run("info", checkpoint, "--json", *options).stdout)
+        assert found["averaged"] == averaged
+        assert {"what": "used only in training", "tensors": 1, "example": "criterion.weight"} in found["dropped"]
+    result = run("export", checkpoint, "--no-fp16", "--weights", "raw", "-w", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "export" / "model_best.onnx").exists()
+    assert "raw weights taken, as asked" in result.stdout
+    assert_answer(run("info", checkpoint, "--weights", "best"), 3, "holds no weights 'best'.*model, model_ema")
+
+
 def duplicate(path: Path, name: str) -> None:
     shutil.copy(path, path.with_name(name))
     shutil.copy(path.with_suffix(".json"), path.with_name(name).with_suffix(".json"))

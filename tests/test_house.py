@@ -38,6 +38,7 @@ NEEDS_TORCH = (
     "cdkd_edge.model.container",
     "cdkd_edge.model.run",
     "cdkd_edge.model.infer",
+    "cdkd_edge.model.unwrap",
     "cdkd_edge.export.check",
     "cdkd_edge.export.pipeline",
     "cdkd_edge.accuracy.network",
@@ -182,6 +183,16 @@ def test_help_answers_at_once():
         assert b"bench" in output
         seconds.append(usage.ru_utime + usage.ru_stime)
     assert min(seconds) < 0.5
+
+
+def test_what_is_shown_goes_through_one_place():
+    """Text from files must not steer the terminal: report.table has the console, cli.helpers has say."""
+    for module, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        if module != "cdkd_edge.report.table":
+            assert not re.search(r"rich\.console|rich import print|add_row\((?!cell)", text), module
+        if module not in ("cdkd_edge.cli.helpers", "cdkd_edge.cli.app"):
+            assert not re.search(r"typer\.s?echo|click\.echo", text), module
 
 
 def test_no_file_names_somebodys_home():

@@ -13,9 +13,11 @@ import pytest
 from rasterio.transform import from_origin
 from scene_helpers import SCHEMA, FakeEngine, names_in, noise, read_labels, write_raster
 
-from cdkd_edge.labels import load_schema
+from cdkd_edge.labels import LabelSchema, LandCoverClass, load_schema
+from cdkd_edge.maps.qgis import style_qml
 from cdkd_edge.maps.vector import VectorOptions, write_vector
 from cdkd_edge.scene.finish import finish_label_map
+from cdkd_edge.scene.pam import label_map_xml
 from cdkd_edge.scene.pipeline import segment_scene
 from cdkd_edge.scene.style import is_somebodys_own, label_map_style, style_path
 
@@ -33,6 +35,17 @@ SAVED = """<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>
 @pytest.fixture
 def scene(tmp_path: Path) -> Path:
     return write_raster(tmp_path / "scene.tif", noise(90, 140), **UTM)
+
+
+def test_no_name_makes_the_xml_malformed() -> None:
+    name = "a\ufffe\x1b\x9b\ud800\uffff<&\"'"
+    schema = LabelSchema("x", (LandCoverClass(name, (1, 2, 3), 0),))  # past the checks of files
+    kept = "<PAMDataset><Metadata><MDI key='GCPs'>one\n\ttwo</MDI></Metadata></PAMDataset>"
+    for text in (label_map_style(schema), style_qml(schema), label_map_xml(schema, extra=kept)):
+        root = ElementTree.fromstring(text.encode())
+        names = [part for element in root.iter() for part in (element.text, *element.attrib.values())]
+        assert "a\ufffd\ufffd\x9b\ufffd\ufffd<&\"'" in names
+    assert "one\n\ttwo" in names
 
 
 def saved(names: list[str]) -> str:

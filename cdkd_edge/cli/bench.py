@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import command_line, show, workspace_at
+from cdkd_edge.cli.helpers import command_line, say, show, workspace_at
 from cdkd_edge.cli.options import (
     BandsOption,
     EngineOption,
@@ -163,14 +163,14 @@ def bench(
         command=command_line(),
     )
     if not (set_mode or max_clocks) and (pending := pending_restore()) is not None:
-        typer.echo(f"warning: not put back yet: {pending} — {' && '.join(pending.commands)}", err=True)
+        say(f"warning: not put back yet: {pending} — {' && '.join(pending.commands)}")
     with changed_board(set_mode, max_clocks) as change:
         if change.restored:
-            typer.echo(f"put back first: {change.restored}", err=True)
+            say(f"put back first: {change.restored}")
         loaded = load_engine(path, threads=threads)
         try:
             for left in remove_abandoned(space.benchmarks):
-                typer.echo(f"removed {left}, which a killed run had left", err=True)
+                say(f"removed {left}, which a killed run had left")
             with live_bench() as (progress, tell):
                 folder = space.new_run(loaded.manifest.name)
                 summary = run_benchmark(loaded, folder, options, progress, tell)

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import new_folder, show, write_json
+from cdkd_edge.cli.helpers import new_folder, say, show, write_json
 from cdkd_edge.cli.options import JsonOption
 
 
@@ -101,5 +101,5 @@ def compare(
     show(report, as_json)
     for gate in found.gates:
         if gate.outcome == "cannot tell" and not strict:
-            typer.echo(f"warning: {gate.text}", err=True)
+            say(f"warning: {gate.text}")
     require_kept(found.gates, strict=strict)

@@ -8,9 +8,8 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import command_line, show, steps, workspace_at
+from cdkd_edge.cli.helpers import command_line, say, show, steps, workspace_at
 from cdkd_edge.cli.options import EngineOption, JsonOption, SchemaOption, WorkspaceOption, named_engine
-from cdkd_edge.errors import printable
 
 _PANEL = "TensorRT"
 _GRAPH = "Making the FP16 or INT8 graph"
@@ -216,9 +215,9 @@ def inspect(
 
 
 def _tell(severity: str, text: str) -> None:
-    """A line of TensorRT's log, without what would steer the terminal."""
+    """A line of TensorRT's log."""
     for line in text.splitlines():
-        typer.echo(f"{severity}: " + printable(line), err=True)
+        say(f"{severity}: {line}")
 
 
 def _ignore(severity: str, text: str) -> None:

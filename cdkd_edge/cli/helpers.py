@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cdkd_edge.errors import MissingExtraError, UsageError
+from cdkd_edge.errors import MissingExtraError, UsageError, printable
 
 if TYPE_CHECKING:
     from cdkd_edge.workspace import Workspace
@@ -86,6 +86,11 @@ def show(report: Any, as_json: bool) -> None:
         print_json(report.data)
     else:
         report.print()
+
+
+def say(text: str) -> None:
+    """A line on stderr; text from files and from other programs does not steer the terminal."""
+    typer.echo(printable(text), err=True)
 
 
 def print_json(data: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import command_line, print_json, workspace_at
+from cdkd_edge.cli.helpers import command_line, print_json, say, workspace_at
 from cdkd_edge.cli.options import (
     BandsOption,
     EngineOption,
@@ -197,7 +197,7 @@ def segment(
             )
         except (KeyboardInterrupt, SystemExit):
             for advice in filter(None, map(way_to_go_on, outputs)):
-                typer.echo(advice, err=True)
+                say(advice)
             raise
         finally:
             if as_json:  # also what was finished before a scene failed

@@ -35,8 +35,30 @@ _MAX_STEPS = 1_000_000
 """Steps that a pickle may take; a tensor takes 30. torch needs about 2 us and 100 bytes for each."""
 _MAX_KEY = 20_000
 """Parts of a tuple within tuples. Python hashes a key by recursion, and ends with a crash at about 100,000."""
+_UNREAD = (
+    "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "builtins.getattr", "numpy.ndarray",
+    "numpy.dtype",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    "mmengine.logging.history_buffer.HistoryBuffer",
+)  # fmt: skip
+"""What training scripts leave beside the weights: arguments, scores, logs. Each is replaced by nothing, unread."""
 _SPARE = 64 << 20
 """Bytes that the tensors of a file may take beyond its size, where some share their storage."""
+
+
+class Nothing:
+    """Stands in for an object of a class that is never imported."""
+
+    def __new__(cls, *_: object, **__: object) -> Nothing:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Forget it."""
+
+
+_STAND_INS: list[Any] = [
+    type(name.rpartition(".")[2], (Nothing,), {"__module__": name.rpartition(".")[0]}) for name in _UNREAD
+]
 
 
 def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -68,8 +90,9 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with warnings.catch_warnings():
             # What torch warns of here (TorchScript, pickle protocols) is answered below, in one sentence.
             warnings.simplefilter("ignore")
-            # Mapping the file keeps a large teacher beside the student out of memory.
-            document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            with torch.serialization.safe_globals(_STAND_INS):
+                # Mapping the file keeps a large teacher beside the student out of memory.
+                document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except CheckpointError:
         raise
     except Exception as error:  # torch and zipfile raise half a dozen unrelated types for damaged files
@@ -165,7 +188,7 @@ def _entries_claimed(path: Path) -> int:
     wide = tail.rfind(b"PK\x06\x06", 0, where)  # zip64
     if wide >= 0 and len(tail) >= wide + 48:
         count, length = struct.unpack("<QQ", tail[wide + 32 : wide + 48])
-    return max(count, length // 46)  # the smallest entry of a directory
+    return int(max(count, length // 46))  # the smallest entry of a directory
 
 
 def _require_pickles(path: Path) -> None:

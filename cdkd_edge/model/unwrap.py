@@ -149,6 +149,9 @@ class _Search:
                 separator = "." if "." in name else "_"  # OpenMMLab's mmcv has buffers ema_backbone_layers_0
                 first, _, rest = name.partition(separator)
                 groups.setdefault(first + separator, {})[rest] = value
+        arrays = [name for name, value in level.items() if type(value).__name__ == "_reconstruct"]
+        if own and arrays and not groups:
+            raise CheckpointError(f"{self.path} holds NumPy arrays among its weights: {listed(arrays)}")
         if not all(name.endswith((".", "_")) for name in groups):
             self._drop("beside the weights", [name for name, value in own.items() if value.ndim < 2])
             own = {name: value for name, value in own.items() if value.ndim > 1}

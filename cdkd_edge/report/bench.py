@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from cdkd_edge.interrupts import check
-from cdkd_edge.report.table import Listing, Report, plain
+from cdkd_edge.report.table import Console, Listing, Report, cell, plain
 
 if TYPE_CHECKING:
     from cdkd_edge.benchmarks.course import Live
@@ -185,13 +183,12 @@ def live_bench() -> Iterator[tuple[Callable[[str], None], Callable[[Live], None]
         return
 
     from rich.live import Live as LiveLine
-    from rich.text import Text
 
     with LiveLine(console=console, auto_refresh=False, transient=True) as line:
 
         def draw(text: str) -> None:
             check()
-            line.update(Text(text), refresh=True)
+            line.update(cell(text), refresh=True)
 
         yield draw, lambda live: draw(live_text(live))
 

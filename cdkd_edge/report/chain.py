@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdkd_edge.report.table import Report, plain
+from cdkd_edge.report.table import Report, plain, plural
 
 if TYPE_CHECKING:
     from cdkd_edge.demo.run import DemoResult
@@ -42,7 +42,7 @@ def describe_checkpoint(path: Path, *, tile: int | None, heads: int | None, weig
         ("MACs as the paper counts", f"{cost.conv_linear_macs / 1e9:.2f} G (convolutions and linear layers)"),
         ("attention MACs", f"{cost.attention_macs / 1e9:.2f} G"),
         ("MACs in full", f"{cost.total_macs / 1e9:.2f} G = {2 * cost.total_macs / 1e9:.2f} GFLOP per tile"),
-        *(("dropped", f"{d.what}: {d.tensors} tensors (e.g. {d.example})") for d in report.dropped),
+        *(("dropped", f"{d.what}: {plural(d.tensors, 'tensor')} (e.g. {d.example})") for d in report.dropped),
         *(("note", note) for note in report.notes),
     ]
     if not report.has_head:
@@ -67,7 +67,7 @@ def describe_export(result: ExportResult) -> Report:
     manifest = result.manifest
     rows = [
         ("layout", manifest.layout),
-        *(("dropped", f"{d.what}: {d.tensors} tensors") for d in result.report.dropped),
+        *(("dropped", f"{d.what}: {plural(d.tensors, 'tensor')}") for d in result.report.dropped),
         *(("note", note) for note in result.report.notes),
         ("nodes", f"{result.nodes_written} written, {manifest.nodes} after simplification"),
         ("size", f"{manifest.artefact.bytes / 1e6:.1f} MB, opset {manifest.opset}"),

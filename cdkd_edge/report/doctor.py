@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from cdkd_edge.errors import printable
-from cdkd_edge.report.table import Listing, Report
+from cdkd_edge.report.table import Console, Listing, Report, cell
 
 if TYPE_CHECKING:
     from cdkd_edge.doctor.examine import Diagnosis
@@ -37,19 +37,15 @@ class DoctorReport(Report):
 
     def print(self) -> None:
         """Print findings to stdout, statuses in colour on a terminal."""
-        import sys
-
-        from rich.console import Console
         from rich.table import Table
-        from rich.text import Text
 
-        console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+        console = Console()
         colors = {"ok": "green", "warn": "yellow", "fail": "bold red"}
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True)
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for status, name, text in self.listing.rows if self.listing else ():
-            table.add_row(Text(status, style=colors.get(status, "")), Text(name), Text(text))
-        console.print(Text(self.title, style="bold"))
+            table.add_row(cell(status, colors.get(status, "")), cell(name), cell(text))
+        console.print(cell(self.title, "bold"))
         console.print(table)

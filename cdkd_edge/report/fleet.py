@@ -9,17 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
-from cdkd_edge.errors import printable
 from cdkd_edge.fleet.crew import Listener
 from cdkd_edge.fleet.jobs import DONE, FAILED, JobReport
 from cdkd_edge.interrupts import check
 from cdkd_edge.report.live import live_bar
 from cdkd_edge.report.segment import class_rows, describe_segment
-from cdkd_edge.report.table import Report
+from cdkd_edge.report.table import Console, Report, cell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +53,7 @@ def live_fleet(scenes: list[str], as_json: bool) -> Iterator[FleetLines]:
             yield FleetLines(as_json, update=update)
         return
     columns = (TextColumn("scenes"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     # What goes to stdout must not be redirected to stderr, unless both are the terminal that the bar is on.
     with Progress(
         *columns,
@@ -114,16 +111,14 @@ class FleetLines(Listener):
 
     def note(self, text: str) -> None:
         """See :class:`~cdkd_edge.fleet.crew.Listener`."""
-        self._print(f"note: {text}", self._console or Console(stderr=True, highlight=False))
+        self._print(f"note: {text}", self._console or Console(stderr=True))
 
     def _say(self, text: str) -> None:
         if self._console:  # of one scene the error itself says it
             self._print(text, self._console)
 
     def _print(self, text: str, console: Console) -> None:
-        # File names and messages from inside files must not steer the terminal.
-        shown = printable(text)
-        console.print(Text(shown), soft_wrap=True)
+        console.print(cell(text), soft_wrap=True)
 
     def _show(self) -> None:
         if self._progress is None or self._task is None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cdkd_edge.errors import printable
 from cdkd_edge.interrupts import check
+from cdkd_edge.report.table import Console, cell
 
 
 @contextlib.contextmanager
@@ -25,7 +26,7 @@ def live_steps() -> Iterator[Callable[[str], None]]:
 
         def tell(step: str) -> None:
             check()
-            status.update(step)
+            status.update(cell(step))
 
         yield tell
 
@@ -34,7 +35,7 @@ def live_steps() -> Iterator[Callable[[str], None]]:
 def live_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr with the time left."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("tiles"),
@@ -45,7 +46,7 @@ def live_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     console = Console(stderr=True)
     # Where nobody watches, a bar would leave blank lines between the messages that matter.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
+        task = progress.add_task(printable(title), total=None)
 
         def tell(done: int, total: int) -> None:
             check()

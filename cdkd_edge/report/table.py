@@ -4,12 +4,42 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+import rich.console
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from cdkd_edge.errors import printable
+
+
+class Console(rich.console.Console):
+    """Where results (stdout) and progress (stderr) are shown; no text from a file steers the terminal or its colours.
+
+    Values are not truncated where stdout is not a terminal.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        width = None if stderr or sys.stdout.isatty() else 200
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+    def render(
+        self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """What is written, piece by piece. Rich's own control sequences are pieces of another kind."""
+        for piece in super().render(renderable, options):
+            text, style, control = piece
+            if not control and not text.isprintable():
+                text = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+            yield Segment(text, style, control)
+
+
+def cell(text: str, style: str = "") -> Text:
+    """Text of unknown origin as part of a table: on one line, nothing in it is markup."""
+    return Text(printable(text), style)
 
 
 @dataclass(frozen=True)
@@ -30,22 +60,22 @@ class Report:
     listing: Listing | None = None
 
     def print(self) -> None:
-        """Print the table to stdout, without truncating values where stdout is not a terminal."""
-        console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+        """Print the table to stdout."""
+        console = Console()
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in self.rows:
-            table.add_row(Text(name), Text(value))
-        console.print(Text(self.title, style="bold"))
+            table.add_row(cell(name), cell(value))
+        console.print(cell(self.title, "bold"))
         console.print(table)
         if self.listing is not None:
             console.print()
             listing = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
             for index, name in enumerate(self.listing.columns):
-                listing.add_column(name, overflow="fold", justify="right" if index else "left")
+                listing.add_column(cell(name), overflow="fold", justify="right" if index else "left")
             for row in self.listing.rows:
-                listing.add_row(*map(Text, row))
+                listing.add_row(*map(cell, row))
             console.print(listing)
 
 

@@ -7,12 +7,10 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.text import Text
 
 from cdkd_edge.interrupts import check
-from cdkd_edge.report.table import Report, percent
+from cdkd_edge.report.table import Console, Report, cell, percent
 
 if TYPE_CHECKING:
     from cdkd_edge.training.finetune import FinetuneResult, Listener
@@ -39,8 +37,13 @@ def describe_finetune(result: FinetuneResult) -> Report:
 @contextlib.contextmanager
 def live_training() -> Iterator[Listener]:
     """Epochs as lines on stderr, and below them a bar with the time left where somebody watches."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield _TrainingLines(console, progress)
 
@@ -75,7 +78,7 @@ class _TrainingLines:
         self._line("  ".join(parts))
 
     def _line(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(cell(text), soft_wrap=True)
         self._last_line = time.monotonic()
 
 

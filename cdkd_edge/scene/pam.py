@@ -6,6 +6,7 @@ format has no place for such things, and QGIS shows the table as classes with na
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,5 +78,17 @@ def label_map_xml(schema: LabelSchema, areas: Sequence[ClassArea] = (), *, extra
         row = ElementTree.SubElement(table, "Row", index=str(label))
         for text in texts:
             ElementTree.SubElement(row, "F").text = text
+    return xml_text(root)
+
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML 1.0 (section 2.2) has no way to write, not even escaped."""
+
+
+def xml_text(root: ElementTree.Element) -> str:
+    """A document as text; characters that would make it malformed become U+FFFD."""
+    for element in root.iter():
+        element.text, element.tail = (part and _NOT_XML.sub("\ufffd", part) for part in (element.text, element.tail))
+        element.attrib = {name: _NOT_XML.sub("\ufffd", value) for name, value in element.attrib.items()}
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode") + "\n"

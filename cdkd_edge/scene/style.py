@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from cdkd_edge.labels import LabelSchema
+from cdkd_edge.scene.pam import xml_text
 
 _MARK = "cdkd-edge"
 """In styles that were written here. QGIS drops the element when somebody saves a style of their own."""
@@ -41,9 +42,7 @@ def label_map_style(schema: LabelSchema) -> str:
 
 def qml(root: ElementTree.Element) -> str:
     """The text of a style."""
-    ElementTree.indent(root)
-    doctype = "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
-    return doctype + ElementTree.tostring(root, encoding="unicode") + "\n"
+    return "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n" + xml_text(root)
 
 
 def is_somebodys_own(style: Path, schema: LabelSchema) -> bool:

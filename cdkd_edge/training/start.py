@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,13 +72,18 @@ def starting_network(source: str | Path, schema: LabelSchema, shape: Shape, seed
     patch = shape.patch or (own.patch if tile % own.patch == 0 else DEFAULT_PATCH)
     if tile % patch:
         raise CheckpointError(f"a tile of {tile} px is a multiple of neither {own.patch} nor {patch} px patches")
-    loading = {"tile": tile, "patch": patch, "heads": shape.heads, "layer_norm_eps": shape.layer_norm_eps}
-    loading["weights"] = shape.weights
+    loading: dict[str, Any] = {
+        "tile": tile,
+        "patch": patch,
+        "heads": shape.heads,
+        "layer_norm_eps": shape.layer_norm_eps,
+        "weights": shape.weights,
+    }
     reason = _why_not_its_head(report, schema, shape)
     if reason is None:
-        network, report = load_checkpoint(source, **loading)  # type: ignore[arg-type]
+        network, report = load_checkpoint(source, **loading)
         return Start(network, True, report.layout, report.notes)
-    encoder, report = load_encoder(source, **loading)  # type: ignore[arg-type]
+    encoder, report = load_encoder(source, **loading)
     config = dataclasses.replace(
         report.config, classes=len(schema), head_channels=shape.head_channels or own.head_channels
     )

@@ -27,9 +27,9 @@ from cdkd_edge.fleet import jobs, local
 from cdkd_edge.fleet.crew import Listener
 from cdkd_edge.fleet.jobs import EngineRef, Failure, Job, JobReport, decode, encode, run_job, stamp
 from cdkd_edge.fleet.local import LocalCrew, ProcessCrew
-from cdkd_edge.fleet.products import NOTHING, Wanted
 from cdkd_edge.fleet.run import crew_for, engine_ref, segment_many
 from cdkd_edge.fleet.scenes import plan_outputs, scenes_of
+from cdkd_edge.maps.products import NOTHING, Wanted
 from cdkd_edge.scene.outputs import label_map_paths
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
 from cdkd_edge.scene.reader import Stretch

@@ -31,7 +31,7 @@ def losing(*positional, **named):
 
 setattr(place, name, losing)
 sys.argv = ["cdkd-edge", *arguments]
-from cdkd_edge.cli import main
+from cdkd_edge.__main__ import main
 main()
 """
 """Runs the command with one function replaced by one that drops whatever a signal raises, as compiled modules do."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from cdkd_edge.errors import SceneError, SystemRefusalError
 from cdkd_edge.fleet.kept import is_label_map
-from cdkd_edge.fleet.products import NOTHING, Wanted, product_paths
+from cdkd_edge.maps.products import NOTHING, Wanted, product_paths
 from cdkd_edge.scene.find import file_key, rasters_named
-from cdkd_edge.scene.outputs import label_map_paths
+from cdkd_edge.scene.outputs import label_map_paths, require_file_place
 from cdkd_edge.scene.raster import is_gdal_name
 
 
@@ -103,9 +103,8 @@ def plan_outputs(
     sources = {file_key(scene): scene for scene in scenes}
     for path in planned:
         _require_room(path)
-        for place in (path, *product_paths(path, products, confidence=confidence)):
-            if place.is_dir():
-                raise SceneError(f"{place} is a folder", hint="name a file in it, or a folder without .tif")
+        for place in (path, *product_paths(path, products, confidence=confidence).values()):
+            require_file_place(place, links=True)
             if overwrite and (scene := sources.get(file_key(str(place)))):
                 raise SceneError(f"{place} would overwrite the scene {scene}", hint="choose another --output")
     return scenes, planned

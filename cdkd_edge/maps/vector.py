@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,8 @@ def write_vector(
     schema: LabelSchema,
     options: VectorOptions = VectorOptions(),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    stamp: Mapping[str, str] | None = None,
 ) -> VectorResult:
     """Write the regions of a label map as polygons (GeoPackage, layer ``classes``).
 
@@ -104,7 +106,8 @@ def write_vector(
     geographic grids; null where unknown). A style for QGIS is inside. The file appears only when whole. Pixels
     connected by an edge make one polygon, except regions of more than 200,000 vertices, which come in parts.
 
-    Without georeference, x is the column and y the negative row, which is where QGIS puts such rasters.
+    Without georeference, x is the column and y the negative row, which is where QGIS puts such rasters. ``stamp`` goes
+    into the file's metadata.
 
     Raises:
         MissingExtraError: pyogrio or Shapely is not installed.
@@ -121,7 +124,7 @@ def write_vector(
             raise SceneError(
                 f"a minimum area in m2 means nothing here: {ground.reason}", hint="give the minimum in pixels"
             )
-        package = _Package(pyogrio, shapely, plain, output, schema, dataset, ground, options)
+        package = _Package(pyogrio, shapely, plain, output, schema, dataset, ground, options, stamp)
         try:
             for portion in regions(dataset, simplify=options.simplify_px, progress=progress):
                 package.add(portion)
@@ -176,6 +179,7 @@ class _Package:
         dataset: Any,
         ground: Ground,
         options: VectorOptions,
+        stamp: Mapping[str, str] | None,
     ) -> None:
         self._pyogrio, self._shapely = pyogrio, shapely
         self._temporary, self._output = temporary, output
@@ -183,7 +187,7 @@ class _Package:
         self._crs = dataset.crs.to_wkt() if dataset.crs is not None else None
         self._transform = Affine.scale(1, -1) if dataset.transform.is_identity else dataset.transform
         self._could_be_placed = dataset.transform.is_identity and (dataset.gcps[0] or dataset.tags(ns="RPC"))
-        self._options = options
+        self._options, self._stamp = options, stamp
         self._waiting: list[tuple[npt.NDArray[Any], ...]] = []
         self._waiting_count = self._waiting_bytes = 0
         self._created = False
@@ -259,6 +263,7 @@ class _Package:
                 append=self._created,
                 nan_as_null=True,
                 # Newer versions make older GDAL and QGIS warn, and have nothing that is needed here.
+                dataset_metadata=None if self._created or not self._stamp else dict(self._stamp),
                 dataset_options=None if self._created else {"VERSION": "1.2"},
             )
         self._created = True

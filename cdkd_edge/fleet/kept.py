@@ -100,7 +100,7 @@ def refuse_foreign_map(
 
 
 def complete(kept: KeptMap, schema: LabelSchema) -> None:
-    """Put beside a label map that was there what is missing of its own, or of another map: names and areas, QGIS's style.
+    """Put beside a label map that was there what is missing, or of another map: class names and areas, QGIS's style.
 
     (Somebody copied the ``.tif`` alone, or an older release wrote it.) A folder that cannot be written stays as it is.
     """

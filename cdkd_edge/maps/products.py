@@ -1,8 +1,8 @@
 """What a label map gets beside it: polygons, a preview, a STAC Item; and whether one that is there is of this map.
 
-Each product says in itself which label map it was made of (``LABEL_MAP``, the file's SHA-256) and with which options: the
-GeoPackage in its metadata, the picture in text chunks, the Item in the checksum of its asset ``labels``, the raster of
-confidence in a TIFF tag.
+Each product says in itself which label map it was made of (``LABEL_MAP``, the file's SHA-256) and with which options:
+the GeoPackage in its metadata, the picture in text chunks, the Item in the checksum of its asset ``labels``, the raster
+of confidence in a TIFF tag.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ def test_a_signal_while_the_program_starts(
 
 
 def test_a_command_that_lost_a_signal_does_not_end_with_0(tmp_path: Path) -> None:
-    script = LOSE
-    command = [sys.executable, "-c", script, "cdkd_edge.cli", "main", str(int(signal.SIGTERM)), "--version"]
+
+    command = [sys.executable, "-c", LOSE, "cdkd_edge.cli", "main", str(int(signal.SIGTERM)), "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 143
     assert "Traceback" not in done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from rasterio.transform import Affine
 
 from cdkd_edge.errors import MissingExtraError, SceneError, SystemRefusalError, UsageError
-from cdkd_edge.files import whole_file
+from cdkd_edge.files import scratch_folder, whole_file
 from cdkd_edge.labels import LabelSchema
 from cdkd_edge.maps.outlines import large_enough, mapped
 from cdkd_edge.maps.qgis import style_row
@@ -160,8 +159,8 @@ def _plainly_named(path: Path) -> Iterator[Path]:
     if "!" not in str(path) and urlparse(str(path), allow_fragments=False).path == str(path):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="cdkd-edge-") as folder:
-        link = Path(folder) / "polygons.gpkg"
+    with scratch_folder() as folder:
+        link = folder / "polygons.gpkg"
         link.symlink_to(path.absolute())
         yield link
 

@@ -223,7 +223,7 @@ def child(scene: str, output: str, number: int) -> None:
     """Do the work of `segment` when told to; say when it is done, and stay until the parent has looked."""
     warnings.simplefilter("ignore")
     from cdkd_edge.fleet.jobs import EngineRef, Job, do_job
-    from cdkd_edge.fleet.products import Wanted
+    from cdkd_edge.maps.products import Wanted
     from cdkd_edge.maps.vector import VectorOptions, require_vector
     from cdkd_edge.scene.options import SegmentOptions
     from cdkd_edge.scene.stretch import Stretch

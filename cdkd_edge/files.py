@@ -93,9 +93,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     if _is_stream(path):
-        with tempfile.TemporaryDirectory() as scratch:
-            yield Path(scratch, path.name)
-            with open(Path(scratch, path.name), "rb") as source, open(path, "wb") as stream:
+        with scratch_folder() as scratch:
+            yield scratch / path.name
+            with open(scratch / path.name, "rb") as source, open(path, "wb") as stream:
                 shutil.copyfileobj(source, stream)
         return
     target = Path(os.path.realpath(path))
@@ -156,6 +156,24 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 folder.rmdir()
         raise
     finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a temporary folder where the system keeps such, for this user alone; it goes with the block.
+
+    The next one that is made removes what killed processes left.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder, lock = _locked_folder(Path(tempfile.gettempdir(), "cdkd-edge"))
+    try:
+        folder.chmod(0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 

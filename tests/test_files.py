@@ -19,6 +19,7 @@ from cdkd_edge.files import (
     read_small,
     read_toml,
     remove_abandoned,
+    scratch_folder,
     sha256_of,
     whole_file,
     whole_folder,
@@ -285,6 +286,18 @@ def test_two_cannot_make_the_same_folder(tmp_path):
     with whole_folder(path):
         pass
     assert path.is_dir()
+
+
+def test_scratch_folders_go_and_take_those_of_killed_processes_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / ".cdkd-edge.0123abcd.part").mkdir()
+    (tmp_path / ".cdkd-edge.0123abcd.part" / "half").touch()
+    (tmp_path / "tmpother").mkdir()
+    with scratch_folder() as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        (folder / "a").touch()
+        assert names(tmp_path) == [folder.name, "tmpother"]
+    assert names(tmp_path) == ["tmpother"]
 
 
 def test_where_folders_cannot_be_locked(tmp_path, monkeypatch):

@@ -27,9 +27,9 @@ from cdkd_edge.fleet import jobs, local
 from cdkd_edge.fleet.crew import Listener
 from cdkd_edge.fleet.jobs import EngineRef, Failure, Job, JobReport, decode, encode, run_job, stamp
 from cdkd_edge.fleet.local import LocalCrew, ProcessCrew
-from cdkd_edge.fleet.products import NOTHING, Wanted
 from cdkd_edge.fleet.run import crew_for, engine_ref, segment_many
 from cdkd_edge.fleet.scenes import plan_outputs, scenes_of
+from cdkd_edge.maps.products import NOTHING, Wanted
 from cdkd_edge.scene.outputs import label_map_paths
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
 from cdkd_edge.scene.reader import Stretch
@@ -109,11 +109,15 @@ def test_a_name_that_looks_like_a_pattern_or_a_list_is_a_file_first(tmp_path: Pa
         ("empty", "empty holds no raster"),
         ("@gone.txt", r"the list gone\.txt cannot be read"),
         ("@blank.txt", r"the list blank\.txt names no scene"),
+        ("@/dev/zero", "the list /dev/zero cannot be read: larger than"),
+        ("@scenes/a.tif", "is no text file"),
+        ("@long.txt", "names 100001 scenes"),
     ],
 )
 def test_what_names_no_scene(scenes: list[str], argument: str, pattern: str) -> None:
     Path("empty").mkdir()
     Path("blank.txt").write_text("\n# nothing\n")
+    Path("long.txt").write_text("a\n" * 100_001)
     with pytest.raises(SceneError, match=pattern):
         scenes_of([argument])
 
@@ -124,6 +128,16 @@ def test_a_link_gives_way_to_the_file_it_leads_to(scenes: list[str]) -> None:
     Path("scenes/z.tif").symlink_to("b.tif")
     assert sorted(scenes_of(["scenes"])) == sorted(scenes)
     assert scenes_of(["scenes/z.tif"]) == ["scenes/z.tif"]
+
+
+def test_links_in_a_loop_are_a_scene_that_fails(scenes: list[str], use: Any) -> None:
+    use(FakeEngine())
+    for name in ("x", "y"):
+        Path(f"scenes/{name}.tif").symlink_to(f"{'y' if name == 'x' else 'x'}.tif")
+    with pytest.raises(FleetError, match=r"1 of 2 scenes failed: x\.tif"):
+        segment([scenes[0], "scenes/x.tif"])
+    with pytest.raises(SceneError, match="is a link"):
+        plan_outputs([scenes[0]], Path("scenes/x.tif"), Path(), overwrite=True)
 
 
 def test_a_link_to_nothing_is_a_scene_that_fails(scenes: list[str], use: Any) -> None:

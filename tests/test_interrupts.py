@@ -31,7 +31,7 @@ def losing(*positional, **named):
 
 setattr(place, name, losing)
 sys.argv = ["cdkd-edge", *arguments]
-from cdkd_edge.cli import main
+from cdkd_edge.__main__ import main
 main()
 """
 """Runs the command with one function replaced by one that drops whatever a signal raises, as compiled modules do."""
@@ -60,6 +60,50 @@ def test_a_signal_that_was_dropped_ends_the_command(
     assert not [one for one in tmp_path.rglob("*") if one.name in ("map.tif", "summary.json")]
     if command == "bench":
         assert not (tmp_path / "benchmarks").exists()
+
+
+START = """
+import os, sys
+number, mangled, module, *arguments = sys.argv[1:]
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), int(number))
+            except BaseException as error:
+                raise ImportError("half a module") if mangled == "mangled" else error
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["cdkd-edge", *arguments]
+from cdkd_edge.__main__ import main
+main()
+"""
+"""Runs the command with a signal that comes while a module is imported."""
+
+
+@pytest.mark.parametrize("mangled", ["plain", "mangled"])
+@pytest.mark.parametrize("module", ["cdkd_edge.cli", "typer", "cdkd_edge.cli.segment", "numpy", "rasterio"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+def test_a_signal_while_the_program_starts(
+    small_engine_path: Path, tmp_path: Path, module: str, mangled: str, number: signal.Signals, code: int
+) -> None:
+    """Also where the import makes another error of it."""
+    arguments = ["segment", tmp_path / "scene.tif", "--engine", small_engine_path, "-w", tmp_path]
+    command = [sys.executable, "-c", START, str(int(number)), mangled, module, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert "error:" not in done.stderr
+
+
+def test_a_command_that_lost_a_signal_does_not_end_with_0(tmp_path: Path) -> None:
+
+    command = [sys.executable, "-c", LOSE, "cdkd_edge.cli", "main", str(int(signal.SIGTERM)), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture

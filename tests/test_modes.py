@@ -529,7 +529,13 @@ def test_a_mode_that_somebody_has_set_since_stays(killed: Path) -> None:
     assert pending_restore(killed) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', '{"version": 1, "clocks": "../../etc/passwd"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "[" * 100_000, '{"version": 2}', '{"version": 1, "clocks": "../../etc/passwd"}',
+        '{"version": 1, "clocks": ".."}', '{"version": 1, "before": {"id": 1e999, "name": "clocks"}}',
+    ],
+)  # fmt: skip
 def test_a_damaged_journal(killed: Path, text: str) -> None:
     data = json.loads((killed / STATE / "board.json").read_text())
     changed = {**data, **json.loads(text)} if "clocks" in text else None

@@ -30,8 +30,14 @@ from scene_helpers import (
 )
 
 from cdkd_edge.errors import EngineError, SceneError, SystemRefusalError
-from cdkd_edge.scene.outputs import confidence_path, spare
-from cdkd_edge.scene.partial import Partial, differences, drop_finished, partial_folder
+from cdkd_edge.scene.partial import (
+    Partial,
+    continues_replacing,
+    differences,
+    drop_finished,
+    partial_folder,
+    was_finishing,
+)
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
 from cdkd_edge.scene.plan import Plan
 from cdkd_edge.scene.pyramid import Pyramid
@@ -252,13 +258,66 @@ def test_a_scene_that_changes_while_it_is_read(scene: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"identity": 5}'])
-def test_a_damaged_note_is_no_reason_to_fail_or_to_trust(scene: Path, interrupted: Path, damage: str) -> None:
+def test_a_damaged_note_is_not_trusted_and_drops_nothing(scene: Path, interrupted: Path, damage: str) -> None:
     (partial_folder(interrupted) / "run.json").write_text(damage)
-    if damage.startswith('{"'):
-        refused(FakeEngine(TILE), scene, interrupted, SegmentOptions(), "part of another run")
-        return
-    result = segment_scene(FakeEngine(TILE), scene, interrupted)
-    assert result.tiles_resumed == 0
+    what = "part of another run" if damage.startswith('{"') else r"run\.json is damaged"
+    refused(FakeEngine(TILE), scene, interrupted, SegmentOptions(), what)
+
+
+def test_a_part_without_confidence_says_so(scene: Path, tmp_path: Path) -> None:
+    """And one with it may be finished without."""
+    output, plain, more = tmp_path / "map.tif", SegmentOptions(), SegmentOptions(confidence=True)
+    expected = undisturbed(scene, tmp_path / "whole")
+    for earlier, later in ((plain, more), (more, plain)):
+        with pytest.raises(BoomError):
+            segment_scene(ProbabilityEngine(TILE, fail_at=30, error=BoomError()), scene, output, earlier)
+        if later is more:
+            with pytest.raises(SceneError, match="made without --confidence") as caught:
+                segment_scene(ProbabilityEngine(TILE), scene, output, later)
+            assert "finish the label map without it" in str(caught.value.hint)
+        result = segment_scene(ProbabilityEngine(TILE), scene, output, plain)
+        assert result.tiles_resumed > 0
+        assert output.read_bytes() == expected["map.tif"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("name", ["notes.txt", "run.json", "lock", "labels.spool"])
+def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path, scene: Path, name: str, resume: bool) -> None:
+    own = partial_folder(tmp_path / "map.tif")
+    own.mkdir()
+    (own / name).write_text('{"mine": 1}')
+    before = files(tmp_path)
+    with pytest.raises(SceneError, match="was not made by cdkd-edge"):
+        segment_scene(FakeEngine(TILE), scene, tmp_path / "map.tif", resume=resume)
+    assert files(tmp_path) == before
+
+
+def test_a_part_that_was_damaged_in_the_middle_is_told(scene: Path, interrupted: Path) -> None:
+    spool = partial_folder(interrupted) / "labels.spool"
+    content = bytearray(spool.read_bytes())
+    content[len(content) // 2] ^= 1
+    spool.write_bytes(content)
+    said: list[str] = []
+    result = segment_scene(FakeEngine(TILE), scene, interrupted, warn=said.append)
+    assert len(said) == 1
+    assert "labels.spool is damaged" in said[0]
+    assert result.output.read_bytes() == undisturbed(scene, scene.parent / "whole")["map.tif"]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe"])
+@pytest.mark.parametrize("name", ["map.tif", "map_confidence.tif", "map.tif.aux.xml"])
+def test_links_and_pipes_are_not_replaced(tmp_path: Path, scene: Path, kind: str, name: str) -> None:
+    place = tmp_path / name
+    (tmp_path / "other.tif").touch()
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(tmp_path / ("other.tif" if kind == "link" else "gone.tif"))
+    before = place.lstat()
+    with pytest.raises(SceneError, match=r"is a link|is a device or a pipe"):
+        segment_scene(ProbabilityEngine(TILE), scene, tmp_path / "map.tif", SegmentOptions(confidence=True))
+    assert place.lstat().st_ino == before.st_ino
+    assert names_in(tmp_path) == sorted([name, "other.tif", "scene.tif"])
 
 
 def test_differences_are_named() -> None:
@@ -302,13 +361,12 @@ def test_an_interrupted_replacement_may_go_on_replacing(tmp_path: Path, scene: P
     output = tmp_path / "map.tif"
     segment_scene(FakeEngine(TILE), scene, output)
     old = output.read_bytes()
-    with pytest.raises(SceneError, match="exists"):
-        spare([str(scene)], [output], overwrite=False)
+    assert not continues_replacing(output)
     engine = FakeEngine(TILE, function=lambda tiles: tiles[:, 1] // 64, fail_at=40, error=BoomError())
     with pytest.raises(BoomError):
         segment_scene(engine, scene, output, resume=False)
     assert output.read_bytes() == old
-    spare([str(scene)], [output], overwrite=False)
+    assert continues_replacing(output)
     result = segment_scene(FakeEngine(TILE, function=lambda tiles: tiles[:, 1] // 64), scene, output)
     assert result.tiles_resumed > 0
     assert output.read_bytes() != old
@@ -324,12 +382,11 @@ def test_a_confidence_raster_that_was_finished_before_its_label_map(
             segment_scene(ProbabilityEngine(TILE), scene, output, options)
     assert names_in(tmp_path)[:1] == ["map.tif.partial"]
     assert (tmp_path / "map_confidence.tif").exists()
-    spare([str(scene)], [output, confidence_path(output)], overwrite=False)
+    assert was_finishing(output)
     engine = ProbabilityEngine(TILE)
     segment_scene(engine, scene, output, options)
     assert engine.launches == 0
-    with pytest.raises(SceneError, match="exists"):
-        spare([str(scene)], [confidence_path(output)], overwrite=False)
+    assert not was_finishing(output)
 
 
 def publish_once() -> Any:
@@ -360,7 +417,7 @@ def test_what_gdal_and_qgis_left_beside_an_older_map_goes_with_it(tmp_path: Path
 
 def test_a_folder_where_the_map_should_be(tmp_path: Path, scene: Path) -> None:
     (tmp_path / "map.tif").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(SceneError, match="is a folder"):
         segment_scene(FakeEngine(TILE), scene, tmp_path / "map.tif")
     assert not (tmp_path / "map.tif.aux.xml").exists()
 
@@ -389,7 +446,7 @@ def test_what_a_finished_run_left_is_dropped_and_nothing_else(tmp_path: Path, sc
     drop_finished(interrupted)
     assert partial_folder(interrupted).exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *paths, **options: None)  # killed just before
+        patch.setattr("cdkd_edge.scene.partial._remove", lambda folder: None)  # killed just before
         segment_scene(FakeEngine(TILE), scene, interrupted)
     whole = files(interrupted.parent)
     assert json.loads((partial_folder(interrupted) / "run.json").read_text())["finished"] is True

@@ -12,7 +12,7 @@ from scene_helpers import FakeEngine, ProbabilityEngine, names_in, noise, write_
 
 from cdkd_edge.errors import SceneError
 from cdkd_edge.fleet.jobs import EngineRef, Job, do_job, stamp
-from cdkd_edge.fleet.products import Wanted
+from cdkd_edge.maps.products import Wanted
 from cdkd_edge.report.fleet import FleetLines
 from cdkd_edge.scene import room
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene

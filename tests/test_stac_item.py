@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -21,17 +24,16 @@ from scene_helpers import SCHEMA, ProbabilityEngine, names_in, noise, write_rast
 from cdkd_edge import __version__
 from cdkd_edge.errors import MissingExtraError, SceneError, UsageError
 from cdkd_edge.fleet.jobs import EngineRef, Job, do_job, stamp
-from cdkd_edge.fleet.products import Wanted
 from cdkd_edge.labels import NO_LABEL, LabelSchema, LandCoverClass
 from cdkd_edge.maps import products
 from cdkd_edge.maps.footprint import footprint_of
-from cdkd_edge.maps.products import ProductOptions, product_paths, write_products
+from cdkd_edge.maps.products import Wanted, product_paths, write_products
 from cdkd_edge.maps.stac import EXTENSIONS, Provenance, When, item_for, parse_when
 from cdkd_edge.maps.stac_assets import complete_item, write_item
 from cdkd_edge.maps.vector import VectorOptions
 from cdkd_edge.scene.areas import class_areas
 from cdkd_edge.scene.cog import write_cog
-from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult
+from cdkd_edge.scene.pipeline import SegmentOptions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
@@ -261,23 +263,17 @@ def test_rotated(tmp_path: Path) -> None:
 # --- all products ---------------------------------------------------------------------------------
 
 
-def result_for(path: Path) -> SegmentResult:
-    areas = class_areas(path, SCHEMA)
-    pixels = {area.name: area.pixels for area in areas.classes}
-    return SegmentResult(path, 40, 60, 1, 0, 1.0, 1.0, pixels, areas.no_data.pixels, ())
-
-
 def test_products(tmp_path: Path) -> None:
     pytest.importorskip("pyogrio", reason="polygons need the extra 'vector'")
     pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
     scene, path = labelled(tmp_path, **UTM)
     write_cog(path, path, SCHEMA, {})
-    options = ProductOptions(VectorOptions(), preview=True, stac=True, when=When(NOW))
-    made = write_products(path, scene, result_for(path), SCHEMA, options)
+    wanted = Wanted(VectorOptions(), preview=True, stac=True, when="2026-05-04")
+    made, _ = write_products(scene, path, class_areas(path, SCHEMA), ProbabilityEngine(), wanted)
     names = ["scene_labels.gpkg", "scene_labels_preview.png", "scene_labels.stac.json"]
-    assert [p.name for p in product_paths(path, options).values()] == names
-    assert (made.vector.output, made.preview, made.stac) == tuple(tmp_path / name for name in names)
-    item = json.loads(made.stac.read_text())
+    assert list(made.values()) == [str(one) for one in product_paths(path, wanted).values()]
+    assert [Path(one).name for one in made.values()] == names
+    item = json.loads(Path(made["stac"]).read_text())
     require_valid(item)
     for key, name in (("vector", names[0]), ("preview", names[1])):
         asset = item["assets"][key]
@@ -289,18 +285,7 @@ def test_products(tmp_path: Path) -> None:
 
 def test_nothing_asked_for(tmp_path: Path) -> None:
     scene, path = labelled(tmp_path, **UTM)
-    made = write_products(path, scene, None, SCHEMA, ProductOptions())
-    assert (made.vector, made.preview, made.stac) == (None, None, None)
-    assert sum(area.pixels for area in (*made.areas.classes, made.areas.no_data)) == 40 * 60
-    assert names_in(tmp_path) == ["scene.tif", "scene_labels.tif"]
-
-
-def test_the_map_of_another_run(tmp_path: Path) -> None:
-    scene, path = labelled(tmp_path, **UTM)
-    result = result_for(path)
-    result.class_pixels["land"] += 1
-    with pytest.raises(SceneError, match="not the map of this run"):
-        write_products(path, scene, result, SCHEMA, ProductOptions(preview=True))
+    assert write_products(scene, path, class_areas(path, SCHEMA), ProbabilityEngine(), Wanted()) == ({}, ())
     assert names_in(tmp_path) == ["scene.tif", "scene_labels.tif"]
 
 
@@ -311,7 +296,9 @@ def test_what_is_missing_is_said_before_work_begins(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(products, "require_vector", absent)
     scene, path = labelled(tmp_path)
     with pytest.raises(MissingExtraError):
-        write_products(path, scene, None, SCHEMA, ProductOptions(VectorOptions(), preview=True))
+        write_products(
+            scene, path, class_areas(path, SCHEMA), ProbabilityEngine(), Wanted(VectorOptions(), preview=True)
+        )
     assert names_in(tmp_path) == ["scene.tif", "scene_labels.tif"]
 
 
@@ -377,9 +364,142 @@ def test_what_is_made_later_is_added_to_the_item_that_was_there(tmp_path: Path) 
     assert (report.notes, item.read_bytes()) == ((), again)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"assets": 3}', "nonsense", '{"assets": null}'])
+# --- products that are there ----------------------------------------------------------------------
+
+ALL = {"vector": VectorOptions(), "preview": True, "stac": True}
+COMPANIONS = ("scene_labels.gpkg", "scene_labels_preview.png", "scene_labels.stac.json", "scene_labels_confidence.tif")
+DAMAGES = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) * 2 // 3],
+    "cut by a byte": lambda content: content[:-9],
+    "foreign": lambda content: b"somebody's",
+    "zeros": lambda content: content[:3000] + bytes(len(content) // 2) + content[3000 + len(content) // 2 :],
+}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[Path, Path]:
+    """A scene and its label map with all products."""
+    pytest.importorskip("pyogrio", reason="polygons need the extra 'vector'")
+    pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
+    scene, path = write_raster(tmp_path / "scene.tif", noise(70, 90), **UTM), tmp_path / "scene_labels.tif"
+    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted(**ALL), confidence=True))
+    return scene, path
+
+
+def test_whole_products_are_kept(finished: tuple[Path, Path]) -> None:
+    scene, path = finished
+    before = {name: (path.parent / name).read_bytes() for name in names_in(path.parent)}
+    report = do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted(**ALL), confidence=True))
+    assert (report.status, report.notes) == ("kept", ())
+    assert {name: (path.parent / name).read_bytes() for name in names_in(path.parent)} == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", COMPANIONS)
+def test_what_is_not_whole_is_not_kept(finished: tuple[Path, Path], name: str, damage: str) -> None:
+    scene, path = finished
+    place, engine = path.parent / name, ProbabilityEngine(TILE, kind="confidence")
+    content = place.read_bytes()
+    place.write_bytes(DAMAGES[damage](content))
+    job = job_of(scene, path, Wanted(**ALL), confidence=True)
+    with pytest.raises(SceneError, match=name) as caught:
+        do_job(engine, job)
+    assert "--overwrite" in str(caught.value.hint)
+    place.unlink()
+    if name != "scene_labels_confidence.tif":
+        assert do_job(engine, job).status == "kept"
+        assert name.endswith("json") or place.read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated"])
+@pytest.mark.parametrize("name", ["scene_labels.tif.aux.xml", "scene_labels.qml"])
+def test_class_names_and_style_are_written_again(finished: tuple[Path, Path], name: str, damage: str) -> None:
+    scene, path = finished
+    place = path.parent / name
+    content = place.read_bytes()
+    place.write_bytes(DAMAGES[damage](content))
+    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted()))
+    assert place.read_bytes() == content
+
+
+def test_class_names_of_another_map_are_written_again(finished: tuple[Path, Path]) -> None:
+    scene, path = finished
+    place = path.parent / "scene_labels.tif.aux.xml"
+    content = place.read_text()
+    (pixels,) = {row.text for row in ElementTree.fromstring(content).iterfind(".//Row[1]/F[6]")}
+    place.write_text(content.replace(f"<F>{pixels}</F>", "<F>7</F>"))
+    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted()))
+    assert place.read_text() == content
+    place.write_text(content.replace("</PAMDataset>", "<Metadata/></PAMDataset>"))  # GDAL's statistics may be added
+    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted()))
+    assert "<Metadata/>" in place.read_text()
+
+
+def test_products_of_a_replaced_map_go_with_it(finished: tuple[Path, Path]) -> None:
+    scene, path = finished
+    (path.parent / "scene_labels_preview.png").write_text("somebody's own")
+    write_raster(scene, noise(70, 90, seed=5), **UTM)
+    engine = ProbabilityEngine(TILE, kind="confidence")
+    report = do_job(engine, replace(job_of(scene, path, Wanted()), overwrite=True))
+    (note,) = report.notes
+    assert note.startswith("removed scene_labels_confidence.tif, scene_labels.gpkg, scene_labels.stac.json: made of")
+    assert (path.parent / "scene_labels_preview.png").read_text() == "somebody's own"
+    assert [name for name in COMPANIONS if (path.parent / name).exists()] == ["scene_labels_preview.png"]
+
+
+def test_the_products_of_the_same_map_stay(finished: tuple[Path, Path]) -> None:
+    scene, path = finished
+    engine = ProbabilityEngine(TILE, kind="confidence")
+    report = do_job(engine, replace(job_of(scene, path, Wanted()), overwrite=True))
+    assert (report.status, report.notes) == ("done", ())
+    assert all((path.parent / name).exists() for name in COMPANIONS)
+
+
+@pytest.mark.parametrize("name", COMPANIONS)
+def test_products_of_another_map_are_not_kept(finished: tuple[Path, Path], name: str) -> None:
+    """Whole ones, under the right name."""
+    scene, path = finished
+    engine, old = ProbabilityEngine(TILE, kind="confidence"), (path.parent / name).read_bytes()
+    write_raster(scene, noise(70, 90, seed=5), **UTM)
+    job = job_of(scene, path, Wanted(**ALL), confidence=True)
+    do_job(engine, replace(job, overwrite=True))
+    (path.parent / name).write_bytes(old)
+    with pytest.raises(SceneError, match=f"{name} .*was made of another label map"):
+        do_job(engine, job_of(scene, path, Wanted(**ALL), confidence=True))
+
+
+def test_products_made_with_other_options_are_not_kept(finished: tuple[Path, Path]) -> None:
+    scene, path = finished
+    engine = ProbabilityEngine(TILE, kind="confidence")
+    other = Wanted(vector=VectorOptions(minimum_px=20))
+    with pytest.raises(SceneError, match=r"gpkg exists and was made with other options: minimum_px was 0.0 and is 20"):
+        do_job(engine, job_of(scene, path, other))
+    with pytest.raises(SceneError, match="has another time"):
+        do_job(engine, job_of(scene, path, Wanted(stac=True, when="2026-05-04")))
+
+
+def test_an_item_learns_of_a_product_that_was_made_again(finished: tuple[Path, Path]) -> None:
+    scene, path = finished
+    (path.parent / "scene_labels.gpkg").unlink()
+    wanted = Wanted(vector=VectorOptions(minimum_px=20), preview=True, stac=True)
+    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, wanted, confidence=True))
+    assets_of(path.parent / "scene_labels.stac.json")
+
+
+def test_a_scene_that_was_replaced_by_an_older_one(finished: tuple[Path, Path]) -> None:
+    """``cp -p`` and archives keep the time of change."""
+    scene, path = finished
+    write_raster(scene, noise(70, 90, seed=5), **UTM)
+    os.utime(scene, (1, 1))
+    with pytest.raises(SceneError, match="was made of another scene named"):
+        do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted()))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"assets": 3}', "nonsense", '{"assets": null}', "[" * 100_000])
 def test_what_is_no_item_is_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "item.json"
     path.write_text(text)
-    assert not complete_item(path, tmp_path / "map.tif", {"preview": tmp_path / "map_preview.png"})
+    with pytest.raises(ValueError, match=r"."):
+        complete_item(path, tmp_path / "map.tif", {"preview": tmp_path / "map_preview.png"})
     assert path.read_text() == text

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from cdkd_edge.errors import GraphError, NumericalCheckError, UsageError
 from cdkd_edge.export.graph import read_graph
 from cdkd_edge.export.half_check import check_half
 from cdkd_edge.export.twin import cpu_twin
-from cdkd_edge.files import whole_file
+from cdkd_edge.files import scratch_folder, whole_file
 from cdkd_edge.manifest import (
     FileRecord,
     GraphManifest,
@@ -168,8 +167,8 @@ def write_int8(
     )
     progress("noise of every layer")
     noise = signal_to_noise(calibrated.model, calibrated.layers, calibrated.scales, SetTiles(tiles, "check"))
-    with tempfile.TemporaryDirectory() as scratch:
-        judge = Judge(model, source, SetTiles(tiles, "check"), data, Path(scratch), progress)
+    with scratch_folder() as scratch:
+        judge = Judge(model, source, SetTiles(tiles, "check"), data, scratch, progress)
         del model
         attempts = _attempts(calibrated, noise, judge, options, progress)
         del judge

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from rasterio.windows import Window
 
 from cdkd_edge.benchmarks.record import EndToEnd
 from cdkd_edge.engines.protocol import Engine
+from cdkd_edge.files import scratch_folder
 from cdkd_edge.scene.grid import TileGrid, default_overlap
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
 from cdkd_edge.scene.reader import SceneReader
@@ -46,12 +46,12 @@ def time_scene(engine: Engine, scene: Path | None, options: SegmentOptions, tile
     Raises:
         EngineError, SceneError: the engine or the scene failed.
     """
-    with tempfile.TemporaryDirectory(prefix="cdkd-edge-bench-") as temporary:
+    with scratch_folder() as temporary:
         path = scene
         if path is None:
-            path = Path(temporary) / "drawn.tif"
+            path = temporary / "drawn.tif"
             _draw_to(path, _side(engine, tiles))
-        result = segment_scene(engine, path, Path(temporary) / "labels.tif", options)
+        result = segment_scene(engine, path, temporary / "labels.tif", options)
     computed = result.tiles - result.tiles_without_data
     return EndToEnd(
         scene=scene.name if scene else "drawn",

@@ -11,6 +11,7 @@ import datetime
 import fcntl
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from cdkd_edge.files import write_text
 
 FOLDER = "var/lib/cdkd-edge"
 _VERSION = 1
+_CLOCKS = re.compile(r"clocks-[0-9a-f]{8}\.conf")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Journal:
         try:
             data: dict[str, Any] = json.loads(file.text or "")
             clocks = data["clocks"]
-            if data["version"] != _VERSION or (clocks is not None and Path(clocks).name != clocks):
+            if data["version"] != _VERSION or (clocks is not None and not _CLOCKS.fullmatch(clocks)):
                 raise ValueError
             return Change(
                 before=_mode(data["before"]),
@@ -105,7 +107,7 @@ class Journal:
                 since=str(data["since"]),
                 boot=str(data["boot"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BoardError(
                 f"{self.path} does not say what an earlier run changed on the board: "
                 f"{file.reason or 'it is damaged, or of another version'}",

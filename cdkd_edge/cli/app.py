@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from cdkd_edge import __version__
 from cdkd_edge.errors import CdkdEdgeError, InternalError, SystemRefusalError, UsageError, printable
-from cdkd_edge.interrupts import end_on_signals
+from cdkd_edge.interrupts import end_on_signals, received
 from cdkd_edge.machine import cache_folder
 
 _UsageError: Any = typer.BadParameter.__base__
@@ -56,8 +56,8 @@ def _answers(*, debug: bool = False) -> Iterator[None]:
     except (_ClickException, typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        # A broken pipe of `| head` ends a command without a word: click does that.
-        if debug or (isinstance(error, BrokenPipeError) and _nobody_reads()):
+        # A broken pipe of `| head` ends a command without a word: click does that. So does what a signal brought about.
+        if debug or received() is not None or (isinstance(error, BrokenPipeError) and _nobody_reads()):
             raise
         _fail(_as_answer(error))
 

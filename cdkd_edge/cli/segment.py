@@ -143,9 +143,9 @@ def segment(
     """
     import dataclasses
 
-    from cdkd_edge.fleet.products import Wanted
     from cdkd_edge.fleet.run import crew_for, engine_ref, segment_many
     from cdkd_edge.fleet.scenes import plan_outputs
+    from cdkd_edge.maps.products import Wanted
     from cdkd_edge.maps.vector import vector_options
     from cdkd_edge.report.fleet import live_fleet
     from cdkd_edge.scene.partial import way_to_go_on

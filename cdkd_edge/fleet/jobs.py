@@ -21,11 +21,11 @@ import numpy as np
 
 from cdkd_edge import __version__
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.errors import CdkdEdgeError, EngineError, SystemRefusalError, UsageError
+from cdkd_edge.errors import CdkdEdgeError, EngineError, SceneError, SystemRefusalError, UsageError
 from cdkd_edge.fleet.kept import KeptMap, complete, refuse_foreign_map
-from cdkd_edge.fleet.products import NOTHING, PRODUCTS, Wanted, refuse_existing_products, write_products
+from cdkd_edge.maps.products import NOTHING, PRODUCTS, Wanted, product_paths, write_products
 from cdkd_edge.scene import pipeline
-from cdkd_edge.scene.partial import continues_replacing, drop_finished
+from cdkd_edge.scene.partial import continues_replacing, drop_finished, was_finishing
 from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult
 
 JOB_VERSION = 1
@@ -186,7 +186,7 @@ def do_job(
     # An interrupted run that was replacing the map may be gone on with unasked.
     overwrite = job.overwrite or continues_replacing(output)
     if now is None:
-        refuse_existing_products(output, job.products, confidence=job.options.confidence, overwrite=overwrite)
+        _refuse_existing(output, job, overwrite=overwrite)
     elif now != job.before or not overwrite:
         try:
             kept = refuse_foreign_map(output, engine, job.scene, job.options, same_graph=job.engine.sha256 is None)
@@ -203,8 +203,18 @@ def do_job(
         # What a lost worker left is gone on with, unless it was made by the engine of another board.
         resume = job.engine.sha256 is not None if job.attempt > 1 else not job.overwrite
         result = pipeline.segment_scene(engine, job.scene, output, job.options, progress, resume=resume, warn=warn)
+    figures = result or kept
+    assert figures is not None
+    assert figures.areas is not None
     products, said = write_products(
-        job.scene, output, result, engine, job.products, job.options, only_missing=kept is not None
+        job.scene,
+        output,
+        figures.areas,
+        engine,
+        job.products,
+        job.options,
+        kept=kept is not None,
+        overwrite=overwrite,
     )
     return JobReport(
         scene=job.scene,
@@ -244,6 +254,15 @@ def stamp(path: Path) -> Stamp | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return info.st_size, info.st_mtime_ns, info.st_ino
+
+
+def _refuse_existing(output: Path, job: Job, *, overwrite: bool) -> None:
+    """Make sure that a new label map's products replace nothing unasked."""
+    for name, path in product_paths(output, job.products, confidence=job.options.confidence).items():
+        if name == "confidence" and was_finishing(output):  # it gets its name before the label map
+            continue
+        if path.exists() and not overwrite:
+            raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
 
 
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

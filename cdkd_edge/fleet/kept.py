@@ -11,16 +11,18 @@ from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import SceneError
 from cdkd_edge.files import write_text
 from cdkd_edge.labels import LabelSchema
+from cdkd_edge.maps.products import NOTHING, misfit, stamp_of
 from cdkd_edge.scene.areas import Areas, class_areas
+from cdkd_edge.scene.identity import scene_identity
 from cdkd_edge.scene.outputs import confidence_path
-from cdkd_edge.scene.pam import label_map_xml, sidecar_path
+from cdkd_edge.scene.pam import describes, label_map_xml, sidecar_path
 from cdkd_edge.scene.pipeline import SegmentOptions, grid_over, label_map_tags
 from cdkd_edge.scene.raster import gdal, is_gdal_name, open_scene
 from cdkd_edge.scene.reader import SceneReader
-from cdkd_edge.scene.style import label_map_style, style_path
+from cdkd_edge.scene.style import is_somebodys_own, label_map_style, style_path
 
-_NOT_COMPARED = ("CDKD_EDGE", "ENGINE", "GRAPH")
-"""Tags that may differ, or are compared by their hash. (Another release labels alike; its notes say if not.)"""
+_NOT_COMPARED = ("CDKD_EDGE", "ENGINE", "GRAPH", "SCENE_SAMPLE")
+"""Tags that may differ, or are compared in another way. (Another release labels alike; its notes say if not.)"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def refuse_foreign_map(
     reader = SceneReader(scene, bands=options.bands, stretch=options.stretch, gsd=options.gsd)
     try:
         tiles = len(grid_over(reader, engine.tile, options))
-        wanted = label_map_tags(engine, reader, options)
+        wanted = label_map_tags(engine, reader, options, scene_identity(reader))
         size = reader.height, reader.width
     finally:
         reader.close()
@@ -70,6 +72,9 @@ def refuse_foreign_map(
         reason = _difference(wanted, tags, "GRAPH" if same_graph else "ENGINE")
         if reason is None and (dataset.height, dataset.width) != size:
             reason = f"has {dataset.width} x {dataset.height} px; the scene has {size[1]} x {size[0]}"
+        sample = wanted["SCENE_SAMPLE"]
+        if reason is None and tags.get("SCENE_SAMPLE", sample) != sample:  # earlier releases took none
+            reason = f"was made of another scene named {Path(scene).name}"
         if reason is None and _is_older(output, scene):
             reason = f"is older than {scene}"
         if reason is not None:
@@ -78,8 +83,10 @@ def refuse_foreign_map(
         areas = class_areas(output, engine.schema)  # reads all of it
     except SceneError as error:
         raise _foreign(output, f"is damaged: {error.message}") from None
-    if options.confidence and not confidence_path(output).exists():
-        raise _foreign(output, f"has no {confidence_path(output).name} beside it")
+    if options.confidence:
+        beside = confidence_path(output)
+        if (reason := misfit("confidence", beside, stamp_of(output), NOTHING)) is not None:
+            raise _foreign(output, f"{beside.name} {reason}")
     return KeptMap(
         output=output,
         height=size[0],
@@ -93,18 +100,19 @@ def refuse_foreign_map(
 
 
 def complete(kept: KeptMap, schema: LabelSchema) -> None:
-    """Put beside a label map that was there what is missing of its own: class names and areas, the style for QGIS.
+    """Put beside a label map that was there what is missing, or of another map: class names and areas, QGIS's style.
 
     (Somebody copied the ``.tif`` alone, or an older release wrote it.) A folder that cannot be written stays as it is.
     """
-    texts = {
-        sidecar_path(kept.output): label_map_xml(schema, kept.areas.classes),
-        style_path(kept.output): label_map_style(schema),
-    }
-    for path, text in texts.items():
-        with contextlib.suppress(OSError):
-            if not path.exists():
-                write_text(path, text)
+    sidecar, style = sidecar_path(kept.output), style_path(kept.output)
+    with contextlib.suppress(OSError):
+        if not describes(sidecar, schema, kept.areas.classes):
+            write_text(sidecar, label_map_xml(schema, kept.areas.classes))
+    with contextlib.suppress(OSError):
+        if not is_somebodys_own(style, schema):
+            wanted = label_map_style(schema)
+            if not style.exists() or style.read_bytes() != wanted.encode():
+                write_text(style, wanted)
 
 
 def is_label_map(path: str) -> bool:

@@ -11,10 +11,10 @@ from cdkd_edge.errors import EngineError, FleetError, SystemRefusalError, UsageE
 from cdkd_edge.fleet.crew import Crew, Listener
 from cdkd_edge.fleet.jobs import FAILED, INTERRUPTED, NOT_BEGUN, SCENE, EngineRef, Failure, Job, stamp
 from cdkd_edge.fleet.local import LocalCrew, ProcessCrew
-from cdkd_edge.fleet.products import NOTHING, Wanted, require_products
 from cdkd_edge.fleet.report import COMPLETE, STOPPED, FleetReport, ReportFile
 from cdkd_edge.machine import available_cores
 from cdkd_edge.manifest import EngineManifest, GraphManifest, kind_of, read_manifest
+from cdkd_edge.maps.products import NOTHING, Wanted, require_products
 from cdkd_edge.scene.pipeline import SegmentOptions
 from cdkd_edge.scene.raster import is_gdal_name
 

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdkd_edge.errors import SceneError, SystemRefusalError
+from cdkd_edge.files import read_small
 from cdkd_edge.fleet.kept import is_label_map
-from cdkd_edge.fleet.products import NOTHING, Wanted, product_paths
+from cdkd_edge.maps.products import NOTHING, Wanted, product_paths
 from cdkd_edge.scene.find import file_key, rasters_named
-from cdkd_edge.scene.outputs import label_map_paths
+from cdkd_edge.scene.outputs import label_map_paths, require_file_place
 from cdkd_edge.scene.raster import is_gdal_name
+
+_MOST_SCENES = 100_000
+"""In a list; the report alone of so many takes 100 MB."""
 
 
 def scenes_of(arguments: Sequence[str]) -> list[str]:
@@ -53,13 +57,17 @@ def _named_in_list(argument: str) -> list[str]:
 def _lines(path: Path) -> list[str]:
     try:
         # File names may hold any bytes; surrogates bring them through.
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        text = read_small(path).decode("utf-8", "surrogateescape")
     except OSError as error:
         raise SceneError(f"the list {path} cannot be read: {error.strerror}") from None
+    if "\0" in text:
+        raise SceneError(f"the list {path} is no text file", hint="a list names a scene on each line")
     lines = (line.strip() for line in text.splitlines())
     named = [line for line in lines if line and not line.startswith("#")]
     if not named:
         raise SceneError(f"the list {path} names no scene")
+    if len(named) > _MOST_SCENES:
+        raise SceneError(f"the list {path} names {len(named)} scenes; a run takes {_MOST_SCENES}", hint="divide it")
     return named
 
 
@@ -103,9 +111,8 @@ def plan_outputs(
     sources = {file_key(scene): scene for scene in scenes}
     for path in planned:
         _require_room(path)
-        for place in (path, *product_paths(path, products, confidence=confidence)):
-            if place.is_dir():
-                raise SceneError(f"{place} is a folder", hint="name a file in it, or a folder without .tif")
+        for place in (path, *product_paths(path, products, confidence=confidence).values()):
+            require_file_place(place, links=True)
             if overwrite and (scene := sources.get(file_key(str(place)))):
                 raise SceneError(f"{place} would overwrite the scene {scene}", hint="choose another --output")
     return scenes, planned

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL, LabelSchema
@@ -62,6 +63,8 @@ def write_preview(
     output: Path,
     options: SegmentOptions = SegmentOptions(),
     longest_side: int = LONGEST_SIDE,
+    *,
+    stamp: Mapping[str, str] | None = None,
 ) -> None:
     """Draw the scene and, beside or below it, the label map over the scene (PNG).
 
@@ -77,6 +80,7 @@ def write_preview(
         output: the picture (``.png``).
         options: bands and stretch, as in the run.
         longest_side: of each of the two pictures, px.
+        stamp: what the file says about its making.
 
     Raises:
         SceneError: scene or label map cannot be read.
@@ -101,8 +105,11 @@ def write_preview(
     _draw_scale_bar(right, metres_per_px, look)
     _draw_north(right, north, look)
     picture = _composed([left, right], _legend(schema, areas), look)
+    texts = PngInfo()
+    for key, value in (stamp or {}).items():
+        texts.add_text(key, value)
     with whole_file(output) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", pnginfo=texts)
 
 
 def overlaid(image: _Picture, labels: _Picture, schema: LabelSchema, line: int = 1) -> _Picture:

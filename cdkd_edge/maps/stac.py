@@ -69,6 +69,13 @@ def parse_when(text: str) -> When:
     return When(moments[0], moments[1] if len(moments) == 2 else None)
 
 
+def times_of(when: When) -> list[str | None]:
+    """``datetime``, ``start_datetime`` and ``end_datetime`` of an Item; None: it has none."""
+    if when.end is None:
+        return [_text(when.start), None, None]
+    return [None, _text(when.start), _text(when.end)]
+
+
 def item_for(
     label_map: Path,
     scene: str | Path,
@@ -114,8 +121,9 @@ def item_for(
         or When(created, note="the time of the image is unknown; this is when the map was made")
     )
     notes = [note for note in (when.note, footprint.note, areas.reason, *areas.notes) if note]
+    moment, start, end = times_of(when)
     properties: dict[str, Any] = {
-        "datetime": _text(when.start) if when.end is None else None,
+        "datetime": moment,
         "created": _text(created),
         "title": f"Land cover of {Path(str(scene)).name}",
         **projection,
@@ -124,8 +132,8 @@ def item_for(
         + (f", by {provenance.engine}" if provenance else ""),
         "cdkd-edge:scene": Path(str(scene)).name,
     }
-    if when.end is not None:
-        properties.update(start_datetime=_text(when.start), end_datetime=_text(when.end))
+    if end is not None:
+        properties.update(start_datetime=start, end_datetime=end)
     if provenance is not None:
         properties["cdkd-edge:engine"] = provenance.engine
         properties["cdkd-edge:engine_sha256"] = provenance.engine_sha256

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from cdkd_edge.files import sha256_of, write_text
+from cdkd_edge.files import read_json, sha256_of, write_text
 from cdkd_edge.scene.merge import NO_CONFIDENCE
 from cdkd_edge.scene.pam import sidecar_path
 from cdkd_edge.scene.raster import is_gdal_name
@@ -63,8 +63,30 @@ def further_assets(label_map: Path, assets: Mapping[str, Path]) -> dict[str, dic
     return found
 
 
+def read_item(path: Path) -> dict[str, Any]:
+    """An Item that :func:`write_item` wrote; others may have added to it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is none.
+    """
+    try:
+        item = read_json(path)
+        ours = "cdkd-edge:scene" in item["properties"] and all(isinstance(one, dict) for one in item["assets"].values())
+    except (TypeError, KeyError, AttributeError):
+        ours = False
+    if not ours or not label_map_of(item):
+        raise ValueError("it is no STAC Item of a label map")
+    return dict(item)
+
+
+def label_map_of(item: Mapping[str, Any]) -> str:
+    """SHA-256 of the label map that an Item is about; empty if it does not say so."""
+    return str(item["assets"].get("labels", {}).get("file:checksum", "")).removeprefix(_MULTIHASH_SHA256)
+
+
 def complete_item(path: Path, label_map: Path, assets: Mapping[str, Path]) -> bool:
-    """Add assets to an item that was written before they were; all else in it stays.
+    """Add assets to an item that was written before they were, or of which it knows older ones; all else in it stays.
 
     Args:
         path: the item.
@@ -72,21 +94,19 @@ def complete_item(path: Path, label_map: Path, assets: Mapping[str, Path]) -> bo
         assets: as for :func:`further_assets`.
 
     Returns:
-        Whether any was missing. A file that is no item any more is left alone.
+        Whether there were any.
 
     Raises:
         OSError: the item cannot be read or written.
+        ValueError: it is no item.
     """
-    try:
-        item = json.loads(path.read_text(encoding="utf-8"))
-        missing = {key: place for key, place in assets.items() if key not in item["assets"]}
-        if not missing:
-            return False
-        item["assets"].update(further_assets(label_map, missing))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return False
-    write_item(path, item)
-    return True
+    item = read_item(path)
+    found = further_assets(label_map, assets)
+    keys = [key for key in assets if item["assets"].get(key, {}).get("file:checksum") != found[key]["file:checksum"]]
+    if keys:
+        item["assets"].update({key: one for key, one in found.items() if key in keys or key not in item["assets"]})
+        write_item(path, item)
+    return bool(keys)
 
 
 def write_item(path: Path, item: Mapping[str, Any]) -> None:

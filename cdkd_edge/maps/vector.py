@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from rasterio.transform import Affine
 
 from cdkd_edge.errors import MissingExtraError, SceneError, SystemRefusalError, UsageError
-from cdkd_edge.files import whole_file
+from cdkd_edge.files import scratch_folder, whole_file
 from cdkd_edge.labels import LabelSchema
 from cdkd_edge.maps.outlines import large_enough, mapped
 from cdkd_edge.maps.qgis import style_row
@@ -97,6 +96,8 @@ def write_vector(
     schema: LabelSchema,
     options: VectorOptions = VectorOptions(),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    stamp: Mapping[str, str] | None = None,
 ) -> VectorResult:
     """Write the regions of a label map as polygons (GeoPackage, layer ``classes``).
 
@@ -104,7 +105,8 @@ def write_vector(
     geographic grids; null where unknown). A style for QGIS is inside. The file appears only when whole. Pixels
     connected by an edge make one polygon, except regions of more than 200,000 vertices, which come in parts.
 
-    Without georeference, x is the column and y the negative row, which is where QGIS puts such rasters.
+    Without georeference, x is the column and y the negative row, which is where QGIS puts such rasters. ``stamp`` goes
+    into the file's metadata.
 
     Raises:
         MissingExtraError: pyogrio or Shapely is not installed.
@@ -121,7 +123,7 @@ def write_vector(
             raise SceneError(
                 f"a minimum area in m2 means nothing here: {ground.reason}", hint="give the minimum in pixels"
             )
-        package = _Package(pyogrio, shapely, plain, output, schema, dataset, ground, options)
+        package = _Package(pyogrio, shapely, plain, output, schema, dataset, ground, options, stamp)
         try:
             for portion in regions(dataset, simplify=options.simplify_px, progress=progress):
                 package.add(portion)
@@ -157,8 +159,8 @@ def _plainly_named(path: Path) -> Iterator[Path]:
     if "!" not in str(path) and urlparse(str(path), allow_fragments=False).path == str(path):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="cdkd-edge-") as folder:
-        link = Path(folder) / "polygons.gpkg"
+    with scratch_folder() as folder:
+        link = folder / "polygons.gpkg"
         link.symlink_to(path.absolute())
         yield link
 
@@ -176,6 +178,7 @@ class _Package:
         dataset: Any,
         ground: Ground,
         options: VectorOptions,
+        stamp: Mapping[str, str] | None,
     ) -> None:
         self._pyogrio, self._shapely = pyogrio, shapely
         self._temporary, self._output = temporary, output
@@ -183,7 +186,7 @@ class _Package:
         self._crs = dataset.crs.to_wkt() if dataset.crs is not None else None
         self._transform = Affine.scale(1, -1) if dataset.transform.is_identity else dataset.transform
         self._could_be_placed = dataset.transform.is_identity and (dataset.gcps[0] or dataset.tags(ns="RPC"))
-        self._options = options
+        self._options, self._stamp = options, stamp
         self._waiting: list[tuple[npt.NDArray[Any], ...]] = []
         self._waiting_count = self._waiting_bytes = 0
         self._created = False
@@ -259,6 +262,7 @@ class _Package:
                 append=self._created,
                 nan_as_null=True,
                 # Newer versions make older GDAL and QGIS warn, and have nothing that is needed here.
+                dataset_metadata=None if self._created or not self._stamp else dict(self._stamp),
                 dataset_options=None if self._created else {"VERSION": "1.2"},
             )
         self._created = True

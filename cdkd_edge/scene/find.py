@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 
 from cdkd_edge.errors import SceneError
@@ -40,7 +41,7 @@ def rasters_named(argument: str) -> list[str]:
 
 def file_key(path: str) -> str:
     """The same for two names of one file; names of GDAL's are only equal to themselves."""
-    return path if is_gdal_name(path) else str(Path(path).resolve())
+    return path if is_gdal_name(path) else os.path.realpath(path)  # unlike Path.resolve(), of links in a loop as well
 
 
 def _in_folder(folder: Path) -> list[str]:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cdkd_edge.files import sha256_of
 from cdkd_edge.labels import LabelSchema
 from cdkd_edge.scene.areas import Areas, class_areas
 from cdkd_edge.scene.cog import write_cog
 from cdkd_edge.scene.merge import NO_CONFIDENCE
+from cdkd_edge.scene.outputs import LABEL_MAP
 from cdkd_edge.scene.pam import sidecar_path
 from cdkd_edge.scene.pyramid import Pyramid, every_other
 from cdkd_edge.scene.spool import CONFIDENCE, LABELS, Spool
@@ -200,7 +202,8 @@ def finish_label_map(
     style_path(plain.label_map).write_text(label_map_style(schema), encoding="utf-8")
     if confidence is not None and plain.confidence is not None:
         levels = plain.confidence_pyramid
-        write_cog(plain.confidence, plain.confidence, None, {}, overviews=bool(levels), pyramid=levels)
+        made_of = {LABEL_MAP: f"sha256:{sha256_of(plain.label_map)}"}
+        write_cog(plain.confidence, plain.confidence, None, made_of, overviews=bool(levels), pyramid=levels)
     on_whole()
     if confidence is not None and plain.confidence is not None:
         _publish(plain.confidence, confidence, sidecar_path)

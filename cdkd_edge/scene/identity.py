@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ _PIECE = 1 << 16
 _PIECES = 64
 _WINDOW = 64
 _WINDOWS_A_SIDE = 3
+_BESIDE = (".aux.xml", ".ovr")
 
 
 def scene_identity(reader: SceneReader) -> dict[str, Any]:
@@ -36,6 +38,15 @@ def scene_identity(reader: SceneReader) -> dict[str, Any]:
         "files": [file_identity(Path(name)) for name in files],
         "pixels": _pixels(reader) if remote else None,
     }
+
+
+def scene_sample(identity: dict[str, Any]) -> str:
+    """SHA-256 of what :func:`scene_identity` found, the same for a copy of the scene.
+
+    Without names, times of change, and statistics that GDAL and QGIS keep beside a raster.
+    """
+    files = [(one["bytes"], one["sample"]) for one in identity["files"] if not one["name"].endswith(_BESIDE)]
+    return hashlib.sha256(json.dumps([files, identity["pixels"]]).encode()).hexdigest()
 
 
 def file_identity(path: Path) -> dict[str, Any]:

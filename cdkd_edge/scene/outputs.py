@@ -1,4 +1,4 @@
-"""Where label maps go, and what they must never replace."""
+"""Where label maps go."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdkd_edge.errors import SceneError, UsageError
-from cdkd_edge.scene.partial import continues_replacing, partial_folder
 from cdkd_edge.scene.raster import is_gdal_name
+
+LABEL_MAP = "LABEL_MAP"
+"""Under this key a file beside a label map says what it was made of: ``sha256:`` of the label map."""
 
 _OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".jp2", ".img", ".vrt", ".gpkg", ".nc"}
 
@@ -71,27 +73,20 @@ def confidence_path(label_map: Path) -> Path:
     return label_map.with_name(f"{label_map.stem}_confidence.tif")
 
 
-def spare(scenes: Sequence[str], outputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Make sure that writing ``outputs`` replaces no scene, and nothing else unless it is to be replaced.
+def require_file_place(*paths: Path, links: bool = False) -> None:
+    """Make sure that what is in the place of an output, if anything, is a file that may be replaced.
+
+    Args:
+        paths: outputs.
+        links: whether one may be a link to a file.
 
     Raises:
-        SceneError: an output is a scene, a folder, or exists.
+        SceneError: it is a folder, a device, a pipe or a link.
     """
-    for path in outputs:
+    for path in paths:
+        if path.is_symlink() and not (links and path.is_file()):
+            raise SceneError(f"{path} is a link", hint="name what it leads to, or choose another --output")
         if path.is_dir():
             raise SceneError(f"{path} is a folder", hint="name a file in it, or a folder without .tif")
-        if not path.exists():
-            continue
-        if not overwrite and not continues_replacing(path) and not _awaits_its_label_map(path):
-            raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
-        for scene in scenes:
-            if Path(scene).exists() and path.samefile(scene):
-                raise SceneError(f"{path} would overwrite the scene {scene}", hint="choose another --output")
-
-
-def _awaits_its_label_map(path: Path) -> bool:
-    """Whether it is the confidence raster of a run that was interrupted: finished first, and to be written again."""
-    if not path.stem.endswith("_confidence"):
-        return False
-    stem = path.stem.removesuffix("_confidence")
-    return any(partial_folder(path.with_name(stem + suffix)).is_dir() for suffix in (".tif", ".tiff"))
+        if path.exists() and not path.is_file():
+            raise SceneError(f"{path} is a device or a pipe, not a file", hint="choose another --output")

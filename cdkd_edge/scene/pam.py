@@ -35,6 +35,27 @@ def sidecar_path(label_map: Path) -> Path:
     return label_map.with_name(label_map.name + ".aux.xml")
 
 
+def describes(sidecar: Path, schema: LabelSchema, areas: Sequence[ClassArea]) -> bool:
+    """Whether a file beside a label map is of that map: by the names of its classes, and pixels if it has them.
+
+    GDAL and QGIS may have added statistics, and users columns.
+    """
+    try:
+        root = ElementTree.fromstring(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError, ElementTree.ParseError):
+        return False
+    names = [one.text or "" for one in root.iterfind("PAMRasterBand/CategoryNames/Category")]
+    table = root.find("PAMRasterBand/GDALRasterAttributeTable")
+    if table is None or names != list(schema.class_names):
+        return False
+    columns = [one.text for one in table.iterfind("FieldDefn/Name")]
+    if "Pixels" not in columns:
+        return True
+    place = columns.index("Pixels")
+    cells = [row.findall("F")[place : place + 1] for row in table.iterfind("Row")]
+    return [cell[0].text if cell else None for cell in cells] == [str(area.pixels) for area in areas]
+
+
 def label_map_xml(schema: LabelSchema, areas: Sequence[ClassArea] = (), *, extra: str | None = None) -> str:
     """The text of ``<file>.aux.xml``: category names and a thematic attribute table, one row per class.
 

@@ -2,7 +2,8 @@
 
 ``NAME.tif.partial/`` holds ``run.json`` (of what, by what and how), ``labels.spool`` and ``lock``. A run that ends
 before it is done, however it ends, leaves it; the same command goes on from there. A folder that belongs to another
-scene, engine or options is never gone on with and never removed unasked: it may hold hours of work.
+scene, engine or options is never gone on with and never removed unasked: it may hold hours of work. A folder of this
+name that was not made here is left alone.
 """
 
 from __future__ import annotations
@@ -11,16 +12,22 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from cdkd_edge.errors import SceneError
-from cdkd_edge.files import write_text
+from cdkd_edge.files import read_small, write_text
 
 _FORMAT = 1
+_LARGEST_NOTE = 256 << 20
+"""Bytes; a virtual raster may have a hundred thousand files."""
 _KEPT = ("lock", "run.json", "labels.spool")
+_MADE = re.compile(r"lock|run\.json|labels\.spool|finish|\..*\.part.*|\.nfs.*")
+"""Names of what is in such a folder: with temporary files, and what NFS keeps of a file that was removed while open."""
 
 
 def partial_folder(output: Path) -> Path:
@@ -33,14 +40,19 @@ def continues_replacing(output: Path) -> bool:
     return bool(_document(partial_folder(output)).get("replaces"))
 
 
+def was_finishing(output: Path) -> bool:
+    """Whether a run was killed after all its rasters were whole, so that some may have their final names."""
+    return bool(_document(partial_folder(output)).get("finished"))
+
+
 def drop_finished(output: Path) -> None:
     """Remove what a run left that was killed after its label map was whole; nothing else is touched."""
     folder = partial_folder(output)
-    if not _document(folder).get("finished"):
+    if not was_finishing(output) or not _is_ours(folder):
         return
     with contextlib.suppress(OSError), open(folder / "lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
 def way_to_go_on(output: Path) -> str | None:
@@ -65,7 +77,8 @@ class Partial:
         replaces: the label map exists and is to be replaced.
 
     Raises:
-        SceneError: another run is at work, or what is there was made of something else.
+        SceneError: another run is at work; what is there was made of something else, or does not say of what; or the
+            folder is somebody else's.
         OSError: the folder cannot be made.
     """
 
@@ -98,7 +111,7 @@ class Partial:
     ) -> None:
         try:
             if self.finished or not self.worth_keeping:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                _remove(self.folder)
             else:
                 self._tidy(_KEPT)
         finally:
@@ -106,6 +119,11 @@ class Partial:
 
     def _locked(self) -> int:
         while True:
+            if not _is_ours(self.folder):
+                raise SceneError(
+                    f"{self.folder} was not made by cdkd-edge, and parts of the label map would go there",
+                    hint="move it away, or choose another --output",
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / "lock"
             try:
@@ -133,9 +151,22 @@ class Partial:
     def _begin(self, identity: dict[str, Any], *, resume: bool, replaces: bool) -> None:
         identity = json.loads(json.dumps({"format": _FORMAT, **identity}))
         found = _document(self.folder)
-        if resume and self.spool.exists() and found:
+        if resume and self.spool.exists():
             self.worth_keeping = True
-            differing = differences(found.get("identity"), identity)
+            earlier = found.get("identity")
+            if not earlier:
+                raise SceneError(
+                    f"{self.folder / 'run.json'} is damaged, so nobody knows of what the part in {self.spool} is",
+                    hint="put it back, or drop the part and start anew with --overwrite",
+                )
+            if isinstance(earlier, dict) and earlier.get("confidence") and not identity.get("confidence"):
+                earlier = {**earlier, "confidence": False}  # what is there is more than is wanted
+            differing = differences(earlier, identity)
+            if len(differing) == 1 and differing[0].startswith("confidence "):
+                raise SceneError(
+                    f"{self.folder} holds a part that was made without --confidence",
+                    hint="finish the label map without it, or start anew with --overwrite",
+                )
             if differing:
                 raise SceneError(
                     f"{self.folder} holds a part of another run: {'; '.join(differing)}",
@@ -151,6 +182,40 @@ class Partial:
         for path in self.folder.iterdir():
             if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder, if it is there, holds nothing but what a run puts into it."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - tells a file from a folder that is missing
+        if folder.is_symlink() or any(not _MADE.fullmatch(name) or (folder / name).is_symlink() for name in names):
+            return False
+        if "run.json" in names and (note := _document(folder)) and "identity" not in note:
+            return False
+        if not names:
+            return True
+        lock = folder / "lock"
+        known = "lock" in names and stat.S_ISREG(lock.stat().st_mode) and lock.stat().st_size <= 20
+        return known and re.fullmatch(r"\d*\n?", lock.read_text("ascii")) is not None
+    except FileNotFoundError:  # or it is being removed
+        return not folder.is_symlink()
+    except NotADirectoryError:
+        return False
+    except ValueError:  # a lock of another kind
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, its lock last: a folder without one is not taken for ours."""
+    for name in sorted(os.listdir(folder), key=lambda name: name == "lock"):  # noqa: PTH208
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
@@ -169,7 +234,7 @@ def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
 
 def _document(folder: Path) -> dict[str, Any]:
     try:
-        document = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        document = json.loads(read_small(folder / "run.json", _LARGEST_NOTE))
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

@@ -31,10 +31,11 @@ from cdkd_edge.scene.finish import PlainRasters, RasterWriting, finish_label_map
 from cdkd_edge.scene.flow import Flow, RunTotals
 from cdkd_edge.scene.grid import Span, TileGrid, default_overlap
 from cdkd_edge.scene.hann import HannMerge, hann_grid
-from cdkd_edge.scene.identity import scene_identity, times_of_change
+from cdkd_edge.scene.identity import scene_identity, scene_sample, times_of_change
 from cdkd_edge.scene.merge import RowMerge, SpoolMerge, require_output
 from cdkd_edge.scene.options import SegmentOptions, SegmentResult
-from cdkd_edge.scene.outputs import confidence_path
+from cdkd_edge.scene.outputs import confidence_path, require_file_place
+from cdkd_edge.scene.pam import sidecar_path
 from cdkd_edge.scene.partial import Partial
 from cdkd_edge.scene.plan import PANEL_BYTES, Plan
 from cdkd_edge.scene.reader import SceneReader
@@ -80,18 +81,23 @@ def segment_scene(
     output = Path(os.path.normpath(output))
     if _same_file(scene, output):
         raise SceneError(f"the label map would overwrite the scene {scene}")
+    confidence = confidence_path(output) if options.confidence else None
+    require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
     require_output(engine, merge=options.merge, confidence=options.confidence)
     with contextlib.ExitStack() as stack:
         readers = _opened(stack, scene, options)
         reader, times = readers[0], times_of_change(readers[0])
         area = _area(reader, options)
         plan = _plan(engine, reader, options, area)
-        tags = label_map_tags(engine, reader, options)
-        identity = _identity(engine, reader, tags)
+        found = scene_identity(reader)
+        tags = label_map_tags(engine, reader, options, found)
+        identity = _identity(engine, reader, tags, found, confidence=options.confidence)
         partial = stack.enter_context(Partial(output, identity, resume=resume, replaces=output.exists()))
         stack.enter_context(_kept_when_the_disk_is_full(partial))
         spool = stack.enter_context(Spool(partial.spool, reader.height, reader.width))
         resumed = spool.bands
+        if spool.damaged:
+            warn(f"{spool.path} is damaged; {resumed} rows of tiles are good, what followed them is made again")
         stack.callback(_note_what_is_worth, partial, spool)
         writing = RasterWriting(
             spool, engine.schema, reader.georeference, tags, partial.folder, confidence=options.confidence
@@ -117,7 +123,6 @@ def segment_scene(
             raise SceneError(f"{scene} changed while it was read", hint="start anew with --overwrite")
         finishing = time.perf_counter()
         finished = writing.result()
-        confidence = confidence_path(output) if options.confidence else None
         areas = finish_label_map(finished, output, engine.schema, confidence, on_whole=partial.finishing)
         totals.stages["finish"] = time.perf_counter() - finishing
         partial.finished = True
@@ -138,8 +143,10 @@ def grid_over(reader: SceneReader, tile: int, options: SegmentOptions) -> TileGr
     return TileGrid.over(reader.height, reader.width, tile, _overlap(tile, options))
 
 
-def label_map_tags(engine: Labeller, reader: SceneReader, options: SegmentOptions) -> dict[str, str]:
-    """What a label map says about its making."""
+def label_map_tags(
+    engine: Labeller, reader: SceneReader, options: SegmentOptions, scene: dict[str, Any] | None = None
+) -> dict[str, str]:
+    """What a label map says about its making; ``scene`` from :func:`.identity.scene_identity`, for a sample of it."""
     tags = {
         "CDKD_EDGE": __version__,
         "SCENE": Path(str(reader.path)).name,
@@ -149,6 +156,8 @@ def label_map_tags(engine: Labeller, reader: SceneReader, options: SegmentOption
         "OVERLAP_PX": str(_overlap(engine.tile, options)),
         "BANDS": ",".join(map(str, reader.bands)),
     }
+    if scene is not None:
+        tags["SCENE_SAMPLE"] = f"sha256:{scene_sample(scene)}"
     if options.merge != "crop":
         tags["MERGE"] = options.merge
     manifest = getattr(engine, "manifest", None)
@@ -243,14 +252,17 @@ def _merge(engine: Labeller, spool: Spool, plan: Plan, options: SegmentOptions, 
     return SpoolMerge(engine, spool, confidence=options.confidence, area=inside)
 
 
-def _identity(engine: Labeller, reader: SceneReader, tags: dict[str, str]) -> dict[str, Any]:
+def _identity(
+    engine: Labeller, reader: SceneReader, tags: dict[str, str], scene: dict[str, Any], *, confidence: bool
+) -> dict[str, Any]:
     """What decides about the labels, so that parts of two runs are put together only if they fit."""
     limits = None if reader.limits is None else [[float(low), float(high)] for low, high in reader.limits]
-    options = {key: value for key, value in tags.items() if key not in ("SCENE", "ENGINE")}
+    options = {key: value for key, value in tags.items() if key not in ("SCENE", "SCENE_SAMPLE", "ENGINE")}
     return {
-        "scene": scene_identity(reader),
+        "scene": scene,
         "engine": {"file": engine.artefact.file, "sha256": engine.artefact.sha256},
         "options": {**options, "BANDS": list(reader.bands), "LIMITS": limits},
+        "confidence": confidence,
     }
 
 

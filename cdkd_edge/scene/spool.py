@@ -57,6 +57,8 @@ class Spool:
         """Rows of tiles that are done."""
         self.tiles_without_data = 0
         """In those."""
+        self.damaged = False
+        """Whether it was cut off before its end, at a record that was whole once."""
         self._pieces: dict[
             tuple[int, int], array[int]
         ] = {}  # (kind, block row): row, column, h, w, offset, length, CRC
@@ -186,12 +188,17 @@ class Spool:
     def _record_at(self, position: int, size: int) -> tuple[int, ...] | None:
         """The header of the record at a place in the file, or None if there is no whole one."""
         head = os.pread(self._file.fileno(), _RECORD, position)
-        if len(head) < _RECORD or _CRC.unpack(head[_HEADER.size :])[0] != zlib.crc32(head[: _HEADER.size]):
+        if len(head) < _RECORD:
+            return None
+        if _CRC.unpack(head[_HEADER.size :])[0] != zlib.crc32(head[: _HEADER.size]):
+            self.damaged = True
             return None
         kind, row, column, height, width, length, crc, _ = _HEADER.unpack(head[: _HEADER.size])
-        whole = position + _RECORD + length <= size
+        if position + _RECORD + length > size:
+            return None
         inside = kind == BAND or (row + height <= self.height and column + width <= self.width)
-        if not whole or not inside or zlib.crc32(os.pread(self._file.fileno(), length, position + _RECORD)) != crc:
+        if not inside or zlib.crc32(os.pread(self._file.fileno(), length, position + _RECORD)) != crc:
+            self.damaged = True
             return None
         return kind, row, column, height, width, length, crc
 

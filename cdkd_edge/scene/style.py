@@ -46,13 +46,20 @@ def qml(root: ElementTree.Element) -> str:
 
 
 def is_somebodys_own(style: Path, schema: LabelSchema) -> bool:
-    """Whether somebody saved this style, which is theirs to keep, unless it is for other classes and would mislead."""
-    if not style.exists():
-        return False
+    """Whether somebody saved this style, which is theirs to keep, unless it is for other classes and would mislead.
+
+    A link is somebody's; an empty file, or a part of a style that was written here, is nobody's.
+    """
+    if style.is_symlink() or not style.is_file():
+        return style.is_symlink() or style.exists()
     try:
-        root = ElementTree.fromstring(style.read_text(encoding="utf-8"))
-    except (OSError, ValueError, ElementTree.ParseError):
+        text = style.read_text(encoding="utf-8")
+    except (OSError, ValueError):
         return True
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError:
+        return bool(text.strip()) and f'made="{_MARK}"' not in text
     named = {entry.get("value"): entry.get("label") for entry in root.iter("paletteEntry")}
     classes = {str(label): name for label, name in enumerate(schema.class_names)}
     return root.get("made") != _MARK and (not named or classes.items() <= named.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from cdkd_edge.engines.tensorrt.layers import EngineLayers, layers_of_inspector,
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.engines.tensorrt.process import COMMAND, LineListener, StepListener, run_builder
 from cdkd_edge.errors import EngineError, GraphError, ManifestError, SystemRefusalError
-from cdkd_edge.files import whole_file
+from cdkd_edge.files import scratch_folder, whole_file
 from cdkd_edge.machine import describe_machine
 from cdkd_edge.manifest import (
     EngineManifest,
@@ -96,8 +95,8 @@ def compile_layers(graph: Path, options: TensorRTOptions) -> EngineLayers:
         EngineError: see :func:`build_tensorrt_engine`.
     """
     facts: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        request = _request(graph, Path(folder, "engine"), precision_of(graph) or "fp32", options)
+    with scratch_folder() as folder:
+        request = _request(graph, folder / "engine", precision_of(graph) or "fp32", options)
         facts.update(run_builder(request, facts.update, lambda step: None, lambda severity, text: None))
     return _layers(facts)
 

@@ -105,12 +105,15 @@ class LabelSchema:
             table[label] = cls.color
         return table
 
-    def encode(self, mask: npt.NDArray[np.uint8], source: str = "mask") -> npt.NDArray[np.uint8]:
+    def encode(
+        self, mask: npt.NDArray[np.uint8], source: str = "mask", *, strict: bool = True
+    ) -> npt.NDArray[np.uint8]:
         """Translate a dataset's mask to labels.
 
         Args:
             mask: uint8, ``[H, W, 3]`` RGB colours or ``[H, W]`` index values.
             source: what to call the mask in an error message.
+            strict: False: what the schema does not know has no label.
 
         Returns:
             uint8 ``[H, W]`` labels; 255 where the schema says "ignore".
@@ -129,7 +132,7 @@ class LabelSchema:
                 lookup[cls.value] = label
             lookup[[*self.ignore_values]] = NO_LABEL
             labels = lookup[mask]
-            if (labels < 0).any():
+            if strict and (labels < 0).any():
                 wrong = labels < 0
                 known = sorted([*(cls.value for cls in self.classes), *self.ignore_values])
                 raise SchemaError(
@@ -137,7 +140,7 @@ class LabelSchema:
                     f"({np.count_nonzero(wrong)} of {wrong.size} are not of the schema)",
                     hint=f"it defines {', '.join(map(str, known))}",
                 )
-            return labels.astype(np.uint8)
+            return labels.astype(np.uint8)  # -1 becomes 255
         if mask.ndim != 3 or mask.shape[2] != 3:
             raise SchemaError(f"{source} has shape {mask.shape}; expected [H, W] or [H, W, 3]")
         if self.binarize_colors:
@@ -148,7 +151,7 @@ class LabelSchema:
             labels[codes == _code(cls.color)] = label
         for color in self.ignore_colors:
             labels[codes == _code(color)] = NO_LABEL
-        if (labels < 0).any():
+        if strict and (labels < 0).any():
             wrong = labels < 0
             red, green, blue = (int(v) for v in mask[wrong][0])
             known_colors = ", ".join(str(c) for c in (*(cls.color for cls in self.classes), *self.ignore_colors))

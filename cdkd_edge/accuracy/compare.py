@@ -15,9 +15,17 @@ import numpy as np
 
 from cdkd_edge.accuracy.bootstrap import FEW_TILES, MIN_TILES, RESAMPLES, Floats, Scores, TileTable, interval, resampled
 from cdkd_edge.accuracy.datasets import Dataset, Pair
-from cdkd_edge.accuracy.evaluate import Job, Rows, later, look_at, number, require_same_classes, training_notes
-from cdkd_edge.accuracy.images import ImageReader
-from cdkd_edge.accuracy.masks import read_labels
+from cdkd_edge.accuracy.evaluate import (
+    Job,
+    Rows,
+    later,
+    look_at,
+    number,
+    require_same_classes,
+    training_notes,
+)
+from cdkd_edge.accuracy.images import ImageReader, reading_notes
+from cdkd_edge.accuracy.masks import Lost, read_labels
 from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.accuracy.parity import SIDES, Delta, Gate, ImageParity, Parity
 from cdkd_edge.accuracy.picture import write_differences
@@ -76,9 +84,9 @@ def compare(
     if not jobs:
         raise DatasetError(f"{dataset.folder}: there is no image to compare on")
     total, before = 2 * sum(len(job.grid) for job in jobs), 0
-    run = _Comparison(schema)
+    run = _Comparison(schema, reading_notes({job.pair.name: job.notes for job in jobs}))
     for job in jobs:
-        truth = read_labels(job.pair.mask, schema)
+        truth = read_labels(job.pair.mask, schema, run.lost)
         reader = ImageReader(job.pair, options)
         try:
             labels: list[Rows] = []
@@ -147,8 +155,8 @@ def _require_labels(labels: list[Rows], labellers: tuple[Labeller, Labeller], sc
 class _Comparison:
     """Counts while images come, numbers at the end."""
 
-    def __init__(self, schema: LabelSchema) -> None:
-        self.schema = schema
+    def __init__(self, schema: LabelSchema, notes: list[str]) -> None:
+        self.schema, self.notes, self.lost = schema, notes, Lost()
         self.table = TileTable(len(schema))
         self.matrices = (ConfusionMatrix(len(schema)), ConfusionMatrix(len(schema)))
         self.confusion = np.zeros((len(schema) + 1,) * 2, np.int64)
@@ -199,7 +207,10 @@ class _Comparison:
         seconds: float,
     ) -> Parity:
         if not self.matrices[0].pixels:
-            raise DatasetError(f"no pixel of the {len(self.images)} masks of {dataset.folder} has a label")
+            raise DatasetError(
+                f"no pixel of the {len(self.images)} masks of {dataset.folder} has a label",
+                hint="; ".join(self.lost.notes()) or None,
+            )
         rows = self.table.rows()
         if not len(rows):
             raise DatasetError(f"no pixel of the {len(self.images)} images of {dataset.folder} has data")
@@ -236,7 +247,7 @@ class _Comparison:
         )
 
     def _notes(self, dataset: Dataset, labelled: int, trained_on: Mapping[str, Any]) -> list[str]:
-        notes = []
+        notes = [*self.lost.notes(), *self.notes]
         truth = self.matrices[0].counts.sum(axis=1)
         if not truth.all():
             names = ", ".join(name for name, count in zip(self.schema.class_names, truth, strict=True) if not count)

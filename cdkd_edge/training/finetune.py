@@ -22,7 +22,7 @@ from cdkd_edge import __version__
 from cdkd_edge.accuracy.colors import judge_colors
 from cdkd_edge.accuracy.datasets import Split, find_dataset, split_dataset
 from cdkd_edge.accuracy.evaluate import Evaluation, data_schema, evaluate, require_readable
-from cdkd_edge.accuracy.masks import read_labels
+from cdkd_edge.accuracy.masks import Lost, read_labels
 from cdkd_edge.accuracy.network import NetworkLabeller, load_network
 from cdkd_edge.errors import DatasetError, UsageError
 from cdkd_edge.files import sha256_of, write_text
@@ -42,6 +42,10 @@ from cdkd_edge.training.views import TrainingTiles
 
 _SAVE_STATE_EVERY_S = 120.0
 _SHARE_OF_FREE_DISK = 0.5
+_RANDOM_AND_FROZEN = (
+    "the encoder has random weights and is frozen, so it learns nothing and the scores stay low; train it as well with "
+    "--encoder-lr 1e-4, or start from a trained encoder"
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class Listener(Protocol):
 
     def step(self, text: str) -> None:
         """Something else begins."""
+
+    def note(self, text: str) -> None:
+        """Something to know before hours are spent."""
 
     def batch(self, done: int, total: int, seconds_left: float | None) -> None:
         """So many steps of the run are done."""
@@ -143,8 +150,19 @@ class _Run:
         listener.step(f"reading {len(split.training)} training masks")
         tiles = TrainingTiles(split.training, schema, network.config.tile, recipe.augmentation, options.reading)
         listener.step(f"reading {len(split.validation)} validation masks")
-        require_readable(split.validation, network.config.tile, options.reading)
-        self.validation_pixels = _class_pixels(split, schema)
+        lost = Lost()
+        notes = require_readable(split.validation, network.config.tile, options.reading)
+        self.validation_pixels = _class_pixels(split, schema, lost)
+        self.notes = [
+            *start.notes,
+            *([_RANDOM_AND_FROZEN] if recipe.frozen and source.startswith(PRESET_PREFIX) else []),
+            *split.notes,
+            *(f"training: {note}" for note in tiles.notes),
+            *(f"validation: {note}" for note in (*lost.notes(), *notes)),
+            *self._class_notes(tiles),
+        ]
+        for note in self.notes:
+            listener.note(note)
         self.features = self._features(device) if recipe.frozen else None
         self.trainer = Trainer(network, tiles, recipe, self.features)
         self.source_record = _source_record(source, start.layout)
@@ -279,7 +297,7 @@ class _Run:
             "command": self.options.command,
             "source": self.source_record,
             "network": dataclasses.asdict(config),
-            "notes": [*self.start.notes, *split.notes, *self._class_notes()],
+            "notes": self.notes,
             "recipe": dataclasses.asdict(self.options.recipe),
             "data": {
                 "folder": split.training.folder.name,
@@ -302,9 +320,9 @@ class _Run:
         plain: dict[str, Any] = json.loads(json.dumps(record))  # the same in every kind of file: no tuples
         return plain
 
-    def _class_notes(self) -> list[str]:
+    def _class_notes(self, tiles: TrainingTiles) -> list[str]:
         notes = []
-        for side, pixels in (("training", self.trainer.tiles.class_pixels), ("validation", self.validation_pixels)):
+        for side, pixels in (("training", tiles.class_pixels), ("validation", self.validation_pixels)):
             absent = [name for name, count in zip(self.schema.class_names, pixels, strict=True) if not count]
             if absent:
                 notes.append(f"no {side} pixel is {', '.join(absent)}")
@@ -337,13 +355,16 @@ def _data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, Lab
     return split, schema
 
 
-def _class_pixels(split: Split, schema: LabelSchema) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _class_pixels(split: Split, schema: LabelSchema, lost: Lost) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Labelled pixels of the validation images by class; finds bad masks before hours were spent."""
     counts = np.zeros(256, np.int64)
     for pair in split.validation:
-        counts += np.bincount(read_labels(pair.mask, schema).ravel(), minlength=256)
+        counts += np.bincount(read_labels(pair.mask, schema, lost).ravel(), minlength=256)
     if not counts[: len(schema)].any():
-        raise DatasetError(f"no pixel of the {len(split.validation)} validation masks has a label")
+        raise DatasetError(
+            f"no pixel of the {len(split.validation)} validation masks has a label",
+            hint="; ".join(lost.notes()) or None,
+        )
     return counts[: len(schema)]
 
 

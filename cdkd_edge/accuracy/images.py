@@ -16,7 +16,6 @@ from cdkd_edge.scene.raster import place_problem
 from cdkd_edge.scene.reader import SceneReader
 from cdkd_edge.scene.upright import Upright
 
-
 _MEND_PLACE = (
     "cut the mask to the image: rio warp MASK FITTED.tif --like IMAGE --dst-nodata 255; or, if only its grid is wrong: "
     "rio edit-info MASK --like IMAGE --crs like --transform like"

@@ -49,8 +49,9 @@ class Lost:
 def read_labels(path: Path, schema: LabelSchema, lost: Lost | None = None) -> npt.NDArray[np.uint8]:
     """Labels uint8 ``[H, W]`` of a mask, 255 where there is none.
 
-    One band holds index values, three RGB colours; one more may be alpha, which is 255 where there is a label. A palette counts as colours, unless it is the ramp of greys in which colour and index are the same number;
-    where index values are possible too and disagree, colours must be exactly the schema's.
+    One band holds index values, three RGB colours; one more may be alpha, which is 255 where there is a label. A
+    palette counts as colours, unless it is the ramp of greys in which colour and index are the same number; where index
+    values are possible too and disagree, colours must be exactly the schema's.
     The file's own nodata value or mask and transparent palette entries mean "no label"; ``lost`` counts what classes
     they hide.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cdkd_edge.interrupts import check
+from cdkd_edge.report.live import lines
 from cdkd_edge.report.table import Listing, Report, plain
 
 if TYPE_CHECKING:
@@ -179,9 +180,10 @@ def _beside_the_paper(summary: BenchSummary) -> Listing | None:
 @contextlib.contextmanager
 def live_bench() -> Iterator[tuple[Callable[[str], None], Callable[[Live], None]]]:
     """A line on stderr that says what is being measured; drawn only when told, so that it takes no time meanwhile."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield (lambda step: check()), (lambda live: check())
+        with lines(console) as tell:
+            yield tell, lambda live: tell(live_text(live))
         return
 
     from rich.live import Live as LiveLine

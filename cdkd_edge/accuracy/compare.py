@@ -21,6 +21,7 @@ from cdkd_edge.accuracy.evaluate import (
     later,
     look_at,
     number,
+    require_labels,
     require_same_classes,
     training_notes,
 )
@@ -30,7 +31,7 @@ from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.accuracy.parity import SIDES, Delta, Gate, ImageParity, Parity
 from cdkd_edge.accuracy.picture import write_differences
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.errors import DatasetError, EngineError, UsageError
+from cdkd_edge.errors import DatasetError, UsageError
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.scene.pipeline import SegmentOptions, label_map_tags, label_rows
 from cdkd_edge.scene.writer import LabelMapWriter
@@ -94,7 +95,8 @@ def compare(
                 place = None if maps is None else difference_path(maps, job.pair, side)
                 labels.append(_label(labeller, reader, job, options, place, later(progress, before, total)))
                 before += len(job.grid)
-            _require_labels(labels, (reference, candidate), schema)
+            for found, labeller in zip(labels, (reference, candidate), strict=True):
+                require_labels(found, labeller)
             ours, theirs = labels
             run.add(job, truth, ours, theirs)
             if maps is not None:
@@ -139,17 +141,6 @@ def _label(
 
         label_rows(labeller, reader, job.grid, keep_and_write, progress)
     return labels
-
-
-def _require_labels(labels: list[Rows], labellers: tuple[Labeller, Labeller], schema: LabelSchema) -> None:
-    """Make sure that every label is one: what comes out of a broken engine may be any number."""
-    for found, labeller in zip(labels, labellers, strict=True):
-        wrong = found[(found >= len(schema)) & (found != NO_LABEL)]
-        if wrong.size:
-            raise EngineError(
-                f"{labeller.artefact.file} gave the label {wrong[0]}; there are {len(schema)} classes",
-                hint="build the engine again",
-            )
 
 
 class _Comparison:

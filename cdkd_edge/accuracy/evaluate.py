@@ -22,7 +22,7 @@ from cdkd_edge.accuracy.masks import Lost, read_labels
 from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.accuracy.picture import write_comparison
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.errors import DatasetError, SchemaError
+from cdkd_edge.errors import DatasetError, EngineError, SchemaError
 from cdkd_edge.labels import NO_LABEL, LabelSchema, load_schema
 from cdkd_edge.scene.grid import TileGrid
 from cdkd_edge.scene.pipeline import SegmentOptions, grid_over, label_map_tags, label_rows
@@ -104,12 +104,14 @@ class Job:
 class _Sink:
     """Takes rows of a label map as they come: into the matrix, and to the writer if there is one."""
 
+    labeller: Labeller
     truth: Rows
     matrix: ConfusionMatrix
     writer: LabelMapWriter | None
     done: int = field(default=0)
 
     def __call__(self, rows: Rows) -> None:
+        require_labels(rows, self.labeller)
         self.matrix.update(self.truth[self.done : self.done + len(rows)], rows)
         self.done += len(rows)
         if self.writer:
@@ -188,6 +190,20 @@ def require_readable(dataset: Dataset, tile: int, options: SegmentOptions) -> li
     return reading_notes({pair.name: look_at(pair, tile, options).notes for pair in dataset})
 
 
+def require_labels(labels: Rows, labeller: Labeller) -> None:
+    """Make sure that every label is one: what comes out of a broken engine may be any number.
+
+    Raises:
+        EngineError: it gave another.
+    """
+    wrong = labels[(labels >= len(labeller.schema)) & (labels != NO_LABEL)]
+    if wrong.size:
+        raise EngineError(
+            f"{labeller.artefact.file} gave the label {wrong[0]}; there are {len(labeller.schema)} classes",
+            hint="build the engine again",
+        )
+
+
 def require_same_classes(ours: LabelSchema, data: LabelSchema) -> None:
     """Make sure that a label means the same to a labeller and to its data.
 
@@ -258,12 +274,12 @@ def _judge(
     reader = ImageReader(job.pair, options)
     try:
         if maps is None:
-            label_rows(labeller, reader, job.grid, _Sink(truth, matrix, None), progress)
+            label_rows(labeller, reader, job.grid, _Sink(labeller, truth, matrix, None), progress)
             return
         tags = label_map_tags(labeller, reader, options)
         place = map_path(maps, job.pair)
         with LabelMapWriter(place, job.height, job.width, labeller.schema, reader.georeference, tags) as writer:
-            label_rows(labeller, reader, job.grid, _Sink(truth, matrix, writer), progress)
+            label_rows(labeller, reader, job.grid, _Sink(labeller, truth, matrix, writer), progress)
     finally:
         reader.close()
 

@@ -41,7 +41,7 @@ class Lost:
         return [
             f"the {cause} of {masks} mask{'s' if masks > 1 else ''} takes the label from "
             + ", ".join(f"{n} pixels of {name}" for (why, name), n in self.pixels.most_common() if why == cause)
-            + ("; if they are to count: rio edit-info MASK --unset-nodata" if cause.startswith("nodata") else "")
+            + "; if these are to count, store the masks without it"
             for cause, masks in self.masks.items()
         ]
 

@@ -153,16 +153,11 @@ class _Run:
         lost = Lost()
         notes = require_readable(split.validation, network.config.tile, options.reading)
         self.validation_pixels = _class_pixels(split, schema, lost)
-        self.notes = [
-            *start.notes,
+        self.early_notes = [
             *([_RANDOM_AND_FROZEN] if recipe.frozen and source.startswith(PRESET_PREFIX) else []),
-            *split.notes,
             *(f"training: {note}" for note in tiles.notes),
             *(f"validation: {note}" for note in (*lost.notes(), *notes)),
-            *self._class_notes(tiles),
         ]
-        for note in self.notes:
-            listener.note(note)
         self.features = self._features(device) if recipe.frozen else None
         self.trainer = Trainer(network, tiles, recipe, self.features)
         self.source_record = _source_record(source, start.layout)
@@ -175,6 +170,8 @@ class _Run:
     def finish(self) -> FinetuneResult:
         """Train what is left, then judge the file that was written."""
         trainer, listener, recipe = self.trainer, self.listener, self.options.recipe
+        for note in self.early_notes:
+            listener.note(note)
         self._sitting = (trainer.progress.step, time.perf_counter())
         while trainer.progress.epoch < recipe.epochs:
             loss = trainer.run_epoch(self._after_batch)
@@ -297,7 +294,7 @@ class _Run:
             "command": self.options.command,
             "source": self.source_record,
             "network": dataclasses.asdict(config),
-            "notes": self.notes,
+            "notes": [*self.start.notes, *split.notes, *self.early_notes, *self._class_notes()],
             "recipe": dataclasses.asdict(self.options.recipe),
             "data": {
                 "folder": split.training.folder.name,
@@ -320,9 +317,9 @@ class _Run:
         plain: dict[str, Any] = json.loads(json.dumps(record))  # the same in every kind of file: no tuples
         return plain
 
-    def _class_notes(self, tiles: TrainingTiles) -> list[str]:
+    def _class_notes(self) -> list[str]:
         notes = []
-        for side, pixels in (("training", tiles.class_pixels), ("validation", self.validation_pixels)):
+        for side, pixels in (("training", self.trainer.tiles.class_pixels), ("validation", self.validation_pixels)):
             absent = [name for name, count in zip(self.schema.class_names, pixels, strict=True) if not count]
             if absent:
                 notes.append(f"no {side} pixel is {', '.join(absent)}")

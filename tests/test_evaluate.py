@@ -311,7 +311,9 @@ def test_what_the_advice_on_a_misplaced_mask_types_works(tmp_path: Path) -> None
     rio = [sys.executable, "-c", "from rasterio.rio.main import main_group; main_group()"]
     fitted = tmp_path / "fitted.tif"
     like = ("--like", str(pair.image))
-    subprocess.run([*rio, "warp", str(pair.mask), str(fitted), *like, "--dst-nodata", "255"], check=True)
+    subprocess.run(
+        [*rio, "warp", str(pair.mask), str(fitted), *like, "--src-nodata", "255", "--dst-nodata", "255"], check=True
+    )
     result = evaluate(FakeEngine(), Dataset(tmp_path, "", (replace(pair, mask=fitted),)), SCHEMA)
     assert result.ignored_pixels == 96 * 30
     subprocess.run([*rio, "edit-info", str(pair.mask), *like, "--crs", "like", "--transform", "like"], check=True)

@@ -395,6 +395,7 @@ def test_classes_behind_transparency_are_counted(tmp_path: Path) -> None:
 def test_a_nodata_value_that_is_no_class_takes_nothing(tmp_path: Path, dtype: str, nodata: int) -> None:
     labels = some_labels(DUBAI)
     values = np.where(labels == 255, np.array(nodata, dtype), labels.astype(dtype))
+    path = write_raster(tmp_path / "mask.tif", values[None], nodata=nodata)
     lost = Lost()
     assert (read_labels(path, DUBAI, lost) == labels).all()
     assert not lost.notes()

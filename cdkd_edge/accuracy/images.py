@@ -16,8 +16,9 @@ from cdkd_edge.scene.raster import place_problem
 from cdkd_edge.scene.reader import SceneReader
 from cdkd_edge.scene.upright import Upright
 
+_CUT = "rio warp MASK FITTED.tif --like IMAGE --src-nodata 255 --dst-nodata 255"
 _MEND_PLACE = (
-    "cut the mask to the image: rio warp MASK FITTED.tif --like IMAGE --dst-nodata 255; or, if only its grid is wrong: "
+    f"cut the mask to the image: {_CUT}; or, if only its grid is wrong: "
     "rio edit-info MASK --like IMAGE --crs like --transform like"
 )
 
@@ -60,7 +61,8 @@ class ImageReader(SceneReader):
                     hint="the image is turned by its EXIF orientation; if the mask lies as its pixels are stored, take "
                     "that away: exiftool -Orientation= IMAGE"
                     if as_stored
-                    else "masks are compared pixel by pixel and never resized; make them fit first",
+                    else "masks are compared pixel by pixel and never resized; make them fit first, "
+                    f"where both have a grid with: {_CUT}",
                 )
             if problem := place_problem(self._source, mask):
                 raise DatasetError(f"mask {self.mask} {problem} ({self.path})", hint=_MEND_PLACE)

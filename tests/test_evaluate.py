@@ -310,10 +310,8 @@ def test_what_the_advice_on_a_misplaced_mask_types_works(tmp_path: Path) -> None
     (pair,) = dataset
     rio = [sys.executable, "-c", "from rasterio.rio.main import main_group; main_group()"]
     fitted = tmp_path / "fitted.tif"
-    like = ("--like", str(pair.image))
-    subprocess.run(
-        [*rio, "warp", str(pair.mask), str(fitted), *like, "--src-nodata", "255", "--dst-nodata", "255"], check=True
-    )
+    like, nodata = ("--like", str(pair.image)), ("--src-nodata", "255", "--dst-nodata", "255")
+    subprocess.run([*rio, "warp", str(pair.mask), str(fitted), *like, *nodata], check=True)
     result = evaluate(FakeEngine(), Dataset(tmp_path, "", (replace(pair, mask=fitted),)), SCHEMA)
     assert result.ignored_pixels == 96 * 30
     subprocess.run([*rio, "edit-info", str(pair.mask), *like, "--crs", "like", "--transform", "like"], check=True)

@@ -386,9 +386,7 @@ def test_classes_behind_transparency_are_counted(tmp_path: Path) -> None:
     lost = Lost()
     assert (read_labels(path, DUBAI, lost) == np.where(labels == 2, 255, labels)).all()
     (note,) = lost.notes()
-    assert (
-        f"nodata value 2 of 1 mask takes the label from {(labels == 2).sum()} pixels of road" in note
-    )  # so GDAL has it
+    assert f"nodata value 2 of 1 mask takes the label from {(labels == 2).sum()} pixels of road" in note
 
 
 @pytest.mark.parametrize(("dtype", "nodata"), [("int16", -9999), ("uint16", 256), ("uint16", 65535), ("int16", -1)])

@@ -341,6 +341,8 @@ def test_lists_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"a\n\xff\xfe")
     with pytest.raises(DatasetError, match="cannot be read: not UTF-8"):
         dataset.of_list(tmp_path / "binary.txt")
+    with pytest.raises(DatasetError, match="cannot be read: larger than"):
+        dataset.of_list(Path("/dev/zero"))
 
 
 # --- splits ---------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from training_helpers import CONFIG, SCHEMA, blocks, student, write_dataset, wri
 from typer.testing import CliRunner  # noqa: E402
 
 from cdkd_edge import cli  # noqa: E402
+from cdkd_edge.cli.helpers import command_line  # noqa: E402
 from cdkd_edge.labels import NO_LABEL  # noqa: E402
 from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
@@ -420,6 +421,12 @@ def test_a_split_by_lists(data, encoder, tmp_path):
     assert (training["training_images"], training["validation_images"]) == (["a_0"], ["a_1"])
     assert training["data"]["rule"] == "training by list train.txt; validation by list val.txt"
     assert any("share the scene a" in note for note in training["notes"])
+
+
+def test_a_pipe_is_no_number_in_the_card(monkeypatch):
+    typed = ["cdkd-edge", "finetune", "--val-list", "/dev/fd/63", "--train-list=/proc/self/fd/7", "-o", "/dev/fdx.pt"]
+    monkeypatch.setattr(sys, "argv", typed)
+    assert command_line() == "cdkd-edge finetune --val-list LIST --train-list=LIST -o /dev/fdx.pt"
 
 
 def test_classes_that_do_not_occur_are_named_and_have_no_score(encoder, tmp_path):

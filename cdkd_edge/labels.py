@@ -19,19 +19,13 @@ and ``dubai`` (MBRSC / Humans in the Loop, CC0). A user's own is a TOML file::
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdkd_edge.errors import SchemaError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from cdkd_edge.errors import SchemaError, printable
+from cdkd_edge.files import read_toml
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +78,7 @@ class LabelSchema:
     @property
     def numbered(self) -> bool:
         """Whether its classes have no names of their own (:func:`numbered_schema`)."""
-        return self.class_names == tuple(f"class_{index}" for index in range(len(self)))
+        return nameless(self.class_names)
 
     def to_document(self) -> dict[str, Any]:
         """The schema as plain data, the inverse of :func:`schema_from_document`."""
@@ -105,12 +99,15 @@ class LabelSchema:
             table[label] = cls.color
         return table
 
-    def encode(self, mask: npt.NDArray[np.uint8], source: str = "mask") -> npt.NDArray[np.uint8]:
+    def encode(
+        self, mask: npt.NDArray[np.uint8], source: str = "mask", *, strict: bool = True
+    ) -> npt.NDArray[np.uint8]:
         """Translate a dataset's mask to labels.
 
         Args:
             mask: uint8, ``[H, W, 3]`` RGB colours or ``[H, W]`` index values.
             source: what to call the mask in an error message.
+            strict: False: what the schema does not know has no label.
 
         Returns:
             uint8 ``[H, W]`` labels; 255 where the schema says "ignore".
@@ -129,7 +126,7 @@ class LabelSchema:
                 lookup[cls.value] = label
             lookup[[*self.ignore_values]] = NO_LABEL
             labels = lookup[mask]
-            if (labels < 0).any():
+            if strict and (labels < 0).any():
                 wrong = labels < 0
                 known = sorted([*(cls.value for cls in self.classes), *self.ignore_values])
                 raise SchemaError(
@@ -137,7 +134,7 @@ class LabelSchema:
                     f"({np.count_nonzero(wrong)} of {wrong.size} are not of the schema)",
                     hint=f"it defines {', '.join(map(str, known))}",
                 )
-            return labels.astype(np.uint8)
+            return labels.astype(np.uint8)  # -1 becomes 255
         if mask.ndim != 3 or mask.shape[2] != 3:
             raise SchemaError(f"{source} has shape {mask.shape}; expected [H, W] or [H, W, 3]")
         if self.binarize_colors:
@@ -148,7 +145,7 @@ class LabelSchema:
             labels[codes == _code(cls.color)] = label
         for color in self.ignore_colors:
             labels[codes == _code(color)] = NO_LABEL
-        if (labels < 0).any():
+        if strict and (labels < 0).any():
             wrong = labels < 0
             red, green, blue = (int(v) for v in mask[wrong][0])
             known_colors = ", ".join(str(c) for c in (*(cls.color for cls in self.classes), *self.ignore_colors))
@@ -158,6 +155,14 @@ class LabelSchema:
                 hint=f"it defines {known_colors}; a mask must be stored without loss, not as JPEG",
             )
         return labels.astype(np.uint8)
+
+
+NAME_THEM = "the classes have no names; export --schema gives them (deepglobe, loveda, dubai, or a .toml file)"
+
+
+def nameless(names: Sequence[str]) -> bool:
+    """Whether class names are mere numbers (:func:`numbered_schema`)."""
+    return list(names) == [f"class_{index}" for index in range(len(names))]
 
 
 def load_schema(name_or_path: str | Path) -> LabelSchema:
@@ -175,12 +180,12 @@ def load_schema(name_or_path: str | Path) -> LabelSchema:
             hint=f"use one of {', '.join(BUILTIN_SCHEMAS)}, or the path of a .toml file",
         )
     try:
-        with open(name, "rb") as file:
-            document = tomllib.load(file)
+        document = read_toml(Path(name))
     except FileNotFoundError:
         raise SchemaError(f"label schema {name} does not exist") from None
-    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
-        raise SchemaError(f"label schema {name} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SchemaError(f"label schema {name} cannot be read: {reason}") from None
     return schema_from_document(document, source=name)
 
 
@@ -239,7 +244,7 @@ def schema_from_document(document: dict[str, Any], source: str) -> LabelSchema:
         if not isinstance(table, dict) or set(table) - _CLASS_KEYS:
             raise SchemaError(f"{where}: takes the keys {', '.join(sorted(_CLASS_KEYS))}")
         name = table.get("name")
-        if not isinstance(name, str) or not name.strip() or re.search(r"[\x00-\x1f\x7f]", name):
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise SchemaError(f"{where}: needs a printable name")
         classes.append(
             LandCoverClass(name, _color(table.get("color"), where), _value(table.get("value", position), where))
@@ -269,13 +274,13 @@ def _list(document: dict[str, Any], key: str, source: str) -> list[Any]:
 def _color(value: object, where: str) -> RGB:
     if isinstance(value, list) and len(value) == 3 and all(_is_byte(v) for v in value):
         return (value[0], value[1], value[2])
-    raise SchemaError(f"{where}: a color is three integers 0..255, not {value!r}")
+    raise SchemaError(f"{where}: a color is three integers 0..255, not {printable(repr(value), 60)}")
 
 
 def _value(value: object, where: str) -> int:
     if isinstance(value, int) and _is_byte(value):
         return value
-    raise SchemaError(f"{where}: a mask value is an integer 0..255, not {value!r}")
+    raise SchemaError(f"{where}: a mask value is an integer 0..255, not {printable(repr(value), 60)}")
 
 
 def _is_byte(value: object) -> bool:

@@ -465,6 +465,15 @@ def test_label_maps_that_do_not_fit(scenes: list[str], tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is 255 x 192 px, its scene 256 x 192"):
         make(scenes, tmp_path / "set", labels=tmp_path / "maps")
     label_map(tmp_path / "maps", scenes[0], np.zeros((192, 256)))
+    with rasterio.open(tmp_path / "maps" / f"{Path(scenes[0]).stem}_labels.tif", "r+") as dataset:
+        dataset.transform = rasterio.Affine(1, 0, 30, 0, -1, 0)
+    placed = tmp_path / "placed" / Path(scenes[0]).name
+    placed.parent.mkdir()
+    with rasterio.open(scenes[0]) as source:
+        write_raster(placed, source.read(), transform=rasterio.Affine(1, 0, 0, 0, -1, 0))
+    with pytest.raises(DatasetError, match="is not where its image is: 30 px to the right"):
+        make([str(placed)], tmp_path / "set", labels=tmp_path / "maps")
+    label_map(tmp_path / "maps", scenes[0], np.zeros((192, 256)))
     label_map(tmp_path / "maps", scenes[1], np.zeros((192, 256)), classes="sea, ice")
     with pytest.raises(DatasetError, match="has the classes sea, ice"):
         make(scenes, tmp_path / "set", labels=tmp_path / "maps")

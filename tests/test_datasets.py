@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,41 @@ def test_loveda_with_one_part_or_from_within_it(tmp_path: Path, part: str) -> No
     assert names(above) == [f"{part}/Rural/7", f"{part}/Urban/7"]
     assert names(within) == ["Rural/7", "Urban/7"], "one number, two images: the folder tells them apart"
     assert above.scenes == (part,)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "parts"),
+    [("img_dir", "ann_dir", ("train", "val")), ("images", "annotations", ("training", "validation"))],
+)
+def test_openmmlab(tmp_path: Path, images: str, masks: str, parts: tuple[str, str]) -> None:
+    for part in parts:
+        files(tmp_path, f"{images}/{part}/1.jpg", f"{masks}/{part}/1.png")
+    files(tmp_path, f"{images}/test/9.jpg")  # published without masks
+    dataset = find_dataset(tmp_path)
+    assert (dataset.layout, names(dataset)) == ("OpenMMLab", [f"{part}/1" for part in parts])
+    split = split_dataset(dataset)
+    assert (names(split.training), names(split.validation)) == ([f"{parts[0]}/1"], [f"{parts[1]}/1"])
+    files(tmp_path, f"{images}/{parts[0]}/2.jpg")
+    with pytest.raises(DatasetError, match=f"1 of 2 images .*{parts[0]} have no mask"):
+        find_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"), [("_leftImg8bit", "_gtFine_labelTrainIds"), ("", "_instance_color_RGB"), ("_sat", "")]
+)
+def test_an_ending_that_all_masks_share_is_not_of_the_name(tmp_path: Path, image: str, mask: str) -> None:
+    for name in ("a_1", "b_2"):
+        files(tmp_path, f"images/{name}{image}.png", f"masks/{name}{mask}.png")
+    assert names(find_dataset(tmp_path)) == ["a_1", "b_2"]
+    files(tmp_path, f"images/c_3{image}.png")
+    with pytest.raises(DatasetError, match="have no mask"):
+        find_dataset(tmp_path)
+
+
+def test_numbers_at_the_end_tell_images_apart(tmp_path: Path) -> None:
+    files(tmp_path, "images/a_1.png", "images/b_1.png", "masks/a_2.png", "masks/b_2.png")
+    with pytest.raises(DatasetError, match="have no mask"):
+        find_dataset(tmp_path)
 
 
 def test_file_names_with_dots_spaces_and_capitals(tmp_path: Path) -> None:
@@ -305,6 +341,8 @@ def test_lists_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"a\n\xff\xfe")
     with pytest.raises(DatasetError, match="cannot be read: not UTF-8"):
         dataset.of_list(tmp_path / "binary.txt")
+    with pytest.raises(DatasetError, match="cannot be read: larger than"):
+        dataset.of_list(Path("/dev/zero"))
 
 
 # --- splits ---------------------------------------------------------------------------------------
@@ -343,6 +381,15 @@ def test_a_split_by_lists_says_which_scenes_are_on_both_sides(tiles: Dataset, tm
     mixed = split_dataset(tiles, training_scenes=["t2"], validation_list=tmp_path / "mine.txt")
     assert names(mixed.training) == ["t2_a"]
     assert mixed.notes == ()
+
+
+def test_a_piped_list_is_told_by_what_it_holds(tiles: Dataset) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"t1_a\n")
+    os.close(writing)
+    rule = split_dataset(tiles, validation_list=Path(f"/dev/fd/{reading}")).rule
+    os.close(reading)
+    assert re.fullmatch(r"validation by a list of 1 images: t1_a \(SHA-256 of .*: [0-9a-f]{64}\)", rule), rule
 
 
 def test_the_lists_of_a_dataset_are_its_split(tiles: Dataset) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import rasterio
 from PIL import Image
+from rasterio.transform import Affine
 from scene_helpers import SCHEMA, FakeEngine, names_in, noise, read_labels, red_labels, write_raster
 from test_cli import assert_answer, run
 
@@ -19,7 +24,7 @@ from cdkd_edge.accuracy.colors import judge_colors
 from cdkd_edge.accuracy.datasets import Dataset, find_dataset
 from cdkd_edge.accuracy.evaluate import data_schema, evaluate
 from cdkd_edge.accuracy.subject import open_subject
-from cdkd_edge.errors import DatasetError, SchemaError
+from cdkd_edge.errors import DatasetError, EngineError, SchemaError
 from cdkd_edge.labels import NO_LABEL, LabelSchema, load_schema, numbered_schema
 from cdkd_edge.scene.grid import TileGrid, default_overlap
 from cdkd_edge.scene.pipeline import SegmentOptions
@@ -83,6 +88,23 @@ def pixels(dataset: Dataset) -> tuple[UInt8Array, UInt8Array]:
 def counted(truth: UInt8Array, predicted: UInt8Array) -> list[list[int]]:
     """The confusion matrix, one cell after the other."""
     return [[int(((truth == t) & (predicted == p)).sum()) for p in (*range(5), NO_LABEL)] for t in range(5)]
+
+
+def in_red(labels: UInt8Array) -> UInt8Array:
+    """The image ``[H, W, 3]`` in which :func:`red_labels` finds these labels, also after JPEG."""
+    return np.stack([labels * 64 + 32, np.full_like(labels, 90), np.full_like(labels, 90)], axis=-1).astype(np.uint8)
+
+
+def placed_pair(folder: Path, shift: float = 0.0, **mask: Any) -> Dataset:
+    """An image and its mask as GeoTIFFs of 1 m; the mask's grid lies ``shift`` m to the east, or is another one."""
+    labels = np.kron(np.random.default_rng(0).integers(0, 4, (6, 8)), np.ones((16, 16))).astype(np.uint8)
+    place = {"crs": "EPSG:32631", "transform": Affine(1, 0, 500_000, 0, -1, 4_000_000)}
+    shifted = {"transform": Affine(1, 0, 500_000 + shift, 0, -1, 4_000_000)}
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    write_raster(folder / "images/a.tif", in_red(labels).transpose(2, 0, 1), photometric="RGB", **place)
+    write_raster(folder / "masks/a.tif", labels[None], **{**place, **shifted, **mask})
+    return find_dataset(folder)
 
 
 # --- against others -------------------------------------------------------------------------------
@@ -224,6 +246,96 @@ def test_a_mask_of_another_size_is_found_before_anything_is_computed(data: Datas
         evaluate(engine, data, SCHEMA)
     assert "never resized" in (raised.value.hint or "")
     assert engine.launches == 0
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("turned", ["image", "image and mask"])
+def test_an_upright_mask_fits_an_image_that_is_stored_turned(tmp_path: Path, orientation: int, turned: str) -> None:
+    labels = np.kron(np.random.default_rng(0).integers(0, 4, (8, 8)), np.ones((16, 16))).astype(np.uint8)
+    stored = np.rot90(labels, 2 if orientation == 3 else 1)
+    exif = Image.Exif()
+    exif[274] = orientation
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    Image.fromarray(in_red(stored)).save(tmp_path / "images/a.jpg", quality=95, subsampling=0, exif=exif)
+    of_mask: dict[str, Any] = {"exif": exif} if "mask" in turned else {}
+    Image.fromarray(stored if of_mask else labels).save(tmp_path / "masks/a.png", **of_mask)
+    result = evaluate(FakeEngine(), find_dataset(tmp_path), SCHEMA)
+    assert result.matrix.overall_accuracy == 1
+    assert any(f"a: turned upright, as its EXIF orientation ({orientation})" in note for note in result.notes)
+    assert any("its mask was turned" in note for note in result.notes) == bool(of_mask)
+
+
+def test_a_mask_that_lies_as_the_turned_image_is_stored_is_told_so(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    add(tmp_path, "a", noise(40, 64), np.zeros((40, 64), np.uint8))
+    Image.fromarray(noise(40, 64).transpose(1, 2, 0).copy()).save(tmp_path / "images/a.png", exif=exif)
+    with pytest.raises(DatasetError, match=r"is 40 x 64 px, its mask a\.png 64 x 40") as raised:
+        evaluate(FakeEngine(), find_dataset(tmp_path), SCHEMA)
+    assert "exiftool -Orientation=" in (raised.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("mask", "problem"),
+    [
+        ({"shift": 30}, "30 px to the right"),
+        ({"transform": Affine(1, 0, 500_000, 0, -1, 4_000_002)}, "2 px up"),
+        ({"transform": Affine(2, 0, 500_000, 0, -2, 4_000_000)}, "a corner is 160 px off"),
+        ({"transform": Affine(1, 0, 500_000, 0, 1, 3_999_904)}, "a corner is 96 px off"),
+        ({"crs": "EPSG:32632"}, "a corner is"),
+        ({"crs": "EPSG:4326"}, "in EPSG:4326, and its image in EPSG:32631"),
+        ({"shift": 30, "crs": None}, "30 px to the right"),
+    ],
+)
+def test_a_mask_of_another_place_is_refused(tmp_path: Path, mask: dict[str, Any], problem: str) -> None:
+    engine, dataset = FakeEngine(), placed_pair(tmp_path, **mask)
+    for judge in (lambda: evaluate(engine, dataset, SCHEMA), lambda: judge_colors(dataset, dataset, SCHEMA)):
+        with pytest.raises(DatasetError, match=rf"masks/a\.tif is not where its image is: .*{problem}") as raised:
+            judge()
+        assert "rio warp MASK" in (raised.value.hint or "")
+    assert engine.launches == 0
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [{}, {"shift": 0.3}, {"crs": None}, {"crs": None, "transform": None}, {"crs": "+proj=utm +zone=31 +type=crs"}],
+)
+def test_a_mask_of_the_same_place_is_taken(tmp_path: Path, mask: dict[str, Any]) -> None:
+    assert evaluate(FakeEngine(), placed_pair(tmp_path, **mask), SCHEMA).matrix.overall_accuracy == 1
+
+
+def test_what_the_advice_on_a_misplaced_mask_types_works(tmp_path: Path) -> None:
+    dataset = placed_pair(tmp_path, shift=30)
+    (pair,) = dataset
+    rio = [sys.executable, "-c", "from rasterio.rio.main import main_group; main_group()"]
+    fitted = tmp_path / "fitted.tif"
+    like, nodata = ("--like", str(pair.image)), ("--src-nodata", "255", "--dst-nodata", "255")
+    subprocess.run([*rio, "warp", str(pair.mask), str(fitted), *like, *nodata], check=True)
+    result = evaluate(FakeEngine(), Dataset(tmp_path, "", (replace(pair, mask=fitted),)), SCHEMA)
+    assert result.ignored_pixels == 96 * 30
+    subprocess.run([*rio, "edit-info", str(pair.mask), *like, "--crs", "like", "--transform", "like"], check=True)
+    assert evaluate(FakeEngine(), dataset, SCHEMA).matrix.overall_accuracy == 1
+
+
+def test_pixels_that_nodata_takes_from_a_class_are_counted(tmp_path: Path) -> None:
+    dataset = placed_pair(tmp_path, nodata=0)
+    with rasterio.open(dataset.pairs[0].mask) as mask:
+        lost = int((mask.read(1) == 0).sum())
+    result = evaluate(FakeEngine(), dataset, SCHEMA)
+    assert result.ignored_pixels == lost
+    assert any(f"nodata value 0 of 1 mask takes the label from {lost} pixels of building" in n for n in result.notes)
+    alone = LabelSchema("one", SCHEMA.classes[:1], ignore_values=(1, 2, 3))
+    engine = FakeEngine(function=lambda tiles: 0 * red_labels(tiles))
+    engine.schema = alone
+    with pytest.raises(DatasetError, match="no pixel of the 1 masks") as raised:
+        evaluate(engine, dataset, alone)
+    assert f"{lost} pixels of building" in (raised.value.hint or "")
+
+
+def test_a_label_that_is_no_class_is_the_engines_fault(data: Dataset) -> None:
+    with pytest.raises(EngineError, match="gave the label 9; there are 5 classes"):
+        evaluate(FakeEngine(function=lambda tiles: 0 * red_labels(tiles) + 9), data, SCHEMA)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.6])

@@ -23,6 +23,7 @@ from training_helpers import CONFIG, SCHEMA, blocks, student, write_dataset, wri
 from typer.testing import CliRunner  # noqa: E402
 
 from cdkd_edge import cli  # noqa: E402
+from cdkd_edge.cli.helpers import command_line  # noqa: E402
 from cdkd_edge.labels import NO_LABEL  # noqa: E402
 from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
@@ -342,6 +343,13 @@ def test_a_head_that_does_not_fit_is_replaced_and_said_so(tuned, data, tmp_path,
     assert (network.state_dict()["head.fuse.conv.weight"] - before).abs().max() > 1e-3
 
 
+def test_a_random_encoder_that_is_frozen_is_pointed_out_at_once(data, tmp_path):
+    result = run("finetune", "preset:tiny", "--data", data, "-o", tmp_path / "a.pt", *SMALL, "--epochs", 1, *SPLIT)
+    assert result.exit_code == 0, result.stderr
+    assert "note: the encoder has random weights and is frozen" in result.stderr.splitlines()[0]
+    assert "--encoder-lr" in (tmp_path / "a.md").read_text(encoding="utf-8")
+
+
 def test_a_preset_starts_from_nothing(data, tmp_path):
     more = ("--encoder-lr", 1e-3, "--epochs", 1, "--views", 0)
     document = tune("preset:tiny", data, tmp_path / "scratch.pt", *more)
@@ -351,6 +359,7 @@ def test_a_preset_starts_from_nothing(data, tmp_path):
         "layout": "preset tiny, random weights",
     }
     assert document["training"]["run"]["tiles_encoded"] == 0
+    assert not any("random weights and is frozen" in note for note in document["training"]["notes"])
     assert not (tmp_path / "scratch.features").exists()
     assert load_checkpoint(tmp_path / "scratch.pt")[0].config.tile == 64
 
@@ -412,6 +421,12 @@ def test_a_split_by_lists(data, encoder, tmp_path):
     assert (training["training_images"], training["validation_images"]) == (["a_0"], ["a_1"])
     assert training["data"]["rule"] == "training by list train.txt; validation by list val.txt"
     assert any("share the scene a" in note for note in training["notes"])
+
+
+def test_a_pipe_is_no_number_in_the_card(monkeypatch):
+    typed = ["cdkd-edge", "finetune", "--val-list", "/dev/fd/63", "--train-list=/proc/self/fd/7", "-o", "/dev/fdx.pt"]
+    monkeypatch.setattr(sys, "argv", typed)
+    assert command_line() == "cdkd-edge finetune --val-list LIST --train-list=LIST -o /dev/fdx.pt"
 
 
 def test_classes_that_do_not_occur_are_named_and_have_no_score(encoder, tmp_path):
@@ -675,6 +690,19 @@ def cut(cut_once, data, encoder, tmp_path):
     folder = tmp_path / "cut"
     shutil.copytree(cut_once, folder)
     return folder, ["finetune", encoder, "--data", data, "-o", folder / "tuned.pt", *SMALL, *SPLIT, *HEADS]
+
+
+def test_an_interruption_says_what_is_kept_and_how_to_go_on(data, encoder, tmp_path, monkeypatch):
+    arguments = ["finetune", encoder, "--data", data, "-o", tmp_path / "tuned.pt", *SMALL, *SPLIT, *HEADS]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "starting_network", lambda *_: signal.raise_signal(signal.SIGINT))
+        result = run(*arguments)
+    assert (result.exit_code, "nothing was trained yet" in result.stderr) == (130, True)
+    interrupt(monkeypatch, 3)
+    result = run(*arguments)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("interrupted; ")]
+    assert f"the run is kept in {tmp_path / 'tuned.state.pt'}, its best epoch so far in {tmp_path / 'tuned.pt'}" in line
+    assert "with --resume goes on" in line
 
 
 def test_ctrl_c_leaves_a_state_to_resume_and_no_half_file(cut, finished):

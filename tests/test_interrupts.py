@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,3 +152,53 @@ def test_what_is_ignored_stays_ignored() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "here\n"
+
+
+OFTEN = """
+import sys
+from cdkd_edge.report import live
+live.LINE_EVERY_S = 0.05
+from cdkd_edge.cli import main
+main()
+"""
+"""Runs the command with a line every 50 ms instead of every minute."""
+
+
+def started(small_engine_path: Path, folder: Path, command: str) -> subprocess.Popen[bytes]:
+    """A command that takes its time, with stderr going into ``log``."""
+    scene = sparse_raster(folder / "large.tif", 6000, 6000)
+    options = {
+        "bench": (small_engine_path, "-w", folder, "--duration", "60"),
+        "segment": (scene, "--engine", small_engine_path, "-o", folder / "map.tif"),
+        "calibrate": (scene, "--tile", "32", "-o", folder / "set"),
+    }[command]
+    arguments = [sys.executable, "-c", OFTEN, command, *map(str, options)]
+    with open(folder / "log", "wb") as log:
+        return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=log)
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "kept"),
+    [
+        ("bench", r"after 0:\d\d min: warm-up", "nothing that was begun is kept; the same command starts again"),
+        ("segment", r"after 0:\d\d min: large\.tif: \d{4,} of \d+ tiles", "the same command goes on"),
+        ("calibrate", r"after 0:\d\d min: looking at tiles: \d+ of 10000 tiles", "the same command starts again"),
+    ],
+)
+def test_a_log_file_hears_how_far_it_is_and_what_is_kept(
+    small_engine_path: Path, tmp_path: Path, command: str, line: str, kept: str
+) -> None:
+    process = started(small_engine_path, tmp_path, command)
+    try:
+        for _ in range(600):
+            if re.search(line, (tmp_path / "log").read_text()):
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+    finally:
+        process.kill()
+    log = (tmp_path / "log").read_text()
+    assert re.search(line, log), log
+    assert "interrupted; " in log
+    assert kept in log.splitlines()[-1]

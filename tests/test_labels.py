@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -15,6 +19,7 @@ from cdkd_edge.labels import (
     numbered_schema,
     schema_from_document,
 )
+from cdkd_edge.report.segment import class_rows
 
 
 def mask(rows):
@@ -241,3 +246,15 @@ def test_numbered_colors_are_distinct_up_to_255():
 def test_no_class_and_too_many_are_refused(count):
     with pytest.raises(SchemaError, match="1 to 255"):
         numbered_schema(count)
+
+
+@pytest.mark.parametrize(("names", "advice"), [(("class_0", "class_1"), 1), (("land", "class_1"), 0)])
+def test_classes_without_names_are_told_how_to_get_some(names: tuple[str, ...], advice: int) -> None:
+    areas: Any = SimpleNamespace(classes=[SimpleNamespace(name=n, pixels=2, hectares=None) for n in names], reason=None)
+    assert sum("--schema" in text for _, text in class_rows(areas, 4)) == advice
+
+
+def test_a_schema_is_read_no_further_than_a_schema_goes(tmp_path: Path) -> None:
+    (tmp_path / "zero.toml").symlink_to("/dev/zero")
+    with pytest.raises(SchemaError, match="larger than 1 MiB"):
+        load_schema(tmp_path / "zero.toml")

@@ -14,6 +14,7 @@ import pytest
 import rasterio
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageOps
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
@@ -116,6 +117,52 @@ def test_pictures_are_scenes(tmp_path: Path, driver: str) -> None:
 
 
 # --- bands ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_a_picture_is_turned_as_its_orientation_says(tmp_path: Path, suffix: str, orientation: int) -> None:
+    pixels = np.kron(noise(7, 11).transpose(1, 2, 0), np.ones((16, 16, 1), np.uint8))
+    exif = Image.Exif()
+    exif[274] = orientation
+    path, stored = tmp_path / f"turned.{suffix}", tmp_path / f"stored.{suffix}"
+    how: dict[str, Any] = {"jpg": {"subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+    Image.fromarray(pixels).save(path, exif=exif, **how)
+    Image.fromarray(pixels).save(stored, **how)
+    with rasterio.open(stored) as dataset:
+        upright = Image.fromarray(dataset.read().transpose(1, 2, 0))
+    upright.getexif()[274] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(upright)).transpose(2, 0, 1)
+    reader = SceneReader(path)
+    assert (reader.height, reader.width) == expected.shape[1:]
+    assert (reader.read_window(0, 0, reader.height, reader.width)[0] == expected).all()
+    assert (reader.read_window(16, 3, 50, 40)[0] == expected[:, 16:66, 3:43]).all()
+    assert (reader.another().overview(10_000) == expected.transpose(1, 2, 0)).all()
+    assert any(f"orientation ({orientation})" in note for note in reader.notes) == (orientation > 1)
+    assert reader.files == [str(path)]
+
+
+def test_an_orientation_keeps_alpha_nodata_and_mask_band(tmp_path: Path) -> None:
+    pixels = noise(20, 30)
+    hidden = noise(20, 30, 1, seed=1)[0] < 100
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.dstack([*pixels, np.where(hidden, 0, 255)]).astype(np.uint8)).save(tmp_path / "a.png", exif=exif)
+    reader = SceneReader(tmp_path / "a.png")
+    read, valid = reader.read_window(0, 0, 30, 20)
+    assert valid is not None
+    assert (valid == np.rot90(~hidden, -1)).all()
+    assert (read[:, valid] == np.rot90(pixels, -1, (1, 2))[:, valid]).all()
+
+
+def test_a_place_on_earth_goes_before_an_orientation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 3
+    Image.fromarray(noise(20, 30).transpose(1, 2, 0).copy()).save(tmp_path / "scene.png", exif=exif)
+    (tmp_path / "scene.wld").write_text("1\n0\n0\n-1\n500000\n4000000\n")
+    reader = SceneReader(tmp_path / "scene.png")
+    assert (reader.read_window(0, 0, 20, 30)[0] == noise(20, 30)).all()
+    assert not reader.notes
 
 
 def test_four_untagged_bands_are_blue_green_red_infrared(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from cdkd_edge.accuracy.evaluate import Evaluation, evaluate
 from cdkd_edge.accuracy.images import ImageReader
 from cdkd_edge.accuracy.masks import read_labels
 from cdkd_edge.engines.protocol import LabelsOnly, UInt8Array
-from cdkd_edge.errors import DatasetError
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.manifest import FileRecord
 from cdkd_edge.scene.grid import TileGrid
@@ -104,11 +103,7 @@ def judge_colors(
         labels = read_labels(pair.mask, schema)
         reader = ImageReader(pair, options)
         try:
-            if labels.shape != (reader.height, reader.width):
-                raise DatasetError(
-                    f"{pair.image} is {reader.width} x {reader.height} px, its mask {pair.mask.name} "
-                    f"{labels.shape[1]} x {labels.shape[0]}"
-                )
+            reader.require_fitting_mask()
             tile = np.empty((3, _TILE, _TILE), np.uint8)
             for row, column in TileGrid.over(reader.height, reader.width, _TILE, 0):
                 valid = reader.read_tile(row, column, tile)

@@ -15,14 +15,23 @@ import numpy as np
 
 from cdkd_edge.accuracy.bootstrap import FEW_TILES, MIN_TILES, RESAMPLES, Floats, Scores, TileTable, interval, resampled
 from cdkd_edge.accuracy.datasets import Dataset, Pair
-from cdkd_edge.accuracy.evaluate import Job, Rows, later, look_at, number, require_same_classes, training_notes
-from cdkd_edge.accuracy.images import ImageReader
-from cdkd_edge.accuracy.masks import read_labels
+from cdkd_edge.accuracy.evaluate import (
+    Job,
+    Rows,
+    later,
+    look_at,
+    number,
+    require_labels,
+    require_same_classes,
+    training_notes,
+)
+from cdkd_edge.accuracy.images import ImageReader, reading_notes
+from cdkd_edge.accuracy.masks import Lost, read_labels
 from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.accuracy.parity import SIDES, Delta, Gate, ImageParity, Parity
 from cdkd_edge.accuracy.picture import write_differences
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.errors import DatasetError, EngineError, UsageError
+from cdkd_edge.errors import DatasetError, UsageError
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.scene.pipeline import SegmentOptions, label_map_tags, label_rows
 from cdkd_edge.scene.writer import LabelMapWriter
@@ -76,9 +85,9 @@ def compare(
     if not jobs:
         raise DatasetError(f"{dataset.folder}: there is no image to compare on")
     total, before = 2 * sum(len(job.grid) for job in jobs), 0
-    run = _Comparison(schema)
+    run = _Comparison(schema, reading_notes({job.pair.name: job.notes for job in jobs}))
     for job in jobs:
-        truth = read_labels(job.pair.mask, schema)
+        truth = read_labels(job.pair.mask, schema, run.lost)
         reader = ImageReader(job.pair, options)
         try:
             labels: list[Rows] = []
@@ -86,7 +95,8 @@ def compare(
                 place = None if maps is None else difference_path(maps, job.pair, side)
                 labels.append(_label(labeller, reader, job, options, place, later(progress, before, total)))
                 before += len(job.grid)
-            _require_labels(labels, (reference, candidate), schema)
+            for found, labeller in zip(labels, (reference, candidate), strict=True):
+                require_labels(found, labeller)
             ours, theirs = labels
             run.add(job, truth, ours, theirs)
             if maps is not None:
@@ -133,22 +143,11 @@ def _label(
     return labels
 
 
-def _require_labels(labels: list[Rows], labellers: tuple[Labeller, Labeller], schema: LabelSchema) -> None:
-    """Make sure that every label is one: what comes out of a broken engine may be any number."""
-    for found, labeller in zip(labels, labellers, strict=True):
-        wrong = found[(found >= len(schema)) & (found != NO_LABEL)]
-        if wrong.size:
-            raise EngineError(
-                f"{labeller.artefact.file} gave the label {wrong[0]}; there are {len(schema)} classes",
-                hint="build the engine again",
-            )
-
-
 class _Comparison:
     """Counts while images come, numbers at the end."""
 
-    def __init__(self, schema: LabelSchema) -> None:
-        self.schema = schema
+    def __init__(self, schema: LabelSchema, notes: list[str]) -> None:
+        self.schema, self.notes, self.lost = schema, notes, Lost()
         self.table = TileTable(len(schema))
         self.matrices = (ConfusionMatrix(len(schema)), ConfusionMatrix(len(schema)))
         self.confusion = np.zeros((len(schema) + 1,) * 2, np.int64)
@@ -199,7 +198,10 @@ class _Comparison:
         seconds: float,
     ) -> Parity:
         if not self.matrices[0].pixels:
-            raise DatasetError(f"no pixel of the {len(self.images)} masks of {dataset.folder} has a label")
+            raise DatasetError(
+                f"no pixel of the {len(self.images)} masks of {dataset.folder} has a label",
+                hint="; ".join(self.lost.notes()) or None,
+            )
         rows = self.table.rows()
         if not len(rows):
             raise DatasetError(f"no pixel of the {len(self.images)} images of {dataset.folder} has data")
@@ -236,7 +238,7 @@ class _Comparison:
         )
 
     def _notes(self, dataset: Dataset, labelled: int, trained_on: Mapping[str, Any]) -> list[str]:
-        notes = []
+        notes = [*self.lost.notes(), *self.notes]
         truth = self.matrices[0].counts.sum(axis=1)
         if not truth.all():
             names = ", ".join(name for name, count in zip(self.schema.class_names, truth, strict=True) if not count)

@@ -1,31 +1,41 @@
 """Labelled datasets: which image belongs to which mask, and which of them are for training.
 
-Four layouts are recognised by what lies in the folder:
+These layouts are recognised by what lies in the folder:
 
 * *folder pair*: ``images/NAME.*`` and ``masks/NAME.*``; also one level down (``train/images``, ``Tile 1/masks``),
+* *OpenMMLab*: ``img_dir/{train,val}`` and ``ann_dir/{train,val}``, or ADE20K's ``images/{training,validation}`` and
+  ``annotations/{training,validation}``; a part without masks (``test``) is left out,
 * *DeepGlobe* (Demir et al., CVPRW 2018): ``ID_sat.jpg`` and ``ID_mask.png``, in the folder or in its ``train/``,
 * *LoveDA* (Wang et al., NeurIPS D&B 2021): ``{Train,Val}/{Urban,Rural}/{images_png,masks_png}``, or one of
   the two parts.
 
 Every image belongs to a *scene*; parts of one scene may adjoin, so a split should keep scenes whole. In folder
 pairs a scene is the file name up to the first underscore (``tile5_003.jpg`` belongs to ``tile5``), or the
-subfolder; in DeepGlobe every image is its own; in LoveDA it is the part (``Train``, ``Val``).
+subfolder; in DeepGlobe every image is its own; in LoveDA and OpenMMLab it is the part (``Train``, ``val``).
+
+Where names differ by an ending that all images or all masks share (``NAME_leftImg8bit.png`` and
+``NAME_gtFine_labelTrainIds.png``), the ending is not part of the name.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cdkd_edge.errors import DatasetError
+from cdkd_edge.files import read_small
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".jp2", ".vrt")
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".vrt")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".jp2", ".webp", ".vrt")
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".webp", ".vrt")
 SCHEMA_FILE = "schema.toml"
 
 _SHOWN = 5
 _LOVEDA_PLACES = ("Urban", "Rural")
+_OPENMMLAB = (("img_dir", "ann_dir"), ("images", "annotations"))
 _TRAINING_NAMES, _VALIDATION_NAMES = ("train", "training"), ("val", "valid", "validation")
 
 
@@ -46,7 +56,7 @@ class Dataset:
 
     folder: Path
     layout: str
-    """``folder pair``, ``DeepGlobe`` or ``LoveDA``."""
+    """``folder pair``, ``OpenMMLab``, ``DeepGlobe`` or ``LoveDA``."""
     pairs: tuple[Pair, ...]
 
     def __len__(self) -> int:
@@ -90,7 +100,8 @@ class Dataset:
                 the only one of that name.
         """
         try:
-            lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+            text = read_small(file).decode("utf-8-sig")
+            lines = [line.partition("#")[0].strip() for line in text.splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise DatasetError(f"list {file} cannot be read: {reason}") from None
@@ -155,6 +166,8 @@ def find_dataset(folder: Path) -> Dataset:
         layout, pairs = "LoveDA", [p for part, place in loveda_parts.items() for p in _loveda(place, f"{part}/", part)]
     elif _has_loveda(folder):
         layout, pairs = "LoveDA", _loveda(folder, "", None)
+    elif not (folder / "masks").is_dir() and (parts := _openmmlab(folder)):
+        layout, pairs = "OpenMMLab", [p for images, masks, part in parts for p in _matched(images, masks, *part)]
     elif (folder / "images").is_dir():
         layout, pairs = "folder pair", _matched(folder / "images", folder / "masks", "", None)
     elif below:
@@ -167,8 +180,8 @@ def find_dataset(folder: Path) -> Dataset:
     else:
         raise DatasetError(
             f"{folder} holds no labelled images that we know",
-            hint="expected images/ and masks/ with the same file names, ID_sat.jpg beside ID_mask.png (DeepGlobe), "
-            "or Train/ and Val/ (LoveDA)",
+            hint="expected images/ and masks/ with the same file names, img_dir/train and ann_dir/train (OpenMMLab), "
+            "ID_sat.jpg beside ID_mask.png (DeepGlobe), or Train/ and Val/ (LoveDA)",
         )
     if not pairs:
         raise DatasetError(f"{folder} ({layout} layout) has no images")
@@ -205,15 +218,24 @@ def split_dataset(
     assert training is not None
     assert validation is not None
     rule = "; ".join(
-        f"{side} by {f'list {file.name}' if file else f'scene {_listed(sorted(scenes), 12)}'}"
-        for side, scenes, file in (
-            ("training", training_scenes, training_list),
-            ("validation", validation_scenes, validation_list),
+        f"{side} by {_list_named(file, chosen) if file else f'scene {_listed(sorted(scenes), 12)}'}"
+        for side, scenes, file, chosen in (
+            ("training", training_scenes, training_list, training),
+            ("validation", validation_scenes, validation_list, validation),
         )
         if scenes or file
     )
     _check_sides(training, validation, notes)
     return Split(training, validation, rule, tuple(notes))
+
+
+def _list_named(file: Path, chosen: Dataset) -> str:
+    """What to call a list; one that was piped in (``--val-list <(...)``) has no name and is told by what it held."""
+    if file.is_file() and file.parts[:2] not in (("/", "dev"), ("/", "proc")):
+        return f"list {file.name}"
+    names = [pair.name for pair in chosen]
+    digest = hashlib.sha256("".join(f"{name}\n" for name in names).encode(errors="surrogateescape")).hexdigest()
+    return f"a list of {len(names)} images: {_listed(names, 12)} (SHA-256 of the names, one a line: {digest})"
 
 
 def _own_split(dataset: Dataset) -> Split:
@@ -263,11 +285,39 @@ def _matched(images: Path, masks: Path, prefix: str, scene: str | None) -> list[
     if not masks.is_dir():
         raise DatasetError(f"{images} has no folder {masks.name}/ beside it")
     by_stem, mask_by_stem = _by_stem(images, IMAGE_SUFFIXES), _by_stem(masks, MASK_SUFFIXES)
+    if by_stem.keys() != mask_by_stem.keys():
+        bare, mask_bare = _without_ending(by_stem), _without_ending(mask_by_stem)
+        ways = (bare, mask_bare), (by_stem, mask_bare), (bare, mask_by_stem)
+        by_stem, mask_by_stem = next((way for way in ways if way[0].keys() == way[1].keys()), (by_stem, mask_by_stem))
     _require_counterparts(by_stem.keys(), mask_by_stem.keys(), images, masks)
     return [
         Pair(f"{prefix}{stem}", scene or stem.split("_", 1)[0], image, mask_by_stem[stem])
         for stem, image in by_stem.items()
     ]
+
+
+def _without_ending(by_stem: dict[str, Path]) -> dict[str, Path]:
+    """Files by their stems without the ending, from an underscore on, that all of them share."""
+    shared = os.path.commonprefix([stem[::-1] for stem in by_stem])[::-1]  # noqa: RUF071 - of names, not of paths
+    ending = shared[shared.find("_") :] if "_" in shared else ""
+    if len(by_stem) < 2 or not re.search("[A-Za-z]{3}", ending):  # numbers and letters tell images apart
+        return by_stem
+    return {stem.removesuffix(ending): path for stem, path in by_stem.items()}
+
+
+def _openmmlab(folder: Path) -> list[tuple[Path, Path, tuple[str, str | None]]]:
+    """Folders of images and of their masks, with the prefix of names and the scene."""
+    for images, masks in ((folder / one, folder / other) for one, other in _OPENMMLAB):
+        if images.is_dir() and masks.is_dir():
+            names = sorted(part.name for part in images.iterdir() if part.is_dir() and not part.name.startswith("."))
+            if not names:
+                return [(images, masks, ("", None))]
+            return [
+                (images / name, masks / name, (f"{name}/", name))
+                for name in names
+                if (masks / name).is_dir() or not name.lower().startswith("test")
+            ]
+    return []
 
 
 def _deepglobe(folder: Path) -> list[Pair]:

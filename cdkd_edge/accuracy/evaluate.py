@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.accuracy.datasets import Dataset, Pair
-from cdkd_edge.accuracy.images import ImageReader
-from cdkd_edge.accuracy.masks import read_labels
+from cdkd_edge.accuracy.images import ImageReader, reading_notes
+from cdkd_edge.accuracy.masks import Lost, read_labels
 from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.accuracy.picture import write_comparison
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.errors import DatasetError, SchemaError
+from cdkd_edge.errors import DatasetError, EngineError, SchemaError
 from cdkd_edge.labels import NO_LABEL, LabelSchema, load_schema
 from cdkd_edge.scene.grid import TileGrid
 from cdkd_edge.scene.pipeline import SegmentOptions, grid_over, label_map_tags, label_rows
@@ -96,18 +96,22 @@ class Job:
     grid: TileGrid
     height: int
     width: int
+    notes: tuple[str, ...]
+    """On how the image and its mask were read."""
 
 
 @dataclass
 class _Sink:
     """Takes rows of a label map as they come: into the matrix, and to the writer if there is one."""
 
+    labeller: Labeller
     truth: Rows
     matrix: ConfusionMatrix
     writer: LabelMapWriter | None
     done: int = field(default=0)
 
     def __call__(self, rows: Rows) -> None:
+        require_labels(rows, self.labeller)
         self.matrix.update(self.truth[self.done : self.done + len(rows)], rows)
         self.done += len(rows)
         if self.writer:
@@ -147,9 +151,9 @@ def evaluate(
     if not jobs:
         raise DatasetError(f"{dataset.folder}: there is no image to judge on")
     total = sum(len(job.grid) for job in jobs)
-    matrix, images, ignored, before = ConfusionMatrix(len(schema)), [], 0, 0
+    matrix, images, ignored, before, lost = ConfusionMatrix(len(schema)), [], 0, 0, Lost()
     for job in jobs:
-        truth = read_labels(job.pair.mask, schema)
+        truth = read_labels(job.pair.mask, schema, lost)
         own = ConfusionMatrix(len(schema))
         _judge(labeller, job, truth, own, options, maps, later(progress, before, total))
         if maps is not None:
@@ -158,8 +162,11 @@ def evaluate(
         ignored += int(np.count_nonzero(truth == NO_LABEL))
         images.append(ImageScore(job.pair.name, job.width, job.height, own.pixels, number(own.mean_iou)))
         before += len(job.grid)
+    notes += [*lost.notes(), *reading_notes({job.pair.name: job.notes for job in jobs})]
     if not matrix.pixels:
-        raise DatasetError(f"no pixel of the {len(jobs)} masks of {dataset.folder} has a label")
+        raise DatasetError(
+            f"no pixel of the {len(jobs)} masks of {dataset.folder} has a label", hint="; ".join(lost.notes()) or None
+        )
     notes += _notes(dataset, schema, matrix, trained_on or {})
     return Evaluation(
         schema, matrix, tuple(images), ignored, total, time.perf_counter() - started, tuple(dict.fromkeys(notes))
@@ -171,14 +178,30 @@ def map_path(folder: Path, pair: Pair) -> Path:
     return folder / f"{pair.name}_labels.tif"
 
 
-def require_readable(dataset: Dataset, tile: int, options: SegmentOptions) -> None:
+def require_readable(dataset: Dataset, tile: int, options: SegmentOptions) -> list[str]:
     """Look at every image and mask of a dataset, as :func:`evaluate` does before it computes anything.
 
+    Returns:
+        Notes on how they are read.
+
     Raises:
-        DatasetError: an image or mask cannot be read, or they differ in size.
+        DatasetError: an image or mask cannot be read, or they differ in size or place.
     """
-    for pair in dataset:
-        look_at(pair, tile, options)
+    return reading_notes({pair.name: look_at(pair, tile, options).notes for pair in dataset})
+
+
+def require_labels(labels: Rows, labeller: Labeller) -> None:
+    """Make sure that every label is one: what comes out of a broken engine may be any number.
+
+    Raises:
+        EngineError: it gave another.
+    """
+    wrong = labels[(labels >= len(labeller.schema)) & (labels != NO_LABEL)]
+    if wrong.size:
+        raise EngineError(
+            f"{labeller.artefact.file} gave the label {wrong[0]}; there are {len(labeller.schema)} classes",
+            hint="build the engine again",
+        )
 
 
 def require_same_classes(ours: LabelSchema, data: LabelSchema) -> None:
@@ -229,12 +252,12 @@ def look_at(pair: Pair, tile: int, options: SegmentOptions) -> Job:
     """The tiles of an image whose mask fits.
 
     Raises:
-        DatasetError: image or mask cannot be read, or they differ in size.
+        DatasetError: image or mask cannot be read, or they differ in size or place.
     """
     reader = ImageReader(pair, options)
     try:
         reader.require_fitting_mask()
-        return Job(pair, grid_over(reader, tile, options), reader.height, reader.width)
+        return Job(pair, grid_over(reader, tile, options), reader.height, reader.width, tuple(reader.notes))
     finally:
         reader.close()
 
@@ -251,12 +274,12 @@ def _judge(
     reader = ImageReader(job.pair, options)
     try:
         if maps is None:
-            label_rows(labeller, reader, job.grid, _Sink(truth, matrix, None), progress)
+            label_rows(labeller, reader, job.grid, _Sink(labeller, truth, matrix, None), progress)
             return
         tags = label_map_tags(labeller, reader, options)
         place = map_path(maps, job.pair)
         with LabelMapWriter(place, job.height, job.width, labeller.schema, reader.georeference, tags) as writer:
-            label_rows(labeller, reader, job.grid, _Sink(truth, matrix, writer), progress)
+            label_rows(labeller, reader, job.grid, _Sink(labeller, truth, matrix, writer), progress)
     finally:
         reader.close()
 

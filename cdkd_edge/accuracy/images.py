@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.accuracy.datasets import Pair
-from cdkd_edge.accuracy.masks import mask_size
+from cdkd_edge.accuracy.masks import open_mask
 from cdkd_edge.errors import DatasetError, SceneError
 from cdkd_edge.scene.pipeline import SegmentOptions
+from cdkd_edge.scene.raster import place_problem
 from cdkd_edge.scene.reader import SceneReader
+from cdkd_edge.scene.upright import Upright
+
+_CUT = "rio warp MASK FITTED.tif --like IMAGE --src-nodata 255 --dst-nodata 255"
+_MEND_PLACE = (
+    f"cut the mask to the image: {_CUT}; or, if only its grid is wrong: "
+    "rio edit-info MASK --like IMAGE --crs like --transform like"
+)
 
 
 class ImageReader(SceneReader):
@@ -38,14 +47,36 @@ class ImageReader(SceneReader):
             raise DatasetError(f"image {self.path}: {error}", hint=error.hint) from None
 
     def require_fitting_mask(self) -> None:
-        """Make sure that the mask has the image's size, by its header.
+        """Make sure by its header that the mask has the image's size and, where both have a grid, its place.
 
         Raises:
             DatasetError: it has another, or cannot be read.
         """
-        height, width = mask_size(self.mask)
-        if (height, width) != (self.height, self.width):
-            raise DatasetError(
-                f"{self.path} is {self.width} x {self.height} px, its mask {self.mask.name} {width} x {height}",
-                hint="masks are compared pixel by pixel and never resized; make them fit first",
-            )
+        with open_mask(self.mask) as mask:
+            height, width = mask.height, mask.width
+            if (height, width) != (self.height, self.width):
+                as_stored = isinstance(self._source, Upright) and (width, height) == (self.height, self.width)
+                raise DatasetError(
+                    f"{self.path} is {self.width} x {self.height} px, its mask {self.mask.name} {width} x {height}",
+                    hint="the image is turned by its EXIF orientation; if the mask lies as its pixels are stored, take "
+                    "that away: exiftool -Orientation= IMAGE"
+                    if as_stored
+                    else "masks are compared pixel by pixel and never resized; make them fit first, "
+                    f"where both have a grid with: {_CUT}",
+                )
+            if problem := place_problem(self._source, mask):
+                raise DatasetError(f"mask {self.mask} {problem} ({self.path})", hint=_MEND_PLACE)
+            if isinstance(mask, Upright):
+                self.notes.append(f"its mask was {mask.note}")
+
+
+def reading_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """What there is to say of how images were read, by image; each once, with the images that it is about."""
+    names: dict[str, list[str]] = {}
+    for name, about in notes.items():
+        for note in about:
+            names.setdefault(note, []).append(name)
+    return [
+        f"{', '.join(who[:3])}{f' and {len(who) - 3} more' if len(who) > 3 else ''}: {note}"
+        for note, who in names.items()
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +20,89 @@ _STRIP = 1024
 """Rows translated at a time: colours need several times the memory of labels."""
 
 
-def mask_size(path: Path) -> tuple[int, int]:
-    """Height and width of a mask, px, from its header.
+@dataclass
+class Lost:
+    """Pixels that hold a class and yet have no label, because their file says that they have no data."""
 
-    Raises:
-        DatasetError: it cannot be read.
-    """
-    with _open(path) as dataset:
-        return int(dataset.height), int(dataset.width)
+    pixels: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By what says so, and class."""
+    masks: Counter[str] = field(default_factory=Counter)
+
+    def add(self, nodata: float | None, counts: npt.NDArray[np.int64], schema: LabelSchema) -> None:
+        """Count those of one mask by label, ``[K]``."""
+        if not counts.any():
+            return
+        cause = "transparency or mask band" if nodata is None else f"nodata value {nodata:g}"
+        self.masks[cause] += 1
+        self.pixels.update({(cause, name): int(n) for name, n in zip(schema.class_names, counts, strict=True) if n})
+
+    def notes(self) -> list[str]:
+        """A sentence for each cause."""
+        return [
+            f"the {cause} of {masks} mask{'s' if masks > 1 else ''} takes the label from "
+            + ", ".join(f"{n} pixels of {name}" for (why, name), n in self.pixels.most_common() if why == cause)
+            + "; if these are to count, store the masks without it"
+            for cause, masks in self.masks.items()
+        ]
 
 
-def read_labels(path: Path, schema: LabelSchema) -> npt.NDArray[np.uint8]:
+def read_labels(path: Path, schema: LabelSchema, lost: Lost | None = None) -> npt.NDArray[np.uint8]:
     """Labels uint8 ``[H, W]`` of a mask, 255 where there is none.
 
-    One band holds index values; three or four bands RGB colours (a fourth, alpha, is 255 where there is a
-    label). A palette counts as colours, unless it is the ramp of greys in which colour and index are the same number;
-    where index values are possible too and disagree, colours must be exactly the schema's.
-    The file's own nodata value or mask and transparent palette entries mean "no label".
+    One band holds index values, three RGB colours; one more may be alpha, which is 255 where there is a label. A
+    palette counts as colours, unless it is the ramp of greys in which colour and index are the same number; where index
+    values are possible too and disagree, colours must be exactly the schema's.
+    The file's own nodata value or mask and transparent palette entries mean "no label"; ``lost`` counts what classes
+    they hide.
 
     Raises:
         SchemaError: the mask holds a colour or value that the schema does not define.
         DatasetError: it cannot be read, or has other bands than these.
     """
-    with _open(path) as dataset:
-        if dataset.count not in (1, 3, 4):
+    with open_mask(path) as dataset:
+        with_alpha = dataset.count == 2 and dataset.colorinterp[1] == ColorInterp.alpha
+        if dataset.count not in (1, 3, 4) and not with_alpha:
             raise DatasetError(f"mask {path} has {dataset.count} bands; 1 (index values) or 3 (RGB) are expected")
+        hidden = np.zeros(NO_LABEL + 1, np.int64)
         palette = _palette(dataset) if dataset.count == 1 else None
         by_color = palette is not None and _knows_colors(dataset, palette, schema, path)
         labels = np.empty((dataset.height, dataset.width), np.uint8)
         for top in range(0, dataset.height, _STRIP):
             window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
-            pixels, known = _read(dataset, window, path)
+            pixels, known, odd = _read(dataset, window, path)
             if palette is not None:
                 known &= palette[pixels[0], 3] > 0
-            elif len(pixels) == 4:
-                known &= pixels[3] > 0
+            elif len(pixels) in (2, 4):
+                known &= pixels[-1] > 0
             if palette is not None and by_color:
                 mask = palette[pixels[0]][..., :3]
             else:
-                mask = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels[:3].transpose(1, 2, 0))
+                mask = pixels[0] if len(pixels) < 3 else np.ascontiguousarray(pixels[:3].transpose(1, 2, 0))
             labels[top : top + _STRIP] = _encode(mask, known, schema, path)
+            if lost is not None and not known.all():
+                would_be = schema.encode(mask[~known & ~odd][None], strict=False)
+                hidden += np.bincount(would_be.ravel(), minlength=len(hidden))
+        if lost is not None:
+            lost.add(dataset.nodata, hidden[: len(schema)], schema)
     return labels
 
 
-def _open(path: Path) -> Any:
+def open_mask(path: Path) -> Any:
+    """A mask, open.
+
+    Raises:
+        DatasetError: it cannot be read.
+    """
     try:
         return open_scene(path)
     except SceneError as error:
         raise DatasetError(f"mask {path} cannot be read: {error}", hint=error.hint) from None
 
 
-def _read(dataset: Any, window: Window, path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """Pixels ``[bands, h, w]`` as uint8, whole numbers of other types if they fit, and where the file has data."""
+def _read(
+    dataset: Any, window: Window, path: Path
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Pixels ``[bands, h, w]`` as uint8, where the file has data, and where a value without data is none of a byte."""
     known = np.ones((window.height, window.width), bool)
     try:
         with gdal(f"reading {path}"):
@@ -79,13 +112,14 @@ def _read(dataset: Any, window: Window, path: Path) -> tuple[npt.NDArray[np.uint
     except SceneError as error:
         raise DatasetError(f"mask {path} is damaged: {error}") from None
     if pixels.dtype == np.uint8:
-        return pixels, known
+        return pixels, known, np.zeros_like(known)
     if pixels.dtype.kind not in "iu" or len(pixels) != 1:
         raise DatasetError(f"mask {path} holds {pixels.dtype} values; index values are whole numbers, colours uint8")
     small = pixels.astype(np.uint8)
-    if (known & (small != pixels)[0]).any():
+    odd: npt.NDArray[np.bool_] = (small != pixels)[0]
+    if (known & odd).any():
         raise DatasetError(f"mask {path} holds {pixels.dtype} values beyond 0..255; index values and colours are uint8")
-    return small, known
+    return small, known, odd
 
 
 def _palette(dataset: Any) -> npt.NDArray[np.uint8] | None:
@@ -109,7 +143,7 @@ def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSch
     used = np.zeros(256, bool)
     for top in range(0, dataset.height, _STRIP):
         window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
-        pixels, known = _read(dataset, window, path)
+        pixels, known, _ = _read(dataset, window, path)
         used[np.unique(pixels[0][known])] = True
     used &= palette[:, 3] > 0
     colors, indices = palette[used][:, :3], np.flatnonzero(used).astype(np.uint8)

@@ -12,7 +12,7 @@ from rasterio.windows import Window
 from cdkd_edge.errors import DatasetError, SceneError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.scene.grid import Span
-from cdkd_edge.scene.raster import gdal, open_scene
+from cdkd_edge.scene.raster import gdal, open_scene, place_problem
 
 Counts = npt.NDArray[np.int64]
 
@@ -46,6 +46,11 @@ class LabelMaps:
         if not path.is_file():
             return None
         label_map = LabelMap(path, height, width)
+        with open_scene(scene) as image:
+            problem = place_problem(image, label_map.dataset)
+        if problem:
+            label_map.close()
+            raise DatasetError(f"label map {path} {problem} ({scene})")
         if label_map.class_names and not self.class_names:
             self.class_names = label_map.class_names
         if label_map.class_names and label_map.class_names != self.class_names:
@@ -67,10 +72,10 @@ class LabelMap:
     def __init__(self, path: Path, height: int, width: int) -> None:
         self.path = path
         try:
-            self._dataset: Any = open_scene(path)
+            self.dataset: Any = open_scene(path)
         except SceneError as error:
             raise DatasetError(f"label map {path} cannot be read: {error}") from None
-        dataset = self._dataset
+        dataset = self.dataset
         problem = None
         if dataset.count != 1 or dataset.dtypes[0] != "uint8":
             problem = f"holds {dataset.count} bands of {dataset.dtypes[0]}, not one of uint8"
@@ -84,16 +89,16 @@ class LabelMap:
 
     def close(self) -> None:
         """Close the file."""
-        self._dataset.close()
+        self.dataset.close()
 
     def count(self, row: Span, column: Span, tile: int) -> Counts:
         """Pixels per label of the part of a tile that lies in the scene, ``[255]``; pixels without one don't count."""
         top, left = max(row.start, 0), max(column.start, 0)
-        bottom = min(row.start + tile, self._dataset.height)
-        right = min(column.start + tile, self._dataset.width)
+        bottom = min(row.start + tile, self.dataset.height)
+        right = min(column.start + tile, self.dataset.width)
         try:
             with gdal(f"reading {self.path}"):
-                labels = self._dataset.read(1, window=Window(left, top, right - left, bottom - top))
+                labels = self.dataset.read(1, window=Window(left, top, right - left, bottom - top))
         except SceneError as error:
             raise DatasetError(f"label map {self.path} is damaged: {error}") from None
         return np.bincount(labels.ravel(), minlength=256)[:NO_LABEL]

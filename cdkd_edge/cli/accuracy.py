@@ -8,7 +8,17 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import command_line, need, new_folder, progress_bar, show, stem_of, workspace_at, write_json
+from cdkd_edge.cli.helpers import (
+    command_line,
+    need,
+    new_folder,
+    progress_bar,
+    show,
+    stem_of,
+    telling_what_is_kept,
+    workspace_at,
+    write_json,
+)
 from cdkd_edge.cli.options import (
     BandsOption,
     DataOption,
@@ -260,6 +270,7 @@ def finetune(
     from cdkd_edge.training.finetune import finetune as tune
     from cdkd_edge.training.recipe import Recipe
     from cdkd_edge.training.start import Shape
+    from cdkd_edge.training.state import what_is_kept
     from cdkd_edge.training.views import Augmentation
 
     recipe = Recipe(
@@ -296,6 +307,6 @@ def finetune(
         overwrite=overwrite,
         command=command_line(),
     )
-    with live_training() as listener:
+    with telling_what_is_kept(lambda: what_is_kept(output)), live_training() as listener:
         result = tune(source, data, output, options, listener)
     show(describe_finetune(result), as_json)

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import command_line, say, show, workspace_at
+from cdkd_edge.cli.helpers import command_line, say, show, telling_what_is_kept, workspace_at
 from cdkd_edge.cli.options import (
     BandsOption,
     EngineOption,
@@ -171,7 +171,7 @@ def bench(
         try:
             for left in remove_abandoned(space.benchmarks):
                 say(f"removed {left}, which a killed run had left")
-            with live_bench() as (progress, tell):
+            with telling_what_is_kept(), live_bench() as (progress, tell):
                 folder = space.new_run(loaded.manifest.name)
                 summary = run_benchmark(loaded, folder, options, progress, tell)
             space.hand_over(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +31,12 @@ def stem_of(artefact: Path) -> str:
 
 
 def command_line() -> str:
-    """What was typed, for a card."""
+    """What was typed, for a card. The number of a pipe (``<(...)``) means nothing later: LIST stands in its place."""
+    import re
     import shlex
 
-    return shlex.join(["cdkd-edge", *sys.argv[1:]])
+    piped = re.compile(r"/dev/(fd/\d+|stdin)$|/proc/\w+/fd/\d+$")
+    return shlex.join(["cdkd-edge", *(piped.sub("LIST", part) for part in sys.argv[1:])])
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -100,15 +102,31 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2))
 
 
-def steps() -> Any:
-    """A spinner on stderr that names the current step; a context manager."""
+@contextlib.contextmanager
+def steps() -> Iterator[Any]:
+    """A spinner on stderr that names the current step; says what is kept where a signal ends it."""
     from cdkd_edge.report.live import live_steps
 
-    return live_steps()
+    with telling_what_is_kept(), live_steps() as step:
+        yield step
 
 
-def progress_bar(title: str) -> Any:
-    """A bar of tiles on stderr; a context manager."""
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Any]:
+    """A bar of tiles on stderr; says what is kept where a signal ends it."""
     from cdkd_edge.report.live import live_bar
 
-    return live_bar(title)
+    with telling_what_is_kept(), live_bar(title) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def telling_what_is_kept(
+    kept: Callable[[], str] = lambda: "nothing that was begun is kept; the same command starts again",
+) -> Iterator[None]:
+    """Where a signal ends the block (Ctrl-C, SIGTERM, SIGHUP), say on stderr what is kept and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        typer.echo(f"interrupted; {kept()}", err=True)
+        raise

@@ -40,7 +40,9 @@ RangeOption = Annotated[
 ]
 DataOption = Annotated[
     Path,
-    typer.Option("--data", help="Labelled images: images/ and masks/, or DeepGlobe's or LoveDA's folders."),
+    typer.Option(
+        "--data", help="Labelled images: images/ and masks/, or folders as OpenMMLab, DeepGlobe or LoveDA have them."
+    ),
 ]
 SchemaOption = Annotated[
     Optional[str],  # noqa: UP045

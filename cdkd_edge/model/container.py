@@ -49,7 +49,7 @@ _SPARE = 64 << 20
 class Nothing:
     """Stands in for an object of a class that is never imported."""
 
-    def __new__(cls, *_: object, **__: object) -> Nothing:
+    def __new__(cls, *_: object, **__: object) -> Nothing:  # noqa: D102
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdkd_edge.interrupts import check
+from cdkd_edge.report.live import lines
 from cdkd_edge.report.table import Console, Listing, Report, cell, plain
 
 if TYPE_CHECKING:
@@ -179,7 +180,8 @@ def live_bench() -> Iterator[tuple[Callable[[str], None], Callable[[Live], None]
     """A line on stderr that says what is being measured; drawn only when told, so that it takes no time meanwhile."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield (lambda step: check()), (lambda live: check())
+        with lines(console) as tell:
+            yield tell, lambda live: tell(live_text(live))
         return
 
     from rich.live import Live as LiveLine

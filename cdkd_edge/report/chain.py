@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdkd_edge.labels import NAME_THEM, nameless
 from cdkd_edge.report.table import Report, plain, plural
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def describe_checkpoint(path: Path, *, tile: int | None, heads: int | None, weig
     if report.has_head:
         network, report = load_checkpoint(path, tile=tile, heads=heads, weights=weights)
     config, cost = report.config, network_cost(network)
-    classes = ", ".join(report.schema.class_names) if report.schema else "no names in the checkpoint"
+    classes = ", ".join(report.schema.class_names) if report.schema else "no names; export --schema gives them"
     rows = [
         ("layout", report.layout + (f" ({' > '.join(report.unwrapped)})" if report.unwrapped else "")),
         (
@@ -65,6 +66,7 @@ def describe_checkpoint(path: Path, *, tile: int | None, heads: int | None, weig
 def describe_export(result: ExportResult) -> Report:
     """``cdkd-edge export``."""
     manifest = result.manifest
+    names = [c["name"] for c in manifest.labels["classes"]]
     rows = [
         ("layout", manifest.layout),
         *(("dropped", f"{d.what}: {plural(d.tensors, 'tensor')}") for d in result.report.dropped),
@@ -72,7 +74,8 @@ def describe_export(result: ExportResult) -> Report:
         ("nodes", f"{result.nodes_written} written, {manifest.nodes} after simplification"),
         ("size", f"{manifest.artefact.bytes / 1e6:.1f} MB, opset {manifest.opset}"),
         ("tiles", f"{manifest.batch} x {manifest.tile} x {manifest.tile} px, uint8 in, uint8 labels out"),
-        ("classes", ", ".join(c["name"] for c in manifest.labels["classes"])),
+        ("classes", ", ".join(names)),
+        *([("note", NAME_THEM)] if nameless(names) else []),
         (
             "check",
             f"labels agree with PyTorch on {manifest.check.label_agreement:.4%} of the pixels, "

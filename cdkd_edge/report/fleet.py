@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from cdkd_edge.fleet.crew import Listener
 from cdkd_edge.fleet.jobs import DONE, FAILED, JobReport
 from cdkd_edge.interrupts import check
-from cdkd_edge.report.live import live_bar
+from cdkd_edge.report.live import lines, live_bar
 from cdkd_edge.report.segment import class_rows, describe_segment
 from cdkd_edge.report.table import Console, Report, cell
 
@@ -54,15 +54,18 @@ def live_fleet(scenes: list[str], as_json: bool) -> Iterator[FleetLines]:
         return
     columns = (TextColumn("scenes"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
+    if not console.is_terminal:
+        with lines(console) as tell:
+            yield FleetLines(as_json, console=console, tell=lambda text, _: tell(f"scenes {text}"), scenes=len(scenes))
+        return
     # What goes to stdout must not be redirected to stderr, unless both are the terminal that the bar is on.
-    with Progress(
-        *columns,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-        redirect_stdout=sys.stdout.isatty(),
-    ) as progress:
-        yield FleetLines(as_json, console=console, progress=progress, scenes=len(scenes))
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
+        task = progress.add_task("", total=len(scenes))
+
+        def tell_bar(text: str, completed: float) -> None:
+            progress.update(task, completed=completed, description=text)
+
+        yield FleetLines(as_json, console=console, tell=tell_bar, scenes=len(scenes))
 
 
 class FleetLines(Listener):
@@ -73,13 +76,12 @@ class FleetLines(Listener):
         as_json: bool,
         update: Callable[[int, int], None] | None = None,
         console: Console | None = None,
-        progress: Progress | None = None,
+        tell: Callable[[str, float], None] | None = None,
         scenes: int = 1,
     ) -> None:
         self.reports: list[JobReport] = []
         self._as_json, self._update, self._console = as_json, update, console
-        self._progress, self._scenes = progress, scenes
-        self._task = progress.add_task("", total=scenes) if progress else None
+        self._tell, self._scenes = tell, scenes
         self._started = time.monotonic()
         self._parts: dict[int, tuple[int, int]] = {}
         """Tiles done and in all, of every scene that was begun."""
@@ -121,11 +123,11 @@ class FleetLines(Listener):
         console.print(cell(text), soft_wrap=True)
 
     def _show(self) -> None:
-        if self._progress is None or self._task is None:
+        if self._tell is None:
             return
         bad = sum(report.status == FAILED for report in self.reports)
         tiles = sum(done for done, _ in self._parts.values())
         rate = tiles / max(1e-3, time.monotonic() - self._started)
         text = f"{len(self.reports)}/{self._scenes}, {rate:.1f} tiles/s" + (f", {bad} failed" if bad else "")
         under_way = sum(done / total for done, total in self._parts.values() if done < total and total)
-        self._progress.update(self._task, completed=len(self.reports) + min(under_way, 1.0), description=text)
+        self._tell(text, len(self.reports) + min(under_way, 1.0))

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from cdkd_edge.labels import NAME_THEM, nameless
 from cdkd_edge.report.table import Report, in_brackets, plain
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def class_rows(areas: Areas | None, total: int) -> list[tuple[str, str]]:
             ground = "" if area.hectares is None else f" ({area.hectares:.4g} ha)"
             shares.append(f"{area.name} {area.pixels / total:.1%}{ground}")
     rows = [("classes", ", ".join(shares) or "none")]
+    if nameless([area.name for area in areas.classes]):
+        rows.append(("note", NAME_THEM))
     return rows if areas.reason is None else [*rows, ("no hectares", areas.reason)]
 
 

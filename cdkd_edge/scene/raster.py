@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -14,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import rasterio
+from affine import Affine
 from rasterio._err import CPLE_BaseError  # rasterio.shutil and .warp let GDAL's own errors through
 from rasterio.env import set_gdal_config
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.transform import from_gcps
+from rasterio.warp import transform as transformed
 
 from cdkd_edge.errors import SceneError, SystemRefusalError
+from cdkd_edge.scene.upright import Upright, orientation_of
 
 # GDAL's messages reach the user once, as the text of our errors, not also through logging's last resort.
 logging.getLogger("rasterio").addHandler(logging.NullHandler())
@@ -124,7 +129,7 @@ def _way_into(name: str) -> str | None:
 
 
 def open_scene(path: str | Path) -> Any:
-    """Open a raster for reading.
+    """Open a raster for reading; a picture that is stored turned as viewers show it (:class:`Upright`).
 
     Raises:
         SceneError: there is no such file, or GDAL does not know its format.
@@ -134,8 +139,61 @@ def open_scene(path: str | Path) -> Any:
         raise SceneError(f"scene {name} {'is not a file' if Path(name).exists() else 'does not exist'}")
     try:
         with gdal(f"opening {name}"):
-            return rasterio.open(name)
+            dataset = rasterio.open(name)
+            orientation = orientation_of(dataset, name)
+            return dataset if orientation == 1 else Upright(dataset, orientation)
     except SceneError as error:
         if "not recognized" in error.message:
             raise SceneError(f"{name} is not a raster that GDAL can read", hint=_way_into(name)) from None
         raise
+
+
+_OFF = 0.45
+"""Pixels, a little less than half of one. A grid that is off by less still lays each pixel over its own."""
+
+
+def place_problem(image: Any, labels: Any) -> str | None:
+    """What is wrong with the place of a raster of labels that should lie pixel for pixel on an image.
+
+    Both are open and of one size. Compared are the corners of both grids, in pixels of the image; with ground control
+    points the grid is the one that fits them best. Where either has no grid there is nothing to compare.
+
+    Returns:
+        The end of a sentence that begins with the labels' name, or None.
+    """
+    ours, theirs = _grid(image), _grid(labels)
+    if ours is None or theirs is None:
+        return None
+    (here, our_crs), (there, their_crs) = ours, theirs
+    height, width = labels.height, labels.width
+    corners = [(0, 0), (width, 0), (0, height), (width, height)]
+    xs, ys = zip(*(there * corner for corner in corners), strict=True)
+    if our_crs and their_crs and our_crs != their_crs:
+        try:
+            with gdal("comparing places"):
+                xs, ys = transformed(their_crs, our_crs, xs, ys)
+        except SceneError:
+            return f"is not where its image is: in {their_crs.to_string()}, and its image in {our_crs.to_string()}"
+    if not here.determinant:
+        return None
+    found = [~here * point for point in zip(xs, ys, strict=True)]
+    off = max(math.dist(corner, point) for corner, point in zip(corners, found, strict=True))
+    if off <= _OFF:
+        return None
+    shifts = {(round(x - column, 1), round(y - row, 1)) for (column, row), (x, y) in zip(corners, found, strict=True)}
+    if len(shifts) > 1 or not math.isfinite(off):
+        return f"is not where its image is: a corner is {off:.3g} px off, by the grids of both files"
+    right, down = shifts.pop()
+    across = f"{abs(right):g} px to the {'right' if right > 0 else 'left'}" if right else ""
+    along = f"{abs(down):g} px {'down' if down > 0 else 'up'}" if down else ""
+    return f"is not where its image is: {' and '.join(filter(None, (across, along)))}, by the grids of both files"
+
+
+def _grid(dataset: Any) -> tuple[Affine, Any] | None:
+    """From pixels to the map, and in which reference system."""
+    if not dataset.transform.is_identity:
+        return dataset.transform, dataset.crs
+    points, crs = dataset.gcps
+    with contextlib.suppress(ValueError, RasterioError, CPLE_BaseError):
+        return (from_gcps(points), crs) if len(points) > 2 else None
+    return None

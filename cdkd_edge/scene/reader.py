@@ -19,6 +19,7 @@ from cdkd_edge.scene.raster import gdal, open_scene
 from cdkd_edge.scene.resample import resampled
 from cdkd_edge.scene.stretch import Stretch as Stretch
 from cdkd_edge.scene.stretch import stretch_limits, stretched
+from cdkd_edge.scene.upright import Upright
 
 Bands = tuple[int, int, int]
 
@@ -58,7 +59,7 @@ class SceneReader:
         self._source: Any = open_scene(path)
         self._dataset = self._source
         try:
-            self.notes: list[str] = []
+            self.notes: list[str] = [self._source.note] if isinstance(self._source, Upright) else []
             self.bands = self._choose_bands(bands)
             self._float = any(np.dtype(self._dataset.dtypes[band - 1]).kind == "f" for band in self.bands)
             self._masked = self._float or not all(
@@ -106,7 +107,8 @@ class SceneReader:
     @property
     def sequential(self) -> bool:
         """Whether the format can only be decoded from its beginning, so that a second reader would do it all again."""
-        return self._source.driver in _SEQUENTIAL
+        source = self._source
+        return (source.stored_driver if isinstance(source, Upright) else source.driver) in _SEQUENTIAL
 
     @property
     def georeference(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cdkd_edge import __version__
 from cdkd_edge.accuracy.colors import judge_colors
 from cdkd_edge.accuracy.datasets import Split, find_dataset, split_dataset
 from cdkd_edge.accuracy.evaluate import Evaluation, data_schema, evaluate, require_readable
-from cdkd_edge.accuracy.masks import read_labels
+from cdkd_edge.accuracy.masks import Lost, read_labels
 from cdkd_edge.accuracy.network import NetworkLabeller, load_network
 from cdkd_edge.errors import DatasetError, UsageError
 from cdkd_edge.files import sha256_of, write_text
@@ -42,6 +42,10 @@ from cdkd_edge.training.views import TrainingTiles
 
 _SAVE_STATE_EVERY_S = 120.0
 _SHARE_OF_FREE_DISK = 0.5
+_RANDOM_AND_FROZEN = (
+    "the encoder has random weights and is frozen, so it learns nothing and the scores stay low; train it as well with "
+    "--encoder-lr 1e-4, or start from a trained encoder"
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class Listener(Protocol):
 
     def step(self, text: str) -> None:
         """Something else begins."""
+
+    def note(self, text: str) -> None:
+        """Something to know before hours are spent."""
 
     def batch(self, done: int, total: int, seconds_left: float | None) -> None:
         """So many steps of the run are done."""
@@ -143,8 +150,14 @@ class _Run:
         listener.step(f"reading {len(split.training)} training masks")
         tiles = TrainingTiles(split.training, schema, network.config.tile, recipe.augmentation, options.reading)
         listener.step(f"reading {len(split.validation)} validation masks")
-        require_readable(split.validation, network.config.tile, options.reading)
-        self.validation_pixels = _class_pixels(split, schema)
+        lost = Lost()
+        notes = require_readable(split.validation, network.config.tile, options.reading)
+        self.validation_pixels = _class_pixels(split, schema, lost)
+        self.early_notes = [
+            *([_RANDOM_AND_FROZEN] if recipe.frozen and source.startswith(PRESET_PREFIX) else []),
+            *(f"training: {note}" for note in tiles.notes),
+            *(f"validation: {note}" for note in (*lost.notes(), *notes)),
+        ]
         self.features = self._features(device) if recipe.frozen else None
         self.trainer = Trainer(network, tiles, recipe, self.features)
         self.source_record = _source_record(source, start.layout)
@@ -157,6 +170,8 @@ class _Run:
     def finish(self) -> FinetuneResult:
         """Train what is left, then judge the file that was written."""
         trainer, listener, recipe = self.trainer, self.listener, self.options.recipe
+        for note in self.early_notes:
+            listener.note(note)
         self._sitting = (trainer.progress.step, time.perf_counter())
         while trainer.progress.epoch < recipe.epochs:
             loss = trainer.run_epoch(self._after_batch)
@@ -279,7 +294,7 @@ class _Run:
             "command": self.options.command,
             "source": self.source_record,
             "network": dataclasses.asdict(config),
-            "notes": [*self.start.notes, *split.notes, *self._class_notes()],
+            "notes": [*self.start.notes, *split.notes, *self.early_notes, *self._class_notes()],
             "recipe": dataclasses.asdict(self.options.recipe),
             "data": {
                 "folder": split.training.folder.name,
@@ -337,13 +352,16 @@ def _data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, Lab
     return split, schema
 
 
-def _class_pixels(split: Split, schema: LabelSchema) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _class_pixels(split: Split, schema: LabelSchema, lost: Lost) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Labelled pixels of the validation images by class; finds bad masks before hours were spent."""
     counts = np.zeros(256, np.int64)
     for pair in split.validation:
-        counts += np.bincount(read_labels(pair.mask, schema).ravel(), minlength=256)
+        counts += np.bincount(read_labels(pair.mask, schema, lost).ravel(), minlength=256)
     if not counts[: len(schema)].any():
-        raise DatasetError(f"no pixel of the {len(split.validation)} validation masks has a label")
+        raise DatasetError(
+            f"no pixel of the {len(split.validation)} validation masks has a label",
+            hint="; ".join(lost.notes()) or None,
+        )
     return counts[: len(schema)]
 
 

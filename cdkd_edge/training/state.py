@@ -24,6 +24,15 @@ def state_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.state.pt")
 
 
+def what_is_kept(output: Path) -> str:
+    """What to tell somebody who interrupted a run."""
+    state = state_path(output)
+    if not state.exists():
+        return "nothing was trained yet that could be kept; the same command starts again"
+    best = f", its best epoch so far in {output}" if output.exists() else ""
+    return f"the run is kept in {state}{best}; the same command with --resume goes on"
+
+
 def require_free(source: str, output: Path, *, resume: bool, overwrite: bool) -> None:
     """Make sure that nothing of value is overwritten, before anything is computed.
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from cdkd_edge.accuracy.datasets import Dataset
-from cdkd_edge.accuracy.images import ImageReader
-from cdkd_edge.accuracy.masks import read_labels
+from cdkd_edge.accuracy.images import ImageReader, reading_notes
+from cdkd_edge.accuracy.masks import Lost, read_labels
 from cdkd_edge.errors import DatasetError, UsageError
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.scene.grid import Span, TileGrid
@@ -133,7 +133,7 @@ class TrainingTiles:
             options: bands and stretch.
 
         Raises:
-            DatasetError: an image or mask cannot be read, or they differ in size.
+            DatasetError: an image or mask cannot be read, or they differ in size or place.
             SchemaError: a mask holds something that the schema does not define.
         """
         self.tile, self.schema, self.augmentation = tile, schema, augmentation
@@ -143,16 +143,23 @@ class TrainingTiles:
         self.class_pixels = np.zeros(len(schema), np.int64)
         """Labelled pixels by class, ``[K]``."""
         self.places: list[Place] = []
+        notes: dict[str, Sequence[str]] = {}
+        lost = Lost()
         for index, pair in enumerate(dataset):
-            height, width = self._look_at(index)
-            labels = read_labels(pair.mask, schema)
+            height, width, notes[pair.name] = self._look_at(index)
+            labels = read_labels(pair.mask, schema, lost)
             self.class_pixels += np.bincount(labels.ravel(), minlength=NO_LABEL + 1)[: len(schema)]
             for row, column in TileGrid.over(height, width, tile, 0):
                 if (labels[row.first : row.last, column.first : column.last] != NO_LABEL).any():
                     self.places.append(Place(index, row.start, column.start))
             self._remember(index, labels)
+        self.notes = [*lost.notes(), *reading_notes(notes)]
+        """On how images and masks are read."""
         if not self.places:
-            raise DatasetError(f"no pixel of the {len(dataset)} training masks of {dataset.folder} has a label")
+            raise DatasetError(
+                f"no pixel of the {len(dataset)} training masks of {dataset.folder} has a label",
+                hint="; ".join(lost.notes()) or None,
+            )
 
     def __len__(self) -> int:
         return len(self.places)
@@ -192,13 +199,13 @@ class TrainingTiles:
             image = _in_other_light(image, view.light, self.augmentation.light)
         return np.ascontiguousarray(image), np.ascontiguousarray(truth)
 
-    def _look_at(self, index: int) -> tuple[int, int]:
-        """Height and width of an image; remembers how its values are stretched."""
+    def _look_at(self, index: int) -> tuple[int, int, list[str]]:
+        """Height and width of an image, and notes on it; remembers how its values are stretched."""
         reader = ImageReader(self._dataset.pairs[index], self._options)
         try:
             reader.require_fitting_mask()
             self._limits.append(reader.limits)
-            return reader.height, reader.width
+            return reader.height, reader.width, reader.notes
         finally:
             reader.close()
 

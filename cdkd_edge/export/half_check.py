@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,7 @@ from onnx import TensorProto, helper
 from cdkd_edge.errors import NumericalCheckError
 from cdkd_edge.export.fuse import fuse_attention
 from cdkd_edge.export.half import FP16_MAX, fp16_on_cpu, rounded_values
-from cdkd_edge.machine import available_cores
+from cdkd_edge.export.session import cpu_session
 from cdkd_edge.manifest import ConversionCheck
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -57,14 +56,15 @@ def check_half(
     batches = list(_batches(shown, shape[0]))
     fuse_attention(model)
     progress("labels of the FP32 graph")
-    session = _session(model)
+    session = cpu_session(model, in_order=True)
     del model
     expected = [session.run(["labels"], {"image": batch})[0] for batch in batches]
     del session
 
     rehearsal = fp16_on_cpu(half)
     probes = _add_probes(rehearsal)
-    session = _session(rehearsal)
+    # In ONNX Runtime's own order probes run last, and keep what they look at.
+    session = cpu_session(rehearsal, in_order=True)
     del rehearsal
 
     def labels_of(batch: UInt8Array, what: str) -> UInt8Array:
@@ -207,14 +207,3 @@ def _require_range(what: str, probes: _Probes, values: list[npt.NDArray[np.float
                 f"on {what} attention scores ({name}) may reach {value.max():.3g}, beyond FP16's {FP16_MAX:.0f}",
                 hint="deploy this network in FP32",
             )
-
-
-def _session(model: onnx.ModelProto) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = available_cores()
-    options.enable_cpu_mem_arena = False  # an arena keeps what the largest tile needed; two sessions follow each other
-    options.enable_mem_pattern = False
-    # Nodes as they stand in the graph: in ONNX Runtime's own order probes run last, and keep what they look at.
-    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from run_helpers import make_run
 from scene_helpers import names_in
@@ -17,7 +18,7 @@ from test_parity import build_data
 
 from cdkd_edge.benchmarks.comparison.compare import compare_runs
 from cdkd_edge.benchmarks.comparison.gates import Limits, judge
-from cdkd_edge.benchmarks.comparison.pareto import front, write_picture
+from cdkd_edge.benchmarks.comparison.pareto import draw_picture, front, write_picture
 from cdkd_edge.benchmarks.comparison.ratio import Ratio
 from cdkd_edge.benchmarks.comparison.result import Comparison
 from cdkd_edge.benchmarks.comparison.scores import read_scores
@@ -449,7 +450,7 @@ def test_the_output_folder(pair: tuple[Path, Path], tmp_path: Path) -> None:
         if line.startswith("|"):
             assert line.endswith("|")
     assert "| fast | faster |" in markdown
-    assert Image.open(tmp_path / "out" / "pareto.png").size == (1440, 1000)
+    assert Image.open(tmp_path / "out" / "pareto.png").size[0] == 1440
 
 
 def test_names_cannot_break_a_table(tmp_path: Path) -> None:
@@ -500,6 +501,29 @@ def test_pictures(tmp_path: Path) -> None:
     assert pixels_of(tmp_path / "bars.png", first) > 10_000
     assert pixels_of(tmp_path / "forced.png", (0xB0, 0, 0x20)) > 100
     assert pixels_of(tmp_path / "energy.png", (0xB0, 0, 0x20)) == 0
+
+
+@pytest.mark.parametrize("kind", ["one letter", "long names", "thirty", "equal", "without power"])
+def test_nothing_is_cut_off_from_the_picture(tmp_path: Path, kind: str) -> None:
+    count = 30 if kind in ("thirty", "without power") else 3
+    names = [("W" * 100 if kind == "long names" else "run-of-an-engine-") + str(number) for number in range(count)]
+    for number, name in enumerate(names):
+        options = {"fps": 5.0 if kind == "equal" else 5.0 + number, "power": kind != "without power"}
+        make_run(tmp_path / name, engine={"artefact": sha(name)}, seconds=2, idle_seconds=1, warm_up=1, **options)
+    found = compare_runs([tmp_path / name for name in names])
+    figure = draw_picture(replace(found, not_comparable=("a reason that goes on and on, " * 40,)))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (axes,) = figure.axes
+    assert axes.get_window_extent().height > 2.0 * figure.dpi, "the legend leaves room"
+    parts = [part for part in (*figure.legends, figure._supxlabel, figure._suptitle, axes.yaxis.label) if part]
+    boxes = [part.get_window_extent(canvas.get_renderer()) for part in (*parts, *axes.get_yticklabels())]
+    for box in boxes:
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.width
+        assert box.y1 <= figure.bbox.height
+    assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for legend in figure.legends)
 
 
 def test_a_wide_range_is_drawn_too(tmp_path: Path) -> None:

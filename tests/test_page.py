@@ -329,7 +329,7 @@ def test_labels_of_percentiles_do_not_lie_upon_each_other(spread):
     ]
     assert len(places) == 3
     for index, (x, y) in enumerate(places):
-        assert 9 <= y <= 32
+        assert 19 <= y <= 44, "below the caption of the axis, above the bars"
         assert all(abs(x - other) >= 18 or abs(y - height) >= 10 for other, height in places[:index])
 
 

@@ -11,13 +11,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 from run_helpers import make_run
 
 from cdkd_edge.benchmarks.folder import Series, TimedBatch, read_run
 from cdkd_edge.benchmarks.page.svg import trace_drawing
 from cdkd_edge.benchmarks.plot import _Picture, write_trace_picture
-from cdkd_edge.benchmarks.plot_style import DPI, POWER, WIDTH, banner_lines
+from cdkd_edge.benchmarks.plot_style import DPI, POWER, STYLE, WIDTH, banner_lines
 from cdkd_edge.benchmarks.record import Verdict
 
 RED, YELLOW = (0xA5, 0, 0), (0xF5, 0xC2, 0x42)
@@ -192,3 +195,50 @@ def test_a_folder_that_cannot_be_written_is_an_os_error(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         write_trace_picture(run, tmp_path / "file" / "trace.png")
+
+
+def texts_of(run):
+    """Every text that is drawn, with its box in inches, and the picture's size."""
+    with style.context(["default", STYLE]):
+        picture = _Picture(run)
+        figure, _ = picture.draw()
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        boxes = [
+            (text.get_text(), text.get_window_extent(canvas.get_renderer()))
+            for text in figure.findobj(Text)
+            if text.get_text() and text.get_visible()
+        ]
+        # Ticks beyond the axis are not drawn.
+        unseen = [
+            label.get_window_extent()
+            for axes in figure.axes
+            for label in axes.get_xticklabels()
+            if not axes.get_xlim()[0] <= label.get_position()[0] <= axes.get_xlim()[1]
+        ]
+        boxes = [(words, box) for words, box in boxes if not any(box.x0 == other.x0 for other in unseen)]
+        return boxes, figure.bbox
+
+
+@pytest.mark.parametrize("kind", ["plain", "zero watts", "outlier", "fast", "close"])
+def test_no_text_lies_outside_the_picture_and_the_time_axis_begins_at_0(tmp_path, kind):
+    options = {
+        "zero watts": {"idle": 0.0, "load": 0.0}, "fast": {"fps": 20_000, "seconds": 1}, "close": {"idle": 18.0},
+        "outlier": {"fps": 80, "power": False},
+    }  # fmt: skip
+    make_run(tmp_path / "run", **{"seconds": 6, "idle_seconds": 2, "warm_up": 1, **options.get(kind, {})})
+    run = read_run(tmp_path / "run")
+    if kind == "zero watts":
+        run = replace(run, watts={"VDD_IN": Series((0.0, 5.0, 9.0), (0.0, 0.0, 0.0))})
+    if kind == "outlier":
+        slow = replace(run.tiles[-9], latency=1000 * run.tiles[-9].latency)
+        run = replace(run, tiles=(*run.tiles[:-9], slow, *run.tiles[-8:]))
+    boxes, whole = texts_of(run)
+    assert _Picture(run).start == 0
+    for words, box in boxes:
+        if box.y0 > 0.9 * whole.height or box.height == 0:  # ticks beyond an axis are not drawn
+            continue
+        assert box.x0 >= 0, words
+        assert box.x1 <= whole.width, words
+    means = [box for words, box in boxes if words.startswith(("idle ", "load ")) and words.endswith(" W")]
+    assert not any(one.overlaps(other) for one in means for other in means if one is not other)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 
 import pytest
 from run_helpers import make_run
@@ -70,6 +72,12 @@ def damage(path, old, new):
         ("summary.json", "{", "", "cannot be read"),
         ("tiles.csv", "latency_ms", "latency", "no column latency_ms"),
         ("tiles.csv", "0,warm-up,0,", "0,warm-up,0,x", "damaged"),
+        ("tiles.csv", "0,warm-up,0,", "0,warm-up,0,-", "damaged: .* is no batch"),
+        ("tiles.csv", "0,warm-up,0,", "0,warm-up,0,1e30", "damaged: .* is no batch"),
+        ("tiles.csv", "0,warm-up,0,", "0,nap,0,", "damaged: .* is no batch"),
+        ("tiles.csv", "0,warm-up,0,", "warm-up,0,", "damaged: rows of other lengths"),
+        ("summary.json", '"tiles": 150', '"tiles": 1e300', "damaged: summary.repeats.0..tiles is 1e.300"),
+        ("summary.json", '"summary_version": 2', '"nested": ' + "[" * 100_000, "cannot be read"),
         ("trace.csv", "phase", "part", "no column phase"),
         ("trace.csv", ",5.", ",nan5.", "damaged"),
         ("conditions.csv", "time_s", "time", "no column time_s"),
@@ -80,6 +88,31 @@ def test_what_is_damaged_is_named(tmp_path, file, old, new, said):
     damage(tmp_path / "run" / file, old, new)
     with pytest.raises(BenchError, match=said):
         read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("table", ["tiles.csv", "trace.csv", "conditions.csv"])
+def test_a_table_larger_than_any_run_writes_is_not_read(tmp_path, table):
+    make_run(tmp_path / "run")
+    path = tmp_path / "run" / table
+    for rows in ("\0" * (200 << 20), path.read_text() + "0,load,1,2.0,3.0\n" * (7 << 20)):
+        path.write_text(rows)
+        begin = time.monotonic()
+        with pytest.raises(BenchError, match=rf"{re.escape(table)} cannot be read: larger than \d+ MiB"):
+            read_run(tmp_path / "run")
+        assert time.monotonic() - begin < 5
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(BenchError, match="larger than"):
+        read_run(tmp_path / "run")
+
+
+def test_figures_of_nothing_are_damage(tmp_path):
+    make_run(tmp_path / "run", repeats=2)
+    document = json.loads((tmp_path / "run/summary.json").read_text())
+    document["figures"]["tiles_per_second"]["values"] = []
+    (tmp_path / "run/summary.json").write_text(json.dumps(document))
+    with pytest.raises(BenchError, match=r"figures.tiles_per_second is of 0 values and has an interval"):
+        read_summary(tmp_path / "run")
 
 
 def test_what_is_no_run_is_named(tmp_path):

@@ -123,7 +123,7 @@ def run_benchmark(
         fill_inputs(engine)
         summary = _measure(engine, temporary, options, progress, tell)
         progress("drawing")
-        run = replace(read_run(temporary), folder=folder)
+        run = replace(read_run(temporary, bounded=False), folder=folder)
         write_trace_picture(run, temporary / PICTURE)
         write_report_page(run, temporary / PAGE)
     return summary

@@ -37,13 +37,13 @@ class Windows:
 
 
 def bounds(run: Run) -> tuple[float, float]:
-    """First and last moment of a run, s."""
+    """First and last moment of a run, s; the start of the run, 0, lies within."""
     ends = [(span.start, span.stop) for span in run.summary.phases]
     ends += [(series.times[0], series.times[-1]) for series in run.watts.values() if series.times]
     ends += [(batch.start, batch.start + batch.latency) for batch in (*run.tiles[:1], *run.tiles[-1:])]
     if not ends:
         return 0.0, 1.0
-    start, stop = min(a for a, _ in ends), max(b for _, b in ends)
+    start, stop = min(0.0, *(a for a, _ in ends)), max(b for _, b in ends)
     return start, max(stop, start + 1e-3)
 
 
@@ -130,6 +130,12 @@ def thin(times: Floats, values: Floats, start: float, stop: float, columns: int)
             part = values[a:b]
             kept += sorted({a, a + int(part.argmin()), a + int(part.argmax()), b - 1})
     return times[kept], values[kept]
+
+
+def power_top(run: Run) -> float:
+    """Top of the axis of power, W; not below what sensors can tell from nothing."""
+    highest = max((max(series.values) for series in run.watts.values() if series.values), default=1.0)
+    return max(1.2 * highest, 0.1)
 
 
 def clear_height(occupied: Sequence[float]) -> float:

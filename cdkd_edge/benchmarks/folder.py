@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.benchmarks.record import SUMMARY_VERSION, BenchSummary, Span
-from cdkd_edge.errors import BenchError
-from cdkd_edge.files import write_text
+from cdkd_edge.benchmarks.record import LOAD, SUMMARY_VERSION, WARM_UP, BenchSummary, Span
+from cdkd_edge.errors import BenchError, printable
+from cdkd_edge.files import read_json, read_small, write_text
 from cdkd_edge.power.protocol import JOULES, WATTS
 from cdkd_edge.power.trace import Trace
 
 SUMMARY, TILES, TRACE, CONDITIONS = "summary.json", "tiles.csv", "trace.csv", "conditions.csv"
 PICTURE, PAGE = "trace.png", "report.html"
+
+MOST = 1e15
+"""Of whatever is measured, in any of the units here."""
+MOST_TABLE = 64 << 20
+"""Bytes of a table that are read back: 1.6 million batches."""
+MOST_COLUMNS = 1000
 
 _UNITS = {WATTS: "w", JOULES: "j"}
 
@@ -134,11 +142,11 @@ def read_summary(folder: Path) -> BenchSummary:
 
     path = folder / SUMMARY
     try:
-        document = msgspec.json.decode(path.read_bytes())
-    except FileNotFoundError:
+        document = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise BenchError(f"{folder} is no benchmark run: there is no {SUMMARY} in it") from None
-    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError) as error:
-        raise BenchError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{path} cannot be read: {_said(error)}") from None
     version = document.get("summary_version") if isinstance(document, dict) else None
     if version != SUMMARY_VERSION:
         raise BenchError(
@@ -146,34 +154,74 @@ def read_summary(folder: Path) -> BenchSummary:
             hint="measure again with `cdkd-edge bench`",
         )
     try:
+        _require_possible(document, "summary")
         return msgspec.convert(document, BenchSummary)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, ValueError) as error:
         raise BenchError(f"{path} is damaged: {error}") from None
 
 
-def read_run(folder: Path) -> Run:
+def _require_possible(value: Any, where: str) -> None:
+    """Refuse numbers that nothing measures, before they are computed with, and means of nothing."""
+    if isinstance(value, float | int) and not abs(value) <= MOST:
+        raise ValueError(f"{where} is {value:.3g}")
+    if isinstance(value, dict):
+        if value.keys() >= {"mean", "values", "interval"}:
+            _require_figure(value, where)
+        for name, one in value.items():
+            _require_possible(one, f"{where}.{name}")
+    elif isinstance(value, list):
+        for index, one in enumerate(value):
+            _require_possible(one, f"{where}[{index}]")
+
+
+def _require_figure(figure: dict[str, Any], where: str) -> None:
+    values, interval = figure["values"], figure["interval"]
+    if isinstance(values, list) and len(values) < (2 if interval else 1):
+        raise ValueError(f"{where} is of {len(values)} values" + (" and has an interval" if interval else ""))
+
+
+def read_run(folder: Path, *, bounded: bool = True) -> Run:
     """Read a run's folder, its tables included.
+
+    Args:
+        folder: of the run.
+        bounded: refuse tables larger than any run writes; not those that this very run has just written.
 
     Raises:
         BenchError: a file is missing or damaged.
     """
     summary = read_summary(folder)
-    tiles = []
-    for row in _rows(folder / TILES, ("repeat", "phase", "start_s", "latency_ms")):
-        try:
-            start, latency = _number(row["start_s"]), _number(row["latency_ms"])
-            if start is None or latency is None:
-                raise ValueError
-            tiles.append(TimedBatch(int(row["repeat"]), row["phase"], start, latency / 1e3))
-        except ValueError:
-            raise BenchError(f"{folder / TILES} is damaged") from None
+    tiles = read_tiles(folder, summary, bounded=bounded)
     watts: dict[str, Series] = {}
+    most = _most_bytes(summary) if bounded else None
     if (folder / TRACE).exists():
-        for name, series in _columns(folder / TRACE, ("uncertainty_s", "repeat", "phase")).items():
+        for name, series in _columns(folder / TRACE, ("uncertainty_s", "repeat", "phase"), most).items():
             rail, _, unit = name.rpartition("_")
             watts[rail] = _steps(series) if unit == _UNITS[JOULES] else series
-    conditions = _columns(folder / CONDITIONS, ()) if (folder / CONDITIONS).exists() else {}
-    return Run(folder, summary, tuple(tiles), watts, conditions)
+    conditions = _columns(folder / CONDITIONS, (), most) if (folder / CONDITIONS).exists() else {}
+    return Run(folder, summary, tiles, watts, conditions)
+
+
+def read_tiles(folder: Path, summary: BenchSummary, *, bounded: bool = True) -> tuple[TimedBatch, ...]:
+    """Read ``tiles.csv`` alone; arguments and errors as of :func:`read_run`."""
+    path, tiles = folder / TILES, []
+    most = _most_bytes(summary) if bounded else None
+    for row in _rows(path, ("repeat", "phase", "start_s", "latency_ms"), most):
+        try:
+            repeat, phase = int(row["repeat"]), sys.intern(row["phase"])
+            start, latency = _number(row["start_s"]), _number(row["latency_ms"])
+            if start is None or latency is None or start < 0 or latency < 0 or phase not in (WARM_UP, LOAD):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise BenchError(f"{path} is damaged: {printable(str(dict(row)), 200)} is no batch") from None
+        tiles.append(TimedBatch(repeat, phase, start, latency / 1e3))
+    return tuple(tiles)
+
+
+def _most_bytes(summary: BenchSummary) -> int:
+    """Bytes that a table of a run can have: 25,000 batches a second, each a row of 40 bytes, and a margin."""
+    seconds = max((span.stop for span in summary.phases), default=0.0)
+    return int(min(MOST_TABLE, 4e6 + 1e6 * max(0.0, seconds)))
 
 
 def _steps(counter: Series) -> Series:
@@ -186,10 +234,10 @@ def _steps(counter: Series) -> Series:
     return Series(tuple(time for time, _ in steps), tuple(watts for _, watts in steps))
 
 
-def _columns(path: Path, others: Sequence[str]) -> dict[str, Series]:
+def _columns(path: Path, others: Sequence[str], most: int | None) -> dict[str, Series]:
     """Every numeric column of a table with ``time_s``."""
     columns: dict[str, tuple[list[float], list[float]]] = {}
-    for row in _rows(path, ("time_s", *others)):
+    for row in _rows(path, ("time_s", *others), most):
         for name, text in row.items():
             if name == "time_s" or name in others:
                 continue
@@ -205,7 +253,7 @@ def _columns(path: Path, others: Sequence[str]) -> dict[str, Series]:
 
 
 def _number(text: str | None) -> float | None:
-    """A finite number; None where there is no text.
+    """A number that can be measured; None where there is no text.
 
     Raises:
         ValueError: it is none.
@@ -213,19 +261,28 @@ def _number(text: str | None) -> float | None:
     if not text:
         return None
     number = float(text)
-    if not math.isfinite(number):
+    if not abs(number) <= MOST:
         raise ValueError(text)
     return number
 
 
-def _rows(path: Path, expected: Sequence[str]) -> list[dict[str, str]]:
+def _rows(path: Path, expected: Sequence[str], most: int | None) -> Iterator[dict[str, str]]:
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            missing = set(expected) - set(reader.fieldnames or ())
+        content = path.read_bytes() if most is None else read_small(path, most)
+        reader = csv.DictReader(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline=""))
+        names = reader.fieldnames or ()
+        if missing := set(expected) - set(names):
+            raise BenchError(f"{path} is damaged: no column {min(missing)}")
+        if len(names) > MOST_COLUMNS:
+            raise BenchError(f"{path} is damaged: it has {len(names)} columns")
+        for row in reader:
+            if None in row or None in row.values():
+                raise BenchError(f"{path} is damaged: rows of other lengths")
+            yield row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BenchError(f"{path} cannot be read: {error}") from None
-    if missing or any(None in row for row in rows):
-        raise BenchError(f"{path} is damaged: " + (f"no column {min(missing)}" if missing else "rows of other lengths"))
-    return rows
+        raise BenchError(f"{path} cannot be read: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    """In a sentence about the file; the file itself is named there already."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -194,8 +194,7 @@ class _Picture:
     def _draw_power(self, axes: Axes) -> float:
         """Returns the top of the axis, W."""
         main = curves.main_rails(self.run)
-        highest = max((max(series.values) for series in self.run.watts.values() if series.values), default=1.0)
-        top = max(highest * 1.2, 1e-3)
+        top = curves.power_top(self.run)
         axes.set_ylim(0, top)
         axes.set_ylabel("Power (W)", labelpad=2)
         thin = zip(cycle(RAILS), cycle(DASHES))
@@ -207,8 +206,13 @@ class _Picture:
             self.handles.append(line)
         self._draw_gaps(axes, main)
         for rail, (idle, load) in curves.mean_watts(self.run).items() if len(main) == 1 else ():
-            self._draw_mean(axes, f"{IDLE} {idle:.2f} W", idle, self.run.watts[rail], above=False)
-            self._draw_mean(axes, f"{LOAD} {load:.2f} W", load, self.run.watts[rail], above=True)
+            low = self._draw_mean(axes, f"{IDLE} {idle:.2f} W", idle, self.run.watts[rail], above=False)
+            high = self._draw_mean(axes, f"{LOAD} {load:.2f} W", load, self.run.watts[rail], above=True)
+            if low and high and high.xy[1] - low.xy[1] < 0.1 * top:  # the words would lie upon each other
+                if low.xy[1] > 0.15 * top:
+                    low.set(verticalalignment="top", position=(0, -2))
+                else:  # below it there are other numbers
+                    high.set_position((0, 10))
         return top
 
     def _draw_series(self, axes: Axes, series: Series, colour: str, dash: Any, width: float, order: int = 2) -> Any:
@@ -232,13 +236,14 @@ class _Picture:
         if missing:
             self.handles.append(Patch(label="no readings", **style))
 
-    def _draw_mean(self, axes: Axes, words: str, watts: float, series: Series, *, above: bool) -> None:
+    def _draw_mean(self, axes: Axes, words: str, watts: float, series: Series, *, above: bool) -> Any:
+        """The words, if there is a load beside which they stand."""
         if above:
             axes.axhline(watts, color="white", linewidth=0.9, zorder=4)  # so that the dashes show upon a dark band
         axes.axhline(watts, color="black", linewidth=0.6, linestyle=(0, (3, 2)), zorder=4)
         loads = [span for span in self.run.summary.phases if span.name == LOAD]
         if not loads:
-            return
+            return None
         widest = max(loads, key=lambda span: span.seconds)
         inside = [
             value for time, value in zip(series.times, series.values, strict=True) if widest.start <= time < widest.stop
@@ -253,14 +258,19 @@ class _Picture:
         half = (self._inches(text) / 2 + 0.02) * (self.stop - self.start) / (WIDTH - self.left - self.right)
         middle = min(max(text.xy[0], self.start + half), self.stop - half)
         text.xy = (middle, height)
+        return text
 
     def _draw_speed(self, axes: Axes, watts: float | None) -> None:
         """Tiles/s; with ``watts``, the top of the power axis, at a height where power is not."""
         from matplotlib.lines import Line2D
+        from matplotlib.ticker import EngFormatter
 
         length = curves.typical_window(self.windows)
         levels = curves.levels(self.run, watts) if watts else None
-        axes.set_ylim(0, curves.throughput_top(self.windows, levels))
+        top = curves.throughput_top(self.windows, levels)
+        axes.set_ylim(0, top)
+        if top >= 10_000:  # as 12k: there is no room for more digits
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_ylabel("Throughput (tiles/s)", labelpad=3 if watts else 2, color=SPEED)
         axes.tick_params(axis="y", colors=SPEED)
         dash: Any = (0, (6, 1.5, 1, 1.5)) if watts else "-"
@@ -271,15 +281,22 @@ class _Picture:
 
     def _draw_latency(self, axes: Axes) -> None:
         from matplotlib.patches import Patch
+        from matplotlib.ticker import EngFormatter, NullLocator
 
-        highest = 0.0
+        highest = usual = 0.0
         for one in self.windows:
             low, middle, high = one.latency_ms.T
             axes.stairs(high, one.edges, baseline=low, fill=True, color="#9ecae1", linewidth=0)
             axes.stairs(middle, one.edges, baseline=None, color=POWER, linewidth=0.9)
-            highest = max(highest, float(high.max()))
+            highest, usual = max(highest, float(high.max())), max(usual, float(middle.max()))
         axes.set_ylim(0, max(highest * 1.15, 1e-6))
         axes.set_ylabel("Latency (ms)", labelpad=2)
+        if highest > 20 * usual > 0:  # one batch would press all others onto the axis
+            axes.set_yscale("log")
+            axes.set_ylim(max(min(float(one.latency_ms.min()) for one in self.windows) / 2, 1e-6), highest * 2)
+            axes.yaxis.set_minor_locator(NullLocator())
+        if highest > 20 * usual > 0 or highest >= 10_000:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         self.handles.append(Patch(facecolor="#9ecae1", edgecolor=POWER, linewidth=0, label="latency: median, range"))
 
     def _draw_heat(self, axes: Axes) -> None:

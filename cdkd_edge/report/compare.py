@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cdkd_edge.errors import printable
 from cdkd_edge.report.table import Listing, Report, plain
 
 if TYPE_CHECKING:
@@ -179,4 +180,4 @@ def _line(cells: tuple[str, ...]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\|`*<>\[\]])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\|`*<>\[\]])", r"\\\1", printable(" ".join(text.split())))

@@ -52,7 +52,7 @@ def status_objections(name: str, summary: BenchSummary) -> list[str]:
 def objections(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
     """Why two runs cannot be compared; empty if they can."""
     found = []
-    classes = [[item.get("name") for item in run.engine.labels.get("classes", ())] for run in (one, other)]
+    classes = [_class_names(run.engine.labels.get("classes")) for run in (one, other)]
     if classes[0] != classes[1]:
         found.append(f"{names[0]} and {names[1]} have other classes: {_listed(classes[0])} and {_listed(classes[1])}")
     found += _setting_objections(names, one, other)
@@ -65,6 +65,13 @@ def objections(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -
                 found.append(f"{title[what]} {values[0]} in {names[0]} and {values[1]} in {names[1]}")
                 break  # another scope has other rails and sources as a matter of course
     return found
+
+
+def _class_names(classes: Any) -> list[Any]:
+    """Of the labels in a manifest, which anybody may have written."""
+    if not isinstance(classes, list):
+        return []
+    return [item.get("name") if isinstance(item, dict) else item for item in classes]
 
 
 def _setting_objections(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:

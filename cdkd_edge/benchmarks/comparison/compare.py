@@ -26,11 +26,15 @@ from cdkd_edge.benchmarks.comparison.result import (
     Row,
 )
 from cdkd_edge.benchmarks.comparison.scores import Score, scores_by_engine
-from cdkd_edge.benchmarks.folder import SUMMARY, Run, read_run
+from cdkd_edge.benchmarks.folder import SUMMARY, Run, read_summary, read_tiles
 from cdkd_edge.benchmarks.record import LOAD, Figures
 from cdkd_edge.benchmarks.statistics import Figure
 from cdkd_edge.errors import CompareError, UsageError, printable
 
+LEAST_SPEED = 1e-9
+"""Tiles or megapixels per second; less is none."""
+LEAST_JOULES = 1e-12
+"""Per tile or megapixel, likewise."""
 METHOD = (
     "95 %; ratio of two independent means on its logarithm, Welch's degrees of freedom; over repeats, or over "
     "overlapping blocks of batches where a run has one repeat (these don't show how runs differ from start to start)"
@@ -66,7 +70,7 @@ def compare_runs(
         raise UsageError("a comparison needs at least two runs", hint="cdkd-edge compare RUN RUN...")
     if not 0 <= baseline < len(folders):
         raise CompareError(f"there is no run {baseline + 1}; {len(folders)} were named")
-    runs = [read_run(folder.parent if folder.name == SUMMARY else folder) for folder in folders]
+    runs = [_read(folder.parent if folder.name == SUMMARY else folder) for folder in folders]
     names = _names([run.folder for run in runs])
     for name, run in zip(names, runs, strict=True):
         _require_figures(name, run)
@@ -93,6 +97,12 @@ def compare_runs(
     return Comparison(baseline, unit, tuple(rows), tuple(reasons), tuple(notes), tuple(gates), METHOD)
 
 
+def _read(folder: Path) -> Run:
+    """A run without its curves, which nothing here looks at."""
+    summary = read_summary(folder)
+    return Run(folder, summary, read_tiles(folder, summary), {}, {})
+
+
 def _names(folders: Sequence[Path]) -> list[str]:
     """Names of folders; paths where names are not enough. Printable, because they come from outside."""
     short = [folder.resolve().name for folder in folders]
@@ -111,7 +121,7 @@ def _require_figures(name: str, run: Run) -> None:
             f"{name} has no figures: it is {verdict.status}: {'; '.join(verdict.reasons)}",
             hint="measure again; `cdkd-edge bench --keep-invalid` keeps the figures of an invalid run",
         )
-    if figures.tiles_per_second.mean <= 0 or figures.megapixels_per_second.mean <= 0:
+    if min(figures.tiles_per_second.mean, figures.megapixels_per_second.mean) < LEAST_SPEED:
         raise CompareError(f"{name} computed no tile", hint="measure again with `cdkd-edge bench`")
 
 
@@ -224,7 +234,7 @@ def _energy_ratio(run: Run, baseline: Run, quantity: str) -> Ratio | None:
     if not powers[0] or not powers[1]:
         return None
     found: list[Figure] = [getattr(power.rails[power.total], quantity) for power in powers if power and power.total]
-    if min(figure.mean for figure in found) <= 0:
+    if min(figure.mean for figure in found) < LEAST_JOULES:
         return None  # net of next to nothing: its sign is noise
     spreads = [spread_of_repeats(figure) for figure in found]
     return ratio_of(found[0].mean, spreads[0], found[1].mean, spreads[1], ONE_REPEAT)

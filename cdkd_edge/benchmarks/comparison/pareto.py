@@ -19,11 +19,14 @@ from cdkd_edge.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """M. Okabe and K. Ito, Color Universal Design: told apart by colour-blind readers. Yellow is too pale on white."""
 MARKERS = "osD^vPX<>"
 _INK, _GREY, _PALE, _ALERT = "#333333", "#767676", "#B8B8B8", "#B00020"
+WIDTH = 7.2
+"""Inches."""
 _WIDE = 12.0
 """Beyond this ratio of largest to smallest an axis is logarithmic."""
 
@@ -57,9 +60,17 @@ def write_picture(path: Path, found: Comparison) -> None:
 
     Runs that lack what an axis needs are named below the picture.
     """
+    with whole_file(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters the font lacks is drawn as boxes
+        draw_picture(found).savefig(temporary, format="png")
+
+
+def draw_picture(found: Comparison) -> Figure:
+    """The figure of :func:`write_picture`; as much higher as its legend and its remarks need."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 5.0), dpi=200, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.4), dpi=200, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr,call-arg]
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_INK)
@@ -71,12 +82,10 @@ def write_picture(path: Path, found: Comparison) -> None:
         shown = _draw_scores(axes, found, with_score)
     else:
         shown = list(found.rows)
-        figure.set_size_inches(7.2, 1.3 + 0.42 * len(shown))
+        figure.set_size_inches(WIDTH, 1.0 + 0.42 * len(shown))
         _draw_bars(axes, found)
     _say(figure, axes, found, [row.name for row in found.rows if row not in shown])
-    with whole_file(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters the font lacks is drawn as boxes
-        figure.savefig(temporary, format="png")
+    return figure
 
 
 def _draw_energy(axes: Axes, found: Comparison, rows: Sequence[Row]) -> list[Row]:
@@ -133,6 +142,7 @@ def _draw_bars(axes: Axes, found: Comparison) -> None:
     )
     axes.set_xlabel(f"speed, {_rate(found)}")
     axes.margins(x=0.12)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
 
 
 def _speed(row: Row, unit: str) -> tuple[float, Interval | None]:
@@ -175,7 +185,7 @@ def _draw_power_lines(axes: Axes, points: Sequence[Point]) -> None:
         axes.plot(*zip(*curve, strict=True), color=_PALE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         places = axes.transAxes.inverted().transform(axes.transData.transform(curve))
         across, up = min(places, key=lambda place: abs(place[0] - place[1]))
-        if 0.04 < across < 0.94 and 0.04 < up < 0.94:
+        if 0.04 < across < 0.94 and 0.04 < up < 0.94 and min(across, up) < 0.8:  # there stands "better"
             axes.text(
                 across, up, f"{level:g} W", transform=axes.transAxes, ha="center", va="center", fontsize=7.5,
                 color=_GREY, zorder=1, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
@@ -200,8 +210,9 @@ def _draw_front(axes: Axes, points: Sequence[Point], best: Sequence[int]) -> Non
         axes.step([p.x for p in chosen], [p.y for p in chosen], where="post", color=_INK, linewidth=1.0, zorder=2)
     axes.plot(
         [p.x for p in chosen], [p.y for p in chosen], "o", markersize=15, markerfacecolor="none", markeredgecolor=_INK,
-        markeredgewidth=1.0, zorder=2, label="Pareto front",
+        markeredgewidth=1.0, zorder=2,
     )  # fmt: skip
+    axes.plot([], [], "o", markersize=8, markerfacecolor="none", markeredgecolor=_INK, label="Pareto front")
 
 
 def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
@@ -225,18 +236,38 @@ def _bars(center: float, interval: Interval) -> list[list[float]]:
 
 
 def _say(figure: Any, axes: Axes, found: Comparison, missing: Sequence[str]) -> None:
-    """Legend, and what the reader has to know."""
-    if axes.get_legend_handles_labels()[0]:
-        legend = figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+    """Legend, and what the reader has to know. The figure grows by what they take."""
+    higher, legend = 0.0, None
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        columns = 2 if max(map(len, labels)) <= 44 and not any(map(_is_wide, labels)) else 1
+        legend = figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5)
         for text in legend.get_texts():
             text.set_parse_math(False)
+        higher += 0.18 * math.ceil(len(labels) / columns)
     below = ["whiskers: 95 % intervals"]
     if missing:
         below.append(f"not in the picture: {', '.join(map(_cut, missing))}")
-    figure.supxlabel("; ".join(below), fontsize=7.5, color=_GREY, x=0.99, ha="right", parse_math=False)
+    lines = textwrap.wrap("; ".join(below), 110, max_lines=4, placeholder=" …")
+    figure.supxlabel("\n".join(lines), fontsize=7.5, color=_GREY, x=0.99, ha="right", parse_math=False)
+    higher += 0.12 * (len(lines) - 1)
     if found.not_comparable:
-        text = textwrap.fill("NOT COMPARABLE: " + "; ".join(found.not_comparable), 100)
-        axes.set_title(text, loc="left", fontsize=8.5, color=_ALERT, parse_math=False)
+        text = "NOT COMPARABLE: " + "; ".join(found.not_comparable)
+        lines = textwrap.wrap(text, 90, max_lines=6, placeholder=" …")
+        # Over the whole width: over the axes alone it would be cut off beside long names.
+        if legend:
+            legend.set_title("\n".join(lines), prop={"size": 8.5})
+            legend.set_alignment("left")
+            legend.get_title().set(color=_ALERT, parse_math=False)
+        else:
+            figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=8.5, color=_ALERT, parse_math=False)
+        higher += 0.15 * len(lines)
+    figure.set_size_inches(WIDTH, figure.get_size_inches()[1] + higher)
+
+
+def _is_wide(label: str) -> bool:
+    """Whether a label takes more than half of the width, for its letters: capitals and ``w`` are wide."""
+    return sum(1.6 if char in "mwMW@" or char.isupper() or not char.isascii() else 1.0 for char in label) > 46
 
 
 def _cut(name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cdkd_edge.errors import CompareError
+from cdkd_edge.files import read_json
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ def read_scores(path: Path) -> list[Score]:
     import msgspec
 
     try:
-        document = msgspec.json.decode(path.read_bytes())
-    except (OSError, UnicodeDecodeError, RecursionError, msgspec.DecodeError) as error:
-        raise CompareError(f"{path} cannot be read: {error}", hint=_HINT) from None
+        document = read_json(path)
+    except (OSError, ValueError) as error:
+        said = error.strerror or error if isinstance(error, OSError) else error
+        raise CompareError(f"{path} cannot be read: {said}", hint=_HINT) from None
     of_two = isinstance(document, dict) and "candidate" in document
     found: _Parity | _Evaluation
     try:

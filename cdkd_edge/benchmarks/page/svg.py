@@ -133,15 +133,8 @@ def trace_drawing(run: Run, width: float, name: str) -> str:
             if not no_power:
                 parts.append(text(width - 4, 12, "tiles/s", anchor="end", name="speed-text"))
         elif kind == "latency":
-            highest = max((float(one.latency_ms.max()) for one in found), default=1.0)
-            panel = Panel(box, (start, stop, 0, max(highest * 1.15, 1e-6)))
-            for one in found:
-                for column, line in enumerate(("latency-range", "latency", "latency-range")):
-                    parts.append(panel.steps(one.edges, one.latency_ms[:, column], line))
-            parts += [
-                panel.scale(count=3),
-                text(left, top - 5, "latency, ms: minimum, median, maximum", anchor="start"),
-            ]
+            parts += _latencies(box, found, panel)
+            parts.append(text(left, top - 5, "latency, ms: minimum, median, maximum", anchor="start"))
         elif heat:
             label, series = heat
             margin = max(1.0, 0.15 * (max(series.values) - min(series.values)))
@@ -153,6 +146,28 @@ def trace_drawing(run: Run, width: float, name: str) -> str:
     parts.append(panel.time_scale(8 if width > 500 else 4))
     parts.append(text(left + inner / 2, top + 12, "time, s"))
     return drawing(width, top + 18, name, f"{title} against time, {stop - start:.0f} s", parts)
+
+
+def _latencies(box: tuple[float, float, float, float], found: tuple[curves.Windows, ...], panel: Panel) -> list[str]:
+    """Minimum, median and maximum; on a logarithmic axis where one batch would press all others onto the axis."""
+    highest = max((float(one.latency_ms.max()) for one in found), default=1.0)
+    usual = max((float(one.latency_ms[:, 1].max()) for one in found), default=1.0)
+    log = highest > 20 * usual > 0
+    least = max(min((float(one.latency_ms.min()) for one in found), default=1.0), 1e-6)
+    edges = (math.log10(least / 2), math.log10(highest * 2)) if log else (0, max(highest * 1.15, 1e-6))
+    own = Panel(box, (panel.start, panel.stop, *edges))
+    parts = []
+    for one in found:
+        values = np.log10(np.maximum(one.latency_ms, least)) if log else one.latency_ms
+        for column, line in enumerate(("latency-range", "latency", "latency-range")):
+            parts.append(own.steps(one.edges, values[:, column], line))
+    if not log:
+        return [*parts, own.scale(count=3)]
+    for power in range(math.ceil(edges[0]), math.floor(edges[1]) + 1):
+        parts.append(
+            text(own.left - 5, own.y(power) + 3.5, f"{10.0**power:g}", anchor="end") + own.level(power, "grid")
+        )
+    return parts
 
 
 def _track(run: Run, panel: Panel) -> list[str]:
@@ -172,8 +187,7 @@ def _track(run: Run, panel: Panel) -> list[str]:
 
 def _power(run: Run, box: tuple[float, float, float, float], found: tuple[curves.Windows, ...]) -> list[str]:
     start, stop = curves.bounds(run)
-    highest = max((max(series.values) for series in run.watts.values() if series.values), default=1.0)
-    panel = Panel(box, (start, stop, 0, max(highest * 1.2, 1e-3)))
+    panel = Panel(box, (start, stop, 0, curves.power_top(run)))
     main = curves.main_rails(run)
     parts = [panel.scale()]
     for rail in main[:1]:
@@ -187,10 +201,9 @@ def _power(run: Run, box: tuple[float, float, float, float], found: tuple[curves
         middle = panel.x(_middle_of_load(run))
         peak = max((v for v in run.watts[main[0]].values), default=load)
         parts += [panel.level(idle, "mean"), panel.level(load, "mean")]
-        for y, words in (
-            (panel.y(idle) - 4, f"{IDLE} {idle:.2f} W"),
-            (panel.y(max(peak, load)) - 5, f"{LOAD} {load:.2f} W"),
-        ):
+        high = panel.y(max(peak, load)) - 5
+        low = panel.y(idle) - 4 if panel.y(idle) - high > 16 else panel.y(idle) + 12  # not upon each other
+        for y, words in ((low, f"{IDLE} {idle:.2f} W"), (high, f"{LOAD} {load:.2f} W")):
             half = len(words) * LETTER / 2  # kept from the numbers of the other axis, and within the drawing
             x = min(max(middle, panel.left + half), panel.left + panel.width - half)
             parts.append(text(x, y, words, name="halo"))
@@ -232,17 +245,17 @@ def _middle_of_load(run: Run) -> float:
 
 def histogram_drawing(latencies: curves.Floats, latency: Latency, width: float, name: str) -> str:
     """How often each latency occurred. Nothing is left out: what lies far above all but 1 % is the last bar."""
-    height, left, bottom, head = 200.0, 44.0, 34.0, 32.0
+    height, left, bottom, head = 212.0, 44.0, 34.0, 44.0
     counts, edges, above = histogram(latencies)
     highest = max(int(counts.max()), above, 1)
     panel = Panel((left, head, width - left - 12, height - head - bottom), (edges[0], edges[-1], 0, highest * 1.12))
     if above:  # the last bar stands apart
-        panel.width -= 40
+        panel.width -= 56
     parts = [panel.scale(count=4)]
     for count, (low, high) in zip(counts, pairwise(edges), strict=True):
         parts.append(_bar(panel, panel.x(low), panel.x(high), int(count), "bar"))
     if above:
-        x = panel.left + panel.width + 14
+        x = panel.left + panel.width + 30
         parts.append(_bar(panel, x, x + 22, above, "bar above"))
         parts.append(text(x + 11, panel.y(above) - 3, str(above)))
         parts.append(text(x + 11, panel.top + panel.height + 15, f"> {ticks_text(edges[-1])}"))
@@ -256,7 +269,7 @@ def histogram_drawing(latencies: curves.Floats, latency: Latency, width: float, 
         ends[row : row + 1] = [x + half]
         parts.append(f'<line class="quantile" x1="{x:.1f}" x2="{x:.1f}" y1="{panel.top:g}" y2="{panel.y(0):.1f}"/>')
         parts.append(text(x, panel.top - 3 - 10 * row, label, name="halo"))
-    parts += [panel.level(0, "axis"), panel.time_scale(4), text(4, 12, "batches", anchor="start")]
+    parts += [panel.level(0, "axis"), panel.time_scale(4), text(4, 10, "batches", anchor="start")]
     parts.append(text(panel.left + panel.width / 2, height - 3, "latency, ms"))
     return drawing(width, height, name, f"Histogram of {len(latencies)} latencies", parts)
 
@@ -274,7 +287,8 @@ def histogram(latencies: curves.Floats) -> tuple[curves.Floats, curves.Floats, i
     spread = max(usual - low, 0.01 * low, 1e-6)
     if high > usual + 2 * spread:
         high = usual + spread / 4
-    high = max(high, low + max(low * 0.01, 1e-6))
+    if high <= low:
+        low, high = low - max(low * 0.01, 1e-6), high + max(low * 0.01, 1e-6)
     bins = int(np.clip(2 * len(latencies) ** (1 / 3), 8, 40))  # Rice's rule, as many as can be seen
     counts, edges = np.histogram(latencies[latencies <= high], bins, (low, high))
     return counts.astype(np.float64), edges, int((latencies > high).sum())

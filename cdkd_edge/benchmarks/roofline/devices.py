@@ -15,20 +15,14 @@ A file has ``title``, ``rates`` (dense operations per multiprocessor and clock),
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.errors import UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from cdkd_edge.errors import UsageError, printable
+from cdkd_edge.files import read_toml
 
 RATES = ("fp32", "fp16", "int8")
 
@@ -90,16 +84,15 @@ def load_device(name: str) -> Device:
     if name.endswith(".toml"):
         path = Path(name)
         try:
-            return _device(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise UsageError(f"{name} is not a device file: {reason}") from None
+            return _device(path.stem, read_toml(path))
+        except OSError as error:
+            raise UsageError(f"{name} is not a device file: {error.strerror or error}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{name} is not a device file: {_said(error)}", hint=f"see {__name__}") from None
     if name not in device_names():
         raise UsageError(f"there is no device {name!r}", hint=f"one of {', '.join(device_names())}, or a .toml file")
-    file = resources.files("cdkd_edge.benchmarks.roofline") / "devices" / f"{name}.toml"
-    return _device(name, tomllib.loads(file.read_text(encoding="utf-8")))
+    with resources.as_file(resources.files("cdkd_edge.benchmarks.roofline") / "devices" / f"{name}.toml") as file:
+        return _device(name, read_toml(file))
 
 
 def find_device(*, part: str | None = None, gpu: str | None = None) -> Device | None:
@@ -132,7 +125,7 @@ def default_device(root: Path = Path("/")) -> Device:
 def _device(name: str, data: Mapping[str, Any]) -> Device:
     modes = {
         key: PowerMode(
-            key,
+            printable(key, 60),
             int(_positive(item, "multiprocessors")),
             _positive(item, "clock_mhz"),
             _positive(item, "bandwidth_gb_s"),
@@ -143,19 +136,19 @@ def _device(name: str, data: Mapping[str, Any]) -> Device:
         raise ValueError("it has no modes")
     return Device(
         name=name,
-        title=str(data["title"]),
+        title=printable(str(data["title"]), 100),
         rates={rate: _positive(data["rates"], rate) for rate in RATES},
         modes=modes,
         parts=tuple(map(str, data.get("parts", ()))),
         gpu_names=tuple(map(str, data.get("gpu_names", ()))),
-        note=str(data.get("note", "")),
+        note=printable(str(data.get("note", "")), 1000),
     )
 
 
 def _positive(table: Mapping[str, Any], key: str) -> float:
     value = table[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{key} is not a positive number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-6 <= value <= 1e9:
+        raise ValueError(f"{key} is not a number above 0 (at most 1e9)")
     return float(value)
 
 

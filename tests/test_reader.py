@@ -185,9 +185,72 @@ def test_tags_say_which_band_is_which(tmp_path: Path) -> None:
     tagged(path, [ColorInterp.blue, undefined, ColorInterp.red, undefined, ColorInterp.green])
     reader = SceneReader(path)
     assert reader.bands == (3, 5, 1)
-    assert reader.notes == []
+    assert reader.notes == ["bands 3,5,1 are tagged red, green, blue"]
     assert (whole(reader)[0] == scene[[2, 4, 0]]).all()
     reader.close()
+
+
+U, GRAY, R, G, B, A = (ColorInterp(number) for number in (0, 1, 3, 4, 5, 6))
+CYAN, MAGENTA, YELLOW, BLACK = (ColorInterp(number) for number in (10, 11, 12, 13))
+
+
+@pytest.mark.parametrize(
+    ("tags", "names", "bands", "words"),
+    [
+        ([R, G, B], None, (1, 2, 3), ""),
+        ([R, G, B, U], None, (1, 2, 3), ""),
+        ([B, G, R, U], None, (3, 2, 1), "tagged"),
+        ([U, B, G, R, A], None, (4, 3, 2), "tagged"),
+        ([R, G, B, R, G, B], None, (1, 2, 3), "the first of several"),
+        ([GRAY, U, U], None, (1, 2, 3), "bands 1,2,3 without color tags taken as red, green, blue"),
+        ([GRAY, U, U, A], None, (1, 2, 3), "bands 1,2,3 without color tags taken as red, green, blue"),
+        ([A, U, U, U], None, (2, 3, 4), "bands 2,3,4 without color tags taken as red, green, blue"),
+        ([GRAY, U, U, U, A], None, (3, 2, 1), "B, G, R, NIR"),
+        ([GRAY, U, U, U], ["Blue", "green", "RED ", "nir"], (3, 2, 1), "named"),
+        ([GRAY, U, U, U], ["nir", "red", "green", "blue"], (2, 3, 4), "named"),
+        ([R, G, B, A], ["red", "green", "blue", "nir"], (1, 2, 3), ""),
+        ([GRAY, U, U], ["B4", "B3", "B2"], (1, 2, 3), "(b4, b3, b2)"),
+    ],
+)
+def test_bands_are_found_by_tags_and_names(
+    tmp_path: Path, tags: list[ColorInterp], names: list[str] | None, bands: tuple[int, int, int], words: str
+) -> None:
+    path = tagged(write_raster(tmp_path / "s.tif", noise(8, 9, bands=len(tags)), photometric="MINISBLACK"), tags)
+    with rasterio.open(path, "r+") as dataset:
+        dataset.descriptions = names or [None] * len(tags)
+    reader = SceneReader(path)
+    assert reader.bands == bands
+    assert words in " ".join(reader.notes)
+    assert bool(reader.notes) == bool(words)
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("tags", "names", "message", "hint"),
+    [
+        ([GRAY, R, G], ["nir", None, None], "no band tagged blue; it has 1 nir, 2 red, 3 green", "--bands 1,2,3"),
+        ([R, G, U, U], None, "no band tagged blue", "--bands 1,2,3"),
+        ([CYAN, MAGENTA, YELLOW, BLACK], None, "1 cyan, 2 magenta, 3 yellow, 4 black", "--bands"),
+        ([GRAY, A], None, "has 2 bands", "--bands 1,1,1"),
+        ([GRAY, U, U, U, U, U, U, U], None, "has 8 bands", "--bands 3,2,1"),
+        ([R, G, B], ["blue", "green", "red"], "named 1 blue, 2 green, 3 red, and tagged 1 red", "3,2,1 or --bands 1,2,3"),
+        ([R, G, B, A], ["blue", "green", "red", "nir"], "are named 1 blue", "--bands 3,2,1 or"),
+    ],
+)
+def test_what_tags_and_names_leave_open_is_asked(
+    tmp_path: Path, tags: list[ColorInterp], names: list[str] | None, message: str, hint: str
+) -> None:
+    path = tagged(write_raster(tmp_path / "s.tif", noise(8, 9, bands=len(tags)), photometric="MINISBLACK"), tags)
+    with rasterio.open(path, "r+") as dataset:
+        dataset.descriptions = names or [None] * len(tags)
+    with pytest.raises(SceneError, match=message) as caught:
+        SceneReader(path)
+    assert hint in str(caught.value.hint)
+
+
+def test_lab_is_not_rgb(tmp_path: Path) -> None:
+    with pytest.raises(SceneError, match="CIELAB"):
+        SceneReader(write_raster(tmp_path / "scene.tif", noise(8, 9), photometric="CIELAB"))
 
 
 @pytest.mark.parametrize("bands", [(3, 1, 2), (4, 4, 4), (5, 1, 5)])
@@ -271,6 +334,116 @@ def test_a_mask_band_is_validity(tmp_path: Path) -> None:
     assert (pixels[:, :, :8] == scene[:, :, :8]).all()
 
 
+def several(path: Path, dtype: str, tags: list[ColorInterp], *, mask: bool = False, **profile: Any) -> Path:
+    """A scene of 200 in 120 x 160 px with a place; its corner is 0 in red, green, blue; a column of all else is 0."""
+    scene = np.full((len(tags), 120, 160), 200, dtype)
+    scene[:3, :40, :40] = 0
+    scene[3:, :, 80:] = 0
+    place = {"crs": "EPSG:32640", "transform": from_origin(325_000, 2_785_000, 2, 2)}
+    tagged(write_raster(path, scene, photometric="MINISBLACK", **place, **profile), tags)
+    if mask:
+        with rasterio.open(path, "r+") as dataset:
+            dataset.write_mask(scene[0] != 0)
+    return path
+
+
+@pytest.mark.parametrize("gsd", [None, 4.0])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", "float64"])
+@pytest.mark.parametrize("kind", ["nodata", "alpha", "both", "mask", "mask and alpha", "none"])
+def test_validity_is_that_of_the_bands_used_and_of_alpha_wherever_it_is(
+    tmp_path: Path, kind: str, dtype: str, gsd: float | None
+) -> None:
+    profile = {"nodata": 0} if kind in ("nodata", "both") else {}
+    alpha = kind in ("alpha", "both", "mask and alpha")
+    path = several(tmp_path / "s.tif", dtype, [R, G, B, U, A if alpha else U], mask="mask" in kind, **profile)
+    stretch = None if dtype == "uint8" else Stretch(0, 255, percentiles=False)
+    reader = SceneReader(path, stretch=stretch, gsd=gsd)
+    height, width = reader.height, reader.width
+    pixels, valid = reader.read_window(0, 0, height, width)
+    assert (height, width) == ((120, 160) if gsd is None else (60, 80))
+    expected = np.ones((height, width), bool)
+    if kind not in ("alpha", "none"):
+        expected[: height // 3, : width // 4] = False
+    if alpha:
+        expected[:, width // 2 :] = False
+    assert (valid is None and expected.all()) or (valid == expected).all()
+    assert set(np.unique(pixels[:, expected])) == ({200} if kind not in ("alpha", "none") else {0, 200})
+    reader.close()
+
+
+@pytest.mark.parametrize("gsd", [None, 4.0])
+def test_each_band_has_its_own_nodata(tmp_path: Path, gsd: float | None) -> None:
+    several(tmp_path / "s.tif", "uint8", [R, G, B, U])
+    with rasterio.open(tmp_path / "s.tif", "r+") as dataset:
+        for band, value in enumerate((7, 8, 9), 1):
+            pixels = dataset.read(band)
+            pixels[pixels == 0] = value
+            dataset.write(pixels, band)
+    bands = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{band}">{nodata}<ColorInterp>{color}</ColorInterp><SimpleSource>'
+        f"<SourceFilename>{tmp_path}/s.tif</SourceFilename><SourceBand>{band}</SourceBand></SimpleSource></VRTRasterBand>"
+        for band, color, nodata in (
+            (1, "Red", "<NoDataValue>7</NoDataValue>"),
+            (2, "Green", "<NoDataValue>8</NoDataValue>"),
+            (3, "Blue", ""),
+        )
+    )
+    place = "<SRS>EPSG:32640</SRS><GeoTransform>325000, 2, 0, 2785000, 0, -2</GeoTransform>"
+    (tmp_path / "s.vrt").write_text(f'<VRTDataset rasterXSize="160" rasterYSize="120">{place}{bands}</VRTDataset>')
+    reader = SceneReader(tmp_path / "s.vrt", gsd=gsd)
+    _, valid = reader.read_window(0, 0, reader.height, reader.width)
+    assert valid is not None
+    assert np.count_nonzero(~valid) == (1600 if gsd is None else 400)
+    assert not valid[: reader.height // 3, : reader.width // 4].any()
+    reader.close()
+
+
+def test_a_band_that_is_asked_for_or_named_is_no_alpha(tmp_path: Path) -> None:
+    """GDAL tags the fourth of four bytes alpha unless told otherwise; infrared of water is 0."""
+    path = several(tmp_path / "s.tif", "uint8", [R, G, B, A])
+    assert read_all(path)[1] is not None
+    assert read_all(path, bands=(4, 1, 2))[1] is None
+    with rasterio.open(path, "r+") as dataset:
+        dataset.descriptions = ["red", "green", "blue", "NIR"]
+    assert read_all(path)[1] is None
+
+
+def read_all(path: Path, **options: Any) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
+    reader = SceneReader(path, **options)
+    try:
+        return reader.read_window(0, 0, reader.height, reader.width)
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize(("dtype", "faint"), [("uint8", 1), ("uint16", 1), ("float32", 0.004)])
+@pytest.mark.parametrize("gsd", [None, 1.0])
+def test_faint_is_not_absent(tmp_path: Path, dtype: str, faint: float, gsd: float | None) -> None:
+    path = several(tmp_path / "s.tif", dtype, [R, G, B, A])
+    with rasterio.open(path, "r+") as dataset:
+        alpha = dataset.read(4)
+        alpha[alpha > 0] = faint
+        dataset.write(alpha, 4)
+    stretch = None if dtype == "uint8" else Stretch(0, 255, percentiles=False)
+    valid = read_all(path, stretch=stretch, gsd=gsd)[1]
+    assert valid is not None
+    assert valid[:, : valid.shape[1] // 2].all()
+    assert not valid[:, valid.shape[1] // 2 + 2 :].any()
+
+
+def test_percentiles_leave_out_what_is_transparent(tmp_path: Path) -> None:
+    path = several(tmp_path / "s.tif", "uint16", [R, G, B, U, A])
+    with rasterio.open(path, "r+") as dataset:
+        for band in (1, 2, 3):
+            pixels = dataset.read(band)
+            pixels[:, 80:] = 60000
+            dataset.write(pixels, band)
+    reader = SceneReader(path, stretch=Stretch(2, 98, percentiles=True))
+    assert reader.limits is not None
+    assert reader.limits.tolist() == [[0, 200]] * 3
+    reader.close()
+
+
 def test_values_that_are_not_finite_have_no_data(tmp_path: Path) -> None:
     scene = noise(8, 9).astype(np.float32)
     scene[0, 1, 1], scene[1, 2, 2], scene[2, 3, 3] = np.nan, np.inf, -np.inf
@@ -291,6 +464,13 @@ def test_a_scene_without_a_hole_needs_no_mask(tmp_path: Path) -> None:
 
 
 # --- stretch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_bytes_of_fewer_bits_need_a_stretch(tmp_path: Path, bits: int) -> None:
+    path = write_raster(tmp_path / "scene.tif", noise(8, 9) // 128, nbits=bits)
+    with pytest.raises(SceneError, match=f"holds {bits}-bit values"):
+        SceneReader(path)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "float32", "int8"])

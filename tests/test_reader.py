@@ -248,11 +248,6 @@ def test_what_tags_and_names_leave_open_is_asked(
     assert hint in str(caught.value.hint)
 
 
-def test_lab_is_not_rgb(tmp_path: Path) -> None:
-    with pytest.raises(SceneError, match="CIELAB"):
-        SceneReader(write_raster(tmp_path / "scene.tif", noise(8, 9), photometric="CIELAB"))
-
-
 @pytest.mark.parametrize("bands", [(3, 1, 2), (4, 4, 4), (5, 1, 5)])
 def test_bands_can_be_chosen(tmp_path: Path, bands: tuple[int, int, int]) -> None:
     scene = noise(8, 9, bands=5)

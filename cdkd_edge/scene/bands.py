@@ -64,7 +64,6 @@ def choose_bands(dataset: Any, path: object, asked: Sequence[int] | None) -> tup
     plain = [band for band, color in enumerate(known, 1) if color != "alpha"]
     if any(color not in _NOTHING_SAID for color in known):
         _refuse(path, known, dataset)
-    _require_rgb_model(dataset, path)
     called = f" ({', '.join(names)})" if all(names) else ""
     if len(plain) == 3:
         shown = ",".join(map(str, plain))
@@ -160,13 +159,6 @@ def _refuse(path: object, known: Sequence[str], dataset: Any) -> None:
         guess = [str(there.get(color) or next(rest, 1)) for color in _RGB]
         hint = f"say which bands to take for them, e.g. --bands {','.join(guess)}"
     raise SceneError(f"{path} has no band tagged {' or '.join(missing)}; it has {_listed(known)}", hint=hint)
-
-
-def _require_rgb_model(dataset: Any, path: object) -> None:
-    """Three bands may be L*a*b*, which GDAL leaves untagged."""
-    space = dataset.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE", "")
-    if space not in ("", "RGB", "CMYK", "YCbCr", "YCCK"):
-        raise SceneError(f"{path} holds {space} values, not red, green and blue", hint="convert it to RGB first")
 
 
 def _require_real(dataset: Any, path: object, bands: Sequence[int]) -> None:

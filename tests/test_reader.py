@@ -23,8 +23,10 @@ from rasterio.transform import Affine, from_origin
 from scene_helpers import FakeEngine, noise, relaxed, write_raster
 
 from cdkd_edge.errors import SceneError, UsageError
+from cdkd_edge.fleet.jobs import EngineRef, Job, run_job
 from cdkd_edge.scene.grid import Span, TileGrid
-from cdkd_edge.scene.pipeline import segment_scene
+from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.scene.raster import Warnings
 from cdkd_edge.scene.reader import INVALID_FILL, SceneReader, Stretch, reflected
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -233,7 +235,12 @@ def test_bands_are_found_by_tags_and_names(
         ([CYAN, MAGENTA, YELLOW, BLACK], None, "1 cyan, 2 magenta, 3 yellow, 4 black", "--bands"),
         ([GRAY, A], None, "has 2 bands", "--bands 1,1,1"),
         ([GRAY, U, U, U, U, U, U, U], None, "has 8 bands", "--bands 3,2,1"),
-        ([R, G, B], ["blue", "green", "red"], "named 1 blue, 2 green, 3 red, and tagged 1 red", "3,2,1 or --bands 1,2,3"),
+        (
+            [R, G, B],
+            ["blue", "green", "red"],
+            "named 1 blue, 2 green, 3 red, and tagged 1 red",
+            "3,2,1 or --bands 1,2,3",
+        ),
         ([R, G, B, A], ["blue", "green", "red", "nir"], "are named 1 blue", "--bands 3,2,1 or"),
     ],
 )
@@ -724,6 +731,54 @@ def test_a_truncated_picture_is_an_error_and_not_a_grey_field(tmp_path: Path, dr
         reader = SceneReader(path)
         for row, column in TileGrid.over(256, 256, tile, 0):
             reader.read_tile(row, column, out)
+
+
+def damaged_jpeg(path: Path, driver: str = "JPEG") -> Path:
+    """A picture with 400 wrong bytes in its middle; GDAL decodes it to its end and warns."""
+    scene = np.kron(noise(20, 30), np.ones((1, 16, 16), np.uint8))
+    profile = {"photometric": "YCBCR", "compress": "jpeg", "blockysize": 320} if driver == "GTiff" else {}
+    place = {"crs": "EPSG:32640", "transform": from_origin(325_000, 2_785_000, 2, 2)}
+    content = bytearray(write_raster(path, scene, driver=driver, **profile, **place).read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = (noise(1, 400, bands=1, seed=1) // 2).tobytes()  # no markers
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("driver", ["JPEG", "GTiff"])
+@pytest.mark.parametrize("gsd", [None, 4.0])
+def test_what_the_decoder_warns_of_is_told(tmp_path: Path, driver: str, gsd: float | None) -> None:
+    path = damaged_jpeg(tmp_path / "scene.img", driver)
+    result = segment_scene(FakeEngine(64), path, tmp_path / "map.tif", SegmentOptions(gsd=gsd))
+    told = [note for note in result.notes if "GDAL warns" in note]
+    assert len(told) == 1
+    assert "Corrupt JPEG data" in told[0]
+    assert "CPLE" not in told[0]
+    with pytest.raises(SceneError, match=r"GDAL warns: .*Corrupt JPEG data") as caught:
+        segment_scene(FakeEngine(64), path, tmp_path / "other.tif", SegmentOptions(gsd=gsd, strict=True))
+    assert "--strict" in str(caught.value.hint)
+    assert not (tmp_path / "other.tif").exists()
+
+
+def test_a_report_of_many_scenes_has_the_warnings_of_each(tmp_path: Path) -> None:
+    path = damaged_jpeg(tmp_path / "scene.jpg")
+    engine = FakeEngine(64)
+    ref = EngineRef("fake.onnx", "fake", "fp32", None, engine.artefact.sha256, "cd" * 32)
+    row = run_job(engine, Job(str(path), str(tmp_path / "map.tif"), ref, SegmentOptions())).document()
+    assert row["status"] == "done"
+    assert any("Corrupt JPEG data" in note for note in row["notes"])
+    strict = Job(str(path), str(tmp_path / "other.tif"), ref, SegmentOptions(strict=True))
+    row = run_job(engine, strict).document()
+    assert (row["status"], row["error"]["exit_code"]) == ("failed", 10)
+
+
+def test_many_warnings_are_few_notes() -> None:
+    warnings = Warnings()
+    warnings.take("reading", [f"line {index} is odd" for index in range(1000)])
+    assert warnings.notes == ["GDAL warns: line 0 is odd; the file may be damaged there"]
+    warnings.take("reading", [f"{chr(97 + index)} is odd" for index in range(20)])
+    assert len(warnings.notes) == 4
+    assert warnings.notes[-1] == "GDAL warns of 18 more kinds"
 
 
 def test_a_raster_without_bands(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from cdkd_edge.cli.options import (
     PercentilesOption,
     RangeOption,
     StretchOption,
+    StrictOption,
     ThreadsOption,
     WorkspaceOption,
     segment_options,
@@ -50,6 +51,7 @@ def segment(
     stretch: StretchOption = False,
     stretch_percentiles: PercentilesOption = None,
     stretch_range: RangeOption = None,
+    strict: StrictOption = False,
     merge: Annotated[
         str,
         typer.Option(
@@ -156,7 +158,7 @@ def segment(
         raise typer.BadParameter("needs --dask", param_hint="--worker-engines")
     space = workspace_at(workspace)
     options = dataclasses.replace(
-        segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range),
+        segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range, strict),
         merge=merge,
         confidence=confidence,
         gsd=gsd,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,12 @@ class SceneReader:
     @property
     def notes(self) -> list[str]:
         """What the user should know of it, and what GDAL has warned of so far."""
-        return [*self._notes, *self._warnings.notes]
+        return [*self._notes, *self.warnings]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What GDAL has warned of so far, a sentence for each kind."""
+        return self._warnings.notes
 
     @property
     def height(self) -> int:
@@ -302,3 +307,15 @@ def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
     period = 2 * (size - 1)
     position = np.arange(start, start + length) % period
     return np.where(position < size, position, period - position).astype(np.intp)
+
+
+def reading_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """What there is to say of how images were read, by image; each once, with the images that it is about."""
+    names: dict[str, list[str]] = {}
+    for name, about in notes.items():
+        for note in about:
+            names.setdefault(note, []).append(name)
+    return [
+        f"{', '.join(who[:3])}{f' and {len(who) - 3} more' if len(who) > 3 else ''}: {note}"
+        for note, who in names.items()
+    ]

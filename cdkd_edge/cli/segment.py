@@ -69,7 +69,8 @@ def segment(
         Optional[str],  # noqa: UP045
         typer.Option(
             "--aoi",
-            help="Label only an area: a GeoJSON file, or a box in lon/lat (or the scene's coordinates).",
+            help="Label only an area: a file of polygons (GeoJSON, GeoPackage, Shapefile), or a box in lon/lat (or the "
+            "scene's coordinates).",
             metavar="FILE|MINX,MINY,MAXX,MAXY",
         ),
     ] = None,

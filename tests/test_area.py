@@ -392,6 +392,8 @@ def test_holes_stay_holes(tmp_path: Path, kind: str) -> None:
         (-1.0, UsageError, "positive"),
         (math.nan, UsageError, "positive"),
         (1e6, SceneError, "nothing would be left"),
+        (1e-3, SceneError, "times finer than the scene's"),
+        (1e-300, SceneError, "times finer than the scene's"),
     ],
 )
 def test_a_distance_that_makes_no_sense(tmp_path: Path, gsd: float, kind: type[Exception], message: str) -> None:

@@ -639,6 +639,17 @@ def test_rational_polynomials_that_lack_a_term(tmp_path: Path) -> None:
     assert georeference(path) == {}
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999"])
+def test_a_transform_that_is_not_finite_is_no_place(tmp_path: Path, value: str) -> None:
+    path = declared(
+        tmp_path / "s.vrt", 9, 8, f"<SRS>EPSG:32640</SRS><GeoTransform>{value}, 1, 0, 0, 0, -1</GeoTransform>"
+    )
+    reader = SceneReader(path)
+    assert set(reader.georeference) == {"crs"}
+    assert "not finite" in reader.notes[0]
+    reader.close()
+
+
 def test_a_scene_may_lie_nowhere(tmp_path: Path) -> None:
     assert georeference(write_raster(tmp_path / "scene.tif", noise(8, 9))) == {}
 
@@ -731,6 +742,55 @@ def test_a_truncated_picture_is_an_error_and_not_a_grey_field(tmp_path: Path, dr
         reader = SceneReader(path)
         for row, column in TileGrid.over(256, 256, tile, 0):
             reader.read_tile(row, column, out)
+
+
+def declared(path: Path, width: int, height: int, more: str = "") -> Path:
+    """A VRT that declares a size, of a few bytes itself."""
+    bands = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{band}"><ColorInterp>{color}</ColorInterp></VRTRasterBand>'
+        for band, color in ((1, "Red"), (2, "Green"), (3, "Blue"))
+    )
+    path.write_text(f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}">{more}{bands}</VRTDataset>')
+    return path
+
+
+@pytest.mark.parametrize(("width", "height"), [(10**9, 10**9), (2**31 - 1, 1), (1, 2**31 - 1), (2 * 10**6, 10**6)])
+def test_sizes_that_nobody_can_label_are_refused_at_once(tmp_path: Path, width: int, height: int) -> None:
+    with pytest.raises(SceneError, match=f"would be {width} x {height} px; at most 10,000,000 px a side"):
+        SceneReader(declared(tmp_path / "s.vrt", width, height))
+
+
+def test_a_million_pixels_a_side_are_planned_in_little_memory(tmp_path: Path) -> None:
+    class EnoughError(Exception):
+        pass
+
+    engine = FakeEngine(512, fail_at=0, error=EnoughError())
+    with pytest.raises(EnoughError):
+        segment_scene(engine, declared(tmp_path / "s.vrt", 10**6, 10**6), tmp_path / "map.tif")
+
+
+def test_a_tile_that_is_all_of_a_large_file_is_refused(tmp_path: Path) -> None:
+    profile = {
+        "count": 3,
+        "dtype": "uint8",
+        "photometric": "RGB",
+        "tiled": True,
+        "blockxsize": 13_312,
+        "blockysize": 13_312,
+    }
+    path = tmp_path / "scene.tif"
+    rasterio.open(path, "w", driver="GTiff", height=14_000, width=14_000, sparse_ok=True, **profile).close()
+    with pytest.raises(SceneError, match="stored in blocks of 13312 x 13312 px"):
+        SceneReader(path)
+
+
+def test_a_scene_that_refers_to_itself(tmp_path: Path) -> None:
+    path = tmp_path / "s.vrt"
+    source = f"<SimpleSource><SourceFilename>{path}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>"
+    path.write_text(declared(path, 9, 8).read_text().replace("</ColorInterp>", f"</ColorInterp>{source}"))
+    with pytest.raises(SceneError) as caught:
+        read(path)
+    assert "refer to itself" in str(caught.value.hint)
 
 
 def damaged_jpeg(path: Path, driver: str = "JPEG") -> Path:

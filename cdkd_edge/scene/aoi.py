@@ -27,8 +27,8 @@ from cdkd_edge.scene.raster import gdal
 _LON_LAT = "OGC:CRS84"
 _STEPS = 64
 """Points along each side of a box in a projection, so that it stays straight there."""
-_COARSE = 32
-"""Pixels a side of what decides whether a tile is computed at all."""
+_COARSE, _COARSE_CELLS = 32, 1 << 24
+"""Pixels a side of what decides whether a tile is computed at all; more where there would be more than so many."""
 _MOST_BYTES = 64 << 20
 """Of a GeoJSON file."""
 _MOST_FEATURES = 100_000
@@ -128,9 +128,10 @@ class AreaOnScene:
                 {"type": "Polygon", "coordinates": polygon}
                 for polygon in _on_scene(area, own, crs, _sampled(transform, height, width))
             ]
-            self._coarse = np.zeros((-(-height // _COARSE), -(-width // _COARSE)), bool)
+            self._step = max(_COARSE, math.ceil(math.sqrt(height * width / _COARSE_CELLS)))
+            self._coarse = np.zeros((-(-height // self._step), -(-width // self._step)), bool)
             if self._polygons:
-                coarse = transform @ Affine.scale(_COARSE, _COARSE)
+                coarse = transform * Affine.scale(self._step, self._step)
                 self._coarse = self._masked(coarse, *self._coarse.shape, touched=True)
             if not any(
                 self.inside(row * _COARSE, column * _COARSE, _COARSE, _COARSE).any()
@@ -146,8 +147,8 @@ class AreaOnScene:
 
     def touches(self, top: int, left: int, bottom: int, right: int) -> bool:
         """Whether a rectangle may hold a pixel of the area."""
-        rows = slice(max(top, 0) // _COARSE, -(-bottom // _COARSE))
-        columns = slice(max(left, 0) // _COARSE, -(-right // _COARSE))
+        rows = slice(max(top, 0) // self._step, -(-bottom // self._step))
+        columns = slice(max(left, 0) // self._step, -(-right // self._step))
         return bool(self._coarse[rows, columns].any())
 
     def inside(self, top: int, left: int, height: int, width: int) -> npt.NDArray[np.bool_]:
@@ -159,9 +160,12 @@ class AreaOnScene:
             return self._masked(place, height, width, touched=False)
 
     def _holds_a_pixel(self) -> bool:
-        places = (np.argwhere(self._coarse) * _COARSE).tolist()
-        sizes = [(min(_COARSE, self._height - row), min(_COARSE, self._width - column)) for row, column in places]
-        return any(self.inside(*place, *size).any() for place, size in zip(places, sizes, strict=True))
+        step = self._step
+        corners = (np.argwhere(self._coarse) * step).tolist()
+        return any(
+            self.inside(row, column, min(step, self._height - row), min(step, self._width - column)).any()
+            for row, column in corners
+        )
 
     def _masked(self, transform: Affine, height: int, width: int, *, touched: bool) -> npt.NDArray[np.bool_]:
         mask: npt.NDArray[np.bool_] = geometry_mask(

@@ -72,10 +72,14 @@ _GDAL_OPTIONS = {
 # What GDAL opens though it is no file: URLs, subdatasets (GPKG:file:table), files inside files.
 _GDAL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:|/vsi")
 
-_UNREADABLE = re.compile(r"IReadBlock|TIFFRead|TIFFFill|[Rr]ead error|corrupt|decompress")
 _DAMAGED = "the file may be damaged or cut off; `gdalinfo -checksum` reads all of it"
 """GDAL names the block that could not be read, and not what that means."""
-_NO_RANGES = "this server sends whole files only; download the file, or use a server that answers range requests"
+_HINTS = {
+    "Range downloading": "this server sends whole files only; download the file, or use a server that answers range "
+    "requests",
+    "opened in a cascaded way|Recursion detected": "a VRT seems to refer to itself",
+    "IReadBlock|TIFFRead|TIFFFill|[Rr]ead error|corrupt|decompress": _DAMAGED,
+}
 
 _ARCHIVES = {".zip": "/vsizip/", ".kmz": "/vsizip/", ".tar": "/vsitar/", ".tgz": "/vsitar/", ".gz": "/vsigzip/"}
 
@@ -134,7 +138,7 @@ def gdal(doing: str, warnings: Warnings | None = None) -> Iterator[None]:
                 cause = cause.__cause__
             telling = [text for text in causes if "previous exception" not in text] or causes
             reason = _PROJJSON.sub("the reference system", " ".join(max(telling, key=len).split()))
-            hint = _NO_RANGES if "Range downloading" in reason else _DAMAGED if _UNREADABLE.search(reason) else None
+            hint = next((hint for pattern, hint in _HINTS.items() if re.search(pattern, reason)), None)
             raise SceneError(f"{doing} failed: {reason}", hint=hint) from None
         except UnicodeEncodeError:
             raise SceneError(f"{doing} failed: GDAL takes only names in UTF-8") from None

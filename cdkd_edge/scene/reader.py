@@ -28,8 +28,8 @@ _SEQUENTIAL = ("PNG", "JPEG", "GIF")
 
 _MOST_SIDE, _MOST_PIXELS = 10_000_000, 10**12
 """Of a scene, px. The whole land at 10 m has as many; some things are kept for each row."""
-_MOST_BLOCK = 1 << 30
-"""Bytes of a band's block, which GDAL decodes as a whole."""
+_MOST_BLOCK = 1 << 29
+"""Bytes of a block, which GDAL decodes as a whole."""
 
 
 class SceneReader:
@@ -89,6 +89,8 @@ class SceneReader:
             self._float = any(np.dtype(self._source.dtypes[band - 1]).kind == "f" for band in self.bands)
             self._validity = Validity(self._source, self.bands)
             self._require_bounded(self._source)
+            if not all(map(math.isfinite, self._source.transform)):
+                self._notes.append("its geotransform is not finite, and left out: the label map has no place on Earth")
         self.limits = self._stretch_limits(stretch) if limits is None else limits
         if gsd is not None:
             with self._gdal("resampling"):
@@ -112,7 +114,8 @@ class SceneReader:
                 hint="cut it into parts, e.g. with gdal_translate -srcwin",
             )
         rows, columns = dataset.block_shapes[self._indexes[0] - 1]
-        if rows * columns * np.dtype(dataset.dtypes[self._indexes[0] - 1]).itemsize > _MOST_BLOCK:
+        together = dataset.count if dataset.tags(ns="IMAGE_STRUCTURE").get("INTERLEAVE") == "PIXEL" else 1
+        if rows * columns * together * np.dtype(dataset.dtypes[self._indexes[0] - 1]).itemsize > _MOST_BLOCK:
             raise SceneError(
                 f"{self.path} is stored in blocks of {columns} x {rows} px, too large to be decoded one by one",
                 hint="tile it: gdal_translate -co TILED=YES IN OUT.tif",
@@ -169,7 +172,7 @@ class SceneReader:
         place: dict[str, Any] = {}
         if dataset.crs is not None:
             place["crs"] = dataset.crs
-        if not dataset.transform.is_identity:
+        if not dataset.transform.is_identity and all(map(math.isfinite, dataset.transform)):
             place["transform"] = dataset.transform
         points, points_crs = dataset.gcps
         if points and "transform" not in place:

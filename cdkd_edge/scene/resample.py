@@ -21,8 +21,8 @@ _WARP_MB = 32
 """For GDAL's warper, in each reading thread."""
 _SAME = 0.01
 """Ground sample distances this close are the same: a map's scale varies by as much within a scene."""
-_MOST_SIDE = 2**31 - 1
-"""Of a raster of GDAL's, px."""
+_FINEST = 100
+"""Times that pixels may become finer: 30 m for a network of 0.3 m; what is finer still is a mistake in the unit."""
 _KINDS = {
     "uint8": "Byte",
     "int8": "Int8",
@@ -55,6 +55,8 @@ def ground_sample_distance(dataset: Any) -> tuple[float, float]:
             "a ground sample distance needs a scene with a reference system and a transform",
             hint="georeference it first, e.g. with gdalwarp",
         )
+    if not (crs.is_projected or crs.is_geographic):
+        raise SceneError(_NOT_TOLD)
     steps = []
     x, y = dataset.width / 2, dataset.height / 2
     for dx, dy in ((1, 0), (0, 1)):
@@ -65,6 +67,8 @@ def ground_sample_distance(dataset: Any) -> tuple[float, float]:
         (lon0, lon1), (lat0, lat1) = placed
         on_ground = _distance(lon0, lat0, lon1, lat1) / 10
         nominal = math.hypot(far[1][0] - far[0][0], far[1][1] - far[0][1]) / 10
+        if not on_ground > 0:
+            raise SceneError(_NOT_TOLD)
         if crs.is_projected:
             nominal *= crs.linear_units_factor[1]
             on_ground = nominal if abs(nominal / on_ground - 1) < _SAME else on_ground
@@ -95,7 +99,7 @@ def resampled(dataset: Any, metres: float, bands: Sequence[int], validity: Valid
 
     Raises:
         UsageError: ``metres`` is no distance.
-        SceneError: the scene has no place on Earth, or would not be a pixel large, or too large for a raster.
+        SceneError: the scene has no place on Earth, or would not be a pixel large, or out of all proportion.
     """
     if not (math.isfinite(metres) and metres > 0):
         raise UsageError(f"a ground sample distance is a positive number of metres, not {metres:g}")
@@ -103,10 +107,12 @@ def resampled(dataset: Any, metres: float, bands: Sequence[int], validity: Valid
     ratios = metres / own[0], metres / own[1]
     if all(abs(ratio - 1) < _SAME for ratio in ratios):
         return dataset, f"its pixels are {own[0]:.3g} m already"
-    sizes = dataset.width / ratios[0], dataset.height / ratios[1]
-    if max(sizes) > _MOST_SIDE:
-        raise SceneError(f"with pixels of {metres:g} m the scene would be {sizes[0]:.3g} x {sizes[1]:.3g} px")
-    width, height = map(round, sizes)
+    if min(ratios) < 1 / _FINEST:
+        raise SceneError(
+            f"pixels of {metres:g} m are {1 / min(ratios):.3g} times finer than the scene's {max(own):.3g} m; up to "
+            f"{_FINEST} times can be made"
+        )
+    width, height = (round(size / ratio) for size, ratio in zip((dataset.width, dataset.height), ratios, strict=True))
     if width < 1 or height < 1:
         raise SceneError(f"with pixels of {metres:g} m nothing would be left of {dataset.width} x {dataset.height} px")
     options: dict[str, Any] = {}

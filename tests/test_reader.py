@@ -775,12 +775,12 @@ def test_a_tile_that_is_all_of_a_large_file_is_refused(tmp_path: Path) -> None:
         "dtype": "uint8",
         "photometric": "RGB",
         "tiled": True,
-        "blockxsize": 13_312,
-        "blockysize": 13_312,
+        "blockxsize": 14_336,
+        "blockysize": 14_336,
     }
     path = tmp_path / "scene.tif"
-    rasterio.open(path, "w", driver="GTiff", height=14_000, width=14_000, sparse_ok=True, **profile).close()
-    with pytest.raises(SceneError, match="stored in blocks of 13312 x 13312 px"):
+    rasterio.open(path, "w", driver="GTiff", height=14_500, width=14_500, sparse_ok=True, **profile).close()
+    with pytest.raises(SceneError, match="stored in blocks of 14336 x 14336 px"):
         SceneReader(path)
 
 

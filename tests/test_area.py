@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from rasterio.transform import Affine, from_origin
 from rasterio.warp import transform, transform_geom
 from scene_helpers import FakeEngine, ProbabilityEngine, noise, read_labels, red_labels, write_raster
 
-from cdkd_edge.errors import SceneError, UsageError
+from cdkd_edge.errors import MissingExtraError, SceneError, UsageError
 from cdkd_edge.labels import NO_LABEL
 from cdkd_edge.scene.aoi import read_area
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
@@ -129,6 +131,133 @@ def test_any_geojson(tmp_path: Path, wrap: str) -> None:
     segment_scene(FakeEngine(TILE), path, tmp_path / "map.tif", options)
     inside = ~geometry_mask([triangle(UTM)], (300, 400), UTM["transform"])
     assert ((read_labels(tmp_path / "map.tif") != NO_LABEL) != inside).sum() <= 3
+
+
+def rectangle(left: float, bottom: float, right: float, top: float) -> list[list[list[float]]]:
+    return [[[left, bottom], [right, bottom], [right, top], [left, top], [left, bottom]]]
+
+
+def labelled(tmp_path: Path, place: dict[str, Any], area: Any) -> Any:
+    """Which pixels of a scene of 100 x 200 px have a label, ``[100, 200]``."""
+    path = write_raster(tmp_path / "scene.tif", noise(100, 200), **place)
+    if isinstance(area, dict):
+        (tmp_path / "area.geojson").write_text(json.dumps(area))
+        area = tmp_path / "area.geojson"
+    segment_scene(FakeEngine(TILE), path, tmp_path / "map.tif", SegmentOptions(aoi=str(area)))
+    return read_labels(tmp_path / "map.tif") != NO_LABEL
+
+
+SPLIT = {
+    "type": "MultiPolygon",
+    "coordinates": [rectangle(179.95, -1, 180, 1), rectangle(-180, -1, -179.95, 1)],
+}
+BEYOND = {"type": "Polygon", "coordinates": rectangle(-180.05, -1, -179.95, 1)}
+
+
+@pytest.mark.parametrize("area", [SPLIT, BEYOND, "179.95,-1,-179.95,1"], ids=["split", "beyond", "box"])
+@pytest.mark.parametrize(
+    ("crs", "left", "step"),
+    [
+        ("EPSG:4326", 179.9, 0.001),
+        ("EPSG:4326", -180.1, 0.001),
+        ("EPSG:4258", -180.1, 0.001),
+        ("EPSG:3832", None, 111.31949),
+        ("EPSG:32660", None, 111.4),
+        ("EPSG:32601", None, 111.4),
+    ],
+)
+def test_an_area_across_the_antimeridian_has_both_sides(
+    tmp_path: Path, crs: str, left: float | None, step: float, area: Any
+) -> None:
+    if left is None:
+        left = transform("EPSG:4326", crs, [179.9], [0])[0][0]
+    found = labelled(tmp_path, {"crs": crs, "transform": from_origin(left, 50 * step, step, step)}, area)
+    columns = np.flatnonzero(found.any(axis=0))
+    assert (found == found[0]).all()
+    assert abs(columns[0] - 50) <= 1
+    assert abs(columns[-1] - 149) <= 1
+    assert len(columns) == columns[-1] - columns[0] + 1
+
+
+def test_a_map_that_is_cut_at_the_antimeridian(tmp_path: Path) -> None:
+    """Where the scene ends with its map, the area ends there too; where it goes on, the area is refused."""
+    edge = 20_037_508.34
+    ends = {"crs": "EPSG:3857", "transform": from_origin(edge - 200 * 111.31949, 5000, 111.31949, 100)}
+    columns = np.flatnonzero(labelled(tmp_path, ends, SPLIT).any(axis=0))
+    assert (columns[0], columns[-1]) == (150, 199)
+    goes_on = {"crs": "EPSG:3857", "transform": from_origin(edge - 100 * 111.31949, 5000, 111.31949, 100)}
+    for area in (SPLIT, BEYOND):
+        with pytest.raises(SceneError, match="projection is cut"):
+            labelled(tmp_path, goes_on, area)
+
+
+@pytest.mark.parametrize(
+    "place", [UTM, LON_LAT, {"crs": "EPSG:3857", "transform": from_origin(6e6, 3e6, 2, 2)}], ids=["UTM", "4326", "3857"]
+)
+def test_the_whole_world_is_all_of_a_scene(tmp_path: Path, place: dict[str, Any]) -> None:
+    world = {"type": "Polygon", "coordinates": rectangle(-180, -90, 180, 90)}
+    assert labelled(tmp_path, place, "-180,-90,180,90").all()
+    assert labelled(tmp_path, place, world).all()
+
+
+def test_an_area_around_a_pole(tmp_path: Path) -> None:
+    place = {"crs": "EPSG:3031", "transform": from_origin(-2e6, 1e6, 20_000, 20_000)}
+    ring = [[x if x <= 180 else x - 360, -80] for x in range(0, 361, 5)]
+    found = labelled(tmp_path, place, {"type": "Polygon", "coordinates": [ring]})
+    assert found[50, 100]
+    assert found.mean() == pytest.approx(math.pi * 1_090_000**2 / (100 * 200 * 20_000**2), rel=0.15)
+    box = labelled(tmp_path, place, "-180,-90,180,-80")
+    assert (box != found).mean() < 0.01
+
+
+def test_overlapping_parts_and_heights_are_no_holes(tmp_path: Path) -> None:
+    part = [[[x, y, 7] for x, y in ring] for ring in rectangle(325_010, 2_784_900, 325_100, 2_784_950)]
+    crs = {"type": "name", "properties": {"name": "EPSG:32640"}}
+    found = labelled(tmp_path, UTM, {"type": "MultiPolygon", "crs": crs, "coordinates": [part, part]})
+    assert found.sum() == 45 * 25
+
+
+@pytest.mark.parametrize(
+    ("area", "message"),
+    [
+        ("325010.1,2784900.1,325010.2,2784900.2", "holds no pixel's centre"),
+        ({"type": "Polygon", "coordinates": rectangle(325_010, 2_784_900, 325_100, 2_784_950)}, "is no longitude"),
+        ({"type": "Polygon", "coordinates": rectangle(179, -1, -179, 1)}, "edge over 358 degrees"),
+        ("325100,2784900,325010,2784950", "is empty"),
+    ],
+)
+def test_areas_that_are_refused_with_the_reason(tmp_path: Path, area: Any, message: str) -> None:
+    with pytest.raises(SceneError, match=message):
+        labelled(tmp_path, UTM, area)
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".shp", ".fgb"])
+def test_files_of_other_formats_are_areas(tmp_path: Path, suffix: str) -> None:
+    pyogrio, shapely = pytest.importorskip("pyogrio"), pytest.importorskip("shapely")
+    path = tmp_path / f"area{suffix}"
+    shapes = [shapely.box(325_010, 2_784_900, 325_100, 2_784_950), *([None] if suffix == ".gpkg" else [])]
+    geometry = np.array([None if shape is None else shape.wkb for shape in shapes], object)
+    pyogrio.raw.write(path, geometry, [], [], geometry_type="Polygon", crs="EPSG:32640")
+    assert labelled(tmp_path, UTM, path).sum() == 45 * 25
+    if suffix == ".shp":
+        path.with_suffix(".prj").unlink()
+        with pytest.raises(SceneError, match="does not say what its coordinates are"):
+            read_area(str(path))
+    if suffix == ".gpkg":
+        pyogrio.raw.write(path, geometry, [], [], geometry_type="Polygon", crs="EPSG:32640", layer="other", append=True)
+        with pytest.raises(SceneError, match="2 layers with geometry: area, other"):
+            read_area(str(path))
+
+
+def test_other_formats_need_pyogrio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "area.gpkg").write_bytes(b"SQLite format 3\0 and so on")
+    if "pyogrio" in sys.modules or importlib.util.find_spec("pyogrio"):
+        with pytest.raises(SceneError, match="neither GeoJSON nor a file that pyogrio reads"):
+            read_area(str(tmp_path / "area.gpkg"))
+    monkeypatch.setitem(sys.modules, "pyogrio", None)
+    with pytest.raises(MissingExtraError, match="pyogrio") as caught:
+        read_area(str(tmp_path / "area.gpkg"))
+    assert "cdkd-edge[vector]" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +392,8 @@ def test_holes_stay_holes(tmp_path: Path, kind: str) -> None:
         (-1.0, UsageError, "positive"),
         (math.nan, UsageError, "positive"),
         (1e6, SceneError, "nothing would be left"),
+        (1e-3, SceneError, "times finer than the scene's"),
+        (1e-300, SceneError, "times finer than the scene's"),
     ],
 )
 def test_a_distance_that_makes_no_sense(tmp_path: Path, gsd: float, kind: type[Exception], message: str) -> None:

@@ -748,3 +748,13 @@ def test_colour_rules_learn_nothing_from_pixels_without_data(tmp_path: Path) -> 
     write_raster(training.pairs[0].image.with_suffix(".tif"), image, nodata=0, photometric="RGB")
     for result in judge_colors(find_dataset(training.folder), validation, SCHEMA).values():
         assert result.matrix.mean_iou > 0.99
+
+
+def test_what_is_odd_about_images_is_said(data: Dataset) -> None:
+    """Damage that the decoder survives, and bands that nobody tagged."""
+    for pair in data.pairs[:2]:
+        scene = np.asarray(Image.open(pair.image)).transpose(2, 0, 1)
+        pair.image.unlink()
+        write_raster(pair.image, scene, photometric="MINISBLACK")
+    notes = evaluate(FakeEngine(), data, SCHEMA).notes
+    assert f"{data.pairs[0].image} and 1 more: bands 1,2,3 without color tags" in notes[0]

@@ -32,7 +32,7 @@ from cdkd_edge.fleet.scenes import plan_outputs, scenes_of
 from cdkd_edge.maps.products import NOTHING, Wanted
 from cdkd_edge.scene.outputs import label_map_paths
 from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
-from cdkd_edge.scene.reader import Stretch
+from cdkd_edge.scene.reader import SceneReader, Stretch
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -94,6 +94,16 @@ def test_patterns_folders_lists_and_names(scenes: list[str], tmp_path: Path) -> 
     assert scenes_of([remote, "https://example.org/a.tif"]) == [remote, "https://example.org/a.tif"]
     assert scenes_of([scenes[1], "scenes/*.tif", str(tmp_path / "scenes/a.tif")]) == [scenes[1], scenes[0], scenes[2]]
     assert scenes_of(["gone.tif", scenes[0]]) == ["gone.tif", scenes[0]]
+
+
+def test_links_that_go_in_circles(scenes: list[str], tmp_path: Path) -> None:
+    """Two of them in one folder are 2 ** 40 paths."""
+    for name in ("up", "again"):
+        (tmp_path / "scenes" / name).symlink_to("..")
+    (tmp_path / "scenes" / "circle.tif").symlink_to("circle.tif")
+    assert [path for path in scenes_of(["scenes/**/*.tif"]) if "circle" not in path] == sorted(scenes)
+    with pytest.raises(SceneError, match="does not exist"):
+        SceneReader("scenes/circle.tif")
 
 
 def test_a_name_that_looks_like_a_pattern_or_a_list_is_a_file_first(tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ from rasterio.transform import Affine, from_origin
 from scene_helpers import FakeEngine, noise, relaxed, write_raster
 
 from cdkd_edge.errors import SceneError, UsageError
+from cdkd_edge.fleet.jobs import EngineRef, Job, run_job
 from cdkd_edge.scene.grid import Span, TileGrid
-from cdkd_edge.scene.pipeline import segment_scene
+from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.scene.raster import Warnings
 from cdkd_edge.scene.reader import INVALID_FILL, SceneReader, Stretch, reflected
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -185,9 +187,72 @@ def test_tags_say_which_band_is_which(tmp_path: Path) -> None:
     tagged(path, [ColorInterp.blue, undefined, ColorInterp.red, undefined, ColorInterp.green])
     reader = SceneReader(path)
     assert reader.bands == (3, 5, 1)
-    assert reader.notes == []
+    assert reader.notes == ["bands 3,5,1 are tagged red, green, blue"]
     assert (whole(reader)[0] == scene[[2, 4, 0]]).all()
     reader.close()
+
+
+U, GRAY, R, G, B, A = (ColorInterp(number) for number in (0, 1, 3, 4, 5, 6))
+CYAN, MAGENTA, YELLOW, BLACK = (ColorInterp(number) for number in (10, 11, 12, 13))
+
+
+@pytest.mark.parametrize(
+    ("tags", "names", "bands", "words"),
+    [
+        ([R, G, B], None, (1, 2, 3), ""),
+        ([R, G, B, U], None, (1, 2, 3), ""),
+        ([B, G, R, U], None, (3, 2, 1), "tagged"),
+        ([U, B, G, R, A], None, (4, 3, 2), "tagged"),
+        ([R, G, B, R, G, B], None, (1, 2, 3), "the first of several"),
+        ([GRAY, U, U], None, (1, 2, 3), "bands 1,2,3 without color tags taken as red, green, blue"),
+        ([GRAY, U, U, A], None, (1, 2, 3), "bands 1,2,3 without color tags taken as red, green, blue"),
+        ([A, U, U, U], None, (2, 3, 4), "bands 2,3,4 without color tags taken as red, green, blue"),
+        ([GRAY, U, U, U, A], None, (3, 2, 1), "B, G, R, NIR"),
+        ([GRAY, U, U, U], ["Blue", "green", "RED ", "nir"], (3, 2, 1), "named"),
+        ([GRAY, U, U, U], ["nir", "red", "green", "blue"], (2, 3, 4), "named"),
+        ([R, G, B, A], ["red", "green", "blue", "nir"], (1, 2, 3), ""),
+        ([GRAY, U, U], ["B4", "B3", "B2"], (1, 2, 3), "(b4, b3, b2)"),
+    ],
+)
+def test_bands_are_found_by_tags_and_names(
+    tmp_path: Path, tags: list[ColorInterp], names: list[str] | None, bands: tuple[int, int, int], words: str
+) -> None:
+    path = tagged(write_raster(tmp_path / "s.tif", noise(8, 9, bands=len(tags)), photometric="MINISBLACK"), tags)
+    with rasterio.open(path, "r+") as dataset:
+        dataset.descriptions = names or [None] * len(tags)
+    reader = SceneReader(path)
+    assert reader.bands == bands
+    assert words in " ".join(reader.notes)
+    assert bool(reader.notes) == bool(words)
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("tags", "names", "message", "hint"),
+    [
+        ([GRAY, R, G], ["nir", None, None], "no band tagged blue; it has 1 nir, 2 red, 3 green", "--bands 1,2,3"),
+        ([R, G, U, U], None, "no band tagged blue", "--bands 1,2,3"),
+        ([CYAN, MAGENTA, YELLOW, BLACK], None, "1 cyan, 2 magenta, 3 yellow, 4 black", "--bands"),
+        ([GRAY, A], None, "has 2 bands", "--bands 1,1,1"),
+        ([GRAY, U, U, U, U, U, U, U], None, "has 8 bands", "--bands 3,2,1"),
+        (
+            [R, G, B],
+            ["blue", "green", "red"],
+            "named 1 blue, 2 green, 3 red, and tagged 1 red",
+            "3,2,1 or --bands 1,2,3",
+        ),
+        ([R, G, B, A], ["blue", "green", "red", "nir"], "are named 1 blue", "--bands 3,2,1 or"),
+    ],
+)
+def test_what_tags_and_names_leave_open_is_asked(
+    tmp_path: Path, tags: list[ColorInterp], names: list[str] | None, message: str, hint: str
+) -> None:
+    path = tagged(write_raster(tmp_path / "s.tif", noise(8, 9, bands=len(tags)), photometric="MINISBLACK"), tags)
+    with rasterio.open(path, "r+") as dataset:
+        dataset.descriptions = names or [None] * len(tags)
+    with pytest.raises(SceneError, match=message) as caught:
+        SceneReader(path)
+    assert hint in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("bands", [(3, 1, 2), (4, 4, 4), (5, 1, 5)])
@@ -271,6 +336,116 @@ def test_a_mask_band_is_validity(tmp_path: Path) -> None:
     assert (pixels[:, :, :8] == scene[:, :, :8]).all()
 
 
+def several(path: Path, dtype: str, tags: list[ColorInterp], *, mask: bool = False, **profile: Any) -> Path:
+    """A scene of 200 in 120 x 160 px with a place; its corner is 0 in red, green, blue; a column of all else is 0."""
+    scene = np.full((len(tags), 120, 160), 200, dtype)
+    scene[:3, :40, :40] = 0
+    scene[3:, :, 80:] = 0
+    place = {"crs": "EPSG:32640", "transform": from_origin(325_000, 2_785_000, 2, 2)}
+    tagged(write_raster(path, scene, photometric="MINISBLACK", **place, **profile), tags)
+    if mask:
+        with rasterio.open(path, "r+") as dataset:
+            dataset.write_mask(scene[0] != 0)
+    return path
+
+
+@pytest.mark.parametrize("gsd", [None, 4.0])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", "float64"])
+@pytest.mark.parametrize("kind", ["nodata", "alpha", "both", "mask", "mask and alpha", "none"])
+def test_validity_is_that_of_the_bands_used_and_of_alpha_wherever_it_is(
+    tmp_path: Path, kind: str, dtype: str, gsd: float | None
+) -> None:
+    profile = {"nodata": 0} if kind in ("nodata", "both") else {}
+    alpha = kind in ("alpha", "both", "mask and alpha")
+    path = several(tmp_path / "s.tif", dtype, [R, G, B, U, A if alpha else U], mask="mask" in kind, **profile)
+    stretch = None if dtype == "uint8" else Stretch(0, 255, percentiles=False)
+    reader = SceneReader(path, stretch=stretch, gsd=gsd)
+    height, width = reader.height, reader.width
+    pixels, valid = reader.read_window(0, 0, height, width)
+    assert (height, width) == ((120, 160) if gsd is None else (60, 80))
+    expected = np.ones((height, width), bool)
+    if kind not in ("alpha", "none"):
+        expected[: height // 3, : width // 4] = False
+    if alpha:
+        expected[:, width // 2 :] = False
+    assert (valid is None and expected.all()) or (valid == expected).all()
+    assert set(np.unique(pixels[:, expected])) == ({200} if kind not in ("alpha", "none") else {0, 200})
+    reader.close()
+
+
+@pytest.mark.parametrize("gsd", [None, 4.0])
+def test_each_band_has_its_own_nodata(tmp_path: Path, gsd: float | None) -> None:
+    several(tmp_path / "s.tif", "uint8", [R, G, B, U])
+    with rasterio.open(tmp_path / "s.tif", "r+") as dataset:
+        for band, value in enumerate((7, 8, 9), 1):
+            pixels = dataset.read(band)
+            pixels[pixels == 0] = value
+            dataset.write(pixels, band)
+    bands = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{band}">{nodata}<ColorInterp>{color}</ColorInterp><SimpleSource>'
+        f"<SourceFilename>{tmp_path}/s.tif</SourceFilename><SourceBand>{band}</SourceBand></SimpleSource></VRTRasterBand>"
+        for band, color, nodata in (
+            (1, "Red", "<NoDataValue>7</NoDataValue>"),
+            (2, "Green", "<NoDataValue>8</NoDataValue>"),
+            (3, "Blue", ""),
+        )
+    )
+    place = "<SRS>EPSG:32640</SRS><GeoTransform>325000, 2, 0, 2785000, 0, -2</GeoTransform>"
+    (tmp_path / "s.vrt").write_text(f'<VRTDataset rasterXSize="160" rasterYSize="120">{place}{bands}</VRTDataset>')
+    reader = SceneReader(tmp_path / "s.vrt", gsd=gsd)
+    _, valid = reader.read_window(0, 0, reader.height, reader.width)
+    assert valid is not None
+    assert np.count_nonzero(~valid) == (1600 if gsd is None else 400)
+    assert not valid[: reader.height // 3, : reader.width // 4].any()
+    reader.close()
+
+
+def test_a_band_that_is_asked_for_or_named_is_no_alpha(tmp_path: Path) -> None:
+    """GDAL tags the fourth of four bytes alpha unless told otherwise; infrared of water is 0."""
+    path = several(tmp_path / "s.tif", "uint8", [R, G, B, A])
+    assert read_all(path)[1] is not None
+    assert read_all(path, bands=(4, 1, 2))[1] is None
+    with rasterio.open(path, "r+") as dataset:
+        dataset.descriptions = ["red", "green", "blue", "NIR"]
+    assert read_all(path)[1] is None
+
+
+def read_all(path: Path, **options: Any) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
+    reader = SceneReader(path, **options)
+    try:
+        return reader.read_window(0, 0, reader.height, reader.width)
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize(("dtype", "faint"), [("uint8", 1), ("uint16", 1), ("float32", 0.004)])
+@pytest.mark.parametrize("gsd", [None, 1.0])
+def test_faint_is_not_absent(tmp_path: Path, dtype: str, faint: float, gsd: float | None) -> None:
+    path = several(tmp_path / "s.tif", dtype, [R, G, B, A])
+    with rasterio.open(path, "r+") as dataset:
+        alpha = dataset.read(4)
+        alpha[alpha > 0] = faint
+        dataset.write(alpha, 4)
+    stretch = None if dtype == "uint8" else Stretch(0, 255, percentiles=False)
+    valid = read_all(path, stretch=stretch, gsd=gsd)[1]
+    assert valid is not None
+    assert valid[:, : valid.shape[1] // 2].all()
+    assert not valid[:, valid.shape[1] // 2 + 2 :].any()
+
+
+def test_percentiles_leave_out_what_is_transparent(tmp_path: Path) -> None:
+    path = several(tmp_path / "s.tif", "uint16", [R, G, B, U, A])
+    with rasterio.open(path, "r+") as dataset:
+        for band in (1, 2, 3):
+            pixels = dataset.read(band)
+            pixels[:, 80:] = 60000
+            dataset.write(pixels, band)
+    reader = SceneReader(path, stretch=Stretch(2, 98, percentiles=True))
+    assert reader.limits is not None
+    assert reader.limits.tolist() == [[0, 200]] * 3
+    reader.close()
+
+
 def test_values_that_are_not_finite_have_no_data(tmp_path: Path) -> None:
     scene = noise(8, 9).astype(np.float32)
     scene[0, 1, 1], scene[1, 2, 2], scene[2, 3, 3] = np.nan, np.inf, -np.inf
@@ -291,6 +466,13 @@ def test_a_scene_without_a_hole_needs_no_mask(tmp_path: Path) -> None:
 
 
 # --- stretch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_bytes_of_fewer_bits_need_a_stretch(tmp_path: Path, bits: int) -> None:
+    path = write_raster(tmp_path / "scene.tif", noise(8, 9) // 128, nbits=bits)
+    with pytest.raises(SceneError, match=f"holds {bits}-bit values"):
+        SceneReader(path)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "float32", "int8"])
@@ -457,6 +639,17 @@ def test_rational_polynomials_that_lack_a_term(tmp_path: Path) -> None:
     assert georeference(path) == {}
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999"])
+def test_a_transform_that_is_not_finite_is_no_place(tmp_path: Path, value: str) -> None:
+    path = declared(
+        tmp_path / "s.vrt", 9, 8, f"<SRS>EPSG:32640</SRS><GeoTransform>{value}, 1, 0, 0, 0, -1</GeoTransform>"
+    )
+    reader = SceneReader(path)
+    assert set(reader.georeference) == {"crs"}
+    assert "not finite" in reader.notes[0]
+    reader.close()
+
+
 def test_a_scene_may_lie_nowhere(tmp_path: Path) -> None:
     assert georeference(write_raster(tmp_path / "scene.tif", noise(8, 9))) == {}
 
@@ -549,6 +742,103 @@ def test_a_truncated_picture_is_an_error_and_not_a_grey_field(tmp_path: Path, dr
         reader = SceneReader(path)
         for row, column in TileGrid.over(256, 256, tile, 0):
             reader.read_tile(row, column, out)
+
+
+def declared(path: Path, width: int, height: int, more: str = "") -> Path:
+    """A VRT that declares a size, of a few bytes itself."""
+    bands = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{band}"><ColorInterp>{color}</ColorInterp></VRTRasterBand>'
+        for band, color in ((1, "Red"), (2, "Green"), (3, "Blue"))
+    )
+    path.write_text(f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}">{more}{bands}</VRTDataset>')
+    return path
+
+
+@pytest.mark.parametrize(("width", "height"), [(10**9, 10**9), (2**31 - 1, 1), (1, 2**31 - 1), (2 * 10**6, 10**6)])
+def test_sizes_that_nobody_can_label_are_refused_at_once(tmp_path: Path, width: int, height: int) -> None:
+    with pytest.raises(SceneError, match=f"would be {width} x {height} px; at most 10,000,000 px a side"):
+        SceneReader(declared(tmp_path / "s.vrt", width, height))
+
+
+def test_a_million_pixels_a_side_are_planned_in_little_memory(tmp_path: Path) -> None:
+    class EnoughError(Exception):
+        pass
+
+    engine = FakeEngine(512, fail_at=0, error=EnoughError())
+    with pytest.raises(EnoughError):
+        segment_scene(engine, declared(tmp_path / "s.vrt", 10**6, 10**6), tmp_path / "map.tif")
+
+
+def test_a_tile_that_is_all_of_a_large_file_is_refused(tmp_path: Path) -> None:
+    profile = {
+        "count": 3,
+        "dtype": "uint8",
+        "photometric": "RGB",
+        "tiled": True,
+        "blockxsize": 14_336,
+        "blockysize": 14_336,
+    }
+    path = tmp_path / "scene.tif"
+    rasterio.open(path, "w", driver="GTiff", height=14_500, width=14_500, sparse_ok=True, **profile).close()
+    with pytest.raises(SceneError, match="stored in blocks of 14336 x 14336 px"):
+        SceneReader(path)
+
+
+def test_a_scene_that_refers_to_itself(tmp_path: Path) -> None:
+    path = tmp_path / "s.vrt"
+    source = f"<SimpleSource><SourceFilename>{path}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>"
+    path.write_text(declared(path, 9, 8).read_text().replace("</ColorInterp>", f"</ColorInterp>{source}"))
+    with pytest.raises(SceneError) as caught:
+        read(path)
+    assert "refer to itself" in str(caught.value.hint)
+
+
+def damaged_jpeg(path: Path, driver: str = "JPEG") -> Path:
+    """A picture with 400 wrong bytes in its middle; GDAL decodes it to its end and warns."""
+    scene = np.kron(noise(20, 30), np.ones((1, 16, 16), np.uint8))
+    profile = {"photometric": "YCBCR", "compress": "jpeg", "blockysize": 320} if driver == "GTiff" else {}
+    place = {"crs": "EPSG:32640", "transform": from_origin(325_000, 2_785_000, 2, 2)}
+    content = bytearray(write_raster(path, scene, driver=driver, **profile, **place).read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = (noise(1, 400, bands=1, seed=1) // 2).tobytes()  # no markers
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("driver", ["JPEG", "GTiff"])
+@pytest.mark.parametrize("gsd", [None, 4.0])
+def test_what_the_decoder_warns_of_is_told(tmp_path: Path, driver: str, gsd: float | None) -> None:
+    path = damaged_jpeg(tmp_path / "scene.img", driver)
+    result = segment_scene(FakeEngine(64), path, tmp_path / "map.tif", SegmentOptions(gsd=gsd))
+    told = [note for note in result.notes if "GDAL warns" in note]
+    assert len(told) == 1
+    assert "Corrupt JPEG data" in told[0]
+    assert "CPLE" not in told[0]
+    with pytest.raises(SceneError, match=r"GDAL warns: .*Corrupt JPEG data") as caught:
+        segment_scene(FakeEngine(64), path, tmp_path / "other.tif", SegmentOptions(gsd=gsd, strict=True))
+    assert "--strict" in str(caught.value.hint)
+    assert not (tmp_path / "other.tif").exists()
+
+
+def test_a_report_of_many_scenes_has_the_warnings_of_each(tmp_path: Path) -> None:
+    path = damaged_jpeg(tmp_path / "scene.jpg")
+    engine = FakeEngine(64)
+    ref = EngineRef("fake.onnx", "fake", "fp32", None, engine.artefact.sha256, "cd" * 32)
+    row = run_job(engine, Job(str(path), str(tmp_path / "map.tif"), ref, SegmentOptions())).document()
+    assert row["status"] == "done"
+    assert any("Corrupt JPEG data" in note for note in row["notes"])
+    strict = Job(str(path), str(tmp_path / "other.tif"), ref, SegmentOptions(strict=True))
+    row = run_job(engine, strict).document()
+    assert (row["status"], row["error"]["exit_code"]) == ("failed", 10)
+
+
+def test_many_warnings_are_few_notes() -> None:
+    warnings = Warnings()
+    warnings.take("reading", [f"line {index} is odd" for index in range(1000)])
+    assert warnings.notes == ["GDAL warns: line 0 is odd; the file may be damaged there"]
+    warnings.take("reading", [f"{chr(97 + index)} is odd" for index in range(20)])
+    assert len(warnings.notes) == 4
+    assert warnings.notes[-1] == "GDAL warns of 18 more kinds"
 
 
 def test_a_raster_without_bands(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from cdkd_edge.accuracy.evaluate import (
     require_same_classes,
     training_notes,
 )
-from cdkd_edge.accuracy.images import ImageReader, reading_notes
+from cdkd_edge.accuracy.images import ImageReader
 from cdkd_edge.accuracy.masks import Lost, read_labels
 from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.accuracy.parity import SIDES, Delta, Gate, ImageParity, Parity
@@ -34,6 +34,7 @@ from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.errors import DatasetError, UsageError
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.scene.pipeline import SegmentOptions, label_map_tags, label_rows
+from cdkd_edge.scene.reader import reading_notes
 from cdkd_edge.scene.writer import LabelMapWriter
 
 Sides = tuple[Scores, Scores]
@@ -85,7 +86,7 @@ def compare(
     if not jobs:
         raise DatasetError(f"{dataset.folder}: there is no image to compare on")
     total, before = 2 * sum(len(job.grid) for job in jobs), 0
-    run = _Comparison(schema, reading_notes({job.pair.name: job.notes for job in jobs}))
+    run = _Comparison(schema)
     for job in jobs:
         truth = read_labels(job.pair.mask, schema, run.lost)
         reader = ImageReader(job.pair, options)
@@ -103,7 +104,9 @@ def compare(
                 place = difference_path(maps, job.pair, "difference")
                 write_differences(place, job.pair, reader, truth, ours, theirs, schema)
         finally:
+            job.notes = tuple(dict.fromkeys((*job.notes, *reader.notes)))
             reader.close()
+    run.notes = reading_notes({job.pair.name: job.notes for job in jobs})
     return run.result(dataset, gate, resamples, seed, trained_on or {}, time.perf_counter() - started)
 
 
@@ -146,8 +149,9 @@ def _label(
 class _Comparison:
     """Counts while images come, numbers at the end."""
 
-    def __init__(self, schema: LabelSchema, notes: list[str]) -> None:
-        self.schema, self.notes, self.lost = schema, notes, Lost()
+    def __init__(self, schema: LabelSchema) -> None:
+        self.schema, self.lost = schema, Lost()
+        self.notes: list[str] = []
         self.table = TileTable(len(schema))
         self.matrices = (ConfusionMatrix(len(schema)), ConfusionMatrix(len(schema)))
         self.confusion = np.zeros((len(schema) + 1,) * 2, np.int64)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.accuracy.datasets import Dataset, Pair
-from cdkd_edge.accuracy.images import ImageReader, reading_notes
+from cdkd_edge.accuracy.images import ImageReader
 from cdkd_edge.accuracy.masks import Lost, read_labels
 from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.accuracy.picture import write_comparison
@@ -26,6 +26,7 @@ from cdkd_edge.errors import DatasetError, EngineError, SchemaError
 from cdkd_edge.labels import NO_LABEL, LabelSchema, load_schema
 from cdkd_edge.scene.grid import TileGrid
 from cdkd_edge.scene.pipeline import SegmentOptions, grid_over, label_map_tags, label_rows
+from cdkd_edge.scene.reader import reading_notes
 from cdkd_edge.scene.writer import LabelMapWriter
 
 Rows = npt.NDArray[np.uint8]
@@ -281,6 +282,7 @@ def _judge(
         with LabelMapWriter(place, job.height, job.width, labeller.schema, reader.georeference, tags) as writer:
             label_rows(labeller, reader, job.grid, _Sink(labeller, truth, matrix, writer), progress)
     finally:
+        job.notes = tuple(dict.fromkeys((*job.notes, *reader.notes)))
         reader.close()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,9 @@ class ImageReader(SceneReader):
     def __init__(self, pair: Pair, options: SegmentOptions, limits: npt.NDArray[np.float32] | None = None) -> None:
         self.mask = pair.mask
         try:
-            super().__init__(pair.image, bands=options.bands, stretch=options.stretch, limits=limits)
+            super().__init__(
+                pair.image, bands=options.bands, stretch=options.stretch, limits=limits, strict=options.strict
+            )
         except SceneError as error:
             raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
 
@@ -67,16 +68,4 @@ class ImageReader(SceneReader):
             if problem := place_problem(self._source, mask):
                 raise DatasetError(f"mask {self.mask} {problem} ({self.path})", hint=_MEND_PLACE)
             if isinstance(mask, Upright):
-                self.notes.append(f"its mask was {mask.note}")
-
-
-def reading_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
-    """What there is to say of how images were read, by image; each once, with the images that it is about."""
-    names: dict[str, list[str]] = {}
-    for name, about in notes.items():
-        for note in about:
-            names.setdefault(note, []).append(name)
-    return [
-        f"{', '.join(who[:3])}{f' and {len(who) - 3} more' if len(who) > 3 else ''}: {note}"
-        for note, who in names.items()
-    ]
+                self._notes.append(f"its mask was {mask.note}")

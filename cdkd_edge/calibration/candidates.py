@@ -77,6 +77,8 @@ class Candidates:
     broken: list[str] = field(default_factory=list)
     """What was wrong with the scenes that were skipped."""
     notes: list[str] = field(default_factory=list)
+    said: dict[str, list[str]] = field(default_factory=dict)
+    """Notes on how scenes were read."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -96,6 +98,7 @@ class Candidates:
             self.limits,
             self.broken,
             self.notes,
+            self.said,
         )
 
 
@@ -176,7 +179,9 @@ def _tiles_of(
     result: Candidates,
 ) -> Iterator[_Tile | str]:
     """Descriptions of a scene's tiles, or why one is passed over."""
-    reader = SceneReader(source.path, bands=options.scene.bands, stretch=options.scene.stretch)
+    reader = SceneReader(
+        source.path, bands=options.scene.bands, stretch=options.scene.stretch, strict=options.scene.strict
+    )
     label_map = None
     try:
         if reader.limits is not None:
@@ -185,7 +190,6 @@ def _tiles_of(
             label_map = label_maps.of(source.path, source.height, source.width)
             if label_map is None:
                 result.notes.append(f"{source.path} has no label map")
-        result.notes += [note for note in reader.notes if note not in result.notes]
         windows = exclusions.windows_of(source.path)
         pixels = np.empty((3, options.tile, options.tile), np.uint8)
         for row, column in source.places(limit, options.seed):
@@ -203,6 +207,7 @@ def _tiles_of(
                 counts = None if label_map is None else label_map.count(row, column, options.tile)
                 yield _Tile((column.start, row.start), describe(pixels), thumbnail(pixels), sha256, counts)
     finally:
+        result.said[source.path] = reader.notes
         reader.close()
         if label_map is not None:
             label_map.close()

@@ -23,6 +23,7 @@ from cdkd_edge.errors import DatasetError, SceneError, UsageError
 from cdkd_edge.files import whole_folder
 from cdkd_edge.manifest import GraphManifest, read_manifest
 from cdkd_edge.scene.pipeline import SegmentOptions
+from cdkd_edge.scene.reader import reading_notes
 from cdkd_edge.workspace import Workspace
 
 DEFAULT_TILE = 1024
@@ -138,7 +139,7 @@ def calibrate(
         counts["scenes_broken"] += len(candidates.broken)
         _require_some(candidates, counts)
         notes += [f"skipped: {problem}" for problem in candidates.broken]
-        notes += _listed_notes(candidates.notes)
+        notes += _listed_notes(candidates.notes) + reading_notes(candidates.said)
         pick = pick_tiles(candidates, options.count, options.check, options.seed, label_maps)
         manifest = store(
             place, folder.resolve().name, candidates, pick, options.scene, _description(options, pick, counts, notes)

@@ -31,6 +31,7 @@ from cdkd_edge.cli.options import (
     RangeOption,
     SchemaOption,
     StretchOption,
+    StrictOption,
     ThreadsOption,
     WeightsOption,
     WorkspaceOption,
@@ -86,6 +87,7 @@ def evaluate(
     stretch: StretchOption = False,
     stretch_percentiles: PercentilesOption = None,
     stretch_range: RangeOption = None,
+    strict: StrictOption = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
     weights: WeightsOption = None,
@@ -101,7 +103,7 @@ def evaluate(
 
     space = workspace_at(workspace)
     subject = named_engine(artefact, engine) or space.only_engine("cdkd-edge evaluate", typed=command_line())
-    options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
+    options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range, strict)
     dataset = chosen_images(data, scenes, image_list)
     folder = output or (space.new_run(f"{stem_of(subject)}-accuracy") if save_maps else None)
     loaded = open_subject(
@@ -261,6 +263,7 @@ def finetune(
     stretch: StretchOption = False,
     stretch_percentiles: PercentilesOption = None,
     stretch_range: RangeOption = None,
+    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Encoder and labelled images to a checkpoint, by the paper's protocol. Writes a model card beside it."""
@@ -297,7 +300,7 @@ def finetune(
         validation_scenes=names(val_scenes),
         training_list=train_list,
         validation_list=val_list,
-        reading=segment_options(None, bands, stretch, stretch_percentiles, stretch_range),
+        reading=segment_options(None, bands, stretch, stretch_percentiles, stretch_range, strict),
         device=device,
         features=features,
         remember=remember,

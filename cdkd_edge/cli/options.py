@@ -38,6 +38,9 @@ RangeOption = Annotated[
     Optional[tuple[float, float]],  # noqa: UP045
     typer.Option("--stretch-range", help="Stretch these values.", metavar="LOW HIGH"),
 ]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Take what GDAL warns of while images are read (damage, mostly) for an error.")
+]
 DataOption = Annotated[
     Path,
     typer.Option(
@@ -86,6 +89,7 @@ def segment_options(
     stretch: bool,
     percentiles: tuple[float, float] | None,
     value_range: tuple[float, float] | None,
+    strict: bool = False,
 ) -> SegmentOptions:
     """How a scene is read, from options.
 
@@ -109,7 +113,7 @@ def segment_options(
         chosen = Stretch(*value_range, percentiles=False)
     elif percentiles or stretch:
         chosen = Stretch(*(percentiles or (2.0, 98.0)), percentiles=True)
-    return SegmentOptions(overlap=overlap, bands=numbers, stretch=chosen)
+    return SegmentOptions(overlap=overlap, bands=numbers, stretch=chosen, strict=strict)
 
 
 def names(text: str | None) -> tuple[str, ...]:

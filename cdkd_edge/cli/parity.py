@@ -21,6 +21,7 @@ from cdkd_edge.cli.options import (
     RangeOption,
     SchemaOption,
     StretchOption,
+    StrictOption,
     ThreadsOption,
     WeightsOption,
     WorkspaceOption,
@@ -79,6 +80,7 @@ def parity(
     stretch: StretchOption = False,
     stretch_percentiles: PercentilesOption = None,
     stretch_range: RangeOption = None,
+    strict: StrictOption = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
     weights: WeightsOption = None,
@@ -99,7 +101,7 @@ def parity(
 
     if min_agreement is not None and 0 < min_agreement <= 1:
         raise typer.BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")
-    options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range)
+    options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range, strict)
     space = workspace_at(workspace)
     candidate = named_engine(artefact, engine) or space.only_engine(
         f"cdkd-edge parity {reference}", typed=command_line()

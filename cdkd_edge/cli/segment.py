@@ -17,6 +17,7 @@ from cdkd_edge.cli.options import (
     PercentilesOption,
     RangeOption,
     StretchOption,
+    StrictOption,
     ThreadsOption,
     WorkspaceOption,
     segment_options,
@@ -50,6 +51,7 @@ def segment(
     stretch: StretchOption = False,
     stretch_percentiles: PercentilesOption = None,
     stretch_range: RangeOption = None,
+    strict: StrictOption = False,
     merge: Annotated[
         str,
         typer.Option(
@@ -67,7 +69,8 @@ def segment(
         Optional[str],  # noqa: UP045
         typer.Option(
             "--aoi",
-            help="Label only an area: a GeoJSON file, or a box in lon/lat (or the scene's coordinates).",
+            help="Label only an area: a file of polygons (GeoJSON, GeoPackage, Shapefile), or a box in lon/lat (or the "
+            "scene's coordinates).",
             metavar="FILE|MINX,MINY,MAXX,MAXY",
         ),
     ] = None,
@@ -156,7 +159,7 @@ def segment(
         raise typer.BadParameter("needs --dask", param_hint="--worker-engines")
     space = workspace_at(workspace)
     options = dataclasses.replace(
-        segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range),
+        segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range, strict),
         merge=merge,
         confidence=confidence,
         gsd=gsd,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from cdkd_edge.errors import SceneError
@@ -31,8 +32,7 @@ def rasters_named(argument: str) -> list[str]:
     if place.is_dir():
         return _in_folder(place)
     if glob.has_magic(argument):
-        # Path.glob takes no absolute patterns.
-        matches = [path for path in glob.glob(argument, recursive=True) if _is_raster(Path(path))]  # noqa: PTH207
+        matches = [path for path in _matching(argument) if _is_raster(Path(path))]
         if not matches:
             raise SceneError(f"no raster matches {argument}")
         return matches
@@ -41,7 +41,28 @@ def rasters_named(argument: str) -> list[str]:
 
 def file_key(path: str) -> str:
     """The same for two names of one file; names of GDAL's are only equal to themselves."""
-    return path if is_gdal_name(path) else os.path.realpath(path)  # unlike Path.resolve(), of links in a loop as well
+    return path if is_gdal_name(path) else os.path.realpath(path)  # Path.resolve() fails on links that go in circles
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """Paths that match a pattern; ``**`` is any folder below, each once however links lead to it. (Those of the glob
+    module lead in circles; Path.glob takes no absolute patterns.)"""
+    if Path(pattern).name == "**":
+        pattern = f"{pattern.rstrip(os.sep)}{os.sep}*"
+    before, stars, after = pattern.partition(f"**{os.sep}")
+    if not stars or (before and not before.endswith(os.sep)):
+        yield from glob.iglob(pattern)  # noqa: PTH207
+        return
+    seen: set[str] = set()
+    for top in glob.iglob(before) if before else [""]:  # noqa: PTH207
+        for folder, below, _ in os.walk(top or ".", followlinks=True):
+            if (place := os.path.realpath(folder)) in seen:
+                below.clear()
+                continue
+            seen.add(place)
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            within = glob.escape(folder if top else folder[2:])
+            yield from _matching(os.path.join(within, after))  # noqa: PTH118
 
 
 def _in_folder(folder: Path) -> list[str]:

@@ -16,6 +16,8 @@ from itertools import pairwise
 from cdkd_edge.errors import UsageError
 
 DEFAULT_OVERLAP = 128
+_MOST_TILES = 1_000_000
+"""Along an axis."""
 
 
 def default_overlap(tile: int) -> int:
@@ -44,7 +46,7 @@ def tile_axis(size: int, tile: int, overlap: int) -> list[Span]:
         Spans whose kept parts partition ``0 .. size - 1`` in order.
 
     Raises:
-        UsageError: the overlap is negative or leaves a tile no pixel of its own.
+        UsageError: the overlap is negative, leaves a tile no pixel of its own, or makes more than a million tiles.
     """
     if not 0 <= overlap < tile:
         raise UsageError(
@@ -53,6 +55,10 @@ def tile_axis(size: int, tile: int, overlap: int) -> list[Span]:
     if size <= tile:
         return [Span(-((tile - size) // 2), 0, size)]
     count = -(-(size - overlap) // (tile - overlap))
+    if count > _MOST_TILES:
+        raise UsageError(
+            f"an overlap of {overlap} px makes {count:,} tiles of {size:,} px", hint="choose a smaller one"
+        )
     spare = count * tile - (count - 1) * overlap - size
     margin = min(spare, overlap)
     first_start, last_start = -(margin // 2), size + margin - margin // 2 - tile

@@ -31,6 +31,8 @@ class SegmentOptions:
     """Ground sample distance at which the scene is read, m; the label map has it too. Default: the scene's own."""
     aoi: str | None = None
     """Area of interest as :func:`.aoi.read_area` takes it; outside there is no label. Default: all of the scene."""
+    strict: bool = False
+    """What GDAL warns of while the scene is read is an error."""
     readers: int = 2
     """Reading threads, each with the scene opened for itself."""
 

@@ -204,7 +204,7 @@ def _overlap(tile: int, options: SegmentOptions) -> int:
 
 def _opened(stack: contextlib.ExitStack, scene: str | Path, options: SegmentOptions) -> list[SceneReader]:
     """The scene once for each reading thread."""
-    first = SceneReader(scene, bands=options.bands, stretch=options.stretch, gsd=options.gsd)
+    first = SceneReader(scene, bands=options.bands, stretch=options.stretch, gsd=options.gsd, strict=options.strict)
     readers = [first]
     stack.callback(first.close)
     for _ in range(1, 1 if first.sequential else options.readers):

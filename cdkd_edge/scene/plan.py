@@ -86,8 +86,10 @@ class Plan:
         cuts = [round(index * len(columns) / count) for index in range(count + 1)]
         panels = []
         for first, last in pairwise(cuts):
-            reaching = [column for column in columns[:first] if column.start + tile > columns[first].start]
-            panels.append(Panel(first, last, len(reaching) if blends else 0))
+            helpers = 0
+            while blends and helpers < first and columns[first - helpers - 1].start + tile > columns[first].start:
+                helpers += 1
+            panels.append(Panel(first, last, helpers))
         return cls(grid, tile, tuple(panels), blends, wanted)
 
     @property

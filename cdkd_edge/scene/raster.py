@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,32 @@ import rasterio
 from affine import Affine
 from rasterio._err import CPLE_BaseError  # rasterio.shutil and .warp let GDAL's own errors through
 from rasterio.env import set_gdal_config
-from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.transform import from_gcps
 from rasterio.warp import transform as transformed
 
 from cdkd_edge.errors import SceneError, SystemRefusalError
 from cdkd_edge.scene.upright import Upright, orientation_of
 
-# GDAL's messages reach the user once, as the text of our errors, not also through logging's last resort.
-logging.getLogger("rasterio").addHandler(logging.NullHandler())
+_listening = threading.local()
+
+
+class _Listener(logging.Handler):
+    """Passes on what GDAL says to :func:`gdal` of the same thread; others read other files."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        heard: list[str] | None = getattr(_listening, "heard", None)
+        if heard is not None:
+            heard.append(_GDAL_CLASS.sub("", record.getMessage()))
+
+
+_GDAL_CLASS = re.compile(r"^CPLE_\w+[: ]+| ?\(this (warning|error) can be turned .*")
+# GDAL's messages reach the user once, as the text of our errors and notes, not also through logging's last resort.
+logging.getLogger("rasterio").addHandler(_Listener(logging.WARNING))
 # Scenes without georeference are welcome; their label maps have none either. (A filter set once: the
 # context manager in warnings is not safe in threads.)
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+warnings.filterwarnings("ignore", category=NodataShadowWarning)  # alpha counts as well, see .bands.Validity
 
 CACHE_BYTES = 32 << 20
 """GDAL's cache of blocks. What is read and written here goes along blocks; it is for masks and for resampling, which
@@ -43,6 +57,9 @@ _PROJJSON = re.compile(r"'\{.*\}'")
 if "GDAL_CACHEMAX" not in os.environ:
     set_gdal_config("GDAL_CACHEMAX", CACHE_BYTES)
 
+_KINDS_SHOWN = 3
+"""Of warnings about one scene."""
+
 _LITTLE_ROOM = 1 << 20
 """Bytes."""
 
@@ -55,20 +72,64 @@ _GDAL_OPTIONS = {
 # What GDAL opens though it is no file: URLs, subdatasets (GPKG:file:table), files inside files.
 _GDAL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:|/vsi")
 
-_UNREADABLE = re.compile(r"IReadBlock|TIFFRead|TIFFFill|[Rr]ead error|corrupt|decompress")
 _DAMAGED = "the file may be damaged or cut off; `gdalinfo -checksum` reads all of it"
 """GDAL names the block that could not be read, and not what that means."""
-_NO_RANGES = "this server sends whole files only; download the file, or use a server that answers range requests"
+_HINTS = {
+    "Range downloading": "this server sends whole files only; download the file, or use a server that answers range "
+    "requests",
+    "opened in a cascaded way|Recursion detected": "a VRT seems to refer to itself",
+    "IReadBlock|TIFFRead|TIFFFill|[Rr]ead error|corrupt|decompress": _DAMAGED,
+}
 
 _ARCHIVES = {".zip": "/vsizip/", ".kmz": "/vsizip/", ".tar": "/vsitar/", ".tgz": "/vsitar/", ".gz": "/vsigzip/"}
 
 
+class Warnings:
+    """What GDAL warns of while a scene is read, each kind once; shared by the threads that read it.
+
+    A JPEG with wrong bytes in its middle, say, is decoded to the end, and wrong from there on.
+
+    Args:
+        strict: whether a warning is an error.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self._strict = strict
+        self._kinds: dict[str, str] = {}
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence on each kind; of many, the first ones."""
+        texts = list(self._kinds.values())
+        more = len(texts) - _KINDS_SHOWN
+        notes = [f"GDAL warns: {text}; the file may be damaged there" for text in texts[:_KINDS_SHOWN]]
+        return [*notes, f"GDAL warns of {more} more kinds"] if more > 0 else notes
+
+    def take(self, doing: str, texts: Sequence[str]) -> None:
+        """Take what was said while ``doing`` something.
+
+        Raises:
+            SceneError: a warning is an error.
+        """
+        if self._strict and texts:
+            raise SceneError(f"{doing}: GDAL warns: {texts[0]}", hint=f"{_DAMAGED}; without --strict it is only told")
+        for text in texts:
+            self._kinds.setdefault(re.sub(r"[\d.]+", "0", text), text)
+
+
 @contextlib.contextmanager
-def gdal(doing: str) -> Iterator[None]:
-    """A GDAL environment in which errors become :class:`SceneError`: "``doing`` failed: why"."""
+def gdal(doing: str, warnings: Warnings | None = None) -> Iterator[None]:
+    """A GDAL environment in which errors become :class:`SceneError`: "``doing`` failed: why".
+
+    ``warnings`` takes what GDAL only warns of; without it that is dropped.
+    """
+    outer, heard = getattr(_listening, "heard", None), list[str]()
     with rasterio.Env(**_GDAL_OPTIONS):
         try:
+            _listening.heard = heard
             yield
+            if warnings is not None:
+                warnings.take(doing, heard)
         except (RasterioError, RasterioIOError, CPLE_BaseError) as error:  # before rasterio 1.4 no subclass
             causes = []
             cause: BaseException | None = error
@@ -77,10 +138,12 @@ def gdal(doing: str) -> Iterator[None]:
                 cause = cause.__cause__
             telling = [text for text in causes if "previous exception" not in text] or causes
             reason = _PROJJSON.sub("the reference system", " ".join(max(telling, key=len).split()))
-            hint = _NO_RANGES if "Range downloading" in reason else _DAMAGED if _UNREADABLE.search(reason) else None
+            hint = next((hint for pattern, hint in _HINTS.items() if re.search(pattern, reason)), None)
             raise SceneError(f"{doing} failed: {reason}", hint=hint) from None
         except UnicodeEncodeError:
             raise SceneError(f"{doing} failed: GDAL takes only names in UTF-8") from None
+        finally:
+            _listening.heard = outer
 
 
 @contextlib.contextmanager
@@ -128,8 +191,10 @@ def _way_into(name: str) -> str | None:
     return f"name what is in it: {way}{name}" + ("" if way == "/vsigzip/" else "/SCENE.tif")
 
 
-def open_scene(path: str | Path) -> Any:
+def open_scene(path: str | Path, warnings: Warnings | None = None) -> Any:
     """Open a raster for reading; a picture that is stored turned as viewers show it (:class:`Upright`).
+
+    ``warnings`` takes what GDAL warns of.
 
     Raises:
         SceneError: there is no such file, or GDAL does not know its format.
@@ -138,7 +203,7 @@ def open_scene(path: str | Path) -> Any:
     if not is_gdal_name(name) and not Path(name).is_file():
         raise SceneError(f"scene {name} {'is not a file' if Path(name).exists() else 'does not exist'}")
     try:
-        with gdal(f"opening {name}"):
+        with gdal(f"opening {name}", warnings):
             dataset = rasterio.open(name)
             orientation = orientation_of(dataset, name)
             return dataset if orientation == 1 else Upright(dataset, orientation)

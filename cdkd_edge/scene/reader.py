@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 
-from cdkd_edge.errors import SceneError
+from cdkd_edge.errors import CdkdEdgeError, SceneError
+from cdkd_edge.scene.bands import Validity, choose_bands
 from cdkd_edge.scene.grid import Span
-from cdkd_edge.scene.raster import gdal, open_scene
+from cdkd_edge.scene.raster import Warnings, gdal, open_scene
 from cdkd_edge.scene.resample import resampled
 from cdkd_edge.scene.stretch import Stretch as Stretch
 from cdkd_edge.scene.stretch import stretch_limits, stretched
 from cdkd_edge.scene.upright import Upright
 
-Bands = tuple[int, int, int]
-
 INVALID_FILL = np.array([124, 116, 104], np.uint8).reshape(3, 1, 1)
 """Pixels without data enter the network as its mean colour, which is zero after normalisation."""
 
 _SEQUENTIAL = ("PNG", "JPEG", "GIF")
+
+_MOST_SIDE, _MOST_PIXELS = 10_000_000, 10**12
+"""Of a scene, px. The whole land at 10 m has as many; some things are kept for each row."""
+_MOST_BLOCK = 1 << 29
+"""Bytes of a block, which GDAL decodes as a whole."""
 
 
 class SceneReader:
@@ -34,13 +37,14 @@ class SceneReader:
 
     Args:
         path: anything GDAL opens.
-        bands: red, green and blue, 1-based; default: by colour tags, and as upstream where there are none.
+        bands: red, green and blue, 1-based. Default: as :func:`.bands.choose_bands` finds them.
         stretch: how values become 0..255.
         limits: of a reader that had the same file open; spares another look at the whole scene for percentiles.
         gsd: resample to this ground sample distance, m (:mod:`.resample`).
+        strict: what GDAL warns of is an error.
 
     Raises:
-        SceneError: the file is no raster, has no usable bands, or holds values other than 0..255
+        SceneError: the file is no raster, has no usable bands, is too large, or holds values other than 0..255
             and no stretch is given.
     """
 
@@ -52,29 +56,80 @@ class SceneReader:
         stretch: Stretch | None = None,
         limits: npt.NDArray[np.float32] | None = None,
         gsd: float | None = None,
+        strict: bool = False,
     ) -> None:
         self.path = path
         self.gsd = gsd
+        self._warnings = Warnings(strict=strict)
         self._values: npt.NDArray[Any] | None = None
-        self._source: Any = open_scene(path)
+        self._source: Any = open_scene(path, self._warnings)
         self._dataset = self._source
+        self._notes: list[str] = [self._source.note] if isinstance(self._source, Upright) else []
         try:
-            self.notes: list[str] = [self._source.note] if isinstance(self._source, Upright) else []
-            self.bands = self._choose_bands(bands)
-            self._float = any(np.dtype(self._dataset.dtypes[band - 1]).kind == "f" for band in self.bands)
-            self._masked = self._float or not all(
-                MaskFlags.all_valid in flags for flags in self._dataset.mask_flag_enums
-            )
-            self.limits = self._stretch_limits(stretch) if limits is None else limits
-            if gsd is not None:
-                with gdal(f"resampling {self.path}"):
-                    self._dataset, how = resampled(self._source, gsd)
-                self.notes.append(how)
-                flags = self._dataset.mask_flag_enums
-                self._masked = self._masked or not all(MaskFlags.all_valid in flag for flag in flags)
-        except BaseException:
+            self._prepare(bands, stretch, limits, gsd)
+        except BaseException as error:
             self.close()
+            if isinstance(error, (ValueError, KeyError, IndexError, OverflowError)) and not isinstance(
+                error, CdkdEdgeError
+            ):
+                raise SceneError(f"{path} has a header that cannot be made sense of: {error}") from None
             raise
+
+    def _prepare(
+        self,
+        bands: Sequence[int] | None,
+        stretch: Stretch | None,
+        limits: npt.NDArray[np.float32] | None,
+        gsd: float | None,
+    ) -> None:
+        with self._gdal("opening"):
+            self.bands, how = choose_bands(self._source, self.path, bands)
+            self._notes += [how] if how else []
+            self._indexes: tuple[int, ...] = self.bands
+            self._float = any(np.dtype(self._source.dtypes[band - 1]).kind == "f" for band in self.bands)
+            self._validity = Validity(self._source, self.bands)
+            self._require_bounded(self._source)
+            if not all(map(math.isfinite, self._source.transform)):
+                self._notes.append("its geotransform is not finite, and left out: the label map has no place on Earth")
+        self.limits = self._stretch_limits(stretch) if limits is None else limits
+        if gsd is not None:
+            with self._gdal("resampling"):
+                self._dataset, how = resampled(self._source, gsd, self.bands, self._validity)
+                self._notes.append(how)
+                self._require_bounded(self._dataset)
+                if self._dataset is not self._source:
+                    self._indexes = (1, 2, 3)
+                    self._validity = Validity(self._dataset, self._indexes)
+
+    def _gdal(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return gdal(f"{doing} {self.path}", self._warnings)
+
+    def _require_bounded(self, dataset: Any) -> None:
+        """Refuse sizes that a header of a few bytes can declare and nobody can label."""
+        height, width = dataset.height, dataset.width
+        if max(height, width) > _MOST_SIDE or height * width > _MOST_PIXELS:
+            raise SceneError(
+                f"{self.path} would be {width} x {height} px; at most {_MOST_SIDE:,} px a side and "
+                f"{_MOST_PIXELS:,} px in all are labelled",
+                hint="cut it into parts, e.g. with gdal_translate -srcwin",
+            )
+        rows, columns = dataset.block_shapes[self._indexes[0] - 1]
+        together = dataset.count if dataset.tags(ns="IMAGE_STRUCTURE").get("INTERLEAVE") == "PIXEL" else 1
+        if rows * columns * together * np.dtype(dataset.dtypes[self._indexes[0] - 1]).itemsize > _MOST_BLOCK:
+            raise SceneError(
+                f"{self.path} is stored in blocks of {columns} x {rows} px, too large to be decoded one by one",
+                hint="tile it: gdal_translate -co TILED=YES IN OUT.tif",
+            )
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of it, and what GDAL has warned of so far."""
+        return [*self._notes, *self.warnings]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What GDAL has warned of so far, a sentence for each kind."""
+        return self._warnings.notes
 
     @property
     def height(self) -> int:
@@ -95,14 +150,14 @@ class SceneReader:
     @property
     def block_shape(self) -> tuple[int, int]:
         """Rows and columns of the blocks in which the file is stored, px."""
-        height, width = self._dataset.block_shapes[self.bands[0] - 1]
+        height, width = self._dataset.block_shapes[self._indexes[0] - 1]
         return int(height), int(width)
 
     @property
     def pixel_bytes(self) -> int:
         """Bytes that a pixel takes in memory: red, green, blue, validity if it may be without data, and of
         floats some more on their way to bytes."""
-        return 3 + self._masked + 4 * self._float
+        return 3 + (self._float or bool(self._validity)) + 4 * self._float
 
     @property
     def sequential(self) -> bool:
@@ -117,7 +172,7 @@ class SceneReader:
         place: dict[str, Any] = {}
         if dataset.crs is not None:
             place["crs"] = dataset.crs
-        if not dataset.transform.is_identity:
+        if not dataset.transform.is_identity and all(map(math.isfinite, dataset.transform)):
             place["transform"] = dataset.transform
         points, points_crs = dataset.gcps
         if points and "transform" not in place:
@@ -183,12 +238,11 @@ class SceneReader:
             SceneError: the file cannot be read there.
         """
         window = Window(left, top, width, height)
-        with gdal(f"reading {self.path}"):
-            if self.limits is None:
-                pixels: npt.NDArray[Any] = self._dataset.read(self.bands, window=window, out=out)
-            else:
-                pixels = self._dataset.read(self.bands, window=window, out=self._place_for((3, height, width)))
-            valid = self._dataset.dataset_mask(window=window) != 0 if self._masked else None
+        with self._gdal("reading"):
+            if self.limits is not None:
+                out = self._place_for((3, height, width))
+            pixels: npt.NDArray[Any] = self._dataset.read(self._indexes, window=window, out=out)
+            valid = self._validity.read(self._dataset, window=window)
         if self._float:
             finite = np.isfinite(pixels).all(axis=0)
             valid = finite if valid is None else valid & finite
@@ -212,52 +266,24 @@ class SceneReader:
 
     def another(self) -> SceneReader:
         """The same scene opened once more, for another thread."""
-        return SceneReader(self.path, bands=self.bands, limits=self.limits, gsd=self.gsd)
+        other = SceneReader(self.path, bands=self.bands, limits=self.limits, gsd=self.gsd)
+        other._warnings = self._warnings
+        return other
 
     def overview(self, longest_side: int) -> npt.NDArray[np.uint8]:
         """The whole scene as a small RGB picture, ``[H, W, 3]``, with the same bands and stretch as its tiles."""
         scale = min(1.0, longest_side / max(self.height, self.width))
         shape = (3, max(1, round(self.height * scale)), max(1, round(self.width * scale)))
-        with gdal(f"reading {self.path}"):
-            pixels = self._dataset.read(self.bands, out_shape=shape)
+        with self._gdal("reading"):
+            pixels = self._dataset.read(self._indexes, out_shape=shape)
         if self.limits is not None:
             pixels = stretched(np.nan_to_num(pixels), self.limits)
         return np.ascontiguousarray(pixels.astype(np.uint8).transpose(1, 2, 0))
 
-    def _choose_bands(self, bands: Sequence[int] | None) -> Bands:
-        dataset, count = self._dataset, self._dataset.count
-        if count == 0:
-            raise SceneError(
-                f"{self.path} holds no bands" + (" of its own, only subdatasets" if dataset.subdatasets else ""),
-                hint=f"name one, e.g. {dataset.subdatasets[0]}" if dataset.subdatasets else None,
-            )
-        if any(kind.startswith("complex") for kind in dataset.dtypes):  # also complex_int16, unknown to NumPy
-            raise SceneError(f"{self.path} holds complex values, not an image")
-        if bands is not None:
-            if len(bands) != 3 or not all(1 <= band <= count for band in bands):
-                shown = ",".join(map(str, bands))
-                raise SceneError(f"{self.path} has bands 1..{count}; --bands {shown} does not name three of them")
-            return bands[0], bands[1], bands[2]
-        meaning = {interp: index for index, interp in reversed(list(enumerate(dataset.colorinterp, 1)))}
-        tagged = [meaning.get(color) for color in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)]
-        if all(tagged):
-            return tagged[0] or 0, tagged[1] or 0, tagged[2] or 0
-        if count == 3:
-            return 1, 2, 3
-        if count == 4:
-            self.notes.append("4 bands without color tags taken as B, G, R, NIR, as upstream does (else: --bands)")
-            return 3, 2, 1
-        if ColorInterp.palette in dataset.colorinterp:
-            raise SceneError(f"{self.path} is a paletted image", hint="expand it: gdal_translate -expand rgb IN OUT")
-        raise SceneError(
-            f"{self.path} has {count} band{'s' if count > 1 else ''} and no color tags; red, green, blue are needed",
-            hint="say which they are, e.g. --bands 3,2,1" if count > 3 else "a grey image works with --bands 1,1,1",
-        )
-
     def _stretch_limits(self, stretch: Stretch | None) -> npt.NDArray[np.float32] | None:
         """Per band ``[3, 2]`` the values that become 0 and 255, or None for 8-bit data as it is."""
-        kinds = {self._dataset.dtypes[band - 1] for band in self.bands}
         if stretch is None:
+            kinds = {self._kind_of(band) for band in self.bands}
             if kinds != {"uint8"}:
                 raise SceneError(
                     f"{self.path} holds {' and '.join(sorted(kinds))} values; the network takes 0..255",
@@ -265,8 +291,13 @@ class SceneReader:
                     "--stretch-percentiles LOW HIGH or --stretch-range LOW HIGH",
                 )
             return None
-        with gdal(f"reading {self.path}"):
-            return stretch_limits(self._source, self.bands, stretch, self.path)
+        with self._gdal("reading"):
+            return stretch_limits(self._source, self.bands, stretch, self.path, self._validity)
+
+    def _kind_of(self, band: int) -> str:
+        kind: str = self._source.dtypes[band - 1]
+        bits = self._source.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", "8")
+        return f"{bits}-bit" if kind == "uint8" and bits != "8" else kind
 
 
 def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
@@ -279,3 +310,15 @@ def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
     period = 2 * (size - 1)
     position = np.arange(start, start + length) % period
     return np.where(position < size, position, period - position).astype(np.intp)
+
+
+def reading_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """What there is to say of how images were read, by image; each once, with the images that it is about."""
+    names: dict[str, list[str]] = {}
+    for name, about in notes.items():
+        for note in about:
+            names.setdefault(note, []).append(name)
+    return [
+        f"{', '.join(who[:3])}{f' and {len(who) - 3} more' if len(who) > 3 else ''}: {note}"
+        for note, who in names.items()
+    ]

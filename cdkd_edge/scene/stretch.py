@@ -12,6 +12,7 @@ import numpy.typing as npt
 from rasterio.windows import Window
 
 from cdkd_edge.errors import SceneError, UsageError
+from cdkd_edge.scene.bands import Validity
 
 _SAMPLE_SIDE = 1024
 """Percentiles are taken from the scene reduced to at most this many pixels a side."""
@@ -44,7 +45,9 @@ class Stretch:
             raise UsageError(f"percentiles lie within 0..100, not {self.low:g} and {self.high:g}")
 
 
-def stretch_limits(dataset: Any, bands: Sequence[int], stretch: Stretch, name: object) -> Limits:
+def stretch_limits(
+    dataset: Any, bands: Sequence[int], stretch: Stretch, name: object, validity: Validity | None = None
+) -> Limits:
     """The limits of a stretch on an open dataset.
 
     Percentiles are those of valid, finite pixels of a sample: the scene reduced to 1024 px a side or, where that would
@@ -59,7 +62,7 @@ def stretch_limits(dataset: Any, bands: Sequence[int], stretch: Stretch, name: o
     if not stretch.percentiles:
         return np.array([[stretch.low, stretch.high]] * len(bands), np.float32)
     limits = []
-    for pixels in _sample(dataset, bands):
+    for pixels in _sample(_Masked(dataset, bands, validity or Validity(dataset, bands))):
         if pixels.size == 0:
             raise SceneError(f"{name} has no valid pixel to take percentiles from")
         low, high = np.percentile(pixels, [stretch.low, stretch.high])
@@ -67,17 +70,42 @@ def stretch_limits(dataset: Any, bands: Sequence[int], stretch: Stretch, name: o
     return np.array(limits, np.float32)
 
 
-def _sample(dataset: Any, bands: Sequence[int]) -> list[npt.NDArray[np.float32]]:
+@dataclass(frozen=True)
+class _Masked:
+    """Bands of a raster and which of their pixels have data."""
+
+    dataset: Any
+    bands: Sequence[int]
+    validity: Validity
+
+    def read(self, window: Window, step: tuple[int, int]) -> Any:
+        """A masked array ``[bands, h, w]`` of every so many rows and columns of a part."""
+        every = np.s_[..., :: step[0], :: step[1]]
+        pixels = self.dataset.read(self.bands, window=window)[every]
+        valid = self.validity.read(self.dataset, window=window)
+        return _masked(pixels, None if valid is None else valid[every])
+
+    def reduced(self, height: int, width: int) -> Any:
+        """All of it as a masked array ``[bands, height, width]``."""
+        pixels = self.dataset.read(self.bands, out_shape=(len(self.bands), height, width))
+        return _masked(pixels, self.validity.read(self.dataset, out_shape=(height, width)))
+
+
+def _masked(pixels: npt.NDArray[Any], valid: npt.NDArray[np.bool_] | None) -> Any:
+    return np.ma.MaskedArray(pixels, False if valid is None else np.broadcast_to(~valid, pixels.shape))
+
+
+def _sample(source: _Masked) -> list[npt.NDArray[np.float32]]:
     """Valid pixels of each band."""
+    dataset, count = source.dataset, len(source.bands)
     height, width = dataset.height, dataset.width
     small = height * width <= _WHOLE_PIXELS
-    if not small and not all(dataset.overviews(band) for band in bands):
-        found = _valid(_windows(dataset, bands), len(bands))
+    if not small and not all(dataset.overviews(band) for band in source.bands):
+        found = _valid(_windows(source), count)
         if all(pixels.size >= _ENOUGH for pixels in found):
             return found
     scale = min(1.0, _SAMPLE_SIDE / max(height, width))
-    shape = (len(bands), max(1, round(height * scale)), max(1, round(width * scale)))
-    return _valid([dataset.read(bands, out_shape=shape, masked=True)], len(bands))
+    return _valid([source.reduced(max(1, round(height * scale)), max(1, round(width * scale)))], count)
 
 
 def _valid(samples: Iterable[Any], count: int) -> list[npt.NDArray[np.float32]]:
@@ -90,9 +118,10 @@ def _valid(samples: Iterable[Any], count: int) -> list[npt.NDArray[np.float32]]:
     return [np.concatenate(values) for values in found]
 
 
-def _windows(dataset: Any, bands: Sequence[int]) -> Iterator[Any]:
+def _windows(source: _Masked) -> Iterator[Any]:
     """Parts of the file along its blocks, from top to bottom, so that each costs few of them."""
-    block_height, block_width = dataset.block_shapes[bands[0] - 1]
+    dataset = source.dataset
+    block_height, block_width = dataset.block_shapes[source.bands[0] - 1]
     height, width = min(_WINDOW, dataset.height), min(_WINDOW, dataset.width)
     tops = _spread(dataset.height, height, block_height)
     if block_width >= dataset.width > _WINDOW:
@@ -101,12 +130,11 @@ def _windows(dataset: Any, bands: Sequence[int]) -> Iterator[Any]:
         rows = max(1, min(block_height, _STRIP_PIXELS // dataset.width))
         for row in (row for top in tops for row in range(top, top + height, max(block_height, _EVERY))):
             window = Window(0, row, dataset.width, min(rows, dataset.height - row))
-            yield dataset.read(bands, window=window, masked=True)[:, ::_EVERY, ::columns]
+            yield source.read(window, (_EVERY, columns))
         return
     for top in tops:
         for left in _spread(dataset.width, width, block_width):
-            pixels = dataset.read(bands, window=Window(left, top, width, height), masked=True)
-            yield pixels[:, ::_EVERY, ::_EVERY]
+            yield source.read(Window(left, top, width, height), (_EVERY, _EVERY))
 
 
 def _spread(size: int, window: int, block: int) -> list[int]:

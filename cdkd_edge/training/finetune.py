@@ -32,6 +32,7 @@ from cdkd_edge.manifest import FileRecord
 from cdkd_edge.model.checkpoint import load_encoder, save_checkpoint
 from cdkd_edge.model.run import chosen_device
 from cdkd_edge.scene.pipeline import SegmentOptions
+from cdkd_edge.scene.reader import reading_notes
 from cdkd_edge.training.card import card_text, scores_of
 from cdkd_edge.training.features import FeatureCache
 from cdkd_edge.training.recipe import Recipe
@@ -294,7 +295,7 @@ class _Run:
             "command": self.options.command,
             "source": self.source_record,
             "network": dataclasses.asdict(config),
-            "notes": [*self.start.notes, *split.notes, *self.early_notes, *self._class_notes()],
+            "notes": [*self.start.notes, *split.notes, *self.early_notes, *self._late_notes()],
             "recipe": dataclasses.asdict(self.options.recipe),
             "data": {
                 "folder": split.training.folder.name,
@@ -317,8 +318,8 @@ class _Run:
         plain: dict[str, Any] = json.loads(json.dumps(record))  # the same in every kind of file: no tuples
         return plain
 
-    def _class_notes(self) -> list[str]:
-        notes = []
+    def _late_notes(self) -> list[str]:
+        notes = [f"training: {note}" for note in reading_notes(self.trainer.tiles.damage)]
         for side, pixels in (("training", self.trainer.tiles.class_pixels), ("validation", self.validation_pixels)):
             absent = [name for name, count in zip(self.schema.class_names, pixels, strict=True) if not count]
             if absent:

@@ -17,12 +17,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from cdkd_edge.accuracy.datasets import Dataset
-from cdkd_edge.accuracy.images import ImageReader, reading_notes
+from cdkd_edge.accuracy.images import ImageReader
 from cdkd_edge.accuracy.masks import Lost, read_labels
 from cdkd_edge.errors import DatasetError, UsageError
 from cdkd_edge.labels import NO_LABEL, LabelSchema
 from cdkd_edge.scene.grid import Span, TileGrid
 from cdkd_edge.scene.pipeline import SegmentOptions
+from cdkd_edge.scene.reader import reading_notes
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -153,6 +154,8 @@ class TrainingTiles:
                 if (labels[row.first : row.last, column.first : column.last] != NO_LABEL).any():
                     self.places.append(Place(index, row.start, column.start))
             self._remember(index, labels)
+        self.damage: dict[str, Sequence[str]] = {}
+        """What GDAL warned of while views were read, by image."""
         self.notes = [*lost.notes(), *reading_notes(notes)]
         """On how images and masks are read."""
         if not self.places:
@@ -181,6 +184,8 @@ class TrainingTiles:
         try:
             valid = reader.read_tile(Span(row, row, row + side), Span(column, column, column + side), image)
         finally:
+            if reader.warnings:
+                self.damage[self._dataset.pairs[place.image].name] = reader.warnings
             reader.close()
         truth = np.full((side, side), NO_LABEL, np.uint8)
         top, left = max(row, 0), max(column, 0)

@@ -414,8 +414,8 @@ def _require_data(tensor: onnx.TensorProto, name: str) -> None:
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """What shapes follow from: the graph with its large constants as inputs."""
     graph = model.graph
-    small: list[TensorProto] = []
-    large: list[TensorProto] = []
+    small: list[onnx.TensorProto] = []
+    large: list[onnx.TensorProto] = []
     for item in graph.initializer:
         size = math.prod(item.dims) * helper.tensor_dtype_to_np_dtype(item.data_type).itemsize
         (small if size <= _SMALL else large).append(item)

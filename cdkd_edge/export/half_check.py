@@ -109,16 +109,18 @@ def check_half(
         return found[: 1 + len(logits)]
 
     progress("labels in FP16")
-    agreeing, left, worst, tolerance = 0, len(shown), None, None
+    agreeing, left = 0, len(shown)
+    worst: float | None = None
+    tolerance: float | None = None
     for batch, exact in zip(batches, expected, strict=True):
         labels, *rounded = half_of(batch, "the imagery")
         agreeing += int(np.count_nonzero((labels == exact[0])[:left]))
         left -= len(batch)
         if rounded:
-            tolerance = max(tolerance or 0.0, logit_tolerance(roundings, float(np.abs(exact[1]).max())))
-            worst = max(
-                worst or 0.0, _require_near(labels, rounded[0], *exact[:3], roundings=roundings, imagery=imagery)
-            )
+            true_labels, true_logits, best = exact
+            tolerance = max(tolerance or 0.0, logit_tolerance(roundings, float(np.abs(true_logits).max())))
+            off = _require_near(labels, rounded[0], true_labels, true_logits, best, roundings, imagery)
+            worst = max(worst or 0.0, off)
     progress("extreme tiles in FP16")
     for name, tile in extreme_tiles(shape[-1]).items():
         half_of(np.repeat(tile[None], shape[0], axis=0), name)
@@ -172,7 +174,6 @@ def _require_near(
     exact_labels: UInt8Array,
     exact: Float32Array,
     best: Float32Array,
-    *,
     roundings: int,
     imagery: str,
 ) -> float:

@@ -757,4 +757,4 @@ def test_what_is_odd_about_images_is_said(data: Dataset) -> None:
         pair.image.unlink()
         write_raster(pair.image, scene, photometric="MINISBLACK")
     notes = evaluate(FakeEngine(), data, SCHEMA).notes
-    assert f"{data.pairs[0].image} and 1 more: bands 1,2,3 without color tags" in notes[0]
+    assert f"{data.pairs[0].name}, {data.pairs[1].name}: bands 1,2,3 without color tags" in notes[0]

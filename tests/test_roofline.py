@@ -298,6 +298,12 @@ def test_the_default_is_the_board_that_it_runs_on(tmp_path: Path) -> None:
         ('title = "', 'titel = "'),
         ("[modes.MAXN]", "[modes"),
         ("rates = {", "rates = 3 #"),
+        ("multiprocessors = 8", "multiprocessors = 0.5"),
+        ("clock_mhz = 918", "clock_mhz = 1e308"),
+        ("parts = [", "parts = 3 #"),
+        ("rates = {", f"deep = {'[' * 100_000}\nrates = {{"),
+        ("[modes.MAXN]", "\n".join(f"[modes.m{n}]" for n in range(200)) + "\n[modes.MAXN]"),
+        ("rates = {", "#" + "x" * (2 << 20) + "\nrates = {"),
         ("int8 = 4096,", ""),
     ],
 )

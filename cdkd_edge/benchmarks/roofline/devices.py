@@ -25,6 +25,8 @@ from cdkd_edge.errors import UsageError, printable
 from cdkd_edge.files import read_toml
 
 RATES = ("fp32", "fp16", "int8")
+MOST_MODES = 100
+"""Power modes of a device; all are modelled unless one is chosen."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,15 @@ def default_device(root: Path = Path("/")) -> Device:
 
 
 def _device(name: str, data: Mapping[str, Any]) -> Device:
+    for key, kind, words in (("modes", dict, "a table"), ("rates", dict, "a table"), ("parts", list, "a list")):
+        if key in data and not isinstance(data[key], kind):
+            raise ValueError(f"{key} is not {words}")
+    if len(data["modes"]) > MOST_MODES:
+        raise ValueError(f"it has {len(data['modes'])} modes (at most {MOST_MODES})")
     modes = {
         key: PowerMode(
             printable(key, 60),
-            int(_positive(item, "multiprocessors")),
+            int(_positive(item, "multiprocessors", 1)),
             _positive(item, "clock_mhz"),
             _positive(item, "bandwidth_gb_s"),
         )
@@ -145,10 +152,10 @@ def _device(name: str, data: Mapping[str, Any]) -> Device:
     )
 
 
-def _positive(table: Mapping[str, Any], key: str) -> float:
+def _positive(table: Mapping[str, Any], key: str, least: float = 1e-6) -> float:
     value = table[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-6 <= value <= 1e9:
-        raise ValueError(f"{key} is not a number above 0 (at most 1e9)")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= 1e9:
+        raise ValueError(f"{key} is not a number from {least:g} to 1e9")
     return float(value)
 
 

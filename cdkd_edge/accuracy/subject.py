@@ -33,7 +33,7 @@ class Subject:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether a file is to be read as a checkpoint; which kind it is, its content says."""
-    return path.suffix not in (".onnx", ".engine") and kind_of(path) is None
+    return path.suffix not in (".onnx", ".engine") and not path.is_dir()
 
 
 def open_subject(
@@ -75,7 +75,8 @@ def open_subject(
         return Subject(path, "checkpoint", runtime, precision, labeller, report.training, report.taken)
     if precision != "fp32" or device not in ("auto", "cpu") or tile is not None or weights:
         raise UsageError(
-            f"{path.name} has its own tile, weights, precision and device; only a checkpoint can be given others"
+            f"{path.name} has its own tile, precision and device, and one set of weights; "
+            "only a checkpoint can be given others"
         )
     if kind_of(path) == GraphManifest.kind:
         graph = read_manifest(path, GraphManifest)

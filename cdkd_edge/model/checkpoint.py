@@ -218,7 +218,8 @@ def _schema_of_openmmlab(meta: object, classes: int, notes: list[str]) -> LabelS
         except SchemaError as error:
             notes.append(f"{'colours' if palette is not None else 'class names'} of the file's meta not used: {error}")
         else:
-            notes.append(f"class names{' and colours' if palette is not None else ''} are those of the file's meta")
+            what = "class names" if palette is None else "class names and colours"
+            notes.append(f"{what} are those of the file's meta, unless --schema names others")
             return schema
     return None
 

@@ -46,10 +46,10 @@ _SPARE = 64 << 20
 """Bytes that the tensors of a file may take beyond its size, where some share their storage."""
 
 
-class Nothing:
+class _Nothing:
     """Stands in for an object of a class that is never imported."""
 
-    def __new__(cls, *_: object, **__: object) -> Nothing:  # noqa: D102
+    def __new__(cls, *_: object, **__: object) -> _Nothing:
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
@@ -57,7 +57,7 @@ class Nothing:
 
 
 _STAND_INS: list[Any] = [
-    type(name.rpartition(".")[2], (Nothing,), {"__module__": name.rpartition(".")[0]}) for name in _UNREAD
+    type(name.rpartition(".")[2], (_Nothing,), {"__module__": name.rpartition(".")[0]}) for name in _UNREAD
 ]
 
 

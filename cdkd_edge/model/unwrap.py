@@ -35,7 +35,7 @@ _NOTES = {"meta", "hyper", "hparams", "args", "config", "cfg"}
 """Words in the names of what describes a run."""
 _COUNTERS = {
     "step", "steps", "epoch", "epochs", "iter", "iters", "iteration", "iterations", "updates", "averaged", "tracked",
-    "decay", "initted", "counter",
+    "decay", "initted", "counter", "ops", "params",
 }  # fmt: skip
 """Last words in the names of single numbers that only training needs."""
 _STRUCTURE = {

@@ -11,7 +11,7 @@ import torch
 
 from cdkd_edge.errors import CheckpointError
 from cdkd_edge.labels import LabelSchema
-from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint, load_encoder
+from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_checkpoint, load_encoder
 from cdkd_edge.model.config import PRESETS
 from cdkd_edge.model.network import SegmentationNetwork
 
@@ -119,6 +119,7 @@ def _why_not_its_head(report: CheckpointReport, schema: LabelSchema, shape: Shap
         return "the checkpoint's head was replaced, as asked"
     if report.config.classes != len(schema):
         return f"the checkpoint's head was replaced: it has {report.config.classes} classes, the data {len(schema)}"
-    if report.schema and not report.schema.numbered and report.schema.class_names != schema.class_names:
+    own = report.schema and not report.schema.numbered and report.schema.name != OPENMMLAB_SCHEMA
+    if report.schema and own and report.schema.class_names != schema.class_names:
         return f"the checkpoint's head was replaced: its classes are {', '.join(report.schema.class_names)}"
     return None

@@ -519,6 +519,15 @@ def test_folders_that_cannot_be_meant(scenes: list[str], tmp_path: Path, monkeyp
     assert {path.name for path in tmp_path.iterdir()} == {"set", "link"}
 
 
+def test_links_in_a_loop(scenes: list[str], tmp_path: Path) -> None:
+    (tmp_path / "x.tif").symlink_to("y.tif")
+    (tmp_path / "y.tif").symlink_to("x.tif")
+    with pytest.raises(SceneError, match=r"x\.tif does not exist"):
+        make([*scenes, str(tmp_path / "x.tif")], tmp_path / "set")
+    with pytest.raises(SceneError, match=r"[xy]\.tif does not exist"):
+        make([str(tmp_path)], tmp_path / "set")
+
+
 def test_a_failure_leaves_the_old_set(scenes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(make(scenes, tmp_path / "set").folder)
 

@@ -332,7 +332,7 @@ def test_ctrl_c_ends_the_process_and_leaves_nothing(small_graph: Path, tmp_path:
     pids: list[Path] = []
     deadline = time.monotonic() + 30
     while not pids or not pids[0].read_text():
-        pids = list(tmp_path.glob(".*.pid"))
+        pids = list(tmp_path.glob(".*/*.pid"))
         assert time.monotonic() < deadline
         time.sleep(0.02)
     pid = int(pids[0].read_text())

@@ -22,6 +22,7 @@ from cdkd_edge.calibration_set import CalibrationSet, SetManifest, is_calibratio
 from cdkd_edge.errors import DatasetError, SceneError, UsageError
 from cdkd_edge.files import whole_folder
 from cdkd_edge.manifest import GraphManifest, read_manifest
+from cdkd_edge.scene.find import file_key
 from cdkd_edge.scene.pipeline import SegmentOptions
 from cdkd_edge.scene.reader import reading_notes
 from cdkd_edge.workspace import Workspace
@@ -122,8 +123,8 @@ def calibrate(
     """
     replace = _replaceable(folder, overwrite)
     paths = expand(scenes)
-    target = folder.resolve()
-    if any(Path(path).resolve().is_relative_to(target) for path in paths):
+    target = file_key(str(folder))
+    if any(Path(file_key(path)).is_relative_to(target) for path in paths):
         raise UsageError(f"some of the scenes lie in {folder}", hint="name another --output")
     with whole_folder(folder, replace=replace) as place:
         exclusions = Exclusions.of(options.exclude)

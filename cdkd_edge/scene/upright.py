@@ -65,7 +65,7 @@ def orientation_of(dataset: Any, name: str) -> int:
 
     GDAL tells that of a JPEG, wherever it lies; TIFF, PNG and WebP are looked into if they are local files.
     """
-    if dataset.crs is not None or not dataset.transform.is_identity or dataset.gcps[0]:
+    if dataset.crs is not None or not dataset.transform.is_identity or dataset.gcps[0] or dataset.tags(ns="RPC"):
         return 1
     try:
         if dataset.driver == "JPEG":

@@ -22,6 +22,7 @@ from cdkd_edge.calibration_set import (
     write_tile,
 )
 from cdkd_edge.export.graph import build_graph
+from cdkd_edge.export.session import session_options, signed_weights_are_exact
 from cdkd_edge.model.config import NetworkConfig
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -55,10 +56,10 @@ def session_of(model: onnx.ModelProto, names: Sequence[str] = ()) -> Any:
             clone.graph.output.append(
                 helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT) or TensorProto.FLOAT, None)
             )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
+    options = session_options(threads=1)
+    # To ONNX Runtime, storing weights unsigned is an optimisation: a twin needs it where signed products saturate.
+    if signed_weights_are_exact() or not nodes_of(clone, "MatMulIntegerToFloat"):
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(clone.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

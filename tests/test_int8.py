@@ -22,11 +22,11 @@ from cdkd_edge.engines.cpu import OnnxLabeller
 from cdkd_edge.errors import DatasetError, GraphError, ManifestError, NumericalCheckError, SchemaError, UsageError
 from cdkd_edge.export.derive import fp16_path, write_fp16
 from cdkd_edge.export.fuse import fuse_attention
+from cdkd_edge.export.session import cpu_session
 from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.labels import load_schema
 from cdkd_edge.manifest import GraphManifest, manifest_path, read_manifest
 from cdkd_edge.quantization.calibrate import CalibrationOptions
-from cdkd_edge.quantization.session import cpu_session
 
 LENIENT = Gate(0.8, 100)
 NOISY = "blocks.1.mlp.fc2"

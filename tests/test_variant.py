@@ -22,6 +22,7 @@ from cdkd_edge.export import variant
 from cdkd_edge.export.derive import write_fp16
 from cdkd_edge.export.graph import load_graph
 from cdkd_edge.export.half import fp16_on_cpu, rounded_values
+from cdkd_edge.export.session import cpu_session
 from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.export.variant import check_branch, expected_output, scores_of, variant_path, with_output, write_variant
 from cdkd_edge.labels import NO_LABEL
@@ -70,7 +71,7 @@ def scores_in(model, tiles):
     model = onnx.ModelProto.FromString(model.SerializeToString())
     name = scores_of(model)
     model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = cpu_session(model)
     return np.concatenate([session.run([name], {"image": tile[None]})[0] for tile in tiles])
 
 

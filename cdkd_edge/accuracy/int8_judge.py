@@ -17,7 +17,6 @@ from cdkd_edge.accuracy.datasets import Dataset
 from cdkd_edge.accuracy.evaluate import Evaluation, evaluate, number
 from cdkd_edge.accuracy.metrics import ConfusionMatrix
 from cdkd_edge.engines.cpu import OnnxLabeller
-from cdkd_edge.engines.integers import require_exact_integers
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.export.fuse import fuse_attention
 from cdkd_edge.labels import LabelSchema
@@ -104,7 +103,6 @@ class Judge:
             scratch: a folder for temporary files.
             progress: called with the name of each step.
         """
-        require_exact_integers()
         self._manifest, self._tiles, self._data = manifest, tiles, data
         self._scratch, self._progress = scratch, progress
         self._plain = self._labeller(plain, "fp32")

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from cdkd_edge.engines.integers import require_exact_integers
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.errors import EngineError, NumericalCheckError, SystemRefusalError
 from cdkd_edge.export.fuse import fuse_attention
 from cdkd_edge.export.graph import read_graph
 from cdkd_edge.export.half import fp16_on_cpu
+from cdkd_edge.export.session import session_options
 from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL
-from cdkd_edge.machine import available_cores, describe_machine
+from cdkd_edge.machine import describe_machine
 from cdkd_edge.manifest import (
     EngineManifest,
     FileRecord,
@@ -69,14 +69,13 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
         )
     model = read_graph(graph, source)
     if source.precision == "int8":
-        require_exact_integers()
         model = cpu_twin(model)
     plain = model.SerializeToString()
     fused, blocks = fuse_attention(model)
     serialized = model.SerializeToString()
     del model
     with whole_file(destination) as temporary:
-        options = _session_options()
+        options = session_options()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(temporary)
         try:
@@ -137,7 +136,7 @@ class OnnxLabeller:
         self.slots = SLOTS
         self.tile, self.batch = manifest.tile, manifest.batch
         self.schema, self.artefact = manifest.schema, manifest.artefact
-        self._session = _session(model or str(path), _session_options(threads), f"loading {path.name}")
+        self._session = _session(model or str(path), session_options(threads), f"loading {path.name}")
         n, tile = self.batch, self.tile
         self.output_kind = manifest.output
         self._inputs = [np.zeros((n, 3, tile, tile), np.uint8) for _ in range(SLOTS)]
@@ -225,7 +224,6 @@ def graph_labeller(path: Path, manifest: GraphManifest, threads: int | None = No
     if manifest.precision == "fp16":
         model = fp16_on_cpu(model)
     else:
-        require_exact_integers()
         model = cpu_twin(model)
         fuse_attention(model)
     return OnnxLabeller(path, manifest, threads, model.SerializeToString())
@@ -247,8 +245,6 @@ class CpuEngine(OnnxLabeller):
                 hint=f"build it again from {manifest.graph.file}: cdkd-edge build "
                 f"{build_options(manifest.precision, manifest.output)}",
             )
-        if manifest.precision == "int8":
-            require_exact_integers()
         read_graph(path, manifest)
         self.manifest = manifest
         super().__init__(path, manifest, threads)
@@ -260,7 +256,7 @@ def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
     tiles = np.repeat(tile[None], source.batch, axis=0)
     results = []
     for model in (graph, str(engine)):
-        session = _session(model, _session_options(), f"checking {engine.name}")
+        session = _session(model, session_options(), f"checking {engine.name}")
         results.append(session.run(list(source.outputs), {"image": tiles}))
     least = MIN_INT8_AGREEMENT if source.precision == "int8" else MIN_AGREEMENT
     for name, expected, found in zip(source.outputs, *results, strict=True):
@@ -271,14 +267,6 @@ def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
                 f"the optimised engine gives {'another label' if name == LABELS else f'another {name}'} than the graph "
                 f"on {1 - agreement:.3%} of the pixels"
             )
-
-
-def _session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors arrive as exceptions; the log would repeat them on stderr
-    # Said explicitly because ONNX Runtime otherwise counts the cores of the machine, not of the container.
-    options.intra_op_num_threads = threads or available_cores()
-    return options
 
 
 def _session(model: str | bytes, options: onnxruntime.SessionOptions, doing: str) -> Any:

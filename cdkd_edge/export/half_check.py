@@ -17,8 +17,8 @@ from cdkd_edge.errors import GraphError, NumericalCheckError
 from cdkd_edge.export.fuse import fuse_attention
 from cdkd_edge.export.graph import sizes_of
 from cdkd_edge.export.half import FP16_MAX, fp16_on_cpu, longest_rounding, rounded_values
+from cdkd_edge.export.session import cpu_session
 from cdkd_edge.export.variant import scores_of
-from cdkd_edge.machine import available_cores
 from cdkd_edge.manifest import ConversionCheck
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -89,7 +89,7 @@ def check_half(
     logits = [] if least is not None else [_add_best(model)]
     fuse_attention(model)
     progress("labels of the FP32 graph")
-    session = _session(model)
+    session = cpu_session(model, in_order=True)
     del model
     expected = [_run(session, ["labels", *logits, *([_BEST] if logits else [])], batch) for batch in batches]
     del session
@@ -98,7 +98,8 @@ def check_half(
     roundings = longest_rounding(rehearsal)
     rehearsal.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in logits)
     probes = _add_probes(rehearsal)
-    session = _session(rehearsal)
+    # In ONNX Runtime's own order probes run last, and keep what they look at.
+    session = cpu_session(rehearsal, in_order=True)
     del rehearsal
 
     def half_of(batch: UInt8Array, what: str) -> list[npt.NDArray[Any]]:
@@ -312,27 +313,9 @@ def _require_range(what: str, probes: _Probes, values: list[npt.NDArray[np.float
             )
 
 
-def _session(model: onnx.ModelProto) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = available_cores()
-    options.enable_cpu_mem_arena = False  # an arena keeps what the largest tile needed; two sessions follow each other
-    options.enable_mem_pattern = False
-    # Nodes as they stand in the graph: in ONNX Runtime's own order probes run last, and keep what they look at.
-    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own types share no base but Exception
-        raise _refused(error) from None
-
-
 def _run(session: Any, outputs: list[str], batch: UInt8Array) -> list[npt.NDArray[Any]]:
     try:
         values: list[npt.NDArray[Any]] = session.run(outputs, {"image": batch})
-    except Exception as error:
-        raise _refused(error) from None
+    except Exception as error:  # ONNX Runtime's own types share no base but Exception
+        raise GraphError(f"ONNX Runtime does not run the graph: {' '.join(str(error).split())[:300]}") from None
     return values
-
-
-def _refused(error: Exception) -> GraphError:
-    return GraphError(f"ONNX Runtime does not run the graph: {' '.join(str(error).split())[:300]}")

@@ -10,9 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from cdkd_edge.export.fuse import fuse_attention
+from cdkd_edge.export.session import cpu_session
 from cdkd_edge.quantization.layers import QuantizableLayer, weight_of
 from cdkd_edge.quantization.scales import LayerScales, quantize_weight
-from cdkd_edge.quantization.session import cpu_session
 
 NOISELESS = 200.0
 """dB; a number, because JSON has no infinity."""

@@ -57,13 +57,18 @@ def smooth(
 
 
 def _factors(channel_max: Array, weight: Array, alpha: float) -> npt.NDArray[np.float64]:
-    """s of eq. 4, ``[K]``; 1 for a channel that is always zero or has no weight."""
+    """s of eq. 4, ``[K]``, as powers of two; 1 for a channel that is always zero or has no weight.
+
+    Multiplying by a power of two rounds nothing, and magnitudes that differ in their last digits, as those of two CPUs
+    do, give the same power: the same weights come out, to the last bit.
+    """
     activation = channel_max.astype(np.float64)
     row = np.abs(weight).max(axis=1).astype(np.float64)
     usable = (activation > 0) & (row > 0)
     scale = np.ones_like(activation)
     scale[usable] = activation[usable] ** alpha / row[usable] ** (1 - alpha)
-    return np.clip(scale, 1e-4, 1e4)
+    powers: npt.NDArray[np.float64] = np.exp2(np.clip(np.rint(np.log2(scale)), -13, 13))
+    return powers
 
 
 def _makers(

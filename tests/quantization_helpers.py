@@ -22,7 +22,7 @@ from cdkd_edge.calibration_set import (
     write_tile,
 )
 from cdkd_edge.export.graph import build_graph
-from cdkd_edge.export.session import session_options, signed_weights_are_exact
+from cdkd_edge.export.session import session_options
 from cdkd_edge.model.config import NetworkConfig
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -57,9 +57,7 @@ def session_of(model: onnx.ModelProto, names: Sequence[str] = ()) -> Any:
                 helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT) or TensorProto.FLOAT, None)
             )
     options = session_options(threads=1)
-    # To ONNX Runtime, storing weights unsigned is an optimisation: a twin needs it where signed products saturate.
-    if signed_weights_are_exact() or not nodes_of(clone, "MatMulIntegerToFloat"):
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(clone.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

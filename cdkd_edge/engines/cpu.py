@@ -15,7 +15,7 @@ from cdkd_edge.errors import EngineError, NumericalCheckError, SystemRefusalErro
 from cdkd_edge.export.fuse import fuse_attention
 from cdkd_edge.export.graph import read_graph
 from cdkd_edge.export.half import fp16_on_cpu
-from cdkd_edge.export.session import session_options
+from cdkd_edge.export.session import session_options, signed_weights_are_exact
 from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.files import whole_file
 from cdkd_edge.labels import NO_LABEL
@@ -136,7 +136,8 @@ class OnnxLabeller:
         self.slots = SLOTS
         self.tile, self.batch = manifest.tile, manifest.batch
         self.schema, self.artefact = manifest.schema, manifest.artefact
-        self._session = _session(model or str(path), session_options(threads), f"loading {path.name}")
+        options = engine_options(manifest.precision, threads)
+        self._session = _session(model or str(path), options, f"loading {path.name}")
         n, tile = self.batch, self.tile
         self.output_kind = manifest.output
         self._inputs = [np.zeros((n, 3, tile, tile), np.uint8) for _ in range(SLOTS)]
@@ -267,6 +268,17 @@ def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
                 f"the optimised engine gives {'another label' if name == LABELS else f'another {name}'} than the graph "
                 f"on {1 - agreement:.3%} of the pixels"
             )
+
+
+def engine_options(precision: str, threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options to load an engine with. ONNX Runtime makes signed weights unsigned where this CPU needs that.
+
+    A CPU whose products with signed weights are exact stores them so; its engine may be carried to one that saturates.
+    """
+    options = session_options(threads)
+    if precision == "int8" and not signed_weights_are_exact():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
 
 
 def _session(model: str | bytes, options: onnxruntime.SessionOptions, doing: str) -> Any:

@@ -1,11 +1,4 @@
-"""Sessions of ONNX Runtime on the CPU, in which products of integers are exact on every processor.
-
-x86-64 CPUs without VNNI add pairs of uint8 x int8 products in 16 bits, which saturate at 32767: two of 255 x 127 make
-64770. Labels would be wrong without a word. There ONNX Runtime can be told to store weights as uint8 with the zero
-point 128, whose products are exact. It would do so on CPUs with VNNI too, which multiply uint8 x int8 exactly and in
-less than half the time. So one product is computed first, and ONNX Runtime is told only where that came out wrong.
-https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html ("U8S8 can suffer from saturation issues")
-"""
+"""Sessions of ONNX Runtime on the CPU, and how its integer products come out there."""
 
 from __future__ import annotations
 
@@ -26,7 +19,7 @@ _SIZE = 64
 
 
 def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Options of every session that may compute with integers.
+    """Options of every session.
 
     Args:
         threads: for one run. Default: the cores this process may use.
@@ -35,8 +28,6 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     options.log_severity_level = 4  # errors arrive as exceptions; the log would repeat them on stderr
     # Said explicitly because ONNX Runtime otherwise counts the cores of the machine, not of the container.
     options.intra_op_num_threads = threads or available_cores()
-    if not signed_weights_are_exact():
-        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
@@ -65,7 +56,14 @@ def cpu_session(model: onnx.ModelProto, *, arena: bool = False, in_order: bool =
 
 @functools.cache
 def signed_weights_are_exact() -> bool:
-    """Whether this CPU multiplies the largest uint8 and int8 rightly, in the operator that INT8 engines use."""
+    """Whether this CPU multiplies the largest uint8 and int8 rightly, in the operator that INT8 engines use.
+
+    x86-64 CPUs without VNNI add pairs of uint8 x int8 products in 16 bits, which saturate at 32767: two of 255 x 127
+    make 64770. Labels would be wrong without a word. Products of uint8 and uint8 are exact on every CPU, but take more
+    than twice as long where there is VNNI.
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html ("U8S8 can suffer from saturation
+    issues")
+    """
     constants: dict[str, npt.NDArray[Any]] = {
         "weight": np.full((_SIZE, _SIZE), 127, np.int8),
         "one": np.array(1, np.float32),

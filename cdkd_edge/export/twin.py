@@ -3,6 +3,8 @@
 The INT8 graph is written for TensorRT: FP16, Q/DQ on inputs, floating-point biases. ONNX Runtime on a CPU runs that
 far slower than FP32. Its integer kernel for a product without a quantised result is ``MatMulIntegerToFloat`` (domain
 ``com.microsoft``), and only unsigned activations are fast there: the twin stores ``q + 128`` as uint8, the same number.
+Weights are stored so too on a CPU whose products with signed ones are wrong
+(:func:`cdkd_edge.export.session.signed_weights_are_exact`).
 A 3x3 convolution becomes such a product too, on the nine shifted copies of its uint8 map side by side: ONNX Runtime's
 own integer convolutions either round their result to 8 bits, which TensorRT does not, or take four times as long
 as FP32. Everything else is FP32, with the weights of the INT8 graph.
@@ -22,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cdkd_edge.errors import GraphError
 from cdkd_edge.export.fuse import CONTRIB_DOMAIN
+from cdkd_edge.export.session import signed_weights_are_exact
 
 _ZERO = 128
 """The uint8 that stands for 0."""
@@ -165,7 +168,11 @@ class _Writer:
         return nodes
 
     def _product(self, integers: str, weight: str, layer: _Layer, output: str) -> onnx.NodeProto:
-        inputs = [integers, weight, layer.input_scale, layer.weight_scale, "uint8_zero", ""]
+        zero = ""
+        if not signed_weights_are_exact():
+            signed = numpy_helper.to_array(self.constants[weight]).astype(np.int16)
+            weight, zero = self._constant(f"{weight}.unsigned", (signed + _ZERO).astype(np.uint8)), "uint8_zero"
+        inputs = [integers, weight, layer.input_scale, layer.weight_scale, "uint8_zero", zero]
         return helper.make_node(
             "MatMulIntegerToFloat",
             [*inputs, layer.bias] if layer.bias else inputs,

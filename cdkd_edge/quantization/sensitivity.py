@@ -78,10 +78,11 @@ def _beside(
     integers = quantize_weight(weight, scales.weight, layer.output_axis)
     for suffix, value in (
         ("scale", np.array(scales.activation, np.float32)),
-        ("zero", np.array(128, np.uint8)),  # q + 128: ONNX Runtime finds its fast kernel for unsigned inputs only
-        ("integers", integers),
+        # q + 128: ONNX Runtime finds its fast kernel for unsigned inputs only, and unsigned weights never saturate.
+        ("zero", np.array(128, np.uint8)),
+        ("integers", (integers.astype(np.int16) + 128).astype(np.uint8)),
         ("weight_scale", scales.weight),
-        ("zeros", np.zeros(len(scales.weight), np.int8)),
+        ("zeros", np.full(len(scales.weight), 128, np.uint8)),
     ):
         graph.initializer.append(numpy_helper.from_array(value, f"{name}.{suffix}"))
     twin = onnx.NodeProto()

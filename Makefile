@@ -6,7 +6,7 @@ BOARD_PYTHON ?= python3.10
 BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-gpu test-board lint lint-docker types bench dubai-model tiny-model clean
+.PHONY: demo test test-fast test-gpu test-board test-cpus lint lint-docker types bench dubai-model tiny-model clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/cdkd-edge demo
@@ -31,6 +31,10 @@ test-gpu: $(if $(filter $(VENV)/%,$(GPU_PYTHON)),$(VENV)/.gpu)
 test-board: $(BOARD_VENV)/.tests
 	$(BOARD_VENV)/bin/pip install --quiet --no-deps --force-reinstall .
 	$(BOARD_VENV)/bin/pytest -n 2
+
+# A few tests as CPUs that this machine is not, with Debian's qemu-user; where there is none it says so.
+test-cpus: $(VENV)/.tests
+	$(VENV)/bin/python tests/cpus.py
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -111,3 +113,16 @@ def test_values_that_differ_in_their_last_digits_give_the_same_graph(make_weight
     here = {calibrator: graph(calibrator) for calibrator in ("max", "percentile", "mse")}
     monkeypatch.setattr(calibration, "observe", on_another_cpu)
     assert {calibrator: graph(calibrator) for calibrator in here} == here
+
+
+def test_every_cpu_makes_the_same_graph(make_weights):
+    """The first CPU that `make test-cpus` runs this on lays the graphs down, the others compare theirs."""
+    if "CDKD_EDGE_GRAPHS" not in os.environ:
+        pytest.skip("compares CPUs: make test-cpus")
+    for seed in range(3):
+        found = calibration.calibrate(build_graph(make_weights(CONFIG, seed), CONFIG), tiles_of(2, seed=seed))
+        graph = int8_graph(found.model, found.layers, found.scales).SerializeToString()
+        first = Path(os.environ["CDKD_EDGE_GRAPHS"]) / f"{seed}.onnx"
+        if not first.exists():
+            first.write_bytes(graph)
+        assert first.read_bytes() == graph

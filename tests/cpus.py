@@ -1,0 +1,155 @@
+"""Runs a few tests as CPUs that this machine is not: `make test-cpus`, on x86-64, with qemu's user mode.
+
+Products of integers, sums in another order, FP16 and the way from a graph to labels are what differs between CPUs.
+For aarch64 a Python of Debian's and the wheels that a board would use are laid into a folder; nothing is installed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = [
+    "tests/test_integers.py",
+    "tests/test_int8_graph.py::test_signal_to_noise_is_numpys",
+    "tests/test_graph.py::test_it_computes_the_reference[20]",
+    "tests/test_half.py::test_agreement_is_that_of_the_tiles_and_of_nothing_else[1-3]",
+    "tests/test_cpu_engine.py::test_an_engine_labels_as_its_graph",
+    "tests/test_build_precisions.py::test_the_engine_computes_what_the_twin_computes",
+]
+CPUS = {
+    "x86_64": {
+        "Haswell": "AVX2, no VNNI",
+        "EPYC-Milan": "Zen 3: AVX2, no VNNI",
+        "Icelake-Server": "AVX-512 with VNNI",
+    },
+    "aarch64": {"cortex-a57": "no dot product", "max": "dot product"},
+}
+PACKAGES = ["numpy", "onnx", "onnxruntime", "msgspec", "pillow", "rasterio", "rich", "typer", "pytest"]
+ROOT = Path(__file__).parent.parent
+LIMIT = 900
+"""Seconds for one CPU."""
+
+
+def main() -> int:
+    missing = [f"qemu-{machine}" for machine in CPUS if not shutil.which(f"qemu-{machine}")]
+    if missing or platform.machine() != "x86_64" or sys.platform != "linux":
+        why = f"no {missing[0]} here (apt-get install qemu-user)" if missing else "this is no x86-64 Linux"
+        print(f"OTHER CPUS NOT TESTED: {why}")
+        return 0
+    with tempfile.TemporaryDirectory() as graphs:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CDKD_EDGE_GRAPHS": graphs}
+        started = time.monotonic()
+        subprocess.run(
+            [sys.executable, *_pytest("tests/test_integers.py")], cwd=ROOT, env=environment, check=True, timeout=LIMIT
+        )
+        print(f"this CPU: passed in {time.monotonic() - started:.0f} s", flush=True)
+        jobs = {name: (["qemu-x86_64", "-cpu", name, sys.executable], environment) for name in CPUS["x86_64"]}
+        if not _has_vnni(*jobs["Icelake-Server"]):
+            del jobs["Icelake-Server"]
+            print("as Icelake-Server: not run, this qemu has no AVX-512")
+        try:
+            python, site = _aarch64(ROOT / "out" / "aarch64")
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"as aarch64: not run, its Python could not be had: {error}")
+        else:
+            there = {**environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{site}"}
+            prefix = ["qemu-aarch64", "-L", str(python.parents[2]), "-cpu"]
+            jobs |= {name: ([*prefix, name, str(python)], there) for name in CPUS["aarch64"]}
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            failed = [
+                name for name, passed in zip(jobs, pool.map(_test, jobs, jobs.values()), strict=True) if not passed
+            ]
+    if failed:
+        print(f"FAILED as {', '.join(failed)}")
+    return bool(failed)
+
+
+def _pytest(*tests: str) -> list[str]:
+    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+
+
+def _test(name: str, job: tuple[list[str], dict[str, str]]) -> bool:
+    """Run the tests as a CPU; whether they passed. Prints what they said."""
+    started = time.monotonic()
+    try:
+        run = subprocess.run(
+            [*job[0], *_pytest(*TESTS)], cwd=ROOT, env=job[1], capture_output=True, text=True, timeout=LIMIT
+        )
+        passed, output = run.returncode == 0, run.stdout + run.stderr
+    except subprocess.TimeoutExpired as error:
+        passed, output = False, f"{(error.stdout or b'').decode()}\nnot done after {LIMIT} s"
+    lines = [line for line in output.splitlines() if "TCG doesn't support" not in line]
+    what = {**CPUS["x86_64"], **CPUS["aarch64"]}[name]
+    heading = f"as {name} ({what}): {'passed' if passed else 'FAILED'} in {time.monotonic() - started:.0f} s"
+    print("\n".join([heading, *(lines[-3:] if passed else lines[-200:])]), flush=True)
+    return passed
+
+
+def _has_vnni(command: list[str], environment: dict[str, str]) -> bool:
+    """Whether qemu really gives a CPU with VNNI: without it, signed weights are not exact on x86-64."""
+    probe = "from cdkd_edge.export.session import signed_weights_are_exact as exact; raise SystemExit(not exact())"
+    return subprocess.run([*command, "-c", probe], env=environment, capture_output=True, timeout=LIMIT).returncode == 0
+
+
+def _aarch64(folder: Path) -> tuple[Path, Path]:
+    """An aarch64 Python and its packages, once.
+
+    Returns:
+        The interpreter, below a root for qemu's ``-L``, and the folder of packages.
+    """
+    root, site, apt = folder / "root", folder / "site", folder / "apt"
+    if not (folder / "whole").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        for empty in (root / "proc", apt / "lists" / "partial", apt / "cache" / "archives" / "partial"):
+            empty.mkdir(parents=True)
+        (apt / "status").touch()
+        # The library by which ONNX Runtime knows CPUs crashes on the x86-64 cpuinfo that it would see.
+        core = (
+            "CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x1\nCPU part\t: 0xd07\nCPU revision\t: 0\n"
+        )
+        cores = [f"processor\t: {n}\nFeatures\t: fp asimd\n{core}\n" for n in range(os.cpu_count() or 1)]
+        (root / "proc" / "cpuinfo").write_text("".join(cores))
+        where = {
+            "Dir::State": apt,
+            "Dir::State::status": apt / "status",
+            "Dir::Cache": apt / "cache",
+            "APT::Architecture": "arm64",
+            "APT::Architectures": "arm64",
+            "APT::Sandbox::User": "root",
+        }
+        get = ["apt-get", "-qq", *(part for key, value in where.items() for part in ("-o", f"{key}={value}"))]
+        _quietly(*get, "update")
+        _quietly(*get, "--no-install-recommends", "-y", "-d", "install", "python3-minimal", "libpython3-stdlib",
+                 "libstdc++6", "libgomp1")  # fmt: skip
+        for package in (apt / "cache" / "archives").glob("*.deb"):
+            _quietly("dpkg-deb", "-x", str(package), str(root))
+        version = next((root / "usr" / "bin").glob("python3.*")).name.removeprefix("python")
+        same = version == "{}.{}".format(*sys.version_info)
+        platforms = [f"--platform=manylinux{tag}_aarch64" for tag in ("2014", "_2_27", "_2_28")]
+        _quietly(
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site), "--only-binary=:all:"),
+            *(*platforms, f"--python-version={version}", "--implementation=cp"),
+            *(("-c", str(ROOT / "constraints.txt")) if same else ()),  # their markers are those of this Python
+            *PACKAGES,
+        )
+        shutil.rmtree(apt)
+        (folder / "whole").touch()
+    return next((root / "usr" / "bin").glob("python3.*")), site
+
+
+def _quietly(*command: str) -> None:
+    run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    if run.returncode:
+        raise OSError(f"{command[0]} failed: {run.stderr.strip()[-300:]}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -432,6 +432,20 @@ def test_two_graphs(workspace: Path) -> None:
     assert unchanged()
 
 
+@pytest.mark.parametrize(
+    "command", [("bench",), ("inspect",), ("evaluate", "--data", "."), ("parity", "ckpt.pt", "--data", ".")]
+)
+def test_an_engine_is_named_in_the_same_way_everywhere(tmp_path: Path, command: tuple[str, ...]) -> None:
+    first, *options = command
+    place = options[:1] if first == "parity" else []
+    rest = options[len(place) :]
+    assert_answer(run(first, *place, "a.engine", "-e", "b.engine", *rest), 2, "engine is named already")
+    if first not in ("evaluate", "parity"):
+        for named in (("a.engine",), ("-e", "a.engine"), ("--engine", "a.engine")):
+            assert_answer(run(first, *named, *rest), 6, r"a\.engine does not exist")
+    assert_answer(run(first, *place, *rest), 5, "there is no engine in engines")
+
+
 def test_no_engine(tmp_path: Path) -> None:
     write_raster(tmp_path / "scene.tif", noise(70, 90))
     assert_answer(

@@ -3,10 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BOARD_PYTHON ?= python3.10
-BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))
+BOARD_VERSIONS ?= pinned
+BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))-$(BOARD_VERSIONS)
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-gpu test-board test-cpus lint lint-docker types bench dubai-model tiny-model clean
+.PHONY: demo test test-fast test-gpu test-board test-floors test-cpus lint lint-docker types bench dubai-model \
+	tiny-model clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/cdkd-edge demo
@@ -27,10 +29,16 @@ test-gpu: $(if $(filter $(VENV)/%,$(GPU_PYTHON)),$(VENV)/.gpu)
 	CDKD_EDGE_TEST_GPU=1 DATA="$(DATA)" SCHEMA="$(SCHEMA)" CHECKPOINT="$(CHECKPOINT)" GRAPHS="$(GRAPHS)" \
 		$(GPU_PYTHON) -m pytest tests/gpu
 
-# What a board needs: the package without torch, on BOARD_PYTHON.
+# What a board needs: the package without torch, on BOARD_PYTHON; with the versions of constraints.txt, or with
+# BOARD_VERSIONS=lowest (that pyproject.toml allows) or newest (of everything).
 test-board: $(BOARD_VENV)/.tests
 	$(BOARD_VENV)/bin/pip install --quiet --no-deps --force-reinstall .
 	$(BOARD_VENV)/bin/pytest -n 2
+
+# The board's tests at both ends of what pyproject.toml allows.
+test-floors:
+	$(MAKE) test-board BOARD_VERSIONS=lowest
+	$(MAKE) test-board BOARD_VERSIONS=newest BOARD_PYTHON=$(PYTHON)
 
 # A few tests as CPUs that this machine is not, with Debian's qemu-user; where there is none it says so.
 test-cpus: $(VENV)/.tests
@@ -90,11 +98,11 @@ out/.tiny: out/.data
 
 $(VENV)/.package: $(INPUTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[export]'
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[all]'
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.package
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[export,vector,test,board-tests]'
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[all,test,board-tests]'
 	touch $@
 
 $(VENV)/.gpu: $(VENV)/.tests
@@ -109,9 +117,13 @@ $(VENV)/.typings: $(VENV)/.tests
 		$(VENV)/typings/tensorrt_bindings/tensorrt.pyi
 	touch $@
 
+pinned = -c constraints.txt
+newest = --upgrade
+lowest = $$(sed -n '/^dependencies = \[/,/^\]/s/^ *"\([a-z]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml)
+
 $(BOARD_VENV)/.tests: $(INPUTS)
-	$(BOARD_PYTHON) -m venv $(BOARD_VENV)
-	$(BOARD_VENV)/bin/pip install --quiet -c constraints.txt . pytest pytest-xdist hypothesis
+	$(BOARD_PYTHON) -m venv --clear $(BOARD_VENV)
+	$(BOARD_VENV)/bin/pip install --quiet $($(BOARD_VERSIONS)) . pytest pytest-xdist hypothesis
 	@! $(BOARD_VENV)/bin/python -c 'import torch' 2>/dev/null || { echo "torch came along; the board profile must not need it"; exit 1; }
 	touch $@
 

@@ -61,8 +61,8 @@ ORIN = {
     "usr/local/cuda/version.json": '{"cuda": {"name": "CUDA SDK", "version": "12.6.11"}}',
 }
 PACKAGES = {
-    "msgspec": "0.19.0", "numpy": "1.26.4", "onnx": "1.16.2", "onnxruntime": "1.23.2", "pillow": "11.0", "rich": "13.9",
-    "rasterio": "1.4.4", "typer": "0.12.5", "torch": None, "jetson-stats": "4.3.2", "cuda-python": "12.6.2.post1",
+    "msgspec": "0.19.0", "numpy": "1.26.4", "onnx": "1.17.0", "onnxruntime": "1.23.2", "pillow": "11.0", "rich": "13.9",
+    "rasterio": "1.4.4", "typer": "0.16.1", "torch": None, "jetson-stats": "4.3.2", "cuda-python": "12.6.2.post1",
     "pycuda": None,
 }  # fmt: skip
 SOFTWARE = Software(
@@ -362,7 +362,7 @@ def test_the_group(orin: Path) -> None:
 def test_packages_that_are_missing_or_old() -> None:
     changed = dataclasses.replace(SOFTWARE, packages={**PACKAGES, "onnx": None, "rasterio": "1.3.4"})
     found = software.probe_packages(changed)
-    assert (found.status, found.text) == (FAIL, "onnx is missing; rasterio 1.3.4 is older than 1.3.9")
+    assert (found.status, found.text) == (FAIL, "onnx is missing; rasterio 1.3.4 is older than 1.4.4")
     for_gpu = {**PACKAGES, "onnxruntime": None, "onnxruntime-gpu": "1.23.0"}
     assert software.probe_packages(dataclasses.replace(SOFTWARE, packages=for_gpu)).status == OK
 

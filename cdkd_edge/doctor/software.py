@@ -23,8 +23,8 @@ from cdkd_edge.doctor.finding import FAIL, OK, WARN, Finding
 from cdkd_edge.errors import printable
 
 NEEDED: Mapping[str, tuple[int, ...]] = {
-    "msgspec": (0, 18), "numpy": (1, 26), "onnx": (1, 16), "onnxruntime": (1, 20), "pillow": (10, 1),
-    "rasterio": (1, 3, 9), "rich": (13, 4), "typer": (0, 12),
+    "msgspec": (0, 18), "numpy": (1, 26), "onnx": (1, 17), "onnxruntime": (1, 22), "pillow": (10, 1),
+    "rasterio": (1, 4, 4), "rich": (13, 4), "typer": (0, 16),
 }  # fmt: skip
 """Lowest versions, as in pyproject.toml."""
 _OPTIONAL = ("torch", "jetson-stats", "cuda-python", "cuda-bindings", "pycuda", "onnxruntime-gpu")

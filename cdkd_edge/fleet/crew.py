@@ -205,6 +205,6 @@ class WorkerCrew:
 def _lost(task: Task) -> JobReport:
     error = FleetError(
         f"{ATTEMPTS} workers were lost while they labelled it, the last one at {task.worker}",
-        hint="see what their logs say; too little memory kills without a word",
+        hint="too little memory kills without a word: try fewer workers on a machine",
     )
     return replace(failed(task.job, error), host=None)

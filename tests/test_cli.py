@@ -349,7 +349,7 @@ def test_export_build_segment_with_nothing_but_defaults(
     for command in (("export", "ckpt.pt", "--schema", "dubai"), ("build",), ("segment", "scene.tif")):
         result = run(*command)
         assert result.exit_code == 0, result.stderr
-    assert names_in(tmp_path / "export") == ["ckpt.json", "ckpt.onnx"]
+    assert names_in(tmp_path / "export") == ["ckpt.fp16.json", "ckpt.fp16.onnx", "ckpt.json", "ckpt.onnx"]
     assert names_in(tmp_path / "engines") == ["ckpt.fp32.cpu.json", "ckpt.fp32.cpu.onnx"]
     assert read_labels(tmp_path / "scene_labels.tif").max() < 5
 

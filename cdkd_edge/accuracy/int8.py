@@ -199,7 +199,7 @@ def write_int8(
             tool=f"cdkd-edge {__version__}",
         )
         write_manifest(destination, manifest)
-    write_report(report, manifest)
+        write_report(report, manifest)  # before the graph: one that is there is not made again
     return Int8Result(destination, report, manifest, attempts)
 
 

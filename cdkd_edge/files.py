@@ -95,8 +95,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     if _is_stream(path):
         with scratch_folder() as scratch:
             yield scratch / path.name
-            with open(scratch / path.name, "rb") as source, open(path, "wb") as stream:
-                shutil.copyfileobj(source, stream)
+            try:
+                with open(scratch / path.name, "rb") as source, open(path, "wb") as stream:
+                    shutil.copyfileobj(source, stream)
+            except OSError as error:
+                error.filename = str(path)
+                raise
         return
     target = Path(os.path.realpath(path))
     try:

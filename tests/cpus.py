@@ -32,7 +32,7 @@ CPUS = {
     },
     "aarch64": {"cortex-a57": "no dot product", "max": "dot product"},
 }
-PACKAGES = ["numpy", "onnx", "onnxruntime", "msgspec", "pillow", "rasterio", "rich", "typer", "pytest"]
+PACKAGES = ["numpy", "onnx", "onnxruntime", "msgspec", "pillow", "rasterio", "rich", "typer", "pytest", "hypothesis"]
 ROOT = Path(__file__).parent.parent
 LIMIT = 900
 """Seconds for one CPU."""
@@ -64,16 +64,15 @@ def main() -> int:
             prefix = ["qemu-aarch64", "-L", str(python.parents[2]), "-cpu"]
             jobs |= {name: ([*prefix, name, str(python)], there) for name in CPUS["aarch64"]}
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            failed = [
-                name for name, passed in zip(jobs, pool.map(_test, jobs, jobs.values()), strict=True) if not passed
-            ]
+            passed = list(pool.map(_test, jobs, jobs.values()))
+    failed = [name for name, good in zip(jobs, passed, strict=True) if not good]
     if failed:
         print(f"FAILED as {', '.join(failed)}")
     return bool(failed)
 
 
 def _pytest(*tests: str) -> list[str]:
-    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not last_digits", *tests]  # which is of no CPU
 
 
 def _test(name: str, job: tuple[list[str], dict[str, str]]) -> bool:
@@ -106,16 +105,15 @@ def _aarch64(folder: Path) -> tuple[Path, Path]:
         The interpreter, below a root for qemu's ``-L``, and the folder of packages.
     """
     root, site, apt = folder / "root", folder / "site", folder / "apt"
-    if not (folder / "whole").exists():
+    whole = folder / "whole"
+    if not whole.exists() or whole.read_text() != " ".join(PACKAGES):
         shutil.rmtree(folder, ignore_errors=True)
         for empty in (root / "proc", apt / "lists" / "partial", apt / "cache" / "archives" / "partial"):
             empty.mkdir(parents=True)
         (apt / "status").touch()
         # The library by which ONNX Runtime knows CPUs crashes on the x86-64 cpuinfo that it would see.
-        core = (
-            "CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x1\nCPU part\t: 0xd07\nCPU revision\t: 0\n"
-        )
-        cores = [f"processor\t: {n}\nFeatures\t: fp asimd\n{core}\n" for n in range(os.cpu_count() or 1)]
+        facts = "Features: fp asimd\nCPU implementer: 0x41\nCPU architecture: 8\nCPU variant: 0x1\nCPU part: 0xd07\n"
+        cores = [f"processor: {n}\n{facts}CPU revision: 0\n\n" for n in range(os.cpu_count() or 1)]
         (root / "proc" / "cpuinfo").write_text("".join(cores))
         where = {
             "Dir::State": apt,
@@ -141,7 +139,7 @@ def _aarch64(folder: Path) -> tuple[Path, Path]:
             *PACKAGES,
         )
         shutil.rmtree(apt)
-        (folder / "whole").touch()
+        whole.write_text(" ".join(PACKAGES))
     return next((root / "usr" / "bin").glob("python3.*")), site
 
 

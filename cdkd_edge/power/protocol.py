@@ -72,7 +72,7 @@ class SourceInfo:
     @classmethod
     def from_event(cls, event: dict[str, Any]) -> SourceInfo:
         """From the sampling process's ``started``."""
-        fields = {item.name: event[item.name] for item in dataclasses.fields(cls)}
+        fields = {item.name: event[item.name] for item in dataclasses.fields(cls) if item.name in event}
         return cls(**{**fields, "rails": tuple(event["rails"]), "notes": tuple(event["notes"])})
 
 

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import errno
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -40,12 +39,11 @@ COMMANDS = [
     "evaluate", "parity", "demo", "doctor",
 ]  # fmt: skip
 QUICK = ("--duration", "0.1", "--max-warm-up", "0")
-OLD_CLICK = "mix_stderr" in inspect.signature(CliRunner.__init__).parameters  # before 8.2
 
 
 def run(*arguments: object) -> Any:
     """The command line in this process."""
-    runner = CliRunner(mix_stderr=False) if OLD_CLICK else CliRunner()
+    runner = CliRunner()
     return runner.invoke(cli.app, [str(argument) for argument in arguments])
 
 

@@ -62,7 +62,7 @@ ORIN = {
 }
 PACKAGES = {
     "msgspec": "0.19.0", "numpy": "1.26.4", "onnx": "1.17.0", "onnxruntime": "1.23.2", "pillow": "11.0", "rich": "13.9",
-    "rasterio": "1.4.4", "typer": "0.16.1", "torch": None, "jetson-stats": "4.3.2", "cuda-python": "12.6.2.post1",
+    "rasterio": "1.4.4", "typer": "0.29.1", "torch": None, "jetson-stats": "4.3.2", "cuda-python": "12.6.2.post1",
     "pycuda": None,
 }  # fmt: skip
 SOFTWARE = Software(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -37,14 +36,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
 ]
 
-OLD_CLICK = "mix_stderr" in inspect.signature(CliRunner.__init__).parameters  # before 8.2
 SMALL = ("--device", "cpu", "--tile", 64, "--head-channels", 16, "--batch", 3, "--epochs", 2, "--lr", 0.01)
 HEADS = ("--heads", 2)
 SPLIT = ("--schema", "dubai", "--val-scenes", "b")
 
 
 def run(*arguments):
-    runner = CliRunner(mix_stderr=False) if OLD_CLICK else CliRunner()
+    runner = CliRunner()
     return runner.invoke(cli.app, [str(argument) for argument in arguments])
 
 

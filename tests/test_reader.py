@@ -60,6 +60,7 @@ def tagged(path: Path, interpretation: list[ColorInterp]) -> Path:
 # --- borders --------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(np.__version__ < "2", reason="np.pad of NumPy 1.26 reflects wrongly where the border is wide")
 @relaxed
 @given(size=st.integers(1, 40), before=st.integers(0, 100), after=st.integers(0, 100))
 def test_reflection_is_that_of_numpy(size: int, before: int, after: int) -> None:

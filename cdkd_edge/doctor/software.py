@@ -24,7 +24,7 @@ from cdkd_edge.errors import printable
 
 NEEDED: Mapping[str, tuple[int, ...]] = {
     "msgspec": (0, 18), "numpy": (1, 26), "onnx": (1, 17), "onnxruntime": (1, 22), "pillow": (10, 1),
-    "rasterio": (1, 4, 4), "rich": (13, 4), "typer": (0, 16),
+    "rasterio": (1, 4, 4), "rich": (13, 8), "typer": (0, 29),
 }  # fmt: skip
 """Lowest versions, as in pyproject.toml."""
 _OPTIONAL = ("torch", "jetson-stats", "cuda-python", "cuda-bindings", "pycuda", "onnxruntime-gpu")

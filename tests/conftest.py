@@ -23,6 +23,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from cdkd_edge import interrupts
 from cdkd_edge.engines import plan
 from cdkd_edge.engines.cpu import build_cpu_engine
 from cdkd_edge.engines.tensorrt.device import NoGpu
@@ -136,6 +137,13 @@ def store_graph(folder: Path, weights: Mapping[str, Array], config: NetworkConfi
 def no_gpu_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that `build` means the CPU engine, as the tests expect, also where there is a GPU and TensorRT."""
     monkeypatch.setattr(plan, "find_gpu", lambda: NoGpu("the tests look for no GPU"))
+
+
+@pytest.fixture(autouse=True)
+def no_signal_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests send signals to their own process; the next test is a program that got none."""
+    monkeypatch.setattr(interrupts, "_first", None)
+    monkeypatch.setattr(interrupts, "_pending", None)
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,8 @@ def _fail(error: CdkdEdgeError) -> NoReturn:
     if len(message) > _MOST_SAID:  # names in a file may be of any length
         message = f"{message[:_MOST_SAID]}..."
     text = f"{message} — {printable(error.hint)}" if error.hint else message
-    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)
+    with contextlib.suppress(OSError):  # where stderr takes nothing, the exit code remains
+        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)
     raise typer.Exit(error.exit_code)
 
 

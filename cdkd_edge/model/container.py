@@ -77,7 +77,8 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"checkpoint {path} is {'empty' if path.is_file() else 'not a file'}")
     if re.search(r"-\d+-of-0*([2-9]|[1-9]\d+)\.\w+$|\.index\.json$", path.name):
         raise CheckpointError(
-            f"{path} is one part of a checkpoint in several files", hint="load them all and save one: torch.save(ALL, FILE)"
+            f"{path} is one part of a checkpoint in several files",
+            hint="load them all and save one: torch.save(ALL, FILE)",
         )
     with path.open("rb") as file:
         start = file.read(512)

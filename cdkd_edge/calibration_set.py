@@ -14,6 +14,7 @@ the same scenes, options and seed give the same bytes.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ class CalibrationSet:
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.folder.resolve().name
+        return Path(os.path.realpath(self.folder)).name
 
     @property
     def tile(self) -> int:

@@ -216,6 +216,18 @@ def remove_abandoned(parent: Path) -> tuple[Path, ...]:
     return tuple(removed)
 
 
+def make_folders(path: Path) -> None:
+    """Make a folder, and those above it, where they are missing.
+
+    Raises:
+        OSError: the system refuses, or they are nested too deeply.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except RecursionError:  # each folder is made within the making of the one below it
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path)) from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically (UTF-8)."""
     with whole_file(path) as temporary:
@@ -239,7 +251,7 @@ def _locked_folder(path: Path, *, new: bool = False) -> tuple[Path, int]:
         new: refuse where it exists, or another process is making it.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
     if path.parent not in _swept:

@@ -19,6 +19,7 @@ and ``dubai`` (MBRSC / Humans in the Loop, CC0). A user's own is a TOML file::
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ NO_LABEL = 255
 
 MAX_CLASSES = NO_LABEL
 """Labels are uint8 and 255 is taken."""
+MAX_NAME = 200
+"""Characters of a name: names stand in tables, legends and pictures."""
 
 RGB = tuple[int, int, int]
 
@@ -203,8 +206,7 @@ def schema_of_lists(name: str, class_names: object, colors: object, count: int) 
             raise SchemaError(f"{found} for {count} classes")
     classes = []
     for one, color in zip(class_names, colors, strict=True):  # type: ignore[call-overload]
-        sound = isinstance(color, (list, tuple)) and all(isinstance(part, int) for part in color)
-        classes.append({"name": one, "color": list(color) if sound else None})
+        classes.append({"name": one, "color": list(color) if isinstance(color, tuple) else color})
     return schema_from_document({"name": name, "classes": classes}, source=name)
 
 
@@ -244,8 +246,8 @@ def schema_from_document(document: dict[str, Any], source: str) -> LabelSchema:
         if not isinstance(table, dict) or set(table) - _CLASS_KEYS:
             raise SchemaError(f"{where}: takes the keys {', '.join(sorted(_CLASS_KEYS))}")
         name = table.get("name")
-        if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise SchemaError(f"{where}: needs a printable name")
+        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+            raise SchemaError(f"{where}: needs a printable name of at most {MAX_NAME} characters")
         classes.append(
             LandCoverClass(name, _color(table.get("color"), where), _value(table.get("value", position), where))
         )
@@ -253,8 +255,8 @@ def schema_from_document(document: dict[str, Any], source: str) -> LabelSchema:
     if not isinstance(binarize, bool):
         raise SchemaError(f"{source}: binarize_colors is true or false")
     name = document.get("name", Path(source).stem)
-    if not isinstance(name, str) or not ("name" not in document or name.isprintable()):
-        raise SchemaError(f"{source}: name is a string of printable characters")
+    if not isinstance(name, str) or not ("name" not in document or (name.isprintable() and len(name) <= MAX_NAME)):
+        raise SchemaError(f"{source}: name is a string of at most {MAX_NAME} printable characters")
     return LabelSchema(
         name,
         tuple(classes),
@@ -274,13 +276,21 @@ def _list(document: dict[str, Any], key: str, source: str) -> list[Any]:
 def _color(value: object, where: str) -> RGB:
     if isinstance(value, list) and len(value) == 3 and all(_is_byte(v) for v in value):
         return (value[0], value[1], value[2])
-    raise SchemaError(f"{where}: a color is three integers 0..255, not {printable(repr(value), 60)}")
+    raise SchemaError(f"{where}: a color is three integers 0..255, not {_shown(value)}")
 
 
 def _value(value: object, where: str) -> int:
     if isinstance(value, int) and _is_byte(value):
         return value
-    raise SchemaError(f"{where}: a mask value is an integer 0..255, not {printable(repr(value), 60)}")
+    raise SchemaError(f"{where}: a mask value is an integer 0..255, not {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """A value that may hold anything: lists that hold one another by reference are endless as text."""
+    try:
+        return printable(reprlib.repr(value), 60)
+    except ValueError:  # Python shows no integer of more than 4300 digits
+        return "that number"
 
 
 def _is_byte(value: object) -> bool:

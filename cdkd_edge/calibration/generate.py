@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def default_folder(workspace: Workspace, scenes: Sequence[str]) -> Path:
     """``engines/calibration/NAME`` with the name of the only scene or folder, or of the folder all scenes lie in."""
     places = {Path(scene) if len(scenes) == 1 else Path(scene).parent for scene in scenes}
     place = places.pop() if len(places) == 1 else Path("set")
-    name = place.resolve().name if place.is_dir() else place.stem
+    name = Path(os.path.realpath(place)).name if place.is_dir() else place.stem
     return workspace.engines / "calibration" / ("".join(c if c.isalnum() or c in "-_." else "_" for c in name) or "set")
 
 
@@ -143,7 +144,12 @@ def calibrate(
         notes += _listed_notes(candidates.notes) + reading_notes(candidates.said)
         pick = pick_tiles(candidates, options.count, options.check, options.seed, label_maps)
         manifest = store(
-            place, folder.resolve().name, candidates, pick, options.scene, _description(options, pick, counts, notes)
+            place,
+            Path(os.path.realpath(folder)).name,
+            candidates,
+            pick,
+            options.scene,
+            _description(options, pick, counts, notes),
         )
     return CalibrateResult(folder, manifest)
 
@@ -152,7 +158,7 @@ def _replaceable(folder: Path, overwrite: bool) -> bool:
     """Whether there is something that may be replaced."""
     if not folder.exists():
         return False
-    if folder.resolve() == Path.cwd():
+    if Path(os.path.realpath(folder)) == Path.cwd():
         raise UsageError("the current folder cannot become a calibration set", hint="name one in it with --output")
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", hint="name another --output")

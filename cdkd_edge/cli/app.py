@@ -161,9 +161,17 @@ def _as_fault(error: Exception) -> CdkdEdgeError:
     return InternalError(f"this is a fault of cdkd-edge: {printable(reason, 300)}", hint=hint)
 
 
+_MOST_SAID = 1500
+"""Characters of an error's message that are shown."""
+
+
 def _fail(error: CdkdEdgeError) -> NoReturn:
-    text = printable(f"{error.message} — {error.hint}" if error.hint else error.message)
-    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)
+    message = printable(error.message)
+    if len(message) > _MOST_SAID:  # names in a file may be of any length
+        message = f"{message[:_MOST_SAID]}..."
+    text = f"{message} — {printable(error.hint)}" if error.hint else message
+    with contextlib.suppress(OSError):  # where stderr takes nothing, the exit code remains
+        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)
     raise typer.Exit(error.exit_code)
 
 

@@ -29,7 +29,7 @@ from cdkd_edge.engines.cpu import build_cpu_engine
 from cdkd_edge.engines.load import load_engine
 from cdkd_edge.errors import WorkspaceError
 from cdkd_edge.export.graph import build_graph
-from cdkd_edge.files import whole_file
+from cdkd_edge.files import make_folders, whole_file
 from cdkd_edge.manifest import (
     EngineManifest,
     FileRecord,
@@ -189,7 +189,7 @@ def _claim(folder: Path) -> None:
             f"{folder} is not empty, and the demo writes only into a folder of its own",
             hint="name a new one with --workspace",
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     (folder / MARK).touch()
 
 

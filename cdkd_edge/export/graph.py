@@ -364,6 +364,11 @@ def sizes_of(model: onnx.ModelProto, name: str) -> Sizes:
         raise GraphError(f"{name} has {len(graph.node)} nodes; {_MAX_NODES} are the most", hint=_AGAIN)
     if model.functions or graph.sparse_initializer:
         raise GraphError(f"{name} holds functions or sparse weights, which no graph of cdkd-edge does", hint=_AGAIN)
+    newest = onnx.defs.onnx_opset_version()
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx") and not min(OPSETS) <= entry.version <= newest:
+            known = f"{min(OPSETS)} to {newest} are known here"
+            raise GraphError(f"{name} is written in opset {entry.version}; {known}", hint=_AGAIN)
     tensors = list(graph.initializer)
     for node in graph.node:
         for attribute in node.attribute:

@@ -124,6 +124,6 @@ def href(target: str | Path, folder: Path) -> str:
     name = str(target)
     if is_gdal_name(name):
         return name
-    relative = Path(os.path.relpath(Path(name).resolve(), folder.resolve())).as_posix()
+    relative = Path(os.path.relpath(os.path.realpath(name), os.path.realpath(folder))).as_posix()
     quoted = quote(relative)
     return quoted if quoted.startswith("../") else f"./{quoted}"

@@ -12,6 +12,9 @@ HEAD_DIM = 64
 MAX_GRID = 512
 """Patches along a side beyond which attention over all of them is out of reach, and a typing error likely."""
 
+MAX_DEPTH = 256
+"""Blocks beyond which a file is no network: the deepest ViT has 48, and a block takes milliseconds to set up."""
+
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 """RGB statistics on 0..255 that SAM and the Mask-CDKD student are trained with."""
@@ -45,9 +48,9 @@ class NetworkConfig:
     """timm and OpenMMLab encoders carry one; the paper's student does not."""
 
     def __post_init__(self) -> None:
-        numbers = (self.tile, self.patch, self.embed_dim, self.heads, self.mlp_dim, self.classes, self.head_channels)
-        if min(numbers) < 1:
-            raise CheckpointError(f"a network cannot have these sizes: {self}")
+        for size in ("tile", "patch", "embed_dim", "heads", "mlp_dim", "classes", "head_channels"):
+            if getattr(self, size) < 1:
+                raise CheckpointError(f"{size} of a network is at least 1, not {getattr(self, size)}")
         if not 0 < self.layer_norm_eps < 1:
             raise CheckpointError(f"LayerNorm's epsilon lies between 0 and 1; {self.layer_norm_eps:g} does not")
         if self.tile % self.patch:
@@ -58,6 +61,8 @@ class NetworkConfig:
             raise CheckpointError(f"{self.heads} attention heads do not divide a width of {self.embed_dim}")
         if self.depth < 4:
             raise CheckpointError(f"UPerNet taps four blocks; the encoder has {self.depth}")
+        if self.depth > MAX_DEPTH:
+            raise CheckpointError(f"{self.depth} transformer blocks are more than any ViT's; {MAX_DEPTH} are possible")
         if self.classes > 255:
             raise CheckpointError(f"{self.classes} classes do not fit uint8 labels with 255 as 'no label'")
         if not self.pool_scales or min(self.pool_scales) < 1 or max(self.pool_scales) > self.grid:

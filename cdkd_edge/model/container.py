@@ -42,6 +42,8 @@ _UNREAD = (
     "mmengine.logging.history_buffer.HistoryBuffer",
 )  # fmt: skip
 """What training scripts leave beside the weights: arguments, scores, logs. Each is replaced by nothing, unread."""
+_PACKED = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ", "zstd": b"\x28\xb5\x2f\xfd", "7z": b"7z\xbc\xaf"}
+"""How archives begin."""
 _SPARE = 64 << 20
 """Bytes that the tensors of a file may take beyond its size, where some share their storage."""
 
@@ -73,6 +75,11 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"checkpoint {path} does not exist")
     if not path.is_file() or path.stat().st_size == 0:
         raise CheckpointError(f"checkpoint {path} is {'empty' if path.is_file() else 'not a file'}")
+    if re.search(r"-\d+-of-0*([2-9]|[1-9]\d+)\.\w+$|\.index\.json$", path.name):
+        raise CheckpointError(
+            f"{path} is one part of a checkpoint in several files",
+            hint="load them all and save one: torch.save(ALL, FILE)",
+        )
     with path.open("rb") as file:
         start = file.read(512)
     if start[8:9] == b"{":
@@ -113,9 +120,12 @@ def text_keys(document: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _foreign(path: Path, start: bytes) -> CheckpointError:
     """What a file is that no library writes as a checkpoint."""
-    packed = "gzip" if start.startswith(b"\x1f\x8b") else "tar" if start[257:262] == b"ustar" else None
+    packed = "tar" if start[257:262] == b"ustar" else None
+    packed = next((name for name, first in _PACKED.items() if start.startswith(first)), packed)
     if packed:
         return CheckpointError(f"{path} is a {packed} archive, not a checkpoint", hint="unpack it first")
+    if start.startswith(b"version https://git-lfs"):
+        return CheckpointError(f"{path} is a pointer of Git LFS, not the file itself", hint="fetch it: git lfs pull")
     if path.suffix.lower() == ".safetensors":
         return CheckpointError(f"{path} is damaged or not a safetensors file")
     return CheckpointError(

@@ -28,9 +28,12 @@ _OWN = ""
 _AVERAGED = {"ema", "swa", "ewa", "averaged", "average", "avg", "polyak", "shadow"}
 _TRAINING = {
     "criterion", "criteria", "loss", "losses", "objective", "optimizer", "optimizers", "optimiser", "optim",
-    "scheduler", "schedulers", "scaler", "rng", "metric", "metrics",
+    "scheduler", "schedulers", "scaler", "rng", "metric", "metrics", "acc", "accuracy", "iou", "miou", "dice",
+    "confmat", "lossfn",
 }  # fmt: skip
 """Words in the names of what only training needs."""
+_LOSS_WEIGHT = re.compile(r"(?:class|pos|ce)_?weights?")
+"""Names of the weights of classes in a loss."""
 _NOTES = {"meta", "hyper", "hparams", "args", "config", "cfg"}
 """Words in the names of what describes a run."""
 _COUNTERS = {
@@ -129,7 +132,7 @@ class _Search:
             if isinstance(value, Tensor) and _is_counter(name, value):
                 self.averaged |= name == "n_averaged" and not self._settled
                 self._drop("training counters", [name])
-            elif any(_words(part) & _TRAINING for part in name.split(".")):
+            elif any(_words(part) & _TRAINING or _LOSS_WEIGHT.fullmatch(part) for part in name.split(".")):
                 self._drop("used only in training", _names(name, _tensors_in(value)))
             elif not isinstance(value, Tensor):
                 inside = list(_tensors_in(value))
@@ -145,6 +148,8 @@ class _Search:
                     self._drop("beside the weights", _names(name, inside))
             elif role == "raw":
                 own[name] = value
+            elif not value.ndim and "." not in name:  # such as torch's swa_lr
+                self._drop("beside the weights", [name])
             else:
                 separator = "." if "." in name else "_"  # OpenMMLab's mmcv has buffers ema_backbone_layers_0
                 first, _, rest = name.partition(separator)
@@ -223,7 +228,10 @@ class _Search:
         first = {key.partition(".")[0] for key in tensors}
         for wrapper in first & {"student", "model", "net", "network", "online_model"}:
             others = [key for key in tensors if not key.startswith(f"{wrapper}.")]
-            raise CheckpointError(f"{self.path} holds tensors beside {wrapper}: {listed(others)}")
+            raise CheckpointError(
+                f"{self.path} holds tensors beside {wrapper}: {listed(others)}",
+                hint=f"where they belong to training alone, save the weights of {wrapper} without them",
+            )
 
     def _without_wrappers(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         level: dict[str, Tensor] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from cdkd_edge.scene.raster import is_gdal_name
 
 LABEL_MAP = "LABEL_MAP"
 """Under this key a file beside a label map says what it was made of: ``sha256:`` of the label map."""
+
+_NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+"""GDAL makes label maps by way of XML, which cannot hold these."""
 
 _OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".jp2", ".img", ".vrt", ".gpkg", ".nc"}
 
@@ -81,9 +85,14 @@ def require_file_place(*paths: Path, links: bool = False) -> None:
         links: whether one may be a link to a file.
 
     Raises:
-        SceneError: it is a folder, a device, a pipe or a link.
+        SceneError: it is a folder, a device, a pipe or a link; or GDAL cannot take its name.
     """
     for path in paths:
+        if _NOT_XML.search(str(path.absolute())):
+            raise SceneError(
+                f"{path} has control characters or bytes that are not UTF-8 in its name, which GDAL does not take",
+                hint="choose another --output",
+            )
         if path.is_symlink() and not (links and path.is_file()):
             raise SceneError(f"{path} is a link", hint="name what it leads to, or choose another --output")
         if path.is_dir():

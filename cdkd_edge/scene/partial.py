@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from cdkd_edge.errors import SceneError
-from cdkd_edge.files import read_small, write_text
+from cdkd_edge.files import make_folders, read_small, write_text
 
 _FORMAT = 1
 _LARGEST_NOTE = 256 << 20
@@ -124,7 +124,7 @@ class Partial:
                     f"{self.folder} was not made by cdkd-edge, and parts of the label map would go there",
                     hint="move it away, or choose another --output",
                 )
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folders(self.folder)
             path = self.folder / "lock"
             try:
                 lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -25,7 +25,7 @@ from cdkd_edge.accuracy.evaluate import Evaluation, data_schema, evaluate, requi
 from cdkd_edge.accuracy.masks import Lost, read_labels
 from cdkd_edge.accuracy.network import NetworkLabeller, load_network
 from cdkd_edge.errors import DatasetError, UsageError
-from cdkd_edge.files import sha256_of, write_text
+from cdkd_edge.files import make_folders, sha256_of, write_text
 from cdkd_edge.labels import LabelSchema
 from cdkd_edge.machine import describe_machine
 from cdkd_edge.manifest import FileRecord
@@ -251,7 +251,7 @@ class _Run:
         folder = None
         if fixed and (device.type == "cpu" if remember is None else remember):
             folder = self.options.features or self.output.with_name(f"{self.output.stem}.features")
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folders(folder)
         limit = int(_SHARE_OF_FREE_DISK * shutil.disk_usage(folder).free) if folder else 0
         return FeatureCache(self.start.network.encoder, folder, precision=self.options.recipe.precision, limit=limit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -105,7 +106,7 @@ def _read(folder: Path) -> Run:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """Names of folders; paths where names are not enough. Printable, because they come from outside."""
-    short = [folder.resolve().name for folder in folders]
+    short = [Path(os.path.realpath(folder)).name for folder in folders]
     chosen = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
     chosen = [
         f"{name} ({chosen[:index].count(name) + 1})" if name in chosen[:index] else name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -242,6 +243,11 @@ def kind_of(artefact: Path) -> str | None:
     return kind if kind in (GraphManifest.kind, EngineManifest.kind) else None
 
 
+def _is_named(path: Path) -> bool:
+    """Whether a graph or an engine may have this name."""
+    return path.suffix in (".onnx", ".engine")
+
+
 def precision_of(artefact: Path) -> str | None:
     """``fp32``, ``fp16`` or ``int8`` by the manifest beside a file; None where it does not say."""
     precision = _glance(artefact).get("precision")
@@ -309,17 +315,34 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
 
     path = manifest_path(artefact)
     if not artefact.is_file():
-        raise ManifestError(f"{kind.kind} {artefact} does not exist")
+        there = sorted(str(found) for found in artefact.glob("*.*") if kind_of(found) == kind.kind and _is_named(found))
+        raise ManifestError(
+            f"{kind.kind} {artefact} " + ("is a folder, not a file" if artefact.is_dir() else "does not exist"),
+            hint=f"name one of {', '.join(there[:4])}" if there else None,
+        )
     try:
         document = read_json(path)
     except FileNotFoundError:
+        if not _is_named(artefact):
+            raise ManifestError(
+                f"{artefact} is no {kind.kind}: its name ends neither in .onnx nor in .engine",
+                hint="`cdkd-edge export` makes a graph of a checkpoint, `cdkd-edge build` an engine of a graph",
+            ) from None
         raise ManifestError(
             f"{artefact} has no manifest ({path.name}) beside it",
             hint="copy both files together, or make them again with `cdkd-edge export` and `cdkd-edge build`",
         ) from None
     except (OSError, ValueError) as error:
         raise ManifestError(f"manifest {path} cannot be read: {error}") from None
-    if not isinstance(document, dict) or document.pop("kind", None) != kind.kind:
+    found = document.pop("kind", None) if isinstance(document, dict) else None
+    if found != kind.kind:
+        if found == GraphManifest.kind:
+            raise ManifestError(
+                f"{artefact} is a graph, not an engine",
+                hint=f"name the engine that was built of it, or make one: cdkd-edge build {shlex.quote(str(artefact))}",
+            )
+        if found == EngineManifest.kind:
+            raise ManifestError(f"{artefact} is an engine, not a graph", hint="name the graph that it was built of")
         raise ManifestError(f"{path} is not the manifest of a cdkd-edge {kind.kind}")
     if document.get("manifest_version") != MANIFEST_VERSION:
         raise ManifestError(

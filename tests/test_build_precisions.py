@@ -256,7 +256,7 @@ def test_labelled_data(space, tmp_path):
     assert_answer(run(*command, *given, "--scenes", "c"), 13, "no scene c")
     assert_answer(run(*command, "--data", tmp_path / "nowhere", "--schema", "dubai"), 13, "nowhere")
     loveda = ("--data", tmp_path / "data", "--schema", "loveda")
-    assert_answer(run(*command, *loveda), 4, "it gives 5 classes")
+    assert_answer(run(*command, *loveda), 4, "the network has 5 classes .*--schema")
 
 
 # --- what does not fit ----------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_wrong_kinds(space, tmp_path):
 def test_an_engine_is_no_graph(built):
     for name in ("small.int8.cpu.onnx", "small.fp32.cpu.onnx"):
         result = run("build", "--int8", built.engines / name, "--workspace", built.root)
-        assert_answer(result, 6, "is not the manifest of a cdkd-edge graph")
+        assert_answer(result, 6, "is an engine, not a graph")
 
 
 def test_a_set_that_is_none(space, tmp_path):

@@ -106,6 +106,20 @@ def test_no_artefact(tmp_path):
     assert refusal(tmp_path, EngineManifest).message.startswith("engine ")
 
 
+def test_what_was_named_instead_of_a_graph_or_an_engine_is_said(graph):
+    error = refusal(graph, EngineManifest)
+    assert error.message == f"{graph} is a graph, not an engine"
+    assert f"cdkd-edge build {graph}" in error.hint
+    error = refusal(graph.parent)
+    assert error.message == f"graph {graph.parent} is a folder, not a file"
+    assert error.hint == f"name one of {graph}"
+    scene = graph.with_name("scene.tif")
+    scene.write_bytes(b"II*\0")
+    error = refusal(scene, EngineManifest)
+    assert error.message == f"{scene} is no engine: its name ends neither in .onnx nor in .engine"
+    assert "cdkd-edge build" in error.hint
+
+
 def test_no_manifest(graph):
     manifest_path(graph).unlink()
     error = refusal(graph)
@@ -129,15 +143,15 @@ def test_damaged_json(graph, content):
     assert "cannot be read" in refusal(graph).message
 
 
-@pytest.mark.parametrize("content", ["[]", "5", "null", "{}", '{"kind": "engine"}', '{"kind": ["graph"]}'])
+@pytest.mark.parametrize("content", ["[]", "5", "null", "{}", '{"kind": "set"}', '{"kind": ["graph"]}'])
 def test_json_of_another_kind(graph, content):
     manifest_path(graph).write_text(content)
     assert "not the manifest of a cdkd-edge graph" in refusal(graph).message
 
 
 def test_graph_and_engine_are_not_confused(graph, engine):
-    assert "not the manifest of a cdkd-edge engine" in refusal(graph, EngineManifest).message
-    assert "not the manifest of a cdkd-edge graph" in refusal(engine, GraphManifest).message
+    assert "is a graph, not an engine" in refusal(graph, EngineManifest).message
+    assert "is an engine, not a graph" in refusal(engine, GraphManifest).message
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, ...])

@@ -213,11 +213,13 @@ def require_same_classes(ours: LabelSchema, data: LabelSchema) -> None:
     """
     if len(ours) != len(data):
         raise SchemaError(
-            f"it gives {len(ours)} classes ({', '.join(ours.class_names)}), schema {data.name!r} has {len(data)}"
+            f"the network has {len(ours)} classes ({', '.join(ours.class_names)}), "
+            f"schema {data.name!r} has {len(data)}",
+            hint="give the schema that the network was trained with (--schema)",
         )
     if ours.class_names != data.class_names and not ours.numbered and not data.numbered:
         raise SchemaError(
-            f"it gives the classes {', '.join(ours.class_names)}, schema {data.name!r} has "
+            f"the network has the classes {', '.join(ours.class_names)}, schema {data.name!r} has "
             f"{', '.join(data.class_names)}",
             hint="labels are positions: both need the same classes in the same order",
         )

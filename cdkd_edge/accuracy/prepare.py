@@ -207,7 +207,7 @@ def _require_meaning(request: Request, precision: str) -> None:
     if request.int8.gate.loss != Gate().loss and request.data is None:
         raise UsageError("loss of mIoU is measured on labelled images", hint="--data DIR names them")
     if precision != "int8" and int8:
-        raise UsageError("gate, ranges and labelled data are for INT8 graphs", hint="add --int8")
+        raise UsageError("--data, --auto and the options of ranges and gate are for INT8 graphs", hint="add --int8")
     if precision == "fp32" and request != Request():
         raise UsageError("an FP32 graph is exported, not made from another", hint="add --fp16 or --int8")
 

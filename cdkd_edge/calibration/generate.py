@@ -84,8 +84,13 @@ def default_tile(workspace: Workspace) -> int:
     Raises:
         ManifestError: a graph's manifest is damaged.
     """
-    sides = {read_manifest(path, GraphManifest, verify=False).tile for path in workspace.graphs_of("fp32")}
+    sides = tile_sides(workspace)
     return sides.pop() if len(sides) == 1 else DEFAULT_TILE
+
+
+def tile_sides(workspace: Workspace) -> set[int]:
+    """The tile sides of the workspace's exported graphs, px; see :func:`default_tile`."""
+    return {read_manifest(path, GraphManifest, verify=False).tile for path in workspace.graphs_of("fp32")}
 
 
 def default_folder(workspace: Workspace, scenes: Sequence[str]) -> Path:

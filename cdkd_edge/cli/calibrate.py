@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import progress_bar, show, workspace_at
+from cdkd_edge.cli.helpers import progress_bar, say, show, workspace_at
 from cdkd_edge.cli.options import (
     BandsOption,
     JsonOption,
@@ -61,11 +61,13 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Scenes to a calibration set: tiles that cover the imagery, for INT8 ranges. Writes engines/calibration/NAME/."""
-    from cdkd_edge.calibration.generate import CalibrateOptions, default_folder, default_tile
+    from cdkd_edge.calibration.generate import CalibrateOptions, default_folder, default_tile, tile_sides
     from cdkd_edge.calibration.generate import calibrate as generate
     from cdkd_edge.report.calibration import describe_calibration
 
     space = workspace_at(workspace)
+    if tile and (sides := tile_sides(space)) and tile not in sides:  # `build --int8` would find it after the work
+        say(f"note: graphs in {space.graphs} have tiles of {', '.join(map(str, sorted(sides)))} px, not {tile} px")
     options = CalibrateOptions(
         count=count,
         check=check,

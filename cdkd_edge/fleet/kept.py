@@ -23,6 +23,8 @@ from cdkd_edge.scene.style import is_somebodys_own, label_map_style, style_path
 
 _NOT_COMPARED = ("CDKD_EDGE", "ENGINE", "GRAPH", "SCENE_SAMPLE")
 """Tags that may differ, or are compared in another way. (Another release labels alike; its notes say if not.)"""
+_OPTIONS = {"OVERLAP_PX": "--overlap", "BANDS": "--bands", "MERGE": "--merge", "GSD_M": "--gsd", "STRETCH": "--stretch"}
+"""What a user types for what a tag says."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,17 @@ def _difference(wanted: Mapping[str, str], tags: Mapping[str, str], identity: st
     for name, value in wanted.items():
         # GDAL drops the blanks that a value (a scene's name) begins with.
         if name not in _NOT_COMPARED and tags.get(name, "").lstrip() != value.lstrip():
-            return f"has {name} = {tags.get(name, 'nothing')}, not {value}"
+            return _other_option(name, tags.get(name), value)
     for name in sorted(tags.keys() - wanted.keys()):
         if name not in _NOT_COMPARED and name != "AREA_OR_POINT" and not name.startswith("TIFFTAG_"):  # GDAL's
-            return f"has {name} = {tags[name]}, which it would not have"
+            return _other_option(name, tags[name], None)
     return None
+
+
+def _other_option(tag: str, was: str | None, wanted: str | None) -> str:
+    if tag == "AREA_OF_INTEREST":
+        return "was made of another area (--aoi)"
+    return f"was made with {_OPTIONS.get(tag, tag)} {was or 'not given'}; now it is {wanted or 'not given'}"
 
 
 def _hash(tag: str) -> str:

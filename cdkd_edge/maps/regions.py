@@ -76,9 +76,9 @@ def shapely_module() -> Any:
     try:
         import shapely
     except ImportError:
-        raise MissingExtraError("shapely", "vector", "polygons of a label map") from None
+        raise MissingExtraError("shapely", "vector", "drawing polygons of a label map") from None
     if not hasattr(shapely, "coverage_simplify"):
-        raise MissingExtraError("shapely 2.1 or newer", "vector", "polygons of a label map")
+        raise MissingExtraError("shapely 2.1 or newer", "vector", "drawing polygons of a label map")
     return shapely
 
 

@@ -149,7 +149,7 @@ def _pyogrio() -> Any:
     try:
         import pyogrio
     except ImportError:
-        raise MissingExtraError("pyogrio", "vector", "polygons of a label map") from None
+        raise MissingExtraError("pyogrio", "vector", "drawing polygons of a label map") from None
     return pyogrio
 
 

@@ -128,8 +128,10 @@ def _foreign(path: Path, start: bytes) -> CheckpointError:
         return CheckpointError(f"{path} is a pointer of Git LFS, not the file itself", hint="fetch it: git lfs pull")
     if path.suffix.lower() == ".safetensors":
         return CheckpointError(f"{path} is damaged or not a safetensors file")
+    other = path.suffix in (".onnx", ".engine")
     return CheckpointError(
-        f"{path} is damaged or not a PyTorch checkpoint: it begins neither as torch.save's files nor as .safetensors"
+        f"{path} is damaged or not a PyTorch checkpoint: it begins neither as torch.save's files nor as .safetensors",
+        hint="graphs and engines are looked into with `cdkd-edge inspect`" if other else None,
     )
 
 

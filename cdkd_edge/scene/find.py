@@ -73,7 +73,7 @@ def _in_folder(folder: Path) -> list[str]:
         )
         raise SceneError(
             f"{folder} holds no raster ({', '.join(RASTER_SUFFIXES)})",
-            hint=f"there are some in {', '.join(below[:4])}" if below else None,
+            hint=f"there are some in {', '.join(below[:4])}" if below else f"for all below it: '{folder}/**/*.tif'",
         )
     return rasters
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -68,7 +69,11 @@ def compare_runs(
             can't be held against them, or an evaluation can't be read.
     """
     if len(folders) < 2:
-        raise UsageError("a comparison needs at least two runs", hint="cdkd-edge compare RUN RUN...")
+        within = sorted(run.parent for folder in folders for run in folder.glob(f"*/{SUMMARY}"))
+        raise UsageError(
+            "a comparison needs at least two runs",
+            hint=f"cdkd-edge compare {' '.join(shlex.quote(str(run)) for run in within[-4:]) or 'RUN RUN...'}",
+        )
     if not 0 <= baseline < len(folders):
         raise CompareError(f"there is no run {baseline + 1}; {len(folders)} were named")
     runs = [_read(folder.parent if folder.name == SUMMARY else folder) for folder in folders]

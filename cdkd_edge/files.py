@@ -24,6 +24,8 @@ _PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 _LOCK_SECONDS = 2.0
 """A folder of folders is locked for milliseconds, unless somebody else uses the lock (``flock FOLDER COMMAND``)."""
 
+_READER_SECONDS = 5.0
+
 SMALL = 16 << 20
 """Most bytes of a document that is read whole: manifests, schemas, lists, journals."""
 
@@ -92,14 +94,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         OSError: the directory cannot be created or written, or ``path`` is a folder.
     """
     path = Path(path)
-    if _is_stream(path):
+    if is_stream(path):
         with scratch_folder() as scratch:
             yield scratch / path.name
             try:
-                with open(scratch / path.name, "rb") as source, open(path, "wb") as stream:
+                with open(scratch / path.name, "rb") as source, open(_stream(path), "wb") as stream:
                     shutil.copyfileobj(source, stream)
             except OSError as error:
-                error.filename = str(path)
+                error.filename = str(path)  # writing tells none
                 raise
         return
     target = Path(os.path.realpath(path))
@@ -276,11 +278,28 @@ def _part_prefix(path: Path) -> str:
     return f".{os.fsdecode(os.fsencode(path.name)[:200])}."
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Whether a path leads to a device, a pipe or an open file (``/dev/stdout``): nothing can be renamed to these."""
     return path.exists() and (
         not (path.is_file() or path.is_dir()) or os.fspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/self/fd/"))
     )
+
+
+def _stream(path: Path) -> int:
+    """The descriptor of a device or a pipe, to write to. Nobody may ever read a named pipe: no waiting for good."""
+    until = time.monotonic() + _READER_SECONDS
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > until:
+                raise OSError(errno.ENXIO, "nobody reads from this pipe", str(path)) from None
+            time.sleep(0.05)
+        else:
+            os.set_blocking(descriptor, True)
+            return descriptor
 
 
 def _lock(descriptor: int) -> None:

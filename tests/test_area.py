@@ -179,6 +179,30 @@ def test_an_area_across_the_antimeridian_has_both_sides(
     assert len(columns) == columns[-1] - columns[0] + 1
 
 
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:4258", "EPSG:3857"])
+def test_on_a_map_of_the_world_both_sides_are_at_its_ends(tmp_path: Path, crs: str) -> None:
+    side = 180.0 if crs != "EPSG:3857" else 20_037_508.342789244
+    world = {"crs": crs, "transform": from_origin(-side, side / 100, side / 100, side / 5000)}
+    pacific = {"type": "MultiPolygon", "coordinates": [rectangle(170, -1, 180, 1), rectangle(-180, -1, -170, 1)]}
+    for area, columns in (
+        (pacific, [*range(6), *range(194, 200)]),
+        ("170,-1,-170,1", [*range(6), *range(194, 200)]),
+        ("175,-1,180,1", [*range(197, 200)]),
+        ("-180,-1,-175,1", [*range(3)]),
+    ):
+        found = labelled(tmp_path, world, area)
+        assert np.flatnonzero(found.any(axis=0)).tolist() == columns
+    assert labelled(tmp_path, world, "-180,-80,180,80").all()
+
+
+def test_an_area_in_metres_across_the_antimeridian_on_a_map_of_the_world(tmp_path: Path) -> None:
+    world = {"crs": "EPSG:4326", "transform": from_origin(-180, 5, 1.8, 0.1)}
+    area = {"type": "Polygon", "coordinates": rectangle(1e6, -1e5, 1.9e7, 1e5)}  # from 150 degrees east on
+    area["crs"] = {"type": "name", "properties": {"name": "EPSG:3832"}}
+    columns = np.flatnonzero(labelled(tmp_path, world, area).any(axis=0))
+    assert columns.tolist() == [*range(78), *range(188, 200)]
+
+
 def test_a_map_that_is_cut_at_the_antimeridian(tmp_path: Path) -> None:
     """Where the scene ends with its map, the area ends there too; where it goes on, the area is refused."""
     edge = 20_037_508.34

@@ -180,14 +180,17 @@ def test_a_link_goes_on_leading_where_it_leads(tmp_path):
     assert names(tmp_path) == ["disk", "link.json", "loop"]
 
 
-def test_devices_and_pipes_are_written_to_and_stay(tmp_path):
+def test_devices_and_pipes_are_written_to_and_stay(tmp_path, monkeypatch):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE) as reader:
         write_text(fifo, "through")
         assert reader.stdout.read() == b"through"
     assert stat.S_ISFIFO(fifo.stat().st_mode)
-    with pytest.raises(OSError, match=r"No space .*/dev/full"):
+    monkeypatch.setattr(files, "_READER_SECONDS", 0.2)
+    with pytest.raises(OSError, match="nobody reads from this pipe"):
+        write_text(fifo, "x")
+    with pytest.raises(OSError, match=r"No space.*/dev/full"):
         write_text(files.Path("/dev/full"), "x")
     assert stat.S_ISCHR(files.Path("/dev/full").stat().st_mode)
     with open(tmp_path / "out", "wb") as out:

@@ -150,6 +150,12 @@ def test_links_in_a_loop_are_a_scene_that_fails(scenes: list[str], use: Any) -> 
         plan_outputs([scenes[0]], Path("scenes/x.tif"), Path(), overwrite=True)
 
 
+def test_a_pipe_beside_a_label_map_is_refused_before_gdal_waits_for_it(scenes: list[str]) -> None:
+    os.mkfifo("a_labels.tif.aux.xml")
+    with pytest.raises(SceneError, match="is a device or a pipe"):
+        plan_outputs(scenes[:1], Path(), Path(), overwrite=False)
+
+
 def test_a_link_to_nothing_is_a_scene_that_fails(scenes: list[str], use: Any) -> None:
     use(FakeEngine())
     Path("scenes/gone.tif").symlink_to("../unmounted/gone.tif")
@@ -322,6 +328,21 @@ def test_a_report_that_cannot_be_written_shows_before_work_begins(scenes: list[s
         segment(scenes, report_path=Path("file/report.json"))
     assert engine.launches == 0
     assert not Path("maps").exists()
+
+
+@pytest.mark.parametrize("name", ["scenes/a.tif", "maps/a_labels.tif", "notes.txt"])
+def test_a_report_replaces_nothing_but_a_report(scenes: list[str], use: Any, name: str) -> None:
+    use(FakeEngine())
+    segment(scenes[:1])
+    Path("notes.txt").write_text('{"report": "mine"}')
+    before = Path(name).read_bytes()
+    with pytest.raises(FileExistsError, match="is no report"):
+        segment(scenes[:1], report_path=Path(name))
+    assert Path(name).read_bytes() == before
+    Path("report.json").touch()  # as mktemp makes one
+    for _ in range(2):
+        segment(scenes[:1], report_path=Path("report.json"))
+    assert rows() == {"a": "kept"}
 
 
 def test_a_name_that_is_not_utf8_is_in_the_report(scenes: list[str], use: Any) -> None:

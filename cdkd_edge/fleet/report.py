@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cdkd_edge import __version__
-from cdkd_edge.files import write_text
+from cdkd_edge.files import is_stream, write_text
 from cdkd_edge.fleet.jobs import (
     DONE,
     FAILED,
@@ -30,6 +31,9 @@ REPORT_VERSION = 1
 
 RUNNING, COMPLETE, STOPPED = "running", "complete", "stopped"
 """How a run ended: every scene has its answer; something made it useless to go on; or :data:`.jobs.INTERRUPTED`."""
+
+_BEGINNING = b'{\n  "report_version": '
+"""Of every report on disk."""
 
 _SAVE_EVERY_S = 10.0
 """A report on disk is at most this old while scenes come to their end."""
@@ -114,11 +118,17 @@ class ReportFile:
         """Write the report, if it is time or must be ``now``.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written, or what is there is something else: a scene, say.
         """
         clock = time.monotonic()
         if self._path is None or not (now or clock - self._saved >= _SAVE_EVERY_S):
             return
+        if self._path.is_file() and not is_stream(self._path):
+            with open(self._path, "rb") as file:
+                start = file.read(len(_BEGINNING))
+            if start not in (b"", _BEGINNING):
+                reason = "is no report, and would be replaced by one; name another file with --report"
+                raise FileExistsError(errno.EEXIST, reason, str(self._path))
         write_text(self._path, json.dumps(report.document(), indent=2) + "\n")
         self._saved = clock
 

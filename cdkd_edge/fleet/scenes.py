@@ -12,6 +12,7 @@ from cdkd_edge.fleet.kept import is_label_map
 from cdkd_edge.maps.products import NOTHING, Wanted, product_paths
 from cdkd_edge.scene.find import file_key, rasters_named
 from cdkd_edge.scene.outputs import label_map_paths, require_file_place
+from cdkd_edge.scene.pam import sidecar_path
 from cdkd_edge.scene.raster import is_gdal_name
 
 _MOST_SCENES = 100_000
@@ -111,7 +112,7 @@ def plan_outputs(
     sources = {file_key(scene): scene for scene in scenes}
     for path in planned:
         _require_room(path)
-        for place in (path, *product_paths(path, products, confidence=confidence).values()):
+        for place in (path, sidecar_path(path), *product_paths(path, products, confidence=confidence).values()):
             require_file_place(place, links=True)
             if overwrite and (scene := sources.get(file_key(str(place)))):
                 raise SceneError(f"{place} would overwrite the scene {scene}", hint="choose another --output")

@@ -36,6 +36,10 @@ _SAMPLES = 9
 """Points a side at which it is looked where on Earth a scene lies."""
 _MARGIN = 0.05
 """Around a scene, of its extent: its edges are curves in longitude and latitude."""
+_INWARDS = 1e-9
+"""Of a scene's extent, less than any pixel: what lies where a map is cut may come out at its other end."""
+_HALF_WAY_ROUND = 180 - 1e-7
+"""Degrees, by a centimetre less than what may come out at the other end of a map."""
 _SEAM_M = 1e7
 """A degree of a meridian or parallel is never as long on a map, unless the map is cut there."""
 
@@ -133,10 +137,7 @@ class AreaOnScene:
             if self._polygons:
                 coarse = transform * Affine.scale(self._step, self._step)
                 self._coarse = self._masked(coarse, *self._coarse.shape, touched=True)
-            if not any(
-                self.inside(row * _COARSE, column * _COARSE, _COARSE, _COARSE).any()
-                for row, column in np.argwhere(self._coarse)
-            ):
+            if not self._holds_a_pixel():
                 what = "longitude and latitude" if area.crs == _LON_LAT else area.crs or "the scene's reference system"
                 raise SceneError(
                     f"the area of interest {area.source} does not meet the scene"
@@ -285,24 +286,26 @@ class _SeamError(SceneError):
 def _on_scene(area: AreaOfInterest, own: CRS, crs: CRS, sampled: tuple[list[float], list[float]]) -> list[Polygon]:
     """An area in a scene's coordinates. Longitudes go round: of each polygon all that lies near the scene is taken,
     on either side of the antimeridian; what lies far away is left out, so that no map needs to show it."""
+    found = area.polygons
     if not own.is_geographic:
-        return [_transformed(polygon, own, crs, area, sampled) for polygon in area.polygons]
-    polygons = [_whole(polygon, area) for polygon in area.polygons]
+        found = tuple(_transformed(polygon, own, crs, area) for polygon in found)
+        if not crs.is_geographic:
+            return list(found)
+        own = crs
+    polygons = [_whole(polygon, area) for polygon in found]
 
     def placed(margin: float) -> list[Polygon]:
         near = _near(own, crs, sampled, margin)
         pieces = (piece for polygon in polygons for piece in _pieces(polygon, near))
-        return [_transformed(piece, own, crs, area, sampled) for piece in pieces]
+        return [_transformed(piece, own, crs, area) for piece in pieces]
 
     try:
         return placed(_MARGIN)
     except _SeamError:  # a scene may end where its map does
-        return placed(0)
+        return placed(-_INWARDS)
 
 
-def _transformed(
-    polygon: Polygon, own: CRS, crs: CRS, area: AreaOfInterest, sampled: tuple[list[float], list[float]]
-) -> Polygon:
+def _transformed(polygon: Polygon, own: CRS, crs: CRS, area: AreaOfInterest) -> Polygon:
     if own == crs:
         return polygon
     rings = []
@@ -310,8 +313,11 @@ def _transformed(
         x, y = warp_points(own, crs, *map(list, zip(*ring, strict=True)))
         if not all(map(math.isfinite, [*x, *y])):
             raise SceneError(f"the area of interest {area.source} reaches beyond the scene's projection")
-        if crs.is_geographic:
-            x = [value + 360 * round((sampled[0][0] - value) / 360) for value in x]
+        if crs.is_geographic:  # longitudes come back within 180
+            near = [point[0] for point in ring] if own.is_geographic else None
+            for i in range(len(x)):
+                beside = near[i] if near else x[max(i - 1, 0)]
+                x[i] += 360 * round((beside - x[i]) / 360)
         elif own.is_geographic and crs.is_projected:
             limit = _SEAM_M / crs.linear_units_factor[1]
             if max(np.hypot(np.diff(x), np.diff(y)), default=0) > limit:
@@ -334,16 +340,21 @@ class _Near:
 
 
 def _near(own: CRS, crs: CRS, sampled: tuple[list[float], list[float]], margin: float) -> _Near:
-    longitudes, latitudes = sampled if own == crs else warp_points(crs, own, *sampled)
+    # Longitudes of a scene that has them go on beyond 180.
+    longitudes, latitudes = sampled if crs.is_geographic else warp_points(crs, own, *sampled)
     placed = [point for point in zip(longitudes, latitudes, strict=True) if all(map(math.isfinite, point))]
     if not placed:
         return _Near(-180, -90, 180, 90)
     middle = placed[0][0]
-    aside = [(x - middle + 180) % 360 - 180 for x, _ in placed] if own != crs else [x - middle for x, _ in placed]
+    aside = [x - middle if crs.is_geographic else (x - middle + 180) % 360 - 180 for x, _ in placed]
     south, north = min(y for _, y in placed), max(y for _, y in placed)
     high = margin * (north - south)
+    if not crs.is_geographic and min(aside) < -_HALF_WAY_ROUND:  # a map of the world: its other end, too
+        aside.append(180)
     west, east = ((1 + 2 * margin) * end(aside) for end in (min, max))
-    return _Near(middle + max(west, -179.9), max(south - high, -90), middle + min(east, 179.9), min(north + high, 90))
+    if not crs.is_geographic:
+        west, east = max(west, -_HALF_WAY_ROUND), min(east, _HALF_WAY_ROUND)
+    return _Near(middle + west, max(south - high, -90), middle + east, min(north + high, 90))
 
 
 def _whole(polygon: Polygon, area: AreaOfInterest) -> Polygon:

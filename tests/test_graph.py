@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from reference import reference_labels, reference_logits
 
 from cdkd_edge.errors import GraphError, ManifestError
-from cdkd_edge.export.graph import DEFAULT_OPSET, OPSETS, build_graph, load_graph, read_graph, sizes_of
+from cdkd_edge.export.graph import DEFAULT_OPSET, OPSETS, build_graph
+from cdkd_edge.export.reading import load_graph, read_graph, sizes_of
 from cdkd_edge.manifest import GraphManifest, read_manifest
 from cdkd_edge.model.config import NetworkConfig
 

@@ -27,9 +27,10 @@ from reference import reference_logits
 
 from cdkd_edge.errors import GraphError, ManifestError, NumericalCheckError
 from cdkd_edge.export.derive import fp16_path, write_fp16
-from cdkd_edge.export.graph import build_graph, load_graph
+from cdkd_edge.export.graph import build_graph
 from cdkd_edge.export.half import casts, fp16_on_cpu, longest_rounding, rounded_values, to_fp16
 from cdkd_edge.export.half_check import check_half, extreme_tiles, logit_tolerance
+from cdkd_edge.export.reading import load_graph
 from cdkd_edge.manifest import GraphManifest, read_manifest
 from cdkd_edge.quantization.calibrate import calibrate
 from cdkd_edge.quantization.graphs import int8_graph

@@ -31,7 +31,7 @@ from cdkd_edge.benchmarks.roofline.model import (
 )
 from cdkd_edge.benchmarks.roofline.operators import GraphCost, read_operators
 from cdkd_edge.errors import GraphError, UsageError
-from cdkd_edge.export.graph import load_graph
+from cdkd_edge.export.reading import load_graph
 from cdkd_edge.model.config import NetworkConfig
 
 ORIN = load_device("orin-nx-16gb")

@@ -20,8 +20,8 @@ from cdkd_edge.engines.protocol import LabelsOnly, segment_tiles
 from cdkd_edge.errors import EngineError, GraphError, ManifestError, NumericalCheckError
 from cdkd_edge.export import variant
 from cdkd_edge.export.derive import write_fp16
-from cdkd_edge.export.graph import load_graph
 from cdkd_edge.export.half import fp16_on_cpu, rounded_values
+from cdkd_edge.export.reading import load_graph
 from cdkd_edge.export.session import cpu_session
 from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.export.variant import check_branch, expected_output, scores_of, variant_path, with_output, write_variant

@@ -23,8 +23,8 @@ from cdkd_edge.accuracy.int8_judge import Judge, Judgement, LabelledData
 from cdkd_edge.accuracy.int8_report import require_own_report, write_report
 from cdkd_edge.calibration_set import CalibrationSet, Role
 from cdkd_edge.errors import GraphError, NumericalCheckError, UsageError
-from cdkd_edge.export.graph import read_graph
 from cdkd_edge.export.half_check import check_half
+from cdkd_edge.export.reading import read_graph
 from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.files import scratch_folder, whole_file
 from cdkd_edge.manifest import (

@@ -13,8 +13,8 @@ import onnxruntime
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.errors import EngineError, NumericalCheckError, SystemRefusalError
 from cdkd_edge.export.fuse import fuse_attention
-from cdkd_edge.export.graph import read_graph
 from cdkd_edge.export.half import fp16_on_cpu
+from cdkd_edge.export.reading import read_graph
 from cdkd_edge.export.session import session_options, signed_weights_are_exact
 from cdkd_edge.export.twin import cpu_twin
 from cdkd_edge.files import whole_file

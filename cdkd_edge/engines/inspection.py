@@ -14,7 +14,7 @@ from onnx import TensorProto
 from cdkd_edge.engines.tensorrt.layers import EngineLayers, read_layers
 from cdkd_edge.errors import EngineError, ManifestError
 from cdkd_edge.export.fuse import CONTRIB_DOMAIN
-from cdkd_edge.export.graph import load_graph
+from cdkd_edge.export.reading import load_graph
 from cdkd_edge.manifest import EngineManifest, GraphManifest, kind_of, manifest_path, read_manifest
 
 _NAMES = {

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import onnx
 
 from cdkd_edge.errors import GraphError, ManifestError, NumericalCheckError
-from cdkd_edge.export.graph import read_graph
 from cdkd_edge.export.half import SUFFIX, WeightRangeError, to_fp16
 from cdkd_edge.export.half_check import OutOfRangeError, check_half
+from cdkd_edge.export.reading import read_graph
 from cdkd_edge.files import whole_file
 from cdkd_edge.manifest import (
     FileRecord,

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 
 from cdkd_edge.errors import GraphError, NumericalCheckError
 from cdkd_edge.export.fuse import fuse_attention
-from cdkd_edge.export.graph import sizes_of
 from cdkd_edge.export.half import FP16_MAX, fp16_on_cpu, longest_rounding, rounded_values
+from cdkd_edge.export.reading import sizes_of
 from cdkd_edge.export.session import cpu_session
 from cdkd_edge.export.variant import scores_of
 from cdkd_edge.manifest import ConversionCheck

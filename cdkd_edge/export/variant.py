@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cdkd_edge import __version__
 from cdkd_edge.errors import GraphError, ManifestError, NumericalCheckError
-from cdkd_edge.export.graph import read_graph
+from cdkd_edge.export.reading import read_graph
 from cdkd_edge.files import whole_file
 from cdkd_edge.manifest import (
     FileRecord,

@@ -22,7 +22,7 @@ from cdkd_edge.benchmarks.roofline.devices import Device, PowerMode
 from cdkd_edge.benchmarks.roofline.kernels import Kernel, attention_modes, kernels_of
 from cdkd_edge.benchmarks.roofline.operators import GraphCost, read_operators
 from cdkd_edge.errors import CdkdEdgeError, GraphError, UsageError
-from cdkd_edge.export.graph import load_graph
+from cdkd_edge.export.reading import load_graph
 
 
 @dataclass(frozen=True)

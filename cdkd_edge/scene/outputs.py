@@ -77,6 +77,19 @@ def confidence_path(label_map: Path) -> Path:
     return label_map.with_name(f"{label_map.stem}_confidence.tif")
 
 
+def require_writable_name(path: Path) -> None:
+    """Make sure that GDAL can write a file of this name.
+
+    Raises:
+        SceneError: it cannot.
+    """
+    if _NOT_XML.search(str(path.absolute())):
+        raise SceneError(
+            f"{path} has control characters or bytes that are not UTF-8 in its name, which GDAL does not take",
+            hint="choose another --output",
+        )
+
+
 def require_file_place(*paths: Path, links: bool = False) -> None:
     """Make sure that what is in the place of an output, if anything, is a file that may be replaced.
 
@@ -85,14 +98,9 @@ def require_file_place(*paths: Path, links: bool = False) -> None:
         links: whether one may be a link to a file.
 
     Raises:
-        SceneError: it is a folder, a device, a pipe or a link; or GDAL cannot take its name.
+        SceneError: it is a folder, a device, a pipe or a link.
     """
     for path in paths:
-        if _NOT_XML.search(str(path.absolute())):
-            raise SceneError(
-                f"{path} has control characters or bytes that are not UTF-8 in its name, which GDAL does not take",
-                hint="choose another --output",
-            )
         if path.is_symlink() and not (links and path.is_file()):
             raise SceneError(f"{path} is a link", hint="name what it leads to, or choose another --output")
         if path.is_dir():

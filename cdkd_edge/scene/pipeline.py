@@ -34,7 +34,7 @@ from cdkd_edge.scene.hann import HannMerge, hann_grid
 from cdkd_edge.scene.identity import scene_identity, scene_sample, times_of_change
 from cdkd_edge.scene.merge import RowMerge, SpoolMerge, require_output
 from cdkd_edge.scene.options import SegmentOptions, SegmentResult
-from cdkd_edge.scene.outputs import confidence_path, require_file_place
+from cdkd_edge.scene.outputs import confidence_path, require_file_place, require_writable_name
 from cdkd_edge.scene.pam import sidecar_path
 from cdkd_edge.scene.partial import Partial
 from cdkd_edge.scene.plan import PANEL_BYTES, Plan
@@ -82,6 +82,7 @@ def segment_scene(
     if _same_file(scene, output):
         raise SceneError(f"the label map would overwrite the scene {scene}")
     confidence = confidence_path(output) if options.confidence else None
+    require_writable_name(output)
     require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
     require_output(engine, merge=options.merge, confidence=options.confidence)
     with contextlib.ExitStack() as stack:

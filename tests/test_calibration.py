@@ -318,6 +318,10 @@ def test_folders_and_patterns(scenes: list[str], tmp_path: Path) -> None:
     with pytest.raises(SceneError, match="holds no raster") as caught:
         make([str(tmp_path)], tmp_path / "set2")
     assert str(folder) in str(caught.value.hint)
+    (tmp_path / "above" / "below").mkdir(parents=True)
+    with pytest.raises(SceneError, match="holds no raster") as caught:
+        make([str(tmp_path / "above")], tmp_path / "set2")
+    assert f"'{tmp_path}/above/**/*.tif'" in str(caught.value.hint)
     for wrong in ("nowhere.tif", "nowhere*.tif", str(folder / "notes.txt")):
         with pytest.raises(SceneError):
             make([wrong], tmp_path / "set2")
@@ -593,6 +597,10 @@ def test_the_command(scenes: list[str], tmp_path: Path, monkeypatch: pytest.Monk
     common = ("calibrate", *scenes, "--tile", TILE, "--count", 8, "--check", 2)
     result = run(*common, "-o", "out")
     assert result.exit_code == 0, result.stderr
+    assert "note" not in result.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("cdkd_edge.calibration.generate.tile_sides", lambda space: {512})
+        assert f"tiles of 512 px, not {TILE} px" in run(*common, "-o", "out2").stderr
     assert "8 for calibration, 2 to check on" in result.stdout
     assert str(Path("out") / "contact-sheet.png") in result.stdout
     document = json.loads(run(*common, "--json").stdout)

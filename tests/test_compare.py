@@ -191,7 +191,7 @@ def as_seen(folder: Path, what: str) -> None:
         ("clocks", "jetson_clocks is on in slow and off in fast"),
         ("classes", "slow and fast have other classes"),
         ("invalid", "fast is invalid: too hot"),
-        ("not_steady", "fast is not_steady: too hot"),
+        ("not_steady", "fast is not steady: too hot"),
     ],
 )
 def test_what_is_not_comparable_is_refused_and_marked_if_forced(
@@ -373,6 +373,7 @@ def test_wrong_usage(pair: tuple[Path, Path], tmp_path: Path) -> None:
         assert_wrong_usage(run("compare", *pair, f"--baseline={wrong}"), "first, or a number from 1 to 2")
     assert_wrong_usage(run("compare", *pair, "--strict"), "a limit is needed")
     assert_answer(run("compare", pair[0]), 2, "at least two runs")
+    assert_answer(run("compare", tmp_path), 2, f"cdkd-edge compare {tmp_path}/fast {tmp_path}/slow")
     assert_answer(run("compare", pair[0], tmp_path / "nowhere"), 19, "nowhere is no benchmark run")
     assert_answer(run("compare", *pair, "-o", pair[0]), 2, "not empty")
     with pytest.raises(CompareError, match="no run 3"):
@@ -396,6 +397,9 @@ def test_scores_find_their_engine_by_content(pair: tuple[Path, Path], tmp_path: 
     assert [row.mean_iou for row in found.rows] == [0.6, 0.61]
     assert any("c.json is about none of these engines" in note for note in found.notes)
     assert compare_runs(pair).rows[0].mean_iou is None
+    (tmp_path / "scores").mkdir()
+    evaluation(tmp_path / "scores" / "accuracy.json", "b", 0.61)
+    assert compare_runs(pair, evaluations=[tmp_path / "scores"]).rows[1].mean_iou == 0.61, "the folder of evaluate -o"
 
 
 def test_scores_on_other_data_are_not_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -501,6 +505,17 @@ def test_pictures(tmp_path: Path) -> None:
     assert pixels_of(tmp_path / "bars.png", first) > 10_000
     assert pixels_of(tmp_path / "forced.png", (0xB0, 0, 0x20)) > 100
     assert pixels_of(tmp_path / "energy.png", (0xB0, 0, 0x20)) == 0
+
+
+def test_bars_have_three_digits_and_no_whiskers_where_there_is_no_interval(tmp_path: Path) -> None:
+    for name, fps in (("a", 3.0), ("b", 1240.0)):
+        make_run(tmp_path / name, engine={"artefact": sha(name)}, fps=fps, seconds=2, warm_up=1, power=False)
+    found = compare_runs([tmp_path / "a", tmp_path / "b"])
+    rows = [replace(row, tiles_per_second_interval=None) for row in found.rows]
+    figure = draw_picture(replace(found, rows=rows))
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == [f"{rows[1].tiles_per_second.mean:.0f}", "3.00"]
+    assert figure._supxlabel is None or "whiskers" not in figure._supxlabel.get_text()
 
 
 @pytest.mark.parametrize("kind", ["one letter", "long names", "thirty", "equal", "without power"])

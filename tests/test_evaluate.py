@@ -431,7 +431,10 @@ def test_images_of_the_training_are_pointed_out(data: Dataset) -> None:
     assert [note for note in result.notes if "trained on" in note] == [
         "2 of the 4 images have the names of images that the network was trained on (t1_a, ...)"
     ]
-    for harmless in ({"training_images": ["elsewhere"]}, {"training_images": 7}, {"data": "t1_a"}, None):
+    for moved in (["train/t1_a"], ["img_dir/train/t1_a"]):
+        result = evaluate(FakeEngine(), data, SCHEMA, trained_on={"training_images": moved})
+        assert any("1 of the 4 images" in note for note in result.notes), "other folders, the same images"
+    for harmless in ({"training_images": ["elsewhere", "t1_a/b", 5]}, {"training_images": 7}, {"data": "t1_a"}, None):
         assert evaluate(FakeEngine(), data, SCHEMA, trained_on=harmless).notes == ()
 
 

@@ -103,6 +103,15 @@ def test_without_power_the_reason_is_said(tmp_path):
     assert share(pixels, POWER) > 0.0005, "latency"
 
 
+def test_the_legend_names_the_phases_that_there_were(tmp_path):
+    make_run(tmp_path / "run", power=False, seconds=1, idle_seconds=1, warm_up=300)
+    run = read_run(tmp_path / "run")
+    for phases in (run.summary.phases, [span for span in run.summary.phases if span.name != "idle"]):
+        figure, _ = _Picture(replace(run, summary=replace(run.summary, phases=phases))).draw()
+        words = {text.get_text() for text in figure.legends[0].get_texts()}
+        assert words & {"idle", "warm-up", "load"} == {span.name for span in phases}
+
+
 def test_no_means_of_an_invalid_run(run, tmp_path):
     """The same picture with and without figures differs by the dashes and their values."""
     with_means = drawn(run, tmp_path / "a.png")

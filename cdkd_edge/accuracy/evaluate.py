@@ -300,11 +300,21 @@ def _notes(dataset: Dataset, schema: LabelSchema, matrix: ConfusionMatrix, train
 
 
 def training_notes(dataset: Dataset, trained_on: Mapping[str, Any]) -> list[str]:
-    """What there is to say of images that a training record names."""
+    """What there is to say of images that a training record names, in this folder layout or in another."""
     known = trained_on.get("training_images")
-    if isinstance(known, list) and (seen := [pair for pair in dataset if pair.name in known]):
+    if not isinstance(known, list):
+        return []
+    known = [name for name in known if isinstance(name, str)]
+    whole, ends = set(known), {end for name in known for end in _ends(name)}
+    if seen := [pair for pair in dataset if pair.name in ends or not whole.isdisjoint(_ends(pair.name))]:
         return [
             f"{len(seen)} of the {len(dataset)} images have the names of images that the network was trained on "
             f"({seen[0].name}, ...)"
         ]
     return []
+
+
+def _ends(name: str) -> list[str]:
+    """``Train/Urban/1``, ``Urban/1``, ``1``: a name as folders further up or down have it."""
+    parts = name.rsplit("/", 4)  # no more: names in a manifest may be of any length
+    return ["/".join(parts[first:]) for first in range(len(parts))]

@@ -315,9 +315,11 @@ class _Picture:
 
         handles = list(self.handles)
         if self.labels_dropped:
+            had = {span.name for span in self.run.summary.phases}
             handles += [
                 Patch(facecolor=TRACK[name], edgecolor=GREY, linewidth=0.3, label=name)
                 for name in (IDLE, WARM_UP, LOAD)
+                if name in had
             ]
         columns = min(self.legend_columns, len(handles))
         by_column = [handle for first in range(columns) for handle in handles[first::columns]]

@@ -76,7 +76,9 @@ def evaluate(
     ] = False,
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Folder for the scores as JSON, and for maps. Default: benchmarks/RUN."),
+        typer.Option(
+            "--output", "-o", help="Folder for accuracy.json, and for maps. Default: benchmarks/RUN, for maps."
+        ),
     ] = None,
     tile: Annotated[
         Optional[int],  # noqa: UP045

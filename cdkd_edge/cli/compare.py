@@ -63,7 +63,7 @@ def compare(
         Optional[list[Path]],  # noqa: UP045
         typer.Option(
             "--evaluation",
-            help="File that `evaluate -o` or `parity -o` wrote, for mIoU; may be repeated.",
+            help="Folder of `evaluate -o` or `parity -o`, or the JSON file in it, for mIoU; may be repeated.",
             metavar="FILE",
         ),
     ] = None,

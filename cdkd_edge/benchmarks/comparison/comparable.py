@@ -46,7 +46,9 @@ def status_objections(name: str, summary: BenchSummary) -> list[str]:
     verdict = summary.verdict
     if verdict.status == VALID:
         return []
-    return [f"{name} is {verdict.status}" + (f": {'; '.join(verdict.reasons)}" if verdict.reasons else "")]
+    return [
+        f"{name} is {verdict.status.replace('_', ' ')}" + (f": {'; '.join(verdict.reasons)}" if verdict.reasons else "")
+    ]
 
 
 def objections(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:

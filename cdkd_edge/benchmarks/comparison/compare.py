@@ -124,7 +124,7 @@ def _require_figures(name: str, run: Run) -> None:
     figures, verdict = run.summary.figures, run.summary.verdict
     if figures is None:
         raise CompareError(
-            f"{name} has no figures: it is {verdict.status}: {'; '.join(verdict.reasons)}",
+            f"{name} has no figures: it is {verdict.status.replace('_', ' ')}: {'; '.join(verdict.reasons)}",
             hint="measure again; `cdkd-edge bench --keep-invalid` keeps the figures of an invalid run",
         )
     if min(figures.tiles_per_second.mean, figures.megapixels_per_second.mean) < LEAST_SPEED:

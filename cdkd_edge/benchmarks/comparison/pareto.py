@@ -134,7 +134,10 @@ def _draw_bars(axes: Axes, found: Comparison) -> None:
         if interval:
             axes.errorbar(speed, position, xerr=_bars(speed, interval), color=_INK, capsize=3, linewidth=1.2)
         edge = max(speed, interval.high if interval else 0.0)
-        axes.annotate(f"{speed:.3g}", (edge, position), (5, 0), textcoords="offset points", va="center", color=_INK)
+        digits = max(0, 2 - math.floor(math.log10(speed)))
+        axes.annotate(
+            f"{speed:.{digits}f}", (edge, position), (5, 0), textcoords="offset points", va="center", color=_INK
+        )
     axes.set_yticks(
         range(len(rows)),
         [_cut(row.name) + (" (baseline)" if row is found.rows[found.baseline] else "") for row in rows],
@@ -245,7 +248,7 @@ def _say(figure: Any, axes: Axes, found: Comparison, missing: Sequence[str]) -> 
         for text in legend.get_texts():
             text.set_parse_math(False)
         higher += 0.18 * math.ceil(len(labels) / columns)
-    below = ["whiskers: 95 % intervals"]
+    below = ["whiskers: 95 % intervals"] if any(_speed(row, found.unit)[1] for row in found.rows) else []
     if missing:
         below.append(f"not in the picture: {', '.join(map(_cut, missing))}")
     lines = textwrap.wrap("; ".join(below), 110, max_lines=4, placeholder=" …")

@@ -65,13 +65,15 @@ class _Parity:
 
 
 def read_scores(path: Path) -> list[Score]:
-    """The scores in a file: one of an evaluation, two of a parity.
+    """The scores in a file, or in the folder of ``-o``: one of an evaluation, two of a parity.
 
     Raises:
         CompareError: it cannot be read, or is neither.
     """
     import msgspec
 
+    within = [path / name for name in ("accuracy.json", "parity.json") if (path / name).is_file()]
+    path = within[0] if len(within) == 1 else path
     try:
         document = read_json(path)
     except (OSError, ValueError) as error:

@@ -327,7 +327,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _require_new(path: Path) -> None:
-    if path.exists():
+    if os.path.lexists(path):  # a link that leads nowhere is something, too
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 

@@ -530,6 +530,8 @@ def test_links_in_a_loop(scenes: list[str], tmp_path: Path) -> None:
         make([*scenes, str(tmp_path / "x.tif")], tmp_path / "set")
     with pytest.raises(SceneError, match=r"[xy]\.tif does not exist"):
         make([str(tmp_path)], tmp_path / "set")
+    with pytest.raises(OSError, match="File exists"):
+        make(scenes, tmp_path / "x.tif")
 
 
 def test_a_failure_leaves_the_old_set(scenes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

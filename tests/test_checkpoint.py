@@ -17,6 +17,7 @@ import signal
 import struct
 import sys
 import tarfile
+import time
 import tracemalloc
 import types
 import warnings
@@ -645,7 +646,11 @@ def test_wrappers_are_taken_off_wherever_they_are(tmp_path, raw_and_mean, said, 
 def test_what_only_training_needs_is_dropped_by_name(tmp_path, raw_and_mean):
     raw, mean = raw_and_mean
     extras = dict.fromkeys(("criterion.weight", "head.loss_decode.class_weight", "aux_loss.scale"), torch.ones(5))
-    extras |= {"train_metrics.confmat": torch.ones(5, 5)}
+    extras |= {
+        "train_metrics.confmat": torch.ones(5, 5),
+        "val_iou.confmat": torch.ones(5, 5),
+        "ce_weight": torch.ones(5),
+    }
     extras |= {"global_step": torch.tensor(7), "ema_updates": torch.tensor(3.0)}
     document = {"state_dict": prefixed("model.", raw) | extras, "lr_scheduler": {"x": torch.ones(2, 2)}, "epoch": 3}
     document |= {"rng_state": torch.ones(9, 9, dtype=torch.uint8), "class_weights": torch.ones(5)}
@@ -653,10 +658,16 @@ def test_what_only_training_needs_is_dropped_by_name(tmp_path, raw_and_mean):
     assert name == "raw"
     dropped = {part.what: (part.tensors, part.example) for part in report.dropped}
     assert dropped == {
-        "used only in training": (6, "lr_scheduler.x"),
-        "beside the weights": (1, "class_weights"),
+        "used only in training": (9, "lr_scheduler.x"),
         "training counters": (2, "global_step"),
     }
+
+
+def test_a_rate_of_averaging_is_no_set_of_weights(tmp_path, raw_and_mean):
+    raw, mean = raw_and_mean
+    averages = prefixed("module.", mean) | {"n_averaged": torch.tensor(5)}
+    document = {"model": raw, "swa_model": averages, "swa_lr": torch.tensor(0.1)}
+    assert taken_from(saved(tmp_path / "x.pt", document), raw, mean)[0] == "mean"
 
 
 def test_an_error_names_the_culprit_and_a_dozen_keys_at_most(tmp_path, raw_and_mean):
@@ -690,6 +701,8 @@ METAS = {
     "a tensor of colours": ({"CLASSES": NAMES, "PALETTE": torch.ones(5, 3)}, NAMES, None, "colours"),
     "another count": ({"CLASSES": NAMES[:4]}, None, None, "4 class names for 5 classes"),
     "a name twice": ({"CLASSES": ("a",) * 5}, None, None, "twice"),
+    "a colour of other kinds": ({"CLASSES": NAMES, "PALETTE": [[0.5, 1, 2]] * 5}, NAMES, None, "not [0.5, 1, 2]"),
+    "a name without end": ({"CLASSES": (*NAMES[:4], "e" * 10_000)}, None, None, "at most 200 characters"),
     "a hostile name": ({"CLASSES": (*NAMES[:4], "\x1b[31m")}, None, None, "printable name"),
     "names of other kinds": ({"CLASSES": (1, None, [], {}, "e")}, None, None, "printable name"),
     "text": ({"CLASSES": "abcde"}, None, None, "no list of class names"),
@@ -930,6 +943,38 @@ def test_a_packed_checkpoint_is_to_be_unpacked(tmp_path, raw_and_mean, pack):
     error = refusal(path)
     assert f"{pack} archive" in error.message
     assert "unpack" in error.hint
+
+
+FOREIGN = {
+    "a.pt.xz": (b"\xfd7zXZ\0" + bytes(99), "xz archive"),
+    "a.bin.zst": (b"\x28\xb5\x2f\xfd" + bytes(99), "zstd archive"),
+    "a.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
+    "model-00001-of-00003.safetensors": (b"anything", "one part of a checkpoint"),
+    "pytorch_model-00002-of-00002.bin": (b"PK", "one part of a checkpoint"),
+    "model.safetensors.index.json": (b"{}", "one part of a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_a_file_is_instead_is_said(tmp_path, name):
+    content, said = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    error = refusal(tmp_path / name)
+    assert said in error.message
+    assert error.hint
+
+
+def test_one_file_of_one_is_whole(tmp_path, raw_and_mean):
+    raw, mean = raw_and_mean
+    assert taken_from(saved(tmp_path / "model-00001-of-00001.bin", raw), raw, mean)[0] == "raw"
+
+
+def test_blocks_that_share_their_storage_are_not_set_up(tmp_path, raw_and_mean):
+    blocks = {f"encoder.blocks.{i}.norm1.weight": torch.ones(1).expand(128) for i in range(9000)}
+    path = saved(tmp_path / "x.pt", raw_and_mean[0] | blocks)
+    started = time.process_time()
+    assert "9000 transformer blocks" in refusal(path).message
+    assert time.process_time() - started < 5
 
 
 # --- larger inside than outside -------------------------------------------------------------------

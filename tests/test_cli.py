@@ -910,6 +910,22 @@ def test_what_nobody_foresaw_is_one_line_and_a_log(workspace: Path, monkeypatch:
     assert_answer(run("build", "-w", workspace), 70, "--debug")
 
 
+def test_a_name_that_gdal_cannot_write_is_refused_before_the_work(workspace: Path) -> None:
+    for name in ("a\x1bb.tif", "a\udcff.tif", "a\ufffeb.tif"):
+        assert_answer(run("segment", workspace / "scene.tif", "-w", workspace, "-o", workspace / name), 10, "GDAL")
+    assert not list(workspace.glob("a*"))
+
+
+def test_an_error_ends_somewhere(workspace: Path) -> None:
+    assert len(run("roofline", "--device", "x" * 100_000).stderr) < 2500
+
+
+def test_where_stderr_takes_nothing_the_exit_code_remains(workspace: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "cdkd_edge", "inspect", "nowhere.onnx"]
+        assert subprocess.run(command, stderr=full, check=False).returncode == 6
+
+
 def test_debug_shows_the_traceback(workspace: Path) -> None:
     result = run("--debug", "segment", "nowhere.tif", "-w", workspace)
     assert result.exit_code == 1

@@ -235,6 +235,11 @@ def test_documents_are_read(tmp_path):
     assert read_toml(tmp_path / "a") == {"t": {"x": 1}}
 
 
+def test_folders_nested_too_deeply_are_an_error_of_the_system(tmp_path):
+    with pytest.raises(OSError, match="too long"):
+        write_text(tmp_path.joinpath(*["d"] * 1500), "")
+
+
 HOLDS = """
 import sys, time
 from pathlib import Path

@@ -326,7 +326,11 @@ def nothing(model):
     del model.graph.initializer[:]
 
 
-@pytest.mark.parametrize("damage", [external, sparse, text, negative, huge, unknown, cycle, nothing])
+def future(model):
+    model.opset_import[0].version = 999
+
+
+@pytest.mark.parametrize("damage", [external, sparse, text, negative, huge, unknown, cycle, nothing, future])
 def test_damaged_graphs_are_refused(small_weights, small_config, damage):
     model = build_graph(small_weights, small_config)
     damage(model)

@@ -175,6 +175,11 @@ MALFORMED = {
     "no name": ("[[classes]]\ncolor = [1, 2, 3]", "class 0: needs a printable name"),
     "blank name": ('[[classes]]\nname = "  "\ncolor = [1, 2, 3]', "class 0: needs a printable name"),
     "name with an escape": ('[[classes]]\nname = "a\\u001b[2J"\ncolor = [1, 2, 3]', "class 0: needs a printable name"),
+    "name without end": (f'[[classes]]\nname = "{"a" * 201}"\ncolor = [1, 2, 3]', "class 0: needs a printable name"),
+    "channel without end": (
+        f'[[classes]]\nname = "a"\ncolor = [1, 2, 0x{"F" * 5000}]',
+        "class 0: a color is three integers",
+    ),
     "name is a number": ("[[classes]]\nname = 5\ncolor = [1, 2, 3]", "class 0: needs a printable name"),
     "no color": (ONE_CLASS + '[[classes]]\nname = "b"', "class 1: a color is three integers"),
     "color name": ('[[classes]]\nname = "a"\ncolor = "red"', "class 0: a color is three integers"),
@@ -198,7 +203,7 @@ MALFORMED = {
     "one ignored value": ("ignore_values = 9\n" + ONE_CLASS, "ignore_values is a list"),
     "ignored value above 255": ("ignore_values = [300]\n" + ONE_CLASS, "ignore_values"),
     "binarize as text": ('binarize_colors = "yes"\n' + ONE_CLASS, "binarize_colors is true or false"),
-    "name of the schema": ("name = 5\n" + ONE_CLASS, "name is a string of printable characters"),
+    "name of the schema": ("name = 5\n" + ONE_CLASS, "name is a string of at most 200 printable characters"),
     "too many": (
         "".join(f'[[classes]]\nname="{i}"\ncolor=[{i // 256},{i % 256},0]\nvalue={i % 256}\n' for i in range(256)),
         "256 classes; 1 to 255",

@@ -31,6 +31,8 @@ SMALL = 16 << 20
 
 _swept: set[Path] = set()
 """Folders from which this process has removed what killed processes left."""
+_held: set[str] = set()
+"""Temporary folders that this process fills, and has locked: it must not wait for itself to write a file into one."""
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:
@@ -147,6 +149,7 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     except OSError as error:
         error.filename = str(path)  # the name that the user knows
         raise
+    _held.add(os.path.realpath(temporary))
     try:
         yield temporary
         if replace and path.exists():
@@ -162,6 +165,7 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 folder.rmdir()
         raise
     finally:
+        _held.discard(os.path.realpath(temporary))
         os.close(lock)
 
 
@@ -175,10 +179,12 @@ def scratch_folder() -> Iterator[Path]:
         OSError: it cannot be made.
     """
     folder, lock = _locked_folder(Path(tempfile.gettempdir(), "cdkd-edge"))
+    _held.add(os.path.realpath(folder))
     try:
         folder.chmod(0o700)
         yield folder
     finally:
+        _held.discard(os.path.realpath(folder))
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
@@ -256,11 +262,13 @@ def _locked_folder(path: Path, *, new: bool = False) -> tuple[Path, int]:
         make_folders(path.parent)
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
-    if path.parent not in _swept:
+    held = os.path.realpath(path.parent) in _held
+    if path.parent not in _swept and not held:
         _swept.add(path.parent)
         remove_abandoned(path.parent)
     with _opened(path.parent) as parent:
-        _lock(parent)  # one at a time, so that no two make the same, and none is swept before it is locked
+        if not held:
+            _lock(parent)  # one at a time, so that no two make the same, and none is swept before it is locked
         if new:
             _require_new(path)
             if being_made(path):

@@ -9,6 +9,8 @@ import os
 import stat
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -233,6 +235,17 @@ def test_documents_are_read(tmp_path):
     assert read_json(tmp_path / "a") == {"a": [1, "ä"]}
     (tmp_path / "a").write_text("[t]\nx = 1")
     assert read_toml(tmp_path / "a") == {"t": {"x": 1}}
+
+
+def test_files_of_a_folder_in_the_making_do_not_wait_for_its_lock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    with whole_folder(Path("new")) as folder, scratch_folder() as scratch:
+        for index in range(3):
+            write_text(folder / f"{index}", "")
+            write_text(scratch / f"{index}", "")
+    assert time.monotonic() - started < 1.5
+    assert len(list((tmp_path / "new").iterdir())) == 3
 
 
 def test_folders_nested_too_deeply_are_an_error_of_the_system(tmp_path):

@@ -505,8 +505,8 @@ def test_a_graph_that_was_changed(workspace: Path, harm: Callable[[bytes], bytes
 
 def test_a_graph_is_no_engine_and_an_engine_no_graph(workspace: Path) -> None:
     graph, engine = workspace / "export/small.onnx", workspace / "engines/small.fp32.cpu.onnx"
-    assert_answer(run("bench", graph, "-w", workspace), 6, "not the manifest of a cdkd-edge engine")
-    assert_answer(run("build", engine, "-w", workspace), 6, "not the manifest of a cdkd-edge graph")
+    assert_answer(run("bench", graph, "-w", workspace), 6, "is a graph, not an engine")
+    assert_answer(run("build", engine, "-w", workspace), 6, "is an engine, not a graph")
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,7 @@ def reordered(schema: LabelSchema) -> LabelSchema:
 
 
 def test_other_classes_or_another_order_are_refused(data: Dataset) -> None:
-    with pytest.raises(SchemaError, match=r"gives 5 classes .*'loveda' has 7"):
+    with pytest.raises(SchemaError, match=r"the network has 5 classes .*'loveda' has 7"):
         evaluate(FakeEngine(), data, load_schema("loveda"))
     engine = FakeEngine()
     with pytest.raises(SchemaError, match=r"building, land, .*'other-order' has water, vegetation") as raised:

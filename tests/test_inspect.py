@@ -248,6 +248,8 @@ def test_files_that_are_nothing_of_ours(name: str, content: bytes, code: int, pa
 
 def test_places_without_a_file(tmp_path: Path) -> None:
     assert_answer(run("inspect", tmp_path / "nowhere.onnx"), 6, "does not exist")
+    (tmp_path / "a.onnx").write_bytes(b"no checkpoint")
+    assert_answer(run("info", tmp_path / "a.onnx"), 3, "looked into with `cdkd-edge inspect`")
     assert_answer(run("inspect", tmp_path), 6, "is not a file")
     assert_answer(run("inspect", "-w", tmp_path), 5, "there is no engine in")
 

@@ -221,7 +221,7 @@ def test_an_engine_for_another_runtime_is_refused(tmp_path, small_engine_path):
 
 @pytest.mark.usefixtures("no_session")
 def test_a_graph_is_no_engine(small_graph):
-    with pytest.raises(ManifestError, match="not the manifest of a cdkd-edge engine"):
+    with pytest.raises(ManifestError, match="is a graph, not an engine"):
         load_engine(small_graph)
 
 

@@ -123,8 +123,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, target)
         _sync(target.parent)
     except OSError as error:
-        if error.filename in (None, str(temporary), temporary):
-            error.filename = str(path)
+        _rename_in(error, temporary, path)
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -158,7 +157,9 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             _require_new(path)
             os.replace(temporary, path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            _rename_in(error, temporary, path)
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # somebody else is using it by now
             for folder in made:
@@ -249,6 +250,13 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _rename_in(error: OSError, temporary: Path, path: Path) -> None:
+    """Let an error name what the user knows instead of what is temporary; that of a failed write names nothing."""
+    if error.errno is not None and not isinstance(error.filename, int):
+        name = os.fsdecode(error.filename or temporary)
+        error.filename = str(path) + name.removeprefix(str(temporary)) if name.startswith(str(temporary)) else name
 
 
 def _locked_folder(path: Path, *, new: bool = False) -> tuple[Path, int]:

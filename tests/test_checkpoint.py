@@ -977,6 +977,21 @@ def test_blocks_that_share_their_storage_are_not_set_up(tmp_path, raw_and_mean):
     assert time.process_time() - started < 5
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, weights, suffix):
+    path = tmp_path / f"own{suffix}"
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1][1]))
+    try:
+        with pytest.raises(OSError, match="disk full") as caught:
+            save_checkpoint(network_of(weights), path)
+    finally:
+        signal.signal(signal.SIGXFSZ, before[0])
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[1])
+    assert caught.value.filename == str(path)
+    assert not list(tmp_path.iterdir())
+
+
 # --- larger inside than outside -------------------------------------------------------------------
 
 

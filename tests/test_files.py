@@ -248,6 +248,14 @@ def test_files_of_a_folder_in_the_making_do_not_wait_for_its_lock(tmp_path, monk
     assert len(list((tmp_path / "new").iterdir())) == 3
 
 
+def test_errors_name_what_the_user_knows(tmp_path):
+    with pytest.raises(OSError, match="No space") as caught, whole_folder(tmp_path / "new") as folder:
+        raise OSError(errno.ENOSPC, "No space", str(folder / "a.png"))
+    assert caught.value.filename == str(tmp_path / "new/a.png")
+    with pytest.raises(OSError, match=r"^GDAL refuses$"), whole_file(tmp_path / "a"):  # errors of GDAL have no number
+        raise OSError("GDAL refuses")
+
+
 def test_folders_nested_too_deeply_are_an_error_of_the_system(tmp_path):
     with pytest.raises(OSError, match="too long"):
         write_text(tmp_path.joinpath(*["d"] * 1500), "")

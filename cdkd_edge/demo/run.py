@@ -44,6 +44,7 @@ from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 from cdkd_edge.scene.outputs import label_map_paths, quicklook_path
 from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult, segment_scene
 from cdkd_edge.scene.quicklook import write_quicklook
+from cdkd_edge.scene.raster import writing
 from cdkd_edge.scene.reader import SceneReader
 from cdkd_edge.scenery import draw_scene
 from cdkd_edge.workspace import Workspace
@@ -210,6 +211,10 @@ def _draw(path: Path) -> npt.NDArray[np.uint8]:
         "crs": "EPSG:32640",
         "transform": from_origin(325_000, 2_785_000, SCENE_PIXEL_M, SCENE_PIXEL_M),
     }
-    with whole_file(path) as temporary, rasterio.open(temporary, "w", **profile) as dataset:
+    with (
+        whole_file(path) as temporary,
+        writing(f"writing {path}", path.parent),
+        rasterio.open(temporary, "w", **profile) as dataset,
+    ):
         dataset.write(scenery.image.transpose(2, 0, 1))
     return scenery.labels

@@ -26,7 +26,7 @@ from cdkd_edge.model.container import (
     as_float32,
     read_container,
     require_in_file,
-    safetensors_torch,
+    save_tensors,
 )
 from cdkd_edge.model.infer import (
     add_missing_qkv_bias,
@@ -147,9 +147,9 @@ def save_checkpoint(
     }
     with whole_file(path) as temporary:
         if path.suffix == ".safetensors":
-            safetensors_torch().save_file(state, temporary, metadata={"cdkd-edge": json.dumps(header)})
+            save_tensors(temporary, state, {"cdkd-edge": json.dumps(header)})
         else:
-            torch.save({**header, "state_dict": state}, temporary)
+            save_tensors(temporary, {**header, "state_dict": state})
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
 
 

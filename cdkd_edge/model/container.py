@@ -6,6 +6,7 @@ What ``torch.save`` writes is a zip archive (before torch 1.6, one file) around 
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import pickletools
@@ -288,6 +289,23 @@ def safetensors_torch() -> Any:
     except ImportError:
         raise MissingExtraError("safetensors", "export", "reading and writing .safetensors") from None
     return safetensors.torch
+
+
+def save_tensors(path: Path, document: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file of ``torch.save``, or with ``metadata`` one of safetensors.
+
+    Raises:
+        OSError: it cannot be written; neither library says why.
+    """
+    try:
+        if metadata is None:
+            torch.save(dict(document), path)
+        else:
+            safetensors_torch().save_file(dict(document), path, metadata=dict(metadata))
+    except Exception as error:
+        if not re.search(r"inline_container|I/O error", str(error)):
+            raise
+        raise OSError(errno.EIO, "cannot be written to its end; is the disk full?", str(path)) from None
 
 
 def require_in_file(tensors: Iterable[Tensor], path: Path) -> None:

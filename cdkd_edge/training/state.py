@@ -11,6 +11,7 @@ import torch
 
 from cdkd_edge.errors import CheckpointError, UsageError
 from cdkd_edge.files import whole_file
+from cdkd_edge.model.container import save_tensors
 from cdkd_edge.training.start import PRESET_PREFIX
 
 
@@ -68,7 +69,7 @@ def save_state(output: Path, identity: Mapping[str, Any], state: Mapping[str, An
         state: what :meth:`cdkd_edge.training.trainer.Trainer.state` gives.
     """
     with whole_file(state_path(output)) as temporary:
-        torch.save({"identity": json.dumps(identity), **state}, temporary)
+        save_tensors(temporary, {"identity": json.dumps(identity), **state})
 
 
 def load_state(output: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -246,10 +246,14 @@ def test_files_that_are_nothing_of_ours(name: str, content: bytes, code: int, pa
     assert "\x1b[31m.onnx" not in result.stderr
 
 
-def test_places_without_a_file(tmp_path: Path) -> None:
-    assert_answer(run("inspect", tmp_path / "nowhere.onnx"), 6, "does not exist")
+def test_info_of_a_graph_names_inspect(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     (tmp_path / "a.onnx").write_bytes(b"no checkpoint")
     assert_answer(run("info", tmp_path / "a.onnx"), 3, "looked into with `cdkd-edge inspect`")
+
+
+def test_places_without_a_file(tmp_path: Path) -> None:
+    assert_answer(run("inspect", tmp_path / "nowhere.onnx"), 6, "does not exist")
     assert_answer(run("inspect", tmp_path), 6, "is not a file")
     assert_answer(run("inspect", "-w", tmp_path), 5, "there is no engine in")
 

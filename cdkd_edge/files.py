@@ -107,27 +107,20 @@ def whole_file(path: Path) -> Iterator[Path]:
                 raise
         return
     target = Path(os.path.realpath(path))
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if target.is_symlink():
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-        folder, lock = _locked_folder(target)
-    except OSError as error:
-        error.filename = str(path)  # the name that the user knows
-        raise
-    temporary = folder / target.name
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, target)
-        _sync(target.parent)
-    except OSError as error:
-        _rename_in(error, temporary, path)
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    with _locked_folder(target, path) as folder:
+        temporary = folder / target.name
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, target)
+            _sync(target.parent)
+        except OSError as error:
+            _rename_in(error, temporary, path)
+            raise
 
 
 @contextlib.contextmanager
@@ -144,30 +137,23 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path = Path(os.path.realpath(path)) if replace else Path(path)
     made = [folder for folder in path.parents if not folder.exists()]  # nearest first
     try:
-        temporary, lock = _locked_folder(path, new=not replace)
-    except OSError as error:
-        error.filename = str(path)  # the name that the user knows
-        raise
-    _held.add(os.path.realpath(temporary))
-    try:
-        yield temporary
-        if replace and path.exists():
-            _swap(temporary, path)
-        else:
-            _require_new(path)
-            os.replace(temporary, path)
-        _sync(path.parent)
-    except BaseException as error:
-        if isinstance(error, OSError):
-            _rename_in(error, temporary, path)
-        shutil.rmtree(temporary, ignore_errors=True)
+        with _locked_folder(path, path, new=not replace) as temporary:
+            try:
+                yield temporary
+                if replace and path.exists():
+                    _swap(temporary, path)
+                else:
+                    _require_new(path)
+                    os.replace(temporary, path)
+                _sync(path.parent)
+            except OSError as error:
+                _rename_in(error, temporary, path)
+                raise
+    except BaseException:
         with contextlib.suppress(OSError):  # somebody else is using it by now
             for folder in made:
                 folder.rmdir()
         raise
-    finally:
-        _held.discard(os.path.realpath(temporary))
-        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -179,15 +165,10 @@ def scratch_folder() -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    folder, lock = _locked_folder(Path(tempfile.gettempdir(), "cdkd-edge"))
-    _held.add(os.path.realpath(folder))
-    try:
+    place = Path(tempfile.gettempdir(), "cdkd-edge")
+    with _locked_folder(place, place.parent) as folder:
         folder.chmod(0o700)
         yield folder
-    finally:
-        _held.discard(os.path.realpath(folder))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 def being_made(path: Path) -> bool:
@@ -259,13 +240,32 @@ def _rename_in(error: OSError, temporary: Path, path: Path) -> None:
         error.filename = str(path) + name.removeprefix(str(temporary)) if name.startswith(str(temporary)) else name
 
 
-def _locked_folder(path: Path, *, new: bool = False) -> tuple[Path, int]:
-    """A temporary folder beside ``path``, and the open descriptor that locks it.
+@contextlib.contextmanager
+def _locked_folder(path: Path, shown: Path, *, new: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``, locked by this process; what is left of it goes with the block.
 
     Args:
         path: what is being made.
-        new: refuse where it exists, or another process is making it.
+        shown: what to call it where the folder cannot be made.
+        new: refuse where ``path`` exists, or another process is making it.
     """
+    try:
+        temporary, lock = _make_locked(path, new=new)
+    except OSError as error:
+        error.filename = str(shown)
+        raise
+    held = os.path.realpath(temporary)
+    _held.add(held)
+    try:
+        yield temporary
+    finally:
+        _held.discard(held)
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _make_locked(path: Path, *, new: bool) -> tuple[Path, int]:
+    """The folder of :func:`_locked_folder`, and the open descriptor that locks it."""
     try:
         make_folders(path.parent)
     except FileExistsError:

@@ -287,9 +287,9 @@ def test_other_formats_need_pyogrio(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("text", "content", "message"),
     [
-        ("nowhere.geojson", None, "no file and no box"),
-        ("1,2,3", None, "no file and no box"),
-        ("1,2,3,nan", None, "no file and no box"),
+        ("nowhere.geojson", None, "does not exist"),
+        ("1,2,3", None, "no box of four numbers"),
+        ("1,2,3,nan", None, "no box of four numbers"),
         ("3,1,2,2", None, "is empty"),
         ("a.geojson", "", "not GeoJSON"),
         ("a.geojson", "[1, 2", "not GeoJSON"),

@@ -816,7 +816,7 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
         (("--readers", "0"), 2, "--readers"),
         (("--gsd", "-1"), 2, "positive number of metres"),
         (("--gsd", "1"), 10, "needs a scene with a reference system"),
-        (("--aoi", "nowhere.geojson"), 10, "no file and no box"),
+        (("--aoi", "nowhere.geojson"), 10, "does not exist.*a GeoPackage"),
         (("--aoi", "1,2,3,4"), 10, "needs a scene with a reference system"),
     ],
 )

@@ -81,8 +81,11 @@ def read_area(text: str) -> AreaOfInterest:
         return _box(text, numbers)
     path = Path(text)
     if not path.is_file():
-        what = "is not a file" if path.exists() else "is no file and no box of four numbers"
-        raise SceneError(f"area of interest {text} {what}", hint="minx,miny,maxx,maxy or a GeoJSON file")
+        what = "is not a file" if path.exists() else "does not exist, and is no box of four numbers"
+        raise SceneError(
+            f"area of interest {text} {what}",
+            hint="give minx,miny,maxx,maxy, or a GeoJSON file, a GeoPackage or a Shapefile",
+        )
     with open(path, "rb") as file:
         begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if begins and begins not in b'{["':

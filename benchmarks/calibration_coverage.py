@@ -18,14 +18,14 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from cdkd_edge.calibration.candidates import Candidates, ScanOptions, scan
-from cdkd_edge.calibration.choose import choose, radius
-from cdkd_edge.calibration.describe import standardised
-from cdkd_edge.calibration.duplicates import without_duplicates
-from cdkd_edge.calibration.scenes import expand, measure
-from cdkd_edge.manifest import GraphManifest, read_manifest
-from cdkd_edge.scene.grid import Span
-from cdkd_edge.scene.reader import SceneReader
+from cdkd_edge.core.manifest import GraphManifest, read_manifest
+from cdkd_edge.precision.calibration.candidates import Candidates, ScanOptions, scan
+from cdkd_edge.precision.calibration.choose import choose, radius
+from cdkd_edge.precision.calibration.describe import standardised
+from cdkd_edge.precision.calibration.duplicates import without_duplicates
+from cdkd_edge.precision.calibration.scenes import expand, measure
+from cdkd_edge.raster.grid import Span
+from cdkd_edge.raster.read import SceneReader
 
 Array = npt.NDArray[np.float32]
 

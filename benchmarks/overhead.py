@@ -30,14 +30,14 @@ from typing import Any
 import rasterio
 from rasterio.transform import from_origin
 
-from cdkd_edge.engines.load import load_engine
+from cdkd_edge.core.errors import CdkdEdgeError
+from cdkd_edge.core.files import write_text
+from cdkd_edge.core.machine import available_cores, describe_machine
+from cdkd_edge.core.manifest import library_versions
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.errors import CdkdEdgeError
-from cdkd_edge.files import write_text
-from cdkd_edge.machine import available_cores, describe_machine
-from cdkd_edge.manifest import library_versions
-from cdkd_edge.scene.pipeline import segment_scene
+from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.scenery import draw_scene
+from cdkd_edge.segment.pipeline import segment_scene
 
 SCHEMA = 1
 TARGET = 1.05
@@ -69,7 +69,7 @@ def measure(engine: Labeller, scene: str | Path, repeats: int) -> dict[str, Any]
 
     Args:
         engine: what labels tiles.
-        scene: what :func:`cdkd_edge.scene.pipeline.segment_scene` takes.
+        scene: what :func:`cdkd_edge.segment.pipeline.segment_scene` takes.
         repeats: measured runs; one more warms up.
 
     Raises:

@@ -16,20 +16,20 @@ import numpy as np
 import numpy.typing as npt
 from peer_children import PEERS, checkpoint_of
 
-from cdkd_edge.accuracy.int8 import Gate, Int8Options, write_int8
-from cdkd_edge.calibration.generate import CalibrateOptions, calibrate
-from cdkd_edge.calibration.scenes import expand, measure
-from cdkd_edge.calibration_set import CalibrationSet
-from cdkd_edge.engines.plan import TENSORRT, build_engine, choose_runtime
+from cdkd_edge.core.errors import CdkdEdgeError, EngineError, ManifestError, SceneError
+from cdkd_edge.core.files import whole_file
+from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest, read_manifest
 from cdkd_edge.engines.tensorrt.device import NoGpu, find_gpu
-from cdkd_edge.errors import CdkdEdgeError, EngineError, ManifestError, SceneError
-from cdkd_edge.export.pipeline import ExportOptions, export_checkpoint
-from cdkd_edge.files import whole_file
-from cdkd_edge.manifest import EngineManifest, FileRecord, GraphManifest, read_manifest
+from cdkd_edge.graph.export import ExportOptions, export_checkpoint
+from cdkd_edge.graph.int8.tiles import CalibrationSet
 from cdkd_edge.model.checkpoint import load_checkpoint, save_checkpoint
-from cdkd_edge.scene.pipeline import SegmentOptions
-from cdkd_edge.scene.reader import SceneReader
+from cdkd_edge.precision.calibration.generate import CalibrateOptions, calibrate
+from cdkd_edge.precision.calibration.scenes import expand, measure
+from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8
+from cdkd_edge.precision.plan import TENSORRT, build_engine, choose_runtime
+from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.scenery import draw_scene, sample_tiles
+from cdkd_edge.segment.pipeline import SegmentOptions
 
 CHECK_TILES = 2
 """Kept apart from the calibration tiles, for the INT8 graph's own check."""

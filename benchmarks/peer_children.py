@@ -105,8 +105,8 @@ def _torch_cuda_fp16(folder: Path, threads: int) -> tuple[Run, dict[str, Any]]:
 
 def _ours(name: str) -> Loader:
     def load(folder: Path, threads: int) -> tuple[Run, dict[str, Any]]:
-        from cdkd_edge.engines.load import load_engine
         from cdkd_edge.engines.protocol import segment_tiles
+        from cdkd_edge.engines.runtimes import load_engine
 
         engine = load_engine(folder / name, threads=threads)
         manifest = engine.manifest

@@ -36,10 +36,10 @@ from peer_rounds import ChildPeer, Rounds, measure
 from peer_statistics import agreement, summarise, verdict
 from peer_table import table_of
 
-from cdkd_edge.errors import CdkdEdgeError
-from cdkd_edge.files import write_text
-from cdkd_edge.machine import available_cores, describe_machine
-from cdkd_edge.manifest import library_versions
+from cdkd_edge.core.errors import CdkdEdgeError
+from cdkd_edge.core.files import write_text
+from cdkd_edge.core.machine import available_cores, describe_machine
+from cdkd_edge.core.manifest import library_versions
 
 SCHEMA = 1
 """Version of ``peers.json``."""

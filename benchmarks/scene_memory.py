@@ -53,7 +53,7 @@ class Case:
     """Or ``deflate, strips``."""
     place: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    """Of :class:`cdkd_edge.scene.options.SegmentOptions`."""
+    """Of :class:`cdkd_edge.segment.options.SegmentOptions`."""
     products: tuple[str, ...] = ()
     width: int = WIDTH
 
@@ -222,11 +222,11 @@ def _sources(source: Path, band: str, height: int, width: int) -> str:
 def child(scene: str, output: str, number: int) -> None:
     """Do the work of `segment` when told to; say when it is done, and stay until the parent has looked."""
     warnings.simplefilter("ignore")
-    from cdkd_edge.fleet.jobs import EngineRef, Job, do_job
-    from cdkd_edge.maps.products import Wanted
-    from cdkd_edge.maps.vector import VectorOptions, require_vector
-    from cdkd_edge.scene.options import SegmentOptions
-    from cdkd_edge.scene.stretch import Stretch
+    from cdkd_edge.raster.stretch import Stretch
+    from cdkd_edge.segment.many.jobs import EngineRef, Job, do_job
+    from cdkd_edge.segment.options import SegmentOptions
+    from cdkd_edge.segment.products.polygons import VectorOptions, require_vector
+    from cdkd_edge.segment.products.products import Wanted
 
     case = CASES[number]
     options = dict(case.options)
@@ -254,7 +254,7 @@ def child(scene: str, output: str, number: int) -> None:
 
 def measure(number: int, scratch: Path | None) -> dict[str, Any]:
     """One run in a process of its own."""
-    from cdkd_edge.scene.grid import default_overlap
+    from cdkd_edge.raster.grid import default_overlap
 
     case = CASES[number]
     height = ROWS * (TILE - default_overlap(TILE)) + default_overlap(TILE)
@@ -336,7 +336,7 @@ def main() -> None:
     if arguments.output is None:
         print(as_markdown(results))
         return
-    from cdkd_edge.files import write_text
+    from cdkd_edge.core.files import write_text
 
     write_text(arguments.output.with_suffix(".json"), json.dumps(results, indent=2) + "\n")
     write_text(arguments.output.with_suffix(".md"), as_markdown(results))

@@ -42,8 +42,8 @@ class InstantEngine(LabelsOnly):
     """An engine whose labels are there before they are asked for."""
 
     def __init__(self, tile: int, slots: int = 3) -> None:
-        from cdkd_edge.labels import load_schema
-        from cdkd_edge.manifest import FileRecord
+        from cdkd_edge.core.labels import load_schema
+        from cdkd_edge.core.manifest import FileRecord
         from cdkd_edge.scenery import draw_scene
 
         self.tile, self.batch, self.slots = tile, 1, slots
@@ -144,11 +144,11 @@ def child(scene: str, output: str, engine_path: str, readers: int) -> None:
     warnings.simplefilter("ignore")
     import rasterio  # noqa: F401 - libraries belong to the baseline
 
-    from cdkd_edge.scene.pipeline import SegmentOptions, segment_scene
+    from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
 
     engine: Any
     if engine_path:
-        from cdkd_edge.engines.load import load_engine
+        from cdkd_edge.engines.runtimes import load_engine
 
         engine = load_engine(Path(engine_path))
         for slot in range(engine.slots):  # what the engine needs belongs to the baseline too
@@ -285,7 +285,7 @@ def memory_runs(folder: Path, arguments: argparse.Namespace) -> list[dict[str, A
     """Peak memory by size of the scene."""
     import rasterio
 
-    from cdkd_edge.scene.grid import default_overlap
+    from cdkd_edge.raster.grid import default_overlap
     from cdkd_edge.scenery import draw_scene
 
     profile = {"driver": "GTiff", "height": 2048, "width": 2048, "count": 3, "dtype": "uint8", "tiled": True}
@@ -368,7 +368,7 @@ def main() -> None:
     if arguments.output is None:
         print(markdown)
         return
-    from cdkd_edge.files import write_text
+    from cdkd_edge.core.files import write_text
 
     write_text(arguments.output.with_suffix(".json"), json.dumps(results, indent=2) + "\n")
     write_text(arguments.output.with_suffix(".md"), markdown)

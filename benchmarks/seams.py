@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cdkd_edge.engines.load import load_engine
+from cdkd_edge.core.files import write_text
+from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.files import write_text
-from cdkd_edge.labels import NO_LABEL
-from cdkd_edge.scene.grid import TileGrid
-from cdkd_edge.scene.merge import engine_output
-from cdkd_edge.scene.pipeline import SegmentOptions, grid_over, segment_scene
-from cdkd_edge.scene.raster import open_scene
-from cdkd_edge.scene.reader import SceneReader
+from cdkd_edge.engines.runtimes import load_engine
+from cdkd_edge.raster.grid import TileGrid
+from cdkd_edge.raster.open import open_scene
+from cdkd_edge.raster.read import SceneReader
+from cdkd_edge.segment.merge import engine_output
+from cdkd_edge.segment.pipeline import SegmentOptions, grid_over, segment_scene
 
 BIN = 8
 """Width of the bins of distance, px."""
@@ -177,7 +177,7 @@ def measure(engine_path: Path, images: list[Path]) -> dict[str, Any]:
 
 def default_overlap_of(engine: Labeller) -> int:
     """The overlap that was used, px."""
-    from cdkd_edge.scene.grid import default_overlap
+    from cdkd_edge.raster.grid import default_overlap
 
     return default_overlap(engine.tile)
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from cdkd_edge import interrupts
+from cdkd_edge.core import signals as interrupts
 
 
 def main() -> None:

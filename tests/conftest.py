@@ -23,13 +23,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from cdkd_edge import interrupts
-from cdkd_edge.engines import plan
-from cdkd_edge.engines.cpu import build_cpu_engine
-from cdkd_edge.engines.tensorrt.device import NoGpu
-from cdkd_edge.export.graph import build_graph
-from cdkd_edge.labels import load_schema
-from cdkd_edge.manifest import (
+from cdkd_edge.core import signals as interrupts
+from cdkd_edge.core.labels import load_schema
+from cdkd_edge.core.manifest import (
     FileRecord,
     GraphCheck,
     GraphManifest,
@@ -37,7 +33,11 @@ from cdkd_edge.manifest import (
     library_versions,
     write_manifest,
 )
+from cdkd_edge.engines.onnxruntime import build_cpu_engine
+from cdkd_edge.engines.tensorrt.device import NoGpu
+from cdkd_edge.graph.build import build_graph
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
+from cdkd_edge.precision import plan
 
 # A suite that was started in the background ignores Ctrl-C, and so would every process that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 
 TESTS = [
-    "tests/test_integers.py",
-    "tests/test_int8_graph.py::test_signal_to_noise_is_numpys",
-    "tests/test_graph.py::test_it_computes_the_reference[20]",
-    "tests/test_half.py::test_agreement_is_that_of_the_tiles_and_of_nothing_else[1-3]",
-    "tests/test_cpu_engine.py::test_an_engine_labels_as_its_graph",
-    "tests/test_build_precisions.py::test_the_engine_computes_what_the_twin_computes",
+    "tests/graph/test_integers.py",
+    "tests/graph/test_int8_graph.py::test_signal_to_noise_is_numpys",
+    "tests/graph/test_graph.py::test_it_computes_the_reference[20]",
+    "tests/graph/test_half.py::test_agreement_is_that_of_the_tiles_and_of_nothing_else[1-3]",
+    "tests/engines/test_cpu_engine.py::test_an_engine_labels_as_its_graph",
+    "tests/precision/test_build_precisions.py::test_the_engine_computes_what_the_twin_computes",
 ]
 CPUS = {
     "x86_64": {
@@ -48,7 +48,11 @@ def main() -> int:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "CDKD_EDGE_GRAPHS": graphs}
         started = time.monotonic()
         subprocess.run(
-            [sys.executable, *_pytest("tests/test_integers.py")], cwd=ROOT, env=environment, check=True, timeout=LIMIT
+            [sys.executable, *_pytest("tests/graph/test_integers.py")],
+            cwd=ROOT,
+            env=environment,
+            check=True,
+            timeout=LIMIT,
         )
         print(f"this CPU: passed in {time.monotonic() - started:.0f} s", flush=True)
         jobs = {name: (["qemu-x86_64", "-cpu", name, sys.executable], environment) for name in CPUS["x86_64"]}
@@ -94,7 +98,7 @@ def _test(name: str, job: tuple[list[str], dict[str, str]]) -> bool:
 
 def _has_vnni(command: list[str], environment: dict[str, str]) -> bool:
     """Whether qemu really gives a CPU with VNNI: without it, signed weights are not exact on x86-64."""
-    probe = "from cdkd_edge.export.session import signed_weights_are_exact as exact; raise SystemExit(not exact())"
+    probe = "from cdkd_edge.graph.session import signed_weights_are_exact as exact; raise SystemExit(not exact())"
     return subprocess.run([*command, "-c", probe], env=environment, capture_output=True, timeout=LIMIT).returncode == 0
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cdkd_edge.errors import BoardError, printable
+from cdkd_edge.core.errors import BoardError, printable
 
 TIMEOUT = 30.0
 """Seconds; on a board the tools take one or two."""

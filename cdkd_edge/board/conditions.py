@@ -21,7 +21,7 @@ from types import TracebackType
 from cdkd_edge.board.identity import SYS_CPU, mode_of, read_modes
 from cdkd_edge.board.jetson import current_mode, gpu_folder
 from cdkd_edge.board.tree import resolve
-from cdkd_edge.errors import printable
+from cdkd_edge.core.errors import printable
 
 _MOST_CPUS = 16
 """CPUs whose clocks are read: on old x86 kernels each reading may wait 10 ms."""

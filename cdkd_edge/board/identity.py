@@ -17,7 +17,7 @@ from cdkd_edge.board.jetson import (
 )
 from cdkd_edge.board.nvpmodel import CONFIG, PowerMode, parse_modes
 from cdkd_edge.board.tree import read
-from cdkd_edge.errors import printable
+from cdkd_edge.core.errors import printable
 
 SYS_CPU = "sys/devices/system/cpu"
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from cdkd_edge.board.tree import read, resolve
-from cdkd_edge.errors import printable
+from cdkd_edge.core.errors import printable
 
 MODEL = "/proc/device-tree/model"
 RELEASE = "/etc/nv_tegra_release"

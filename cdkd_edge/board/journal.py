@@ -21,8 +21,8 @@ from typing import Any
 
 from cdkd_edge.board.nvpmodel import PowerMode
 from cdkd_edge.board.tree import read
-from cdkd_edge.errors import BoardError
-from cdkd_edge.files import write_text
+from cdkd_edge.core.errors import BoardError
+from cdkd_edge.core.files import write_text
 
 FOLDER = "var/lib/cdkd-edge"
 _VERSION = 1

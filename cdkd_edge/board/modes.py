@@ -20,7 +20,7 @@ from cdkd_edge.board.jetson import current_mode, is_jetson
 from cdkd_edge.board.journal import Change, Journal
 from cdkd_edge.board.nvpmodel import PowerMode
 from cdkd_edge.board.signals import HeldSignals
-from cdkd_edge.errors import BoardError
+from cdkd_edge.core.errors import BoardError
 
 ROOT = Path("/")
 AS_ROOT = "sudo $(command -v cdkd-edge) bench ... (sudo has a PATH of its own, without virtual environments)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from cdkd_edge.errors import printable
+from cdkd_edge.core.errors import printable
 
 CONFIG = "/etc/nvpmodel.conf"
 _MODE = re.compile(r"^<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>\s*$")

@@ -3,19 +3,7 @@
 Nothing heavy is imported until a command runs, so that ``--help`` and completion answer at once.
 """
 
-from cdkd_edge.cli import (  # each command registers itself
-    accuracy,
-    bench,
-    calibrate,
-    chain,
-    compare,
-    doctor,
-    engines,
-    parity,
-    power,
-    roofline,
-    segment,
-)
+from cdkd_edge.cli import accuracy, bench, calibrate, chain, compare, doctor, engines, parity, power, roofline, segment
 from cdkd_edge.cli.app import app, main
 
 __all__ = [

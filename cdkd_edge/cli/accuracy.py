@@ -98,10 +98,10 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy on labelled images: IoU per class, mIoU, OA, mF1. The same path for every kind of artefact."""
-    from cdkd_edge.accuracy.evaluate import data_schema
-    from cdkd_edge.accuracy.evaluate import evaluate as judge
-    from cdkd_edge.accuracy.subject import open_subject
-    from cdkd_edge.report.accuracy import describe_evaluation
+    from cdkd_edge.cli.show.accuracy import describe_evaluation
+    from cdkd_edge.quality.evaluate import data_schema
+    from cdkd_edge.quality.evaluate import evaluate as judge
+    from cdkd_edge.quality.subject import open_subject
 
     space = workspace_at(workspace)
     subject = named_engine(artefact, engine) or space.only_engine("cdkd-edge evaluate", typed=command_line())
@@ -270,7 +270,7 @@ def finetune(
 ) -> None:
     """Encoder and labelled images to a checkpoint, by the paper's protocol. Writes a model card beside it."""
     need("torch", "export", "training")
-    from cdkd_edge.report.training import describe_finetune, live_training
+    from cdkd_edge.cli.show.training import describe_finetune, live_training
     from cdkd_edge.training.finetune import FinetuneOptions
     from cdkd_edge.training.finetune import finetune as tune
     from cdkd_edge.training.recipe import Recipe

@@ -14,9 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 from cdkd_edge import __version__
-from cdkd_edge.errors import CdkdEdgeError, InternalError, SystemRefusalError, UsageError, printable
-from cdkd_edge.interrupts import end_on_signals, received
-from cdkd_edge.machine import cache_folder
+from cdkd_edge.core.errors import CdkdEdgeError, InternalError, SystemRefusalError, UsageError, printable
+from cdkd_edge.core.machine import cache_folder
+from cdkd_edge.core.signals import end_on_signals, received
 
 _UsageError: Any = typer.BadParameter.__base__
 """What every complaint about arguments is a kind of; Typer does not export it."""
@@ -147,7 +147,7 @@ def _as_fault(error: Exception) -> CdkdEdgeError:
     import platform
     import traceback
 
-    from cdkd_edge.files import write_text
+    from cdkd_edge.core.files import write_text
 
     reason = f"{type(error).__name__}: {error}"
     about = f"cdkd-edge {__version__}, Python {platform.python_version()}, {platform.platform()}"

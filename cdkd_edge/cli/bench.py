@@ -132,14 +132,14 @@ def bench(
     Idle with the engine loaded, warm-up until steady, load, idle again. A run that was throttled, or whose power
     readings have gaps, is invalid: it has no figures, and the command exits with 19.
     """
-    from cdkd_edge.benchmarks.bench import BenchOptions, run_benchmark
-    from cdkd_edge.benchmarks.protocol import protocol_of
-    from cdkd_edge.benchmarks.record import INVALID
+    from cdkd_edge.bench.protocols import protocol_of
+    from cdkd_edge.bench.record import INVALID
+    from cdkd_edge.bench.run import BenchOptions, run_benchmark
     from cdkd_edge.board.modes import changed_board, pending_restore
-    from cdkd_edge.engines.load import load_engine
-    from cdkd_edge.errors import BenchError
-    from cdkd_edge.files import remove_abandoned
-    from cdkd_edge.report.bench import describe_bench, live_bench
+    from cdkd_edge.cli.show.bench import describe_bench, live_bench
+    from cdkd_edge.core.errors import BenchError
+    from cdkd_edge.core.files import remove_abandoned
+    from cdkd_edge.engines.runtimes import load_engine
 
     if paper and mlperf:
         raise typer.BadParameter("one protocol at a time", param_hint="--paper --mlperf")

@@ -61,9 +61,9 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Scenes to a calibration set: tiles that cover the imagery, for INT8 ranges. Writes engines/calibration/NAME/."""
-    from cdkd_edge.calibration.generate import CalibrateOptions, default_folder, default_tile, tile_sides
-    from cdkd_edge.calibration.generate import calibrate as generate
-    from cdkd_edge.report.calibration import describe_calibration
+    from cdkd_edge.cli.show.calibration import describe_calibration
+    from cdkd_edge.precision.calibration.generate import CalibrateOptions, default_folder, default_tile, tile_sides
+    from cdkd_edge.precision.calibration.generate import calibrate as generate
 
     space = workspace_at(workspace)
     if tile and (sides := tile_sides(space)) and tile not in sides:  # `build --int8` would find it after the work

@@ -29,7 +29,7 @@ def info(
 ) -> None:
     """What a checkpoint holds: layout, parameters, multiply-accumulates, classes."""
     need("torch", "export", "reading a checkpoint")
-    from cdkd_edge.report.chain import describe_checkpoint
+    from cdkd_edge.cli.show.chain import describe_checkpoint
 
     show(describe_checkpoint(checkpoint, tile=tile, heads=heads, weights=weights), as_json)
 
@@ -82,9 +82,9 @@ def export(
 ) -> None:
     """Checkpoint to ONNX graph, checked against PyTorch. Writes export/NAME.onnx, NAME.fp16.onnx, their manifests."""
     need("torch", "export", "exporting a checkpoint")
-    from cdkd_edge.accuracy.int8 import Gate
-    from cdkd_edge.export.pipeline import ExportOptions, export_checkpoint
-    from cdkd_edge.report.chain import describe_export
+    from cdkd_edge.cli.show.chain import describe_export
+    from cdkd_edge.graph.export import ExportOptions, export_checkpoint
+    from cdkd_edge.precision.int8 import Gate
 
     destination = output or workspace_at(workspace).graphs / f"{stem_of(checkpoint)}.onnx"
     if destination.suffix != ".onnx":
@@ -117,8 +117,8 @@ def demo(
 
     Without PyTorch, as on a board, the check against it is skipped.
     """
+    from cdkd_edge.cli.show.chain import describe_demo
     from cdkd_edge.demo.run import run_demo
-    from cdkd_edge.report.chain import describe_demo
 
     options = segment_options(None, bands, stretch, None, None)
     with steps() as step:

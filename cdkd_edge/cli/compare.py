@@ -77,9 +77,9 @@ def compare(
 
     Leaves with 20 if the runs are not comparable, or if one is slower or hungrier than allowed.
     """
-    from cdkd_edge.benchmarks.comparison.compare import compare_runs
-    from cdkd_edge.benchmarks.comparison.gates import Limits, require_kept
-    from cdkd_edge.report.compare import describe_comparison
+    from cdkd_edge.bench.compare.checks import Limits, require_kept
+    from cdkd_edge.bench.compare.compare import compare_runs
+    from cdkd_edge.cli.show.compare import describe_comparison
 
     limits = Limits(
         slower=_share(fail_if_slower, "--fail-if-slower"), hungrier=_share(fail_if_hungrier, "--fail-if-hungrier")
@@ -92,8 +92,8 @@ def compare(
     report = describe_comparison(found)
     with new_folder(output) as place:
         if place:
-            from cdkd_edge.benchmarks.comparison.pareto import write_picture
-            from cdkd_edge.files import write_text
+            from cdkd_edge.bench.compare.pareto import write_picture
+            from cdkd_edge.core.files import write_text
 
             write_picture(place / "pareto.png", found)
             write_text(place / "comparison.md", report.markdown())

@@ -15,9 +15,9 @@ def doctor(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> 
 
     Leaves with 0 unless something failed, then with 15. Warnings do not count.
     """
-    from cdkd_edge.doctor.examine import examine
-    from cdkd_edge.errors import DoctorError
-    from cdkd_edge.report.doctor import describe_diagnosis
+    from cdkd_edge.board.doctor.examine import examine
+    from cdkd_edge.cli.show.doctor import describe_diagnosis
+    from cdkd_edge.core.errors import DoctorError
 
     diagnosis = examine(workspace)
     show(describe_diagnosis(diagnosis), as_json)

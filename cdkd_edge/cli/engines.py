@@ -140,13 +140,13 @@ def build(
 
     An FP16 or INT8 graph that is missing is made from the FP32 graph first, and checked; so is one with confidence.
     """
-    from cdkd_edge.accuracy.int8 import Gate, Int8Options
-    from cdkd_edge.accuracy.prepare import Request, labelled_data, prepare_graph
-    from cdkd_edge.engines.plan import CPU, build_engine, choose_runtime, compare_speed, engine_path
+    from cdkd_edge.cli.show.engines import describe_build
+    from cdkd_edge.core.output_kinds import CONFIDENCE, PROBABILITIES
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions, parse_size, parse_target
-    from cdkd_edge.output_kinds import CONFIDENCE, PROBABILITIES
-    from cdkd_edge.quantization.calibrate import CalibrationOptions
-    from cdkd_edge.report.engines import describe_build
+    from cdkd_edge.graph.int8.calibrate import CalibrationOptions
+    from cdkd_edge.precision.graph import Request, labelled_data, prepare_graph
+    from cdkd_edge.precision.int8 import Gate, Int8Options
+    from cdkd_edge.precision.plan import CPU, build_engine, choose_runtime, compare_speed, engine_path
 
     asked = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if given]
     if len(asked) > 1:
@@ -206,8 +206,8 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """What is inside a graph or an engine: layers, precisions, memory, fused attention. Runs nothing."""
-    from cdkd_edge.engines.inspection import inspect_artefact
-    from cdkd_edge.report.engines import describe_inspection
+    from cdkd_edge.cli.show.engines import describe_inspection
+    from cdkd_edge.engines.inspect import inspect_artefact
 
     space = workspace_at(workspace)
     path = named_engine(artefact, engine) or space.only_engine("cdkd-edge inspect", typed=command_line())

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cdkd_edge.errors import MissingExtraError, UsageError, printable
+from cdkd_edge.core.errors import MissingExtraError, UsageError, printable
 
 if TYPE_CHECKING:
-    from cdkd_edge.workspace import Workspace
+    from cdkd_edge.core.workspace import Workspace
 
 
 def workspace_at(root: Path) -> Workspace:
     """The workspace in a directory."""
-    from cdkd_edge.workspace import Workspace
+    from cdkd_edge.core.workspace import Workspace
 
     return Workspace(root)
 
@@ -43,7 +43,7 @@ def write_json(path: Path, data: Any) -> None:
     """Write data as indented JSON, atomically."""
     import json
 
-    from cdkd_edge.files import write_text
+    from cdkd_edge.core.files import write_text
 
     write_text(path, json.dumps(data, indent=2) + "\n")
 
@@ -55,7 +55,7 @@ def new_folder(folder: Path | None) -> Iterator[Path | None]:
     Raises:
         UsageError: there is a file of that name, or a folder that is not empty.
     """
-    from cdkd_edge.files import whole_folder
+    from cdkd_edge.core.files import whole_folder
 
     if folder is None:
         yield None
@@ -105,7 +105,7 @@ def print_json(data: Any) -> None:
 @contextlib.contextmanager
 def steps() -> Iterator[Any]:
     """A spinner on stderr that names the current step; says what is kept where a signal ends it."""
-    from cdkd_edge.report.live import live_steps
+    from cdkd_edge.cli.show.live import live_steps
 
     with telling_what_is_kept(), live_steps() as step:
         yield step
@@ -114,7 +114,7 @@ def steps() -> Iterator[Any]:
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Any]:
     """A bar of tiles on stderr; says what is kept where a signal ends it."""
-    from cdkd_edge.report.live import live_bar
+    from cdkd_edge.cli.show.live import live_bar
 
     with telling_what_is_kept(), live_bar(title) as progress:
         yield progress

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
-    from cdkd_edge.accuracy.datasets import Dataset
-    from cdkd_edge.scene.pipeline import SegmentOptions
+    from cdkd_edge.quality.datasets import Dataset
+    from cdkd_edge.segment.pipeline import SegmentOptions
 
 WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", "-w", help="Directory with export/, engines/ and benchmarks/.", file_okay=False)
@@ -96,8 +96,8 @@ def segment_options(
     Raises:
         BadParameter: they are malformed or exclude each other.
     """
-    from cdkd_edge.scene.pipeline import SegmentOptions
-    from cdkd_edge.scene.reader import Stretch
+    from cdkd_edge.raster.read import Stretch
+    from cdkd_edge.segment.pipeline import SegmentOptions
 
     numbers = None
     if bands is not None:
@@ -128,7 +128,7 @@ def chosen_images(data: Path, scenes: str | None, image_list: Path | None) -> Da
         BadParameter: scenes and a list.
         DatasetError: there are no such images.
     """
-    from cdkd_edge.accuracy.datasets import find_dataset
+    from cdkd_edge.quality.datasets import find_dataset
 
     dataset = find_dataset(data)
     if scenes and image_list:

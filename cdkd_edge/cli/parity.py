@@ -92,12 +92,12 @@ def parity(
 
     Leaves with 0 if it passes and with 14 if it does not; any other code means that nothing was decided.
     """
-    from cdkd_edge.accuracy.compare import compare
-    from cdkd_edge.accuracy.evaluate import data_schema
-    from cdkd_edge.accuracy.parity import Gate
-    from cdkd_edge.accuracy.subject import open_pair
-    from cdkd_edge.errors import ParityError
-    from cdkd_edge.report.accuracy import describe_parity
+    from cdkd_edge.cli.show.accuracy import describe_parity
+    from cdkd_edge.core.errors import ParityError
+    from cdkd_edge.quality.agreement import compare
+    from cdkd_edge.quality.evaluate import data_schema
+    from cdkd_edge.quality.parity import Gate
+    from cdkd_edge.quality.subject import open_pair
 
     if min_agreement is not None and 0 < min_agreement <= 1:
         raise typer.BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")

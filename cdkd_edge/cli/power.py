@@ -25,9 +25,9 @@ def power(
 
     Leaves with 16 if the one that --source names cannot be used.
     """
-    from cdkd_edge.errors import PowerError
-    from cdkd_edge.power.find import list_sources
-    from cdkd_edge.report.power import describe_power
+    from cdkd_edge.board.power.sources import list_sources
+    from cdkd_edge.cli.show.power import describe_power
+    from cdkd_edge.core.errors import PowerError
 
     reports = list_sources(source, seconds, interval)
     if source is not None and reports[0].info is None:

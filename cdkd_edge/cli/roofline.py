@@ -42,9 +42,9 @@ def roofline(
     as_json: JsonOption = False,
 ) -> None:
     """How fast a graph could be on a device, from operators and data sheets. Modelled; runs and measures nothing."""
-    from cdkd_edge.benchmarks.roofline.devices import RATES, default_device, load_device
-    from cdkd_edge.benchmarks.roofline.model import roofline as model
-    from cdkd_edge.report.roofline import describe_roofline
+    from cdkd_edge.bench.roofline.devices import RATES, default_device, load_device
+    from cdkd_edge.bench.roofline.model import roofline as model
+    from cdkd_edge.cli.show.roofline import describe_roofline
 
     if precision is not None and precision not in RATES:
         raise typer.BadParameter(f"one of {', '.join(RATES)}", param_hint="--precision")

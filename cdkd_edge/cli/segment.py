@@ -146,12 +146,11 @@ def segment(
     """
     import dataclasses
 
-    from cdkd_edge.fleet.run import crew_for, engine_ref, segment_many
-    from cdkd_edge.fleet.scenes import plan_outputs
-    from cdkd_edge.maps.products import Wanted
-    from cdkd_edge.maps.vector import vector_options
-    from cdkd_edge.report.fleet import live_fleet
-    from cdkd_edge.scene.partial import way_to_go_on
+    from cdkd_edge.cli.show.fleet import live_fleet
+    from cdkd_edge.segment.many.run import crew_for, engine_ref, plan_outputs, segment_many
+    from cdkd_edge.segment.partial import way_to_go_on
+    from cdkd_edge.segment.products.polygons import vector_options
+    from cdkd_edge.segment.products.products import Wanted
 
     if dask and workers:
         raise typer.BadParameter("choose a scheduler or workers here", param_hint="--workers")

@@ -21,16 +21,12 @@ import onnxruntime
 import rasterio
 from rasterio.transform import from_origin
 
-from cdkd_edge.accuracy.metrics import ConfusionMatrix
-from cdkd_edge.benchmarks.bench import BenchOptions, run_benchmark
-from cdkd_edge.benchmarks.protocol import protocol_of
-from cdkd_edge.benchmarks.record import BenchSummary
-from cdkd_edge.engines.cpu import build_cpu_engine
-from cdkd_edge.engines.load import load_engine
-from cdkd_edge.errors import WorkspaceError
-from cdkd_edge.export.graph import build_graph
-from cdkd_edge.files import make_folders, whole_file
-from cdkd_edge.manifest import (
+from cdkd_edge.bench.protocols import protocol_of
+from cdkd_edge.bench.record import BenchSummary
+from cdkd_edge.bench.run import BenchOptions, run_benchmark
+from cdkd_edge.core.errors import WorkspaceError
+from cdkd_edge.core.files import make_folders, whole_file
+from cdkd_edge.core.manifest import (
     EngineManifest,
     FileRecord,
     GraphCheck,
@@ -40,17 +36,21 @@ from cdkd_edge.manifest import (
     require_replaceable,
     write_manifest,
 )
+from cdkd_edge.core.workspace import Workspace
+from cdkd_edge.engines.onnxruntime import build_cpu_engine
+from cdkd_edge.engines.runtimes import load_engine
+from cdkd_edge.graph.build import build_graph
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
-from cdkd_edge.scene.outputs import label_map_paths, quicklook_path
-from cdkd_edge.scene.pipeline import SegmentOptions, SegmentResult, segment_scene
-from cdkd_edge.scene.quicklook import write_quicklook
-from cdkd_edge.scene.raster import writing
-from cdkd_edge.scene.reader import SceneReader
+from cdkd_edge.quality.metrics import ConfusionMatrix
+from cdkd_edge.raster.open import writing
+from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.scenery import draw_scene
-from cdkd_edge.workspace import Workspace
+from cdkd_edge.segment.outputs import label_map_paths, quicklook_path
+from cdkd_edge.segment.pipeline import SegmentOptions, SegmentResult, segment_scene
+from cdkd_edge.segment.quicklook import write_quicklook
 
 if TYPE_CHECKING:
-    from cdkd_edge.export.pipeline import ExportResult
+    from cdkd_edge.graph.export import ExportResult
 
 SCENE_WIDTH, SCENE_HEIGHT, SCENE_SEED = 3000, 2000, 2026
 SCENE_PIXEL_M = 0.5
@@ -141,7 +141,7 @@ def _export(checkpoint: Path, destination: Path, progress: Callable[[str], None]
         import onnxsim  # noqa: F401
         import safetensors  # noqa: F401
 
-        from cdkd_edge.export.pipeline import export_checkpoint
+        from cdkd_edge.graph.export import export_checkpoint
     except ImportError as error:
         progress("writing the graph")
         return _write_bundled(checkpoint, destination, f"the check against PyTorch, and simplification ({error})")

@@ -7,9 +7,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cdkd_edge.labels import LabelSchema
-from cdkd_edge.manifest import EngineManifest, FileRecord
-from cdkd_edge.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, missing_output
+from cdkd_edge.core.labels import LabelSchema
+from cdkd_edge.core.manifest import EngineManifest, FileRecord
+from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, missing_output
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -44,7 +44,7 @@ class Labeller(Protocol):
 
     @property
     def output_kind(self) -> str:
-        """What it gives: one of :data:`cdkd_edge.output_kinds.OUTPUT_KINDS`."""
+        """What it gives: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`."""
 
     def input(self, slot: int) -> UInt8Array:
         """The slot's tiles, ``[N, 3, T, T]`` RGB, to be written in place."""

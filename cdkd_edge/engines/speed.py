@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 
+from cdkd_edge.core.errors import EngineError
 from cdkd_edge.engines.protocol import Engine
-from cdkd_edge.errors import EngineError
 from cdkd_edge.scenery import sample_tiles
 
 ROUNDS = 7

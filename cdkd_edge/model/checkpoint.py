@@ -16,18 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cdkd_edge.errors import CheckpointError, EncoderOnlyError, SchemaError
-from cdkd_edge.files import whole_file
-from cdkd_edge.labels import LabelSchema, schema_from_document, schema_of_lists
+from cdkd_edge.core.errors import CheckpointError, EncoderOnlyError, SchemaError
+from cdkd_edge.core.files import whole_file
+from cdkd_edge.core.labels import LabelSchema, schema_from_document, schema_of_lists
 from cdkd_edge.model.config import NetworkConfig
-from cdkd_edge.model.container import (
-    FORMAT,
-    FORMAT_VERSION,
-    as_float32,
-    read_container,
-    require_in_file,
-    save_tensors,
-)
+from cdkd_edge.model.container import FORMAT, FORMAT_VERSION, as_float32, read_container, require_in_file, save_tensors
 from cdkd_edge.model.infer import (
     add_missing_qkv_bias,
     fold_layer_scale,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cdkd_edge.errors import CheckpointError
+from cdkd_edge.core.errors import CheckpointError
 
 HEAD_DIM = 64
 """Width of an attention head where nothing else is said (ViT-S/B/L and the paper's student)."""

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from cdkd_edge.errors import CheckpointError, MissingExtraError
+from cdkd_edge.core.errors import CheckpointError, MissingExtraError
 
 FORMAT = "cdkd-edge checkpoint"
 FORMAT_VERSION = 1

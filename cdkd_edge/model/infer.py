@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdkd_edge.errors import CheckpointError
+from cdkd_edge.core.errors import CheckpointError
 from cdkd_edge.model.config import HEAD_DIM, PIXEL_MEAN, PIXEL_STD, NetworkConfig
 from cdkd_edge.model.container import FORMAT_VERSION
 from cdkd_edge.model.layouts import OURS, Layout

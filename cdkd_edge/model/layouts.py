@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cdkd_edge.errors import CheckpointError
+from cdkd_edge.core.errors import CheckpointError
 
 _VIT = (
     (r"(patch_embed\.proj\.(?:weight|bias)|pos_embed|cls_token)", r"encoder.\1"),

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from cdkd_edge.errors import CheckpointError
+from cdkd_edge.core.errors import CheckpointError
 from cdkd_edge.model.container import text_keys
 from cdkd_edge.model.layouts import Dropped, listed
 

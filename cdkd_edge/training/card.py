@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cdkd_edge.accuracy.evaluate import Evaluation
+from cdkd_edge.quality.evaluate import Evaluation
 
 
 def scores_of(evaluation: Evaluation) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cdkd_edge.model.device import autocast
 from cdkd_edge.model.network import Encoder
-from cdkd_edge.model.run import autocast
 
 _TAPS = 4
 

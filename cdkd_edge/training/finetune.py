@@ -19,20 +19,20 @@ import numpy as np
 import torch
 
 from cdkd_edge import __version__
-from cdkd_edge.accuracy.colors import judge_colors
-from cdkd_edge.accuracy.datasets import Split, find_dataset, split_dataset
-from cdkd_edge.accuracy.evaluate import Evaluation, data_schema, evaluate, require_readable
-from cdkd_edge.accuracy.masks import Lost, read_labels
-from cdkd_edge.accuracy.network import NetworkLabeller, load_network
-from cdkd_edge.errors import DatasetError, UsageError
-from cdkd_edge.files import make_folders, sha256_of, write_text
-from cdkd_edge.labels import LabelSchema
-from cdkd_edge.machine import describe_machine
-from cdkd_edge.manifest import FileRecord
+from cdkd_edge.core.errors import DatasetError, UsageError
+from cdkd_edge.core.files import make_folders, sha256_of, write_text
+from cdkd_edge.core.labels import LabelSchema
+from cdkd_edge.core.machine import describe_machine
+from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.model.checkpoint import load_encoder, save_checkpoint
-from cdkd_edge.model.run import chosen_device
-from cdkd_edge.scene.pipeline import SegmentOptions
-from cdkd_edge.scene.reader import reading_notes
+from cdkd_edge.model.device import chosen_device
+from cdkd_edge.quality.baselines import judge_colors
+from cdkd_edge.quality.datasets import Split, find_dataset, split_dataset
+from cdkd_edge.quality.evaluate import Evaluation, data_schema, evaluate, require_readable
+from cdkd_edge.quality.masks import Lost, read_labels
+from cdkd_edge.quality.network import NetworkLabeller, load_network
+from cdkd_edge.raster.read import reading_notes
+from cdkd_edge.segment.pipeline import SegmentOptions
 from cdkd_edge.training.card import card_text, scores_of
 from cdkd_edge.training.features import FeatureCache
 from cdkd_edge.training.recipe import Recipe
@@ -106,7 +106,7 @@ def finetune(source: str, data: Path, output: Path, options: FinetuneOptions, li
 
     Args:
         source: encoder or whole network, or ``preset:NAME``.
-        data: a dataset of :mod:`cdkd_edge.accuracy.datasets`.
+        data: a dataset of :mod:`cdkd_edge.quality.datasets`.
         output: the checkpoint; its card goes beside it (``.md``).
         options: recipe, split, network, device.
         listener: hears how it goes.

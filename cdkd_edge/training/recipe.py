@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from cdkd_edge.errors import UsageError
-from cdkd_edge.model.run import PRECISIONS
+from cdkd_edge.core.errors import UsageError
+from cdkd_edge.model.device import PRECISIONS
 from cdkd_edge.training.views import Augmentation
 
 SCHEDULES = ("constant", "cosine", "poly")

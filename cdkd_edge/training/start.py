@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from cdkd_edge.errors import CheckpointError
-from cdkd_edge.labels import LabelSchema
+from cdkd_edge.core.errors import CheckpointError
+from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_checkpoint, load_encoder
 from cdkd_edge.model.config import PRESETS
 from cdkd_edge.model.network import SegmentationNetwork

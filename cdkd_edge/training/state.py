@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from cdkd_edge.errors import CheckpointError, UsageError
-from cdkd_edge.files import whole_file
+from cdkd_edge.core.errors import CheckpointError, UsageError
+from cdkd_edge.core.files import whole_file
 from cdkd_edge.model.container import save_tensors
 from cdkd_edge.training.start import PRESET_PREFIX
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdkd_edge.errors import NumericalCheckError
-from cdkd_edge.labels import NO_LABEL
+from cdkd_edge.core.errors import NumericalCheckError
+from cdkd_edge.core.labels import NO_LABEL
+from cdkd_edge.model.device import autocast
 from cdkd_edge.model.network import SegmentationNetwork
-from cdkd_edge.model.run import autocast
 from cdkd_edge.training.recipe import Recipe, class_weights
 from cdkd_edge.training.views import TrainingTiles, draw_view
 

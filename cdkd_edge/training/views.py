@@ -16,14 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cdkd_edge.accuracy.datasets import Dataset
-from cdkd_edge.accuracy.images import ImageReader
-from cdkd_edge.accuracy.masks import Lost, read_labels
-from cdkd_edge.errors import DatasetError, UsageError
-from cdkd_edge.labels import NO_LABEL, LabelSchema
-from cdkd_edge.scene.grid import Span, TileGrid
-from cdkd_edge.scene.pipeline import SegmentOptions
-from cdkd_edge.scene.reader import reading_notes
+from cdkd_edge.core.errors import DatasetError, UsageError
+from cdkd_edge.core.labels import NO_LABEL, LabelSchema
+from cdkd_edge.quality.datasets import Dataset
+from cdkd_edge.quality.masks import ImageReader, Lost, read_labels
+from cdkd_edge.raster.grid import Span, TileGrid
+from cdkd_edge.raster.read import reading_notes
+from cdkd_edge.segment.pipeline import SegmentOptions
 
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["cuda-python", "pycuda"])
 def gpu(request):
     """The GPU through each binding that is installed."""
+    from cdkd_edge.core.errors import MissingExtraError
     from cdkd_edge.engines.cuda.api import open_gpu
-    from cdkd_edge.errors import MissingExtraError
 
     try:
         return open_gpu(request.param)
@@ -64,7 +64,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def network(torch_cuda, checkpoint):
     """The checkpoint in FP32 on the GPU, without TF32: the reference."""
-    from cdkd_edge.accuracy.network import load_network
+    from cdkd_edge.quality.network import load_network
 
     torch_cuda.backends.cudnn.allow_tf32 = False
     torch_cuda.backends.cuda.matmul.allow_tf32 = False
@@ -75,7 +75,7 @@ def network(torch_cuda, checkpoint):
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory, network):
     """DATA, or drawn scenes of four tiles each."""
-    from cdkd_edge.accuracy.datasets import find_dataset
+    from cdkd_edge.quality.datasets import find_dataset
 
     folder = os.environ.get("DATA")
     return find_dataset(
@@ -92,7 +92,7 @@ def tiles(dataset, network):
 @pytest.fixture(scope="session")
 def mean_iou(dataset):
     """``mean_iou(labeller)`` on the dataset, through the path of ``cdkd-edge evaluate``, 0..1."""
-    from cdkd_edge.accuracy.evaluate import data_schema, evaluate
+    from cdkd_edge.quality.evaluate import data_schema, evaluate
 
     def judge(labeller):
         schema = data_schema(dataset, os.environ.get("SCHEMA") or None, labeller.schema)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cdkd_edge.labels import load_schema
+from cdkd_edge.core.labels import load_schema
 from cdkd_edge.scenery import draw_scene
 
 

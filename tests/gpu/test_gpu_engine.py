@@ -27,8 +27,8 @@ def command(*arguments, cwd=None):
 @pytest.fixture(scope="session")
 def tensorrt():
     """The TensorRT that is installed."""
+    from cdkd_edge.core.errors import EngineError
     from cdkd_edge.engines.tensorrt.api import find_tensorrt
-    from cdkd_edge.errors import EngineError
 
     try:
         return find_tensorrt()
@@ -43,8 +43,8 @@ def build(tensorrt, checkpoint, dataset, tmp_path_factory):
     given = os.environ.get("GRAPHS")
 
     def from_graphs(precision):
+        from cdkd_edge.core.manifest import output_of, precision_of
         from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
-        from cdkd_edge.manifest import output_of, precision_of
 
         graphs = [path for path in sorted(Path(given).glob("*.onnx")) if output_of(path) == "labels"]
         found = [path for path in graphs if precision_of(path) == precision]
@@ -75,8 +75,8 @@ def build(tensorrt, checkpoint, dataset, tmp_path_factory):
 @pytest.fixture
 def load(build, gpu):
     """``load(precision, **options)``: an engine over the binding under test; closed afterwards."""
+    from cdkd_edge.core.manifest import EngineManifest, read_manifest
     from cdkd_edge.engines.tensorrt.runner import TensorRTEngine
-    from cdkd_edge.manifest import EngineManifest, read_manifest
 
     engines = []
 
@@ -114,7 +114,7 @@ def test_confidence_is_that_of_the_network(build, load, gpu, network, tiles, tmp
 
     from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
     from cdkd_edge.engines.tensorrt.runner import TensorRTEngine
-    from cdkd_edge.export.variant import write_variant
+    from cdkd_edge.graph.outputs import write_variant
 
     plain = load("fp16")
     folder = Path(os.environ["GRAPHS"]) if os.environ.get("GRAPHS") else build("fp16").parents[1] / "export"
@@ -227,7 +227,7 @@ def torch_sum():
 def load():
     from cdkd_edge.engines.cuda.api import open_gpu
     from cdkd_edge.engines.tensorrt.runner import TensorRTEngine
-    from cdkd_edge.manifest import EngineManifest, read_manifest
+    from cdkd_edge.core.manifest import EngineManifest, read_manifest
     return TensorRTEngine(path, read_manifest(path, EngineManifest), gpu=open_gpu(binding))
 
 def label(engine):
@@ -271,9 +271,9 @@ def test_the_speed_of_the_engine(load, precision, tiles, timings, tensorrt):
 
 def test_a_damaged_engine_is_refused(build, gpu, tmp_path):
     """Its hash would have told; here TensorRT itself is asked."""
+    from cdkd_edge.core.errors import EngineError
+    from cdkd_edge.core.manifest import EngineManifest, read_manifest
     from cdkd_edge.engines.tensorrt.runner import TensorRTEngine
-    from cdkd_edge.errors import EngineError
-    from cdkd_edge.manifest import EngineManifest, read_manifest
 
     path = build("fp16")
     manifest = read_manifest(path, EngineManifest)

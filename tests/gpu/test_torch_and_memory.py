@@ -186,8 +186,8 @@ def labels_of(labeller, tiles):
 @pytest.fixture(scope="session", params=["half", "autocast"])
 def fp16_network(request, torch_cuda, checkpoint, network):
     """Eager FP16: every tensor in FP16, or autocast."""
-    from cdkd_edge.accuracy.network import NetworkLabeller
     from cdkd_edge.model.checkpoint import load_checkpoint
+    from cdkd_edge.quality.network import NetworkLabeller
 
     own, _ = load_checkpoint(checkpoint)
     own.cuda().eval()

@@ -10,10 +10,11 @@ import os
 import threading
 from collections.abc import Callable
 
-from cdkd_edge.engines.cuda import cuda_python_backend, pycuda_backend
+from cdkd_edge.core.errors import EngineError, MissingExtraError, UsageError
+from cdkd_edge.engines.cuda import cuda_python as cuda_python_backend
+from cdkd_edge.engines.cuda import pycuda as pycuda_backend
 from cdkd_edge.engines.cuda.driver import CudaDriver
 from cdkd_edge.engines.cuda.memory import Gpu
-from cdkd_edge.errors import EngineError, MissingExtraError, UsageError
 
 VARIABLE = "CDKD_EDGE_CUDA_BINDING"
 """Environment variable that names the binding to use."""

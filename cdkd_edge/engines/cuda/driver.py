@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cdkd_edge.core.errors import EngineError
 from cdkd_edge.engines.protocol import UInt8Array
-from cdkd_edge.errors import EngineError
 
 _HINTS = {
     "CUDA_ERROR_OUT_OF_MEMORY": "close what else uses the GPU; on a Jetson GPU and CPU share their memory (free -h)",

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.errors import EngineError
+from cdkd_edge.core.errors import EngineError
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 """The two kinds; engines of one do not load in the other."""

@@ -7,14 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.engines.tensorrt.compiler import BuilderMemoryError, BuildRequest
-from cdkd_edge.engines.tensorrt.layers import EngineLayers, layers_of_inspector, layers_of_log, write_layers
-from cdkd_edge.engines.tensorrt.options import TensorRTOptions
-from cdkd_edge.engines.tensorrt.process import COMMAND, LineListener, StepListener, run_builder
-from cdkd_edge.errors import EngineError, GraphError, ManifestError, SystemRefusalError
-from cdkd_edge.files import scratch_folder, whole_file
-from cdkd_edge.machine import describe_machine
-from cdkd_edge.manifest import (
+from cdkd_edge.core.errors import EngineError, GraphError, ManifestError, SystemRefusalError
+from cdkd_edge.core.files import scratch_folder, whole_file
+from cdkd_edge.core.machine import describe_machine
+from cdkd_edge.core.manifest import (
     EngineManifest,
     EngineTensor,
     FileRecord,
@@ -28,6 +24,10 @@ from cdkd_edge.manifest import (
     require_replaceable,
     write_manifest,
 )
+from cdkd_edge.engines.tensorrt.compiler import BuilderMemoryError, BuildRequest
+from cdkd_edge.engines.tensorrt.layers import EngineLayers, layers_of_inspector, layers_of_log, write_layers
+from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+from cdkd_edge.engines.tensorrt.process import COMMAND, LineListener, StepListener, run_builder
 
 
 def build_tensorrt_engine(

@@ -21,8 +21,8 @@ import threading
 import warnings
 from typing import Any, TextIO
 
+from cdkd_edge.core.errors import CdkdEdgeError, SystemRefusalError
 from cdkd_edge.engines.tensorrt.compiler import BuilderMemoryError, BuildRequest, compile_engine
-from cdkd_edge.errors import CdkdEdgeError, SystemRefusalError
 
 
 class Answers:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdkd_edge.core.errors import EngineError
 from cdkd_edge.engines.tensorrt.api import TensorRT, find_tensorrt, log_to
 from cdkd_edge.engines.tensorrt.device import Gpu, NoGpu, find_gpu
-from cdkd_edge.engines.tensorrt.memory import default_workspace
-from cdkd_edge.engines.tensorrt.operators import ParserComplaint, explain
+from cdkd_edge.engines.tensorrt.messages import ParserComplaint, explain
+from cdkd_edge.engines.tensorrt.options import default_workspace
 from cdkd_edge.engines.tensorrt.timing import TimingCache
-from cdkd_edge.errors import EngineError
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.errors import ManifestError
-from cdkd_edge.files import write_text
+from cdkd_edge.core.errors import ManifestError
+from cdkd_edge.core.files import write_text
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1, "fp8": 1}
 _DTYPES = {

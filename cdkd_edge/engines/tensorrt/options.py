@@ -1,11 +1,51 @@
-"""How an engine is built: what a person may choose, checked before anything starts."""
+"""How an engine is built: what a person may choose, checked before anything starts.
+
+How much memory the builder's workspace may take: less than is free at this moment.
+
+TensorRT's own default is all memory of the device. On boards whose CPU and GPU share it, a builder that
+takes that at its word is killed by the kernel, or fails with "could not find any implementation".
+
+The rule: free memory less a reserve, and at least 64 MiB.
+
+- *free* is ``MemAvailable`` where CPU and GPU share memory, the driver's free memory elsewhere;
+- the *reserve* is 1 GiB (512 MiB where the GPU has its own memory) for CUDA's context, kernels and activations,
+  and four times the graph's size for its weights: read, parsed, in the builder and in the engine.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from cdkd_edge.errors import UsageError
+from cdkd_edge.core.errors import UsageError
+from cdkd_edge.engines.tensorrt.device import Gpu, free_gpu_memory
+
+MINIMUM = 64 << 20
+_RESERVE, _RESERVE_INTEGRATED = 512 << 20, 1 << 30
+_GRAPH_COPIES = 4
+
+
+def default_workspace(gpu: Gpu, graph_bytes: int) -> int | None:
+    """The limit for a build on ``gpu`` just now; None, TensorRT's own, where free memory cannot be read."""
+    free = available_memory() if gpu.integrated else free_gpu_memory()
+    return None if free is None else workspace_within(free, graph_bytes, integrated=gpu.integrated)
+
+
+def workspace_within(free: int, graph_bytes: int, *, integrated: bool) -> int:
+    """The rule of this module for so much free memory."""
+    reserve = (_RESERVE_INTEGRATED if integrated else _RESERVE) + _GRAPH_COPIES * graph_bytes
+    return max(MINIMUM, free - reserve)
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """``MemAvailable`` in bytes; None where the system does not say."""
+    try:
+        match = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(match[1]) * 1024 if match else None
+
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -16,7 +56,7 @@ class TensorRTOptions:
 
     workspace_bytes: int | None = None
     """Most memory a layer may use for scratch while kernels are chosen. None: what is free just now, see
-    :func:`cdkd_edge.engines.tensorrt.memory.default_workspace`."""
+    :func:`cdkd_edge.engines.tensorrt.options.default_workspace`."""
     optimization_level: int | None = None
     """0 (fast build) to 5 (slow build, more kernels tried). None: TensorRT's own default, 3."""
     timing_cache: bool = True

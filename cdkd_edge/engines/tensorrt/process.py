@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from cdkd_edge.core.errors import EngineError, SystemRefusalError
 from cdkd_edge.engines.tensorrt.compiler import BuilderMemoryError, BuildRequest
-from cdkd_edge.errors import EngineError, SystemRefusalError
 
 COMMAND = (sys.executable, "-m", "cdkd_edge.engines.tensorrt.child")
 

@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from cdkd_edge.core.errors import EngineError
+from cdkd_edge.core.labels import NO_LABEL
+from cdkd_edge.core.manifest import EngineManifest
+from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, confidence_of, missing_output
 from cdkd_edge.engines.cuda.memory import Buffer, Gpu, Stream
 from cdkd_edge.engines.protocol import UInt8Array
-from cdkd_edge.engines.tensorrt import api, device, loadable
-from cdkd_edge.engines.tensorrt.listen import Listener, LogTo
-from cdkd_edge.engines.tensorrt.loaded import IMAGE, LoadedEngine
-from cdkd_edge.errors import EngineError
-from cdkd_edge.labels import NO_LABEL
-from cdkd_edge.manifest import EngineManifest
-from cdkd_edge.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, confidence_of, missing_output
+from cdkd_edge.engines.tensorrt import api, device
+from cdkd_edge.engines.tensorrt import load as loadable
+from cdkd_edge.engines.tensorrt.load import IMAGE, LoadedEngine
+from cdkd_edge.engines.tensorrt.messages import Listener, LogTo
 
 SLOTS = 3
 """One tile being read, one computed, one written."""

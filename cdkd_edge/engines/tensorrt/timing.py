@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cdkd_edge.core.files import whole_file
+from cdkd_edge.core.machine import cache_folder
 from cdkd_edge.engines.tensorrt.api import TENSORRT_RTX, TensorRT
 from cdkd_edge.engines.tensorrt.device import Gpu, NoGpu
-from cdkd_edge.files import whole_file
-from cdkd_edge.machine import cache_folder
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -23,7 +23,7 @@ import torch
 from onnx import numpy_helper
 from safetensors.numpy import save_file
 
-from cdkd_edge.files import whole_file
+from cdkd_edge.core.files import whole_file
 from cdkd_edge.model.checkpoint import load_encoder
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD
 from cdkd_edge.scenery import draw_scene

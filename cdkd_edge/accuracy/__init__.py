@@ -1,1 +1,0 @@
-"""How good a network, a graph or an engine is: labelled datasets, the confusion matrix, one way of judging."""

@@ -1,0 +1,1 @@
+"""Benchmark runs: measured, recorded, shown and compared."""

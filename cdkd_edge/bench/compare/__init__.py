@@ -1,0 +1,1 @@
+"""Benchmark runs beside each other."""

@@ -1,0 +1,288 @@
+"""A run's folder: ``summary.json`` and the tables beside it, written and read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from cdkd_edge.bench.record import LOAD, SUMMARY_VERSION, WARM_UP, BenchSummary, Span
+from cdkd_edge.board.power.protocol import JOULES, WATTS
+from cdkd_edge.board.power.trace import Trace
+from cdkd_edge.core.errors import BenchError, printable
+from cdkd_edge.core.files import read_json, read_small, write_text
+
+SUMMARY, TILES, TRACE, CONDITIONS = "summary.json", "tiles.csv", "trace.csv", "conditions.csv"
+PICTURE, PAGE = "trace.png", "report.html"
+
+MOST = 1e15
+"""Of whatever is measured, in any of the units here."""
+MOST_TABLE = 64 << 20
+"""Bytes of a table that are read back: 1.6 million batches."""
+MOST_COLUMNS = 1000
+
+_UNITS = {WATTS: "w", JOULES: "j"}
+
+
+@dataclass(frozen=True)
+class TimedBatch:
+    """One run of the engine in a warm-up or load phase."""
+
+    repeat: int
+    phase: str
+    start: float
+    """s from the start of the run."""
+    latency: float
+    """s."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A column against time: moments (s from the start of the run) and values; what could not be read is not there."""
+
+    times: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run read back."""
+
+    folder: Path
+    summary: BenchSummary
+    tiles: tuple[TimedBatch, ...]
+    watts: dict[str, Series]
+    """Per rail; empty without power. Of a counter, the mean watts of each step at its middle."""
+    conditions: dict[str, Series]
+    """Per column of ``conditions.csv``, whose names end in their units."""
+
+
+def write_summary(folder: Path, summary: BenchSummary) -> None:
+    """Write ``summary.json``.
+
+    Raises:
+        ValueError: a number in it is infinite or none; in JSON it would silently become null.
+    """
+    import msgspec
+
+    _require_finite(msgspec.to_builtins(summary), "summary")
+    text = msgspec.json.format(msgspec.json.encode(summary), indent=2).decode()
+    write_text(folder / SUMMARY, text + "\n")
+
+
+def _require_finite(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}")
+    if isinstance(value, dict):
+        for name, one in value.items():
+            _require_finite(one, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, one in enumerate(value):
+            _require_finite(one, f"{where}[{index}]")
+
+
+def write_tiles(folder: Path, batches: Iterable[TimedBatch]) -> None:
+    """Write ``tiles.csv``: every run of the engine, warm-up included."""
+    rows = (
+        (one.repeat, one.phase, number, f"{one.start:.6f}", f"{one.latency * 1e3:.3f}")
+        for number, one in enumerate(batches)
+    )
+    _write(folder / TILES, ("repeat", "phase", "batch", "start_s", "latency_ms"), rows)
+
+
+def write_trace(folder: Path, trace: Trace, spans: Sequence[Span], origin: float) -> None:
+    """Write ``trace.csv``: every reading, in the source's own quantity.
+
+    Args:
+        folder: of the run.
+        trace: what was sampled.
+        spans: phases; a reading outside all of them has neither repeat nor phase.
+        origin: start of the run, s on CLOCK_MONOTONIC.
+    """
+    rails, unit = trace.source.rails, _UNITS[trace.source.quantity]
+    rows = []
+    for sample in trace.samples:
+        time = sample.time - origin
+        span = next((span for span in spans if span.start <= time < span.stop), None)
+        place = (span.repeat, span.name) if span else ("", "")
+        values = (f"{sample.values[rail]:.6f}" if rail in sample.values else "" for rail in rails)
+        rows.append((f"{time:.6f}", f"{sample.uncertainty:.6f}", *place, *values))
+    _write(folder / TRACE, ("time_s", "uncertainty_s", "repeat", "phase", *(f"{rail}_{unit}" for rail in rails)), rows)
+
+
+def write_conditions(folder: Path, rows: Sequence[tuple[float, dict[str, float]]]) -> None:
+    """Write ``conditions.csv``: moments (s from the start of the run) and what the board said; absent is empty."""
+    names = list(dict.fromkeys(name for _, values in rows for name in values))
+    table = (
+        (f"{time:.3f}", *(f"{values[name]:g}" if name in values else "" for name in names)) for time, values in rows
+    )
+    _write(folder / CONDITIONS, ("time_s", *names), table)
+
+
+def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def read_summary(folder: Path) -> BenchSummary:
+    """Read and check ``summary.json`` of a run's folder.
+
+    Raises:
+        BenchError: there is none, it is damaged, or of another version.
+    """
+    import msgspec
+
+    path = folder / SUMMARY
+    try:
+        document = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BenchError(f"{folder} is no benchmark run: there is no {SUMMARY} in it") from None
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{path} cannot be read: {_said(error)}") from None
+    version = document.get("summary_version") if isinstance(document, dict) else None
+    if version != SUMMARY_VERSION:
+        raise BenchError(
+            f"{path} has summary version {version}; this release reads {SUMMARY_VERSION}",
+            hint="measure again with `cdkd-edge bench`",
+        )
+    try:
+        _require_possible(document, "summary")
+        return msgspec.convert(document, BenchSummary)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise BenchError(f"{path} is damaged: {error}") from None
+
+
+def _require_possible(value: Any, where: str) -> None:
+    """Refuse numbers that nothing measures, before they are computed with, and means of nothing."""
+    if isinstance(value, float | int) and not abs(value) <= MOST:
+        raise ValueError(f"{where} is {value:.3g}")
+    if isinstance(value, dict):
+        if value.keys() >= {"mean", "values", "interval"}:
+            _require_figure(value, where)
+        for name, one in value.items():
+            _require_possible(one, f"{where}.{name}")
+    elif isinstance(value, list):
+        for index, one in enumerate(value):
+            _require_possible(one, f"{where}[{index}]")
+
+
+def _require_figure(figure: dict[str, Any], where: str) -> None:
+    values, interval = figure["values"], figure["interval"]
+    if isinstance(values, list) and len(values) < (2 if interval else 1):
+        raise ValueError(f"{where} is of {len(values)} values" + (" and has an interval" if interval else ""))
+
+
+def read_run(folder: Path, *, bounded: bool = True) -> Run:
+    """Read a run's folder, its tables included.
+
+    Args:
+        folder: of the run.
+        bounded: refuse tables larger than any run writes; not those that this very run has just written.
+
+    Raises:
+        BenchError: a file is missing or damaged.
+    """
+    summary = read_summary(folder)
+    tiles = read_tiles(folder, summary, bounded=bounded)
+    watts: dict[str, Series] = {}
+    most = _most_bytes(summary) if bounded else None
+    if (folder / TRACE).exists():
+        for name, series in _columns(folder / TRACE, ("uncertainty_s", "repeat", "phase"), most).items():
+            rail, _, unit = name.rpartition("_")
+            watts[rail] = _steps(series) if unit == _UNITS[JOULES] else series
+    conditions = _columns(folder / CONDITIONS, (), most) if (folder / CONDITIONS).exists() else {}
+    return Run(folder, summary, tiles, watts, conditions)
+
+
+def read_tiles(folder: Path, summary: BenchSummary, *, bounded: bool = True) -> tuple[TimedBatch, ...]:
+    """Read ``tiles.csv`` alone; arguments and errors as of :func:`read_run`."""
+    path, tiles = folder / TILES, []
+    most = _most_bytes(summary) if bounded else None
+    for row in _rows(path, ("repeat", "phase", "start_s", "latency_ms"), most):
+        try:
+            repeat, phase = int(row["repeat"]), sys.intern(row["phase"])
+            start, latency = _number(row["start_s"]), _number(row["latency_ms"])
+            if start is None or latency is None or start < 0 or latency < 0 or phase not in (WARM_UP, LOAD):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise BenchError(f"{path} is damaged: {printable(str(dict(row)), 200)} is no batch") from None
+        tiles.append(TimedBatch(repeat, phase, start, latency / 1e3))
+    return tuple(tiles)
+
+
+def _most_bytes(summary: BenchSummary) -> int:
+    """Bytes that a table of a run can have: 25,000 batches a second, each a row of 40 bytes, and a margin."""
+    seconds = max((span.stop for span in summary.phases), default=0.0)
+    return int(min(MOST_TABLE, 4e6 + 1e6 * max(0.0, seconds)))
+
+
+def _steps(counter: Series) -> Series:
+    """Mean watts between two readings of a counter; where it began anew there is none."""
+    steps = [
+        ((t1 + t2) / 2, (v2 - v1) / (t2 - t1))
+        for (t1, v1), (t2, v2) in pairwise(zip(counter.times, counter.values, strict=True))
+        if t2 > t1 and v2 >= v1
+    ]
+    return Series(tuple(time for time, _ in steps), tuple(watts for _, watts in steps))
+
+
+def _columns(path: Path, others: Sequence[str], most: int | None) -> dict[str, Series]:
+    """Every numeric column of a table with ``time_s``."""
+    columns: dict[str, tuple[list[float], list[float]]] = {}
+    for row in _rows(path, ("time_s", *others), most):
+        for name, text in row.items():
+            if name == "time_s" or name in others:
+                continue
+            times, values = columns.setdefault(name, ([], []))
+            try:
+                time, value = _number(row["time_s"]), _number(text)
+            except ValueError:
+                raise BenchError(f"{path} is damaged") from None
+            if time is not None and value is not None:
+                times.append(time)
+                values.append(value)
+    return {name: Series(tuple(times), tuple(values)) for name, (times, values) in columns.items()}
+
+
+def _number(text: str | None) -> float | None:
+    """A number that can be measured; None where there is no text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not text:
+        return None
+    number = float(text)
+    if not abs(number) <= MOST:
+        raise ValueError(text)
+    return number
+
+
+def _rows(path: Path, expected: Sequence[str], most: int | None) -> Iterator[dict[str, str]]:
+    try:
+        content = path.read_bytes() if most is None else read_small(path, most)
+        reader = csv.DictReader(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline=""))
+        names = reader.fieldnames or ()
+        if missing := set(expected) - set(names):
+            raise BenchError(f"{path} is damaged: no column {min(missing)}")
+        if len(names) > MOST_COLUMNS:
+            raise BenchError(f"{path} is damaged: it has {len(names)} columns")
+        for row in reader:
+            if None in row or None in row.values():
+                raise BenchError(f"{path} is damaged: rows of other lengths")
+            yield row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BenchError(f"{path} cannot be read: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    """In a sentence about the file; the file itself is named there already."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -1,0 +1,1 @@
+"""How fast a graph could be on a device."""

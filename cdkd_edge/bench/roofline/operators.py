@@ -1,0 +1,220 @@
+"""What every operator of an ONNX graph costs: floating-point operations and bytes, from shapes alone.
+
+Products (MatMul, Gemm, convolutions) are counted exactly: two operations per multiply-accumulate. Other operators get a
+fixed number of operations per output element (:data:`VECTOR_OPERATIONS`); they are bound by memory, so that it does
+not matter much. Bytes are those of a tensor as it is stored: what is behind a ``DequantizeLinear`` is one byte an
+element, and a view (``Reshape``) is the tensor that it shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto
+
+from cdkd_edge.core.errors import GraphError
+from cdkd_edge.graph.read import Sizes, sizes_of
+
+_ITEM_BYTES: dict[int, int] = {
+    TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2, TensorProto.DOUBLE: 8,
+    TensorProto.INT8: 1, TensorProto.UINT8: 1, TensorProto.INT32: 4, TensorProto.INT64: 8, TensorProto.BOOL: 1,
+}  # fmt: skip
+_EIGHT_BIT = (TensorProto.INT8, TensorProto.UINT8)
+
+VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split"))
+"""They move nothing: compilers read the same memory under another shape. (A Split is along the outer axis here.)"""
+PRODUCTS = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
+POINTWISE = frozenset((
+    "Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Erf", "Exp", "Tanh", "Sigmoid", "Pow", "Relu", "Gelu", "Clip", "Min",
+    "Max", "Where", "Cast", "QuantizeLinear", "DequantizeLinear",
+))  # fmt: skip
+
+VECTOR_OPERATIONS: Mapping[str, int] = {
+    "LayerNormalization": 8, "Softmax": 5, "Gelu": 10, "Erf": 8, "Resize": 7, "QuantizeLinear": 3,
+    "Transpose": 0, "Concat": 0, "Slice": 0, "Gather": 0, "Expand": 0, "Pad": 0, "ArgMax": 1,
+}  # fmt: skip
+"""Operations per output element of what is no product; 1 for operators that are not listed."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A value between operators, as it is stored."""
+
+    name: str
+    elements: int
+    item_bytes: int
+    eight_bit: bool
+    """Whether it is stored as INT8 or UINT8."""
+    constant: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of memory."""
+        return self.elements * self.item_bytes
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One node and what it costs on its own."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    precision: str
+    """What its product is computed in: ``int8``, ``fp16``, ``fp32``; of others, the type of the output."""
+    product_flop: int
+    """Of a MatMul, Gemm, Conv or ConvTranspose: two operations per multiply-accumulate."""
+    vector_flop: int
+    """Of anything else."""
+    constant_bytes: int
+    """Weights that it reads."""
+    read_bytes: int
+    """All that it would read if it ran alone, weights included."""
+    written_bytes: int
+    swaps_last_axes: bool = False
+    """A Transpose that swaps the last two axes only, which a product reads as well as the original."""
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """All operators of a graph in the order of computation, its tensors, and what goes in and out."""
+
+    operators: tuple[Operator, ...]
+    tensors: Mapping[str, Tensor]
+    outputs: frozenset[str]
+    batch: int
+    precision: str
+    """Of the graph: ``fp32``, ``fp16`` or ``int8``."""
+    unknown: tuple[str, ...]
+    """Operators that are not known here, counted as one operation per element and a kernel of their own."""
+
+    @property
+    def product_flop(self) -> int:
+        """Of all products, attention's included."""
+        return sum(operator.product_flop for operator in self.operators)
+
+
+def read_operators(model: onnx.ModelProto) -> GraphCost:
+    """Count what is in a graph with static shapes.
+
+    Raises:
+        GraphError: a shape is not known, or the graph holds operators without shapes (a CPU engine's).
+    """
+    shapes = _shapes(model)
+    constants = {item.name for item in model.graph.initializer}
+    tensors: dict[str, Tensor] = {"": Tensor("", 0, 0, False, True)}
+    for name, (dtype, sizes) in shapes.items():
+        item = _ITEM_BYTES.get(dtype, 4)
+        tensors[name] = Tensor(name, math.prod(sizes), item, dtype in _EIGHT_BIT, name in constants)
+    operators, unknown = [], set()
+    sizes_of = {name: sizes for name, (_, sizes) in shapes.items()}
+    for node in model.graph.node:
+        missing = next((name for name in (*node.input, *node.output) if name not in tensors), None)
+        if missing is not None:
+            raise GraphError(
+                f"the shape of {missing!r} (node {node.name!r}, {node.op_type}) is not known",
+                hint="name a graph that `cdkd-edge export` or `build --int8` wrote, in export/",
+            )
+        if not _is_known(node):
+            unknown.add(node.op_type)
+        _store_as(node, tensors)
+        operators.append(_cost(node, tensors, sizes_of))
+    first = model.graph.input[0].name if model.graph.input else ""
+    sizes = shapes.get(first, (0, (1,)))[1]
+    return GraphCost(
+        tuple(operators),
+        tensors,
+        frozenset(item.name for item in model.graph.output),
+        int(sizes[0]) if sizes else 1,
+        _precision(operators),
+        tuple(sorted(unknown)),
+    )
+
+
+def _store_as(node: onnx.NodeProto, tensors: dict[str, Tensor]) -> None:
+    """What a node leaves behind where that is not simply its output: nothing new, or a constant."""
+    source = tensors[node.input[0]] if node.input else tensors[""]
+    for name in node.output:
+        own = tensors[name]
+        if node.op_type == "DequantizeLinear" or node.op_type in VIEWS:  # stored are the integers, or what is shown
+            tensors[name] = Tensor(name, own.elements, source.item_bytes, source.eight_bit, source.constant)
+        elif node.op_type == "Constant" or (node.input and all(tensors[given].constant for given in node.input)):
+            tensors[name] = Tensor(name, own.elements, own.item_bytes, own.eight_bit, True)
+
+
+def _cost(node: onnx.NodeProto, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Operator:
+    inputs = [tensors[name] for name in node.input if name]
+    outputs = [tensors[name] for name in node.output if name]
+    elements = sum(item.elements for item in outputs)
+    folded = bool(outputs) and all(item.constant for item in outputs)
+    free = folded or node.op_type in VIEWS or node.op_type == "DequantizeLinear"
+    product = 0 if folded else _product_flop(node, shapes)
+    per_element = VECTOR_OPERATIONS.get(node.op_type, 1)
+    perm = next((list(item.ints) for item in node.attribute if item.name == "perm"), [])
+    return Operator(
+        name=node.name or (node.output[0] if node.output else node.op_type),
+        op=node.op_type,
+        inputs=tuple(node.input),
+        outputs=tuple(node.output),
+        precision=_operator_precision(node, tensors),
+        product_flop=product,
+        vector_flop=0 if free or product else elements * per_element,
+        constant_bytes=0 if free else sum(item.bytes for item in inputs if item.constant),
+        read_bytes=0 if free else sum(item.bytes for item in inputs),
+        written_bytes=0 if free else sum(item.bytes for item in outputs),
+        swaps_last_axes=len(perm) > 1 and perm == [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2],
+    )
+
+
+def _product_flop(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    if node.op_type not in PRODUCTS:
+        return 0
+    elements = math.prod(shapes[node.output[0]])
+    if node.op_type == "Conv":  # weight [M, C / groups, kh, kw]
+        return 2 * elements * math.prod(shapes[node.input[1]][1:])
+    inner = shapes[node.input[0]]
+    if node.op_type == "ConvTranspose":  # weight [C, M / groups, kh, kw]: each input value meets all but the first
+        return 2 * math.prod(inner) * math.prod(shapes[node.input[1]][1:])
+    transposed = node.op_type == "Gemm" and any(item.name == "transA" and item.i for item in node.attribute)
+    return 2 * elements * inner[-2 if transposed else -1]
+
+
+def _operator_precision(node: onnx.NodeProto, tensors: Mapping[str, Tensor]) -> str:
+    names = {1: "int8", 2: "fp16", 4: "fp32"}
+    if node.op_type in PRODUCTS:
+        first, second = (tensors[name] for name in node.input[:2])
+        if first.eight_bit and second.eight_bit:
+            return "int8"
+        # Integers that only one side has are read as such and multiplied as what the other side is.
+        return names.get(max(first.item_bytes, second.item_bytes), "fp32")
+    kinds = [tensors[name].item_bytes for name in node.output if name]
+    return names.get(max(kinds, default=4), "other")
+
+
+def _is_known(node: onnx.NodeProto) -> bool:
+    own = node.domain in ("", "ai.onnx")
+    return own and node.op_type in (*PRODUCTS, *VIEWS, *POINTWISE, *VECTOR_OPERATIONS, "Constant")
+
+
+def _precision(operators: list[Operator]) -> str:
+    products = {operator.precision for operator in operators if operator.product_flop}
+    if "int8" in products:
+        return "int8"
+    return "fp16" if products == {"fp16"} else "fp32"
+
+
+def _shapes(model: onnx.ModelProto) -> Sizes:
+    """Type and sizes of every value."""
+    found = sizes_of(model, "the graph")
+    for info in model.graph.input:
+        if info.name not in found:
+            raise GraphError(
+                f"input {info.name!r} has no fixed shape", hint="a roofline needs one; export with a static batch"
+            )
+        if 0 in found[info.name][1]:
+            raise GraphError(f"input {info.name!r} is empty: its shape is {list(found[info.name][1])}")
+    return found

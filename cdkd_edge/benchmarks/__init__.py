@@ -1,1 +1,0 @@
-"""Speed and power, measured and written down with everything needed to repeat them."""

@@ -1,1 +1,0 @@
-"""Runs beside one another: ratios with intervals, what forbids a comparison, gates, a Pareto picture."""

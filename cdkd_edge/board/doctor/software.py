@@ -1,0 +1,230 @@
+"""Python, packages, TensorRT, CUDA: what is installed, and whether it works."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cdkd_edge.board.doctor.finding import FAIL, OK, WARN, Finding
+from cdkd_edge.board.jetson import is_jetson, jetson_linux
+from cdkd_edge.board.tree import read
+from cdkd_edge.core.errors import printable
+
+NEEDED: Mapping[str, tuple[int, ...]] = {
+    "msgspec": (0, 18), "numpy": (1, 26), "onnx": (1, 17), "onnxruntime": (1, 22), "pillow": (10, 1),
+    "rasterio": (1, 4, 4), "rich": (13, 8), "typer": (0, 29),
+}  # fmt: skip
+"""Lowest versions, as in pyproject.toml."""
+_OPTIONAL = ("torch", "jetson-stats", "cuda-python", "cuda-bindings", "pycuda", "onnxruntime-gpu")
+_SYSTEM_PYTHON = {36: "3.10", 38: "3.12", 39: "3.12"}
+"""Python that JetPack's TensorRT is compiled for, by the major number of Jetson Linux."""
+TIMEOUT = 30.0
+"""Seconds that a driver, an import or a service has to answer."""
+
+
+@dataclass(frozen=True)
+class Software:
+    """What this Python has, asked of the packages' metadata and of child processes."""
+
+    python: str
+    packages: Mapping[str, str | None]
+    """Versions; None where a package is not installed."""
+    gpu: Mapping[str, Any] = field(default_factory=dict)
+    """Answers of :mod:`cdkd_edge.board.doctor.child`; with ``error`` where something does not work."""
+    tensorrt: Mapping[str, Any] = field(default_factory=dict)
+    cuda: Mapping[str, Any] = field(default_factory=dict)
+    jtop: Mapping[str, Any] = field(default_factory=dict)
+    nvpmodel: str | None = None
+    """Answer of ``nvpmodel -q``; None if it gave none."""
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the CUDA driver sees a GPU."""
+        return bool(self.gpu) and "error" not in self.gpu
+
+
+def read_software(*, ask_jtop: bool, timeout: float = TIMEOUT) -> Software:
+    """Look at this Python; imports nothing here. ``ask_jtop`` also connects to jtop's service."""
+    questions = ["gpu", "tensorrt", "cuda", *(["jtop"] if ask_jtop else [])]
+    commands = {name: [sys.executable, "-m", "cdkd_edge.board.doctor.child", name] for name in questions}
+    nvpmodel = shutil.which("nvpmodel")
+    if nvpmodel:
+        commands["nvpmodel"] = [nvpmodel, "-q"]
+    said = _run_all(commands, timeout)
+    answers = {name: _answer(said[name], timeout) for name in questions}
+    return Software(
+        python=".".join(map(str, sys.version_info[:3])),
+        packages={name: _version(name) for name in (*NEEDED, *_OPTIONAL)},
+        **answers,
+        nvpmodel=said.get("nvpmodel"),
+    )
+
+
+def probe_python(root: Path, software: Software) -> Finding:
+    """Python, which on a Jetson has to be the one that TensorRT is compiled for."""
+    own = tuple(int(part) for part in re.findall(r"\d+", software.python)[:2])
+    data = {"version": software.python, "executable": sys.executable}
+    if own < (3, 10):
+        return Finding(
+            "Python", FAIL, f"{software.python}: 3.10 or newer is needed", "sudo apt install python3.10", data
+        )
+    release = jetson_linux(root)
+    wanted = _SYSTEM_PYTHON.get(release[0]) if release else None
+    if wanted and ".".join(map(str, own)) != wanted:
+        text = f"{software.python}, but JetPack's TensorRT is compiled for {wanted}"
+        return Finding("Python", WARN, text, f"python{wanted} -m venv --system-site-packages .venv", data)
+    return Finding("Python", OK, software.python, data=data)
+
+
+def probe_packages(software: Software) -> Finding:
+    """The packages that everything needs."""
+    faults = []
+    for name, least in NEEDED.items():
+        version = software.packages.get(name)
+        if version is None and name == "onnxruntime":
+            version = software.packages.get("onnxruntime-gpu")
+        if version is None:
+            faults.append(f"{name} is missing")
+        elif tuple(int(part) for part in re.findall(r"\d+", version)[: len(least)]) < least:
+            faults.append(f"{name} {version} is older than {'.'.join(map(str, least))}")
+    data = {"versions": dict(software.packages)}
+    if faults:
+        return Finding("packages", FAIL, "; ".join(faults), "pip install --upgrade cdkd-edge", data)
+    shown = ("onnxruntime", "onnx", "numpy", "rasterio")
+    found = [f"{name} {software.packages[name]}" for name in shown if software.packages.get(name)]
+    torch = software.packages.get("torch")
+    return Finding("packages", OK, ", ".join([*found, f"torch {torch}" if torch else "no torch"]), data=data)
+
+
+def probe_gpu(root: Path, software: Software) -> Finding:
+    """The GPU as the CUDA driver sees it."""
+    gpu = software.gpu
+    if software.has_gpu:
+        text = (
+            f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['multiprocessors']} multiprocessors"
+        )
+        return Finding("GPU", OK, printable(f"{text}, {gpu['memory_bytes'] / (1 << 30):.1f} GiB"), data=dict(gpu))
+    reason = str(gpu.get("error", "was not asked"))
+    if is_jetson(root):
+        return Finding("GPU", FAIL, reason, "in a container: docker run --runtime nvidia ...; else reboot", dict(gpu))
+    if "does not start" in reason:
+        return Finding("GPU", WARN, reason, "nvidia-smi, and restart the machine after an update", dict(gpu))
+    return Finding("GPU", OK, f"none ({reason}): engines run on the CPU", data=dict(gpu))
+
+
+def probe_cuda(root: Path, software: Software) -> Finding:
+    """CUDA of the driver and, where it is installed, of the toolkit."""
+    toolkit = _toolkit(root)
+    driver = software.gpu.get("cuda")
+    data = {"driver": driver, "toolkit": toolkit}
+    parts = [f"driver for CUDA {driver}"] if driver else []
+    parts += [f"toolkit {toolkit}"] if toolkit else []
+    if not driver and not is_jetson(root):
+        return Finding("CUDA", OK, ", ".join(["no driver: not needed on the CPU", *parts]), data=data)
+    if not driver:
+        return Finding(
+            "CUDA", FAIL, ", ".join(["no driver that answers", *parts]), "sudo apt install nvidia-jetpack", data
+        )
+    return Finding("CUDA", OK, ", ".join(parts), data=data)
+
+
+def probe_tensorrt(root: Path, software: Software) -> Finding:
+    """TensorRT, as this Python imports it."""
+    found = software.tensorrt
+    if "error" in found or not found:
+        reason = str(found.get("error", "was not asked"))
+        if is_jetson(root):
+            mend = "sudo apt install python3-libnvinfer; python3 -m venv --system-site-packages .venv"
+            return Finding("TensorRT", FAIL, reason, mend, dict(found))
+        if software.has_gpu:
+            return Finding("TensorRT", WARN, f"{reason}: the GPU is not used", "pip install tensorrt", dict(found))
+        return Finding("TensorRT", OK, "none: not needed on the CPU", data=dict(found))
+    version = tuple(int(part) for part in re.findall(r"\d+", str(found["version"]))[:2])
+    if found["kind"] == "tensorrt" and version < (10, 3):
+        text = f"{found['name']} is older than 10.3"
+        return Finding("TensorRT", FAIL, text, "update JetPack, or pip install --upgrade tensorrt", dict(found))
+    idle = "" if software.has_gpu else ", which compiles only: there is no GPU to run on"
+    return Finding("TensorRT", OK, printable(f"{found['name']}{idle}"), data=dict(found))
+
+
+def probe_binding(software: Software) -> Finding:
+    """cuda-python or PyCUDA, through which engines reach the GPU's memory."""
+    name = "CUDA binding"
+    packages = [
+        f"{package} {version}"
+        for package in ("cuda-python", "cuda-bindings", "pycuda")
+        if (version := software.packages.get(package))
+    ]
+    data = {"packages": packages, **software.cuda}
+    listed = ", ".join(packages) or "neither cuda-python nor PyCUDA"
+    if not software.has_gpu:
+        return Finding(name, OK, f"{listed}; no GPU to use it with", data=data)
+    if "error" in software.cuda or not software.cuda:
+        mend = "pip install 'cdkd-edge[gpu]'"
+        return Finding(name, FAIL, f"{listed}: {software.cuda.get('error', 'was not asked')}", mend, data)
+    return Finding(name, OK, f"{listed}, for CUDA {software.cuda.get('runtime_version')}", data=data)
+
+
+def _toolkit(root: Path) -> str | None:
+    text = read(root, "/usr/local/cuda/version.json").text
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return printable(str(json.loads(text or "")["cuda"]["version"]))
+    return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except (metadata.PackageNotFoundError, TypeError, KeyError):  # the latter: damaged metadata
+        return None
+
+
+def _run_all(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str, str | None]:
+    """What commands print, run side by side; None where one has not ended in time."""
+    running = {
+        name: subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        for name, command in commands.items()
+    }
+    deadline = time.monotonic() + timeout
+    said: dict[str, str | None] = {}
+    try:
+        for name, process in running.items():
+            try:
+                out, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+                said[name] = out.decode("utf-8", errors="replace")
+            except subprocess.TimeoutExpired:
+                said[name] = None
+    finally:
+        for process in running.values():
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it may have started
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+    return said
+
+
+def _answer(said: str | None, timeout: float) -> dict[str, Any]:
+    """The last line of a child as data. Libraries may print before it."""
+    if said is None:
+        return {"error": f"no answer within {timeout:.0f} s"}
+    with contextlib.suppress(ValueError, IndexError):
+        answer = json.loads(said.strip().splitlines()[-1])
+        if isinstance(answer, dict):
+            return answer
+    return {"error": "the process that asked it crashed"}

@@ -1,0 +1,258 @@
+"""A Jetson's rails through jetson-stats (``jtop``). Only the sampling process imports this module's subject.
+
+Importing jtop sets multiprocessing's start method for the whole process, and connecting may block for good; therefore
+nothing else does it. Traps this module knows, each with a test:
+
+- ``power["tot"]`` is VDD_IN only if its name says so. When VDD_IN cannot be read it silently becomes the sum of the
+  others.
+- ``avg`` is an exponential mean; only ``power`` is read.
+- The client hands out the same data again when there is nothing new. ``uptime`` is stamped by the service; equal
+  stamps are one reading.
+- The client hands out what the service measured for somebody else minutes ago, if nobody has fetched it since.
+- ``ok()`` with waiting ends the client after three intervals of silence. It is asked without waiting; silence is
+  noticed here.
+- Who connects first sets the interval for everybody.
+
+Source: https://rnext.it/jetson_stats/reference/jtop.html, jetson-stats 7.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cdkd_edge.board.power.ina3221 import COVERS, MOST_WATTS, TOTAL
+from cdkd_edge.board.power.protocol import (
+    MODULE,
+    UNROUND,
+    WATTS,
+    LostSourceError,
+    Sample,
+    SourceInfo,
+    UnusableSourceError,
+)
+
+ATTEMPTS = 3
+"""To connect: a service that is slow to make its first measurement refuses with 'Error connection'."""
+MIN_INTERVAL = 0.02
+"""Seconds; the service breaks at 0.01 s and below."""
+LONGEST_DELAY = 2.0
+"""Seconds from stamp to arrival, at best; longer is another clock."""
+STAMP = 0.01
+"""Seconds; resolution of /proc/uptime, which is cut off, not rounded."""
+
+
+class JtopStream:
+    """Samples as the service makes them."""
+
+    def __init__(self, interval: float = 0.1, first_reading: float = 5.0) -> None:
+        """Connect and wait for a first usable sample.
+
+        Args:
+            interval: seconds between measurements; the service is asked for ``UNROUND`` of them.
+            first_reading: seconds to wait for a usable one.
+
+        Raises:
+            UnusableSourceError: there is none; it says why.
+        """
+        if interval < MIN_INTERVAL:
+            raise UnusableSourceError(f"jtop: an interval of {interval:g} s; its service breaks below {MIN_INTERVAL} s")
+        try:
+            from jtop import JtopException, jtop
+        except ImportError:
+            raise UnusableSourceError(
+                "jtop: jetson-stats is not installed in this Python",
+                "sudo pip3 install jetson-stats (from JetPack 7 on with --break-system-packages); a virtual environment"
+                " needs --system-site-packages or its own",
+            ) from None
+        self._failure = JtopException
+        self._arrived: queue.SimpleQueue[tuple[float, float, Any]] = queue.SimpleQueue()
+        self._clock = StampClock()
+        self._last_stamp = -math.inf
+        self._began = time.monotonic()
+        self._first: Sample | None = None
+        self._client = self._connect(jtop, interval * UNROUND)
+        first = self._first_sample(max(first_reading, 5 * self._client.interval))
+        self._first = first
+        own = float(self._client.interval)
+        notes: tuple[str, ...] = ()
+        if own > interval * 1.5:
+            notes = (f"another jtop client has set the interval to {own:g} s; close it for {interval:g} s",)
+        self.info = SourceInfo(
+            name="jtop",
+            scope=MODULE,
+            covers=COVERS,
+            quantity=WATTS,
+            rails=tuple(first.values),
+            total=TOTAL,
+            interval=interval,
+            source_interval=own if own > 0 else None,
+            notes=notes,
+        )
+
+    def next(self, timeout: float) -> Sample | str | None:
+        """The next sample, or what was wrong with it, or None after ``timeout`` seconds without news.
+
+        Raises:
+            LostSourceError: the connection broke.
+        """
+        if self._first is not None:
+            kept, self._first = self._first, None
+            return kept
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                received, uptime, power = self._arrived.get(timeout=max(0.0, min(0.2, deadline - time.monotonic())))
+            except queue.Empty:
+                self._check()
+                if time.monotonic() >= deadline:
+                    return None
+                continue
+            if uptime == self._last_stamp:  # the same data again
+                if time.monotonic() >= deadline:
+                    return None
+                continue
+            first, self._last_stamp = self._last_stamp == -math.inf, uptime
+            if first and self._clock.stamped(uptime) < self._began:  # left over from an earlier client
+                continue
+            moment, uncertainty = self._clock.moment(uptime, received)
+            values = rails_of(power)
+            return values if isinstance(values, str) else Sample(moment, uncertainty, values)
+
+    def close(self) -> None:
+        """Leave the service."""
+        with contextlib.suppress(Exception):
+            self._client.close()
+
+    def _connect(self, jtop: Callable[..., Any], interval: float) -> Any:
+        for attempt in range(ATTEMPTS):
+            client = jtop(interval=interval)
+            client.attach(self._observe)
+            try:
+                client.start()
+                return client
+            except (self._failure, OSError, EOFError) as error:
+                if "Error connection" in str(error) and attempt + 1 < ATTEMPTS:
+                    continue
+                raise _refusal(error) from None
+        raise AssertionError
+
+    def _observe(self, client: Any) -> None:
+        """Called by the client's thread whenever it has fetched data."""
+        self._arrived.put((time.monotonic(), client.uptime.total_seconds(), client.power))
+
+    def _first_sample(self, patience: float) -> Sample:
+        deadline = time.monotonic() + patience
+        wrong = "no measurement arrived"
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                answer = self.next(left)
+            except LostSourceError as error:
+                raise UnusableSourceError(f"jtop: {error}") from None
+            if isinstance(answer, Sample):
+                return answer
+            wrong = answer or wrong
+        self.close()
+        raise UnusableSourceError(f"jtop: {wrong}")
+
+    def _check(self) -> None:
+        try:
+            going_on = self._client.ok(spin=True)
+        except Exception as error:  # whatever ended the client's thread: BrokenPipeError, EOFError, KeyError ...
+            raise LostSourceError(f"the jtop service stopped ({type(error).__name__}: {_line(error)})") from None
+        if not going_on:
+            raise LostSourceError("jtop's client ended")
+
+
+def rails_of(power: Any) -> dict[str, float] | str:
+    """Watts per rail of ``jtop.power``, or why it is not a reading of the module.
+
+    ``{}`` means that the service found no sensor. VDD_IN is only in ``tot``, and ``tot`` is only VDD_IN if it says so.
+    """
+    if not power:
+        return "the service finds no power sensor"
+    total = power.get("tot") or {}
+    if total.get("name") != TOTAL:
+        return f"the total is {total.get('name') or 'a sum of other rails'}, not {TOTAL}"
+    values = {}
+    for rail, reading in [(TOTAL, total), *power.get("rail", {}).items()]:
+        milliwatts = reading.get("power")
+        possible = isinstance(milliwatts, (int, float)) and abs(milliwatts) <= MOST_WATTS * 1000  # nan is not
+        if possible and reading.get("online", True):
+            values[rail] = milliwatts / 1000
+    return values if TOTAL in values else f"{TOTAL} has no value"
+
+
+class StampClock:
+    """When a reading was taken: after the service's stamp and before it arrived.
+
+    The service stamps ``/proc/uptime`` before it measures, so that stamp and arrival enclose the reading. Arrivals are
+    delayed by whatever else the processor does, stamps are not: the shortest delay seen so far is taken for every
+    reading.
+    """
+
+    def __init__(self, offset: Callable[[], float] | None = None) -> None:
+        """``offset`` gives CLOCK_MONOTONIC minus uptime, for tests."""
+        self._offset = offset or _monotonic_minus_uptime
+        self._delay = math.inf
+        self._shortest = math.inf
+
+    def moment(self, uptime: float, received: float) -> tuple[float, float]:
+        """Best estimate and uncertainty, seconds on CLOCK_MONOTONIC.
+
+        Args:
+            uptime: the service's stamp.
+            received: moment of arrival on CLOCK_MONOTONIC.
+        """
+        stamped = self.stamped(uptime)
+        self._shortest = min(self._shortest, received - uptime)
+        self._delay = min(self._delay, received - stamped)
+        if not -2 * STAMP <= self._delay <= LONGEST_DELAY:
+            # An uptime that is not this system's (a container with its own): only differences mean anything.
+            return uptime + self._shortest, 0.1
+        delay = max(0.0, self._delay)
+        return stamped + delay / 2, delay / 2 + STAMP / 2
+
+    def stamped(self, uptime: float) -> float:
+        """An uptime on CLOCK_MONOTONIC."""
+        return uptime + STAMP / 2 + self._offset()
+
+
+def _monotonic_minus_uptime() -> float:
+    return time.clock_gettime(time.CLOCK_MONOTONIC) - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _refusal(error: BaseException) -> UnusableSourceError:
+    text = _line(error)
+    if "not active" in text:
+        if not _group_exists():
+            return UnusableSourceError(
+                "jtop: the service is not active; the group jtop does not exist",
+                "sudo groupadd jtop, sudo usermod -aG jtop $USER, log in again, sudo systemctl restart jtop",
+            )
+        return UnusableSourceError("jtop: the service is not active", "sudo systemctl restart jtop")
+    if "can't access" in text or isinstance(error, PermissionError):
+        return UnusableSourceError(
+            "jtop: this user may not talk to the service (group jtop)", "sudo usermod -aG jtop $USER, then log in again"
+        )
+    if "ismatch" in text:
+        return UnusableSourceError(f"jtop: {text}", "install the same jetson-stats for the service and for this Python")
+    return UnusableSourceError(f"jtop: {text or type(error).__name__}", "sudo systemctl restart jtop")
+
+
+def _group_exists() -> bool:
+    import grp
+
+    try:
+        grp.getgrnam("jtop")
+    except KeyError:
+        return False
+    return True
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

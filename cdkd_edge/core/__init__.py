@@ -1,0 +1,1 @@
+"""What every room needs: errors, files, labels, manifests, the workspace, this machine."""

@@ -1,0 +1,369 @@
+"""Label schemas: the classes of a land-cover map, their colours, and how masks encode them.
+
+A *label* is the index of a class in its schema, 0 .. K-1; 255 is "no label" everywhere (ignored in
+masks, no data in label maps). A *mask* is what a dataset ships: RGB colours or index values, which a
+schema translates to labels.
+
+Built-in schemas: ``deepglobe`` (Demir et al., CVPRW 2018), ``loveda`` (Wang et al., NeurIPS D&B 2021)
+and ``dubai`` (MBRSC / Humans in the Loop, CC0). A user's own is a TOML file::
+
+    name = "my-city"
+    ignore_colors = [[0, 0, 0]]
+    ignore_values = [0]
+
+    [[classes]]
+    name = "building"
+    color = [60, 16, 152]     # RGB, 0..255
+    value = 1                 # pixel value in index masks; default: the class's position
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdkd_edge.core.errors import SchemaError, printable
+from cdkd_edge.core.files import read_toml
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+NO_LABEL = 255
+"""Label of pixels that have none; also the nodata value of every label map."""
+
+MAX_CLASSES = NO_LABEL
+"""Labels are uint8 and 255 is taken."""
+MAX_NAME = 200
+"""Characters of a name: names stand in tables, legends and pictures."""
+
+RGB = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class LandCoverClass:
+    """One class: ``name``, display ``color`` (RGB, 0..255) and its ``value`` in index masks."""
+
+    name: str
+    color: RGB
+    value: int
+
+
+@dataclass(frozen=True)
+class LabelSchema:
+    """An ordered set of classes and the mask colours and values that mean "no label"."""
+
+    name: str
+    classes: tuple[LandCoverClass, ...]
+    ignore_colors: tuple[RGB, ...] = ()
+    ignore_values: tuple[int, ...] = ()
+    binarize_colors: bool = False
+    """Threshold each mask channel at 128 first (DeepGlobe's masks are not exactly 0 or 255)."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.classes) <= MAX_CLASSES:
+            raise SchemaError(f"schema {self.name!r} has {len(self.classes)} classes; 1 to {MAX_CLASSES} are possible")
+        _require_unique(self.name, "class name", [c.name for c in self.classes])
+        _require_unique(self.name, "mask value", [*(c.value for c in self.classes), *self.ignore_values])
+        _require_unique(self.name, "color", [*(c.color for c in self.classes), *self.ignore_colors])
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names in label order."""
+        return tuple(c.name for c in self.classes)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether its classes have no names of their own (:func:`numbered_schema`)."""
+        return nameless(self.class_names)
+
+    def to_document(self) -> dict[str, Any]:
+        """The schema as plain data, the inverse of :func:`schema_from_document`."""
+        return {
+            "name": self.name,
+            "classes": [{"name": c.name, "color": list(c.color), "value": c.value} for c in self.classes],
+            "ignore_colors": [list(color) for color in self.ignore_colors],
+            "ignore_values": list(self.ignore_values),
+            "binarize_colors": self.binarize_colors,
+        }
+
+    def palette(self) -> npt.NDArray[np.uint8]:
+        """Colours by label, uint8 ``[256, 3]``; labels without a class are black."""
+        import numpy as np
+
+        table = np.zeros((256, 3), np.uint8)
+        for label, cls in enumerate(self.classes):
+            table[label] = cls.color
+        return table
+
+    def encode(
+        self, mask: npt.NDArray[np.uint8], source: str = "mask", *, strict: bool = True
+    ) -> npt.NDArray[np.uint8]:
+        """Translate a dataset's mask to labels.
+
+        Args:
+            mask: uint8, ``[H, W, 3]`` RGB colours or ``[H, W]`` index values.
+            source: what to call the mask in an error message.
+            strict: False: what the schema does not know has no label.
+
+        Returns:
+            uint8 ``[H, W]`` labels; 255 where the schema says "ignore".
+
+        Raises:
+            SchemaError: the mask holds a colour or value that the schema does not know, or has
+                another type or shape.
+        """
+        import numpy as np
+
+        if mask.dtype != np.uint8:
+            raise SchemaError(f"{source} is {mask.dtype}; expected uint8")
+        if mask.ndim == 2:
+            lookup = np.full(256, -1, np.int16)
+            for label, cls in enumerate(self.classes):
+                lookup[cls.value] = label
+            lookup[[*self.ignore_values]] = NO_LABEL
+            labels = lookup[mask]
+            if strict and (labels < 0).any():
+                wrong = labels < 0
+                known = sorted([*(cls.value for cls in self.classes), *self.ignore_values])
+                raise SchemaError(
+                    f"{source} holds the value {int(mask[wrong][0])}, which schema {self.name!r} does not define "
+                    f"({np.count_nonzero(wrong)} of {wrong.size} are not of the schema)",
+                    hint=f"it defines {', '.join(map(str, known))}",
+                )
+            return labels.astype(np.uint8)  # -1 becomes 255
+        if mask.ndim != 3 or mask.shape[2] != 3:
+            raise SchemaError(f"{source} has shape {mask.shape}; expected [H, W] or [H, W, 3]")
+        if self.binarize_colors:
+            mask = np.where(mask >= 128, 255, 0).astype(np.uint8)
+        codes = mask[..., 0].astype(np.int32) << 16 | mask[..., 1].astype(np.int32) << 8 | mask[..., 2]
+        labels = np.full(codes.shape, -1, np.int16)
+        for label, cls in enumerate(self.classes):
+            labels[codes == _code(cls.color)] = label
+        for color in self.ignore_colors:
+            labels[codes == _code(color)] = NO_LABEL
+        if strict and (labels < 0).any():
+            wrong = labels < 0
+            red, green, blue = (int(v) for v in mask[wrong][0])
+            known_colors = ", ".join(str(c) for c in (*(cls.color for cls in self.classes), *self.ignore_colors))
+            raise SchemaError(
+                f"{source} holds the color ({red}, {green}, {blue}), which schema {self.name!r} does not define "
+                f"({np.count_nonzero(wrong)} of {wrong.size} are not of the schema)",
+                hint=f"it defines {known_colors}; a mask must be stored without loss, not as JPEG",
+            )
+        return labels.astype(np.uint8)
+
+
+NAME_THEM = "the classes have no names; export --schema gives them (deepglobe, loveda, dubai, or a .toml file)"
+
+
+def nameless(names: Sequence[str]) -> bool:
+    """Whether class names are mere numbers (:func:`numbered_schema`)."""
+    return list(names) == [f"class_{index}" for index in range(len(names))]
+
+
+def load_schema(name_or_path: str | Path) -> LabelSchema:
+    """A built-in schema by name, or a user's schema from a ``.toml`` file.
+
+    Raises:
+        SchemaError: unknown name, unreadable file, or a file that does not describe a schema.
+    """
+    name = str(name_or_path)
+    if name in BUILTIN_SCHEMAS:
+        return BUILTIN_SCHEMAS[name]
+    if not name.endswith(".toml"):
+        raise SchemaError(
+            f"unknown label schema {name!r}",
+            hint=f"use one of {', '.join(BUILTIN_SCHEMAS)}, or the path of a .toml file",
+        )
+    try:
+        document = read_toml(Path(name))
+    except FileNotFoundError:
+        raise SchemaError(f"label schema {name} does not exist") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SchemaError(f"label schema {name} cannot be read: {reason}") from None
+    return schema_from_document(document, source=name)
+
+
+def schema_of_lists(name: str, class_names: object, colors: object, count: int) -> LabelSchema:
+    """A schema of ``count`` classes from a list of names and one of RGB colours; no colours: numbered ones.
+
+    Raises:
+        SchemaError: these are no such lists, or of another length, or not unique.
+    """
+    if colors is None:
+        colors = [cls.color for cls in numbered_schema(count).classes]
+    for what, part in (("class names", class_names), ("colours", colors)):
+        if not isinstance(part, (list, tuple)) or len(part) != count:
+            found = f"{len(part)} {what}" if isinstance(part, (list, tuple)) else f"no list of {what}"
+            raise SchemaError(f"{found} for {count} classes")
+    classes = []
+    for one, color in zip(class_names, colors, strict=True):  # type: ignore[call-overload]
+        classes.append({"name": one, "color": list(color) if isinstance(color, tuple) else color})
+    return schema_from_document({"name": name, "classes": classes}, source=name)
+
+
+def numbered_schema(count: int) -> LabelSchema:
+    """Classes ``class_0 .. class_{count-1}`` in well-separated colours, for checkpoints without names."""
+    import colorsys
+
+    classes = []
+    for index in range(count):
+        # The golden ratio keeps hues apart for any count; three brightness steps tell neighbours apart.
+        channels = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, 0.65, 0.95 - 0.2 * (index % 3))
+        red, green, blue = (round(255 * channel) for channel in channels)
+        classes.append(LandCoverClass(f"class_{index}", (red, green, blue), index))
+    return LabelSchema(f"numbered-{count}", tuple(classes))
+
+
+_SCHEMA_KEYS = {"name", "classes", "ignore_colors", "ignore_values", "binarize_colors"}
+_CLASS_KEYS = {"name", "color", "value"}
+
+
+def schema_from_document(document: dict[str, Any], source: str) -> LabelSchema:
+    """A schema from parsed TOML or JSON, strictly checked.
+
+    Raises:
+        SchemaError: with ``source`` and the place that is wrong.
+    """
+    if unknown := sorted(map(str, set(document) - _SCHEMA_KEYS)):
+        raise SchemaError(f"{source}: unknown key {unknown[0]!r} (known: {', '.join(sorted(_SCHEMA_KEYS))})")
+    tables = document.get("classes")
+    if not isinstance(tables, list) or not tables:
+        raise SchemaError(f"{source}: needs at least one [[classes]] table")
+    if len(tables) > MAX_CLASSES:
+        raise SchemaError(f"{source}: has {len(tables)} classes; 1 to {MAX_CLASSES} are possible")
+    classes = []
+    for position, table in enumerate(tables):
+        where = f"{source}: class {position}"
+        if not isinstance(table, dict) or set(table) - _CLASS_KEYS:
+            raise SchemaError(f"{where}: takes the keys {', '.join(sorted(_CLASS_KEYS))}")
+        name = table.get("name")
+        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+            raise SchemaError(f"{where}: needs a printable name of at most {MAX_NAME} characters")
+        classes.append(
+            LandCoverClass(name, _color(table.get("color"), where), _value(table.get("value", position), where))
+        )
+    binarize = document.get("binarize_colors", False)
+    if not isinstance(binarize, bool):
+        raise SchemaError(f"{source}: binarize_colors is true or false")
+    name = document.get("name", Path(source).stem)
+    if not isinstance(name, str) or not ("name" not in document or (name.isprintable() and len(name) <= MAX_NAME)):
+        raise SchemaError(f"{source}: name is a string of at most {MAX_NAME} printable characters")
+    return LabelSchema(
+        name,
+        tuple(classes),
+        tuple(_color(c, f"{source}: ignore_colors") for c in _list(document, "ignore_colors", source)),
+        tuple(_value(v, f"{source}: ignore_values") for v in _list(document, "ignore_values", source)),
+        binarize,
+    )
+
+
+def _list(document: dict[str, Any], key: str, source: str) -> list[Any]:
+    value = document.get(key, [])
+    if not isinstance(value, list):
+        raise SchemaError(f"{source}: {key} is a list")
+    return value
+
+
+def _color(value: object, where: str) -> RGB:
+    if isinstance(value, list) and len(value) == 3 and all(_is_byte(v) for v in value):
+        return (value[0], value[1], value[2])
+    raise SchemaError(f"{where}: a color is three integers 0..255, not {_shown(value)}")
+
+
+def _value(value: object, where: str) -> int:
+    if isinstance(value, int) and _is_byte(value):
+        return value
+    raise SchemaError(f"{where}: a mask value is an integer 0..255, not {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """A value that may hold anything: lists that hold one another by reference are endless as text."""
+    try:
+        return printable(reprlib.repr(value), 60)
+    except ValueError:  # Python shows no integer of more than 4300 digits
+        return "that number"
+
+
+def _is_byte(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+
+
+def _code(color: RGB) -> int:
+    return color[0] << 16 | color[1] << 8 | color[2]
+
+
+def _require_unique(schema: str, what: str, values: Iterable[object]) -> None:
+    seen: set[object] = set()
+    for value in values:
+        if value in seen:
+            raise SchemaError(f"schema {schema!r} uses the {what} {value!r} twice")
+        seen.add(value)
+
+
+def _builtin(
+    name: str,
+    classes: list[tuple[str, RGB]],
+    *,
+    first_value: int = 0,
+    ignore_colors: tuple[RGB, ...] = (),
+    ignore_values: tuple[int, ...] = (),
+    binarize_colors: bool = False,
+) -> LabelSchema:
+    members = tuple(LandCoverClass(n, color, first_value + i) for i, (n, color) in enumerate(classes))
+    return LabelSchema(name, members, ignore_colors, ignore_values, binarize_colors)
+
+
+BUILTIN_SCHEMAS: dict[str, LabelSchema] = {
+    schema.name: schema
+    for schema in (
+        _builtin(
+            "deepglobe",
+            [
+                ("urban", (0, 255, 255)),
+                ("agriculture", (255, 255, 0)),
+                ("rangeland", (255, 0, 255)),
+                ("forest", (0, 255, 0)),
+                ("water", (0, 0, 255)),
+                ("barren", (255, 255, 255)),
+            ],
+            ignore_colors=((0, 0, 0),),
+            ignore_values=(NO_LABEL,),
+            binarize_colors=True,
+        ),
+        _builtin(
+            "loveda",
+            [
+                ("background", (255, 255, 255)),
+                ("building", (255, 0, 0)),
+                ("road", (255, 255, 0)),
+                ("water", (0, 0, 255)),
+                ("barren", (159, 129, 183)),
+                ("forest", (0, 255, 0)),
+                ("agriculture", (255, 195, 128)),
+            ],
+            first_value=1,
+            ignore_values=(0,),
+        ),
+        _builtin(
+            "dubai",
+            [
+                ("building", (60, 16, 152)),
+                ("land", (132, 41, 246)),
+                ("road", (110, 193, 228)),
+                ("vegetation", (254, 221, 58)),
+                ("water", (226, 169, 41)),
+            ],
+            ignore_colors=((155, 155, 155), (0, 0, 0)),
+            ignore_values=(NO_LABEL,),
+        ),
+    )
+}

@@ -1,0 +1,382 @@
+"""Manifests: the JSON sidecar that travels with every graph and engine.
+
+``ckpt.onnx`` has ``ckpt.json`` beside it. A manifest says what the file was made from, what it expects
+and what was measured about it, and carries the file's SHA-256: a file that was swapped or damaged is
+found before anything runs it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from cdkd_edge import __version__
+from cdkd_edge.core.errors import ManifestError, SchemaError
+from cdkd_edge.core.files import read_json, sha256_of, write_text
+from cdkd_edge.core.labels import LabelSchema, schema_from_document
+from cdkd_edge.core.output_kinds import LABELS, OUTPUT_KINDS, output_shapes
+
+MANIFEST_VERSION = 1
+PRECISIONS = ("fp32", "fp16", "int8")
+MAX_PIXEL_BYTES = 1 << 31
+"""Of a batch of tiles: two tiles of 16,384 px, or 600 of 1024 px."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file by name and content."""
+
+    file: str
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path, name: str | None = None) -> FileRecord:
+        """Record ``path``, under another ``name`` if it is about to be renamed."""
+        return cls(name or path.name, sha256_of(path), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to a uint8 RGB tile inside the graph before the first layer."""
+
+    channels: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class GraphCheck:
+    """Graph against network, measured when the graph was made."""
+
+    tiles: int
+    max_logit_error: float
+    label_agreement: float
+    """Share of pixels with the same label, 0..1."""
+    network_runtime: str
+    graph_runtime: str
+
+
+@dataclass(frozen=True)
+class ConversionCheck:
+    """A graph of lower precision against the FP32 graph it was made from, in ONNX Runtime on the CPU."""
+
+    tiles: int
+    imagery: str
+    """What the tiles were: ``drawn``, or the name of a calibration set."""
+    label_agreement: float
+    """Share of pixels with the same label, 0..1."""
+    finite: bool
+    """Whether every value is finite in FP16, also on tiles that are all 0, all 255, a checkerboard and noise."""
+    runtime: str
+    max_logit_error: float | None = None
+    """Largest difference of a logit; None where the share of labels alone was judged."""
+    logit_tolerance: float | None = None
+    """What rounding explains of it. Labels that differ are ties: FP32's best scores are nearer than twice this."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why no FP16 graph was made of an FP32 graph."""
+
+    reason: str
+    out_of_range: bool
+    """A value is too large for FP16, which no other imagery and no INT8 layer changes."""
+    tool: str = f"cdkd-edge {__version__}"
+    """Whose judgement it is; another release may judge otherwise."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether this release would find the same."""
+        return self.tool == f"cdkd-edge {__version__}"
+
+
+@dataclass(frozen=True)
+class GraphManifest:
+    """Beside an ONNX graph."""
+
+    kind: ClassVar[str] = "graph"
+
+    name: str
+    precision: str
+    artefact: FileRecord
+    checkpoint: FileRecord
+    layout: str
+    labels: dict[str, Any]
+    """The label schema, as :meth:`cdkd_edge.core.labels.LabelSchema.to_document` writes it."""
+    preprocessing: Preprocessing
+    tile: int
+    batch: int
+    opset: int
+    network: dict[str, Any]
+    nodes: int
+    check: GraphCheck
+    libraries: dict[str, str]
+    training: dict[str, Any] = field(default_factory=dict)
+    parent: FileRecord | None = None
+    """The graph this one was made from: of lower precision from FP32, with more outputs from labels alone."""
+    conversion: ConversionCheck | None = None
+    """That graph against its parent."""
+    quantization: dict[str, Any] = field(default_factory=dict)
+    """How an INT8 graph got its scales, and which layers are INT8."""
+    fp16_refused: Refusal | None = None
+    """Of an FP32 graph: why `export` or `build` made no FP16 graph of it, so that nobody has to find out again."""
+    output: str = LABELS
+    """What it gives: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`."""
+    created: str = field(default_factory=lambda: _now())
+    tool: str = f"cdkd-edge {__version__}"
+    manifest_version: int = MANIFEST_VERSION
+
+    @property
+    def schema(self) -> LabelSchema:
+        """The label schema of the graph's output."""
+        return schema_from_document(self.labels, source=f"the manifest of {self.artefact.file}")
+
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the uint8 outputs by name, the labels first."""
+        return output_shapes(self.output, self.batch, self.tile, len(self.schema))
+
+
+@dataclass(frozen=True)
+class EngineTensor:
+    """An input or output of a compiled engine."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorRTBuild:
+    """What TensorRT was, where it built, and what came out; an engine runs only where this fits."""
+
+    version: str
+    gpu: str | None
+    """Name of the GPU it was built on; None if it was compiled for ``targets`` without one."""
+    compute_capability: str | None
+    """Of that GPU, e.g. ``8.7``."""
+    targets: tuple[str, ...]
+    """Compute capabilities it was compiled for on request, e.g. ``8.6``; empty: the GPU it was built on."""
+    cuda: str | None
+    """CUDA version of the driver."""
+    l4t: str | None
+    strongly_typed: bool
+    flags: tuple[str, ...]
+    """Builder flags that were set, TensorRT's own defaults included."""
+    workspace_bytes: int | None
+    """Limit of the builder's workspace; None: TensorRT's own."""
+    optimization_level: int
+    timing_cache: bool
+    tensors: tuple[EngineTensor, ...]
+    scratch_bytes: int | None
+    """Largest scratch memory of a layer; None where the compiler did not say."""
+    weights_bytes: int | None
+    layers: int
+    """Layers of the compiled engine; 0 where the compiler did not list them."""
+    traffic_bytes: int
+    """Bytes of all inputs and outputs of all layers, constants left out."""
+    layer_precisions: dict[str, int]
+    """Layers by precision, as :attr:`cdkd_edge.engines.tensorrt.layers.Layer.precision` tells them apart."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineManifest:
+    """Beside an engine."""
+
+    kind: ClassVar[str] = "engine"
+
+    name: str
+    runtime: str
+    """``onnxruntime-cpu``, ``tensorrt`` or ``tensorrt-rtx``."""
+    precision: str
+    artefact: FileRecord
+    graph: FileRecord
+    labels: dict[str, Any]
+    preprocessing: Preprocessing
+    tile: int
+    batch: int
+    device: str
+    attention_blocks: int
+    attention_fused: int
+    build_seconds: float
+    graph_check: GraphCheck
+    libraries: dict[str, str]
+    training: dict[str, Any] = field(default_factory=dict)
+    tensorrt: TensorRTBuild | None = None
+    """Of engines that TensorRT built."""
+    output: str = LABELS
+    """What it gives: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`."""
+    created: str = field(default_factory=lambda: _now())
+    tool: str = f"cdkd-edge {__version__}"
+    manifest_version: int = MANIFEST_VERSION
+
+    @property
+    def schema(self) -> LabelSchema:
+        """The label schema of the engine's output."""
+        return schema_from_document(self.labels, source=f"the manifest of {self.artefact.file}")
+
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the uint8 outputs by name, the labels first."""
+        return output_shapes(self.output, self.batch, self.tile, len(self.schema))
+
+
+AnyManifest = TypeVar("AnyManifest", GraphManifest, EngineManifest)
+
+
+def manifest_path(artefact: Path) -> Path:
+    """Where the manifest of a file lies."""
+    return artefact.with_suffix(".json") if artefact.name else artefact / ".json"  # "." has no name
+
+
+def kind_of(artefact: Path) -> str | None:
+    """``graph`` or ``engine`` by the manifest beside a file; None where there is none that can be read."""
+    kind = _glance(artefact).get("kind")
+    return kind if kind in (GraphManifest.kind, EngineManifest.kind) else None
+
+
+def _is_named(path: Path) -> bool:
+    """Whether a graph or an engine may have this name."""
+    return path.suffix in (".onnx", ".engine")
+
+
+def precision_of(artefact: Path) -> str | None:
+    """``fp32``, ``fp16`` or ``int8`` by the manifest beside a file; None where it does not say."""
+    precision = _glance(artefact).get("precision")
+    return precision if isinstance(precision, str) else None
+
+
+def output_of(artefact: Path) -> str:
+    """The kind of output by the manifest beside a file; labels where it does not say."""
+    output = _glance(artefact).get("output")
+    return output if output in OUTPUT_KINDS else LABELS
+
+
+def fp16_refusal(artefact: Path) -> str | None:
+    """Why there is no FP16 graph of a graph, by the manifest beside it; None where it does not say."""
+    refusal = _glance(artefact).get("fp16_refused")
+    reason = refusal.get("reason") if isinstance(refusal, dict) else None
+    return reason if isinstance(reason, str) else None
+
+
+def _glance(artefact: Path) -> dict[str, Any]:
+    """What stands in the manifest's place, unchecked; empty where it is no JSON object."""
+    try:
+        document = read_json(manifest_path(artefact))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def require_replaceable(artefact: Path) -> None:
+    """Make sure that writing ``artefact`` and its manifest replaces nothing but an earlier pair.
+
+    Raises:
+        ManifestError: the file has no manifest, or the ``.json`` in the manifest's place is something else.
+    """
+    sidecar = manifest_path(artefact)
+    if not artefact.exists() and not sidecar.exists():
+        return
+    if kind_of(artefact) is None:
+        raise ManifestError(
+            f"{artefact if artefact.exists() else sidecar} exists and is not cdkd-edge's to replace",
+            hint="choose another --output, or move it away",
+        )
+
+
+def write_manifest(artefact: Path, manifest: GraphManifest | EngineManifest) -> None:
+    """Write the sidecar of ``artefact`` (atomically)."""
+    import msgspec
+
+    document = {"kind": manifest.kind, **msgspec.to_builtins(manifest)}
+    write_text(manifest_path(artefact), msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
+
+
+def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = True) -> AnyManifest:
+    """Read and check the sidecar of ``artefact``.
+
+    Args:
+        artefact: the graph or engine.
+        kind: the manifest class that is expected.
+        verify: also compare the file's SHA-256 with the manifest's.
+
+    Raises:
+        ManifestError: there is none, it is damaged, of another kind or version, or not about this file.
+    """
+    import msgspec
+
+    path = manifest_path(artefact)
+    if not artefact.is_file():
+        there = sorted(str(found) for found in artefact.glob("*.*") if kind_of(found) == kind.kind and _is_named(found))
+        raise ManifestError(
+            f"{kind.kind} {artefact} " + ("is a folder, not a file" if artefact.is_dir() else "does not exist"),
+            hint=f"name one of {', '.join(there[:4])}" if there else None,
+        )
+    try:
+        document = read_json(path)
+    except FileNotFoundError:
+        if not _is_named(artefact):
+            raise ManifestError(
+                f"{artefact} is no {kind.kind}: its name ends neither in .onnx nor in .engine",
+                hint="`cdkd-edge export` makes a graph of a checkpoint, `cdkd-edge build` an engine of a graph",
+            ) from None
+        raise ManifestError(
+            f"{artefact} has no manifest ({path.name}) beside it",
+            hint="copy both files together, or make them again with `cdkd-edge export` and `cdkd-edge build`",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"manifest {path} cannot be read: {error}") from None
+    found = document.pop("kind", None) if isinstance(document, dict) else None
+    if found != kind.kind:
+        if found == GraphManifest.kind:
+            raise ManifestError(
+                f"{artefact} is a graph, not an engine",
+                hint=f"name the engine that was built of it, or make one: cdkd-edge build {shlex.quote(str(artefact))}",
+            )
+        if found == EngineManifest.kind:
+            raise ManifestError(f"{artefact} is an engine, not a graph", hint="name the graph that it was built of")
+        raise ManifestError(f"{path} is not the manifest of a cdkd-edge {kind.kind}")
+    if document.get("manifest_version") != MANIFEST_VERSION:
+        raise ManifestError(
+            f"{path} has manifest version {document.get('manifest_version')}; this release reads {MANIFEST_VERSION}"
+        )
+    try:
+        manifest = msgspec.convert(document, kind)
+        schema_from_document(manifest.labels, source=str(path))
+    except (msgspec.ValidationError, SchemaError) as error:
+        raise ManifestError(f"manifest {path} is damaged: {error}") from None
+    if manifest.output not in OUTPUT_KINDS:
+        raise ManifestError(f"{path} is of a {kind.kind} that gives {manifest.output!r}, unknown to this release")
+    if manifest.precision not in PRECISIONS:
+        raise ManifestError(f"{path} is of a {kind.kind} in {manifest.precision!r}, unknown to this release")
+    if manifest.tile < 1 or manifest.batch < 1 or 3 * manifest.batch * manifest.tile**2 > MAX_PIXEL_BYTES:
+        raise ManifestError(f"manifest {path} is damaged: {manifest.batch} tiles of {manifest.tile} px")
+    if verify and sha256_of(artefact) != manifest.artefact.sha256:
+        raise ManifestError(
+            f"{artefact} is not the file its manifest describes (SHA-256 differs)",
+            hint="the file or the manifest was replaced or damaged; make it again",
+        )
+    return manifest
+
+
+def library_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of the packages that took part, and of Python."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

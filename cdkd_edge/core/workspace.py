@@ -1,0 +1,151 @@
+"""The workspace: three folders in which each command finds what the one before left.
+
+``export/`` holds graphs, ``engines/`` engines, ``benchmarks/`` one folder per run. A command that is
+not told what to work on takes the only candidate; with none or several it lists them and the command
+to type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdkd_edge.core.errors import WorkspaceError
+from cdkd_edge.core.files import being_made
+from cdkd_edge.core.manifest import fp16_refusal, manifest_path, output_of, precision_of
+from cdkd_edge.core.output_kinds import LABELS, provides
+
+ENGINE_SUFFIXES = (".onnx", ".engine")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A directory with the three stage folders, made on first use."""
+
+    root: Path
+
+    @property
+    def graphs(self) -> Path:
+        """Folder of exported graphs."""
+        return self.root / "export"
+
+    @property
+    def engines(self) -> Path:
+        """Folder of engines."""
+        return self.root / "engines"
+
+    @property
+    def benchmarks(self) -> Path:
+        """Folder of benchmark runs."""
+        return self.root / "benchmarks"
+
+    def graphs_of(self, precision: str, output: str = LABELS) -> list[Path]:
+        """Exported graphs of a precision (``fp32``, ``fp16``, ``int8``), and those whose manifest does not say.
+
+        Args:
+            precision: of the graph.
+            output: what it gives; see :mod:`cdkd_edge.core.output_kinds`.
+        """
+        return [
+            path
+            for path in _artefacts(self.graphs, (".onnx",))
+            if precision_of(path) in (precision, None) and output_of(path) == output
+        ]
+
+    def only_graph(self, precision: str = "fp32", command: str | None = None, output: str = LABELS) -> Path:
+        """The one exported graph of a precision and kind of output, for ``command`` (default: to build it).
+
+        Raises:
+            WorkspaceError: there is none, or more than one.
+        """
+        what = "exported graph" if precision == "fp32" else f"{precision} graph"
+        command = command or ("cdkd-edge build" if precision == "fp32" else f"cdkd-edge build --{precision}")
+        return _only(self.graphs_of(precision, output), what, self.graphs, command, "cdkd-edge export CKPT")
+
+    def only_engine(self, command: str, output: str = LABELS, typed: str = "") -> Path:
+        """The one engine, for ``command`` (shown with each candidate if there are several).
+
+        Engines that give exactly ``output`` come first; without any, those that give more than that. So an
+        engine with confidence beside the plain one makes nothing ambiguous.
+
+        Args:
+            command: what to type before an engine's name.
+            output: what it must give; see :mod:`cdkd_edge.core.output_kinds`.
+            typed: the whole command, to go on with once there is an engine.
+
+        Raises:
+            WorkspaceError: there is none, or more than one.
+        """
+        found = [path for path in _artefacts(self.engines, ENGINE_SUFFIXES) if provides(output_of(path), output)]
+        exact = [path for path in found if output_of(path) == output]
+        what = "engine" if output == LABELS else f"engine with {output}"
+        if not found:
+            raise self._no_engine(what, output, typed)
+        return _only(exact or found, what, self.engines, command, "")
+
+    def _no_engine(self, what: str, output: str, typed: str) -> WorkspaceError:
+        """What is missing, why if that is known, and the commands that go on."""
+        has = [precision for precision in ("fp32", "fp16", "int8") if self.graphs_of(precision)]
+        precision = "" if not has or "fp32" in has else f" --{has[0]}"
+        options = precision + ("" if output == LABELS else f" --{output}")
+        commands = [*([] if has else ["cdkd-edge export CKPT"]), f"cdkd-edge build{options}", *filter(None, [typed])]
+        refused = [(path.name, reason) for path in self.graphs_of("fp32") if (reason := fp16_refusal(path))]
+        why = "".join(f"; FP16 was refused for {name}: {reason}" for name, reason in refused[:1])
+        return WorkspaceError(f"there is no {what} in {self.engines}{why}", hint=f"make one: {' && '.join(commands)}")
+
+    def new_run(self, label: str) -> Path:
+        """A folder ``benchmarks/<UTC time>-<label>`` that nobody has made or is making (and is not made here).
+
+        Unusual characters of the label become ``_``: it may come from a manifest, and must not lead elsewhere.
+        """
+        label = re.sub(r"[^\w.-]+", "_", label)
+        stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        path = self.benchmarks / f"{stamp}-{label}"
+        attempt = 1
+        while path.exists() or being_made(path):
+            attempt += 1
+            path = self.benchmarks / f"{stamp}-{label}-{attempt}"
+        return path
+
+    def hand_over(self, folder: Path) -> None:
+        """Give a run's folder to the owner of the workspace, if root made it: root is needed for clocks alone.
+
+        Otherwise a run under ``sudo`` leaves a ``benchmarks/`` that its user cannot write to. Where the system
+        refuses, it stays root's.
+        """
+        owner = self.root.stat()
+        if os.geteuid() != 0 or owner.st_uid == 0:
+            return
+        for path in (self.benchmarks, folder, *folder.iterdir()):
+            with contextlib.suppress(OSError):
+                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def _artefacts(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in suffixes
+        and not path.name.startswith(".")
+        and path.is_file()
+        and manifest_path(path).is_file()
+    )
+
+
+def _only(candidates: list[Path], what: str, folder: Path, command: str, first: str) -> Path:
+    if not candidates:
+        raise WorkspaceError(f"there is no {what} in {folder}", hint=f"make one: {first}")
+    if len(candidates) > 1:
+        names = ", ".join(path.name for path in candidates)
+        raise WorkspaceError(
+            f"there are {len(candidates)} candidates for the {what} in {folder}: {names}",
+            hint="say which: " + "  or  ".join(f"{command} {shlex.quote(str(path))}" for path in candidates[:4]),
+        )
+    return candidates[0]

@@ -1,0 +1,192 @@
+"""What is inside a graph or an engine: operators or layers, precisions, memory, fused attention."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from cdkd_edge.core.errors import EngineError, ManifestError
+from cdkd_edge.core.manifest import EngineManifest, GraphManifest, kind_of, manifest_path, read_manifest
+from cdkd_edge.engines.tensorrt.layers import EngineLayers, read_layers
+from cdkd_edge.graph.fuse import CONTRIB_DOMAIN
+from cdkd_edge.graph.read import load_graph
+
+_NAMES = {
+    TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16", TensorProto.DOUBLE: "fp64",
+    TensorProto.INT8: "int8", TensorProto.UINT8: "uint8", TensorProto.INT32: "int32", TensorProto.INT64: "int64",
+    TensorProto.BOOL: "bool",
+}  # fmt: skip
+_FLOATS = ("fp64", "fp32", "bf16", "fp16")
+_ITEM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "uint8": 1, "int32": 4, "int64": 8, "bool": 1}
+_INDEX_OPS = frozenset(("ArgMax", "ArgMin", "NonZero", "Shape", "Size"))
+_INTEGER_OPS = frozenset(("ConvInteger", "MatMulInteger"))
+
+
+@dataclass(frozen=True)
+class OnnxContents:
+    """An ONNX file: a graph, or an engine for the CPU."""
+
+    operators: Mapping[str, Mapping[str, int]]
+    """Nodes by operator and precision; the most frequent operators first. A node's precision is ``int8`` if it computes
+    on INT8 or UINT8, else the widest float it touches, else ``other``."""
+    casts: Mapping[str, int]
+    """Casts by what they convert, e.g. ``uint8 to fp16``."""
+    quantize_nodes: int
+    dequantize_nodes: int
+    parameter_bytes: Mapping[str, int]
+    """Bytes of constants by type."""
+    attention_blocks: int
+    attention_fused: int
+    """Of them, written as one operator."""
+
+    @property
+    def nodes(self) -> int:
+        """All nodes."""
+        return sum(sum(row.values()) for row in self.operators.values())
+
+    @property
+    def precisions(self) -> dict[str, int]:
+        """Nodes by precision."""
+        total: Counter[str] = Counter()
+        for row in self.operators.values():
+            total.update(row)
+        return dict(total.most_common())
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in a file."""
+
+    path: Path
+    manifest: GraphManifest | EngineManifest | None
+    contents: OnnxContents | EngineLayers | None
+    """None: an engine whose layers were not recorded."""
+    warnings: tuple[str, ...]
+
+
+def inspect_artefact(path: Path) -> Inspection:
+    """Look into a graph (``.onnx``), an engine for the CPU (``.cpu.onnx``) or for TensorRT (``.engine``). Runs nothing.
+
+    Raises:
+        ManifestError: the file does not exist, has a manifest that is not its own, or needs one and has none.
+        GraphError: it is not ONNX.
+        EngineError: it is neither ONNX nor an engine that cdkd-edge built.
+    """
+    if not path.is_file():
+        raise ManifestError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    if path.suffix not in (".onnx", ".engine"):
+        raise EngineError(
+            f"{path} is neither a graph (.onnx) nor an engine (.engine, .cpu.onnx)",
+            hint="a checkpoint is looked into with `cdkd-edge info`",
+        )
+    if path.suffix == ".engine":
+        return _inspect_engine(path, read_manifest(path, EngineManifest))
+    if not manifest_path(path).exists():
+        lone = "there is no manifest beside it: what it was made from and whether it was checked is not known"
+        return Inspection(path, None, read_onnx(path), (lone,))
+    if kind_of(path) == EngineManifest.kind:
+        return _inspect_engine(path, read_manifest(path, EngineManifest))
+    return Inspection(path, read_manifest(path, GraphManifest), read_onnx(path), ())
+
+
+def _inspect_engine(path: Path, manifest: EngineManifest) -> Inspection:
+    warnings = []
+    contents: OnnxContents | EngineLayers | None
+    if path.suffix == ".onnx":
+        contents = read_onnx(path)
+    else:
+        contents = read_layers(path, manifest.artefact.sha256)
+        if contents is None:
+            warnings.append("its layers are not recorded beside it (.layers.json); build it again to see them")
+        warnings += manifest.tensorrt.notes if manifest.tensorrt else ()
+    warnings += attention_warnings(manifest, contents if isinstance(contents, EngineLayers) else None)
+    return Inspection(path, manifest, contents, tuple(warnings))
+
+
+def attention_warnings(manifest: EngineManifest, layers: EngineLayers | None = None) -> list[str]:
+    """A sentence if any attention block of an engine is not fused; none if that is not known, which its notes say."""
+    blocks, fused = manifest.attention_blocks, manifest.attention_fused
+    if fused >= blocks or (manifest.tensorrt is not None and not manifest.tensorrt.layers):
+        return []
+    unfused = layers.unfused_attention if layers else ()
+    which = f" ({', '.join(unfused[:4])}{', ...' if len(unfused) > 4 else ''})" if 0 < len(unfused) < blocks else ""
+    advice = "; TensorRT fuses it in FP16: cdkd-edge build --fp16" if manifest.precision == "fp32" else ""
+    where = advice if manifest.tensorrt else ""
+    return [
+        f"attention is not fused in {blocks - fused} of {blocks} blocks{which}: their scores are written to memory, "
+        f"which costs time and memory{where}"
+    ]
+
+
+def read_onnx(path: Path) -> OnnxContents:
+    """Count what is in an ONNX file.
+
+    Raises:
+        GraphError: it is not one, or is empty.
+    """
+    graph = load_graph(path).graph
+    dtypes = {item.name: _NAMES.get(item.data_type, "other") for item in graph.initializer}
+    dtypes |= {item.name: _NAMES.get(item.type.tensor_type.elem_type, "other") for item in graph.input}
+    operators: dict[str, Counter[str]] = {}
+    casts: Counter[str] = Counter()
+    for node in graph.node:
+        output = _output_dtype(node, dtypes)
+        for name in node.output:
+            dtypes[name] = output
+        operators.setdefault(node.op_type, Counter())[_node_precision(node, dtypes, output)] += 1
+        if node.op_type == "Cast":
+            casts[f"{dtypes.get(next(iter(node.input), ''), 'other')} to {output}"] += 1
+    ordered = sorted(operators.items(), key=lambda item: (-sum(item[1].values()), item[0]))
+    fused = sum(
+        node.op_type in ("Attention", "MultiHeadAttention", "PackedMultiHeadAttention")
+        and node.domain in ("", CONTRIB_DOMAIN)
+        for node in graph.node
+    )
+    parameters: Counter[str] = Counter()
+    for item in graph.initializer:
+        kind = _NAMES.get(item.data_type, "other")
+        parameters[kind] += math.prod(max(0, size) for size in item.dims) * _ITEM_BYTES.get(kind, 0)
+    return OnnxContents(
+        operators={name: dict(row.most_common()) for name, row in ordered},
+        casts=dict(casts.most_common()),
+        quantize_nodes=sum(operators.get("QuantizeLinear", Counter()).values()),
+        dequantize_nodes=sum(operators.get("DequantizeLinear", Counter()).values()),
+        parameter_bytes=dict(parameters.most_common()),
+        attention_blocks=fused + sum(operators.get("Softmax", Counter()).values()),
+        attention_fused=fused,
+    )
+
+
+def _output_dtype(node: onnx.NodeProto, dtypes: Mapping[str, str]) -> str:
+    """Type of a node's outputs, by its operator's definition; where that is not known here, that of its first float."""
+    inputs = [dtypes.get(name, "other") for name in node.input]
+    attributes = {item.name: item for item in node.attribute}
+    if node.op_type == "Cast":
+        return _NAMES.get(attributes["to"].i, "other") if "to" in attributes else "other"
+    if node.op_type == "Constant":
+        value = attributes.get("value")
+        return _NAMES.get(value.t.data_type, "other") if value is not None else "fp32"
+    if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
+        return inputs[2] if len(inputs) > 2 else "uint8"
+    if node.op_type == "DequantizeLinear":
+        return inputs[1] if len(inputs) > 1 else "fp32"
+    if node.op_type in ("QLinearConv", "QLinearMatMul"):
+        return inputs[7] if len(inputs) > 7 else "other"
+    if node.op_type in _INDEX_OPS:
+        return "int64"
+    if node.op_type in _INTEGER_OPS:
+        return "int32"
+    return next((kind for kind in inputs if kind in _FLOATS), inputs[0] if inputs else "other")
+
+
+def _node_precision(node: onnx.NodeProto, dtypes: Mapping[str, str], output: str) -> str:
+    touched = {dtypes.get(name, "other") for name in node.input} | {output}
+    if node.op_type != "Cast" and touched & {"int8", "uint8"}:
+        return "int8"
+    return next((kind for kind in _FLOATS if kind in touched), "other")

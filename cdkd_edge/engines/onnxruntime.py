@@ -1,0 +1,296 @@
+"""The engine of every machine: ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from cdkd_edge.core.errors import EngineError, NumericalCheckError, SystemRefusalError
+from cdkd_edge.core.files import whole_file
+from cdkd_edge.core.labels import NO_LABEL
+from cdkd_edge.core.machine import describe_machine
+from cdkd_edge.core.manifest import (
+    EngineManifest,
+    FileRecord,
+    GraphManifest,
+    library_versions,
+    read_manifest,
+    require_replaceable,
+    write_manifest,
+)
+from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, build_options, confidence_of, missing_output
+from cdkd_edge.engines.protocol import UInt8Array
+from cdkd_edge.graph.cpu import cpu_twin
+from cdkd_edge.graph.fp16 import fp16_on_cpu
+from cdkd_edge.graph.fuse import fuse_attention
+from cdkd_edge.graph.read import read_graph
+from cdkd_edge.graph.session import session_options, signed_weights_are_exact
+from cdkd_edge.scenery import draw_scene
+
+RUNTIME = "onnxruntime-cpu"
+MIN_AGREEMENT = 0.9999
+"""Share of pixels on which engine and graph must agree; the rest is the order of additions."""
+
+MIN_INT8_AGREEMENT = 0.99
+"""The same for INT8: before a quantiser, another order of additions can move a value by a whole step."""
+
+SLOTS = 3
+"""One tile being read, one computed, one written."""
+
+
+def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
+    """Optimise a graph for ONNX Runtime's CPU kernels, check it against the graph, write it.
+
+    The file holds the optimisations that any CPU can run; those that depend on the CPU (blocked
+    convolution layouts) are applied when it is loaded.
+
+    Args:
+        graph: an exported FP32 graph with its manifest, or an INT8 graph, whose twin becomes the engine
+            (:mod:`cdkd_edge.graph.cpu`).
+        destination: final path of the engine (``.onnx``).
+
+    Raises:
+        ManifestError: the graph is not what its manifest says, or the destination is a file that no build wrote.
+        EngineError: ONNX Runtime cannot build it.
+        NumericalCheckError: the engine gives other labels than the graph (of INT8, its twin).
+    """
+    started = time.perf_counter()
+    require_replaceable(destination)
+    source = read_manifest(graph, GraphManifest)
+    if source.precision not in ("fp32", "int8"):
+        raise EngineError(
+            f"{graph} is an {source.precision} graph; a CPU runs fp32 and int8",
+            hint="build it where TensorRT is, or build the fp32 graph here",
+        )
+    model = read_graph(graph, source)
+    if source.precision == "int8":
+        model = cpu_twin(model)
+    plain = model.SerializeToString()
+    fused, blocks = fuse_attention(model)
+    serialized = model.SerializeToString()
+    del model
+    with whole_file(destination) as temporary:
+        options = session_options()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(temporary)
+        try:
+            _session(serialized, options, f"optimising {graph.name}")
+        except EngineError:
+            # ONNX Runtime does not say why it could not write.
+            if shutil.disk_usage(temporary.parent).free < len(serialized):
+                raise SystemRefusalError(f"{destination}: no space left on the device") from None
+            raise
+        del serialized
+        _check(plain, temporary, source)
+        del plain
+        manifest = EngineManifest(
+            name=source.name,
+            runtime=RUNTIME,
+            precision=source.precision,
+            artefact=FileRecord.of(temporary, destination.name),
+            graph=source.artefact,
+            labels=source.labels,
+            preprocessing=source.preprocessing,
+            tile=source.tile,
+            batch=source.batch,
+            device=describe_machine().cpu,
+            attention_blocks=blocks,
+            attention_fused=fused,
+            build_seconds=time.perf_counter() - started,
+            graph_check=source.check,
+            # The module's own word: its package may be onnxruntime-gpu or a vendor's build.
+            libraries={**library_versions(("onnx", "numpy")), "onnxruntime": onnxruntime.__version__},
+            training=source.training,
+            output=source.output,
+        )
+        write_manifest(destination, manifest)  # before the engine gets its name: no engine without a manifest
+    return manifest
+
+
+class OnnxLabeller:
+    """An ONNX file in ONNX Runtime on the CPU. See :class:`cdkd_edge.engines.protocol.Labeller`."""
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: GraphManifest | EngineManifest,
+        threads: int | None = None,
+        model: bytes | None = None,
+    ) -> None:
+        """Load a graph or an engine whose manifest has been read.
+
+        Args:
+            path: the file.
+            manifest: its manifest.
+            threads: threads for one tile. Default: the cores this process may use.
+            model: what to run in place of the file: the same function in operators a CPU has.
+
+        Raises:
+            EngineError: ONNX Runtime refuses it.
+        """
+        self.slots = SLOTS
+        self.tile, self.batch = manifest.tile, manifest.batch
+        self.schema, self.artefact = manifest.schema, manifest.artefact
+        options = engine_options(manifest.precision, threads)
+        self._session = _session(model or str(path), options, f"loading {path.name}")
+        n, tile = self.batch, self.tile
+        self.output_kind = manifest.output
+        self._inputs = [np.zeros((n, 3, tile, tile), np.uint8) for _ in range(SLOTS)]
+        self._outputs = [
+            {name: np.zeros(shape, np.uint8) for name, shape in manifest.outputs.items()} for _ in range(SLOTS)
+        ]
+        for slot in range(SLOTS):
+            self._clear(slot)
+        self._bindings = [self._bind(slot) for slot in range(SLOTS)]
+
+    def _bind(self, slot: int) -> Any:
+        """Let ONNX Runtime read and write the slot's own buffers: no copy, no allocation per tile."""
+        binding = self._session.io_binding()
+        image = self._inputs[slot]
+        binding.bind_input("image", "cpu", 0, np.uint8, image.shape, image.ctypes.data)
+        for name, array in self._outputs[slot].items():
+            binding.bind_output(name, "cpu", 0, np.uint8, array.shape, array.ctypes.data)
+        return binding
+
+    def input(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.input`."""
+        return self._inputs[slot]
+
+    def output(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.output`."""
+        return self._outputs[slot][LABELS]
+
+    def confidence(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.confidence`."""
+        if self.output_kind == PROBABILITIES:
+            return confidence_of(self._outputs[slot][PROBABILITIES])
+        return self._extra(slot, CONFIDENCE)
+
+    def probabilities(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.probabilities`."""
+        return self._extra(slot, PROBABILITIES)
+
+    def _extra(self, slot: int, wanted: str) -> UInt8Array:
+        if self.output_kind != wanted:
+            raise missing_output(self.output_kind, wanted, self.artefact.file)
+        return self._outputs[slot][wanted]
+
+    def _clear(self, slot: int) -> None:
+        """No labels, and nothing known of them."""
+        for name, array in self._outputs[slot].items():
+            array.fill(NO_LABEL if name == LABELS else 0)
+
+    def launch(self, slot: int) -> None:
+        """Compute the slot; on the CPU this is all there is to wait for."""
+        self._clear(slot)
+        try:
+            self._session.run_with_iobinding(self._bindings[slot])
+        except Exception as error:  # ONNX Runtime's own types share no base but Exception
+            self._clear(slot)
+            raise EngineError(f"the engine failed on a tile: {_one_line(error)}") from None
+
+    def wait(self, slot: int) -> None:
+        """Nothing left to wait for."""
+
+    def close(self) -> None:
+        """Release the session; buffers go with the object."""
+        self._bindings.clear()
+        self._session = None
+
+
+def graph_labeller(path: Path, manifest: GraphManifest, threads: int | None = None) -> OnnxLabeller:
+    """A graph in ONNX Runtime on the CPU, of any precision.
+
+    An FP32 graph runs as it was exported; of an FP16 graph every value is rounded as an FP16 engine stores it
+    (:func:`cdkd_edge.graph.fp16.fp16_on_cpu`); of an INT8 graph the twin runs (:mod:`cdkd_edge.graph.cpu`).
+
+    Args:
+        path: the graph.
+        manifest: its manifest.
+        threads: as for :class:`OnnxLabeller`.
+
+    Raises:
+        GraphError: it is no graph, or not one of its precision.
+        EngineError: ONNX Runtime refuses it.
+    """
+    model = read_graph(path, manifest)
+    if manifest.precision == "fp32":
+        del model
+        return OnnxLabeller(path, manifest, threads)
+    if manifest.precision == "fp16":
+        model = fp16_on_cpu(model)
+    else:
+        model = cpu_twin(model)
+        fuse_attention(model)
+    return OnnxLabeller(path, manifest, threads, model.SerializeToString())
+
+
+class CpuEngine(OnnxLabeller):
+    """An engine file. See :class:`cdkd_edge.engines.protocol.Engine`."""
+
+    def __init__(self, path: Path, manifest: EngineManifest, threads: int | None = None) -> None:
+        """Load an engine whose manifest has been read; arguments as for a graph.
+
+        Raises:
+            EngineError: made by another release of ONNX Runtime, or refused by this one.
+        """
+        built_with = manifest.libraries.get("onnxruntime", "an unknown release")
+        if _minor(built_with) != _minor(onnxruntime.__version__):
+            raise EngineError(
+                f"{path} was built with onnxruntime {built_with}; this is {onnxruntime.__version__}",
+                hint=f"build it again from {manifest.graph.file}: cdkd-edge build "
+                f"{build_options(manifest.precision, manifest.output)}",
+            )
+        read_graph(path, manifest)
+        self.manifest = manifest
+        super().__init__(path, manifest, threads)
+
+
+def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
+    """Engine against the graph it was built from (of INT8, the twin), on one drawn tile."""
+    tile = draw_scene(source.tile, source.tile, seed=11).image.transpose(2, 0, 1)
+    tiles = np.repeat(tile[None], source.batch, axis=0)
+    results = []
+    for model in (graph, str(engine)):
+        session = _session(model, session_options(), f"checking {engine.name}")
+        results.append(session.run(list(source.outputs), {"image": tiles}))
+    least = MIN_INT8_AGREEMENT if source.precision == "int8" else MIN_AGREEMENT
+    for name, expected, found in zip(source.outputs, *results, strict=True):
+        step = 0 if name == LABELS else 1  # confidence on either side of a half is no difference
+        agreement = float((np.abs(expected.astype(np.int16) - found) <= step).mean())
+        if agreement < least:
+            raise NumericalCheckError(
+                f"the optimised engine gives {'another label' if name == LABELS else f'another {name}'} than the graph "
+                f"on {1 - agreement:.3%} of the pixels"
+            )
+
+
+def engine_options(precision: str, threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options to load an engine with. ONNX Runtime makes signed weights unsigned where this CPU needs that.
+
+    A CPU whose products with signed weights are exact stores them so; its engine may be carried to one that saturates.
+    """
+    options = session_options(threads)
+    if precision == "int8" and not signed_weights_are_exact():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _session(model: str | bytes, options: onnxruntime.SessionOptions, doing: str) -> Any:
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # see launch()
+        raise EngineError(f"{doing} failed in ONNX Runtime: {_one_line(error)}") from None
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

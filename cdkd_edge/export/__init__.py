@@ -1,1 +1,0 @@
-"""From a network to an ONNX graph that is checked before anybody builds it."""

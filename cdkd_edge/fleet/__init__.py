@@ -1,1 +1,0 @@
-"""Many scenes through one engine, or through the engines of many workers."""

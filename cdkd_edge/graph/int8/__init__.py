@@ -1,0 +1,1 @@
+"""The INT8 graph: calibration tiles, ranges, and where it quantises."""

@@ -1,0 +1,270 @@
+"""A calibration set on disk: a folder of lossless tiles, and what says where each came from.
+
+::
+
+    NAME/set.json                the manifest
+    NAME/calibration/0000.png    tiles that INT8 ranges are set with: RGB, 8 bit, T x T px
+    NAME/check/0000.png          tiles kept apart, on which the quantised graph is judged
+    NAME/contact-sheet.png       all of them, to look at
+
+``cdkd-edge calibrate`` writes it, quantisation reads it. Nothing in it depends on the time or place of its making:
+the same scenes, options and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from cdkd_edge import __version__
+from cdkd_edge.core.errors import ManifestError
+from cdkd_edge.core.files import read_json, sha256_of, write_text
+
+SET_VERSION = 1
+SET_FILE = "set.json"
+SHEET_FILE = "contact-sheet.png"
+SET_KIND = "calibration-set"
+
+Role = Literal["calibration", "check"]
+
+_TILE_FILE = re.compile(r"(calibration|check)/[0-9]{4,}\.png")
+
+
+@dataclass(frozen=True)
+class TileRecord:
+    """One tile: where it lies in the set, where it came from, and why it was chosen."""
+
+    file: str
+    """Below the set's folder, e.g. ``calibration/0000.png``."""
+    sha256: str
+    """Of the pixels, as :func:`pixels_sha256` computes it; not of the file."""
+    scene: str
+    """Path of the scene as it was given; an entry of :attr:`SetManifest.scenes`."""
+    x: int
+    y: int
+    """Left and upper border in the scene, px; negative where a small scene is completed by reflection."""
+    width: int
+    height: int
+    role: Role
+    cluster: int
+    """Which kind of imagery it is: 0 is the most frequent."""
+    why: str
+    """``extreme``: farthest from all chosen before it; ``typical``: in the middle of those like it."""
+    score: float
+    """Extreme: that distance, in standard deviations of the descriptors. Typical: distance from the middle."""
+    represents: int
+    """Candidates of the same role's choice that it is the nearest tile to, itself included."""
+    stratum: str | None = None
+    """The class it was drawn for, where label maps were given."""
+
+
+@dataclass(frozen=True)
+class SceneRecord:
+    """A scene that gave a tile."""
+
+    path: str
+    sha256: str | None
+    """Of the file; None for what is no file (a subdataset, a URL)."""
+    bytes: int | None
+    stretch: list[list[float]] | None = None
+    """Per channel the values that became 0 and 255; None for 8-bit scenes as they are."""
+
+
+@dataclass(frozen=True)
+class SetManifest:
+    """``set.json``."""
+
+    tile: int
+    """Side of every tile, px."""
+    seed: int
+    method: dict[str, Any]
+    """How tiles were described and chosen."""
+    options: dict[str, Any]
+    """What was asked for."""
+    counts: dict[str, int]
+    """Scenes and tiles seen, and tiles left out by reason."""
+    scenes: tuple[SceneRecord, ...]
+    tiles: tuple[TileRecord, ...]
+    notes: tuple[str, ...] = ()
+    tool: str = field(default_factory=lambda: f"cdkd-edge {__version__}")
+    set_version: int = SET_VERSION
+
+    def of_role(self, role: Role) -> tuple[TileRecord, ...]:
+        """The tiles of a role, in the order of their files."""
+        return tuple(tile for tile in self.tiles if tile.role == role)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """A calibration set that was opened. Tiles are read one at a time and checked as they are read."""
+
+    folder: Path
+    manifest: SetManifest
+    sha256: str
+    """Of ``set.json``, which holds the SHA-256 of every tile: it stands for the whole set."""
+
+    @classmethod
+    def load(cls, folder: Path) -> CalibrationSet:
+        """Open a set and check its manifest.
+
+        Raises:
+            ManifestError: there is none, it is damaged or of another version, or a tile's file is missing.
+        """
+        folder = Path(folder)
+        manifest = read_set_manifest(folder)
+        missing = [tile.file for tile in manifest.tiles if not (folder / tile.file).is_file()]
+        if missing:
+            raise ManifestError(
+                f"calibration set {folder} lacks {len(missing)} of {len(manifest.tiles)} tiles, e.g. {missing[0]}",
+                hint="copy the whole folder, or make it again with `cdkd-edge calibrate`",
+            )
+        return cls(folder, manifest, sha256_of(folder / SET_FILE))
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return Path(os.path.realpath(self.folder)).name
+
+    @property
+    def tile(self) -> int:
+        """Side of the tiles, px."""
+        return self.manifest.tile
+
+    def __len__(self) -> int:
+        """Tiles of both roles."""
+        return len(self.manifest.tiles)
+
+    def count(self, role: Role = "calibration") -> int:
+        """Tiles of a role."""
+        return len(self.manifest.of_role(role))
+
+    def tiles(self, role: Role = "calibration") -> Iterator[npt.NDArray[np.uint8]]:
+        """The tiles of a role, RGB uint8 ``[3, T, T]``, one at a time.
+
+        Raises:
+            ManifestError: a tile cannot be read, or is not the one that the manifest describes.
+        """
+        for record in self.manifest.of_role(role):
+            yield self._read(record)
+
+    def _read(self, record: TileRecord) -> npt.NDArray[np.uint8]:
+        from PIL import Image
+
+        path = self.folder / record.file
+        side = self.manifest.tile
+        try:
+            with Image.open(path, formats=("PNG",)) as picture:
+                if (picture.mode, picture.size) != ("RGB", (side, side)):
+                    raise ManifestError(
+                        f"{path} is {picture.mode}, {picture.width} x {picture.height} px; tiles of this set are RGB, "
+                        f"{side} x {side} px"
+                    )
+                pixels = np.asarray(picture)
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            if isinstance(error, ManifestError):
+                raise
+            raise ManifestError(f"tile {path} cannot be read: {error}") from None
+        tile: npt.NDArray[np.uint8] = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        if pixels_sha256(tile) != record.sha256:
+            raise ManifestError(
+                f"{path} is not the tile that its set describes (SHA-256 of its pixels differs)",
+                hint="it was edited or damaged; make the set again with `cdkd-edge calibrate`",
+            )
+        return tile
+
+
+def pixels_sha256(tile: npt.NDArray[np.uint8]) -> str:
+    """Hex SHA-256 of a tile's pixels, uint8 ``[3, T, T]``: channel by channel, row by row."""
+    return hashlib.sha256(np.ascontiguousarray(tile).data).hexdigest()
+
+
+def is_calibration_set(folder: Path) -> bool:
+    """Whether a folder holds a set of any version, by the kind that its ``set.json`` names."""
+    try:
+        document = read_json(folder / SET_FILE)
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.get("kind") == SET_KIND
+
+
+def write_tile(path: Path, tile: npt.NDArray[np.uint8]) -> None:
+    """Write a tile ``[3, T, T]`` as PNG."""
+    from PIL import Image
+
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(path, format="PNG")
+
+
+def write_set_manifest(folder: Path, manifest: SetManifest) -> None:
+    """Write ``set.json`` (atomically)."""
+    import msgspec
+
+    document = {"kind": SET_KIND, **msgspec.to_builtins(manifest)}
+    write_text(folder / SET_FILE, msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
+
+
+def read_set_manifest(folder: Path) -> SetManifest:
+    """Read and check ``set.json``; tiles are not looked at.
+
+    Raises:
+        ManifestError: there is none, or it is damaged, of another kind or another version.
+    """
+    import msgspec
+
+    path = folder / SET_FILE
+    try:
+        document = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        what = "has no set.json" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
+        raise ManifestError(
+            f"calibration set {folder} {what}", hint="make one: cdkd-edge calibrate SCENES... -o FOLDER"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path} cannot be read: {error}") from None
+    if not isinstance(document, dict) or document.pop("kind", None) != SET_KIND:
+        raise ManifestError(f"{path} is not the manifest of a calibration set")
+    if document.get("set_version") != SET_VERSION:
+        raise ManifestError(
+            f"{path} has version {document.get('set_version')}; this release reads {SET_VERSION}",
+            hint="make the set again with `cdkd-edge calibrate`",
+        )
+    try:
+        manifest = msgspec.convert(document, SetManifest)
+    except msgspec.ValidationError as error:
+        raise ManifestError(f"{path} is damaged: {error}") from None
+    if problem := _problem(manifest):
+        raise ManifestError(f"{path} is damaged: {problem}")
+    return manifest
+
+
+def _problem(manifest: SetManifest) -> str | None:
+    """What a document of the right shape may still have wrong."""
+    files = [tile.file for tile in manifest.tiles]
+    scenes = {scene.path for scene in manifest.scenes}
+    if manifest.tile < 1:
+        return f"tiles of {manifest.tile} px"
+    if not manifest.of_role("calibration"):
+        return "it lists no tile for calibration"
+    for tile in manifest.tiles:
+        # The name comes from a file that may come from elsewhere; it must not lead out of the folder.
+        if not _TILE_FILE.fullmatch(tile.file) or not tile.file.startswith(f"{tile.role}/"):
+            return f"{tile.file!r} is not the name of a {tile.role} tile"
+        if (tile.width, tile.height) != (manifest.tile, manifest.tile):
+            return f"{tile.file} is {tile.width} x {tile.height} px in a set of {manifest.tile} px"
+        if tile.scene not in scenes:
+            return f"the scene of {tile.file} is not listed"
+    if len(set(files)) != len(files):
+        return "it lists a tile twice"
+    return None
+
+
+ROLES: tuple[Role, ...] = get_args(Role)
+"""``calibration`` and ``check``."""

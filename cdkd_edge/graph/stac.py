@@ -1,0 +1,227 @@
+"""A STAC item that describes an exported network, with the Machine Learning Model extension.
+
+STAC 1.1 (https://github.com/radiantearth/stac-spec/blob/v1.1.0/item-spec/item-spec.md), MLM 1.5.2
+(https://github.com/stac-extensions/mlm, its README and best practices), and the file, classification and processing
+extensions that those recommend. Nothing is claimed that is not known: the item has no geometry, because nobody says
+where the network was trained, and its datetime is the moment of export.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from cdkd_edge import __version__
+from cdkd_edge.core.errors import ManifestError
+from cdkd_edge.core.files import write_text
+from cdkd_edge.core.labels import LabelSchema
+from cdkd_edge.core.manifest import FileRecord, GraphManifest, manifest_path
+from cdkd_edge.graph.qgis import QgisGraph
+
+MLM = "https://stac-extensions.github.io/mlm/v1.5.2/schema.json"
+FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
+CLASSIFICATION = "https://stac-extensions.github.io/classification/v2.0.0/schema.json"
+PROCESSING = "https://stac-extensions.github.io/processing/v1.1.0/schema.json"
+
+_ONNX = "application/octet-stream; framework=onnx"
+_GENERATOR = "cdkd-edge"
+
+
+def stac_path(graph: Path) -> Path:
+    """Where it lies: ``ckpt.onnx`` has ``ckpt.stac.json`` beside it."""
+    return graph.with_name(f"{graph.stem}.stac.json")
+
+
+def stac_item(
+    graph: GraphManifest,
+    parameters: int,
+    half: GraphManifest | None = None,
+    qgis: QgisGraph | None = None,
+    gsd: float | None = None,
+) -> dict[str, Any]:
+    """The item of an exported FP32 graph and what lies beside it.
+
+    Args:
+        graph: the graph's manifest.
+        parameters: of the network, all of them.
+        half: manifest of the FP16 graph beside it.
+        qgis: the graph for QGIS beside it.
+        gsd: metres per pixel of the training imagery, if known.
+    """
+    name = model_name(graph.name)
+    schema = graph.schema
+    properties: dict[str, Any] = {
+        "title": f"Land-cover segmentation: {graph.name}",
+        "description": f"ViT encoder with a UPerNet head, {len(schema)} classes ({', '.join(schema.class_names)}). "
+        "Normalisation, up-sampling and argmax are inside the graph.",
+        "datetime": _utc(graph.created),
+        "created": _utc(graph.created),
+        "processing:software": {_GENERATOR: __version__},
+        "bands": _bands(),
+        "mlm:name": name,
+        "mlm:architecture": "Vision Transformer, UPerNet",
+        "mlm:tasks": ["semantic-segmentation"],
+        "mlm:framework": "PyTorch",
+        "mlm:total_parameters": parameters,
+        "mlm:batch_size_suggestion": graph.batch,
+        "mlm:input": [_input(graph)],
+        "mlm:output": [_output(graph, schema)],
+        "mlm:hyperparameters": dict(graph.network),
+    }
+    if gsd is not None:
+        properties["gsd"] = gsd
+    assets = {
+        "model": _model("ONNX graph in FP32", graph.artefact, graph),
+        "manifest": _plain("Manifest of the graph", manifest_path(Path(graph.artefact.file)).name),
+    }
+    if half is not None:
+        assets["model-fp16"] = _model("ONNX graph in FP16, for TensorRT", half.artefact, half)
+        assets["model-fp16"]["mlm:accelerator"] = "cuda"
+    if qgis is not None:
+        # It takes and gives floats, so it is not what mlm:input and mlm:output describe.
+        assets["qgis"] = {
+            "href": _href(qgis.artefact.file),
+            "type": _ONNX,
+            "title": "ONNX graph for the QGIS plugin Deepness",
+            "roles": ["data"],
+            **_file(qgis.artefact),
+        }
+    return {
+        "type": "Feature",
+        "stac_version": "1.1.0",
+        "stac_extensions": [MLM, FILE, CLASSIFICATION, PROCESSING],
+        "id": re.sub(r"\s+", "-", name),
+        "geometry": None,
+        "properties": properties,
+        "links": [],
+        "assets": assets,
+    }
+
+
+def write_stac(item: dict[str, Any], destination: Path) -> None:
+    """Write an item.
+
+    Raises:
+        ManifestError: something that is not ours is in the destination's place.
+    """
+    require_own_stac(destination)
+    write_text(destination, json.dumps(item, indent=2, ensure_ascii=False) + "\n")
+
+
+def require_own_stac(path: Path) -> None:
+    """Make sure that writing an item replaces nothing but an earlier one.
+
+    Raises:
+        ManifestError: it would.
+    """
+    if not path.exists():
+        return
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        own = _GENERATOR in document["properties"]["processing:software"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        own = False
+    if not own:
+        raise ManifestError(f"{path} exists and is not cdkd-edge's to replace", hint="move it away")
+
+
+def model_name(name: str) -> str:
+    """A name that the extension allows: letters, digits, blanks, ``._-``; a letter first, a letter or digit last."""
+    allowed = re.sub(r"[^A-Za-z0-9_. -]+", "-", _ascii(name)).strip("-._ ")
+    if not allowed or not allowed[0].isalpha():
+        allowed = f"model-{allowed}".strip("-")
+    return allowed if len(allowed) > 2 else f"{allowed}-model"
+
+
+def class_names(names: Sequence[str]) -> list[str]:
+    """Names for programs, each once: letters, digits, ``-`` and ``_``."""
+    found: list[str] = []
+    for label, name in enumerate(names):
+        short = re.sub(r"[^A-Za-z0-9]+", "-", _ascii(name)).strip("-").lower()
+        found.append(short if short and short not in found else f"{short or 'class'}-{label}")
+    return found
+
+
+def _ascii(text: str) -> str:
+    """Letters without their accents; others stay."""
+    return "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
+
+
+def _href(file: str) -> str:
+    return f"./{quote(file)}"
+
+
+def _bands() -> list[dict[str, str]]:
+    return [{"name": color, "description": f"{color}, 8 bits"} for color in ("red", "green", "blue")]
+
+
+def _input(graph: GraphManifest) -> dict[str, Any]:
+    return {
+        "name": "image",
+        "description": "RGB tiles, 8 bits, as they are: normalisation is the graph's first step.",
+        "bands": ["red", "green", "blue"],
+        "input": {
+            "shape": [graph.batch, 3, graph.tile, graph.tile],
+            "dim_order": ["batch", "bands", "height", "width"],
+            "data_type": "uint8",
+        },
+        "value_scaling": None,
+        "resize_type": None,
+        "pre_processing_function": None,
+    }
+
+
+def _output(graph: GraphManifest, schema: LabelSchema) -> dict[str, Any]:
+    classes = [
+        {
+            "value": label,
+            "name": short,
+            "description": cls.name,  # no title: the extension's own package, stac-model, refuses classes that have one
+            "color_hint": "".join(f"{part:02X}" for part in cls.color),
+        }
+        for label, (short, cls) in enumerate(zip(class_names(schema.class_names), schema.classes, strict=True))
+    ]
+    return {
+        "name": "labels",
+        "tasks": ["semantic-segmentation"],
+        "result": {
+            "shape": [graph.batch, graph.tile, graph.tile],
+            "dim_order": ["batch", "height", "width"],
+            "data_type": "uint8",
+        },
+        "classification:classes": classes,
+        "post_processing_function": None,
+    }
+
+
+def _model(title: str, artefact: FileRecord, graph: GraphManifest) -> dict[str, Any]:
+    return {
+        "href": _href(artefact.file),
+        "type": _ONNX,
+        "title": title,
+        "description": f"opset {graph.opset}; runs in ONNX Runtime, and is what `cdkd-edge build` makes engines from",
+        "roles": ["mlm:model", "mlm:weights", "data"],
+        "bands": _bands(),  # MLM asks for them in the properties, and STAC allows them there only if an asset has them
+        "mlm:artifact_type": "onnx",
+        "mlm:framework": "ONNX",
+        **_file(artefact),
+    }
+
+
+def _plain(title: str, file: str) -> dict[str, Any]:
+    return {"href": _href(file), "type": "application/json", "title": title, "roles": ["metadata"]}
+
+
+def _file(artefact: FileRecord) -> dict[str, Any]:
+    """Size and checksum; the latter as a multihash: 0x12 is SHA-256, 0x20 its length."""
+    return {"file:size": artefact.bytes, "file:checksum": f"1220{artefact.sha256}"}
+
+
+def _utc(moment: str) -> str:
+    """RFC 3339 with Z, as STAC writes it."""
+    return moment.replace("+00:00", "Z")

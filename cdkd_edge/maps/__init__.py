@@ -1,1 +1,0 @@
-"""What is made from a finished label map: areas, polygons, a picture, a catalogue entry."""

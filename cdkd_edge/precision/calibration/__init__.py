@@ -1,0 +1,1 @@
+"""Choosing the tiles that set INT8 ranges."""

@@ -1,0 +1,176 @@
+"""What must stay out of a calibration set: the images it will be judged on.
+
+An evaluation set is given as any of
+
+* a folder of images, with its subfolders (masks in it are harmless), or one raster, or a pattern,
+* a calibration set: its tiles, calibration and check, stay out, other parts of their scenes may come in,
+* a text file with one image or scene a line: a name, a file name or a path, ``*`` and ``?`` allowed, and after it,
+  if only a part is meant, ``X Y WIDTH HEIGHT`` in px. Empty lines and what follows ``#`` are left out.
+
+A scene is of the evaluation set if it has the name (without folder and suffix) or the content of one of its images. A
+tile is of it if its pixels are those of one of its tiles, if it overlaps one of its windows, or if it is a
+near-duplicate of a tile cut from one of its images (:mod:`.duplicates` compares those).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cdkd_edge.core.errors import DatasetError
+from cdkd_edge.core.files import read_small, sha256_of
+from cdkd_edge.graph.int8.tiles import SET_FILE, is_calibration_set, read_set_manifest
+from cdkd_edge.precision.calibration.scenes import expand
+from cdkd_edge.raster.find import RASTER_SUFFIXES
+
+Window = tuple[int, int, int, int]
+"""x, y, width, height; px."""
+
+_WINDOW = re.compile(r"(.+?)\s+(-?\d+)[\s,]+(-?\d+)[\s,]+(\d+)[\s,]+(\d+)")
+_MASKS = re.compile(r"masks?(_png)?|labels?|annotations?")
+
+
+@dataclass
+class Exclusions:
+    """Everything that was asked to stay out."""
+
+    images: list[Path] = field(default_factory=list)
+    """Rasters of evaluation sets; masks are not among them."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Names and patterns, and who said so."""
+    windows: list[tuple[str, str | None, Window]] = field(default_factory=list)
+    """Name of the scene, SHA-256 of its file if known, part of it."""
+    pixels: set[str] = field(default_factory=set)
+    """SHA-256 of tiles' pixels."""
+    _sizes: dict[int, list[Path]] = field(default_factory=dict)
+    _window_sizes: dict[int, set[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, arguments: Sequence[str]) -> Exclusions:
+        """Read what the arguments name.
+
+        Raises:
+            DatasetError: one of them names nothing, or cannot be read.
+            SceneError: a pattern matches nothing.
+            ManifestError: a calibration set is damaged.
+        """
+        exclusions = cls()
+        for argument in arguments:
+            exclusions._add(argument)
+        return exclusions
+
+    def reason(self, scene: str) -> str | None:
+        """Why a scene stays out as a whole; None if it does not."""
+        name, stem = Path(scene).name, Path(scene).stem
+        for known, source in self.names.items():
+            if fnmatch.fnmatchcase(stem, known) or fnmatch.fnmatchcase(name, known):
+                return f"its name is in {source}"
+        path = Path(scene)
+        if not path.is_file():
+            return None
+        for image in self._sizes.get(path.stat().st_size, ()):
+            if image.samefile(path) or sha256_of(image) == sha256_of(path):
+                return f"it is the same file as {image}"
+        return None
+
+    def windows_of(self, scene: str) -> list[Window]:
+        """The parts of a scene that stay out."""
+        names = {Path(scene).name, Path(scene).stem}
+        found = [window for name, _, window in self.windows if any(fnmatch.fnmatchcase(n, name) for n in names)]
+        path = Path(scene)
+        if path.is_file() and (known := self._window_sizes.get(path.stat().st_size)):
+            content = sha256_of(path)
+            if content in known:
+                found += [window for _, sha256, window in self.windows if sha256 == content]
+        return found
+
+    def _add(self, argument: str) -> None:
+        place = Path(argument)
+        if place.name == SET_FILE and is_calibration_set(place.parent):
+            place = place.parent
+        if place.is_dir():
+            if is_calibration_set(place):
+                self._add_set(place)
+            else:
+                self._add_images(_images_below(place), argument)
+        elif not place.exists():
+            if not any(char in argument for char in "*?["):
+                raise DatasetError(f"evaluation set {argument} does not exist")
+            self._add_images([Path(path) for path in expand([argument])], argument)
+        elif place.suffix.lower() in RASTER_SUFFIXES:
+            self._add_images([place], argument)
+        else:
+            self._add_list(place)
+
+    def _add_images(self, images: list[Path], argument: str) -> None:
+        if not images:
+            raise DatasetError(
+                f"evaluation set {argument} holds no image",
+                hint="give a folder of images, a calibration set, or a text file with one name a line",
+            )
+        for image in images:
+            self.images.append(image)
+            self.names[glob_free(image.stem)] = argument
+            self._sizes.setdefault(image.stat().st_size, []).append(image)
+
+    def _add_set(self, folder: Path) -> None:
+        manifest = read_set_manifest(folder)
+        scenes = {scene.path: scene for scene in manifest.scenes}
+        for tile in manifest.tiles:
+            scene = scenes[tile.scene]
+            window = (tile.x, tile.y, tile.width, tile.height)
+            self.windows.append((glob_free(Path(tile.scene).name), scene.sha256, window))
+            self.pixels.add(tile.sha256)
+            if scene.sha256 is not None and scene.bytes is not None:
+                self._window_sizes.setdefault(scene.bytes, set()).add(scene.sha256)
+
+    def _add_list(self, file: Path) -> None:
+        try:
+            text = read_small(file).decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise DatasetError(f"list {file} cannot be read: {reason}") from None
+        entries = [entry for line in text.splitlines() if (entry := line.partition("#")[0].strip())]
+        if not entries:
+            raise DatasetError(f"list {file} names no image")
+        for entry in entries:
+            if match := _WINDOW.fullmatch(entry):
+                name, *numbers = match.groups()
+                x, y, width, height = map(int, numbers)
+                self.windows.append((_without_suffix(Path(name).name), None, (x, y, width, height)))
+            else:
+                self.names[_without_suffix(Path(entry).name)] = str(file)
+
+
+def overlaps(one: Window, other: Window) -> bool:
+    """Whether two windows share a pixel."""
+    return (
+        one[0] < other[0] + other[2]
+        and other[0] < one[0] + one[2]
+        and one[1] < other[1] + other[3]
+        and other[1] < one[1] + one[3]
+    )
+
+
+def glob_free(name: str) -> str:
+    """A name as a pattern that means itself."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _without_suffix(name: str) -> str:
+    return str(Path(name).with_suffix("")) if Path(name).suffix.lower() in RASTER_SUFFIXES else name
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in RASTER_SUFFIXES
+        and not path.name.startswith(".")
+        and not _MASKS.fullmatch(path.parent.name.lower())
+        and not path.stem.endswith("_mask")
+        and path.is_file()
+    )

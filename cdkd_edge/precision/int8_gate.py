@@ -1,0 +1,286 @@
+"""INT8 against FP32: labels on check tiles, time of the same tiles, mIoU on a labelled dataset.
+
+What a person reads about an INT8 graph before it goes to a board.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from cdkd_edge.core.errors import ManifestError
+from cdkd_edge.core.files import write_text
+from cdkd_edge.core.labels import LabelSchema
+from cdkd_edge.core.manifest import GraphManifest
+from cdkd_edge.engines.onnxruntime import OnnxLabeller
+from cdkd_edge.engines.protocol import UInt8Array
+from cdkd_edge.graph.fuse import fuse_attention
+from cdkd_edge.quality.datasets import Dataset
+from cdkd_edge.quality.evaluate import Evaluation, evaluate, number
+from cdkd_edge.quality.metrics import ConfusionMatrix
+from cdkd_edge.segment.pipeline import SegmentOptions
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Images with masks, and how to read them."""
+
+    dataset: Dataset
+    schema: LabelSchema
+    options: SegmentOptions = SegmentOptions()
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One INT8 graph, in ONNX Runtime on this CPU."""
+
+    agreement: float
+    """Share of the check tiles' pixels with the FP32 graph's label, 0..1."""
+    mean_iou_to_fp32: float
+    """mIoU of the check tiles with the FP32 labels as truth, 0..1: a small class that is lost shows here."""
+    worst_tile: float
+    """Agreement of the check tile that agrees least."""
+    seconds: float
+    """Median seconds per tile of the twin."""
+    fp32_seconds: float
+    """Median seconds per tile of the FP32 graph, the two in turn."""
+    mean_iou: float | None = None
+    """On the labelled dataset, 0..1; None without one."""
+    fp32_mean_iou: float | None = None
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    """Scores on the dataset, of both."""
+
+    @property
+    def loss(self) -> float | None:
+        """Points of mIoU lost on the labelled dataset (negative: gained); None where not measured."""
+        if self.mean_iou is None or self.fp32_mean_iou is None:
+            return None
+        return 100 * (self.fp32_mean_iou - self.mean_iou)
+
+    @property
+    def speed_up(self) -> float:
+        """Tiles per second over those of FP32, on this CPU."""
+        return self.fp32_seconds / self.seconds
+
+    def document(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {
+            "label_agreement": self.agreement,
+            "mean_iou_to_fp32": number(self.mean_iou_to_fp32),
+            "worst_tile_agreement": self.worst_tile,
+            "cpu_seconds_per_tile": self.seconds,
+            "cpu_fp32_seconds_per_tile": self.fp32_seconds,
+            "cpu_speed_up": self.speed_up,
+            "mean_iou": self.mean_iou,
+            "fp32_mean_iou": self.fp32_mean_iou,
+            "mean_iou_loss_points": self.loss,
+            "scores": dict(self.scores),
+        }
+
+
+class Judge:
+    """Holds the FP32 side, which is computed once."""
+
+    def __init__(
+        self,
+        plain: onnx.ModelProto,
+        manifest: GraphManifest,
+        tiles: Iterable[UInt8Array],
+        data: LabelledData | None,
+        scratch: Path,
+        progress: Callable[[str], None] = lambda step: None,
+    ) -> None:
+        """Load the FP32 graph.
+
+        Args:
+            plain: the FP32 graph.
+            manifest: its manifest.
+            tiles: check tiles, uint8 ``[3, T, T]``.
+            data: labelled images.
+            scratch: a folder for temporary files.
+            progress: called with the name of each step.
+        """
+        self._manifest, self._tiles, self._data = manifest, tiles, data
+        self._scratch, self._progress = scratch, progress
+        self._plain = self._labeller(plain, "fp32")
+        self._fp32_scores: Evaluation | None = None
+
+    def __call__(self, twin: onnx.ModelProto) -> Judgement:
+        """Judge the CPU twin of an INT8 graph."""
+        labeller = self._labeller(twin, "int8")
+        try:
+            judgement = self._on_tiles(labeller)
+            if self._data is None:
+                return judgement
+            if self._fp32_scores is None:
+                self._progress("scores of the FP32 graph")
+                self._fp32_scores = self._evaluate(self._plain)
+            self._progress("scores of the INT8 graph")
+            scores = self._evaluate(labeller)
+        finally:
+            labeller.close()
+        return Judgement(
+            **{
+                **vars(judgement),
+                "mean_iou": scores.matrix.mean_iou,
+                "fp32_mean_iou": self._fp32_scores.matrix.mean_iou,
+                "scores": {"fp32": self._fp32_scores.document(), "int8": scores.document()},
+            }
+        )
+
+    def _on_tiles(self, labeller: OnnxLabeller) -> Judgement:
+        matrix = ConfusionMatrix(len(self._manifest.schema))
+        agreements, times = [], ([], [])  # type: tuple[list[float], tuple[list[float], list[float]]]
+        for tile in self._tiles:
+            labels = []
+            for side, own in ((self._plain, times[0]), (labeller, times[1])):
+                found, seconds = _label(side, tile)
+                labels.append(found)
+                own.append(seconds / side.batch)
+            matrix.update(*labels)
+            agreements.append(float((labels[0] == labels[1]).mean()))
+        return Judgement(
+            agreement=statistics.fmean(agreements),
+            mean_iou_to_fp32=matrix.mean_iou,
+            worst_tile=min(agreements),
+            seconds=statistics.median(times[1]),
+            fp32_seconds=statistics.median(times[0]),
+        )
+
+    def _evaluate(self, labeller: OnnxLabeller) -> Evaluation:
+        assert self._data is not None
+        data = self._data
+        return evaluate(labeller, data.dataset, data.schema, options=data.options)
+
+    def _labeller(self, model: onnx.ModelProto, name: str) -> OnnxLabeller:
+        fused = onnx.ModelProto()
+        fused.CopyFrom(model)
+        fuse_attention(fused)
+        path = self._scratch / f"{name}.onnx"
+        onnx.save(fused, path)
+        del fused
+        return OnnxLabeller(path, self._manifest)
+
+
+def _label(labeller: OnnxLabeller, tile: UInt8Array) -> tuple[npt.NDArray[np.uint8], float]:
+    labeller.input(0)[:] = tile
+    started = time.perf_counter()
+    labeller.launch(0)
+    labeller.wait(0)
+    return labeller.output(0)[0].copy(), time.perf_counter() - started
+
+
+WORST = 8
+
+
+def write_report(path: Path, manifest: GraphManifest) -> None:
+    """Write the report of an INT8 graph as Markdown, from its manifest."""
+    write_text(path, "\n".join(_lines(manifest)) + "\n")
+
+
+def require_own_report(path: Path, graph: str) -> None:
+    """Make sure that a report replaces nothing but an earlier one of the graph of that name.
+
+    Raises:
+        ManifestError: there is another file of that name.
+    """
+    if path.exists():
+        try:
+            own = path.read_text(encoding="utf-8").startswith(_title(graph))
+        except (OSError, UnicodeDecodeError):
+            own = False
+        if not own:
+            raise ManifestError(f"{path} exists and is not cdkd-edge's to replace", hint="move it away")
+
+
+def worst_layers(record: dict[str, Any], count: int = WORST) -> list[dict[str, Any]]:
+    """The layers with the least signal-to-noise ratio, worst first."""
+    return sorted(record["layers"], key=lambda layer: float(layer["snr_db"]))[:count]
+
+
+def _lines(manifest: GraphManifest) -> list[str]:
+    record = manifest.quantization
+    judgement, gate = record["judgement"], record["gate"]
+    parent = manifest.parent
+    layers = record["layers"]
+    integer = [layer for layer in layers if layer["precision"] == "int8"]
+    of = f"INT8 graph of `{parent.file}`" if parent else "INT8 graph"
+    lines = [
+        _title(manifest.artefact.file),
+        "",
+        f"{of}: {len(integer)} of {len(layers)} quantisable layers in INT8, the rest of the network in FP16.",
+        "",
+        "| | INT8 | FP32 |",
+        "|---|---|---|",
+        f"| size | {manifest.artefact.bytes / 1e6:.1f} MB ({record['size_over_fp32']:.3f} of FP32) "
+        f"| {parent.bytes / 1e6:.1f} MB |"
+        if parent
+        else "",
+        f"| seconds per tile, this CPU, in turn | {judgement['cpu_seconds_per_tile']:.2f} "
+        f"({judgement['cpu_speed_up']:.2f} x FP32's tiles/s) | {judgement['cpu_fp32_seconds_per_tile']:.2f} |",
+    ]
+    if judgement["mean_iou"] is not None:
+        lines.append(f"| mIoU on labelled images | {judgement['mean_iou']:.2%} | {judgement['fp32_mean_iou']:.2%} |")
+    lines += [
+        "",
+        f"On {record['check_tiles']} check tiles of `{record['calibration_set']['name']}` that no range was set with: "
+        f"{judgement['label_agreement']:.2%} of the pixels keep the FP32 label "
+        f"(worst tile {judgement['worst_tile_agreement']:.2%}); mIoU with FP32's labels as truth "
+        f"{_percent(judgement['mean_iou_to_fp32'])}.",
+        f"Gate: agreement at least {gate['agreement']:.2%}"
+        + (
+            f", mIoU loss at most {gate['loss']} points; loss {judgement['mean_iou_loss_points']:.2f}."
+            if judgement["mean_iou_loss_points"] is not None
+            else ". mIoU was not measured: no labelled images were given."
+        ),
+        "The twin on the CPU gave these figures. Speed on a GPU or a board has to be measured there.",
+        "",
+    ]
+    if manifest.conversion:
+        lines += [
+            "As TensorRT computes it (INT8 layers, the rest rounded to FP16): "
+            f"{manifest.conversion.label_agreement:.2%} of the same pixels keep their label; finite on tiles all 0, "
+            "all 255, checkerboard and noise.",
+            "",
+        ]
+    if record["smoothquant_alpha"] is not None:
+        lines.append(f"SmoothQuant, alpha {record['smoothquant_alpha']}, on {record['smoothed_layers']} layers.")
+    percentile = f" {record['percentile']}" if record["percentile"] else ""
+    lines += [
+        f"Ranges: {record['calibrator']}{percentile} over {record['calibration_tiles']} tiles.",
+        "",
+        "## Layers by signal-to-noise",
+        "",
+        "| layer | precision | SNR, dB | input scale | share of quantisable work |",
+        "|---|---|---|---|---|",
+    ]
+    total = sum(layer["macs"] for layer in layers)
+    lines += [
+        f"| {layer['name']} | {layer['precision']} | {layer['snr_db']:.1f} | {layer['input_scale']:.4g} "
+        f"| {layer['macs'] / total:.1%} |"
+        for layer in worst_layers(record, len(layers))
+    ]
+    if len(record["attempts"]) > 1:
+        lines += ["", "## Attempts", "", "| layers kept in FP16 | agreement | why it did not pass |", "|---|---|---|"]
+        lines += [
+            f"| {', '.join(item['kept_in_fp16']) or 'none'} | {item['label_agreement']:.2%} "
+            f"| {'; '.join(item['failures']) or 'passed'} |"
+            for item in record["attempts"]
+        ]
+    return lines
+
+
+def _title(graph: str) -> str:
+    return f"# {graph}"
+
+
+def _percent(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.2%}"

@@ -1,0 +1,1 @@
+"""How good labels are: datasets, masks, metrics, evaluation, parity."""

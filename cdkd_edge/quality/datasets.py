@@ -1,0 +1,380 @@
+"""Labelled datasets: which image belongs to which mask, and which of them are for training.
+
+These layouts are recognised by what lies in the folder:
+
+* *folder pair*: ``images/NAME.*`` and ``masks/NAME.*``; also one level down (``train/images``, ``Tile 1/masks``),
+* *OpenMMLab*: ``img_dir/{train,val}`` and ``ann_dir/{train,val}``, or ADE20K's ``images/{training,validation}`` and
+  ``annotations/{training,validation}``; a part without masks (``test``) is left out,
+* *DeepGlobe* (Demir et al., CVPRW 2018): ``ID_sat.jpg`` and ``ID_mask.png``, in the folder or in its ``train/``,
+* *LoveDA* (Wang et al., NeurIPS D&B 2021): ``{Train,Val}/{Urban,Rural}/{images_png,masks_png}``, or one of
+  the two parts.
+
+Every image belongs to a *scene*; parts of one scene may adjoin, so a split should keep scenes whole. In folder
+pairs a scene is the file name up to the first underscore (``tile5_003.jpg`` belongs to ``tile5``), or the
+subfolder; in DeepGlobe every image is its own; in LoveDA and OpenMMLab it is the part (``Train``, ``val``).
+
+Where names differ by an ending that all images or all masks share (``NAME_leftImg8bit.png`` and
+``NAME_gtFine_labelTrainIds.png``), the ending is not part of the name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdkd_edge.core.errors import DatasetError
+from cdkd_edge.core.files import read_small
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".jp2", ".webp", ".vrt")
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".webp", ".vrt")
+SCHEMA_FILE = "schema.toml"
+
+_SHOWN = 5
+_LOVEDA_PLACES = ("Urban", "Rural")
+_OPENMMLAB = (("img_dir", "ann_dir"), ("images", "annotations"))
+_TRAINING_NAMES, _VALIDATION_NAMES = ("train", "training"), ("val", "valid", "validation")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its mask."""
+
+    name: str
+    """Unique in the dataset: the image's stem, after its subfolder if there is one (``Train/Urban/1366``)."""
+    scene: str
+    image: Path
+    mask: Path
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The pairs of a folder, in order of name."""
+
+    folder: Path
+    layout: str
+    """``folder pair``, ``OpenMMLab``, ``DeepGlobe`` or ``LoveDA``."""
+    pairs: tuple[Pair, ...]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.pairs)
+
+    @property
+    def scenes(self) -> tuple[str, ...]:
+        """All scenes, sorted."""
+        return tuple(sorted({pair.scene for pair in self.pairs}))
+
+    @property
+    def schema_name(self) -> str | None:
+        """The label schema that comes with the data: ``schema.toml`` in the folder, or the layout's own."""
+        if (file := self.folder / SCHEMA_FILE).is_file():
+            return str(file)
+        return {"DeepGlobe": "deepglobe", "LoveDA": "loveda"}.get(self.layout)
+
+    def of_scenes(self, scenes: Iterable[str]) -> Dataset:
+        """The pairs of some scenes.
+
+        Raises:
+            DatasetError: a scene that the dataset does not have.
+        """
+        wanted = set(scenes)
+        if unknown := sorted(wanted - set(self.scenes)):
+            raise DatasetError(
+                f"{self.folder} has no scene {_listed(unknown)}", hint=f"its scenes are {_listed(self.scenes, 12)}"
+            )
+        return Dataset(self.folder, self.layout, tuple(pair for pair in self.pairs if pair.scene in wanted))
+
+    def of_list(self, file: Path) -> Dataset:
+        """The pairs that a text file names, one a line: a name, a file name, or a path that ends in one.
+
+        Empty lines and what follows ``#`` are left out.
+
+        Raises:
+            DatasetError: the file cannot be read, is empty, names an image twice, or one that is not there or not
+                the only one of that name.
+        """
+        try:
+            text = read_small(file).decode("utf-8-sig")
+            lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise DatasetError(f"list {file} cannot be read: {reason}") from None
+        by_name: dict[str, list[Pair]] = {}
+        for pair in self.pairs:
+            path = pair.image.relative_to(self.folder)
+            ways = {pair.name, pair.name.rpartition("/")[2], path.as_posix(), path.with_suffix("").as_posix()}
+            for name in ways | {path.name, path.stem}:
+                by_name.setdefault(name, []).append(pair)
+        chosen: list[Pair] = []
+        for entry in filter(None, lines):
+            found = self._named(entry, by_name)
+            if len(found) != 1:
+                problem = "is not in" if not found else f"could be {len(found)} images of"
+                raise DatasetError(f"{file} names {entry}, which {problem} {self.folder}")
+            if found[0] in chosen:
+                raise DatasetError(f"{file} names {entry} twice")
+            chosen += found
+        if not chosen:
+            raise DatasetError(f"list {file} names no image")
+        return Dataset(self.folder, self.layout, tuple(sorted(chosen, key=lambda pair: pair.name)))
+
+    @staticmethod
+    def _named(entry: str, by_name: dict[str, list[Pair]]) -> list[Pair]:
+        """The pairs that a line of a list may mean, the most telling reading of it first."""
+        parts = Path(entry).parts
+        for keep in range(len(parts), 0, -1):
+            tail = "/".join(parts[-keep:])
+            stem = tail.removesuffix(Path(tail).suffix) if Path(tail).suffix.lower() in IMAGE_SUFFIXES else tail
+            if found := by_name.get(tail) or by_name.get(stem):
+                return found
+        return []
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is trained on and what is validated on."""
+
+    training: Dataset
+    validation: Dataset
+    rule: str
+    """How it was made, in words."""
+    notes: tuple[str, ...] = ()
+
+
+def find_dataset(folder: Path) -> Dataset:
+    """Recognise a dataset and match its images with their masks.
+
+    Raises:
+        DatasetError: nothing was recognised, or an image or a mask has no counterpart, or more than one.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"dataset {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+    loveda_parts = {part: folder / part for part in ("Train", "Val") if _has_loveda(folder / part)}
+    deepglobe = next((place for place in (folder, folder / "train") if _has(place, "*_sat.*")), None)
+    below = [
+        place
+        for place in sorted(folder.iterdir())
+        if (place / "images").is_dir() and (place / "masks").is_dir() and not place.name.startswith(".")
+    ]
+    if loveda_parts:
+        layout, pairs = "LoveDA", [p for part, place in loveda_parts.items() for p in _loveda(place, f"{part}/", part)]
+    elif _has_loveda(folder):
+        layout, pairs = "LoveDA", _loveda(folder, "", None)
+    elif not (folder / "masks").is_dir() and (parts := _openmmlab(folder)):
+        layout, pairs = "OpenMMLab", [p for images, masks, part in parts for p in _matched(images, masks, *part)]
+    elif (folder / "images").is_dir():
+        layout, pairs = "folder pair", _matched(folder / "images", folder / "masks", "", None)
+    elif below:
+        layout, pairs = (
+            "folder pair",
+            [p for place in below for p in _matched(place / "images", place / "masks", f"{place.name}/", place.name)],
+        )
+    elif deepglobe:
+        layout, pairs = "DeepGlobe", _deepglobe(deepglobe)
+    else:
+        raise DatasetError(
+            f"{folder} holds no labelled images that we know",
+            hint="expected images/ and masks/ with the same file names, img_dir/train and ann_dir/train (OpenMMLab), "
+            "ID_sat.jpg beside ID_mask.png (DeepGlobe), or Train/ and Val/ (LoveDA)",
+        )
+    if not pairs:
+        raise DatasetError(f"{folder} ({layout} layout) has no images")
+    return Dataset(folder, layout, tuple(sorted(pairs, key=lambda pair: pair.name)))
+
+
+def split_dataset(
+    dataset: Dataset,
+    *,
+    training_scenes: Sequence[str] = (),
+    validation_scenes: Sequence[str] = (),
+    training_list: Path | None = None,
+    validation_list: Path | None = None,
+) -> Split:
+    """Divide a dataset by scenes, by text files, or as the dataset itself says.
+
+    Named scenes or a list for one side leave the rest to the other. With nothing named: ``train.txt`` and
+    ``val.txt`` in the folder, or its subfolders ``train`` and ``val`` (LoveDA: ``Train`` and ``Val``).
+
+    Raises:
+        DatasetError: no split is known, one side is empty, or an image is on both sides.
+    """
+    notes: list[str] = []
+    if (training_scenes and training_list) or (validation_scenes and validation_list):
+        raise DatasetError("name one side of a split by scenes or by a list, not by both")
+    if not (training_scenes or validation_scenes or training_list or validation_list):
+        return _own_split(dataset)
+    training = _side(dataset, training_scenes, training_list)
+    validation = _side(dataset, validation_scenes, validation_list)
+    if training is None and validation is not None:
+        training = _rest(dataset, validation)
+    elif validation is None and training is not None:
+        validation = _rest(dataset, training)
+    assert training is not None
+    assert validation is not None
+    rule = "; ".join(
+        f"{side} by {_list_named(file, chosen) if file else f'scene {_listed(sorted(scenes), 12)}'}"
+        for side, scenes, file, chosen in (
+            ("training", training_scenes, training_list, training),
+            ("validation", validation_scenes, validation_list, validation),
+        )
+        if scenes or file
+    )
+    _check_sides(training, validation, notes)
+    return Split(training, validation, rule, tuple(notes))
+
+
+def _list_named(file: Path, chosen: Dataset) -> str:
+    """What to call a list; one that was piped in (``--val-list <(...)``) has no name and is told by what it held."""
+    if file.is_file() and file.parts[:2] not in (("/", "dev"), ("/", "proc")):
+        return f"list {file.name}"
+    names = [pair.name for pair in chosen]
+    digest = hashlib.sha256("".join(f"{name}\n" for name in names).encode(errors="surrogateescape")).hexdigest()
+    return f"a list of {len(names)} images: {_listed(names, 12)} (SHA-256 of the names, one a line: {digest})"
+
+
+def _own_split(dataset: Dataset) -> Split:
+    lists = dataset.folder / "train.txt", dataset.folder / "val.txt"
+    if all(file.is_file() for file in lists):
+        split = split_dataset(dataset, training_list=lists[0], validation_list=lists[1])
+        return Split(split.training, split.validation, "train.txt and val.txt of the dataset", split.notes)
+    named = {scene.lower(): scene for scene in dataset.scenes}
+    training = next((named[name] for name in _TRAINING_NAMES if name in named), None)
+    validation = next((named[name] for name in _VALIDATION_NAMES if name in named), None)
+    if training and validation:
+        return Split(
+            dataset.of_scenes([training]), dataset.of_scenes([validation]), f"folders {training} and {validation}"
+        )
+    raise DatasetError(
+        f"{dataset.folder} does not say what to validate on",
+        hint=f"name whole scenes (--val-scenes; there are {_listed(dataset.scenes, 12)}), give text files "
+        "(--train-list, --val-list), or put train.txt and val.txt into the folder",
+    )
+
+
+def _side(dataset: Dataset, scenes: Sequence[str], file: Path | None) -> Dataset | None:
+    if scenes:
+        return dataset.of_scenes(scenes)
+    return dataset.of_list(file) if file else None
+
+
+def _rest(dataset: Dataset, taken: Dataset) -> Dataset:
+    return Dataset(dataset.folder, dataset.layout, tuple(pair for pair in dataset if pair not in set(taken)))
+
+
+def _check_sides(training: Dataset, validation: Dataset, notes: list[str]) -> None:
+    for name, side in (("training", training), ("validation", validation)):
+        if not len(side):
+            raise DatasetError(f"the split leaves nothing for {name}: all {side.folder} images are on the other side")
+    if both := sorted({pair.name for pair in training} & {pair.name for pair in validation}):
+        raise DatasetError(f"{len(both)} images are in training and in validation: {_listed(both)}")
+    if shared := sorted(set(training.scenes) & set(validation.scenes)):
+        notes.append(
+            f"training and validation share the scene{'s' if len(shared) > 1 else ''} {_listed(shared)}; where parts "
+            "of a scene adjoin, the score flatters"
+        )
+
+
+def _matched(images: Path, masks: Path, prefix: str, scene: str | None) -> list[Pair]:
+    """Pairs of two folders by stem."""
+    if not masks.is_dir():
+        raise DatasetError(f"{images} has no folder {masks.name}/ beside it")
+    by_stem, mask_by_stem = _by_stem(images, IMAGE_SUFFIXES), _by_stem(masks, MASK_SUFFIXES)
+    if by_stem.keys() != mask_by_stem.keys():
+        bare, mask_bare = _without_ending(by_stem), _without_ending(mask_by_stem)
+        ways = (bare, mask_bare), (by_stem, mask_bare), (bare, mask_by_stem)
+        by_stem, mask_by_stem = next((way for way in ways if way[0].keys() == way[1].keys()), (by_stem, mask_by_stem))
+    _require_counterparts(by_stem.keys(), mask_by_stem.keys(), images, masks)
+    return [
+        Pair(f"{prefix}{stem}", scene or stem.split("_", 1)[0], image, mask_by_stem[stem])
+        for stem, image in by_stem.items()
+    ]
+
+
+def _without_ending(by_stem: dict[str, Path]) -> dict[str, Path]:
+    """Files by their stems without the ending, from an underscore on, that all of them share."""
+    shared = os.path.commonprefix([stem[::-1] for stem in by_stem])[::-1]  # noqa: RUF071 - of names, not of paths
+    ending = shared[shared.find("_") :] if "_" in shared else ""
+    if len(by_stem) < 2 or not re.search("[A-Za-z]{3}", ending):  # numbers and letters tell images apart
+        return by_stem
+    return {stem.removesuffix(ending): path for stem, path in by_stem.items()}
+
+
+def _openmmlab(folder: Path) -> list[tuple[Path, Path, tuple[str, str | None]]]:
+    """Folders of images and of their masks, with the prefix of names and the scene."""
+    for images, masks in ((folder / one, folder / other) for one, other in _OPENMMLAB):
+        if images.is_dir() and masks.is_dir():
+            names = sorted(part.name for part in images.iterdir() if part.is_dir() and not part.name.startswith("."))
+            if not names:
+                return [(images, masks, ("", None))]
+            return [
+                (images / name, masks / name, (f"{name}/", name))
+                for name in names
+                if (masks / name).is_dir() or not name.lower().startswith("test")
+            ]
+    return []
+
+
+def _deepglobe(folder: Path) -> list[Pair]:
+    images = _by_stem(folder, IMAGE_SUFFIXES, "_sat")
+    masks = _by_stem(folder, MASK_SUFFIXES, "_mask")
+    _require_counterparts(images.keys(), masks.keys(), folder, folder)
+    return [Pair(name, name, image, masks[name]) for name, image in images.items()]
+
+
+def _has_loveda(folder: Path) -> bool:
+    return any((folder / place / "images_png").is_dir() for place in _LOVEDA_PLACES)
+
+
+def _loveda(folder: Path, prefix: str, scene: str | None) -> list[Pair]:
+    return [
+        pair
+        for place in _LOVEDA_PLACES
+        if (folder / place).is_dir()
+        for pair in _matched(
+            folder / place / "images_png", folder / place / "masks_png", f"{prefix}{place}/", scene or place
+        )
+    ]
+
+
+def _has(folder: Path, pattern: str) -> bool:
+    return folder.is_dir() and any(folder.glob(pattern))
+
+
+def _files(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(
+        path for path in folder.glob(pattern) if path.suffix.lower() in suffixes and not path.name.startswith(".")
+    )
+
+
+def _by_stem(folder: Path, suffixes: tuple[str, ...], ending: str = "") -> dict[str, Path]:
+    """Files whose stem ends so, by what comes before that."""
+    found: dict[str, Path] = {}
+    for path in _files(folder, f"*{ending}.*", suffixes):
+        name = path.stem.removesuffix(ending)
+        if name in found:
+            raise DatasetError(f"{folder} holds both {found[name].name} and {path.name}")
+        found[name] = path
+    return found
+
+
+def _require_counterparts(images: Iterable[str], masks: Iterable[str], images_in: Path, masks_in: Path) -> None:
+    image_names, mask_names = set(images), set(masks)
+    if lonely := sorted(image_names - mask_names):
+        raise DatasetError(
+            f"{len(lonely)} of {len(image_names)} images in {images_in} have no mask in {masks_in}: {_listed(lonely)}",
+            hint=f"a mask has its image's name and ends in {', '.join(MASK_SUFFIXES)}",
+        )
+    if lonely := sorted(mask_names - image_names):
+        raise DatasetError(
+            f"{len(lonely)} of {len(mask_names)} masks in {masks_in} have no image in {images_in}: {_listed(lonely)}"
+        )
+
+
+def _listed(names: Sequence[str], shown: int = _SHOWN) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

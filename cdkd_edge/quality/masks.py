@@ -1,0 +1,244 @@
+"""Masks as labels: colours or index values, whatever GDAL reads, strictly by the schema.
+
+Images of a dataset, read as scenes are, each with a mask that fits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.windows import Window
+
+from cdkd_edge.core.errors import DatasetError, SceneError, SchemaError
+from cdkd_edge.core.labels import NO_LABEL, LabelSchema
+from cdkd_edge.quality.datasets import Pair
+from cdkd_edge.raster.bands import Upright
+from cdkd_edge.raster.open import gdal, open_scene, place_problem
+from cdkd_edge.raster.read import SceneReader
+from cdkd_edge.segment.pipeline import SegmentOptions
+
+_STRIP = 1024
+"""Rows translated at a time: colours need several times the memory of labels."""
+
+
+@dataclass
+class Lost:
+    """Pixels that hold a class and yet have no label, because their file says that they have no data."""
+
+    pixels: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By what says so, and class."""
+    masks: Counter[str] = field(default_factory=Counter)
+
+    def add(self, nodata: float | None, counts: npt.NDArray[np.int64], schema: LabelSchema) -> None:
+        """Count those of one mask by label, ``[K]``."""
+        if not counts.any():
+            return
+        cause = "transparency or mask band" if nodata is None else f"nodata value {nodata:g}"
+        self.masks[cause] += 1
+        self.pixels.update({(cause, name): int(n) for name, n in zip(schema.class_names, counts, strict=True) if n})
+
+    def notes(self) -> list[str]:
+        """A sentence for each cause."""
+        return [
+            f"the {cause} of {masks} mask{'s' if masks > 1 else ''} takes the label from "
+            + ", ".join(f"{n} pixels of {name}" for (why, name), n in self.pixels.most_common() if why == cause)
+            + "; if these are to count, store the masks without it"
+            for cause, masks in self.masks.items()
+        ]
+
+
+def read_labels(path: Path, schema: LabelSchema, lost: Lost | None = None) -> npt.NDArray[np.uint8]:
+    """Labels uint8 ``[H, W]`` of a mask, 255 where there is none.
+
+    One band holds index values, three RGB colours; one more may be alpha, which is 255 where there is a label. A
+    palette counts as colours, unless it is the ramp of greys in which colour and index are the same number; where index
+    values are possible too and disagree, colours must be exactly the schema's.
+    The file's own nodata value or mask and transparent palette entries mean "no label"; ``lost`` counts what classes
+    they hide.
+
+    Raises:
+        SchemaError: the mask holds a colour or value that the schema does not define.
+        DatasetError: it cannot be read, or has other bands than these.
+    """
+    with open_mask(path) as dataset:
+        with_alpha = dataset.count == 2 and dataset.colorinterp[1] == ColorInterp.alpha
+        if dataset.count not in (1, 3, 4) and not with_alpha:
+            raise DatasetError(f"mask {path} has {dataset.count} bands; 1 (index values) or 3 (RGB) are expected")
+        hidden = np.zeros(NO_LABEL + 1, np.int64)
+        palette = _palette(dataset) if dataset.count == 1 else None
+        by_color = palette is not None and _knows_colors(dataset, palette, schema, path)
+        labels = np.empty((dataset.height, dataset.width), np.uint8)
+        for top in range(0, dataset.height, _STRIP):
+            window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
+            pixels, known, odd = _read(dataset, window, path)
+            if palette is not None:
+                known &= palette[pixels[0], 3] > 0
+            elif len(pixels) in (2, 4):
+                known &= pixels[-1] > 0
+            if palette is not None and by_color:
+                mask = palette[pixels[0]][..., :3]
+            else:
+                mask = pixels[0] if len(pixels) < 3 else np.ascontiguousarray(pixels[:3].transpose(1, 2, 0))
+            labels[top : top + _STRIP] = _encode(mask, known, schema, path)
+            if lost is not None and not known.all():
+                would_be = schema.encode(mask[~known & ~odd][None], strict=False)
+                hidden += np.bincount(would_be.ravel(), minlength=len(hidden))
+        if lost is not None:
+            lost.add(dataset.nodata, hidden[: len(schema)], schema)
+    return labels
+
+
+def open_mask(path: Path) -> Any:
+    """A mask, open.
+
+    Raises:
+        DatasetError: it cannot be read.
+    """
+    try:
+        return open_scene(path)
+    except SceneError as error:
+        raise DatasetError(f"mask {path} cannot be read: {error}", hint=error.hint) from None
+
+
+def _read(
+    dataset: Any, window: Window, path: Path
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Pixels ``[bands, h, w]`` as uint8, where the file has data, and where a value without data is none of a byte."""
+    known = np.ones((window.height, window.width), bool)
+    try:
+        with gdal(f"reading {path}"):
+            pixels: npt.NDArray[Any] = dataset.read(window=window)
+            if not all(MaskFlags.all_valid in flags for flags in dataset.mask_flag_enums):
+                known = dataset.dataset_mask(window=window) != 0
+    except SceneError as error:
+        raise DatasetError(f"mask {path} is damaged: {error}") from None
+    if pixels.dtype == np.uint8:
+        return pixels, known, np.zeros_like(known)
+    if pixels.dtype.kind not in "iu" or len(pixels) != 1:
+        raise DatasetError(f"mask {path} holds {pixels.dtype} values; index values are whole numbers, colours uint8")
+    small = pixels.astype(np.uint8)
+    odd: npt.NDArray[np.bool_] = (small != pixels)[0]
+    if (known & odd).any():
+        raise DatasetError(f"mask {path} holds {pixels.dtype} values beyond 0..255; index values and colours are uint8")
+    return small, known, odd
+
+
+def _palette(dataset: Any) -> npt.NDArray[np.uint8] | None:
+    """RGBA by index value, uint8 ``[256, 4]``, or None where the band has no palette."""
+    if dataset.colorinterp[0] != ColorInterp.palette:
+        return None
+    table = np.zeros((256, 4), np.uint8)
+    table[:, 3] = 255
+    for index, color in dataset.colormap(1).items():
+        if index < len(table):  # a band of 16 bits has 65536; what its pixels may use is checked where they are read
+            table[index] = color
+    return table
+
+
+def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSchema, path: Path) -> bool:
+    """Whether a paletted mask is colour-coded: the schema knows every colour that its pixels use.
+
+    Raises:
+        SchemaError: its colours are not the schema's, or its index values may be meant as well and do not agree.
+    """
+    used = np.zeros(256, bool)
+    for top in range(0, dataset.height, _STRIP):
+        window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
+        pixels, known, _ = _read(dataset, window, path)
+        used[np.unique(pixels[0][known])] = True
+    used &= palette[:, 3] > 0
+    colors, indices = palette[used][:, :3], np.flatnonzero(used).astype(np.uint8)
+    values = {cls.value for cls in schema.classes} | set(schema.ignore_values)
+    try:
+        by_color = schema.encode(colors[None])
+    except SchemaError:
+        if (colors == indices[:, None]).all():
+            return False
+        # Read by value, the mask of another dataset would pass wherever its few values happen to be defined.
+        schema.encode(colors[None], str(path))
+        raise
+    if not set(indices.tolist()) <= values or (schema.encode(indices[None]) == by_color).all():
+        return True
+    # Index masks come with palettes of greys or of other classes, in which black, or what is binarised, looks known.
+    ours, ignored = {cls.color for cls in schema.classes}, {*schema.ignore_colors, (0, 0, 0)}
+    defined = set(map(tuple, palette[:, :3].tolist()))
+    if set(map(tuple, colors.tolist())) <= ours | ignored and (defined & ours or defined <= ignored):
+        return True
+    raise SchemaError(
+        f"mask {path} has a palette: by its colours it would be read otherwise than by its index values",
+        hint="store it as RGB, or as index values without a palette",
+    )
+
+
+def _encode(
+    mask: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_], schema: LabelSchema, path: Path
+) -> npt.NDArray[np.uint8]:
+    """Labels of a strip; pixels not ``known`` may hold any value and get no label."""
+    if known.all():
+        return schema.encode(mask, str(path))
+    labels = np.full(known.shape, NO_LABEL, np.uint8)
+    if known.any():
+        labels[known] = schema.encode(mask[known][None], str(path))[0]
+    return labels
+
+
+_CUT = "rio warp MASK FITTED.tif --like IMAGE --src-nodata 255 --dst-nodata 255"
+_MEND_PLACE = (
+    f"cut the mask to the image: {_CUT}; or, if only its grid is wrong: "
+    "rio edit-info MASK --like IMAGE --crs like --transform like"
+)
+
+
+class ImageReader(SceneReader):
+    """An image of a dataset, read as a scene is; what is wrong with it is wrong with the data.
+
+    Raises:
+        DatasetError: where a scene is a SceneError.
+    """
+
+    def __init__(self, pair: Pair, options: SegmentOptions, limits: npt.NDArray[np.float32] | None = None) -> None:
+        self.mask = pair.mask
+        try:
+            super().__init__(
+                pair.image, bands=options.bands, stretch=options.stretch, limits=limits, strict=options.strict
+            )
+        except SceneError as error:
+            raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
+
+    def read_window(
+        self, top: int, left: int, height: int, width: int, **how: Any
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
+        """See :meth:`cdkd_edge.raster.read.SceneReader.read_window`."""
+        try:
+            return super().read_window(top, left, height, width, **how)
+        except SceneError as error:
+            raise DatasetError(f"image {self.path}: {error}", hint=error.hint) from None
+
+    def require_fitting_mask(self) -> None:
+        """Make sure by its header that the mask has the image's size and, where both have a grid, its place.
+
+        Raises:
+            DatasetError: it has another, or cannot be read.
+        """
+        with open_mask(self.mask) as mask:
+            height, width = mask.height, mask.width
+            if (height, width) != (self.height, self.width):
+                as_stored = isinstance(self._source, Upright) and (width, height) == (self.height, self.width)
+                raise DatasetError(
+                    f"{self.path} is {self.width} x {self.height} px, its mask {self.mask.name} {width} x {height}",
+                    hint="the image is turned by its EXIF orientation; if the mask lies as its pixels are stored, take "
+                    "that away: exiftool -Orientation= IMAGE"
+                    if as_stored
+                    else "masks are compared pixel by pixel and never resized; make them fit first, "
+                    f"where both have a grid with: {_CUT}",
+                )
+            if problem := place_problem(self._source, mask):
+                raise DatasetError(f"mask {self.mask} {problem} ({self.path})", hint=_MEND_PLACE)
+            if isinstance(mask, Upright):
+                self._notes.append(f"its mask was {mask.note}")

@@ -1,0 +1,130 @@
+"""A network in PyTorch as something that labels tiles, like a graph or an engine (torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdkd_edge.core.errors import EngineError, SchemaError
+from cdkd_edge.core.labels import NO_LABEL, LabelSchema, load_schema, numbered_schema
+from cdkd_edge.core.manifest import FileRecord
+from cdkd_edge.engines.protocol import LabelsOnly, UInt8Array
+from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_checkpoint
+from cdkd_edge.model.device import PRECISIONS, autocast, chosen_device
+from cdkd_edge.model.network import SegmentationNetwork
+
+SLOTS = 3
+"""As engines have: one tile being read, one computed, one written."""
+
+Encode = Callable[[Tensor], list[Tensor]]
+"""uint8 tiles ``[N, 3, T, T]`` on the network's device to the four feature maps ``[N, D, G, G]`` of its encoder."""
+
+__all__ = ["PRECISIONS", "Encode", "NetworkLabeller", "load_network"]
+
+
+class NetworkLabeller(LabelsOnly):
+    """A network on a device. See :class:`cdkd_edge.engines.protocol.Labeller`."""
+
+    def __init__(
+        self,
+        network: SegmentationNetwork,
+        schema: LabelSchema,
+        artefact: FileRecord,
+        *,
+        precision: str = "fp32",
+        batch: int = 1,
+        encode: Encode | None = None,
+    ) -> None:
+        """Wrap a network where it is.
+
+        Args:
+            network: on any device; it is put into evaluation mode when it runs.
+            schema: what its labels mean.
+            artefact: the checkpoint.
+            precision: ``fp32``, or ``bf16``/``fp16`` under autocast.
+            batch: tiles per run.
+            encode: what stands in for the encoder, such as one that remembers. Default: the network's own.
+        """
+        self.network = network
+        self.schema, self.artefact, self.batch = schema, artefact, batch
+        self.tile = network.config.tile
+        self.slots = SLOTS
+        self.device = next(network.parameters()).device
+        self._precision = precision
+        self._encode = encode or network.encoder
+        shape = (batch, 3, self.tile, self.tile)
+        self._inputs = [np.zeros(shape, np.uint8) for _ in range(SLOTS)]
+        self._outputs = [np.full((batch, *shape[2:]), NO_LABEL, np.uint8) for _ in range(SLOTS)]
+
+    def input(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.input`."""
+        return self._inputs[slot]
+
+    def output(self, slot: int) -> UInt8Array:
+        """See :meth:`cdkd_edge.engines.protocol.Labeller.output`."""
+        return self._outputs[slot]
+
+    @torch.inference_mode()
+    def launch(self, slot: int) -> None:
+        """Compute the slot; returns when its labels are there.
+
+        Raises:
+            EngineError: PyTorch failed, for lack of memory for example.
+        """
+        self._outputs[slot].fill(NO_LABEL)
+        self.network.eval()
+        try:
+            tiles = torch.from_numpy(self._inputs[slot]).to(self.device)
+            with autocast(self.device, self._precision):
+                logits = self.network.head(self._encode(tiles))
+            labels = self.network.upsample(logits.float()).argmax(dim=1).to(torch.uint8)
+            self._outputs[slot][:] = labels.cpu().numpy()
+        except RuntimeError as error:
+            raise EngineError(f"PyTorch failed on a tile: {' '.join(str(error).split())[:300]}") from None
+
+    def wait(self, slot: int) -> None:
+        """Nothing left to wait for."""
+
+    def close(self) -> None:
+        """The network goes with the object."""
+
+
+def load_network(
+    path: Path,
+    *,
+    schema: str | None = None,
+    tile: int | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    weights: str | None = None,
+) -> tuple[NetworkLabeller, CheckpointReport]:
+    """A checkpoint as a labeller.
+
+    Args:
+        path: any checkpoint with a head.
+        schema: names for classes where the checkpoint has none.
+        tile: side of the tiles, px. Default: the checkpoint's.
+        device: ``auto`` (CUDA if there is one), or what torch calls it.
+        precision: see :class:`NetworkLabeller`.
+        weights: see :func:`cdkd_edge.model.checkpoint.load_checkpoint`.
+
+    Raises:
+        CheckpointError, SchemaError: as their loaders do.
+        UsageError: no such device here, or no such precision.
+    """
+    where = chosen_device(device)
+    autocast(where, precision)  # so that a mistake is found before a large file is read
+    network, report = load_checkpoint(path, tile=tile, weights=weights)
+    names = report.schema
+    if names is None or (schema and names.name == OPENMMLAB_SCHEMA):
+        names = load_schema(schema) if schema else numbered_schema(network.config.classes)
+        if len(names) != network.config.classes:
+            raise SchemaError(
+                f"label schema {names.name!r} has {len(names)} classes, {path.name} {network.config.classes}"
+            )
+    network.to(where)
+    return NetworkLabeller(network, names, FileRecord.of(path), precision=precision), report

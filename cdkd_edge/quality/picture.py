@@ -1,0 +1,119 @@
+"""Image, truth, predictions and where they differ, beside each other."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cdkd_edge.core.files import whole_file
+from cdkd_edge.core.labels import NO_LABEL, LabelSchema
+from cdkd_edge.quality.datasets import Pair
+from cdkd_edge.quality.metrics import ConfusionMatrix
+from cdkd_edge.raster.open import gdal, open_scene
+from cdkd_edge.raster.pictures import NO_DATA_COLOR, colored, in_a_row, with_legend
+from cdkd_edge.raster.read import SceneReader
+from cdkd_edge.segment.pipeline import SegmentOptions
+
+_RIGHT, _WRONG = (214, 222, 214), (200, 40, 40)
+_OTHER, _GAINED = (90, 98, 110), (40, 90, 200)
+
+
+def write_comparison(
+    pair: Pair,
+    truth: npt.NDArray[np.uint8],
+    label_map: Path,
+    schema: LabelSchema,
+    score: ConfusionMatrix,
+    options: SegmentOptions = SegmentOptions(),
+    longest_side: int = 520,
+) -> None:
+    """Draw a PNG beside a label map: image, truth, prediction, errors (red), and each class's IoU.
+
+    Args:
+        pair: the image.
+        truth: its labels ``[H, W]``.
+        label_map: what was predicted, as a raster.
+        schema: the classes.
+        score: of this image.
+        options: bands and stretch, as in the run.
+        longest_side: of each picture, px.
+    """
+    reader = SceneReader(pair.image, bands=options.bands, stretch=options.stretch)
+    try:
+        image = reader.overview(longest_side)
+    finally:
+        reader.close()
+    height, width = image.shape[:2]
+    with gdal(f"reading {label_map}"), open_scene(label_map) as dataset:
+        predicted = dataset.read(1, out_shape=(height, width))
+    small = np.asarray(Image.fromarray(truth).resize((width, height), Image.Resampling.NEAREST))
+    errors = np.full((height, width, 3), NO_DATA_COLOR, np.uint8)
+    errors[small != NO_LABEL] = _RIGHT
+    errors[(small != NO_LABEL) & (small != predicted)] = _WRONG
+    pictures = [image, colored(small, schema), colored(predicted, schema), errors]
+    mean = "no label" if math.isnan(score.mean_iou) else f"mIoU {score.mean_iou:.1%}"
+    titles = [pair.name, "truth", f"prediction, {mean}", f"errors, {1 - score.overall_accuracy:.1%}"]
+    if not score.pixels:
+        titles[3] = "errors"
+    entries = [
+        (cls.color, cls.name, f"IoU {iou:.1%}")
+        for cls, iou in zip(schema.classes, score.iou(), strict=True)
+        if not math.isnan(iou)
+    ]
+    picture = in_a_row(pictures, titles)
+    with whole_file(label_map.with_name(f"{label_map.stem}.png")) as temporary:
+        (with_legend(picture, entries) if entries else picture).save(temporary, format="PNG", optimize=True)
+
+
+def write_differences(
+    place: Path,
+    pair: Pair,
+    reader: SceneReader,
+    truth: npt.NDArray[np.uint8],
+    reference: npt.NDArray[np.uint8],
+    candidate: npt.NDArray[np.uint8],
+    schema: LabelSchema,
+    longest_side: int = 520,
+) -> None:
+    """Draw a PNG of two label maps: image, reference, candidate, and where they differ.
+
+    A pixel of the last picture is coloured if any of the pixels under it differs, so that no difference gets lost:
+    red where the reference was right, blue where the candidate is, dark grey where neither is or nobody knows.
+
+    Args:
+        place: the file.
+        pair: the image.
+        reader: the same, open.
+        truth, reference, candidate: labels ``[H, W]``.
+        schema: the classes.
+        longest_side: of each picture, px.
+    """
+    image = reader.overview(longest_side)
+    height, width = image.shape[:2]
+    kinds = np.where(candidate == truth, np.uint8(2), np.uint8(1))
+    kinds[reference == truth] = 3
+    kinds[truth == NO_LABEL] = 1
+    kinds[reference == candidate] = 0
+    pixels = [int(count) for count in np.bincount(kinds.ravel(), minlength=4)]
+    rows, columns = (np.arange(n) * size // n for n, size in ((height, kinds.shape[0]), (width, kinds.shape[1])))
+    small = np.maximum.reduceat(np.maximum.reduceat(kinds, rows, axis=0), columns, axis=1)
+    labels = [
+        np.asarray(Image.fromarray(one).resize((width, height), Image.Resampling.NEAREST))
+        for one in (reference, candidate)
+    ]
+    differences = np.array([_RIGHT, _OTHER, _GAINED, _WRONG], np.uint8)[small]
+    differences[(small == 0) & (labels[0] == NO_LABEL)] = NO_DATA_COLOR
+    titles = [pair.name, "reference", "candidate", f"differences, {sum(pixels[1:])} px"]
+    picture = in_a_row([image, *(colored(one, schema) for one in labels), differences], titles)
+    entries = [(cls.color, cls.name, "") for cls in schema.classes]
+    entries += [
+        (_WRONG, "reference was right", f"{pixels[3]} px"),
+        (_GAINED, "candidate is right", f"{pixels[2]} px"),
+        (_OTHER, "neither, or no truth", f"{pixels[1]} px"),
+    ]
+    with whole_file(place) as temporary:
+        with_legend(picture, entries).save(temporary, format="PNG", optimize=True)

@@ -1,0 +1,1 @@
+"""Rasters and what is known of them: reading, stretching, resampling, grids, areas, styles."""

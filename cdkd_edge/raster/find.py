@@ -1,0 +1,88 @@
+"""From an argument of a command to scenes: a file, a folder, a pattern, or a name of GDAL's."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cdkd_edge.core.errors import SceneError
+from cdkd_edge.raster.open import is_gdal_name
+
+RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt", ".img")
+"""What a folder or a pattern is searched for. A scene that is named may be anything GDAL opens."""
+
+_RESULTS = ("_labels.tif", "_confidence.tif", "_preview.png", "_quicklook.png")
+"""Endings of what `segment` leaves beside scenes."""
+
+
+def rasters_named(argument: str) -> list[str]:
+    """Rasters that an argument names, in no order: itself, a folder's, or those that match a pattern (``**`` too).
+
+    Folders are not searched below, so that masks are not taken for images. Found in folders and by patterns are
+    :data:`RASTER_SUFFIXES`; not what `segment` wrote, and no files whose names begin with a dot.
+
+    Raises:
+        SceneError: it names nothing.
+    """
+    place = Path(argument)
+    if is_gdal_name(argument) or place.is_file():
+        return [argument]
+    if place.is_dir():
+        return _in_folder(place)
+    if glob.has_magic(argument):
+        matches = [path for path in _matching(argument) if _is_raster(Path(path))]
+        if not matches:
+            raise SceneError(f"no raster matches {argument}")
+        return matches
+    raise SceneError(f"scene {argument} does not exist")
+
+
+def file_key(path: str) -> str:
+    """The same for two names of one file; names of GDAL's are only equal to themselves."""
+    return path if is_gdal_name(path) else os.path.realpath(path)  # Path.resolve() fails on links that go in circles
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """Paths that match a pattern; ``**`` is any folder below, each once however links lead to it. (Those of the glob
+    module lead in circles; Path.glob takes no absolute patterns.)"""
+    if Path(pattern).name == "**":
+        pattern = f"{pattern.rstrip(os.sep)}{os.sep}*"
+    before, stars, after = pattern.partition(f"**{os.sep}")
+    if not stars or (before and not before.endswith(os.sep)):
+        yield from glob.iglob(pattern)  # noqa: PTH207
+        return
+    seen: set[str] = set()
+    for top in glob.iglob(before) if before else [""]:  # noqa: PTH207
+        for folder, below, _ in os.walk(top or ".", followlinks=True):
+            if (place := os.path.realpath(folder)) in seen:
+                below.clear()
+                continue
+            seen.add(place)
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            within = glob.escape(folder if top else folder[2:])
+            yield from _matching(os.path.join(within, after))  # noqa: PTH118
+
+
+def _in_folder(folder: Path) -> list[str]:
+    rasters = [str(path) for path in folder.iterdir() if _is_raster(path)]
+    if not rasters:
+        below = sorted(
+            str(place) for place in folder.iterdir() if place.is_dir() and any(map(_is_raster, place.iterdir()))
+        )
+        raise SceneError(
+            f"{folder} holds no raster ({', '.join(RASTER_SUFFIXES)})",
+            hint=f"there are some in {', '.join(below[:4])}" if below else f"for all below it: '{folder}/**/*.tif'",
+        )
+    return rasters
+
+
+def _is_raster(path: Path) -> bool:
+    return (
+        path.suffix.lower() in RASTER_SUFFIXES
+        and not path.name.startswith(".")
+        and not path.name.endswith(_RESULTS)
+        # A link to what is gone is a scene that fails, not one that is silently missing.
+        and (path.is_file() or (path.is_symlink() and not path.exists()))
+    )

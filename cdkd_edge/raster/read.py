@@ -1,0 +1,323 @@
+"""Scenes as uint8 RGB tiles: bands chosen, values stretched, borders reflected, validity known."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rasterio.windows import Window
+
+from cdkd_edge.core.errors import CdkdEdgeError, SceneError
+from cdkd_edge.raster.bands import Upright, Validity, choose_bands
+from cdkd_edge.raster.grid import Span
+from cdkd_edge.raster.open import Warnings, gdal, open_scene
+from cdkd_edge.raster.resample import resampled
+from cdkd_edge.raster.stretch import Stretch as Stretch
+from cdkd_edge.raster.stretch import stretch_limits, stretched
+
+INVALID_FILL = np.array([124, 116, 104], np.uint8).reshape(3, 1, 1)
+"""Pixels without data enter the network as its mean colour, which is zero after normalisation."""
+
+_SEQUENTIAL = ("PNG", "JPEG", "GIF")
+
+_MOST_SIDE, _MOST_PIXELS = 10_000_000, 10**12
+"""Of a scene, px. The whole land at 10 m has as many; some things are kept for each row."""
+_MOST_BLOCK = 1 << 29
+"""Bytes of a block, which GDAL decodes as a whole."""
+
+
+class SceneReader:
+    """One open scene. Not thread-safe: use it from the thread that reads.
+
+    Args:
+        path: anything GDAL opens.
+        bands: red, green and blue, 1-based. Default: as :func:`.bands.choose_bands` finds them.
+        stretch: how values become 0..255.
+        limits: of a reader that had the same file open; spares another look at the whole scene for percentiles.
+        gsd: resample to this ground sample distance, m (:mod:`.resample`).
+        strict: what GDAL warns of is an error.
+
+    Raises:
+        SceneError: the file is no raster, has no usable bands, is too large, or holds values other than 0..255
+            and no stretch is given.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        bands: Sequence[int] | None = None,
+        stretch: Stretch | None = None,
+        limits: npt.NDArray[np.float32] | None = None,
+        gsd: float | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.path = path
+        self.gsd = gsd
+        self._warnings = Warnings(strict=strict)
+        self._values: npt.NDArray[Any] | None = None
+        self._source: Any = open_scene(path, self._warnings)
+        self._dataset = self._source
+        self._notes: list[str] = [self._source.note] if isinstance(self._source, Upright) else []
+        try:
+            self._prepare(bands, stretch, limits, gsd)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, (ValueError, KeyError, IndexError, OverflowError)) and not isinstance(
+                error, CdkdEdgeError
+            ):
+                raise SceneError(f"{path} has a header that cannot be made sense of: {error}") from None
+            raise
+
+    def _prepare(
+        self,
+        bands: Sequence[int] | None,
+        stretch: Stretch | None,
+        limits: npt.NDArray[np.float32] | None,
+        gsd: float | None,
+    ) -> None:
+        with self._gdal("opening"):
+            self.bands, how = choose_bands(self._source, self.path, bands)
+            self._notes += [how] if how else []
+            self._indexes: tuple[int, ...] = self.bands
+            self._float = any(np.dtype(self._source.dtypes[band - 1]).kind == "f" for band in self.bands)
+            self._validity = Validity(self._source, self.bands)
+            self._require_bounded(self._source)
+            if not all(map(math.isfinite, self._source.transform)):
+                self._notes.append("its geotransform is not finite, and left out: the label map has no place on Earth")
+        self.limits = self._stretch_limits(stretch) if limits is None else limits
+        if gsd is not None:
+            with self._gdal("resampling"):
+                self._dataset, how = resampled(self._source, gsd, self.bands, self._validity)
+                self._notes.append(how)
+                self._require_bounded(self._dataset)
+                if self._dataset is not self._source:
+                    self._indexes = (1, 2, 3)
+                    self._validity = Validity(self._dataset, self._indexes)
+
+    def _gdal(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return gdal(f"{doing} {self.path}", self._warnings)
+
+    def _require_bounded(self, dataset: Any) -> None:
+        """Refuse sizes that a header of a few bytes can declare and nobody can label."""
+        height, width = dataset.height, dataset.width
+        if max(height, width) > _MOST_SIDE or height * width > _MOST_PIXELS:
+            raise SceneError(
+                f"{self.path} would be {width} x {height} px; at most {_MOST_SIDE:,} px a side and "
+                f"{_MOST_PIXELS:,} px in all are labelled",
+                hint="cut it into parts, e.g. with gdal_translate -srcwin",
+            )
+        rows, columns = dataset.block_shapes[self._indexes[0] - 1]
+        together = dataset.count if dataset.tags(ns="IMAGE_STRUCTURE").get("INTERLEAVE") == "PIXEL" else 1
+        if rows * columns * together * np.dtype(dataset.dtypes[self._indexes[0] - 1]).itemsize > _MOST_BLOCK:
+            raise SceneError(
+                f"{self.path} is stored in blocks of {columns} x {rows} px, too large to be decoded one by one",
+                hint="tile it: gdal_translate -co TILED=YES IN OUT.tif",
+            )
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of it, and what GDAL has warned of so far."""
+        return [*self._notes, *self.warnings]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What GDAL has warned of so far, a sentence for each kind."""
+        return self._warnings.notes
+
+    @property
+    def height(self) -> int:
+        """Rows, px."""
+        return int(self._dataset.height)
+
+    @property
+    def width(self) -> int:
+        """Columns, px."""
+        return int(self._dataset.width)
+
+    @property
+    def files(self) -> list[str]:
+        """The files it consists of as GDAL names them, sidecars and what a VRT refers to included."""
+        with gdal(f"opening {self.path}"):
+            return list(self._source.files)
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Rows and columns of the blocks in which the file is stored, px."""
+        height, width = self._dataset.block_shapes[self._indexes[0] - 1]
+        return int(height), int(width)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes that a pixel takes in memory: red, green, blue, validity if it may be without data, and of
+        floats some more on their way to bytes."""
+        return 3 + (self._float or bool(self._validity)) + 4 * self._float
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the format can only be decoded from its beginning, so that a second reader would do it all again."""
+        source = self._source
+        return (source.stored_driver if isinstance(source, Upright) else source.driver) in _SEQUENTIAL
+
+    @property
+    def georeference(self) -> dict[str, Any]:
+        """What places the scene on Earth, as keyword arguments for a rasterio writer."""
+        dataset = self._dataset
+        place: dict[str, Any] = {}
+        if dataset.crs is not None:
+            place["crs"] = dataset.crs
+        if not dataset.transform.is_identity and all(map(math.isfinite, dataset.transform)):
+            place["transform"] = dataset.transform
+        points, points_crs = dataset.gcps
+        if points and "transform" not in place:
+            place.update(gcps=points, crs=points_crs)
+        # Polynomials that lack a term are of no use to anybody; those of a resampled scene GDAL leaves out itself.
+        with contextlib.suppress(KeyError, ValueError, IndexError):
+            if dataset.rpcs is not None:
+                place["rpcs"] = dataset.rpcs
+        return place
+
+    def close(self) -> None:
+        """Close the dataset."""
+        if self._dataset is not self._source:
+            self._dataset.close()
+        self._source.close()
+
+    def read_tile(self, row: Span, column: Span, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_] | None:
+        """Read one tile into an engine's buffer.
+
+        Args:
+            row, column: where the tile lies; what is beyond the scene is reflected.
+            out: uint8 ``[3, T, T]``, contiguous, written in place.
+
+        Returns:
+            Validity ``[T, T]``, or None where every pixel is valid.
+
+        Raises:
+            SceneError: the file cannot be read there.
+        """
+        tile = out.shape[1]
+        top, left = max(row.start, 0), max(column.start, 0)
+        bottom, right = min(row.start + tile, self.height), min(column.start + tile, self.width)
+        inside = (bottom - top, right - left) == (tile, tile)
+        pixels, valid = self.read_window(top, left, bottom - top, right - left, out=out if inside else None)
+        if inside:
+            if pixels is not out:
+                out[:] = pixels
+            return valid
+        rows = reflected(row.start, tile, self.height) - top
+        columns = reflected(column.start, tile, self.width) - left
+        out[:] = pixels[:, rows[:, None], columns]
+        return valid if valid is None else valid[rows[:, None], columns]
+
+    def read_window(
+        self,
+        top: int,
+        left: int,
+        height: int,
+        width: int,
+        *,
+        out: npt.NDArray[np.uint8] | None = None,
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
+        """Read a rectangle of the scene.
+
+        Args:
+            top, left, height, width: the rectangle, px; it lies within the scene.
+            out: uint8 ``[3, h, w]`` that may be used for the pixels.
+
+        Returns:
+            RGB ``[3, h, w]``, and validity ``[h, w]`` or None where every pixel is valid.
+
+        Raises:
+            SceneError: the file cannot be read there.
+        """
+        window = Window(left, top, width, height)
+        with self._gdal("reading"):
+            if self.limits is not None:
+                out = self._place_for((3, height, width))
+            pixels: npt.NDArray[Any] = self._dataset.read(self._indexes, window=window, out=out)
+            valid = self._validity.read(self._dataset, window=window)
+        if self._float:
+            finite = np.isfinite(pixels).all(axis=0)
+            valid = finite if valid is None else valid & finite
+        if self.limits is not None:
+            pixels = stretched(pixels, self.limits)
+        if valid is None or valid.all():
+            return pixels, None
+        np.copyto(pixels, INVALID_FILL, where=~valid)
+        return pixels, valid
+
+    def _place_for(self, shape: tuple[int, int, int]) -> npt.NDArray[Any] | None:
+        """An array for values before they are stretched, the same again and again: pieces of this size that come and
+        go leave the heap in holes. None: of bands of several kinds."""
+        kinds = {self._dataset.dtypes[band - 1] for band in self.bands}
+        if len(kinds) > 1:
+            return None
+        size = math.prod(shape)
+        if self._values is None or self._values.size < size:
+            self._values = np.empty(size, kinds.pop())
+        return self._values[:size].reshape(shape)
+
+    def another(self) -> SceneReader:
+        """The same scene opened once more, for another thread."""
+        other = SceneReader(self.path, bands=self.bands, limits=self.limits, gsd=self.gsd)
+        other._warnings = self._warnings
+        return other
+
+    def overview(self, longest_side: int) -> npt.NDArray[np.uint8]:
+        """The whole scene as a small RGB picture, ``[H, W, 3]``, with the same bands and stretch as its tiles."""
+        scale = min(1.0, longest_side / max(self.height, self.width))
+        shape = (3, max(1, round(self.height * scale)), max(1, round(self.width * scale)))
+        with self._gdal("reading"):
+            pixels = self._dataset.read(self._indexes, out_shape=shape)
+        if self.limits is not None:
+            pixels = stretched(np.nan_to_num(pixels), self.limits)
+        return np.ascontiguousarray(pixels.astype(np.uint8).transpose(1, 2, 0))
+
+    def _stretch_limits(self, stretch: Stretch | None) -> npt.NDArray[np.float32] | None:
+        """Per band ``[3, 2]`` the values that become 0 and 255, or None for 8-bit data as it is."""
+        if stretch is None:
+            kinds = {self._kind_of(band) for band in self.bands}
+            if kinds != {"uint8"}:
+                raise SceneError(
+                    f"{self.path} holds {' and '.join(sorted(kinds))} values; the network takes 0..255",
+                    hint="choose how they become 0..255: --stretch (percentiles 2..98 of the scene), "
+                    "--stretch-percentiles LOW HIGH or --stretch-range LOW HIGH",
+                )
+            return None
+        with self._gdal("reading"):
+            return stretch_limits(self._source, self.bands, stretch, self.path, self._validity)
+
+    def _kind_of(self, band: int) -> str:
+        kind: str = self._source.dtypes[band - 1]
+        bits = self._source.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", "8")
+        return f"{bits}-bit" if kind == "uint8" and bits != "8" else kind
+
+
+def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
+    """Indices ``start .. start + length - 1`` mirrored into ``0 .. size - 1`` (border pixels not repeated).
+
+    Any distance works, also several times the size; an axis of one pixel repeats it.
+    """
+    if size == 1:
+        return np.zeros(length, np.intp)
+    period = 2 * (size - 1)
+    position = np.arange(start, start + length) % period
+    return np.where(position < size, position, period - position).astype(np.intp)
+
+
+def reading_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """What there is to say of how images were read, by image; each once, with the images that it is about."""
+    names: dict[str, list[str]] = {}
+    for name, about in notes.items():
+        for note in about:
+            names.setdefault(note, []).append(name)
+    return [
+        f"{', '.join(who[:3])}{f' and {len(who) - 3} more' if len(who) > 3 else ''}: {note}"
+        for note, who in names.items()
+    ]

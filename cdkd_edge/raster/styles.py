@@ -1,0 +1,173 @@
+"""What GDAL keeps beside a label map: class names and an attribute table in ``<file>.aux.xml``.
+
+Format: https://gdal.org/en/stable/drivers/raster/pamdataset.html; GDAL writes and reads it itself where a
+format has no place for such things, and QGIS shows the table as classes with names and colours.
+
+The style with which QGIS opens a label map: ``<name>.qml`` beside it.
+
+The palette inside a GeoTIFF always has 256 colours (TIFF 6.0, section 5), and QGIS lists them all, the classes
+first and then one black entry for every number that is none. A style of this name it takes by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from cdkd_edge.core.labels import LabelSchema
+
+_INTEGER, _REAL, _STRING = "0", "1", "2"
+_GENERIC, _PIXEL_COUNT, _NAME, _VALUE, _RED, _GREEN, _BLUE = "0", "1", "2", "5", "6", "7", "8"
+"""GDALRATFieldType and GDALRATFieldUsage."""
+
+
+@dataclass(frozen=True)
+class ClassArea:
+    """How much of a label map one class covers."""
+
+    label: int
+    name: str
+    pixels: int
+    hectares: float | None
+    """None where it is not known; the reason is with the table as a whole."""
+
+
+def sidecar_path(label_map: Path) -> Path:
+    """Where GDAL looks for what a raster's own format does not hold."""
+    return label_map.with_name(label_map.name + ".aux.xml")
+
+
+def describes(sidecar: Path, schema: LabelSchema, areas: Sequence[ClassArea]) -> bool:
+    """Whether a file beside a label map is of that map: by the names of its classes, and pixels if it has them.
+
+    GDAL and QGIS may have added statistics, and users columns.
+    """
+    try:
+        root = ElementTree.fromstring(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError, ElementTree.ParseError):
+        return False
+    names = [one.text or "" for one in root.iterfind("PAMRasterBand/CategoryNames/Category")]
+    table = root.find("PAMRasterBand/GDALRasterAttributeTable")
+    if table is None or names != list(schema.class_names):
+        return False
+    columns = [one.text for one in table.iterfind("FieldDefn/Name")]
+    if "Pixels" not in columns:
+        return True
+    place = columns.index("Pixels")
+    cells = [row.findall("F")[place : place + 1] for row in table.iterfind("Row")]
+    return [cell[0].text if cell else None for cell in cells] == [str(area.pixels) for area in areas]
+
+
+def label_map_xml(schema: LabelSchema, areas: Sequence[ClassArea] = (), *, extra: str | None = None) -> str:
+    """The text of ``<file>.aux.xml``: category names and a thematic attribute table, one row per class.
+
+    Args:
+        schema: class names and colours.
+        areas: pixels and hectares of every class, in schema order; without them the table has no such columns,
+            and without hectares no column for them.
+        extra: what GDAL itself wrote beside the file (an unusual CRS, for instance), which is kept.
+    """
+    root = ElementTree.Element("PAMDataset")
+    if extra is not None:
+        root.extend(item for item in ElementTree.fromstring(extra) if item.tag != "PAMRasterBand")
+    band = ElementTree.SubElement(root, "PAMRasterBand", band="1")
+    categories = ElementTree.SubElement(band, "CategoryNames")
+    for name in schema.class_names:
+        ElementTree.SubElement(categories, "Category").text = name
+    table = ElementTree.SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
+    fields = [
+        ("Value", _INTEGER, _VALUE),
+        ("Class", _STRING, _NAME),
+        ("Red", _INTEGER, _RED),
+        ("Green", _INTEGER, _GREEN),
+        ("Blue", _INTEGER, _BLUE),
+    ]
+    with_hectares = bool(areas) and all(area.hectares is not None for area in areas)
+    if areas:
+        # GDAL keeps integers in 32 bits; a scene may have more pixels of a class than that.
+        fields.append(("Pixels", _REAL, _PIXEL_COUNT))
+    if with_hectares:
+        fields.append(("Area_ha", _REAL, _GENERIC))
+    for index, field in enumerate(fields):
+        definition = ElementTree.SubElement(table, "FieldDefn", index=str(index))
+        for tag, value in zip(("Name", "Type", "Usage"), field, strict=True):
+            ElementTree.SubElement(definition, tag).text = value
+    for label, cls in enumerate(schema.classes):
+        texts = [str(label), cls.name, *map(str, cls.color)]
+        if areas:
+            texts.append(str(areas[label].pixels))
+        if with_hectares:
+            texts.append(repr(areas[label].hectares))
+        row = ElementTree.SubElement(table, "Row", index=str(label))
+        for text in texts:
+            ElementTree.SubElement(row, "F").text = text
+    return xml_text(root)
+
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML 1.0 (section 2.2) has no way to write, not even escaped."""
+
+
+def xml_text(root: ElementTree.Element) -> str:
+    """A document as text; characters that would make it malformed become U+FFFD."""
+    for element in root.iter():
+        element.text, element.tail = (part and _NOT_XML.sub("\ufffd", part) for part in (element.text, element.tail))
+        element.attrib = {name: _NOT_XML.sub("\ufffd", value) for name, value in element.attrib.items()}
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+_MARK = "cdkd-edge"
+"""In styles that were written here. QGIS drops the element when somebody saves a style of their own."""
+
+
+def style_path(label_map: Path) -> Path:
+    """Where QGIS looks for the style of a raster."""
+    return label_map.with_suffix(".qml")
+
+
+def label_map_style(schema: LabelSchema) -> str:
+    """The text of ``<name>.qml``: the classes with their names and colours, and nothing for no label."""
+    root = ElementTree.Element("qgis", version="3.22.0", styleCategories="Symbology", made=_MARK)
+    renderer = ElementTree.SubElement(
+        ElementTree.SubElement(root, "pipe"),
+        "rasterrenderer",
+        type="paletted",
+        band="1",
+        opacity="1",
+        alphaBand="-1",
+        nodataColor="",
+    )
+    palette = ElementTree.SubElement(renderer, "colorPalette")
+    for label, cls in enumerate(schema.classes):
+        color = "#{:02x}{:02x}{:02x}".format(*cls.color)
+        ElementTree.SubElement(palette, "paletteEntry", value=str(label), label=cls.name, color=color, alpha="255")
+    return qml(root)
+
+
+def qml(root: ElementTree.Element) -> str:
+    """The text of a style."""
+    return "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n" + xml_text(root)
+
+
+def is_somebodys_own(style: Path, schema: LabelSchema) -> bool:
+    """Whether somebody saved this style, which is theirs to keep, unless it is for other classes and would mislead.
+
+    A link is somebody's; an empty file, or a part of a style that was written here, is nobody's.
+    """
+    if style.is_symlink() or not style.is_file():
+        return style.is_symlink() or style.exists()
+    try:
+        text = style.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return True
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError:
+        return bool(text.strip()) and f'made="{_MARK}"' not in text
+    named = {entry.get("value"): entry.get("label") for entry in root.iter("paletteEntry")}
+    classes = {str(label): name for label, name in enumerate(schema.class_names)}
+    return root.get("made") != _MARK and (not named or classes.items() <= named.items())

@@ -1,1 +1,0 @@
-"""From a raster to a label map, in bounded memory."""

@@ -1,0 +1,1 @@
+"""A scene through an engine to a label map."""

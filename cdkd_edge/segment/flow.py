@@ -1,0 +1,303 @@
+"""Tiles on their way: reading threads, the engine in the calling thread, a writing thread.
+
+One list of jobs, taken in order: read a cell of the file, or cut a batch of tiles into the engine's slot ``number %
+slots``. The list runs a few batches ahead with reading, so that cells are there when their tiles are cut. Batches
+are computed and written in the order of their numbers, whatever the number of threads. What is in memory is bounded
+by the list: the cells under a row of tiles and those few batches, and the engine's slots. A failure anywhere stops all.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cdkd_edge.engines.protocol import Labeller
+from cdkd_edge.raster.read import SceneReader
+from cdkd_edge.segment.cells import Cell, CellLayout, Cells, cut_tile, fill_without_data
+from cdkd_edge.segment.plan import Place, Plan
+
+AHEAD = 4
+"""Batches beyond the engine's slots for which cells are read early."""
+
+Mask = npt.NDArray[np.bool_]
+
+
+class Merge(Protocol):
+    """What becomes of tiles; called from the writing thread, in the order of the plan."""
+
+    whole_tile: bool
+    """Whether a tile counts in whole, not only its kept part (then it is computed if any pixel is valid)."""
+
+    def add(self, place: Place, slot: int | None, index: int, valid: Mask | None) -> None:
+        """Take a tile.
+
+        Args:
+            place: where it lies.
+            slot, index: where the engine holds it; slot None: it was not computed, for want of a valid pixel.
+            valid: ``[T, T]``, or None where every pixel is valid.
+        """
+
+
+@dataclass
+class RunTotals:
+    """What one pass over a scene added up to."""
+
+    tiles_without_data: int = 0
+    engine_seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "cut", "merge"), 0.0))
+    """Seconds that threads spent on parts of the work (added over threads)."""
+
+
+@dataclass
+class _Batch:
+    """Up to N tiles for one slot, and tiles between them that are not to be computed."""
+
+    number: int
+    places: list[Place] = field(default_factory=list)
+    cells: list[list[Cell]] = field(default_factory=list)
+    valid: list[Mask | None] = field(default_factory=list)
+    empty: list[bool] = field(default_factory=list)
+
+
+class _StoppedError(Exception):
+    """Another part of the pipeline failed; its error is the one to show."""
+
+
+class Flow:
+    """One pass over a plan.
+
+    Args:
+        engine: what labels tiles.
+        readers: the scene, opened once for each reading thread.
+        plan: its tiles.
+        merge: takes the labels.
+        start: rows of tiles of the plan that are already done.
+        progress: called with tiles done and tiles in all, from the writing thread.
+    """
+
+    def __init__(
+        self,
+        engine: Labeller,
+        readers: Sequence[SceneReader],
+        plan: Plan,
+        merge: Merge,
+        *,
+        start: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.totals = RunTotals()
+        self._engine, self._readers, self._plan, self._merge = engine, readers, plan, merge
+        self._start, self._progress = start, progress
+        self._layout = CellLayout.of(readers[0])
+        self._cells = Cells(self._layout, plan, start)
+        self._jobs = self._job_list()
+        self._turn = threading.Condition()
+        self._filled: dict[int, _Batch] = {}
+        self._computed: deque[_Batch] = deque()
+        self._released = 0  # batches whose slots are free again
+        self._batches: int | None = None  # known when all are cut
+        self._all_computed = False
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._started = self._ended = 0  # threads
+
+    def run(self) -> None:
+        """Run to the end, or raise the first error of any part after all have stopped."""
+        threads = [
+            threading.Thread(target=self._guard, args=(self._read, reader), name="read") for reader in self._readers
+        ]
+        threads.append(threading.Thread(target=self._guard, args=(self._write,), name="write"))
+        try:
+            for thread in threads:
+                thread.start()
+                self._started += 1
+            self._infer()
+            self._wait_for_threads()
+        except _StoppedError:
+            pass
+        except BaseException:
+            self._stop(None)
+            raise
+        finally:
+            self._wait_for_threads()
+            for thread in threads[: self._started]:
+                thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _wait_for_threads(self) -> None:
+        # Not by join() alone: when Ctrl-C ends it, Python up to 3.12 takes the thread for finished.
+        with self._turn:
+            while self._ended < self._started:
+                self._turn.wait()
+
+    # --- what is to be done, in order ---------------------------------------------------------------
+
+    def _job_list(self) -> Iterator[Cell | _Batch]:
+        waiting: deque[_Batch] = deque()
+        for batch in self._grouped():
+            for place in batch.places:
+                cells, new = self._cells.of(place) if place.wanted else ([], [])
+                batch.cells.append(cells)
+                yield from new
+            waiting.append(batch)
+            if len(waiting) > AHEAD:
+                yield waiting.popleft()
+        self._batches = waiting[-1].number + 1 if waiting else 0
+        yield from waiting
+
+    def _grouped(self) -> Iterator[_Batch]:
+        batch, count = _Batch(0), 0
+        for place in self._plan.places(self._start):
+            if place.wanted and count == self._engine.batch:
+                yield batch
+                batch, count = _Batch(batch.number + 1), 0
+            batch.places.append(place)
+            count += place.wanted
+            if len(batch.places) >= 1024:  # far outside the area of interest
+                yield batch
+                batch, count = _Batch(batch.number + 1), 0
+        if batch.places:
+            yield batch
+
+    # --- reading threads ----------------------------------------------------------------------------
+
+    def _read(self, reader: SceneReader) -> None:
+        while True:
+            with self._turn:
+                self._require_running()
+                job = next(self._jobs, None)
+                if job is None:
+                    self._turn.notify_all()  # the number of batches is known now
+                    return
+            if isinstance(job, Cell):
+                started = time.perf_counter()
+                job.load(reader)
+                with self._turn:
+                    job.read = True
+                    self.totals.stages["read"] += time.perf_counter() - started
+                    self._turn.notify_all()
+            else:
+                self._cut(job)
+
+    def _cut(self, batch: _Batch) -> None:
+        slots = self._engine.slots
+        with self._turn:
+            while batch.number - slots >= self._released or not all(c.read for cells in batch.cells for c in cells):
+                self._require_running()
+                self._turn.wait()
+            self._require_running()
+        started = time.perf_counter()
+        tiles = self._engine.input(batch.number % slots) if any(p.wanted for p in batch.places) else None
+        index = 0
+        for place, cells in zip(batch.places, batch.cells, strict=True):
+            if not place.wanted or tiles is None:
+                batch.valid.append(None)
+                batch.empty.append(True)
+                continue
+            valid = cut_tile(place, cells, self._layout, tiles[index])
+            batch.valid.append(valid)
+            part = np.s_[:, :] if self._merge.whole_tile else (place.row.kept, place.column.kept)
+            batch.empty.append(valid is not None and not valid[part].any())
+            index += 1
+        if tiles is not None:
+            for rest in range(index, len(tiles)):
+                fill_without_data(tiles[rest])
+        with self._turn:
+            for cells in batch.cells:
+                self._cells.release(cells)
+            batch.cells = []
+            self._filled[batch.number] = batch
+            self.totals.stages["cut"] += time.perf_counter() - started
+            self._turn.notify_all()
+
+    # --- the engine ---------------------------------------------------------------------------------
+
+    def _infer(self) -> None:
+        number = 0
+        while (batch := self._next_filled(number)) is not None:
+            if not all(batch.empty):
+                slot = batch.number % self._engine.slots
+                started = time.perf_counter()
+                self._engine.launch(slot)
+                self._engine.wait(slot)
+                self.totals.engine_seconds += time.perf_counter() - started
+            with self._turn:
+                self._computed.append(batch)
+                self._turn.notify_all()
+            number += 1
+        with self._turn:
+            self._all_computed = True
+            self._turn.notify_all()
+
+    def _next_filled(self, number: int) -> _Batch | None:
+        with self._turn:
+            while True:
+                self._require_running()
+                if number in self._filled:
+                    return self._filled.pop(number)
+                if self._batches is not None and number >= self._batches:
+                    return None
+                self._turn.wait()
+
+    # --- the writing thread -------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        done, total = self._plan.tiles_in(self._start), len(self._plan.grid)
+        while (batch := self._next_computed()) is not None:
+            started = time.perf_counter()
+            index = 0
+            for place, valid, empty in zip(batch.places, batch.valid, batch.empty, strict=True):
+                slot = None if empty else batch.number % self._engine.slots
+                if place.emits:
+                    self.totals.tiles_without_data += empty
+                    done += 1
+                self._merge.add(place, slot, index, valid)
+                index += place.wanted
+            with self._turn:
+                self._released += 1
+                self.totals.stages["merge"] += time.perf_counter() - started
+                self._turn.notify_all()
+            self._progress(done, total)
+
+    def _next_computed(self) -> _Batch | None:
+        with self._turn:
+            while True:
+                self._require_running()
+                if self._computed:
+                    return self._computed.popleft()
+                if self._all_computed:
+                    return None
+                self._turn.wait()
+
+    # --- stopping -----------------------------------------------------------------------------------
+
+    def _guard(self, work: Callable[..., None], *arguments: SceneReader) -> None:
+        try:
+            work(*arguments)
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            self._stop(error)
+        finally:
+            with self._turn:
+                self._ended += 1
+                self._turn.notify_all()
+
+    def _stop(self, error: BaseException | None) -> None:
+        with self._turn:
+            if not self._stopped:
+                self._error = error
+            self._stopped = True
+            self._turn.notify_all()
+
+    def _require_running(self) -> None:
+        if self._stopped:
+            raise _StoppedError

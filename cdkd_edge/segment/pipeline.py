@@ -1,0 +1,310 @@
+"""A scene through an engine: reading threads, the engine, a writing thread; what is done survives a crash.
+
+Labels go into a spool beside the label map, row of tiles by row of tiles, and the label map is made from it when it is
+whole (:mod:`.spool`, :mod:`.partial`, :mod:`.finish`). Memory is bounded by construction (:mod:`.plan`, :mod:`.flow`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rasterio.transform import Affine
+
+from cdkd_edge import __version__
+from cdkd_edge.core.errors import SceneError, SystemRefusalError
+from cdkd_edge.core.labels import NO_LABEL
+from cdkd_edge.core.machine import hand_memory_back
+from cdkd_edge.core.manifest import EngineManifest
+from cdkd_edge.engines.protocol import Labeller
+from cdkd_edge.raster.aoi import AreaOnScene, read_area
+from cdkd_edge.raster.grid import Span, TileGrid, default_overlap
+from cdkd_edge.raster.read import SceneReader
+from cdkd_edge.raster.styles import sidecar_path
+from cdkd_edge.segment.cells import CellLayout
+from cdkd_edge.segment.finish import PlainRasters, RasterWriting, RoomWatch, finish_label_map
+from cdkd_edge.segment.flow import Flow, RunTotals
+from cdkd_edge.segment.hann import HannMerge, hann_grid
+from cdkd_edge.segment.merge import RowMerge, RowStitcher, SpoolMerge, require_output
+from cdkd_edge.segment.options import SegmentOptions, SegmentResult
+from cdkd_edge.segment.outputs import confidence_path, require_file_place, require_writable_name
+from cdkd_edge.segment.partial import Partial, scene_identity, scene_sample, times_of_change
+from cdkd_edge.segment.plan import PANEL_BYTES, Plan
+from cdkd_edge.segment.spool import Spool
+
+__all__ = ["SegmentOptions", "SegmentResult", "grid_over", "label_map_tags", "label_rows", "segment_scene"]
+
+
+def segment_scene(
+    engine: Labeller,
+    scene: str | Path,
+    output: Path,
+    options: SegmentOptions = SegmentOptions(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    resume: bool = True,
+    warn: Callable[[str], None] = lambda text: None,
+) -> SegmentResult:
+    """Label every pixel of a scene.
+
+    What is done when the run ends early, however it ends, is kept in ``<output>.partial``; called again, it goes on
+    from there, and the label map has the same bytes as if nothing had happened.
+
+    Args:
+        engine: what labels tiles.
+        scene: anything GDAL opens; RGB, 8 bit unless ``options.stretch`` is given.
+        output: the label map (``.tif``); class names go to ``<output>.aux.xml``. An older one is replaced at the end.
+        options: overlap, bands, stretch, merge.
+        progress: called with tiles done and tiles in all.
+        resume: go on with what an interrupted run left; False: start anew.
+        warn: told, from another thread, what the user should know before the end: that the disk will be full.
+
+    Raises:
+        SceneError: the scene cannot be read or the label map not be written; another run is writing it; or what an
+            interrupted run left was made of another scene, with another engine or other options.
+        EngineError: the engine failed.
+        SystemRefusalError: the disk is full; what is done is kept.
+        OSError: the system refused to write.
+    """
+    started = time.perf_counter()
+    output = Path(os.path.normpath(output))
+    if _same_file(scene, output):
+        raise SceneError(f"the label map would overwrite the scene {scene}")
+    confidence = confidence_path(output) if options.confidence else None
+    require_writable_name(output)
+    require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
+    require_output(engine, merge=options.merge, confidence=options.confidence)
+    with contextlib.ExitStack() as stack:
+        readers = _opened(stack, scene, options)
+        reader, times = readers[0], times_of_change(readers[0])
+        area = _area(reader, options)
+        plan = _plan(engine, reader, options, area)
+        found = scene_identity(reader)
+        tags = label_map_tags(engine, reader, options, found)
+        identity = _identity(engine, reader, tags, found, confidence=options.confidence)
+        partial = stack.enter_context(Partial(output, identity, resume=resume, replaces=output.exists()))
+        stack.enter_context(_kept_when_the_disk_is_full(partial))
+        spool = stack.enter_context(Spool(partial.spool, reader.height, reader.width))
+        resumed = spool.bands
+        if spool.damaged:
+            warn(f"{spool.path} is damaged; {resumed} rows of tiles are good, what followed them is made again")
+        stack.callback(_note_what_is_worth, partial, spool)
+        writing = RasterWriting(
+            spool, engine.schema, reader.georeference, tags, partial.folder, confidence=options.confidence
+        )
+        stack.enter_context(writing)
+        writing.advance(plan.rows_done(resumed))
+        totals = RunTotals()
+        if resumed < plan.bands:
+            merge = _merge(engine, spool, plan, options, area)
+            room = RoomWatch(partial.folder, warn)
+
+            def on_band() -> None:
+                writing.advance(plan.rows_done(spool.bands))
+                room.look(spool.path, plan.tiles_in(spool.bands) / len(plan.grid))
+
+            merge.on_band = on_band
+            flow = Flow(engine, readers, plan, merge, start=resumed, progress=progress)
+            flow.run()
+            totals = flow.totals
+            del flow, merge
+            hand_memory_back()
+        if times_of_change(reader) != times:
+            raise SceneError(f"{scene} changed while it was read", hint="start anew with --overwrite")
+        finishing = time.perf_counter()
+        finished = writing.result()
+        areas = finish_label_map(finished, output, engine.schema, confidence, on_whole=partial.finishing)
+        totals.stages["finish"] = time.perf_counter() - finishing
+        partial.finished = True
+        result = _result(engine, reader, plan, output, finished, spool.tiles_without_data)
+    return dataclasses.replace(
+        result,
+        areas=areas,
+        seconds=time.perf_counter() - started,
+        engine_seconds=totals.engine_seconds,
+        tiles_resumed=plan.tiles_in(resumed),
+        confidence=confidence,
+        stages={name: round(seconds, 6) for name, seconds in totals.stages.items()},
+    )
+
+
+def grid_over(reader: SceneReader, tile: int, options: SegmentOptions) -> TileGrid:
+    """The tiles of an open scene."""
+    return TileGrid.over(reader.height, reader.width, tile, _overlap(tile, options))
+
+
+def label_map_tags(
+    engine: Labeller, reader: SceneReader, options: SegmentOptions, scene: dict[str, Any] | None = None
+) -> dict[str, str]:
+    """What a label map says about its making; ``scene`` from :func:`.identity.scene_identity`, for a sample of it."""
+    tags = {
+        "CDKD_EDGE": __version__,
+        "SCENE": Path(str(reader.path)).name,
+        "ENGINE": f"{engine.artefact.file} sha256:{engine.artefact.sha256}",
+        "CLASSES": ", ".join(engine.schema.class_names),
+        "TILE_PX": str(engine.tile),
+        "OVERLAP_PX": str(_overlap(engine.tile, options)),
+        "BANDS": ",".join(map(str, reader.bands)),
+    }
+    if scene is not None:
+        tags["SCENE_SAMPLE"] = f"sha256:{scene_sample(scene)}"
+    if options.merge != "crop":
+        tags["MERGE"] = options.merge
+    manifest = getattr(engine, "manifest", None)
+    if isinstance(manifest, EngineManifest):  # the same for the engines that boards built from one graph
+        tags["GRAPH"] = f"{manifest.graph.file} sha256:{manifest.graph.sha256}"
+    if options.gsd is not None:
+        tags["GSD_M"] = f"{options.gsd:g}"
+    if options.aoi is not None:
+        tags["AREA_OF_INTEREST"] = f"sha256:{read_area(options.aoi).identity}"
+    if reader.limits is not None:
+        tags["STRETCH"] = "; ".join(f"{low:.6g}..{high:.6g}" for low, high in reader.limits)
+    return tags
+
+
+def label_rows(
+    engine: Labeller,
+    reader: SceneReader,
+    grid: TileGrid,
+    sink: Callable[[npt.NDArray[np.uint8]], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> RunTotals:
+    """Label an open scene row by row; scores come from here, by the same way as label maps.
+
+    Args:
+        engine: what labels tiles.
+        reader: the scene.
+        grid: its tiles, as :func:`grid_over` places them.
+        sink: receives rows of labels ``[h, width]`` from top to bottom, in a thread of its own; it must not keep them.
+        progress: called with tiles done and tiles in all.
+
+    Raises:
+        SceneError, EngineError: as the parts do; and whatever ``sink`` raises.
+    """
+    plan = Plan.over(grid, engine.tile, panel_bytes=None)
+    merge = RowMerge(engine, RowStitcher(reader.width, len(grid.columns), sink))
+    flow = Flow(engine, [reader], plan, merge, progress=progress)
+    flow.run()
+    return flow.totals
+
+
+def _overlap(tile: int, options: SegmentOptions) -> int:
+    return default_overlap(tile) if options.overlap is None else options.overlap
+
+
+def _opened(stack: contextlib.ExitStack, scene: str | Path, options: SegmentOptions) -> list[SceneReader]:
+    """The scene once for each reading thread."""
+    first = SceneReader(scene, bands=options.bands, stretch=options.stretch, gsd=options.gsd, strict=options.strict)
+    readers = [first]
+    stack.callback(first.close)
+    for _ in range(1, 1 if first.sequential else options.readers):
+        readers.append(first.another())
+        stack.callback(readers[-1].close)
+    return readers
+
+
+def _area(reader: SceneReader, options: SegmentOptions) -> AreaOnScene | None:
+    if options.aoi is None:
+        return None
+    place = reader.georeference
+    transform = place.get("transform", Affine.identity())
+    return AreaOnScene(read_area(options.aoi), place.get("crs"), transform, reader.height, reader.width)
+
+
+def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: AreaOnScene | None) -> Plan:
+    grid, tile = grid_over(reader, engine.tile, options), engine.tile
+    blends = options.merge == "hann"
+
+    def wanted(row: Span, column: Span) -> bool:
+        if area is None or not blends:
+            return area is None or area.touches(row.first, column.first, row.last, column.last)
+        return area.touches(row.start, column.start, row.start + tile, column.start + tile)
+
+    layout = CellLayout.of(reader)
+    # A cell as wide as the panel brings all of the next row of tiles' pixels at once.
+    slack = 2 * layout.rows if layout.columns else engine.tile
+    return Plan.over(
+        hann_grid(grid) if blends else grid,
+        tile,
+        slack_rows=slack,
+        blends=blends,
+        panel_bytes=PANEL_BYTES,
+        pixel_bytes=reader.pixel_bytes,
+        wanted=wanted,
+    )
+
+
+def _merge(engine: Labeller, spool: Spool, plan: Plan, options: SegmentOptions, area: AreaOnScene | None) -> SpoolMerge:
+    inside = None if area is None else area.inside
+    if options.merge == "hann":
+        overlap = _overlap(engine.tile, options)
+        return HannMerge(engine, spool, plan, overlap, confidence=options.confidence, area=inside)
+    return SpoolMerge(engine, spool, confidence=options.confidence, area=inside)
+
+
+def _identity(
+    engine: Labeller, reader: SceneReader, tags: dict[str, str], scene: dict[str, Any], *, confidence: bool
+) -> dict[str, Any]:
+    """What decides about the labels, so that parts of two runs are put together only if they fit."""
+    limits = None if reader.limits is None else [[float(low), float(high)] for low, high in reader.limits]
+    options = {key: value for key, value in tags.items() if key not in ("SCENE", "SCENE_SAMPLE", "ENGINE")}
+    return {
+        "scene": scene,
+        "engine": {"file": engine.artefact.file, "sha256": engine.artefact.sha256},
+        "options": {**options, "BANDS": list(reader.bands), "LIMITS": limits},
+        "confidence": confidence,
+    }
+
+
+def _result(
+    engine: Labeller, reader: SceneReader, plan: Plan, output: Path, finished: PlainRasters, tiles_without_data: int
+) -> SegmentResult:
+    limits = reader.limits
+    names = engine.schema.class_names
+    return SegmentResult(
+        output=output,
+        height=reader.height,
+        width=reader.width,
+        tiles=len(plan.grid),
+        tiles_without_data=tiles_without_data,
+        seconds=0.0,
+        engine_seconds=0.0,
+        class_pixels={name: int(count) for name, count in zip(names, finished.counts, strict=False)},
+        no_data_pixels=int(finished.counts[NO_LABEL]),
+        notes=tuple(reader.notes),
+        stretch_limits=None if limits is None else tuple((float(low), float(high)) for low, high in limits),
+        row_class_pixels=finished.row_counts,
+    )
+
+
+def _note_what_is_worth(partial: Partial, spool: Spool) -> None:
+    partial.worth_keeping = spool.bands > 0
+
+
+@contextlib.contextmanager
+def _kept_when_the_disk_is_full(partial: Partial) -> Iterator[None]:
+    try:
+        yield
+    except (SystemRefusalError, OSError) as error:
+        full = isinstance(error, SystemRefusalError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full or not partial.worth_keeping:
+            raise
+        reason = error.message if isinstance(error, SystemRefusalError) else os.strerror(error.errno or 0)
+        raise SystemRefusalError(
+            reason, hint=f"make room and run the same command again; what is done is kept in {partial.folder}"
+        ) from None
+
+
+def _same_file(scene: str | Path, output: Path) -> bool:
+    try:
+        return output.exists() and Path(str(scene)).samefile(output)
+    except OSError:
+        return False

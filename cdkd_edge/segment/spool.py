@@ -1,0 +1,209 @@
+"""Labels on their way to the label map: an append-only file that says itself how far it is good.
+
+Every record carries a checksum, so a file that ends anywhere (``kill -9``, a full disk, a power cut) is good up to the
+last record that is whole, and nothing but its end is ever written. A row of tiles counts as done when the record
+that closes it is there. The label map is made from the spool, always in the same order, so it does not depend on
+where the work was interrupted. Labels compress well: the spool takes about twice the room that the label map will.
+
+Record: 40-byte header, payload. Header, little-endian: kind, row, column, height, width (uint32), length of the payload
+(uint64), its CRC-32, a spare uint32, CRC-32 of the 36 bytes before. A piece lies within one block row of the label
+map. Payload: zlib, or the single byte that all pixels are.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+import zlib
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from cdkd_edge.core.errors import SceneError
+from cdkd_edge.segment.write import BLOCK
+
+LABELS, CONFIDENCE, BAND = 1, 2, 3
+
+_MAGIC = b"cdkd-edge spool 1\n"
+_HEADER = struct.Struct("<IIIIIQII")
+_CRC = struct.Struct("<I")
+_RECORD = _HEADER.size + _CRC.size
+_LEVEL = 1
+_SYNC_EVERY_S = 2.0
+"""A power cut may cost this much more than the row of tiles at hand; a killed process loses nothing it has written."""
+
+
+class Spool:
+    """A spool file, opened to go on where it is good.
+
+    Args:
+        path: the file; made if it is not there, cut off behind the last finished row of tiles otherwise.
+        height, width: of the label map, px.
+
+    Raises:
+        OSError: it cannot be read or written.
+        SceneError: it is not a spool file.
+    """
+
+    def __init__(self, path: Path, height: int, width: int) -> None:
+        self.path = path
+        self.height, self.width = height, width
+        self.bands = 0
+        """Rows of tiles that are done."""
+        self.tiles_without_data = 0
+        """In those."""
+        self.damaged = False
+        """Whether it was cut off before its end, at a record that was whole once."""
+        self._pieces: dict[
+            tuple[int, int], array[int]
+        ] = {}  # (kind, block row): row, column, h, w, offset, length, CRC
+        self._pending: list[tuple[int, ...]] = []
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
+        try:
+            self._end = self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def put(
+        self, kind: int, row: int, column: int, values: npt.NDArray[np.uint8] | int, shape: tuple[int, int]
+    ) -> None:
+        """Append a rectangle of labels or confidence.
+
+        Args:
+            kind: :data:`LABELS` or :data:`CONFIDENCE`.
+            row, column: its place in the label map, px.
+            values: ``[h, w]``, or one value for all of it.
+            shape: ``h, w``.
+        """
+        height, width = shape
+        for top in _block_rows(row, height):
+            bottom = min(row + height, (top // BLOCK + 1) * BLOCK)
+            if isinstance(values, int):
+                payload = bytes([values])
+            else:
+                part = values[top - row : bottom - row]
+                first = int(part[0, 0])
+                same = (part == first).all()
+                payload = bytes([first]) if same else zlib.compress(part.tobytes(), _LEVEL)
+            self._append(kind, top, column, bottom - top, width, payload)
+
+    def finish_band(self, tiles_without_data: int) -> None:
+        """Close a row of tiles; what was put before is kept from now on."""
+        self._append(BAND, self.bands, 0, 0, tiles_without_data, b"")
+        if time.monotonic() - self._synced > _SYNC_EVERY_S:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+        self._accept(tiles_without_data)
+
+    def row_of_blocks(self, kind: int, top: int) -> npt.NDArray[np.uint8]:
+        """The rows that begin at ``top``, a multiple of 512, ``[up to 512, width]``.
+
+        May be called from another thread than the one that appends, for rows that are whole.
+
+        Raises:
+            SceneError: the file was damaged since it was written, or the rows are not whole.
+        """
+        rows = np.empty((min(BLOCK, self.height - top), self.width), np.uint8)
+        missing = rows.size
+        pieces = self._pieces.get((kind, top // BLOCK), array("Q"))
+        for start in range(0, len(pieces), 7):
+            row, column, height, width, offset, length, crc = pieces[start : start + 7]
+            payload = os.pread(self._file.fileno(), length, offset)
+            if zlib.crc32(payload) != crc:
+                raise self._damaged()
+            target = rows[row - top : row - top + height, column : column + width]
+            if length == 1:
+                target.fill(payload[0])
+            else:
+                target[:] = np.frombuffer(zlib.decompress(payload), np.uint8).reshape(height, width)
+            missing -= target.size
+        if missing:
+            raise self._damaged()
+        return rows
+
+    def _damaged(self) -> SceneError:
+        return SceneError(f"{self.path} is damaged", hint="start anew with --overwrite")
+
+    def _append(self, kind: int, row: int, column: int, height: int, width: int, payload: bytes) -> None:
+        crc = zlib.crc32(payload)
+        header = _HEADER.pack(kind, row, column, height, width, len(payload), crc, 0)
+        record = header + _CRC.pack(zlib.crc32(header)) + payload
+        written = 0
+        while written < len(record):  # a full disk may take a part first
+            written += self._file.write(record[written:])
+        if kind != BAND:
+            self._pending.append((kind, row, column, height, width, self._end + _RECORD, len(payload), crc))
+        self._end += len(record)
+
+    def _accept(self, tiles_without_data: int) -> None:
+        for kind, row, *rest in self._pending:
+            self._pieces.setdefault((kind, row // BLOCK), array("Q")).extend((row, *rest))
+        self._pending = []
+        self.bands += 1
+        self.tiles_without_data += tiles_without_data
+
+    def _recover(self) -> int:
+        """Read what is there up to the last finished row of tiles, cut off the rest, and return the length."""
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(0)
+        if size < len(_MAGIC):
+            self._file.truncate(0)
+            self._file.write(_MAGIC)
+            return len(_MAGIC)
+        if self._file.read(len(_MAGIC)) != _MAGIC:
+            raise SceneError(f"{self.path} is not a spool file of this release", hint="start anew with --overwrite")
+        position = good = len(_MAGIC)
+        while (record := self._record_at(position, size)) is not None:
+            kind, row, column, height, width, length, crc = record
+            position += _RECORD
+            if kind == BAND:
+                self._accept(width)
+                good = position
+            else:
+                self._pending.append((kind, row, column, height, width, position, length, crc))
+            position += length
+        self._pending = []
+        self._file.truncate(good)
+        return good
+
+    def _record_at(self, position: int, size: int) -> tuple[int, ...] | None:
+        """The header of the record at a place in the file, or None if there is no whole one."""
+        head = os.pread(self._file.fileno(), _RECORD, position)
+        if len(head) < _RECORD:
+            return None
+        if _CRC.unpack(head[_HEADER.size :])[0] != zlib.crc32(head[: _HEADER.size]):
+            self.damaged = True
+            return None
+        kind, row, column, height, width, length, crc, _ = _HEADER.unpack(head[: _HEADER.size])
+        if position + _RECORD + length > size:
+            return None
+        inside = kind == BAND or (row + height <= self.height and column + width <= self.width)
+        if not inside or zlib.crc32(os.pread(self._file.fileno(), length, position + _RECORD)) != crc:
+            self.damaged = True
+            return None
+        return kind, row, column, height, width, length, crc
+
+
+def _block_rows(row: int, height: int) -> Iterator[int]:
+    """Rows at which pieces begin when a rectangle is cut along the label map's blocks."""
+    yield row
+    yield from range((row // BLOCK + 1) * BLOCK, row + height, BLOCK)

@@ -1,0 +1,266 @@
+"""Building and looking into engines from the command line: which graph, which runtime, what is shown."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from tensorrt_helpers import ORIN, half_graph, needs_compiler
+from test_cli import assert_answer, assert_wrong_usage, run
+
+from cdkd_edge.core.errors import UsageError
+from cdkd_edge.core.manifest import manifest_path
+from cdkd_edge.core.workspace import Workspace
+from cdkd_edge.engines.inspect import OnnxContents, inspect_artefact, read_onnx
+from cdkd_edge.engines.tensorrt.layers import layers_path
+from cdkd_edge.precision import plan
+from cdkd_edge.precision.graph import Prepared, prepare_graph
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, small_graph: Path) -> Path:
+    """A workspace with an FP32 graph."""
+    shutil.copytree(small_graph.parent, tmp_path / "export")
+    return tmp_path
+
+
+@pytest.fixture
+def half(workspace: Path) -> Path:
+    """An FP16 graph in the same workspace."""
+    return half_graph(workspace / "export" / "small.onnx")
+
+
+# --- build: which graph ---------------------------------------------------------------------------
+
+
+def test_the_graph_of_a_precision(workspace: Path, half: Path) -> None:
+    space = Workspace(workspace)
+    full = workspace / "export" / "small.onnx"
+    assert prepare_graph(space, None, None) == prepare_graph(space, None, "fp32") == Prepared(full)
+    assert prepare_graph(space, None, "fp16") == Prepared(half)
+    assert prepare_graph(space, half, None) == Prepared(half), "a named graph says itself what it is"
+    with pytest.raises(UsageError, match="is a graph of fp16, and --fp32 was asked for"):
+        prepare_graph(space, half, "fp32")
+
+
+def test_names_of_engines(workspace: Path, half: Path) -> None:
+    space = Workspace(workspace)
+    full = workspace / "export" / "small.onnx"
+    assert plan.engine_path(space, full, "cpu") == workspace / "engines" / "small.fp32.cpu.onnx"
+    assert plan.engine_path(space, full, "tensorrt") == workspace / "engines" / "small.fp32.engine"
+    assert plan.engine_path(space, half, "tensorrt") == workspace / "engines" / "small.fp16.engine"
+
+
+def test_no_graph_of_that_precision(workspace: Path) -> None:
+    (workspace / "export" / "small.onnx").unlink()
+    assert_answer(run("build", "--int8", "-w", workspace), 5, "there is no int8 graph")
+
+
+def test_wrong_usage(workspace: Path, half: Path) -> None:
+    assert_wrong_usage(run("build", "--fp16", "--int8", "-w", workspace), "one precision at a time")
+    assert_wrong_usage(run("build", "--runtime", "onnx", "-w", workspace), "'onnx' is no runtime")
+    assert_wrong_usage(run("build", "--workspace-size", "2", "-w", workspace), "'2' is not a size")
+    assert_wrong_usage(run("build", "--target", "orin", "-w", workspace), "not a compute capability")
+    assert_wrong_usage(run("build", "--opt-level", "7", "-w", workspace), "--opt-level")
+    assert_wrong_usage(run("build", "--runtime", "cpu", "--sparse", "-w", workspace), "none of TensorRT's options")
+    assert_wrong_usage(run("build", half, "--fp32", "-w", workspace), "is a graph of fp16")
+    assert_wrong_usage(run("build", "--target", "86", "-o", "e.onnx", "-w", workspace), r"an \.engine file")
+    assert not (workspace / "engines").exists()
+
+
+# --- build: which runtime -------------------------------------------------------------------------
+
+
+def test_auto_is_tensorrt_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan.choose_runtime("cpu", targets=()) == "cpu"
+    assert plan.choose_runtime("auto", targets=()) == "cpu", "no GPU: the tests see to that"
+    assert plan.choose_runtime("auto", targets=("8.6",)) == "tensorrt"
+    assert plan.choose_runtime("tensorrt", targets=()) == "tensorrt"
+    monkeypatch.setattr(plan, "find_gpu", lambda: ORIN)
+    monkeypatch.setattr(plan, "tensorrt_is_installed", lambda: True)
+    assert plan.choose_runtime("auto", targets=()) == "tensorrt"
+    monkeypatch.setattr(plan, "tensorrt_is_installed", lambda: False)
+    assert plan.choose_runtime("auto", targets=()) == "cpu"
+
+
+def test_fp16_without_tensorrt(workspace: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "tensorrt_is_installed", lambda: False)
+    pattern = r"TensorRT is not installed here — carry .*small\.fp16\.onnx and its \.json to a board and run"
+    assert_answer(run("build", "--fp16", "-w", workspace), 9, pattern)
+    monkeypatch.setattr(plan, "tensorrt_is_installed", lambda: True)
+    assert_answer(run("build", "--fp16", "-w", workspace), 9, "needs TensorRT on a GPU: the tests look for no GPU")
+    assert not (workspace / "engines").exists()
+
+
+def test_the_cpu_engine_is_as_before(workspace: Path) -> None:
+    result = run("build", "--fp32", "-w", workspace, "--json")
+    data = json.loads(result.stdout)
+    assert set(data) == {"path", "manifest", "graph", "graph_made", "quantization", "speed"}
+    assert not data["graph_made"]
+    assert data["path"] == str(workspace / "engines" / "small.fp32.cpu.onnx")
+    assert data["manifest"]["tensorrt"] is None
+
+
+@needs_compiler
+def test_build_and_inspect_for_a_gpu_that_is_not_here(workspace: Path, half: Path) -> None:
+    built = run("build", "--fp16", "--target", "sm86", "-w", workspace)
+    assert built.exit_code == 0, built.stderr
+    assert "tensorrt-rtx, compiled for SM 8.6" in built.stdout
+    assert "0 of 4 blocks fused" in built.stdout
+    shown = run("inspect", "-w", workspace)
+    assert shown.exit_code == 0
+    for text in ("strongly typed", "scratch ", "weights ", "moving ", "MB moved", "more (--all)", "patch_embed"):
+        assert text in shown.stdout, text
+    assert "warning" in shown.stdout
+    assert "attention is not fused in 4 of 4 blocks" in " ".join(shown.stdout.split())
+    engine = workspace / "engines" / "small.fp16.engine"
+    every = run("inspect", engine, "--all")
+    data = json.loads(run("inspect", engine, "--json").stdout)
+    assert all(layer["name"] in every.stdout for layer in data["layers"])
+    assert len(data["layers"]) == data["manifest"]["tensorrt"]["layers"]
+    assert data["warnings"] == [
+        "attention is not fused in 4 of 4 blocks: their scores are written to memory, which costs time and memory"
+    ]
+    assert data["unfused_attention"] == [f"blocks.{index}.attn.share/Softmax" for index in range(4)]
+
+
+@needs_compiler
+def test_verbose_shows_the_log(workspace: Path) -> None:
+    result = run("build", "--target", "sm86", "--verbose", "-w", workspace, "--json")
+    assert "verbose: " in result.stderr
+    assert json.loads(result.stdout)["manifest"]["runtime"] == "tensorrt-rtx"
+
+
+@needs_compiler
+def test_an_engine_whose_sidecars_are_odd(workspace: Path) -> None:
+    run("build", "--target", "sm86", "-w", workspace)
+    engine = workspace / "engines" / "small.fp32.engine"
+    layers = layers_path(engine).read_text()
+    layers_path(engine).unlink()
+    result = run("inspect", engine)
+    assert result.exit_code == 0
+    assert "its layers are not recorded" in " ".join(result.stdout.split())
+    layers_path(engine).write_text(layers.replace('"engine_sha256": "', '"engine_sha256": "0'))
+    assert_answer(run("inspect", engine), 6, "is about another engine")
+    layers_path(engine).write_text("{")
+    assert_answer(run("inspect", engine), 6, "is damaged")
+    manifest_path(engine).unlink()
+    assert_answer(run("inspect", engine), 6, "has no manifest")
+
+
+# --- inspect --------------------------------------------------------------------------------------
+
+
+def test_a_graph(workspace: Path, half: Path) -> None:
+    data = json.loads(run("inspect", workspace / "export" / "small.onnx", "--json").stdout)
+    assert (data["kind"], data["warnings"]) == ("graph", [])
+    contents = data["contents"]
+    model = onnx.load(workspace / "export" / "small.onnx")
+    assert contents["nodes"] == len(model.graph.node)
+    assert contents["casts"] == {"uint8 to fp32": 1, "int64 to uint8": 1}
+    assert contents["operators"]["Softmax"] == {"fp32": 4}
+    assert contents["parameter_bytes"]["fp32"] == sum(
+        numpy_helper.to_array(item).nbytes for item in model.graph.initializer if item.data_type == TensorProto.FLOAT
+    )
+    assert (contents["attention_blocks"], contents["attention_fused"]) == (4, 0)
+    shown = run("inspect", half)
+    assert shown.exit_code == 0
+    assert "fp16, opset 20, exported from small.pt" in shown.stdout
+    assert "1 uint8 to fp16" in shown.stdout
+
+
+def test_a_cpu_engine(small_engine_path: Path) -> None:
+    found = inspect_artefact(small_engine_path)
+    assert isinstance(found.contents, OnnxContents)
+    assert (found.contents.attention_blocks, found.contents.attention_fused) == (4, 4)
+    assert found.warnings == ()
+    shown = run("inspect", small_engine_path)
+    assert "onnxruntime-cpu on" in shown.stdout
+    assert "MultiHeadAttention" in shown.stdout
+
+
+def test_a_cpu_engine_whose_attention_is_not_fused(small_engine_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_engine_path.parent, tmp_path / "engines")
+    sidecar = manifest_path(tmp_path / "engines" / small_engine_path.name)
+    sidecar.write_text(sidecar.read_text().replace('"attention_fused": 4', '"attention_fused": 3'))
+    data = json.loads(run("inspect", "-w", tmp_path, "--json").stdout)
+    assert "not fused in 1 of 4 blocks" in data["warnings"][0]
+
+
+def test_quantised_nodes_are_counted_apart(tmp_path: Path) -> None:
+    def constant(name: str, value: Any) -> onnx.TensorProto:
+        return numpy_helper.from_array(np.asarray(value), name)
+
+    nodes = [
+        helper.make_node("Cast", ["image"], ["x"], to=TensorProto.FLOAT16),
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["wd"]),
+        helper.make_node("MatMul", ["d", "wd"], ["y"]),
+        helper.make_node("DynamicQuantizeLinear", ["y"], ["u", "s", "z"]),
+        helper.make_node("MatMulInteger", ["u", "w"], ["i"]),
+        helper.make_node("ArgMax", ["y"], ["labels"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, [4, 4])],
+        [helper.make_tensor_value_info("labels", TensorProto.INT64, [1, 4])],
+        [constant("scale", np.float16(0.1)), constant("zero", np.int8(0)), constant("w", np.zeros((4, 4), np.int8))],
+    )
+    onnx.save(helper.make_model(graph), tmp_path / "lone.onnx")
+    contents = read_onnx(tmp_path / "lone.onnx")
+    assert (contents.quantize_nodes, contents.dequantize_nodes) == (1, 2)
+    assert contents.operators["MatMul"] == {"fp16": 1}
+    assert contents.operators["MatMulInteger"] == {"int8": 1}
+    assert contents.operators["Cast"] == {"fp16": 1}
+    assert contents.operators["ArgMax"] == {"fp16": 1}
+    assert contents.parameter_bytes == {"int8": 17, "fp16": 2}
+    shown = run("inspect", tmp_path / "lone.onnx")
+    assert shown.exit_code == 0
+    assert "1 quantize, 2 dequantize" in shown.stdout
+    assert "no manifest beside it" in " ".join(shown.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "pattern"),
+    [
+        ("a.onnx", b"", 7, "not an ONNX graph"),
+        ("a.onnx", b"garbage", 7, "not an ONNX graph"),
+        ("a.onnx", b"\x08\x07" * 9, 7, "without nodes|not an ONNX graph"),
+        ("a.engine", b"", 6, "has no manifest"),
+        ("a.pt", b"", 9, "neither a graph .* `cdkd-edge info`"),
+        ("ü\x1b[31m.onnx", b"garbage", 7, "not an ONNX graph"),
+    ],
+)
+def test_files_that_are_nothing_of_ours(name: str, content: bytes, code: int, pattern: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    result = run("inspect", tmp_path / name)
+    assert_answer(result, code, pattern)
+    assert "\x1b[31m.onnx" not in result.stderr
+
+
+def test_info_of_a_graph_names_inspect(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "a.onnx").write_bytes(b"no checkpoint")
+    assert_answer(run("info", tmp_path / "a.onnx"), 3, "looked into with `cdkd-edge inspect`")
+
+
+def test_places_without_a_file(tmp_path: Path) -> None:
+    assert_answer(run("inspect", tmp_path / "nowhere.onnx"), 6, "does not exist")
+    assert_answer(run("inspect", tmp_path), 6, "is not a file")
+    assert_answer(run("inspect", "-w", tmp_path), 5, "there is no engine in")
+
+
+def test_a_graph_that_was_changed(workspace: Path) -> None:
+    path = workspace / "export" / "small.onnx"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_answer(run("inspect", path), 6, "not the file its manifest describes")
+    manifest_path(path).write_text('{"name": "somebody else\'s"}')
+    assert_answer(run("inspect", path), 6, "is not the manifest of a cdkd-edge graph")

@@ -1,0 +1,116 @@
+"""What NVIDIA's compiler makes of the paper's network, without a GPU: the figures the speed on the board rests on.
+
+TensorRT-RTX parses and compiles the graphs for SM 8.6 (it has no SM 8.7, Orin's); nothing is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tensorrt_helpers import break_attention, half_graph, int8_variant, needs_compiler
+
+from cdkd_edge.core.manifest import EngineManifest, EngineTensor
+from cdkd_edge.engines.inspect import inspect_artefact
+from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
+from cdkd_edge.engines.tensorrt.layers import EngineLayers, LayerLimits, exceeded
+from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+from cdkd_edge.graph.outputs import variant_path, write_variant
+from cdkd_edge.model.config import NetworkConfig
+
+pytestmark = [pytest.mark.slow, needs_compiler]
+
+FP16_LIMITS = LayerLimits(attention_blocks=12, layers=120, traffic_bytes=1.45e9, scratch_bytes=64e6)
+INT8_LIMITS = LayerLimits(attention_blocks=12, layers=145, traffic_bytes=1.6e9, scratch_bytes=64e6)
+INT8_SIZE = 0.3
+"""Of the FP32 graph's file."""
+SM86 = TensorRTOptions(targets=("8.6",))
+TILES_AND_LABELS = (
+    EngineTensor("image", "uint8", (1, 3, 1024, 1024)),
+    EngineTensor("labels", "uint8", (1, 1024, 1024)),
+)
+
+
+def compiled(graph: Path) -> tuple[EngineManifest, EngineLayers]:
+    """A graph built for SM 8.6: manifest, and layers as they were written beside the engine."""
+    engine = graph.parent / "engines" / f"{graph.stem}.engine"
+    manifest = build_tensorrt_engine(graph, engine, SM86)
+    layers = inspect_artefact(engine).contents
+    assert isinstance(layers, EngineLayers)
+    return manifest, layers
+
+
+@pytest.fixture(scope="module")
+def paper_graph(
+    tmp_path_factory: pytest.TempPathFactory, make_graph: Callable[..., Path], make_weights: Callable[..., object]
+) -> Path:
+    """The paper's network in FP32; random weights, which do not change what the compiler does."""
+    config = NetworkConfig(classes=5)
+    return make_graph(tmp_path_factory.mktemp("paper"), make_weights(config), config)
+
+
+@pytest.fixture(scope="module")
+def half(paper_graph: Path) -> Path:
+    return half_graph(paper_graph)
+
+
+def test_fp16_keeps_the_limits(half: Path) -> None:
+    manifest, layers = compiled(half)
+    assert exceeded(layers, FP16_LIMITS) == []
+    assert layers.unfused_attention == ()
+    assert (manifest.attention_fused, manifest.attention_blocks) == (12, 12)
+    assert manifest.tensorrt is not None
+    assert manifest.tensorrt.tensors == TILES_AND_LABELS
+    assert manifest.tensorrt.strongly_typed
+    assert layers.precisions["fp16"] >= len(layers.layers) - 1, "one layer turns indices into labels"
+    assert sum(layer.traffic_bytes > 30e6 for layer in layers.layers) == 0, "no scores in memory"
+
+
+@pytest.mark.parametrize("kind", ["confidence", "probabilities"])
+def test_confidence_costs_two_layers(half: Path, kind: str) -> None:
+    graph = variant_path(half, kind)
+    write_variant(half, graph, kind)
+    manifest, layers = compiled(graph)
+    # The bytes of the sum over the classes are counted once per class, although it is read once.
+    limits = LayerLimits(attention_blocks=12, layers=122, traffic_bytes=1.6e9, scratch_bytes=64e6)
+    assert exceeded(layers, limits) == []
+    assert (manifest.attention_fused, manifest.attention_blocks) == (12, 12)
+    assert manifest.tensorrt is not None
+    assert [tensor.name for tensor in manifest.tensorrt.tensors] == ["image", "labels", kind]
+    assert {tensor.dtype for tensor in manifest.tensorrt.tensors} == {"uint8"}
+
+
+def test_int8_keeps_the_limits(paper_graph: Path) -> None:
+    graph = int8_variant(paper_graph)
+    manifest, layers = compiled(graph)
+    assert exceeded(layers, INT8_LIMITS) == []
+    assert (manifest.attention_fused, manifest.attention_blocks) == (12, 12)
+    assert manifest.tensorrt is not None
+    assert manifest.tensorrt.tensors == TILES_AND_LABELS
+    assert layers.precisions["int8"] >= 53, "the linears and the 3x3 convolutions"
+    assert graph.stat().st_size <= INT8_SIZE * paper_graph.stat().st_size
+
+
+def test_int8_with_broken_attention_fails_the_same_check(paper_graph: Path) -> None:
+    _, layers = compiled(break_attention(int8_variant(paper_graph)))
+    findings = exceeded(layers, INT8_LIMITS)
+    assert any("0 of 12 attention blocks" in finding for finding in findings), findings
+
+
+def test_fp32_parses_and_builds(paper_graph: Path) -> None:
+    manifest, layers = compiled(paper_graph)
+    assert manifest.tensorrt is not None
+    assert manifest.tensorrt.tensors == TILES_AND_LABELS
+    assert manifest.attention_blocks == 12
+    assert "fp16" not in layers.precisions
+
+
+def test_broken_attention_fails_the_same_check(half: Path) -> None:
+    manifest, layers = compiled(break_attention(half))
+    findings = exceeded(layers, FP16_LIMITS)
+    assert any("0 of 12 attention blocks" in finding for finding in findings), findings
+    assert any("layer traffic" in finding for finding in findings)
+    assert any("scratch" in finding for finding in findings)
+    assert manifest.attention_fused == 0
+    assert len(layers.unfused_attention) == 12

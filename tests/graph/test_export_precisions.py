@@ -1,0 +1,211 @@
+"""`export --fp16`, and FP16 and INT8 of the bundled trained network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import resources
+
+import numpy as np
+import onnx
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxsim")
+
+from quantization_helpers import CONFIG, nodes_of, tiles_of, write_set  # noqa: E402
+from test_cli import assert_answer, run  # noqa: E402
+
+from cdkd_edge.core.labels import load_schema  # noqa: E402
+from cdkd_edge.core.manifest import GraphManifest, read_manifest  # noqa: E402
+from cdkd_edge.engines.onnxruntime import build_cpu_engine  # noqa: E402
+from cdkd_edge.graph.derive import fp16_path  # noqa: E402
+from cdkd_edge.graph.export import ExportOptions, export_checkpoint  # noqa: E402
+from cdkd_edge.graph.fp16 import casts  # noqa: E402
+from cdkd_edge.graph.int8.layers import quantizable_layers  # noqa: E402
+from cdkd_edge.model.checkpoint import save_checkpoint  # noqa: E402
+from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402
+from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8  # noqa: E402
+from cdkd_edge.scenery import sample_tiles  # noqa: E402
+
+pytestmark = pytest.mark.needs_torch
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def save(path, weights):
+    network = SegmentationNetwork(CONFIG)
+    network.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in weights.items()}, strict=False)
+    save_checkpoint(network, path, schema=load_schema("dubai"))
+    return path
+
+
+@pytest.fixture
+def sound(tmp_path, make_weights):
+    """A checkpoint that FP16 does no harm."""
+    return save(tmp_path / "city.pt", make_weights(CONFIG, seed=2))
+
+
+@pytest.fixture
+def loud(tmp_path, make_weights):
+    """A checkpoint whose activations leave FP16's range."""
+    weights = make_weights(CONFIG, seed=2)
+    weights["encoder.blocks.1.mlp.fc1.weight"] *= 6e4
+    weights["encoder.blocks.1.mlp.fc2.weight"] *= 1e-5
+    return save(tmp_path / "city.pt", weights)
+
+
+def exported(folder):
+    return sorted(path.name for path in (folder / "export").iterdir())
+
+
+HEADS = ("--heads", CONFIG.heads)
+
+
+def test_fp16_comes_with_an_export(tmp_path, sound):
+    result = run("export", sound, *HEADS, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert exported(tmp_path) == ["city.fp16.json", "city.fp16.onnx", "city.json", "city.onnx"]
+    data = json.loads(result.stdout)
+    assert data["fp16_refused"] is None
+    assert data["fp16"]["precision"] == "fp16"
+    assert data["fp16"]["conversion"]["label_agreement"] >= 0.999
+    half = onnx.load(tmp_path / "export" / "city.fp16.onnx")
+    assert casts(half) == {"FLOAT16": 1, "UINT8": 1}
+    text = " ".join(run("export", sound, *HEADS).stdout.split())
+    assert "FP16 city.fp16.onnx" in text
+    assert "of the pixels of 2 drawn tiles keep their label" in text
+
+
+def test_no_fp16_where_none_is_wanted(tmp_path, sound):
+    result = run("export", sound, *HEADS, "--no-fp16", "--json")
+    assert exported(tmp_path) == ["city.json", "city.onnx"]
+    data = json.loads(result.stdout)
+    assert (data["fp16"], data["fp16_refused"]) == (None, None)
+    assert "FP16" not in run("export", sound, *HEADS, "--no-fp16").stdout
+
+
+def test_a_network_that_fp16_is_not_for(tmp_path, loud):
+    """It is exported in FP32, and the reason is told."""
+    result = run("export", loud, *HEADS)
+    assert result.exit_code == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    assert "no FP16 on the imagery blocks.1.mlp.fc1 leaves FP16's range" in text
+    assert exported(tmp_path) == ["city.json", "city.onnx"]
+    data = json.loads(run("export", loud, *HEADS, "--json").stdout)
+    assert data["fp16"] is None
+    assert "leaves FP16's range" in data["fp16_refused"]
+
+
+def test_what_an_export_found_is_known_to_the_commands_after_it(tmp_path, loud, make_weights, monkeypatch):
+    run("export", loud, *HEADS)
+    kept = read_manifest(tmp_path / "export" / "city.onnx", GraphManifest).fp16_refused
+    assert kept.out_of_range
+    write_set(tmp_path / "engines" / "calibration" / "mission", tiles_of(1), tiles_of(1))
+    typed = ["cdkd-edge", "bench", "--power-trace"]
+    with monkeypatch.context() as patch:
+        patch.setattr("cdkd_edge.graph.derive.to_fp16", None)  # nothing is computed again
+        patch.setattr("cdkd_edge.precision.int8.calibrate", None)
+        for runtime in ("cpu", "tensorrt"):
+            result = run("build", "--fp16", "--runtime", runtime)
+            assert_answer(result, 8, r"found before: on the imagery blocks\.1\.mlp\.fc1 leaves.*FP32: cdkd-edge build;")
+        assert_answer(run("build", "--int8"), 8, r"INT8 keeps parts of city\.onnx in FP16.*fc1 leaves FP16's range")
+        patch.setattr("sys.argv", typed)
+        answer = r"; FP16 was refused for city\.onnx: .*fc1 leaves.*build && cdkd-edge bench --power-trace"
+        assert_answer(run(*typed[1:]), 5, answer)
+    assert_answer(run("build", "--fp16", "--again", "--runtime", "tensorrt"), 8, r"^error: on the imagery blocks\.1")
+    run("export", save(tmp_path / "city.pt", make_weights(CONFIG, seed=2)), *HEADS)
+    assert read_manifest(tmp_path / "export" / "city.onnx", GraphManifest).fp16_refused is None
+
+
+def test_a_share_of_labels_may_be_asked_for_instead(tmp_path, sound):
+    for options in (("--min-agreement", "0.5"), ("--min-agreement", "101")):
+        assert_answer(run("export", sound, *HEADS, *options), 2, "makes no sense")
+    assert_answer(run("export", sound, *HEADS, "--no-fp16", "--min-agreement", "99"), 2, "about the FP16 graph")
+    data = json.loads(run("export", sound, *HEADS, "--fp16", "--min-agreement", "99", "--json").stdout)
+    assert data["fp16"]["conversion"]["max_logit_error"] is None
+    data = json.loads(run("export", sound, *HEADS, "--json").stdout)
+    assert 0 < data["fp16"]["conversion"]["max_logit_error"] < data["fp16"]["conversion"]["logit_tolerance"]
+
+
+def test_asked_for_it_is_an_error_and_the_fp32_graph_stays(tmp_path, loud):
+    assert_answer(run("export", loud, *HEADS, "--fp16"), 8, r"blocks\.1\.mlp\.fc1 leaves FP16's range.*FP32")
+    assert exported(tmp_path) == ["city.json", "city.onnx"]
+    assert read_manifest(tmp_path / "export" / "city.onnx", GraphManifest).precision == "fp32"
+
+
+def test_a_weight_beyond_fp16(tmp_path, make_weights):
+    weights = make_weights(CONFIG, seed=2)
+    weights["encoder.blocks.0.attn.qkv.bias"][-1] = 7e4
+    path = save(tmp_path / "city.pt", weights)
+    text = " ".join(run("export", path, *HEADS).stdout.split())
+    assert "no FP16 weight blocks.0.attn.qkv.bias holds 7e+04; FP16 ends at 65504" in text
+    assert_answer(run("export", path, *HEADS, "--fp16"), 7, "FP16 ends at 65504")
+    assert exported(tmp_path) == ["city.json", "city.onnx"]
+
+
+def test_graphs_of_an_earlier_export_are_pointed_out(tmp_path, sound, make_weights):
+    """Beside a new FP32 graph they are another network's."""
+    first = run("export", sound, *HEADS, "--json")
+    assert json.loads(first.stdout)["outdated"] == []
+    half = tmp_path / "export" / "city.fp16.onnx"
+    for suffix in (".onnx", ".json"):
+        shutil.copy(half.with_suffix(suffix), half.with_name(f"city.int8{suffix}"))
+    assert json.loads(run("export", sound, *HEADS, "--no-fp16", "--json").stdout)["outdated"] == []
+    weights = make_weights(CONFIG, seed=2)
+    weights["encoder.blocks.0.attn.qkv.bias"][-1] = 7e4
+    text = " ".join(run("export", save(sound, weights), *HEADS).stdout.split())
+    for name in ("city.fp16.onnx", "city.int8.onnx"):
+        assert f"warning {name} was made from an earlier graph" in text
+    data = json.loads(run("export", sound, *HEADS, "--no-fp16", "--json").stdout)
+    assert data["outdated"] == ["export/city.fp16.onnx", "export/city.int8.onnx"]
+
+
+def test_a_foreign_file_in_the_place_of_the_fp16_graph(tmp_path, sound):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "city.fp16.onnx").write_text("mine")
+    result = run("export", sound, *HEADS)
+    assert_answer(result, 6, r"city\.fp16\.onnx exists and is not cdkd-edge's to replace")
+    assert (tmp_path / "export" / "city.fp16.onnx").read_text() == "mine"
+    assert exported(tmp_path) == ["city.fp16.onnx"], "it is known before the work begins"
+    assert run("export", sound, *HEADS, "--no-fp16").exit_code == 0
+
+
+# --- the bundled network --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The bundled trained network, exported for small tiles with FP16. Not to be changed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with resources.as_file(resources.files("cdkd_edge.demo") / "tiny.safetensors") as checkpoint:
+        return export_checkpoint(checkpoint, folder / "tiny.onnx", ExportOptions(tile=128, fp16=True))
+
+
+def test_the_bundled_network_in_fp16(tiny):
+    assert tiny.half.conversion.label_agreement >= 0.999
+    half = onnx.load(fp16_path(tiny.path))
+    assert casts(half) == {"FLOAT16": 1, "UINT8": 1}
+    assert tiny.half.artefact.bytes < 0.55 * tiny.manifest.artefact.bytes
+
+
+def test_the_bundled_network_in_int8(tiny, tmp_path):
+    drawn = sample_tiles(128, 8)
+    chosen = write_set(tmp_path / "set", drawn[:6], drawn[6:], side=128)
+    graph = tmp_path / "tiny.onnx"
+    for suffix in (".onnx", ".json"):
+        shutil.copy(tiny.path.with_suffix(suffix), graph.with_suffix(suffix))
+    result = write_int8(graph, tmp_path / "tiny.int8.onnx", chosen, Int8Options(gate=Gate(0.95)))
+    count = len(quantizable_layers(onnx.load(graph)))
+    made = onnx.load(result.path)
+    onnx.checker.check_model(made, full_check=True)
+    assert len(nodes_of(made, "QuantizeLinear")) == count
+    assert all(layer["snr_db"] > 10 for layer in result.manifest.quantization["layers"])
+    assert result.manifest.conversion.label_agreement > 0.95
+    engine = build_cpu_engine(result.path, tmp_path / "tiny.int8.cpu.onnx")
+    assert engine.attention_fused == engine.attention_blocks > 0
+    assert len(nodes_of(onnx.load(tmp_path / "tiny.int8.cpu.onnx"), "MatMulIntegerToFloat")) == count
+    assert np.isfinite([layer["input_scale"] for layer in result.manifest.quantization["layers"]]).all()

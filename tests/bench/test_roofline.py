@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from commands import assert_answer, assert_wrong_usage, run
 from onnx import TensorProto, helper, numpy_helper
 from tensorrt_helpers import half_graph, int8_variant, needs_compiler
-from test_cli import assert_answer, assert_wrong_usage, run
 
 from cdkd_edge.bench.roofline.devices import default_device, device_names, find_device, load_device
 from cdkd_edge.bench.roofline.kernels import FUSED, UNFUSED, UNFUSED_FP32, attention_modes, kernels_of

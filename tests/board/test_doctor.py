@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import assert_answer, finish, run, start
+from commands import assert_answer, finish, run, start
 
 from cdkd_edge.board.doctor import board, resources, service, software
 from cdkd_edge.board.doctor.examine import Diagnosis, examine

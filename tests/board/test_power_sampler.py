@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from board import CHIP, HWMON, VOLTS, make_tree, write
-from test_cli import assert_answer, run
+from commands import assert_answer, run
 
 import cdkd_edge
 from cdkd_edge.board.power.energy import rail_energy

@@ -21,10 +21,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from commands import assert_answer, assert_wrong_usage, finish, run, start
 from PIL import Image
 from rasterio.transform import from_origin
 from scene_helpers import SCHEMA, names_in, noise, read_labels, sparse_raster, write_raster
-from typer.testing import CliRunner
 
 from cdkd_edge import __version__, cli
 from cdkd_edge.core.files import whole_folder
@@ -39,51 +39,6 @@ COMMANDS = [
     "evaluate", "parity", "demo", "doctor",
 ]  # fmt: skip
 QUICK = ("--duration", "0.1", "--max-warm-up", "0")
-
-
-def run(*arguments: object) -> Any:
-    """The command line in this process."""
-    runner = CliRunner()
-    return runner.invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """The command line in a process of its own."""
-    root = str(Path(cli.__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen(
-        [sys.executable, "-m", "cdkd_edge", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        **options,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
-
-
-def assert_answer(result: Any, code: int, pattern: str) -> None:
-    """One line that begins with ``error:``, the documented exit code, and nothing else."""
-    assert result.exit_code == code, (result.exception, result.stdout, result.stderr)
-    assert isinstance(result.exception, SystemExit), "an answer, not a traceback"
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    assert re.search(pattern, lines[0]), lines[0]
-    assert result.stdout == ""
-
-
-def assert_wrong_usage(result: Any, pattern: str) -> None:
-    assert result.exit_code == 2
-    assert isinstance(result.exception, SystemExit)
-    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
-    assert re.search(pattern, text), text
-    assert "Traceback" not in text
-    assert result.stdout == ""
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from commands import assert_answer, assert_wrong_usage, run
 from onnx import TensorProto, helper, numpy_helper
 from tensorrt_helpers import ORIN, half_graph, needs_compiler
-from test_cli import assert_answer, assert_wrong_usage, run
 
 from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.manifest import manifest_path

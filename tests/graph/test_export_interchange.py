@@ -12,8 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxsim")
 
+from commands import assert_answer, assert_wrong_usage, run  # noqa: E402
 from quantization_helpers import CONFIG  # noqa: E402
-from test_cli import assert_answer, assert_wrong_usage, run  # noqa: E402
 
 from cdkd_edge.core.labels import load_schema  # noqa: E402
 from cdkd_edge.model.checkpoint import save_checkpoint  # noqa: E402

@@ -13,8 +13,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxsim")
 
+from commands import assert_answer, run  # noqa: E402
 from quantization_helpers import CONFIG, nodes_of, tiles_of, write_set  # noqa: E402
-from test_cli import assert_answer, run  # noqa: E402
 
 from cdkd_edge.core.labels import load_schema  # noqa: E402
 from cdkd_edge.core.manifest import GraphManifest, read_manifest  # noqa: E402

@@ -9,10 +9,10 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from commands import assert_answer, assert_wrong_usage, run
 from PIL import Image
 from quantization_helpers import CONFIG, nodes_of, session_of, tiles_of, write_set
 from scene_helpers import noise, read_labels, write_raster
-from test_cli import assert_answer, assert_wrong_usage, run
 
 from cdkd_edge.core.errors import EngineError
 from cdkd_edge.core.manifest import EngineManifest, GraphManifest, manifest_path, read_manifest

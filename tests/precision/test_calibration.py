@@ -593,7 +593,7 @@ def test_a_folder_that_cannot_be_made(scenes: list[str], tmp_path: Path) -> None
 
 
 def test_the_command(scenes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_cli import assert_answer, run
+    from commands import assert_answer, run
 
     monkeypatch.chdir(tmp_path)
     common = ("calibrate", *scenes, "--tile", TILE, "--count", 8, "--check", 2)

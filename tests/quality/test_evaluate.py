@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import rasterio
+from commands import assert_answer, run
 from PIL import Image
 from rasterio.transform import Affine
 from scene_helpers import SCHEMA, FakeEngine, names_in, noise, read_labels, red_labels, write_raster
-from test_cli import assert_answer, run
 
 from cdkd_edge.core.errors import DatasetError, EngineError, SchemaError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema, load_schema, numbered_schema

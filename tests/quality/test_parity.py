@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from commands import assert_answer, run
 from PIL import Image
 from scene_helpers import SCHEMA, FakeEngine, names_in, noise, pipeline_threads, read_labels, red_labels, write_raster
-from test_cli import assert_answer, run
 
 from cdkd_edge.core.errors import DatasetError, EngineError, SchemaError, UsageError
 from cdkd_edge.core.labels import NO_LABEL, load_schema, numbered_schema

@@ -9,10 +9,10 @@ import shutil
 
 import numpy as np
 import pytest
+from commands import assert_answer, assert_wrong_usage, run
 from cuda_fakes import CUresult, FakeTensorRT
 from scene_helpers import noise, write_raster
 from tensorrt_helpers import half_graph, needs_compiler
-from test_cli import assert_answer, assert_wrong_usage, run
 from test_tensorrt_runner import KINDS as BINDINGS
 from test_tensorrt_runner import SIDE, Bench, manifest_of, tiles_of
 

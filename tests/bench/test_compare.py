@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from commands import assert_answer, assert_wrong_usage, run
+from labelled_images import build_data
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from run_helpers import make_run
 from scene_helpers import names_in
-from test_parity import build_data
 
 from cdkd_edge.bench.compare.checks import Limits, judge
 from cdkd_edge.bench.compare.compare import compare_runs

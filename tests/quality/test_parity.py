@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from commands import assert_answer, run
+from labelled_images import SIZES, build_data, truth_of
 from PIL import Image
-from scene_helpers import SCHEMA, FakeEngine, names_in, noise, pipeline_threads, read_labels, red_labels, write_raster
+from scene_helpers import SCHEMA, FakeEngine, names_in, pipeline_threads, read_labels, red_labels, write_raster
 
 from cdkd_edge.core.errors import DatasetError, EngineError, SchemaError, UsageError
 from cdkd_edge.core.labels import NO_LABEL, load_schema, numbered_schema
@@ -30,7 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 
 UInt8Array = npt.NDArray[np.uint8]
 
-SIZES = {"t1_a": (150, 200), "t1_b": (64, 64), "t2_a": (65, 17), "t2_b": (130, 70)}
 LAX = Gate(100.0, 0.0)
 
 
@@ -39,13 +39,6 @@ def _work_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The current directory is the default workspace; it must not be the repository."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
-
-
-def truth_of(image: UInt8Array) -> UInt8Array:
-    """Mostly what :func:`red_labels` says; class 4 and errors where green is high; no label where blue is high."""
-    labels = np.where(image[1] < 150, image[0] // 64, image[1] % 5).astype(np.uint8)
-    labels[image[2] > 220] = NO_LABEL
-    return labels
 
 
 def flipped(tiles: UInt8Array, low: int = 25, high: int = 256) -> UInt8Array:
@@ -60,16 +53,6 @@ def flipped(tiles: UInt8Array, low: int = 25, high: int = 256) -> UInt8Array:
 
 def perturbed(**options: Any) -> FakeEngine:
     return FakeEngine(function=flipped, **options)
-
-
-def build_data(folder: Path, sizes: dict[str, tuple[int, int]] = SIZES) -> Dataset:
-    for part in ("images", "masks"):
-        (folder / part).mkdir(parents=True)
-    for seed, (name, (height, width)) in enumerate(sizes.items()):
-        image = noise(height, width, seed=seed)
-        Image.fromarray(image.transpose(1, 2, 0).copy()).save(folder / "images" / f"{name}.png")
-        Image.fromarray(truth_of(image)).save(folder / "masks" / f"{name}.png")
-    return find_dataset(folder)
 
 
 @pytest.fixture

@@ -19,14 +19,13 @@ from peer_children import PEERS, checkpoint_of
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, ManifestError, SceneError
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest, read_manifest
-from cdkd_edge.engines.tensorrt.device import NoGpu, find_gpu
+from cdkd_edge.engines.runtimes import RUNTIMES, build_engine
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint
 from cdkd_edge.graph.int8.tiles import CalibrationSet
 from cdkd_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from cdkd_edge.precision.calibration.generate import CalibrateOptions, calibrate
 from cdkd_edge.precision.calibration.scenes import expand, measure
 from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8
-from cdkd_edge.precision.plan import TENSORRT, build_engine, choose_runtime
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.scenery import draw_scene, sample_tiles
 from cdkd_edge.segment.pipeline import SegmentOptions
@@ -212,7 +211,7 @@ def _int8(
     options = Int8Options(gate=Gate() if trained else NO_GATE)
     write_int8(plain, graph, CalibrationSet.load(place), options, progress=progress)
     progress("building the INT8 engine")
-    build_engine(graph, engine, "cpu")
+    build_engine(graph, engine, RUNTIMES["cpu"])
 
 
 def _calibration_scenes(folder: Path, tile: int, data: Path | None, images: list[str], count: int) -> list[str]:
@@ -231,15 +230,15 @@ def _calibration_scenes(folder: Path, tile: int, data: Path | None, images: list
 
 def _tensorrt(folder: Path, checkpoint: Path, tile: int, progress: Progress) -> None:
     """The FP16 graph and its engine, where TensorRT and a GPU are."""
-    if choose_runtime("auto") != TENSORRT:
-        gpu = find_gpu()
-        raise EngineError(gpu.reason if isinstance(gpu, NoGpu) else "TensorRT is not installed")
+    tensorrt = RUNTIMES["tensorrt"]
+    if reason := tensorrt.why_not_here():
+        raise EngineError(reason)
     graph, engine = folder / "plain.fp16.onnx", folder / "ours.fp16.engine"
     if not graph.exists():
         export_checkpoint(checkpoint, folder / "plain.onnx", ExportOptions(tile=tile, fp16=True))
     if not _built_from(engine, graph):
         progress("building the TensorRT engine")
-        build_engine(graph, engine, TENSORRT)
+        build_engine(graph, engine, tensorrt)
 
 
 def _stale(graph: Path, checkpoint: Path, tile: int) -> bool:

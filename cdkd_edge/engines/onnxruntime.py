@@ -15,6 +15,7 @@ from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.machine import describe_machine
 from cdkd_edge.core.manifest import (
+    ONNXRUNTIME_CPU,
     EngineManifest,
     FileRecord,
     GraphManifest,
@@ -32,7 +33,6 @@ from cdkd_edge.graph.read import read_graph
 from cdkd_edge.graph.session import session_options, signed_weights_are_exact
 from cdkd_edge.scenery import draw_scene
 
-RUNTIME = "onnxruntime-cpu"
 MIN_AGREEMENT = 0.9999
 """Share of pixels on which engine and graph must agree; the rest is the order of additions."""
 
@@ -90,7 +90,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
         del plain
         manifest = EngineManifest(
             name=source.name,
-            runtime=RUNTIME,
+            runtime=ONNXRUNTIME_CPU,
             precision=source.precision,
             artefact=FileRecord.of(temporary, destination.name),
             graph=source.artefact,

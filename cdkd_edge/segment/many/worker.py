@@ -20,9 +20,8 @@ from typing import Any
 
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, FleetError, ManifestError
-from cdkd_edge.core.manifest import EngineManifest, read_manifest
+from cdkd_edge.core.manifest import EngineManifest, is_artefact_name, read_manifest
 from cdkd_edge.core.signals import check, end_on_signals
-from cdkd_edge.core.workspace import ENGINE_SUFFIXES
 from cdkd_edge.engines.protocol import Engine
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.segment.many.jobs import ENGINE, WORKER, EngineRef, Job, decode, encode, failed, run_job
@@ -86,7 +85,7 @@ def engine_path(wanted: EngineRef) -> Path:
     folder = Path(wanted.folder).absolute()
     found: list[tuple[Path, EngineManifest]] = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix in ENGINE_SUFFIXES and not path.name.startswith("."):
+        if is_artefact_name(path) and not path.name.startswith("."):
             with contextlib.suppress(ManifestError):
                 manifest = read_manifest(path, EngineManifest, verify=False)
                 if manifest.graph.sha256 == wanted.graph_sha256:

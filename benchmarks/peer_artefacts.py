@@ -144,7 +144,7 @@ def prepare(
         export_checkpoint(checkpoint, plain, ExportOptions(tile=tile))
     if not _built_from(ours, plain):
         progress("building the CPU engine")
-        build_engine(plain, ours, "cpu")
+        build_engine(plain, ours, RUNTIMES["cpu"])
     try:
         if "ours-int8" in wanted:
             _int8(folder, tile, trained, data, images, calibration_tiles, progress)

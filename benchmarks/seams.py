@@ -34,7 +34,8 @@ from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.open import open_scene
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segment.merge import engine_output
-from cdkd_edge.segment.pipeline import SegmentOptions, grid_over, segment_scene
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 
 BIN = 8
 """Width of the bins of distance, px."""
@@ -131,7 +132,7 @@ def measure(engine_path: Path, images: list[Path]) -> dict[str, Any]:
         for image in images:
             reader = SceneReader(image)
             try:
-                grid = grid_over(reader, engine.tile, SegmentOptions())
+                grid = SegmentOptions().grid_over(reader, engine.tile)
                 labels = tiles_of(engine, reader, grid)
                 tiles += len(labels)
                 for distance, different in disagreements(labels, grid, reader.height, reader.width):

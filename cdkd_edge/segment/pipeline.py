@@ -26,7 +26,7 @@ from cdkd_edge.core.machine import hand_memory_back
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.aoi import AreaOnScene, read_area
-from cdkd_edge.raster.grid import Span, TileGrid, default_overlap
+from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.raster.styles import sidecar_path
 from cdkd_edge.segment.cells import CellLayout
@@ -39,8 +39,6 @@ from cdkd_edge.segment.outputs import confidence_path, require_file_place, requi
 from cdkd_edge.segment.partial import Partial, scene_identity, scene_sample, times_of_change
 from cdkd_edge.segment.plan import PANEL_BYTES, Plan
 from cdkd_edge.segment.spool import Spool
-
-__all__ = ["SegmentOptions", "SegmentResult", "grid_over", "label_map_tags", "label_rows", "segment_scene"]
 
 
 def segment_scene(
@@ -136,11 +134,6 @@ def segment_scene(
     )
 
 
-def grid_over(reader: SceneReader, tile: int, options: SegmentOptions) -> TileGrid:
-    """The tiles of an open scene."""
-    return TileGrid.over(reader.height, reader.width, tile, _overlap(tile, options))
-
-
 def label_map_tags(
     engine: Labeller, reader: SceneReader, options: SegmentOptions, scene: dict[str, Any] | None = None
 ) -> dict[str, str]:
@@ -151,22 +144,13 @@ def label_map_tags(
         "ENGINE": f"{engine.artefact.file} sha256:{engine.artefact.sha256}",
         "CLASSES": ", ".join(engine.schema.class_names),
         "TILE_PX": str(engine.tile),
-        "OVERLAP_PX": str(_overlap(engine.tile, options)),
-        "BANDS": ",".join(map(str, reader.bands)),
+        **options.tags(reader, engine.tile),
     }
     if scene is not None:
         tags["SCENE_SAMPLE"] = f"sha256:{scene_sample(scene)}"
-    if options.merge != "crop":
-        tags["MERGE"] = options.merge
     manifest = getattr(engine, "manifest", None)
     if isinstance(manifest, EngineManifest):  # the same for the engines that boards built from one graph
         tags["GRAPH"] = f"{manifest.graph.file} sha256:{manifest.graph.sha256}"
-    if options.gsd is not None:
-        tags["GSD_M"] = f"{options.gsd:g}"
-    if options.aoi is not None:
-        tags["AREA_OF_INTEREST"] = f"sha256:{read_area(options.aoi).identity}"
-    if reader.limits is not None:
-        tags["STRETCH"] = "; ".join(f"{low:.6g}..{high:.6g}" for low, high in reader.limits)
     return tags
 
 
@@ -182,7 +166,7 @@ def label_rows(
     Args:
         engine: what labels tiles.
         reader: the scene.
-        grid: its tiles, as :func:`grid_over` places them.
+        grid: its tiles, as :meth:`.options.SegmentOptions.grid_over` places them.
         sink: receives rows of labels ``[h, width]`` from top to bottom, in a thread of its own; it must not keep them.
         progress: called with tiles done and tiles in all.
 
@@ -196,13 +180,9 @@ def label_rows(
     return flow.totals
 
 
-def _overlap(tile: int, options: SegmentOptions) -> int:
-    return default_overlap(tile) if options.overlap is None else options.overlap
-
-
 def _opened(stack: contextlib.ExitStack, scene: str | Path, options: SegmentOptions) -> list[SceneReader]:
     """The scene once for each reading thread."""
-    first = SceneReader(scene, bands=options.bands, stretch=options.stretch, gsd=options.gsd, strict=options.strict)
+    first = options.open(scene)
     readers = [first]
     stack.callback(first.close)
     for _ in range(1, 1 if first.sequential else options.readers):
@@ -220,7 +200,7 @@ def _area(reader: SceneReader, options: SegmentOptions) -> AreaOnScene | None:
 
 
 def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: AreaOnScene | None) -> Plan:
-    grid, tile = grid_over(reader, engine.tile, options), engine.tile
+    grid, tile = options.grid_over(reader, engine.tile), engine.tile
     blends = options.merge == "hann"
 
     def wanted(row: Span, column: Span) -> bool:
@@ -245,7 +225,7 @@ def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: 
 def _merge(engine: Labeller, spool: Spool, plan: Plan, options: SegmentOptions, area: AreaOnScene | None) -> SpoolMerge:
     inside = None if area is None else area.inside
     if options.merge == "hann":
-        overlap = _overlap(engine.tile, options)
+        overlap = options.overlap_of(engine.tile)
         return HannMerge(engine, spool, plan, overlap, confidence=options.confidence, area=inside)
     return SpoolMerge(engine, spool, confidence=options.confidence, area=inside)
 

@@ -17,7 +17,8 @@ from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segment.hann import hann_grid, hann_weights
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

@@ -33,7 +33,6 @@ from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.open import open_scene
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.merge import engine_output
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import segment_scene
 
@@ -124,7 +123,7 @@ def interval(at: Counts, elsewhere: Counts, seed: int = 0) -> tuple[float, float
 def measure(engine_path: Path, images: list[Path]) -> dict[str, Any]:
     """Everything, as data."""
     engine = load_engine(engine_path)
-    merges = ["crop", "hann"] if engine_output(engine) == "probabilities" else ["crop"]
+    merges = ["crop", "hann"] if engine.output_kind == "probabilities" else ["crop"]
     shared, same = np.zeros(engine.tile, np.int64), np.zeros(engine.tile, np.int64)
     counted = {merge: (Counts(), Counts()) for merge in merges}
     tiles = 0

@@ -15,6 +15,7 @@ from cdkd_edge.raster.areas import Areas
 from cdkd_edge.raster.grid import TileGrid, default_overlap
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.raster.stretch import Limits, Stretch
+from cdkd_edge.segment.merges import DEFAULT_MERGE
 
 TAG_OPTIONS = {
     "OVERLAP_PX": "--overlap",
@@ -36,8 +37,8 @@ class SegmentOptions:
     """Red, green and blue as 1-based band numbers. Default: by colour tags, as :class:`.read.SceneReader` says."""
     stretch: Stretch | None = None
     """How values become 0..255. Default: 8-bit values as they are, others are an error."""
-    merge: str = "crop"
-    """``crop``: each pixel from the tile in which it lies deepest. ``hann``: probabilities of tiles are blended."""
+    merge: str = DEFAULT_MERGE
+    """How tiles become one map: a name in :data:`.merges.MERGES`."""
     confidence: bool = False
     """Also write ``NAME_confidence.tif``, the probability of the label in per cent."""
     gsd: float | None = None
@@ -80,7 +81,7 @@ class SegmentOptions:
     def tags(self, reader: SceneReader, tile: int) -> dict[str, str]:
         """The options that decide about labels, as tags of a label map."""
         tags = {"OVERLAP_PX": str(self.overlap_of(tile)), "BANDS": ",".join(map(str, reader.bands))}
-        if self.merge != "crop":
+        if self.merge != DEFAULT_MERGE:
             tags["MERGE"] = self.merge
         if self.gsd is not None:
             tags["GSD_M"] = f"{self.gsd:g}"

@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from cdkd_edge.quality.datasets import Dataset
-    from cdkd_edge.segment.pipeline import SegmentOptions
+    from cdkd_edge.segment.options import SegmentOptions
 
 WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", "-w", help="Directory with export/, engines/ and benchmarks/.", file_okay=False)
@@ -97,7 +97,7 @@ def segment_options(
         BadParameter: they are malformed or exclude each other.
     """
     from cdkd_edge.raster.read import Stretch
-    from cdkd_edge.segment.pipeline import SegmentOptions
+    from cdkd_edge.segment.options import SegmentOptions
 
     numbers = None
     if bands is not None:

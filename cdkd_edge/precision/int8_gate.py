@@ -26,7 +26,7 @@ from cdkd_edge.graph.fuse import fuse_attention
 from cdkd_edge.quality.datasets import Dataset
 from cdkd_edge.quality.evaluate import Evaluation, evaluate, number
 from cdkd_edge.quality.metrics import ConfusionMatrix
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from cdkd_edge.quality.metrics import ConfusionMatrix
 from cdkd_edge.quality.parity import SIDES, Delta, Gate, ImageParity, Parity
 from cdkd_edge.quality.picture import write_differences
 from cdkd_edge.raster.read import reading_notes
-from cdkd_edge.segment.pipeline import SegmentOptions, label_map_tags, label_rows
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import label_map_tags, label_rows
 from cdkd_edge.segment.write import LabelMapWriter
 
 Sides = tuple[Scores, Scores]

@@ -25,7 +25,8 @@ from cdkd_edge.quality.metrics import ConfusionMatrix
 from cdkd_edge.quality.picture import write_comparison
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import reading_notes
-from cdkd_edge.segment.pipeline import SegmentOptions, grid_over, label_map_tags, label_rows
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import label_map_tags, label_rows
 from cdkd_edge.segment.write import LabelMapWriter
 
 Rows = npt.NDArray[np.uint8]
@@ -259,7 +260,7 @@ def look_at(pair: Pair, tile: int, options: SegmentOptions) -> Job:
     reader = ImageReader(pair, options)
     try:
         reader.require_fitting_mask()
-        return Job(pair, grid_over(reader, tile, options), reader.height, reader.width, tuple(reader.notes))
+        return Job(pair, options.grid_over(reader, tile), reader.height, reader.width, tuple(reader.notes))
     finally:
         reader.close()
 

@@ -28,7 +28,7 @@ from cdkd_edge.quality.evaluate import data_schema, evaluate
 from cdkd_edge.quality.subject import open_subject
 from cdkd_edge.raster.grid import TileGrid, default_overlap
 from cdkd_edge.raster.read import Stretch
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

@@ -29,8 +29,9 @@ from cdkd_edge.segment.many.crew import Listener
 from cdkd_edge.segment.many.jobs import EngineRef, Failure, Job, JobReport, decode, encode, run_job, stamp
 from cdkd_edge.segment.many.local import LocalCrew, ProcessCrew
 from cdkd_edge.segment.many.run import crew_for, engine_ref, plan_outputs, scenes_of, segment_many
+from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import label_map_paths
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.products.products import NOTHING, Wanted
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

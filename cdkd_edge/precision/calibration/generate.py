@@ -26,7 +26,7 @@ from cdkd_edge.precision.calibration.scenes import Source, expand, measure
 from cdkd_edge.precision.calibration.write import store
 from cdkd_edge.raster.find import file_key
 from cdkd_edge.raster.read import reading_notes
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 DEFAULT_TILE = 1024
 MIN_TILE = 32

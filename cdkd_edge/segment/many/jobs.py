@@ -24,8 +24,8 @@ from cdkd_edge.core.errors import CdkdEdgeError, EngineError, SceneError, System
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.segment import pipeline
 from cdkd_edge.segment.many.kept import KeptMap, complete, refuse_foreign_map
+from cdkd_edge.segment.options import SegmentOptions, SegmentResult
 from cdkd_edge.segment.partial import continues_replacing, drop_finished, was_finishing
-from cdkd_edge.segment.pipeline import SegmentOptions, SegmentResult
 from cdkd_edge.segment.products.products import NOTHING, PRODUCTS, Wanted, product_paths, write_products
 
 JOB_VERSION = 1

@@ -27,9 +27,9 @@ from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.areas import Areas
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.styles import sidecar_path
+from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import LABEL_MAP, confidence_path
 from cdkd_edge.segment.partial import differences
-from cdkd_edge.segment.pipeline import SegmentOptions
 from cdkd_edge.segment.products.polygons import VectorOptions, require_vector, write_vector
 from cdkd_edge.segment.products.preview import write_preview
 from cdkd_edge.segment.products.stac import (

@@ -140,7 +140,7 @@ def write_products(
         if "vector" in making and wanted.vector is not None:
             made_with = {**stamp, OPTIONS: _options_text(wanted.vector)}
             notes += write_vector(
-                label_map, paths["vector"], engine.schema, wanted.vector, progress, stamp=made_with
+                label_map, paths["vector"], engine.schema, wanted.vector, progress, metadata=made_with
             ).notes
         if "preview" in making:
             write_preview(scene, label_map, engine.schema, areas, paths["preview"], options, stamp=stamp)

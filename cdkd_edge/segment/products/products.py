@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from cdkd_edge.core.errors import SceneError
-from cdkd_edge.core.files import sha256_of
+from cdkd_edge.core.files import occupied, sha256_of
 from cdkd_edge.core.machine import hand_memory_back
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.areas import Areas
@@ -208,10 +208,7 @@ def _of_this_map(paths: Mapping[str, Path], made_of: str, wanted: Wanted, *, rep
             if reason is None:
                 fitting.add(name)
             elif not replace:
-                raise SceneError(
-                    f"{paths[name]} exists and {reason}",
-                    hint="remove it and run the same command again, or make all anew with --overwrite",
-                )
+                raise occupied(paths[name], SceneError, reason)
     return fitting
 
 

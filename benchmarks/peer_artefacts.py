@@ -28,7 +28,7 @@ from cdkd_edge.precision.calibration.scenes import expand, measure
 from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.scenery import draw_scene, sample_tiles
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 CHECK_TILES = 2
 """Kept apart from the calibration tiles, for the INT8 graph's own check."""

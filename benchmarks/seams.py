@@ -33,8 +33,8 @@ from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.open import open_scene
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.merge import engine_output
-from cdkd_edge.segment.pipeline import SegmentOptions, grid_over, segment_scene
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 
 BIN = 8
 """Width of the bins of distance, px."""
@@ -123,7 +123,7 @@ def interval(at: Counts, elsewhere: Counts, seed: int = 0) -> tuple[float, float
 def measure(engine_path: Path, images: list[Path]) -> dict[str, Any]:
     """Everything, as data."""
     engine = load_engine(engine_path)
-    merges = ["crop", "hann"] if engine_output(engine) == "probabilities" else ["crop"]
+    merges = ["crop", "hann"] if engine.output_kind == "probabilities" else ["crop"]
     shared, same = np.zeros(engine.tile, np.int64), np.zeros(engine.tile, np.int64)
     counted = {merge: (Counts(), Counts()) for merge in merges}
     tiles = 0
@@ -131,7 +131,7 @@ def measure(engine_path: Path, images: list[Path]) -> dict[str, Any]:
         for image in images:
             reader = SceneReader(image)
             try:
-                grid = grid_over(reader, engine.tile, SegmentOptions())
+                grid = SegmentOptions().grid_over(reader, engine.tile)
                 labels = tiles_of(engine, reader, grid)
                 tiles += len(labels)
                 for distance, different in disagreements(labels, grid, reader.height, reader.width):

@@ -16,9 +16,9 @@ from cdkd_edge.bench.record import EndToEnd, Protocol
 from cdkd_edge.core.files import scratch_folder
 from cdkd_edge.engines.protocol import Engine
 from cdkd_edge.raster.grid import TileGrid, default_overlap
-from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.scenery import draw_scene
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 
 RESERVED = ".reserved"
 """The file that takes the room."""
@@ -65,8 +65,8 @@ def check_scene(engine: Engine, scene: Path, options: SegmentOptions) -> None:
         SceneError: as the scene's reader does.
     """
     tile = engine.manifest.tile
-    TileGrid.over(1, 1, tile, default_overlap(tile) if options.overlap is None else options.overlap)
-    SceneReader(scene, bands=options.bands, stretch=options.stretch).close()
+    TileGrid.over(1, 1, tile, options.overlap_of(tile))
+    options.open(scene).close()
 
 
 def time_scene(engine: Engine, scene: Path | None, options: SegmentOptions, tiles: float) -> EndToEnd:

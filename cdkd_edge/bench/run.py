@@ -32,7 +32,7 @@ from cdkd_edge.core.files import whole_folder
 from cdkd_edge.core.machine import describe_machine, forget_peak_memory, peak_memory
 from cdkd_edge.core.manifest import library_versions
 from cdkd_edge.engines.protocol import Engine
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 PAPER_TILE = 1024
 """Side of a tile in the Mask-CDKD paper's deployment, px."""

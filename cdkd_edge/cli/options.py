@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from cdkd_edge.core.labels import BUILTIN_SCHEMAS
+
 if TYPE_CHECKING:
     from cdkd_edge.quality.datasets import Dataset
-    from cdkd_edge.segment.pipeline import SegmentOptions
+    from cdkd_edge.segment.options import SegmentOptions
 
 WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", "-w", help="Directory with export/, engines/ and benchmarks/.", file_okay=False)
@@ -51,7 +53,7 @@ SchemaOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--schema",
-        help="How masks encode classes: deepglobe, loveda, dubai, or a .toml file. Default: what the data says.",
+        help=f"How masks encode classes: {', '.join(BUILTIN_SCHEMAS)}, or a .toml file. Default: what the data says.",
     ),
 ]
 WeightsOption = Annotated[
@@ -97,7 +99,7 @@ def segment_options(
         BadParameter: they are malformed or exclude each other.
     """
     from cdkd_edge.raster.read import Stretch
-    from cdkd_edge.segment.pipeline import SegmentOptions
+    from cdkd_edge.segment.options import SegmentOptions
 
     numbers = None
     if bands is not None:

@@ -22,6 +22,8 @@ from cdkd_edge.cli.options import (
     WorkspaceOption,
     segment_options,
 )
+from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
+from cdkd_edge.segment.merges import DEFAULT_MERGE, merge_help, merge_mode
 
 _MADE = "What is made beside the label map"
 
@@ -52,12 +54,7 @@ def segment(
     stretch_percentiles: PercentilesOption = None,
     stretch_range: RangeOption = None,
     strict: StrictOption = False,
-    merge: Annotated[
-        str,
-        typer.Option(
-            "--merge", help="crop: the middle of each tile. hann: tiles blended; needs an engine with probabilities."
-        ),
-    ] = "crop",
+    merge: Annotated[str, typer.Option("--merge", help=merge_help())] = DEFAULT_MERGE,
     confidence: Annotated[
         bool, typer.Option("--confidence", help="Also write NAME_confidence.tif: the label's probability, per cent.")
     ] = False,
@@ -180,7 +177,8 @@ def segment(
         keep_folders=keep_folders,
         overwrite=overwrite,
     )
-    kind = "probabilities" if merge == "hann" else "confidence" if confidence else "labels"
+    needed = merge_mode(merge).needs
+    kind = CONFIDENCE if confidence and needed == LABELS else needed
     chosen = engine or space.only_engine("cdkd-edge segment SCENE --engine", kind, command_line())
     ref = engine_ref(chosen, threads=threads, worker_folder=worker_engines)
     crew, ref = crew_for(ref, dask, workers and min(workers, len(names)))

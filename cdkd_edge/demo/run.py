@@ -43,10 +43,10 @@ from cdkd_edge.graph.build import build_graph
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 from cdkd_edge.quality.metrics import ConfusionMatrix
 from cdkd_edge.raster.open import writing
-from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.scenery import draw_scene
+from cdkd_edge.segment.options import SegmentOptions, SegmentResult
 from cdkd_edge.segment.outputs import label_map_paths, quicklook_path
-from cdkd_edge.segment.pipeline import SegmentOptions, SegmentResult, segment_scene
+from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.quicklook import write_quicklook
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def run_demo(
         CdkdEdgeError: as the stages do.
     """
     if scene is not None:  # find what is wrong with it before anything is made
-        SceneReader(scene, bands=options.bands, stretch=options.stretch).close()
+        options.open(scene).close()
     _claim(workspace.root)
     truth = None
     if scene is None:

@@ -1,9 +1,10 @@
-"""A STAC item that describes an exported network, with the Machine Learning Model extension.
+"""The STAC item of an exported network, and the fields that every STAC item of this package shares.
 
-STAC 1.1 (https://github.com/radiantearth/stac-spec/blob/v1.1.0/item-spec/item-spec.md), MLM 1.5.2
-(https://github.com/stac-extensions/mlm, its README and best practices), and the file, classification and processing
-extensions that those recommend. Nothing is claimed that is not known: the item has no geometry, because nobody says
-where the network was trained, and its datetime is the moment of export.
+STAC 1.1 (https://github.com/radiantearth/stac-spec/blob/v1.1.0/item-spec/item-spec.md) with the Machine Learning Model
+extension 1.5.2 (https://github.com/stac-extensions/mlm) and the file, classification and processing extensions that it
+recommends. The item has no geometry, because nobody says where the network was trained; its datetime is the moment of
+export. The items of label maps (:mod:`cdkd_edge.segment.products.stac`) use :func:`href`, :func:`file_fields`,
+:func:`utc_text` and :func:`class_names`, too.
 """
 
 from __future__ import annotations
@@ -12,24 +13,59 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from cdkd_edge import __version__
-from cdkd_edge.core.errors import ManifestError
-from cdkd_edge.core.files import write_text
+from cdkd_edge.core.files import require_own, write_text
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import FileRecord, GraphManifest, manifest_path
 from cdkd_edge.graph.qgis import QgisGraph
 
-MLM = "https://stac-extensions.github.io/mlm/v1.5.2/schema.json"
-FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
-CLASSIFICATION = "https://stac-extensions.github.io/classification/v2.0.0/schema.json"
-PROCESSING = "https://stac-extensions.github.io/processing/v1.1.0/schema.json"
+STAC_VERSION = "1.1.0"
+MULTIHASH_SHA256 = "1220"
+"""Function code and length of a SHA-256 digest (https://github.com/multiformats/multihash)."""
 
 _ONNX = "application/octet-stream; framework=onnx"
 _GENERATOR = "cdkd-edge"
+
+
+def extension(name: str) -> str:
+    """The schema of a STAC extension, e.g. ``file/v2.1.0``."""
+    return f"https://stac-extensions.github.io/{name}/schema.json"
+
+
+MLM, FILE, CLASSIFICATION, PROCESSING = EXTENSIONS = tuple(
+    map(extension, ("mlm/v1.5.2", "file/v2.1.0", "classification/v2.0.0", "processing/v1.1.0"))
+)
+
+
+def href(relative: str) -> str:
+    """A link to a file, relative to the item's folder."""
+    quoted = quote(relative)
+    return quoted if quoted.startswith("../") else f"./{quoted}"
+
+
+def file_fields(file: FileRecord) -> dict[str, Any]:
+    """Size and checksum (a multihash), as the file extension writes them."""
+    return {"file:size": file.bytes, "file:checksum": MULTIHASH_SHA256 + file.sha256}
+
+
+def utc_text(moment: datetime) -> str:
+    """A moment as RFC 3339 with ``Z``; UTC if it has no offset."""
+    moment = moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment.astimezone(timezone.utc)
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def class_names(names: Sequence[str]) -> list[str]:
+    """Names of classes for programs, each once: letters, digits, ``-`` and ``_``."""
+    found: list[str] = []
+    for label, name in enumerate(names):
+        short = re.sub(r"[^A-Za-z0-9]+", "-", _ascii(name)).strip("-").lower()
+        found.append(short if short and short not in found else f"{short or 'class'}-{label}")
+    return found
 
 
 def stac_path(graph: Path) -> Path:
@@ -55,12 +91,13 @@ def stac_item(
     """
     name = model_name(graph.name)
     schema = graph.schema
+    created = utc_text(datetime.fromisoformat(graph.created))
     properties: dict[str, Any] = {
         "title": f"Land-cover segmentation: {graph.name}",
         "description": f"ViT encoder with a UPerNet head, {len(schema)} classes ({', '.join(schema.class_names)}). "
         "Normalisation, up-sampling and argmax are inside the graph.",
-        "datetime": _utc(graph.created),
-        "created": _utc(graph.created),
+        "datetime": created,
+        "created": created,
         "processing:software": {_GENERATOR: __version__},
         "bands": _bands(),
         "mlm:name": name,
@@ -85,16 +122,16 @@ def stac_item(
     if qgis is not None:
         # It takes and gives floats, so it is not what mlm:input and mlm:output describe.
         assets["qgis"] = {
-            "href": _href(qgis.artefact.file),
+            "href": href(qgis.artefact.file),
             "type": _ONNX,
             "title": "ONNX graph for the QGIS plugin Deepness",
             "roles": ["data"],
-            **_file(qgis.artefact),
+            **file_fields(qgis.artefact),
         }
     return {
         "type": "Feature",
-        "stac_version": "1.1.0",
-        "stac_extensions": [MLM, FILE, CLASSIFICATION, PROCESSING],
+        "stac_version": STAC_VERSION,
+        "stac_extensions": list(EXTENSIONS),
         "id": re.sub(r"\s+", "-", name),
         "geometry": None,
         "properties": properties,
@@ -119,15 +156,11 @@ def require_own_stac(path: Path) -> None:
     Raises:
         ManifestError: it would.
     """
-    if not path.exists():
-        return
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        own = _GENERATOR in document["properties"]["processing:software"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        own = False
-    if not own:
-        raise ManifestError(f"{path} exists and is not cdkd-edge's to replace", hint="move it away")
+
+    def is_own(path: Path) -> bool:
+        return _GENERATOR in json.loads(path.read_text(encoding="utf-8"))["properties"]["processing:software"]
+
+    require_own(path, is_own)
 
 
 def model_name(name: str) -> str:
@@ -138,22 +171,9 @@ def model_name(name: str) -> str:
     return allowed if len(allowed) > 2 else f"{allowed}-model"
 
 
-def class_names(names: Sequence[str]) -> list[str]:
-    """Names for programs, each once: letters, digits, ``-`` and ``_``."""
-    found: list[str] = []
-    for label, name in enumerate(names):
-        short = re.sub(r"[^A-Za-z0-9]+", "-", _ascii(name)).strip("-").lower()
-        found.append(short if short and short not in found else f"{short or 'class'}-{label}")
-    return found
-
-
 def _ascii(text: str) -> str:
     """Letters without their accents; others stay."""
     return "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
-
-
-def _href(file: str) -> str:
-    return f"./{quote(file)}"
 
 
 def _bands() -> list[dict[str, str]]:
@@ -201,7 +221,7 @@ def _output(graph: GraphManifest, schema: LabelSchema) -> dict[str, Any]:
 
 def _model(title: str, artefact: FileRecord, graph: GraphManifest) -> dict[str, Any]:
     return {
-        "href": _href(artefact.file),
+        "href": href(artefact.file),
         "type": _ONNX,
         "title": title,
         "description": f"opset {graph.opset}; runs in ONNX Runtime, and is what `cdkd-edge build` makes engines from",
@@ -209,19 +229,9 @@ def _model(title: str, artefact: FileRecord, graph: GraphManifest) -> dict[str, 
         "bands": _bands(),  # MLM asks for them in the properties, and STAC allows them there only if an asset has them
         "mlm:artifact_type": "onnx",
         "mlm:framework": "ONNX",
-        **_file(artefact),
+        **file_fields(artefact),
     }
 
 
 def _plain(title: str, file: str) -> dict[str, Any]:
-    return {"href": _href(file), "type": "application/json", "title": title, "roles": ["metadata"]}
-
-
-def _file(artefact: FileRecord) -> dict[str, Any]:
-    """Size and checksum; the latter as a multihash: 0x12 is SHA-256, 0x20 its length."""
-    return {"file:size": artefact.bytes, "file:checksum": f"1220{artefact.sha256}"}
-
-
-def _utc(moment: str) -> str:
-    """RFC 3339 with Z, as STAC writes it."""
-    return moment.replace("+00:00", "Z")
+    return {"href": href(file), "type": "application/json", "title": title, "roles": ["metadata"]}

@@ -14,7 +14,7 @@ from cdkd_edge.quality.datasets import Dataset
 from cdkd_edge.quality.evaluate import Evaluation, evaluate
 from cdkd_edge.quality.masks import ImageReader, read_labels
 from cdkd_edge.raster.grid import TileGrid
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 _BITS = 5
 """Histograms have 2**5 = 32 bins a channel."""

@@ -21,7 +21,7 @@ from cdkd_edge.quality.datasets import Pair
 from cdkd_edge.raster.bands import Upright
 from cdkd_edge.raster.open import gdal, open_scene, place_problem
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 _STRIP = 1024
 """Rows translated at a time: colours need several times the memory of labels."""
@@ -205,9 +205,7 @@ class ImageReader(SceneReader):
     def __init__(self, pair: Pair, options: SegmentOptions, limits: npt.NDArray[np.float32] | None = None) -> None:
         self.mask = pair.mask
         try:
-            super().__init__(
-                pair.image, bands=options.bands, stretch=options.stretch, limits=limits, strict=options.strict
-            )
+            super().__init__(pair.image, limits=limits, **options.reading())
         except SceneError as error:
             raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cdkd_edge.quality.metrics import ConfusionMatrix
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.pictures import NO_DATA_COLOR, colored, in_a_row, with_legend
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 _RIGHT, _WRONG = (214, 222, 214), (200, 40, 40)
 _OTHER, _GAINED = (90, 98, 110), (40, 90, 200)
@@ -42,7 +43,7 @@ def write_comparison(
         options: bands and stretch, as in the run.
         longest_side: of each picture, px.
     """
-    reader = SceneReader(pair.image, bands=options.bands, stretch=options.stretch)
+    reader = dataclasses.replace(options, strict=False).open(pair.image)
     try:
         image = reader.overview(longest_side)
     finally:
@@ -56,12 +57,12 @@ def write_comparison(
     errors[(small != NO_LABEL) & (small != predicted)] = _WRONG
     pictures = [image, colored(small, schema), colored(predicted, schema), errors]
     mean = "no label" if math.isnan(score.mean_iou) else f"mIoU {score.mean_iou:.1%}"
-    titles = [pair.name, "truth", f"prediction, {mean}", f"errors, {1 - score.overall_accuracy:.1%}"]
+    titles = [pair.name, "truth", f"prediction, {mean}", f"errors, {1 - score.score('overall_accuracy'):.1%}"]
     if not score.pixels:
         titles[3] = "errors"
     entries = [
         (cls.color, cls.name, f"IoU {iou:.1%}")
-        for cls, iou in zip(schema.classes, score.iou(), strict=True)
+        for cls, iou in zip(schema.classes, score.class_scores("iou"), strict=True)
         if not math.isnan(iou)
     ]
     picture = in_a_row(pictures, titles)

@@ -20,13 +20,14 @@ import numpy.typing as npt
 
 from cdkd_edge.core.files import sha256_of
 from cdkd_edge.core.labels import LabelSchema
+from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
 from cdkd_edge.raster.areas import Areas, class_areas
 from cdkd_edge.raster.styles import is_somebodys_own, label_map_style, sidecar_path, style_path
 from cdkd_edge.segment.cog import write_cog
-from cdkd_edge.segment.merge import NO_CONFIDENCE
+from cdkd_edge.segment.crop import NO_CONFIDENCE
 from cdkd_edge.segment.outputs import LABEL_MAP
 from cdkd_edge.segment.pyramid import Pyramid, every_other
-from cdkd_edge.segment.spool import CONFIDENCE, LABELS, Spool
+from cdkd_edge.segment.spool import Spool
 from cdkd_edge.segment.write import BLOCK, LabelMapWriter
 
 _FINISHING = 1.5

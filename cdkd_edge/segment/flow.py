@@ -32,8 +32,8 @@ Mask = npt.NDArray[np.bool_]
 class Merge(Protocol):
     """What becomes of tiles; called from the writing thread, in the order of the plan."""
 
-    whole_tile: bool
-    """Whether a tile counts in whole, not only its kept part (then it is computed if any pixel is valid)."""
+    blends: bool
+    """Whether all of a tile counts, not only its kept part (then it is computed if any of its pixels is valid)."""
 
     def add(self, place: Place, slot: int | None, index: int, valid: Mask | None) -> None:
         """Take a tile.
@@ -204,7 +204,7 @@ class Flow:
                 continue
             valid = cut_tile(place, cells, self._layout, tiles[index])
             batch.valid.append(valid)
-            part = np.s_[:, :] if self._merge.whole_tile else (place.row.kept, place.column.kept)
+            part = np.s_[:, :] if self._merge.blends else (place.row.kept, place.column.kept)
             batch.empty.append(valid is not None and not valid[part].any())
             index += 1
         if tiles is not None:

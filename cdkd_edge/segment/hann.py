@@ -10,17 +10,12 @@ import numpy.typing as npt
 from cdkd_edge.core.errors import UsageError
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.grid import Span, TileGrid
-from cdkd_edge.segment.merge import Area, Mask, SpoolMerge
+from cdkd_edge.segment.crop import Area, CropMerge, Mask
 from cdkd_edge.segment.plan import Place, Plan
 from cdkd_edge.segment.spool import Spool
 
 _FULL = 255
 """Weight of a pixel in the middle of a tile, along one axis; 1 at its edge, so that every pixel has some."""
-
-
-def hann_grid(grid: TileGrid) -> TileGrid:
-    """The same tiles; each keeps what no later tile adds to: from its own beginning to that of the next."""
-    return TileGrid(_handed_over(grid.rows), _handed_over(grid.columns))
 
 
 def _handed_over(spans: tuple[Span, ...]) -> tuple[Span, ...]:
@@ -42,7 +37,7 @@ def hann_weights(tile: int, overlap: int) -> npt.NDArray[np.uint32]:
     return weights
 
 
-class HannMerge(SpoolMerge):
+class HannMerge(CropMerge):
     """Blends probabilities; ties go to the class of the lower label.
 
     What later tiles still add to is carried: the strip to the right of a tile, and below a row of tiles the rows that
@@ -52,8 +47,8 @@ class HannMerge(SpoolMerge):
     Args:
         engine: gives probabilities.
         spool: where labels go.
-        plan: over a :func:`hann_grid`, with ``blends``.
-        overlap: of tiles, px.
+        plan: over an arranged grid, with ``blends``.
+        overlap: of neighbouring tiles, px.
         confidence: also write the confidence of the blended probabilities.
         area: the area of interest.
 
@@ -61,12 +56,12 @@ class HannMerge(SpoolMerge):
         UsageError: tiles overlap by more than half.
     """
 
-    whole_tile = True
+    blends = True
 
     def __init__(
         self, engine: Labeller, spool: Spool, plan: Plan, overlap: int, *, confidence: bool, area: Area | None = None
     ) -> None:
-        super().__init__(engine, spool, confidence=confidence, area=area)
+        super().__init__(engine, spool, plan, overlap, confidence=confidence, area=area)
         if 2 * overlap > plan.tile:
             raise UsageError(
                 f"--merge hann takes an overlap of at most half a tile, {plan.tile // 2} px, not {overlap}"
@@ -84,8 +79,13 @@ class HannMerge(SpoolMerge):
         self._next_below_rows = 0
         self._taken = 0
 
+    @staticmethod
+    def arranged(grid: TileGrid) -> TileGrid:
+        """The same tiles; each keeps what no later tile adds to: from its own beginning to that of the next."""
+        return TileGrid(_handed_over(grid.rows), _handed_over(grid.columns))
+
     def add(self, place: Place, slot: int | None, index: int, valid: Mask | None) -> None:
-        """See :class:`.flow.Merge`."""
+        """Take a tile, see :class:`.flow.Merge`."""
         self._move_to(place)
         if slot is not None:
             probabilities = self.engine.probabilities(slot)[index]
@@ -96,7 +96,7 @@ class HannMerge(SpoolMerge):
         self._hand_on(place)
 
     def values(self, place: Place, slot: int, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]:
-        """See :class:`.merge.SpoolMerge`; of the blended probabilities."""
+        """Labels and confidence of the blended probabilities."""
         sums = self._sums[:, place.row.kept, place.column.kept]
         labels = sums[:-1].argmax(axis=0).astype(np.uint8)
         if not self.with_confidence:

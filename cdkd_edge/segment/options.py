@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cdkd_edge.raster.aoi import read_area
 from cdkd_edge.raster.areas import Areas
-from cdkd_edge.raster.stretch import Stretch
+from cdkd_edge.raster.grid import TileGrid, default_overlap
+from cdkd_edge.raster.read import SceneReader
+from cdkd_edge.raster.stretch import Limits, Stretch
+from cdkd_edge.segment.merges import DEFAULT_MERGE
+
+TAG_OPTIONS = {
+    "OVERLAP_PX": "--overlap",
+    "BANDS": "--bands",
+    "MERGE": "--merge",
+    "GSD_M": "--gsd",
+    "STRETCH": "--stretch",
+}
+"""The command-line option behind each tag of :meth:`SegmentOptions.tags`."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +34,11 @@ class SegmentOptions:
     overlap: int | None = None
     """Overlap of neighbouring tiles, px. Default: :func:`.grid.default_overlap`."""
     bands: Sequence[int] | None = None
-    """Red, green and blue as 1-based band numbers. Default: by colour tags, as :class:`.reader.SceneReader` says."""
+    """Red, green and blue as 1-based band numbers. Default: by colour tags, as :class:`.read.SceneReader` says."""
     stretch: Stretch | None = None
     """How values become 0..255. Default: 8-bit values as they are, others are an error."""
-    merge: str = "crop"
-    """``crop``: each pixel from the tile in which it lies deepest. ``hann``: probabilities of tiles are blended."""
+    merge: str = DEFAULT_MERGE
+    """How tiles become one map: a name in :data:`.merges.MERGES`."""
     confidence: bool = False
     """Also write ``NAME_confidence.tif``, the probability of the label in per cent."""
     gsd: float | None = None
@@ -35,6 +49,47 @@ class SegmentOptions:
     """What GDAL warns of while the scene is read is an error."""
     readers: int = 2
     """Reading threads, each with the scene opened for itself."""
+
+    def reading(self) -> dict[str, Any]:
+        """The options that say how a raster is read, as keyword arguments of :class:`.read.SceneReader`."""
+        return {"bands": self.bands, "stretch": self.stretch, "gsd": self.gsd, "strict": self.strict}
+
+    def open(self, scene: str | Path, limits: Limits | None = None) -> SceneReader:
+        """Open a scene.
+
+        Args:
+            scene: anything GDAL opens.
+            limits: of an earlier reader of the same scene; spares another look at all of it for percentiles.
+
+        Raises:
+            SceneError: it cannot be read with these options.
+        """
+        return SceneReader(scene, limits=limits, **self.reading())
+
+    def overlap_of(self, tile: int) -> int:
+        """The overlap of tiles of this side, px."""
+        return default_overlap(tile) if self.overlap is None else self.overlap
+
+    def grid_over(self, reader: SceneReader, tile: int) -> TileGrid:
+        """The tiles of an open scene.
+
+        Raises:
+            UsageError: the overlap does not fit the tile.
+        """
+        return TileGrid.over(reader.height, reader.width, tile, self.overlap_of(tile))
+
+    def tags(self, reader: SceneReader, tile: int) -> dict[str, str]:
+        """The options that decide about labels, as tags of a label map."""
+        tags = {"OVERLAP_PX": str(self.overlap_of(tile)), "BANDS": ",".join(map(str, reader.bands))}
+        if self.merge != DEFAULT_MERGE:
+            tags["MERGE"] = self.merge
+        if self.gsd is not None:
+            tags["GSD_M"] = f"{self.gsd:g}"
+        if self.aoi is not None:
+            tags["AREA_OF_INTEREST"] = f"sha256:{read_area(self.aoi).identity}"
+        if reader.limits is not None:
+            tags["STRETCH"] = "; ".join(f"{low:.6g}..{high:.6g}" for low, high in reader.limits)
+        return tags
 
 
 @dataclass(frozen=True)

@@ -24,23 +24,22 @@ from cdkd_edge.core.errors import SceneError, SystemRefusalError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.machine import hand_memory_back
 from cdkd_edge.core.manifest import EngineManifest
+from cdkd_edge.core.output_kinds import CONFIDENCE, missing_output, provides
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.aoi import AreaOnScene, read_area
-from cdkd_edge.raster.grid import Span, TileGrid, default_overlap
+from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.raster.styles import sidecar_path
 from cdkd_edge.segment.cells import CellLayout
+from cdkd_edge.segment.crop import CropMerge, RowMerge
 from cdkd_edge.segment.finish import PlainRasters, RasterWriting, RoomWatch, finish_label_map
 from cdkd_edge.segment.flow import Flow, RunTotals
-from cdkd_edge.segment.hann import HannMerge, hann_grid
-from cdkd_edge.segment.merge import RowMerge, RowStitcher, SpoolMerge, require_output
+from cdkd_edge.segment.merges import merge_mode
 from cdkd_edge.segment.options import SegmentOptions, SegmentResult
 from cdkd_edge.segment.outputs import confidence_path, require_file_place, require_writable_name
 from cdkd_edge.segment.partial import Partial, scene_identity, scene_sample, times_of_change
 from cdkd_edge.segment.plan import PANEL_BYTES, Plan
 from cdkd_edge.segment.spool import Spool
-
-__all__ = ["SegmentOptions", "SegmentResult", "grid_over", "label_map_tags", "label_rows", "segment_scene"]
 
 
 def segment_scene(
@@ -81,7 +80,7 @@ def segment_scene(
     confidence = confidence_path(output) if options.confidence else None
     require_writable_name(output)
     require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
-    require_output(engine, merge=options.merge, confidence=options.confidence)
+    _require_output(engine, options)
     with contextlib.ExitStack() as stack:
         readers = _opened(stack, scene, options)
         reader, times = readers[0], times_of_change(readers[0])
@@ -136,11 +135,6 @@ def segment_scene(
     )
 
 
-def grid_over(reader: SceneReader, tile: int, options: SegmentOptions) -> TileGrid:
-    """The tiles of an open scene."""
-    return TileGrid.over(reader.height, reader.width, tile, _overlap(tile, options))
-
-
 def label_map_tags(
     engine: Labeller, reader: SceneReader, options: SegmentOptions, scene: dict[str, Any] | None = None
 ) -> dict[str, str]:
@@ -151,22 +145,13 @@ def label_map_tags(
         "ENGINE": f"{engine.artefact.file} sha256:{engine.artefact.sha256}",
         "CLASSES": ", ".join(engine.schema.class_names),
         "TILE_PX": str(engine.tile),
-        "OVERLAP_PX": str(_overlap(engine.tile, options)),
-        "BANDS": ",".join(map(str, reader.bands)),
+        **options.tags(reader, engine.tile),
     }
     if scene is not None:
         tags["SCENE_SAMPLE"] = f"sha256:{scene_sample(scene)}"
-    if options.merge != "crop":
-        tags["MERGE"] = options.merge
     manifest = getattr(engine, "manifest", None)
     if isinstance(manifest, EngineManifest):  # the same for the engines that boards built from one graph
         tags["GRAPH"] = f"{manifest.graph.file} sha256:{manifest.graph.sha256}"
-    if options.gsd is not None:
-        tags["GSD_M"] = f"{options.gsd:g}"
-    if options.aoi is not None:
-        tags["AREA_OF_INTEREST"] = f"sha256:{read_area(options.aoi).identity}"
-    if reader.limits is not None:
-        tags["STRETCH"] = "; ".join(f"{low:.6g}..{high:.6g}" for low, high in reader.limits)
     return tags
 
 
@@ -182,7 +167,7 @@ def label_rows(
     Args:
         engine: what labels tiles.
         reader: the scene.
-        grid: its tiles, as :func:`grid_over` places them.
+        grid: its tiles, as :meth:`.options.SegmentOptions.grid_over` places them.
         sink: receives rows of labels ``[h, width]`` from top to bottom, in a thread of its own; it must not keep them.
         progress: called with tiles done and tiles in all.
 
@@ -190,19 +175,26 @@ def label_rows(
         SceneError, EngineError: as the parts do; and whatever ``sink`` raises.
     """
     plan = Plan.over(grid, engine.tile, panel_bytes=None)
-    merge = RowMerge(engine, RowStitcher(reader.width, len(grid.columns), sink))
+    merge = RowMerge(engine, reader.width, len(grid.columns), sink)
     flow = Flow(engine, [reader], plan, merge, progress=progress)
     flow.run()
     return flow.totals
 
 
-def _overlap(tile: int, options: SegmentOptions) -> int:
-    return default_overlap(tile) if options.overlap is None else options.overlap
+def _require_output(engine: Labeller, options: SegmentOptions) -> None:
+    """Make sure that the engine gives what the merge and the confidence raster need."""
+    needed = {merge_mode(options.merge).needs: f"--merge {options.merge}"}
+    if options.confidence:
+        needed.setdefault(CONFIDENCE, "--confidence")
+    for kind, option in needed.items():
+        if not provides(engine.output_kind, kind):
+            missing = missing_output(engine.output_kind, kind, engine.artefact.file)
+            raise SceneError(f"{missing.message}, which {option} needs", hint=missing.hint)
 
 
 def _opened(stack: contextlib.ExitStack, scene: str | Path, options: SegmentOptions) -> list[SceneReader]:
     """The scene once for each reading thread."""
-    first = SceneReader(scene, bands=options.bands, stretch=options.stretch, gsd=options.gsd, strict=options.strict)
+    first = options.open(scene)
     readers = [first]
     stack.callback(first.close)
     for _ in range(1, 1 if first.sequential else options.readers):
@@ -220,11 +212,11 @@ def _area(reader: SceneReader, options: SegmentOptions) -> AreaOnScene | None:
 
 
 def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: AreaOnScene | None) -> Plan:
-    grid, tile = grid_over(reader, engine.tile, options), engine.tile
-    blends = options.merge == "hann"
+    grid, tile = options.grid_over(reader, engine.tile), engine.tile
+    merge = merge_mode(options.merge).load()
 
     def wanted(row: Span, column: Span) -> bool:
-        if area is None or not blends:
+        if area is None or not merge.blends:
             return area is None or area.touches(row.first, column.first, row.last, column.last)
         return area.touches(row.start, column.start, row.start + tile, column.start + tile)
 
@@ -232,22 +224,25 @@ def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: 
     # A cell as wide as the panel brings all of the next row of tiles' pixels at once.
     slack = 2 * layout.rows if layout.columns else engine.tile
     return Plan.over(
-        hann_grid(grid) if blends else grid,
+        merge.arranged(grid),
         tile,
         slack_rows=slack,
-        blends=blends,
+        blends=merge.blends,
         panel_bytes=PANEL_BYTES,
         pixel_bytes=reader.pixel_bytes,
         wanted=wanted,
     )
 
 
-def _merge(engine: Labeller, spool: Spool, plan: Plan, options: SegmentOptions, area: AreaOnScene | None) -> SpoolMerge:
-    inside = None if area is None else area.inside
-    if options.merge == "hann":
-        overlap = _overlap(engine.tile, options)
-        return HannMerge(engine, spool, plan, overlap, confidence=options.confidence, area=inside)
-    return SpoolMerge(engine, spool, confidence=options.confidence, area=inside)
+def _merge(engine: Labeller, spool: Spool, plan: Plan, options: SegmentOptions, area: AreaOnScene | None) -> CropMerge:
+    return merge_mode(options.merge).load()(
+        engine,
+        spool,
+        plan,
+        options.overlap_of(engine.tile),
+        confidence=options.confidence,
+        area=None if area is None else area.inside,
+    )
 
 
 def _identity(

@@ -9,7 +9,7 @@ from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.pictures import NO_DATA_COLOR, LegendEntry, colored, in_a_row, with_legend
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.pipeline import SegmentOptions, SegmentResult
+from cdkd_edge.segment.options import SegmentOptions, SegmentResult
 
 
 def write_quicklook(

@@ -25,9 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.core.errors import SceneError
+from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
 from cdkd_edge.segment.write import BLOCK
 
-LABELS, CONFIDENCE, BAND = 1, 2, 3
+_BAND = 3
+"""The kind of the record that closes a row of tiles."""
+_CODES = {LABELS: 1, CONFIDENCE: 2}
+"""The kinds of the other records in the file."""
 
 _MAGIC = b"cdkd-edge spool 1\n"
 _HEADER = struct.Struct("<IIIIIQII")
@@ -84,12 +88,12 @@ class Spool:
         self._file.close()
 
     def put(
-        self, kind: int, row: int, column: int, values: npt.NDArray[np.uint8] | int, shape: tuple[int, int]
+        self, kind: str, row: int, column: int, values: npt.NDArray[np.uint8] | int, shape: tuple[int, int]
     ) -> None:
         """Append a rectangle of labels or confidence.
 
         Args:
-            kind: :data:`LABELS` or :data:`CONFIDENCE`.
+            kind: ``labels`` or ``confidence``, see :mod:`cdkd_edge.core.output_kinds`.
             row, column: its place in the label map, px.
             values: ``[h, w]``, or one value for all of it.
             shape: ``h, w``.
@@ -104,17 +108,17 @@ class Spool:
                 first = int(part[0, 0])
                 same = (part == first).all()
                 payload = bytes([first]) if same else zlib.compress(part.tobytes(), _LEVEL)
-            self._append(kind, top, column, bottom - top, width, payload)
+            self._append(_CODES[kind], top, column, bottom - top, width, payload)
 
     def finish_band(self, tiles_without_data: int) -> None:
         """Close a row of tiles; what was put before is kept from now on."""
-        self._append(BAND, self.bands, 0, 0, tiles_without_data, b"")
+        self._append(_BAND, self.bands, 0, 0, tiles_without_data, b"")
         if time.monotonic() - self._synced > _SYNC_EVERY_S:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
         self._accept(tiles_without_data)
 
-    def row_of_blocks(self, kind: int, top: int) -> npt.NDArray[np.uint8]:
+    def row_of_blocks(self, kind: str, top: int) -> npt.NDArray[np.uint8]:
         """The rows that begin at ``top``, a multiple of 512, ``[up to 512, width]``.
 
         May be called from another thread than the one that appends, for rows that are whole.
@@ -124,7 +128,7 @@ class Spool:
         """
         rows = np.empty((min(BLOCK, self.height - top), self.width), np.uint8)
         missing = rows.size
-        pieces = self._pieces.get((kind, top // BLOCK), array("Q"))
+        pieces = self._pieces.get((_CODES[kind], top // BLOCK), array("Q"))
         for start in range(0, len(pieces), 7):
             row, column, height, width, offset, length, crc = pieces[start : start + 7]
             payload = os.pread(self._file.fileno(), length, offset)
@@ -150,7 +154,7 @@ class Spool:
         written = 0
         while written < len(record):  # a full disk may take a part first
             written += self._file.write(record[written:])
-        if kind != BAND:
+        if kind != _BAND:
             self._pending.append((kind, row, column, height, width, self._end + _RECORD, len(payload), crc))
         self._end += len(record)
 
@@ -175,7 +179,7 @@ class Spool:
         while (record := self._record_at(position, size)) is not None:
             kind, row, column, height, width, length, crc = record
             position += _RECORD
-            if kind == BAND:
+            if kind == _BAND:
                 self._accept(width)
                 good = position
             else:
@@ -196,7 +200,7 @@ class Spool:
         kind, row, column, height, width, length, crc, _ = _HEADER.unpack(head[: _HEADER.size])
         if position + _RECORD + length > size:
             return None
-        inside = kind == BAND or (row + height <= self.height and column + width <= self.width)
+        inside = kind == _BAND or (row + height <= self.height and column + width <= self.width)
         if not inside or zlib.crc32(os.pread(self._file.fileno(), length, position + _RECORD)) != crc:
             self.damaged = True
             return None

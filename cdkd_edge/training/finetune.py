@@ -32,7 +32,7 @@ from cdkd_edge.quality.evaluate import Evaluation, data_schema, evaluate, requir
 from cdkd_edge.quality.masks import Lost, read_labels
 from cdkd_edge.quality.network import NetworkLabeller, load_network
 from cdkd_edge.raster.read import reading_notes
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.training.card import card_text, scores_of
 from cdkd_edge.training.features import FeatureCache
 from cdkd_edge.training.recipe import Recipe

@@ -22,7 +22,7 @@ from cdkd_edge.quality.datasets import Dataset
 from cdkd_edge.quality.masks import ImageReader, Lost, read_labels
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import reading_notes
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -30,7 +30,7 @@ from cdkd_edge.precision.calibration.candidates import Candidates
 from cdkd_edge.precision.calibration.generate import CalibrateOptions, calibrate, default_folder, default_tile
 from cdkd_edge.precision.calibration.sheet import small, thumbnail_side
 from cdkd_edge.raster.read import SceneReader, Stretch
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

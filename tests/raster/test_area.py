@@ -26,7 +26,8 @@ from cdkd_edge.raster.aoi import read_area
 from cdkd_edge.raster.read import SceneReader, Stretch
 from cdkd_edge.raster.resample import ground_sample_distance
 from cdkd_edge.raster.stretch import stretch_limits
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),

@@ -27,7 +27,8 @@ from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.open import Warnings
 from cdkd_edge.raster.read import INVALID_FILL, SceneReader, Stretch, reflected
 from cdkd_edge.segment.many.jobs import EngineRef, Job, run_job
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

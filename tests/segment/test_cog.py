@@ -25,7 +25,8 @@ from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.styles import ClassArea
 from cdkd_edge.segment import cog
 from cdkd_edge.segment.cog import write_cog
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

@@ -21,16 +21,17 @@ import rasterio
 from scene_helpers import FakeEngine, names_in, noise, read_labels, sparse_raster, write_raster
 
 from cdkd_edge.core.errors import EngineError, FleetError, SceneError, SystemRefusalError, UsageError
+from cdkd_edge.core.process import child_environment
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.engines.tensorrt.process import child_environment
 from cdkd_edge.raster.read import SceneReader, Stretch
 from cdkd_edge.segment.many import jobs, local
 from cdkd_edge.segment.many.crew import Listener
 from cdkd_edge.segment.many.jobs import EngineRef, Failure, Job, JobReport, decode, encode, run_job, stamp
 from cdkd_edge.segment.many.local import LocalCrew, ProcessCrew
 from cdkd_edge.segment.many.run import crew_for, engine_ref, plan_outputs, scenes_of, segment_many
+from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import label_map_paths
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.products.products import NOTHING, Wanted
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

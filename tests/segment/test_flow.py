@@ -33,7 +33,8 @@ from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segment import cells
 from cdkd_edge.segment.cells import CellLayout, Cells
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

@@ -16,8 +16,9 @@ from cdkd_edge.core.errors import SceneError, UsageError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.hann import hann_grid, hann_weights
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.hann import HannMerge, hann_weights
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -107,7 +108,7 @@ def test_without_overlap_nothing_is_blended() -> None:
 
 def test_kept_parts_still_partition_the_scene() -> None:
     for size in (1, 31, 32, 33, 200):
-        grid = hann_grid(TileGrid.over(size, size, 32, 16))
+        grid = HannMerge.arranged(TileGrid.over(size, size, 32, 16))
         assert [y for span in grid.rows for y in range(span.first, span.last)] == list(range(size))
         assert all(span.start <= span.first and span.last <= span.start + 32 for span in grid.rows)
 
@@ -167,7 +168,7 @@ def test_an_engine_with_labels_alone_is_refused(tmp_path: Path, options: Segment
 def test_an_engine_with_confidence_gives_confidence_but_no_blending(tmp_path: Path) -> None:
     engine = ProbabilityEngine(TILE, kind="confidence")
     path = write_raster(tmp_path / "scene.tif", np.maximum(noise(70, 70), 1), nodata=0)
-    with pytest.raises(SceneError, match="gives confidence; --merge hann blends probabilities"):
+    with pytest.raises(SceneError, match="gives confidence, not probabilities, which --merge hann needs"):
         segment_scene(engine, path, tmp_path / "map.tif", SegmentOptions(merge="hann"))
     segment_scene(engine, path, tmp_path / "map.tif", SegmentOptions(confidence=True))
     assert (read_labels(tmp_path / "map.tif") == red_labels(noise(70, 70)[None])[0]).all()

@@ -37,9 +37,10 @@ from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import SceneReader, Stretch
-from cdkd_edge.segment.merge import SpoolMerge
+from cdkd_edge.segment.crop import CropMerge
+from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.partial import partial_folder
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.spool import Spool
 from cdkd_edge.segment.write import LabelMapWriter
 
@@ -105,7 +106,7 @@ def test_slots_and_batches_do_not_change_the_map_even_when_threads_are_slow(
     scene = noise(200, 230)
     path = write_raster(tmp_path / "scene.tif", scene, tiled=True, blockxsize=16, blockysize=16)
     rng = np.random.default_rng(slots * 100 + batch)
-    read_window, add = SceneReader.read_window, SpoolMerge.add
+    read_window, add = SceneReader.read_window, CropMerge.add
     monkeypatch.setattr("cdkd_edge.segment.cells.CELL_ROWS", 48)
     monkeypatch.setattr("cdkd_edge.segment.cells.CELL_COLUMNS", 80)
 
@@ -117,7 +118,7 @@ def test_slots_and_batches_do_not_change_the_map_even_when_threads_are_slow(
         return run
 
     monkeypatch.setattr(SceneReader, "read_window", slow(read_window))
-    monkeypatch.setattr(SpoolMerge, "add", slow(add))
+    monkeypatch.setattr(CropMerge, "add", slow(add))
     engine = FakeEngine(TILE, batch, slots, delay=lambda _: float(rng.choice([0, 0.003])))
     within(20, lambda: segment_scene(engine, path, tmp_path / "map.tif", SegmentOptions(readers=readers)))
     assert (read_labels(tmp_path / "map.tif") == expected_labels(scene)).all()

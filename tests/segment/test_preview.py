@@ -14,8 +14,8 @@ from scene_helpers import SCHEMA, names_in, noise, write_raster
 from cdkd_edge.core.errors import SceneError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.areas import Areas, class_areas
-from cdkd_edge.raster.read import Stretch
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.raster.read import SceneReader, Stretch
+from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.products import preview
 from cdkd_edge.segment.products.preview import overlaid, round_length, write_preview
 
@@ -110,10 +110,8 @@ def test_wide_scenes_are_stacked(tmp_path: Path) -> None:
 def test_an_overview_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than twice the size that is shown."""
     seen = []
-    original = preview.SceneReader.overview
-    monkeypatch.setattr(
-        preview.SceneReader, "overview", lambda self, side: (seen.append(side), original(self, side))[1]
-    )
+    original = SceneReader.overview
+    monkeypatch.setattr(SceneReader, "overview", lambda self, side: (seen.append(side), original(self, side))[1])
     pixels = drawn(tmp_path, noise(600, 800), stripes(600, 800), 100, **UTM)
     assert seen == [200]
     assert pixels.shape[1] < 300

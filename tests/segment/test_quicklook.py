@@ -11,7 +11,8 @@ from scene_helpers import SCHEMA, FakeEngine, names_in, noise, write_raster
 
 from cdkd_edge.core.errors import SceneError
 from cdkd_edge.raster.read import Stretch
-from cdkd_edge.segment.pipeline import SegmentOptions, SegmentResult, segment_scene
+from cdkd_edge.segment.options import SegmentOptions, SegmentResult
+from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.quicklook import write_quicklook
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

@@ -31,6 +31,7 @@ from scene_helpers import (
 
 from cdkd_edge.core.errors import EngineError, SceneError, SystemRefusalError
 from cdkd_edge.raster.read import Stretch
+from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.partial import (
     Partial,
     continues_replacing,
@@ -39,7 +40,7 @@ from cdkd_edge.segment.partial import (
     partial_folder,
     was_finishing,
 )
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.plan import Plan
 from cdkd_edge.segment.pyramid import Pyramid
 from cdkd_edge.segment.spool import Spool
@@ -148,7 +149,8 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from scene_helpers import ProbabilityEngine
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 options = SegmentOptions(merge=sys.argv[4], confidence=True)
 segment_scene(ProbabilityEngine(64, delay=0.0005), sys.argv[2], Path(sys.argv[3]), options)
 """

@@ -15,7 +15,8 @@ from cdkd_edge.core.errors import SceneError
 from cdkd_edge.segment import finish as room
 from cdkd_edge.segment.finish import RoomWatch
 from cdkd_edge.segment.many.jobs import EngineRef, Job, do_job, stamp
-from cdkd_edge.segment.pipeline import SegmentOptions, segment_scene
+from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.products.products import Wanted
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

@@ -15,7 +15,8 @@ from scene_helpers import relaxed
 
 from cdkd_edge.core.errors import SceneError
 from cdkd_edge.core.labels import NO_LABEL
-from cdkd_edge.segment.spool import CONFIDENCE, LABELS, Spool
+from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
+from cdkd_edge.segment.spool import Spool
 
 
 def some_labels(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:

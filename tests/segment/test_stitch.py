@@ -9,11 +9,11 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scene_helpers import relaxed
+from scene_helpers import FakeEngine, relaxed
 
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.grid import Span, TileGrid
-from cdkd_edge.segment.merge import RowStitcher
+from cdkd_edge.segment.crop import RowMerge
 
 TILE = 16
 
@@ -39,12 +39,12 @@ def tile_of(scene: npt.NDArray[np.uint8], row: Span, column: Span) -> npt.NDArra
 def test_tiles_become_the_scene_again(height: int, width: int, overlap: int, seed: int) -> None:
     scene = np.random.default_rng(seed).integers(0, 5, (height, width), np.uint8)
     grid, sink = TileGrid.over(height, width, TILE, overlap), Sink()
-    stitcher = RowStitcher(width, len(grid.columns), sink)
+    stitcher = RowMerge(FakeEngine(TILE), width, len(grid.columns), sink)
     for row in grid.rows:
         columns = list(grid.columns)
         random.Random(seed).shuffle(columns)  # the order within a row does not matter
         for column in columns:
-            stitcher.place(row, column, tile_of(scene, row, column), None)
+            stitcher.put(row, column, tile_of(scene, row, column), None)
     assert [len(rows) for rows in sink.rows] == [row.last - row.first for row in grid.rows]
     assert (np.concatenate(sink.rows) == scene).all()
 
@@ -59,11 +59,11 @@ def test_invalid_pixels_and_empty_tiles_have_no_label(valid_is_tile_wide: bool) 
     valid[2, 5] = False
     if valid_is_tile_wide:
         valid[:, second.kept.stop :] = False  # beyond the cut: another tile's business
-    stitcher = RowStitcher(40, 3, sink)
-    stitcher.place(row, first, labels, None)
-    stitcher.place(row, second, labels, valid)
+    stitcher = RowMerge(FakeEngine(TILE), 40, 3, sink)
+    stitcher.put(row, first, labels, None)
+    stitcher.put(row, second, labels, valid)
     assert sink.rows == [], "a row is given on only when it is whole"
-    stitcher.place(row, third, None, np.zeros((TILE, TILE), bool))
+    stitcher.put(row, third, None, np.zeros((TILE, TILE), bool))
     expected = np.full((16, 40), 3, np.uint8)
     expected[2, second.start + 5] = NO_LABEL
     expected[:, third.first :] = NO_LABEL
@@ -74,4 +74,4 @@ def test_the_tiles_are_not_changed() -> None:
     labels, valid = np.full((TILE, TILE), 3, np.uint8), np.zeros((TILE, TILE), bool)
     labels.flags.writeable = valid.flags.writeable = False
     span = Span(0, 0, TILE)
-    RowStitcher(TILE, 1, Sink()).place(span, span, labels, valid)
+    RowMerge(FakeEngine(TILE), TILE, 1, Sink()).put(span, span, labels, valid)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from rasterio.features import shapes
 from scene_helpers import relaxed
 
-from cdkd_edge.segment.products.outlines import Outlines
-from cdkd_edge.segment.products.stitching import CutTile, Piece, united
+from cdkd_edge.segment.products.outlines import Outlines, Piece, TilePieces, unite
 
 shapely = pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
 
@@ -26,7 +25,7 @@ def pieces_of(labels: np.ndarray, tile: int) -> tuple[list[Piece], list[int], li
             part = np.ascontiguousarray(labels[top : top + tile, left : left + tile])
             found = [(shapely.geometry.shape(shape), int(value)) for shape, value in shapes(part, connectivity=4)]
             geometries = shapely.transform([polygon for polygon, _ in found], lambda p, at=(left, top): p + at)
-            cut = CutTile(Outlines.of(shapely, geometries), lines)
+            cut = TilePieces(Outlines.from_shapely(geometries), lines)
             pieces += [cut.piece(index) for index in range(len(found))]
             values += [value for _, value in found]
             polygons += list(geometries)
@@ -35,8 +34,8 @@ def pieces_of(labels: np.ndarray, tile: int) -> tuple[list[Piece], list[int], li
 
 def same(outlines: Outlines, expected: object) -> bool:
     """Whether polygons are equal but for the order of what is equal, and straight vertices."""
-    parts = Outlines.of(shapely, shapely.get_parts(expected)).without_straight_vertices().to_shapely(shapely)
-    found = outlines.without_straight_vertices().to_shapely(shapely)
+    parts = Outlines.from_shapely(shapely.get_parts(expected)).without_straight_vertices().to_shapely()
+    found = outlines.without_straight_vertices().to_shapely()
     assert shapely.is_valid(found).all()
     return sorted(shapely.normalize(found).tolist(), key=str) == sorted(shapely.normalize(parts).tolist(), key=str)
 
@@ -52,10 +51,10 @@ def test_as_an_overlay_unites_them(height: int, width: int, tile: int, often: fl
     labels = (random.random((height, width)) < often).astype(np.uint8)
     pieces, values, polygons = pieces_of(labels, tile)
     chosen = [index for index in range(len(pieces)) if random.random() < kept] or [0]
-    outlines, regions = united([pieces[i] for i in chosen], np.array([values[i] for i in chosen]))
+    outlines, regions = unite([pieces[i] for i in chosen], np.array([values[i] for i in chosen]))
     for value in {values[i] for i in chosen}:
         expected = shapely.union_all([polygons[i] for i in chosen if values[i] == value])
-        assert same(outlines.only(regions == value), expected)
+        assert same(outlines.select(regions == value), expected)
 
 
 def test_pixels_that_touch_by_corners() -> None:
@@ -63,23 +62,23 @@ def test_pixels_that_touch_by_corners() -> None:
     around = np.array([[1, 1, 0], [1, 0, 1], [1, 1, 1]], np.uint8)
     for tile in (1, 2, 3):
         pieces, values, _ = pieces_of(around, tile)
-        outlines, regions = united(pieces, np.array(values))
-        (ring,) = outlines.only(regions == 1).to_shapely(shapely)
+        outlines, regions = unite(pieces, np.array(values))
+        (ring,) = outlines.select(regions == 1).to_shapely()
         assert (ring.area, len(ring.interiors), ring.is_valid) == (7, 1, True)
-        assert len(outlines.only(regions == 0)) == 2
+        assert len(outlines.select(regions == 0)) == 2
     pieces, values, _ = pieces_of(np.eye(2, dtype=np.uint8), 1)
-    outlines, _ = united(pieces, np.array(values))
+    outlines, _ = unite(pieces, np.array(values))
     assert len(outlines) == 4
 
 
 def test_a_tile_of_any_side_can_be_packed() -> None:
     far = 3_000_000
     box = shapely.box(far, far, far + 70_000, far + 2)
-    cut = CutTile(Outlines.of(shapely, np.array([box])), [(0, far)])
+    cut = TilePieces(Outlines.from_shapely(np.array([box])), [(0, far)])
     assert cut.touching.tolist() == [True]
     assert cut.along((0, far), far - 1, 4).tolist() == [1, 0, 0, 1]
     piece = cut.piece(0)
     assert piece.border.sum() == 2
-    assert piece.steps.dtype == np.uint32
-    outlines, _ = united([piece], np.zeros(1, np.int64))
+    assert piece.offsets.dtype == np.uint32
+    outlines, _ = unite([piece], np.zeros(1, np.int64))
     assert same(outlines, box)

@@ -26,9 +26,9 @@ from cdkd_edge.core.errors import MissingExtraError, SceneError, UsageError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.areas import class_areas, ground_of
 from cdkd_edge.segment.products import regions as regions_module
-from cdkd_edge.segment.products.outlines import Outlines, large_enough
-from cdkd_edge.segment.products.polygons import VectorOptions, vector_options, write_vector
-from cdkd_edge.segment.products.regions import regions
+from cdkd_edge.segment.products.outlines import Outlines
+from cdkd_edge.segment.products.polygons import VectorOptions, large_enough, vector_options, write_vector
+from cdkd_edge.segment.products.regions import trace_regions
 
 shapely = pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
 pyogrio = pytest.importorskip("pyogrio", reason="polygons need the extra 'vector'")
@@ -61,13 +61,13 @@ def found_in(labels: np.ndarray, **options: Any) -> tuple[list[Any], list[int], 
         with file.open(driver="GTiff", height=height, width=width, count=1, dtype="uint8", nodata=255) as dataset:
             dataset.write(labels, 1)
         with file.open() as dataset:
-            for portion in regions(dataset, **options):
-                polygons += list(portion.polygons)
+            for portion in trace_regions(dataset, **options):
+                polygons += list(portion.outlines.to_shapely())
                 values += portion.labels.tolist()
                 parts += portion.parts.tolist()
     if polygons:
-        straight = Outlines.of(shapely, np.array(polygons, object)).without_straight_vertices()
-        polygons = list(straight.to_shapely(shapely))
+        straight = Outlines.from_shapely(np.array(polygons, object)).without_straight_vertices()
+        polygons = list(straight.to_shapely())
     return polygons, values, parts
 
 
@@ -175,8 +175,7 @@ def test_areas_and_small_ones(tmp_path: Path) -> None:
             dataset.write(labels, 1)
         with file.open() as dataset:
             ground = ground_of(dataset)
-            ((polygons, values),) = [(r.polygons, r.labels) for r in regions(dataset)]
-    outlines = Outlines.of(shapely, polygons)
+            ((outlines, values),) = [(r.outlines, r.labels) for r in trace_regions(dataset)]
     for minimum, expected in (
         (0, {0: 1600 - 144, 1: 44, 2: 96, 3: 4}),
         (5, {0: 1600 - 144, 1: 44, 2: 100}),
@@ -187,7 +186,7 @@ def test_areas_and_small_ones(tmp_path: Path) -> None:
         for limits in ({"minimum_m2": minimum / 4}, {"minimum_px": minimum}):
             drawn, areas, left = large_enough(outlines, ground, **limits)
             assert dict(zip(values[left].tolist(), (areas * 4).tolist(), strict=True)) == pytest.approx(expected)
-            assert shapely.area(drawn.to_shapely(shapely)) == pytest.approx(areas * 4)
+            assert shapely.area(drawn.to_shapely()) == pytest.approx(areas * 4)
 
 
 # --- the file -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from cdkd_edge.core.labels import NAME_THEM, nameless
 
 if TYPE_CHECKING:
     from cdkd_edge.raster.areas import Areas
-    from cdkd_edge.segment.pipeline import SegmentResult
+    from cdkd_edge.segment.options import SegmentResult
 
 
 def describe_segment(scene: str, result: SegmentResult, products: Mapping[str, str]) -> Report:

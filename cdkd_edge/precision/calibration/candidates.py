@@ -30,8 +30,7 @@ from cdkd_edge.precision.calibration.classes import LabelMaps
 from cdkd_edge.precision.calibration.describe import FEATURES, THUMBNAIL, describe, thumbnail
 from cdkd_edge.precision.calibration.exclusions import Exclusions, Window, overlaps
 from cdkd_edge.precision.calibration.scenes import Source, fair_limit
-from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 _BLANK_STD = 0.5
 _SOLID_SHARE = 0.9
@@ -179,9 +178,7 @@ def _tiles_of(
     result: Candidates,
 ) -> Iterator[_Tile | str]:
     """Descriptions of a scene's tiles, or why one is passed over."""
-    reader = SceneReader(
-        source.path, bands=options.scene.bands, stretch=options.scene.stretch, strict=options.scene.strict
-    )
+    reader = options.scene.open(source.path)
     label_map = None
     try:
         if reader.limits is not None:

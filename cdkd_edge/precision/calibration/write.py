@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,7 @@ from cdkd_edge.precision.calibration.candidates import Candidates, window_of
 from cdkd_edge.precision.calibration.pick import Pick, Picked
 from cdkd_edge.precision.calibration.sheet import Sheet, SheetTile, small, thumbnail_side, write_sheet
 from cdkd_edge.raster.grid import Span
-from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 
 def store(
@@ -64,7 +64,7 @@ def store(
     for scene, indices in sorted(by_scene.items()):
         source = candidates.sources[scene]
         limits = candidates.limits.get(scene)
-        reader = SceneReader(source.path, bands=scene_options.bands, stretch=scene_options.stretch, limits=limits)
+        reader = dataclasses.replace(scene_options, strict=False).open(source.path, limits)
         try:
             pixels = np.empty((3, source.tile, source.tile), np.uint8)
             for index in sorted(indices):

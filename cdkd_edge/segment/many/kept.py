@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdkd_edge.core.errors import SceneError
-from cdkd_edge.core.files import write_text
+from cdkd_edge.core.errors import CdkdEdgeError, SceneError
+from cdkd_edge.core.files import occupied, write_text
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.areas import Areas, class_areas
 from cdkd_edge.raster.open import gdal, is_gdal_name, open_scene
-from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.raster.styles import (
     describes,
     is_somebodys_own,
@@ -22,15 +22,14 @@ from cdkd_edge.raster.styles import (
     sidecar_path,
     style_path,
 )
+from cdkd_edge.segment.options import TAG_OPTIONS, SegmentOptions
 from cdkd_edge.segment.outputs import confidence_path
 from cdkd_edge.segment.partial import scene_identity
-from cdkd_edge.segment.pipeline import SegmentOptions, grid_over, label_map_tags
+from cdkd_edge.segment.pipeline import label_map_tags
 from cdkd_edge.segment.products.products import NOTHING, misfit, stamp_of
 
 _NOT_COMPARED = ("CDKD_EDGE", "ENGINE", "GRAPH", "SCENE_SAMPLE")
 """Tags that may differ, or are compared in another way. (Another release labels alike; its notes say if not.)"""
-_OPTIONS = {"OVERLAP_PX": "--overlap", "BANDS": "--bands", "MERGE": "--merge", "GSD_M": "--gsd", "STRETCH": "--stretch"}
-"""What a user types for what a tag says."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ def refuse_foreign_map(
     Raises:
         SceneError: it is not, and why; or the scene or the map cannot be read.
     """
-    reader = SceneReader(scene, bands=options.bands, stretch=options.stretch, gsd=options.gsd)
+    reader = dataclasses.replace(options, strict=False).open(scene)
     try:
-        tiles = len(grid_over(reader, engine.tile, options))
+        tiles = len(options.grid_over(reader, engine.tile))
         wanted = label_map_tags(engine, reader, options, scene_identity(reader))
         size = reader.height, reader.width
     finally:
@@ -132,8 +131,8 @@ def is_label_map(path: str) -> bool:
         return False
 
 
-def _foreign(output: Path, reason: str) -> SceneError:
-    return SceneError(f"{output} exists and {reason}", hint="keep it, or replace it with --overwrite")
+def _foreign(output: Path, reason: str) -> CdkdEdgeError:
+    return occupied(output, SceneError, reason)
 
 
 def _difference(wanted: Mapping[str, str], tags: Mapping[str, str], identity: str) -> str | None:
@@ -155,7 +154,7 @@ def _difference(wanted: Mapping[str, str], tags: Mapping[str, str], identity: st
 def _other_option(tag: str, was: str | None, wanted: str | None) -> str:
     if tag == "AREA_OF_INTEREST":
         return "was made of another area (--aoi)"
-    return f"was made with {_OPTIONS.get(tag, tag)} {was or 'not given'}; now it is {wanted or 'not given'}"
+    return f"was made with {TAG_OPTIONS.get(tag, tag)} {was or 'not given'}; now it is {wanted or 'not given'}"
 
 
 def _hash(tag: str) -> str:

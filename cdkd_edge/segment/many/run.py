@@ -23,8 +23,8 @@ from cdkd_edge.segment.many.jobs import FAILED, INTERRUPTED, NOT_BEGUN, SCENE, E
 from cdkd_edge.segment.many.kept import is_label_map
 from cdkd_edge.segment.many.local import LocalCrew, ProcessCrew
 from cdkd_edge.segment.many.report import COMPLETE, STOPPED, FleetReport, ReportFile
+from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import label_map_paths, require_file_place
-from cdkd_edge.segment.pipeline import SegmentOptions
 from cdkd_edge.segment.products.products import NOTHING, Wanted, product_paths, require_products
 
 _MOST_SCENES = 100_000

@@ -1,38 +1,46 @@
-"""Polygons as flat arrays: straight vertices out, small holes closed, areas, coordinates of the map."""
+"""Polygons as flat arrays, and how pieces of a region that were found tile by tile are joined.
+
+A general union of polygons computes where they cross. Pieces of a label map never cross: two pieces of one region meet
+in pixel edges on the border between two tiles, and each such edge is in both pieces, in opposite directions. Removing
+these pairs and following the edges that are left gives the outline of the union, without any new coordinate.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cdkd_edge.raster.areas import Ground
-
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass
 class Outlines:
-    """Polygons as Shapely's ragged arrays: points of rings of polygons; every ring ends where it began.
+    """Polygons in Shapely's ragged arrays: points of rings of polygons. Every ring ends with its first point.
 
-    Ring ``i`` has the points ``rings[i]:rings[i + 1]``; polygon ``j`` the rings ``polygons[j]:polygons[j + 1]``,
-    its outer ring first.
+    Ring ``i`` has the points ``rings[i]:rings[i + 1]``. Polygon ``j`` has the rings ``polygons[j]:polygons[j + 1]``,
+    the outer one first.
     """
 
     points: Floats
-    rings: npt.NDArray[np.int64]
-    polygons: npt.NDArray[np.int64]
+    rings: Ints
+    polygons: Ints
 
     @classmethod
-    def of(cls, shapely: Any, polygons: npt.NDArray[np.object_]) -> Outlines:
-        """From Shapely polygons ``[N]``."""
+    def from_shapely(cls, polygons: npt.NDArray[np.object_]) -> Outlines:
+        """Convert Shapely polygons ``[N]``."""
+        import shapely
+
         _, points, (rings, ends) = shapely.to_ragged_array(polygons)
         return cls(points, np.asarray(rings, np.int64), np.asarray(ends, np.int64))
 
-    def to_shapely(self, shapely: Any) -> npt.NDArray[np.object_]:
-        """Shapely polygons ``[N]``."""
+    def to_shapely(self) -> npt.NDArray[np.object_]:
+        """Convert to Shapely polygons ``[N]``."""
+        import shapely
+
         if len(self) == 0:
             return np.empty(0, object)
         kind = shapely.GeometryType.POLYGON
@@ -42,111 +50,297 @@ class Outlines:
         return len(self.polygons) - 1
 
     @property
-    def outer(self) -> npt.NDArray[np.bool_]:
-        """Per ring, whether it is the outer one of its polygon."""
+    def outer(self) -> Bools:
+        """Whether each ring is the outer one of its polygon."""
         outer = np.zeros(len(self.rings) - 1, bool)
         outer[self.polygons[:-1]] = True
         return outer
 
     @property
-    def vertices(self) -> npt.NDArray[np.int64]:
-        """Points of each polygon, with those that close its rings."""
+    def owners(self) -> Ints:
+        """The polygon of each ring."""
+        return np.repeat(np.arange(len(self)), np.diff(self.polygons))
+
+    @property
+    def vertices(self) -> Ints:
+        """Number of points of each polygon, repeated ones included."""
         return np.diff(self.rings[self.polygons])
 
-    def only(self, polygons: npt.NDArray[np.bool_]) -> Outlines:
-        """Some polygons, with all their rings."""
-        return self.select(np.ones(len(self.rings) - 1, bool), polygons)
+    def select(self, polygons: Bools, rings: Bools | None = None) -> Outlines:
+        """Keep the chosen polygons, and of their rings the chosen ones (default: all)."""
+        owners = self.owners
+        chosen = polygons[owners] if rings is None else rings & polygons[owners]
+        sizes = np.diff(self.rings)
+        counts = np.bincount(owners[chosen], minlength=len(self))[polygons]
+        return Outlines(self.points[np.repeat(chosen, sizes)], _offsets(sizes[chosen]), _offsets(counts))
 
     def without_straight_vertices(self) -> Outlines:
-        """The same shapes without vertices between two edges of one direction (exact for integer coordinates)."""
-        starts, ends = self.rings[:-1], self.rings[1:]
-        counts = ends - starts - 1  # without the repeated one
-        is_end = np.zeros(len(self.points), bool)
-        is_end[ends - 1] = True
-        points = self.points[~is_end]
-        firsts = np.concatenate([[0], np.cumsum(counts)])
-        before, after = np.arange(len(points)) - 1, np.arange(len(points)) + 1
-        before[firsts[:-1]] = firsts[1:] - 1
-        after[firsts[1:] - 1] = firsts[:-1]
+        """Drop vertices between two edges of one direction; exact for integer coordinates."""
+        sizes = np.diff(self.rings) - 1
+        repeated = np.zeros(len(self.points), bool)
+        repeated[self.rings[1:] - 1] = True
+        points = self.points[~repeated]
+        after = _next_points(sizes)
+        before = np.empty_like(after)
+        before[after] = np.arange(len(after))
         into, out = points - points[before], points[after] - points
-        kept = into[:, 0] * out[:, 1] != into[:, 1] * out[:, 0]
-        ring = np.repeat(np.arange(len(counts)), counts)[kept]
-        left = np.bincount(ring, minlength=len(counts))
-        return Outlines(*_closed(points[kept], left), self.polygons)
+        bends = into[:, 0] * out[:, 1] != into[:, 1] * out[:, 0]
+        left = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[bends], minlength=len(sizes))
+        index, rings = _closed(_offsets(left)[:-1], left)
+        return Outlines(points[bends][index], rings, self.polygons)
 
     def ring_areas(self, plane: Floats) -> Floats:
-        """Area inside every ring; ``plane`` are its points ``[P, 2]`` in a plane that keeps areas."""
+        """Area inside every ring; ``plane`` holds the points ``[P, 2]`` in an equal-area plane."""
         origin = np.repeat(plane[self.rings[:-1]], np.diff(self.rings), axis=0)
-        x, y = (plane - origin).T  # near zero, for the digits
+        x, y = (plane - origin).T  # small numbers keep more digits
         products = np.zeros(len(plane))
         products[:-1] = x[:-1] * y[1:] - x[1:] * y[:-1]
-        products[self.rings[1:] - 1] = 0  # from one ring to the next there is no edge
+        products[self.rings[1:] - 1] = 0  # no edge leads from one ring to the next
         return np.asarray(np.abs(np.add.reduceat(products, self.rings[:-1])) / 2)
 
-    def select(self, rings: npt.NDArray[np.bool_], polygons: npt.NDArray[np.bool_]) -> Outlines:
-        """Only some polygons, and of these only some rings."""
-        owner = np.repeat(np.arange(len(self)), np.diff(self.polygons))
-        rings = rings & polygons[owner]
-        sizes = np.diff(self.rings)
-        points = self.points[np.repeat(rings, sizes)]
-        per_polygon = np.bincount(owner[rings], minlength=len(self))[polygons]
-        return Outlines(
-            points,
-            np.concatenate([[0], np.cumsum(sizes[rings])]),
-            np.concatenate([[0], np.cumsum(per_polygon)]),
-        )
+
+@dataclass(slots=True)
+class Piece:
+    """A polygon of one tile, packed: a row of tiles of a wide map holds millions of vertices.
+
+    Rings follow each other and are not closed: edge ``i`` leads from point ``i`` to the next point of its ring. The
+    outer ring has positive area in (x, y), holes negative.
+    """
+
+    origin: tuple[int, int]
+    """Pixel corner to which the points are relative."""
+    offsets: npt.NDArray[np.unsignedinteger]
+    """Points ``[P, 2]`` relative to the origin."""
+    sizes: npt.NDArray[np.int32]
+    """Points in each ring."""
+    border_bits: npt.NDArray[np.uint8]
+    """One bit per edge: whether it lies between two tiles. Such edges are one pixel long."""
+
+    @classmethod
+    def pack(cls, points: Ints, sizes: Ints, border: Bools) -> Piece:
+        """Pack points, ring sizes and, per edge, whether it lies between two tiles."""
+        x, y = points.min(0).tolist()
+        offsets = points - (x, y)
+        kind = np.uint16 if offsets.max() < 1 << 16 else np.uint32
+        return cls((x, y), offsets.astype(kind), sizes.astype(np.int32), np.packbits(border))
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @property
+    def points(self) -> npt.NDArray[np.int32]:
+        """Pixel corners ``[P, 2]``."""
+        return self.offsets.astype(np.int32) + np.array(self.origin, np.int32)
+
+    @property
+    def border(self) -> Bools:
+        """Whether each edge lies between two tiles."""
+        return np.unpackbits(self.border_bits, count=len(self)).view(bool)
 
 
-def _closed(points: Floats, counts: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Rings of ``counts`` points each, with the first of each repeated at its end."""
-    rings = np.concatenate([[0], np.cumsum(counts + 1)])
-    firsts = np.concatenate([[0], np.cumsum(counts)])[:-1]
-    closed = np.empty((int(rings[-1]), 2))
-    is_end = np.zeros(len(closed), bool)
-    is_end[rings[1:] - 1] = True
-    closed[~is_end] = points
-    closed[is_end] = points[firsts]
-    return closed, rings
-
-
-def large_enough(
-    outlines: Outlines, ground: Ground, minimum_m2: float = 0.0, minimum_px: float = 0.0
-) -> tuple[Outlines, Floats, npt.NDArray[np.bool_]]:
-    """Polygons of at least a certain area, with smaller holes closed.
+class TilePieces:
+    """The polygons of one tile, with their edges on borders to other tiles split at every pixel.
 
     Args:
-        outlines: in pixel corners.
-        ground: what a pixel covers.
-        minimum_m2, minimum_px: the area, in one of the two units; 0 keeps everything.
+        outlines: the polygons ``[N]``, in pixel corners.
+        lines: the borders as (axis, c); axis 0 is the line x = c, axis 1 the line y = c.
+    """
+
+    def __init__(self, outlines: Outlines, lines: list[tuple[int, int]]) -> None:
+        points, sizes = _oriented(outlines)
+        steps = points[_next_points(sizes)] - points
+        border = np.zeros(len(points), bool)
+        for axis, at in lines:
+            border |= (points[:, axis] == at) & (steps[:, axis] == 0)
+        # An edge of n pixels on a border becomes n edges.
+        times = np.where(border, np.abs(steps).sum(1), 1)
+        source = np.repeat(np.arange(len(points)), times)
+        along = np.arange(len(source)) - (np.cumsum(times) - times)[source]
+        self._points = points[source] + along[:, None] * np.sign(steps[source])
+        self._border = border[source]
+        self._sizes = np.add.reduceat(times, np.cumsum(sizes) - sizes) if len(sizes) else sizes
+        self._rings = outlines.polygons
+        self._firsts = _offsets(self._sizes)[self._rings]
+        # Both ends and the polygon of each edge on a border.
+        edges = np.flatnonzero(self._border)
+        self._here, self._there = self._points[edges], self._points[_next_points(self._sizes)[edges]]
+        self._owners = np.searchsorted(self._firsts, edges, "right") - 1
+
+    @property
+    def touching(self) -> Bools:
+        """Whether each polygon has an edge on one of the borders."""
+        touching = np.zeros(len(self._rings) - 1, bool)
+        touching[self._owners] = True
+        return touching
+
+    def along(self, line: tuple[int, int], start: int, length: int) -> Ints:
+        """The polygon at each pixel along a border, ``[length]`` from ``start`` on; N where there is none."""
+        axis, at = line
+        on_line = (self._here[:, axis] == at) & (self._there[:, axis] == at)
+        polygons = np.full(length, len(self._rings) - 1)
+        polygons[np.minimum(self._here, self._there)[on_line, 1 - axis] - start] = self._owners[on_line]
+        return polygons
+
+    def piece(self, polygon: int) -> Piece:
+        """Copy one polygon, so that the memory of the others can be freed."""
+        points = slice(self._firsts[polygon], self._firsts[polygon + 1])
+        rings = slice(self._rings[polygon], self._rings[polygon + 1])
+        return Piece.pack(self._points[points], self._sizes[rings], self._border[points])
+
+
+def unite(pieces: list[Piece], regions: Ints) -> tuple[Outlines, Ints]:
+    """Join the pieces of each region.
+
+    Args:
+        pieces: at least one; no two overlap.
+        regions: the region of each piece.
 
     Returns:
-        The polygons that are left; the area of each, m2 (pixels, where the ground is not known); and for each polygon
-        given whether it is left.
+        One polygon for all pieces of a region that share edges, and the region of each polygon.
     """
-    outer = outlines.outer
-    owner = np.repeat(np.arange(len(outlines)), np.diff(outlines.polygons))
-    areas = outlines.ring_areas(_plane(outlines.points, ground))
-    measure, smallest = (outlines.ring_areas(outlines.points), minimum_px) if minimum_px else (areas, minimum_m2)
-    rings = outer | (measure >= smallest)
-    sign = np.where(outer, 1.0, -1.0) * rings
-    # By what it covers itself: the shore around a lake is as small as its land.
-    left = np.bincount(owner, measure * sign, len(outlines)) >= smallest
-    own = np.bincount(owner, areas * sign, len(outlines)).astype(np.float64)
-    return outlines.select(rings, left), own[left], left
+    points = np.concatenate([piece.points for piece in pieces])
+    sizes = np.concatenate([piece.sizes for piece in pieces]).astype(np.int64)
+    border = np.concatenate([piece.border for piece in pieces])
+    owners = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+    after = _next_points(sizes)
+
+    one, other = _shared_edges(points, after, np.flatnonzero(border), regions[owners])
+    removed = np.zeros(len(points), bool)
+    removed[one] = removed[other] = True
+    owners = _components(len(pieces), owners[one], owners[other])[owners]
+
+    # Cut the outlines into runs of edges at the points where several edges start, such as both ends of a removed edge;
+    # elsewhere an outline goes on as in its piece. Runs also begin where rings begin, so that none passes a ring's end.
+    place = _numbered(points)
+    order = np.argsort(place)
+    same = place[order[1:]] == place[order[:-1]]
+    cut = np.zeros(len(points), bool)
+    cut[order[1:][same]] = cut[order[:-1][same]] = True
+    cut[np.cumsum(sizes) - sizes] = True
+    starts, ends = np.flatnonzero(cut & ~removed), np.flatnonzero(cut[after] & ~removed)
+    runs, firsts = _cycles(_next_runs(points, after, place, owners, starts, ends))
+
+    lengths = (ends - starts + 1)[runs]
+    sizes = np.add.reduceat(lengths, firsts)
+    outline = points[_ranges(starts[runs], lengths)]
+    owners = owners[starts[runs[firsts]]]
+    outer = _doubled_areas(outline, sizes) > 0
+    rings = np.lexsort((~outer, owners))  # by polygon, the outer ring first
+    index, offsets = _closed((np.cumsum(sizes) - sizes)[rings], sizes[rings])
+    outer = outer[rings]
+    polygons = np.append(np.flatnonzero(outer), len(rings))
+    return Outlines(outline[index].astype(np.float64), offsets, polygons), regions[owners[rings][outer]]
 
 
-def _plane(points: Floats, ground: Ground) -> Floats:
-    """Points in a plane whose areas are those of the ground, m2 (or pixels, if nothing is known)."""
-    if ground.ellipsoid is None:
-        return np.asarray(points * np.sqrt(ground.pixel_m2 or 1.0))
-    # Cylindrical equal area: an area under a parallel, per radian, times radians.
-    longitude, latitude = mapped(points, ground.transform).T * ground.radians
-    scale = ground.ellipsoid.semi_major
-    return np.stack([longitude * scale, ground.ellipsoid.area_to_parallel(latitude) / scale], axis=1)
+def _shared_edges(points: npt.NDArray[np.int32], after: Ints, edges: Ints, regions: Ints) -> tuple[Ints, Ints]:
+    """Pairs of the given edges that coincide and belong to one region."""
+    here, there = points[edges].astype(np.int64), points[after[edges]].astype(np.int64)
+    name = _numbered(np.minimum(here, there), int(points[:, 0].max())) * 2 + (here[:, 0] == there[:, 0])
+    order = np.argsort(name)
+    edges, name = edges[order], name[order]
+    same = (name[1:] == name[:-1]) & (regions[edges[1:]] == regions[edges[:-1]])
+    return edges[:-1][same], edges[1:][same]
 
 
-def mapped(points: Floats, transform: Any) -> Floats:
-    """Pixel corners ``[P, 2]`` (x right, y down) in the coordinates of the map."""
-    x, y = points.T
-    t = transform
-    return np.stack([t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f], axis=1)
+def _components(count: int, one: Ints, other: Ints) -> Ints:
+    """The smallest index in the connected component of each of ``count`` nodes; ``one[i]``-``other[i]`` are edges."""
+    parents = list(range(count))
+
+    def root(node: int) -> int:
+        while parents[node] != node:
+            parents[node] = node = parents[parents[node]]
+        return node
+
+    for pair in np.unique(one * count + other).tolist():
+        a, b = sorted((root(pair // count), root(pair % count)))
+        parents[b] = a
+    return np.array([root(node) for node in range(count)], np.int64)
+
+
+def _next_runs(points: npt.NDArray[np.int32], after: Ints, place: Ints, owners: Ints, starts: Ints, ends: Ints) -> Ints:
+    """The run that follows each run of edges; run ``i`` leads from edge ``starts[i]`` to edge ``ends[i]``.
+
+    At most two runs of one polygon end at a point, where two of its pixels touch by their corners. Turning around the
+    same pixel would let the outline meet itself there. So it goes on to the other pixel, and the polygon gets a ring
+    that touches another ring: with the polygon on the left, that is the next way out counter-clockwise.
+    """
+    back = points[ends] - points[after[ends]]
+    ahead = points[after[starts]] - points[starts]
+    came, goes = np.arctan2(back[:, 1], back[:, 0]), np.arctan2(ahead[:, 1], ahead[:, 0])
+    into = np.lexsort((came, owners[ends], place[after[ends]]))
+    out = np.lexsort((goes, owners[starts], place[starts]))
+    edges = starts[out]
+    two = np.flatnonzero((place[edges[1:]] == place[edges[:-1]]) & (owners[edges[1:]] == owners[edges[:-1]]))
+    two = two[goes[out[two]] < came[into[two]]]
+    out[two], out[two + 1] = out[two + 1], out[two]
+    following = np.empty(len(starts), np.int64)
+    following[into] = out
+    return following
+
+
+def _cycles(following: Ints) -> tuple[Ints, Ints]:
+    """The elements of a permutation cycle by cycle, and where each cycle begins."""
+    steps = following.tolist()
+    seen = bytearray(len(steps))
+    elements: list[int] = []
+    firsts: list[int] = []
+    for element in range(len(steps)):
+        if not seen[element]:
+            firsts.append(len(elements))
+            while not seen[element]:
+                seen[element] = 1
+                elements.append(element)
+                element = steps[element]
+    return np.array(elements, np.int64), np.array(firsts, np.int64)
+
+
+def _oriented(outlines: Outlines) -> tuple[Ints, Ints]:
+    """Points of open rings, outer rings with positive and holes with negative area; and the size of each ring."""
+    sizes = np.diff(outlines.rings) - 1
+    ends = np.cumsum(sizes)
+    ring = np.repeat(np.arange(len(sizes)), sizes)
+    points = outlines.points[np.arange(len(ring)) + ring].astype(np.int64)  # without each ring's repeated point
+    turned = ((_doubled_areas(points, sizes) > 0) != outlines.outer)[ring]
+    place = np.arange(len(ring))
+    place[turned] = ((2 * ends - sizes - 1)[ring] - place)[turned]
+    return points[place], sizes
+
+
+def _doubled_areas(points: npt.NDArray[np.integer], sizes: Ints) -> Ints:
+    """Twice the signed area of each open ring; exact."""
+    if not len(sizes):
+        return np.empty(0, np.int64)
+    x, y = points.T.astype(np.int64)
+    after = _next_points(sizes)
+    return np.asarray(np.add.reduceat((x[after] - x) * (y[after] + y), np.cumsum(sizes) - sizes)) * -1
+
+
+def _numbered(points: npt.NDArray[np.integer], width: int | None = None) -> Ints:
+    """One number for each pixel corner, the same for equal ones; ``width``: the largest x (default: of these)."""
+    width = int(points[:, 0].max()) if width is None else width
+    return points[:, 1].astype(np.int64) * (width + 1) + points[:, 0]
+
+
+def _next_points(sizes: Ints) -> Ints:
+    """For each point of open rings, the next point of its ring."""
+    ends = np.cumsum(sizes)
+    after = np.arange(1, int(sizes.sum()) + 1)
+    after[ends - 1] = ends - sizes
+    return after
+
+
+def _closed(begins: Ints, sizes: Ints) -> tuple[Ints, Ints]:
+    """Point indices of rings, the first point repeated at the end; and the offset of each ring among them."""
+    index, offsets = _ranges(begins, sizes + 1), _offsets(sizes + 1)
+    index[offsets[1:] - 1] = begins
+    return index, offsets
+
+
+def _offsets(counts: Ints) -> Ints:
+    """Where each group of so many elements begins, and where the last one ends."""
+    return np.append(0, np.cumsum(counts))
+
+
+def _ranges(begins: Ints, lengths: Ints) -> Ints:
+    """``begin, begin + 1, ...`` for each begin and length, one range after the other."""
+    return np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(int(lengths.sum()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema
 from cdkd_edge.raster.areas import WGS84, Areas, centre_corners, to_wgs84
 from cdkd_edge.raster.open import gdal, open_scene
-from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.pipeline import SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 
 LONGEST_SIDE = 1200
 """Of each of the two pictures, px."""
@@ -86,7 +86,7 @@ def write_preview(
         SceneError: scene or label map cannot be read.
         OSError: the folder cannot be written.
     """
-    reader = SceneReader(scene, bands=options.bands, stretch=options.stretch)
+    reader = dataclasses.replace(options, gsd=None, strict=False).open(scene)
     try:
         image = reader.overview(longest_side * _OVERSAMPLED)
     finally:

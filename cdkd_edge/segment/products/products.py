@@ -21,15 +21,15 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from cdkd_edge.core.errors import SceneError
-from cdkd_edge.core.files import sha256_of
+from cdkd_edge.core.files import occupied, sha256_of
 from cdkd_edge.core.machine import hand_memory_back
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.areas import Areas
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.styles import sidecar_path
+from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import LABEL_MAP, confidence_path
 from cdkd_edge.segment.partial import differences
-from cdkd_edge.segment.pipeline import SegmentOptions
 from cdkd_edge.segment.products.polygons import VectorOptions, require_vector, write_vector
 from cdkd_edge.segment.products.preview import write_preview
 from cdkd_edge.segment.products.stac import (
@@ -140,7 +140,7 @@ def write_products(
         if "vector" in making and wanted.vector is not None:
             made_with = {**stamp, OPTIONS: _options_text(wanted.vector)}
             notes += write_vector(
-                label_map, paths["vector"], engine.schema, wanted.vector, progress, stamp=made_with
+                label_map, paths["vector"], engine.schema, wanted.vector, progress, metadata=made_with
             ).notes
         if "preview" in making:
             write_preview(scene, label_map, engine.schema, areas, paths["preview"], options, stamp=stamp)
@@ -208,10 +208,7 @@ def _of_this_map(paths: Mapping[str, Path], made_of: str, wanted: Wanted, *, rep
             if reason is None:
                 fitting.add(name)
             elif not replace:
-                raise SceneError(
-                    f"{paths[name]} exists and {reason}",
-                    hint="remove it and run the same command again, or make all anew with --overwrite",
-                )
+                raise occupied(paths[name], SceneError, reason)
     return fitting
 
 

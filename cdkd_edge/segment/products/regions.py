@@ -1,8 +1,8 @@
-"""Regions of a label map as polygons, tile by tile, so that a map of any size takes a bounded amount of memory.
+"""Traces the regions of a label map as polygons, tile by tile, in memory that does not grow with the map.
 
-A region is a set of pixels of one label connected by their edges. GDAL's polygonizer takes a tile at a time; pieces of
-one region on both sides of a tile's border are found by the labels along it and united when the region is
-complete. Coordinates are integers throughout (pixel corners: x to the right, y down), so unions are exact.
+A region is a set of pixels of one label, connected by their edges. GDAL's polygonizer traces one tile at a time. Pieces
+of one region on both sides of a tile border are found by their labels along the border, and joined when the region
+is complete. All coordinates are integers (pixel corners, x to the right, y down), so that joining is exact.
 """
 
 from __future__ import annotations
@@ -21,54 +21,49 @@ from rasterio.windows import Window
 from cdkd_edge.core.errors import MissingExtraError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.machine import hand_memory_back
-from cdkd_edge.segment.products.outlines import Outlines
-from cdkd_edge.segment.products.stitching import CutTile, Piece, united
+from cdkd_edge.segment.products.outlines import Bools, Ints, Outlines, Piece, TilePieces, unite
 
 TILE = 1024
 """Side of a tile, px: a multiple of the label map's blocks."""
 
 MAX_VERTICES = 200_000
-"""A region with more vertices than this is handed out in parts: uniting its pieces takes some 90 bytes for each."""
+"""A region with more vertices comes in parts: joining its pieces takes about 90 bytes per vertex."""
 
 MAX_BORDERS = 100_000
-"""Pixel edges between labels in one tile; simplified, they take up to 1.5 kB each. Tiles with more are cut smaller."""
+"""Pixel edges between labels in one tile. Simplified, each takes up to 1.5 kB; tiles with more are made smaller."""
 
 _SMALLEST_TILE = 64
 
 _ROW_PIXELS = 1 << 25
-"""Of a row of tiles: all pieces that touch their borders are held."""
+"""Pixels in a row of tiles: all pieces that touch the row's borders are in memory."""
 
 _NONE = -1
 
 
 @dataclass
-class Regions:
+class RegionBatch:
     """Some finished regions."""
 
     outlines: Outlines
     """Their polygons ``[N]`` in pixel corners."""
     labels: npt.NDArray[np.uint8]
-    parts: npt.NDArray[np.bool_]
-    """Whether it is only a part of its region (:data:`MAX_VERTICES`)."""
-
-    @property
-    def polygons(self) -> npt.NDArray[np.object_]:
-        """The outlines as Shapely polygons."""
-        return self.outlines.to_shapely(shapely_module())
+    parts: Bools
+    """Whether each polygon is only a part of its region (:data:`MAX_VERTICES`)."""
 
 
 @dataclass(slots=True)
-class _Open:
-    """A region that reaches tiles not seen yet, or has not been united."""
+class _OpenRegion:
+    """A region whose pieces are not joined yet, or that reaches into tiles not seen yet."""
 
     label: int
     pieces: list[Piece] = field(default_factory=list)
     vertices: int = 0
-    cut: bool = False
+    in_parts: bool = False
+    """Some of it has been handed out."""
 
 
-def shapely_module() -> Any:
-    """Shapely, which is an optional package.
+def require_shapely() -> Any:
+    """Import Shapely, an optional package.
 
     Raises:
         MissingExtraError: it is not installed, or too old.
@@ -82,72 +77,69 @@ def shapely_module() -> Any:
     return shapely
 
 
-def regions(
+def trace_regions(
     dataset: Any,
     *,
     simplify: float = 0.0,
     tile: int = TILE,
     max_vertices: int = MAX_VERTICES,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Regions]:
-    """The regions of an open label map that have a label, in portions.
+) -> Iterator[RegionBatch]:
+    """Yield the regions of an open label map in batches; pixels without label belong to none.
 
     Args:
-        dataset: a uint8 raster of one band; 255 has no region.
-        simplify: tolerance in px, or 0 for outlines along the pixels' edges. Borders are simplified once for both their
-            sides (Visvalingam-Whyatt on the coverage: a bend goes if its triangle is smaller than the
-            tolerance squared), so that neighbours stay neighbours. Where a border crosses a tile's border, and at the
-            map's, it stays as it is.
-        tile: side of the tiles, px; where labels are like noise, smaller ones are taken.
+        dataset: a uint8 raster with one band; 255 is no label.
+        simplify: tolerance in px; 0 keeps outlines along pixel edges. Each border is simplified once for both its
+            sides, so that neighbours stay neighbours (Visvalingam-Whyatt: a bend goes if its triangle is smaller than
+            the tolerance squared). Points on tile borders and on the map's border stay.
+        tile: side of the tiles, px; smaller ones are taken where labels look like noise.
         max_vertices: see :data:`MAX_VERTICES`.
         progress: called with tiles done and tiles in all.
 
     Raises:
         MissingExtraError: Shapely is not installed.
     """
-    shapely = shapely_module()
-    merger = _Merger(dataset.width, max_vertices)
+    require_shapely()
+    joiner = _Joiner(dataset.width, max_vertices)
     tiles = -(-dataset.height // tile) * -(-dataset.width // tile)
     done = 0
     for strip in range(0, dataset.height, tile):
         end = min(strip + tile, dataset.height)
-        side = _side(dataset, strip, end, tile)
+        side = _tile_side(dataset, strip, end, tile)
         for top in range(strip, end, side):
             height = min(side, end - top)
-            merger.start_row(top, height)
+            joiner.start_row(top, height)
             for left in range(0, dataset.width, side):
                 width = min(side, dataset.width - left)
                 labels = dataset.read(1, window=Window(left, top, width, height))
-                outlines, values = _polygonized(labels, left, top, everything=simplify > 0)
+                outlines, values = _polygonized(labels, left, top, unlabelled=simplify > 0)
                 if simplify > 0:
-                    outlines = _simplified(shapely, outlines, simplify)
-                inner = (top > 0, left > 0, top + height < dataset.height, left + width < dataset.width)
-                yield from merger.add(outlines, values, left, width, inner)
+                    outlines = _simplified(outlines, simplify)
+                neighbours = (top > 0, left > 0, top + height < dataset.height, left + width < dataset.width)
+                yield from joiner.add(outlines, values, left, width, neighbours)
                 done += height * width
                 progress(tiles * done // (dataset.height * dataset.width), tiles)
-            yield from merger.finish_row(last=top + height == dataset.height)
+            yield from joiner.finish_row(last=top + height == dataset.height)
             hand_memory_back()
 
 
-def _side(dataset: Any, start: int, end: int, tile: int) -> int:
-    """Side of the tiles of some rows: smaller on wide maps and where labels are like noise; memory grows with both."""
+def _tile_side(dataset: Any, start: int, end: int, tile: int) -> int:
+    """Side of the tiles in some rows: smaller on wide maps and in noise, since memory grows with both."""
     densest = 0
     for left in range(0, dataset.width, tile):
         labels = dataset.read(1, window=Window(left, start, min(tile, dataset.width - left), end - start))
         densest = max(densest, int((labels[1:] != labels[:-1]).sum() + (labels[:, 1:] != labels[:, :-1]).sum()))
     side = tile
-    while side * dataset.width > _ROW_PIXELS and side > _SMALLEST_TILE:
-        side, densest = side // 2, densest // 4
-    while densest > MAX_BORDERS and side > _SMALLEST_TILE:
+    while (side * dataset.width > _ROW_PIXELS or densest > MAX_BORDERS) and side > _SMALLEST_TILE:
         side, densest = side // 2, densest // 4
     return side
 
 
 def _polygonized(
-    labels: npt.NDArray[np.uint8], left: int, top: int, *, everything: bool
+    labels: npt.NDArray[np.uint8], left: int, top: int, *, unlabelled: bool
 ) -> tuple[Outlines, npt.NDArray[np.uint8]]:
-    """Regions of one tile; with ``everything`` also those without a label, as neighbours of the others."""
-    mask = None if everything else labels != NO_LABEL
+    """Trace the regions of one tile; ``unlabelled``: also those without label, as neighbours of the others."""
+    mask = None if unlabelled else labels != NO_LABEL
     rings: list[list[tuple[float, float]]] = []
     counts, values = [], []
     for shape, value in shapes(labels, mask=mask, connectivity=4):
@@ -161,23 +153,25 @@ def _polygonized(
     return Outlines(points, np.append(0, np.cumsum(sizes)), np.append(0, ends)), np.array(values, np.uint8)
 
 
-def _simplified(shapely: Any, outlines: Outlines, tolerance: float) -> Outlines:
-    # GDAL leaves out vertices on straight edges, also where another border meets them; a coverage needs those.
-    dense = shapely.segmentize(outlines.to_shapely(shapely), 1.0)
+def _simplified(outlines: Outlines, tolerance: float) -> Outlines:
+    import shapely
+
+    # GDAL leaves out vertices on straight edges even where another border meets them; simplifying needs those.
+    dense = shapely.segmentize(outlines.to_shapely(), 1.0)
     dense = shapely.set_coordinates(dense, np.rint(shapely.get_coordinates(dense)))
-    return Outlines.of(shapely, shapely.coverage_simplify(dense, tolerance, simplify_boundary=False))
+    return Outlines.from_shapely(shapely.coverage_simplify(dense, tolerance, simplify_boundary=False))
 
 
-class _Merger:
-    """Puts the pieces of a region together across the borders of tiles (union-find over pieces)."""
+class _Joiner:
+    """Joins the pieces of regions across tile borders (union-find over pieces)."""
 
     def __init__(self, width: int, max_vertices: int) -> None:
         self._max_vertices = max_vertices
-        self._parent: dict[int, int] = {}
-        self._open: dict[int, _Open] = {}
+        self._parents: dict[int, int] = {}
+        self._open: dict[int, _OpenRegion] = {}
         self._large: set[int] = set()
-        self._next = 0
-        # Piece at each pixel of the border above, of that below, and of the one to the left.
+        self._next_id = 0
+        # The piece at each pixel of the border above the row, below it, and on the left of the next tile.
         self._above = np.full(width, _NONE, np.int64)
         self._below = np.full(width, _NONE, np.int64)
         self._beside = np.empty(0, np.int64)
@@ -193,20 +187,20 @@ class _Merger:
         labels: npt.NDArray[np.uint8],
         left: int,
         width: int,
-        inner: tuple[bool, bool, bool, bool],
-    ) -> Iterator[Regions]:
-        """A tile's polygons; ``inner`` says on which sides (top, left, bottom, right) there is another tile."""
+        neighbours: tuple[bool, bool, bool, bool],
+    ) -> Iterator[RegionBatch]:
+        """Take a tile's polygons; ``neighbours``: whether there is a tile above, left, below, right."""
         top, height = self._top, self._height
         lines = ((1, top), (0, left), (1, top + height), (0, left + width))
-        tile = CutTile(outlines, [line for line, there in zip(lines, inner, strict=True) if there])
+        tile = TilePieces(outlines, [line for line, there in zip(lines, neighbours, strict=True) if there])
         labelled = labels != NO_LABEL
         touching = tile.touching & labelled
-        names = np.full(len(labels) + 1, _NONE, np.int64)  # the last stands for "none"
+        ids = np.full(len(labels) + 1, _NONE, np.int64)  # the last entry stands for "no polygon"
         for index in np.flatnonzero(touching).tolist():
-            names[index] = self._new(tile.piece(index), int(labels[index]), int(outlines.vertices[index]))
+            ids[index] = self._open_region(tile.piece(index), int(labels[index]), int(outlines.vertices[index]))
         above, beside, below, right = (
-            names[tile.along(line, *((left, width) if line[0] else (top, height)))] if there else None
-            for line, there in zip(lines, inner, strict=True)
+            ids[tile.along(line, *((left, width) if line[0] else (top, height)))] if there else None
+            for line, there in zip(lines, neighbours, strict=True)
         )
         if above is not None:
             self._join(self._above[left : left + width], above)
@@ -216,78 +210,79 @@ class _Merger:
             self._below[left : left + width] = below
         if right is not None:
             self._beside = right
-        alone = ~touching & labelled
-        if alone.any():
-            yield Regions(outlines.only(alone), labels[alone], np.zeros(int(alone.sum()), bool))
-        if self._large:  # on a wide map one row of tiles may hold millions
-            yield self._united([self._open[name] for name in sorted(self._large)], whole=False)
+        inside = ~touching & labelled
+        if inside.any():
+            yield RegionBatch(outlines.select(inside), labels[inside], np.zeros(int(inside.sum()), bool))
+        if self._large:  # one row of a wide map may hold millions of vertices
+            yield self._united([self._open[root] for root in sorted(self._large)], complete=False)
             self._large.clear()
 
-    def finish_row(self, *, last: bool) -> Iterator[Regions]:
-        """Hand out what no later tile can add to."""
-        held = set() if last else {self._root(int(piece)) for piece in np.unique(self._below) if piece != _NONE}
-        done = {root: region for root, region in self._open.items() if root not in held}
+    def finish_row(self, *, last: bool) -> Iterator[RegionBatch]:
+        """Hand out the regions that no later tile can touch."""
+        waiting = set() if last else {self._root(int(piece)) for piece in np.unique(self._below) if piece != _NONE}
+        done = {root: region for root, region in self._open.items() if root not in waiting}
         for root in done:
             del self._open[root]
         self._above, self._below = self._below, np.full_like(self._below, _NONE)
-        # Only the border's pieces are asked for again; the rest of the forest can go.
-        self._parent = {int(p): self._root(int(p)) for p in np.unique(self._above) if p != _NONE}
-        self._parent.update({root: root for root in self._open})
-        portion: list[_Open] = []  # whoever takes them holds all of it in other forms, too
+        # Only pieces on the border are looked up again; forget the others.
+        self._parents = {int(p): self._root(int(p)) for p in np.unique(self._above) if p != _NONE}
+        self._parents.update({root: root for root in self._open})
+        batch: list[_OpenRegion] = []  # small, because whoever takes it copies it into other forms
         vertices = 0
         for region in done.values():
-            portion.append(region)
+            batch.append(region)
             vertices += region.vertices
             if vertices > self._max_vertices // 4:
-                yield self._united(portion, whole=True)
-                portion, vertices = [], 0
-        if any(region.pieces for region in portion):
-            yield self._united(portion, whole=True)
+                yield self._united(batch, complete=True)
+                batch, vertices = [], 0
+        if any(region.pieces for region in batch):
+            yield self._united(batch, complete=True)
 
-    def _united(self, regions: list[_Open], *, whole: bool) -> Regions:
-        """Unite the pieces of regions; of those that are not whole, more will come."""
+    def _united(self, regions: list[_OpenRegion], *, complete: bool) -> RegionBatch:
+        """Join the pieces that the regions have; if they are not complete, more pieces will follow."""
         pieces: list[Piece] = []
         owners: list[int] = []
         for index, region in enumerate(regions):
-            region.cut |= not whole
+            region.in_parts |= not complete
             pieces += region.pieces
             owners += [index] * len(region.pieces)
             region.pieces, region.vertices = [], 0
-        outlines, owner = united(pieces, np.array(owners))
+        outlines, owner = unite(pieces, np.array(owners))
         labels = np.array([region.label for region in regions], np.uint8)
-        return Regions(outlines, labels[owner], np.array([region.cut for region in regions])[owner])
+        return RegionBatch(outlines, labels[owner], np.array([region.in_parts for region in regions])[owner])
 
-    def _new(self, piece: Piece, label: int, vertices: int) -> int:
-        name, self._next = self._next, self._next + 1
-        self._parent[name] = name
-        self._open[name] = _Open(label, [piece], vertices)
+    def _open_region(self, piece: Piece, label: int, vertices: int) -> int:
+        new, self._next_id = self._next_id, self._next_id + 1
+        self._parents[new] = new
+        self._open[new] = _OpenRegion(label, [piece], vertices)
         if vertices > self._max_vertices:
-            self._large.add(name)
-        return name
+            self._large.add(new)
+        return new
 
-    def _join(self, one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> None:
+    def _join(self, one: Ints, other: Ints) -> None:
+        """Merge the regions of pieces that face each other across a border and have the same label."""
         both = (one != _NONE) & (other != _NONE)
-        pairs: dict[int, set[int]] = defaultdict(set)
+        facing: dict[int, set[int]] = defaultdict(set)
         for first, second in np.unique(np.stack([one[both], other[both]]), axis=1).T.tolist():
-            pairs[first].add(second)
-        for first, seconds in pairs.items():
+            facing[first].add(second)
+        for first, seconds in facing.items():
             for second in sorted(seconds):
                 a, b = sorted((self._root(first), self._root(second)))
                 if a == b or self._open[a].label != self._open[b].label:
                     continue
-                self._parent[b] = a
-                gone, kept = self._open.pop(b), self._open[a]
-                kept.pieces += gone.pieces
-                kept.vertices += gone.vertices
-                kept.cut |= gone.cut
+                self._parents[b] = a
+                merged, kept = self._open.pop(b), self._open[a]
+                kept.pieces += merged.pieces
+                kept.vertices += merged.vertices
+                kept.in_parts |= merged.in_parts
                 self._large.discard(b)
                 if kept.vertices > self._max_vertices:
                     self._large.add(a)
 
-    def _root(self, name: int) -> int:
-        root = name
-        while self._parent[root] != root:
-            root = self._parent[root]
-        while self._parent[name] != root:
-            self._parent[name], name = root, self._parent[name]
+    def _root(self, piece: int) -> int:
+        root = piece
+        while self._parents[root] != root:
+            root = self._parents[root]
+        while self._parents[piece] != root:
+            self._parents[piece], piece = root, self._parents[piece]
         return root

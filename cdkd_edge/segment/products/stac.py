@@ -26,7 +26,7 @@ from cdkd_edge.core.labels import NO_LABEL, LabelSchema
 from cdkd_edge.raster.areas import Areas
 from cdkd_edge.raster.open import gdal, is_gdal_name, open_scene
 from cdkd_edge.raster.styles import sidecar_path, style_path
-from cdkd_edge.segment.merge import NO_CONFIDENCE
+from cdkd_edge.segment.crop import NO_CONFIDENCE
 from cdkd_edge.segment.products.footprint import footprint_of
 
 COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"

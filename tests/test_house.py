@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 ROOMS = (
-    "core", "scenery", "model", "graph", "raster", "engines", "segment", "quality", "precision", "training", "board",
+    "core", "model", "graph", "raster", "engines", "segment", "quality", "precision", "training", "board",
     "bench", "demo", "cli", "__main__",
 )  # fmt: skip
 """From the ground up; a module imports from its own and lower rooms."""

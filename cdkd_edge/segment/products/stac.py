@@ -87,7 +87,7 @@ def parse_when(text: str) -> When:
         moments.append(moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment)
     if len(moments) > 2 or (len(moments) == 2 and moments[0] > moments[1]):
         raise UsageError(f"{text!r} is no interval", hint="type START/END, the earlier one first")
-    return When(*moments)
+    return When(moments[0], moments[1] if len(moments) == 2 else None)
 
 
 def _time_in_tags(scene: str | Path, label_map: Path) -> When | None:

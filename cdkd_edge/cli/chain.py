@@ -17,6 +17,7 @@ from cdkd_edge.cli.options import (
     WorkspaceOption,
     segment_options,
 )
+from cdkd_edge.core.labels import BUILTIN_SCHEMAS
 
 
 @app.command()
@@ -45,7 +46,11 @@ def export(
     ] = None,
     schema: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Class names and colors: deepglobe (6), loveda (7), dubai (5), or a .toml file."),
+        typer.Option(
+            help="Class names and colors: "
+            + "".join(f"{name} ({len(schema)}), " for name, schema in BUILTIN_SCHEMAS.items())
+            + "or a .toml file."
+        ),
     ] = None,
     tile: Annotated[
         Optional[int],  # noqa: UP045

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from cdkd_edge.core.labels import BUILTIN_SCHEMAS
+
 if TYPE_CHECKING:
     from cdkd_edge.quality.datasets import Dataset
     from cdkd_edge.segment.options import SegmentOptions
@@ -51,7 +53,7 @@ SchemaOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--schema",
-        help="How masks encode classes: deepglobe, loveda, dubai, or a .toml file. Default: what the data says.",
+        help=f"How masks encode classes: {', '.join(BUILTIN_SCHEMAS)}, or a .toml file. Default: what the data says.",
     ),
 ]
 WeightsOption = Annotated[

@@ -24,8 +24,8 @@ from cdkd_edge.engines.onnxruntime import OnnxLabeller
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.graph.fuse import fuse_attention
 from cdkd_edge.quality.datasets import Dataset
-from cdkd_edge.quality.evaluate import Evaluation, evaluate, number
-from cdkd_edge.quality.metrics import ConfusionMatrix
+from cdkd_edge.quality.evaluate import Evaluation, evaluate
+from cdkd_edge.quality.metrics import ConfusionMatrix, number
 from cdkd_edge.segment.options import SegmentOptions
 
 

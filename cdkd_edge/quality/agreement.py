@@ -16,20 +16,19 @@ import numpy as np
 from cdkd_edge.core.errors import DatasetError, UsageError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.quality.bootstrap import FEW_TILES, MIN_TILES, RESAMPLES, Floats, Scores, TileTable, interval, resampled
+from cdkd_edge.quality.bootstrap import FEW_TILES, MIN_TILES, RESAMPLES, TileTable, interval, resampled
 from cdkd_edge.quality.datasets import Dataset, Pair
 from cdkd_edge.quality.evaluate import (
     Job,
     Rows,
     later,
     look_at,
-    number,
     require_labels,
     require_same_classes,
     training_notes,
 )
 from cdkd_edge.quality.masks import ImageReader, Lost, read_labels
-from cdkd_edge.quality.metrics import ConfusionMatrix
+from cdkd_edge.quality.metrics import CLASS_METRICS, METRICS, ClassCounts, ConfusionMatrix, Floats, Metric, number
 from cdkd_edge.quality.parity import SIDES, Delta, Gate, ImageParity, Parity
 from cdkd_edge.quality.picture import write_differences
 from cdkd_edge.raster.read import reading_notes
@@ -37,7 +36,7 @@ from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import label_map_tags, label_rows
 from cdkd_edge.segment.write import LabelMapWriter
 
-Sides = tuple[Scores, Scores]
+Sides = tuple[ClassCounts, ClassCounts]
 
 
 def compare(
@@ -164,15 +163,15 @@ class _Comparison:
             self._add_tile(job.pair.name, truth[piece], reference[piece], candidate[piece])
         self.ignored += int(np.count_nonzero(truth == NO_LABEL))
         rows = self.table.rows(job.pair.name).sum(axis=0)
-        ours, theirs = self.table.scores(rows)
+        ours, theirs = (number(float(METRICS["mean_iou"].score(side))) for side in self.table.class_counts(rows))
         agreement, _ = self.table.agreement(rows)
         self.images.append(
             ImageParity(
                 job.pair.name,
                 len(job.grid),
                 number(float(agreement)),
-                number(float(ours.mean_iou)),
-                number(float(theirs.mean_iou)),
+                ours,
+                theirs,
             )
         )
 
@@ -212,10 +211,9 @@ class _Comparison:
         k = len(self.schema)
         total, labelled = rows.sum(axis=0), int(np.count_nonzero(rows[:, :k].sum(axis=1)))
         draws = resampled(rows, resamples, seed) if labelled >= MIN_TILES else None
-        sides = self.table.scores(total)
-        spread = None if draws is None else self.table.scores(draws)
-
-        names = ("mean_iou", "overall_accuracy", "mean_f1")
+        sides = self.table.class_counts(total)
+        spread = None if draws is None else self.table.class_counts(draws)
+        ious = [CLASS_METRICS["iou"].score(side) for side in sides]
         agreement, labelled_agreement = (float(value) for value in self.table.agreement(total))
         return Parity(
             schema=self.schema,
@@ -224,12 +222,12 @@ class _Comparison:
             confusion=self.confusion,
             images=tuple(self.images),
             ignored_pixels=self.ignored,
-            deltas={name: _delta(name, sides, spread) for name in names},
-            class_deltas=tuple(_delta("iou", sides, spread, label) for label in range(k)),
-            scores={name: (float(getattr(sides[0], name)), float(getattr(sides[1], name))) for name in names},
-            class_iou=tuple(
-                (number(float(a)), number(float(b))) for a, b in zip(sides[0].iou, sides[1].iou, strict=True)
-            ),
+            deltas={name: _delta(metric, sides, spread) for name, metric in METRICS.items()},
+            class_deltas=tuple(_delta(CLASS_METRICS["iou"], sides, spread, label) for label in range(k)),
+            scores={
+                name: (float(metric.score(sides[0])), float(metric.score(sides[1]))) for name, metric in METRICS.items()
+            },
+            class_iou=tuple((number(float(a)), number(float(b))) for a, b in zip(*ious, strict=True)),
             agreement=agreement,
             agreement_interval=None if draws is None else interval(self.table.agreement(draws)[0]),
             labelled_agreement=number(labelled_agreement),
@@ -254,12 +252,11 @@ class _Comparison:
         return notes + training_notes(dataset, trained_on)
 
 
-def _delta(name: str, sides: Sides, spread: Sides | None, label: int | None = None) -> Delta:
-    """Candidate minus reference of a score, or of a class's: of the sums, with the interval of the resamples."""
+def _delta(metric: Metric, sides: Sides, spread: Sides | None, label: int | None = None) -> Delta:
+    """Candidate minus reference, in points, and the interval of the resamples; of one class if there is a label."""
 
-    def pick(scores: Scores) -> Floats:
-        values: Floats = getattr(scores, name)
-        return values if label is None else values[..., label]
+    def difference(sides: Sides) -> Floats:
+        values = metric.score(sides[1]) - metric.score(sides[0])
+        return 100 * (values if label is None else values[..., label])
 
-    value = number(100 * float(pick(sides[1]) - pick(sides[0])))
-    return Delta(value, None if spread is None else interval(100 * (pick(spread[1]) - pick(spread[0]))))
+    return Delta(number(float(difference(sides))), None if spread is None else interval(difference(spread)))

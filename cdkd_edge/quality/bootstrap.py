@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cdkd_edge.quality.metrics import ConfusionMatrix
+from cdkd_edge.quality.metrics import ClassCounts, ConfusionMatrix, Floats, ratio
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -21,21 +21,9 @@ MIN_TILES = 5
 FEW_TILES = 30
 """Below this number an interval is too narrow; docs/decisions.md has how much."""
 
-Floats = npt.NDArray[np.float64]
 
 _CHUNK = 2_000_000
 """Random counts held at a time, whatever the number of tiles."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores in 0..1 of one labeller, for one or many collections of tiles; arrays of shape ``[...]``."""
-
-    iou: Floats
-    """``[..., K]``; nan for a class without truth."""
-    mean_iou: Floats
-    mean_f1: Floats
-    overall_accuracy: Floats
 
 
 @dataclass(frozen=True)
@@ -86,21 +74,19 @@ class TileTable:
         rows = [row for name in images for row in self._images[name] if row[5 * self.classes]]
         return np.array(rows, np.float64).reshape(len(rows), 5 * self.classes + 4)
 
-    def scores(self, rows: Floats) -> tuple[Scores, Scores]:
-        """Scores of reference and candidate, of sums of rows ``[..., 5 K + 4]``.
+    def class_counts(self, rows: Floats) -> tuple[ClassCounts, ClassCounts]:
+        """Counts of reference and candidate, of sums of rows ``[..., 5 K + 4]``.
 
-        Means run over the classes that occur in the truth, the same for both. (A single pixel given a class that is
+        Scored are the classes that occur in the truth, the same for both. (A single pixel given a class that is
         nowhere in the truth would otherwise add a class of IoU 0 to the mean of one of them.)
         """
-        k = self.classes
-        truth = rows[..., :k]
-        one, other = rows[..., k : 3 * k], rows[..., 3 * k : 5 * k]
-        return _scores(truth, one[..., :k], one[..., k:]), _scores(truth, other[..., :k], other[..., k:])
+        truth, *others = (rows[..., start : start + self.classes] for start in range(0, 5 * self.classes, self.classes))
+        return ClassCounts(truth, *others[:2], truth > 0), ClassCounts(truth, *others[2:], truth > 0)
 
     def agreement(self, rows: Floats) -> tuple[Floats, Floats]:
         """Share of pixels with the same label: of those with data, and of those that also have a truth; 0..1 or nan."""
         k = 5 * self.classes
-        return _ratio(rows[..., k + 1], rows[..., k]), _ratio(rows[..., k + 3], rows[..., k + 2])
+        return ratio(rows[..., k + 1], rows[..., k]), ratio(rows[..., k + 3], rows[..., k + 2])
 
 
 def resampled(rows: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
@@ -130,23 +116,3 @@ def interval(values: Floats) -> Interval | None:
         return None
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
-
-
-def _scores(truth: Floats, predicted: Floats, hit: Floats) -> Scores:
-    """IoU, F1 and accuracy, as :class:`cdkd_edge.quality.metrics.ConfusionMatrix` has them, of any number of sums."""
-    occurs = truth > 0
-    iou = np.where(occurs, _ratio(hit, truth + predicted - hit), np.nan)
-    f1 = np.where(occurs, _ratio(2 * hit, truth + predicted), np.nan)
-    known = occurs.sum(axis=-1)
-    return Scores(
-        iou,
-        _ratio(np.nansum(iou, axis=-1), known),
-        _ratio(np.nansum(f1, axis=-1), known),
-        _ratio(hit.sum(axis=-1), truth.sum(axis=-1)),
-    )
-
-
-def _ratio(part: npt.NDArray[np.generic], whole: npt.NDArray[np.generic]) -> Floats:
-    result = np.full(np.shape(part), np.nan)
-    np.divide(part, whole, out=result, where=np.asarray(whole) > 0)
-    return result

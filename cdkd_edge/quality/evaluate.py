@@ -6,7 +6,6 @@ does the labelling: a checkpoint in PyTorch, a graph, an engine. Two scores diff
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.core.errors import DatasetError, EngineError, SchemaError
-from cdkd_edge.core.labels import NO_LABEL, LabelSchema, load_schema
+from cdkd_edge.core.labels import BUILTIN_SCHEMAS, NO_LABEL, LabelSchema, load_schema
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.quality.datasets import Dataset, Pair
+from cdkd_edge.quality.datasets import SCHEMA_FILE, Dataset, Pair
 from cdkd_edge.quality.masks import ImageReader, Lost, read_labels
-from cdkd_edge.quality.metrics import ConfusionMatrix
+from cdkd_edge.quality.metrics import CLASS_METRICS, ConfusionMatrix, number
 from cdkd_edge.quality.picture import write_comparison
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import reading_notes
@@ -61,22 +60,18 @@ class Evaluation:
     def document(self) -> dict[str, Any]:
         """As JSON data; scores in 0..1, None for a class that occurs neither in truth nor in prediction."""
         matrix = self.matrix
+        scores = {metric: matrix.class_scores(metric) for metric in CLASS_METRICS}
         classes = [
             {
                 "name": name,
-                "iou": number(iou),
-                "f1": number(f1),
+                **{metric: number(values[label]) for metric, values in scores.items()},
                 "truth_pixels": int(matrix.counts[label].sum()),
                 "predicted_pixels": int(matrix.counts[:, label].sum()),
             }
-            for label, (name, iou, f1) in enumerate(
-                zip(self.schema.class_names, matrix.iou(), matrix.f1(), strict=True)
-            )
+            for label, name in enumerate(self.schema.class_names)
         ]
         return {
-            "mean_iou": number(matrix.mean_iou),
-            "overall_accuracy": number(matrix.overall_accuracy),
-            "mean_f1": number(matrix.mean_f1),
+            **matrix.scores(),
             "classes": classes,
             "labelled_pixels": matrix.pixels,
             "ignored_pixels": self.ignored_pixels,
@@ -236,14 +231,10 @@ def data_schema(dataset: Dataset, named: str | None, fallback: LabelSchema | Non
     if fallback is None or fallback.numbered:
         raise SchemaError(
             f"nothing says how the masks of {dataset.folder} encode classes",
-            hint="name a schema: --schema deepglobe, loveda, dubai or a .toml file; or put schema.toml into the folder",
+            hint=f"name a schema: --schema {', '.join(BUILTIN_SCHEMAS)} or a .toml file; "
+            f"or put {SCHEMA_FILE} into the folder",
         )
     return fallback
-
-
-def number(value: float) -> float | None:
-    """A score for JSON, which has no nan."""
-    return None if math.isnan(value) else float(value)
 
 
 def later(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:

@@ -1,20 +1,100 @@
-"""How well a label map agrees with the truth: one confusion matrix, filled piece by piece.
+"""How well labels agree with the truth: a confusion matrix, and the metrics that are computed from its counts.
 
-Counts are int64, so a matrix over any number of scenes is exact, and matrices of parts can be added.
-IoU, F1 and accuracy are those of the land-cover papers: pixels without truth (255) are left out;
-a class that occurs neither in the truth nor in the prediction has no IoU (nan) and is left out of means.
+To add a metric, write its function and name it in :data:`METRICS`; every table, file and model card shows it.
+
+IoU, F1 and accuracy are those of the land-cover papers: pixels without truth (255) are left out, and a class that
+occurs neither in the truth nor in the prediction has no score (nan) and is left out of means.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.core.labels import MAX_CLASSES, NO_LABEL
 
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64] | Floats
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Pixels of each class, for one collection of pixels or for many: arrays ``[..., K]``."""
+
+    truth: Counts
+    """Pixels of the class in the truth."""
+    predicted: Counts
+    """Pixels that were given the class."""
+    hit: Counts
+    """Pixels that have the class in both."""
+    scored: npt.NDArray[np.bool_]
+    """Classes that have a score; the others are nan and in no mean."""
+
+
+def iou(counts: ClassCounts) -> Floats:
+    """Intersection over union of each class."""
+    return np.where(counts.scored, ratio(counts.hit, counts.truth + counts.predicted - counts.hit), np.nan)
+
+
+def f1(counts: ClassCounts) -> Floats:
+    """F1 score (Dice) of each class."""
+    return np.where(counts.scored, ratio(2 * counts.hit, counts.truth + counts.predicted), np.nan)
+
+
+def overall_accuracy(counts: ClassCounts) -> Floats:
+    """Share of the pixels with the right label."""
+    return ratio(counts.hit.sum(axis=-1), counts.truth.sum(axis=-1))
+
+
+def mean(values: Floats) -> Floats:
+    """Mean over the classes that have a value, ``[..., K]`` to ``[...]``."""
+    return ratio(np.nansum(values, axis=-1), np.isfinite(values).sum(axis=-1))
+
+
+def ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> Floats:
+    """``part / whole``; nan where ``whole`` is 0."""
+    part, whole = np.asarray(part), np.asarray(whole)
+    result = np.full(part.shape, np.nan)
+    np.divide(part, whole, out=result, where=whole > 0)
+    return result
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score in 0..1, which tables show in percent."""
+
+    name: str
+    """In JSON files."""
+    label: str
+    """In tables."""
+    score: Callable[[ClassCounts], Floats]
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("mean_iou", "mIoU", lambda counts: mean(iou(counts))),
+        Metric("overall_accuracy", "OA", overall_accuracy),
+        Metric("mean_f1", "mF1", lambda counts: mean(f1(counts))),
+    )
+}
+"""Scores of all classes together, ``[...]``."""
+
+CLASS_METRICS = {metric.name: metric for metric in (Metric("iou", "IoU", iou), Metric("f1", "F1", f1))}
+"""Scores of each class, ``[..., K]``."""
+
+
+def number(value: float) -> float | None:
+    """A score for JSON, which has no nan."""
+    return None if math.isnan(value) else float(value)
+
 
 class ConfusionMatrix:
-    """Pixel counts by true and predicted class."""
+    """Pixel counts by true and predicted class. They are int64: exact over any number of scenes, and can be added."""
 
     counts: npt.NDArray[np.int64]
     """``[K, K + 1]``: row = truth, column = prediction; the last column counts "no label" predictions."""
@@ -63,42 +143,24 @@ class ConfusionMatrix:
         """Pixels counted, those without truth excluded."""
         return int(self.counts.sum())
 
-    def iou(self) -> npt.NDArray[np.float64]:
-        """Intersection over union, float64 ``[K]`` in 0..1; nan for a class in neither truth nor prediction."""
-        hit, truth, predicted = self._totals()
-        return _ratio(hit, truth + predicted - hit)
+    def class_counts(self) -> ClassCounts:
+        """The counts that metrics are computed from."""
+        truth, predicted = self.counts.sum(axis=1), self.counts[:, :-1].sum(axis=0)
+        return ClassCounts(truth, predicted, np.diagonal(self.counts), truth + predicted > 0)
 
-    def f1(self) -> npt.NDArray[np.float64]:
-        """F1 score (Dice), float64 ``[K]`` in 0..1; nan for a class in neither truth nor prediction."""
-        hit, truth, predicted = self._totals()
-        return _ratio(2 * hit, truth + predicted)
+    def score(self, metric: str) -> float:
+        """A score of :data:`METRICS`, 0..1; nan before the first pixel."""
+        return float(METRICS[metric].score(self.class_counts()))
+
+    def class_scores(self, metric: str) -> Floats:
+        """A score of :data:`CLASS_METRICS`, ``[K]`` in 0..1; nan for a class in neither truth nor prediction."""
+        return CLASS_METRICS[metric].score(self.class_counts())
 
     @property
     def mean_iou(self) -> float:
         """Mean IoU over the classes that occur; nan before the first pixel."""
-        return _mean(self.iou())
+        return self.score("mean_iou")
 
-    @property
-    def mean_f1(self) -> float:
-        """Mean F1 over the classes that occur; nan before the first pixel."""
-        return _mean(self.f1())
-
-    @property
-    def overall_accuracy(self) -> float:
-        """Share of pixels with the right label, 0..1; nan before the first pixel."""
-        return float(self._totals()[0].sum()) / self.pixels if self.pixels else float("nan")
-
-    def _totals(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """True positives, truth and prediction by class, int64 ``[K]``."""
-        return np.diagonal(self.counts), self.counts.sum(axis=1), self.counts[:, :-1].sum(axis=0)
-
-
-def _ratio(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    result = np.full(part.shape, np.nan)
-    np.divide(part, whole, out=result, where=whole > 0)
-    return result
-
-
-def _mean(values: npt.NDArray[np.float64]) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
+    def scores(self) -> dict[str, float | None]:
+        """All of :data:`METRICS` by name, for JSON; None where there is no number."""
+        return {name: number(self.score(name)) for name in METRICS}

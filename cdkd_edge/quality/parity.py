@@ -82,7 +82,7 @@ class Parity:
     ignored_pixels: int
     """Without truth; they count for the agreement alone."""
     deltas: Mapping[str, Delta]
-    """``mean_iou``, ``overall_accuracy``, ``mean_f1``."""
+    """By the names of :data:`cdkd_edge.quality.metrics.METRICS`."""
     class_deltas: tuple[Delta, ...]
     """Of IoU, by class."""
     scores: Mapping[str, tuple[float, float]]

@@ -57,12 +57,12 @@ def write_comparison(
     errors[(small != NO_LABEL) & (small != predicted)] = _WRONG
     pictures = [image, colored(small, schema), colored(predicted, schema), errors]
     mean = "no label" if math.isnan(score.mean_iou) else f"mIoU {score.mean_iou:.1%}"
-    titles = [pair.name, "truth", f"prediction, {mean}", f"errors, {1 - score.overall_accuracy:.1%}"]
+    titles = [pair.name, "truth", f"prediction, {mean}", f"errors, {1 - score.score('overall_accuracy'):.1%}"]
     if not score.pixels:
         titles[3] = "errors"
     entries = [
         (cls.color, cls.name, f"IoU {iou:.1%}")
-        for cls, iou in zip(schema.classes, score.iou(), strict=True)
+        for cls, iou in zip(schema.classes, score.class_scores("iou"), strict=True)
         if not math.isnan(iou)
     ]
     picture = in_a_row(pictures, titles)

@@ -6,30 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cdkd_edge.quality.evaluate import Evaluation
+from cdkd_edge.quality.metrics import METRICS
 
 
 def scores_of(evaluation: Evaluation) -> dict[str, Any]:
     """The scores that a training record keeps."""
     document = evaluation.document()
     return {
-        "mean_iou": document["mean_iou"],
-        "overall_accuracy": document["overall_accuracy"],
-        "mean_f1": document["mean_f1"],
+        **evaluation.matrix.scores(),
         "iou": {row["name"]: row["iou"] for row in document["classes"]},
     }
 
 
 def score_table(title: str, classes: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table of scores in percent; a class without a score has a dash."""
-    header = [title, *(f"{name} IoU" for name in classes), "mIoU", "OA", "mF1"]
+    header = [title, *(f"{name} IoU" for name in classes), *(metric.label for metric in METRICS.values())]
     lines = [f"| {' | '.join(header)} |", f"|---{'|---:' * (len(header) - 1)}|"]
     for name, scores in rows.items():
-        values = [*(scores["iou"].get(name) for name in classes), *(scores[key] for key in _MEANS)]
+        values = [*(scores["iou"].get(name) for name in classes), *(scores.get(key) for key in METRICS)]
         lines.append(f"| {name} | {' | '.join(percent(value) for value in values)} |")
     return "\n".join(lines)
-
-
-_MEANS = ("mean_iou", "overall_accuracy", "mean_f1")
 
 
 def percent(value: float | None) -> str:

@@ -7,9 +7,10 @@ import numpy.typing as npt
 import pytest
 
 from cdkd_edge.quality.bootstrap import LEVEL, TileTable, interval, resampled
-from cdkd_edge.quality.metrics import ConfusionMatrix
+from cdkd_edge.quality.metrics import CLASS_METRICS, METRICS, ConfusionMatrix
 
 Ints = npt.NDArray[np.int64]
+mean_iou = METRICS["mean_iou"].score
 
 
 def matrix(counts: npt.ArrayLike) -> ConfusionMatrix:
@@ -47,22 +48,22 @@ def test_sums_of_rows_give_the_scores_of_summed_matrices() -> None:
     random = np.random.default_rng(1)
     tiles = [(counts, degraded(random, counts, 0.3)) for counts in (random_counts(random) for _ in range(12))]
     table = filled(tiles, images=3)
-    for side, scores in enumerate(table.scores(table.rows().sum(axis=0))):
+    for side, counts in enumerate(table.class_counts(table.rows().sum(axis=0))):
         total = matrix(sum(tile[side] for tile in tiles))
-        assert scores.iou == pytest.approx(total.iou())
-        assert scores.mean_iou == pytest.approx(total.mean_iou)
-        assert scores.mean_f1 == pytest.approx(total.mean_f1)
-        assert scores.overall_accuracy == pytest.approx(total.overall_accuracy)
+        for name, metric in CLASS_METRICS.items():
+            assert metric.score(counts) == pytest.approx(total.class_scores(name))
+        for name, metric in METRICS.items():
+            assert float(metric.score(counts)) == pytest.approx(total.score(name))
 
 
 def test_a_class_without_truth_is_in_no_mean() -> None:
     one = np.array([[50, 0, 0, 0], [0, 50, 0, 0], [0, 0, 0, 0]])
     other = np.array([[50, 0, 0, 0], [0, 49, 1, 0], [0, 0, 0, 0]])
     table = filled([(one, other)])
-    before, after = table.scores(table.rows()[0])
-    assert np.isnan(after.iou[2])
-    assert before.mean_iou == 1.0
-    assert after.mean_iou == pytest.approx((1 + 0.98) / 2), "one pixel of it does not cost a third of the mean"
+    before, after = table.class_counts(table.rows()[0])
+    assert np.isnan(CLASS_METRICS["iou"].score(after)[2])
+    assert mean_iou(before) == 1.0
+    assert mean_iou(after) == pytest.approx((1 + 0.98) / 2), "one pixel of it does not cost a third of the mean"
 
 
 def test_a_resample_is_a_choice_of_tiles() -> None:
@@ -120,9 +121,9 @@ def test_pairing_cancels_what_is_common() -> None:
         counts = random_counts(random, accuracy=float(random.uniform(0.3, 0.95)))
         tiles.append((counts, degraded(random, counts, 0.01)))
     table = filled(tiles)
-    one, other = table.scores(resampled(table.rows()))
-    paired = interval(other.mean_iou - one.mean_iou)
-    alone = interval(one.mean_iou)
+    one, other = table.class_counts(resampled(table.rows()))
+    paired = interval(mean_iou(other) - mean_iou(one))
+    alone = interval(mean_iou(one))
     assert paired
     assert alone
     assert paired.high < 0
@@ -132,8 +133,8 @@ def test_pairing_cancels_what_is_common() -> None:
 def test_identical_labellers_have_an_interval_of_no_width() -> None:
     random = np.random.default_rng(6)
     table = filled([(counts, counts) for counts in (random_counts(random) for _ in range(9))])
-    one, other = table.scores(resampled(table.rows()))
-    assert interval(other.mean_iou - one.mean_iou) == interval(np.zeros(1))
+    one, other = table.class_counts(resampled(table.rows()))
+    assert interval(mean_iou(other) - mean_iou(one)) == interval(np.zeros(1))
 
 
 def coverage(tiles: int, trials: int, seed: int = 0) -> float:
@@ -145,13 +146,13 @@ def coverage(tiles: int, trials: int, seed: int = 0) -> float:
         population.append((counts, degraded(random, counts, float(random.beta(0.5, 20)))))
     table = filled(population)
     everything = table.rows()
-    before, after = table.scores(everything.sum(axis=0))
-    true = float(after.mean_iou - before.mean_iou)
+    before, after = table.class_counts(everything.sum(axis=0))
+    true = float(mean_iou(after) - mean_iou(before))
     held = 0
     for trial in range(trials):
         chosen = everything[random.integers(0, len(everything), tiles)]
-        one, other = table.scores(resampled(chosen, 400, seed=trial))
-        span = interval(other.mean_iou - one.mean_iou)
+        one, other = table.class_counts(resampled(chosen, 400, seed=trial))
+        span = interval(mean_iou(other) - mean_iou(one))
         held += span is not None and span.low <= true <= span.high
     return held / trials
 

@@ -185,7 +185,7 @@ def test_graph_and_engine_agree(data: Dataset, small_graph: Path, small_engine_p
 def test_images_are_tiled_whatever_their_size_and_never_resized(tmp_path: Path, overlap: int | None) -> None:
     data = build_data(tmp_path / "data", lambda image: red_labels(image[None])[0])
     result = evaluate(FakeEngine(batch=3), data, SCHEMA, options=SegmentOptions(overlap=overlap))
-    assert result.matrix.overall_accuracy == 1.0, "noise that was resized would be other noise"
+    assert result.matrix.score("overall_accuracy") == 1.0, "noise that was resized would be other noise"
     assert result.matrix.pixels == sum(height * width for height, width in SIZES.values())
     used = default_overlap(64) if overlap is None else overlap
     assert result.tiles == sum(len(TileGrid.over(height, width, 64, used)) for height, width in SIZES.values())
@@ -236,7 +236,7 @@ def test_sixteen_bit_images_are_stretched_as_scenes_are(tmp_path: Path) -> None:
         evaluate(FakeEngine(), find_dataset(folder), SCHEMA)
     assert "--stretch" in (raised.value.hint or "")
     options = SegmentOptions(stretch=Stretch(0, 1020, percentiles=False))
-    assert evaluate(FakeEngine(), find_dataset(folder), SCHEMA, options=options).matrix.overall_accuracy == 1.0
+    assert evaluate(FakeEngine(), find_dataset(folder), SCHEMA, options=options).matrix.score("overall_accuracy") == 1.0
 
 
 def test_a_mask_of_another_size_is_found_before_anything_is_computed(data: Dataset) -> None:
@@ -261,7 +261,7 @@ def test_an_upright_mask_fits_an_image_that_is_stored_turned(tmp_path: Path, ori
     of_mask: dict[str, Any] = {"exif": exif} if "mask" in turned else {}
     Image.fromarray(stored if of_mask else labels).save(tmp_path / "masks/a.png", **of_mask)
     result = evaluate(FakeEngine(), find_dataset(tmp_path), SCHEMA)
-    assert result.matrix.overall_accuracy == 1
+    assert result.matrix.score("overall_accuracy") == 1
     assert any(f"a: turned upright, as its EXIF orientation ({orientation})" in note for note in result.notes)
     assert any("its mask was turned" in note for note in result.notes) == bool(of_mask)
 
@@ -302,7 +302,7 @@ def test_a_mask_of_another_place_is_refused(tmp_path: Path, mask: dict[str, Any]
     [{}, {"shift": 0.3}, {"crs": None}, {"crs": None, "transform": None}, {"crs": "+proj=utm +zone=31 +type=crs"}],
 )
 def test_a_mask_of_the_same_place_is_taken(tmp_path: Path, mask: dict[str, Any]) -> None:
-    assert evaluate(FakeEngine(), placed_pair(tmp_path, **mask), SCHEMA).matrix.overall_accuracy == 1
+    assert evaluate(FakeEngine(), placed_pair(tmp_path, **mask), SCHEMA).matrix.score("overall_accuracy") == 1
 
 
 def test_what_the_advice_on_a_misplaced_mask_types_works(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_what_the_advice_on_a_misplaced_mask_types_works(tmp_path: Path) -> None
     result = evaluate(FakeEngine(), Dataset(tmp_path, "", (replace(pair, mask=fitted),)), SCHEMA)
     assert result.ignored_pixels == 96 * 30
     subprocess.run([*rio, "edit-info", str(pair.mask), *like, "--crs", "like", "--transform", "like"], check=True)
-    assert evaluate(FakeEngine(), dataset, SCHEMA).matrix.overall_accuracy == 1
+    assert evaluate(FakeEngine(), dataset, SCHEMA).matrix.score("overall_accuracy") == 1
 
 
 def test_pixels_that_nodata_takes_from_a_class_are_counted(tmp_path: Path) -> None:
@@ -712,7 +712,7 @@ def test_colour_rules_learn_from_the_training_images_alone(tmp_path: Path) -> No
     training = toned(tmp_path / "training", "t1")
     validation = toned(tmp_path / "validation", "t1", order=(1, 2, 3, 4, 0))
     for result in judge_colors(training, validation, SCHEMA).values():
-        assert result.matrix.overall_accuracy < 0.01, "the same colours mean other classes there"
+        assert result.matrix.score("overall_accuracy") < 0.01, "the same colours mean other classes there"
 
 
 def test_a_class_without_training_pixels_is_never_predicted(tmp_path: Path) -> None:
@@ -725,7 +725,7 @@ def test_a_class_without_training_pixels_is_never_predicted(tmp_path: Path) -> N
     Image.fromarray(dark).save(validation.pairs[0].image)
     for result in judge_colors(training, validation, SCHEMA).values():
         assert result.matrix.counts[:, 3].sum() == 0
-        assert result.matrix.iou()[3] == 0.0
+        assert result.matrix.class_scores("iou")[3] == 0.0
 
 
 def test_a_class_of_two_colours_needs_the_histogram(tmp_path: Path) -> None:
@@ -736,8 +736,8 @@ def test_a_class_of_two_colours_needs_the_histogram(tmp_path: Path) -> None:
         add(tmp_path / "data", f"{scene}_a", image.transpose(2, 0, 1), (labels == 2).astype(np.uint8))
     data = find_dataset(tmp_path / "data")
     scores = judge_colors(data.of_scenes(["t1"]), data.of_scenes(["t2"]), SCHEMA)
-    assert scores["colour histogram"].matrix.overall_accuracy == 1.0
-    assert scores["nearest mean"].matrix.overall_accuracy < 0.9
+    assert scores["colour histogram"].matrix.score("overall_accuracy") == 1.0
+    assert scores["nearest mean"].matrix.score("overall_accuracy") < 0.9
 
 
 def test_colour_rules_learn_nothing_from_pixels_without_data(tmp_path: Path) -> None:

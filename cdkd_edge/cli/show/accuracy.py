@@ -16,19 +16,24 @@ if TYPE_CHECKING:
 
 def describe_evaluation(subject: Subject, dataset: Dataset, result: Evaluation, folder: Path | None) -> Report:
     """``cdkd-edge evaluate``."""
-    matrix = result.matrix
-    classes = result.document()["classes"]
+    from cdkd_edge.quality.metrics import CLASS_METRICS, METRICS
+
+    matrix, classes = result.matrix, result.document()["classes"]
+    class_metrics = CLASS_METRICS.values()
     rows = [
         (subject.kind, f"{subject.path}, {subject.precision}, {subject.runtime}"),
         ("data", f"{len(dataset)} images of {dataset.folder} ({dataset.layout}), schema {result.schema.name}"),
         *(("note", note) for note in (*subject.notes, *result.notes)),
         *(
-            (row["name"], f"IoU {percent(row['iou'])}   F1 {percent(row['f1'])}   {row['truth_pixels']} px")
+            (
+                row["name"],
+                "   ".join(
+                    [*(f"{one.label} {percent(row[one.name])}" for one in class_metrics), f"{row['truth_pixels']} px"]
+                ),
+            )
             for row in classes
         ),
-        ("mIoU", percent(matrix.mean_iou)),
-        ("OA", percent(matrix.overall_accuracy)),
-        ("mF1", percent(matrix.mean_f1)),
+        *((metric.label, percent(matrix.score(name))) for name, metric in METRICS.items()),
         ("pixels", f"{matrix.pixels} labelled" + in_brackets(result.ignored_pixels, "without label, not counted")),
         ("time", f"{result.tiles} tiles in {result.seconds:.1f} s"),
         *([("results", str(folder))] if folder else []),
@@ -47,6 +52,7 @@ def describe_parity(
 ) -> Report:
     """``cdkd-edge parity``."""
     from cdkd_edge import __version__
+    from cdkd_edge.quality.metrics import METRICS
 
     document, differences = result.document(), result.differences()
     changed = sum(count for _, _, count in differences)
@@ -62,10 +68,7 @@ def describe_parity(
             (name, f"IoU {_change(*result.class_iou[label], result.class_deltas[label])}")
             for label, name in enumerate(result.schema.class_names)
         ),
-        *(
-            (title, _change(*result.scores[name], result.deltas[name]))
-            for title, name in (("mIoU", "mean_iou"), ("OA", "overall_accuracy"), ("mF1", "mean_f1"))
-        ),
+        *((metric.label, _change(*result.scores[name], result.deltas[name])) for name, metric in METRICS.items()),
         (
             "same label",
             f"{result.agreement:.4%}: {changed} of {document['pixels']} pixels differ"

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 def describe_finetune(result: FinetuneResult) -> Report:
     """``cdkd-edge finetune``."""
+    from cdkd_edge.quality.metrics import METRICS
+
     run, scores = result.record["run"], result.record["scores"]
     rows = [
         *(("note", note) for note in result.record["notes"]),
         *(
-            (name, f"mIoU {percent(row['mean_iou'])}   OA {percent(row['overall_accuracy'])}")
+            (name, "   ".join(f"{metric.label} {percent(row[key])}" for key, metric in METRICS.items()))
             for name, row in scores.items()
         ),
         *((f"IoU {name}", percent(iou)) for name, iou in next(iter(scores.values()))["iou"].items()),

@@ -225,8 +225,8 @@ def child(scene: str, output: str, number: int) -> None:
     from cdkd_edge.raster.stretch import Stretch
     from cdkd_edge.segment.many.jobs import EngineRef, Job, do_job
     from cdkd_edge.segment.options import SegmentOptions
+    from cdkd_edge.segment.products import ProductOptions
     from cdkd_edge.segment.products.polygons import VectorOptions, require_vector
-    from cdkd_edge.segment.products.products import Wanted
 
     case = CASES[number]
     options = dict(case.options)
@@ -234,7 +234,7 @@ def child(scene: str, output: str, number: int) -> None:
         low, high = options["stretch"]
         options["stretch"] = Stretch(low, high, percentiles=True)
     engine = AnyEngine(TILE)
-    wanted = Wanted(
+    wanted = ProductOptions(
         vector=VectorOptions() if "vector" in case.products else None,
         preview="preview" in case.products,
         stac="stac" in case.products,

@@ -146,8 +146,8 @@ def segment(
     from cdkd_edge.cli.show.fleet import live_fleet
     from cdkd_edge.segment.many.run import crew_for, engine_ref, plan_outputs, segment_many
     from cdkd_edge.segment.partial import way_to_go_on
+    from cdkd_edge.segment.products import ProductOptions
     from cdkd_edge.segment.products.polygons import vector_options
-    from cdkd_edge.segment.products.products import Wanted
 
     if dask and workers:
         raise typer.BadParameter("choose a scheduler or workers here", param_hint="--workers")
@@ -167,7 +167,7 @@ def segment(
     if when and not stac:
         raise typer.BadParameter("it is for --stac", param_hint="--datetime")
     polygons = vector_options(min_area, simplify) if vector else None
-    products = Wanted(vector=polygons, preview=preview, stac=stac, when=when)
+    products = ProductOptions(vector=polygons, preview=preview, stac=stac, when=when)
     names, outputs = plan_outputs(
         scenes,
         output,

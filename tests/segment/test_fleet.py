@@ -32,7 +32,7 @@ from cdkd_edge.segment.many.run import crew_for, engine_ref, plan_outputs, scene
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import label_map_paths
 from cdkd_edge.segment.pipeline import segment_scene
-from cdkd_edge.segment.products.products import NOTHING, Wanted
+from cdkd_edge.segment.products import NO_PRODUCTS, ProductOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -69,7 +69,7 @@ def segment(scenes: list[str], out: str = "maps", **options: Any) -> Any:
     """The scenes through the local crew; returns the report."""
     listener = options.pop("listener", None)
     segment_options = options.pop("options", SegmentOptions())
-    products = options.pop("products", NOTHING)
+    products = options.pop("products", NO_PRODUCTS)
     overwrite, keep_folders = options.get("overwrite", False), options.pop("keep_folders", False)
     names, outputs = plan_outputs(scenes, Path(out), Path(), products, keep_folders=keep_folders, overwrite=overwrite)
     return segment_many(names, outputs, LocalCrew(REF), REF, segment_options, products, listener=listener, **options)
@@ -464,12 +464,12 @@ def test_what_else_may_be_in_a_maps_place(scenes: list[str], use: Any) -> None:
 def test_products_of_a_kept_map_are_made_if_they_are_missing(scenes: list[str], use: Any) -> None:
     use(FakeEngine())
     segment(scenes[:2])
-    report = segment(scenes[:2], products=Wanted(preview=True))
+    report = segment(scenes[:2], products=ProductOptions(preview=True))
     assert [row.status for row in report.rows()] == ["kept", "kept"]
     picture = Path("maps/a_labels_preview.png")
     assert report.rows()[0].document()["preview"] == str(picture)
     before = stamp(picture)
-    segment(scenes[:2], products=Wanted(preview=True))
+    segment(scenes[:2], products=ProductOptions(preview=True))
     assert stamp(picture) == before
 
 
@@ -482,10 +482,12 @@ def job_of(scene: str, output: str = "map.tif", **changes: Any) -> Job:
 
 def test_jobs_and_reports_survive_the_wire(scenes: list[str]) -> None:
     options = SegmentOptions(overlap=4, bands=[3, 2, 1], stretch=Stretch(2, 98, percentiles=True))
-    job = job_of("odd-\udcff.tif", options=options, products=Wanted(preview=True), token="t", scene_is_file=True)
+    job = job_of(
+        "odd-\udcff.tif", options=options, products=ProductOptions(preview=True), token="t", scene_is_file=True
+    )
     assert decode(encode(job), Job) == job
     for scene in (scenes[0], "gone.tif"):
-        report = run_job(FakeEngine(), job_of(scene, products=Wanted(preview=True)))
+        report = run_job(FakeEngine(), job_of(scene, products=ProductOptions(preview=True)))
         assert decode(encode(report), JobReport) == report
     kept = run_job(FakeEngine(), job_of(scenes[0]))
     assert kept.status == "kept"

@@ -17,7 +17,7 @@ from cdkd_edge.segment.finish import RoomWatch
 from cdkd_edge.segment.many.jobs import EngineRef, Job, do_job, stamp
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import segment_scene
-from cdkd_edge.segment.products.products import Wanted
+from cdkd_edge.segment.products import ProductOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -106,7 +106,9 @@ def job_of(folder: Path, **wanted: Any) -> Job:
     sha = ProbabilityEngine(64).artefact.sha256
     ref = EngineRef("fake.onnx", "fake", "fp32", "fake", sha, "cd" * 32)
     path = folder / "map.tif"
-    return Job(str(folder / "scene.tif"), str(path), ref, SegmentOptions(), Wanted(**wanted), before=stamp(path))
+    return Job(
+        str(folder / "scene.tif"), str(path), ref, SegmentOptions(), ProductOptions(**wanted), before=stamp(path)
+    )
 
 
 def test_leftovers_of_a_killed_run_go(tmp_path: Path) -> None:
@@ -124,7 +126,7 @@ def test_products_are_made_by_one_run_at_a_time(tmp_path: Path) -> None:
     do_job(ProbabilityEngine(64), job_of(tmp_path))
     with open(tmp_path / "map.tif", "rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(SceneError, match=r"another run is writing what belongs to .*map\.tif"):
+        with pytest.raises(SceneError, match=r"another run is writing the products of .*map\.tif"):
             do_job(ProbabilityEngine(64), job_of(tmp_path, preview=True))
     do_job(ProbabilityEngine(64), job_of(tmp_path, preview=True))
     assert (tmp_path / "map_preview.png").exists()

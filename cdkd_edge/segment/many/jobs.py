@@ -27,7 +27,7 @@ from cdkd_edge.segment import pipeline
 from cdkd_edge.segment.many.kept import KeptMap, complete, refuse_foreign_map
 from cdkd_edge.segment.options import SegmentOptions, SegmentResult
 from cdkd_edge.segment.partial import continues_replacing, drop_finished, was_finishing
-from cdkd_edge.segment.products.products import NOTHING, PRODUCTS, Wanted, product_paths, write_products
+from cdkd_edge.segment.products import NO_PRODUCTS, PRODUCTS, ProductOptions, product_paths, write_products
 
 JOB_VERSION = 1
 
@@ -66,7 +66,7 @@ class Job:
     output: str
     engine: EngineRef
     options: SegmentOptions = field(default_factory=SegmentOptions)
-    products: Wanted = NOTHING
+    products: ProductOptions = NO_PRODUCTS
     """What is wanted beside the label map."""
     overwrite: bool = False
     before: Stamp | None = None

@@ -26,7 +26,7 @@ from cdkd_edge.segment.options import TAG_OPTIONS, SegmentOptions
 from cdkd_edge.segment.outputs import confidence_path
 from cdkd_edge.segment.partial import scene_identity
 from cdkd_edge.segment.pipeline import label_map_tags
-from cdkd_edge.segment.products.products import NOTHING, misfit, stamp_of
+from cdkd_edge.segment.products import mismatch, source_of
 
 _NOT_COMPARED = ("CDKD_EDGE", "ENGINE", "GRAPH", "SCENE_SAMPLE")
 """Tags that may differ, or are compared in another way. (Another release labels alike; its notes say if not.)"""
@@ -92,7 +92,7 @@ def refuse_foreign_map(
         raise _foreign(output, f"is damaged: {error.message}") from None
     if options.confidence:
         beside = confidence_path(output)
-        if (reason := misfit("confidence", beside, stamp_of(output), NOTHING)) is not None:
+        if (reason := mismatch("confidence", beside, source_of(output))) is not None:
             raise _foreign(output, f"{beside.name} {reason}")
     return KeptMap(
         output=output,

@@ -25,7 +25,7 @@ from cdkd_edge.segment.many.local import LocalCrew, ProcessCrew
 from cdkd_edge.segment.many.report import COMPLETE, STOPPED, FleetReport, ReportFile
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import label_map_paths, require_file_place
-from cdkd_edge.segment.products.products import NOTHING, Wanted, product_paths, require_products
+from cdkd_edge.segment.products import NO_PRODUCTS, ProductOptions, product_paths
 
 _MOST_SCENES = 100_000
 """In a list; the report alone of so many takes 100 MB."""
@@ -88,7 +88,7 @@ def plan_outputs(
     arguments: Sequence[str],
     output: Path | None,
     folder: Path,
-    products: Wanted = NOTHING,
+    products: ProductOptions = NO_PRODUCTS,
     *,
     confidence: bool = False,
     keep_folders: bool = False,
@@ -149,7 +149,7 @@ def segment_many(
     crew: Crew,
     engine: EngineRef,
     options: SegmentOptions = SegmentOptions(),
-    products: Wanted = NOTHING,
+    products: ProductOptions = NO_PRODUCTS,
     *,
     overwrite: bool = False,
     report_path: Path | None = None,
@@ -178,7 +178,7 @@ def segment_many(
         FleetError: several scenes were given and some of them failed; the report is in ``report_path``.
         Exception: the one scene that was given failed, or the run was stopped: why.
     """
-    require_products(products)
+    products.require()
     listener = listener or Listener()
     jobs = [
         Job(

@@ -1,4 +1,4 @@
-"""Writes the table and the picture of the rooms, from docs/rooms.toml, into architecture.md, CONTRIBUTING.md and rooms.svg."""
+"""Writes the table and the picture of the rooms, from rooms.toml, into architecture.md, CONTRIBUTING.md, rooms.svg."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ except ModuleNotFoundError:  # Python 3.10
 DOCS = Path(__file__).parent
 ROOMS: dict[str, dict[str, str]] = tomllib.loads((DOCS / "rooms.toml").read_text(encoding="utf-8"))
 """From the ground up."""
+START, END = "<!-- rooms -->\n", "\n<!-- /rooms -->"
 
 
 def table() -> str:
@@ -41,7 +42,7 @@ def picture() -> str:
     lines += [
         f'<path d="M {width - 30} 20 V {bottom - 16}" stroke="#5b7a99" stroke-width="2"/>',
         f'<path d="M {width - 36} {bottom - 22} l 6 12 l 6 -12 z" fill="#5b7a99"/>',
-        f'<text x="22" y="{bottom + 22}" fill="#222222">A room imports only from itself and from rooms below it.</text>',
+        f'<text x="22" y="{bottom + 22}" fill="#222222">A room imports from itself and from rooms below it.</text>',
         "</svg>",
     ]
     return "\n".join(lines) + "\n"
@@ -52,7 +53,7 @@ def texts() -> dict[Path, str]:
     wanted = {DOCS / "rooms.svg": picture()}
     for path in (DOCS / "architecture.md", DOCS.parent / "CONTRIBUTING.md"):
         text = path.read_text(encoding="utf-8")
-        wanted[path] = re.sub(r"(?s)(<!-- rooms -->\n).*?(\n<!-- /rooms -->)", lambda hit: hit[1] + table() + hit[2], text)
+        wanted[path] = re.sub(f"(?s){START}.*?{END}", lambda _: f"{START}{table()}{END}", text)
     return wanted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,11 @@ import typer.main
 
 from cdkd_edge import cli
 from cdkd_edge.core import errors
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -119,6 +125,14 @@ def test_every_exit_code_is_explained():
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")}
     assert codes - {1} <= {int(code) for row in re.findall(r"(?m)^\| ([\d, ]+) \|", text) for code in row.split(",")}
+
+
+def test_every_dependency_has_its_licence():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    names = {re.split(r"[\[<>=!~; ]", text, maxsplit=1)[0] for text in wanted} - {project["name"]}
+    text = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
+    assert {name for name in names if not re.search(rf"(^|[ :]){re.escape(name)}[ ,.\n]", text, re.M)} == set()
 
 
 def test_the_rooms_are_drawn_as_they_are():

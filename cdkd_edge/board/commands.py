@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cdkd_edge.core.errors import BoardError, printable
+from cdkd_edge.core.process import kill_session
 
 TIMEOUT = 30.0
 """Seconds; on a board the tools take one or two."""
@@ -82,10 +83,7 @@ def _run_once(command: Sequence[str], timeout: float) -> Answer:
         try:
             code = _wait(process, output.fileno(), timeout)
         finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            kill_session(process)
         output.seek(0)
         return Answer(code, output.read(_MOST_OUTPUT).decode("utf-8", errors="replace"))
 

@@ -19,8 +19,8 @@ from cdkd_edge.board.identity import clocks_held, mode_of, read_modes
 from cdkd_edge.board.jetson import current_mode, is_jetson
 from cdkd_edge.board.journal import Change, Journal
 from cdkd_edge.board.nvpmodel import PowerMode
-from cdkd_edge.board.signals import HeldSignals
 from cdkd_edge.core.errors import BoardError
+from cdkd_edge.core.signals import HeldSignals
 
 ROOT = Path("/")
 AS_ROOT = "sudo $(command -v cdkd-edge) bench ... (sudo has a PATH of its own, without virtual environments)"

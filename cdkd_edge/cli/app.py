@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from cdkd_edge import __version__
-from cdkd_edge.core.errors import CdkdEdgeError, InternalError, SystemRefusalError, UsageError, printable
+from cdkd_edge.core.errors import CdkdEdgeError, InternalError, UsageError, as_answer, printable
 from cdkd_edge.core.machine import cache_folder
 from cdkd_edge.core.signals import end_on_signals, received
 
@@ -128,14 +128,9 @@ def _nobody_reads() -> bool:
 
 
 def _as_answer(error: Exception) -> CdkdEdgeError:
-    if isinstance(error, CdkdEdgeError):
-        return error
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return SystemRefusalError(f"{where}{error.strerror or error}")
-    torch_refused = isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    if isinstance(error, MemoryError) or torch_refused:
-        return SystemRefusalError("out of memory")
+    known = as_answer(error)
+    if known is not None:
+        return known
     if isinstance(error, ModuleNotFoundError):
         return CdkdEdgeError(f"{error}", hint="an installed package is incomplete; reinstall cdkd-edge")
     return _as_fault(error)

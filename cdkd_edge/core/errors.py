@@ -183,6 +183,18 @@ class BenchError(CdkdEdgeError):
     exit_code = 19
 
 
+def as_answer(error: Exception) -> CdkdEdgeError | None:
+    """An exception as the error that a user is told; None for one that nobody foresaw."""
+    if isinstance(error, CdkdEdgeError):
+        return error
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return SystemRefusalError(f"{where}{error.strerror or error}")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):  # torch
+        return SystemRefusalError("out of memory")
+    return None
+
+
 class InternalError(CdkdEdgeError):
     """Something happened that nobody foresaw: a fault of cdkd-edge."""
 

@@ -14,9 +14,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from cdkd_edge.core.errors import CdkdEdgeError, ManifestError
 
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 """Name of a temporary folder. Its process holds a lock on it, which the system releases when the process ends."""
@@ -216,6 +218,44 @@ def make_folders(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except RecursionError:  # each folder is made within the making of the one below it
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path)) from None
+
+
+def require_own(path: Path, is_own: Callable[[Path], bool]) -> None:
+    """Make sure that writing ``path`` replaces nothing but an earlier file of this program.
+
+    Args:
+        path: what is to be written.
+        is_own: whether the file that is there is ours; any exception means that it is not.
+
+    Raises:
+        ManifestError: it is not.
+    """
+    if not path.exists():
+        return
+    try:
+        own = is_own(path)
+    except Exception:  # whatever a parser throws at a file of the user's
+        own = False
+    if not own:
+        raise ManifestError(
+            f"{path} exists and is not cdkd-edge's to replace", hint="choose another --output, or move it away"
+        )
+
+
+def require_free(path: Path, *, overwrite: bool, error: type[CdkdEdgeError]) -> None:
+    """Make sure that nothing is in the place of an output, or that it may be replaced.
+
+    Raises:
+        CdkdEdgeError: of the type ``error``.
+    """
+    if not overwrite and path.exists():
+        raise occupied(path, error)
+
+
+def occupied(path: Path, error: type[CdkdEdgeError], reason: str = "") -> CdkdEdgeError:
+    """The error for an output that exists, and the ``reason`` why it cannot stay as the result of this command."""
+    text = f"{path} exists and {reason}" if reason else f"{path} exists"
+    return error(text, hint="keep it, or replace it with --overwrite")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ found before anything runs it.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import platform
 import shlex
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import ManifestError, SchemaError
-from cdkd_edge.core.files import read_json, sha256_of, write_text
+from cdkd_edge.core.files import read_json, require_own, sha256_of, write_text
 from cdkd_edge.core.labels import LabelSchema, schema_from_document
 from cdkd_edge.core.output_kinds import LABELS, OUTPUT_KINDS, output_shapes
 
@@ -97,8 +98,28 @@ class Refusal:
         return self.tool == f"cdkd-edge {__version__}"
 
 
+class _Described:
+    """What follows from the fields that graphs and engines share."""
+
+    artefact: FileRecord
+    labels: dict[str, Any]
+    tile: int
+    batch: int
+    output: str
+
+    @property
+    def schema(self) -> LabelSchema:
+        """The label schema of the output."""
+        return schema_from_document(self.labels, source=f"the manifest of {self.artefact.file}")
+
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the uint8 outputs by name, the labels first."""
+        return output_shapes(self.output, self.batch, self.tile, len(self.schema))
+
+
 @dataclass(frozen=True)
-class GraphManifest:
+class GraphManifest(_Described):
     """Beside an ONNX graph."""
 
     kind: ClassVar[str] = "graph"
@@ -133,15 +154,25 @@ class GraphManifest:
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
 
-    @property
-    def schema(self) -> LabelSchema:
-        """The label schema of the graph's output."""
-        return schema_from_document(self.labels, source=f"the manifest of {self.artefact.file}")
+    def derived(self, artefact: FileRecord, nodes: int, **changes: Any) -> GraphManifest:
+        """The manifest of a graph that was made from this one, here and now.
 
-    @property
-    def outputs(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the uint8 outputs by name, the labels first."""
-        return output_shapes(self.output, self.batch, self.tile, len(self.schema))
+        Args:
+            artefact: the new graph.
+            nodes: of the new graph.
+            changes: further fields that differ, by name.
+        """
+        return dataclasses.replace(
+            self,
+            artefact=artefact,
+            nodes=nodes,
+            parent=self.artefact,
+            fp16_refused=None,
+            libraries=library_versions(("onnx", "onnxruntime", "numpy")),
+            created=_now(),
+            tool=GraphManifest.tool,
+            **changes,
+        )
 
 
 @dataclass(frozen=True)
@@ -188,7 +219,7 @@ class TensorRTBuild:
 
 
 @dataclass(frozen=True)
-class EngineManifest:
+class EngineManifest(_Described):
     """Beside an engine."""
 
     kind: ClassVar[str] = "engine"
@@ -217,16 +248,6 @@ class EngineManifest:
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
-
-    @property
-    def schema(self) -> LabelSchema:
-        """The label schema of the engine's output."""
-        return schema_from_document(self.labels, source=f"the manifest of {self.artefact.file}")
-
-    @property
-    def outputs(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the uint8 outputs by name, the labels first."""
-        return output_shapes(self.output, self.batch, self.tile, len(self.schema))
 
 
 AnyManifest = TypeVar("AnyManifest", GraphManifest, EngineManifest)
@@ -282,14 +303,8 @@ def require_replaceable(artefact: Path) -> None:
     Raises:
         ManifestError: the file has no manifest, or the ``.json`` in the manifest's place is something else.
     """
-    sidecar = manifest_path(artefact)
-    if not artefact.exists() and not sidecar.exists():
-        return
-    if kind_of(artefact) is None:
-        raise ManifestError(
-            f"{artefact if artefact.exists() else sidecar} exists and is not cdkd-edge's to replace",
-            hint="choose another --output, or move it away",
-        )
+    for path in (artefact, manifest_path(artefact)):
+        require_own(path, lambda _: kind_of(artefact) is not None)
 
 
 def write_manifest(artefact: Path, manifest: GraphManifest | EngineManifest) -> None:

@@ -22,8 +22,8 @@ from _signal import (  # type: ignore[import-not-found]  # signal.py takes 10 ms
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import FrameType
-    from typing import NoReturn
+    from types import FrameType, TracebackType
+    from typing import Any, NoReturn
 
 NUMBERS = (SIGINT, SIGTERM, SIGHUP)
 
@@ -80,3 +80,63 @@ def _raise(number: int) -> NoReturn:
     if number == SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)
+
+
+class HeldSignals:
+    """Keeps Ctrl-C, SIGTERM and SIGHUP back while ``holding`` is true; the first one kept back comes afterwards.
+
+    Blocking them in the main thread would not do: the system then hands them to another thread, and Python's handler
+    runs in the main thread all the same. Outside the main thread no handler runs, and this does nothing.
+    """
+
+    def __init__(self) -> None:
+        """Held from the moment it is entered."""
+        self.holding = True
+        self._kept: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> HeldSignals:
+        import threading
+
+        if threading.current_thread() is threading.main_thread():
+            for number in NUMBERS:
+                before = getsignal(number)
+                if before not in (SIG_IGN, None):  # nohup; a handler that Python does not know
+                    self._before[number] = before
+                    signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, before in self._before.items():
+            signal(number, before)
+        self.holding = False
+        if kind is None:  # what is under way ends the program anyway
+            self._pass_kept()
+
+    def release(self) -> None:
+        """Let signals through again, the one that was kept back first."""
+        self.holding = False
+        self._pass_kept()
+
+    def _pass_kept(self) -> None:
+        number, self._kept = self._kept, None
+        if number is not None:
+            self._pass(number, None)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.holding:
+            self._kept = self._kept or number
+        else:
+            self._pass(number, frame)
+
+    def _pass(self, number: int, frame: FrameType | None) -> None:
+        before = self._before[number]
+        if callable(before):
+            before(number, frame)
+        # The default would end the process on the spot, with nothing put back.
+        elif number == SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(128 + number)

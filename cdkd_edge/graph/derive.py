@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from cdkd_edge.core.manifest import (
     FileRecord,
     GraphManifest,
     Refusal,
-    library_versions,
     read_manifest,
     require_replaceable,
     write_manifest,
@@ -104,17 +102,8 @@ def write_fp16(
         _note(plain, source, None)
     with whole_file(destination) as temporary:
         onnx.save(half, temporary)
-        manifest = dataclasses.replace(
-            source,
-            precision="fp16",
-            artefact=FileRecord.of(temporary, destination.name),
-            nodes=len(half.graph.node),
-            parent=source.artefact,
-            conversion=check,
-            fp16_refused=None,
-            libraries=library_versions(("onnx", "onnxruntime", "numpy")),
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            tool=GraphManifest.tool,
+        manifest = source.derived(
+            FileRecord.of(temporary, destination.name), len(half.graph.node), precision="fp16", conversion=check
         )
         write_manifest(destination, manifest)  # before the graph gets its name: no graph without a manifest
     return manifest

@@ -13,8 +13,6 @@ no compiler fused.
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +23,11 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from cdkd_edge import __version__
 from cdkd_edge.core.errors import GraphError, ManifestError, NumericalCheckError
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.manifest import (
     FileRecord,
     GraphManifest,
-    library_versions,
     read_manifest,
     require_replaceable,
     write_manifest,
@@ -172,16 +168,7 @@ def write_variant(
     check_branch(kind, classes, opset_of(model), half=manifest.precision != "fp32")
     with whole_file(destination) as temporary:
         onnx.save(model, temporary)
-        grown = dataclasses.replace(
-            manifest,
-            output=kind,
-            artefact=FileRecord.of(temporary, destination.name),
-            nodes=len(model.graph.node),
-            parent=manifest.artefact,
-            libraries=library_versions(("onnx", "onnxruntime", "numpy")),
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            tool=f"cdkd-edge {__version__}",
-        )
+        grown = manifest.derived(FileRecord.of(temporary, destination.name), len(model.graph.node), output=kind)
         write_manifest(destination, grown)  # before the graph gets its name: no graph without a manifest
     return grown
 

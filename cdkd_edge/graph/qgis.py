@@ -24,8 +24,8 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from cdkd_edge.core.errors import ManifestError, NumericalCheckError, UsageError
-from cdkd_edge.core.files import whole_file
+from cdkd_edge.core.errors import NumericalCheckError, UsageError
+from cdkd_edge.core.files import require_own, whole_file
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.graph.outputs import scores_of
@@ -168,15 +168,12 @@ def require_own_qgis(path: Path) -> None:
     Raises:
         ManifestError: it would.
     """
-    if not path.exists():
-        return
-    try:
+
+    def is_own(path: Path) -> bool:
         model = onnx.load(path, load_external_data=False)
-        own = model.producer_name == "cdkd-edge" and any(item.key == "model_type" for item in model.metadata_props)
-    except Exception:  # protobuf's own types, and folders
-        own = False
-    if not own:
-        raise ManifestError(f"{path} exists and is not cdkd-edge's to replace", hint="move it away")
+        return model.producer_name == "cdkd-edge" and any(item.key == "model_type" for item in model.metadata_props)
+
+    require_own(path, is_own)
 
 
 def _agreement(graph: Path, plain: Path, tile: int) -> float:

@@ -19,8 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cdkd_edge import __version__
-from cdkd_edge.core.errors import ManifestError
-from cdkd_edge.core.files import write_text
+from cdkd_edge.core.files import require_own, write_text
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import FileRecord, GraphManifest, manifest_path
 from cdkd_edge.graph.qgis import QgisGraph
@@ -157,15 +156,11 @@ def require_own_stac(path: Path) -> None:
     Raises:
         ManifestError: it would.
     """
-    if not path.exists():
-        return
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        own = _GENERATOR in document["properties"]["processing:software"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        own = False
-    if not own:
-        raise ManifestError(f"{path} exists and is not cdkd-edge's to replace", hint="move it away")
+
+    def is_own(path: Path) -> bool:
+        return _GENERATOR in json.loads(path.read_text(encoding="utf-8"))["properties"]["processing:software"]
+
+    require_own(path, is_own)
 
 
 def model_name(name: str) -> str:

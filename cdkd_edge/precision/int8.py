@@ -7,7 +7,6 @@ check tiles of the calibration set, and on a labelled dataset where there is one
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from cdkd_edge import __version__
 from cdkd_edge.core.errors import GraphError, NumericalCheckError, UsageError
 from cdkd_edge.core.files import scratch_folder, whole_file
 from cdkd_edge.core.manifest import (
     FileRecord,
     GraphManifest,
-    library_versions,
     read_manifest,
     require_replaceable,
     write_manifest,
@@ -185,17 +182,12 @@ def write_int8(
     with whole_file(destination) as temporary:
         onnx.save(graph, temporary)
         artefact = FileRecord.of(temporary, destination.name)
-        manifest = dataclasses.replace(
-            source,
+        manifest = source.derived(
+            artefact,
+            len(graph.graph.node),
             precision="int8",
-            artefact=artefact,
-            nodes=len(graph.graph.node),
-            parent=source.artefact,
             conversion=conversion,
             quantization=_record(calibrated, noise, tiles, options, attempts, artefact.bytes / source.artefact.bytes),
-            libraries=library_versions(("onnx", "onnxruntime", "numpy")),
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            tool=f"cdkd-edge {__version__}",
         )
         write_manifest(destination, manifest)
         write_report(report, manifest)  # before the graph: one that is there is not made again

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from cdkd_edge.core.errors import ManifestError
-from cdkd_edge.core.files import write_text
+from cdkd_edge.core.files import require_own, write_text
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import GraphManifest
 from cdkd_edge.engines.onnxruntime import OnnxLabeller
@@ -192,13 +191,7 @@ def require_own_report(path: Path, graph: str) -> None:
     Raises:
         ManifestError: there is another file of that name.
     """
-    if path.exists():
-        try:
-            own = path.read_text(encoding="utf-8").startswith(_title(graph))
-        except (OSError, UnicodeDecodeError):
-            own = False
-        if not own:
-            raise ManifestError(f"{path} exists and is not cdkd-edge's to replace", hint="move it away")
+    require_own(path, lambda path: path.read_text(encoding="utf-8").startswith(_title(graph)))
 
 
 def worst_layers(record: dict[str, Any], count: int = WORST) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cdkd_edge.core.errors import CheckpointError, UsageError
-from cdkd_edge.core.files import whole_file
+from cdkd_edge.core.files import occupied, whole_file
 from cdkd_edge.model.container import save_tensors
 from cdkd_edge.training.start import PRESET_PREFIX
 
@@ -54,10 +54,11 @@ def require_free(source: str, output: Path, *, resume: bool, overwrite: bool) ->
             f"{state} holds an unfinished run", hint="go on with --resume, or start again with --overwrite"
         )
     if output.exists() and not state.exists():
-        done = "is finished; there is nothing to resume" if resume else "exists"
-        raise UsageError(f"{output} {done}", hint="replace it with --overwrite, or choose another --output")
+        if resume:
+            raise UsageError(f"{output} is finished; there is nothing to resume", hint="train anew with --overwrite")
+        raise occupied(output, UsageError)
     if not state.exists() and card_path(output).exists():
-        raise UsageError(f"{card_path(output)} exists", hint="replace it with --overwrite, or choose another --output")
+        raise occupied(card_path(output), UsageError)
 
 
 def save_state(output: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -338,7 +338,7 @@ def test_what_a_library_prints_is_no_line(tree, tmp_path):
     """Only the process's own lines go to stdout."""
     (tmp_path / "sitecustomize.py").write_text("")
     code = (
-        "import sys, os\nfrom cdkd_edge.power import sampler_child, ina3221\n"
+        "import sys, os\nfrom cdkd_edge.board.power import sampler_child, ina3221\n"
         "probe = ina3221.Ina3221Reader.probe\n"
         "def loud(root):\n    print('loud'); os.write(1, b'louder\\n'); return probe(root)\n"
         "ina3221.Ina3221Reader.probe = loud\n"

@@ -276,7 +276,7 @@ def test_the_layers_of_the_inspector_come_before_those_of_the_log(small_graph: P
         ("os.kill(os.getpid(), signal.SIGKILL)", BuilderMemoryError, "out of memory: the system killed the builder"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", EngineError, r"the builder crashed \(SIGSEGV\)"),
         ("sys.stderr.write('std::bad_alloc'); sys.stderr.flush(); os.abort()", BuilderMemoryError, "out of memory"),
-        ("raise ValueError('odd')", EngineError, r"crashed \(exit code 1\): ValueError: odd"),
+        ("raise ValueError('odd')", EngineError, r"crashed \(exit code 1: ValueError: odd\)"),
         ("pass", EngineError, r"crashed \(exit code 0\)$"),
         ('print(\'{"event": "fini\')', EngineError, r"crashed \(exit code 0\)$"),
         ("print('[1]'); print('hello')", EngineError, r"crashed \(exit code 0\)$"),
@@ -348,8 +348,8 @@ def test_ctrl_c_ends_the_process_and_leaves_nothing(small_graph: Path, tmp_path:
 def test_the_process_goes_when_its_parent_is_killed() -> None:
     """SIGKILL gives the parent no time to end it."""
     grandchild = (
-        "import os, time\nfrom cdkd_edge.engines.tensorrt.child import _end_with_parent\n"
-        "_end_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
+        "import os, time\nfrom cdkd_edge.core.process import end_with_parent\n"
+        "end_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
     )
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {grandchild!r}]).wait()"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

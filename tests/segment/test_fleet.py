@@ -21,8 +21,8 @@ import rasterio
 from scene_helpers import FakeEngine, names_in, noise, read_labels, sparse_raster, write_raster
 
 from cdkd_edge.core.errors import EngineError, FleetError, SceneError, SystemRefusalError, UsageError
+from cdkd_edge.core.process import child_environment
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.engines.tensorrt.process import child_environment
 from cdkd_edge.raster.read import SceneReader, Stretch
 from cdkd_edge.segment.many import jobs, local
 from cdkd_edge.segment.many.crew import Listener

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from cdkd_edge.board.doctor.finding import FAIL, OK, WARN, Finding
 from cdkd_edge.board.jetson import is_jetson, jetson_linux
 from cdkd_edge.board.tree import read
 from cdkd_edge.core.errors import printable
+from cdkd_edge.core.process import child_environment, kill_session, module_command
 
 NEEDED: Mapping[str, tuple[int, ...]] = {
     "msgspec": (0, 18), "numpy": (1, 26), "onnx": (1, 17), "onnxruntime": (1, 22), "pillow": (10, 1),
@@ -58,10 +57,10 @@ class Software:
 def read_software(*, ask_jtop: bool, timeout: float = TIMEOUT) -> Software:
     """Look at this Python; imports nothing here. ``ask_jtop`` also connects to jtop's service."""
     questions = ["gpu", "tensorrt", "cuda", *(["jtop"] if ask_jtop else [])]
-    commands = {name: [sys.executable, "-m", "cdkd_edge.board.doctor.child", name] for name in questions}
+    commands = {name: module_command("cdkd_edge.board.doctor.child", name) for name in questions}
     nvpmodel = shutil.which("nvpmodel")
     if nvpmodel:
-        commands["nvpmodel"] = [nvpmodel, "-q"]
+        commands["nvpmodel"] = (nvpmodel, "-q")
     said = _run_all(commands, timeout)
     answers = {name: _answer(said[name], timeout) for name in questions}
     return Software(
@@ -195,7 +194,12 @@ def _run_all(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str,
     """What commands print, run side by side; None where one has not ended in time."""
     running = {
         name: subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=child_environment(),
+            start_new_session=True,
         )
         for name, command in commands.items()
     }
@@ -210,10 +214,7 @@ def _run_all(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str,
                 said[name] = None
     finally:
         for process in running.values():
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # and what it may have started
-            process.wait()
+            kill_session(process)
             if process.stdout is not None:
                 process.stdout.close()
     return said

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,9 +16,9 @@ from typing import IO, Any
 from cdkd_edge.board.power.protocol import Sample, SourceInfo
 from cdkd_edge.board.power.trace import Phase, Problem, Trace
 from cdkd_edge.core.errors import PowerError, UsageError
-from cdkd_edge.engines.tensorrt.process import child_environment
+from cdkd_edge.core.process import end_children, events, last_words, module_command, start_child, tail_of
 
-COMMAND = (sys.executable, "-m", "cdkd_edge.board.power.sampler_child")
+COMMAND = module_command("cdkd_edge.board.power.sampler_child")
 START_TIMEOUT = 15.0
 """Seconds for a source to show a first reading. A stalled jtop service never does."""
 STOP_TIMEOUT = 2.0
@@ -102,14 +98,7 @@ class PowerSampler:
     def launch(self) -> None:
         """Start the process and do not wait for it."""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has died
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=child_environment(),
-            start_new_session=True,  # Ctrl-C reaches this process alone, which then stops that one
-        )
+        self._process = start_child(self._command, self._errors)
         self._listener = threading.Thread(target=self._listen, name="power", daemon=True)
         self._listener.start()
 
@@ -202,14 +191,8 @@ class PowerSampler:
         self.mark(None)
         self._ended = time.monotonic()
         try:
-            if process.stdin is not None:
-                with contextlib.suppress(OSError):
-                    process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(patience)
+            end_children([process], patience)
         finally:
-            process.kill()  # reaches a stopped process too
-            process.wait()
             if self._listener is not None:
                 self._listener.join(STOP_TIMEOUT)
 
@@ -235,13 +218,8 @@ class PowerSampler:
         assert process is not None
         assert process.stdout is not None
         with process.stdout as lines:
-            for line in lines:
-                try:
-                    event = json.loads(line)
-                except ValueError:  # the line at which it was killed
-                    continue
-                if isinstance(event, dict):
-                    self._hear(event)
+            for event in events(lines):
+                self._hear(event)
         if self.info is not None and not self._stopping:
             process.wait()
             if not any(problem.kind == "lost" for problem in self._problems):
@@ -271,16 +249,5 @@ class PowerSampler:
 
     def _last_words(self) -> str:
         assert self._process is not None
-        code = self._process.poll()
-        how = f"exit code {code}" if code is None or code >= 0 else _signal_name(-code)
         assert self._errors is not None
-        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 4096))
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f"{how}: {' '.join(lines[-1].split())[:300]}" if lines else how
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+        return last_words(self._process.poll(), tail_of(self._errors))

@@ -11,14 +11,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import random
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import IO, Any
 
 from cdkd_edge.board.power.protocol import (
     WATTS,
@@ -29,6 +26,7 @@ from cdkd_edge.board.power.protocol import (
     Stream,
     UnusableSourceError,
 )
+from cdkd_edge.core.process import EventWriter, end_with_stdin, leave
 
 PATIENCE = 5.0
 """Seconds of nothing but errors after which a polled source is lost."""
@@ -143,46 +141,31 @@ def open_stream(source: str, interval: float, sys_root: Path) -> Stream:
     return PolledStream(reader, interval)
 
 
-class _Voice:
-    """Writes lines; says every trouble once, until it has passed."""
-
-    def __init__(self, out: IO[str]) -> None:
-        self._out = out
-        self._troubles: set[tuple[str, str]] = set()
-
-    def say(self, event: str, **fields: Any) -> None:
-        self._out.write(json.dumps({"event": event, **fields}) + "\n")
-        self._out.flush()
-
-    def troubles(self, now: set[tuple[str, str]]) -> None:
-        for kind, message in sorted(now - self._troubles):
-            self.say("problem", time=time.monotonic(), kind=kind, message=message)
-        self._troubles = now
-
-
-def sample_forever(stream: Stream, out: IO[str]) -> None:
-    """Write ``started`` and then whatever comes, until the source is lost."""
-    voice = _Voice(out)
+def sample_forever(stream: Stream, out: EventWriter) -> None:
+    """Write ``started`` and then whatever comes, until the source is lost. A trouble is told once, until it is over."""
     info = stream.info
-    voice.say("started", **dataclasses.asdict(info))
+    out.write(event="started", **dataclasses.asdict(info))
     silence = max(3 * info.nominal_interval, 1.0)
+    known: set[tuple[str, str]] = set()
     last = -float("inf")
     try:
         while True:
             answer = stream.next(silence)
             if answer is None:
-                voice.troubles({("stalled", f"no reading for {silence:g} s")})
+                troubles = {("stalled", f"no reading for {silence:g} s")}
             elif isinstance(answer, str):
-                voice.troubles({("unreadable", answer)})
+                troubles = {("unreadable", answer)}
             else:
-                missing = [rail for rail in info.rails if rail not in answer.values]
-                voice.troubles({("rail", f"{rail} cannot be read") for rail in missing})
-                if answer.time <= last:  # a better estimate of a clock may step back by its error
-                    continue
+                troubles = {("rail", f"{rail} cannot be read") for rail in info.rails if rail not in answer.values}
+            for kind, message in sorted(troubles - known):
+                out.write(event="problem", time=time.monotonic(), kind=kind, message=message)
+            known = troubles
+            # A better estimate of a clock may step back by its error.
+            if isinstance(answer, Sample) and answer.time > last:
                 last = answer.time
-                voice.say("sample", **dataclasses.asdict(answer))
+                out.write(event="sample", **dataclasses.asdict(answer))
     except LostSourceError as error:
-        voice.say("lost", time=time.monotonic(), message=str(error))
+        out.write(event="lost", time=time.monotonic(), message=str(error))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -193,19 +176,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sys", type=Path, default=Path("/sys"))
     options = parser.parse_args(arguments)
 
-    # Lines go to a copy of stdout; what a library prints goes to stderr.
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    out = EventWriter.to_parent()
     _take_precedence()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_stdin()
     try:
         stream = open_stream(options.source, options.interval, options.sys)
     except UnusableSourceError as error:
-        _Voice(out).say("refused", reason=error.reason, hint=error.hint)
-        _leave(3)
+        out.write(event="refused", reason=error.reason, hint=error.hint)
+        leave(3)
     with contextlib.suppress(BrokenPipeError):
         sample_forever(stream, out)
-    _leave(4)
+    leave(4)
     return 4
 
 
@@ -220,19 +201,6 @@ def _take_precedence() -> None:
         priority = os.sched_getparam(0).sched_priority + 1  # of ordinary processes it is 0
         priority = min(priority, os.sched_get_priority_max(os.SCHED_RR))
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
-
-
-def _end_with_parent() -> None:
-    """The parent holds the other end of stdin; when it lets go, or is gone, so is this process."""
-    while os.read(0, 4096):
-        pass
-    _leave(0)
-
-
-def _leave(code: int) -> None:
-    """At once, whatever a library's threads still wait for. Every line was flushed when it was said."""
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

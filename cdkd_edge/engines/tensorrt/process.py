@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cdkd_edge.core.errors import EngineError, SystemRefusalError
+from cdkd_edge.core.process import events, last_words, module_command, start_child, tail_of
 from cdkd_edge.engines.tensorrt.compiler import BuilderMemoryError, BuildRequest
 
-COMMAND = (sys.executable, "-m", "cdkd_edge.engines.tensorrt.child")
+COMMAND = module_command("cdkd_edge.engines.tensorrt.child")
 
 StepListener = Callable[[str], None]
 """Called with what is being done, to show it."""
@@ -47,15 +45,7 @@ def run_builder(
     """
     progress = _Progress(step)
     with tempfile.TemporaryFile() as errors:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends that one.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=child_environment(),
-            start_new_session=True,
-        )
+        process = start_child(command, errors)
         try:
             for event in _conversation(process, request):
                 kind = event.get("event")
@@ -70,7 +60,7 @@ def run_builder(
                     heard(event)
                 else:
                     progress.hear(event)
-            raise _death(process.wait(), _tail(errors))
+            raise _death(process.wait(), tail_of(errors))
         finally:
             process.kill()
             process.wait()
@@ -88,20 +78,7 @@ def _conversation(process: subprocess.Popen[bytes], request: BuildRequest) -> It
         process.stdin.close()
     except BrokenPipeError:  # it died at once; its end says more
         return
-    for text in process.stdout:
-        try:
-            event = json.loads(text)
-        except ValueError:  # the line at which it was killed
-            continue
-        if isinstance(event, dict):
-            yield event
-
-
-def child_environment() -> dict[str, str]:
-    """For a child: that of this process, with this very package first and the working directory not on the path."""
-    own = str(Path(__file__).resolve().parents[3])
-    path = os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH", ""))))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    yield from events(process.stdout)
 
 
 def _failure(event: dict[str, Any]) -> EngineError | SystemRefusalError:
@@ -119,23 +96,9 @@ def _death(code: int, said: str) -> EngineError:
         return BuilderMemoryError("out of memory: the system killed the builder")
     if "bad_alloc" in said or "MemoryError" in said or "out of memory" in said:
         return BuilderMemoryError("out of memory while building")
-    last = " ".join((said.splitlines() or [""])[-1].split())[:300]
-    how = f"exit code {code}" if code >= 0 else _signal_name(-code)
     return EngineError(
-        f"the builder crashed ({how})" + (f": {last}" if last else ""), hint="--verbose shows what TensorRT did before"
+        f"the builder crashed ({last_words(code, said)})", hint="--verbose shows what TensorRT did before"
     )
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _tail(errors: IO[bytes]) -> str:
-    errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
-    return errors.read().decode(errors="replace").strip()
 
 
 class _Progress:

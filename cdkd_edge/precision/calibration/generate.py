@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.core.errors import DatasetError, SceneError, UsageError
-from cdkd_edge.core.files import whole_folder
+from cdkd_edge.core.files import require_free, whole_folder
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.graph.int8.tiles import CalibrationSet, SetManifest, is_calibration_set
@@ -171,8 +171,7 @@ def _replaceable(folder: Path, overwrite: bool) -> bool:
         return True
     if not is_calibration_set(folder):
         raise UsageError(f"{folder} is not empty and no calibration set", hint="name another --output")
-    if not overwrite:
-        raise UsageError(f"calibration set {folder} exists", hint="keep it, or replace it with --overwrite")
+    require_free(folder, overwrite=overwrite, error=UsageError)
     return True
 
 

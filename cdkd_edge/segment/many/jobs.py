@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 
 from cdkd_edge import __version__
-from cdkd_edge.core.errors import CdkdEdgeError, EngineError, SceneError, SystemRefusalError, UsageError
+from cdkd_edge.core.errors import CdkdEdgeError, EngineError, SceneError, SystemRefusalError, UsageError, as_answer
+from cdkd_edge.core.files import require_free
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.segment import pipeline
 from cdkd_edge.segment.many.kept import KeptMap, complete, refuse_foreign_map
@@ -95,15 +96,7 @@ class Failure:
     @classmethod
     def of(cls, error: Exception, reach: str | None = None) -> Failure:
         """From an exception; how far it reaches is known by its kind."""
-        if isinstance(error, CdkdEdgeError):
-            known: CdkdEdgeError | None = error
-        elif isinstance(error, OSError):
-            where = f"{error.filename}: " if error.filename else ""
-            known = SystemRefusalError(f"{where}{error.strerror or error}")
-        elif isinstance(error, MemoryError):
-            known = SystemRefusalError("out of memory")
-        else:
-            known = None
+        known = as_answer(error)
         if known is None:
             text = "".join(traceback.format_exception(error))
             return cls(type(error).__name__, f"{type(error).__name__}: {error}", None, 1, reach or SCENE, text)
@@ -261,8 +254,7 @@ def _refuse_existing(output: Path, job: Job, *, overwrite: bool) -> None:
     for name, path in product_paths(output, job.products, confidence=job.options.confidence).items():
         if name == "confidence" and was_finishing(output):  # it gets its name before the label map
             continue
-        if path.exists() and not overwrite:
-            raise SceneError(f"{path} exists", hint="keep it, or replace it with --overwrite")
+        require_free(path, overwrite=overwrite, error=SceneError)
 
 
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

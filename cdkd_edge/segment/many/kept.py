@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdkd_edge.core.errors import SceneError
-from cdkd_edge.core.files import write_text
+from cdkd_edge.core.errors import CdkdEdgeError, SceneError
+from cdkd_edge.core.files import occupied, write_text
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.areas import Areas, class_areas
@@ -131,8 +131,8 @@ def is_label_map(path: str) -> bool:
         return False
 
 
-def _foreign(output: Path, reason: str) -> SceneError:
-    return SceneError(f"{output} exists and {reason}", hint="keep it, or replace it with --overwrite")
+def _foreign(output: Path, reason: str) -> CdkdEdgeError:
+    return occupied(output, SceneError, reason)
 
 
 def _difference(wanted: Mapping[str, str], tags: Mapping[str, str], identity: str) -> str | None:

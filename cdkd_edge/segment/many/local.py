@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -16,13 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cdkd_edge.core.process import end_children, events, module_command, start_child
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.engines.tensorrt.process import child_environment
 from cdkd_edge.segment.many.crew import Answer, Listener, Task, WorkerCrew
 from cdkd_edge.segment.many.jobs import EngineRef, Job, JobReport, decode, do_job, encode, failed
 
-_COMMAND = (sys.executable, "-m", "cdkd_edge.segment.many.worker")
+_COMMAND = module_command("cdkd_edge.segment.many.worker")
 _STOP_S = 10
 """How long processes may take to leave their scenes in order."""
 
@@ -93,19 +90,7 @@ class ProcessCrew(WorkerCrew):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        processes = [worker.process for worker in self._workers.values()]
-        try:
-            for process in processes:
-                with contextlib.suppress(OSError):
-                    process.stdin.close()  # type: ignore[union-attr]  # which ends it
-            deadline = time.monotonic() + _STOP_S
-            for process in processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, deadline - time.monotonic()))
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+        end_children([worker.process for worker in self._workers.values()], _STOP_S)
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`.crew.Crew.describe`."""
@@ -140,10 +125,7 @@ class _Process:
     def __init__(self, events: queue.SimpleQueue[Any]) -> None:
         self._events = events
         self._task: Task | None = None
-        # A session of its own: Ctrl-C reaches this process alone, which then ends that one.
-        self.process = subprocess.Popen(
-            _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment(), start_new_session=True
-        )
+        self.process = start_child(_COMMAND)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def give(self, task: Task) -> Task:
@@ -158,11 +140,7 @@ class _Process:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         with self.process.stdout as lines:
-            for line in lines:
-                try:
-                    said = json.loads(line)
-                except ValueError:  # the line at which it was killed
-                    continue
+            for said in events(lines):
                 task = self._task
                 assert task is not None
                 if "report" in said:

@@ -6,7 +6,6 @@ A worker is one of dask.distributed, or a process that ``segment --workers`` sta
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import queue
@@ -21,6 +20,7 @@ from typing import Any
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, FleetError, ManifestError
 from cdkd_edge.core.manifest import EngineManifest, read_manifest
+from cdkd_edge.core.process import EventWriter
 from cdkd_edge.core.signals import check, end_on_signals
 from cdkd_edge.core.workspace import ENGINE_SUFFIXES
 from cdkd_edge.engines.protocol import Engine
@@ -203,21 +203,15 @@ def main() -> None:
     Lines on stdout are JSON: ``done`` and ``total`` tiles of the job, or its ``report``.
     """
     end_on_signals()
-    # Lines go to a copy of stdout; what a library prints goes to stderr.
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    out = EventWriter.to_parent()
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_hear, args=(jobs,), daemon=True).start()
     station = Station()
 
-    def tell(**fields: Any) -> None:
-        out.write(json.dumps(fields) + "\n")
-        out.flush()
-
     while True:
         job = decode(jobs.get(), Job)
-        progress = _throttled("", lambda done, total: tell(done=done, total=total))
-        tell(report=encode_report(station, job, progress))
+        progress = _throttled("", lambda done, total: out.write(done=done, total=total))
+        out.write(report=encode_report(station, job, progress))
 
 
 def _hear(jobs: queue.SimpleQueue[str]) -> None:

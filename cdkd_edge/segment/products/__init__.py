@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from cdkd_edge.core.errors import SceneError
-from cdkd_edge.core.files import sha256_of
+from cdkd_edge.core.files import occupied, sha256_of
 from cdkd_edge.core.machine import hand_memory_back
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.areas import Areas
@@ -193,10 +193,7 @@ def _reusable(paths: Mapping[str, Path], source: str, options: ProductOptions, *
             if reason is None:
                 fitting.add(name)
             elif not overwrite:
-                raise SceneError(
-                    f"{paths[name]} exists and {reason}",
-                    hint="remove it and run the same command again, or make everything again with --overwrite",
-                )
+                raise occupied(paths[name], SceneError, reason)
     return fitting
 
 

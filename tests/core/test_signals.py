@@ -143,7 +143,7 @@ def test_what_is_ignored_stays_ignored() -> None:
     """Under nohup, and in the background of a script."""
     script = (
         "import os, signal\n"
-        "from cdkd_edge import interrupts\n"
+        "from cdkd_edge.core import signals as interrupts\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "interrupts.end_on_signals()\n"
         "os.kill(os.getpid(), signal.SIGHUP)\n"
@@ -156,7 +156,7 @@ def test_what_is_ignored_stays_ignored() -> None:
 
 OFTEN = """
 import sys
-from cdkd_edge.report import live
+from cdkd_edge.cli.show import live
 live.LINE_EVERY_S = 0.05
 from cdkd_edge.cli import main
 main()

@@ -1,0 +1,161 @@
+"""Child processes: work that may crash, hang or be killed without taking its caller along.
+
+Most children run a module of this package, read their task from stdin and answer on stdout with JSON lines, one event
+per line. A child ends with its parent, however the parent ended. There are two ways, for two situations:
+:func:`end_with_parent` asks the kernel, which works while a library holds Python's lock for minutes;
+:func:`end_with_stdin` watches stdin, which works when the thread that started the child ends before the parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+_TAIL = 4096
+"""Bytes of a child's stderr that are looked at after it died."""
+
+
+def module_command(module: str, *arguments: str) -> tuple[str, ...]:
+    """The command that runs a module of this package in a new Python."""
+    return (sys.executable, "-m", module, *arguments)
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, with this very package first on the path and the working directory not on it."""
+    own = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH", ""))))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def start_child(command: Iterable[str], stderr: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Start a child with pipes to its stdin and from its stdout.
+
+    It gets a session of its own: Ctrl-C reaches this process alone, which then ends the child.
+
+    Args:
+        command: see :func:`module_command`.
+        stderr: a file that keeps what the child writes there, for :func:`last_words`. Default: this process's stderr.
+    """
+    return subprocess.Popen(
+        [*command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env=child_environment(),
+        start_new_session=True,
+    )
+
+
+def events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The JSON objects among the lines a child wrote; the line it was killed at may be half a line."""
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def end_children(children: Iterable[subprocess.Popen[bytes]], patience: float) -> None:
+    """Close the stdin of children, give them ``patience`` seconds in all to end, and kill those that have not."""
+    children = tuple(children)
+    try:
+        for child in children:
+            if child.stdin is not None:
+                with contextlib.suppress(OSError):
+                    child.stdin.close()
+        deadline = time.monotonic() + patience
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for child in children:
+            child.kill()  # reaches a stopped one, too
+            child.wait()
+
+
+def kill_session(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child that leads a session, with everything it started; does nothing if it has ended."""
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def how_it_ended(code: int | None) -> str:
+    """An exit code in words: ``exit code 3``, or the name of the signal that ended the process."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def tail_of(errors: IO[bytes]) -> str:
+    """The end of what a child wrote to its stderr file."""
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - _TAIL))
+    return errors.read().decode(errors="replace").strip()
+
+
+def last_words(code: int | None, said: str) -> str:
+    """How a child ended and the last line of its stderr: ``SIGSEGV: line``."""
+    how = how_it_ended(code)
+    lines = said.splitlines()
+    return f"{how}: {' '.join(lines[-1].split())[:300]}" if lines else how
+
+
+class EventWriter:
+    """JSON lines from a child to its parent; may be used from any thread."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Write to ``stream``; :meth:`to_parent` is what a child uses."""
+        self._stream, self._lock = stream, threading.Lock()
+
+    @classmethod
+    def to_parent(cls) -> EventWriter:
+        """Write to a copy of stdout. From now on stdout itself is stderr, so that no library's print tears a line."""
+        stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        return cls(stream)
+
+    def write(self, **fields: Any) -> None:
+        """Write one line."""
+        line = json.dumps(fields)
+        with self._lock:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it is gone."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def end_with_stdin() -> None:
+    """End this process when its stdin ends: the parent has closed the other end, or is gone."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        leave(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def leave(code: int) -> None:
+    """End this process at once, whatever a library's threads still wait for."""
+    sys.stderr.flush()
+    os._exit(code)

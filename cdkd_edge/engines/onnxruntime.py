@@ -26,7 +26,7 @@ from cdkd_edge.core.manifest import (
 )
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, build_options, confidence_of, missing_output
 from cdkd_edge.core.sample import sample_tiles
-from cdkd_edge.engines.protocol import UInt8Array
+from cdkd_edge.engines.protocol import Closing, UInt8Array
 from cdkd_edge.graph.cpu import cpu_twin
 from cdkd_edge.graph.fp16 import fp16_on_cpu
 from cdkd_edge.graph.fuse import fuse_attention
@@ -112,7 +112,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
     return manifest
 
 
-class OnnxLabeller:
+class OnnxLabeller(Closing):
     """An ONNX file in ONNX Runtime on the CPU. See :class:`cdkd_edge.engines.protocol.Labeller`."""
 
     def __init__(

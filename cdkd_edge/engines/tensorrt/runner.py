@@ -23,7 +23,7 @@ from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, confidence_of, missing_output
 from cdkd_edge.engines.cuda.gpu import Buffer, Gpu, Stream
-from cdkd_edge.engines.protocol import UInt8Array
+from cdkd_edge.engines.protocol import Closing, UInt8Array
 from cdkd_edge.engines.tensorrt import api, device
 from cdkd_edge.engines.tensorrt import load as loadable
 from cdkd_edge.engines.tensorrt.load import IMAGE, LoadedEngine
@@ -35,7 +35,7 @@ SCRATCH_SHARE = 0.5
 """Share of the free GPU memory that the contexts' scratch may take."""
 
 
-class TensorRTEngine:
+class TensorRTEngine(Closing):
     """An engine file on a GPU. See :class:`cdkd_edge.engines.protocol.Engine`.
 
     ``output(slot)`` shows labels only after the slot's ``wait``: between ``launch`` and ``wait`` it is an array of 255s

@@ -19,16 +19,15 @@ from peer_children import PEERS, checkpoint_of
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, ManifestError, SceneError
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest, read_manifest
-from cdkd_edge.engines.tensorrt.device import NoGpu, find_gpu
+from cdkd_edge.core.sample import sample_tiles
+from cdkd_edge.engines.runtimes import RUNTIMES, build_engine
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint
 from cdkd_edge.graph.int8.tiles import CalibrationSet
 from cdkd_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from cdkd_edge.precision.calibration.generate import CalibrateOptions, calibrate
 from cdkd_edge.precision.calibration.scenes import expand, measure
 from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8
-from cdkd_edge.precision.plan import TENSORRT, build_engine, choose_runtime
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.scenery import draw_scene, sample_tiles
 from cdkd_edge.segment.options import SegmentOptions
 
 CHECK_TILES = 2
@@ -117,7 +116,7 @@ def prepare(
         tile: side, px.
         wanted: keys of :data:`peer_children.PEERS`.
         trained: whether the INT8 graph must pass the gate of ``cdkd-edge build --int8``.
-        data: folder of images; default: drawn scenery.
+        data: folder of images; default: drawn tiles.
         tiles: tiles that all peers run.
         calibration_tiles: tiles for INT8, from other images than those.
         progress: called with the name of each step.
@@ -145,7 +144,7 @@ def prepare(
         export_checkpoint(checkpoint, plain, ExportOptions(tile=tile))
     if not _built_from(ours, plain):
         progress("building the CPU engine")
-        build_engine(plain, ours, "cpu")
+        build_engine(plain, ours, RUNTIMES["cpu"])
     try:
         if "ours-int8" in wanted:
             _int8(folder, tile, trained, data, images, calibration_tiles, progress)
@@ -212,7 +211,7 @@ def _int8(
     options = Int8Options(gate=Gate() if trained else NO_GATE)
     write_int8(plain, graph, CalibrationSet.load(place), options, progress=progress)
     progress("building the INT8 engine")
-    build_engine(graph, engine, "cpu")
+    build_engine(graph, engine, RUNTIMES["cpu"])
 
 
 def _calibration_scenes(folder: Path, tile: int, data: Path | None, images: list[str], count: int) -> list[str]:
@@ -225,21 +224,21 @@ def _calibration_scenes(folder: Path, tile: int, data: Path | None, images: list
     side = int(np.ceil(np.sqrt(count))) + 1
     path = folder / "calibration_scene.png"
     with whole_file(path) as temporary:
-        Image.fromarray(draw_scene(side * tile, side * tile, seed=99).image).save(temporary)
+        Image.fromarray(sample_tiles(side * tile, 1, seed=99)[0].transpose(1, 2, 0)).save(temporary)
     return [str(path)]
 
 
 def _tensorrt(folder: Path, checkpoint: Path, tile: int, progress: Progress) -> None:
     """The FP16 graph and its engine, where TensorRT and a GPU are."""
-    if choose_runtime("auto") != TENSORRT:
-        gpu = find_gpu()
-        raise EngineError(gpu.reason if isinstance(gpu, NoGpu) else "TensorRT is not installed")
+    tensorrt = RUNTIMES["tensorrt"]
+    if reason := tensorrt.why_not_here():
+        raise EngineError(reason)
     graph, engine = folder / "plain.fp16.onnx", folder / "ours.fp16.engine"
     if not graph.exists():
         export_checkpoint(checkpoint, folder / "plain.onnx", ExportOptions(tile=tile, fp16=True))
     if not _built_from(engine, graph):
         progress("building the TensorRT engine")
-        build_engine(graph, engine, TENSORRT)
+        build_engine(graph, engine, tensorrt)
 
 
 def _stale(graph: Path, checkpoint: Path, tile: int) -> bool:

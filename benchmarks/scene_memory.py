@@ -122,9 +122,9 @@ class AnyEngine(InstantEngine):
 
 def picture(case: Case) -> npt.NDArray[Any]:
     """The picture that is repeated, ``[bands, 2048, 2048]``, with a hole where the case has validity."""
-    from cdkd_edge.scenery import draw_scene
+    from cdkd_edge.core.sample import sample_tiles
 
-    pixels: npt.NDArray[Any] = draw_scene(_SIDE, _SIDE, seed=1).image.transpose(2, 0, 1)
+    pixels: npt.NDArray[Any] = sample_tiles(_SIDE, 1)[0]
     pixels = np.maximum(pixels, 1).astype(case.dtype) * (1 if case.dtype == "uint8" else 13)
     hole = np.s_[:, 300:700, 200:900]
     if case.dtype == "float32":

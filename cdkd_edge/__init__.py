@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # From release 1.29 on ONNX Runtime reports its use to its maker, unless this is set before it is imported: neither the
 # variable nor its own disable_telemetry_events() stop what an import has begun. Processes that we start inherit it.

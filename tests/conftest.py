@@ -33,11 +33,11 @@ from cdkd_edge.core.manifest import (
     library_versions,
     write_manifest,
 )
+from cdkd_edge.engines import runtimes
 from cdkd_edge.engines.onnxruntime import build_cpu_engine
 from cdkd_edge.engines.tensorrt.device import NoGpu
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
-from cdkd_edge.precision import plan
 
 # A suite that was started in the background ignores Ctrl-C, and so would every process that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -136,7 +136,7 @@ def store_graph(folder: Path, weights: Mapping[str, Array], config: NetworkConfi
 @pytest.fixture(autouse=True)
 def no_gpu_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that `build` means the CPU engine, as the tests expect, also where there is a GPU and TensorRT."""
-    monkeypatch.setattr(plan, "find_gpu", lambda: NoGpu("the tests look for no GPU"))
+    monkeypatch.setattr(runtimes, "find_gpu", lambda: NoGpu("the tests look for no GPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -16,14 +16,17 @@ from scene_helpers import noise, write_raster
 
 import cdkd_edge
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
 PACKAGE = Path(cdkd_edge.__file__).parent
 ROOT = PACKAGE.parent
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-ROOMS = (
-    "core", "scenery", "model", "graph", "raster", "engines", "segment", "quality", "precision", "training", "board",
-    "bench", "demo", "cli", "__main__",
-)  # fmt: skip
+with (REPOSITORY / "docs" / "rooms.toml").open("rb") as file:
+    ROOMS = (*tomllib.load(file), "__main__")
 """From the ground up; a module imports from its own and lower rooms."""
 FLOOR = {name: level for level, name in enumerate(ROOMS)}
 

@@ -12,6 +12,7 @@ from cdkd_edge.board.power.protocol import CPU_PACKAGE, GPU_BOARD, SourceInfo
 from cdkd_edge.board.power.trace import Trace
 from cdkd_edge.board.throttling import ConditionFinding
 from cdkd_edge.core.manifest import EngineManifest
+from cdkd_edge.engines.runtimes import runtime_of
 
 LEAST_COVERAGE = 0.98
 """Share of a phase that must lie between readings."""
@@ -74,7 +75,7 @@ def judge(
     warnings += paused
     drifts, drifted = _drifts(course)
     warnings += drifted
-    disturbed = [finding.message for finding in findings if finding.disturbs and engine.tensorrt is None]
+    disturbed = [finding.message for finding in findings if finding.disturbs and runtime_of(engine).on_cpu]
     loads = [span.seconds for span in course.spans if span.name == LOAD]
     if power_wanted and loads and min(loads) < MLPERF_POWER_SECONDS:
         warnings.append(f"load of {min(loads):.0f} s; MLPerf Power asks for {MLPERF_POWER_SECONDS:.0f} s")
@@ -173,10 +174,10 @@ def _no_rise(repeat: Repeat, source: SourceInfo) -> list[str]:
 
 def _wrong_source(source: SourceInfo, engine: EngineManifest) -> str | None:
     """A source that does not cover what the engine runs on."""
-    on_cpu = engine.runtime == "onnxruntime-cpu"
+    on_cpu = runtime_of(engine).on_cpu
     if on_cpu and source.scope == GPU_BOARD:
         return f"{source.name} measures the {source.scope}, and this engine runs on the CPU"
-    if engine.tensorrt is not None and source.scope == CPU_PACKAGE:
+    if not on_cpu and source.scope == CPU_PACKAGE:
         return f"{source.name} measures the {source.scope}, and this engine runs on the GPU"
     return None
 

@@ -10,6 +10,7 @@ import typer
 from cdkd_edge.cli.app import app
 from cdkd_edge.cli.helpers import command_line, say, show, steps, workspace_at
 from cdkd_edge.cli.options import EngineOption, JsonOption, SchemaOption, WorkspaceOption, named_engine
+from cdkd_edge.engines.runtimes import RUNTIMES, build_engine, choose_runtime
 
 _PANEL = "TensorRT"
 _GRAPH = "Making the FP16 or INT8 graph"
@@ -38,7 +39,7 @@ def build(
     ] = False,
     runtime: Annotated[
         str,
-        typer.Option(help="cpu, tensorrt, or auto: TensorRT where it is installed and has a GPU.", metavar="RUNTIME"),
+        typer.Option(help=f"{', '.join(RUNTIMES)}, or auto: the first of them that can run here.", metavar="RUNTIME"),
     ] = "auto",
     workspace_size: Annotated[
         Optional[str],  # noqa: UP045
@@ -146,7 +147,7 @@ def build(
     from cdkd_edge.graph.int8.calibrate import CalibrationOptions
     from cdkd_edge.precision.graph import Request, labelled_data, prepare_graph
     from cdkd_edge.precision.int8 import Gate, Int8Options
-    from cdkd_edge.precision.plan import CPU, build_engine, choose_runtime, compare_speed, engine_path
+    from cdkd_edge.precision.plan import compare_speed, engine_path
 
     asked = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if given]
     if len(asked) > 1:
@@ -164,8 +165,9 @@ def build(
         targets=tuple(dict.fromkeys(map(parse_target, target or ()))),
     )
     chosen = choose_runtime(runtime, targets=options.targets)
-    if chosen == CPU and options != TensorRTOptions():
-        raise typer.BadParameter("the CPU engine has none of TensorRT's options", param_hint="--runtime cpu")
+    if not chosen.has_options and options != TensorRTOptions():
+        wrong = f"{chosen.title} has none of TensorRT's options"
+        raise typer.BadParameter(wrong, param_hint=f"--runtime {chosen.name}")
     space = workspace_at(workspace)
     ranges = CalibrationOptions(calibrator, percentile, alpha or None)
     least = None if min_agreement is None else min_agreement / 100
@@ -182,9 +184,9 @@ def build(
         prepared = prepare_graph(space, graph, asked[0] if asked else None, request, step, kind, chosen)
     source = prepared.path
     destination = output or engine_path(space, source, chosen)
-    if destination.suffix != (".onnx" if chosen == CPU else ".engine"):
-        wrong = "a CPU engine is an .onnx file" if chosen == CPU else "a TensorRT engine is an .engine file"
-        raise typer.BadParameter(wrong, param_hint="--output")
+    suffix = "." + chosen.suffix.rpartition(".")[2]
+    if destination.suffix != suffix:
+        raise typer.BadParameter(f"an engine for {chosen.title} is an {suffix} file", param_hint="--output")
     if destination.exists() and source.exists() and destination.samefile(source):
         raise typer.BadParameter("the engine would overwrite its graph", param_hint="--output")
     with steps() as step:

@@ -25,6 +25,10 @@ from cdkd_edge.core.output_kinds import LABELS, OUTPUT_KINDS, output_shapes
 
 MANIFEST_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "int8")
+ARTEFACT_SUFFIXES = (".onnx", ".engine")
+"""Of graphs and engines."""
+ONNXRUNTIME_CPU = "onnxruntime-cpu"
+"""What the manifest of a CPU engine calls its runtime."""
 MAX_PIXEL_BYTES = 1 << 31
 """Of a batch of tiles: two tiles of 16,384 px, or 600 of 1024 px."""
 
@@ -264,9 +268,9 @@ def kind_of(artefact: Path) -> str | None:
     return kind if kind in (GraphManifest.kind, EngineManifest.kind) else None
 
 
-def _is_named(path: Path) -> bool:
+def is_artefact_name(path: Path) -> bool:
     """Whether a graph or an engine may have this name."""
-    return path.suffix in (".onnx", ".engine")
+    return path.suffix in ARTEFACT_SUFFIXES
 
 
 def precision_of(artefact: Path) -> str | None:
@@ -330,7 +334,9 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
 
     path = manifest_path(artefact)
     if not artefact.is_file():
-        there = sorted(str(found) for found in artefact.glob("*.*") if kind_of(found) == kind.kind and _is_named(found))
+        there = sorted(
+            str(found) for found in artefact.glob("*.*") if kind_of(found) == kind.kind and is_artefact_name(found)
+        )
         raise ManifestError(
             f"{kind.kind} {artefact} " + ("is a folder, not a file" if artefact.is_dir() else "does not exist"),
             hint=f"name one of {', '.join(there[:4])}" if there else None,
@@ -338,7 +344,7 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
     try:
         document = read_json(path)
     except FileNotFoundError:
-        if not _is_named(artefact):
+        if not is_artefact_name(artefact):
             raise ManifestError(
                 f"{artefact} is no {kind.kind}: its name ends neither in .onnx nor in .engine",
                 hint="`cdkd-edge export` makes a graph of a checkpoint, `cdkd-edge build` an engine of a graph",

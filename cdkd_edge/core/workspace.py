@@ -17,10 +17,8 @@ from pathlib import Path
 
 from cdkd_edge.core.errors import WorkspaceError
 from cdkd_edge.core.files import being_made
-from cdkd_edge.core.manifest import fp16_refusal, manifest_path, output_of, precision_of
+from cdkd_edge.core.manifest import ARTEFACT_SUFFIXES, fp16_refusal, manifest_path, output_of, precision_of
 from cdkd_edge.core.output_kinds import LABELS, provides
-
-ENGINE_SUFFIXES = (".onnx", ".engine")
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Workspace:
         Raises:
             WorkspaceError: there is none, or more than one.
         """
-        found = [path for path in _artefacts(self.engines, ENGINE_SUFFIXES) if provides(output_of(path), output)]
+        found = [path for path in _artefacts(self.engines, ARTEFACT_SUFFIXES) if provides(output_of(path), output)]
         exact = [path for path in found if output_of(path) == output]
         what = "engine" if output == LABELS else f"engine with {output}"
         if not found:

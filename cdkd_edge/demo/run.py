@@ -37,13 +37,13 @@ from cdkd_edge.core.manifest import (
     write_manifest,
 )
 from cdkd_edge.core.workspace import Workspace
+from cdkd_edge.demo.scenery import draw_scene
 from cdkd_edge.engines.onnxruntime import build_cpu_engine
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 from cdkd_edge.quality.metrics import ConfusionMatrix
 from cdkd_edge.raster.open import writing
-from cdkd_edge.scenery import draw_scene
 from cdkd_edge.segment.options import SegmentOptions, SegmentResult
 from cdkd_edge.segment.outputs import label_map_paths, quicklook_path
 from cdkd_edge.segment.pipeline import segment_scene

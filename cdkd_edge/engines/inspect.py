@@ -12,8 +12,16 @@ import onnx
 from onnx import TensorProto
 
 from cdkd_edge.core.errors import EngineError, ManifestError
-from cdkd_edge.core.manifest import EngineManifest, GraphManifest, kind_of, manifest_path, read_manifest
-from cdkd_edge.engines.tensorrt.layers import EngineLayers, read_layers
+from cdkd_edge.core.manifest import (
+    EngineManifest,
+    GraphManifest,
+    is_artefact_name,
+    kind_of,
+    manifest_path,
+    read_manifest,
+)
+from cdkd_edge.engines.runtimes import runtime_of
+from cdkd_edge.engines.tensorrt.layers import EngineLayers
 from cdkd_edge.graph.fuse import CONTRIB_DOMAIN
 from cdkd_edge.graph.read import load_graph
 
@@ -80,7 +88,7 @@ def inspect_artefact(path: Path) -> Inspection:
     """
     if not path.is_file():
         raise ManifestError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-    if path.suffix not in (".onnx", ".engine"):
+    if not is_artefact_name(path):
         raise EngineError(
             f"{path} is neither a graph (.onnx) nor an engine (.engine, .cpu.onnx)",
             hint="a checkpoint is looked into with `cdkd-edge info`",
@@ -98,10 +106,11 @@ def inspect_artefact(path: Path) -> Inspection:
 def _inspect_engine(path: Path, manifest: EngineManifest) -> Inspection:
     warnings = []
     contents: OnnxContents | EngineLayers | None
-    if path.suffix == ".onnx":
+    read_layers = runtime_of(manifest).read_layers
+    if read_layers is None:
         contents = read_onnx(path)
     else:
-        contents = read_layers(path, manifest.artefact.sha256)
+        contents = read_layers(path, manifest)
         if contents is None:
             warnings.append("its layers are not recorded beside it (.layers.json); build it again to see them")
         warnings += manifest.tensorrt.notes if manifest.tensorrt else ()

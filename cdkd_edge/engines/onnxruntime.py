@@ -15,6 +15,7 @@ from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.machine import describe_machine
 from cdkd_edge.core.manifest import (
+    ONNXRUNTIME_CPU,
     EngineManifest,
     FileRecord,
     GraphManifest,
@@ -24,15 +25,14 @@ from cdkd_edge.core.manifest import (
     write_manifest,
 )
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, build_options, confidence_of, missing_output
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.graph.cpu import cpu_twin
 from cdkd_edge.graph.fp16 import fp16_on_cpu
 from cdkd_edge.graph.fuse import fuse_attention
 from cdkd_edge.graph.read import read_graph
 from cdkd_edge.graph.session import session_options, signed_weights_are_exact
-from cdkd_edge.scenery import draw_scene
 
-RUNTIME = "onnxruntime-cpu"
 MIN_AGREEMENT = 0.9999
 """Share of pixels on which engine and graph must agree; the rest is the order of additions."""
 
@@ -90,7 +90,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
         del plain
         manifest = EngineManifest(
             name=source.name,
-            runtime=RUNTIME,
+            runtime=ONNXRUNTIME_CPU,
             precision=source.precision,
             artefact=FileRecord.of(temporary, destination.name),
             graph=source.artefact,
@@ -252,9 +252,8 @@ class CpuEngine(OnnxLabeller):
 
 
 def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
-    """Engine against the graph it was built from (of INT8, the twin), on one drawn tile."""
-    tile = draw_scene(source.tile, source.tile, seed=11).image.transpose(2, 0, 1)
-    tiles = np.repeat(tile[None], source.batch, axis=0)
+    """Engine against the graph it was built from (of INT8, the twin), on one sample tile."""
+    tiles = np.repeat(sample_tiles(source.tile, 1), source.batch, axis=0)
     results = []
     for model in (graph, str(engine)):
         session = _session(model, session_options(), f"checking {engine.name}")

@@ -1,12 +1,171 @@
-"""Find the engine class for an engine file."""
+"""The runtimes: what can build and run an engine. A row of :data:`RUNTIMES` holds all that tells one from another.
+
+To add one, write ``engines/NAME.py`` with a function that builds and one that loads, and add its row here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cdkd_edge.core.errors import EngineError
-from cdkd_edge.core.manifest import EngineManifest, read_manifest
-from cdkd_edge.engines.protocol import Engine
+from cdkd_edge.core.errors import EngineError, UsageError
+from cdkd_edge.core.manifest import ONNXRUNTIME_CPU, EngineManifest, GraphManifest, precision_of, read_manifest
+from cdkd_edge.core.output_kinds import build_options
+from cdkd_edge.engines.tensorrt.api import TENSORRT, TENSORRT_RTX, tensorrt_is_installed
+from cdkd_edge.engines.tensorrt.device import NoGpu, find_gpu
+
+if TYPE_CHECKING:
+    from cdkd_edge.engines.protocol import Engine
+    from cdkd_edge.engines.tensorrt.layers import EngineLayers
+    from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+
+Note = Callable[[str], None]
+"""Called with what is being done."""
+Log = Callable[[str, str], None]
+"""Called with severity and text of a line that a runtime logs."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Something that builds engines from graphs and runs them."""
+
+    name: str
+    """As ``--runtime`` takes it."""
+    title: str
+    """For messages."""
+    manifest_names: tuple[str, ...]
+    """What the manifests of its engines call it."""
+    suffix: str
+    """How the names of its engines end."""
+    on_cpu: bool
+    """Whether it computes on the CPU, and not on a GPU."""
+    precisions: tuple[str, ...]
+    """What it can run."""
+    fastest_float: str
+    """The precision that an INT8 engine has to be faster than."""
+    cross_compiles: bool
+    """Whether it builds for GPUs that are not here (``--target``)."""
+    has_options: bool
+    """Whether :class:`TensorRTOptions` apply to it."""
+    why_not_here: Callable[[], str | None]
+    """Why it cannot run on this machine; None if it can."""
+    build: Callable[[Path, Path, TensorRTOptions | None, Note, Log], EngineManifest]
+    """From graph, destination, options, and where notes and log lines go."""
+    load: Callable[[Path, EngineManifest, int | None], Engine]
+    """From an engine file, its checked manifest and the number of CPU threads."""
+    read_layers: Callable[[Path, EngineManifest], EngineLayers | None] | None
+    """The layers that were listed at the build, None if they were not. No function: the engine is an ONNX file."""
+
+
+def _build_cpu(graph: Path, destination: Path, options: object, note: Note, log: Log) -> EngineManifest:
+    from cdkd_edge.engines.onnxruntime import build_cpu_engine
+
+    return build_cpu_engine(graph, destination)
+
+
+def _load_cpu(path: Path, manifest: EngineManifest, threads: int | None) -> Engine:
+    from cdkd_edge.engines.onnxruntime import CpuEngine
+
+    return CpuEngine(path, manifest, threads)
+
+
+def _build_tensorrt(
+    graph: Path, destination: Path, options: TensorRTOptions | None, note: Note, log: Log
+) -> EngineManifest:
+    from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
+    from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+
+    return build_tensorrt_engine(graph, destination, options or TensorRTOptions(), note, log)
+
+
+def _load_tensorrt(path: Path, manifest: EngineManifest, threads: int | None) -> Engine:
+    from cdkd_edge.engines.tensorrt.runner import load_tensorrt_engine
+
+    return load_tensorrt_engine(path, manifest)
+
+
+def _layers_of_tensorrt(path: Path, manifest: EngineManifest) -> EngineLayers | None:
+    from cdkd_edge.engines.tensorrt.layers import read_layers
+
+    return read_layers(path, manifest.artefact.sha256)
+
+
+def _why_no_tensorrt() -> str | None:
+    if not tensorrt_is_installed():
+        return "TensorRT is not installed here"
+    gpu = find_gpu()
+    return gpu.reason if isinstance(gpu, NoGpu) else None
+
+
+_ROWS = (
+    Runtime(
+        name="tensorrt",
+        title="TensorRT on a GPU",
+        manifest_names=(TENSORRT, TENSORRT_RTX),
+        suffix=".engine",
+        on_cpu=False,
+        precisions=("fp32", "fp16", "int8"),
+        fastest_float="fp16",
+        cross_compiles=True,
+        has_options=True,
+        why_not_here=_why_no_tensorrt,
+        build=_build_tensorrt,
+        load=_load_tensorrt,
+        read_layers=_layers_of_tensorrt,
+    ),
+    Runtime(
+        name="cpu",
+        title="ONNX Runtime on the CPU",
+        manifest_names=(ONNXRUNTIME_CPU,),
+        suffix=".cpu.onnx",
+        on_cpu=True,
+        precisions=("fp32", "int8"),  # ONNX Runtime computes FP16 in FP32 on a CPU: docs/decisions.md
+        fastest_float="fp32",
+        cross_compiles=False,
+        has_options=False,
+        why_not_here=lambda: None,
+        build=_build_cpu,
+        load=_load_cpu,
+        read_layers=None,
+    ),
+)
+RUNTIMES = {row.name: row for row in _ROWS}
+"""By the name that ``--runtime`` takes; ``auto`` takes the first that can run here."""
+
+
+def choose_runtime(name: str, *, targets: tuple[str, ...] = ()) -> Runtime:
+    """The runtime of that name.
+
+    Args:
+        name: one of :data:`RUNTIMES`, or ``auto``: the first of them that can run here.
+        targets: compute capabilities to compile for without their GPU.
+
+    Raises:
+        UsageError: there is no such runtime.
+    """
+    if name != "auto":
+        if name not in RUNTIMES:
+            raise UsageError(f"{name!r} is no runtime", hint=f"--runtime is one of auto, {', '.join(RUNTIMES)}")
+        return RUNTIMES[name]
+    if targets:  # where the compiler is missing, the build says so
+        return next(runtime for runtime in RUNTIMES.values() if runtime.cross_compiles)
+    return next(runtime for runtime in RUNTIMES.values() if runtime.why_not_here() is None)
+
+
+def runtime_of(manifest: EngineManifest) -> Runtime:
+    """The runtime that an engine was built for.
+
+    Raises:
+        EngineError: this release does not have it.
+    """
+    for runtime in RUNTIMES.values():
+        if manifest.runtime in runtime.manifest_names:
+            return runtime
+    raise EngineError(
+        f"{manifest.artefact.file} needs the runtime {manifest.runtime!r}, which this release does not have"
+    )
 
 
 def load_engine(path: Path, *, threads: int | None = None) -> Engine:
@@ -21,12 +180,53 @@ def load_engine(path: Path, *, threads: int | None = None) -> Engine:
         EngineError: the engine cannot run here.
     """
     manifest = read_manifest(path, EngineManifest)
-    if manifest.runtime == "onnxruntime-cpu":
-        from cdkd_edge.engines.onnxruntime import CpuEngine
+    return runtime_of(manifest).load(path, manifest, threads)
 
-        return CpuEngine(path, manifest, threads)
-    if manifest.runtime in ("tensorrt", "tensorrt-rtx"):
-        from cdkd_edge.engines.tensorrt.runner import load_tensorrt_engine
 
-        return load_tensorrt_engine(path, manifest)
-    raise EngineError(f"{path} needs the runtime {manifest.runtime!r}, which this release does not have")
+def build_engine(
+    graph: Path,
+    destination: Path,
+    runtime: Runtime,
+    options: TensorRTOptions | None = None,
+    note: Note = lambda text: None,
+    log: Log = lambda severity, text: None,
+) -> EngineManifest:
+    """Build the engine of a graph.
+
+    Args:
+        graph: an exported graph with its manifest; its precision becomes the engine's.
+        destination: the engine file.
+        runtime: what it is for.
+        options: for runtimes that have some. Default: their defaults.
+        note: called with what is being done.
+        log: called with severity and text of what the runtime logs.
+
+    Raises:
+        EngineError: the runtime cannot run the graph's precision, or refuses the graph.
+        CdkdEdgeError: see the function that builds for the runtime.
+    """
+    require_precision(runtime, precision_of(graph) or "fp32", graph)
+    return runtime.build(graph, destination, options, note, log)
+
+
+def require_precision(runtime: Runtime, precision: str, graph: Path) -> None:
+    """Make sure that a runtime can run a precision.
+
+    Args:
+        runtime: the runtime.
+        precision: what an engine is asked for in.
+        graph: the graph to build it from, or to make that graph from; with its manifest.
+
+    Raises:
+        EngineError: it cannot; says what can, and what is missing here for that.
+    """
+    if precision in runtime.precisions:
+        return
+    source = read_manifest(graph, GraphManifest)
+    needed = next(other for other in RUNTIMES.values() if precision in other.precisions)
+    missing = needed.why_not_here() or f"{runtime.title} cannot run {precision.upper()}"
+    raise EngineError(
+        f"an {precision.upper()} engine needs {needed.title}: {missing}",
+        hint=f"carry {graph} and its .json to a board and run `cdkd-edge build "
+        f"{build_options(precision, source.output)}` there; for this machine: cdkd-edge build",
+    )

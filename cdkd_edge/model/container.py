@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cdkd_edge.core.errors import CheckpointError, MissingExtraError
+from cdkd_edge.core.manifest import is_artefact_name
 
 FORMAT = "cdkd-edge checkpoint"
 FORMAT_VERSION = 1
@@ -129,7 +130,7 @@ def _foreign(path: Path, start: bytes) -> CheckpointError:
         return CheckpointError(f"{path} is a pointer of Git LFS, not the file itself", hint="fetch it: git lfs pull")
     if path.suffix.lower() == ".safetensors":
         return CheckpointError(f"{path} is damaged or not a safetensors file")
-    other = path.suffix in (".onnx", ".engine")
+    other = is_artefact_name(path)
     return CheckpointError(
         f"{path} is damaged or not a PyTorch checkpoint: it begins neither as torch.save's files nor as .safetensors",
         hint="graphs and engines are looked into with `cdkd-edge inspect`" if other else None,

@@ -11,12 +11,12 @@ from cdkd_edge.core.errors import ManifestError, NumericalCheckError, UsageError
 from cdkd_edge.core.manifest import GraphManifest, output_of, precision_of, read_manifest
 from cdkd_edge.core.output_kinds import LABELS
 from cdkd_edge.core.workspace import Workspace
+from cdkd_edge.engines.runtimes import Runtime, require_precision
 from cdkd_edge.graph.derive import fp16_path, int8_path, write_fp16
 from cdkd_edge.graph.int8.tiles import CalibrationSet, is_calibration_set
 from cdkd_edge.graph.outputs import is_variant_of, variant_path, write_variant
 from cdkd_edge.precision.int8 import Gate, Int8Options, Int8Result, require_fitting, write_int8
 from cdkd_edge.precision.int8_gate import LabelledData
-from cdkd_edge.precision.plan import CPU, no_fp16_here
 from cdkd_edge.quality.datasets import find_dataset
 from cdkd_edge.quality.evaluate import data_schema
 
@@ -53,7 +53,7 @@ def prepare_graph(
     request: Request = Request(),
     progress: Callable[[str], None] = lambda step: None,
     output: str | None = None,
-    runtime: str | None = None,
+    runtime: Runtime | None = None,
 ) -> Prepared:
     """The graph for an engine of a precision and kind of output.
 
@@ -68,7 +68,7 @@ def prepare_graph(
         progress: called with the name of each step.
         output: what it is to give (:mod:`cdkd_edge.core.output_kinds`); None: what the named graph gives, or labels. A
             graph with more than labels is made from the one of that precision, unless it is there.
-        runtime: what the engine is for: an FP16 graph is not made for the CPU, which has no such engine.
+        runtime: what the engine is for: no FP16 graph is made for the CPU, which cannot run it.
 
     Raises:
         WorkspaceError: no graph is named, and there is none or more than one; likewise for calibration sets.
@@ -118,7 +118,7 @@ def _labels_graph(
     precision: str | None,
     request: Request,
     progress: Callable[[str], None],
-    runtime: str | None,
+    runtime: Runtime | None,
 ) -> Prepared:
     """The graph with labels alone; see :func:`prepare_graph`."""
     own = precision_of(graph) if graph else None
@@ -142,8 +142,8 @@ def _labels_graph(
     source = read_manifest(graph, GraphManifest)
     _require_hope(graph, source, wanted, request)
     if wanted == "fp16":
-        if runtime == CPU:
-            raise no_fp16_here(graph)
+        if runtime is not None:
+            require_precision(runtime, wanted, graph)
         if request.calibration is None:
             write_fp16(graph, destination, least=request.least, progress=progress)
         else:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from cdkd_edge.core.errors import MissingExtraError, UsageError
-from cdkd_edge.core.manifest import EngineManifest, GraphManifest, kind_of, read_manifest
+from cdkd_edge.core.manifest import (
+    ONNXRUNTIME_CPU,
+    EngineManifest,
+    GraphManifest,
+    is_artefact_name,
+    kind_of,
+    read_manifest,
+)
 from cdkd_edge.engines.onnxruntime import graph_labeller
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.engines.runtimes import load_engine
@@ -33,7 +40,7 @@ class Subject:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether a file is to be read as a checkpoint; which kind it is, its content says."""
-    return path.suffix not in (".onnx", ".engine") and not path.is_dir()
+    return not is_artefact_name(path) and not path.is_dir()
 
 
 def open_subject(
@@ -80,7 +87,7 @@ def open_subject(
         )
     if kind_of(path) == GraphManifest.kind:
         graph = read_manifest(path, GraphManifest)
-        runtime = "onnxruntime-cpu" + (", values rounded to FP16" if graph.precision == "fp16" else "")
+        runtime = ONNXRUNTIME_CPU + (", values rounded to FP16" if graph.precision == "fp16" else "")
         return Subject(path, "graph", runtime, graph.precision, graph_labeller(path, graph, threads), graph.training)
     engine = load_engine(path, threads=threads)
     manifest: EngineManifest = engine.manifest

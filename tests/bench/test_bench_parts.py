@@ -171,7 +171,7 @@ def test_rails_without_a_total_are_watched_together():
 
 
 def test_a_gpu_engine_is_not_measured_at_the_cpu():
-    engine = replace(engine_manifest(64), tensorrt=build_record())
+    engine = replace(engine_manifest(64), runtime="tensorrt", tensorrt=build_record())
     verdict = verdict_of(trace=trace_of(scope=CPU_PACKAGE), engine=engine)
     assert verdict.reasons == ("jtop measures the CPU package, and this engine runs on the GPU",)
 
@@ -233,7 +233,7 @@ def test_a_load_whose_speed_did_not_hold_is_not_steady(batches, slower, status, 
 def test_other_programs_on_the_processors_are_named_with_their_share(share, on_gpu, status):
     readings = [Conditions(float(second), others_seconds=100 + share * second) for second in range(60)]
     findings = judge_other_programs(readings, 20.0, 40.0, "load 1")
-    engine = replace(engine_manifest(1024), tensorrt=build_record()) if on_gpu else None
+    engine = replace(engine_manifest(1024), runtime="tensorrt", tensorrt=build_record()) if on_gpu else None
     verdict = verdict_of(engine=engine, conditions=findings)
     said = f"other programs used {share:.0%} of the processors' time during load 1"
     assert verdict.status == ("not_steady" if status == "not_steady" else "valid")
@@ -284,7 +284,11 @@ def build_record(gpu="NVIDIA GeForce RTX 4090"):
 def built(small_graph):
     """The manifest of a GPU engine of ``small_graph``, and its folder."""
     manifest = replace(
-        engine_manifest(64), graph=FileRecord.of(small_graph), tensorrt=build_record(), attention_fused=2
+        engine_manifest(64),
+        graph=FileRecord.of(small_graph),
+        runtime="tensorrt",
+        tensorrt=build_record(),
+        attention_fused=2,
     )
     return manifest, small_graph
 
@@ -310,7 +314,7 @@ def test_without_a_measured_figure_there_is_no_share(built):
 @pytest.mark.parametrize(
     ("change", "options", "said"),
     [
-        ({"tensorrt": None}, {}, "runs on the CPU"),
+        ({"runtime": "onnxruntime-cpu", "tensorrt": None}, {}, "runs on the CPU"),
         ({"tensorrt": build_record("Voodoo 2")}, {}, "no device file for Voodoo 2"),
         ({"graph": FileRecord("small.onnx", "00" * 32, 1)}, {}, "is not beside the engine"),
         ({}, {"device": "orin-nx-16gb"}, "power mode unknown"),
@@ -335,7 +339,7 @@ def test_a_board_is_known_by_its_part_number_and_mode(built, tmp_path):
 
 def test_a_device_that_does_not_exist_is_an_error_before_all_else(built):
     with pytest.raises(UsageError, match="no device"):
-        modelled_bound(replace(built[0], tensorrt=None), [], 1.0, device="orin-nx-17gb")
+        modelled_bound(replace(built[0], runtime="onnxruntime-cpu", tensorrt=None), [], 1.0, device="orin-nx-17gb")
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=3, max_size=8))

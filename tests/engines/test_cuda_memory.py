@@ -10,9 +10,9 @@ import pytest
 from cuda_fakes import SHAPES, CUresult, World, driver_over
 
 from cdkd_edge.core.errors import EngineError, MissingExtraError, UsageError
-from cdkd_edge.engines.cuda import api
+from cdkd_edge.engines.cuda import gpu as cuda_gpu
 from cdkd_edge.engines.cuda.driver import CudaError
-from cdkd_edge.engines.cuda.memory import Buffer, Gpu, Stream
+from cdkd_edge.engines.cuda.gpu import Buffer, Gpu, Stream
 
 
 @pytest.fixture(params=SHAPES)
@@ -344,19 +344,19 @@ def bindings(monkeypatch):
     """Both bindings 'installed' over one simulated device; entries can be replaced."""
     world = World()
     table = {name: lambda ordinal, name=name: driver_over(world, name) for name in SHAPES}
-    monkeypatch.setattr(api, "BINDINGS", table)
-    monkeypatch.setattr(api, "_open", {})
-    monkeypatch.delenv(api.VARIABLE, raising=False)
+    monkeypatch.setattr(cuda_gpu, "BINDINGS", table)
+    monkeypatch.setattr(cuda_gpu, "_open", {})
+    monkeypatch.delenv(cuda_gpu.VARIABLE, raising=False)
     return table
 
 
 def test_cuda_python_is_preferred_and_either_can_be_forced(bindings, monkeypatch):
-    assert api.open_gpu().driver.name == "cuda-python"
-    assert api.open_gpu("pycuda").driver.name == "pycuda"
-    monkeypatch.setenv(api.VARIABLE, "pycuda")
-    assert api.open_gpu().driver.name == "pycuda"
-    assert api.open_gpu("cuda-python").driver.name == "cuda-python"
-    assert api.open_gpu() is api.open_gpu()
+    assert cuda_gpu.open_gpu().driver.name == "cuda-python"
+    assert cuda_gpu.open_gpu("pycuda").driver.name == "pycuda"
+    monkeypatch.setenv(cuda_gpu.VARIABLE, "pycuda")
+    assert cuda_gpu.open_gpu().driver.name == "pycuda"
+    assert cuda_gpu.open_gpu("cuda-python").driver.name == "cuda-python"
+    assert cuda_gpu.open_gpu() is cuda_gpu.open_gpu()
 
 
 def absent(error):
@@ -368,36 +368,36 @@ def absent(error):
 
 def test_the_other_is_taken_where_one_is_missing(bindings):
     bindings["cuda-python"] = absent(ModuleNotFoundError("No module named 'cuda'"))
-    assert api.open_gpu().driver.name == "pycuda"
+    assert cuda_gpu.open_gpu().driver.name == "pycuda"
     bindings["pycuda"] = absent(ModuleNotFoundError("No module named 'pycuda'"))
-    api._open.clear()
+    cuda_gpu._open.clear()
     with pytest.raises(MissingExtraError, match=r"cuda-python or pycuda") as caught:
-        api.open_gpu()
+        cuda_gpu.open_gpu()
     assert "cdkd-edge[gpu]" in caught.value.hint
     with pytest.raises(MissingExtraError) as caught:
-        api.open_gpu("pycuda")
+        cuda_gpu.open_gpu("pycuda")
     assert "cdkd-edge[jetson]" in caught.value.hint
 
 
 def test_a_broken_installation_is_named(bindings):
     bindings["cuda-python"] = absent(ImportError("libnvrtc.so.12: cannot open\nshared object file"))
-    assert api.open_gpu().driver.name == "pycuda"
+    assert cuda_gpu.open_gpu().driver.name == "pycuda"
     with pytest.raises(EngineError, match=r"cuda-python cannot be imported: libnvrtc.so.12: cannot open shared"):
-        api.open_gpu("cuda-python")
+        cuda_gpu.open_gpu("cuda-python")
 
 
 def test_no_driver_is_not_a_reason_to_try_the_other(bindings):
     bindings["cuda-python"] = absent(CudaError("CUDA_ERROR_NO_DEVICE", "", "starting CUDA"))
     with pytest.raises(CudaError):
-        api.open_gpu()
+        cuda_gpu.open_gpu()
 
 
 def test_an_unknown_binding_is_wrong_usage(bindings, monkeypatch):
     with pytest.raises(UsageError, match=r"'cupy'; there are cuda-python and pycuda"):
-        api.open_gpu("cupy")
-    monkeypatch.setenv(api.VARIABLE, "cupy")
-    with pytest.raises(UsageError, match=api.VARIABLE):
-        api.open_gpu()
+        cuda_gpu.open_gpu("cupy")
+    monkeypatch.setenv(cuda_gpu.VARIABLE, "cupy")
+    with pytest.raises(UsageError, match=cuda_gpu.VARIABLE):
+        cuda_gpu.open_gpu()
 
 
 # --- threads --------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from tensorrt_helpers import ORIN, half_graph, needs_compiler
 from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.manifest import manifest_path
 from cdkd_edge.core.workspace import Workspace
+from cdkd_edge.engines import runtimes
 from cdkd_edge.engines.inspect import OnnxContents, inspect_artefact, read_onnx
+from cdkd_edge.engines.runtimes import RUNTIMES, choose_runtime
 from cdkd_edge.engines.tensorrt.layers import layers_path
 from cdkd_edge.precision import plan
 from cdkd_edge.precision.graph import Prepared, prepare_graph
@@ -52,9 +54,9 @@ def test_the_graph_of_a_precision(workspace: Path, half: Path) -> None:
 def test_names_of_engines(workspace: Path, half: Path) -> None:
     space = Workspace(workspace)
     full = workspace / "export" / "small.onnx"
-    assert plan.engine_path(space, full, "cpu") == workspace / "engines" / "small.fp32.cpu.onnx"
-    assert plan.engine_path(space, full, "tensorrt") == workspace / "engines" / "small.fp32.engine"
-    assert plan.engine_path(space, half, "tensorrt") == workspace / "engines" / "small.fp16.engine"
+    assert plan.engine_path(space, full, RUNTIMES["cpu"]) == workspace / "engines" / "small.fp32.cpu.onnx"
+    assert plan.engine_path(space, full, RUNTIMES["tensorrt"]) == workspace / "engines" / "small.fp32.engine"
+    assert plan.engine_path(space, half, RUNTIMES["tensorrt"]) == workspace / "engines" / "small.fp16.engine"
 
 
 def test_no_graph_of_that_precision(workspace: Path) -> None:
@@ -70,7 +72,7 @@ def test_wrong_usage(workspace: Path, half: Path) -> None:
     assert_wrong_usage(run("build", "--opt-level", "7", "-w", workspace), "--opt-level")
     assert_wrong_usage(run("build", "--runtime", "cpu", "--sparse", "-w", workspace), "none of TensorRT's options")
     assert_wrong_usage(run("build", half, "--fp32", "-w", workspace), "is a graph of fp16")
-    assert_wrong_usage(run("build", "--target", "86", "-o", "e.onnx", "-w", workspace), r"an \.engine file")
+    assert_wrong_usage(run("build", "--target", "86", "-o", "e.onnx", "-w", workspace), r"is an \.engine file")
     assert not (workspace / "engines").exists()
 
 
@@ -78,22 +80,22 @@ def test_wrong_usage(workspace: Path, half: Path) -> None:
 
 
 def test_auto_is_tensorrt_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plan.choose_runtime("cpu", targets=()) == "cpu"
-    assert plan.choose_runtime("auto", targets=()) == "cpu", "no GPU: the tests see to that"
-    assert plan.choose_runtime("auto", targets=("8.6",)) == "tensorrt"
-    assert plan.choose_runtime("tensorrt", targets=()) == "tensorrt"
-    monkeypatch.setattr(plan, "find_gpu", lambda: ORIN)
-    monkeypatch.setattr(plan, "tensorrt_is_installed", lambda: True)
-    assert plan.choose_runtime("auto", targets=()) == "tensorrt"
-    monkeypatch.setattr(plan, "tensorrt_is_installed", lambda: False)
-    assert plan.choose_runtime("auto", targets=()) == "cpu"
+    assert choose_runtime("cpu").name == "cpu"
+    assert choose_runtime("auto").name == "cpu", "no GPU: the tests see to that"
+    assert choose_runtime("auto", targets=("8.6",)).name == "tensorrt"
+    assert choose_runtime("tensorrt").name == "tensorrt"
+    monkeypatch.setattr(runtimes, "find_gpu", lambda: ORIN)
+    monkeypatch.setattr(runtimes, "tensorrt_is_installed", lambda: True)
+    assert choose_runtime("auto").name == "tensorrt"
+    monkeypatch.setattr(runtimes, "tensorrt_is_installed", lambda: False)
+    assert choose_runtime("auto").name == "cpu"
 
 
 def test_fp16_without_tensorrt(workspace: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "tensorrt_is_installed", lambda: False)
+    monkeypatch.setattr(runtimes, "tensorrt_is_installed", lambda: False)
     pattern = r"TensorRT is not installed here — carry .*small\.fp16\.onnx and its \.json to a board and run"
     assert_answer(run("build", "--fp16", "-w", workspace), 9, pattern)
-    monkeypatch.setattr(plan, "tensorrt_is_installed", lambda: True)
+    monkeypatch.setattr(runtimes, "tensorrt_is_installed", lambda: True)
     assert_answer(run("build", "--fp16", "-w", workspace), 9, "needs TensorRT on a GPU: the tests look for no GPU")
     assert not (workspace / "engines").exists()
 

@@ -21,13 +21,13 @@ from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.manifest import EngineTensor, GraphManifest, manifest_path, read_manifest
 from cdkd_edge.core.output_kinds import confidence_of
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.engines.runtimes import load_engine
+from cdkd_edge.engines.runtimes import RUNTIMES, load_engine
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.engines.tensorrt.runner import TensorRTEngine
 from cdkd_edge.graph.outputs import variant_path, write_variant
 from cdkd_edge.precision.graph import Request, prepare_graph
-from cdkd_edge.precision.plan import CPU, compare_speed, engine_path
+from cdkd_edge.precision.plan import compare_speed, engine_path
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -237,8 +237,8 @@ def test_names_of_engines(tmp_path, kind):
     space = Workspace(tmp_path)
     for name, precision, expected in (("a", "fp32", "a.fp32"), ("a.fp16", "fp16", "a.fp16")):
         graph = put(space.graphs, f"{name}.{kind}.onnx", precision=precision, output=kind)
-        assert engine_path(space, graph, CPU) == space.engines / f"{expected}.{kind}.cpu.onnx"
-        assert engine_path(space, graph, "tensorrt") == space.engines / f"{expected}.{kind}.engine"
+        assert engine_path(space, graph, RUNTIMES["cpu"]) == space.engines / f"{expected}.{kind}.cpu.onnx"
+        assert engine_path(space, graph, RUNTIMES["tensorrt"]) == space.engines / f"{expected}.{kind}.engine"
 
 
 # --- build ----------------------------------------------------------------------------------------

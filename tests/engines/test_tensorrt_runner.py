@@ -16,8 +16,8 @@ from cuda_fakes import SHAPES, CUresult, FakeTensorRT, World, driver_over
 from cdkd_edge.core.errors import EngineError, ManifestError
 from cdkd_edge.core.labels import NO_LABEL, load_schema
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing, write_manifest
-from cdkd_edge.engines.cuda import api as cuda_api
-from cdkd_edge.engines.cuda.memory import Gpu
+from cdkd_edge.engines.cuda import gpu as cuda_gpu
+from cdkd_edge.engines.cuda.gpu import Gpu
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.engines.tensorrt import api, device
@@ -565,9 +565,9 @@ def installed(discrete, monkeypatch):
     monkeypatch.setattr(api, "log_to", log_to)
     monkeypatch.setattr(device, "find_gpu", lambda: "this GPU")
     monkeypatch.setattr(loadable, "require_loadable", lambda *arguments: asked.append(arguments))
-    monkeypatch.setattr(cuda_api, "BINDINGS", {"cuda-python": lambda ordinal: discrete.gpu.driver})
-    monkeypatch.setattr(cuda_api, "_open", {})
-    monkeypatch.delenv(cuda_api.VARIABLE, raising=False)
+    monkeypatch.setattr(cuda_gpu, "BINDINGS", {"cuda-python": lambda ordinal: discrete.gpu.driver})
+    monkeypatch.setattr(cuda_gpu, "_open", {})
+    monkeypatch.delenv(cuda_gpu.VARIABLE, raising=False)
     return asked
 
 

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 def gpu(request):
     """The GPU through each binding that is installed."""
     from cdkd_edge.core.errors import MissingExtraError
-    from cdkd_edge.engines.cuda.api import open_gpu
+    from cdkd_edge.engines.cuda.gpu import open_gpu
 
     try:
         return open_gpu(request.param)

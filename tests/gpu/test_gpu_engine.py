@@ -225,7 +225,7 @@ def torch_sum():
     assert float((a @ a).sum()) == 256 * 256 * 256 * 4
 
 def load():
-    from cdkd_edge.engines.cuda.api import open_gpu
+    from cdkd_edge.engines.cuda.gpu import open_gpu
     from cdkd_edge.engines.tensorrt.runner import TensorRTEngine
     from cdkd_edge.core.manifest import EngineManifest, read_manifest
     return TensorRTEngine(path, read_manifest(path, EngineManifest), gpu=open_gpu(binding))

@@ -17,7 +17,7 @@ BYTES = 1024 * 1024 + 13
 @pytest.fixture(params=[False, True], ids=["copied", "mapped"])
 def pair(gpu, request):
     """A buffer of either kind and a stream."""
-    from cdkd_edge.engines.cuda.memory import Buffer, Stream
+    from cdkd_edge.engines.cuda.gpu import Buffer, Stream
 
     buffer, stream = Buffer(gpu, (BYTES,), mapped=request.param), Stream(gpu)
     yield buffer, stream
@@ -65,7 +65,7 @@ def test_the_device_writes(gpu, pair):
 
 
 def test_a_graph_of_copies(gpu):
-    from cdkd_edge.engines.cuda.memory import Buffer, Stream
+    from cdkd_edge.engines.cuda.gpu import Buffer, Stream
 
     if gpu.driver.no_graphs:
         pytest.skip(gpu.driver.no_graphs)
@@ -112,7 +112,7 @@ def test_an_impossible_allocation_is_an_answer(gpu):
 
 
 def test_memory_is_given_back(gpu):
-    from cdkd_edge.engines.cuda.memory import Buffer, Stream
+    from cdkd_edge.engines.cuda.gpu import Buffer, Stream
 
     def once():
         buffer, stream = Buffer(gpu, (64 << 20,), mapped=False), Stream(gpu)
@@ -136,8 +136,8 @@ import sys
 import numpy as np
 
 def ours():
-    from cdkd_edge.engines.cuda.api import open_gpu
-    from cdkd_edge.engines.cuda.memory import Buffer, Stream
+    from cdkd_edge.engines.cuda.gpu import open_gpu
+    from cdkd_edge.engines.cuda.gpu import Buffer, Stream
     gpu = open_gpu(sys.argv[2])
     buffer, stream = Buffer(gpu, (1000,), mapped=False), Stream(gpu)
     buffer.array.fill(3)

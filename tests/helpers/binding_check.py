@@ -19,9 +19,8 @@ def main(binding, library):
     if binding == "pycuda":
         sys.setdlopenflags(os.RTLD_LAZY)  # it is linked to hundreds of functions; the library has those in use
 
-    from cdkd_edge.engines.cuda.api import open_gpu
     from cdkd_edge.engines.cuda.driver import CudaError
-    from cdkd_edge.engines.cuda.memory import Buffer, Stream
+    from cdkd_edge.engines.cuda.gpu import Buffer, Stream, open_gpu
 
     gpu = open_gpu(binding)
     assert gpu is open_gpu(binding)

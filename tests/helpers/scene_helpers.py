@@ -65,7 +65,7 @@ def read_labels(path: Path) -> UInt8Array:
 def engine_manifest(tile: int, batch: int = 1, sha256: str = "ab" * 32) -> EngineManifest:
     return EngineManifest(
         name="fake",
-        runtime="fake",
+        runtime="onnxruntime-cpu",
         precision="fp32",
         artefact=FileRecord("fake.onnx", sha256, 1),
         graph=FileRecord("fake-graph.onnx", "cd" * 32, 1),

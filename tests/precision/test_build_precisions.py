@@ -287,7 +287,7 @@ def test_usage(space):
     at = ("--workspace", space.root)
     assert_wrong_usage(run("build", "--int8", "--fp16", *at), "one precision at a time")
     assert_wrong_usage(run("build", "--int8", "--schema", "dubai", *at), "they say how to read --data")
-    assert_wrong_usage(run("build", "--int8", *GATE, "-o", "x.engine", *at), r"a CPU engine is an \.onnx file")
+    assert_wrong_usage(run("build", "--int8", *GATE, "-o", "x.engine", *at), r"on the CPU is an \.onnx file")
     assert_wrong_usage(
         run("build", "--int8", *GATE, "-o", space.graphs / "small.int8.onnx", *at), "would overwrite its graph"
     )

@@ -11,6 +11,7 @@ from cdkd_edge.bench.roofline.model import roofline, share_of_bound
 from cdkd_edge.core.errors import CdkdEdgeError
 from cdkd_edge.core.files import sha256_of
 from cdkd_edge.core.manifest import EngineManifest
+from cdkd_edge.engines.runtimes import runtime_of
 
 
 def modelled_bound(
@@ -36,11 +37,12 @@ def modelled_bound(
         UsageError: there is no device file of that name.
     """
     known = load_device(device) if device is not None else None
-    if engine.tensorrt is None:
+    if runtime_of(engine).on_cpu:
         return None, "the roofline models GPUs; this engine runs on the CPU"
     known = known or _device_of(engine, root)
     if known is None:
-        return None, f"there is no device file for {engine.tensorrt.gpu or engine.device} (--device)"
+        gpu = engine.tensorrt.gpu if engine.tensorrt else None
+        return None, f"there is no device file for {gpu or engine.device} (--device)"
     graph = next((folder / engine.graph.file for folder in folders if _is(folder / engine.graph.file, engine)), None)
     if graph is None:
         return None, f"its graph {engine.graph.file} is not beside the engine or in the workspace"

@@ -28,7 +28,7 @@ def _tensorrt() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
-    from cdkd_edge.engines.cuda.api import open_gpu
+    from cdkd_edge.engines.cuda.gpu import open_gpu
 
     return dataclasses.asdict(open_gpu().info)
 

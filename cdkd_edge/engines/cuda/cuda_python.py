@@ -1,8 +1,9 @@
-"""CUDA through cuda-python: ``cuda.bindings.driver``, or ``cuda.cuda`` of releases before 12.8.
+"""The CUDA driver through cuda-python: ``cuda.bindings.driver``, or ``cuda.cuda`` of releases before 12.8.
 
-Signatures are those of https://nvidia.github.io/cuda-python/cuda-bindings/latest/module/driver.html: every
-function returns a tuple that begins with a ``CUresult``. Calls release the interpreter lock.
+Signatures: https://nvidia.github.io/cuda-python/cuda-bindings/latest/module/driver.html. Every function returns a
+tuple that begins with a ``CUresult``. Calls release Python's global lock.
 """
+# ruff: noqa: D102 -- CudaDriver documents the methods
 
 from __future__ import annotations
 
@@ -14,29 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from cdkd_edge.engines.cuda.driver import CudaError, DeviceInfo, dotted
+from cdkd_edge.engines.cuda.driver import CudaDriver, CudaError, DeviceInfo, dotted
 from cdkd_edge.engines.protocol import UInt8Array
 
 NAME = "cuda-python"
 
 
-def import_driver() -> Any:
-    """The module with the driver API.
-
-    Raises:
-        ImportError: cuda-python is not installed.
-    """
+def _import_driver() -> Any:
     try:
         return import_module("cuda.bindings.driver")
     except ModuleNotFoundError:
         return import_module("cuda.cuda")
 
 
-class CudaPythonDriver:
-    """See :class:`cdkd_edge.engines.cuda.driver.CudaDriver`."""
+class CudaPythonDriver(CudaDriver):
+    """A device through cuda-python."""
 
     name = NAME
-    no_graphs: str | None = None
 
     def __init__(self, ordinal: int = 0, module: Any = None) -> None:
         """Retain the primary context of a device.
@@ -49,20 +44,20 @@ class CudaPythonDriver:
             ImportError: cuda-python is not installed.
             CudaError: there is no driver or no such device.
         """
-        self._cuda = cuda = module if module is not None else import_driver()
+        self._cuda = cuda = module if module is not None else _import_driver()
         self._ordinal = ordinal
         try:
             self._call("starting CUDA", cuda.cuInit, 0)
         except RuntimeError as error:
             if isinstance(error, CudaError):
                 raise
-            # The binding looks for libcuda at its first call and says so in words.
+            # The binding loads libcuda at its first call; if that fails, it raises a plain RuntimeError.
             raise CudaError("no CUDA driver", " ".join(str(error).split())[:200], "starting CUDA") from None
         self._device = self._call(f"finding GPU {ordinal}", cuda.cuDeviceGet, ordinal)
         self._context = self._call("using the GPU's primary context", cuda.cuDevicePrimaryCtxRetain, self._device)
 
     def _call(self, doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call and unpack: nothing, the one value, or a tuple of values."""
+        """Call a driver function; returns its one value, or a tuple of its values."""
         error, *values = function(*arguments)
         if error != self._cuda.CUresult.CUDA_SUCCESS:
             _, text = self._cuda.cuGetErrorString(error)
@@ -70,7 +65,6 @@ class CudaPythonDriver:
         return values[0] if len(values) == 1 else tuple(values)
 
     def info(self) -> DeviceInfo:
-        """See the protocol."""
         cuda, device = self._cuda, self._device
         attributes = cuda.CUdevice_attribute
         major, minor, integrated = (
@@ -92,20 +86,16 @@ class CudaPythonDriver:
         )
 
     def push(self) -> None:
-        """See the protocol."""
         self._call("entering the GPU's context", self._cuda.cuCtxPushCurrent, self._context)
 
     def pop(self) -> None:
-        """See the protocol."""
         self._call("leaving the GPU's context", self._cuda.cuCtxPopCurrent)
 
     def memory(self) -> tuple[int, int]:
-        """See the protocol."""
         free, total = self._call("asking for free GPU memory", self._cuda.cuMemGetInfo)
         return int(free), int(total)
 
     def host_array(self, shape: Sequence[int], *, mapped: bool) -> tuple[UInt8Array, int]:
-        """See the protocol."""
         cuda, size = self._cuda, prod(shape)
         flags = cuda.CU_MEMHOSTALLOC_PORTABLE | (cuda.CU_MEMHOSTALLOC_DEVICEMAP if mapped else 0)
         address = int(self._call(f"allocating {size} bytes of page-locked memory", cuda.cuMemHostAlloc, size, flags))
@@ -117,80 +107,64 @@ class CudaPythonDriver:
         return array, pointer
 
     def free_host(self, address: int) -> None:
-        """Free page-locked memory, in any thread, at any time; a lost context has freed it already."""
+        """Free page-locked memory, in any thread. Where the context is lost, the memory is already free."""
         cuda = self._cuda
         if cuda.cuCtxPushCurrent(self._context)[0] == cuda.CUresult.CUDA_SUCCESS:
             cuda.cuMemFreeHost(address)
             cuda.cuCtxPopCurrent()
 
     def device_alloc(self, size: int) -> Any:
-        """See the protocol."""
         return self._call(f"allocating {size} bytes of GPU memory", self._cuda.cuMemAlloc, size)
 
     def pointer(self, allocation: Any) -> int:
-        """See the protocol."""
         return int(allocation)
 
     def device_free(self, allocation: Any) -> None:
-        """See the protocol."""
         self._call("freeing GPU memory", self._cuda.cuMemFree, allocation)
 
     def stream_create(self) -> Any:
-        """See the protocol."""
         flags = int(self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
         return self._call("creating a stream", self._cuda.cuStreamCreate, flags)
 
     def stream_handle(self, stream: Any) -> int:
-        """See the protocol."""
         return int(stream)
 
     def stream_synchronize(self, stream: Any) -> None:
-        """See the protocol."""
         self._call("waiting for a stream", self._cuda.cuStreamSynchronize, stream)
 
     def stream_destroy(self, stream: Any) -> None:
-        """See the protocol."""
         self._call("destroying a stream", self._cuda.cuStreamDestroy, stream)
 
     def event_create(self) -> Any:
-        """See the protocol."""
         kinds = self._cuda.CUevent_flags
         flags = int(kinds.CU_EVENT_DISABLE_TIMING) | int(kinds.CU_EVENT_BLOCKING_SYNC)
         return self._call("creating an event", self._cuda.cuEventCreate, flags)
 
     def event_record(self, event: Any, stream: Any) -> None:
-        """See the protocol."""
         self._call("recording an event", self._cuda.cuEventRecord, event, stream)
 
     def event_synchronize(self, event: Any) -> None:
-        """See the protocol."""
         self._call("computing a tile", self._cuda.cuEventSynchronize, event)
 
     def event_destroy(self, event: Any) -> None:
-        """See the protocol."""
         self._call("destroying an event", self._cuda.cuEventDestroy, event)
 
     def copy_in(self, pointer: int, array: UInt8Array, stream: Any) -> None:
-        """See the protocol."""
         copy = self._cuda.cuMemcpyHtoDAsync
         self._call("copying to the GPU", copy, pointer, array.ctypes.data, array.nbytes, stream)
 
     def copy_out(self, array: UInt8Array, pointer: int, stream: Any) -> None:
-        """See the protocol."""
         copy = self._cuda.cuMemcpyDtoHAsync
         self._call("copying from the GPU", copy, array.ctypes.data, pointer, array.nbytes, stream)
 
     def fill(self, pointer: int, value: int, size: int, stream: Any) -> None:
-        """See the protocol."""
         self._call("filling GPU memory", self._cuda.cuMemsetD8Async, pointer, value, size, stream)
 
     def capture_begin(self, stream: Any) -> None:
-        """See the protocol."""
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("recording a CUDA graph", self._cuda.cuStreamBeginCapture, stream, mode)
 
     def capture_end(self, stream: Any) -> Any:
-        """See the protocol."""
         graph = self._call("recording a CUDA graph", self._cuda.cuStreamEndCapture, stream)
         try:
             return self._call("instantiating a CUDA graph", self._cuda.cuGraphInstantiate, graph, 0)
@@ -198,25 +172,23 @@ class CudaPythonDriver:
             self._call("dropping a CUDA graph's template", self._cuda.cuGraphDestroy, graph)
 
     def graph_launch(self, graph: Any, stream: Any) -> None:
-        """See the protocol."""
         self._call("launching a CUDA graph", self._cuda.cuGraphLaunch, graph, stream)
 
     def graph_destroy(self, graph: Any) -> None:
-        """See the protocol."""
         self._call("destroying a CUDA graph", self._cuda.cuGraphExecDestroy, graph)
 
 
 class _PageLocked:
-    """Owner of page-locked memory; arrays made over it keep it alive."""
+    """Owns page-locked memory; arrays over it keep it alive."""
 
     def __init__(self, driver: CudaPythonDriver, address: int, size: int) -> None:
         self.__array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
-        # At exit the driver frees what is left, perhaps after threads that still use it.
+        # Not at exit: other threads may still use the memory, and the driver frees it anyway.
         weakref.finalize(self, driver.free_host, address).atexit = False
 
 
 def _text(value: Any) -> str:
-    """A C string, padded with zeros or not, from bytes."""
+    """Text of a C string."""
     if isinstance(value, bytes):
         return value.split(b"\0")[0].decode(errors="replace")
     return "" if value is None else str(value)

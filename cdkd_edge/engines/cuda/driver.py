@@ -1,10 +1,10 @@
-"""What an engine needs of CUDA, as a protocol that two bindings implement.
+"""The calls into the CUDA driver that an engine needs; two bindings implement them.
 
-Both work in the device's *primary* context, the one that PyTorch and the CUDA runtime inside TensorRT use, so that
-memory, streams and errors are of one world. It is retained once per process and device and never released:
-the runtime keeps state in it that would not survive its destruction.
+Both work in the device's *primary* context. PyTorch and the CUDA runtime inside TensorRT use that one too, so memory
+and streams can be passed between them. The context is retained once per process and device and never released,
+because the CUDA runtime keeps state in it.
 
-References: CUDA driver API, https://docs.nvidia.com/cuda/cuda-driver-api/; memory on integrated GPUs,
+Sources: CUDA driver API, https://docs.nvidia.com/cuda/cuda-driver-api/; memory on integrated GPUs,
 https://docs.nvidia.com/cuda/cuda-for-tegra-appnote/.
 """
 
@@ -18,11 +18,11 @@ from cdkd_edge.core.errors import EngineError
 from cdkd_edge.engines.protocol import UInt8Array
 
 _HINTS = {
-    "CUDA_ERROR_OUT_OF_MEMORY": "close what else uses the GPU; on a Jetson GPU and CPU share their memory (free -h)",
-    "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible; in a container, start it with --runtime nvidia or --gpus all",
+    "CUDA_ERROR_OUT_OF_MEMORY": "close other programs that use the GPU; on a Jetson GPU and CPU share memory (free -h)",
+    "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible; start a container with --runtime nvidia or --gpus all",
     "CUDA_ERROR_INVALID_DEVICE": "there is no GPU of that number; nvidia-smi lists them",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "kernel module and driver library differ: restart the machine",
-    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "this CUDA needs a newer driver than the GPU has",
+    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "this CUDA needs a newer driver than the one installed",
 }
 _CONTEXT_LOST = {
     "CUDA_ERROR_ILLEGAL_ADDRESS",
@@ -36,7 +36,7 @@ _CONTEXT_LOST = {
     "CUDA_ERROR_ECC_UNCORRECTABLE",
     "CUDA_ERROR_ASSERT",
 }
-"""After these, every call in the process fails with the same error."""
+"""After one of these, every later call in the process fails with the same error."""
 
 
 class CudaError(EngineError):
@@ -45,14 +45,14 @@ class CudaError(EngineError):
     def __init__(self, name: str, text: str, doing: str) -> None:
         hint = _HINTS.get(name)
         if name in _CONTEXT_LOST:
-            hint = "the GPU's state in this process is lost: start it again; if it recurs, build the engine again"
+            hint = "this process can no longer use the GPU: start it again; if that happens again, rebuild the engine"
         super().__init__(f"{doing} failed: {name}" + (f" ({text})" if text else ""), hint=hint)
         self.name = name
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One GPU, and what talks to it."""
+    """A GPU and its CUDA."""
 
     ordinal: int
     name: str
@@ -75,31 +75,31 @@ def dotted(version: int) -> str:
 class CudaDriver(Protocol):
     """One device through one binding. Handles are the binding's own objects; pointers are integers.
 
-    Every method but :meth:`push` and :meth:`info` needs the context to be current in the calling thread; any thread
-    may make it so. Every method raises :class:`CudaError`.
+    Methods that take or make memory, streams, events or graphs are called while the context is current in
+    the calling thread (:meth:`push`). They raise :class:`CudaError`.
     """
 
     name: str
-    """``cuda-python`` or ``pycuda``."""
-    no_graphs: str | None
-    """Why there are no CUDA graphs; None where there are."""
+    """The binding."""
+    no_graphs: str | None = None
+    """Why this binding has no CUDA graphs; None if it has."""
 
     def info(self) -> DeviceInfo:
         """Describe the device."""
 
     def push(self) -> None:
-        """Make the primary context current in this thread, on top of what was."""
+        """Make the device's context current in this thread."""
 
     def pop(self) -> None:
-        """Undo the last :meth:`push` of this thread."""
+        """Restore the context that was current before."""
 
     def memory(self) -> tuple[int, int]:
-        """Bytes free and in all on the device."""
+        """Bytes of GPU memory: free, and in all."""
 
     def host_array(self, shape: Sequence[int], *, mapped: bool) -> tuple[UInt8Array, int]:
-        """A page-locked uint8 array, and where the device sees it (0 unless ``mapped``).
+        """Allocate a page-locked uint8 array; returns it and its address on the device (0 unless ``mapped``).
 
-        The memory is freed when the last array over it is gone, so none can be left without memory.
+        The memory is freed when the last array over it is gone.
         """
 
     def device_alloc(self, size: int) -> Any:
@@ -112,7 +112,7 @@ class CudaDriver(Protocol):
         """Free an allocation."""
 
     def stream_create(self) -> Any:
-        """A stream that does not wait for the legacy default stream, nor that for it."""
+        """Create a stream that does not synchronise with the legacy default stream."""
 
     def stream_handle(self, stream: Any) -> int:
         """The ``cudaStream_t`` of a stream."""
@@ -124,16 +124,16 @@ class CudaDriver(Protocol):
         """Destroy a stream; the caller drops its reference before it pops the context."""
 
     def event_create(self) -> Any:
-        """An event without timing, on which a waiting thread sleeps instead of spinning."""
+        """Create an event without timing; a thread that waits for it sleeps."""
 
     def event_record(self, event: Any, stream: Any) -> None:
-        """Mark this place in a stream."""
+        """Mark the end of the work that is in a stream now."""
 
     def event_synchronize(self, event: Any) -> None:
-        """Wait until the marked place is reached; reports errors of the work before it."""
+        """Wait for the marked work, and report its errors."""
 
     def event_destroy(self, event: Any) -> None:
-        """Destroy an event; as for a stream."""
+        """Destroy an event; the caller drops its reference before it pops the context."""
 
     def copy_in(self, pointer: int, array: UInt8Array, stream: Any) -> None:
         """Start copying a page-locked array to the device."""
@@ -144,14 +144,19 @@ class CudaDriver(Protocol):
     def fill(self, pointer: int, value: int, size: int, stream: Any) -> None:
         """Start filling device memory with a byte."""
 
+    # CUDA graphs: a binding without them says so in no_graphs, and these stay as they are.
+
     def capture_begin(self, stream: Any) -> None:
-        """Record what is put into a stream, from this thread, instead of running it (thread-local mode)."""
+        """Record what this thread puts into a stream, instead of running it (thread-local mode)."""
+        raise CudaError("CUDA_ERROR_NOT_SUPPORTED", str(self.no_graphs), "recording a CUDA graph")
 
     def capture_end(self, stream: Any) -> Any:
-        """End recording; returns the graph, ready to launch."""
+        """End the recording; returns the graph, ready to launch."""
+        self.capture_begin(stream)
 
     def graph_launch(self, graph: Any, stream: Any) -> None:
         """Start a graph in a stream."""
+        self.capture_begin(stream)
 
     def graph_destroy(self, graph: Any) -> None:
         """Destroy a graph."""

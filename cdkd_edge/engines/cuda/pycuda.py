@@ -1,12 +1,12 @@
-"""CUDA through PyCUDA, which JetPack users often have.
+"""The CUDA driver through PyCUDA, which JetPack users often have.
 
-PyCUDA keeps a context stack of its own per thread and ties every object to the context on top of it, so
-objects are made, used and dropped between :meth:`push` and :meth:`pop`. Streams and events have no method to
-destroy them: they go with their last reference. Its errors carry CUDA's text and not its name; the driver's own
-tables give the name back.
+PyCUDA keeps its own stack of contexts per thread and ties every object to the context on top of it. So objects are
+created, used and dropped between :meth:`push` and :meth:`pop`. A stream or event is destroyed with its last reference.
+PyCUDA's errors carry CUDA's text without the error's name; the name is looked up in the driver.
 
-Source read: pycuda 2026.1, ``src/cpp/cuda.hpp`` and ``src/wrapper/wrap_cudadrv.cpp``.
+Source: pycuda 2026.1, ``src/cpp/cuda.hpp`` and ``src/wrapper/wrap_cudadrv.cpp``.
 """
+# ruff: noqa: D102 -- CudaDriver documents the methods
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cdkd_edge.engines.cuda.driver import CudaError, DeviceInfo, dotted
+from cdkd_edge.engines.cuda.driver import CudaDriver, CudaError, DeviceInfo, dotted
 from cdkd_edge.engines.protocol import UInt8Array
 
 NAME = "pycuda"
@@ -30,20 +30,11 @@ _STREAM_NON_BLOCKING = 1
 _LAST_ERROR_CODE = 999  # CUDA_ERROR_UNKNOWN
 
 
-def import_driver() -> Any:
-    """PyCUDA's driver module.
-
-    Raises:
-        ImportError: PyCUDA is not installed, or cannot find the CUDA driver that it is linked to.
-    """
-    return import_module("pycuda.driver")
-
-
-class PyCudaDriver:
-    """See :class:`cdkd_edge.engines.cuda.driver.CudaDriver`."""
+class PyCudaDriver(CudaDriver):
+    """A device through PyCUDA."""
 
     name = NAME
-    no_graphs: str | None = "PyCUDA has no CUDA graphs"
+    no_graphs = "PyCUDA has no CUDA graphs"
 
     def __init__(self, ordinal: int = 0, module: Any = None, error_names: Mapping[str, str] | None = None) -> None:
         """Retain the primary context of a device.
@@ -54,16 +45,16 @@ class PyCudaDriver:
             error_names: CUDA's error names by their texts. Default: asked of the driver when needed.
 
         Raises:
-            ImportError: PyCUDA is not installed.
+            ImportError: PyCUDA is not installed, or does not find the CUDA driver.
             CudaError: there is no such device.
         """
-        self._cuda = module if module is not None else import_driver()
+        self._cuda = module if module is not None else import_module("pycuda.driver")
         self._error_names = error_names
         self._ordinal = ordinal
         self._call("starting CUDA", self._cuda.init)
         self._device = self._call(f"finding GPU {ordinal}", self._cuda.Device, ordinal)
         self._context = self._call("using the GPU's primary context", self._device.retain_primary_context)
-        # Never to be destroyed: PyCUDA's destructor would detach the primary context as if it were another.
+        # The object must never be destroyed: PyCUDA's destructor would treat the primary context as its own.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._context))
 
     def _call(self, doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -73,14 +64,13 @@ class PyCudaDriver:
             raise self._error(str(error), doing) from None
 
     def _error(self, message: str, doing: str) -> CudaError:
-        """The CUDA name of ``cuMemAlloc failed: out of memory``."""
+        """The error for a message such as ``cuMemAlloc failed: out of memory``."""
         match = re.match(r"\S+ failed: (.*?)(?: - .*)?$", " ".join(message.split()))
         text = match[1] if match else message
         names = _names_by_text() if self._error_names is None else self._error_names
         return CudaError(names.get(text, "CUDA error"), text, doing)
 
     def info(self) -> DeviceInfo:
-        """See the protocol."""
         cuda, device = self._cuda, self._device
         major, minor = self._call("asking for the GPU's properties", device.compute_capability)
         integrated = cuda.device_attribute.INTEGRATED
@@ -96,20 +86,16 @@ class PyCudaDriver:
         )
 
     def push(self) -> None:
-        """See the protocol."""
         self._call("entering the GPU's context", self._context.push)
 
     def pop(self) -> None:
-        """See the protocol."""
         self._call("leaving the GPU's context", self._context.pop)
 
     def memory(self) -> tuple[int, int]:
-        """See the protocol."""
         free, total = self._call("asking for free GPU memory", self._cuda.mem_get_info)
         return int(free), int(total)
 
     def host_array(self, shape: Sequence[int], *, mapped: bool) -> tuple[UInt8Array, int]:
-        """See the protocol."""
         kinds = self._cuda.host_alloc_flags
         flags = kinds.PORTABLE | (kinds.DEVICEMAP if mapped else 0)
         doing = f"allocating {int(np.prod(shape))} bytes of page-locked memory"
@@ -120,10 +106,10 @@ class PyCudaDriver:
         return np.asarray(_PageLocked(self, array)), pointer
 
     def free_host(self, last: list[UInt8Array]) -> None:
-        """Drop the last reference to page-locked memory, in any thread, where PyCUDA can free it."""
+        """Drop the last reference to page-locked memory, with the context current so that PyCUDA can free it."""
         try:
             self._context.push()
-        except self._cuda.Error:  # lost: there is nothing left to free
+        except self._cuda.Error:  # the context is lost, and the memory with it
             return
         try:
             last.clear()
@@ -131,79 +117,52 @@ class PyCudaDriver:
             self._context.pop()
 
     def device_alloc(self, size: int) -> Any:
-        """See the protocol."""
         return self._call(f"allocating {size} bytes of GPU memory", self._cuda.mem_alloc, size)
 
     def pointer(self, allocation: Any) -> int:
-        """See the protocol."""
         return int(allocation)
 
     def device_free(self, allocation: Any) -> None:
-        """See the protocol."""
         self._call("freeing GPU memory", allocation.free)
 
     def stream_create(self) -> Any:
-        """See the protocol."""
         return self._call("creating a stream", self._cuda.Stream, _STREAM_NON_BLOCKING)
 
     def stream_handle(self, stream: Any) -> int:
-        """See the protocol."""
         return int(stream.handle)
 
     def stream_synchronize(self, stream: Any) -> None:
-        """See the protocol."""
         self._call("waiting for a stream", stream.synchronize)
 
     def stream_destroy(self, stream: Any) -> None:
-        """See the protocol; PyCUDA destroys it with its last reference."""
+        pass  # PyCUDA destroys it with its last reference
 
     def event_create(self) -> Any:
-        """See the protocol."""
         kinds = self._cuda.event_flags
         flags = int(kinds.DISABLE_TIMING) | int(kinds.BLOCKING_SYNC)
         return self._call("creating an event", self._cuda.Event, flags)
 
     def event_record(self, event: Any, stream: Any) -> None:
-        """See the protocol."""
         self._call("recording an event", event.record, stream)
 
     def event_synchronize(self, event: Any) -> None:
-        """See the protocol."""
         self._call("computing a tile", event.synchronize)
 
     def event_destroy(self, event: Any) -> None:
-        """See the protocol; PyCUDA destroys it with its last reference."""
+        pass  # PyCUDA destroys it with its last reference
 
     def copy_in(self, pointer: int, array: UInt8Array, stream: Any) -> None:
-        """See the protocol."""
         self._call("copying to the GPU", self._cuda.memcpy_htod_async, pointer, array, stream)
 
     def copy_out(self, array: UInt8Array, pointer: int, stream: Any) -> None:
-        """See the protocol."""
         self._call("copying from the GPU", self._cuda.memcpy_dtoh_async, array, pointer, stream)
 
     def fill(self, pointer: int, value: int, size: int, stream: Any) -> None:
-        """See the protocol."""
         self._call("filling GPU memory", self._cuda.memset_d8_async, pointer, value, size, stream)
-
-    def capture_begin(self, stream: Any) -> None:
-        """PyCUDA cannot."""
-        raise CudaError("CUDA_ERROR_NOT_SUPPORTED", str(self.no_graphs), "recording a CUDA graph")
-
-    def capture_end(self, stream: Any) -> Any:
-        """PyCUDA cannot."""
-        self.capture_begin(stream)
-
-    def graph_launch(self, graph: Any, stream: Any) -> None:
-        """PyCUDA cannot."""
-        self.capture_begin(stream)
-
-    def graph_destroy(self, graph: Any) -> None:
-        """PyCUDA has none."""
 
 
 class _PageLocked:
-    """Owner of page-locked memory; arrays made over it keep it alive. PyCUDA's own could not free it in any thread."""
+    """Owns page-locked memory; arrays over it keep it alive. PyCUDA's own owner cannot free it in every thread."""
 
     def __init__(self, driver: PyCudaDriver, array: UInt8Array) -> None:
         self.__array_interface__ = array.__array_interface__
@@ -212,7 +171,7 @@ class _PageLocked:
 
 @functools.cache
 def _names_by_text() -> dict[str, str]:
-    """Every error's name by its text, from the driver itself; empty where its library cannot be loaded."""
+    """Names of CUDA's errors by their texts, from the driver; empty if its library cannot be loaded."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:

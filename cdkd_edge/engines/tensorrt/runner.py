@@ -22,7 +22,7 @@ from cdkd_edge.core.errors import EngineError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, confidence_of, missing_output
-from cdkd_edge.engines.cuda.memory import Buffer, Gpu, Stream
+from cdkd_edge.engines.cuda.gpu import Buffer, Gpu, Stream
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.engines.tensorrt import api, device
 from cdkd_edge.engines.tensorrt import load as loadable
@@ -86,7 +86,7 @@ class TensorRTEngine:
         if tensorrt is None:
             tensorrt, log_to = _installed()
         if gpu is None:
-            from cdkd_edge.engines.cuda.api import open_gpu
+            from cdkd_edge.engines.cuda.gpu import open_gpu
 
             gpu = open_gpu()
         self.gpu = gpu

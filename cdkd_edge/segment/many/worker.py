@@ -21,10 +21,9 @@ from cdkd_edge import __version__
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, FleetError, ManifestError, SceneError
 from cdkd_edge.core.files import occupied, require_free, write_text
 from cdkd_edge.core.labels import LabelSchema
-from cdkd_edge.core.manifest import EngineManifest, read_manifest
+from cdkd_edge.core.manifest import EngineManifest, is_artefact_name, read_manifest
 from cdkd_edge.core.process import EventWriter
 from cdkd_edge.core.signals import check, end_on_signals
-from cdkd_edge.core.workspace import ENGINE_SUFFIXES
 from cdkd_edge.engines.protocol import Engine, Labeller
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.raster.areas import class_areas
@@ -311,7 +310,7 @@ def engine_path(ref: EngineRef) -> Path:
     folder = Path(ref.folder).absolute()
     found: list[tuple[Path, EngineManifest]] = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix in ENGINE_SUFFIXES and not path.name.startswith("."):
+        if is_artefact_name(path) and not path.name.startswith("."):
             with contextlib.suppress(ManifestError):
                 manifest = read_manifest(path, EngineManifest, verify=False)
                 if manifest.graph.sha256 == ref.graph_sha256:

@@ -560,7 +560,7 @@ def children(parent: int) -> list[int]:
 
 def filled(spool: Path) -> bool:
     """Whether rows of tiles are in it."""
-    return spool.exists() and spool.stat().st_size > 1 << 20
+    return spool.exists() and spool.stat().st_size > 1 << 15
 
 
 class Killing(RunObserver):
@@ -586,7 +586,7 @@ def test_a_scene_whose_process_is_killed_goes_to_another_one_at_most_three_times
     small_engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    names = [str(write_raster(tmp_path / "large.tif", noise(2000, 1600)))]
+    names = [str(write_raster(tmp_path / "large.tif", noise(1200, 1000)))]
     names += [str(write_raster(tmp_path / f"s{i}.tif", noise(200, 150, seed=i))) for i in range(3)]
     outputs = [Path("maps") / f"{Path(name).stem}_labels.tif" for name in names]
     workers, ref = workers_for(engine_ref(small_engine_path, threads=1), None, 2)
@@ -620,7 +620,7 @@ def test_a_scene_whose_process_is_killed_goes_to_another_one_at_most_three_times
 def test_a_signal_ends_the_run_and_its_processes(
     small_engine_path: Path, tmp_path: Path, number: signal.Signals, code: int, when: str
 ) -> None:
-    names = [sparse_raster(tmp_path / f"large{i}.tif", 6000, 6000) for i in range(2)]
+    names = [sparse_raster(tmp_path / f"large{i}.tif", 4000, 4000) for i in range(2)]
     command = [sys.executable, "-m", "cdkd_edge", "segment", *names, "-o", "maps", "-e", small_engine_path]
     process = subprocess.Popen(
         [*map(str, command), "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

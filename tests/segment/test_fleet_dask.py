@@ -117,7 +117,7 @@ def wait_for_workers(pool: DaskPool, count: int) -> None:
 def test_nothing_lost_and_nothing_twice(
     scheduler: str, small_engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = write_raster(tmp_path / "large.tif", noise(2000, 1600))
+    large = write_raster(tmp_path / "large.tif", noise(1200, 1000))
     scenes = [str(large)] + [str(write_raster(tmp_path / f"s{i}.tif", noise(200, 150, seed=i))) for i in range(6)]
     Path(scenes[3]).write_text("no raster")
     outputs = [tmp_path / "maps" / f"{Path(scene).stem}_labels.tif" for scene in scenes]

@@ -32,9 +32,9 @@ from cdkd_edge.quality.metrics import CLASS_METRICS, METRICS, ClassCounts, Confu
 from cdkd_edge.quality.parity import SIDES, Delta, Gate, ImageParity, Parity
 from cdkd_edge.quality.picture import write_differences
 from cdkd_edge.raster.read import reading_notes
+from cdkd_edge.segment.geotiff import LabelMapWriter
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import label_map_tags, label_rows
-from cdkd_edge.segment.write import LabelMapWriter
 
 Sides = tuple[ClassCounts, ClassCounts]
 

@@ -24,9 +24,9 @@ from cdkd_edge.quality.metrics import CLASS_METRICS, ConfusionMatrix, number
 from cdkd_edge.quality.picture import write_comparison
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import reading_notes
+from cdkd_edge.segment.geotiff import LabelMapWriter
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import label_map_tags, label_rows
-from cdkd_edge.segment.write import LabelMapWriter
 
 Rows = npt.NDArray[np.uint8]
 

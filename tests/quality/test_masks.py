@@ -18,7 +18,7 @@ from scene_helpers import write_raster
 from cdkd_edge.core.errors import DatasetError, SchemaError
 from cdkd_edge.core.labels import LabelSchema, LandCoverClass, load_schema
 from cdkd_edge.quality.masks import Lost, open_mask, read_labels
-from cdkd_edge.segment.write import LabelMapWriter
+from cdkd_edge.segment.geotiff import LabelMapWriter
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore::rasterio.errors.NotGeoreferencedWarning")
 

@@ -27,7 +27,7 @@ from cdkd_edge.core.labels import NO_LABEL, LabelSchema, LandCoverClass
 from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.raster.areas import class_areas
 from cdkd_edge.segment import products
-from cdkd_edge.segment.cog import write_cog
+from cdkd_edge.segment.geotiff import write_cog
 from cdkd_edge.segment.many.jobs import EngineRef, Job, file_state
 from cdkd_edge.segment.many.worker import do_job
 from cdkd_edge.segment.options import SegmentOptions

@@ -223,7 +223,8 @@ def child(scene: str, output: str, number: int) -> None:
     """Do the work of `segment` when told to; say when it is done, and stay until the parent has looked."""
     warnings.simplefilter("ignore")
     from cdkd_edge.raster.stretch import Stretch
-    from cdkd_edge.segment.many.jobs import EngineRef, Job, do_job
+    from cdkd_edge.segment.many.jobs import EngineRef, Job
+    from cdkd_edge.segment.many.worker import do_job
     from cdkd_edge.segment.options import SegmentOptions
     from cdkd_edge.segment.products import ProductOptions
     from cdkd_edge.segment.products.polygons import VectorOptions, require_vector

@@ -12,8 +12,15 @@ from scene_helpers import FakeEngine, ProbabilityEngine, names_in, noise, write_
 
 from cdkd_edge.cli.show.fleet import FleetLines
 from cdkd_edge.core.errors import SceneError
+<<<<<<< HEAD
+from cdkd_edge.segment import finish as room
+from cdkd_edge.segment.finish import RoomWatch
+from cdkd_edge.segment.many.jobs import EngineRef, Job, file_state
+from cdkd_edge.segment.many.worker import do_job
+=======
 from cdkd_edge.segment import spool as spool_file
 from cdkd_edge.segment.many.jobs import EngineRef, Job, do_job, stamp
+>>>>>>> main
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.products import ProductOptions
@@ -107,7 +114,7 @@ def job_of(folder: Path, **wanted: Any) -> Job:
     ref = EngineRef("fake.onnx", "fake", "fp32", "fake", sha, "cd" * 32)
     path = folder / "map.tif"
     return Job(
-        str(folder / "scene.tif"), str(path), ref, SegmentOptions(), ProductOptions(**wanted), before=stamp(path)
+        str(folder / "scene.tif"), str(path), ref, SegmentOptions(), ProductOptions(**wanted), before=file_state(path)
     )
 
 

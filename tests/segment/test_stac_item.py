@@ -28,7 +28,8 @@ from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.raster.areas import class_areas
 from cdkd_edge.segment import products
 from cdkd_edge.segment.geotiff import write_cog
-from cdkd_edge.segment.many.jobs import EngineRef, Job, do_job, stamp
+from cdkd_edge.segment.many.jobs import EngineRef, Job, file_state
+from cdkd_edge.segment.many.worker import do_job
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.products import ProductOptions, product_paths, write_products
 from cdkd_edge.segment.products.polygons import VectorOptions
@@ -312,7 +313,7 @@ def test_what_is_missing_is_said_before_work_begins(tmp_path: Path, monkeypatch:
 def job_of(scene: Path, path: Path, wanted: ProductOptions, **options: Any) -> Job:
     engine = ProbabilityEngine(TILE, kind="confidence")
     ref = EngineRef("fake.onnx", "fake", "fp32", "fake", engine.artefact.sha256, "cd" * 32)
-    return Job(str(scene), str(path), ref, SegmentOptions(**options), wanted, before=stamp(path))
+    return Job(str(scene), str(path), ref, SegmentOptions(**options), wanted, before=file_state(path))
 
 
 def assets_of(path: Path) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from cdkd_edge.cli.helpers import need, show, stem_of, steps, workspace_at
 from cdkd_edge.cli.options import (
     BandsOption,
     JsonOption,
+    PaletteOption,
     StretchOption,
     WeightsOption,
     WorkspaceOption,
     segment_options,
 )
-from cdkd_edge.core.labels import BUILTIN_SCHEMAS
+from cdkd_edge.core.labels import BUILTIN_SCHEMAS, Palette
 
 
 @app.command()
@@ -113,6 +114,7 @@ def demo(
     ] = None,
     bands: BandsOption = None,
     stretch: StretchOption = False,
+    palette: PaletteOption = Palette.DISPLAY,
     workspace: Annotated[
         Path, typer.Option("--workspace", "-w", help="Where the demo writes.", file_okay=False)
     ] = Path("cdkd-edge-demo"),
@@ -122,10 +124,12 @@ def demo(
 
     Without PyTorch, as on a board, the check against it is skipped.
     """
+    import dataclasses
+
     from cdkd_edge.cli.show.chain import describe_demo
     from cdkd_edge.demo.run import run_demo
 
-    options = segment_options(None, bands, stretch, None, None)
+    options = dataclasses.replace(segment_options(None, bands, stretch, None, None), palette=palette)
     with steps() as step:
         result = run_demo(workspace_at(workspace), scene, options, step)
     show(describe_demo(result), as_json)

@@ -121,7 +121,14 @@ def run_demo(
         (output,) = label_map_paths([str(scene)], None, workspace.root)
         result = segment_scene(engine, scene, output, options)
         quicklook = output.with_name(f"{output.stem}_preview.png")
-        write_preview(scene, output, built.schema, class_areas(output, built.schema), quicklook, options)
+        write_preview(
+            scene,
+            output,
+            built.schema.in_palette(options.palette),
+            class_areas(output, built.schema),
+            quicklook,
+            options,
+        )
         mean_iou = None
         if truth is not None:
             confusion = ConfusionMatrix(len(built.schema))

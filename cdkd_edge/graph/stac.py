@@ -202,7 +202,7 @@ def _output(graph: GraphManifest, schema: LabelSchema) -> dict[str, Any]:
             "value": label,
             "name": short,
             "description": cls.name,  # no title: the extension's own package, stac-model, refuses classes that have one
-            "color_hint": "".join(f"{part:02X}" for part in cls.color),
+            "color_hint": "".join(f"{part:02X}" for part in cls.shown),
         }
         for label, (short, cls) in enumerate(zip(class_names(schema.class_names), schema.classes, strict=True))
     ]

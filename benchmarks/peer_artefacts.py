@@ -22,7 +22,7 @@ from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest, r
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.runtimes import RUNTIMES, build_engine
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint
-from cdkd_edge.graph.int8.tiles import CalibrationSet
+from cdkd_edge.graph.tiles import CalibrationSet
 from cdkd_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from cdkd_edge.precision.calibration.generate import CalibrateOptions, calibrate
 from cdkd_edge.precision.calibration.scenes import expand, measure

@@ -144,7 +144,7 @@ def build(
     from cdkd_edge.cli.show.engines import describe_build
     from cdkd_edge.core.output_kinds import CONFIDENCE, PROBABILITIES
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions, parse_size, parse_target
-    from cdkd_edge.graph.int8.calibrate import CalibrationOptions
+    from cdkd_edge.graph.int8 import CalibrationOptions
     from cdkd_edge.precision.graph import Request, labelled_data, prepare_graph
     from cdkd_edge.precision.int8 import Gate, Int8Options
     from cdkd_edge.precision.plan import compare_speed, engine_path

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdkd_edge.core.errors import ManifestError, NumericalCheckError, UsageError, WorkspaceError
+from cdkd_edge.core.errors import NumericalCheckError, UsageError, WorkspaceError
 from cdkd_edge.core.manifest import GraphManifest, output_of, precision_of, read_manifest
 from cdkd_edge.core.output_kinds import LABELS
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines.runtimes import Runtime, require_precision
-from cdkd_edge.graph.derive import fp16_path, int8_path, write_fp16
-from cdkd_edge.graph.int8.tiles import CalibrationSet, is_calibration_set
-from cdkd_edge.graph.outputs import is_variant_of, variant_path, write_variant
+from cdkd_edge.graph.files import derived_path, is_derived_from
+from cdkd_edge.graph.fp16 import write_fp16
+from cdkd_edge.graph.outputs import write_variant
+from cdkd_edge.graph.tiles import CalibrationSet, is_calibration_set
 from cdkd_edge.precision.int8 import Gate, Int8Options, Int8Result, require_fitting, write_int8
 from cdkd_edge.precision.int8_gate import LabelledData
 from cdkd_edge.quality.datasets import find_dataset
@@ -32,7 +33,7 @@ class Request:
     again: bool = False
     """Make the graph even if there is one (as if anything else is asked for), or if FP16 is known to break it."""
     least: float | None = None
-    """Share of labels that must stay the same, 0..1. Default: that of ``int8``; of FP16, see :func:`check_half`."""
+    """Share of labels that must stay the same, 0..1. Default: that of ``int8``; of FP16, see :func:`check_fp16`."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def prepare_graph(
     ):
         return _as_it_is(space.only_graph(wanted, f"cdkd-edge build --{output}", output), request)
     plain = _labels_graph(space, graph, precision, request, progress, runtime)
-    destination = variant_path(plain.path, output)
-    made = not is_variant_of(destination, plain.path, output)
+    destination = derived_path(plain.path, output)
+    made = not is_derived_from(destination, plain.path, output)
     if made:
         write_variant(plain.path, destination, output, progress)
     return dataclasses.replace(plain, path=destination, made=plain.made or made)
@@ -136,8 +137,8 @@ def _labels_graph(
             f"{graph} is a graph of {own}, and --{wanted} was asked for",
             hint=f"name the FP32 graph, leave out --{wanted}, or leave out the graph",
         )
-    destination = fp16_path(graph) if wanted == "fp16" else int8_path(graph)
-    if request == Request() and _made_from(destination, graph):
+    destination = derived_path(graph, wanted)
+    if request == Request() and is_derived_from(destination, graph):
         return Prepared(destination)
     source = read_manifest(graph, GraphManifest)
     _require_hope(graph, source, wanted, request)
@@ -145,7 +146,7 @@ def _labels_graph(
         if runtime is not None:
             require_precision(runtime, wanted, graph)
         if request.calibration is None:
-            write_fp16(graph, destination, least=request.least, progress=progress)
+            write_fp16(graph, destination, least=request.least, note=progress)
         else:
             tiles = CalibrationSet.load(request.calibration)
             require_fitting(tiles, source, "check")
@@ -155,7 +156,7 @@ def _labels_graph(
                 tiles=tiles.tiles("check"),
                 imagery=tiles.name,
                 least=request.least,
-                progress=progress,
+                note=progress,
             )
         return Prepared(destination, made=True)
     tiles = CalibrationSet.load(request.calibration or only_calibration_set(space))
@@ -248,13 +249,3 @@ def _missing(space: Workspace, precision: str) -> Path:
         f"there is no {precision} graph in {space.graphs}, and no exported graph to make it from",
         hint="make one: cdkd-edge export CKPT",
     )
-
-
-def _made_from(derived: Path, plain: Path) -> bool:
-    """Whether a graph is whole and was made from another."""
-    try:
-        made = read_manifest(derived, GraphManifest)
-        source = read_manifest(plain, GraphManifest)
-    except ManifestError:
-        return False
-    return made.parent is not None and made.parent.sha256 == source.artefact.sha256

@@ -27,13 +27,12 @@ from cdkd_edge.core.manifest import (
 )
 from cdkd_edge.core.output_kinds import LABELS
 from cdkd_edge.graph.cpu import cpu_twin
-from cdkd_edge.graph.fp16_check import check_half
-from cdkd_edge.graph.int8.calibrate import Calibrated, CalibrationOptions, calibrate
-from cdkd_edge.graph.int8.graphs import int8_graph
-from cdkd_edge.graph.int8.layers import quantizable_layers
-from cdkd_edge.graph.int8.sensitivity import signal_to_noise
-from cdkd_edge.graph.int8.tiles import CalibrationSet, Role
-from cdkd_edge.graph.read import read_graph
+from cdkd_edge.graph.files import read_graph
+from cdkd_edge.graph.fp16 import check_fp16
+from cdkd_edge.graph.int8 import Calibrated, CalibrationOptions, calibrate, int8_graph
+from cdkd_edge.graph.int8_ranges import signal_to_noise
+from cdkd_edge.graph.layers import quantizable_layers
+from cdkd_edge.graph.tiles import CalibrationSet, Role
 from cdkd_edge.precision.int8_gate import Judge, Judgement, LabelledData, require_own_report, write_report
 from cdkd_edge.quality.evaluate import check_dataset, require_same_classes
 
@@ -159,7 +158,7 @@ def write_int8(
         model,
         SetTiles(tiles, "calibration"),
         options.calibration,
-        lambda what, done, total: progress(f"{what}: tile {done} of {total}"),
+        progress,
     )
     progress("noise of every layer")
     noise = signal_to_noise(calibrated.model, calibrated.layers, calibrated.scales, SetTiles(tiles, "check"))
@@ -178,7 +177,7 @@ def write_int8(
         )
     graph = _graph(calibrated, last.kept)
     progress("the graph as TensorRT will compute it")
-    conversion = check_half(plain, graph, SetTiles(tiles, "check"), tiles.name, progress, least=options.gate.agreement)
+    conversion = check_fp16(plain, graph, SetTiles(tiles, "check"), tiles.name, progress, least=options.gate.agreement)
     with whole_file(destination) as temporary:
         onnx.save(graph, temporary)
         artefact = FileRecord.of(temporary, destination.name)

@@ -21,7 +21,7 @@ from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import GraphManifest
 from cdkd_edge.engines.onnxruntime import OnnxLabeller
 from cdkd_edge.engines.protocol import UInt8Array
-from cdkd_edge.graph.fuse import fuse_attention
+from cdkd_edge.graph.cpu import fuse_attention
 from cdkd_edge.quality.datasets import Dataset
 from cdkd_edge.quality.evaluate import Evaluation, evaluate
 from cdkd_edge.quality.metrics import ConfusionMatrix, number

@@ -14,16 +14,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxsim")
 
 from commands import assert_answer, run  # noqa: E402
-from quantization_helpers import CONFIG, nodes_of, tiles_of, write_set  # noqa: E402
+from quantization_helpers import CONFIG, casts, nodes_of, tiles_of, write_set  # noqa: E402
 
 from cdkd_edge.core.labels import load_schema  # noqa: E402
 from cdkd_edge.core.manifest import GraphManifest, read_manifest  # noqa: E402
 from cdkd_edge.core.sample import sample_tiles  # noqa: E402
 from cdkd_edge.engines.onnxruntime import build_cpu_engine  # noqa: E402
-from cdkd_edge.graph.derive import fp16_path  # noqa: E402
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint  # noqa: E402
-from cdkd_edge.graph.fp16 import casts  # noqa: E402
-from cdkd_edge.graph.int8.layers import quantizable_layers  # noqa: E402
+from cdkd_edge.graph.files import derived_path  # noqa: E402
+from cdkd_edge.graph.layers import quantizable_layers  # noqa: E402
 from cdkd_edge.model.checkpoint import save_checkpoint  # noqa: E402
 from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402
 from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8  # noqa: E402
@@ -107,7 +106,7 @@ def test_what_an_export_found_is_known_to_the_commands_after_it(tmp_path, loud, 
     write_set(tmp_path / "engines" / "calibration" / "mission", tiles_of(1), tiles_of(1))
     typed = ["cdkd-edge", "bench", "--power-trace"]
     with monkeypatch.context() as patch:
-        patch.setattr("cdkd_edge.graph.derive.to_fp16", None)  # nothing is computed again
+        patch.setattr("cdkd_edge.graph.fp16.to_fp16", None)  # nothing is computed again
         patch.setattr("cdkd_edge.precision.int8.calibrate", None)
         for runtime in ("cpu", "tensorrt"):
             result = run("build", "--fp16", "--runtime", runtime)
@@ -187,7 +186,7 @@ def tiny(tmp_path_factory):
 
 def test_the_bundled_network_in_fp16(tiny):
     assert tiny.half.conversion.label_agreement >= 0.999
-    half = onnx.load(fp16_path(tiny.path))
+    half = onnx.load(derived_path(tiny.path, "fp16"))
     assert casts(half) == {"FLOAT16": 1, "UINT8": 1}
     assert tiny.half.artefact.bytes < 0.55 * tiny.manifest.artefact.bytes
 

@@ -272,7 +272,7 @@ def test_labelled_data(space, tmp_path):
         (("--int8", "--max-loss", "1"), "labelled images"),
         (("--int8", "--calibrator", "kl"), "no calibrator 'kl'"),
         (("--int8", "--calibrator", "max", "--percentile", "99"), "max calibrator has no percentile"),
-        (("--int8", "--percentile", "0.99"), "makes no sense"),
+        (("--int8", "--percentile", "0.99"), "--percentile must be above 50"),
         (("--int8", "--alpha", "-1"), "between 0 and 1"),
         (("--int8", "--min-agreement", "0.98"), "per cent"),
         (("--int8", "--min-agreement", "101"), "makes no sense"),

@@ -16,11 +16,10 @@ from cdkd_edge.core.errors import DatasetError, GraphError, ManifestError, Numer
 from cdkd_edge.core.labels import load_schema
 from cdkd_edge.core.manifest import GraphManifest, manifest_path, read_manifest
 from cdkd_edge.engines.onnxruntime import OnnxLabeller
-from cdkd_edge.graph.cpu import cpu_twin
-from cdkd_edge.graph.derive import fp16_path, write_fp16
-from cdkd_edge.graph.fuse import fuse_attention
-from cdkd_edge.graph.int8.calibrate import CalibrationOptions
-from cdkd_edge.graph.session import cpu_session
+from cdkd_edge.graph.cpu import cpu_session, cpu_twin, fuse_attention
+from cdkd_edge.graph.files import derived_path
+from cdkd_edge.graph.fp16 import write_fp16
+from cdkd_edge.graph.int8 import CalibrationOptions
 from cdkd_edge.precision import int8
 from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8
 from cdkd_edge.precision.int8_gate import Judgement, LabelledData, worst_layers
@@ -350,9 +349,9 @@ def test_a_tile_that_was_changed(tmp_path, graph, role):
 
 
 def test_graphs_of_other_precisions(graph, tiles):
-    write_fp16(graph, fp16_path(graph))
+    write_fp16(graph, derived_path(graph, "fp16"))
     with pytest.raises(GraphError, match="INT8 is made from the FP32 graph"):
-        write_int8(fp16_path(graph), target(graph), tiles)
+        write_int8(derived_path(graph, "fp16"), target(graph), tiles)
     with open(graph, "ab") as file:
         file.write(b"x")
     refused(ManifestError, graph, tiles, match="SHA-256 differs")
@@ -377,7 +376,7 @@ def test_a_destination_that_cannot_be(graph, tiles):
     assert names(graph.parent) == ["file", "small.json", "small.onnx"]
 
 
-@pytest.mark.parametrize("where", ["calibrate", "signal_to_noise", "cpu_twin", "check_half", "write_manifest"])
+@pytest.mark.parametrize("where", ["calibrate", "signal_to_noise", "cpu_twin", "check_fp16", "write_manifest"])
 def test_an_interruption_leaves_nothing(graph, tiles, monkeypatch, where, tmp_path):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from quantization_helpers import CONFIG, tiles_of, write_set
 from cdkd_edge.core.errors import ManifestError, UsageError, WorkspaceError
 from cdkd_edge.core.manifest import GraphManifest, manifest_path, read_manifest
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.graph.int8.calibrate import CalibrationOptions
+from cdkd_edge.graph.int8 import CalibrationOptions
 from cdkd_edge.precision.graph import Request, prepare_graph
 from cdkd_edge.precision.int8 import Gate, Int8Options
 

@@ -27,8 +27,7 @@ from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.engines.tensorrt.runner import TensorRTEngine
 from cdkd_edge.graph.files import derived_path
 from cdkd_edge.graph.outputs import write_variant
-from cdkd_edge.precision.graph import Request, prepare_graph
-from cdkd_edge.precision.plan import compare_speed, engine_path
+from cdkd_edge.precision.choose import GraphRequest, compare_speed, engine_path, prepare_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -321,7 +320,7 @@ def test_a_named_graph_with_confidence_is_built_as_it_is(space):
         with pytest.raises(UsageError, match="a graph of fp32 that gives confidence"):
             prepare_graph(space, sure, precision, output=output)
     with pytest.raises(UsageError):
-        prepare_graph(space, sure, None, Request(again=True))
+        prepare_graph(space, sure, None, GraphRequest(again=True))
 
 
 def test_a_board_to_which_only_the_variant_was_carried(space):
@@ -345,7 +344,7 @@ def test_int8_with_confidence_is_timed_against_fp32_with_confidence(space, tmp_p
     for source, target in ((rival, copy), (manifest_path(rival), manifest_path(copy))):
         shutil.copy(source, target)
     manifest = dataclasses.replace(load_engine(copy).manifest, precision="int8")
-    assert compare_speed(space, copy, manifest).path == rival
+    assert compare_speed(copy, manifest).path == rival
 
 
 def test_evaluate_and_parity_take_a_graph_with_confidence(space, small_tiles):

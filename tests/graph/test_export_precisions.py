@@ -25,7 +25,8 @@ from cdkd_edge.graph.files import derived_path  # noqa: E402
 from cdkd_edge.graph.layers import quantizable_layers  # noqa: E402
 from cdkd_edge.model.checkpoint import save_checkpoint  # noqa: E402
 from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402
-from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8  # noqa: E402
+from cdkd_edge.precision.int8 import Int8Options, write_int8  # noqa: E402
+from cdkd_edge.precision.int8_gate import Int8Gate  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch
 
@@ -122,7 +123,7 @@ def test_what_an_export_found_is_known_to_the_commands_after_it(tmp_path, loud, 
 
 def test_a_share_of_labels_may_be_asked_for_instead(tmp_path, sound):
     for options in (("--min-agreement", "0.5"), ("--min-agreement", "101")):
-        assert_answer(run("export", sound, *HEADS, *options), 2, "makes no sense")
+        assert_answer(run("export", sound, *HEADS, *options), 2, "--min-agreement must be above 1")
     assert_answer(run("export", sound, *HEADS, "--no-fp16", "--min-agreement", "99"), 2, "about the FP16 graph")
     data = json.loads(run("export", sound, *HEADS, "--fp16", "--min-agreement", "99", "--json").stdout)
     assert data["fp16"]["conversion"]["max_logit_error"] is None
@@ -197,7 +198,7 @@ def test_the_bundled_network_in_int8(tiny, tmp_path):
     graph = tmp_path / "tiny.onnx"
     for suffix in (".onnx", ".json"):
         shutil.copy(tiny.path.with_suffix(suffix), graph.with_suffix(suffix))
-    result = write_int8(graph, tmp_path / "tiny.int8.onnx", chosen, Int8Options(gate=Gate(0.95)))
+    result = write_int8(graph, tmp_path / "tiny.int8.onnx", chosen, Int8Options(gate=Int8Gate(0.95)))
     count = len(quantizable_layers(onnx.load(graph)))
     made = onnx.load(result.path)
     onnx.checker.check_model(made, full_check=True)

@@ -90,7 +90,7 @@ def export(
     need("torch", "export", "exporting a checkpoint")
     from cdkd_edge.cli.show.chain import describe_export
     from cdkd_edge.graph.export import ExportOptions, export_checkpoint
-    from cdkd_edge.precision.int8 import Gate
+    from cdkd_edge.precision.int8_gate import Int8Gate
 
     destination = output or workspace_at(workspace).graphs / f"{stem_of(checkpoint)}.onnx"
     if destination.suffix != ".onnx":
@@ -99,7 +99,7 @@ def export(
         raise typer.BadParameter("it is written into what --qgis and --stac make", param_hint="--gsd")
     if min_agreement is not None and fp16 is False:
         raise typer.BadParameter("it is about the FP16 graph", param_hint="--min-agreement")
-    least = None if min_agreement is None else Gate(min_agreement / 100).agreement
+    least = None if min_agreement is None else Int8Gate(min_agreement / 100).agreement
     options = ExportOptions(tile, batch, opset, schema, heads, norm_eps, fp16, least, qgis, stac, gsd, weights)
     with steps() as step:
         result = export_checkpoint(checkpoint, destination, options, step)

@@ -153,7 +153,7 @@ def _export(checkpoint: Path, destination: Path, progress: Callable[[str], None]
     except ImportError as error:
         progress("writing the graph")
         return _write_bundled(checkpoint, destination, f"the check against PyTorch, and simplification ({error})")
-    return export_checkpoint(checkpoint, destination, progress=progress)
+    return export_checkpoint(checkpoint, destination, note=progress)
 
 
 def _write_bundled(checkpoint: Path, destination: Path, skipped: str) -> BundledGraph:

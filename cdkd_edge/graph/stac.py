@@ -22,7 +22,7 @@ from cdkd_edge import __version__
 from cdkd_edge.core.files import require_own, write_text
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import FileRecord, GraphManifest, manifest_path
-from cdkd_edge.graph.qgis import QgisGraph
+from cdkd_edge.graph.outputs import QgisGraph
 
 STAC_VERSION = "1.1.0"
 MULTIHASH_SHA256 = "1220"

@@ -18,7 +18,7 @@ from cdkd_edge.core.errors import ManifestError
 from cdkd_edge.core.labels import load_schema
 from cdkd_edge.core.manifest import FileRecord, GraphManifest, read_manifest
 from cdkd_edge.graph import stac
-from cdkd_edge.graph.qgis import QgisGraph
+from cdkd_edge.graph.outputs import QgisGraph
 from cdkd_edge.graph.stac import class_names, model_name, stac_item, write_stac
 
 SCHEMAS = Path(__file__).parents[1] / "helpers" / "stac_schemas"

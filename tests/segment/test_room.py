@@ -12,15 +12,9 @@ from scene_helpers import FakeEngine, ProbabilityEngine, names_in, noise, write_
 
 from cdkd_edge.cli.show.fleet import FleetLines
 from cdkd_edge.core.errors import SceneError
-<<<<<<< HEAD
-from cdkd_edge.segment import finish as room
-from cdkd_edge.segment.finish import RoomWatch
+from cdkd_edge.segment import spool as spool_file
 from cdkd_edge.segment.many.jobs import EngineRef, Job, file_state
 from cdkd_edge.segment.many.worker import do_job
-=======
-from cdkd_edge.segment import spool as spool_file
-from cdkd_edge.segment.many.jobs import EngineRef, Job, do_job, stamp
->>>>>>> main
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.products import ProductOptions

@@ -23,6 +23,7 @@ TAG_OPTIONS = {
     "MERGE": "--merge",
     "GSD_M": "--gsd",
     "STRETCH": "--stretch",
+    "AREA_OF_INTEREST": "--aoi",
 }
 """The command-line option behind each tag of :meth:`SegmentOptions.tags`."""
 

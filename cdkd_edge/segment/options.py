@@ -25,6 +25,7 @@ TAG_OPTIONS = {
     "PALETTE": "--palette",
     "GSD_M": "--gsd",
     "STRETCH": "--stretch",
+    "AREA_OF_INTEREST": "--aoi",
 }
 """The command-line option behind each tag of :meth:`SegmentOptions.tags`."""
 

@@ -7,8 +7,8 @@ BOARD_VERSIONS ?= pinned
 BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))-$(BOARD_VERSIONS)
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-gpu test-board test-floors test-cpus lint lint-docker types bench dubai-model \
-	tiny-model clean
+.PHONY: demo test test-fast test-gpu test-board test-floors test-cpus test-wheel lint lint-docker types docs audit \
+	bench dubai-model tiny-model clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/cdkd-edge demo
@@ -43,6 +43,23 @@ test-floors:
 # A few tests as CPUs that this machine is not, with Debian's qemu-user; where there is none it says so.
 test-cpus: $(VENV)/.tests
 	$(VENV)/bin/python tests/cpus.py
+
+# Wheel and source distribution, and the wheel alone in a fresh environment, away from the repository.
+test-wheel: $(VENV)/.docs
+	rm -rf out/dist out/wheel-venv
+	$(VENV)/bin/python -m build --outdir out/dist . >/dev/null
+	$(PYTHON) -m venv out/wheel-venv
+	out/wheel-venv/bin/pip install --quiet -c constraints.txt out/dist/*.whl
+	out/wheel-venv/bin/python tests/wheel.py
+
+# The documentation as a site in out/site; a warning or a broken link ends it.
+docs: $(VENV)/.docs
+	$(VENV)/bin/python docs/rooms.py
+	$(VENV)/bin/sphinx-build -q -W --keep-going -n docs out/site
+
+# Known vulnerabilities of what is installed.
+audit: $(VENV)/.docs
+	$(VENV)/bin/pip-audit --local --skip-editable
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
@@ -103,6 +120,10 @@ $(VENV)/.package: $(INPUTS)
 
 $(VENV)/.tests: $(VENV)/.package
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[all,test,board-tests]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.tests
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[all,test,docs]'
 	touch $@
 
 $(VENV)/.gpu: $(VENV)/.tests

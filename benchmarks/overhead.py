@@ -34,9 +34,9 @@ from cdkd_edge.core.errors import CdkdEdgeError
 from cdkd_edge.core.files import write_text
 from cdkd_edge.core.machine import available_cores, describe_machine
 from cdkd_edge.core.manifest import library_versions
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.scenery import draw_scene
 from cdkd_edge.segment.pipeline import segment_scene
 
 SCHEMA = 1
@@ -45,7 +45,7 @@ TARGET = 1.05
 
 def draw(path: Path, side: int) -> None:
     """A drawn scene of ``side`` x ``side`` px as a tiled, compressed, georeferenced GeoTIFF."""
-    image = draw_scene(side, side, seed=2026).image
+    (image,) = sample_tiles(side, 1)
     profile = {
         "driver": "GTiff",
         "width": side,

@@ -19,6 +19,7 @@ from peer_children import PEERS, checkpoint_of
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, ManifestError, SceneError
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest, read_manifest
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.runtimes import RUNTIMES, build_engine
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint
 from cdkd_edge.graph.int8.tiles import CalibrationSet
@@ -27,7 +28,6 @@ from cdkd_edge.precision.calibration.generate import CalibrateOptions, calibrate
 from cdkd_edge.precision.calibration.scenes import expand, measure
 from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.scenery import draw_scene, sample_tiles
 from cdkd_edge.segment.options import SegmentOptions
 
 CHECK_TILES = 2
@@ -116,7 +116,7 @@ def prepare(
         tile: side, px.
         wanted: keys of :data:`peer_children.PEERS`.
         trained: whether the INT8 graph must pass the gate of ``cdkd-edge build --int8``.
-        data: folder of images; default: drawn scenery.
+        data: folder of images; default: drawn tiles.
         tiles: tiles that all peers run.
         calibration_tiles: tiles for INT8, from other images than those.
         progress: called with the name of each step.
@@ -224,7 +224,7 @@ def _calibration_scenes(folder: Path, tile: int, data: Path | None, images: list
     side = int(np.ceil(np.sqrt(count))) + 1
     path = folder / "calibration_scene.png"
     with whole_file(path) as temporary:
-        Image.fromarray(draw_scene(side * tile, side * tile, seed=99).image).save(temporary)
+        Image.fromarray(sample_tiles(side * tile, 1, seed=99)[0].transpose(1, 2, 0)).save(temporary)
     return [str(path)]
 
 

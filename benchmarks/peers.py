@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--checkpoint", type=Path, help="a trained network instead")
     new.add_argument("--tile", type=int, nargs="+", help="side, px. Default: the network's")
-    new.add_argument("--data", type=Path, help="folder of images to take tiles from. Default: drawn scenery")
+    new.add_argument("--data", type=Path, help="folder of images to take tiles from. Default: drawn tiles")
     new.add_argument("--tiles", type=int, default=4, help="different tiles")
     new.add_argument("--rounds", type=int, default=15)
     new.add_argument("--seconds", type=float, default=math.inf, help="begin no further round after this time in rounds")

@@ -122,9 +122,9 @@ class AnyEngine(InstantEngine):
 
 def picture(case: Case) -> npt.NDArray[Any]:
     """The picture that is repeated, ``[bands, 2048, 2048]``, with a hole where the case has validity."""
-    from cdkd_edge.scenery import draw_scene
+    from cdkd_edge.core.sample import sample_tiles
 
-    pixels: npt.NDArray[Any] = draw_scene(_SIDE, _SIDE, seed=1).image.transpose(2, 0, 1)
+    pixels: npt.NDArray[Any] = sample_tiles(_SIDE, 1)[0]
     pixels = np.maximum(pixels, 1).astype(case.dtype) * (1 if case.dtype == "uint8" else 13)
     hole = np.s_[:, 300:700, 200:900]
     if case.dtype == "float32":
@@ -223,10 +223,11 @@ def child(scene: str, output: str, number: int) -> None:
     """Do the work of `segment` when told to; say when it is done, and stay until the parent has looked."""
     warnings.simplefilter("ignore")
     from cdkd_edge.raster.stretch import Stretch
-    from cdkd_edge.segment.many.jobs import EngineRef, Job, do_job
+    from cdkd_edge.segment.many.jobs import EngineRef, Job
+    from cdkd_edge.segment.many.worker import do_job
     from cdkd_edge.segment.options import SegmentOptions
+    from cdkd_edge.segment.products import ProductOptions
     from cdkd_edge.segment.products.polygons import VectorOptions, require_vector
-    from cdkd_edge.segment.products.products import Wanted
 
     case = CASES[number]
     options = dict(case.options)
@@ -234,7 +235,7 @@ def child(scene: str, output: str, number: int) -> None:
         low, high = options["stretch"]
         options["stretch"] = Stretch(low, high, percentiles=True)
     engine = AnyEngine(TILE)
-    wanted = Wanted(
+    wanted = ProductOptions(
         vector=VectorOptions() if "vector" in case.products else None,
         preview="preview" in case.products,
         stac="stac" in case.products,

@@ -44,7 +44,7 @@ class InstantEngine(LabelsOnly):
     def __init__(self, tile: int, slots: int = 3) -> None:
         from cdkd_edge.core.labels import load_schema
         from cdkd_edge.core.manifest import FileRecord
-        from cdkd_edge.scenery import draw_scene
+        from cdkd_edge.demo.scenery import draw_scene
 
         self.tile, self.batch, self.slots = tile, 1, slots
         self.schema = load_schema("dubai")
@@ -78,9 +78,9 @@ def make_scenes(folder: Path, side: int) -> dict[str, Path]:
     """GeoTIFFs of ``side`` px in the layouts whose speed is measured."""
     import rasterio
 
-    from cdkd_edge.scenery import draw_scene
+    from cdkd_edge.core.sample import sample_tiles
 
-    picture = draw_scene(2048, 2048, seed=1).image.transpose(2, 0, 1)
+    picture = sample_tiles(2048, 1)[0]
     repeated = np.tile(picture, (1, -(-side // 2048), -(-side // 2048)))[:, :side, :side]
     layouts: dict[str, dict[str, Any]] = {
         "uncompressed, blocks of 512": {"tiled": True, "blockxsize": 512, "blockysize": 512},
@@ -124,9 +124,9 @@ def wide_strips(path: Path, height: int, width: int) -> Path:
     import rasterio
     from rasterio.windows import Window
 
-    from cdkd_edge.scenery import draw_scene
+    from cdkd_edge.core.sample import sample_tiles
 
-    picture = draw_scene(2048, 2048, seed=1).image.transpose(2, 0, 1)
+    picture = sample_tiles(2048, 1)[0]
     profile = {"driver": "GTiff", "height": height, "width": width, "count": 3, "dtype": "uint8", "compress": "deflate"}
     with rasterio.open(path, "w", **profile, zlevel=1, photometric="RGB", BIGTIFF="IF_SAFER") as dataset:
         for top in range(0, height, 64):
@@ -286,12 +286,12 @@ def memory_runs(folder: Path, arguments: argparse.Namespace) -> list[dict[str, A
     """Peak memory by size of the scene."""
     import rasterio
 
+    from cdkd_edge.core.sample import sample_tiles
     from cdkd_edge.raster.grid import default_overlap
-    from cdkd_edge.scenery import draw_scene
 
     profile = {"driver": "GTiff", "height": 2048, "width": 2048, "count": 3, "dtype": "uint8", "tiled": True}
     with rasterio.open(folder / "picture.tif", "w", **profile, photometric="RGB") as dataset:
-        dataset.write(draw_scene(2048, 2048, seed=1).image.transpose(2, 0, 1))
+        dataset.write(sample_tiles(2048, 1)[0])
     height = ROWS * (TILE - default_overlap(TILE)) + default_overlap(TILE)
     sizes = [("VRT of blocks", width, height) for width in WIDTHS]
     sizes += [("VRT of blocks", 2_000, TALL), ("deflate, strips", WIDTHS[-1], height)]

@@ -144,10 +144,10 @@ def segment(
     import dataclasses
 
     from cdkd_edge.cli.show.fleet import live_fleet
-    from cdkd_edge.segment.many.run import crew_for, engine_ref, plan_outputs, segment_many
+    from cdkd_edge.segment.many.run import engine_ref, plan_outputs, segment_many, workers_for
     from cdkd_edge.segment.partial import way_to_go_on
+    from cdkd_edge.segment.products import ProductOptions
     from cdkd_edge.segment.products.polygons import vector_options
-    from cdkd_edge.segment.products.products import Wanted
 
     if dask and workers:
         raise typer.BadParameter("choose a scheduler or workers here", param_hint="--workers")
@@ -167,7 +167,7 @@ def segment(
     if when and not stac:
         raise typer.BadParameter("it is for --stac", param_hint="--datetime")
     polygons = vector_options(min_area, simplify) if vector else None
-    products = Wanted(vector=polygons, preview=preview, stac=stac, when=when)
+    products = ProductOptions(vector=polygons, preview=preview, stac=stac, when=when)
     names, outputs = plan_outputs(
         scenes,
         output,
@@ -181,19 +181,19 @@ def segment(
     kind = CONFIDENCE if confidence and needed == LABELS else needed
     chosen = engine or space.only_engine("cdkd-edge segment SCENE --engine", kind, command_line())
     ref = engine_ref(chosen, threads=threads, worker_folder=worker_engines)
-    crew, ref = crew_for(ref, dask, workers and min(workers, len(names)))
-    with live_fleet(names, as_json) as listener:
+    who, ref = workers_for(ref, dask, workers and min(workers, len(names)))
+    with live_fleet(names, as_json) as observer:
         try:
             segment_many(
                 names,
                 outputs,
-                crew,
+                who,
                 ref,
                 options,
                 products,
                 overwrite=overwrite,
                 report_path=report,
-                listener=listener,
+                observer=observer,
             )
         except (KeyboardInterrupt, SystemExit):
             for advice in filter(None, map(way_to_go_on, outputs)):
@@ -202,4 +202,4 @@ def segment(
         finally:
             if as_json:  # also what was finished before a scene failed
                 place = {name: number for number, name in enumerate(names)}
-                print_json([row.document() for row in sorted(listener.reports, key=lambda row: place[row.scene])])
+                print_json([row.document() for row in sorted(observer.reports, key=lambda row: place[row.scene])])

@@ -37,17 +37,18 @@ from cdkd_edge.core.manifest import (
     write_manifest,
 )
 from cdkd_edge.core.workspace import Workspace
+from cdkd_edge.demo.scenery import draw_scene
 from cdkd_edge.engines.onnxruntime import build_cpu_engine
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 from cdkd_edge.quality.metrics import ConfusionMatrix
+from cdkd_edge.raster.areas import class_areas
 from cdkd_edge.raster.open import writing
-from cdkd_edge.scenery import draw_scene
 from cdkd_edge.segment.options import SegmentOptions, SegmentResult
-from cdkd_edge.segment.outputs import label_map_paths, quicklook_path
+from cdkd_edge.segment.outputs import label_map_paths
 from cdkd_edge.segment.pipeline import segment_scene
-from cdkd_edge.segment.quicklook import write_quicklook
+from cdkd_edge.segment.products.preview import write_preview
 
 if TYPE_CHECKING:
     from cdkd_edge.graph.export import ExportResult
@@ -119,8 +120,8 @@ def run_demo(
         progress("labelling the scene")
         (output,) = label_map_paths([str(scene)], None, workspace.root)
         result = segment_scene(engine, scene, output, options)
-        quicklook = quicklook_path(output)
-        write_quicklook(scene, result, built.schema, quicklook, options)
+        quicklook = output.with_name(f"{output.stem}_preview.png")
+        write_preview(scene, output, built.schema, class_areas(output, built.schema), quicklook, options)
         mean_iou = None
         if truth is not None:
             confusion = ConfusionMatrix(len(built.schema))

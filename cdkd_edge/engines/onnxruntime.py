@@ -25,13 +25,13 @@ from cdkd_edge.core.manifest import (
     write_manifest,
 )
 from cdkd_edge.core.output_kinds import LABELS, build_options
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import NamedOutputs, UInt8Array
 from cdkd_edge.graph.cpu import cpu_twin
 from cdkd_edge.graph.fp16 import fp16_on_cpu
 from cdkd_edge.graph.fuse import fuse_attention
 from cdkd_edge.graph.read import read_graph
 from cdkd_edge.graph.session import session_options, signed_weights_are_exact
-from cdkd_edge.scenery import draw_scene
 
 MIN_AGREEMENT = 0.9999
 """Share of pixels on which engine and graph must agree; the rest is the order of additions."""
@@ -228,9 +228,8 @@ class CpuEngine(OnnxLabeller):
 
 
 def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
-    """Engine against the graph it was built from (of INT8, the twin), on one drawn tile."""
-    tile = draw_scene(source.tile, source.tile, seed=11).image.transpose(2, 0, 1)
-    tiles = np.repeat(tile[None], source.batch, axis=0)
+    """Engine against the graph it was built from (of INT8, the twin), on one sample tile."""
+    tiles = np.repeat(sample_tiles(source.tile, 1), source.batch, axis=0)
     results = []
     for model in (graph, str(engine)):
         session = _session(model, session_options(), f"checking {engine.name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,9 @@ import numpy.typing as npt
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import EngineManifest, FileRecord
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, confidence_of, missing_output
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -82,11 +85,28 @@ class Labeller(Protocol):
             EngineError: the engine failed.
         """
 
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
     def close(self) -> None:
         """Release what runs, and its buffers."""
 
 
-class LabelsOnly:
+class Closing:
+    """Closes itself at the end of a ``with`` block."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what is held."""
+
+
+class LabelsOnly(Closing):
     """The part of :class:`Labeller` that is about other outputs, of what gives labels alone."""
 
     artefact: FileRecord
@@ -105,7 +125,7 @@ class LabelsOnly:
         raise missing_output(LABELS, PROBABILITIES, self.artefact.file)
 
 
-class NamedOutputs:
+class NamedOutputs(Closing):
     """The part of :class:`Labeller` that is about outputs, for a class that keeps them by name."""
 
     artefact: FileRecord

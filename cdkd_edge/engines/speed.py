@@ -6,8 +6,8 @@ import statistics
 import time
 
 from cdkd_edge.core.errors import EngineError
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import Engine
-from cdkd_edge.scenery import sample_tiles
 
 ROUNDS = 7
 

@@ -21,10 +21,10 @@ from cdkd_edge.core.manifest import (
     require_replaceable,
     write_manifest,
 )
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.graph.fp16 import SUFFIX, WeightRangeError, to_fp16
 from cdkd_edge.graph.fp16_check import OutOfRangeError, check_half
 from cdkd_edge.graph.read import read_graph
-from cdkd_edge.scenery import sample_tiles
 
 CHECK_TILES = 2
 

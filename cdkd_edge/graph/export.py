@@ -32,6 +32,7 @@ from cdkd_edge.core.manifest import (
     require_replaceable,
     write_manifest,
 )
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.graph.build import DEFAULT_OPSET, LOGITS, build_graph
 from cdkd_edge.graph.derive import fp16_path, outdated_graphs, write_fp16
 from cdkd_edge.graph.qgis import QGIS_OPSET, QgisGraph, qgis_path, require_gsd, require_own_qgis, write_qgis
@@ -39,7 +40,6 @@ from cdkd_edge.graph.stac import require_own_stac, stac_item, stac_path, write_s
 from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD
 from cdkd_edge.model.network import SegmentationNetwork
-from cdkd_edge.scenery import sample_tiles
 
 MIN_AGREEMENT = 0.9999
 """Share of pixels that must get the same label. The rest is rounding at the border of two classes."""

@@ -28,8 +28,8 @@ from cdkd_edge.core.errors import NumericalCheckError, UsageError
 from cdkd_edge.core.files import require_own, whole_file
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import FileRecord
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.graph.outputs import scores_of
-from cdkd_edge.scenery import sample_tiles
 
 QGIS_OPSET = 17
 """The plugin asks for ONNX Runtime 1.12.1 to 1.17; 1.12 ends at this opset."""
@@ -177,7 +177,7 @@ def require_own_qgis(path: Path) -> None:
 
 
 def _agreement(graph: Path, plain: Path, tile: int) -> float:
-    """Share of the pixels with the same label, on one drawn tile that is handed over as the plugin does."""
+    """Share of the pixels with the same label, on one sample tile that is handed over as the plugin does."""
     pixels = sample_tiles(tile, 1)[0]
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
     (probabilities,) = session.run(None, {"image": np.float32(pixels[None] * 1.0 / 255.0)})

@@ -35,7 +35,7 @@ from cdkd_edge.graph.int8.sensitivity import signal_to_noise
 from cdkd_edge.graph.int8.tiles import CalibrationSet, Role
 from cdkd_edge.graph.read import read_graph
 from cdkd_edge.precision.int8_gate import Judge, Judgement, LabelledData, require_own_report, write_report
-from cdkd_edge.quality.evaluate import require_readable, require_same_classes
+from cdkd_edge.quality.evaluate import check_dataset, require_same_classes
 
 FIRST_KEPT = 1
 """Layers that ``--auto`` keeps in FP16 at its first attempt; twice as many at each further one."""
@@ -152,7 +152,7 @@ def write_int8(
     require_fitting(tiles, source, "calibration", "check")
     if data is not None:  # a mistake that evaluate() would tell after minutes
         require_same_classes(source.schema, data.schema)
-        require_readable(data.dataset, source.tile, data.options)
+        check_dataset(data.dataset, source.tile, data.options)
     model = read_graph(plain, source)
     require_layers(model, options.keep)
     calibrated = calibrate(

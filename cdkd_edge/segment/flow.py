@@ -67,7 +67,85 @@ class _Batch:
 
 
 class _StoppedError(Exception):
-    """Another part of the pipeline failed; its error is the one to show."""
+    """Another thread failed; its error is the one to show."""
+
+
+class ThreadGroup:
+    """Threads that wait for one another on one condition, and stop together at the first error."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Condition()
+        """Guards whatever the threads share; notified when any of it changes."""
+        self._threads: list[threading.Thread] = []
+        self._ended = 0
+        self._stopped = False
+        self._error: BaseException | None = None
+
+    def start(self, name: str, work: Callable[..., None], *arguments: object) -> None:
+        """Run ``work`` in a thread; an exception in it stops the group."""
+        thread = threading.Thread(target=self._run, args=(work, *arguments), name=name)
+        thread.start()
+        self._threads.append(thread)
+
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Wait, with ``turn`` held, until ``ready()``; leaves the thread's work if the group is stopped."""
+        self.require_running()
+        while not ready():
+            self.turn.wait()
+            self.require_running()
+
+    def require_running(self) -> None:
+        """Leave the thread's work if the group is stopped; with ``turn`` held."""
+        if self._stopped:
+            raise _StoppedError
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Run ``work`` in this thread beside the others, and wait for all; raise the first error of any."""
+        try:
+            work()
+            self.join()
+        except _StoppedError:
+            pass
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            self.join()
+        self.raise_error()
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Let all threads end soon, because of ``error`` if there is one."""
+        with self.turn:
+            if not self._stopped:
+                self._error = error
+            self._stopped = True
+            self.turn.notify_all()
+
+    def join(self) -> None:
+        """Wait for all threads to end."""
+        # Not by Thread.join() alone: when Ctrl-C interrupts it, Python up to 3.12 takes the thread for finished.
+        with self.turn:
+            while self._ended < len(self._threads):
+                self.turn.wait()
+        for thread in self._threads:
+            thread.join()
+
+    def raise_error(self) -> None:
+        """Raise the error that stopped the group, if any."""
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, work: Callable[..., None], *arguments: object) -> None:
+        try:
+            work(*arguments)
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            self.stop(error)
+        finally:
+            with self.turn:
+                self._ended += 1
+                self.turn.notify_all()
 
 
 class Flow:
@@ -98,45 +176,23 @@ class Flow:
         self._layout = CellLayout.of(readers[0])
         self._cells = Cells(self._layout, plan, start)
         self._jobs = self._job_list()
-        self._turn = threading.Condition()
+        self._threads = ThreadGroup()
+        self._turn = self._threads.turn
         self._filled: dict[int, _Batch] = {}
         self._computed: deque[_Batch] = deque()
         self._released = 0  # batches whose slots are free again
         self._batches: int | None = None  # known when all are cut
         self._all_computed = False
-        self._error: BaseException | None = None
-        self._stopped = False
-        self._started = self._ended = 0  # threads
 
     def run(self) -> None:
         """Run to the end, or raise the first error of any part after all have stopped."""
-        threads = [
-            threading.Thread(target=self._guard, args=(self._read, reader), name="read") for reader in self._readers
-        ]
-        threads.append(threading.Thread(target=self._guard, args=(self._write,), name="write"))
-        try:
-            for thread in threads:
-                thread.start()
-                self._started += 1
-            self._infer()
-            self._wait_for_threads()
-        except _StoppedError:
-            pass
-        except BaseException:
-            self._stop(None)
-            raise
-        finally:
-            self._wait_for_threads()
-            for thread in threads[: self._started]:
-                thread.join()
-        if self._error is not None:
-            raise self._error
+        self._threads.run(self._label)
 
-    def _wait_for_threads(self) -> None:
-        # Not by join() alone: when Ctrl-C ends it, Python up to 3.12 takes the thread for finished.
-        with self._turn:
-            while self._ended < self._started:
-                self._turn.wait()
+    def _label(self) -> None:
+        for reader in self._readers:
+            self._threads.start("read", self._read, reader)
+        self._threads.start("write", self._write)
+        self._infer()
 
     # --- what is to be done, in order ---------------------------------------------------------------
 
@@ -172,7 +228,7 @@ class Flow:
     def _read(self, reader: SceneReader) -> None:
         while True:
             with self._turn:
-                self._require_running()
+                self._threads.require_running()
                 job = next(self._jobs, None)
                 if job is None:
                     self._turn.notify_all()  # the number of batches is known now
@@ -190,10 +246,11 @@ class Flow:
     def _cut(self, batch: _Batch) -> None:
         slots = self._engine.slots
         with self._turn:
-            while batch.number - slots >= self._released or not all(c.read for cells in batch.cells for c in cells):
-                self._require_running()
-                self._turn.wait()
-            self._require_running()
+            self._threads.wait_until(
+                lambda: (
+                    batch.number - slots < self._released and all(cell.read for cells in batch.cells for cell in cells)
+                )
+            )
         started = time.perf_counter()
         tiles = self._engine.input(batch.number % slots) if any(p.wanted for p in batch.places) else None
         index = 0
@@ -239,13 +296,10 @@ class Flow:
 
     def _next_filled(self, number: int) -> _Batch | None:
         with self._turn:
-            while True:
-                self._require_running()
-                if number in self._filled:
-                    return self._filled.pop(number)
-                if self._batches is not None and number >= self._batches:
-                    return None
-                self._turn.wait()
+            self._threads.wait_until(
+                lambda: number in self._filled or (self._batches is not None and number >= self._batches)
+            )
+            return self._filled.pop(number, None)
 
     # --- the writing thread -------------------------------------------------------------------------
 
@@ -269,35 +323,5 @@ class Flow:
 
     def _next_computed(self) -> _Batch | None:
         with self._turn:
-            while True:
-                self._require_running()
-                if self._computed:
-                    return self._computed.popleft()
-                if self._all_computed:
-                    return None
-                self._turn.wait()
-
-    # --- stopping -----------------------------------------------------------------------------------
-
-    def _guard(self, work: Callable[..., None], *arguments: SceneReader) -> None:
-        try:
-            work(*arguments)
-        except _StoppedError:
-            pass
-        except BaseException as error:
-            self._stop(error)
-        finally:
-            with self._turn:
-                self._ended += 1
-                self._turn.notify_all()
-
-    def _stop(self, error: BaseException | None) -> None:
-        with self._turn:
-            if not self._stopped:
-                self._error = error
-            self._stopped = True
-            self._turn.notify_all()
-
-    def _require_running(self) -> None:
-        if self._stopped:
-            raise _StoppedError
+            self._threads.wait_until(lambda: bool(self._computed) or self._all_computed)
+            return self._computed.popleft() if self._computed else None

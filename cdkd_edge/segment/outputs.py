@@ -67,11 +67,6 @@ def _folders(scene: str) -> Path:
     return Path(*(part for part in parts if part not in (os.sep, "//", os.pardir)))
 
 
-def quicklook_path(label_map: Path) -> Path:
-    """The picture that belongs to a label map."""
-    return label_map.with_name(f"{label_map.stem}_quicklook.png")
-
-
 def confidence_path(label_map: Path) -> Path:
     """The confidence raster that belongs to a label map."""
     return label_map.with_name(f"{label_map.stem}_confidence.tif")

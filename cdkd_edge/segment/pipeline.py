@@ -1,7 +1,8 @@
 """A scene through an engine: reading threads, the engine, a writing thread; what is done survives a crash.
 
 Labels go into a spool beside the label map, row of tiles by row of tiles, and the label map is made from it when it is
-whole (:mod:`.spool`, :mod:`.partial`, :mod:`.finish`). Memory is bounded by construction (:mod:`.plan`, :mod:`.flow`).
+whole (:mod:`.spool`, :mod:`.partial`, :mod:`.assemble`). Memory is bounded by
+construction (:mod:`.plan`, :mod:`.flow`).
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from cdkd_edge.raster.aoi import AreaOnScene, read_area
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.raster.styles import sidecar_path
+from cdkd_edge.segment.assemble import PlainRasters, RasterAssembler, publish
 from cdkd_edge.segment.cells import CellLayout
 from cdkd_edge.segment.crop import CropMerge, RowMerge
-from cdkd_edge.segment.finish import PlainRasters, RasterWriting, RoomWatch, finish_label_map
 from cdkd_edge.segment.flow import Flow, RunTotals
 from cdkd_edge.segment.merges import merge_mode
 from cdkd_edge.segment.options import SegmentOptions, SegmentResult
 from cdkd_edge.segment.outputs import confidence_path, require_file_place, require_writable_name
 from cdkd_edge.segment.partial import Partial, scene_identity, scene_sample, times_of_change
 from cdkd_edge.segment.plan import PANEL_BYTES, Plan
-from cdkd_edge.segment.spool import Spool
+from cdkd_edge.segment.spool import DiskSpaceWatch, Spool
 
 
 def segment_scene(
@@ -96,19 +97,19 @@ def segment_scene(
         if spool.damaged:
             warn(f"{spool.path} is damaged; {resumed} rows of tiles are good, what followed them is made again")
         stack.callback(_note_what_is_worth, partial, spool)
-        writing = RasterWriting(
+        rasters = RasterAssembler(
             spool, engine.schema, reader.georeference, tags, partial.folder, confidence=options.confidence
         )
-        stack.enter_context(writing)
-        writing.advance(plan.rows_done(resumed))
+        stack.enter_context(rasters)
+        rasters.advance(plan.rows_done(resumed))
         totals = RunTotals()
         if resumed < plan.bands:
             merge = _merge(engine, spool, plan, options, area)
-            room = RoomWatch(partial.folder, warn)
+            space = DiskSpaceWatch(partial.folder, warn)
 
             def on_band() -> None:
-                writing.advance(plan.rows_done(spool.bands))
-                room.look(spool.path, plan.tiles_in(spool.bands) / len(plan.grid))
+                rasters.advance(plan.rows_done(spool.bands))
+                space.check(spool.path, plan.tiles_in(spool.bands) / len(plan.grid))
 
             merge.on_band = on_band
             flow = Flow(engine, readers, plan, merge, start=resumed, progress=progress)
@@ -119,8 +120,8 @@ def segment_scene(
         if times_of_change(reader) != times:
             raise SceneError(f"{scene} changed while it was read", hint="start anew with --overwrite")
         finishing = time.perf_counter()
-        finished = writing.result()
-        areas = finish_label_map(finished, output, engine.schema, confidence, on_whole=partial.finishing)
+        finished = rasters.result()
+        areas = publish(finished, output, engine.schema, confidence, on_whole=partial.finishing)
         totals.stages["finish"] = time.perf_counter() - finishing
         partial.finished = True
         result = _result(engine, reader, plan, output, finished, spool.tiles_without_data)

@@ -13,11 +13,12 @@ map. Payload: zlib, or the single byte that all pixels are.
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import time
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from cdkd_edge.core.errors import SceneError
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
-from cdkd_edge.segment.write import BLOCK
+from cdkd_edge.segment.geotiff import BLOCK
 
 _BAND = 3
 """The kind of the record that closes a row of tiles."""
@@ -38,6 +39,11 @@ _HEADER = struct.Struct("<IIIIIQII")
 _CRC = struct.Struct("<I")
 _RECORD = _HEADER.size + _CRC.size
 _LEVEL = 1
+_FINISHING = 1.5
+"""Disk use of the rasters that are made of a spool over that of the spool. Measured: 1.8, with confidence 2.3 (81 MP of
+drawn labels); less here, so that there is rarely a warning for nothing."""
+_SMALL_NEED = 16 << 20
+"""Bytes; a smaller need is not worth a warning."""
 _SYNC_EVERY_S = 2.0
 """A power cut may cost this much more than the row of tiles at hand; a killed process loses nothing it has written."""
 
@@ -211,3 +217,42 @@ def _block_rows(row: int, height: int) -> Iterator[int]:
     """Rows at which pieces begin when a rectangle is cut along the label map's blocks."""
     yield row
     yield from range((row // BLOCK + 1) * BLOCK, row + height, BLOCK)
+
+
+class DiskSpaceWatch:
+    """Warns once, minutes into a run of hours, if the disk will not hold what the run is going to write.
+
+    Disk use of the whole run is extrapolated from the part of the spool that is written.
+
+    Args:
+        folder: where all is written; what is in it counts as written.
+        warn: takes the warning.
+    """
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        self._folder, self._warn = folder, warn
+        self._warned = False
+
+    def check(self, spool: Path, done: float) -> None:
+        """Compare free and needed space, when a share ``done`` (0..1) of the scene is in the file ``spool``."""
+        if self._warned or done <= 0:
+            return
+        try:
+            whole = (1 + _FINISHING) * spool.stat().st_size / done
+            written = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
+            free = shutil.disk_usage(self._folder).free
+        except OSError:  # files come and go
+            return
+        need = whole - written
+        if need < _SMALL_NEED or need <= free:
+            return
+        self._warned = True
+        self._warn(
+            f"the disk of {self._folder} will be full before the label map is done: about {_bytes(need)} more are "
+            f"needed, {_bytes(free)} are free. Free some space now; if the disk does fill up, run the same command "
+            "again to continue"
+        )
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, count / 1e6):.0f} MB"

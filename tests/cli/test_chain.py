@@ -17,11 +17,11 @@ pytest.importorskip("torch")
 from cdkd_edge.cli import app
 from cdkd_edge.core.labels import load_schema
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.demo.run import _write_bundled
 from cdkd_edge.engines.onnxruntime import graph_labeller
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.quality.metrics import ConfusionMatrix
-from cdkd_edge.scenery import sample_tiles
 
 DUBAI = Path(__file__).resolve().parents[3] / "shared" / "data" / "dubai"
 HELD_OUT_SCENE = "tile5"

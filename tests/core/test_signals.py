@@ -43,7 +43,7 @@ main()
     ("command", "module", "name"),
     [
         ("bench", "cdkd_edge.bench.run", "fill_inputs"),
-        ("segment", "cdkd_edge.segment.many.local", "do_job"),
+        ("segment", "cdkd_edge.segment.many.dispatch", "do_job"),
     ],
 )
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])

@@ -350,10 +350,10 @@ def test_int8_with_confidence_is_timed_against_fp32_with_confidence(space, tmp_p
 def test_evaluate_and_parity_take_a_graph_with_confidence(space, small_tiles):
     """They look at the labels."""
     from cdkd_edge.engines.protocol import segment_tiles
-    from cdkd_edge.quality.subject import open_subject
+    from cdkd_edge.quality.artefacts import open_artefact
 
     plain = space.graphs / "small.onnx"
     write_variant(plain, variant_path(plain, "probabilities"), "probabilities")
-    found = open_subject(variant_path(plain, "probabilities")).labeller
-    assert (segment_tiles(found, small_tiles) == segment_tiles(open_subject(plain).labeller, small_tiles)).all()
+    found = open_artefact(variant_path(plain, "probabilities")).labeller
+    assert (segment_tiles(found, small_tiles) == segment_tiles(open_artefact(plain).labeller, small_tiles)).all()
     assert np.ptp(found.confidence(0)) > 0

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from cdkd_edge.core.labels import load_schema
-from cdkd_edge.scenery import draw_scene
+from cdkd_edge.demo.scenery import draw_scene
 
 
 def no_gpu():

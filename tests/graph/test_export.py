@@ -30,6 +30,7 @@ from cdkd_edge.core.errors import (  # noqa: E402
 from cdkd_edge.core.files import sha256_of  # noqa: E402
 from cdkd_edge.core.labels import load_schema  # noqa: E402
 from cdkd_edge.core.manifest import GraphManifest, read_manifest  # noqa: E402
+from cdkd_edge.core.sample import sample_tiles  # noqa: E402
 from cdkd_edge.engines.onnxruntime import build_cpu_engine  # noqa: E402
 from cdkd_edge.graph import export as pipeline  # noqa: E402
 from cdkd_edge.graph import fold  # noqa: E402
@@ -42,7 +43,6 @@ from cdkd_edge.graph.export import (  # noqa: E402
 from cdkd_edge.model.checkpoint import resample_position, save_checkpoint  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402
-from cdkd_edge.scenery import sample_tiles  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch
 

@@ -18,6 +18,7 @@ from quantization_helpers import CONFIG, nodes_of, tiles_of, write_set  # noqa: 
 
 from cdkd_edge.core.labels import load_schema  # noqa: E402
 from cdkd_edge.core.manifest import GraphManifest, read_manifest  # noqa: E402
+from cdkd_edge.core.sample import sample_tiles  # noqa: E402
 from cdkd_edge.engines.onnxruntime import build_cpu_engine  # noqa: E402
 from cdkd_edge.graph.derive import fp16_path  # noqa: E402
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint  # noqa: E402
@@ -26,7 +27,6 @@ from cdkd_edge.graph.int8.layers import quantizable_layers  # noqa: E402
 from cdkd_edge.model.checkpoint import save_checkpoint  # noqa: E402
 from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402
 from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8  # noqa: E402
-from cdkd_edge.scenery import sample_tiles  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch
 

@@ -17,8 +17,8 @@ from scene_helpers import write_raster
 
 from cdkd_edge.core.errors import DatasetError, SchemaError
 from cdkd_edge.core.labels import LabelSchema, LandCoverClass, load_schema
-from cdkd_edge.quality.masks import Lost, open_mask, read_labels
-from cdkd_edge.segment.write import LabelMapWriter
+from cdkd_edge.quality.masks import HiddenLabels, open_mask, read_labels
+from cdkd_edge.segment.geotiff import LabelMapWriter
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -383,7 +383,7 @@ def test_a_mask_with_a_flipped_byte_is_an_error(tmp_path: Path) -> None:
 def test_classes_behind_transparency_are_counted(tmp_path: Path) -> None:
     labels = some_labels(DUBAI, missing=False)
     path = paletted(tmp_path / "mask.png", labels, DUBAI.palette(), transparency=2)
-    lost = Lost()
+    lost = HiddenLabels()
     assert (read_labels(path, DUBAI, lost) == np.where(labels == 2, 255, labels)).all()
     (note,) = lost.notes()
     assert f"nodata value 2 of 1 mask takes the label from {(labels == 2).sum()} pixels of road" in note
@@ -394,7 +394,7 @@ def test_a_nodata_value_that_is_no_class_takes_nothing(tmp_path: Path, dtype: st
     labels = some_labels(DUBAI)
     values = np.where(labels == 255, np.array(nodata, dtype), labels.astype(dtype))
     path = write_raster(tmp_path / "mask.tif", values[None], nodata=nodata)
-    lost = Lost()
+    lost = HiddenLabels()
     assert (read_labels(path, DUBAI, lost) == labels).all()
     assert not lost.notes()
 

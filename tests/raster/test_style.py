@@ -15,7 +15,7 @@ from scene_helpers import SCHEMA, FakeEngine, names_in, noise, read_labels, writ
 
 from cdkd_edge.core.labels import LabelSchema, LandCoverClass, load_schema
 from cdkd_edge.raster.styles import is_somebodys_own, label_map_style, label_map_xml, style_path
-from cdkd_edge.segment.finish import finish_label_map
+from cdkd_edge.segment.assemble import publish
 from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.products.polygons import VectorOptions, style_qml, write_vector
 
@@ -101,7 +101,7 @@ def test_a_label_map_that_fails_leaves_no_style(tmp_path: Path, scene: Path, mon
             raise OSError(5, "Input/output error", str(destination))
         replace(source, destination)
 
-    monkeypatch.setattr(f"{finish_label_map.__module__}.os.replace", refusing)
+    monkeypatch.setattr(f"{publish.__module__}.os.replace", refusing)
     with pytest.raises(OSError, match="Input/output"):
         segment_scene(FakeEngine(64), scene, tmp_path / "map.tif")
     assert not style_path(tmp_path / "map.tif").exists()

@@ -23,8 +23,8 @@ from scene_helpers import SCHEMA, ProbabilityEngine, names_in, noise, read_label
 from cdkd_edge.core.errors import SceneError, SystemRefusalError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.styles import ClassArea
-from cdkd_edge.segment import cog
-from cdkd_edge.segment.cog import write_cog
+from cdkd_edge.segment import geotiff
+from cdkd_edge.segment.geotiff import write_cog
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import segment_scene
 
@@ -142,10 +142,18 @@ def test_overviews_hold_the_most_frequent_class(tmp_path: Path) -> None:
     assert (chosen == counts.max(0)).all(), "of the classes below it, one of the most frequent"
 
 
-def test_without_overviews(tmp_path: Path) -> None:
-    write_cog(label_map(tmp_path / "map.tif", patches(1100, 600)), tmp_path / "cog.tif", SCHEMA, {}, overviews=False)
+@pytest.mark.parametrize(("height", "width", "levels"), [(512, 512, 0), (513, 40, 1), (1100, 600, 2), (1100, 1, 0)])
+def test_the_smallest_overview_fits_into_a_block(tmp_path: Path, height: int, width: int, levels: int) -> None:
+    write_cog(label_map(tmp_path / "map.tif", patches(height, width)), tmp_path / "cog.tif", SCHEMA, {})
     with rasterio.open(tmp_path / "cog.tif") as dataset:
-        assert dataset.overviews(1) == []
+        assert len(dataset.overviews(1)) == levels
+
+
+def test_overviews_of_numbers_do_not_mix_them(tmp_path: Path) -> None:
+    values = noise(1100, 900, bands=1)[0]
+    write_cog(label_map(tmp_path / "map.tif", values), tmp_path / "cog.tif", None, {})
+    with rasterio.open(tmp_path / "cog.tif", overview_level=1) as overview:
+        assert (overview.read(1) == values[::4, ::4]).all()
 
 
 def test_the_same_bytes_from_any_number_of_threads(tmp_path: Path) -> None:
@@ -232,7 +240,7 @@ def test_interrupted_before_the_sidecar(tmp_path: Path, monkeypatch: pytest.Monk
     def interrupt(*_: Any, **__: Any) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cog, "label_map_xml", interrupt)
+    monkeypatch.setattr(geotiff, "label_map_xml", interrupt)
     source = label_map(tmp_path / "map.tif", patches(600, 600))
     with pytest.raises(KeyboardInterrupt):
         write_cog(source, tmp_path / "cog.tif", SCHEMA, {})
@@ -242,7 +250,7 @@ def test_interrupted_before_the_sidecar(tmp_path: Path, monkeypatch: pytest.Monk
 SMALL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-import cdkd_edge.segment.cog as cog
+import cdkd_edge.segment.geotiff as cog
 from cdkd_edge.core.errors import CdkdEdgeError
 from cdkd_edge.core.labels import load_schema
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -314,8 +322,8 @@ def test_the_confidence_raster_is_one_too(tmp_path: Path) -> None:
 
 def test_gdal_keeps_as_much_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """rasterio takes bytes; GDAL's environment variable is in MB."""
-    program = "from cdkd_edge.scene import raster; from rasterio.env import get_gdal_config as g; "
-    program += "import rasterio; e = raster.gdal('x'); e.__enter__(); print(g('GDAL_CACHEMAX'))"
+    program = "from cdkd_edge.raster import open as opening; from rasterio.env import get_gdal_config as g; "
+    program += "import rasterio; e = opening.gdal('x'); e.__enter__(); print(g('GDAL_CACHEMAX'))"
     monkeypatch.delenv("GDAL_CACHEMAX", raising=False)
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == f"{32 << 20}\n"
     monkeypatch.setenv("GDAL_CACHEMAX", "77")

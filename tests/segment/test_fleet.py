@@ -24,15 +24,15 @@ from cdkd_edge.core.errors import EngineError, FleetError, SceneError, SystemRef
 from cdkd_edge.core.process import child_environment
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.raster.read import SceneReader, Stretch
-from cdkd_edge.segment.many import jobs, local
-from cdkd_edge.segment.many.crew import Listener
-from cdkd_edge.segment.many.jobs import EngineRef, Failure, Job, JobReport, decode, encode, run_job, stamp
-from cdkd_edge.segment.many.local import LocalCrew, ProcessCrew
-from cdkd_edge.segment.many.run import crew_for, engine_ref, plan_outputs, scenes_of, segment_many
+from cdkd_edge.segment.many import dispatch
+from cdkd_edge.segment.many.dispatch import InProcess, ProcessPool, RunObserver
+from cdkd_edge.segment.many.jobs import EngineRef, Failure, Job, JobReport, decode, encode, file_state
+from cdkd_edge.segment.many.run import engine_ref, plan_outputs, scenes_of, segment_many, workers_for
+from cdkd_edge.segment.many.worker import run_job
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import label_map_paths
 from cdkd_edge.segment.pipeline import segment_scene
-from cdkd_edge.segment.products.products import NOTHING, Wanted
+from cdkd_edge.segment.products import NO_PRODUCTS, ProductOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -56,23 +56,23 @@ def scenes(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``use(engine)``: the local crew loads this engine."""
+    """``use(engine)``: this process loads this engine."""
 
     def use(engine: FakeEngine) -> FakeEngine:
-        monkeypatch.setattr(local, "load_engine", lambda path, threads: engine)
+        monkeypatch.setattr(dispatch, "load_engine", lambda path, threads: engine)
         return engine
 
     return use
 
 
 def segment(scenes: list[str], out: str = "maps", **options: Any) -> Any:
-    """The scenes through the local crew; returns the report."""
-    listener = options.pop("listener", None)
+    """The scenes through this process; returns the report."""
+    observer = options.pop("observer", None)
     segment_options = options.pop("options", SegmentOptions())
-    products = options.pop("products", NOTHING)
+    products = options.pop("products", NO_PRODUCTS)
     overwrite, keep_folders = options.get("overwrite", False), options.pop("keep_folders", False)
     names, outputs = plan_outputs(scenes, Path(out), Path(), products, keep_folders=keep_folders, overwrite=overwrite)
-    return segment_many(names, outputs, LocalCrew(REF), REF, segment_options, products, listener=listener, **options)
+    return segment_many(names, outputs, InProcess(REF), REF, segment_options, products, observer=observer, **options)
 
 
 def rows(path: Path = Path("report.json")) -> dict[str, str]:
@@ -259,14 +259,14 @@ def test_a_bug_that_one_scene_meets_is_that_scenes(
     scenes: list[str], use: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(FakeEngine())
-    genuine = jobs.pipeline.segment_scene
+    genuine = segment_scene
 
     def stumble(engine: Any, scene: Any, *rest: Any, **more: Any) -> Any:
         if scene == scenes[1]:
             raise ZeroDivisionError("a bug")
         return genuine(engine, scene, *rest, **more)
 
-    monkeypatch.setattr(jobs.pipeline, "segment_scene", stumble)
+    monkeypatch.setattr("cdkd_edge.segment.pipeline.segment_scene", stumble)
     with pytest.raises(FleetError, match="1 of 3"):
         segment(scenes, report_path=Path("report.json"))
     error = json.loads(Path("report.json").read_text())["scenes"][1]["error"]
@@ -301,7 +301,7 @@ def test_an_engine_that_does_not_load_is_reported_too(scenes: list[str], monkeyp
     def refuse(*_: Any, **__: Any) -> Any:
         raise EngineError("made for another GPU")
 
-    monkeypatch.setattr(local, "load_engine", refuse)
+    monkeypatch.setattr(dispatch, "load_engine", refuse)
     with pytest.raises(EngineError):
         segment(scenes, report_path=Path("report.json"))
     assert set(rows().values()) == {"not begun"}
@@ -309,14 +309,14 @@ def test_an_engine_that_does_not_load_is_reported_too(scenes: list[str], monkeyp
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
 def test_an_interruption_leaves_a_report(scenes: list[str], use: Any, interruption: type[BaseException]) -> None:
-    class Impatient(Listener):
+    class Impatient(RunObserver):
         def begun(self, index: int, job: Job) -> None:
             if index == 1:
                 raise interruption
 
     use(FakeEngine())
     with pytest.raises(interruption):
-        segment(scenes, report_path=Path("report.json"), listener=Impatient())
+        segment(scenes, report_path=Path("report.json"), observer=Impatient())
     assert rows() == {"a": "done", "b": "interrupted", "c": "not begun"}
     assert json.loads(Path("report.json").read_text())["ended"] == "interrupted"
 
@@ -383,12 +383,12 @@ def test_a_scene_whose_name_begins_with_a_blank_is_kept(scenes: list[str], use: 
 def test_finished_scenes_are_kept(scenes: list[str], use: Any) -> None:
     use(FakeEngine())
     first = segment(scenes[:2])
-    before = {path.name: stamp(path) for path in Path("maps").iterdir()}
+    before = {path.name: file_state(path) for path in Path("maps").iterdir()}
     engine = use(FakeEngine())
     report = segment(scenes, report_path=Path("report.json"))
     assert rows() == {"a": "kept", "b": "kept", "c": "done"}
     assert engine.launches == 4, "the third scene alone"
-    assert {name: stamp(Path("maps") / name) for name in before} == before
+    assert {name: file_state(Path("maps") / name) for name in before} == before
     assert report.rows()[0].pixels == first.rows()[0].pixels
     assert report.document()["totals"]["tiles"] == 4
 
@@ -464,28 +464,30 @@ def test_what_else_may_be_in_a_maps_place(scenes: list[str], use: Any) -> None:
 def test_products_of_a_kept_map_are_made_if_they_are_missing(scenes: list[str], use: Any) -> None:
     use(FakeEngine())
     segment(scenes[:2])
-    report = segment(scenes[:2], products=Wanted(preview=True))
+    report = segment(scenes[:2], products=ProductOptions(preview=True))
     assert [row.status for row in report.rows()] == ["kept", "kept"]
     picture = Path("maps/a_labels_preview.png")
     assert report.rows()[0].document()["preview"] == str(picture)
-    before = stamp(picture)
-    segment(scenes[:2], products=Wanted(preview=True))
-    assert stamp(picture) == before
+    before = file_state(picture)
+    segment(scenes[:2], products=ProductOptions(preview=True))
+    assert file_state(picture) == before
 
 
 # --- jobs as data -----------------------------------------------------------------------------------
 
 
 def job_of(scene: str, output: str = "map.tif", **changes: Any) -> Job:
-    return Job(scene=scene, output=output, engine=REF, before=stamp(Path(output)), **changes)
+    return Job(scene=scene, output=output, engine=REF, before=file_state(Path(output)), **changes)
 
 
 def test_jobs_and_reports_survive_the_wire(scenes: list[str]) -> None:
     options = SegmentOptions(overlap=4, bands=[3, 2, 1], stretch=Stretch(2, 98, percentiles=True))
-    job = job_of("odd-\udcff.tif", options=options, products=Wanted(preview=True), token="t", scene_is_file=True)
+    job = job_of(
+        "odd-\udcff.tif", options=options, products=ProductOptions(preview=True), token="t", scene_is_file=True
+    )
     assert decode(encode(job), Job) == job
     for scene in (scenes[0], "gone.tif"):
-        report = run_job(FakeEngine(), job_of(scene, products=Wanted(preview=True)))
+        report = run_job(FakeEngine(), job_of(scene, products=ProductOptions(preview=True)))
         assert decode(encode(report), JobReport) == report
     kept = run_job(FakeEngine(), job_of(scenes[0]))
     assert kept.status == "kept"
@@ -502,11 +504,11 @@ def test_a_job_begun_again_does_not_redo_what_was_finished(scenes: list[str], ov
         Path("map.tif").unlink()
         job = dataclasses.replace(job, before=None)
     assert run_job(engine, job).status == "done"
-    finished, launches = stamp(Path("map.tif")), engine.launches
+    finished, launches = file_state(Path("map.tif")), engine.launches
     again = run_job(engine, dataclasses.replace(job, attempt=2))
     assert (again.status, again.attempts) == ("done", 2)
     assert again.notes == ("finished by an earlier attempt, whose answer was lost",)
-    assert stamp(Path("map.tif")) == finished
+    assert file_state(Path("map.tif")) == finished
     assert engine.launches == launches
 
 
@@ -533,7 +535,7 @@ def test_label_maps_name_graph_and_bands(scenes: list[str]) -> None:
 def test_boards_with_engines_of_one_graph_keep_each_others_maps(scenes: list[str]) -> None:
     job = dataclasses.replace(job_of(scenes[0]), engine=dataclasses.replace(REF, sha256=None, folder="engines"))
     run_job(FakeEngine(), job)
-    job = dataclasses.replace(job, before=stamp(Path("map.tif")))
+    job = dataclasses.replace(job, before=file_state(Path("map.tif")))
     other = FakeEngine()
     change_engine(other)
     assert run_job(other, job).status == "kept"
@@ -558,19 +560,21 @@ def children(parent: int) -> list[int]:
 
 def filled(spool: Path) -> bool:
     """Whether rows of tiles are in it."""
-    return spool.exists() and spool.stat().st_size > 1 << 20
+    return spool.exists() and spool.stat().st_size > 1 << 15
 
 
-class Killing(Listener):
+class Killing(RunObserver):
     """Kills the process that has the first scene, so many times, as soon as it tells of tiles."""
 
-    def __init__(self, crew: ProcessCrew, times: int) -> None:
-        self.crew, self.times = crew, times
+    def __init__(self, workers: ProcessPool, times: int) -> None:
+        self.workers, self.times = workers, times
         self.notes: list[str] = []
 
     def tiles(self, index: int, done: int, total: int) -> None:
         if index == 0 and len(self.notes) < self.times and 0 < done < total:
-            (worker,) = [one for one in self.crew._workers.values() if one._task is not None and one._task.index == 0]
+            (worker,) = [
+                one for one in self.workers._workers.values() if one._task is not None and one._task.index == 0
+            ]
             worker.process.kill()
 
     def note(self, text: str) -> None:
@@ -582,26 +586,26 @@ def test_a_scene_whose_process_is_killed_goes_to_another_one_at_most_three_times
     small_engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    names = [str(write_raster(tmp_path / "large.tif", noise(2000, 1600)))]
+    names = [str(write_raster(tmp_path / "large.tif", noise(1200, 1000)))]
     names += [str(write_raster(tmp_path / f"s{i}.tif", noise(200, 150, seed=i))) for i in range(3)]
     outputs = [Path("maps") / f"{Path(name).stem}_labels.tif" for name in names]
-    crew, ref = crew_for(engine_ref(small_engine_path, threads=1), None, 2)
-    assert isinstance(crew, ProcessCrew)
-    listener = Killing(crew, times)
+    workers, ref = workers_for(engine_ref(small_engine_path, threads=1), None, 2)
+    assert isinstance(workers, ProcessPool)
+    observer = Killing(workers, times)
     failing = pytest.raises(FleetError, match=r"1 of 4 scenes failed: large\.tif")
     with failing if times == 3 else contextlib.nullcontext():
-        segment_many(names, outputs, crew, ref, report_path=Path("report.json"), listener=listener)
+        segment_many(names, outputs, workers, ref, report_path=Path("report.json"), observer=observer)
     report = json.loads(Path("report.json").read_text())
     assert [row["attempts"] for row in report["scenes"]] == [min(times + 1, 3), 1, 1, 1]
     assert [row["status"] for row in report["scenes"]] == ["done" if times == 1 else "failed", "done", "done", "done"]
     assert report["crew"] == {"kind": "workers", "workers": 2}
-    assert len(listener.notes) == times
-    assert all("large.tif" in note for note in listener.notes)
+    assert len(observer.notes) == times
+    assert all("large.tif" in note for note in observer.notes)
     with contextlib.closing(load_engine(small_engine_path, threads=1)) as engine:
         for name, output in list(zip(names, outputs, strict=True))[times == 3 :]:
             segment_scene(engine, name, tmp_path / "undisturbed.tif")
             assert output.read_bytes() == (tmp_path / "undisturbed.tif").read_bytes(), name
-    assert all(one.process.returncode is not None for one in crew._workers.values())
+    assert all(one.process.returncode is not None for one in workers._workers.values())
 
 
 @pytest.mark.parametrize(
@@ -616,7 +620,7 @@ def test_a_scene_whose_process_is_killed_goes_to_another_one_at_most_three_times
 def test_a_signal_ends_the_run_and_its_processes(
     small_engine_path: Path, tmp_path: Path, number: signal.Signals, code: int, when: str
 ) -> None:
-    names = [sparse_raster(tmp_path / f"large{i}.tif", 6000, 6000) for i in range(2)]
+    names = [sparse_raster(tmp_path / f"large{i}.tif", 4000, 4000) for i in range(2)]
     command = [sys.executable, "-m", "cdkd_edge", "segment", *names, "-o", "maps", "-e", small_engine_path]
     process = subprocess.Popen(
         [*map(str, command), "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -643,9 +647,9 @@ def test_a_signal_ends_the_run_and_its_processes(
 
 def test_processes_share_the_cores(small_engine_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cdkd_edge.segment.many.run.available_cores", lambda: 6)
-    assert crew_for(engine_ref(small_engine_path), None, 3)[1].threads == 2
-    assert crew_for(engine_ref(small_engine_path), None, 100)[1].threads == 1
-    assert crew_for(engine_ref(small_engine_path, threads=5), None, 3)[1].threads == 5
+    assert workers_for(engine_ref(small_engine_path), None, 3)[1].threads == 2
+    assert workers_for(engine_ref(small_engine_path), None, 100)[1].threads == 1
+    assert workers_for(engine_ref(small_engine_path, threads=5), None, 3)[1].threads == 5
 
 
 def test_an_engine_that_no_process_can_load(small_engine_path: Path, scenes: list[str], tmp_path: Path) -> None:
@@ -653,6 +657,6 @@ def test_an_engine_that_no_process_can_load(small_engine_path: Path, scenes: lis
         shutil.copy(path, tmp_path)
     engine = tmp_path / small_engine_path.name
     engine.write_bytes(engine.read_bytes()[:-1])
-    crew, ref = crew_for(engine_ref(engine), None, 2)
+    workers, ref = workers_for(engine_ref(engine), None, 2)
     with pytest.raises(EngineError, match=r"no worker can do this: .*small"):
-        segment_many(scenes, [Path(f"{i}.tif") for i in range(3)], crew, ref)
+        segment_many(scenes, [Path(f"{i}.tif") for i in range(3)], workers, ref)

@@ -24,11 +24,11 @@ from cdkd_edge import cli
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, FleetError, MissingExtraError
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.segment.many import worker as worker_module
-from cdkd_edge.segment.many.crew import Answer, Listener
-from cdkd_edge.segment.many.dask import DaskCrew
+from cdkd_edge.segment.many.dask import DaskPool, require_running, stop_run
+from cdkd_edge.segment.many.dispatch import Answer, RunObserver
 from cdkd_edge.segment.many.jobs import ENGINE, WORKER, EngineRef, Failure, Job, JobReport, decode, encode, failed
 from cdkd_edge.segment.many.run import engine_ref, segment_many
-from cdkd_edge.segment.many.worker import Station, encode_report, engine_path
+from cdkd_edge.segment.many.worker import WorkerEngine, engine_path, send_progress
 from cdkd_edge.segment.pipeline import segment_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -79,7 +79,7 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.wait()
 
 
-class Notes(Listener):
+class Notes(RunObserver):
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.order: list[str] = []
@@ -94,22 +94,22 @@ class Notes(Listener):
 class Killing(Notes):
     """Kills the worker that has the first scene as soon as it tells of tiles."""
 
-    def __init__(self, crew: DaskCrew) -> None:
+    def __init__(self, pool: DaskPool) -> None:
         super().__init__()
-        self.crew = crew
+        self.pool = pool
         self.killed: list[str] = []
 
     def tiles(self, index: int, done: int, total: int) -> None:
         if index == 0 and not self.killed and 0 < done < total:
-            client = self.crew._client
+            client = self.pool._client
             (address,) = [at for at, keys in client.processing().items() if any("-0-1" in str(key) for key in keys)]
             os.kill(client.run(os.getpid, workers=[address])[address], signal.SIGKILL)
             self.killed.append(address)
 
 
-def wait_for_workers(crew: DaskCrew, count: int) -> None:
+def wait_for_workers(pool: DaskPool, count: int) -> None:
     deadline = time.monotonic() + 60
-    while len(crew._living()) < count:
+    while len(pool._living()) < count:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -117,23 +117,23 @@ def wait_for_workers(crew: DaskCrew, count: int) -> None:
 def test_nothing_lost_and_nothing_twice(
     scheduler: str, small_engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = write_raster(tmp_path / "large.tif", noise(2000, 1600))
+    large = write_raster(tmp_path / "large.tif", noise(1200, 1000))
     scenes = [str(large)] + [str(write_raster(tmp_path / f"s{i}.tif", noise(200, 150, seed=i))) for i in range(6)]
     Path(scenes[3]).write_text("no raster")
     outputs = [tmp_path / "maps" / f"{Path(scene).stem}_labels.tif" for scene in scenes]
     ref = engine_ref(small_engine_path, threads=1)
-    crew = DaskCrew(scheduler)
-    listener = Killing(crew)
-    with crew:
-        wait_for_workers(crew, 3)
-        monkeypatch.setattr(DaskCrew, "__enter__", lambda self: self)
-        monkeypatch.setattr(DaskCrew, "__exit__", lambda *_: None)
+    pool = DaskPool(scheduler)
+    observer = Killing(pool)
+    with pool:
+        wait_for_workers(pool, 3)
+        monkeypatch.setattr(DaskPool, "__enter__", lambda self: self)
+        monkeypatch.setattr(DaskPool, "__exit__", lambda *_: None)
         with pytest.raises(FleetError, match=r"1 of 7 scenes failed: s2\.tif"):
-            segment_many(scenes, outputs, crew, ref, report_path=tmp_path / "report.json", listener=listener)
-        assert len(crew._living()) == 2
-    assert len(listener.killed) == 1
-    assert any("lost the worker" in note and "large.tif" in note for note in listener.notes)
-    assert sorted(listener.order) == sorted(Path(scene).stem for scene in scenes), "an answer each, and one only"
+            segment_many(scenes, outputs, pool, ref, report_path=tmp_path / "report.json", observer=observer)
+        assert len(pool._living()) == 2
+    assert len(observer.killed) == 1
+    assert any("lost the worker" in note and "large.tif" in note for note in observer.notes)
+    assert sorted(observer.order) == sorted(Path(scene).stem for scene in scenes), "an answer each, and one only"
     report = json.loads((tmp_path / "report.json").read_text())
     rows = {Path(row["scene"]).stem: row for row in report["scenes"]}
     assert [row["attempts"] for row in report["scenes"]] == [2, 1, 1, 1, 1, 1, 1], "the lost one alone began again"
@@ -169,7 +169,7 @@ def test_an_engine_that_no_worker_has(scheduler: str, small_engine_path: Path, t
     scene = str(write_raster(tmp_path / "s.tif", noise(80, 90)))
     ref = engine_ref(small_engine_path, worker_folder=str(tmp_path / "nowhere"))
     with pytest.raises(EngineError, match=r"no worker can do this: .*no engine in .*nowhere was built from"):
-        segment_many([scene], [tmp_path / "maps" / "map.tif"], DaskCrew(scheduler), ref, report_path=Path("r.json"))
+        segment_many([scene], [tmp_path / "maps" / "map.tif"], DaskPool(scheduler), ref, report_path=Path("r.json"))
     assert json.loads(Path("r.json").read_text())["totals"]["done"] == 0
     assert not (tmp_path / "maps").exists()
 
@@ -178,13 +178,13 @@ def test_a_scheduler_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> No
     pytest.importorskip("distributed", reason="needs the [dask] extra")
     monkeypatch.setattr("cdkd_edge.segment.many.dask._CONNECT_S", 0.3)
     for address in ("tcp://127.0.0.1:9", "nonsense://x"):
-        with pytest.raises(FleetError, match="no dask scheduler answers at"), DaskCrew(address):
+        with pytest.raises(FleetError, match="no dask scheduler answers at"), DaskPool(address):
             pass
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(MissingExtraError, match=r"dask\.distributed") as caught, DaskCrew("tcp://127.0.0.1:9"):
+    with pytest.raises(MissingExtraError, match=r"dask\.distributed") as caught, DaskPool("tcp://127.0.0.1:9"):
         pass
     assert caught.value.hint == "pip install 'cdkd-edge[dask]'"
 
@@ -192,8 +192,8 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- who gets which job, with workers that are simulated --------------------------------------------
 
 
-class Simulated(DaskCrew):
-    """A crew whose workers are functions: job to report, or None for a worker that dies of it."""
+class Simulated(DaskPool):
+    """A pool whose workers are functions: job to report, or None for a worker that dies of it."""
 
     def __init__(self, workers: dict[str, Any], patience: float = 0.05) -> None:
         super().__init__("simulated", patience=patience)
@@ -242,10 +242,10 @@ def refuses(job: Job) -> JobReport:
 REF = EngineRef("fake.onnx", "fake", "fp32", "fake", "ab" * 32, "cd" * 32)
 
 
-def answers(crew: DaskCrew, count: int = 4, listener: Listener | None = None) -> dict[str, Answer]:
+def answers(pool: DaskPool, count: int = 4, observer: RunObserver | None = None) -> dict[str, Answer]:
     jobs = [Job(f"s{index}.tif", f"maps/s{index}.tif", REF) for index in range(count)]
     collected: dict[str, Answer] = {}
-    for answer in crew.answers(jobs, listener or Listener()):
+    for answer in pool.answers(jobs, observer or RunObserver()):
         name = answer.report.scene
         assert name not in collected, "one answer each"
         collected[name] = answer
@@ -258,41 +258,41 @@ def statuses(found: dict[str, Answer]) -> list[str]:
 
 
 def test_a_job_goes_to_another_worker_when_one_dies() -> None:
-    crew = Simulated({"a": dies, "b": done})
-    found = answers(crew)
+    pool = Simulated({"a": dies, "b": done})
+    found = answers(pool)
     assert statuses(found) == ["done"] * 4
     assert found["s0.tif"].report.attempts == 2
-    assert crew.given.count(("b", "s0.tif", 2)) == 1
+    assert pool.given.count(("b", "s0.tif", 2)) == 1
 
 
 def test_a_job_that_kills_three_workers_is_not_given_to_a_fourth() -> None:
     def poisoned(job: Job) -> JobReport | None:
         return None if job.scene.endswith("s1.tif") else done(job)
 
-    crew = Simulated(dict.fromkeys("abcde", poisoned))
-    found = answers(crew)
+    pool = Simulated(dict.fromkeys("abcde", poisoned))
+    found = answers(pool)
     assert statuses(found) == ["done", "failed", "done", "done"]
     error = found["s1.tif"].report.error
     assert error is not None
     assert "3 workers were lost" in error.message
     assert (error.exit_code, found["s1.tif"].report.attempts) == (18, 3)
-    assert len(crew.workers) == 2
+    assert len(pool.workers) == 2
 
 
 def test_a_worker_that_cannot_is_asked_once() -> None:
-    crew, listener = Simulated({"a": refuses, "b": done}), Notes()
-    found = answers(crew, listener=listener)
+    pool, observer = Simulated({"a": refuses, "b": done}), Notes()
+    found = answers(pool, observer=observer)
     assert statuses(found) == ["done"] * 4
-    assert [address for address, _, _ in crew.given].count("a") == 1
+    assert [address for address, _, _ in pool.given].count("a") == 1
     assert all(answer.report.attempts == 1 for answer in found.values()), "a refusal is no attempt"
-    assert listener.notes == ["no more scenes for the worker a: not here"]
+    assert observer.notes == ["no more scenes for the worker a: not here"]
 
 
 def test_a_worker_whose_engine_fails_twice_gets_no_more() -> None:
-    crew = Simulated({"a": of_engine, "b": done})
-    found = answers(crew, 6)
+    pool = Simulated({"a": of_engine, "b": done})
+    found = answers(pool, 6)
     assert statuses(found) == ["done"] * 6
-    assert [address for address, _, _ in crew.given].count("a") == 2
+    assert [address for address, _, _ in pool.given].count("a") == 2
 
 
 def test_a_scene_on_which_every_engine_fails_is_that_scenes_failure() -> None:
@@ -320,8 +320,8 @@ def silent(done: int, total: int) -> None:
     pass
 
 
-def station_report(station: Station, job: Job) -> JobReport:
-    return decode(encode_report(station, job, silent), JobReport)
+def answer_of(engine: WorkerEngine, job: Job) -> JobReport:
+    return decode(engine.answer(job, silent), JobReport)
 
 
 @pytest.fixture
@@ -330,7 +330,7 @@ def job(small_engine_path: Path, tmp_path: Path) -> Job:
     return Job(str(scene), str(tmp_path / "map.tif"), engine_ref(small_engine_path, threads=1), scene_is_file=True)
 
 
-def test_a_station_loads_its_engine_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_loads_its_engine_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Any] = []
 
     def load(*arguments: Any, **options: Any) -> Any:
@@ -338,28 +338,28 @@ def test_a_station_loads_its_engine_once(job: Job, monkeypatch: pytest.MonkeyPat
         return loaded[-1]
 
     monkeypatch.setattr(worker_module, "load_engine", load)
-    station = Station()
+    worker = WorkerEngine()
     for number in range(3):
-        report = station_report(station, dataclasses.replace(job, output=f"{number}.tif"))
+        report = answer_of(worker, dataclasses.replace(job, output=f"{number}.tif"))
         assert report.status == "done", report.error
     assert len(loaded) == 1
     assert report.engine_sha256 == job.engine.sha256
-    station_report(station, dataclasses.replace(job, engine=dataclasses.replace(job.engine, threads=2), overwrite=True))
+    answer_of(worker, dataclasses.replace(job, engine=dataclasses.replace(job.engine, threads=2), overwrite=True))
     assert len(loaded) == 2
     assert loaded[0]._session is None, "there is room for one engine"
-    station.release()
+    worker.release()
 
 
 def test_an_engine_that_failed_is_loaded_anew(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    station = Station()
-    first = station.engine(job.engine)
+    worker = WorkerEngine()
+    first = worker.load(job.engine)
     monkeypatch.setattr(first, "launch", lambda slot: (_ for _ in ()).throw(EngineError("fell off the bus")))
-    error = station_report(station, job).error
+    error = answer_of(worker, job).error
     assert error is not None
     assert error.reach == ENGINE
-    assert station.engine(job.engine) is not first
-    assert station_report(station, job).status == "done"
-    station.release()
+    assert worker.load(job.engine) is not first
+    assert answer_of(worker, job).status == "done"
+    worker.release()
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_an_engine_that_failed_is_loaded_anew(job: Job, monkeypatch: pytest.Monk
     ],
 )
 def test_what_a_worker_refuses(job: Job, change: Any, message: str) -> None:
-    report = station_report(Station(), dataclasses.replace(job, **change(job)))
+    report = answer_of(WorkerEngine(), dataclasses.replace(job, **change(job)))
     assert report.error is not None
     assert report.error.reach == WORKER
     with pytest.raises(AssertionError, match=message):
@@ -391,7 +391,7 @@ def test_a_worker_finds_its_own_engine(job: Job, small_engine_path: Path, tmp_pa
         shutil.copy(path, folder / path.name.replace("small", "board"))
     (folder / "junk.onnx").write_text("junk")
     assert engine_path(own).name == "board.fp32.cpu.onnx"
-    assert station_report(Station(), dataclasses.replace(job, engine=own)).status == "done"
+    assert answer_of(WorkerEngine(), dataclasses.replace(job, engine=own)).status == "done"
     for path in (small_engine_path, small_engine_path.with_suffix(".json")):
         shutil.copy(path, folder / path.name)
     with pytest.raises(EngineError, match="were all built from"):
@@ -399,13 +399,13 @@ def test_a_worker_finds_its_own_engine(job: Job, small_engine_path: Path, tmp_pa
 
 
 def test_a_run_that_was_stopped_leaves_nothing(job: Job, tmp_path: Path) -> None:
-    progress = worker_module._throttled("that run", silent)
-    station = Station()
-    worker_module.stop_run("that run")
-    report = decode(encode_report(station, job, progress), JobReport)
+    progress = send_progress(silent, lambda: require_running("that run"))
+    worker = WorkerEngine()
+    stop_run("that run")
+    report = decode(worker.answer(job, progress), JobReport)
     assert report.status == "failed"
     assert [path.name for path in tmp_path.iterdir()] == ["s.tif"]
-    station.release()
+    worker.release()
 
 
 def test_failures_of_both_sides_are_told_apart() -> None:

@@ -38,11 +38,11 @@ from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import SceneReader, Stretch
 from cdkd_edge.segment.crop import CropMerge
+from cdkd_edge.segment.geotiff import LabelMapWriter
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.partial import partial_folder
 from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.spool import Spool
-from cdkd_edge.segment.write import LabelMapWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

@@ -31,6 +31,7 @@ from scene_helpers import (
 
 from cdkd_edge.core.errors import EngineError, SceneError, SystemRefusalError
 from cdkd_edge.raster.read import Stretch
+from cdkd_edge.segment.geotiff import LabelMapWriter
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.partial import (
     Partial,
@@ -42,7 +43,6 @@ from cdkd_edge.segment.partial import (
 )
 from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.plan import Plan
-from cdkd_edge.segment.pyramid import Pyramid
 from cdkd_edge.segment.spool import Spool
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -382,7 +382,7 @@ def test_a_confidence_raster_that_was_finished_before_its_label_map(
 ) -> None:
     output, options = tmp_path / "map.tif", SegmentOptions(confidence=True)
     with monkeypatch.context() as patch:
-        patch.setattr("cdkd_edge.segment.finish._publish", publish_once())
+        patch.setattr("cdkd_edge.segment.assemble._publish", publish_once())
         with pytest.raises(BoomError):
             segment_scene(ProbabilityEngine(TILE), scene, output, options)
     assert names_in(tmp_path)[:1] == ["map.tif.partial"]
@@ -396,9 +396,9 @@ def test_a_confidence_raster_that_was_finished_before_its_label_map(
 
 def publish_once() -> Any:
     """Publishing that fails the second time."""
-    from cdkd_edge.segment import finish
+    from cdkd_edge.segment import assemble
 
-    publish, calls = finish._publish, iter(range(9))
+    publish, calls = assemble._publish, iter(range(9))
 
     def run(source: Path, destination: Path, *companions: Any) -> None:
         if next(calls):
@@ -431,16 +431,16 @@ def test_ctrl_c_while_waiting_for_the_last_rows_leaves_nothing_half_done(
     tmp_path: Path, scene: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python up to 3.12 takes a thread for finished when join() is interrupted."""
-    add, main = Pyramid.add, threading.main_thread().ident
+    add, main = LabelMapWriter.write_rows, threading.main_thread().ident
     assert main is not None
 
-    def slow(pyramid: Pyramid, rows: Any) -> None:
+    def slow(writer: LabelMapWriter, rows: Any) -> None:
         time.sleep(0.3)  # until the main thread has nothing left to do but wait for this one
         signal.pthread_kill(main, signal.SIGINT)
         time.sleep(0.3)
-        add(pyramid, rows)
+        add(writer, rows)
 
-    monkeypatch.setattr(Pyramid, "add", slow)
+    monkeypatch.setattr(LabelMapWriter, "write_rows", slow)
     with pytest.raises(KeyboardInterrupt):
         segment_scene(FakeEngine(TILE), scene, tmp_path / "map.tif")
     assert pipeline_threads() == []

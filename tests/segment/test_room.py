@@ -12,12 +12,13 @@ from scene_helpers import FakeEngine, ProbabilityEngine, names_in, noise, write_
 
 from cdkd_edge.cli.show.fleet import FleetLines
 from cdkd_edge.core.errors import SceneError
-from cdkd_edge.segment import finish as room
-from cdkd_edge.segment.finish import RoomWatch
-from cdkd_edge.segment.many.jobs import EngineRef, Job, do_job, stamp
+from cdkd_edge.segment import spool as spool_file
+from cdkd_edge.segment.many.jobs import EngineRef, Job, file_state
+from cdkd_edge.segment.many.worker import do_job
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import segment_scene
-from cdkd_edge.segment.products.products import Wanted
+from cdkd_edge.segment.products import ProductOptions
+from cdkd_edge.segment.spool import DiskSpaceWatch
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -26,7 +27,7 @@ MB = 1 << 20
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     usage = shutil.disk_usage("/")._replace(free=free)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(spool_file.shutil, "disk_usage", lambda path: usage)
 
 
 @pytest.fixture
@@ -54,12 +55,12 @@ def test_what_is_done_says_what_will_be_needed(
 ) -> None:
     with_free(monkeypatch, free * MB)
     said: list[str] = []
-    watch = RoomWatch(spool.parent, said.append)
+    watch = DiskSpaceWatch(spool.parent, said.append)
     for _ in range(3):
-        watch.look(spool, done)
+        watch.check(spool, done)
     assert len(said) == warned
     if warned:
-        assert "are free; make room" in said[0]
+        assert "are free. Free some space now" in said[0]
         assert str(spool.parent) in said[0]
 
 
@@ -69,7 +70,7 @@ def test_what_is_written_meanwhile_is_needed_no_more(spool: Path, monkeypatch: p
     with open(spool.parent / "finish" / "label_map.tif", "wb") as file:
         file.truncate(31 * MB)
     said: list[str] = []
-    RoomWatch(spool.parent, said.append).look(spool, 1.0)
+    DiskSpaceWatch(spool.parent, said.append).check(spool, 1.0)
     assert said == []
 
 
@@ -78,18 +79,18 @@ def test_small_maps_need_no_word(spool: Path, monkeypatch: pytest.MonkeyPatch) -
     with open(spool, "wb") as file:
         file.truncate(MB)
     said: list[str] = []
-    RoomWatch(spool.parent, said.append).look(spool, 0.5)
+    DiskSpaceWatch(spool.parent, said.append).check(spool, 0.5)
     assert said == []
 
 
 def test_a_run_warns_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_LITTLE", 1)
+    monkeypatch.setattr(spool_file, "_SMALL_NEED", 1)
     with_free(monkeypatch, 5000)
     scene = write_raster(tmp_path / "scene.tif", noise(300, 200))
     said: list[str] = []
     segment_scene(FakeEngine(64), scene, tmp_path / "map.tif", warn=said.append)
     assert len(said) == 1
-    assert "more will be written" in said[0]
+    assert "will be full before the label map is done" in said[0]
     assert names_in(tmp_path) == ["map.qml", "map.tif", "map.tif.aux.xml", "scene.tif"]
 
 
@@ -106,7 +107,9 @@ def job_of(folder: Path, **wanted: Any) -> Job:
     sha = ProbabilityEngine(64).artefact.sha256
     ref = EngineRef("fake.onnx", "fake", "fp32", "fake", sha, "cd" * 32)
     path = folder / "map.tif"
-    return Job(str(folder / "scene.tif"), str(path), ref, SegmentOptions(), Wanted(**wanted), before=stamp(path))
+    return Job(
+        str(folder / "scene.tif"), str(path), ref, SegmentOptions(), ProductOptions(**wanted), before=file_state(path)
+    )
 
 
 def test_leftovers_of_a_killed_run_go(tmp_path: Path) -> None:
@@ -124,7 +127,7 @@ def test_products_are_made_by_one_run_at_a_time(tmp_path: Path) -> None:
     do_job(ProbabilityEngine(64), job_of(tmp_path))
     with open(tmp_path / "map.tif", "rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(SceneError, match=r"another run is writing what belongs to .*map\.tif"):
+        with pytest.raises(SceneError, match=r"another run is writing the products of .*map\.tif"):
             do_job(ProbabilityEngine(64), job_of(tmp_path, preview=True))
     do_job(ProbabilityEngine(64), job_of(tmp_path, preview=True))
     assert (tmp_path / "map_preview.png").exists()

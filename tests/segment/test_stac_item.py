@@ -24,19 +24,20 @@ from scene_helpers import SCHEMA, ProbabilityEngine, names_in, noise, write_rast
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import MissingExtraError, SceneError, UsageError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema, LandCoverClass
+from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.raster.areas import class_areas
-from cdkd_edge.segment.cog import write_cog
-from cdkd_edge.segment.many.jobs import EngineRef, Job, do_job, stamp
+from cdkd_edge.segment import products
+from cdkd_edge.segment.geotiff import write_cog
+from cdkd_edge.segment.many.jobs import EngineRef, Job, file_state
+from cdkd_edge.segment.many.worker import do_job
 from cdkd_edge.segment.options import SegmentOptions
-from cdkd_edge.segment.products import products
-from cdkd_edge.segment.products.footprint import footprint_of
+from cdkd_edge.segment.products import ProductOptions, product_paths, write_products
 from cdkd_edge.segment.products.polygons import VectorOptions
-from cdkd_edge.segment.products.products import Wanted, product_paths, write_products
 from cdkd_edge.segment.products.stac import (
     EXTENSIONS,
-    Provenance,
     When,
     complete_item,
+    footprint_of,
     item_for,
     parse_when,
     write_item,
@@ -91,7 +92,7 @@ def test_the_schema_can_refuse(tmp_path: Path) -> None:
 
 
 def test_what_it_says(tmp_path: Path) -> None:
-    item = item_of(tmp_path, provenance=Provenance("e.fp16.engine", "ab" * 32), when=When(NOW))
+    item = item_of(tmp_path, engine=FileRecord("e.fp16.engine", "ab" * 32, 1), when=When(NOW))
     require_valid(item)
     properties, asset = item["properties"], item["assets"]["labels"]
     assert (item["stac_version"], item["id"]) == ("1.1.0", "scene_labels")
@@ -275,7 +276,7 @@ def test_products(tmp_path: Path) -> None:
     pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
     scene, path = labelled(tmp_path, **UTM)
     write_cog(path, path, SCHEMA, {})
-    wanted = Wanted(VectorOptions(), preview=True, stac=True, when="2026-05-04")
+    wanted = ProductOptions(VectorOptions(), preview=True, stac=True, when="2026-05-04")
     made, _ = write_products(scene, path, class_areas(path, SCHEMA), ProbabilityEngine(), wanted)
     names = ["scene_labels.gpkg", "scene_labels_preview.png", "scene_labels.stac.json"]
     assert list(made.values()) == [str(one) for one in product_paths(path, wanted).values()]
@@ -292,7 +293,7 @@ def test_products(tmp_path: Path) -> None:
 
 def test_nothing_asked_for(tmp_path: Path) -> None:
     scene, path = labelled(tmp_path, **UTM)
-    assert write_products(scene, path, class_areas(path, SCHEMA), ProbabilityEngine(), Wanted()) == ({}, ())
+    assert write_products(scene, path, class_areas(path, SCHEMA), ProbabilityEngine(), ProductOptions()) == ({}, ())
     assert names_in(tmp_path) == ["scene.tif", "scene_labels.tif"]
 
 
@@ -304,15 +305,15 @@ def test_what_is_missing_is_said_before_work_begins(tmp_path: Path, monkeypatch:
     scene, path = labelled(tmp_path)
     with pytest.raises(MissingExtraError):
         write_products(
-            scene, path, class_areas(path, SCHEMA), ProbabilityEngine(), Wanted(VectorOptions(), preview=True)
+            scene, path, class_areas(path, SCHEMA), ProbabilityEngine(), ProductOptions(VectorOptions(), preview=True)
         )
     assert names_in(tmp_path) == ["scene.tif", "scene_labels.tif"]
 
 
-def job_of(scene: Path, path: Path, wanted: Wanted, **options: Any) -> Job:
+def job_of(scene: Path, path: Path, wanted: ProductOptions, **options: Any) -> Job:
     engine = ProbabilityEngine(TILE, kind="confidence")
     ref = EngineRef("fake.onnx", "fake", "fp32", "fake", engine.artefact.sha256, "cd" * 32)
-    return Job(str(scene), str(path), ref, SegmentOptions(**options), wanted, before=stamp(path))
+    return Job(str(scene), str(path), ref, SegmentOptions(**options), wanted, before=file_state(path))
 
 
 def assets_of(path: Path) -> dict[str, Any]:
@@ -330,7 +331,7 @@ def test_every_file_that_was_written_is_an_asset(tmp_path: Path) -> None:
     pytest.importorskip("pyogrio", reason="polygons need the extra 'vector'")
     pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
     scene, path = write_raster(tmp_path / "scene.tif", noise(70, 90), **UTM), tmp_path / "scene_labels.tif"
-    wanted = Wanted(vector=VectorOptions(), preview=True, stac=True)
+    wanted = ProductOptions(vector=VectorOptions(), preview=True, stac=True)
     do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, wanted, confidence=True))
     assets = assets_of(tmp_path / "scene_labels.stac.json")
     listed = sorted(asset["href"].removeprefix("./") for asset in assets.values())
@@ -350,8 +351,8 @@ def test_every_file_that_was_written_is_an_asset(tmp_path: Path) -> None:
 def test_an_item_made_later_lists_what_was_there(tmp_path: Path) -> None:
     scene, path = write_raster(tmp_path / "scene.tif", noise(70, 90), **UTM), tmp_path / "scene_labels.tif"
     engine = ProbabilityEngine(TILE, kind="confidence")
-    do_job(engine, job_of(scene, path, Wanted(preview=True), confidence=True))
-    report = do_job(engine, job_of(scene, path, Wanted(preview=True, stac=True), confidence=True))
+    do_job(engine, job_of(scene, path, ProductOptions(preview=True), confidence=True))
+    report = do_job(engine, job_of(scene, path, ProductOptions(preview=True, stac=True), confidence=True))
     assert report.status == "kept"
     assert {"labels", "confidence", "preview"} <= set(assets_of(tmp_path / "scene_labels.stac.json"))
 
@@ -359,15 +360,15 @@ def test_an_item_made_later_lists_what_was_there(tmp_path: Path) -> None:
 def test_what_is_made_later_is_added_to_the_item_that_was_there(tmp_path: Path) -> None:
     scene, path = write_raster(tmp_path / "scene.tif", noise(70, 90), **UTM), tmp_path / "scene_labels.tif"
     engine, item = ProbabilityEngine(TILE, kind="confidence"), tmp_path / "scene_labels.stac.json"
-    do_job(engine, job_of(scene, path, Wanted(stac=True, when="2026-05-04"), confidence=True))
+    do_job(engine, job_of(scene, path, ProductOptions(stac=True, when="2026-05-04"), confidence=True))
     before = json.loads(item.read_text())
-    report = do_job(engine, job_of(scene, path, Wanted(preview=True, stac=True), confidence=True))
+    report = do_job(engine, job_of(scene, path, ProductOptions(preview=True, stac=True), confidence=True))
     assert report.notes == ("scene_labels.stac.json was there; what it did not list was added",)
     after = json.loads(item.read_text())
     assert set(assets_of(item)) - set(before["assets"]) == {"preview"}
     assert after["properties"] == before["properties"]  # the time of the image was given to the first run only
     again = item.read_bytes()
-    report = do_job(engine, job_of(scene, path, Wanted(preview=True, stac=True), confidence=True))
+    report = do_job(engine, job_of(scene, path, ProductOptions(preview=True, stac=True), confidence=True))
     assert (report.notes, item.read_bytes()) == ((), again)
 
 
@@ -390,14 +391,16 @@ def finished(tmp_path: Path) -> tuple[Path, Path]:
     pytest.importorskip("pyogrio", reason="polygons need the extra 'vector'")
     pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
     scene, path = write_raster(tmp_path / "scene.tif", noise(70, 90), **UTM), tmp_path / "scene_labels.tif"
-    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted(**ALL), confidence=True))
+    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, ProductOptions(**ALL), confidence=True))
     return scene, path
 
 
 def test_whole_products_are_kept(finished: tuple[Path, Path]) -> None:
     scene, path = finished
     before = {name: (path.parent / name).read_bytes() for name in names_in(path.parent)}
-    report = do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted(**ALL), confidence=True))
+    report = do_job(
+        ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, ProductOptions(**ALL), confidence=True)
+    )
     assert (report.status, report.notes) == ("kept", ())
     assert {name: (path.parent / name).read_bytes() for name in names_in(path.parent)} == before
 
@@ -409,7 +412,7 @@ def test_what_is_not_whole_is_not_kept(finished: tuple[Path, Path], name: str, d
     place, engine = path.parent / name, ProbabilityEngine(TILE, kind="confidence")
     content = place.read_bytes()
     place.write_bytes(DAMAGES[damage](content))
-    job = job_of(scene, path, Wanted(**ALL), confidence=True)
+    job = job_of(scene, path, ProductOptions(**ALL), confidence=True)
     with pytest.raises(SceneError, match=name) as caught:
         do_job(engine, job)
     assert "--overwrite" in str(caught.value.hint)
@@ -426,7 +429,7 @@ def test_class_names_and_style_are_written_again(finished: tuple[Path, Path], na
     place = path.parent / name
     content = place.read_bytes()
     place.write_bytes(DAMAGES[damage](content))
-    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted()))
+    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, ProductOptions()))
     assert place.read_bytes() == content
 
 
@@ -436,10 +439,10 @@ def test_class_names_of_another_map_are_written_again(finished: tuple[Path, Path
     content = place.read_text()
     (pixels,) = {row.text for row in ElementTree.fromstring(content).iterfind(".//Row[1]/F[6]")}
     place.write_text(content.replace(f"<F>{pixels}</F>", "<F>7</F>"))
-    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted()))
+    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, ProductOptions()))
     assert place.read_text() == content
     place.write_text(content.replace("</PAMDataset>", "<Metadata/></PAMDataset>"))  # GDAL's statistics may be added
-    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted()))
+    do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, ProductOptions()))
     assert "<Metadata/>" in place.read_text()
 
 
@@ -448,7 +451,7 @@ def test_products_of_a_replaced_map_go_with_it(finished: tuple[Path, Path]) -> N
     (path.parent / "scene_labels_preview.png").write_text("somebody's own")
     write_raster(scene, noise(70, 90, seed=5), **UTM)
     engine = ProbabilityEngine(TILE, kind="confidence")
-    report = do_job(engine, replace(job_of(scene, path, Wanted()), overwrite=True))
+    report = do_job(engine, replace(job_of(scene, path, ProductOptions()), overwrite=True))
     (note,) = report.notes
     assert note.startswith("removed scene_labels_confidence.tif, scene_labels.gpkg, scene_labels.stac.json: made of")
     assert (path.parent / "scene_labels_preview.png").read_text() == "somebody's own"
@@ -458,7 +461,7 @@ def test_products_of_a_replaced_map_go_with_it(finished: tuple[Path, Path]) -> N
 def test_the_products_of_the_same_map_stay(finished: tuple[Path, Path]) -> None:
     scene, path = finished
     engine = ProbabilityEngine(TILE, kind="confidence")
-    report = do_job(engine, replace(job_of(scene, path, Wanted()), overwrite=True))
+    report = do_job(engine, replace(job_of(scene, path, ProductOptions()), overwrite=True))
     assert (report.status, report.notes) == ("done", ())
     assert all((path.parent / name).exists() for name in COMPANIONS)
 
@@ -469,27 +472,27 @@ def test_products_of_another_map_are_not_kept(finished: tuple[Path, Path], name:
     scene, path = finished
     engine, old = ProbabilityEngine(TILE, kind="confidence"), (path.parent / name).read_bytes()
     write_raster(scene, noise(70, 90, seed=5), **UTM)
-    job = job_of(scene, path, Wanted(**ALL), confidence=True)
+    job = job_of(scene, path, ProductOptions(**ALL), confidence=True)
     do_job(engine, replace(job, overwrite=True))
     (path.parent / name).write_bytes(old)
     with pytest.raises(SceneError, match=f"{name} .*was made of another label map"):
-        do_job(engine, job_of(scene, path, Wanted(**ALL), confidence=True))
+        do_job(engine, job_of(scene, path, ProductOptions(**ALL), confidence=True))
 
 
 def test_products_made_with_other_options_are_not_kept(finished: tuple[Path, Path]) -> None:
     scene, path = finished
     engine = ProbabilityEngine(TILE, kind="confidence")
-    other = Wanted(vector=VectorOptions(minimum_px=20))
+    other = ProductOptions(vector=VectorOptions(minimum_px=20))
     with pytest.raises(SceneError, match=r"gpkg exists and was made with other options: minimum_px was 0.0 and is 20"):
         do_job(engine, job_of(scene, path, other))
     with pytest.raises(SceneError, match="has another time"):
-        do_job(engine, job_of(scene, path, Wanted(stac=True, when="2026-05-04")))
+        do_job(engine, job_of(scene, path, ProductOptions(stac=True, when="2026-05-04")))
 
 
 def test_an_item_learns_of_a_product_that_was_made_again(finished: tuple[Path, Path]) -> None:
     scene, path = finished
     (path.parent / "scene_labels.gpkg").unlink()
-    wanted = Wanted(vector=VectorOptions(minimum_px=20), preview=True, stac=True)
+    wanted = ProductOptions(vector=VectorOptions(minimum_px=20), preview=True, stac=True)
     do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, wanted, confidence=True))
     assets_of(path.parent / "scene_labels.stac.json")
 
@@ -500,7 +503,7 @@ def test_a_scene_that_was_replaced_by_an_older_one(finished: tuple[Path, Path]) 
     write_raster(scene, noise(70, 90, seed=5), **UTM)
     os.utime(scene, (1, 1))
     with pytest.raises(SceneError, match="was made of another scene named"):
-        do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, Wanted()))
+        do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, ProductOptions()))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"assets": 3}', "nonsense", '{"assets": null}', "[" * 100_000])

@@ -28,7 +28,7 @@ from scene_helpers import SCHEMA, names_in, noise, read_labels, relaxed, write_r
 
 from cdkd_edge.core.errors import CdkdEdgeError, SceneError, SystemRefusalError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema, LandCoverClass
-from cdkd_edge.segment.write import BLOCK, LabelMapWriter
+from cdkd_edge.segment.geotiff import BLOCK, LabelMapWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

@@ -15,7 +15,7 @@ from cdkd_edge.cli.show.live import lines, live_bar
 from cdkd_edge.cli.show.segment import class_rows, describe_segment
 from cdkd_edge.cli.show.table import Console, Report, cell
 from cdkd_edge.core.signals import check
-from cdkd_edge.segment.many.crew import Listener
+from cdkd_edge.segment.many.dispatch import RunObserver
 from cdkd_edge.segment.many.jobs import DONE, FAILED, JobReport
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def live_fleet(scenes: list[str], as_json: bool) -> Iterator[FleetLines]:
         yield FleetLines(as_json, console=console, tell=tell_bar, scenes=len(scenes))
 
 
-class FleetLines(Listener):
+class FleetLines(RunObserver):
     """Shows a run as it goes; keeps the reports."""
 
     def __init__(
@@ -87,13 +87,13 @@ class FleetLines(Listener):
         """Tiles done and in all, of every scene that was begun."""
 
     def begun(self, index: int, job: Job) -> None:
-        """See :class:`~cdkd_edge.segment.many.crew.Listener`."""
+        """See :class:`~cdkd_edge.segment.many.crew.RunObserver`."""
         check()
         self._parts[index] = (0, 1)
         self._show()
 
     def tiles(self, index: int, done: int, total: int) -> None:
-        """See :class:`~cdkd_edge.segment.many.crew.Listener`."""
+        """See :class:`~cdkd_edge.segment.many.crew.RunObserver`."""
         check()
         self._parts[index] = (done, total)
         if self._update:
@@ -101,7 +101,7 @@ class FleetLines(Listener):
         self._show()
 
     def finished(self, report: JobReport) -> None:
-        """See :class:`~cdkd_edge.segment.many.crew.Listener`."""
+        """See :class:`~cdkd_edge.segment.many.crew.RunObserver`."""
         self.reports.append(report)
         if report.error is None and not self._as_json:
             describe_job(report).print()
@@ -112,7 +112,7 @@ class FleetLines(Listener):
         self._show()
 
     def note(self, text: str) -> None:
-        """See :class:`~cdkd_edge.segment.many.crew.Listener`."""
+        """See :class:`~cdkd_edge.segment.many.crew.RunObserver`."""
         self._print(f"note: {text}", self._console or Console(stderr=True))
 
     def _say(self, text: str) -> None:

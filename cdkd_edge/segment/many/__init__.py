@@ -1,1 +1,1 @@
-"""Many scenes, in one or several processes or on the workers of a scheduler."""
+"""Many scenes: in this process, in several processes, or on the workers of a scheduler."""

@@ -1,10 +1,8 @@
-"""Scenes to the workers of a scheduler of dask.distributed, on this machine or others.
+"""Gives jobs to the workers of a dask.distributed scheduler, on this machine or others.
 
-The scheduler is not left to queue jobs: it would give a second one to each worker, count its death against both, and
-give a worker as many jobs as it has threads. Scenes and label maps are read and written by the workers: the folders
+The scheduler does not queue jobs itself: it would give each worker a second one, blame both when the worker dies, and
+run as many at once as a worker has threads. The workers read scenes and write label maps themselves, so the folders
 must be shared, under the same paths.
-
-Paths as the command has them and as workers see them.
 """
 
 from __future__ import annotations
@@ -20,75 +18,21 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from cdkd_edge.core.errors import FleetError, MissingExtraError
 from cdkd_edge.raster.open import is_gdal_name
-from cdkd_edge.segment.many.crew import Answer, Listener, Task, WorkerCrew
-from cdkd_edge.segment.many.jobs import WORKER, EngineRef, Job, JobReport, decode, encode, failed
-from cdkd_edge.segment.many.worker import stop_run, work
+from cdkd_edge.segment.many.dispatch import Answer, RunObserver, Task, WorkerPool
+from cdkd_edge.segment.many.jobs import WORKER, Job, JobReport, decode, encode, failed
+from cdkd_edge.segment.many.worker import WorkerEngine, send_progress
 from cdkd_edge.segment.outputs import confidence_path
-
-
-def _absolute_engine(engine: EngineRef) -> EngineRef:
-    """The engine under a path that a worker finds, wherever it was started."""
-    return replace(engine, path=os.path.abspath(engine.path))  # noqa: PTH100 - links stay as they are
-
-
-def on_the_wire(job: Job, token: str | None) -> Job:
-    """A job as a worker gets it, wherever that was started."""
-    scene = job.scene if is_gdal_name(job.scene) else os.path.abspath(job.scene)  # noqa: PTH100
-    output = os.path.abspath(job.output)  # noqa: PTH100
-    options = job.options
-    if options.aoi is not None and Path(options.aoi).exists():  # else it is a box
-        options = replace(options, aoi=os.path.abspath(options.aoi))  # noqa: PTH100
-    engine = _absolute_engine(job.engine)
-    return replace(job, scene=scene, output=output, engine=engine, options=options, token=token)
-
-
-def as_named(report: JobReport, job: Job) -> JobReport:
-    """The report with the paths that the user gave."""
-    result = report.result
-    if result is not None:
-        confidence = confidence_path(Path(job.output)) if result.confidence else None
-        result = replace(result, output=Path(job.output), confidence=confidence)
-    kept = replace(report.kept, output=Path(job.output)) if report.kept else None
-    folder = Path(job.output).parent
-    products = {name: str(folder / Path(path).name) for name, path in report.products.items()}
-    return replace(report, scene=job.scene, output=job.output, result=result, kept=kept, products=products)
-
-
-@contextlib.contextmanager
-def shared_folders(jobs: Sequence[Job]) -> Iterator[dict[str, str]]:
-    """Put a file into each output folder by which workers know that it is the same folder; by folder, as given."""
-    name = f".{secrets.token_hex(8)}.cdkd-edge-run"
-    tokens: dict[str, str] = {}
-    made: list[Path] = []
-    try:
-        for folder in {str(Path(job.output).parent) for job in jobs}:
-            place = Path(os.path.abspath(folder))  # noqa: PTH100
-            if not place.exists():
-                place.mkdir(parents=True)
-                made.append(place)
-            (place / name).touch()
-            tokens[folder] = str(place / name)
-        yield tokens
-    finally:
-        for token in tokens.values():
-            with contextlib.suppress(OSError):
-                Path(token).unlink()
-        for place in made:
-            with contextlib.suppress(OSError):
-                place.rmdir()  # if nothing came into it
-
 
 _CONNECT_S = 15
 _STOP_S = 5
 
 
-class DaskCrew(WorkerCrew):
-    """Workers of dask.distributed. See :class:`.crew.Crew`.
+class DaskPool(WorkerPool):
+    """Workers of dask.distributed.
 
     Args:
         address: of a scheduler, e.g. ``tcp://10.0.0.1:8786``.
@@ -101,7 +45,7 @@ class DaskCrew(WorkerCrew):
         self._run = f"cdkd-edge-{secrets.token_hex(6)}"
         self._client: Any = None
 
-    def __enter__(self) -> DaskCrew:
+    def __enter__(self) -> DaskPool:
         """Connect to the scheduler.
 
         Raises:
@@ -112,7 +56,7 @@ class DaskCrew(WorkerCrew):
             distributed: Any = importlib.import_module("distributed")
         except ImportError:
             raise MissingExtraError("dask.distributed", "dask", "spreading scenes over workers") from None
-        # Lost workers are our own to report; its log would repeat them with tracebacks.
+        # Lost workers are reported here; its log would repeat them with tracebacks.
         for name in list(logging.root.manager.loggerDict):  # each has a level of its own
             if name.split(".")[0] == "distributed":
                 logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -125,43 +69,36 @@ class DaskCrew(WorkerCrew):
             ) from None
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(Exception):  # whatever a scheduler that is gone makes of it
+    def __exit__(self, *error: object) -> None:
+        """Disconnect."""
+        with contextlib.suppress(Exception):  # the scheduler may be gone
             self._client.close()
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`.crew.Crew.describe`."""
-        return {
-            "kind": "dask",
-            "scheduler": self._client.scheduler.address,
-            "workers": len(self._living()),
-            "run": self._run,
-        }
+        """See :meth:`.dispatch.Workers.describe`."""
+        scheduler = self._client.scheduler.address
+        return {"kind": "dask", "scheduler": scheduler, "workers": len(self._living()), "run": self._run}
 
-    def answers(self, jobs: Sequence[Job], listener: Listener) -> Generator[Answer, None, None]:
-        """See :meth:`.crew.Crew.answers`.
+    def answers(self, jobs: Sequence[Job], observer: RunObserver) -> Generator[Answer, None, None]:
+        """See :meth:`.dispatch.Workers.answers`.
 
         Raises:
-            FleetError, EngineError: of the dispatch; also where the scheduler is gone.
+            FleetError: there is no worker, or the scheduler is gone.
+            EngineError: none of the workers can do the jobs.
         """
         self._client.subscribe_topic(self._run, lambda event: self._events.put(event[1]))
-        with contextlib.ExitStack() as stack:
-            tokens = stack.enter_context(shared_folders(jobs))
-            waiting = deque(
-                (index, on_the_wire(job, tokens.get(str(Path(job.output).parent)))) for index, job in enumerate(jobs)
-            )
+        with _tokens(jobs) as tokens:
+            waiting = deque((index, _for_worker(job, tokens)) for index, job in enumerate(jobs))
             busy: dict[str, Task] = {}
-            """By worker."""
-            stack.callback(self._stop, busy)
-            for answer in self._serve(waiting, busy, listener):
-                original = jobs[answer.index]
-                yield replace(answer, report=as_named(answer.report, original))
+            try:
+                for answer in self._serve(waiting, busy, observer):
+                    yield replace(answer, report=_with_given_paths(answer.report, jobs[answer.index]))
+            finally:
+                self._stop(busy)
 
     def _submit(self, index: int, job: Job, worker: str) -> Task:
         future = self._client.submit(
-            work,
+            do_remotely,
             self._run,
             index,
             encode(job),
@@ -180,7 +117,7 @@ class DaskCrew(WorkerCrew):
         try:
             return decode(task.future.result(timeout=_CONNECT_S), JobReport)
         except Exception as error:  # whatever was raised on the way
-            if type(error).__name__ == "KilledWorker":  # a worker that came back under its address, several times
+            if type(error).__name__ == "KilledWorker":  # it died and came back under its address, several times
                 return None
             # Most likely the package is not installed there.
             answer = FleetError(f"{task.worker}: {type(error).__name__}: {error}")
@@ -197,18 +134,129 @@ class DaskCrew(WorkerCrew):
         return {address: worker.get("status", "running") for address, worker in workers.items()}
 
     def _stop(self, busy: dict[str, Task]) -> None:
-        """End what is still in work; a job that cannot be told comes to its end unheard."""
+        """End the jobs in progress; one that cannot be cancelled finishes and its result is dropped."""
         if not busy:
             return
 
-        def tell() -> None:
+        def stop() -> None:
             with contextlib.suppress(Exception):
                 self._client.run(stop_run, self._run, workers=list(busy), on_error="ignore")
 
         # In a thread, because a worker that hangs would never answer.
-        telling = threading.Thread(target=tell, daemon=True)
-        telling.start()
-        telling.join(_STOP_S)
+        thread = threading.Thread(target=stop, daemon=True)
+        thread.start()
+        thread.join(_STOP_S)
         for task in busy.values():
             with contextlib.suppress(Exception):
                 task.future.cancel()
+
+
+# --- paths --------------------------------------------------------------------------------------------------------
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)  # noqa: PTH100 - links stay as they are
+
+
+def _for_worker(job: Job, tokens: dict[str, str]) -> Job:
+    """A job with absolute paths: workers run in other folders."""
+    options = job.options
+    if options.aoi is not None and Path(options.aoi).exists():  # else it is a box
+        options = replace(options, aoi=_absolute(options.aoi))
+    return replace(
+        job,
+        scene=job.scene if is_gdal_name(job.scene) else _absolute(job.scene),
+        output=_absolute(job.output),
+        engine=replace(job.engine, path=_absolute(job.engine.path)),
+        options=options,
+        token=tokens.get(str(Path(job.output).parent)),
+    )
+
+
+def _with_given_paths(report: JobReport, job: Job) -> JobReport:
+    """A worker's report with the paths that the user gave."""
+    result = report.result
+    if result is not None:
+        confidence = confidence_path(Path(job.output)) if result.confidence else None
+        result = replace(result, output=Path(job.output), confidence=confidence)
+    kept = replace(report.kept, output=Path(job.output)) if report.kept else None
+    folder = Path(job.output).parent
+    products = {name: str(folder / Path(path).name) for name, path in report.products.items()}
+    return replace(report, scene=job.scene, output=job.output, result=result, kept=kept, products=products)
+
+
+@contextlib.contextmanager
+def _tokens(jobs: Sequence[Job]) -> Iterator[dict[str, str]]:
+    """Put a file into each output folder, by which workers know that they see the same folder."""
+    name = f".{secrets.token_hex(8)}.cdkd-edge-run"
+    tokens: dict[str, str] = {}
+    made: list[Path] = []
+    try:
+        for folder in {str(Path(job.output).parent) for job in jobs}:
+            place = Path(_absolute(folder))
+            if not place.exists():
+                place.mkdir(parents=True)
+                made.append(place)
+            (place / name).touch()
+            tokens[folder] = str(place / name)
+        yield tokens
+    finally:
+        for token in tokens.values():
+            with contextlib.suppress(OSError):
+                Path(token).unlink()
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()  # if nothing came into it
+
+
+# --- on a worker --------------------------------------------------------------------------------------------------
+
+_engine_lock = threading.Lock()
+_stopped_runs: set[str] = set()
+
+
+class RunStoppedError(FleetError):
+    """The run was stopped; nobody waits for the result of the job."""
+
+
+def do_remotely(run: str, index: int, payload: str) -> str:
+    """Do a job: the task that the scheduler gives to a worker.
+
+    Args:
+        run: name of the run; the tiles that are done are logged under this topic.
+        index: of the job in the run.
+        payload: the job as JSON.
+
+    Returns:
+        Its report as JSON; failures are in it.
+    """
+    from distributed import get_worker
+
+    job = decode(payload, Job)
+    worker = get_worker()
+    with _engine_lock:
+        # It stays while the worker lives, so that the next run finds its engine loaded.
+        if not hasattr(worker, "cdkd_edge_engine"):
+            worker.cdkd_edge_engine = WorkerEngine()
+    engine: WorkerEngine = worker.cdkd_edge_engine
+
+    def send(done: int, total: int) -> None:
+        worker.log_event(run, {"index": index, "attempt": job.attempt, "done": done, "total": total})
+
+    with engine.lock:
+        return engine.answer(job, send_progress(send, lambda: require_running(run)))
+
+
+def stop_run(run: str) -> None:
+    """End the jobs of a run on this worker with their next tile."""
+    _stopped_runs.add(run)
+
+
+def require_running(run: str) -> None:
+    """Make sure that a run was not stopped.
+
+    Raises:
+        RunStoppedError: it was.
+    """
+    if run in _stopped_runs:
+        raise RunStoppedError("the run was stopped")

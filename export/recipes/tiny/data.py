@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from cdkd_edge.core.labels import load_schema
+from cdkd_edge.demo.scenery import draw_scene
 from cdkd_edge.quality.datasets import find_dataset
-from cdkd_edge.scenery import draw_scene
 
 SIDE = 1024
 TRAINING_SEEDS = range(1000, 1028)

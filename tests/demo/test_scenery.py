@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cdkd_edge.core.labels import load_schema
-from cdkd_edge.scenery import draw_scene
-from cdkd_edge.scenery.plan import value_noise
+from cdkd_edge.demo.ground import value_noise
+from cdkd_edge.demo.scenery import draw_scene
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 7), (5, 1), (33, 17), (255, 129), (256, 256), (700, 90)])
@@ -70,7 +70,7 @@ def test_needs_numpy_alone() -> None:
     program = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(('torch', 'PIL', 'scipy', 'rasterio', 'onnx')))\n"
-        "from cdkd_edge.scenery import draw_scene\n"
+        "from cdkd_edge.demo.scenery import draw_scene\n"
         "draw_scene(64, 64)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

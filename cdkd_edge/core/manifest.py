@@ -253,6 +253,28 @@ class EngineManifest(_Described):
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
 
+    @classmethod
+    def of_graph(cls, source: GraphManifest, **fields: Any) -> EngineManifest:
+        """The manifest of an engine that was built from a graph here and now.
+
+        Args:
+            source: the graph's manifest.
+            fields: what the graph's manifest does not say, by name.
+        """
+        return cls(
+            name=source.name,
+            precision=source.precision,
+            graph=source.artefact,
+            labels=source.labels,
+            preprocessing=source.preprocessing,
+            tile=source.tile,
+            batch=source.batch,
+            graph_check=source.check,
+            training=source.training,
+            output=source.output,
+            **fields,
+        )
+
 
 AnyManifest = TypeVar("AnyManifest", GraphManifest, EngineManifest)
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tensorrt_helpers import break_attention, half_graph, int8_variant, needs_compiler
+from tensorrt_helpers import LayerLimits, break_attention, exceeded, half_graph, int8_variant, needs_compiler
 
 from cdkd_edge.core.manifest import EngineManifest, EngineTensor
 from cdkd_edge.engines.inspect import inspect_artefact
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
-from cdkd_edge.engines.tensorrt.layers import EngineLayers, LayerLimits, exceeded
+from cdkd_edge.engines.tensorrt.layers import EngineLayers
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.graph.files import derived_path
 from cdkd_edge.graph.outputs import write_variant

@@ -135,7 +135,7 @@ def describe_inspection(found: Inspection, *, every: bool) -> Report:
         data["layers"] = [
             {
                 "name": layer.name,
-                "type": layer.kind,
+                "type": layer.type,
                 "precision": layer.precision,
                 "traffic_bytes": layer.traffic_bytes,
                 "fused_attention": layer.is_fused_attention,
@@ -208,7 +208,7 @@ def _layer_listing(layers: EngineLayers, every: bool) -> Listing:
     rows = [
         (
             layer.name,
-            layer.kind,
+            layer.type,
             layer.precision,
             f"{layer.traffic_bytes / 1e6:.2f}",
             f"{layer.traffic_bytes / total:.1%}",

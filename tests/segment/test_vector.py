@@ -270,7 +270,7 @@ def test_the_style_that_qgis_looks_for(tmp_path: Path) -> None:
     shown = {c.get("label"): c.get("symbol") for c in style.iter("category")}
     assert list(shown) == list(SCHEMA.class_names)
     symbol = next(s for s in style.iter("symbol") if s.get("name") == shown["water"])
-    assert next(o.get("value") for o in symbol.iter("Option") if o.get("name") == "color").startswith("226,169,41,")
+    assert next(o.get("value") for o in symbol.iter("Option") if o.get("name") == "color").startswith("39,132,228,")
 
 
 def test_the_system_says_why_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

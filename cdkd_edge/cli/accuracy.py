@@ -99,16 +99,16 @@ def evaluate(
 ) -> None:
     """Accuracy on labelled images: IoU per class, mIoU, OA, mF1. The same path for every kind of artefact."""
     from cdkd_edge.cli.show.accuracy import describe_evaluation
+    from cdkd_edge.quality.artefacts import open_artefact
     from cdkd_edge.quality.evaluate import data_schema
     from cdkd_edge.quality.evaluate import evaluate as judge
-    from cdkd_edge.quality.subject import open_subject
 
     space = workspace_at(workspace)
     subject = named_engine(artefact, engine) or space.only_engine("cdkd-edge evaluate", typed=command_line())
     options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range, strict)
     dataset = chosen_images(data, scenes, image_list)
     folder = output or (space.new_run(f"{stem_of(subject)}-accuracy") if save_maps else None)
-    loaded = open_subject(
+    loaded = open_artefact(
         subject, schema=schema, tile=tile, device=device, precision=precision, threads=threads, weights=weights
     )
     try:

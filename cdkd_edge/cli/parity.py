@@ -94,10 +94,9 @@ def parity(
     """
     from cdkd_edge.cli.show.accuracy import describe_parity
     from cdkd_edge.core.errors import ParityError
-    from cdkd_edge.quality.agreement import compare
+    from cdkd_edge.quality.artefacts import open_artefacts
     from cdkd_edge.quality.evaluate import data_schema
-    from cdkd_edge.quality.parity import Gate
-    from cdkd_edge.quality.subject import open_pair
+    from cdkd_edge.quality.parity import ParityGate, measure_parity
 
     if min_agreement is not None and 0 < min_agreement <= 1:
         raise typer.BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")
@@ -108,13 +107,13 @@ def parity(
     )
     dataset = chosen_images(data, scenes, image_list)
     folder = output or (space.new_run(f"{stem_of(candidate)}-parity") if save_maps else None)
-    pair = open_pair(
+    pair = open_artefacts(
         reference, candidate, schema=schema, device=device, precision=precision, threads=threads, weights=weights
     )
     with pair as (ours, theirs), new_folder(folder) as place, progress_bar(candidate.name) as progress:
-        gate = Gate.of(theirs.precision, tolerance, None if min_agreement is None else min_agreement / 100)
+        gate = ParityGate.of(theirs.precision, tolerance, None if min_agreement is None else min_agreement / 100)
         named = next((one.labeller.schema for one in (theirs, ours) if not one.labeller.schema.numbered), None)
-        result = compare(
+        result = measure_parity(
             ours.labeller,
             theirs.labeller,
             dataset,

@@ -1,4 +1,4 @@
-"""What a pixel's colour alone tells: the score that a network has to beat before it has learned anything else."""
+"""Labels from a pixel's colour alone: the score that a network must beat to have learned anything else."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ class ColorCounts:
             self.sums[label] += image[:, here].sum(axis=1, dtype=np.int64)
 
     def rules(self) -> dict[str, npt.NDArray[np.uint8]]:
-        """Classifiers, each a table of labels by colour.
+        """Tables of labels by colour, by the name of the rule.
 
-        "nearest mean": the class whose mean colour is nearest. "colour histogram": the class seen most often
-        with that colour, which is what the best rule on colour alone converges to; unseen colours go to the
-        nearest mean.
+        "nearest mean": the class whose mean colour is nearest. "colour histogram": the class seen most often with that
+        colour, to which the best rule on colour alone converges; colours never seen get the nearest mean.
         """
         pixels = self.counts.sum(axis=1)
         means = self.sums / np.maximum(pixels, 1)[:, None]
@@ -53,7 +52,7 @@ class ColorCounts:
 
 
 class ColorLabeller(LabelsOnly):
-    """A table of labels by colour. See :class:`cdkd_edge.engines.protocol.Labeller`."""
+    """Labels tiles by a table of labels by colour. See :class:`cdkd_edge.engines.protocol.Labeller`."""
 
     def __init__(self, table: npt.NDArray[np.uint8], schema: LabelSchema, name: str) -> None:
         self.schema, self.artefact = schema, FileRecord(name, "", 0)
@@ -73,32 +72,32 @@ class ColorLabeller(LabelsOnly):
         return buffer
 
     def launch(self, slot: int) -> None:
-        """Look every pixel up."""
+        """Look up every pixel."""
         self._outputs[slot, 0] = self._table[_codes(self._inputs[slot, 0])]
 
     def wait(self, slot: int) -> None:
-        """Nothing left to wait for."""
+        """Do nothing: :meth:`launch` has waited."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""
 
 
-def judge_colors(
+def evaluate_color_rules(
     training: Dataset,
     validation: Dataset,
     schema: LabelSchema,
     *,
     options: SegmentOptions = SegmentOptions(),
-    progress: Callable[[str], None] = lambda step: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Evaluation]:
-    """Learn both rules from one dataset and judge them on another, by the same path as networks.
+    """Learn both rules from one dataset and evaluate them on another, by the same path as networks.
 
     Raises:
         DatasetError, SchemaError: as :func:`cdkd_edge.quality.evaluate.evaluate` does.
     """
     seen = ColorCounts(len(schema))
     for index, pair in enumerate(training, 1):
-        progress(f"colours of {pair.name} ({index} of {len(training)})")
+        note(f"counting the colours of {pair.name} ({index} of {len(training)})")
         labels = read_labels(pair.mask, schema)
         reader = ImageReader(pair, options)
         try:
@@ -114,7 +113,7 @@ def judge_colors(
             reader.close()
     scores = {}
     for name, table in seen.rules().items():
-        progress(f"judging {name}")
+        note(f"evaluating the rule {name}")
         scores[name] = evaluate(ColorLabeller(table, schema, name), validation, schema, options=options)
     return scores
 

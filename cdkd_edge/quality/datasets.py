@@ -1,4 +1,4 @@
-"""Labelled datasets: which image belongs to which mask, and which of them are for training.
+"""Labelled datasets: finds the mask of each image, and divides images into training and validation.
 
 These layouts are recognised by what lies in the folder:
 
@@ -9,10 +9,9 @@ These layouts are recognised by what lies in the folder:
 * *LoveDA* (Wang et al., NeurIPS D&B 2021): ``{Train,Val}/{Urban,Rural}/{images_png,masks_png}``, or one of
   the two parts.
 
-Every image belongs to a *scene*; parts of one scene may adjoin, so a split should keep scenes whole. In folder
-pairs a scene is the file name up to the first underscore (``tile5_003.jpg`` belongs to ``tile5``), or the
-subfolder; in DeepGlobe every image is its own; in LoveDA and OpenMMLab it is the part (``Train``, ``val``).
-
+Every image belongs to a *scene*. Images of one scene may touch, so a split should not divide scenes. In folder
+pairs the scene is the file name up to the first underscore (``tile5_003.jpg`` belongs to ``tile5``), or the
+subfolder; in DeepGlobe each image is a scene; in LoveDA and OpenMMLab it is the part (``Train``, ``val``).
 Where names differ by an ending that all images or all masks share (``NAME_leftImg8bit.png`` and
 ``NAME_gtFine_labelTrainIds.png``), the ending is not part of the name.
 """
@@ -33,7 +32,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".jp2", ".webp", ".v
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".webp", ".vrt")
 SCHEMA_FILE = "schema.toml"
 
-_SHOWN = 5
 _LOVEDA_PLACES = ("Urban", "Rural")
 _OPENMMLAB = (("img_dir", "ann_dir"), ("images", "annotations"))
 _TRAINING_NAMES, _VALIDATION_NAMES = ("train", "training"), ("val", "valid", "validation")
@@ -86,25 +84,17 @@ class Dataset:
         wanted = set(scenes)
         if unknown := sorted(wanted - set(self.scenes)):
             raise DatasetError(
-                f"{self.folder} has no scene {_listed(unknown)}", hint=f"its scenes are {_listed(self.scenes, 12)}"
+                f"{self.folder} has no scene {listed(unknown)}", hint=f"its scenes are {listed(self.scenes, 12)}"
             )
         return Dataset(self.folder, self.layout, tuple(pair for pair in self.pairs if pair.scene in wanted))
 
     def of_list(self, file: Path) -> Dataset:
-        """The pairs that a text file names, one a line: a name, a file name, or a path that ends in one.
-
-        Empty lines and what follows ``#`` are left out.
+        """The pairs that a text file names (:func:`read_list`): a name, a file name, or a path that ends in one.
 
         Raises:
-            DatasetError: the file cannot be read, is empty, names an image twice, or one that is not there or not
-                the only one of that name.
+            DatasetError: the file cannot be read or is empty, or it names an image twice, or a name that no image or
+                more than one has.
         """
-        try:
-            text = read_small(file).decode("utf-8-sig")
-            lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise DatasetError(f"list {file} cannot be read: {reason}") from None
         by_name: dict[str, list[Pair]] = {}
         for pair in self.pairs:
             path = pair.image.relative_to(self.folder)
@@ -112,7 +102,7 @@ class Dataset:
             for name in ways | {path.name, path.stem}:
                 by_name.setdefault(name, []).append(pair)
         chosen: list[Pair] = []
-        for entry in filter(None, lines):
+        for entry in read_list(file):
             found = self._named(entry, by_name)
             if len(found) != 1:
                 problem = "is not in" if not found else f"could be {len(found)} images of"
@@ -120,13 +110,11 @@ class Dataset:
             if found[0] in chosen:
                 raise DatasetError(f"{file} names {entry} twice")
             chosen += found
-        if not chosen:
-            raise DatasetError(f"list {file} names no image")
         return Dataset(self.folder, self.layout, tuple(sorted(chosen, key=lambda pair: pair.name)))
 
     @staticmethod
     def _named(entry: str, by_name: dict[str, list[Pair]]) -> list[Pair]:
-        """The pairs that a line of a list may mean, the most telling reading of it first."""
+        """The pairs that a line of a list may mean: the longest matching end of its path decides."""
         parts = Path(entry).parts
         for keep in range(len(parts), 0, -1):
             tail = "/".join(parts[-keep:])
@@ -138,20 +126,20 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Split:
-    """What is trained on and what is validated on."""
+    """Images to train on and to validate on."""
 
     training: Dataset
     validation: Dataset
     rule: str
-    """How it was made, in words."""
+    """How it was made, for the model card."""
     notes: tuple[str, ...] = ()
 
 
 def find_dataset(folder: Path) -> Dataset:
-    """Recognise a dataset and match its images with their masks.
+    """Recognise the layout of a dataset and match its images with their masks.
 
     Raises:
-        DatasetError: nothing was recognised, or an image or a mask has no counterpart, or more than one.
+        DatasetError: the layout is unknown, or an image or a mask has no counterpart, or more than one.
     """
     if not folder.is_dir():
         raise DatasetError(f"dataset {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
@@ -179,7 +167,7 @@ def find_dataset(folder: Path) -> Dataset:
         layout, pairs = "DeepGlobe", _deepglobe(deepglobe)
     else:
         raise DatasetError(
-            f"{folder} holds no labelled images that we know",
+            f"{folder} holds no labelled images in a known layout",
             hint="expected images/ and masks/ with the same file names, img_dir/train and ann_dir/train (OpenMMLab), "
             "ID_sat.jpg beside ID_mask.png (DeepGlobe), or Train/ and Val/ (LoveDA)",
         )
@@ -218,7 +206,7 @@ def split_dataset(
     assert training is not None
     assert validation is not None
     rule = "; ".join(
-        f"{side} by {_list_named(file, chosen) if file else f'scene {_listed(sorted(scenes), 12)}'}"
+        f"{side} by {_list_named(file, chosen) if file else f'scene {listed(sorted(scenes), 12)}'}"
         for side, scenes, file, chosen in (
             ("training", training_scenes, training_list, training),
             ("validation", validation_scenes, validation_list, validation),
@@ -230,12 +218,12 @@ def split_dataset(
 
 
 def _list_named(file: Path, chosen: Dataset) -> str:
-    """What to call a list; one that was piped in (``--val-list <(...)``) has no name and is told by what it held."""
+    """A name for a list. One from a pipe (``--val-list <(...)``) has none and is described by its content."""
     if file.is_file() and file.parts[:2] not in (("/", "dev"), ("/", "proc")):
         return f"list {file.name}"
     names = [pair.name for pair in chosen]
     digest = hashlib.sha256("".join(f"{name}\n" for name in names).encode(errors="surrogateescape")).hexdigest()
-    return f"a list of {len(names)} images: {_listed(names, 12)} (SHA-256 of the names, one a line: {digest})"
+    return f"a list of {len(names)} images: {listed(names, 12)} (SHA-256 of the names, one a line: {digest})"
 
 
 def _own_split(dataset: Dataset) -> Split:
@@ -252,7 +240,7 @@ def _own_split(dataset: Dataset) -> Split:
         )
     raise DatasetError(
         f"{dataset.folder} does not say what to validate on",
-        hint=f"name whole scenes (--val-scenes; there are {_listed(dataset.scenes, 12)}), give text files "
+        hint=f"name whole scenes (--val-scenes; there are {listed(dataset.scenes, 12)}), give text files "
         "(--train-list, --val-list), or put train.txt and val.txt into the folder",
     )
 
@@ -272,11 +260,11 @@ def _check_sides(training: Dataset, validation: Dataset, notes: list[str]) -> No
         if not len(side):
             raise DatasetError(f"the split leaves nothing for {name}: all {side.folder} images are on the other side")
     if both := sorted({pair.name for pair in training} & {pair.name for pair in validation}):
-        raise DatasetError(f"{len(both)} images are in training and in validation: {_listed(both)}")
+        raise DatasetError(f"{len(both)} images are in training and in validation: {listed(both)}")
     if shared := sorted(set(training.scenes) & set(validation.scenes)):
         notes.append(
-            f"training and validation share the scene{'s' if len(shared) > 1 else ''} {_listed(shared)}; where parts "
-            "of a scene adjoin, the score flatters"
+            f"training and validation share the scene{'s' if len(shared) > 1 else ''} {listed(shared)}; where parts "
+            "of a scene touch, the score is too high"
         )
 
 
@@ -297,7 +285,7 @@ def _matched(images: Path, masks: Path, prefix: str, scene: str | None) -> list[
 
 
 def _without_ending(by_stem: dict[str, Path]) -> dict[str, Path]:
-    """Files by their stems without the ending, from an underscore on, that all of them share."""
+    """Files by their stems without the ending that all of them share, from an underscore on."""
     shared = os.path.commonprefix([stem[::-1] for stem in by_stem])[::-1]  # noqa: RUF071 - of names, not of paths
     ending = shared[shared.find("_") :] if "_" in shared else ""
     if len(by_stem) < 2 or not re.search("[A-Za-z]{3}", ending):  # numbers and letters tell images apart
@@ -353,7 +341,7 @@ def _files(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...], ending: str = "") -> dict[str, Path]:
-    """Files whose stem ends so, by what comes before that."""
+    """Files whose stem has this ending, by the stem without it."""
     found: dict[str, Path] = {}
     for path in _files(folder, f"*{ending}.*", suffixes):
         name = path.stem.removesuffix(ending)
@@ -367,14 +355,32 @@ def _require_counterparts(images: Iterable[str], masks: Iterable[str], images_in
     image_names, mask_names = set(images), set(masks)
     if lonely := sorted(image_names - mask_names):
         raise DatasetError(
-            f"{len(lonely)} of {len(image_names)} images in {images_in} have no mask in {masks_in}: {_listed(lonely)}",
+            f"{len(lonely)} of {len(image_names)} images in {images_in} have no mask in {masks_in}: {listed(lonely)}",
             hint=f"a mask has its image's name and ends in {', '.join(MASK_SUFFIXES)}",
         )
     if lonely := sorted(mask_names - image_names):
         raise DatasetError(
-            f"{len(lonely)} of {len(mask_names)} masks in {masks_in} have no image in {images_in}: {_listed(lonely)}"
+            f"{len(lonely)} of {len(mask_names)} masks in {masks_in} have no image in {images_in}: {listed(lonely)}"
         )
 
 
-def _listed(names: Sequence[str], shown: int = _SHOWN) -> str:
+def listed(names: Sequence[str], shown: int = 5) -> str:
+    """Names with commas; after the first ones, how many more there are."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def read_list(file: Path) -> list[str]:
+    """The lines of a text file that names images, without empty lines and without what follows ``#``.
+
+    Raises:
+        DatasetError: it cannot be read, or holds no name.
+    """
+    try:
+        text = read_small(file).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise DatasetError(f"list {file} cannot be read: {reason}") from None
+    entries = [entry for line in text.splitlines() if (entry := line.partition("#")[0].strip())]
+    if not entries:
+        raise DatasetError(f"list {file} names no image")
+    return entries

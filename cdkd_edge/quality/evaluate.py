@@ -1,14 +1,15 @@
-"""Scores of anything that labels tiles, on a labelled dataset, made as its label maps are made.
+"""Scores of a labeller on a labelled dataset.
 
-Every image goes through the same reader, tile grid, overlap and stitcher as ``cdkd-edge segment``, whatever
-does the labelling: a checkpoint in PyTorch, a graph, an engine. Two scores differ only by what was judged.
+Every image goes through the reader, tile grid, overlap and stitcher of ``cdkd-edge segment``, whether a checkpoint in
+PyTorch, a graph or an engine labels it. So two scores differ only by what was judged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,29 @@ from cdkd_edge.core.errors import DatasetError, EngineError, SchemaError
 from cdkd_edge.core.labels import BUILTIN_SCHEMAS, NO_LABEL, LabelSchema, load_schema
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.quality.datasets import SCHEMA_FILE, Dataset, Pair
-from cdkd_edge.quality.masks import ImageReader, Lost, read_labels
+from cdkd_edge.quality.masks import HiddenLabels, ImageReader, read_labels
 from cdkd_edge.quality.metrics import CLASS_METRICS, ConfusionMatrix, number
-from cdkd_edge.quality.picture import write_comparison
+from cdkd_edge.quality.pictures import write_comparison
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import reading_notes
 from cdkd_edge.segment.geotiff import LabelMapWriter
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import label_map_tags, label_rows
 
-Rows = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.uint8]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """One image."""
+    """Score of one image."""
 
     name: str
     width: int
     height: int
     labelled_pixels: int
     mean_iou: float | None
-    """Over the classes that occur in it, 0..1; None where no pixel has a label."""
+    """Over the classes that occur in the image, 0..1; None where no pixel has a label."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,13 @@ class Evaluation:
     """Over all pixels of all images: every labelled pixel counts once."""
     images: tuple[ImageScore, ...]
     ignored_pixels: int
-    """Without truth; they count nowhere."""
+    """Pixels without truth; no score counts them."""
     tiles: int
     seconds: float
     notes: tuple[str, ...]
 
     def document(self) -> dict[str, Any]:
-        """As JSON data; scores in 0..1, None for a class that occurs neither in truth nor in prediction."""
+        """JSON data; scores in 0..1, None for a class that occurs neither in truth nor in prediction."""
         matrix = self.matrix
         scores = {metric: matrix.class_scores(metric) for metric in CLASS_METRICS}
         classes = [
@@ -84,36 +86,6 @@ class Evaluation:
         }
 
 
-@dataclass
-class Job:
-    """One pair, looked at before anything is computed."""
-
-    pair: Pair
-    grid: TileGrid
-    height: int
-    width: int
-    notes: tuple[str, ...]
-    """On how the image and its mask were read."""
-
-
-@dataclass
-class _Sink:
-    """Takes rows of a label map as they come: into the matrix, and to the writer if there is one."""
-
-    labeller: Labeller
-    truth: Rows
-    matrix: ConfusionMatrix
-    writer: LabelMapWriter | None
-    done: int = field(default=0)
-
-    def __call__(self, rows: Rows) -> None:
-        require_labels(rows, self.labeller)
-        self.matrix.update(self.truth[self.done : self.done + len(rows)], rows)
-        self.done += len(rows)
-        if self.writer:
-            self.writer.write_rows(rows)
-
-
 def evaluate(
     labeller: Labeller,
     dataset: Dataset,
@@ -122,72 +94,151 @@ def evaluate(
     options: SegmentOptions = SegmentOptions(),
     maps: Path | None = None,
     trained_on: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Evaluation:
-    """Label every image of a dataset and count.
+    """Label every image of a dataset and score the labels.
 
     Args:
         labeller: checkpoint, graph or engine.
-        dataset: what to judge on.
-        schema: how the masks are to be read; its classes must be the labeller's.
+        dataset: labelled images.
+        schema: how masks are read; it must have the classes of the labeller.
         options: overlap, bands and stretch, as for a label map.
-        maps: folder for label maps and pictures, one of each per image; default: none are written.
-        trained_on: the artefact's training record; images that it names are pointed out.
+        maps: folder for a label map and a picture of each image. Default: none are written.
+        trained_on: training record of the labeller; a note tells which of its images are in the dataset.
         progress: called with tiles done and tiles in all.
 
     Raises:
         DatasetError: an image or mask cannot be read, they differ in size, or no pixel has a label.
-        SchemaError: a mask holds something that the schema does not define, or the classes are not the labeller's.
+        SchemaError: a mask holds something that the schema does not define, or the labeller has other classes.
         EngineError: the labeller failed.
     """
     started = time.perf_counter()
-    notes: list[str] = []
     require_same_classes(labeller.schema, schema)
-    jobs = [look_at(pair, labeller.tile, options) for pair in dataset]
-    if not jobs:
+    images = [check_image(pair, labeller.tile, options) for pair in dataset]
+    if not images:
         raise DatasetError(f"{dataset.folder}: there is no image to judge on")
-    total = sum(len(job.grid) for job in jobs)
-    matrix, images, ignored, before, lost = ConfusionMatrix(len(schema)), [], 0, 0, Lost()
-    for job in jobs:
-        truth = read_labels(job.pair.mask, schema, lost)
-        own = ConfusionMatrix(len(schema))
-        _judge(labeller, job, truth, own, options, maps, later(progress, before, total))
-        if maps is not None:
-            write_comparison(job.pair, truth, map_path(maps, job.pair), schema, own, options)
+    total, done, ignored = sum(len(image.grid) for image in images), 0, 0
+    matrix, scores, hidden = ConfusionMatrix(len(schema)), [], HiddenLabels()
+    for image in images:
+        truth = read_labels(image.pair.mask, schema, hidden)
+        label_map = None if maps is None else maps / f"{image.pair.name}_labels.tif"
+        own = _score_image(labeller, image, truth, options, label_map, offset_progress(progress, done, total))
+        if label_map is not None:
+            write_comparison(image.pair, truth, label_map, schema, own, options)
         matrix += own
         ignored += int(np.count_nonzero(truth == NO_LABEL))
-        images.append(ImageScore(job.pair.name, job.width, job.height, own.pixels, number(own.mean_iou)))
-        before += len(job.grid)
-    notes += [*lost.notes(), *reading_notes({job.pair.name: job.notes for job in jobs})]
+        scores.append(ImageScore(image.pair.name, image.width, image.height, own.pixels, number(own.mean_iou)))
+        done += len(image.grid)
     if not matrix.pixels:
-        raise DatasetError(
-            f"no pixel of the {len(jobs)} masks of {dataset.folder} has a label", hint="; ".join(lost.notes()) or None
+        raise no_labels(f"the {len(images)} masks of {dataset.folder}", hidden)
+    notes = [*hidden.notes(), *reading_notes({image.pair.name: image.notes for image in images})]
+    if absent := absent_classes(schema, matrix.counts.sum(axis=1)):
+        notes.append(
+            f"no pixel of the truth is {absent}: such a class has no IoU where it is not predicted either, "
+            "and 0 where it is"
         )
-    notes += _notes(dataset, schema, matrix, trained_on or {})
-    return Evaluation(
-        schema, matrix, tuple(images), ignored, total, time.perf_counter() - started, tuple(dict.fromkeys(notes))
-    )
+    notes += training_notes(dataset, trained_on or {})
+    seconds = time.perf_counter() - started
+    return Evaluation(schema, matrix, tuple(scores), ignored, total, seconds, tuple(dict.fromkeys(notes)))
 
 
-def map_path(folder: Path, pair: Pair) -> Path:
-    """Where the label map of an image goes."""
-    return folder / f"{pair.name}_labels.tif"
+def _score_image(
+    labeller: Labeller,
+    image: CheckedImage,
+    truth: Labels,
+    options: SegmentOptions,
+    label_map: Path | None,
+    progress: Progress,
+) -> ConfusionMatrix:
+    """Label an image and count its pixels row by row, so that only the truth is in memory as a whole."""
+    matrix = ConfusionMatrix(len(labeller.schema))
+    done = 0
+
+    def count(rows: Labels) -> None:
+        nonlocal done
+        require_valid_labels(rows, labeller)
+        matrix.update(truth[done : done + len(rows)], rows)
+        done += len(rows)
+
+    with image.open(options) as reader:
+        label_image(labeller, reader, image, options, count, label_map, progress)
+    return matrix
 
 
-def require_readable(dataset: Dataset, tile: int, options: SegmentOptions) -> list[str]:
-    """Look at every image and mask of a dataset, as :func:`evaluate` does before it computes anything.
+# --- shared with parity ---------------------------------------------------------------------------
 
-    Returns:
-        Notes on how they are read.
+
+@dataclass
+class CheckedImage:
+    """An image whose mask fits, and its tiles."""
+
+    pair: Pair
+    grid: TileGrid
+    height: int
+    width: int
+    notes: tuple[str, ...]
+    """How the image and its mask were read."""
+
+    @contextlib.contextmanager
+    def open(self, options: SegmentOptions) -> Iterator[ImageReader]:
+        """Read the image; what is worth telling of that is added to the notes."""
+        reader = ImageReader(self.pair, options)
+        try:
+            yield reader
+        finally:
+            self.notes = tuple(dict.fromkeys((*self.notes, *reader.notes)))
+            reader.close()
+
+
+def check_image(pair: Pair, tile: int, options: SegmentOptions) -> CheckedImage:
+    """Check that image and mask can be read and fit, before anything is computed.
+
+    Raises:
+        DatasetError: image or mask cannot be read, or they differ in size or place.
+    """
+    reader = ImageReader(pair, options)
+    try:
+        reader.require_fitting_mask()
+        return CheckedImage(pair, options.grid_over(reader, tile), reader.height, reader.width, tuple(reader.notes))
+    finally:
+        reader.close()
+
+
+def check_dataset(dataset: Dataset, tile: int, options: SegmentOptions) -> list[str]:
+    """Check every image and mask as :func:`evaluate` does before it computes; returns notes on how they are read.
 
     Raises:
         DatasetError: an image or mask cannot be read, or they differ in size or place.
     """
-    return reading_notes({pair.name: look_at(pair, tile, options).notes for pair in dataset})
+    return reading_notes({pair.name: check_image(pair, tile, options).notes for pair in dataset})
 
 
-def require_labels(labels: Rows, labeller: Labeller) -> None:
-    """Make sure that every label is one: what comes out of a broken engine may be any number.
+def label_image(
+    labeller: Labeller,
+    reader: ImageReader,
+    image: CheckedImage,
+    options: SegmentOptions,
+    take: Callable[[Labels], None],
+    label_map: Path | None,
+    progress: Progress,
+) -> None:
+    """Label an image tile by tile; ``take`` gets its rows from top to bottom, and ``label_map`` is written if given."""
+    if label_map is None:
+        label_rows(labeller, reader, image.grid, take, progress)
+        return
+    tags = label_map_tags(labeller, reader, options)
+    size = image.height, image.width
+    with LabelMapWriter(label_map, *size, labeller.schema, reader.georeference, tags) as writer:
+
+        def take_and_write(rows: Labels) -> None:
+            take(rows)
+            writer.write_rows(rows)
+
+        label_rows(labeller, reader, image.grid, take_and_write, progress)
+
+
+def require_valid_labels(labels: Labels, labeller: Labeller) -> None:
+    """Make sure that every label is a class or "no label"; a broken engine may give any number.
 
     Raises:
         EngineError: it gave another.
@@ -221,10 +272,10 @@ def require_same_classes(ours: LabelSchema, data: LabelSchema) -> None:
 
 
 def data_schema(dataset: Dataset, named: str | None, fallback: LabelSchema | None) -> LabelSchema:
-    """How to read a dataset's masks: as named, as the data says, or as the labeller has it.
+    """The schema of a dataset's masks: the one named, else the data's own, else the labeller's.
 
     Raises:
-        SchemaError: none of them says.
+        SchemaError: there is none of them.
     """
     if name := named or dataset.schema_name:
         return load_schema(name)
@@ -237,61 +288,23 @@ def data_schema(dataset: Dataset, named: str | None, fallback: LabelSchema | Non
     return fallback
 
 
-def later(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
-    """Progress of one image as progress of all of them."""
+def no_labels(masks: str, hidden: HiddenLabels) -> DatasetError:
+    """The error for masks of which no pixel has a label."""
+    return DatasetError(f"no pixel of {masks} has a label", hint="; ".join(hidden.notes()) or None)
+
+
+def absent_classes(schema: LabelSchema, pixels: npt.NDArray[np.int64]) -> str:
+    """Names of the classes that have none of the pixels ``[K]``, with commas."""
+    return ", ".join(name for name, count in zip(schema.class_names, pixels, strict=True) if not count)
+
+
+def offset_progress(progress: Progress, before: int, total: int) -> Progress:
+    """Report the progress of one image as progress over all of them."""
     return lambda done, _: progress(before + done, total)
 
 
-def look_at(pair: Pair, tile: int, options: SegmentOptions) -> Job:
-    """The tiles of an image whose mask fits.
-
-    Raises:
-        DatasetError: image or mask cannot be read, or they differ in size or place.
-    """
-    reader = ImageReader(pair, options)
-    try:
-        reader.require_fitting_mask()
-        return Job(pair, options.grid_over(reader, tile), reader.height, reader.width, tuple(reader.notes))
-    finally:
-        reader.close()
-
-
-def _judge(
-    labeller: Labeller,
-    job: Job,
-    truth: Rows,
-    matrix: ConfusionMatrix,
-    options: SegmentOptions,
-    maps: Path | None,
-    progress: Callable[[int, int], None],
-) -> None:
-    reader = ImageReader(job.pair, options)
-    try:
-        if maps is None:
-            label_rows(labeller, reader, job.grid, _Sink(labeller, truth, matrix, None), progress)
-            return
-        tags = label_map_tags(labeller, reader, options)
-        place = map_path(maps, job.pair)
-        with LabelMapWriter(place, job.height, job.width, labeller.schema, reader.georeference, tags) as writer:
-            label_rows(labeller, reader, job.grid, _Sink(labeller, truth, matrix, writer), progress)
-    finally:
-        job.notes = tuple(dict.fromkeys((*job.notes, *reader.notes)))
-        reader.close()
-
-
-def _notes(dataset: Dataset, schema: LabelSchema, matrix: ConfusionMatrix, trained_on: Mapping[str, Any]) -> list[str]:
-    notes = []
-    absent = [name for name, count in zip(schema.class_names, matrix.counts.sum(axis=1), strict=True) if not count]
-    if absent:
-        notes.append(
-            f"no pixel of the truth is {', '.join(absent)}: such a class has no IoU where it is not predicted either, "
-            "and 0 where it is"
-        )
-    return notes + training_notes(dataset, trained_on)
-
-
 def training_notes(dataset: Dataset, trained_on: Mapping[str, Any]) -> list[str]:
-    """What there is to say of images that a training record names, in this folder layout or in another."""
+    """A note if a training record names images of the dataset, in this folder layout or in another."""
     known = trained_on.get("training_images")
     if not isinstance(known, list):
         return []
@@ -306,6 +319,6 @@ def training_notes(dataset: Dataset, trained_on: Mapping[str, Any]) -> list[str]
 
 
 def _ends(name: str) -> list[str]:
-    """``Train/Urban/1``, ``Urban/1``, ``1``: a name as folders further up or down have it."""
+    """``Train/Urban/1``, ``Urban/1``, ``1``: the name without folders above the image."""
     parts = name.rsplit("/", 4)  # no more: names in a manifest may be of any length
     return ["/".join(parts[first:]) for first in range(len(parts))]

@@ -1,7 +1,4 @@
-"""Masks as labels: colours or index values, whatever GDAL reads, strictly by the schema.
-
-Images of a dataset, read as scenes are, each with a mask that fits.
-"""
+"""Reads masks (colours or index values, in any format of GDAL) as labels, strictly by the schema; and their images."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 
 from cdkd_edge.core.errors import DatasetError, SceneError, SchemaError
-from cdkd_edge.core.labels import NO_LABEL, LabelSchema
+from cdkd_edge.core.labels import NO_LABEL, LabelSchema, Palette
 from cdkd_edge.quality.datasets import Pair
 from cdkd_edge.raster.bands import Upright
 from cdkd_edge.raster.open import gdal, open_scene, place_problem
@@ -28,15 +25,15 @@ _STRIP = 1024
 
 
 @dataclass
-class Lost:
-    """Pixels that hold a class and yet have no label, because their file says that they have no data."""
+class HiddenLabels:
+    """Pixels that hold a class but have no label, because the mask file marks them as without data."""
 
     pixels: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By what says so, and class."""
+    """By cause and class."""
     masks: Counter[str] = field(default_factory=Counter)
 
     def add(self, nodata: float | None, counts: npt.NDArray[np.int64], schema: LabelSchema) -> None:
-        """Count those of one mask by label, ``[K]``."""
+        """Add the hidden pixels of one mask, by label ``[K]``."""
         if not counts.any():
             return
         cause = "transparency or mask band" if nodata is None else f"nodata value {nodata:g}"
@@ -44,7 +41,7 @@ class Lost:
         self.pixels.update({(cause, name): int(n) for name, n in zip(schema.class_names, counts, strict=True) if n})
 
     def notes(self) -> list[str]:
-        """A sentence for each cause."""
+        """One sentence per cause."""
         return [
             f"the {cause} of {masks} mask{'s' if masks > 1 else ''} takes the label from "
             + ", ".join(f"{n} pixels of {name}" for (why, name), n in self.pixels.most_common() if why == cause)
@@ -53,15 +50,13 @@ class Lost:
         ]
 
 
-def read_labels(path: Path, schema: LabelSchema, lost: Lost | None = None) -> npt.NDArray[np.uint8]:
-    """Labels uint8 ``[H, W]`` of a mask, 255 where there is none.
-
+def read_labels(path: Path, schema: LabelSchema, hidden: HiddenLabels | None = None) -> npt.NDArray[np.uint8]:
+    """Read a mask as labels uint8 ``[H, W]``, 255 where there is none.
     One band holds index values, three RGB colours; one more may be alpha, which is 255 where there is a label. A
     palette counts as colours, unless it is the ramp of greys in which colour and index are the same number; where index
     values are possible too and disagree, colours must be exactly the schema's.
-    The file's own nodata value or mask and transparent palette entries mean "no label"; ``lost`` counts what classes
-    they hide.
-
+    The file's own nodata value or mask and transparent palette entries mean "no label"; ``hidden`` counts the
+    pixels of each class that they hide.
     Raises:
         SchemaError: the mask holds a colour or value that the schema does not define.
         DatasetError: it cannot be read, or has other bands than these.
@@ -70,8 +65,8 @@ def read_labels(path: Path, schema: LabelSchema, lost: Lost | None = None) -> np
         with_alpha = dataset.count == 2 and dataset.colorinterp[1] == ColorInterp.alpha
         if dataset.count not in (1, 3, 4) and not with_alpha:
             raise DatasetError(f"mask {path} has {dataset.count} bands; 1 (index values) or 3 (RGB) are expected")
-        hidden = np.zeros(NO_LABEL + 1, np.int64)
-        palette = _palette(dataset) if dataset.count == 1 else None
+        counts = np.zeros(NO_LABEL + 1, np.int64)
+        palette = _palette(dataset, schema) if dataset.count == 1 else None
         by_color = palette is not None and _knows_colors(dataset, palette, schema, path)
         labels = np.empty((dataset.height, dataset.width), np.uint8)
         for top in range(0, dataset.height, _STRIP):
@@ -86,17 +81,16 @@ def read_labels(path: Path, schema: LabelSchema, lost: Lost | None = None) -> np
             else:
                 mask = pixels[0] if len(pixels) < 3 else np.ascontiguousarray(pixels[:3].transpose(1, 2, 0))
             labels[top : top + _STRIP] = _encode(mask, known, schema, path)
-            if lost is not None and not known.all():
-                would_be = schema.encode(mask[~known & ~odd][None], strict=False)
-                hidden += np.bincount(would_be.ravel(), minlength=len(hidden))
-        if lost is not None:
-            lost.add(dataset.nodata, hidden[: len(schema)], schema)
+            if hidden is not None and not known.all():
+                without_data = schema.encode(mask[~known & ~odd][None], strict=False)
+                counts += np.bincount(without_data.ravel(), minlength=len(counts))
+        if hidden is not None:
+            hidden.add(dataset.nodata, counts[: len(schema)], schema)
     return labels
 
 
 def open_mask(path: Path) -> Any:
-    """A mask, open.
-
+    """Open a mask.
     Raises:
         DatasetError: it cannot be read.
     """
@@ -109,7 +103,7 @@ def open_mask(path: Path) -> Any:
 def _read(
     dataset: Any, window: Window, path: Path
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Pixels ``[bands, h, w]`` as uint8, where the file has data, and where a value without data is none of a byte."""
+    """Pixels ``[bands, h, w]`` as uint8, where the file has data, and where a value without data is beyond 0..255."""
     known = np.ones((window.height, window.width), bool)
     try:
         with gdal(f"reading {path}"):
@@ -129,8 +123,11 @@ def _read(
     return small, known, odd
 
 
-def _palette(dataset: Any) -> npt.NDArray[np.uint8] | None:
-    """RGBA by index value, uint8 ``[256, 4]``, or None where the band has no palette."""
+def _palette(dataset: Any, schema: LabelSchema) -> npt.NDArray[np.uint8] | None:
+    """RGBA by index value, uint8 ``[256, 4]``, or None where the band has no palette.
+
+    The palette of a label map that shows the schema's display colours is turned into mask colours.
+    """
     if dataset.colorinterp[0] != ColorInterp.palette:
         return None
     table = np.zeros((256, 4), np.uint8)
@@ -138,14 +135,16 @@ def _palette(dataset: Any) -> npt.NDArray[np.uint8] | None:
     for index, color in dataset.colormap(1).items():
         if index < len(table):  # a band of 16 bits has 65536; what its pixels may use is checked where they are read
             table[index] = color
+    if (table[: len(schema), :3] == schema.palette()[: len(schema)]).all():
+        table[: len(schema), :3] = schema.in_palette(Palette.DATASET).palette()[: len(schema)]
     return table
 
 
 def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSchema, path: Path) -> bool:
-    """Whether a paletted mask is colour-coded: the schema knows every colour that its pixels use.
+    """Whether the colours of a paletted mask mean classes: the schema knows every colour that its pixels use.
 
     Raises:
-        SchemaError: its colours are not the schema's, or its index values may be meant as well and do not agree.
+        SchemaError: its colours are not the schema's, or its index values are valid too and give other classes.
     """
     used = np.zeros(256, bool)
     for top in range(0, dataset.height, _STRIP):
@@ -160,18 +159,18 @@ def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSch
     except SchemaError:
         if (colors == indices[:, None]).all():
             return False
-        # Read by value, the mask of another dataset would pass wherever its few values happen to be defined.
+        # Reading values instead would accept another dataset's mask if the schema happens to define its few values.
         schema.encode(colors[None], str(path))
         raise
     if not set(indices.tolist()) <= values or (schema.encode(indices[None]) == by_color).all():
         return True
-    # Index masks come with palettes of greys or of other classes, in which black, or what is binarised, looks known.
+    # Index masks come with palettes of greys or of other classes, in which some colours look like the schema's.
     ours, ignored = {cls.color for cls in schema.classes}, {*schema.ignore_colors, (0, 0, 0)}
     defined = set(map(tuple, palette[:, :3].tolist()))
     if set(map(tuple, colors.tolist())) <= ours | ignored and (defined & ours or defined <= ignored):
         return True
     raise SchemaError(
-        f"mask {path} has a palette: by its colours it would be read otherwise than by its index values",
+        f"mask {path} has a palette, and its colours and its index values mean different classes",
         hint="store it as RGB, or as index values without a palette",
     )
 
@@ -179,7 +178,7 @@ def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSch
 def _encode(
     mask: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_], schema: LabelSchema, path: Path
 ) -> npt.NDArray[np.uint8]:
-    """Labels of a strip; pixels not ``known`` may hold any value and get no label."""
+    """Labels of a strip; pixels that are not ``known`` may hold any value and get no label."""
     if known.all():
         return schema.encode(mask, str(path))
     labels = np.full(known.shape, NO_LABEL, np.uint8)
@@ -196,11 +195,7 @@ _MEND_PLACE = (
 
 
 class ImageReader(SceneReader):
-    """An image of a dataset, read as a scene is; what is wrong with it is wrong with the data.
-
-    Raises:
-        DatasetError: where a scene is a SceneError.
-    """
+    """Reads an image of a dataset as a scene; raises DatasetError where a scene reader raises SceneError."""
 
     def __init__(self, pair: Pair, options: SegmentOptions, limits: npt.NDArray[np.float32] | None = None) -> None:
         self.mask = pair.mask
@@ -219,10 +214,10 @@ class ImageReader(SceneReader):
             raise DatasetError(f"image {self.path}: {error}", hint=error.hint) from None
 
     def require_fitting_mask(self) -> None:
-        """Make sure by its header that the mask has the image's size and, where both have a grid, its place.
+        """Make sure that the mask has the image's size and, if both are georeferenced, its place; reads headers only.
 
         Raises:
-            DatasetError: it has another, or cannot be read.
+            DatasetError: it differs, or cannot be read.
         """
         with open_mask(self.mask) as mask:
             height, width = mask.height, mask.width
@@ -230,11 +225,11 @@ class ImageReader(SceneReader):
                 as_stored = isinstance(self._source, Upright) and (width, height) == (self.height, self.width)
                 raise DatasetError(
                     f"{self.path} is {self.width} x {self.height} px, its mask {self.mask.name} {width} x {height}",
-                    hint="the image is turned by its EXIF orientation; if the mask lies as its pixels are stored, take "
-                    "that away: exiftool -Orientation= IMAGE"
+                    hint="the image is turned by its EXIF orientation; if the mask fits the pixels as they are stored, "
+                    "remove the orientation: exiftool -Orientation= IMAGE"
                     if as_stored
-                    else "masks are compared pixel by pixel and never resized; make them fit first, "
-                    f"where both have a grid with: {_CUT}",
+                    else "masks are compared pixel by pixel and never resized; make them fit first; "
+                    f"if both are georeferenced: {_CUT}",
                 )
             if problem := place_problem(self._source, mask):
                 raise DatasetError(f"mask {self.mask} {problem} ({self.path})", hint=_MEND_PLACE)

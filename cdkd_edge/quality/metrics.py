@@ -1,6 +1,6 @@
-"""How well labels agree with the truth: a confusion matrix, and the metrics that are computed from its counts.
+"""Scores of label maps against the truth: the table of metrics, and the confusion matrix they are computed from.
 
-To add a metric, write its function and name it in :data:`METRICS`; every table, file and model card shows it.
+To add a metric, write its function and name it in :data:`METRICS`: every table, file and model card then shows it.
 
 IoU, F1 and accuracy are those of the land-cover papers: pixels without truth (255) are left out, and a class that
 occurs neither in the truth nor in the prediction has no score (nan) and is left out of means.

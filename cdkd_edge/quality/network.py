@@ -1,4 +1,4 @@
-"""A network in PyTorch as something that labels tiles, like a graph or an engine (torch)."""
+"""A network in PyTorch that labels tiles as a graph or an engine does (torch)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from cdkd_edge.core.labels import NO_LABEL, LabelSchema, load_schema, numbered_s
 from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.engines.protocol import LabelsOnly, UInt8Array
 from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_checkpoint
-from cdkd_edge.model.device import PRECISIONS, autocast, chosen_device
+from cdkd_edge.model.device import autocast, chosen_device
 from cdkd_edge.model.network import SegmentationNetwork
 
 SLOTS = 3
-"""As engines have: one tile being read, one computed, one written."""
-
+"""As engines have: one batch being read, one computed, one written."""
 Encode = Callable[[Tensor], list[Tensor]]
 """uint8 tiles ``[N, 3, T, T]`` on the network's device to the four feature maps ``[N, D, G, G]`` of its encoder."""
-
-__all__ = ["PRECISIONS", "Encode", "NetworkLabeller", "load_network"]
 
 
 class NetworkLabeller(LabelsOnly):
@@ -39,15 +36,15 @@ class NetworkLabeller(LabelsOnly):
         batch: int = 1,
         encode: Encode | None = None,
     ) -> None:
-        """Wrap a network where it is.
+        """Use a network on the device it is on.
 
         Args:
-            network: on any device; it is put into evaluation mode when it runs.
+            network: it is put into evaluation mode when it runs.
             schema: what its labels mean.
             artefact: the checkpoint.
             precision: ``fp32``, or ``bf16``/``fp16`` under autocast.
             batch: tiles per run.
-            encode: what stands in for the encoder, such as one that remembers. Default: the network's own.
+            encode: replaces the network's encoder, for example by one that caches its features.
         """
         self.network = network
         self.schema, self.artefact, self.batch = schema, artefact, batch
@@ -70,7 +67,7 @@ class NetworkLabeller(LabelsOnly):
 
     @torch.inference_mode()
     def launch(self, slot: int) -> None:
-        """Compute the slot; returns when its labels are there.
+        """Compute the labels of the slot, and wait for them.
 
         Raises:
             EngineError: PyTorch failed, for lack of memory for example.
@@ -87,10 +84,10 @@ class NetworkLabeller(LabelsOnly):
             raise EngineError(f"PyTorch failed on a tile: {' '.join(str(error).split())[:300]}") from None
 
     def wait(self, slot: int) -> None:
-        """Nothing left to wait for."""
+        """Do nothing: :meth:`launch` has waited."""
 
     def close(self) -> None:
-        """The network goes with the object."""
+        """Do nothing: the network is freed with this object."""
 
 
 def load_network(
@@ -102,22 +99,22 @@ def load_network(
     precision: str = "fp32",
     weights: str | None = None,
 ) -> tuple[NetworkLabeller, CheckpointReport]:
-    """A checkpoint as a labeller.
+    """Load a checkpoint as a labeller.
 
     Args:
         path: any checkpoint with a head.
         schema: names for classes where the checkpoint has none.
         tile: side of the tiles, px. Default: the checkpoint's.
-        device: ``auto`` (CUDA if there is one), or what torch calls it.
+        device: ``auto`` (CUDA if there is one), or torch's name of a device.
         precision: see :class:`NetworkLabeller`.
         weights: see :func:`cdkd_edge.model.checkpoint.load_checkpoint`.
 
     Raises:
         CheckpointError, SchemaError: as their loaders do.
-        UsageError: no such device here, or no such precision.
+        UsageError: there is no such device or precision.
     """
     where = chosen_device(device)
-    autocast(where, precision)  # so that a mistake is found before a large file is read
+    autocast(where, precision)  # refuses a wrong precision before a large file is read
     network, report = load_checkpoint(path, tile=tile, weights=weights)
     names = report.schema
     if names is None or (schema and names.name == OPENMMLAB_SCHEMA):

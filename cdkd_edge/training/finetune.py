@@ -26,10 +26,10 @@ from cdkd_edge.core.machine import describe_machine
 from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.model.checkpoint import load_encoder, save_checkpoint
 from cdkd_edge.model.device import chosen_device
-from cdkd_edge.quality.baselines import judge_colors
+from cdkd_edge.quality.baselines import evaluate_color_rules
 from cdkd_edge.quality.datasets import Split, find_dataset, split_dataset
-from cdkd_edge.quality.evaluate import Evaluation, data_schema, evaluate, require_readable
-from cdkd_edge.quality.masks import Lost, read_labels
+from cdkd_edge.quality.evaluate import Evaluation, check_dataset, data_schema, evaluate
+from cdkd_edge.quality.masks import HiddenLabels, read_labels
 from cdkd_edge.quality.network import NetworkLabeller, load_network
 from cdkd_edge.raster.read import reading_notes
 from cdkd_edge.segment.options import SegmentOptions
@@ -151,8 +151,8 @@ class _Run:
         listener.step(f"reading {len(split.training)} training masks")
         tiles = TrainingTiles(split.training, schema, network.config.tile, recipe.augmentation, options.reading)
         listener.step(f"reading {len(split.validation)} validation masks")
-        lost = Lost()
-        notes = require_readable(split.validation, network.config.tile, options.reading)
+        lost = HiddenLabels()
+        notes = check_dataset(split.validation, network.config.tile, options.reading)
         self.validation_pixels = _class_pixels(split, schema, lost)
         self.early_notes = [
             *([_RANDOM_AND_FROZEN] if recipe.frozen and source.startswith(PRESET_PREFIX) else []),
@@ -190,12 +190,12 @@ class _Run:
         scores = {f"this checkpoint (epoch {progress.best_epoch})": scores_of(evaluation)}
         if progress.best_epoch != progress.epoch:  # the last was not chosen by its score
             scores[f"epoch {progress.epoch}, the last"] = progress.history[-1]
-        rules = judge_colors(
+        rules = evaluate_color_rules(
             self.split.training,
             self.split.validation,
             self.schema,
             options=self.options.reading,
-            progress=listener.step,
+            note=listener.step,
         )
         scores |= {name: scores_of(result) for name, result in rules.items()}
         record = self._record(scores, evaluation.tiles)
@@ -353,7 +353,7 @@ def _data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, Lab
     return split, schema
 
 
-def _class_pixels(split: Split, schema: LabelSchema, lost: Lost) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _class_pixels(split: Split, schema: LabelSchema, lost: HiddenLabels) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Labelled pixels of the validation images by class; finds bad masks before hours were spent."""
     counts = np.zeros(256, np.int64)
     for pair in split.validation:

@@ -19,7 +19,7 @@ from PIL import Image
 from cdkd_edge.core.errors import DatasetError, UsageError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema
 from cdkd_edge.quality.datasets import Dataset
-from cdkd_edge.quality.masks import ImageReader, Lost, read_labels
+from cdkd_edge.quality.masks import HiddenLabels, ImageReader, read_labels
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import reading_notes
 from cdkd_edge.segment.options import SegmentOptions
@@ -144,7 +144,7 @@ class TrainingTiles:
         """Labelled pixels by class, ``[K]``."""
         self.places: list[Place] = []
         notes: dict[str, Sequence[str]] = {}
-        lost = Lost()
+        lost = HiddenLabels()
         for index, pair in enumerate(dataset):
             height, width, notes[pair.name] = self._look_at(index)
             labels = read_labels(pair.mask, schema, lost)

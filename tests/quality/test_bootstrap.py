@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cdkd_edge.quality.bootstrap import LEVEL, TileTable, interval, resampled
+from cdkd_edge.quality.bootstrap import LEVEL, TileTable, confidence_interval, resample
 from cdkd_edge.quality.metrics import CLASS_METRICS, METRICS, ConfusionMatrix
 
 Ints = npt.NDArray[np.int64]
@@ -69,7 +69,7 @@ def test_a_class_without_truth_is_in_no_mean() -> None:
 def test_a_resample_is_a_choice_of_tiles() -> None:
     """Rows that are powers of a base show how often each was drawn."""
     rows = np.array([[1.0, 1.0], [10.0, 1.0], [100.0, 1.0], [1000.0, 1.0]])
-    sums = resampled(rows, resamples=500)
+    sums = resample(rows, resamples=500)
     assert (sums[:, 1] == 4).all(), "as many tiles as there are"
     counts = np.array([[int(digit) for digit in f"{int(value):04}"] for value in sums[:, 0]])
     assert (counts.sum(axis=1) == 4).all()
@@ -79,15 +79,15 @@ def test_a_resample_is_a_choice_of_tiles() -> None:
 
 def test_the_seed_decides() -> None:
     rows = np.random.default_rng(0).uniform(size=(20, 3))
-    assert (resampled(rows, 50, seed=3) == resampled(rows, 50, seed=3)).all()
-    assert (resampled(rows, 50, seed=3) != resampled(rows, 50, seed=4)).any()
+    assert (resample(rows, 50, seed=3) == resample(rows, 50, seed=3)).all()
+    assert (resample(rows, 50, seed=3) != resample(rows, 50, seed=4)).any()
 
 
 def test_many_tiles_are_resampled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(0).uniform(size=(20, 3))
-    whole = resampled(rows, 50)
+    whole = resample(rows, 50)
     monkeypatch.setattr("cdkd_edge.quality.bootstrap._CHUNK", 70)
-    assert resampled(rows, 50) == pytest.approx(whole)
+    assert resample(rows, 50) == pytest.approx(whole)
 
 
 def test_the_order_of_images_does_not_matter() -> None:
@@ -121,9 +121,9 @@ def test_pairing_cancels_what_is_common() -> None:
         counts = random_counts(random, accuracy=float(random.uniform(0.3, 0.95)))
         tiles.append((counts, degraded(random, counts, 0.01)))
     table = filled(tiles)
-    one, other = table.class_counts(resampled(table.rows()))
-    paired = interval(mean_iou(other) - mean_iou(one))
-    alone = interval(mean_iou(one))
+    one, other = table.class_counts(resample(table.rows()))
+    paired = confidence_interval(mean_iou(other) - mean_iou(one))
+    alone = confidence_interval(mean_iou(one))
     assert paired
     assert alone
     assert paired.high < 0
@@ -133,8 +133,8 @@ def test_pairing_cancels_what_is_common() -> None:
 def test_identical_labellers_have_an_interval_of_no_width() -> None:
     random = np.random.default_rng(6)
     table = filled([(counts, counts) for counts in (random_counts(random) for _ in range(9))])
-    one, other = table.class_counts(resampled(table.rows()))
-    assert interval(mean_iou(other) - mean_iou(one)) == interval(np.zeros(1))
+    one, other = table.class_counts(resample(table.rows()))
+    assert confidence_interval(mean_iou(other) - mean_iou(one)) == confidence_interval(np.zeros(1))
 
 
 def coverage(tiles: int, trials: int, seed: int = 0) -> float:
@@ -151,8 +151,8 @@ def coverage(tiles: int, trials: int, seed: int = 0) -> float:
     held = 0
     for trial in range(trials):
         chosen = everything[random.integers(0, len(everything), tiles)]
-        one, other = table.class_counts(resampled(chosen, 400, seed=trial))
-        span = interval(mean_iou(other) - mean_iou(one))
+        one, other = table.class_counts(resample(chosen, 400, seed=trial))
+        span = confidence_interval(mean_iou(other) - mean_iou(one))
         held += span is not None and span.low <= true <= span.high
     return held / trials
 
@@ -169,4 +169,4 @@ def test_few_tiles_have_intervals_that_are_too_narrow() -> None:
 
 
 def test_nothing_known_has_no_interval() -> None:
-    assert interval(np.full(5, np.nan)) is None
+    assert confidence_interval(np.full(5, np.nan)) is None

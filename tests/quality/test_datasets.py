@@ -235,7 +235,7 @@ def test_empty_folders(tmp_path: Path) -> None:
 
 def test_no_layout_that_we_know(tmp_path: Path) -> None:
     files(tmp_path, "a.jpg", "b.png")
-    with pytest.raises(DatasetError, match="no labelled images that we know") as raised:
+    with pytest.raises(DatasetError, match="no labelled images in a known layout") as raised:
         find_dataset(tmp_path)
     for layout in ("images/", "ID_sat.jpg", "Train/"):
         assert layout in (raised.value.hint or "")

@@ -20,18 +20,21 @@ from scene_helpers import SCHEMA, FakeEngine, names_in, pipeline_threads, read_l
 from cdkd_edge.core.errors import DatasetError, EngineError, SchemaError, UsageError
 from cdkd_edge.core.labels import NO_LABEL, load_schema, numbered_schema
 from cdkd_edge.engines.onnxruntime import build_cpu_engine
-from cdkd_edge.quality import subject as subjects
-from cdkd_edge.quality.agreement import compare
+from cdkd_edge.quality import artefacts
+from cdkd_edge.quality.artefacts import LoadedArtefact
 from cdkd_edge.quality.datasets import Dataset, find_dataset
 from cdkd_edge.quality.evaluate import evaluate
-from cdkd_edge.quality.parity import Gate, Parity
-from cdkd_edge.quality.subject import Subject
+from cdkd_edge.quality.parity import ComparedScore, Parity, ParityGate, measure_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 UInt8Array = npt.NDArray[np.uint8]
 
-LAX = Gate(100.0, 0.0)
+LAX = ParityGate(100.0, 0.0)
+
+
+def both(score: ComparedScore) -> tuple[float | None, float | None]:
+    return score.reference, score.candidate
 
 
 @pytest.fixture(autouse=True)
@@ -78,21 +81,21 @@ def all_pixels(dataset: Dataset) -> tuple[UInt8Array, UInt8Array, UInt8Array]:
 
 
 def test_identical_labellers_differ_nowhere(data: Dataset) -> None:
-    result = compare(FakeEngine(), FakeEngine(), data, SCHEMA, Gate(0.0, 1.0))
+    result = measure_parity(FakeEngine(), FakeEngine(), data, SCHEMA, ParityGate(0.0, 1.0))
     assert result.verdict == "pass"
     assert result.agreement == result.labelled_agreement == 1.0
-    for delta in (*result.deltas.values(), *result.class_deltas):
-        assert delta.value == 0.0
-        assert delta.interval
-        assert (delta.interval.low, delta.interval.high) == (0.0, 0.0)
+    for score in (*result.scores.values(), *result.class_iou):
+        assert score.delta == 0.0
+        assert score.interval
+        assert (score.interval.low, score.interval.high) == (0.0, 0.0)
     assert result.interval_position == "within"
     assert result.differences() == []
-    assert 0.2 < result.scores["mean_iou"][0] < 0.9, "perfect scores would show little"
+    assert 0.2 < (result.scores["mean_iou"].reference or 0) < 0.9, "perfect scores would show little"
 
 
 def test_a_known_perturbation_is_measured_to_the_pixel(data: Dataset) -> None:
     metrics = pytest.importorskip("sklearn.metrics")
-    result = compare(FakeEngine(), perturbed(), data, SCHEMA, LAX)
+    result = measure_parity(FakeEngine(), perturbed(), data, SCHEMA, LAX)
     truth, red, other = all_pixels(data)
     known = truth != NO_LABEL
     assert result.agreement == pytest.approx((red == other).mean(), abs=1e-12)
@@ -104,14 +107,14 @@ def test_a_known_perturbation_is_measured_to_the_pixel(data: Dataset) -> None:
         ("overall_accuracy", lambda labels: metrics.accuracy_score(truth[known], labels)),
     ):
         before, after = score(red[known]), score(other[known])
-        assert result.scores[name] == pytest.approx((before, after))
-        assert result.deltas[name].value == pytest.approx(100 * (after - before))
+        assert both(result.scores[name]) == pytest.approx((before, after))
+        assert result.scores[name].delta == pytest.approx(100 * (after - before))
         assert abs(after - before) > 1e-3
     each = [
         metrics.jaccard_score(truth[known], labels[known], labels=everything, average=None) for labels in (red, other)
     ]
-    assert list(zip(*result.class_iou, strict=True)) == [pytest.approx(tuple(one)) for one in each]
-    assert [delta.value for delta in result.class_deltas] == pytest.approx(list(100 * (each[1] - each[0])))
+    assert list(zip(*map(both, result.class_iou), strict=True)) == [pytest.approx(tuple(one)) for one in each]
+    assert [score.delta for score in result.class_iou] == pytest.approx(list(100 * (each[1] - each[0])))
     assert result.confusion[:5, :5].tolist() == metrics.confusion_matrix(red, other, labels=everything).tolist()
     assert result.confusion[5].sum() == result.confusion[:, 5].sum() == 0
     document = result.document()
@@ -128,31 +131,31 @@ def test_a_known_perturbation_is_measured_to_the_pixel(data: Dataset) -> None:
 
 
 def test_scores_are_those_of_evaluate(data: Dataset) -> None:
-    result = compare(FakeEngine(), perturbed(), data, SCHEMA, LAX)
+    result = measure_parity(FakeEngine(), perturbed(), data, SCHEMA, LAX)
     for side, engine in enumerate((FakeEngine(), perturbed())):
         alone = evaluate(engine, data, SCHEMA)
         assert (result.matrices[side].counts == alone.matrix.counts).all()
-        assert result.scores["mean_iou"][side] == pytest.approx(alone.matrix.mean_iou)
+        assert both(result.scores["mean_iou"])[side] == pytest.approx(alone.matrix.mean_iou)
         per_image = [(image.reference_mean_iou, image.candidate_mean_iou)[side] for image in result.images]
         assert per_image == pytest.approx([image.mean_iou for image in alone.images])
 
 
 def test_intervals_hold_the_differences_and_depend_on_the_seed(data: Dataset) -> None:
-    result = compare(FakeEngine(), perturbed(), data, SCHEMA, LAX)
-    assert result.class_iou[4] == (0.0, 0.0), "neither ever hits water"
-    for delta in (*result.deltas.values(), *result.class_deltas[:4]):
-        assert delta.interval
-        assert delta.value is not None
-        assert delta.interval.low < delta.value < delta.interval.high
+    result = measure_parity(FakeEngine(), perturbed(), data, SCHEMA, LAX)
+    assert both(result.class_iou[4]) == (0.0, 0.0), "neither ever hits water"
+    for score in (*result.scores.values(), *result.class_iou[:4]):
+        assert score.interval
+        assert score.delta is not None
+        assert score.interval.low < score.delta < score.interval.high
     assert result.agreement_interval
     assert result.agreement_interval.low < result.agreement < result.agreement_interval.high
-    again = compare(FakeEngine(), perturbed(), data, SCHEMA, LAX, seed=1)
-    assert again.deltas["mean_iou"].value == result.deltas["mean_iou"].value
-    assert again.deltas["mean_iou"].interval != result.deltas["mean_iou"].interval
+    again = measure_parity(FakeEngine(), perturbed(), data, SCHEMA, LAX, seed=1)
+    assert again.scores["mean_iou"].delta == result.scores["mean_iou"].delta
+    assert again.scores["mean_iou"].interval != result.scores["mean_iou"].interval
 
 
 def test_a_piece_is_what_a_tile_contributes(data: Dataset) -> None:
-    result = compare(FakeEngine(), perturbed(), data, SCHEMA, LAX)
+    result = measure_parity(FakeEngine(), perturbed(), data, SCHEMA, LAX)
     assert result.tiles == sum(image.tiles for image in result.images)
     assert result.tiles > len(data)
     assert result.confusion.sum() == sum(height * width for height, width in SIZES.values()), "each pixel counts once"
@@ -164,19 +167,21 @@ def strip_time(result: Parity) -> dict[str, Any]:
 
 def test_the_order_of_images_does_not_matter(data: Dataset) -> None:
     turned = Dataset(data.folder, data.layout, tuple(reversed(data.pairs)))
-    first, second = (strip_time(compare(FakeEngine(), perturbed(), one, SCHEMA, LAX)) for one in (data, turned))
+    first, second = (strip_time(measure_parity(FakeEngine(), perturbed(), one, SCHEMA, LAX)) for one in (data, turned))
     assert first == second
 
 
 def test_batches_may_differ(data: Dataset) -> None:
-    first, second = (strip_time(compare(FakeEngine(), perturbed(batch=batch), data, SCHEMA, LAX)) for batch in (1, 3))
+    first, second = (
+        strip_time(measure_parity(FakeEngine(), perturbed(batch=batch), data, SCHEMA, LAX)) for batch in (1, 3)
+    )
     assert first == second
 
 
 def test_every_tile_is_labelled_once_by_each(data: Dataset) -> None:
     ours, theirs = FakeEngine(), perturbed()
     seen: list[tuple[int, int]] = []
-    result = compare(ours, theirs, data, SCHEMA, LAX, progress=lambda *now: seen.append(now))
+    result = measure_parity(ours, theirs, data, SCHEMA, LAX, progress=lambda *now: seen.append(now))
     tiles = sum(image.tiles for image in result.images)
     assert (ours.launches, theirs.launches) == (tiles, tiles)
     assert [done for done, _ in seen] == list(range(1, 2 * tiles + 1))
@@ -186,11 +191,11 @@ def test_every_tile_is_labelled_once_by_each(data: Dataset) -> None:
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     """One image more costs its name and its tiles' counts, a fraction of its pixels."""
     data = build_data(tmp_path / "data", {f"t{number:02}_a": (130, 130) for number in range(24)})
-    compare(FakeEngine(), perturbed(), Dataset(data.folder, data.layout, data.pairs[:2]), SCHEMA, LAX)
+    measure_parity(FakeEngine(), perturbed(), Dataset(data.folder, data.layout, data.pairs[:2]), SCHEMA, LAX)
     peaks = []
     for count in (6, 24):
         tracemalloc.start()
-        compare(
+        measure_parity(
             FakeEngine(), perturbed(), Dataset(data.folder, data.layout, data.pairs[:count]), SCHEMA, LAX, resamples=10
         )
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -203,9 +208,11 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
 
 def test_unlabelled_images_count_for_the_agreement_alone(data: Dataset) -> None:
     Image.fromarray(np.full(SIZES["t1_a"], NO_LABEL, np.uint8)).save(data.pairs[0].mask)
-    result = compare(FakeEngine(), perturbed(), data, SCHEMA, LAX)
-    rest = compare(FakeEngine(), perturbed(), Dataset(data.folder, data.layout, data.pairs[1:]), SCHEMA, LAX)
-    assert result.scores == rest.scores
+    result = measure_parity(FakeEngine(), perturbed(), data, SCHEMA, LAX)
+    rest = measure_parity(FakeEngine(), perturbed(), Dataset(data.folder, data.layout, data.pairs[1:]), SCHEMA, LAX)
+    assert {name: both(one) for name, one in result.scores.items()} == {
+        name: both(one) for name, one in rest.scores.items()
+    }
     assert result.labelled_agreement == rest.labelled_agreement
     assert result.confusion.sum() == rest.confusion.sum() + 150 * 200
     assert result.ignored_pixels == rest.ignored_pixels + 150 * 200
@@ -222,7 +229,7 @@ def test_pixels_without_data_are_no_agreement(data: Dataset) -> None:
     image[:, :100, :120] = 0
     pair.image.unlink()
     write_raster(pair.image.with_suffix(".tif"), image, nodata=0, photometric="RGB")
-    result = compare(FakeEngine(), perturbed(), find_dataset(data.folder).of_scenes(["t1"]), SCHEMA, LAX)
+    result = measure_parity(FakeEngine(), perturbed(), find_dataset(data.folder).of_scenes(["t1"]), SCHEMA, LAX)
     valid = np.concatenate([(image != 0).all(axis=0).ravel(), np.ones(64 * 64, bool)])
     pixels = [image, images_of(Dataset(data.folder, data.layout, data.pairs[1:2]))[0]]
     red, other = (np.concatenate([f(one[None]).ravel() for one in pixels]) for f in (red_labels, flipped))
@@ -235,7 +242,7 @@ def test_a_label_missing_on_one_side_is_a_difference(data: Dataset) -> None:
     def holes(tiles: UInt8Array) -> UInt8Array:
         return np.where(tiles[:, 1] >= 250, NO_LABEL, red_labels(tiles)).astype(np.uint8)
 
-    result = compare(FakeEngine(), FakeEngine(function=holes), data, SCHEMA, LAX)
+    result = measure_parity(FakeEngine(), FakeEngine(function=holes), data, SCHEMA, LAX)
     missing = sum(int((image[1] >= 250).sum()) for image in images_of(data))
     assert result.confusion[:, 5].sum() == missing > 0
     assert result.agreement == pytest.approx(1 - missing / result.confusion.sum())
@@ -251,75 +258,76 @@ def test_a_class_without_truth_does_not_decide(data: Dataset) -> None:
         rare = (tiles[:, 1] == 255) & (tiles[:, 2] > 250)
         return np.where(rare, 4, red_labels(tiles)).astype(np.uint8)
 
-    result = compare(FakeEngine(), FakeEngine(function=strange), data, SCHEMA, LAX)
+    result = measure_parity(FakeEngine(), FakeEngine(function=strange), data, SCHEMA, LAX)
     assert 0 < result.loss < 0.5
-    assert result.class_deltas[4].value is None
-    assert result.class_iou[4] == (None, None)
+    assert result.class_iou[4].delta is None
+    assert both(result.class_iou[4]) == (None, None)
     assert any(note.startswith("no pixel of the truth is water") for note in result.notes)
     json.dumps(result.document(), allow_nan=False)
 
 
 def test_few_tiles_have_no_interval_and_say_so(data: Dataset) -> None:
-    result = compare(FakeEngine(), perturbed(), Dataset(data.folder, data.layout, data.pairs[1:2]), SCHEMA, LAX)
+    result = measure_parity(FakeEngine(), perturbed(), Dataset(data.folder, data.layout, data.pairs[1:2]), SCHEMA, LAX)
     assert result.tiles == 1
-    assert {delta.interval for delta in (*result.deltas.values(), *result.class_deltas)} == {None}
+    assert {score.interval for score in (*result.scores.values(), *result.class_iou)} == {None}
     assert result.agreement_interval is None
     assert result.interval_position is None
     assert "1 labelled tiles are too few for an interval" in result.notes
-    more = compare(FakeEngine(), perturbed(), data, SCHEMA, LAX)
-    assert (
-        f"{more.labelled_tiles} labelled tiles are few: read the intervals as lower bounds of their width" in more.notes
-    )
+    more = measure_parity(FakeEngine(), perturbed(), data, SCHEMA, LAX)
+    assert f"{more.labelled_tiles} labelled tiles are few: the true intervals may be wider" in more.notes
 
 
 def test_no_label_at_all_leaves_nothing_to_compare_on(data: Dataset) -> None:
     for pair in data:
         Image.fromarray(np.full(SIZES[pair.name], NO_LABEL, np.uint8)).save(pair.mask)
     with pytest.raises(DatasetError, match="no pixel of the 4 masks"):
-        compare(FakeEngine(), FakeEngine(), data, SCHEMA, LAX)
+        measure_parity(FakeEngine(), FakeEngine(), data, SCHEMA, LAX)
     with pytest.raises(DatasetError, match="no image to compare on"):
-        compare(FakeEngine(), FakeEngine(), Dataset(data.folder, data.layout, ()), SCHEMA, LAX)
+        measure_parity(FakeEngine(), FakeEngine(), Dataset(data.folder, data.layout, ()), SCHEMA, LAX)
 
 
 # --- verdicts -------------------------------------------------------------------------------------
 
 
 def test_the_gate_follows_the_candidates_precision() -> None:
-    assert Gate.of("fp32") == Gate.of("fp16") == Gate(0.02, 0.999)
-    assert Gate.of("int8") == Gate(0.5, 0.98)
-    assert Gate.of("int8", tolerance=0.0) == Gate(0.0, 0.98)
-    assert Gate.of("fp16", min_agreement=0.5) == Gate(0.02, 0.5)
+    assert ParityGate.of("fp32") == ParityGate.of("fp16") == ParityGate(0.02, 0.999)
+    assert ParityGate.of("int8") == ParityGate(0.5, 0.98)
+    assert ParityGate.of("int8", tolerance=0.0) == ParityGate(0.0, 0.98)
+    assert ParityGate.of("fp16", min_agreement=0.5) == ParityGate(0.02, 0.5)
 
 
 def test_a_loss_at_the_tolerance_passes_and_beyond_it_fails(data: Dataset) -> None:
-    loss = compare(FakeEngine(), perturbed(), data, SCHEMA, LAX).loss
+    loss = measure_parity(FakeEngine(), perturbed(), data, SCHEMA, LAX).loss
     assert loss > 0.1
     for tolerance, verdict in ((loss, "pass"), (loss + 0.01, "pass"), (loss - 0.01, "fail"), (0.0, "fail")):
-        assert compare(FakeEngine(), perturbed(), data, SCHEMA, Gate(tolerance, 0.0)).verdict == verdict
+        assert measure_parity(FakeEngine(), perturbed(), data, SCHEMA, ParityGate(tolerance, 0.0)).verdict == verdict
 
 
 def test_a_gain_is_no_loss(data: Dataset) -> None:
-    result = compare(perturbed(), FakeEngine(), data, SCHEMA, Gate(0.0, 0.0))
+    result = measure_parity(perturbed(), FakeEngine(), data, SCHEMA, ParityGate(0.0, 0.0))
     assert result.loss < 0
     assert result.verdict == "pass"
 
 
 def test_agreement_can_fail_alone(data: Dataset) -> None:
-    result = compare(perturbed(), FakeEngine(), data, SCHEMA, Gate(0.02, 0.98))
+    result = measure_parity(perturbed(), FakeEngine(), data, SCHEMA, ParityGate(0.02, 0.98))
     assert result.verdict == "fail"
     assert len(result.failures) == 1
     assert "fewer than 98 %" in result.failures[0]
 
 
 def test_where_the_interval_lies(data: Dataset) -> None:
-    span = compare(FakeEngine(), perturbed(), data, SCHEMA, LAX).deltas["mean_iou"].interval
+    span = measure_parity(FakeEngine(), perturbed(), data, SCHEMA, LAX).scores["mean_iou"].interval
     assert span
     for limit, position in (
         (span.low - 0.1, "within"),
         ((span.low + span.high) / 2, "across"),
         (span.high + 0.1, "beyond"),
     ):
-        assert compare(FakeEngine(), perturbed(), data, SCHEMA, Gate(-limit, 0.0)).interval_position == position
+        assert (
+            measure_parity(FakeEngine(), perturbed(), data, SCHEMA, ParityGate(-limit, 0.0)).interval_position
+            == position
+        )
 
 
 # --- what cannot be compared ----------------------------------------------------------------------
@@ -328,7 +336,7 @@ def test_where_the_interval_lies(data: Dataset) -> None:
 def test_other_tiles_are_refused(data: Dataset) -> None:
     ours, theirs = FakeEngine(tile=64), FakeEngine(tile=32)
     with pytest.raises(UsageError, match=r"tiles of 64 px, .* of 32 px") as raised:
-        compare(ours, theirs, data, SCHEMA, LAX)
+        measure_parity(ours, theirs, data, SCHEMA, LAX)
     assert "export again with --tile" in (raised.value.hint or "")
     assert ours.launches == theirs.launches == 0
 
@@ -338,16 +346,16 @@ def test_other_classes_are_refused(data: Dataset, side: int) -> None:
     pair = [FakeEngine(), FakeEngine()]
     pair[side].schema = load_schema("loveda")
     with pytest.raises(SchemaError, match="the network has 7 classes"):
-        compare(pair[0], pair[1], data, SCHEMA, LAX)
+        measure_parity(pair[0], pair[1], data, SCHEMA, LAX)
     assert pair[0].launches == pair[1].launches == 0
     pair[side].schema = numbered_schema(5)
-    assert compare(pair[0], pair[1], data, SCHEMA, LAX).schema is SCHEMA
+    assert measure_parity(pair[0], pair[1], data, SCHEMA, LAX).schema is SCHEMA
 
 
 def test_labels_that_are_none_are_the_engines_fault(data: Dataset) -> None:
     broken = FakeEngine(function=lambda tiles: np.where(tiles[:, 0] == 7, 5, red_labels(tiles)).astype(np.uint8))
     with pytest.raises(EngineError, match="gave the label 5; there are 5 classes"):
-        compare(FakeEngine(), broken, data, SCHEMA, LAX)
+        measure_parity(FakeEngine(), broken, data, SCHEMA, LAX)
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -356,7 +364,7 @@ def test_a_failure_in_the_middle_leaves_nothing(data: Dataset, tmp_path: Path, s
     pair = [FakeEngine(), FakeEngine()]
     pair[side] = FakeEngine(fail_at=14, error=error)
     with pytest.raises(type(error)):
-        compare(pair[0], pair[1], data, SCHEMA, LAX, maps=tmp_path / "maps")
+        measure_parity(pair[0], pair[1], data, SCHEMA, LAX, maps=tmp_path / "maps")
     assert pipeline_threads() == []
     assert not [name for name in names_in(tmp_path) if ".part" in name], "no half label map"
 
@@ -365,7 +373,7 @@ def test_a_failure_in_the_middle_leaves_nothing(data: Dataset, tmp_path: Path, s
 
 
 def test_maps_are_what_was_compared(data: Dataset, tmp_path: Path) -> None:
-    result = compare(FakeEngine(), perturbed(), data, SCHEMA, LAX, maps=tmp_path / "maps")
+    result = measure_parity(FakeEngine(), perturbed(), data, SCHEMA, LAX, maps=tmp_path / "maps")
     kinds = ("candidate.tif", "candidate.tif.aux.xml", "difference.png", "reference.tif", "reference.tif.aux.xml")
     assert names_in(tmp_path / "maps") == [f"{name}_{kind}" for name in SIZES for kind in kinds]
     differing = 0
@@ -389,7 +397,7 @@ def count_colors(path: Path) -> dict[str, int]:
 
 def test_the_picture_shows_who_was_right(data: Dataset, tmp_path: Path) -> None:
     candidate = FakeEngine(function=lambda tiles: flipped(tiles, high=230))
-    compare(FakeEngine(), candidate, data, SCHEMA, LAX, maps=tmp_path / "maps")
+    measure_parity(FakeEngine(), candidate, data, SCHEMA, LAX, maps=tmp_path / "maps")
     image = images_of(data)[0]
     truth, red, other = truth_of(image), red_labels(image[None])[0], flipped(image[None], high=230)[0]
     differ = red != other
@@ -408,7 +416,7 @@ def test_one_pixel_is_seen_in_the_picture_of_a_large_image(tmp_path: Path, size:
     Image.fromarray(image.transpose(1, 2, 0)).save(data.pairs[0].image)
     Image.fromarray(red_labels(image[None])[0]).save(data.pairs[0].mask)
     candidate = FakeEngine(tile=512, function=lambda tiles: flipped(tiles, low=-1, high=255))
-    compare(FakeEngine(tile=512), candidate, data, SCHEMA, LAX, maps=tmp_path / "maps")
+    measure_parity(FakeEngine(tile=512), candidate, data, SCHEMA, LAX, maps=tmp_path / "maps")
     assert count_colors(tmp_path / "maps/t1_a_difference.png") == {"lost": 1, "gained": 0, "other": 0}
 
 
@@ -420,12 +428,12 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, FakeEngine
     """Lets the command find engines that are not files, by name."""
 
     def install(**engines: FakeEngine | tuple[FakeEngine, str]) -> dict[str, FakeEngine]:
-        def open_one(path: Path, **_: Any) -> Subject:
+        def open_one(path: Path, **_: Any) -> LoadedArtefact:
             found = engines[path.stem]
             engine, precision = found if isinstance(found, tuple) else (found, "fp16")
-            return Subject(path, "engine", "fake", precision, engine)
+            return LoadedArtefact(path, "engine", "fake", precision, engine)
 
-        monkeypatch.setattr(subjects, "open_subject", open_one)
+        monkeypatch.setattr(artefacts, "open_artefact", open_one)
         return {name: one[0] if isinstance(one, tuple) else one for name, one in engines.items()}
 
     return install

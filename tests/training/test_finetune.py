@@ -750,7 +750,7 @@ def test_ctrl_c_after_training_leaves_only_the_judging(data, encoder, tmp_path, 
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "judge_colors", interrupted)
+        patch.setattr(module, "evaluate_color_rules", interrupted)
         assert run(*arguments).exit_code == 130
     with monkeypatch.context() as patch:
         patch.setattr(module.Trainer, "run_epoch", None)

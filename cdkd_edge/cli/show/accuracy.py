@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from cdkd_edge.cli.show.table import Report, in_brackets, percent
 
 if TYPE_CHECKING:
+    from cdkd_edge.quality.artefacts import LoadedArtefact
     from cdkd_edge.quality.datasets import Dataset
     from cdkd_edge.quality.evaluate import Evaluation
-    from cdkd_edge.quality.parity import Delta, Parity
-    from cdkd_edge.quality.subject import Subject
+    from cdkd_edge.quality.parity import ComparedScore, Parity
 
 
-def describe_evaluation(subject: Subject, dataset: Dataset, result: Evaluation, folder: Path | None) -> Report:
+def describe_evaluation(subject: LoadedArtefact, dataset: Dataset, result: Evaluation, folder: Path | None) -> Report:
     """``cdkd-edge evaluate``."""
     from cdkd_edge.quality.metrics import CLASS_METRICS, METRICS
 
@@ -48,7 +48,7 @@ def describe_evaluation(subject: Subject, dataset: Dataset, result: Evaluation, 
 
 
 def describe_parity(
-    reference: Subject, candidate: Subject, dataset: Dataset, result: Parity, folder: Path | None
+    reference: LoadedArtefact, candidate: LoadedArtefact, dataset: Dataset, result: Parity, folder: Path | None
 ) -> Report:
     """``cdkd-edge parity``."""
     from cdkd_edge import __version__
@@ -64,11 +64,8 @@ def describe_parity(
         ("data", f"{len(dataset)} images of {dataset.folder} ({dataset.layout}), schema {result.schema.name}"),
         *(("note", f"{one.path.name}: {note}") for one in (reference, candidate) for note in one.notes),
         *(("note", note) for note in result.notes),
-        *(
-            (name, f"IoU {_change(*result.class_iou[label], result.class_deltas[label])}")
-            for label, name in enumerate(result.schema.class_names)
-        ),
-        *((metric.label, _change(*result.scores[name], result.deltas[name])) for name, metric in METRICS.items()),
+        *((name, f"IoU {_change(result.class_iou[label])}") for label, name in enumerate(result.schema.class_names)),
+        *((metric.label, _change(result.scores[name])) for name, metric in METRICS.items()),
         (
             "same label",
             f"{result.agreement:.4%}: {changed} of {document['pixels']} pixels differ"
@@ -80,7 +77,7 @@ def describe_parity(
         (
             "intervals",
             f"95 %, {result.resamples} resamples of {result.tiles} tiles"
-            if result.deltas["mean_iou"].interval
+            if result.scores["mean_iou"].interval
             else "none: too few tiles",
         ),
         ("time", f"{result.seconds:.1f} s"),
@@ -98,12 +95,12 @@ def describe_parity(
     return Report(f"parity of {candidate.path.name} with {reference.path.name}", tuple(rows), data)
 
 
-def _change(before: float | None, after: float | None, delta: Delta) -> str:
+def _change(score: ComparedScore) -> str:
     """Two scores, their difference in points and its interval."""
-    if delta.value is None:
+    if score.delta is None:
         return "none: not in the truth"
-    text = f"{percent(before)} to {percent(after)}: {delta.value:+.3f} points"
-    return text + (f" ({delta.interval.low:+.3f} .. {delta.interval.high:+.3f})" if delta.interval else "")
+    text = f"{percent(score.reference)} to {percent(score.candidate)}: {score.delta:+.3f} points"
+    return text + (f" ({score.interval.low:+.3f} .. {score.interval.high:+.3f})" if score.interval else "")
 
 
 def _position(result: Parity) -> str:
@@ -117,7 +114,7 @@ def _position(result: Parity) -> str:
     }[result.interval_position]
 
 
-def _subject_data(subject: Subject) -> dict[str, Any]:
+def _subject_data(subject: LoadedArtefact) -> dict[str, Any]:
     return {
         "path": str(subject.path),
         "kind": subject.kind,

@@ -84,7 +84,7 @@ def do_job(
     elif file_state(output) == job.before:
         status = Status.KEPT
         drop_finished(output)
-        _complete_sidecars(kept, engine.schema)
+        _complete_sidecars(kept, engine.schema.in_palette(job.options.palette))
     else:
         notes.append("finished by an earlier attempt, whose answer was lost")
     areas = kept.areas if kept is not None else result.areas if result is not None else None

@@ -1,4 +1,4 @@
-"""Image, truth, predictions and where they differ, beside each other."""
+"""Draws image, truth, predictions and their differences beside each other."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from cdkd_edge.segment.options import SegmentOptions
 
 _RIGHT, _WRONG = (214, 222, 214), (200, 40, 40)
 _OTHER, _GAINED = (90, 98, 110), (40, 90, 200)
+_LONGEST_SIDE = 520
+"""Of each picture, px."""
 
 
 def write_comparison(
@@ -30,22 +32,11 @@ def write_comparison(
     schema: LabelSchema,
     score: ConfusionMatrix,
     options: SegmentOptions = SegmentOptions(),
-    longest_side: int = 520,
 ) -> None:
-    """Draw a PNG beside a label map: image, truth, prediction, errors (red), and each class's IoU.
-
-    Args:
-        pair: the image.
-        truth: its labels ``[H, W]``.
-        label_map: what was predicted, as a raster.
-        schema: the classes.
-        score: of this image.
-        options: bands and stretch, as in the run.
-        longest_side: of each picture, px.
-    """
+    """Draw a PNG beside a label map: image, truth ``[H, W]``, prediction, errors (red), and the IoU of each class."""
     reader = dataclasses.replace(options, strict=False).open(pair.image)
     try:
-        image = reader.overview(longest_side)
+        image = reader.overview(_LONGEST_SIDE)
     finally:
         reader.close()
     height, width = image.shape[:2]
@@ -61,7 +52,7 @@ def write_comparison(
     if not score.pixels:
         titles[3] = "errors"
     entries = [
-        (cls.color, cls.name, f"IoU {iou:.1%}")
+        (cls.shown, cls.name, f"IoU {iou:.1%}")
         for cls, iou in zip(schema.classes, score.class_scores("iou"), strict=True)
         if not math.isnan(iou)
     ]
@@ -71,29 +62,20 @@ def write_comparison(
 
 
 def write_differences(
-    place: Path,
+    path: Path,
     pair: Pair,
     reader: SceneReader,
     truth: npt.NDArray[np.uint8],
     reference: npt.NDArray[np.uint8],
     candidate: npt.NDArray[np.uint8],
     schema: LabelSchema,
-    longest_side: int = 520,
 ) -> None:
-    """Draw a PNG of two label maps: image, reference, candidate, and where they differ.
+    """Draw a PNG of two label maps ``[H, W]``: image, reference, candidate, and their differences.
 
-    A pixel of the last picture is coloured if any of the pixels under it differs, so that no difference gets lost:
-    red where the reference was right, blue where the candidate is, dark grey where neither is or nobody knows.
-
-    Args:
-        place: the file.
-        pair: the image.
-        reader: the same, open.
-        truth, reference, candidate: labels ``[H, W]``.
-        schema: the classes.
-        longest_side: of each picture, px.
+    A pixel of the last picture is coloured if any of the image's pixels under it differs, so that no difference gets
+    lost: red where the reference is right, blue where the candidate is, dark grey where neither is or truth is missing.
     """
-    image = reader.overview(longest_side)
+    image = reader.overview(_LONGEST_SIDE)
     height, width = image.shape[:2]
     kinds = np.where(candidate == truth, np.uint8(2), np.uint8(1))
     kinds[reference == truth] = 3
@@ -110,11 +92,11 @@ def write_differences(
     differences[(small == 0) & (labels[0] == NO_LABEL)] = NO_DATA_COLOR
     titles = [pair.name, "reference", "candidate", f"differences, {sum(pixels[1:])} px"]
     picture = in_a_row([image, *(colored(one, schema) for one in labels), differences], titles)
-    entries = [(cls.color, cls.name, "") for cls in schema.classes]
+    entries = [(cls.shown, cls.name, "") for cls in schema.classes]
     entries += [
         (_WRONG, "reference was right", f"{pixels[3]} px"),
         (_GAINED, "candidate is right", f"{pixels[2]} px"),
         (_OTHER, "neither, or no truth", f"{pixels[1]} px"),
     ]
-    with whole_file(place) as temporary:
+    with whole_file(path) as temporary:
         with_legend(picture, entries).save(temporary, format="PNG", optimize=True)

@@ -1,0 +1,402 @@
+"""The Python API, offered by :mod:`cdkd_edge` itself: what the commands do, as functions.
+
+Functions raise :class:`cdkd_edge.core.errors.CdkdEdgeError`, whose message and ``hint`` are those of the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from cdkd_edge.core.errors import PowerError, UsageError
+from cdkd_edge.core.workspace import Workspace
+from cdkd_edge.engines.protocol import Engine, Labeller
+
+if TYPE_CHECKING:
+    from cdkd_edge.bench.record import BenchSummary
+    from cdkd_edge.board.power.energy import RailEnergy
+    from cdkd_edge.board.power.protocol import SourceInfo
+    from cdkd_edge.graph.export import ExportResult
+    from cdkd_edge.model.checkpoint import CheckpointReport
+    from cdkd_edge.model.network import SegmentationNetwork
+    from cdkd_edge.quality.evaluate import Evaluation
+    from cdkd_edge.quality.parity import Parity
+    from cdkd_edge.segment.options import SegmentResult
+
+UInt8Array = npt.NDArray[np.uint8]
+StrPath = str | Path
+
+
+def load_checkpoint(
+    path: StrPath, *, tile: int | None = None, weights: str | None = None
+) -> tuple[SegmentationNetwork, CheckpointReport]:
+    """Load a network in PyTorch, and a report of what the file held.
+
+    Args:
+        path: checkpoint of cdkd-edge, Mask-CDKD, timm or OpenMMLab.
+        tile: side of the tiles, px. Default: the checkpoint's.
+        weights: ``raw``, ``ema`` or a name, where the file has several sets. Default: averaged weights.
+
+    Raises:
+        CheckpointError: the file cannot be read safely, or holds no network of this kind.
+    """
+    from cdkd_edge.model.checkpoint import load_checkpoint as load
+
+    return load(path, tile=tile, weights=weights)
+
+
+def load_engine(path: StrPath, *, threads: int | None = None) -> Engine:
+    """Load an engine after checking its manifest against the file and this machine.
+
+    Use it in a ``with`` block, or call ``close()``. Pass it to :func:`segment` and :func:`bench`.
+
+    Args:
+        path: an engine that :func:`build` or ``cdkd-edge build`` wrote.
+        threads: CPU threads, for a CPU engine. Default: all cores.
+
+    Raises:
+        ManifestError, EngineError: it cannot run here.
+    """
+    from cdkd_edge.engines.runtimes import load_engine as load
+
+    return load(Path(path), threads=threads)
+
+
+def export(
+    checkpoint: StrPath,
+    output: StrPath | None = None,
+    *,
+    schema: str | None = None,
+    tile: int | None = None,
+    batch: int = 1,
+    fp16: bool | None = None,
+    weights: str | None = None,
+    workspace: StrPath = ".",
+) -> ExportResult:
+    """Write the ONNX graph of a checkpoint, checked against PyTorch.
+
+    Args:
+        checkpoint: as for :func:`load_checkpoint`.
+        output: the graph (``.onnx``). Default: ``export/NAME.onnx`` in the workspace.
+        schema: class names: a built-in schema or a ``.toml`` file. Default: the checkpoint's.
+        tile: side of the tiles, px. Default: the checkpoint's.
+        batch: tiles per run.
+        fp16: also write the FP16 graph: True, False, or None: if it passes its check.
+        weights: as for :func:`load_checkpoint`.
+        workspace: folder with ``export/``, ``engines/`` and ``benchmarks/``.
+
+    Raises:
+        CheckpointError, SchemaError, GraphError, NumericalCheckError: it cannot be exported.
+    """
+    from cdkd_edge.core.errors import printable
+    from cdkd_edge.graph.export import ExportOptions, export_checkpoint
+
+    source = Path(checkpoint)
+    destination = Path(output) if output else Workspace(Path(workspace)).graphs / f"{printable(source.stem)}.onnx"
+    options = ExportOptions(tile=tile, batch=batch, schema=schema, fp16=fp16, weights=weights)
+    return export_checkpoint(source, destination, options)
+
+
+def build(
+    graph: StrPath | None = None,
+    output: StrPath | None = None,
+    *,
+    precision: str | None = None,
+    runtime: str = "auto",
+    outputs: str = "labels",
+    calibration: StrPath | None = None,
+    data: StrPath | None = None,
+    schema: str | None = None,
+    workspace: StrPath = ".",
+) -> Path:
+    """Build an engine for this machine; returns its path.
+
+    Args:
+        graph: exported graph (``.onnx``). Default: the only one in the workspace.
+        output: the engine. Default: in ``engines/`` of the workspace.
+        precision: ``fp32``, ``fp16`` or ``int8``; a missing graph is made and checked. Default: the graph's.
+        runtime: a runtime of :data:`cdkd_edge.engines.runtimes.RUNTIMES`, or ``auto``.
+        outputs: ``labels``, ``confidence`` or ``probabilities``.
+        calibration: calibration set for INT8. Default: the workspace's only one.
+        data: labelled images on which an INT8 graph is judged.
+        schema: how the masks of ``data`` are read.
+        workspace: folder with ``export/``, ``engines/`` and ``benchmarks/``.
+
+    Raises:
+        WorkspaceError, GraphError, NumericalCheckError, EngineError: it cannot be built.
+    """
+    from cdkd_edge.engines.runtimes import build_engine, choose_runtime
+    from cdkd_edge.precision.choose import GraphRequest, engine_path, prepare_graph
+    from cdkd_edge.precision.int8_gate import labelled_data
+
+    space, chosen = Workspace(Path(workspace)), choose_runtime(runtime)
+    request = GraphRequest(
+        calibration=None if calibration is None else Path(calibration),
+        data=None if data is None else labelled_data(Path(data), schema, None),
+    )
+    source = prepare_graph(
+        space,
+        None if graph is None else Path(graph),
+        precision,
+        request,
+        output=None if outputs == "labels" else outputs,
+        runtime=chosen,
+    ).path
+    destination = Path(output) if output else engine_path(space, source, chosen)
+    build_engine(source, destination, chosen)
+    return destination
+
+
+@overload
+def segment(scene: UInt8Array, engine: Labeller | StrPath, **options: Any) -> UInt8Array: ...
+@overload
+def segment(
+    scene: StrPath, engine: Labeller | StrPath, output: StrPath, *, resume: bool = True, **options: Any
+) -> SegmentResult: ...
+def segment(
+    scene: UInt8Array | StrPath,
+    engine: Labeller | StrPath,
+    output: StrPath | None = None,
+    *,
+    resume: bool = True,
+    **options: Any,
+) -> UInt8Array | SegmentResult:
+    """Label a scene: a raster of any size to a file, or an array to an array.
+
+    Args:
+        scene: anything GDAL opens, or an array uint8 ``[3, H, W]``, RGB.
+        engine: a loaded engine, or the path of one.
+        output: the label map (``.tif``); needed for a file, absent for an array.
+        resume: continue what an interrupted run left.
+        options: fields of :class:`cdkd_edge.segment.options.SegmentOptions`, e.g. ``overlap=128``, ``bands=(3, 2, 1)``.
+
+    Returns:
+        For a file a :class:`cdkd_edge.segment.options.SegmentResult`; for an array labels uint8 ``[H, W]``.
+
+    Raises:
+        SceneError: the scene cannot be read, or the label map not be written.
+        EngineError: the engine failed.
+    """
+    from cdkd_edge.segment.options import SegmentOptions
+    from cdkd_edge.segment.pipeline import segment_scene
+
+    chosen = SegmentOptions(**options)
+    with _opened(engine) as labeller:
+        if isinstance(scene, np.ndarray):
+            if output is not None:
+                raise UsageError("labels of an array are returned, not written; give no output")
+            return _labels_of(scene, labeller, chosen)
+        if output is None:
+            raise UsageError(f"where should the label map of {scene} go? Give output='NAME.tif'")
+        return segment_scene(labeller, scene, Path(output), chosen, resume=resume)
+
+
+def _labels_of(image: UInt8Array, labeller: Labeller, options: Any) -> UInt8Array:
+    """Labels ``[H, W]`` of an image ``[3, H, W]``, by the path that makes label maps."""
+    import rasterio
+    from rasterio.io import MemoryFile
+
+    from cdkd_edge.segment.pipeline import label_rows
+
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise UsageError(f"an array must be uint8 [3, H, W], RGB; this one is {image.dtype} {list(image.shape)}")
+    _, height, width = image.shape
+    rows: list[UInt8Array] = []
+    with MemoryFile() as memory:
+        profile = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": height, "width": width}
+        with memory.open(**profile, photometric="RGB") as written:
+            written.write(image)
+        with rasterio.Env(), options.open(memory.name) as reader:
+            label_rows(
+                labeller, reader, options.grid_over(reader, labeller.tile), lambda part: rows.append(part.copy())
+            )
+    return np.concatenate(rows)
+
+
+def evaluate(
+    artefact: StrPath,
+    data: StrPath,
+    *,
+    schema: str | None = None,
+    scenes: tuple[str, ...] = (),
+    tile: int | None = None,
+) -> Evaluation:
+    """Score a checkpoint, a graph or an engine on labelled images.
+
+    Args:
+        artefact: the file.
+        data: folder of images and masks.
+        schema: how the masks are read. Default: what the data or the artefact says.
+        scenes: only these scenes. Default: every image.
+        tile: side of a checkpoint's tiles, px. Default: its own.
+
+    Raises:
+        DatasetError, SchemaError, EngineError: it cannot be judged.
+    """
+    from cdkd_edge.quality.artefacts import open_artefact
+    from cdkd_edge.quality.datasets import find_dataset
+    from cdkd_edge.quality.evaluate import data_schema
+    from cdkd_edge.quality.evaluate import evaluate as judge
+
+    dataset = find_dataset(Path(data))
+    dataset = dataset.of_scenes(scenes) if scenes else dataset
+    opened = open_artefact(Path(artefact), tile=tile)
+    with opened.labeller as labeller:
+        named = None if labeller.schema.numbered else labeller.schema
+        return judge(labeller, dataset, data_schema(dataset, schema, named), trained_on=opened.training)
+
+
+def parity(
+    reference: StrPath,
+    candidate: StrPath,
+    data: StrPath,
+    *,
+    schema: str | None = None,
+    scenes: tuple[str, ...] = (),
+    tolerance: float | None = None,
+    min_agreement: float | None = None,
+) -> Parity:
+    """Compare an engine with its network on labelled images, tile for tile.
+
+    Args:
+        reference: what the labels should be: checkpoint, graph or engine.
+        candidate: what is to be proved.
+        data, schema, scenes: as for :func:`evaluate`.
+        tolerance: largest loss of mIoU, percentage points. Default: 0.02; 0.5 for INT8.
+        min_agreement: smallest share of pixels with the same label, 0..1. Default: 0.999; 0.98 for INT8.
+
+    Returns:
+        Scores of both, differences with intervals, and ``failures``: empty if the candidate passes.
+
+    Raises:
+        DatasetError, SchemaError, EngineError: nothing could be decided.
+    """
+    from cdkd_edge.quality.artefacts import open_artefacts
+    from cdkd_edge.quality.datasets import find_dataset
+    from cdkd_edge.quality.evaluate import data_schema
+    from cdkd_edge.quality.parity import ParityGate, measure_parity
+
+    dataset = find_dataset(Path(data))
+    dataset = dataset.of_scenes(scenes) if scenes else dataset
+    with open_artefacts(Path(reference), Path(candidate)) as (ours, theirs):
+        named = next((one.labeller.schema for one in (theirs, ours) if not one.labeller.schema.numbered), None)
+        return measure_parity(
+            ours.labeller,
+            theirs.labeller,
+            dataset,
+            data_schema(dataset, schema, named),
+            ParityGate.of(theirs.precision, tolerance, min_agreement),
+            trained_on=ours.training or theirs.training,
+        )
+
+
+def bench(
+    engine: Engine | StrPath,
+    folder: StrPath | None = None,
+    *,
+    seconds: float | None = None,
+    repeats: int | None = None,
+    power: bool | str = False,
+    protocol: Literal["default", "paper", "mlperf"] = "default",
+    workspace: StrPath = ".",
+) -> BenchSummary:
+    """Measure an engine: speed, latency, and with ``power`` watts and joules.
+
+    Args:
+        engine: a loaded engine, or the path of one.
+        folder: a new folder for report and tables. Default: in ``benchmarks/`` of the workspace.
+        seconds: of load. Default: the protocol's, 60.
+        repeats: idle, warm-up and load so many times. Default: the protocol's, 1.
+        power: True: the first source that answers; or the name of one.
+        protocol: ``default``, ``paper`` or ``mlperf``.
+        workspace: folder with ``benchmarks/``.
+
+    Returns:
+        What ``summary.json`` holds. Look at ``verdict`` first: an invalid run has no figures.
+
+    Raises:
+        EngineError, PowerError, SceneError: nothing could be measured.
+    """
+    from cdkd_edge.bench.protocols import protocol_of
+    from cdkd_edge.bench.run import BenchOptions, run_benchmark
+
+    options = BenchOptions(
+        protocol=protocol_of(protocol, load=seconds, repeats=repeats),
+        power=bool(power),
+        power_source=power if isinstance(power, str) else None,
+    )
+    with _opened(engine) as loaded:
+        space = Workspace(Path(workspace))
+        return run_benchmark(loaded, Path(folder) if folder else space.new_run(loaded.manifest.name), options)
+
+
+@dataclass
+class PowerWindow:
+    """Energy of the time inside a ``with power_window()`` block; filled when the block ends."""
+
+    source: SourceInfo
+    seconds: float = 0.0
+    rails: Mapping[str, RailEnergy] = field(default_factory=dict)
+    """Per rail ``joules``, ``watts``, ``bound`` and ``coverage``; a rail without readings is absent."""
+
+    @property
+    def joules(self) -> float:
+        """Of the rail that stands for the whole source.
+
+        Raises:
+            PowerError: the source has no such rail, or the block was too short for a reading.
+        """
+        rail = self.source.total
+        if rail is None or rail not in self.rails:
+            raise PowerError(f"{self.source.name} has no reading of a total in {self.seconds:.2g} s", hint="see rails")
+        return self.rails[rail].joules
+
+
+@contextlib.contextmanager
+def power_window(source: str | None = None, interval: float = 0.1) -> Iterator[PowerWindow]:
+    """Measure the energy of a block of code.
+
+    ::
+
+        with ce.power_window() as window:
+            work()
+        print(window.joules, window.rails)
+
+    Args:
+        source: ``jtop``, ``ina3221``, ``nvml`` or ``rapl``. Default: the first that answers.
+        interval: seconds between readings to ask for.
+
+    Raises:
+        PowerError: no source answers; the message has the reason of each.
+    """
+    from cdkd_edge.board.power.energy import rail_energy
+    from cdkd_edge.board.power.sources import find_source
+
+    with find_source(source, interval) as sampler:
+        assert sampler.info is not None
+        window = PowerWindow(sampler.info)
+        start = time.monotonic()
+        yield window
+        stop = time.monotonic()
+        time.sleep(2 * sampler.info.nominal_interval)  # so that a reading after the block bounds its end
+        trace = sampler.trace()
+    energies = {rail: rail_energy(trace, rail, start, stop) for rail in trace.source.rails}
+    window.seconds = stop - start
+    window.rails = {rail: energy for rail, energy in energies.items() if energy is not None}
+
+
+@contextlib.contextmanager
+def _opened(engine: Any) -> Iterator[Any]:
+    """A loaded engine as it is; a path is loaded, and closed when the block ends."""
+    if not isinstance(engine, str | Path):
+        yield engine
+        return
+    with load_engine(engine) as loaded:
+        yield loaded

@@ -133,11 +133,11 @@ def build(
         WorkspaceError, GraphError, NumericalCheckError, EngineError: it cannot be built.
     """
     from cdkd_edge.engines.runtimes import build_engine, choose_runtime
-    from cdkd_edge.precision.graph import Request, labelled_data, prepare_graph
-    from cdkd_edge.precision.plan import engine_path
+    from cdkd_edge.precision.choose import GraphRequest, engine_path, prepare_graph
+    from cdkd_edge.precision.int8_gate import labelled_data
 
     space, chosen = Workspace(Path(workspace)), choose_runtime(runtime)
-    request = Request(
+    request = GraphRequest(
         calibration=None if calibration is None else Path(calibration),
         data=None if data is None else labelled_data(Path(data), schema, None),
     )
@@ -240,17 +240,17 @@ def evaluate(
     Raises:
         DatasetError, SchemaError, EngineError: it cannot be judged.
     """
+    from cdkd_edge.quality.artefacts import open_artefact
     from cdkd_edge.quality.datasets import find_dataset
     from cdkd_edge.quality.evaluate import data_schema
     from cdkd_edge.quality.evaluate import evaluate as judge
-    from cdkd_edge.quality.subject import open_subject
 
     dataset = find_dataset(Path(data))
     dataset = dataset.of_scenes(scenes) if scenes else dataset
-    subject = open_subject(Path(artefact), tile=tile)
-    with subject.labeller as labeller:
+    opened = open_artefact(Path(artefact), tile=tile)
+    with opened.labeller as labeller:
         named = None if labeller.schema.numbered else labeller.schema
-        return judge(labeller, dataset, data_schema(dataset, schema, named), trained_on=subject.training)
+        return judge(labeller, dataset, data_schema(dataset, schema, named), trained_on=opened.training)
 
 
 def parity(
@@ -278,22 +278,21 @@ def parity(
     Raises:
         DatasetError, SchemaError, EngineError: nothing could be decided.
     """
-    from cdkd_edge.quality.agreement import compare
+    from cdkd_edge.quality.artefacts import open_artefacts
     from cdkd_edge.quality.datasets import find_dataset
     from cdkd_edge.quality.evaluate import data_schema
-    from cdkd_edge.quality.parity import Gate
-    from cdkd_edge.quality.subject import open_pair
+    from cdkd_edge.quality.parity import ParityGate, measure_parity
 
     dataset = find_dataset(Path(data))
     dataset = dataset.of_scenes(scenes) if scenes else dataset
-    with open_pair(Path(reference), Path(candidate)) as (ours, theirs):
+    with open_artefacts(Path(reference), Path(candidate)) as (ours, theirs):
         named = next((one.labeller.schema for one in (theirs, ours) if not one.labeller.schema.numbered), None)
-        return compare(
+        return measure_parity(
             ours.labeller,
             theirs.labeller,
             dataset,
             data_schema(dataset, schema, named),
-            Gate.of(theirs.precision, tolerance, min_agreement),
+            ParityGate.of(theirs.precision, tolerance, min_agreement),
             trained_on=ours.training or theirs.training,
         )
 

@@ -27,11 +27,9 @@ from cdkd_edge.core.manifest import (
 from cdkd_edge.core.output_kinds import LABELS, build_options
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import NamedOutputs, UInt8Array
-from cdkd_edge.graph.cpu import cpu_twin
-from cdkd_edge.graph.fp16 import fp16_on_cpu
-from cdkd_edge.graph.fuse import fuse_attention
-from cdkd_edge.graph.read import read_graph
-from cdkd_edge.graph.session import session_options, signed_weights_are_exact
+from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, session_options, signed_weights_are_exact
+from cdkd_edge.graph.files import read_graph
+from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
 
 MIN_AGREEMENT = 0.9999
 """Share of pixels on which engine and graph must agree; the rest is the order of additions."""
@@ -183,7 +181,7 @@ def graph_labeller(path: Path, manifest: GraphManifest, threads: int | None = No
     """A graph in ONNX Runtime on the CPU, of any precision.
 
     An FP32 graph runs as it was exported; of an FP16 graph every value is rounded as an FP16 engine stores it
-    (:func:`cdkd_edge.graph.fp16.fp16_on_cpu`); of an INT8 graph the twin runs (:mod:`cdkd_edge.graph.cpu`).
+    (:func:`cdkd_edge.graph.fp16_simulation.fp16_on_cpu`); of an INT8 graph the twin runs (:mod:`cdkd_edge.graph.cpu`).
 
     Args:
         path: the graph.

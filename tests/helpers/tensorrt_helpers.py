@@ -17,9 +17,9 @@ from cdkd_edge.core.manifest import FileRecord, GraphManifest, read_manifest, wr
 from cdkd_edge.engines.tensorrt.find import GpuInfo, tensorrt_is_installed
 from cdkd_edge.engines.tensorrt.layers import EngineLayers
 from cdkd_edge.graph.fp16 import to_fp16
-from cdkd_edge.graph.int8.graphs import int8_graph
-from cdkd_edge.graph.int8.layers import quantizable_layers, weight_of
-from cdkd_edge.graph.int8.ranges import LayerScales, weight_scales
+from cdkd_edge.graph.int8 import int8_graph
+from cdkd_edge.graph.int8_ranges import LayerScales, weight_scales
+from cdkd_edge.graph.layers import quantizable_layers, weight_of
 
 ORIN = GpuInfo("Orin", "8.7", True, 8, 16 << 30, "12.6")
 

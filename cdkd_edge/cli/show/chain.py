@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def describe_checkpoint(path: Path, *, tile: int | None, heads: int | None, weights: str | None) -> Report:
     """``cdkd-edge info``."""
     from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder
-    from cdkd_edge.model.cost import network_cost
+    from cdkd_edge.model.device import network_cost
 
     network: Any
     network, report = load_encoder(path, tile=tile, heads=heads, weights=weights)

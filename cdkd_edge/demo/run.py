@@ -21,7 +21,7 @@ import onnxruntime
 import rasterio
 from rasterio.transform import from_origin
 
-from cdkd_edge.bench.protocols import protocol_of
+from cdkd_edge.bench.phases import protocol_of
 from cdkd_edge.bench.record import BenchSummary
 from cdkd_edge.bench.run import BenchOptions, run_benchmark
 from cdkd_edge.core.errors import WorkspaceError

@@ -11,6 +11,7 @@ from run_helpers import make_run
 
 from cdkd_edge.bench.folder import read_run, read_summary, write_tiles, write_trace
 from cdkd_edge.bench.record import Phase
+from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.protocol import CPU_PACKAGE, JOULES, Sample, SourceInfo
 from cdkd_edge.core.errors import BenchError
 

@@ -111,8 +111,10 @@ class InputMaker:
     node: onnx.NodeProto
     position: int
     """Which input of the node the constant is."""
+    columns: int
+    """Length of the constant's last axis."""
     start: int
-    """The first column of the constant that makes the layer's input."""
+    """The first of these columns that makes the layer's input."""
 
 
 def input_makers(
@@ -127,22 +129,20 @@ def input_makers(
     if not found or found[2] == "mlp.fc2":
         return []
     index = GraphIndex(model.graph)
+
+    def makers(node: onnx.NodeProto, share: float) -> list[InputMaker]:
+        """The constants of a node; of their columns, those behind ``share`` make the input."""
+        found = [(at, index.constants[name].dims[-1]) for at, name in enumerate(node.input) if name in index.constants]
+        return [InputMaker(node, at, columns, round(columns * share)) for at, columns in found]
+
     if found[2] != "attn.proj":
         norm = index.maker.get(layer.input)
-        if norm is None or norm.op_type != "LayerNormalization":
-            return []
-        return [InputMaker(norm, at, 0) for at, name in enumerate(norm.input) if at and name in index.constants]
+        return makers(norm, 0) if norm is not None and norm.op_type == "LayerNormalization" else []
     qkv = next((one for one in layers if one.name == f"{found[1]}.attn.qkv"), None)
     if qkv is None:
         return []
-    width = index.constants[qkv.weight].dims[1]
-    makers = [InputMaker(index.maker[qkv.product], 1, width - width // 3)]
-    bias = next((node for node in index.users.get(qkv.product, []) if node.op_type == "Add"), None)
-    if bias is not None:
-        makers += [
-            InputMaker(bias, at, width - width // 3) for at, name in enumerate(bias.input) if name in index.constants
-        ]
-    return makers
+    bias = [node for node in index.users.get(qkv.product, []) if node.op_type == "Add"]
+    return [maker for node in (index.maker[qkv.product], *bias[:1]) for maker in makers(node, 2 / 3)]
 
 
 @dataclass(frozen=True)

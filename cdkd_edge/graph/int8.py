@@ -14,7 +14,7 @@ takes no others. The CPU's version is made from the same file (:func:`cdkd_edge.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -125,14 +125,12 @@ def calibrate(
     layers = quantizable_layers(model)
     smoothed: tuple[str, ...] = ()
     if options.alpha is not None:
-        few = min(SMOOTHING_TILES, len(tiles))
-        step = max(len(tiles) // max(few, 1), 1)
+        step = max(len(tiles) // SMOOTHING_TILES, 1)
         spread = (tile for index, tile in enumerate(tiles) if index % step == 0)
-        total = -(-len(tiles) // step)
-        seen = observe(model, layers, spread, lambda done: note(f"channel maxima: tile {done} of {total}"))
+        seen = observe(model, layers, _counted(spread, -(-len(tiles) // step), "channel maxima", note))
         smoothed = tuple(smooth(model, layers, seen, options.alpha))
         layers = quantizable_layers(model)
-    seen = observe(model, layers, tiles, lambda done: note(f"ranges: tile {done} of {len(tiles)}"))
+    seen = observe(model, layers, _counted(tiles, len(tiles), "ranges", note))
     scales = {
         layer.name: LayerScales(
             activation_scale(seen[layer.name], options.calibrator, options.percentile),
@@ -141,6 +139,15 @@ def calibrate(
         for layer in layers
     }
     return Calibrated(model, layers, scales, smoothed)
+
+
+def _counted(
+    tiles: Iterable[npt.NDArray[np.uint8]], total: int, what: str, note: Callable[[str], None]
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """The tiles; ``note`` is called after each."""
+    for done, tile in enumerate(tiles, start=1):
+        yield tile
+        note(f"{what}: tile {done} of {total}")
 
 
 def smooth(

@@ -324,7 +324,7 @@ def bench(
     Raises:
         EngineError, PowerError, SceneError: nothing could be measured.
     """
-    from cdkd_edge.bench.protocols import protocol_of
+    from cdkd_edge.bench.phases import protocol_of
     from cdkd_edge.bench.run import BenchOptions, run_benchmark
 
     options = BenchOptions(

@@ -21,11 +21,12 @@ import onnxruntime
 import rasterio
 from rasterio.transform import from_origin
 
-from cdkd_edge.bench.protocols import protocol_of
+from cdkd_edge.bench.phases import protocol_of
 from cdkd_edge.bench.record import BenchSummary
 from cdkd_edge.bench.run import BenchOptions, run_benchmark
 from cdkd_edge.core.errors import WorkspaceError
 from cdkd_edge.core.files import make_folders, whole_file
+from cdkd_edge.core.labels import schema_from_document
 from cdkd_edge.core.manifest import (
     EngineManifest,
     FileRecord,
@@ -177,7 +178,7 @@ def _write_bundled(checkpoint: Path, destination: Path, skipped: str) -> Bundled
             artefact=FileRecord.of(temporary, destination.name),
             checkpoint=FileRecord.of(checkpoint),
             layout="cdkd-edge",
-            labels=header["schema"],
+            labels=schema_from_document(header["schema"], checkpoint.name).to_document(),
             preprocessing=Preprocessing("RGB", PIXEL_MEAN, PIXEL_STD),
             tile=config.tile,
             batch=1,

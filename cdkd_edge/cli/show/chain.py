@@ -128,7 +128,7 @@ def _interchange_rows(result: ExportResult) -> list[tuple[str, str]]:
 
 def describe_demo(result: DemoResult) -> Report:
     """``cdkd-edge demo``."""
-    from cdkd_edge.cli.show.bench import bench_rows
+    from cdkd_edge.bench.describe import bench_rows
     from cdkd_edge.cli.show.segment import segment_data
 
     segment = result.segment

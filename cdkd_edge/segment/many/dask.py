@@ -23,7 +23,7 @@ from typing import Any
 from cdkd_edge.core.errors import FleetError, MissingExtraError
 from cdkd_edge.raster.open import is_gdal_name
 from cdkd_edge.segment.many.dispatch import Answer, RunObserver, Task, WorkerPool
-from cdkd_edge.segment.many.jobs import WORKER, Job, JobReport, decode, encode, failed
+from cdkd_edge.segment.many.jobs import Job, JobReport, Reach, decode, encode
 from cdkd_edge.segment.many.worker import WorkerEngine, send_progress
 from cdkd_edge.segment.outputs import confidence_path
 
@@ -121,7 +121,7 @@ class DaskPool(WorkerPool):
                 return None
             # Most likely the package is not installed there.
             answer = FleetError(f"{task.worker}: {type(error).__name__}: {error}")
-            return replace(failed(task.job, answer, reach=WORKER), host=None)
+            return JobReport.failed(task.job, answer, reach=Reach.WORKER, host=None)
 
     def _living(self) -> dict[str, str]:
         try:

@@ -22,18 +22,7 @@ from cdkd_edge.core.process import end_children, events, module_command, start_c
 from cdkd_edge.core.signals import check
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.segment.many.jobs import (
-    ENGINE,
-    SCENE,
-    WORKER,
-    EngineRef,
-    Failure,
-    Job,
-    JobReport,
-    decode,
-    encode,
-    failed,
-)
+from cdkd_edge.segment.many.jobs import EngineRef, Failure, Job, JobReport, Reach, decode, encode
 from cdkd_edge.segment.many.worker import do_job
 
 ATTEMPTS = 3
@@ -135,7 +124,8 @@ class InProcess(Workers):
                 report = do_job(self._engine, job, progress, observer.note)
             except Exception as caught:
                 error = caught
-                report = failed(job, caught, time.perf_counter() - started, self._engine.artefact.sha256)
+                seconds, sha256 = time.perf_counter() - started, self._engine.artefact.sha256
+                report = JobReport.failed(job, caught, seconds=seconds, engine_sha256=sha256)
             yield Answer(index, report, error)
 
 
@@ -238,15 +228,15 @@ class WorkerPool(Workers):
             yield from self._retry(waiting, task, _lost(task))
             return
         error = report.error
-        if error is None or error.reach not in (ENGINE, WORKER):
+        if error is None or error.reach not in (Reach.ENGINE, Reach.WORKER):
             self._engine_failures.pop(task.worker, None)
             yield Answer(task.index, report)
             return
         self._engine_failures[task.worker] = self._engine_failures.get(task.worker, 0) + 1
-        if error.reach == WORKER or self._engine_failures[task.worker] >= _ENGINE_FAILURES:
+        if error.reach == Reach.WORKER or self._engine_failures[task.worker] >= _ENGINE_FAILURES:
             self._refused[task.worker] = error
             observer.note(f"no more scenes for the worker {task.worker}: {error.message}")
-        if error.reach == WORKER:  # the job was not begun, so this is no attempt
+        if error.reach == Reach.WORKER:  # the job was not begun, so this is no attempt
             waiting.appendleft((task.index, task.job))
         else:
             yield from self._retry(waiting, task, report)
@@ -256,7 +246,7 @@ class WorkerPool(Workers):
         if task.job.attempt < ATTEMPTS:
             waiting.appendleft((task.index, replace(task.job, attempt=task.job.attempt + 1)))
         elif report.error:
-            yield Answer(task.index, replace(report, error=replace(report.error, reach=SCENE)))
+            yield Answer(task.index, replace(report, error=replace(report.error, reach=Reach.SCENE)))
 
 
 def _lost(task: Task) -> JobReport:
@@ -264,7 +254,7 @@ def _lost(task: Task) -> JobReport:
         f"{ATTEMPTS} workers were lost while they labelled it, the last one at {task.worker}",
         hint="the system may have killed them for lack of memory: try fewer workers on a machine",
     )
-    return replace(failed(task.job, error), host=None)
+    return JobReport.failed(task.job, error, host=None)
 
 
 class ProcessPool(WorkerPool):

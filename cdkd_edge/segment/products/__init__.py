@@ -130,8 +130,7 @@ def write_products(
             notes += areas.notes
         if "vector" in making and options.vector is not None:
             metadata = {**stamp, _OPTIONS: _options_text(options.vector)}
-            written = write_vector(label_map, paths["vector"], schema, options.vector, progress, metadata=metadata)
-            notes += written.notes
+            notes += write_vector(label_map, paths["vector"], schema, options.vector, progress, metadata=metadata)
         if "preview" in making:
             write_preview(scene, label_map, schema, areas, paths["preview"], scene_options, metadata=stamp)
         beside = {name: path for name, path in paths.items() if name != "stac"}

@@ -34,8 +34,7 @@ from cdkd_edge.bench.record import BenchSummary, Protocol
 from cdkd_edge.bench.run import BenchOptions, run_benchmark
 from cdkd_edge.bench.statistics import figure_of, latency_of, t_quantile, variance_hidden_by_sharing
 from cdkd_edge.board.conditions import ConditionsMonitor
-from cdkd_edge.board.power.sampler import PowerSampler
-from cdkd_edge.board.power.sources import find_source
+from cdkd_edge.board.power.sampler import PowerSampler, find_source
 from cdkd_edge.cli.show.bench import describe_bench, live_text
 from cdkd_edge.core.errors import EngineError, PowerError, SceneError, UsageError
 from cdkd_edge.core.machine import forget_peak_memory, peak_memory

@@ -87,13 +87,13 @@ class FleetLines(RunObserver):
         """Tiles done and in all, of every scene that was begun."""
 
     def begun(self, index: int, job: Job) -> None:
-        """See :class:`~cdkd_edge.segment.many.crew.RunObserver`."""
+        """See :class:`~cdkd_edge.segment.many.dispatch.RunObserver`."""
         check()
         self._parts[index] = (0, 1)
         self._show()
 
     def tiles(self, index: int, done: int, total: int) -> None:
-        """See :class:`~cdkd_edge.segment.many.crew.RunObserver`."""
+        """See :class:`~cdkd_edge.segment.many.dispatch.RunObserver`."""
         check()
         self._parts[index] = (done, total)
         if self._update:
@@ -101,7 +101,7 @@ class FleetLines(RunObserver):
         self._show()
 
     def finished(self, report: JobReport) -> None:
-        """See :class:`~cdkd_edge.segment.many.crew.RunObserver`."""
+        """See :class:`~cdkd_edge.segment.many.dispatch.RunObserver`."""
         self.reports.append(report)
         if report.error is None and not self._as_json:
             describe_job(report).print()
@@ -112,7 +112,7 @@ class FleetLines(RunObserver):
         self._show()
 
     def note(self, text: str) -> None:
-        """See :class:`~cdkd_edge.segment.many.crew.RunObserver`."""
+        """See :class:`~cdkd_edge.segment.many.dispatch.RunObserver`."""
         self._print(f"note: {text}", self._console or Console(stderr=True))
 
     def _say(self, text: str) -> None:

@@ -32,8 +32,7 @@ from rasterio.transform import from_origin
 
 from cdkd_edge.core.errors import CdkdEdgeError
 from cdkd_edge.core.files import write_text
-from cdkd_edge.core.machine import available_cores, describe_machine
-from cdkd_edge.core.manifest import library_versions
+from cdkd_edge.core.machine import available_cores, describe_machine, library_versions
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.engines.runtimes import load_engine

@@ -38,8 +38,7 @@ from peer_table import table_of
 
 from cdkd_edge.core.errors import CdkdEdgeError
 from cdkd_edge.core.files import write_text
-from cdkd_edge.core.machine import available_cores, describe_machine
-from cdkd_edge.core.manifest import library_versions
+from cdkd_edge.core.machine import available_cores, describe_machine, library_versions
 
 SCHEMA = 1
 """Version of ``peers.json``."""

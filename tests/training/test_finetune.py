@@ -824,9 +824,9 @@ def test_the_best_epoch_is_kept_and_the_last_is_told(data, encoder, tmp_path, mo
     scores = iter([0.5, 0.25, 0.125])
     real = module.scores_of
 
-    def falling(evaluation):
+    def falling(*arguments):
         score = next(scores, None)
-        return real(evaluation) | ({} if score is None else {"mean_iou": score})
+        return real(*arguments) | ({} if score is None else {"mean_iou": score})
 
     monkeypatch.setattr(module, "scores_of", falling)
     training = tune(encoder, data, tmp_path / "out.pt", *HEADS, "--epochs", 3)["training"]

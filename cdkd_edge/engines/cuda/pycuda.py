@@ -124,9 +124,6 @@ class PyCudaDriver(CudaDriver):
     def stream_synchronize(self, stream: Any) -> None:
         self._call("waiting for a stream", stream.synchronize)
 
-    def stream_destroy(self, stream: Any) -> None:
-        pass  # PyCUDA destroys it with its last reference
-
     def event_create(self) -> Any:
         kinds = self._cuda.event_flags
         flags = int(kinds.DISABLE_TIMING) | int(kinds.BLOCKING_SYNC)
@@ -137,9 +134,6 @@ class PyCudaDriver(CudaDriver):
 
     def event_synchronize(self, event: Any) -> None:
         self._call("computing a tile", event.synchronize)
-
-    def event_destroy(self, event: Any) -> None:
-        pass  # PyCUDA destroys it with its last reference
 
     def copy_in(self, pointer: int, array: UInt8Array, stream: Any) -> None:
         self._call("copying to the GPU", self._cuda.memcpy_htod_async, pointer, array, stream)

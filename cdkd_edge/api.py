@@ -377,7 +377,7 @@ def power_window(source: str | None = None, interval: float = 0.1) -> Iterator[P
         PowerError: no source answers; the message has the reason of each.
     """
     from cdkd_edge.board.power.energy import rail_energy
-    from cdkd_edge.board.power.sources import find_source
+    from cdkd_edge.board.power.sampler import find_source
 
     with find_source(source, interval) as sampler:
         assert sampler.info is not None

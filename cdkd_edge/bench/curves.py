@@ -13,6 +13,7 @@ import numpy.typing as npt
 from cdkd_edge.bench.folder import Run, Series
 from cdkd_edge.bench.record import LOAD, WARM_UP
 from cdkd_edge.board.power.ina3221 import TOTAL
+from cdkd_edge.board.power.protocol import longest_step
 
 Floats = npt.NDArray[np.float64]
 
@@ -94,7 +95,7 @@ def gap_seconds(series: Series) -> float:
     """Longest time between two readings that is not a gap, from their median interval."""
     if len(series.times) < 2:
         return float("inf")
-    return 3 * float(np.median(np.diff(np.sort(series.times)))) + 0.2
+    return longest_step(float(np.median(np.diff(np.sort(series.times)))))
 
 
 def pieces(series: Series) -> list[tuple[Floats, Floats]]:

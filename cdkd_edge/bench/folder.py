@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cdkd_edge.bench.record import LOAD, SUMMARY_VERSION, WARM_UP, BenchSummary, Phase
+from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.protocol import JOULES, WATTS
-from cdkd_edge.board.power.trace import Trace
 from cdkd_edge.core.errors import BenchError, printable
 from cdkd_edge.core.files import read_json, read_small, write_text
 

@@ -17,8 +17,7 @@ from cdkd_edge.bench.record import (
     Repeat,
 )
 from cdkd_edge.bench.statistics import figure_of, latency_of, variance_hidden_by_sharing
-from cdkd_edge.board.power.energy import RailEnergy, bound_holds, rail_energy
-from cdkd_edge.board.power.trace import Trace
+from cdkd_edge.board.power.energy import RailEnergy, Trace, bound_holds, rail_energy
 
 LEAST_READINGS = 2
 """Readings that a phase needs for a mean of watts."""

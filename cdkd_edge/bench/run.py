@@ -24,10 +24,9 @@ from cdkd_edge.bench.roofline.model import modelled_bound
 from cdkd_edge.bench.scene import check_scene, time_scene
 from cdkd_edge.bench.verdict import judge
 from cdkd_edge.board.conditions import Conditions, ConditionsMonitor
-from cdkd_edge.board.identity import BoardIdentity, describe_board
-from cdkd_edge.board.power.sampler import PowerSampler
-from cdkd_edge.board.power.sources import find_source
-from cdkd_edge.board.power.trace import Trace
+from cdkd_edge.board.jetson import BoardIdentity, describe_board
+from cdkd_edge.board.power.energy import Trace
+from cdkd_edge.board.power.sampler import PowerSampler, find_source
 from cdkd_edge.board.throttling import (
     ConditionFinding,
     judge_conditions,

@@ -8,8 +8,8 @@ from statistics import median
 
 from cdkd_edge.bench.phases import Timeline
 from cdkd_edge.bench.record import INVALID, LOAD, NOT_STEADY, VALID, Phase, Protocol, Repeat, Verdict
-from cdkd_edge.board.power.protocol import CPU_PACKAGE, GPU_BOARD, SourceInfo
-from cdkd_edge.board.power.trace import Trace
+from cdkd_edge.board.power.energy import Trace
+from cdkd_edge.board.power.protocol import LEFT_OUT, SourceInfo
 from cdkd_edge.board.throttling import ConditionFinding
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.runtimes import runtime_of
@@ -175,11 +175,9 @@ def _no_rise(repeat: Repeat, source: SourceInfo) -> list[str]:
 
 def _wrong_source(source: SourceInfo, engine: EngineManifest) -> str | None:
     """Why the source does not measure what the engine runs on; None if it does."""
-    on_cpu = runtime_of(engine).on_cpu
-    if on_cpu and source.scope == GPU_BOARD:
-        return f"{source.name} measures the {source.scope}, but this engine runs on the CPU"
-    if not on_cpu and source.scope == CPU_PACKAGE:
-        return f"{source.name} measures the {source.scope}, but this engine runs on the GPU"
+    processor = "CPU" if runtime_of(engine).on_cpu else "GPU"
+    if LEFT_OUT.get(source.scope) == processor:
+        return f"{source.name} measures the {source.scope}, but this engine runs on the {processor}"
     return None
 
 

@@ -177,10 +177,6 @@ class Partial:
         """The file with the finished rows of tiles."""
         return self.folder / "labels.spool"
 
-    def keep_if(self, worth: bool) -> None:
-        """Say whether the spool holds something worth keeping."""
-        self.worth_keeping = worth
-
     def finishing(self) -> None:
         """Note that all rasters are whole and are about to get their final names, see :func:`drop_finished`."""
         write_text(self.folder / "run.json", json.dumps({**self._note, "finished": True}, indent=1) + "\n")

@@ -34,9 +34,8 @@ from cdkd_edge.bench.record import BenchSummary, Protocol
 from cdkd_edge.bench.run import BenchOptions, run_benchmark
 from cdkd_edge.bench.statistics import figure_of, latency_of, t_quantile, variance_hidden_by_sharing
 from cdkd_edge.board.conditions import ConditionsMonitor
-from cdkd_edge.board.power.sampler import PowerSampler
-from cdkd_edge.board.power.sources import find_source
-from cdkd_edge.cli.show.bench import describe_bench, live_text
+from cdkd_edge.board.power.sampler import PowerSampler, find_source
+from cdkd_edge.cli.bench import describe_bench, live_text
 from cdkd_edge.core.errors import EngineError, PowerError, SceneError, UsageError
 from cdkd_edge.core.machine import forget_peak_memory, peak_memory
 from cdkd_edge.core.sample import sample_tiles
@@ -498,8 +497,8 @@ def test_power_and_energy_per_tile(folder: Path, scene: Path, hungry: Any, batch
     report = describe_bench(summary, folder)
     shown = [value for name, value in report.rows if name == "power (module)"]
     assert re.match(r"VDD_IN: idle 1?\d\d[.\d]*( ± [.\d]+)? W, load 1\d\d", shown[0])
-    assert report.listing is not None
-    paper = {row[0]: row[2] for row in report.listing.rows}
+    (listing,) = report.listings
+    paper = {row[0]: row[2] for row in listing.rows}
     assert (paper["gross, J/tile"], paper["net, J/tile"]) == ("7.58", "5.28")
     assert (paper["throughput, tiles/s"], paper["idle, W"], paper["load, W"], paper["net, W"]) == (
         "2.50",

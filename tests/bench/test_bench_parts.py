@@ -21,9 +21,9 @@ from cdkd_edge.bench.roofline.model import modelled_bound, roofline
 from cdkd_edge.bench.statistics import latency_of
 from cdkd_edge.bench.verdict import judge
 from cdkd_edge.board.conditions import Conditions
+from cdkd_edge.board.power.energy import Problem, Trace
 from cdkd_edge.board.power.protocol import CPU_PACKAGE, GPU_BOARD, MODULE, WATTS, Sample, SourceInfo
 from cdkd_edge.board.power.sampler import PowerSampler
-from cdkd_edge.board.power.trace import Problem, Trace
 from cdkd_edge.board.throttling import ConditionFinding, judge_other_programs
 from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.manifest import FileRecord, TensorRTBuild
@@ -93,7 +93,7 @@ def test_silence_is_told_of_the_rail_only_where_others_go_on(monkeypatch, values
 def trace_of(scope=MODULE, total="VDD_IN", problems=(), late=0):
     info = SourceInfo("jtop", scope, "the module", WATTS, ("VDD_IN", "VDD_SOC"), total, 0.1)
     samples = [Sample(i * (0.2 if i < late else 0.1), 0.0, {"VDD_IN": 1.0}) for i in range(100)]
-    return Trace(info, tuple(samples), (), tuple(problems), 0.0, 10.0)
+    return Trace(info, tuple(samples), tuple(problems), 0.0, 10.0)
 
 
 def repeat_of(idle=5.74, after=None, load=18.95, covered=1.0, steady=True):

@@ -23,7 +23,7 @@ from cdkd_edge.bench.compare.scores import read_scores
 from cdkd_edge.bench.folder import read_summary, write_summary
 from cdkd_edge.bench.statistics import Interval, Ratio
 from cdkd_edge.board.power.protocol import GPU_BOARD
-from cdkd_edge.cli.show.compare import describe_comparison, significant
+from cdkd_edge.cli.compare import describe_comparison, markdown
 from cdkd_edge.core.errors import BenchError, CompareError
 from cdkd_edge.core.manifest import FileRecord
 
@@ -82,15 +82,6 @@ def test_faster_on_the_same_watts_needs_less_energy(pair: tuple[Path, Path]) -> 
     assert not found.not_comparable
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "text"),
-    [(7.6, 3, "7.60"), (7.5799, 3, "7.58"), (2.5, 4, "2.500"), (9.9996, 4, "10.00"), (407, 4, "407.0"),
-     (123456.7, 4, "123457"), (0.00123, 3, "0.00123"), (0, 4, "0"), (-1.5, 3, "-1.50")],
-)  # fmt: skip
-def test_figures_beside_each_other_have_as_many_digits(value: float, digits: int, text: str) -> None:
-    assert significant(value, digits) == text
-
-
 def test_the_baseline_can_be_any_run(pair: tuple[Path, Path]) -> None:
     forward, back = compare_runs(pair), compare_runs(pair, baseline=1)
     assert [row.verdict for row in back.rows] == ["slower", "baseline"]
@@ -136,7 +127,7 @@ def test_batches_of_another_run_are_not_used(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "one" / "tiles.csv", tmp_path / "two" / "tiles.csv")
     row = compare_runs([tmp_path / "one", tmp_path / "two"]).rows[1]
     assert row.verdict == "cannot tell"
-    assert row.interval_basis == "tiles.csv and summary.json are of different runs"
+    assert row.interval_basis == "tiles.csv and summary.json do not belong to the same run"
 
 
 def test_the_same_run_twice_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -146,7 +137,7 @@ def test_the_same_run_twice_is_said(pair: tuple[Path, Path], tmp_path: Path) -> 
     assert "slow and copy are the same run" in found.notes
     again = compare_runs([pair[0], pair[0] / "summary.json"])
     assert [row.name for row in again.rows] == [str(pair[0]), f"{pair[0]} (2)"]
-    with pytest.raises(CompareError, match="copy is the baseline itself"):
+    with pytest.raises(CompareError, match="copy is the baseline's own run"):
         compare_runs([pair[0], tmp_path / "copy"], limits=Limits(slower=0.05))
 
 
@@ -182,12 +173,12 @@ def as_seen(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("scope", "power was measured of the module in slow and GPU board in fast"),
-        ("rail", "total rail is VDD_IN in slow and POM_5V_IN in fast"),
+        ("scope", "power is that of the module in slow and GPU board in fast"),
+        ("rail", "the total rail is VDD_IN in slow and POM_5V_IN in fast"),
         ("mode", "power mode is MAXN in slow and 25W in fast"),
         ("unknown mode", "power mode is MAXN in slow and not known in fast"),
         ("clocks", "jetson_clocks is on in slow and off in fast"),
-        ("classes", "slow and fast have other classes"),
+        ("classes", "slow and fast have different classes"),
         ("invalid", "fast is invalid: too hot"),
         ("not_steady", "fast is not steady: too hot"),
     ],
@@ -207,7 +198,7 @@ def test_what_is_not_comparable_is_refused_and_marked_if_forced(
     assert said in result.stdout
     report = describe_comparison(compare_runs(pair, force=True))
     assert report.data["not_comparable"][0].startswith(said)
-    assert f"- **NOT COMPARABLE**: {said}" in report.markdown()
+    assert f"- **NOT COMPARABLE**: {said}" in markdown(report)
 
 
 def test_a_run_without_figures_is_refused_even_if_forced(pair: tuple[Path, Path]) -> None:
@@ -227,7 +218,7 @@ def test_another_machine_is_allowed_and_said(pair: tuple[Path, Path]) -> None:
     """A power mode is a mode of its board: on another one the same name is something else."""
     change(pair[1], board={"model": "another board", "power_mode": {"id": 2, "name": "15W"}})
     found = compare_runs(pair)
-    assert "fast beside slow: other machine" in found.notes
+    assert "fast beside slow: another machine" in found.notes
     assert [row.power_mode for row in found.rows] == ["MAXN", "15W"]
 
 
@@ -277,7 +268,7 @@ def test_without_power_there_is_speed_alone(tmp_path: Path) -> None:
     row = found.rows[1]
     assert (row.verdict, row.energy, row.energy_verdict, row.gross_energy) == ("faster", None, "", None)
     assert "not asked for" in run("compare", tmp_path / "one", tmp_path / "two").stdout
-    with pytest.raises(CompareError, match="two has no energy to hold against a limit: not asked for"):
+    with pytest.raises(CompareError, match="two has no energy to judge by a limit: not asked for"):
         compare_runs([tmp_path / "one", tmp_path / "two"], limits=Limits(hungrier=0.1))
     with pytest.raises(CompareError, match=r"one has no energy .* the baseline has none"):
         compare_runs([tmp_path / "one", tmp_path / "two"], baseline=1, limits=Limits(hungrier=0.1))
@@ -296,7 +287,7 @@ def test_a_total_that_no_rail_is_has_no_energy(pair: tuple[Path, Path]) -> None:
     assert figures is not None
     assert figures.power is not None
     change(pair[1], figures=replace(figures, power=replace(figures.power, total=None)))
-    assert compare_runs(pair).rows[1].energy_reason == "no rail contains the others"
+    assert compare_runs(pair).rows[1].energy_reason == "there is no total rail"
 
 
 @pytest.mark.parametrize(
@@ -358,7 +349,7 @@ def test_a_limit_that_nothing_can_decide_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "two", seed=1, fps=3, **SHORT)
     command = ("compare", tmp_path / "one", tmp_path / "two")
     assert run(*command, "--fail-if-slower", "5%").exit_code == 0
-    assert_answer(run(*command, "--fail-if-hungrier", "5%"), 20, "two: the energy cannot be held.*--repeat 3")
+    assert_answer(run(*command, "--fail-if-hungrier", "5%"), 20, "two: a limit for energy needs .*--repeat 3")
 
 
 @pytest.mark.parametrize("wrong", ["5", "-1%", "100%", "nan", "five", "", "%", "inf%"])
@@ -372,7 +363,7 @@ def test_wrong_usage(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert_wrong_usage(run("compare", *pair, "--strict"), "a limit is needed")
     assert_answer(run("compare", pair[0]), 2, "at least two runs")
     assert_answer(run("compare", tmp_path), 2, f"cdkd-edge compare {tmp_path}/fast {tmp_path}/slow")
-    assert_answer(run("compare", pair[0], tmp_path / "nowhere"), 19, "nowhere is no benchmark run")
+    assert_answer(run("compare", pair[0], tmp_path / "nowhere"), 19, "nowhere is not a benchmark run")
     assert_answer(run("compare", *pair, "-o", pair[0]), 2, "not empty")
     with pytest.raises(CompareError, match="no run 3"):
         compare_runs(pair, baseline=2)
@@ -393,7 +384,7 @@ def test_scores_find_their_engine_by_content(pair: tuple[Path, Path], tmp_path: 
     ]
     found = compare_runs(pair, evaluations=files)
     assert [row.mean_iou for row in found.rows] == [0.6, 0.61]
-    assert any("c.json is about none of these engines" in note for note in found.notes)
+    assert any("c.json is about another engine" in note for note in found.notes)
     assert compare_runs(pair).rows[0].mean_iou is None
     (tmp_path / "scores").mkdir()
     evaluation(tmp_path / "scores" / "accuracy.json", "b", 0.61)
@@ -406,10 +397,10 @@ def test_scores_on_other_data_are_not_compared(pair: tuple[Path, Path], tmp_path
         compare_runs(pair, evaluations=files)
     assert len(compare_runs(pair, evaluations=files, force=True).not_comparable) == 1
     files = [evaluation(tmp_path / "a.json", "a", 0.6), evaluation(tmp_path / "a2.json", "a", 0.7)]
-    with pytest.raises(CompareError, match=r"a\.json and .*a2\.json say different things"):
+    with pytest.raises(CompareError, match=r"a\.json and .*a2\.json contradict each other"):
         compare_runs(pair, evaluations=files)
     files[1] = evaluation(tmp_path / "a2.json", "a", 0.6, pixels=7)
-    with pytest.raises(CompareError, match="say different things"):
+    with pytest.raises(CompareError, match="contradict each other"):
         compare_runs(pair, evaluations=files, force=True)
     evaluation(tmp_path / "a2.json", "a", 0.6)
     assert compare_runs(pair, evaluations=files).rows[0].mean_iou == 0.6
@@ -420,7 +411,7 @@ def test_what_is_no_evaluation(pair: tuple[Path, Path], tmp_path: Path, content:
     path = tmp_path / "x.json"
     if content is not None:
         path.write_bytes(content.encode("latin-1"))
-    assert_answer(run("compare", *pair, "--evaluation", path), 20, r"x\.json (cannot be read|has no mIoU)")
+    assert_answer(run("compare", *pair, "--evaluation", path), 20, r"x\.json (cannot be read|does not hold the mIoU)")
 
 
 @pytest.mark.parametrize("score", [None, 1.5, -0.1, "0.5"])
@@ -548,7 +539,7 @@ def test_a_wide_range_is_drawn_too(tmp_path: Path) -> None:
 
 def test_the_report_names_every_run_in_every_table(pair: tuple[Path, Path]) -> None:
     report = describe_comparison(compare_runs(pair))
-    assert [title.split()[0] for title, _ in report.tables] == ["speed", "power", "what"]
-    for _, listing in report.tables:
+    assert [listing.title.split()[0] for listing in report.listings] == ["speed", "power", "what"]
+    for listing in report.listings:
         assert [row[0] for row in listing.rows] == ["slow", "fast"]
         assert all(len(row) == len(listing.columns) for row in listing.rows)

@@ -11,8 +11,8 @@ from run_helpers import make_run
 
 from cdkd_edge.bench.folder import read_run, read_summary, write_tiles, write_trace
 from cdkd_edge.bench.record import Phase
+from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.protocol import CPU_PACKAGE, JOULES, Sample, SourceInfo
-from cdkd_edge.board.power.trace import Trace
 from cdkd_edge.core.errors import BenchError
 
 
@@ -37,7 +37,7 @@ def test_a_counter_becomes_watts_and_its_restart_does_not(tmp_path):
     joules = [0.0, 1.0, 3.0, 0.5, 1.5]
     samples = tuple(Sample(100 + i / 10, 0.0, {"package-0": value}) for i, value in enumerate(joules))
     spans = [Phase("idle", 0, 0.0, 0.15), Phase("load", 0, 0.15, 0.35)]
-    write_trace(tmp_path / "run", Trace(info, samples, (), (), 100.0, 100.4), spans, 100.0)
+    write_trace(tmp_path / "run", Trace(info, samples, (), 100.0, 100.4), spans, 100.0)
     series = read_run(tmp_path / "run").watts["package-0"]
     assert series.times == pytest.approx((0.05, 0.15, 0.35))
     assert series.values == pytest.approx((10.0, 20.0, 10.0))
@@ -51,7 +51,7 @@ def test_a_reading_that_is_missing_is_not_there(tmp_path):
     make_run(tmp_path / "run", power=False)
     info = SourceInfo("jtop", "module", "module", "watts", ("A", "B"), None, 0.1)
     samples = (Sample(0.0, 0.0, {"A": 1.0, "B": 2.0}), Sample(0.1, 0.0, {"B": 3.0}))
-    write_trace(tmp_path / "run", Trace(info, samples, (), (), 0.0, 0.2), [], 0.0)
+    write_trace(tmp_path / "run", Trace(info, samples, (), 0.0, 0.2), [], 0.0)
     watts = read_run(tmp_path / "run").watts
     assert watts["A"].values == (1.0,)
     assert watts["B"].values == (2.0, 3.0)

@@ -28,7 +28,7 @@ from cdkd_edge.bench.record import (
 from cdkd_edge.bench.results import rejected
 from cdkd_edge.bench.statistics import figure_of, latency_of
 from cdkd_edge.board.conditions import Conditions
-from cdkd_edge.board.power import trace as power_trace
+from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.protocol import MODULE, WATTS, Sample, SourceInfo
 from cdkd_edge.board.throttling import summarise
 from cdkd_edge.core.machine import Machine
@@ -165,7 +165,7 @@ def make_run(
     return summary
 
 
-def _trace(spans: list[Phase], idle: float, loads: list[float], stop: float) -> power_trace.Trace:
+def _trace(spans: list[Phase], idle: float, loads: list[float], stop: float) -> Trace:
     """Watts at 10 Hz."""
     info = SourceInfo("jtop", MODULE, "the module", WATTS, ("VDD_IN",), "VDD_IN", 0.1)
     samples = []
@@ -173,8 +173,7 @@ def _trace(spans: list[Phase], idle: float, loads: list[float], stop: float) -> 
         span = next((span for span in spans if span.start <= moment < span.stop), None)
         watts = idle if span is None or span.name == "idle" else loads[span.repeat]
         samples.append(Sample(float(moment), 0.001, {"VDD_IN": watts + 0.2 * math.sin(moment * 7)}))
-    phases = tuple(power_trace.Phase(span.name, span.start, span.stop) for span in spans)
-    return power_trace.Trace(info, tuple(samples), phases, (), 0.0, stop)
+    return Trace(info, tuple(samples), (), 0.0, stop)
 
 
 def _machine() -> dict[str, Any]:

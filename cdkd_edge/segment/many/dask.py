@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import threading
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,13 +87,11 @@ class DaskPool(WorkerPool):
         """
         self._client.subscribe_topic(self._run, lambda event: self._events.put(event[1]))
         with _tokens(jobs) as tokens:
-            waiting = deque((index, _for_worker(job, tokens)) for index, job in enumerate(jobs))
-            busy: dict[str, Task] = {}
             try:
-                for answer in self._serve(waiting, busy, observer):
+                for answer in self._serve([_for_worker(job, tokens) for job in jobs], observer):
                     yield replace(answer, report=_with_given_paths(answer.report, jobs[answer.index]))
             finally:
-                self._stop(busy)
+                self._stop()
 
     def _submit(self, index: int, job: Job, worker: str) -> Task:
         future = self._client.submit(
@@ -133,20 +130,20 @@ class DaskPool(WorkerPool):
             ) from None
         return {address: worker.get("status", "running") for address, worker in workers.items()}
 
-    def _stop(self, busy: dict[str, Task]) -> None:
+    def _stop(self) -> None:
         """End the jobs in progress; one that cannot be cancelled finishes and its result is dropped."""
-        if not busy:
+        if not self._busy:
             return
 
         def stop() -> None:
             with contextlib.suppress(Exception):
-                self._client.run(stop_run, self._run, workers=list(busy), on_error="ignore")
+                self._client.run(stop_run, self._run, workers=list(self._busy), on_error="ignore")
 
         # In a thread, because a worker that hangs would never answer.
         thread = threading.Thread(target=stop, daemon=True)
         thread.start()
         thread.join(_STOP_S)
-        for task in busy.values():
+        for task in self._busy.values():
             with contextlib.suppress(Exception):
                 task.future.cancel()
 

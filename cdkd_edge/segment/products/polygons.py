@@ -6,7 +6,7 @@ import contextlib
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,6 @@ def write_vector(
     output: Path,
     schema: LabelSchema,
     options: VectorOptions = VectorOptions(),
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    *,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
     """Write the regions of a label map as polygons (GeoPackage, layer ``classes``) with a style for QGIS.
@@ -110,7 +108,7 @@ def write_vector(
             )
         package = _GeoPackage(plain, output, schema, dataset, ground, options, metadata)
         try:
-            for batch in trace_regions(dataset, simplify=options.simplify_px, progress=progress):
+            for batch in trace_regions(dataset, simplify=options.simplify_px):
                 package.add(batch)
             package.finish()
         finally:

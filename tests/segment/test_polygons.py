@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,6 @@ pytestmark = [
 ]
 
 UTM = {"crs": "EPSG:32640", "transform": from_origin(300_000, 2_700_000, 0.5, 0.5)}
-
-
-@pytest.fixture(autouse=True)
-def _do_not_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
 
 
 def patches(height: int, width: int, side: int = 3, classes: int = 5, seed: int = 0) -> np.ndarray:
@@ -338,16 +334,14 @@ def test_a_map_without_labels(tmp_path: Path) -> None:
     assert (len(polygons), list(meta["fields"])) == (0, ["class_id", "class", "color", "area_ha"])
 
 
-def test_batches_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = map_file(tmp_path / "map.tif", patches(100, 100), **UTM)
     write_vector(path, tmp_path / "one.gpkg", SCHEMA)
     monkeypatch.setattr("cdkd_edge.segment.products.polygons._BATCH", 50)
-    seen: list[tuple[int, int]] = []
-    write_vector(path, tmp_path / "many.gpkg", SCHEMA, progress=lambda *done: seen.append(done))
+    write_vector(path, tmp_path / "many.gpkg", SCHEMA)
     _, one, _ = read(tmp_path / "one.gpkg")
     _, many, _ = read(tmp_path / "many.gpkg")
     assert shapely.equals(one, many).all()
-    assert seen == [(1, 1)]
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -379,15 +373,18 @@ def test_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abs
     assert names_in(tmp_path) == ["map.tif"]
 
 
-def test_interrupted(tmp_path: Path) -> None:
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = map_file(tmp_path / "map.tif", patches(60, 60), **UTM)
     (tmp_path / "map.gpkg").write_bytes(b"older")
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[regions_module.RegionBatch]:
+        yield next(trace_regions(*arguments, **options))
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("cdkd_edge.segment.products.polygons._BATCH", 1)
+    monkeypatch.setattr("cdkd_edge.segment.products.polygons.trace_regions", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_vector(path, tmp_path / "map.gpkg", SCHEMA, progress=interrupt)
+        write_vector(path, tmp_path / "map.gpkg", SCHEMA)
     assert names_in(tmp_path) == ["map.gpkg", "map.tif"]
     assert (tmp_path / "map.gpkg").read_bytes() == b"older"
 

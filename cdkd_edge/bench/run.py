@@ -38,7 +38,6 @@ from cdkd_edge.board.power.sampler import PowerSampler, find_source
 from cdkd_edge.core.errors import PowerError, SceneError, UsageError
 from cdkd_edge.core.files import scratch_folder, whole_folder
 from cdkd_edge.core.machine import describe_machine, forget_peak_memory, library_versions, peak_memory
-from cdkd_edge.core.manifest import library_versions
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import Engine
 from cdkd_edge.raster.grid import TileGrid, default_overlap

@@ -1,1 +1,1 @@
-"""The board: what it is, what it does while something is measured, and changing its mode and clocks for a run."""
+"""The board: what it is, its power, its conditions during a measurement, its power mode and clocks, and the doctor."""

@@ -1,9 +1,9 @@
-"""What the board does while something is measured: clocks, temperatures, fan, throttling, read once a second.
+"""Clocks, temperatures, fan and throttling of the board during a measurement, read once a second.
 
-Everything comes from files below ``/sys``, ``/proc`` and ``/var/lib``; a reading takes a millisecond or so and starts
-no process. What cannot be read is absent. Over-current events are those of NVIDIA's ``soctherm-oc-event`` driver (hwmon
-``soctherm_oc``, files ``oc<N>_event_cnt``), described in the Jetson Linux Developer Guide, "Platform Power and
-Performance", Jetson Orin series; x86 counts thermal throttling in ``cpu*/thermal_throttle``.
+All of it comes from files below ``/sys``, ``/proc`` and ``/var/lib``; a reading takes about a millisecond and starts no
+process. A value that cannot be read is absent. Over-current events are those of NVIDIA's ``soctherm-oc-event`` driver
+(hwmon ``soctherm_oc``, files ``oc<N>_event_cnt``; Jetson Linux Developer Guide, "Platform Power and Performance",
+Jetson Orin series); x86 counts thermal throttling in ``cpu*/thermal_throttle``.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from cdkd_edge.board.jetson import SYS_CPU, current_mode, gpu_folder, mode_of, r
 from cdkd_edge.core.errors import printable
 
 _MOST_CPUS = 16
-"""CPUs whose clocks are read: on old x86 kernels each reading may wait 10 ms."""
+"""Number of CPUs whose clocks are read: on old x86 kernels each reading may take 10 ms."""
 _CPU_SENSORS = ("coretemp", "k10temp", "zenpower")
 _PLAUSIBLE = (-40.0, 150.0)
-"""Degrees; a sensor that is off reads -256 on a Jetson."""
+"""Range of believable temperatures, degrees Celsius; on a Jetson a sensor that is off reads -256."""
 
 Probe = Callable[[], "float | None"]
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """One reading. A key is there only if its file could be read."""
+    """One reading. A key is missing where its file could not be read."""
 
     time: float
-    """Seconds on ``time.monotonic``'s clock, before the files were read."""
+    """When reading began, seconds on the clock of ``time.monotonic``."""
     temperatures: Mapping[str, float] = field(default_factory=dict)
     """Degrees Celsius by thermal zone (``tj-thermal``, ``gpu-thermal`` ...) or, on a desktop, sensor."""
     clocks_mhz: Mapping[str, float] = field(default_factory=dict)
@@ -49,15 +49,15 @@ class Conditions:
     power_mode: str | None = None
     memory_available_bytes: int | None = None
     others_seconds: float | None = None
-    """Seconds of processor time, over those that this process may use, which other programs have used since the machine
-    started, per processor; with what the host took from a virtual machine."""
+    """Processor time that other programs have used since the machine started, seconds per processor that this process
+    may use; includes the time that a host took from a virtual machine."""
 
 
 class ConditionsMonitor:
-    """Reads the conditions in a thread of its own, from :meth:`start` to :meth:`stop`."""
+    """Reads the conditions in a thread, from :meth:`start` to :meth:`stop`."""
 
     def __init__(self, root: Path = Path("/"), interval: float = 1.0) -> None:
-        """Watch the file tree at ``root``, every ``interval`` seconds."""
+        """Read the file tree at ``root`` every ``interval`` seconds."""
         self._root, self._interval = root, interval
         self._readings: list[Conditions] = []
         self._lock = threading.Lock()
@@ -65,7 +65,7 @@ class ConditionsMonitor:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Take the first reading now and the others in the background; does nothing while it runs."""
+        """Take a first reading now and more in the background; does nothing if already started."""
         if self._thread is not None:
             return
         reader = ConditionsReader(self._root)
@@ -75,14 +75,14 @@ class ConditionsMonitor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take a last reading and end. Waits two seconds at most, for a file that hangs."""
+        """Take a last reading and end. Waits at most two seconds for a file that hangs."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._stopping.set()
             thread.join(2.0)
 
     def latest(self) -> Conditions | None:
-        """The last reading; None before the first."""
+        """The latest reading; None before the first."""
         with self._lock:
             return self._readings[-1] if self._readings else None
 
@@ -116,10 +116,10 @@ class ConditionsMonitor:
 
 
 class ConditionsReader:
-    """Knows which files there are; looks for them once."""
+    """Finds the files once, and reads them again and again."""
 
     def __init__(self, root: Path = Path("/")) -> None:
-        """Look for the files below ``root``."""
+        """Find the files below ``root``."""
         self._root = root
         self._modes = read_modes(root)
         self._temperatures = _find_temperatures(root)
@@ -170,7 +170,7 @@ def _name(path: Path) -> str:
 
 
 def _of_files(paths: list[Path], join: Callable[[list[float]], float], scale: float = 1.0) -> Probe:
-    """Mean, sum, ... of those files that can be read."""
+    """A probe that joins (mean, sum, ...) the values of those files that can be read."""
 
     def probe() -> float | None:
         values = [value for path in paths if (value := _number(path, scale)) is not None]
@@ -184,7 +184,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _glob(folder: Path, pattern: str) -> list[Path]:
-    """Matching paths, numbers in the order of numbers; none where the folder cannot be read."""
+    """Matching paths, with numbers in numerical order; none where the folder cannot be read."""
     found: list[Path] = []
     with contextlib.suppress(OSError):
         found += folder.glob(pattern)
@@ -256,13 +256,13 @@ def _find_events(root: Path) -> dict[str, Probe]:
     for folder in _hwmon(root, ("soctherm_oc",)):
         for path in _glob(folder, "oc[0-9]*_event_cnt"):
             name = path.name.partition("_")[0]
-            # An event that is not armed counts without slowing anything down.
+            # An event that is not armed counts but does not throttle.
             if _number(path.with_name(f"{name}_throt_en")) != 0:
                 found[name] = _file(path)
     throttled = _glob(root / SYS_CPU, "cpu[0-9]*/thermal_throttle")
     if throttled:
         found["core_throttle"] = _of_files([folder / "core_throttle_count" for folder in throttled], sum)
-        # Each CPU of a package shows the same counter.
+        # All CPUs of a package show the same counter.
         found["package_throttle"] = _of_files([folder / "package_throttle_count" for folder in throttled], max)
     return found
 
@@ -276,7 +276,7 @@ def _meminfo(path: Path) -> int | None:
 
 
 def _others_seconds(path: Path) -> float | None:
-    """See :attr:`Conditions.others_seconds`; of children, only those that have ended count as this program."""
+    """See :attr:`Conditions.others_seconds`. Children count as this program once they have ended."""
     own = sum(os.times()[:4])
     usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     try:

@@ -1,7 +1,7 @@
-"""Whether a measurement ran under conditions that it may be judged by.
+"""Judging the conditions of a measurement: throttling, heat, a changed power mode, clocks, other programs.
 
-Over-current and thermal throttling slow the board down without a word; their counters, the junction temperature and a
-change of the power mode make a run invalid. A clock below its maximum is a warning: it is how the board is set.
+Over-current and thermal throttling slow the board down without a message: a rise of their counters makes a run invalid,
+and so do a hot junction and a changed power mode. A clock below its maximum is only a warning: the board is set so.
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ BELOW_MAXIMUM = "below maximum clock"
 OTHER_PROGRAMS = "other programs"
 
 HOT = 95.0
-"""Degrees Celsius of the junction, from which on a run is not used; Orin shuts down a few degrees above."""
+"""Junction temperature, degrees Celsius, that makes a run invalid; Orin shuts down a few degrees above."""
 OTHERS_SEEN, OTHERS_DISTURB = 0.05, 0.1
-"""Of the processors' time, used by other programs: a reader is warned; figures of a CPU hold for this run alone."""
+"""Shares of the processors' time that other programs use: above the first there is a warning; above the second, figures
+of a CPU engine hold for this run alone."""
 _FULL = 0.98
-"""Share of the highest allowed clock that counts as it."""
+"""Share of the highest allowed clock that counts as full."""
 _EVENTS = {
     "oc1": "under-voltage of the supply",
     "oc2": "mean over-current",
     "oc3": "instantaneous over-current",
 }
-"""Of Orin; other modules number theirs otherwise, but all of them are about the supply."""
+"""Meanings on Orin; other modules have other numbers, but all events are about the supply."""
 
 
 @dataclass(frozen=True)
 class ConditionFinding:
-    """Something about the conditions that a reader of the figures has to know."""
+    """Something about the conditions that readers of the figures have to know."""
 
     kind: str
     """One of this module's constants."""
     invalidates: bool
-    """Whether figures of this run must not be used."""
+    """Whether the figures of this run must not be used."""
     message: str
     disturbs: bool = False
-    """Whether figures of an engine that runs on the CPU hold for this run alone."""
+    """Whether figures of a CPU engine hold for this run alone."""
 
 
 def judge_conditions(readings: Sequence[Conditions], start: float, stop: float) -> tuple[ConditionFinding, ...]:
-    """Judge the time between two moments.
+    """Judge the conditions of a load.
 
     Counters and the power mode are compared from the last reading before ``start`` to the first one after ``stop``, so
-    that nothing falls between readings; at one reading a second that is a second more on either side.
+    that nothing is missed between readings.
 
     Args:
-        readings: of a monitor, in order; those outside are needed as well.
-        start: of the load, seconds on ``time.monotonic``'s clock.
-        stop: of the load.
+        readings: all readings of a monitor, in order, also those outside of the load.
+        start: of the load, seconds on the clock of ``time.monotonic``.
+        stop: of the load, on the same clock.
     """
     inside = _inside(readings, start, stop)
     around = _around(readings, start, stop)
@@ -69,15 +70,12 @@ def judge_conditions(readings: Sequence[Conditions], start: float, stop: float) 
 
 
 def judge_power_mode(readings: Sequence[Conditions], start: float, stop: float) -> tuple[ConditionFinding, ...]:
-    """Whether the power mode stayed the same between two moments, with the readings on either side.
-
-    For a whole run: between loads a change would fall into no load, and part repeats, or idle and load.
-    """
+    """Judge whether the power mode stayed the same in a whole run, including the time between its loads."""
     return tuple(_modes(_around(readings, start, stop)))
 
 
 def others_share(readings: Sequence[Conditions], start: float, stop: float) -> float | None:
-    """Share of the processors' time that other programs used between two moments, 0..1; None where it is not known."""
+    """Share of the processors' time that other programs used between two moments, 0..1; None if unknown."""
     known = [(one.time, one.others_seconds) for one in _around(readings, start, stop) if one.others_seconds is not None]
     if len(known) < 2 or known[-1][0] <= known[0][0]:
         return None
@@ -87,7 +85,7 @@ def others_share(readings: Sequence[Conditions], start: float, stop: float) -> f
 def judge_other_programs(
     readings: Sequence[Conditions], start: float, stop: float, phase: str
 ) -> tuple[ConditionFinding, ...]:
-    """Whether other programs used the processors in a phase, which is named in the finding."""
+    """Judge whether other programs used the processors in a phase; ``phase`` is its name in the finding."""
     share = others_share(readings, start, stop)
     if share is None or share <= OTHERS_SEEN:
         return ()
@@ -96,10 +94,10 @@ def judge_other_programs(
 
 
 def summarise(readings: Sequence[Conditions], start: float, stop: float) -> dict[str, Any]:
-    """Least, mean and largest value of everything between two moments, as plain data for a JSON file.
+    """Minimum, mean and maximum of everything between two moments, as plain data for a JSON file.
 
-    ``throttle_events`` are rises of the counters, over the same stretch as in :func:`judge_conditions`. Where nothing
-    could be read, a mapping is empty or the value is None.
+    ``throttle_events`` are rises of the counters, over the same time as in :func:`judge_conditions`. What could not be
+    read is an empty mapping or None.
     """
     inside = _inside(readings, start, stop)
     memory = [one.memory_available_bytes for one in inside if one.memory_available_bytes is not None]
@@ -136,7 +134,7 @@ def _spreads(readings: Iterable[Mapping[str, float]]) -> dict[str, dict[str, flo
 
 
 def _rises(readings: Sequence[Conditions]) -> dict[str, int]:
-    """By how much each counter rose; one that starts again from zero has risen by what it then shows."""
+    """By how much each counter rose; one that restarted at zero has risen by its new value."""
     rises: dict[str, int] = {}
     for name in sorted({name for one in readings for name in one.throttle_events}):
         counts = [one.throttle_events[name] for one in readings if name in one.throttle_events]
@@ -168,7 +166,7 @@ def _hot(readings: Sequence[Conditions]) -> list[ConditionFinding]:
     for one in readings:
         for zone, degrees in one.temperatures.items():
             tops[zone] = max(degrees, tops.get(zone, degrees))
-    # The junction is the hottest of all zones. Without it, each zone of the SoC; PC sensors have limits of their own.
+    # The junction is the hottest zone. Without it, each zone of the SoC counts; sensors of a PC have other limits.
     junction = [zone for zone in tops if zone.casefold().startswith("tj")]
     zones = junction or [zone for zone in tops if zone.endswith(("-thermal", "-therm"))]
     hot = [f"{zone} reached {tops[zone]:.1f} C" for zone in zones if tops[zone] >= HOT]
@@ -185,10 +183,10 @@ def _modes(readings: Sequence[Conditions]) -> list[ConditionFinding]:
 def _slow(inside: Sequence[Conditions], around: Sequence[Conditions]) -> list[ConditionFinding]:
     findings = []
     keys = {key for one in inside for key in one.clocks_mhz}
-    # With a GPU it is the GPU that works, and CPUs that wait for it are slow for good reason.
+    # With a GPU, the CPUs may be slow because they wait for it.
     for key in sorted(keys & {"gpu", "emc"} if "gpu" in keys else keys):
         clocks = [one.clocks_mhz[key] for one in inside if key in one.clocks_mhz]
-        # Thermal throttling lowers the limit itself, so the highest one seen counts.
+        # Thermal throttling lowers the limit itself, so the highest limit counts.
         limit = max((one.clock_limits_mhz.get(key, 0.0) for one in around), default=0.0)
         slow = sum(clock < _FULL * limit for clock in clocks)
         if slow * 2 > len(clocks):

@@ -1,1 +1,1 @@
-"""Sources of power, sampled in a process of their own, and joules from them."""
+"""Power sources, sampled in a process of their own, and joules from the samples."""

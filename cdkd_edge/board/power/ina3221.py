@@ -1,11 +1,11 @@
 """The INA3221 power monitor of a Jetson module, through Linux's hwmon tree.
 
 ``/sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*/``: ``in<N>_label`` names channel N, ``in<N>_input`` is its bus voltage in
-mV, ``curr<N>_input`` its current in mA. Channels are found by label: their numbers differ between boards. VDD_IN is
-what the module draws; the carrier board is outside it. The chip's own accuracy (shunt and gain, about 1 %) is not in
+mV, ``curr<N>_input`` its current in mA. Channels are found by label: their numbers differ between boards. VDD_IN
+is what the module draws, without the carrier board. The chip's own accuracy (shunt and gain, about 1 %) is not part of
 any error bound here.
 
-A Jetson AGX Orin has no VDD_IN. Its two chips measure VDD_GPU_SOC, VDD_CPU_CV, VIN_SYS_5V0 and VDDQ_VDD2_1V8AO; which
+A Jetson AGX Orin has no VDD_IN. Its two chips measure VDD_GPU_SOC, VDD_CPU_CV, VIN_SYS_5V0 and VDDQ_VDD2_1V8AO. Which
 of them feed one another is not documented, so there are figures per rail and none for the module.
 Sources: https://docs.kernel.org/hwmon/ina3221.html; https://www.ti.com/lit/ds/symlink/ina3221.pdf;
 Linux, arch/arm64/boot/dts/nvidia/tegra234-p3701.dtsi
@@ -22,7 +22,7 @@ from cdkd_edge.board.power.protocol import MODULE, MODULE_RAILS, WATTS
 SYS = Path("/sys")
 TOTAL = "VDD_IN"
 MOST_WATTS = 32.76 * 163.8
-"""That the chip can read: its full scales, 32.76 V, and 163.8 mV across a shunt that is not below 1 milliohm."""
+"""Largest possible reading: full scales of 32.76 V, and of 163.8 mV across a shunt of at least 1 milliohm."""
 COVERS = "VDD_IN: the module without its carrier board"
 _AGX_ORIN = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0", "VDDQ_VDD2_1V8AO")
 
@@ -80,20 +80,20 @@ class Ina3221Reader:
                 # mV x mA = uW
                 watts = _integer(volts) * _integer(amperes) / 1e6
                 if abs(watts) > MOST_WATTS:
-                    raise ValueError(f"{rail} reads {watts:.3g} W, which the chip cannot")
+                    raise ValueError(f"{rail} reads {watts:.3g} W, more than the chip can measure")
                 values[rail] = watts
-            except (OSError, ValueError) as error:  # an empty or half-written file is no reading
+            except (OSError, ValueError) as error:  # also an empty or half-written file
                 failure = error
         if not values:
             raise OSError(str(failure))
         return values
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is held open."""
 
 
 def _integer(path: Path) -> int:
-    """As ``int(path.read_text())``, in less than half the time: 250 files a second are read."""
+    """Like ``int(path.read_text())`` in less than half the time; 250 files a second are read."""
     file = os.open(path, os.O_RDONLY)
     try:
         return int(os.read(file, 64))

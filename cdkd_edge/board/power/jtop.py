@@ -3,15 +3,13 @@
 Only the sampling process imports jtop: that sets multiprocessing's start method for the whole process, and connecting
 may block for good. Traps that this module avoids, each with a test:
 
-- ``power["tot"]`` is VDD_IN only if its name says so. When VDD_IN cannot be read it silently becomes the sum of the
-  others.
-- ``avg`` is an exponential mean; only ``power`` is read.
-- The client hands out the same data again when there is nothing new. ``uptime`` is stamped by the service; equal
-  stamps are one reading.
-- The client hands out what the service measured for somebody else minutes ago, if nobody has fetched it since.
-- ``ok()`` with waiting ends the client after three intervals of silence. It is asked without waiting; silence is
-  noticed here.
-- Who connects first sets the interval for everybody.
+- ``power["tot"]`` is VDD_IN only if its name says so. When VDD_IN cannot be read, it is the sum of the other rails.
+- ``avg`` is an exponential mean; only ``power`` is used.
+- The client returns the same data again when there is nothing new. ``uptime`` is the service's stamp; equal stamps are
+  one reading.
+- The client may return what the service measured minutes ago for another client.
+- ``ok()`` with waiting ends the client after three intervals of silence; here it is called without waiting.
+- The first client sets the interval for all.
 
 Source: https://rnext.it/jetson_stats/reference/jtop.html, jetson-stats 7.2.
 """
@@ -41,17 +39,17 @@ comes from timers and regulators, in round numbers of hertz, and readings in ste
 this rate (10.49 Hz for 10) the phases of all multiples pass by within seconds. A ripple of just this rate still does
 not show; only moments drawn at random are in step with nothing."""
 ATTEMPTS = 3
-"""To connect: a service that is slow to make its first measurement refuses with 'Error connection'."""
+"""Attempts to connect: a service that is slow with its first measurement refuses with 'Error connection'."""
 MIN_INTERVAL = 0.02
 """Seconds; the service breaks at 0.01 s and below."""
 LONGEST_DELAY = 2.0
-"""Seconds from stamp to arrival, at best; longer is another clock."""
+"""Largest shortest delay from stamp to arrival, seconds; above it, the stamps are of another clock."""
 STAMP = 0.01
-"""Seconds; resolution of /proc/uptime, which is cut off, not rounded."""
+"""Resolution of /proc/uptime, seconds; it is cut off, not rounded."""
 
 
 class JtopStream:
-    """Samples as the service makes them."""
+    """Samples at the pace of the service."""
 
     def __init__(self, interval: float = 0.1, first_reading: float = 5.0) -> None:
         """Connect and wait for a first usable sample.
@@ -64,7 +62,9 @@ class JtopStream:
             UnusableSourceError: there is none; it says why.
         """
         if interval < MIN_INTERVAL:
-            raise UnusableSourceError(f"jtop: an interval of {interval:g} s; its service breaks below {MIN_INTERVAL} s")
+            raise UnusableSourceError(
+                f"jtop: --interval must be at least {MIN_INTERVAL} s, not {interval:g} s, where its service breaks"
+            )
         try:
             from jtop import JtopException, jtop
         except ImportError:
@@ -121,14 +121,14 @@ class JtopStream:
                     return None
                 continue
             first, self._last_stamp = self._last_stamp == -math.inf, uptime
-            if first and self._clock.stamped(uptime) < self._began:  # left over from an earlier client
+            if first and self._clock.stamped(uptime) < self._began:  # measured for an earlier client
                 continue
             moment, uncertainty = self._clock.moment(uptime, received)
             values = rails_of(power)
             return values if isinstance(values, str) else Sample(moment, uncertainty, values)
 
     def close(self) -> None:
-        """Leave the service."""
+        """Disconnect from the service."""
         with contextlib.suppress(Exception):
             self._client.close()
 
@@ -146,7 +146,7 @@ class JtopStream:
         raise AssertionError
 
     def _observe(self, client: Any) -> None:
-        """Called by the client's thread whenever it has fetched data."""
+        """Keep what the client has fetched; called by its thread."""
         self._arrived.put((time.monotonic(), client.uptime.total_seconds(), client.power))
 
     def _first_sample(self, patience: float) -> Sample:
@@ -175,7 +175,7 @@ class JtopStream:
 def rails_of(power: Any) -> dict[str, float] | str:
     """Watts per rail of ``jtop.power``, or why it is not a reading of the module.
 
-    ``{}`` means that the service found no sensor. VDD_IN is only in ``tot``, and ``tot`` is only VDD_IN if it says so.
+    ``{}`` means that the service found no sensor. VDD_IN is in ``tot``, if that is its name.
     """
     if not power:
         return "the service finds no power sensor"
@@ -192,11 +192,10 @@ def rails_of(power: Any) -> dict[str, float] | str:
 
 
 class StampClock:
-    """When a reading was taken: after the service's stamp and before it arrived.
+    """Estimates when a reading was taken: after the service's stamp and before it arrived.
 
-    The service stamps ``/proc/uptime`` before it measures, so that stamp and arrival enclose the reading. Arrivals are
-    delayed by whatever else the processor does, stamps are not: the shortest delay seen so far is taken for every
-    reading.
+    The service stamps ``/proc/uptime`` before it measures. Arrivals are delayed by other work of the processor, stamps
+    are not, so the shortest delay so far is used for every reading.
     """
 
     def __init__(self, offset: Callable[[], float] | None = None) -> None:
@@ -216,13 +215,13 @@ class StampClock:
         self._shortest = min(self._shortest, received - uptime)
         self._delay = min(self._delay, received - stamped)
         if not -2 * STAMP <= self._delay <= LONGEST_DELAY:
-            # An uptime that is not this system's (a container with its own): only differences mean anything.
+            # The uptime of another system (a container with its own): only differences mean anything.
             return uptime + self._shortest, 0.1
         delay = max(0.0, self._delay)
         return stamped + delay / 2, delay / 2 + STAMP / 2
 
     def stamped(self, uptime: float) -> float:
-        """An uptime on CLOCK_MONOTONIC."""
+        """An uptime as a moment on CLOCK_MONOTONIC."""
         return uptime + STAMP / 2 + self._offset()
 
 

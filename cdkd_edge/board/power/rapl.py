@@ -55,7 +55,7 @@ class RaplReader:
         return source, ""
 
     def read(self) -> dict[str, float]:
-        """Joules per package since the first reading, wrap-arounds undone.
+        """Joules per package since the first reading, corrected for wrap-arounds.
 
         Raises:
             OSError, ValueError: a counter cannot be read.
@@ -70,7 +70,7 @@ class RaplReader:
         return {rail: total / 1e6 for rail, total in self._total.items()}
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is held open."""
 
 
 def _integer(path: Path) -> int:

@@ -470,10 +470,10 @@ def test_the_exit_code(monkeypatch: pytest.MonkeyPatch, orin: Path, tmp_path: Pa
     diagnosis = examine(tmp_path, root=orin, software=changed, user=PILOT)
     monkeypatch.setattr("cdkd_edge.board.doctor.examine.examine", lambda _: diagnosis)
     result = run("doctor")
-    assert "mend: sudo nvpmodel -m 0" in result.stdout
+    assert "repair: sudo nvpmodel -m 0" in result.stdout
     if broken:
         assert result.exit_code == 15
-        assert result.stderr.strip().startswith("error: to be mended: TensorRT")
+        assert result.stderr.strip().startswith("error: to be repaired: TensorRT")
         assert "\x1b" not in result.stdout
     else:
         assert result.exit_code == 0, result.stderr

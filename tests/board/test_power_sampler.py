@@ -391,7 +391,7 @@ def test_the_command(tree, monkeypatch):
     assert result.exit_code == 0, result.stderr
     assert "ina3221 would be used" in result.stdout
     assert "ina3221  VDD_IN" in result.stdout
-    assert "18.95" in result.stdout
+    assert "18.9" in result.stdout
     assert "not usable: jtop: jetson-stats is not installed" in result.stdout
     result = run("power", "--seconds", "0.3", "--json", "--source", "ina3221")
     document = json.loads(result.stdout)

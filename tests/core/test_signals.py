@@ -40,13 +40,13 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("command", "module", "name"),
+    ("command", "module", "name", "number", "code"),
     [
-        ("bench", "cdkd_edge.bench.run", "fill_inputs"),
-        ("segment", "cdkd_edge.segment.many.dispatch", "do_job"),
+        ("bench", "cdkd_edge.bench.run", "fill_inputs", signal.SIGINT, 130),
+        ("segment", "cdkd_edge.segment.many.dispatch", "do_job", signal.SIGTERM, 143),
     ],
+    ids=["bench", "segment"],
 )
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
 def test_a_signal_that_was_dropped_ends_the_command(
     small_engine_path: Path, tmp_path: Path, command: str, module: str, name: str, number: signal.Signals, code: int
 ) -> None:
@@ -85,9 +85,12 @@ main()
 """Runs the command with a signal that comes while a module is imported."""
 
 
-@pytest.mark.parametrize("mangled", ["plain", "mangled"])
 @pytest.mark.parametrize("module", ["cdkd_edge.cli", "typer", "cdkd_edge.cli.segment", "numpy", "rasterio"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+@pytest.mark.parametrize(
+    ("number", "code", "mangled"),
+    [(signal.SIGINT, 130, "plain"), (signal.SIGINT, 130, "mangled"), (signal.SIGTERM, 143, "mangled")],
+    ids=["INT", "INT-mangled", "TERM-mangled"],
+)
 def test_a_signal_while_the_program_starts(
     small_engine_path: Path, tmp_path: Path, module: str, mangled: str, number: signal.Signals, code: int
 ) -> None:
@@ -181,7 +184,7 @@ def started(small_engine_path: Path, folder: Path, command: str) -> subprocess.P
     ("command", "line", "kept"),
     [
         ("bench", r"after [\d.]+ m?s: warm-up", "nothing is kept; the same command starts again"),
-        ("segment", r"after [\d.]+ m?s: large\.tif: \d{4,} of \d+ tiles", "the same command goes on"),
+        ("segment", r"after [\d.]+ m?s: large\.tif: \d{4,} of \d+ tiles", "the same command resumes"),
         ("calibrate", r"after [\d.]+ m?s: reading tiles: \d+ of 10000 tiles", "the same command starts again"),
     ],
 )

@@ -46,25 +46,25 @@ from cdkd_edge.core.errors import BoardError, printable
 JETPACK_HINT = "flash JetPack 6.1 or newer (NVIDIA SDK Manager): it has TensorRT 10.3"
 SOCKET = "/run/jtop.sock"
 _MANAGED = 38
-"""Jetson Linux from which on the system is Ubuntu 24.04, whose pip refuses to install into the system's Python without
-``--break-system-packages`` (PEP 668). That of JetPack 6 does not know the option."""
+"""First Jetson Linux on Ubuntu 24.04, where pip needs ``--break-system-packages`` to install into the system's Python
+(PEP 668); the pip of JetPack 6 does not know the option."""
 GIB = 1 << 30
 BUILD_BYTES = 4 * GIB
-"""Free memory with which a build of the paper's network has room on a board with shared memory; an estimate."""
+"""Free memory that a build of the paper's network needs on a board with shared memory; an estimate."""
 RUN_BYTES = 1 * GIB
-"""Below it neither a build nor a scene can be expected to run."""
+"""Free memory below which neither a build nor a scene is likely to run."""
 _SWAP = "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && sudo swapon /swapfile"
 
 
 def examine(
     workspace: Path, *, root: Path = Path("/"), software: Software | None = None, user: User | None = None
 ) -> Diagnosis:
-    """Look at this machine, or at a tree of files in its place.
+    """Examine this machine, or a tree of files in its place.
 
     Args:
-        workspace: where space on the disk is looked for.
+        workspace: where disk space is needed.
         root: of the file tree.
-        software: what is installed. Default: asked of this Python, with child processes.
+        software: what is installed. Default: that of this Python.
         user: who asks. Default: the user of this process.
     """
     asks_jtop = socket_exists(root)
@@ -133,7 +133,7 @@ def probe_power_mode(root: Path, asked: str | None = None) -> Finding:
 
     Args:
         root: of the tree.
-        asked: what ``nvpmodel -q`` answered, if it was asked; else its status file is read.
+        asked: the answer of ``nvpmodel -q``. Default: its status file is read.
     """
     name = "power mode"
     if not is_jetson(root):
@@ -185,7 +185,7 @@ def probe_clocks(root: Path) -> Finding:
 
 
 def probe_restore(root: Path) -> Finding:
-    """Power mode and clocks that a killed `bench --set-mode` or `--max-clocks` has left changed."""
+    """Power mode and clocks that a killed `bench --set-mode` or `--max-clocks` has not restored."""
     name = "to be put back"
     if not is_jetson(root):
         return Finding(name, OK, "not a Jetson: nothing")
@@ -218,17 +218,17 @@ def _gpu_text(limits: GpuLimits) -> str:
     return f", {', '.join(parts)}" if parts else ""
 
 
-# --- the service that measures power --------------------------------------------------------------
+# --- the jtop service -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class User:
-    """Who asks."""
+    """A user of this machine."""
 
     name: str
     uid: int
     groups: frozenset[int]
-    """Numbers of the groups that this process has."""
+    """Numbers of the groups of this process."""
 
 
 def current_user() -> User:
@@ -242,7 +242,7 @@ def current_user() -> User:
 
 
 def socket_exists(root: Path) -> bool:
-    """Whether jtop's service has opened its socket."""
+    """Whether the jtop service has opened its socket."""
     try:
         return resolve(root, SOCKET).exists()
     except OSError:
@@ -250,7 +250,7 @@ def socket_exists(root: Path) -> bool:
 
 
 def probe_jtop_service(root: Path, software: Software) -> Finding:
-    """Client, service, and whether the service answers with a measured rail."""
+    """The jtop client and service, and whether they measure VDD_IN."""
     name, version = "jtop service", software.packages.get("jetson-stats")
     data = {"client": version, "socket": socket_exists(root), **software.jtop}
     if not is_jetson(root):
@@ -282,7 +282,7 @@ def probe_jtop_service(root: Path, software: Software) -> Finding:
 
 
 def probe_jtop_group(root: Path, user: User) -> Finding:
-    """Whether the user may talk to the service."""
+    """Whether the user may use the jtop service."""
     name = "jtop group"
     if not is_jetson(root):
         return Finding(name, OK, "not a Jetson: not needed")
@@ -298,7 +298,7 @@ def probe_jtop_group(root: Path, user: User) -> Finding:
     if number in user.groups:
         return Finding(name, OK, f"{user.name} is a member", data={"gid": number})
     if user.name in members:
-        text = f"{user.name} is a member since after logging in"
+        text = f"{user.name} is a member, but logged in before becoming one"
         return Finding(name, WARN, text, "log out and in again, or: newgrp jtop", {"gid": number})
     return Finding(name, WARN, f"{user.name} is not a member", f"sudo usermod -aG jtop {user.name}", {"gid": number})
 
@@ -321,7 +321,7 @@ def _group(text: str, name: str) -> tuple[int, frozenset[str]] | None:
 
 
 def probe_memory(root: Path) -> Finding:
-    """Memory that is free just now."""
+    """Free memory."""
     info = read(root, "/proc/meminfo")
     total, free = (_kilobytes(info.text or "", key) for key in ("MemTotal", "MemAvailable"))
     if total is None or free is None:
@@ -337,7 +337,7 @@ def probe_memory(root: Path) -> Finding:
 
 
 def probe_swap(root: Path) -> Finding:
-    """Swap, which lets a board's builder finish where memory is short."""
+    """Swap, without which a builder that runs out of memory is killed."""
     swaps = read(root, "/proc/swaps")
     if swaps.text is None:
         return Finding("swap", WARN, f"/proc/swaps: {swaps.reason or 'does not exist'}", "swapon --show")
@@ -356,7 +356,7 @@ def probe_swap(root: Path) -> Finding:
 
 
 def probe_disk(folder: Path) -> Finding:
-    """Space where the workspace is."""
+    """Free space on the disk of the workspace."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:

@@ -34,12 +34,12 @@ _OPTIONAL = ("torch", "jetson-stats", "cuda-python", "cuda-bindings", "pycuda", 
 _SYSTEM_PYTHON = {36: "3.10", 38: "3.12", 39: "3.12"}
 """Python that JetPack's TensorRT is compiled for, by the major number of Jetson Linux."""
 TIMEOUT = 30.0
-"""Seconds that a driver, an import or a service has to answer."""
+"""Seconds in which a driver, an import or a service must answer."""
 
 
 @dataclass(frozen=True)
 class Software:
-    """What this Python has, asked of the packages' metadata and of child processes."""
+    """What this Python has, from the packages' metadata and from child processes."""
 
     python: str
     packages: Mapping[str, str | None]
@@ -59,7 +59,7 @@ class Software:
 
 
 def read_software(*, ask_jtop: bool, timeout: float = TIMEOUT) -> Software:
-    """Look at this Python; imports nothing here. ``ask_jtop`` also connects to jtop's service."""
+    """Find out what this Python has, without importing it here; ``ask_jtop``: also connect to the jtop service."""
     questions = ["gpu", "tensorrt", "cuda", *(["jtop"] if ask_jtop else [])]
     commands = {name: module_command("cdkd_edge.board.doctor.software", name) for name in questions}
     nvpmodel = shutil.which("nvpmodel")
@@ -76,7 +76,7 @@ def read_software(*, ask_jtop: bool, timeout: float = TIMEOUT) -> Software:
 
 
 def probe_python(root: Path, software: Software) -> Finding:
-    """Python, which on a Jetson has to be the one that TensorRT is compiled for."""
+    """Python; on a Jetson it must be the one that JetPack's TensorRT is compiled for."""
     own = tuple(int(part) for part in re.findall(r"\d+", software.python)[:2])
     data = {"version": software.python, "executable": sys.executable}
     if own < (3, 10):
@@ -92,7 +92,7 @@ def probe_python(root: Path, software: Software) -> Finding:
 
 
 def probe_packages(software: Software) -> Finding:
-    """The packages that everything needs."""
+    """The packages that every command needs."""
     faults = []
     for name, least in NEEDED.items():
         version = software.packages.get(name)
@@ -112,7 +112,7 @@ def probe_packages(software: Software) -> Finding:
 
 
 def probe_gpu(root: Path, software: Software) -> Finding:
-    """The GPU as the CUDA driver sees it."""
+    """The GPU, according to the CUDA driver."""
     gpu = software.gpu
     if software.has_gpu:
         text = (
@@ -195,7 +195,7 @@ def _version(name: str) -> str | None:
 
 
 def _run_all(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str, str | None]:
-    """What commands print, run side by side; None where one has not ended in time."""
+    """Run commands side by side; what each printed, or None where one did not end in time."""
     running = {
         name: subprocess.Popen(
             command,
@@ -225,7 +225,7 @@ def _run_all(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str,
 
 
 def _answer(said: str | None, timeout: float) -> dict[str, Any]:
-    """The last line of a child as data. Libraries may print before it."""
+    """The answer of a child: its last line as data. Libraries may print before it."""
     if said is None:
         return {"error": f"no answer within {timeout:.0f} s"}
     with contextlib.suppress(ValueError, IndexError):

@@ -20,9 +20,9 @@ from cdkd_edge.core.process import end_children, events, last_words, module_comm
 
 COMMAND = module_command("cdkd_edge.board.power.sampler_child")
 START_TIMEOUT = 15.0
-"""Seconds for a source to show a first reading. A stalled jtop service never does."""
+"""Seconds in which a source must give a first reading; a stalled jtop service never does."""
 STOP_TIMEOUT = 2.0
-"""Seconds for the process to end by itself; a stopped (SIGSTOP) one does not."""
+"""Seconds in which the process may end by itself; a stopped (SIGSTOP) one does not."""
 
 
 class PowerSampler:
@@ -39,7 +39,7 @@ class PowerSampler:
         sys_root: Path = Path("/sys"),
         command: tuple[str, ...] = COMMAND,
     ) -> None:
-        """Prepare; nothing is started.
+        """Prepare; nothing is started yet.
 
         Args:
             source: a key of :data:`cdkd_edge.board.power.sources.SOURCES`.
@@ -54,7 +54,7 @@ class PowerSampler:
             raise UsageError(f"--interval must be a positive number of seconds, not {interval:g}")
         self.source = source
         self.info: SourceInfo | None = None
-        """Once started."""
+        """The source, once started."""
         self._command = (*command, "--source", source, "--interval", str(interval), "--sys", str(sys_root))
         self._samples: list[Sample] = []
         self._problems: list[Problem] = []

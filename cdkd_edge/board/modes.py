@@ -51,7 +51,7 @@ class Answer:
     def said(self) -> str:
         """Its last lines, on one line, for an error message."""
         if self.code is None:
-            return "it does not come to an end and was killed"
+            return "it did not end and was killed"
         lines = [line for line in self.text.splitlines() if line.strip()]
         return printable(" / ".join(lines[-3:]), 300) or f"exit code {self.code}"
 

@@ -77,9 +77,9 @@ def test_silence_is_told_of_the_rail_only_where_others_go_on(monkeypatch, values
     monkeypatch.setattr(phases, "LONGEST_SILENCE", 0.5)
     sampler = PowerSampler("ina3221")
     sampler.info = SourceInfo("ina3221", MODULE, "the module", WATTS, ("VDD_IN", "VDD_SOC"), "VDD_IN", 0.1)
-    sampler._heard = time.monotonic() - 0.45
-    sampler._began = sampler._heard - 10
-    sampler._samples = [Sample(sampler._heard - 0.1, 0.0, values)] if values else []
+    sampler._last_arrival = time.monotonic() - 0.45
+    sampler._began = sampler._last_arrival - 10
+    sampler._samples = [Sample(sampler._last_arrival - 0.1, 0.0, values)] if values else []
     protocol = replace(DEFAULT, load_seconds=1.0)
     run = phases._Run(None, protocol, sampler, None, lambda live: None, False)
     with pytest.raises(phases._PowerLostError) as lost:

@@ -65,7 +65,7 @@ class PowerSampler:
         self._errors: IO[bytes] | None = None
         self._stopping = False
         self._began = self._ended = 0.0
-        self._heard = 0.0
+        self._last_arrival = 0.0
 
     def __enter__(self) -> PowerSampler:
         if self._process is None:
@@ -138,7 +138,7 @@ class PowerSampler:
         if rail is not None:
             taken = (sample.time for sample in reversed(self._samples) if rail in sample.values)
             return time.monotonic() - next(taken, self._began)
-        return time.monotonic() - max(self._heard, self._began)
+        return time.monotonic() - max(self._last_arrival, self._began)
 
     def watts(self) -> dict[str, float]:
         """Watts per rail in the latest sample; of a counter, between the last two."""
@@ -191,7 +191,7 @@ class PowerSampler:
         assert process.stdout is not None
         with process.stdout as lines:
             for event in events(lines):
-                self._hear(event)
+                self._handle(event)
         if self.info is not None and not self._stopping:
             process.wait()
             if not any(problem.kind == "lost" for problem in self._problems):
@@ -200,11 +200,11 @@ class PowerSampler:
                 )
         self._answered.set()
 
-    def _hear(self, event: dict[str, Any]) -> None:
+    def _handle(self, event: dict[str, Any]) -> None:
         kind = event.get("event")
         if kind == "sample":
             self._samples.append(Sample(event["time"], event["uncertainty"], event["values"]))
-            self._heard = time.monotonic()
+            self._last_arrival = time.monotonic()
         elif kind == "started":
             self._began = time.monotonic()
             info = SourceInfo.from_event(event)

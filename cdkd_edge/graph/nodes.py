@@ -13,7 +13,7 @@ CONTRIB_DOMAIN = "com.microsoft"
 """Operators that only ONNX Runtime has
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md)."""
 
-Values = Mapping[str, tuple[int, Sequence[int]]]
+Sizes = Mapping[str, tuple[int, tuple[int, ...]]]
 """ONNX type and sizes of values by name."""
 
 Message = TypeVar("Message", onnx.ModelProto, onnx.NodeProto, onnx.TensorProto)
@@ -38,7 +38,7 @@ class NodeWriter:
             self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
-    def model(self, name: str, inputs: Values, outputs: Values, opset: int) -> onnx.ModelProto:
+    def model(self, name: str, inputs: Sizes, outputs: Sizes, opset: int) -> onnx.ModelProto:
         """A graph of these nodes and constants."""
         graph = helper.make_graph(
             self.nodes,

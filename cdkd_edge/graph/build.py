@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import GraphError
@@ -75,17 +75,11 @@ def build_graph(
     _labels(writer, logits, config)
 
     tile = config.tile
-    image = helper.make_tensor_value_info("image", TensorProto.UINT8, [batch, 3, tile, tile])
-    labels = helper.make_tensor_value_info("labels", TensorProto.UINT8, [batch, tile, tile])
-    graph = helper.make_graph(writer.nodes, "cdkd_edge", [image], [labels], initializer=list(writer.constants.values()))
-    opsets = [helper.make_opsetid("", opset)]
-    return helper.make_model(
-        graph,
-        opset_imports=opsets,
-        ir_version=helper.find_min_ir_version_for(opsets),
-        producer_name="cdkd-edge",
-        producer_version=__version__,
-    )
+    image = {"image": (TensorProto.UINT8, (batch, 3, tile, tile))}
+    labels = {"labels": (TensorProto.UINT8, (batch, tile, tile))}
+    model = writer.model("cdkd_edge", image, labels, opset)
+    model.producer_name, model.producer_version = "cdkd-edge", __version__
+    return model
 
 
 def _encoder(writer: _NetworkWriter, weights: fold.Weights, config: NetworkConfig, batch: int, opset: int) -> list[str]:

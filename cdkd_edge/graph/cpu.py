@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
@@ -283,23 +282,17 @@ def signed_weights_are_exact() -> bool:
     issues")
     """
     size = 64
-    constants: dict[str, npt.NDArray[Any]] = {
-        "weight": np.full((size, size), 127, np.int8),
-        "one": np.array(1, np.float32),
-        "ones": np.ones(size, np.float32),
-        "zero": np.array(0, np.uint8),
-    }
-    node = helper.make_node(
-        "MatMulIntegerToFloat", ["x", "weight", "one", "ones", "zero"], ["y"], domain=CONTRIB_DOMAIN
+    writer = NodeWriter()
+    inputs = (
+        "x",
+        writer.constant("weight", np.full((size, size), 127, np.int8)),
+        writer.constant("one", np.array(1, np.float32)),
+        writer.constant("ones", np.ones(size, np.float32)),
+        writer.constant("zero", np.array(0, np.uint8)),
     )
-    graph = helper.make_graph(
-        [node],
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.UINT8, [size, size])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [size, size])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    opsets = [helper.make_opsetid("", 19), helper.make_opsetid(CONTRIB_DOMAIN, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    writer.add("MatMulIntegerToFloat", "y", *inputs, domain=CONTRIB_DOMAIN)
+    pixels = {"x": (TensorProto.UINT8, (size, size))}
+    model = writer.model("product", pixels, {"y": (TensorProto.FLOAT, (size, size))}, opset=19)
+    _import_contrib(model)
     (product,) = open_session(model.SerializeToString()).run(["y"], {"x": np.full((size, size), 255, np.uint8)})
     return bool((product == size * 255 * 127).all())

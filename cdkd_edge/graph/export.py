@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 
 from cdkd_edge.core.errors import (
     GraphError,
@@ -40,6 +40,7 @@ from cdkd_edge.graph.build import DEFAULT_OPSET, LOGITS, build_graph
 from cdkd_edge.graph.cpu import cpu_session
 from cdkd_edge.graph.files import derived_path
 from cdkd_edge.graph.fp16 import write_fp16
+from cdkd_edge.graph.nodes import show_values
 from cdkd_edge.graph.outputs import QGIS_OPSET, QgisGraph, require_gsd, require_own_qgis, write_qgis
 from cdkd_edge.graph.stac import require_own_stac, stac_item, stac_path, write_stac
 from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
@@ -327,7 +328,7 @@ def check_graph(graph: Path, network: SegmentationNetwork, tiles: npt.NDArray[np
         NumericalCheckError: a logit differs by more than rounding.
     """
     model = onnx.load(graph)
-    model.graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, None))
+    show_values(model, [LOGITS])
     session = cpu_session(model)
     del model
     worst, largest, agreeing = 0.0, 0.0, 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,7 @@ from cdkd_edge.core.manifest import (
 )
 from cdkd_edge.core.output_kinds import LABELS
 from cdkd_edge.graph.build import OPSETS
-
-Sizes = Mapping[str, tuple[int, tuple[int, ...]]]
-"""ONNX type and sizes of values by name."""
+from cdkd_edge.graph.nodes import Sizes
 
 _MAX_NODES = 20_000
 """Exported graphs have some hundreds."""

@@ -13,9 +13,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
@@ -43,9 +43,7 @@ from cdkd_edge.graph.fp16_simulation import (
     run_session,
 )
 from cdkd_edge.graph.layers import logits_of, position_embedding, scores_of
-from cdkd_edge.graph.nodes import batch_of, copy_of
-
-Float32Array = npt.NDArray[np.float32]
+from cdkd_edge.graph.nodes import batch_of, copy_of, show_values
 
 ROUNDOFF = 2.0**-11
 """FP16 moves a number by at most this share of it."""
@@ -233,7 +231,7 @@ def check_fp16(
 
     simulation = fp16_on_cpu(half)
     roundings = longest_rounding(simulation)
-    simulation.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in logits)
+    show_values(simulation, logits)
     watch = RangeWatch(simulation)
     del simulation
 
@@ -242,14 +240,12 @@ def check_fp16(
     worst: float | None = None
     tolerance: float | None = None
     for batch, exact in zip(batches, expected, strict=True):
-        labels, *rounded = watch.run(["labels", *logits], batch, "the imagery")
-        agreeing += int(np.count_nonzero((labels == exact[0])[:left]))
+        found = watch.run(["labels", *logits], batch, "the imagery")
+        agreeing += int(np.count_nonzero((found[0] == exact[0])[:left]))
         left -= len(batch)
-        if rounded:
-            true_labels, true_logits, best = exact
-            tolerance = max(tolerance or 0.0, logit_tolerance(roundings, float(np.abs(true_logits).max())))
-            error = _require_near(labels, rounded[0], true_labels, true_logits, best, roundings, imagery)
-            worst = max(worst or 0.0, error)
+        if logits:
+            error, allowed = _require_near(found, exact, roundings, imagery)
+            worst, tolerance = max(worst or 0.0, error), max(tolerance or 0.0, allowed)
     note("extreme tiles in FP16")
     for name, tile in extreme_tiles(side).items():
         watch.run(["labels"], np.repeat(tile[None], size, axis=0), name)
@@ -286,32 +282,26 @@ def _add_best_scores(model: onnx.ModelProto) -> str:
     graph.node.append(
         helper.make_node("TopK", [scores, f"{_BEST}.count"], [_BEST, f"{_BEST}.labels"], axis=1)  # [N, 2, T, T]
     )
-    for name in (logits, _BEST):
-        graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    show_values(model, (logits, _BEST))
     return logits
 
 
-def _require_near(
-    labels: UInt8Array,
-    rounded: Float32Array,
-    exact_labels: UInt8Array,
-    exact: Float32Array,
-    best: Float32Array,
-    roundings: int,
-    imagery: str,
-) -> float:
-    """Make sure that FP16 moves logits and labels no further than rounding does; returns the largest difference.
+def _require_near(found: list[Any], exact: list[Any], roundings: int, imagery: str) -> tuple[float, float]:
+    """Make sure that FP16 moves logits and labels no further than rounding does.
 
     Args:
-        labels, exact_labels: in FP16 and FP32, ``[N, T, T]``.
-        rounded, exact: logits in FP16 and FP32, ``[N, K, G, G]``.
-        best: the two best scores in FP32, ``[N, 2, T, T]``.
+        found: labels ``[N, T, T]`` and logits ``[N, K, G, G]`` in FP16.
+        exact: the same in FP32, and its two best scores ``[N, 2, T, T]``.
         roundings: as for :func:`logit_tolerance`.
         imagery: what the tiles are.
+
+    Returns:
+        The largest difference of a logit, and the tolerance.
     """
-    largest = float(np.abs(exact).max())
+    labels, logits, best = exact
+    largest = float(np.abs(logits).max())
     allowed = logit_tolerance(roundings, largest)
-    worst = float(np.abs(rounded - exact).max())
+    worst = float(np.abs(found[1] - logits).max())
     if not worst <= allowed:
         raise NumericalCheckError(
             f"in FP16 logits of {imagery} tiles differ by up to {worst:.3g}, where the largest is {largest:.3g}; "
@@ -319,13 +309,13 @@ def _require_near(
             hint=_INSTEAD,
         )
     sure = best[:, 0] - best[:, -1] > 2 * allowed
-    if lost := int(np.count_nonzero((labels != exact_labels) & sure)):
+    if lost := int(np.count_nonzero((found[0] != labels) & sure)):
         raise NumericalCheckError(
             f"in FP16 {lost} pixels of {imagery} tiles have another label, though FP32's score is ahead by more than "
             f"rounding explains ({2 * allowed:.3g})",
             hint=_INSTEAD,
         )
-    return worst
+    return worst, allowed
 
 
 _INSTEAD = "deploy it in FP32, or say which share of labels must stay the same (--min-agreement 99)"

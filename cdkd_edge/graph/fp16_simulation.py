@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from cdkd_edge.core.errors import GraphError, NumericalCheckError
 from cdkd_edge.graph.cpu import cpu_session, fuse_attention, to_fp32
-from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, attribute_of, copy_of, opset_of, replace_nodes
+from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, attribute_of, copy_of, opset_of, replace_nodes, show_values
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -117,9 +117,7 @@ class RangeWatch:
                 self._sums[total] = node.output[0]
         replace_nodes(graph, writer.nodes)
         graph.initializer.extend(writer.constants.values())
-        graph.output.extend(
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (*self._sums, *self._bounds)
-        )
+        show_values(simulation, (*self._sums, *self._bounds))
         # ONNX Runtime's own order would run the sums last and keep what they need until then.
         self._session = cpu_session(simulation, in_order=True)
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from cdkd_edge.graph.cpu import cpu_session, fuse_attention
 from cdkd_edge.graph.layers import Array, QuantizableLayer, weight_of
-from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, batch_of, copy_of, replace_nodes
+from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, batch_of, copy_of, replace_nodes, show_values
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -76,7 +76,7 @@ def observe(
     values = list(dict.fromkeys(layer.input for layer in layers))
     channels_last = {layer.input: layer.op == "MatMul" for layer in layers}
     del probe.graph.output[:]
-    probe.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in values)
+    show_values(probe, values)
     batch = batch_of(probe)
     session = cpu_session(probe)
     del probe
@@ -218,7 +218,7 @@ def signal_to_noise(
     graph.initializer.extend(writer.constants.values())
     batch = batch_of(probe)
     del graph.output[:]
-    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs)
+    show_values(probe, outputs)
     session = cpu_session(probe, in_order=True)
     del probe, graph, index, writer
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 CONTRIB_DOMAIN = "com.microsoft"
 """Operators that only ONNX Runtime has
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md)."""
+
+Sizes = Mapping[str, tuple[int, tuple[int, ...]]]
+"""ONNX type and sizes of values by name."""
 
 Message = TypeVar("Message", onnx.ModelProto, onnx.NodeProto, onnx.TensorProto)
 
@@ -34,6 +37,18 @@ class NodeWriter:
         if name not in self.constants:
             self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
+
+    def model(self, name: str, inputs: Sizes, outputs: Sizes, opset: int) -> onnx.ModelProto:
+        """A graph of these nodes and constants."""
+        graph = helper.make_graph(
+            self.nodes,
+            name,
+            [helper.make_tensor_value_info(value, *kind) for value, kind in inputs.items()],
+            [helper.make_tensor_value_info(value, *kind) for value, kind in outputs.items()],
+            initializer=list(self.constants.values()),
+        )
+        opsets = [helper.make_opsetid("", opset)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
 
 
 class GraphIndex:
@@ -73,6 +88,11 @@ def replace_nodes(
         kept = [copy_of(item) for item in constants]
         del graph.initializer[:]
         graph.initializer.extend(kept)
+
+
+def show_values(model: onnx.ModelProto, names: Iterable[str]) -> None:
+    """Make FP32 values inside a graph outputs of it, beside those it has."""
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
 
 
 def attribute_of(node: onnx.NodeProto, name: str, default: Any = None) -> Any:

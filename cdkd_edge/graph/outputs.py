@@ -151,15 +151,9 @@ def check_branch(kind: str, classes: int, opset: int, *, half: bool) -> float:
     kinds = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     branch = output_branch("scores", kind, opset, half=half)
     side = CHECK_SIDE
-    graph = helper.make_graph(
-        branch.nodes,
-        "branch",
-        [helper.make_tensor_value_info("scores", kinds, [1, classes, side, side])],
-        [helper.make_tensor_value_info(kind, TensorProto.UINT8, output_shapes(kind, 1, side, classes)[kind])],
-        initializer=list(branch.constants.values()),
-    )
-    opsets = [helper.make_opsetid("", opset)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
+    given = {"scores": (kinds, (1, classes, side, side))}
+    wanted = {kind: (TensorProto.UINT8, output_shapes(kind, 1, side, classes)[kind])}
+    model = branch.model("branch", given, wanted, opset)
     rng = np.random.default_rng(0)
     # From classes that are equally likely to one beyond doubt, and one logit far from all others.
     scores = rng.standard_normal((1, classes, side, side)) * np.geomspace(1e-2, 30, side)

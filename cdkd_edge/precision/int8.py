@@ -120,16 +120,12 @@ def write_int8(
         check_dataset(data.dataset, source.tile, data.options)
     model = read_graph(plain, source)
     require_layers(model, options.keep)
-    calibrated = calibrate(
-        model,
-        SetTiles(tiles, "calibration"),
-        options.calibration,
-        note,
-    )
+    checks = SetTiles(tiles, "check")
+    calibrated = calibrate(model, SetTiles(tiles, "calibration"), options.calibration, note)
     note("noise of every layer")
-    noise = signal_to_noise(calibrated.model, calibrated.layers, calibrated.scales, SetTiles(tiles, "check"))
+    noise = signal_to_noise(calibrated.model, calibrated.layers, calibrated.scales, checks)
     with scratch_folder() as scratch:
-        judge = Judge(model, source, SetTiles(tiles, "check"), data, scratch, note)
+        judge = Judge(model, source, checks, data, scratch, note)
         del model
         attempts = _attempts(calibrated, noise, judge, options, note)
         del judge
@@ -143,7 +139,7 @@ def write_int8(
         )
     graph = _graph(calibrated, last.kept)
     note("the graph as TensorRT will compute it")
-    conversion = check_fp16(plain, graph, SetTiles(tiles, "check"), tiles.name, note, least=options.gate.agreement)
+    conversion = check_fp16(plain, graph, checks, tiles.name, note, least=options.gate.agreement)
     manifest = save_derived(
         graph,
         destination,

@@ -72,7 +72,7 @@ def segment_scene(
         SceneError: the scene cannot be read or the label map cannot be written; another run is writing it; or an
             interrupted run had another scene, engine or options.
         EngineError: the engine failed.
-        SystemRefusalError: the disk is full; what is done is kept.
+        SystemRefusalError: the disk is full; finished tiles are kept.
         OSError: the system refused to write.
     """
     started = time.perf_counter()

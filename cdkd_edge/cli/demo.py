@@ -56,7 +56,7 @@ def _describe(result: DemoResult) -> Report:
         ("label map", f"{segment.output}  ({segment.tiles} tiles in {duration(segment.seconds)})"),
         ("classes", ", ".join(f"{name} {percent(count / total)}" for name, count in segment.class_pixels.items())),
         *([("accuracy", f"mIoU {percent(result.mean_iou)} on the drawn scene")] if result.mean_iou is not None else []),
-        ("picture", str(result.quicklook)),
+        ("picture", str(result.preview)),
         *bench_rows(result.bench),
         ("results", str(result.bench_folder)),
     ]

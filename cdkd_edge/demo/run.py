@@ -78,7 +78,7 @@ class DemoResult:
     engine: EngineManifest
     engine_path: Path
     segment: SegmentResult
-    quicklook: Path
+    preview: Path
     mean_iou: float | None
     """Against the bundled scene's exact labels, 0..1; None for a user's scene, which has none."""
     bench: BenchSummary
@@ -121,13 +121,13 @@ def run_demo(
         progress("labelling the scene")
         (output,) = label_map_paths([str(scene)], None, workspace.root)
         result = segment_scene(engine, scene, output, options)
-        quicklook = output.with_name(f"{output.stem}_preview.png")
+        preview = output.with_name(f"{output.stem}_preview.png")
         write_preview(
             scene,
             output,
             built.schema.in_palette(options.palette),
             class_areas(output, built.schema),
-            quicklook,
+            preview,
             options,
         )
         mean_iou = None
@@ -141,7 +141,7 @@ def run_demo(
         bench = run_benchmark(engine, folder, BenchOptions(protocol_of(load=4.0, warm_up_cap=4.0)))
     finally:
         engine.close()
-    return DemoResult(exported, built, engine_path, result, quicklook, mean_iou, bench, folder)
+    return DemoResult(exported, built, engine_path, result, preview, mean_iou, bench, folder)
 
 
 def _export(checkpoint: Path, destination: Path, progress: Callable[[str], None]) -> ExportResult | BundledGraph:

@@ -1,1 +1,1 @@
-"""Rasters and what is known of them: reading, stretching, resampling, grids, areas, styles."""
+"""Reads rasters: opening, bands, stretching, resampling, grids of tiles, areas, and the files beside label maps."""

@@ -1,1 +1,1 @@
-"""A scene through an engine to a label map."""
+"""Segments scenes: from a raster and an engine to a label map, its products, and many scenes at once."""

@@ -76,7 +76,7 @@ def test_demo_leaves_what_it_prints(tmp_path: Path) -> None:
         result["export"]["path"],
         result["engine_path"],
         result["segment"]["output"],
-        result["quicklook"],
+        result["preview"],
         Path(result["bench_folder"]) / "summary.json",
     ):
         assert Path(path).is_file()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,9 @@ GRID = TileGrid.over(150, 200, 64, 16)
 
 @pytest.fixture(scope="module")
 def seams() -> Any:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "seams.py"
-    spec = importlib.util.spec_from_file_location("seams", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["seams"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+        return importlib.import_module("seams")
 
 
 def test_changes_are_counted_where_tiles_meet(seams: Any) -> None:

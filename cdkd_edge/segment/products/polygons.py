@@ -96,8 +96,7 @@ def write_vector(
     Raises:
         MissingExtraError: pyogrio or Shapely is not installed.
         SceneError: the map cannot be read, or a minimum in m2 is asked for where areas are unknown.
-        SystemRefusalError: the disk is full.
-        OSError: the folder cannot be written.
+        SystemRefusalError, OSError: the disk is full, or the folder cannot be written.
     """
     require_vector()
     dataset = open_scene(label_map)
@@ -120,11 +119,7 @@ def write_vector(
 
 
 def require_vector() -> None:
-    """Make sure that polygons can be written.
-
-    Raises:
-        MissingExtraError: pyogrio or Shapely is not installed.
-    """
+    """Raise :class:`MissingExtraError` if Shapely or pyogrio is not installed."""
     for package in ("shapely", "pyogrio"):
         try:
             found = importlib.import_module(package)
@@ -139,10 +134,7 @@ def large_enough(
 ) -> tuple[Outlines, Floats, Bools]:
     """Keep polygons of at least a minimum area, and close holes below it.
 
-    Args:
-        outlines: in pixel corners.
-        ground: what a pixel covers.
-        minimum_m2, minimum_px: the area, in one of the two units; 0 keeps everything.
+    The minimum is in one of the two units; 0 keeps everything.
 
     Returns:
         The polygons that are kept; the area of each, m2 (pixels where the ground is not known); and whether each of

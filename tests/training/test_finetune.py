@@ -22,8 +22,8 @@ from training_helpers import CONFIG, SCHEMA, blocks, student, write_dataset, wri
 from typer.testing import CliRunner  # noqa: E402
 
 from cdkd_edge import cli  # noqa: E402
-from cdkd_edge.cli.helpers import command_line  # noqa: E402
-from cdkd_edge.cli.show.training import live_training  # noqa: E402
+from cdkd_edge.cli.finetune import live_training  # noqa: E402
+from cdkd_edge.cli.options import command_line  # noqa: E402
 from cdkd_edge.core.labels import NO_LABEL  # noqa: E402
 from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, resample_patches, resample_position  # noqa: E402  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402

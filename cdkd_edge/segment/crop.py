@@ -12,10 +12,11 @@ from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.grid import Span, TileGrid
-from cdkd_edge.segment.plan import Place, Plan
+from cdkd_edge.segment.plan import PlannedTile, TilePlan
 from cdkd_edge.segment.spool import Spool
 
 Mask = npt.NDArray[np.bool_]
+Pixels = npt.NDArray[np.uint8]
 
 NO_CONFIDENCE = 255
 """The value of a confidence raster where there is no label."""
@@ -43,7 +44,14 @@ class CropMerge:
     """Whether a tile also adds to pixels that other tiles keep, so that all of it counts."""
 
     def __init__(
-        self, engine: Labeller, spool: Spool, plan: Plan, overlap: int, *, confidence: bool, area: Area | None = None
+        self,
+        engine: Labeller,
+        spool: Spool,
+        plan: TilePlan,
+        overlap: int,
+        *,
+        confidence: bool,
+        area: Area | None = None,
     ) -> None:
         self.on_band: Callable[[], None] = lambda: None
         """Called when a row of tiles is done."""
@@ -58,7 +66,7 @@ class CropMerge:
         """The grid with the parts that this merge lets each tile keep."""
         return grid
 
-    def add(self, place: Place, slot: int | None, index: int, valid: Mask | None) -> None:
+    def add(self, place: PlannedTile, slot: int | None, index: int, valid: Mask | None) -> None:
         """Take a tile, see :class:`.flow.Merge`."""
         if place.emits:
             self._emit(place, slot, index, valid)
@@ -67,13 +75,13 @@ class CropMerge:
             self._without_data = 0
             self.on_band()
 
-    def values(self, place: Place, slot: int, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]:
+    def values(self, place: PlannedTile, slot: int, index: int) -> tuple[Pixels, Pixels | None]:
         """Labels and, if asked for, confidence of the kept part of a tile."""
         kept = (place.row.kept, place.column.kept)
         confidence = self.engine.confidence(slot)[index][kept] if self.with_confidence else None
         return self.engine.output(slot)[index][kept], confidence
 
-    def _emit(self, place: Place, slot: int | None, index: int, valid: Mask | None) -> None:
+    def _emit(self, place: PlannedTile, slot: int | None, index: int, valid: Mask | None) -> None:
         """Write the kept part of a tile."""
         row, column = place.row, place.column
         shown = None if slot is None else self._shown(row, column, valid)
@@ -101,9 +109,7 @@ class CropMerge:
         if self.with_confidence:
             self.spool.put(CONFIDENCE, row.first, column.first, NO_CONFIDENCE, shape)
 
-    def _put(
-        self, kind: str, row: Span, column: Span, values: npt.NDArray[np.uint8], shown: Mask | None, nothing: int
-    ) -> None:
+    def _put(self, kind: str, row: Span, column: Span, values: Pixels, shown: Mask | None, nothing: int) -> None:
         if shown is not None:
             values = np.where(shown, values, np.uint8(nothing))
         self.spool.put(kind, row.first, column.first, values, values.shape)
@@ -123,9 +129,7 @@ class RowMerge:
 
     blends = False
 
-    def __init__(
-        self, engine: Labeller, width: int, columns: int, sink: Callable[[npt.NDArray[np.uint8]], None]
-    ) -> None:
+    def __init__(self, engine: Labeller, width: int, columns: int, sink: Callable[[Pixels], None]) -> None:
         self._engine = engine
         self._width, self._columns = width, columns
         self._sink = sink
@@ -133,11 +137,11 @@ class RowMerge:
         self._band = np.empty((0, width), np.uint8)
         self._placed = 0
 
-    def add(self, place: Place, slot: int | None, index: int, valid: Mask | None) -> None:
+    def add(self, place: PlannedTile, slot: int | None, index: int, valid: Mask | None) -> None:
         """Take a tile, see :class:`.flow.Merge`."""
         self.put(place.row, place.column, None if slot is None else self._engine.output(slot)[index], valid)
 
-    def put(self, row: Span, column: Span, labels: npt.NDArray[np.uint8] | None, valid: Mask | None) -> None:
+    def put(self, row: Span, column: Span, labels: Pixels | None, valid: Mask | None) -> None:
         """Take the kept part of a tile: ``labels`` and ``valid`` are ``[T, T]``, None for no label and all valid."""
         if row != self._row:
             self._row = row

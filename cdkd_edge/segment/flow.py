@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.plan import Cell, CellLayout, Cells, Place, Plan, cut_tile, fill_without_data
+from cdkd_edge.segment.plan import Cell, CellLayout, Cells, PlannedTile, TilePlan, cut_tile, fill_without_data
 
 AHEAD = 4
 """Batches beyond the engine's slots for which cells are read early."""
@@ -36,7 +36,7 @@ class Merge(Protocol):
     blends: bool
     """Whether all of a tile counts, not only its kept part (then it is computed if any of its pixels is valid)."""
 
-    def add(self, place: Place, slot: int | None, index: int, valid: Mask | None) -> None:
+    def add(self, place: PlannedTile, slot: int | None, index: int, valid: Mask | None) -> None:
         """Take a tile.
 
         Args:
@@ -61,7 +61,7 @@ class _Batch:
     """Up to N tiles for one slot, and the tiles between them that need not be computed."""
 
     number: int
-    places: list[Place] = field(default_factory=list)
+    places: list[PlannedTile] = field(default_factory=list)
     cells: list[list[Cell]] = field(default_factory=list)
     valid: list[Mask | None] = field(default_factory=list)
     empty: list[bool] = field(default_factory=list)
@@ -165,7 +165,7 @@ class Flow:
         self,
         engine: Labeller,
         readers: Sequence[SceneReader],
-        plan: Plan,
+        plan: TilePlan,
         merge: Merge,
         *,
         start: int = 0,
@@ -214,14 +214,11 @@ class Flow:
     def _grouped(self) -> Iterator[_Batch]:
         batch, count = _Batch(0), 0
         for place in self._plan.places(self._start):
-            if place.wanted and count == self._engine.batch:
+            if (place.wanted and count == self._engine.batch) or len(batch.places) == _MOST_PLACES:
                 yield batch
                 batch, count = _Batch(batch.number + 1), 0
             batch.places.append(place)
             count += place.wanted
-            if len(batch.places) >= _MOST_PLACES:
-                yield batch
-                batch, count = _Batch(batch.number + 1), 0
         if batch.places:
             yield batch
 

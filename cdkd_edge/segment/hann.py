@@ -13,8 +13,8 @@ import numpy.typing as npt
 from cdkd_edge.core.errors import UsageError
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.grid import Span, TileGrid
-from cdkd_edge.segment.crop import Area, CropMerge, Mask
-from cdkd_edge.segment.plan import Place, Plan
+from cdkd_edge.segment.crop import Area, CropMerge, Mask, Pixels
+from cdkd_edge.segment.plan import PlannedTile, TilePlan
 from cdkd_edge.segment.spool import Spool
 
 _FULL = 255
@@ -62,7 +62,14 @@ class HannMerge(CropMerge):
     blends = True
 
     def __init__(
-        self, engine: Labeller, spool: Spool, plan: Plan, overlap: int, *, confidence: bool, area: Area | None = None
+        self,
+        engine: Labeller,
+        spool: Spool,
+        plan: TilePlan,
+        overlap: int,
+        *,
+        confidence: bool,
+        area: Area | None = None,
     ) -> None:
         super().__init__(engine, spool, plan, overlap, confidence=confidence, area=area)
         if 2 * overlap > plan.tile:
@@ -87,7 +94,7 @@ class HannMerge(CropMerge):
         """The same tiles; each keeps what no later tile adds to: from its own beginning to that of the next."""
         return TileGrid(_handed_over(grid.rows), _handed_over(grid.columns))
 
-    def add(self, place: Place, slot: int | None, index: int, valid: Mask | None) -> None:
+    def add(self, place: PlannedTile, slot: int | None, index: int, valid: Mask | None) -> None:
         """Take a tile, see :class:`.flow.Merge`."""
         self._move_to(place)
         if slot is not None:
@@ -98,7 +105,7 @@ class HannMerge(CropMerge):
         super().add(place, slot, index, valid)
         self._hand_on(place)
 
-    def values(self, place: Place, slot: int, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]:
+    def values(self, place: PlannedTile, slot: int, index: int) -> tuple[Pixels, Pixels | None]:
         """Labels and confidence of the blended probabilities."""
         sums = self._sums[:, place.row.kept, place.column.kept]
         labels = sums[:-1].argmax(axis=0).astype(np.uint8)
@@ -107,7 +114,7 @@ class HannMerge(CropMerge):
         best, weight = sums[:-1].max(axis=0).astype(np.uint64), sums[-1].astype(np.uint64) * 255
         return labels, ((100 * best + weight // 2) // np.maximum(weight, 1)).astype(np.uint8)
 
-    def _move_to(self, place: Place) -> None:
+    def _move_to(self, place: PlannedTile) -> None:
         """Begin a tile with what earlier tiles have added to its pixels."""
         tile, columns = self._plan.tile, self._plan.columns(place.panel)
         if place.panel != self._panel:
@@ -129,7 +136,7 @@ class HannMerge(CropMerge):
             self._sums[rows_below][:, :, begin - left :] += self._below[rows_below][:, :, begin : left + tile]
         self._taken = left + tile
 
-    def _hand_on(self, place: Place) -> None:
+    def _hand_on(self, place: PlannedTile) -> None:
         """Carry over the sums to which tiles on the right and below will add."""
         tile, columns, rows = self._plan.tile, self._plan.columns(place.panel), self._plan.grid.rows
         number = columns.index(place.column)

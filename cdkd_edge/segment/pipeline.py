@@ -40,7 +40,7 @@ from cdkd_edge.segment.outputs import (
     require_writable_name,
 )
 from cdkd_edge.segment.partial import Partial, scene_identity, scene_sample, times_of_change
-from cdkd_edge.segment.plan import PANEL_BYTES, CellLayout, Plan
+from cdkd_edge.segment.plan import PANEL_BYTES, CellLayout, TilePlan
 from cdkd_edge.segment.spool import DiskSpaceWatch, Spool
 
 
@@ -181,7 +181,7 @@ def label_rows(
     Raises:
         SceneError, EngineError: reading or computing failed; and whatever ``sink`` raises.
     """
-    plan = Plan.over(grid, engine.tile, panel_bytes=None)
+    plan = TilePlan.over(grid, engine.tile, panel_bytes=None)
     merge = RowMerge(engine, reader.width, len(grid.columns), sink)
     return Flow(engine, [reader], plan, merge, progress=progress).run()
 
@@ -225,7 +225,7 @@ def _area(reader: SceneReader, options: SegmentOptions) -> AreaOnScene | None:
     return AreaOnScene(read_area(options.aoi), place.get("crs"), transform, reader.height, reader.width)
 
 
-def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: AreaOnScene | None) -> Plan:
+def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: AreaOnScene | None) -> TilePlan:
     grid, tile = options.grid_over(reader, engine.tile), engine.tile
     merge = merge_mode(options.merge).load()
 
@@ -237,7 +237,7 @@ def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: 
     layout = CellLayout.of(reader)
     # A cell as wide as the panel brings all of the next row of tiles' pixels at once.
     slack = 2 * layout.rows if layout.columns else engine.tile
-    return Plan.over(
+    return TilePlan.over(
         merge.arranged(grid),
         tile,
         slack_rows=slack,
@@ -248,7 +248,9 @@ def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: 
     )
 
 
-def _merge(engine: Labeller, spool: Spool, plan: Plan, options: SegmentOptions, area: AreaOnScene | None) -> CropMerge:
+def _merge(
+    engine: Labeller, spool: Spool, plan: TilePlan, options: SegmentOptions, area: AreaOnScene | None
+) -> CropMerge:
     return merge_mode(options.merge).load()(
         engine,
         spool,

@@ -30,7 +30,7 @@ PANEL_BYTES = 96 << 20
 
 
 @dataclass(frozen=True)
-class Place:
+class PlannedTile:
     """One tile of the plan."""
 
     row: Span
@@ -56,7 +56,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TilePlan:
     """All tiles of a scene in the order of computation."""
 
     grid: TileGrid
@@ -77,8 +77,8 @@ class Plan:
         panel_bytes: int | None = PANEL_BYTES,
         pixel_bytes: int = 3,
         wanted: Callable[[Span, Span], bool] = lambda row, column: True,
-    ) -> Plan:
-        """Plan a grid.
+    ) -> TilePlan:
+        """Plan the tiles of a grid.
 
         Args:
             grid: the tiles.
@@ -135,7 +135,7 @@ class Plan:
                 first -= 1
         return range(first, len(self.grid.rows))
 
-    def places(self, start: int = 0) -> Iterator[Place]:
+    def places(self, start: int = 0) -> Iterator[PlannedTile]:
         """The tiles that are left when ``start`` bands are done."""
         for index, panel in enumerate(self.panels):
             done = start - index * len(self.grid.rows)
@@ -145,7 +145,7 @@ class Plan:
                 row = self.grid.rows[band]
                 for number in range(panel.first - panel.helpers, panel.last):
                     column = self.grid.columns[number]
-                    yield Place(
+                    yield PlannedTile(
                         row,
                         column,
                         index,
@@ -207,13 +207,13 @@ class Cell:
 class Cells:
     """The cells of a plan that are in use. Not thread-safe: call its methods under a lock."""
 
-    def __init__(self, layout: CellLayout, plan: Plan, start: int = 0) -> None:
+    def __init__(self, layout: CellLayout, plan: TilePlan, start: int = 0) -> None:
         self.layout = layout
         self._plan = plan
         self._start = start
         self._cells: dict[tuple[int, int, int], Cell] = {}
 
-    def of(self, place: Place) -> tuple[list[Cell], list[Cell]]:
+    def of(self, place: PlannedTile) -> tuple[list[Cell], list[Cell]]:
         """The cells under a tile: all of them, and those among them that are new."""
         cells, new = [], []
         rows = _inside(place.row, self._plan.tile, self.layout.height)
@@ -269,7 +269,7 @@ class Cells:
 
 
 def cut_tile(
-    place: Place, cells: list[Cell], layout: CellLayout, out: npt.NDArray[np.uint8]
+    place: PlannedTile, cells: list[Cell], layout: CellLayout, out: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.bool_] | None:
     """Copy a tile out of its cells, and reflect the scene beyond its borders.
 

@@ -34,7 +34,7 @@ from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segment import plan as plan_module
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import segment_scene
-from cdkd_edge.segment.plan import CellLayout, Cells, Plan
+from cdkd_edge.segment.plan import CellLayout, Cells, TilePlan
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -121,7 +121,7 @@ def test_nothing_but_the_scene_decides_about_the_map(
 def test_cells_are_given_up_after_their_last_tile() -> None:
     grid = TileGrid.over(300, 500, TILE, 16)
     for blends in (False, True):
-        plan = Plan.over(grid, TILE, panel_bytes=3 * TILE * 200, blends=blends)
+        plan = TilePlan.over(grid, TILE, panel_bytes=3 * TILE * 200, blends=blends)
         for start in (0, 3, plan.bands - 1):
             held = Cells(CellLayout(300, 500, 48, 80), plan, start)
             most, read = 0, Counter[tuple[int, int, int]]()

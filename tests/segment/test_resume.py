@@ -42,7 +42,7 @@ from cdkd_edge.segment.partial import (
     was_finishing,
 )
 from cdkd_edge.segment.pipeline import segment_scene
-from cdkd_edge.segment.plan import Plan
+from cdkd_edge.segment.plan import TilePlan
 from cdkd_edge.segment.spool import Spool
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -536,7 +536,7 @@ def test_tiles_in_bands_add_up() -> None:
     from cdkd_edge.raster.grid import TileGrid
 
     for blends in (False, True):
-        plan = Plan.over(TileGrid.over(500, 700, 64, 16), 64, panel_bytes=3 * 64 * 200, blends=blends)
+        plan = TilePlan.over(TileGrid.over(500, 700, 64, 16), 64, panel_bytes=3 * 64 * 200, blends=blends)
         assert len(plan.panels) > 2
         assert plan.tiles_in(plan.bands) == len(plan.grid)
         for start in range(plan.bands + 1):

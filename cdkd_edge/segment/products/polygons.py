@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
-from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ from cdkd_edge.core.files import scratch_folder, whole_file
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.raster.areas import Ground, ground_of
 from cdkd_edge.raster.open import gdal, open_scene
-from cdkd_edge.raster.styles import qml
+from cdkd_edge.raster.styles import polygon_style
 from cdkd_edge.segment.products.outlines import Bools, Floats, Outlines
 from cdkd_edge.segment.products.regions import RegionBatch, trace_regions
 
@@ -176,7 +175,7 @@ def style_row(schema: LabelSchema) -> dict[str, str | bool]:
         "f_table_name": LAYER,
         "f_geometry_column": "geom",
         "styleName": "classes",
-        "styleQML": style_qml(schema),
+        "styleQML": polygon_style(schema),
         "styleSLD": "",
         "useAsDefault": True,
         "description": "colours of the label schema",
@@ -184,37 +183,6 @@ def style_row(schema: LabelSchema) -> dict[str, str | bool]:
         "ui": "",
         "update_time": _EPOCH,
     }
-
-
-def style_qml(schema: LabelSchema) -> str:
-    """A categorised fill by ``class_id``."""
-    root = ElementTree.Element("qgis", version="3.22.0", styleCategories="Symbology")
-    renderer = ElementTree.SubElement(
-        root, "renderer-v2", type="categorizedSymbol", attr="class_id", enableorderby="0", forceraster="0"
-    )
-    categories = ElementTree.SubElement(renderer, "categories")
-    symbols = ElementTree.SubElement(renderer, "symbols")
-    for label, cls in enumerate(schema.classes):
-        ElementTree.SubElement(
-            categories, "category", value=str(label), type="integer", label=cls.name, symbol=str(label), render="true"
-        )
-        symbol = ElementTree.SubElement(symbols, "symbol", name=str(label), type="fill", alpha="1", clip_to_extent="1")
-        fill = ElementTree.SubElement(symbol, "layer", {"class": "SimpleFill", "enabled": "1", "pass": "0"})
-        red, green, blue = cls.shown
-        look = {
-            "color": f"{red},{green},{blue},178",
-            "style": "solid",
-            "outline_color": f"{red * 3 // 5},{green * 3 // 5},{blue * 3 // 5},255",
-            "outline_style": "solid",
-            "outline_width": "0.1",
-            "outline_width_unit": "MM",
-        }
-        options = ElementTree.SubElement(fill, "Option", type="Map")
-        for name, value in look.items():
-            ElementTree.SubElement(options, "Option", name=name, value=value, type="QString")
-        for name, value in look.items():  # QGIS before 3.22
-            ElementTree.SubElement(fill, "prop", k=name, v=value)
-    return qml(root)
 
 
 @contextlib.contextmanager

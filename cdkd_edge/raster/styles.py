@@ -134,10 +134,41 @@ def label_map_style(schema: LabelSchema) -> str:
     for label, cls in enumerate(schema.classes):
         color = "#{:02x}{:02x}{:02x}".format(*cls.shown)
         ElementTree.SubElement(palette, "paletteEntry", value=str(label), label=cls.name, color=color, alpha="255")
-    return qml(root)
+    return _qml(root)
 
 
-def qml(root: ElementTree.Element) -> str:
+def polygon_style(schema: LabelSchema) -> str:
+    """The text of a style for polygons: the fill follows the field ``class_id``."""
+    root = ElementTree.Element("qgis", version="3.22.0", styleCategories="Symbology")
+    renderer = ElementTree.SubElement(
+        root, "renderer-v2", type="categorizedSymbol", attr="class_id", enableorderby="0", forceraster="0"
+    )
+    categories = ElementTree.SubElement(renderer, "categories")
+    symbols = ElementTree.SubElement(renderer, "symbols")
+    for label, cls in enumerate(schema.classes):
+        ElementTree.SubElement(
+            categories, "category", value=str(label), type="integer", label=cls.name, symbol=str(label), render="true"
+        )
+        symbol = ElementTree.SubElement(symbols, "symbol", name=str(label), type="fill", alpha="1", clip_to_extent="1")
+        fill = ElementTree.SubElement(symbol, "layer", {"class": "SimpleFill", "enabled": "1", "pass": "0"})
+        red, green, blue = cls.shown
+        look = {
+            "color": f"{red},{green},{blue},178",
+            "style": "solid",
+            "outline_color": f"{red * 3 // 5},{green * 3 // 5},{blue * 3 // 5},255",
+            "outline_style": "solid",
+            "outline_width": "0.1",
+            "outline_width_unit": "MM",
+        }
+        options = ElementTree.SubElement(fill, "Option", type="Map")
+        for name, value in look.items():
+            ElementTree.SubElement(options, "Option", name=name, value=value, type="QString")
+        for name, value in look.items():  # QGIS before 3.22
+            ElementTree.SubElement(fill, "prop", k=name, v=value)
+    return _qml(root)
+
+
+def _qml(root: ElementTree.Element) -> str:
     """The text of a style."""
     return "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n" + xml_text(root)
 

@@ -14,10 +14,10 @@ from rasterio.transform import from_origin
 from scene_helpers import SCHEMA, FakeEngine, names_in, noise, read_labels, write_raster
 
 from cdkd_edge.core.labels import LabelSchema, LandCoverClass, load_schema
-from cdkd_edge.raster.styles import is_users_style, label_map_style, label_map_xml, style_path
+from cdkd_edge.raster.styles import is_users_style, label_map_style, label_map_xml, polygon_style, style_path
 from cdkd_edge.segment.outputs import publish
 from cdkd_edge.segment.pipeline import segment_scene
-from cdkd_edge.segment.products.polygons import VectorOptions, style_qml, write_vector
+from cdkd_edge.segment.products.polygons import VectorOptions, write_vector
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -39,7 +39,7 @@ def test_no_name_makes_the_xml_malformed() -> None:
     name = "a\ufffe\x1b\x9b\ud800\uffff<&\"'"
     schema = LabelSchema("x", (LandCoverClass(name, (1, 2, 3), 0),))  # past the checks of files
     kept = "<PAMDataset><Metadata><MDI key='GCPs'>one\n\ttwo</MDI></Metadata></PAMDataset>"
-    for text in (label_map_style(schema), style_qml(schema), label_map_xml(schema, extra=kept)):
+    for text in (label_map_style(schema), polygon_style(schema), label_map_xml(schema, extra=kept)):
         root = ElementTree.fromstring(text.encode())
         names = [part for element in root.iter() for part in (element.text, *element.attrib.values())]
         assert "a\ufffd\ufffd\x9b\ufffd\ufffd<&\"'" in names

@@ -217,15 +217,9 @@ class RunStoppedError(FleetError):
 
 
 def do_remotely(run: str, index: int, payload: str) -> str:
-    """Do a job: the task that the scheduler gives to a worker.
+    """Do a job (JSON): the task that the scheduler gives to a worker. Returns the report as JSON, failures included.
 
-    Args:
-        run: name of the run; the tiles that are done are logged under this topic.
-        index: of the job in the run.
-        payload: the job as JSON.
-
-    Returns:
-        Its report as JSON; failures are in it.
+    The tiles that are done are logged under the topic ``run``, with the job's ``index`` in the run.
     """
     from distributed import get_worker
 
@@ -250,10 +244,6 @@ def stop_run(run: str) -> None:
 
 
 def require_running(run: str) -> None:
-    """Make sure that a run was not stopped.
-
-    Raises:
-        RunStoppedError: it was.
-    """
+    """Raise :class:`RunStoppedError` if the run was stopped."""
     if run in _stopped_runs:
         raise RunStoppedError("the run was stopped")

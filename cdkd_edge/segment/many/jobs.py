@@ -272,10 +272,6 @@ class RunReport:
             rows.append(self.reports.get(index, unanswered))
         return rows
 
-    def count(self, *statuses: str) -> int:
-        """The number of scenes with one of the statuses."""
-        return sum(row.status in statuses for row in self.rows())
-
     def document(self) -> dict[str, Any]:
         """The report as JSON data; the documentation of many scenes describes it."""
         seconds = time.perf_counter() - self._clock

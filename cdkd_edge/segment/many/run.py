@@ -196,7 +196,7 @@ def segment_many(
         report.ended = Ended.COMPLETE
     except Exception as error:
         report.ended, report.error = Ended.STOPPED, Failure.of(error)
-        idle = report.count(Status.NOT_BEGUN, Status.INTERRUPTED)
+        idle = sum(row.status in (Status.NOT_BEGUN, Status.INTERRUPTED) for row in report.rows())
         if idle and len(jobs) > 1:
             observer.note(f"stopped; {idle} of {len(jobs)} scenes were not begun or not finished")
         raise
@@ -271,8 +271,7 @@ def engine_ref(path: Path, *, threads: int | None = None, worker_folder: str | N
 
     Args:
         path: an engine. With ``worker_folder`` also a graph from which the workers' engines were built.
-        threads: CPU threads for one tile.
-        worker_folder: where each worker looks for its own engine of the same graph and precision.
+        threads, worker_folder: see :class:`.jobs.EngineRef`.
 
     Raises:
         ManifestError: there is no such manifest beside it.
@@ -297,10 +296,7 @@ def engine_ref(path: Path, *, threads: int | None = None, worker_folder: str | N
 def workers_for(engine: EngineRef, scheduler: str | None, processes: int | None) -> tuple[Workers, EngineRef]:
     """Choose who labels the scenes; returns the engine with the threads that it gets there.
 
-    Args:
-        engine: from :func:`engine_ref`.
-        scheduler: address of a dask scheduler; None: this machine.
-        processes: how many to start here; None: this process does it.
+    ``scheduler`` is the address of a dask scheduler, ``processes`` how many to start here; default: this process.
     """
     if scheduler is not None:
         from cdkd_edge.segment.many.dask import DaskPool

@@ -68,8 +68,7 @@ def do_job(
 
     Raises:
         SceneError: the scene cannot be read, or another file is in the label map's place.
-        EngineError: the engine failed.
-        OSError: the system refused.
+        EngineError, OSError: the engine failed, or the system refused.
     """
     started = time.perf_counter()
     output = Path(job.output)
@@ -140,12 +139,7 @@ def require_same_map(
 ) -> KeptMap:
     """Make sure that a label map is of this scene, by this engine, with these options, and can be read.
 
-    Args:
-        output: the label map that is there.
-        engine: the engine that would make it.
-        scene: the raster.
-        options: how it would be read and tiled.
-        same_graph: any engine that was built from the same graph will do.
+    With ``same_graph``, any engine that was built from the same graph will do.
 
     Raises:
         SceneError: it is not, and why; or the scene cannot be read.

@@ -91,10 +91,7 @@ def write_products(
     Products of an earlier label map that are not made again are removed: they would be taken for this one's.
 
     Args:
-        scene: the raster that was labelled.
-        label_map: the finished map.
-        areas: its pixels and hectares.
-        engine: what made it.
+        scene, label_map, areas, engine: what was labelled, the map, its pixels and hectares, and what made it.
         options: what to make.
         scene_options: how the scene was read: the preview shows the same bands and stretch.
         kept: the map was there before; then products that are of it stay, too.
@@ -105,10 +102,8 @@ def write_products(
 
     Raises:
         MissingExtraError: polygons are asked for and the extra ``vector`` is not installed.
-        SceneError: another run is making the products; one that is there is not of this map; or the scene or the map
-            cannot be read.
-        SystemRefusalError: the disk is full.
-        OSError: the folder cannot be written.
+        SceneError: another run is making the products; one that is there is not of this map; or a file is unreadable.
+        SystemRefusalError, OSError: the disk is full, or the folder cannot be written.
     """
     options.require()
     schema = engine.schema.in_palette(scene_options.palette)

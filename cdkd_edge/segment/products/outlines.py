@@ -185,14 +185,9 @@ class TilePieces:
 
 
 def unite(pieces: list[Piece], regions: Ints) -> tuple[Outlines, Ints]:
-    """Join the pieces of each region.
+    """Join at least one piece, none of which overlap; ``regions`` is the region of each.
 
-    Args:
-        pieces: at least one; no two overlap.
-        regions: the region of each piece.
-
-    Returns:
-        One polygon for all pieces of a region that share edges, and the region of each polygon.
+    Returns one polygon for all pieces of a region that share edges, and the region of each polygon.
     """
     points = np.concatenate([piece.points for piece in pieces])
     sizes = np.concatenate([piece.sizes for piece in pieces]).astype(np.int64)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
-from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ from cdkd_edge.core.files import scratch_folder, whole_file
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.raster.areas import Ground, ground_of
 from cdkd_edge.raster.open import gdal, open_scene
-from cdkd_edge.raster.styles import qml
+from cdkd_edge.raster.styles import polygon_style
 from cdkd_edge.segment.products.outlines import Bools, Floats, Outlines
 from cdkd_edge.segment.products.regions import RegionBatch, trace_regions
 
@@ -96,8 +95,7 @@ def write_vector(
     Raises:
         MissingExtraError: pyogrio or Shapely is not installed.
         SceneError: the map cannot be read, or a minimum in m2 is asked for where areas are unknown.
-        SystemRefusalError: the disk is full.
-        OSError: the folder cannot be written.
+        SystemRefusalError, OSError: the disk is full, or the folder cannot be written.
     """
     require_vector()
     dataset = open_scene(label_map)
@@ -120,11 +118,7 @@ def write_vector(
 
 
 def require_vector() -> None:
-    """Make sure that polygons can be written.
-
-    Raises:
-        MissingExtraError: pyogrio or Shapely is not installed.
-    """
+    """Raise :class:`MissingExtraError` if Shapely or pyogrio is not installed."""
     for package in ("shapely", "pyogrio"):
         try:
             found = importlib.import_module(package)
@@ -139,10 +133,7 @@ def large_enough(
 ) -> tuple[Outlines, Floats, Bools]:
     """Keep polygons of at least a minimum area, and close holes below it.
 
-    Args:
-        outlines: in pixel corners.
-        ground: what a pixel covers.
-        minimum_m2, minimum_px: the area, in one of the two units; 0 keeps everything.
+    The minimum is in one of the two units; 0 keeps everything.
 
     Returns:
         The polygons that are kept; the area of each, m2 (pixels where the ground is not known); and whether each of
@@ -184,7 +175,7 @@ def style_row(schema: LabelSchema) -> dict[str, str | bool]:
         "f_table_name": LAYER,
         "f_geometry_column": "geom",
         "styleName": "classes",
-        "styleQML": style_qml(schema),
+        "styleQML": polygon_style(schema),
         "styleSLD": "",
         "useAsDefault": True,
         "description": "colours of the label schema",
@@ -192,37 +183,6 @@ def style_row(schema: LabelSchema) -> dict[str, str | bool]:
         "ui": "",
         "update_time": _EPOCH,
     }
-
-
-def style_qml(schema: LabelSchema) -> str:
-    """A categorised fill by ``class_id``."""
-    root = ElementTree.Element("qgis", version="3.22.0", styleCategories="Symbology")
-    renderer = ElementTree.SubElement(
-        root, "renderer-v2", type="categorizedSymbol", attr="class_id", enableorderby="0", forceraster="0"
-    )
-    categories = ElementTree.SubElement(renderer, "categories")
-    symbols = ElementTree.SubElement(renderer, "symbols")
-    for label, cls in enumerate(schema.classes):
-        ElementTree.SubElement(
-            categories, "category", value=str(label), type="integer", label=cls.name, symbol=str(label), render="true"
-        )
-        symbol = ElementTree.SubElement(symbols, "symbol", name=str(label), type="fill", alpha="1", clip_to_extent="1")
-        fill = ElementTree.SubElement(symbol, "layer", {"class": "SimpleFill", "enabled": "1", "pass": "0"})
-        red, green, blue = cls.shown
-        look = {
-            "color": f"{red},{green},{blue},178",
-            "style": "solid",
-            "outline_color": f"{red * 3 // 5},{green * 3 // 5},{blue * 3 // 5},255",
-            "outline_style": "solid",
-            "outline_width": "0.1",
-            "outline_width_unit": "MM",
-        }
-        options = ElementTree.SubElement(fill, "Option", type="Map")
-        for name, value in look.items():
-            ElementTree.SubElement(options, "Option", name=name, value=value, type="QString")
-        for name, value in look.items():  # QGIS before 3.22
-            ElementTree.SubElement(fill, "prop", k=name, v=value)
-    return qml(root)
 
 
 @contextlib.contextmanager

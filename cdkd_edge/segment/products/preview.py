@@ -62,10 +62,7 @@ def write_preview(
     of the scene and the label map are used where they exist.
 
     Args:
-        scene: the raster that was labelled.
-        label_map: its label map.
-        schema: classes of the label map.
-        areas: of the label map.
+        scene, label_map, schema, areas: what was labelled, its label map, classes and what they cover.
         output: the picture (``.png``).
         options: bands and stretch, as in the run.
         longest_side: of the scene and of the overlay, px each.
@@ -73,7 +70,6 @@ def write_preview(
 
     Raises:
         SceneError: scene or label map cannot be read.
-        OSError: the folder cannot be written.
     """
     reader = dataclasses.replace(options, gsd=None, strict=False).open(scene)
     try:

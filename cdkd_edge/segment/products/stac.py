@@ -302,8 +302,7 @@ def read_item(path: Path) -> dict[str, Any]:
     """Read an item that :func:`write_item` wrote; others may have added to it.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not such an item.
+        OSError, ValueError: it cannot be read, or is something else.
     """
     try:
         item = read_json(path)
@@ -323,17 +322,10 @@ def label_map_of(item: Mapping[str, Any]) -> str:
 def complete_item(path: Path, label_map: Path, assets: Mapping[str, Path]) -> bool:
     """Add files to an item that does not list them, or lists older ones; the rest of the item stays.
 
-    Args:
-        path: the item.
-        label_map: the file it describes.
-        assets: as for :func:`item_for`.
-
-    Returns:
-        Whether the item was changed.
+    Returns whether the item was changed. ``assets`` as for :func:`item_for`.
 
     Raises:
-        OSError: the item cannot be read or written.
-        ValueError: it is not an item of a label map.
+        OSError, ValueError: the item cannot be read or written, or is not one of a label map.
     """
     item = read_item(path)
     found = _further_assets(label_map, assets)

@@ -174,10 +174,10 @@ def _run(
 
 def describe_bench(summary: BenchSummary, folder: Path) -> Report:
     """A finished run; beside the paper's figures where power was measured."""
-    from cdkd_edge.bench.describe import ORIN_NX, PAPER, bench_rows, beside_the_paper
+    from cdkd_edge.bench.describe import PAPER, PAPER_DEVICE, bench_rows, beside_the_paper
 
     paper = beside_the_paper(summary)
-    listings = (Listing(("", "this run", f"{ORIN_NX.device}, {PAPER}"), paper),) if paper else ()
+    listings = (Listing(("", "this run", f"{PAPER_DEVICE}, {PAPER}"), paper),) if paper else ()
     data = {"folder": str(folder), "summary": plain(summary)}
     return Report(f"benchmark {folder}", [*bench_rows(summary)], data, listings)
 

@@ -15,7 +15,7 @@ from cdkd_edge.core.errors import printable
 from cdkd_edge.core.numbers import ABSENT, estimate, percent, significant
 
 if TYPE_CHECKING:
-    from cdkd_edge.bench.compare.compare import Comparison, Row
+    from cdkd_edge.bench.compare import Comparison, Row
     from cdkd_edge.bench.statistics import Ratio
 
 
@@ -50,8 +50,8 @@ def compare(
 
     Exits with 20 if the runs are not comparable, or if one loses more than allowed.
     """
-    from cdkd_edge.bench.compare.checks import Limits, require_kept
-    from cdkd_edge.bench.compare.compare import compare_runs
+    from cdkd_edge.bench.compare import compare_runs
+    from cdkd_edge.bench.compare_checks import Limits, require_kept
 
     limits = Limits(
         slower=_share(fail_if_slower, "--fail-if-slower"), hungrier=_share(fail_if_hungrier, "--fail-if-hungrier")
@@ -64,7 +64,7 @@ def compare(
     report = describe_comparison(found)
     with new_folder(output) as place:
         if place:
-            from cdkd_edge.bench.compare.pareto import write_picture
+            from cdkd_edge.bench.pareto import write_picture
             from cdkd_edge.core.files import write_text
 
             write_picture(place / "pareto.png", found)

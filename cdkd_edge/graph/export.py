@@ -25,12 +25,12 @@ from cdkd_edge.core.errors import (
 )
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import LabelSchema, load_schema, numbered_schema
+from cdkd_edge.core.machine import library_versions
 from cdkd_edge.core.manifest import (
     FileRecord,
     GraphCheck,
     GraphManifest,
     Preprocessing,
-    library_versions,
     read_manifest,
     require_replaceable,
     write_manifest,

@@ -18,7 +18,6 @@ import re
 import shutil
 import stat
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from cdkd_edge.core.errors import SceneError
@@ -184,9 +183,7 @@ class Partial:
     def __enter__(self) -> Partial:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             if self.finished or not self.worth_keeping:
                 _remove(self.folder)

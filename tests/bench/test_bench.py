@@ -27,7 +27,6 @@ from scene_helpers import FakeEngine, names_in, noise, pipeline_threads, relaxed
 
 from cdkd_edge.bench import phases as bench_phases
 from cdkd_edge.bench import run as bench
-from cdkd_edge.bench import scene as bench_scene
 from cdkd_edge.bench.folder import read_run
 from cdkd_edge.bench.phases import LiveStatus, protocol_of
 from cdkd_edge.bench.record import BenchSummary, Protocol
@@ -284,8 +283,8 @@ def test_a_large_drawn_scene_takes_little_memory(folder: Path, monkeypatch: pyte
         drawn.append((tile, count))
         return sample_tiles(tile, count)
 
-    monkeypatch.setattr(bench_scene, "sample_tiles", draw)
-    monkeypatch.setattr(bench_scene, "PICTURE_SIDE", 96)
+    monkeypatch.setattr(bench, "sample_tiles", draw)
+    monkeypatch.setattr(bench, "PICTURE_SIDE", 96)
     end = run_benchmark(FakeEngine(delay=0.001), folder, BenchOptions(times(0.2))).end_to_end
     assert end is not None
     assert end.tiles > 9
@@ -300,7 +299,7 @@ def test_a_scene_that_fails_costs_no_measurement(
     def fail(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(bench_scene, "segment_scene", fail)
+    monkeypatch.setattr(bench, "segment_scene", fail)
     summary = run_benchmark(FakeEngine(), folder, BenchOptions(times(0.05), scene=scene))
     assert summary.figures is not None
     assert summary.end_to_end is None

@@ -16,11 +16,10 @@ from PIL import Image
 from run_helpers import make_run
 from scene_helpers import names_in
 
-from cdkd_edge.bench.compare.checks import Limits, judge
-from cdkd_edge.bench.compare.compare import Comparison, compare_runs
-from cdkd_edge.bench.compare.pareto import draw_picture, front, write_picture
-from cdkd_edge.bench.compare.scores import read_scores
+from cdkd_edge.bench.compare import Comparison, compare_runs
+from cdkd_edge.bench.compare_checks import Limits, judge, read_scores
 from cdkd_edge.bench.folder import read_summary, write_summary
+from cdkd_edge.bench.pareto import draw_picture, front, write_picture
 from cdkd_edge.bench.statistics import Interval, Ratio
 from cdkd_edge.board.power.protocol import GPU_BOARD
 from cdkd_edge.cli.compare import describe_comparison, markdown

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.core.errors import DatasetError, SceneError, UsageError
-from cdkd_edge.core.files import require_free, whole_folder
+from cdkd_edge.core.files import occupied, whole_folder
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.graph.tiles import CalibrationSet, SetManifest, is_calibration_set
@@ -161,7 +161,8 @@ def _replaceable(folder: Path, overwrite: bool) -> bool:
         return True
     if not is_calibration_set(folder):
         raise UsageError(f"{folder} is not empty and no calibration set", hint="name another --output")
-    require_free(folder, overwrite=overwrite, error=UsageError)
+    if not overwrite:
+        raise occupied(folder, UsageError)
     return True
 
 

@@ -1042,7 +1042,7 @@ BOMBS = {
     "many keys": lambda s: archive(b"}(" + b"X\x05\x00\x00\x00abcdeK\x01" * 510_000 + b"u"),
     "deep tuples": lambda s: archive(b"})" + b"\x85" * 400_000 + b"K\x01s"),
     "tuples of tuples": lambda s: archive(b"})" + b"q\x01h\x01\x86" * 40 + b"K\x01s"),
-    "deep lists": lambda s: archive(b"}X\x01\x00\x00\x00a" + b"]" * 300_000 + b"a" * 299_999 + b"s"),
+    "deep lists": lambda s: archive(b"}X\x01\x00\x00\x00a" + b"]" * 100_000 + b"a" * 99_999 + b"s"),
     "a bytearray": lambda s: archive(b"c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R"),
     "a tensor by size": lambda s: archive(b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x10\x85R"),
     "overlapping entries": lambda s: overlapping(500),

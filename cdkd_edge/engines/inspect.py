@@ -93,7 +93,7 @@ def inspect_artefact(path: Path) -> Inspection:
             f"{path} is neither a graph (.onnx) nor an engine (.engine, .cpu.onnx)",
             hint="for a checkpoint: `cdkd-edge info`",
         )
-    if path.suffix == ".engine":
+    if path.suffix != ".onnx":
         return _inspect_engine(path, read_manifest(path, EngineManifest))
     if not manifest_path(path).exists():
         warning = "there is no manifest beside it: what it was made from and whether it was checked is not known"

@@ -40,7 +40,7 @@ _Module = TypeVar("_Module", SegmentationNetwork, Encoder)
 OPENMMLAB_SCHEMA = "OpenMMLab meta"
 """Name of a schema made from OpenMMLab's class names; ``--schema`` overrides it."""
 _MAX_HEADER = 4 << 20
-"""Characters of configuration, schema and training notes as JSON."""
+"""Most characters of configuration, schema or training notes as JSON; a number or bracket counts as 16."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def _is_plain(value: object, kind: type) -> bool:
     size = 0
     try:
         for part in json.JSONEncoder().iterencode(value):
-            size += max(4, len(part))  # brackets alone cost time, too
+            size += max(16, len(part))  # brackets alone take time, too
             if size > _MAX_HEADER:
                 return False
     except (TypeError, ValueError, RecursionError):

@@ -93,9 +93,10 @@ class _Search:
         self.dropped: dict[str, list[str]] = {}
         self.notes: list[str] = []
         self.averaged = False
-        self._chosen = self._settled = False
-        self._offered: list[str] = []
-        self._raw: Any = None
+        self._chosen = False  # ``choice`` was the name of a group
+        self._settled = False  # a choice between groups was made
+        self._offered: list[str] = []  # names of all groups, for errors
+        self._raw: Any = None  # the raw weights, if averaged ones were taken
 
     def descend(self, level: Mapping[Any, Any]) -> dict[str, Tensor]:
         """The tensors of the chosen set of weights."""

@@ -55,11 +55,10 @@ class TensorRTOptions:
 
     def __post_init__(self) -> None:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise UsageError(f"optimisation level {self.optimization_level} is not 0 to 5")
+            raise UsageError(f"--opt-level must be 0 to 5, got {self.optimization_level}")
         if self.workspace_bytes is not None and self.workspace_bytes < 1 << 20:
-            raise UsageError(
-                f"a workspace of {self.workspace_bytes} bytes is below 1 MiB", hint="give a size such as 512M or 2G"
-            )
+            size = f"{self.workspace_bytes} bytes"
+            raise UsageError(f"--workspace-size must be at least 1M, got {size}", hint="give a size such as 512M or 2G")
 
 
 def parse_size(text: str) -> int:

@@ -40,6 +40,11 @@ HEADS = ("--heads", 2)
 SPLIT = ("--schema", "dubai", "--val-scenes", "b")
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
+
+
 def run(*arguments):
     runner = CliRunner()
     return runner.invoke(cli.app, [str(argument) for argument in arguments])
@@ -749,7 +754,7 @@ def test_ctrl_c_after_training_leaves_only_the_judging(data, encoder, tmp_path, 
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "evaluate_color_rules", interrupted)
+        patch.setattr(module, "score_color_rules", interrupted)
         assert run(*arguments).exit_code == 130
     with monkeypatch.context() as patch:
         patch.setattr(module.Trainer, "run_epoch", None)

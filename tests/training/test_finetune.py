@@ -497,7 +497,7 @@ def test_bad_validation_data_is_found_before_training(encoder, tmp_path, monkeyp
     ("options", "code", "pattern"),
     [
         (("--val-scenes", "b"), 4, "nothing says how the masks .* encode classes"),
-        (("--schema", "dubai"), 13, "does not say what to validate on"),
+        (("--schema", "dubai"), 13, "no split into training and validation"),
         (("--schema", "dubai", "--val-scenes", "c"), 13, "has no scene c"),
         (("--schema", "dubai", "--val-scenes", "a,b"), 13, "leaves nothing for training"),
         (("--schema", "dubai", "--val-scenes", "b", "--train-scenes", "a,b"), 13, "in training and in validation"),

@@ -1,1 +1,1 @@
-"""How good labels are: datasets, masks, metrics, evaluation, parity."""
+"""Measures how good labels are: datasets, masks, metrics, evaluation, parity."""

@@ -1,4 +1,4 @@
-"""Opens a checkpoint, a graph or an engine as something that labels tiles, with what its manifest says of it."""
+"""Opens a checkpoint, a graph or an engine as a labeller, with its runtime, precision and training record."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def open_artefacts(
         CdkdEdgeError: as :func:`open_artefact` does.
     """
     paths = (reference, candidate)
-    order = sorted((0, 1), key=lambda index: _is_checkpoint(paths[index]))  # first what has a tile of its own
+    order = sorted((0, 1), key=lambda index: _is_checkpoint(paths[index]))  # checkpoints take the other's tile
     has_checkpoint = any(map(_is_checkpoint, paths))
     tile = None
     with contextlib.ExitStack() as stack:

@@ -184,17 +184,19 @@ def split_dataset(
     training_list: Path | None = None,
     validation_list: Path | None = None,
 ) -> Split:
-    """Divide a dataset by scenes, by text files, or as the dataset itself says.
+    """Divide a dataset by scenes, by text files, or by its own lists or folders.
 
-    Named scenes or a list for one side leave the rest to the other. With nothing named: ``train.txt`` and
+    If scenes or a list are given for one side only, the other side is the rest. If none are given: ``train.txt`` and
     ``val.txt`` in the folder, or its subfolders ``train`` and ``val`` (LoveDA: ``Train`` and ``Val``).
-
     Raises:
         DatasetError: no split is known, one side is empty, or an image is on both sides.
     """
     notes: list[str] = []
     if (training_scenes and training_list) or (validation_scenes and validation_list):
-        raise DatasetError("name one side of a split by scenes or by a list, not by both")
+        raise DatasetError(
+            "one side of the split is given by scenes and by a list",
+            hint="give --train-scenes or --train-list, --val-scenes or --val-list",
+        )
     if not (training_scenes or validation_scenes or training_list or validation_list):
         return _own_split(dataset)
     training = _side(dataset, training_scenes, training_list)
@@ -239,7 +241,7 @@ def _own_split(dataset: Dataset) -> Split:
             dataset.of_scenes([training]), dataset.of_scenes([validation]), f"folders {training} and {validation}"
         )
     raise DatasetError(
-        f"{dataset.folder} does not say what to validate on",
+        f"{dataset.folder} has no split into training and validation",
         hint=f"name whole scenes (--val-scenes; there are {listed(dataset.scenes, 12)}), give text files "
         "(--train-list, --val-list), or put train.txt and val.txt into the folder",
     )

@@ -181,7 +181,7 @@ class CheckedImage:
 
     @contextlib.contextmanager
     def open(self, options: SegmentOptions) -> Iterator[ImageReader]:
-        """Read the image; what is worth telling of that is added to the notes."""
+        """Open the image to be read; the reader's notes are added to these notes."""
         reader = ImageReader(self.pair, options)
         try:
             yield reader

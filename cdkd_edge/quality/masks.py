@@ -133,7 +133,7 @@ def _palette(dataset: Any, schema: LabelSchema) -> npt.NDArray[np.uint8] | None:
     table = np.zeros((256, 4), np.uint8)
     table[:, 3] = 255
     for index, color in dataset.colormap(1).items():
-        if index < len(table):  # a band of 16 bits has 65536; what its pixels may use is checked where they are read
+        if index < len(table):  # a band of 16 bits has 65536 colours; _read checks which of them its pixels use
             table[index] = color
     if (table[: len(schema), :3] == schema.palette()[: len(schema)]).all():
         table[: len(schema), :3] = schema.in_palette(Palette.DATASET).palette()[: len(schema)]

@@ -1,1 +1,1 @@
-"""Decoder tuning on labelled images: views, remembered features, the training loop, the card (torch)."""
+"""Trains decoders on labelled images: training data, cached features, training loop, model card (torch)."""

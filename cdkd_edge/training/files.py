@@ -29,7 +29,7 @@ def state_path(output: Path) -> Path:
 
 
 def interruption_notice(output: Path) -> str:
-    """Tell who interrupted a run what was kept, and how to resume."""
+    """A message after an interruption: what was kept, and how to resume."""
     state = state_path(output)
     if not state.exists():
         return "there is nothing to resume yet; the same command starts again"

@@ -1,4 +1,4 @@
-"""What a run is made of: its recipe, and the network that training starts from (torch)."""
+"""The recipe of a training run, and the network that it starts from (torch)."""
 
 from __future__ import annotations
 

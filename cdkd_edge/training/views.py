@@ -41,7 +41,7 @@ class Augmentation:
     """
 
     flips: bool = True
-    """Quarter turns and mirroring: what is above or left means nothing in imagery taken from above."""
+    """Quarter turns and mirroring: imagery from above has no preferred direction."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest magnification, drawn evenly on a logarithmic scale."""
     light: float = 0.0

@@ -35,6 +35,11 @@ from cdkd_edge.segment.options import SegmentOptions
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
+
+
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Four scenes of 4 x 3 tiles. Not to be changed."""

@@ -394,7 +394,7 @@ def test_a_piped_list_is_told_by_what_it_holds(tiles: Dataset) -> None:
 
 def test_the_lists_of_a_dataset_are_its_split(tiles: Dataset) -> None:
     (tiles.folder / "train.txt").write_text("t1_a\nt1_b\n")
-    with pytest.raises(DatasetError, match="what to validate on"):
+    with pytest.raises(DatasetError, match="no split into training"):
         split_dataset(tiles)  # half a split is none
     (tiles.folder / "val.txt").write_text("t2_a\n")
     split = split_dataset(tiles)
@@ -409,7 +409,7 @@ def test_the_parts_of_loveda_are_its_split(tmp_path: Path) -> None:
     assert names(split.training) == ["Train/Urban/7"]
     assert names(split.validation) == ["Val/Rural/9", "Val/Urban/8"]
     assert split.rule == "folders Train and Val"
-    with pytest.raises(DatasetError, match="what to validate on"):
+    with pytest.raises(DatasetError, match="no split into training"):
         split_dataset(find_dataset(tmp_path / "Val"))
 
 
@@ -422,7 +422,7 @@ def test_folders_called_train_and_val_are_a_split(tmp_path: Path) -> None:
 
 
 def test_without_a_split_there_is_a_hint(tiles: Dataset) -> None:
-    with pytest.raises(DatasetError, match="does not say what to validate on") as raised:
+    with pytest.raises(DatasetError, match="no split into training") as raised:
         split_dataset(tiles)
     for way in ("--val-scenes", "t1, t2, t3", "--val-list", "train.txt"):
         assert way in (raised.value.hint or "")
@@ -445,7 +445,7 @@ def test_a_side_that_is_left_empty_is_an_error(tiles: Dataset) -> None:
 
 
 def test_a_side_is_named_in_one_way(tiles: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="by scenes or by a list, not by both"):
+    with pytest.raises(DatasetError, match="by scenes and by a list"):
         split_dataset(tiles, validation_scenes=["t1"], validation_list=tmp_path / "val.txt")
 
 

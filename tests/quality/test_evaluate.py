@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -306,15 +304,16 @@ def test_a_mask_of_the_same_place_is_taken(tmp_path: Path, mask: dict[str, Any])
 
 
 def test_what_the_advice_on_a_misplaced_mask_types_works(tmp_path: Path) -> None:
+    from rasterio.rio.main import main_group as rio
+
     dataset = placed_pair(tmp_path, shift=30)
     (pair,) = dataset
-    rio = [sys.executable, "-c", "from rasterio.rio.main import main_group; main_group()"]
     fitted = tmp_path / "fitted.tif"
     like, nodata = ("--like", str(pair.image)), ("--src-nodata", "255", "--dst-nodata", "255")
-    subprocess.run([*rio, "warp", str(pair.mask), str(fitted), *like, *nodata], check=True)
+    rio(["warp", str(pair.mask), str(fitted), *like, *nodata], standalone_mode=False)
     result = evaluate(FakeEngine(), Dataset(tmp_path, "", (replace(pair, mask=fitted),)), SCHEMA)
     assert result.ignored_pixels == 96 * 30
-    subprocess.run([*rio, "edit-info", str(pair.mask), *like, "--crs", "like", "--transform", "like"], check=True)
+    rio(["edit-info", str(pair.mask), *like, "--crs", "like", "--transform", "like"], standalone_mode=False)
     assert evaluate(FakeEngine(), dataset, SCHEMA).matrix.score("overall_accuracy") == 1
 
 

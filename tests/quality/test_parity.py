@@ -591,11 +591,14 @@ def test_parity_of_the_bundled_network(tmp_path: Path) -> None:
     tiny = Path(cdkd_edge.__file__).parent / "demo/tiny.safetensors"
     assert run("export", tiny, "--schema", "dubai").exit_code == 0
     assert run("build").exit_code == 0
-    (tmp_path / "one.txt").write_text("tile5_005\n")
-    at = ("--data", DUBAI, "--schema", "dubai", "--list", "one.txt", "--device", "cpu", "--json")
+    for part, suffix in (("images", "jpg"), ("masks", "png")):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        with Image.open(DUBAI / part / f"tile5_005.{suffix}") as whole:
+            whole.crop((0, 0, 512, 512)).save(tmp_path / "data" / part / "tile5_005.png")
+    at = ("--data", "data", "--schema", "dubai", "--device", "cpu", "--json")
     result = run("parity", tiny, "engines/tiny.fp32.cpu.onnx", *at)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert math.isclose(document["delta_points"]["mean_iou"]["value"], 0, abs_tol=0.02)
-    assert document["scores"]["mean_iou"]["reference"] > 0.55  # 0.561 measured
+    assert document["scores"]["mean_iou"]["reference"] > 0.48  # 0.493 measured
     assert document["interval_position"] == "within"

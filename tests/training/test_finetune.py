@@ -40,6 +40,11 @@ HEADS = ("--heads", 2)
 SPLIT = ("--schema", "dubai", "--val-scenes", "b")
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
+
+
 def run(*arguments):
     runner = CliRunner()
     return runner.invoke(cli.app, [str(argument) for argument in arguments])
@@ -492,7 +497,7 @@ def test_bad_validation_data_is_found_before_training(encoder, tmp_path, monkeyp
     ("options", "code", "pattern"),
     [
         (("--val-scenes", "b"), 4, "nothing says how the masks .* encode classes"),
-        (("--schema", "dubai"), 13, "does not say what to validate on"),
+        (("--schema", "dubai"), 13, "no split into training and validation"),
         (("--schema", "dubai", "--val-scenes", "c"), 13, "has no scene c"),
         (("--schema", "dubai", "--val-scenes", "a,b"), 13, "leaves nothing for training"),
         (("--schema", "dubai", "--val-scenes", "b", "--train-scenes", "a,b"), 13, "in training and in validation"),
@@ -749,7 +754,7 @@ def test_ctrl_c_after_training_leaves_only_the_judging(data, encoder, tmp_path, 
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "evaluate_color_rules", interrupted)
+        patch.setattr(module, "score_color_rules", interrupted)
         assert run(*arguments).exit_code == 130
     with monkeypatch.context() as patch:
         patch.setattr(module.Trainer, "run_epoch", None)

@@ -1,4 +1,4 @@
-"""Chooses tiles that cover an archive: some for its extremes, the rest for what is typical of it.
+"""Chooses tiles that cover an archive: a share of extreme ones, the others typical ones.
 
 An INT8 range must hold the extremes, and its resolution should serve what is frequent. Farthest-point selection
 (Gonzalez 1985: within a factor of two of the smallest radius possible) finds the extremes, k-means medoids what is
@@ -123,7 +123,7 @@ def _shares(available: int, count: int, check: int) -> tuple[int, int, list[str]
 
 
 def strata(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
-    """The class that each tile stands for: the one of which it has most, compared with the whole archive.
+    """The class that each tile is chosen for: the one whose share in it is largest, compared with the whole archive.
 
     Rare classes (roads, water in a desert) prevail in no tile, but some tile is always richest in them.
 

@@ -173,7 +173,7 @@ class LabelMaps:
 
 @dataclass
 class ScanReport:
-    """What was seen while scenes were scanned."""
+    """Numbers and notes of a scan."""
 
     scanned: int = 0
     """Tiles looked at."""

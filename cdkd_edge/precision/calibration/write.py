@@ -38,9 +38,7 @@ KIND_COLORS = (
     (64, 120, 176), (214, 132, 52), (90, 148, 86), (178, 78, 84),
     (132, 104, 168), (150, 118, 92), (70, 160, 160), (190, 164, 52),
 )  # fmt: skip
-"""One for each kind of imagery; eight that a print in grey still tells from the paper."""
-
-KINDS = len(KIND_COLORS)
+"""One for each of :data:`.choose.MAX_KINDS`; in a grey print they still differ from the paper."""
 
 _PAPER, _INK, _QUIET, _RULE = (255, 255, 255), (28, 32, 38), (110, 118, 128), (222, 226, 230)
 _MARGIN, _GAP, _STRIP = 28, 14, 6

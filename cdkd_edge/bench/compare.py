@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from cdkd_edge.bench import compare_checks as checks
-from cdkd_edge.bench.compare_checks import Limits, RunGate, Score, judge, scores_by_engine
+from cdkd_edge.bench.compare_checks import Limits, RunGate, Score, judge_limit, scores_by_engine
 from cdkd_edge.bench.describe import device_of, status_words
 from cdkd_edge.bench.folder import SUMMARY, Run, read_summary, read_tiles
 from cdkd_edge.bench.record import LOAD, Figures, RailFigures
@@ -156,7 +156,7 @@ def compare_runs(
         _require_figures(name, run)
     scores, unmatched = scores_by_engine(list(evaluations), {run.summary.engine.artefact.sha256 for run in runs})
     reasons, notes = _differences(names, runs, baseline)
-    reasons += _score_objections(names, runs, scores)
+    reasons += _scores_on_other_data(names, runs, scores)
     notes += [f"{file} is about another engine than these (by SHA-256)" for file in unmatched]
     if reasons and not force:
         raise CompareError(
@@ -208,7 +208,7 @@ def _require_figures(name: str, run: Run) -> None:
 def _differences(names: Sequence[str], runs: Sequence[Run], baseline: int) -> tuple[list[str], list[str]]:
     """Why the runs are not comparable with the baseline, and other differences to know."""
     reasons = [
-        text for name, run in zip(names, runs, strict=True) for text in checks.status_objections(name, run.summary)
+        text for name, run in zip(names, runs, strict=True) for text in checks.why_not_quotable(name, run.summary)
     ]
     notes = []
     for index, run in enumerate(runs):
@@ -216,12 +216,12 @@ def _differences(names: Sequence[str], runs: Sequence[Run], baseline: int) -> tu
             notes.append(f"{names[index]}: {warning}")
         if index != baseline:
             pair = (names[baseline], names[index])
-            reasons += checks.objections(pair, runs[baseline].summary, run.summary)
-            notes += checks.remarks(pair, runs[baseline].summary, run.summary)
+            reasons += checks.why_not_comparable(pair, runs[baseline].summary, run.summary)
+            notes += checks.other_differences(pair, runs[baseline].summary, run.summary)
     return reasons, notes
 
 
-def _score_objections(names: Sequence[str], runs: Sequence[Run], scores: dict[str, Score]) -> list[str]:
+def _scores_on_other_data(names: Sequence[str], runs: Sequence[Run], scores: dict[str, Score]) -> list[str]:
     known = [
         (name, scores[sha])
         for name, sha in zip(names, (run.summary.engine.artefact.sha256 for run in runs), strict=True)
@@ -334,12 +334,12 @@ def _gates(row: Row, limits: Limits) -> list[RunGate]:
         raise CompareError(f"{row.name} is the baseline's own run: no limit can be judged", hint="name another run")
     found = []
     if limits.slower is not None and row.speed:
-        found.append(judge(row.name, "speed", limits.slower, row.speed))
+        found.append(judge_limit(row.name, "speed", limits.slower, row.speed))
     if limits.hungrier is not None:
         if row.gross_energy is None:
             raise CompareError(
                 f"{row.name} has no energy to judge by a limit: {row.energy_reason or 'the baseline has none'}",
                 hint="measure both with `cdkd-edge bench --power-trace`",
             )
-        found.append(judge(row.name, "energy", limits.hungrier, row.gross_energy))
+        found.append(judge_limit(row.name, "energy", limits.hungrier, row.gross_energy))
     return found

@@ -45,7 +45,7 @@ def power_of(summary: BenchSummary) -> PowerFigures | None:
     return power if power and power.total in power.rails else None
 
 
-def status_objections(name: str, summary: BenchSummary) -> list[str]:
+def why_not_quotable(name: str, summary: BenchSummary) -> list[str]:
     """Why the figures of a run may not be quoted."""
     verdict = summary.verdict
     if verdict.status == VALID:
@@ -53,14 +53,14 @@ def status_objections(name: str, summary: BenchSummary) -> list[str]:
     return [f"{name} is {status_words(summary)}" + (f": {'; '.join(verdict.reasons)}" if verdict.reasons else "")]
 
 
-def objections(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
+def why_not_comparable(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
     """Why two runs cannot be compared; empty if they can."""
     found = []
     classes = [_class_names(run.engine.labels.get("classes")) for run in (one, other)]
     if classes[0] != classes[1]:
         lists = " and ".join(", ".join(map(str, one)) or "none" for one in classes)
         found.append(f"{names[0]} and {names[1]} have different classes: {lists}")
-    found += _setting_objections(names, one, other)
+    found += _different_settings(names, one, other)
     powers = power_of(one), power_of(other)
     if powers[0] and powers[1]:
         for what in ("scope", "total"):
@@ -79,7 +79,7 @@ def _class_names(classes: Any) -> list[Any]:
     return [item.get("name") if isinstance(item, dict) else item for item in classes]
 
 
-def _setting_objections(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
+def _different_settings(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
     """Different power modes or clocks on the same kind of board; on another board a mode means something else."""
     if one.board is None or other.board is None or device_of(one) != device_of(other):
         return []
@@ -93,7 +93,7 @@ def _setting_objections(names: tuple[str, str], one: BenchSummary, other: BenchS
     return found
 
 
-def remarks(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
+def other_differences(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
     """Differences that do not prevent a comparison, but that its reader should know."""
     pair = f"{names[1]} beside {names[0]}"
     if same_run(one, other):
@@ -146,7 +146,7 @@ class RunGate:
     text: str
 
 
-def judge(run: str, quantity: Literal["speed", "energy"], limit: float, ratio: Ratio) -> RunGate:
+def judge_limit(run: str, quantity: Literal["speed", "energy"], limit: float, ratio: Ratio) -> RunGate:
     """Judge a ratio by a limit.
 
     Raises:

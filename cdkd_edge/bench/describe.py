@@ -101,6 +101,15 @@ def total_rail(figures: Figures) -> str | None:
     return rail if rail in power.rails else None
 
 
+def main_figures(figures: Figures) -> list[tuple[Quantity, str]]:
+    """Speeds, latencies, and the power and energy of the total rail, with their values."""
+    rail = total_rail(figures)
+    found = [(one, one.show(figures)) for one in (*SPEEDS, *LATENCIES)]
+    if figures.power and rail:
+        found += [(one, one.show(figures.power.rails[rail])) for one in RAIL_FIGURES]
+    return found
+
+
 def device_of(summary: BenchSummary) -> str:
     """The machine in a few words: board or processor, and the GPU if the engine ran on one."""
     board = str((summary.board or {}).get("model") or summary.machine.board or summary.machine.cpu)
@@ -233,8 +242,7 @@ def _bound_rows(summary: BenchSummary) -> list[tuple[str, str]]:
 def beside_the_paper(summary: BenchSummary) -> tuple[tuple[str, str, str], ...]:
     """The run's figures beside the paper's: heading, value, published value; empty without a total rail."""
     figures = summary.figures
-    rail = total_rail(figures) if figures else None
-    if figures is None or figures.power is None or rail is None:
+    if figures is None or total_rail(figures) is None:
         return ()
-    rows = [(one, one.show(figures)) for one in SPEEDS] + [(q, q.show(figures.power.rails[rail])) for q in RAIL_FIGURES]
-    return tuple((one.heading, value, one.published) for one, value in rows)
+    rows = ((one.heading, value, one.published) for one, value in main_figures(figures))
+    return tuple(row for row in rows if row[2] != ABSENT)

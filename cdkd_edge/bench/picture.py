@@ -241,8 +241,7 @@ class TracePicture:
         axes.axis("off")
         scale = (WIDTH - self.left - self.right) / (self.stop - self.start)
         for phase in self.run.summary.phases:
-            style: dict[str, Any] = {"facecolor": TRACK[phase.name], "edgecolor": GREY, "linewidth": 0.3}
-            axes.axvspan(phase.start, phase.stop, 0.06, 0.94, **style)
+            axes.axvspan(phase.start, phase.stop, 0.06, 0.94, fc=TRACK[phase.name], ec=GREY, linewidth=0.3)
             names: list[str] = [phase.name]
             if phase.name == LOAD and self.repeats > 1:
                 names = [f"{LOAD} {phase.repeat + 1}", str(phase.repeat + 1)]
@@ -389,10 +388,8 @@ class TracePicture:
         handles = list(self.handles)
         if self.labels_dropped:
             had = {phase.name for phase in self.run.summary.phases}
-            style: dict[str, Any] = {"edgecolor": GREY, "linewidth": 0.3}
-            handles += [
-                Patch(facecolor=TRACK[name], label=name, **style) for name in (IDLE, WARM_UP, LOAD) if name in had
-            ]
+            names = [name for name in (IDLE, WARM_UP, LOAD) if name in had]
+            handles += [Patch(facecolor=TRACK[name], edgecolor=GREY, linewidth=0.3, label=name) for name in names]
         columns = min(self.legend_columns, len(handles))
         legend = self.figure.legend(
             handles=[handle for first in range(columns) for handle in handles[first::columns]],

@@ -15,13 +15,12 @@ from cdkd_edge.bench import curves
 from cdkd_edge.bench.describe import (
     COMPUTED,
     FACTS,
-    LATENCIES,
     PAPER,
     PAPER_DEVICE,
     RAIL_FIGURES,
-    SPEEDS,
     device_of,
     differences,
+    main_figures,
     scene_rows,
     status_words,
     total_rail,
@@ -76,7 +75,8 @@ def write_report_page(run: Run, path: Path) -> None:
         has_load=any(phase.name == LOAD for phase in summary.phases),
         paper=PAPER,
         paper_device=PAPER_DEVICE,
-        figure_rows=figure_rows(summary),
+        main_figures=main_figures(figures) if figures else [],
+        computed=COMPUTED,
         total=total_rail(figures) if figures else None,
         differences=differences(summary),
         no_power=curves.why_no_power(run),
@@ -101,18 +101,6 @@ def visible(value: Any) -> Any:
         return value
     hidden = ("Cc", "Cf", "Cs", "Co", "Cn")
     return "".join("\ufffd" if unicodedata.category(one) in hidden and one not in "\n\t" else one for one in value)
-
-
-def figure_rows(summary: BenchSummary) -> list[tuple[str, str, str, bool]]:
-    """The main figures: heading, this run, the paper, and whether the paper's figure was computed from printed ones."""
-    figures = summary.figures
-    if figures is None:
-        return []
-    rail = total_rail(figures)
-    found = [(one, one.show(figures)) for one in (*SPEEDS, *LATENCIES)]
-    if figures.power and rail:
-        found += [(one, one.show(figures.power.rails[rail])) for one in RAIL_FIGURES]
-    return [(one.heading, value, one.published, one.path in COMPUTED) for one, value in found]
 
 
 def rail_rows(figures: Figures | None) -> Rows:

@@ -17,7 +17,7 @@ from run_helpers import make_run
 from scene_helpers import names_in
 
 from cdkd_edge.bench.compare import Comparison, compare_runs
-from cdkd_edge.bench.compare_checks import Limits, judge, read_scores
+from cdkd_edge.bench.compare_checks import Limits, judge_limit, read_scores
 from cdkd_edge.bench.folder import read_summary, write_summary
 from cdkd_edge.bench.pareto import draw_picture, front, write_picture
 from cdkd_edge.bench.statistics import Interval, Ratio
@@ -310,7 +310,7 @@ def test_a_total_that_no_rail_is_has_no_energy(pair: tuple[Path, Path]) -> None:
     ],
 )
 def test_limits(quantity: Any, value: float, low: float, high: float, outcome: str) -> None:
-    assert judge("run", quantity, 0.05, Ratio(value, Interval(low, high), "")).outcome == outcome
+    assert judge_limit("run", quantity, 0.05, Ratio(value, Interval(low, high), "")).outcome == outcome
 
 
 def test_ci_is_told_to_stop(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -55,9 +55,9 @@ class MapOptions:
     )
     aoi: str | None = typer.Option(
         None,
-        help="Label only an area: a file of polygons (GeoJSON, GeoPackage, Shapefile), or a box in lon/lat (or the "
-        "scene's coordinates).",
-        metavar="FILE|MINX,MINY,MAXX,MAXY",
+        help="Label only an area: a file of polygons (GeoJSON, GeoPackage, Shapefile), or a box "
+        "MINX,MINY,MAXX,MAXY in lon/lat (or the scene's coordinates).",
+        metavar="FILE|BOX",
     )
     palette: Palette = PALETTE
     readers: int = typer.Option(2, help="Threads that read the scene.", min=1, max=16)
@@ -72,7 +72,7 @@ class MapOptions:
 class ProductsGroup:
     """What is written beside the label map."""
 
-    PANEL: ClassVar = "What is written beside the label map"
+    PANEL: ClassVar = "What is written besides"
 
     preview: bool = typer.Option(
         False, "--preview", help="Also write NAME_preview.png: the map over the scene, with a legend."

@@ -59,7 +59,7 @@ class KindOptions:
 class BuilderOptions:
     """How TensorRT builds."""
 
-    PANEL: ClassVar = "TensorRT"
+    PANEL: ClassVar[str] = "TensorRT"
 
     workspace_size: str | None = typer.Option(
         None,
@@ -104,7 +104,7 @@ class BuilderOptions:
 class LowerPrecisionOptions:
     """How an FP16 or INT8 graph is made and judged."""
 
-    PANEL: ClassVar = "Making the FP16 or INT8 graph"
+    PANEL: ClassVar[str] = "Making the FP16 or INT8 graph"
 
     calibration: Path | None = typer.Option(
         None,

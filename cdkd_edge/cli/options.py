@@ -105,7 +105,7 @@ class StretchOptions:
 class ReadingOptions(StretchOptions):
     """How scenes and images are read."""
 
-    PANEL: ClassVar = "How images are read"
+    PANEL: ClassVar[str] = "How images are read"
 
     strict: bool = typer.Option(
         False, "--strict", help="Stop at what GDAL only warns of while it reads (damaged files, mostly)."
@@ -120,7 +120,7 @@ class ReadingOptions(StretchOptions):
 class TorchOptions:
     """How PyTorch runs a checkpoint."""
 
-    PANEL: ClassVar = "PyTorch, for checkpoints"
+    PANEL: ClassVar[str] = "PyTorch, for checkpoints"
 
     device: str = typer.Option(
         "auto", help="Where PyTorch computes: cpu, cuda, cuda:1, mps, or auto (CUDA if there is any)."

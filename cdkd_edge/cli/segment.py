@@ -72,7 +72,7 @@ class MapOptions:
 class ProductsGroup:
     """What is written beside the label map."""
 
-    PANEL: ClassVar = "What is written besides"
+    PANEL: ClassVar[str] = "What is written besides"
 
     preview: bool = typer.Option(
         False, "--preview", help="Also write NAME_preview.png: the map over the scene, with a legend."
@@ -104,7 +104,7 @@ class ProductsGroup:
 class ManyOptions:
     """How many scenes are worked on."""
 
-    PANEL: ClassVar = "Many scenes"
+    PANEL: ClassVar[str] = "Many scenes"
 
     keep_folders: bool = typer.Option(
         False, "--keep-folders", help="Keep the folders of the scenes below the output folder."

@@ -163,27 +163,15 @@ def segment(
     many.require_sense()
     space, made = Workspace(workspace), products.checked()
     options = reading.segment_options(**dataclasses.asdict(maps))
-    names, outputs = plan_outputs(
-        scenes,
-        output,
-        space.root,
-        made,
-        confidence=maps.confidence,
-        keep_folders=many.keep_folders,
-        overwrite=overwrite,
-    )
+    naming = {"confidence": maps.confidence, "keep_folders": many.keep_folders, "overwrite": overwrite}
+    names, outputs = plan_outputs(scenes, output, space.root, made, **naming)
     path = engine or space.only_engine("cdkd-edge segment SCENE --engine", maps.engine_kind(), command_line())
     ref = engine_ref(path, threads=threads, worker_folder=many.worker_engines)
     workers, ref = workers_for(ref, many.dask, many.workers and min(many.workers, len(names)))
     with _observer(names, as_json) as observer:
         try:
             segment_many(
-                names,
-                outputs,
-                workers,
-                ref,
-                options,
-                made,
+                *(names, outputs, workers, ref, options, made),
                 overwrite=overwrite,
                 report_path=many.report,
                 observer=observer,

@@ -181,7 +181,7 @@ def started(small_engine_path: Path, folder: Path, command: str) -> subprocess.P
     ("command", "line", "kept"),
     [
         ("bench", r"after [\d.]+ m?s: warm-up", "nothing is kept; the same command starts again"),
-        ("segment", r"after [\d.]+ m?s: large\.tif: \d{4,} of \d+ tiles", "the same command goes on"),
+        ("segment", r"after [\d.]+ m?s: large\.tif: \d{4,} of \d+ tiles", "the same command resumes"),
         ("calibrate", r"after [\d.]+ m?s: reading tiles: \d+ of 10000 tiles", "the same command starts again"),
     ],
 )

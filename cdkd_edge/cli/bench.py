@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class PowerOptions:
     """Power and clocks."""
 
-    PANEL: ClassVar = "Power and clocks"
+    PANEL: ClassVar[str] = "Power and clocks"
 
     power_trace: bool = typer.Option(
         False, "--power-trace", help="Measure idle and load power, where there is a source."
@@ -56,7 +56,7 @@ class PowerOptions:
 class ProtocolOptions:
     """How long is measured."""
 
-    PANEL: ClassVar = "Protocol"
+    PANEL: ClassVar[str] = "Protocol"
 
     duration: float | None = typer.Option(None, help="Time under load, seconds. Default: 60.", min=0.1)
     idle: float | None = typer.Option(None, help="Time of each idle phase (with power), seconds. Default: 10.", min=0.1)
@@ -95,7 +95,7 @@ class ProtocolOptions:
 class SceneGroup(StretchOptions):
     """The scene that is timed as a whole."""
 
-    PANEL: ClassVar = "The scene of the end-to-end figure"
+    PANEL: ClassVar[str] = "The scene of the end-to-end figure"
 
     scene: Path | None = typer.Option(None, help="A scene of your own. Default: sample tiles, repeated.")
     overlap: int | None = OVERLAP

@@ -59,7 +59,7 @@ class KindOptions:
 class BuilderOptions:
     """How TensorRT builds."""
 
-    PANEL: ClassVar = "TensorRT"
+    PANEL: ClassVar[str] = "TensorRT"
 
     workspace_size: str | None = typer.Option(
         None,
@@ -104,7 +104,7 @@ class BuilderOptions:
 class LowerPrecisionOptions:
     """How an FP16 or INT8 graph is made and judged."""
 
-    PANEL: ClassVar = "Making the FP16 or INT8 graph"
+    PANEL: ClassVar[str] = "Making the FP16 or INT8 graph"
 
     calibration: Path | None = typer.Option(
         None,
@@ -115,7 +115,9 @@ class LowerPrecisionOptions:
     percentile: float = typer.Option(99.999, help="Per cent of the magnitudes that --calibrator percentile keeps.")
     alpha: float = typer.Option(0.5, help="SmoothQuant's exponent; 0 leaves activations as they are.")
     auto: bool = typer.Option(False, "--auto", help="Keep the noisiest layers in FP16 until the limits below are met.")
-    keep: list[str] | None = typer.Option(None, help="Keep this layer in FP16, e.g. blocks.0.mlp.fc2; repeatable.")
+    keep: list[str] | None = typer.Option(
+        None, help="Keep this layer in FP16, e.g. blocks.0.mlp.fc2; repeatable.", metavar="LAYER"
+    )
     min_agreement: float | None = typer.Option(
         None,
         help="Smallest share of the check tiles' pixels that keep their label, per cent. Default: 98 for INT8, all "

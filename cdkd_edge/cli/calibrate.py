@@ -32,6 +32,7 @@ def calibrate(
     exclude: list[str] | None = typer.Option(
         None,
         help="Evaluation set that must not be used: folder of images, calibration set, or list (.txt). Repeatable.",
+        metavar="SET",
     ),
     labels: Path | None = typer.Option(
         None, help="Folder of label maps (NAME_labels.tif, as segment writes them), to cover every class."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +62,7 @@ def evaluate(
     dataset = accuracy.dataset(data)
     folder = accuracy.folder(space, f"{stem_of(path)}-accuracy")
     subject = open_artefact(
-        path,
-        schema=accuracy.schema,
-        tile=tile,
-        device=torch.device,
-        precision=torch.precision,
-        threads=accuracy.threads,
-        weights=torch.weights,
+        path, schema=accuracy.schema, tile=tile, threads=accuracy.threads, **dataclasses.asdict(torch)
     )
     try:
         classes = data_schema(dataset, accuracy.schema, subject.labeller.schema)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class SplitOptions:
     """Which images validate, and which train."""
 
-    PANEL: ClassVar = "What is validated on"
+    PANEL: ClassVar[str] = "What is validated on"
 
     val_scenes: str | None = typer.Option(None, help="Validate on these scenes and train on the others.", metavar="A,B")
     train_scenes: str | None = typer.Option(None, help="Train on these scenes. Default: all others.", metavar="A,B")
@@ -48,7 +48,7 @@ class SplitOptions:
 class RecipeOptions:
     """How it is trained."""
 
-    PANEL: ClassVar = "Recipe (defaults: the paper's)"
+    PANEL: ClassVar[str] = "Recipe (defaults: the paper's)"
 
     epochs: int = typer.Option(30, help="Passes over the data.")
     batch: int = typer.Option(4, help="Crops per step.")
@@ -72,7 +72,7 @@ class RecipeOptions:
 class ViewOptions:
     """How crops are varied."""
 
-    PANEL: ClassVar = "Views of a crop"
+    PANEL: ClassVar[str] = "Views of a crop"
 
     views: int = typer.Option(
         8,
@@ -91,7 +91,7 @@ class ViewOptions:
 class NetworkOptions:
     """The network that is trained."""
 
-    PANEL: ClassVar = "Network"
+    PANEL: ClassVar[str] = "Network"
 
     tile: int | None = typer.Option(
         None, help="Side of crops and tiles, px. Default: a network's own, 1024 for an encoder.", min=1
@@ -112,7 +112,7 @@ class NetworkOptions:
 class FeatureOptions:
     """Where the features of a frozen encoder are stored."""
 
-    PANEL: ClassVar = "Features of a frozen encoder"
+    PANEL: ClassVar[str] = "Features of a frozen encoder"
 
     features: Path | None = typer.Option(
         None, help="Folder for stored features. Default: beside the output.", file_okay=False

@@ -12,12 +12,13 @@ import inspect
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 import typer
+import typer.models
 
 from cdkd_edge.core.errors import MissingExtraError
 from cdkd_edge.core.labels import BUILTIN_SCHEMAS, Palette
@@ -104,6 +105,8 @@ class StretchOptions:
 class ReadingOptions(StretchOptions):
     """How scenes and images are read."""
 
+    PANEL: ClassVar[str] = "How images are read"
+
     strict: bool = typer.Option(
         False, "--strict", help="Stop at what GDAL only warns of while it reads (damaged files, mostly)."
     )
@@ -116,6 +119,8 @@ class ReadingOptions(StretchOptions):
 @dataclass(frozen=True)
 class TorchOptions:
     """How PyTorch runs a checkpoint."""
+
+    PANEL: ClassVar[str] = "PyTorch, for checkpoints"
 
     device: str = typer.Option(
         "auto", help="Where PyTorch computes: cpu, cuda, cuda:1, mps, or auto (CUDA if there is any)."
@@ -192,25 +197,39 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
         function(**values)
 
-    parameters: list[inspect.Parameter] = []
+    parameters = []
     for parameter in inspect.signature(function).parameters.values():
         group = groups.get(parameter.name)
         own = [(parameter.name, hints[parameter.name], parameter.default)]
-        for name, kind, default in own if group is None else _options_of(group):
-            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+        for name, kind, option in own if group is None else _options_of(group):
+            default = _shown_briefly(option, kind, getattr(group, "PANEL", None))
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, keyword, default=default, annotation=kind))
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-def _options_of(group: Any) -> Iterator[tuple[str, Any, Any]]:
+def _options_of(group: Any) -> list[tuple[str, Any, Any]]:
     """Name, type and option of each field of a group."""
-    hints, panel = get_type_hints(group), getattr(group, "PANEL", None)
-    for field in dataclasses.fields(group):
-        option: Any = copy.copy(field.default)
-        option.rich_help_panel = option.rich_help_panel or panel
-        yield field.name, hints[field.name], option
+    hints = get_type_hints(group)
+    return [(field.name, hints[field.name], field.default) for field in dataclasses.fields(group)]
+
+
+_METAVARS = {bool: " ", int: "N", float: "X", Path: "PATH", str: "TEXT"}
+"""What the help shows for a value, in place of Typer's longer words."""
+
+
+def _shown_briefly(option: Any, kind: Any, panel: str | None) -> Any:
+    """The option with a short word for its value, below the heading of its group."""
+    if not isinstance(option, typer.models.OptionInfo):
+        return option
+    option = copy.copy(option)
+    option.rich_help_panel = panel
+    types = [one for one in get_args(kind) or [kind] if one in _METAVARS]
+    option.metavar = option.metavar or (_METAVARS[types[0]] if types else None)
+    return option
 
 
 def stem_of(artefact: Path) -> str:

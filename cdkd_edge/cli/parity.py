@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,34 @@ from cdkd_edge.core.workspace import Workspace
 if TYPE_CHECKING:
     from cdkd_edge.quality.artefacts import LoadedArtefact
     from cdkd_edge.quality.datasets import Dataset
-    from cdkd_edge.quality.parity import ComparedScore, Parity
+    from cdkd_edge.quality.parity import ComparedScore, Parity, ParityGate
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """What the verdict depends on."""
+
+    tolerance: float | None = typer.Option(
+        None, help="Largest loss of mIoU, percentage points. Default: 0.02; 0.5 for an INT8 candidate.", min=0, max=100
+    )
+    min_agreement: float | None = typer.Option(
+        None,
+        help="Smallest share of pixels with the same label, per cent. Default: 99.9; 98 for an INT8 candidate.",
+        min=0,
+        max=100,
+    )
+
+    def require_sense(self) -> None:
+        """Refuse a share of 1 where per cent are meant."""
+        if self.min_agreement is not None and 0 < self.min_agreement <= 1:
+            raise typer.BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")
+
+    def gate(self, precision: str) -> ParityGate:
+        """The limits for a candidate of this precision."""
+        from cdkd_edge.quality.parity import ParityGate
+
+        share = None if self.min_agreement is None else self.min_agreement / 100
+        return ParityGate.of(precision, self.tolerance, share)
 
 
 def parity(
@@ -43,15 +72,7 @@ def parity(
     *,
     data: Path = DATA,
     engine: Path | None = ENGINE,
-    tolerance: float | None = typer.Option(
-        None, help="Largest loss of mIoU, percentage points. Default: 0.02; 0.5 for an INT8 candidate.", min=0, max=100
-    ),
-    min_agreement: float | None = typer.Option(
-        None,
-        help="Smallest share of pixels with the same label, per cent. Default: 99.9; 98 for an INT8 candidate.",
-        min=0,
-        max=100,
-    ),
+    limits: LimitOptions,
     accuracy: AccuracyOptions,
     reading: ReadingOptions,
     torch: TorchOptions,
@@ -65,10 +86,9 @@ def parity(
     from cdkd_edge.core.errors import ParityError
     from cdkd_edge.quality.artefacts import open_artefacts
     from cdkd_edge.quality.evaluate import data_schema
-    from cdkd_edge.quality.parity import ParityGate, measure_parity
+    from cdkd_edge.quality.parity import measure_parity
 
-    if min_agreement is not None and 0 < min_agreement <= 1:
-        raise typer.BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")
+    limits.require_sense()
     options = reading.segment_options(overlap=accuracy.overlap)
     space = Workspace(workspace)
     candidate = named_engine(artefact, engine) or space.only_engine(
@@ -77,23 +97,16 @@ def parity(
     dataset = accuracy.dataset(data)
     folder = accuracy.folder(space, f"{stem_of(candidate)}-parity")
     pair = open_artefacts(
-        reference,
-        candidate,
-        schema=accuracy.schema,
-        device=torch.device,
-        precision=torch.precision,
-        threads=accuracy.threads,
-        weights=torch.weights,
+        reference, candidate, schema=accuracy.schema, threads=accuracy.threads, **dataclasses.asdict(torch)
     )
     with pair as (ours, theirs), new_folder(folder) as place, tile_bar(candidate.name) as progress:
-        gate = ParityGate.of(theirs.precision, tolerance, None if min_agreement is None else min_agreement / 100)
         named = next((one.labeller.schema for one in (theirs, ours) if not one.labeller.schema.numbered), None)
         result = measure_parity(
             ours.labeller,
             theirs.labeller,
             dataset,
             data_schema(dataset, accuracy.schema, named),
-            gate,
+            limits.gate(theirs.precision),
             options=options,
             maps=place / "maps" if place and accuracy.save_maps else None,
             trained_on=ours.training or theirs.training,

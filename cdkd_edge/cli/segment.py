@@ -55,9 +55,9 @@ class MapOptions:
     )
     aoi: str | None = typer.Option(
         None,
-        help="Label only an area: a file of polygons (GeoJSON, GeoPackage, Shapefile), or a box in lon/lat (or the "
-        "scene's coordinates).",
-        metavar="FILE|MINX,MINY,MAXX,MAXY",
+        help="Label only an area: a file of polygons (GeoJSON, GeoPackage, Shapefile), or a box "
+        "MINX,MINY,MAXX,MAXY in lon/lat (or the scene's coordinates).",
+        metavar="FILE|BOX",
     )
     palette: Palette = PALETTE
     readers: int = typer.Option(2, help="Threads that read the scene.", min=1, max=16)
@@ -72,7 +72,7 @@ class MapOptions:
 class ProductsGroup:
     """What is written beside the label map."""
 
-    PANEL: ClassVar = "What is written beside the label map"
+    PANEL: ClassVar[str] = "What is written besides"
 
     preview: bool = typer.Option(
         False, "--preview", help="Also write NAME_preview.png: the map over the scene, with a legend."
@@ -104,7 +104,7 @@ class ProductsGroup:
 class ManyOptions:
     """How many scenes are worked on."""
 
-    PANEL: ClassVar = "Many scenes"
+    PANEL: ClassVar[str] = "Many scenes"
 
     keep_folders: bool = typer.Option(
         False, "--keep-folders", help="Keep the folders of the scenes below the output folder."
@@ -163,27 +163,15 @@ def segment(
     many.require_sense()
     space, made = Workspace(workspace), products.checked()
     options = reading.segment_options(**dataclasses.asdict(maps))
-    names, outputs = plan_outputs(
-        scenes,
-        output,
-        space.root,
-        made,
-        confidence=maps.confidence,
-        keep_folders=many.keep_folders,
-        overwrite=overwrite,
-    )
+    naming = {"confidence": maps.confidence, "keep_folders": many.keep_folders, "overwrite": overwrite}
+    names, outputs = plan_outputs(scenes, output, space.root, made, **naming)
     path = engine or space.only_engine("cdkd-edge segment SCENE --engine", maps.engine_kind(), command_line())
     ref = engine_ref(path, threads=threads, worker_folder=many.worker_engines)
     workers, ref = workers_for(ref, many.dask, many.workers and min(many.workers, len(names)))
     with _observer(names, as_json) as observer:
         try:
             segment_many(
-                names,
-                outputs,
-                workers,
-                ref,
-                options,
-                made,
+                *(names, outputs, workers, ref, options, made),
                 overwrite=overwrite,
                 report_path=many.report,
                 observer=observer,

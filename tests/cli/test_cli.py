@@ -639,7 +639,7 @@ def test_two_scenes_of_one_name(workspace: Path, tmp_path: Path) -> None:
     unchanged = untouched(tmp_path)
     scenes = (workspace / "scene.tif", tmp_path / "other" / "scene.tif")
     assert_answer(run("segment", *scenes, "-w", workspace), 10, r"two scenes would both become .*scene_labels\.tif")
-    assert_wrong_usage(run("segment", *scenes, "-w", workspace, "-o", tmp_path / "map.tif"), "need a directory")
+    assert_wrong_usage(run("segment", *scenes, "-w", workspace, "-o", tmp_path / "map.tif"), "name a directory")
     assert unchanged()
 
 

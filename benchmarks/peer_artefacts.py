@@ -22,18 +22,19 @@ from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest, r
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.runtimes import RUNTIMES, build_engine
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint
-from cdkd_edge.graph.int8.tiles import CalibrationSet
+from cdkd_edge.graph.tiles import CalibrationSet
 from cdkd_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from cdkd_edge.precision.calibration.generate import CalibrateOptions, calibrate
 from cdkd_edge.precision.calibration.scenes import expand, measure
-from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8
+from cdkd_edge.precision.int8 import Int8Options, write_int8
+from cdkd_edge.precision.int8_gate import Int8Gate
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segment.options import SegmentOptions
 
 CHECK_TILES = 2
 """Kept apart from the calibration tiles, for the INT8 graph's own check."""
 
-NO_GATE = Gate(0.02, 100)
+NO_GATE = Int8Gate(0.02, 100)
 """For random weights, whose labels say nothing about INT8."""
 
 Progress = Callable[[str], None]
@@ -208,8 +209,8 @@ def _int8(
             place,
             CalibrateOptions(count=count, check=CHECK_TILES, tile=tile, scene=SegmentOptions()),
         )
-    options = Int8Options(gate=Gate() if trained else NO_GATE)
-    write_int8(plain, graph, CalibrationSet.load(place), options, progress=progress)
+    options = Int8Options(gate=Int8Gate() if trained else NO_GATE)
+    write_int8(plain, graph, CalibrationSet.load(place), options, note=progress)
     progress("building the INT8 engine")
     build_engine(graph, engine, RUNTIMES["cpu"])
 

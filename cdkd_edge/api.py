@@ -133,11 +133,11 @@ def build(
         WorkspaceError, GraphError, NumericalCheckError, EngineError: it cannot be built.
     """
     from cdkd_edge.engines.runtimes import build_engine, choose_runtime
-    from cdkd_edge.precision.graph import Request, labelled_data, prepare_graph
-    from cdkd_edge.precision.plan import engine_path
+    from cdkd_edge.precision.choose import GraphRequest, engine_path, prepare_graph
+    from cdkd_edge.precision.int8_gate import labelled_data
 
     space, chosen = Workspace(Path(workspace)), choose_runtime(runtime)
-    request = Request(
+    request = GraphRequest(
         calibration=None if calibration is None else Path(calibration),
         data=None if data is None else labelled_data(Path(data), schema, None),
     )

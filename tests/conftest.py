@@ -35,7 +35,7 @@ from cdkd_edge.core.manifest import (
 )
 from cdkd_edge.engines import runtimes
 from cdkd_edge.engines.onnxruntime import build_cpu_engine
-from cdkd_edge.engines.tensorrt.device import NoGpu
+from cdkd_edge.engines.tensorrt.find import NoGpu
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 

@@ -98,7 +98,7 @@ def _test(name: str, job: tuple[list[str], dict[str, str]]) -> bool:
 
 def _has_vnni(command: list[str], environment: dict[str, str]) -> bool:
     """Whether qemu really gives a CPU with VNNI: without it, signed weights are not exact on x86-64."""
-    probe = "from cdkd_edge.graph.session import signed_weights_are_exact as exact; raise SystemExit(not exact())"
+    probe = "from cdkd_edge.graph.cpu import signed_weights_are_exact as exact; raise SystemExit(not exact())"
     return subprocess.run([*command, "-c", probe], env=environment, capture_output=True, timeout=LIMIT).returncode == 0
 
 

@@ -12,12 +12,13 @@ from cdkd_edge.cli.helpers import need, show, stem_of, steps, workspace_at
 from cdkd_edge.cli.options import (
     BandsOption,
     JsonOption,
+    PaletteOption,
     StretchOption,
     WeightsOption,
     WorkspaceOption,
     segment_options,
 )
-from cdkd_edge.core.labels import BUILTIN_SCHEMAS
+from cdkd_edge.core.labels import BUILTIN_SCHEMAS, Palette
 
 
 @app.command()
@@ -89,7 +90,7 @@ def export(
     need("torch", "export", "exporting a checkpoint")
     from cdkd_edge.cli.show.chain import describe_export
     from cdkd_edge.graph.export import ExportOptions, export_checkpoint
-    from cdkd_edge.precision.int8 import Gate
+    from cdkd_edge.precision.int8_gate import Int8Gate
 
     destination = output or workspace_at(workspace).graphs / f"{stem_of(checkpoint)}.onnx"
     if destination.suffix != ".onnx":
@@ -98,7 +99,7 @@ def export(
         raise typer.BadParameter("it is written into what --qgis and --stac make", param_hint="--gsd")
     if min_agreement is not None and fp16 is False:
         raise typer.BadParameter("it is about the FP16 graph", param_hint="--min-agreement")
-    least = None if min_agreement is None else Gate(min_agreement / 100).agreement
+    least = None if min_agreement is None else Int8Gate(min_agreement / 100).agreement
     options = ExportOptions(tile, batch, opset, schema, heads, norm_eps, fp16, least, qgis, stac, gsd, weights)
     with steps() as step:
         result = export_checkpoint(checkpoint, destination, options, step)
@@ -113,6 +114,7 @@ def demo(
     ] = None,
     bands: BandsOption = None,
     stretch: StretchOption = False,
+    palette: PaletteOption = Palette.DISPLAY,
     workspace: Annotated[
         Path, typer.Option("--workspace", "-w", help="Where the demo writes.", file_okay=False)
     ] = Path("cdkd-edge-demo"),
@@ -122,10 +124,12 @@ def demo(
 
     Without PyTorch, as on a board, the check against it is skipped.
     """
+    import dataclasses
+
     from cdkd_edge.cli.show.chain import describe_demo
     from cdkd_edge.demo.run import run_demo
 
-    options = segment_options(None, bands, stretch, None, None)
+    options = dataclasses.replace(segment_options(None, bands, stretch, None, None), palette=palette)
     with steps() as step:
         result = run_demo(workspace_at(workspace), scene, options, step)
     show(describe_demo(result), as_json)

@@ -144,10 +144,10 @@ def build(
     from cdkd_edge.cli.show.engines import describe_build
     from cdkd_edge.core.output_kinds import CONFIDENCE, PROBABILITIES
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions, parse_size, parse_target
-    from cdkd_edge.graph.int8.calibrate import CalibrationOptions
-    from cdkd_edge.precision.graph import Request, labelled_data, prepare_graph
-    from cdkd_edge.precision.int8 import Gate, Int8Options
-    from cdkd_edge.precision.plan import compare_speed, engine_path
+    from cdkd_edge.graph.int8 import CalibrationOptions
+    from cdkd_edge.precision.choose import GraphRequest, compare_speed, engine_path, prepare_graph
+    from cdkd_edge.precision.int8 import Int8Options
+    from cdkd_edge.precision.int8_gate import Int8Gate, labelled_data
 
     asked = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if given]
     if len(asked) > 1:
@@ -171,9 +171,9 @@ def build(
     space = workspace_at(workspace)
     ranges = CalibrationOptions(calibrator, percentile, alpha or None)
     least = None if min_agreement is None else min_agreement / 100
-    request = Request(
+    request = GraphRequest(
         calibration,
-        Int8Options(ranges, Gate(loss=max_loss), auto, tuple(keep or ())),
+        Int8Options(ranges, Int8Gate(loss=max_loss), auto, tuple(keep or ())),
         labelled_data(data, schema, scenes) if data else None,
         again,
         least,
@@ -192,7 +192,7 @@ def build(
     with steps() as step:
         step(f"building from {source.name}")
         manifest = build_engine(source, destination, chosen, options, step, _tell if verbose else _ignore)
-        rival = compare_speed(space, destination, manifest, step)
+        rival = compare_speed(destination, manifest, step)
     show(describe_build(destination, manifest, prepared, rival), as_json)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from cdkd_edge.core.labels import BUILTIN_SCHEMAS
+from cdkd_edge.core.labels import BUILTIN_SCHEMAS, Palette
 
 if TYPE_CHECKING:
     from cdkd_edge.quality.datasets import Dataset
@@ -39,6 +39,10 @@ PercentilesOption = Annotated[
 RangeOption = Annotated[
     Optional[tuple[float, float]],  # noqa: UP045
     typer.Option("--stretch-range", help="Stretch these values.", metavar="LOW HIGH"),
+]
+PaletteOption = Annotated[
+    Palette,
+    typer.Option("--palette", help="Colours of maps: the schema's for display, or those of the dataset's masks."),
 ]
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Take what GDAL warns of while images are read (damage, mostly) for an error.")

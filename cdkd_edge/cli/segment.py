@@ -14,6 +14,7 @@ from cdkd_edge.cli.options import (
     EngineOption,
     JsonOption,
     OverlapOption,
+    PaletteOption,
     PercentilesOption,
     RangeOption,
     StretchOption,
@@ -22,6 +23,7 @@ from cdkd_edge.cli.options import (
     WorkspaceOption,
     segment_options,
 )
+from cdkd_edge.core.labels import Palette
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
 from cdkd_edge.segment.merges import DEFAULT_MERGE, merge_help, merge_mode
 
@@ -71,6 +73,7 @@ def segment(
             metavar="FILE|MINX,MINY,MAXX,MAXY",
         ),
     ] = None,
+    palette: PaletteOption = Palette.DISPLAY,
     readers: Annotated[int, typer.Option("--readers", help="Threads that read the scene.", min=1, max=16)] = 2,
     preview: Annotated[
         bool,
@@ -160,6 +163,7 @@ def segment(
         confidence=confidence,
         gsd=gsd,
         aoi=aoi,
+        palette=palette,
         readers=readers,
     )
     if (min_area or simplify) and not vector:

@@ -16,9 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cdkd_edge.core.errors import CdkdEdgeError, ManifestError
+
+T = TypeVar("T")
 
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 """Name of a temporary folder. Its process holds a lock on it, which the system releases when the process ends."""
@@ -83,6 +85,22 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(read_small(path, 1 << 20).decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def converted(document: Any, kind: type[T]) -> T:
+    """Parsed JSON or TOML as an instance of a dataclass or ``msgspec.Struct``, strictly checked.
+
+    Raises:
+        ValueError: what is wrong, and where: ``classes[0].color: expected array of length 3, got 2``.
+    """
+    import msgspec
+
+    try:
+        return msgspec.convert(document, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        fault, _, place = str(error).replace("`", "").partition(" - at $")
+        where = f"{place.removeprefix('.')}: " if place else ""
+        raise ValueError(f"{where}{fault[:1].lower()}{fault[1:]}") from None
 
 
 @contextlib.contextmanager

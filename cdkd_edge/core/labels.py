@@ -2,7 +2,8 @@
 
 A *label* is the index of a class in its schema, 0 .. K-1; 255 is "no label" everywhere (ignored in
 masks, no data in label maps). A *mask* is what a dataset ships: RGB colours or index values, which a
-schema translates to labels.
+schema translates to labels. Maps, legends and reports show classes in their *display* colours; a class
+without one is shown in its mask colour.
 
 Built-in schemas: ``deepglobe`` (Demir et al., CVPRW 2018), ``loveda`` (Wang et al., NeurIPS D&B 2021)
 and ``dubai`` (MBRSC / Humans in the Loop, CC0). A user's own is a TOML file::
@@ -13,20 +14,23 @@ and ``dubai`` (MBRSC / Humans in the Loop, CC0). A user's own is a TOML file::
 
     [[classes]]
     name = "building"
-    color = [60, 16, 152]     # RGB, 0..255
+    color = [60, 16, 152]     # in the masks; RGB, 0..255
+    display = [180, 66, 86]   # on maps; default: color
     value = 1                 # pixel value in index masks; default: the class's position
 """
 
 from __future__ import annotations
 
-import reprlib
+import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cdkd_edge.core.errors import SchemaError, printable
-from cdkd_edge.core.files import read_toml
+import msgspec
+
+from cdkd_edge.core.errors import SchemaError
+from cdkd_edge.core.files import converted, read_toml
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,16 +44,34 @@ MAX_CLASSES = NO_LABEL
 MAX_NAME = 200
 """Characters of a name: names stand in tables, legends and pictures."""
 
-RGB = tuple[int, int, int]
+Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
+RGB = tuple[Byte, Byte, Byte]
+
+
+class Palette(str, enum.Enum):
+    """Which colours of its schema a map shows."""
+
+    DISPLAY = "display"
+    DATASET = "dataset"
+    """Those of the dataset's masks."""
 
 
 @dataclass(frozen=True)
 class LandCoverClass:
-    """One class: ``name``, display ``color`` (RGB, 0..255) and its ``value`` in index masks."""
+    """One class of a schema."""
 
     name: str
     color: RGB
+    """In colour-coded masks."""
     value: int
+    """In index masks."""
+    display: RGB | None = None
+    """On maps, legends and reports; None: ``color``."""
+
+    @property
+    def shown(self) -> RGB:
+        """The colour on maps, legends and reports."""
+        return self.display or self.color
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,7 @@ class LabelSchema:
         _require_unique(self.name, "class name", [c.name for c in self.classes])
         _require_unique(self.name, "mask value", [*(c.value for c in self.classes), *self.ignore_values])
         _require_unique(self.name, "color", [*(c.color for c in self.classes), *self.ignore_colors])
+        _require_unique(self.name, "display color", [c.shown for c in self.classes])
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -87,19 +110,33 @@ class LabelSchema:
         """The schema as plain data, the inverse of :func:`schema_from_document`."""
         return {
             "name": self.name,
-            "classes": [{"name": c.name, "color": list(c.color), "value": c.value} for c in self.classes],
+            "classes": [
+                {
+                    "name": c.name,
+                    "color": list(c.color),
+                    "value": c.value,
+                    **({"display": list(c.display)} if c.display else {}),
+                }
+                for c in self.classes
+            ],
             "ignore_colors": [list(color) for color in self.ignore_colors],
             "ignore_values": list(self.ignore_values),
             "binarize_colors": self.binarize_colors,
         }
 
+    def in_palette(self, palette: Palette) -> LabelSchema:
+        """The same schema, to be shown in these colours."""
+        if palette is Palette.DISPLAY:
+            return self
+        return replace(self, classes=tuple(replace(c, display=c.color) for c in self.classes))
+
     def palette(self) -> npt.NDArray[np.uint8]:
-        """Colours by label, uint8 ``[256, 3]``; labels without a class are black."""
+        """The colours of a map by label, uint8 ``[256, 3]``; labels without a class are black."""
         import numpy as np
 
         table = np.zeros((256, 3), np.uint8)
         for label, cls in enumerate(self.classes):
-            table[label] = cls.color
+            table[label] = cls.shown
         return table
 
     def encode(
@@ -204,10 +241,8 @@ def schema_of_lists(name: str, class_names: object, colors: object, count: int) 
         if not isinstance(part, (list, tuple)) or len(part) != count:
             found = f"{len(part)} {what}" if isinstance(part, (list, tuple)) else f"no list of {what}"
             raise SchemaError(f"{found} for {count} classes")
-    classes = []
-    for one, color in zip(class_names, colors, strict=True):  # type: ignore[call-overload]
-        classes.append({"name": one, "color": list(color) if isinstance(color, tuple) else color})
-    return schema_from_document({"name": name, "classes": classes}, source=name)
+    pairs = zip(class_names, colors, strict=True)  # type: ignore[call-overload]
+    return schema_from_document({"name": name, "classes": [{"name": n, "color": c} for n, c in pairs]}, source=name)
 
 
 def numbered_schema(count: int) -> LabelSchema:
@@ -223,78 +258,62 @@ def numbered_schema(count: int) -> LabelSchema:
     return LabelSchema(f"numbered-{count}", tuple(classes))
 
 
-_SCHEMA_KEYS = {"name", "classes", "ignore_colors", "ignore_values", "binarize_colors"}
-_CLASS_KEYS = {"name", "color", "value"}
+class _ClassTable(msgspec.Struct, forbid_unknown_fields=True):
+    """A ``[[classes]]`` table of a schema's document."""
+
+    name: str
+    color: RGB
+    value: Byte | None = None
+    display: RGB | None = None
 
 
-def schema_from_document(document: dict[str, Any], source: str) -> LabelSchema:
+class _Document(msgspec.Struct, forbid_unknown_fields=True):
+    """A schema's document."""
+
+    classes: list[_ClassTable]
+    name: str | None = None
+    ignore_colors: list[RGB] = []
+    ignore_values: list[Byte] = []
+    binarize_colors: bool = False
+
+
+def schema_from_document(document: Any, source: str) -> LabelSchema:
     """A schema from parsed TOML or JSON, strictly checked.
+
+    Classes without display colours that have the names and mask colours of a built-in schema get that one's: manifests
+    and checkpoints were written before there were display colours.
 
     Raises:
         SchemaError: with ``source`` and the place that is wrong.
     """
-    if unknown := sorted(map(str, set(document) - _SCHEMA_KEYS)):
-        raise SchemaError(f"{source}: unknown key {unknown[0]!r} (known: {', '.join(sorted(_SCHEMA_KEYS))})")
-    tables = document.get("classes")
-    if not isinstance(tables, list) or not tables:
-        raise SchemaError(f"{source}: needs at least one [[classes]] table")
-    if len(tables) > MAX_CLASSES:
-        raise SchemaError(f"{source}: has {len(tables)} classes; 1 to {MAX_CLASSES} are possible")
-    classes = []
-    for position, table in enumerate(tables):
-        where = f"{source}: class {position}"
-        if not isinstance(table, dict) or set(table) - _CLASS_KEYS:
-            raise SchemaError(f"{where}: takes the keys {', '.join(sorted(_CLASS_KEYS))}")
-        name = table.get("name")
-        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
-            raise SchemaError(f"{where}: needs a printable name of at most {MAX_NAME} characters")
-        classes.append(
-            LandCoverClass(name, _color(table.get("color"), where), _value(table.get("value", position), where))
-        )
-    binarize = document.get("binarize_colors", False)
-    if not isinstance(binarize, bool):
-        raise SchemaError(f"{source}: binarize_colors is true or false")
-    name = document.get("name", Path(source).stem)
-    if not isinstance(name, str) or not ("name" not in document or (name.isprintable() and len(name) <= MAX_NAME)):
-        raise SchemaError(f"{source}: name is a string of at most {MAX_NAME} printable characters")
+    try:
+        read = converted(document, _Document)
+    except ValueError as error:
+        raise SchemaError(f"{source}: {error}") from None
+    name = Path(source).stem if read.name is None else read.name
+    names = {"name": read.name or "-", **{f"classes[{label}].name": c.name for label, c in enumerate(read.classes)}}
+    for where, text in names.items():
+        if not text.strip() or not text.isprintable() or len(text) > MAX_NAME:
+            raise SchemaError(f"{source}: {where}: expected 1 to {MAX_NAME} printable characters")
+    if len(read.classes) > MAX_CLASSES:  # before their default values run over
+        raise SchemaError(f"{source} has {len(read.classes)} classes; 1 to {MAX_CLASSES} are possible")
+    classes = tuple(
+        LandCoverClass(c.name, c.color, label if c.value is None else c.value, c.display)
+        for label, c in enumerate(read.classes)
+    )
     return LabelSchema(
-        name,
-        tuple(classes),
-        tuple(_color(c, f"{source}: ignore_colors") for c in _list(document, "ignore_colors", source)),
-        tuple(_value(v, f"{source}: ignore_values") for v in _list(document, "ignore_values", source)),
-        binarize,
+        name, _displayed(classes), tuple(read.ignore_colors), tuple(read.ignore_values), read.binarize_colors
     )
 
 
-def _list(document: dict[str, Any], key: str, source: str) -> list[Any]:
-    value = document.get(key, [])
-    if not isinstance(value, list):
-        raise SchemaError(f"{source}: {key} is a list")
-    return value
-
-
-def _color(value: object, where: str) -> RGB:
-    if isinstance(value, list) and len(value) == 3 and all(_is_byte(v) for v in value):
-        return (value[0], value[1], value[2])
-    raise SchemaError(f"{where}: a color is three integers 0..255, not {_shown(value)}")
-
-
-def _value(value: object, where: str) -> int:
-    if isinstance(value, int) and _is_byte(value):
-        return value
-    raise SchemaError(f"{where}: a mask value is an integer 0..255, not {_shown(value)}")
-
-
-def _shown(value: object) -> str:
-    """A value that may hold anything: lists that hold one another by reference are endless as text."""
-    try:
-        return printable(reprlib.repr(value), 60)
-    except ValueError:  # Python shows no integer of more than 4300 digits
-        return "that number"
-
-
-def _is_byte(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+def _displayed(classes: tuple[LandCoverClass, ...]) -> tuple[LandCoverClass, ...]:
+    """Classes with the display colours of the built-in schema that has the same ones, if they have none."""
+    if any(c.display for c in classes):
+        return classes
+    for schema in BUILTIN_SCHEMAS.values():
+        if [(c.name, c.color) for c in classes] == [(c.name, c.color) for c in schema.classes]:
+            return tuple(replace(c, display=known.display) for c, known in zip(classes, schema.classes, strict=True))
+    return classes
 
 
 def _code(color: RGB) -> int:
@@ -318,9 +337,18 @@ def _builtin(
     ignore_values: tuple[int, ...] = (),
     binarize_colors: bool = False,
 ) -> LabelSchema:
-    members = tuple(LandCoverClass(n, color, first_value + i) for i, (n, color) in enumerate(classes))
+    members = tuple(LandCoverClass(n, color, first_value + i, _DISPLAY[n]) for i, (n, color) in enumerate(classes))
     return LabelSchema(name, members, ignore_colors, ignore_values, binarize_colors)
 
+
+_RED, _OCHRE, _GREY, _DARK_GREEN, _BLUE = (180, 66, 86), (237, 188, 67), (164, 164, 164), (2, 77, 0), (39, 132, 228)
+_LIGHT_GREEN, _OLIVE, _WHITE = (175, 205, 124), (99, 131, 33), (242, 242, 242)
+_DISPLAY: dict[str, RGB] = {
+    "building": _RED, "urban": _RED, "road": _GREY, "water": _BLUE, "land": _OCHRE, "barren": _OCHRE,
+    "vegetation": _DARK_GREEN, "forest": _DARK_GREEN, "rangeland": _OLIVE, "agriculture": _LIGHT_GREEN,
+    "background": _WHITE,
+}  # fmt: skip
+"""Display colours of the built-in schemas, told apart with any colour vision (tests/core/test_labels.py)."""
 
 BUILTIN_SCHEMAS: dict[str, LabelSchema] = {
     schema.name: schema

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import ManifestError, SchemaError
-from cdkd_edge.core.files import read_json, require_own, sha256_of, write_text
+from cdkd_edge.core.files import converted, read_json, require_own, sha256_of, write_text
 from cdkd_edge.core.labels import LabelSchema, schema_from_document
 from cdkd_edge.core.output_kinds import LABELS, OUTPUT_KINDS, output_shapes
 
@@ -253,6 +253,28 @@ class EngineManifest(_Described):
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
 
+    @classmethod
+    def of_graph(cls, source: GraphManifest, **fields: Any) -> EngineManifest:
+        """The manifest of an engine that was built from a graph here and now.
+
+        Args:
+            source: the graph's manifest.
+            fields: what the graph's manifest does not say, by name.
+        """
+        return cls(
+            name=source.name,
+            precision=source.precision,
+            graph=source.artefact,
+            labels=source.labels,
+            preprocessing=source.preprocessing,
+            tile=source.tile,
+            batch=source.batch,
+            graph_check=source.check,
+            training=source.training,
+            output=source.output,
+            **fields,
+        )
+
 
 AnyManifest = TypeVar("AnyManifest", GraphManifest, EngineManifest)
 
@@ -330,7 +352,6 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
     Raises:
         ManifestError: there is none, it is damaged, of another kind or version, or not about this file.
     """
-    import msgspec
 
     path = manifest_path(artefact)
     if not artefact.is_file():
@@ -370,9 +391,9 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
             f"{path} has manifest version {document.get('manifest_version')}; this release reads {MANIFEST_VERSION}"
         )
     try:
-        manifest = msgspec.convert(document, kind)
+        manifest = converted(document, kind)
         schema_from_document(manifest.labels, source=str(path))
-    except (msgspec.ValidationError, SchemaError) as error:
+    except (ValueError, SchemaError) as error:
         raise ManifestError(f"manifest {path} is damaged: {error}") from None
     if manifest.output not in OUTPUT_KINDS:
         raise ManifestError(f"{path} is of a {kind.kind} that gives {manifest.output!r}, unknown to this release")

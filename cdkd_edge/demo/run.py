@@ -121,7 +121,14 @@ def run_demo(
         (output,) = label_map_paths([str(scene)], None, workspace.root)
         result = segment_scene(engine, scene, output, options)
         quicklook = output.with_name(f"{output.stem}_preview.png")
-        write_preview(scene, output, built.schema, class_areas(output, built.schema), quicklook, options)
+        write_preview(
+            scene,
+            output,
+            built.schema.in_palette(options.palette),
+            class_areas(output, built.schema),
+            quicklook,
+            options,
+        )
         mean_iou = None
         if truth is not None:
             confusion = ConfusionMatrix(len(built.schema))
@@ -146,7 +153,7 @@ def _export(checkpoint: Path, destination: Path, progress: Callable[[str], None]
     except ImportError as error:
         progress("writing the graph")
         return _write_bundled(checkpoint, destination, f"the check against PyTorch, and simplification ({error})")
-    return export_checkpoint(checkpoint, destination, progress=progress)
+    return export_checkpoint(checkpoint, destination, note=progress)
 
 
 def _write_bundled(checkpoint: Path, destination: Path, skipped: str) -> BundledGraph:

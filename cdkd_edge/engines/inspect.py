@@ -22,8 +22,8 @@ from cdkd_edge.core.manifest import (
 )
 from cdkd_edge.engines.runtimes import runtime_of
 from cdkd_edge.engines.tensorrt.layers import EngineLayers
-from cdkd_edge.graph.fuse import CONTRIB_DOMAIN
-from cdkd_edge.graph.read import load_graph
+from cdkd_edge.graph.files import load_graph
+from cdkd_edge.graph.nodes import CONTRIB_DOMAIN
 
 _NAMES = {
     TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16", TensorProto.DOUBLE: "fp64",

@@ -24,14 +24,12 @@ from cdkd_edge.core.manifest import (
     require_replaceable,
     write_manifest,
 )
-from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, build_options, confidence_of, missing_output
+from cdkd_edge.core.output_kinds import LABELS, build_options
 from cdkd_edge.core.sample import sample_tiles
-from cdkd_edge.engines.protocol import Closing, UInt8Array
-from cdkd_edge.graph.cpu import cpu_twin
-from cdkd_edge.graph.fp16 import fp16_on_cpu
-from cdkd_edge.graph.fuse import fuse_attention
-from cdkd_edge.graph.read import read_graph
-from cdkd_edge.graph.session import session_options, signed_weights_are_exact
+from cdkd_edge.engines.protocol import NamedOutputs, UInt8Array
+from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, session_options, signed_weights_are_exact
+from cdkd_edge.graph.files import read_graph
+from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
 
 MIN_AGREEMENT = 0.9999
 """Share of pixels on which engine and graph must agree; the rest is the order of additions."""
@@ -88,31 +86,22 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
         del serialized
         _check(plain, temporary, source)
         del plain
-        manifest = EngineManifest(
-            name=source.name,
+        manifest = EngineManifest.of_graph(
+            source,
             runtime=ONNXRUNTIME_CPU,
-            precision=source.precision,
             artefact=FileRecord.of(temporary, destination.name),
-            graph=source.artefact,
-            labels=source.labels,
-            preprocessing=source.preprocessing,
-            tile=source.tile,
-            batch=source.batch,
             device=describe_machine().cpu,
             attention_blocks=blocks,
             attention_fused=fused,
             build_seconds=time.perf_counter() - started,
-            graph_check=source.check,
             # The module's own word: its package may be onnxruntime-gpu or a vendor's build.
             libraries={**library_versions(("onnx", "numpy")), "onnxruntime": onnxruntime.__version__},
-            training=source.training,
-            output=source.output,
         )
         write_manifest(destination, manifest)  # before the engine gets its name: no engine without a manifest
     return manifest
 
 
-class OnnxLabeller(Closing):
+class OnnxLabeller(NamedOutputs):
     """An ONNX file in ONNX Runtime on the CPU. See :class:`cdkd_edge.engines.protocol.Labeller`."""
 
     def __init__(
@@ -161,24 +150,9 @@ class OnnxLabeller(Closing):
         """See :meth:`cdkd_edge.engines.protocol.Labeller.input`."""
         return self._inputs[slot]
 
-    def output(self, slot: int) -> UInt8Array:
-        """See :meth:`cdkd_edge.engines.protocol.Labeller.output`."""
-        return self._outputs[slot][LABELS]
-
-    def confidence(self, slot: int) -> UInt8Array:
-        """See :meth:`cdkd_edge.engines.protocol.Labeller.confidence`."""
-        if self.output_kind == PROBABILITIES:
-            return confidence_of(self._outputs[slot][PROBABILITIES])
-        return self._extra(slot, CONFIDENCE)
-
-    def probabilities(self, slot: int) -> UInt8Array:
-        """See :meth:`cdkd_edge.engines.protocol.Labeller.probabilities`."""
-        return self._extra(slot, PROBABILITIES)
-
-    def _extra(self, slot: int, wanted: str) -> UInt8Array:
-        if self.output_kind != wanted:
-            raise missing_output(self.output_kind, wanted, self.artefact.file)
-        return self._outputs[slot][wanted]
+    def named_output(self, slot: int, name: str) -> UInt8Array:
+        """An output of the slot by name."""
+        return self._outputs[slot][name]
 
     def _clear(self, slot: int) -> None:
         """No labels, and nothing known of them."""
@@ -207,7 +181,7 @@ def graph_labeller(path: Path, manifest: GraphManifest, threads: int | None = No
     """A graph in ONNX Runtime on the CPU, of any precision.
 
     An FP32 graph runs as it was exported; of an FP16 graph every value is rounded as an FP16 engine stores it
-    (:func:`cdkd_edge.graph.fp16.fp16_on_cpu`); of an INT8 graph the twin runs (:mod:`cdkd_edge.graph.cpu`).
+    (:func:`cdkd_edge.graph.fp16_simulation.fp16_on_cpu`); of an INT8 graph the twin runs (:mod:`cdkd_edge.graph.cpu`).
 
     Args:
         path: the graph.

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import EngineManifest, FileRecord
-from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, missing_output
+from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, confidence_of, missing_output
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -123,6 +123,36 @@ class LabelsOnly(Closing):
     def probabilities(self, slot: int) -> UInt8Array:
         """See :meth:`Labeller.probabilities`."""
         raise missing_output(LABELS, PROBABILITIES, self.artefact.file)
+
+
+class NamedOutputs(Closing):
+    """The part of :class:`Labeller` that is about outputs, for a class that keeps them by name."""
+
+    artefact: FileRecord
+    output_kind: str
+
+    def named_output(self, slot: int, name: str) -> UInt8Array:
+        """An output of the slot that the engine has: ``labels``, ``confidence`` or ``probabilities``."""
+        raise NotImplementedError
+
+    def output(self, slot: int) -> UInt8Array:
+        """See :meth:`Labeller.output`."""
+        return self.named_output(slot, LABELS)
+
+    def confidence(self, slot: int) -> UInt8Array:
+        """See :meth:`Labeller.confidence`."""
+        if self.output_kind == PROBABILITIES:
+            return confidence_of(self.named_output(slot, PROBABILITIES))
+        return self._extra(slot, CONFIDENCE)
+
+    def probabilities(self, slot: int) -> UInt8Array:
+        """See :meth:`Labeller.probabilities`."""
+        return self._extra(slot, PROBABILITIES)
+
+    def _extra(self, slot: int, name: str) -> UInt8Array:
+        if self.output_kind != name:
+            raise missing_output(self.output_kind, name, self.artefact.file)
+        return self.named_output(slot, name)
 
 
 class Engine(Labeller, Protocol):

@@ -1,54 +1,36 @@
 """The network as an ONNX graph, written node by node from its weights. Needs no torch.
 
-Writing the graph instead of tracing it keeps it small and the same whatever the version of torch:
-every node below is one that TensorRT 10.3 knows, attention is left in the shape that its fused
-kernel (and ONNX Runtime's) is found by, and whatever is constant is folded (:mod:`.fold`). That the
-graph and the PyTorch network are the same function is checked at every export (:mod:`.check`).
+Writing the graph instead of tracing it keeps it small and independent of the version of torch. Every operator is one
+that TensorRT 10.3 knows, attention has the form by which TensorRT and ONNX Runtime find their fused kernels, and
+constants are folded (:mod:`.fold`). Every export checks that the graph computes what the PyTorch network computes
+(:mod:`.export`). :mod:`.layers` finds the layers again: change both together.
 
     image uint8 [N,3,T,T] --> labels uint8 [N,T,T]
 
-Tokens stay ``[N, L, D]``, which is the channels-last layout tensor cores want; maps are
-``[N, C, G, G]``. An intermediate value ``logits`` ``[N, K, G, G]`` is named for the check.
+Tokens stay ``[N, L, D]``, the channels-last layout that tensor cores want; maps are ``[N, C, G, G]``. The intermediate
+value ``logits`` ``[N, K, G, G]`` has a name for the check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import GraphError
 from cdkd_edge.graph import fold
+from cdkd_edge.graph.nodes import NodeWriter
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 
 OPSETS = range(17, 21)
-"""17 brought LayerNormalization; TensorRT 10.3's parser documents operators up to 20."""
+"""17 introduced LayerNormalization; TensorRT 10.3's parser documents operators up to 20."""
 DEFAULT_OPSET = 20
 LOGITS = "logits"
 
 
-class GraphWriter:
-    """Collects nodes and initialisers; every value is named after the module that makes it."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, onnx.TensorProto] = {}
-
-    def add(self, op: str, name: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
-        """Append a node; its (first) output is called ``name`` unless ``outputs`` says otherwise."""
-        outputs = list(outputs) or [name]
-        self.nodes.append(helper.make_node(op, list(inputs), outputs, name=f"{name}/{op}", **attributes))
-        return outputs[0]
-
-    def constant(self, name: str, value: np.ndarray) -> str:
-        """An initialiser; the same name is stored once."""
-        if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
-        return name
+class _NetworkWriter(NodeWriter):
+    """Writes layers; every value is named after the module that makes it."""
 
     def shape(self, *sizes: int) -> str:
         """An int64 shape for Reshape, shared by all nodes that need it."""
@@ -60,7 +42,7 @@ class GraphWriter:
         return self.add("Add", name, product, self.constant(f"{name}.bias", bias))
 
     def conv(self, name: str, x: str, weight: np.ndarray, bias: np.ndarray, *, relu: bool = True) -> str:
-        """Same-size convolution, with ReLU unless it is told not to."""
+        """A convolution that keeps the map's size, followed by ReLU unless ``relu`` is False."""
         kernel = weight.shape[-1]
         inputs = (x, self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", bias))
         pads = [kernel // 2] * 4
@@ -81,13 +63,13 @@ def build_graph(
         opset: one of :data:`OPSETS`. Below 20, GELU is written as its five elementary nodes.
 
     Raises:
-        GraphError: ``batch`` or ``opset`` out of range.
+        GraphError: ``batch`` or ``opset`` is out of range.
     """
     if opset not in OPSETS:
         raise GraphError(f"opset {opset} is not supported; use {OPSETS.start} to {OPSETS.stop - 1}")
     if batch < 1:
-        raise GraphError(f"a batch of {batch} tiles makes no graph")
-    writer = GraphWriter()
+        raise GraphError(f"the batch must be at least 1 tile, got {batch}")
+    writer = _NetworkWriter()
     taps = _encoder(writer, weights, config, batch, opset)
     logits = _head(writer, weights, config, batch, taps)
     _labels(writer, logits, config)
@@ -95,9 +77,7 @@ def build_graph(
     tile = config.tile
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, [batch, 3, tile, tile])
     labels = helper.make_tensor_value_info("labels", TensorProto.UINT8, [batch, tile, tile])
-    graph = helper.make_graph(
-        writer.nodes, "cdkd_edge", [image], [labels], initializer=list(writer.initializers.values())
-    )
+    graph = helper.make_graph(writer.nodes, "cdkd_edge", [image], [labels], initializer=list(writer.constants.values()))
     opsets = [helper.make_opsetid("", opset)]
     return helper.make_model(
         graph,
@@ -108,8 +88,8 @@ def build_graph(
     )
 
 
-def _encoder(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, batch: int, opset: int) -> list[str]:
-    """Tokens after each tapped block, ``[N, G*G, D]``."""
+def _encoder(writer: _NetworkWriter, weights: fold.Weights, config: NetworkConfig, batch: int, opset: int) -> list[str]:
+    """The ViT; returns the tokens after each tapped block, ``[N, G*G, D]``."""
     dim, cells = config.embed_dim, config.grid**2
     pixels = writer.add("Cast", "pixels", "image", to=TensorProto.FLOAT)
     kernel, bias = fold.fold_normalisation(
@@ -140,7 +120,7 @@ def _encoder(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, 
 
 
 def _block(
-    writer: GraphWriter,
+    writer: _NetworkWriter,
     weights: fold.Weights,
     config: NetworkConfig,
     batch: int,
@@ -156,7 +136,7 @@ def _block(
     def layer_norm(which: str, x: str) -> str:
         scale = writer.constant(f"{name}.{which}.weight", weights[f"{source}.{which}.weight"])
         shift = writer.constant(f"{name}.{which}.bias", weights[f"{source}.{which}.bias"])
-        # The fused operator, not its elementary steps: those overflow in FP16.
+        # The fused operator, because its elementary steps overflow in FP16.
         return writer.add(
             "LayerNormalization", f"{name}.{which}", x, scale, shift, axis=-1, epsilon=config.layer_norm_eps
         )
@@ -190,8 +170,8 @@ def _block(
     return writer.add("Add", f"{name}.out", tokens, linear("mlp.fc2", hidden))
 
 
-def _gelu(writer: GraphWriter, name: str, x: str, opset: int) -> str:
-    """Exact GELU: the operator where it exists, else the five nodes that compilers recognise."""
+def _gelu(writer: _NetworkWriter, name: str, x: str, opset: int) -> str:
+    """Exact GELU: one operator from opset 20 on, before it the five nodes that compilers recognise."""
     if opset >= 20:
         return writer.add("Gelu", name, x)
     root, one, half = (
@@ -203,7 +183,7 @@ def _gelu(writer: GraphWriter, name: str, x: str, opset: int) -> str:
     return writer.add("Mul", name, gate, half)
 
 
-def _without_class_token(writer: GraphWriter, tokens: str, index: int) -> str:
+def _without_class_token(writer: _NetworkWriter, tokens: str, index: int) -> str:
     ends = [
         writer.constant(f"slice_{label}", np.array([value], np.int64))
         for label, value in (("first", 1), ("end", np.iinfo(np.int64).max), ("axis", 1))
@@ -211,8 +191,8 @@ def _without_class_token(writer: GraphWriter, tokens: str, index: int) -> str:
     return writer.add("Slice", f"blocks.{index}.patches", tokens, *ends)
 
 
-def _head(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, batch: int, taps: list[str]) -> str:
-    """UPerNet; logits ``[N, K, G, G]``."""
+def _head(writer: _NetworkWriter, weights: fold.Weights, config: NetworkConfig, batch: int, taps: list[str]) -> str:
+    """UPerNet; returns the logits ``[N, K, G, G]``."""
     *shallow, deep = taps
     grid, scales, channels = config.grid, config.pool_scales, config.head_channels
 
@@ -220,9 +200,9 @@ def _head(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, bat
         rows = writer.add("Transpose", f"{name}.rows", tokens, perm=[0, 2, 1])
         return writer.add("Reshape", f"{name}.map", rows, writer.shape(batch, channels, grid, grid))
 
-    # Pyramid pooling on tokens: pool to all scales at once, project, keep each scale's own cells. What
-    # the 3x3 bottleneck makes of up-sampled cells is a linear map of 50 cells; computed as one, it costs
-    # a twentieth of convolving the up-sampled maps, which are then never made.
+    # Pyramid pooling on tokens: pool to all scales at once, project, keep each scale's own cells. Up-sampling the
+    # cells and convolving them (the 3x3 bottleneck) is one linear map of 50 cells: it costs a twentieth of the
+    # convolution, and the up-sampled maps are never stored.
     folded = [fold.fold_batch_norm(weights, f"head.pooled.{i}") for i in range(len(scales))]
     pooled = writer.add("MatMul", "pool.cells", writer.constant("pool.matrix", fold.pooling_matrix(grid, scales)), deep)
     mask = fold.scale_mask(scales, channels)
@@ -230,7 +210,7 @@ def _head(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, bat
         "pool.projected",
         pooled,
         np.concatenate([weight[:, :, 0, 0] for weight, _ in folded]),
-        # What is not a cell's own scale gets a bias that ReLU makes zero of: no operation to mask it out.
+        # Columns of other scales than the cell's own get a bias that ReLU turns into zero: no masking is needed.
         np.where(mask > 0, np.concatenate([bias for _, bias in folded]), fold.OFF),
     )
     pooled = writer.add("Relu", "pool.active", pooled)
@@ -247,11 +227,11 @@ def _head(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, bat
     both = writer.add("Add", "bottleneck.sum", convolved, context)
     top = writer.add("Relu", "bottleneck", both)
 
-    # Top-down: all maps have one size, so the addition needs no resizing.
+    # Top-down path: all maps have one size, so they are added without resizing.
     smoothed: list[str] = []
     above = top
     for index in reversed(range(len(shallow))):
-        # A 1x1 convolution is a linear map of tokens; there it costs no change of layout.
+        # A 1x1 convolution is a linear map of tokens; computed on tokens, it needs no change of layout.
         kernel, bias = fold.fold_batch_norm(weights, f"head.laterals.{index}")
         lateral = writer.linear(f"lateral.{index}.projected", shallow[index], kernel[:, :, 0, 0], bias)
         lateral = writer.add("Relu", f"lateral.{index}", lateral)
@@ -264,7 +244,7 @@ def _head(writer: GraphWriter, weights: fold.Weights, config: NetworkConfig, bat
     return writer.conv(LOGITS, fused, weights["head.classifier.weight"], weights["head.classifier.bias"], relu=False)
 
 
-def _labels(writer: GraphWriter, logits: str, config: NetworkConfig) -> None:
+def _labels(writer: _NetworkWriter, logits: str, config: NetworkConfig) -> None:
     """Bilinear up-sampling to pixels and argmax."""
     scales = writer.constant("upsampling", np.array([1, 1, config.patch, config.patch], np.float32))
     scores = writer.add(

@@ -1,8 +1,7 @@
-"""Exact rewrites of constant linear maps, in FP64 before rounding once to FP32.
+"""Exact rewrites of constant linear maps, computed in FP64 and rounded once to FP32.
 
-What a network computes with constants at run time (normalisation, batch norm, the query scale,
-average pooling, bilinear up-sampling) is a linear map that can be merged into a neighbour or written
-as one matrix. The result is the same function with fewer operations.
+Normalisation, batch norm, the query scale, average pooling and bilinear up-sampling are linear maps with constants.
+They can be merged into a neighbour or written as one matrix: the same function in fewer operations.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 OFF = np.float32(-3e4)
-"""A bias that leaves nothing of any activation after ReLU; within FP16's range, far from its end."""
+"""A bias after which ReLU gives 0 whatever the activation is; far from the end of FP16's range."""
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]

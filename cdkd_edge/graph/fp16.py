@@ -1,52 +1,126 @@
-"""The FP16 graph, and a graph that shows on a CPU what FP16 does to it. Needs neither torch nor a GPU.
+"""The FP16 graph: convert the FP32 graph, check it on a CPU, write it. Needs neither torch nor a GPU.
 
-:func:`to_fp16` turns every weight and activation of an exported graph into FP16. Two casts remain, and both
-have a reason: uint8 pixels become FP16 at the input, ArgMax's int64 becomes uint8 at the output. LayerNorm
-is one operator and softmax stays inside attention, so that compilers keep their sums in FP32.
-
-:func:`fp16_on_cpu` exists because running the FP16 graph itself in ONNX Runtime on a CPU proves nothing about
-its activations: operators without an FP16 kernel run in FP32, and the casts between them are removed at every
-optimisation level, so a value of 9,000,000 passes through an FP16 tensor unharmed (measured with 1.31). Explicit
-pairs of casts are kept. They round every value that a TensorRT engine stores, and overflow as it would.
+:func:`to_fp16` turns every weight and activation into FP16. Two casts remain: uint8 pixels become FP16 at the input,
+ArgMax's int64 becomes uint8 at the output. LayerNorm stays one operator and softmax stays inside attention, so that
+compilers keep their sums in FP32. :func:`check_fp16` compares labels and logits with FP32, in the arithmetic of
+:mod:`cdkd_edge.graph.fp16_simulation`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from cdkd_edge.core.errors import GraphError
-from cdkd_edge.graph.cpu import to_fp32
-from cdkd_edge.graph.fuse import fuse_attention
+from cdkd_edge.core.errors import GraphError, NumericalCheckError
+from cdkd_edge.core.manifest import (
+    ConversionCheck,
+    GraphManifest,
+    Refusal,
+    read_manifest,
+    require_replaceable,
+    write_manifest,
+)
+from cdkd_edge.core.sample import sample_tiles
+from cdkd_edge.graph.cpu import cpu_session, fuse_attention
+from cdkd_edge.graph.files import read_graph, save_derived, sizes_of
+from cdkd_edge.graph.fp16_simulation import (
+    FP16_MAX,
+    OutOfRangeError,
+    RangeWatch,
+    UInt8Array,
+    extreme_tiles,
+    fp16_on_cpu,
+    longest_rounding,
+    run_session,
+)
+from cdkd_edge.graph.layers import logits_of, position_embedding, scores_of
+from cdkd_edge.graph.nodes import batch_of, copy_of
 
-FP16_MAX = 65504.0
-SUFFIX = "fp16"
+Float32Array = npt.NDArray[np.float32]
 
-_MOVES_ONLY = frozenset({"Reshape", "Transpose", "Split", "Concat", "Slice", "Relu"})
-"""Operators whose outputs need no rounding if their inputs were rounded."""
+ROUNDOFF = 2.0**-11
+"""FP16 moves a number by at most this share of it."""
 
-_NOT_FP16 = frozenset({"Cast", "ArgMax", "QuantizeLinear", "DequantizeLinear"})
-"""Operators whose outputs are integers, or integers times a scale, which multiplications take as they are."""
+SPREADS = 5.0
+"""Standard deviations that a logit may be off, so that none of a million is off by chance."""
+
+CHECK_TILES = 2
 
 
 class WeightRangeError(GraphError):
     """A weight is too large for FP16."""
 
 
-def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """An FP32 graph of :mod:`cdkd_edge.graph.build` in FP16, inputs, outputs and names unchanged.
+def write_fp16(
+    plain: Path,
+    destination: Path,
+    *,
+    tiles: Iterable[UInt8Array] | None = None,
+    imagery: str = "drawn",
+    least: float | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> GraphManifest:
+    """Make the FP16 graph of an exported FP32 graph, check it, write it and its manifest.
 
-    Returns:
-        A new graph; ``model`` is left as it is.
+    Args:
+        plain: the FP32 graph with its manifest.
+        destination: final path of the FP16 graph.
+        tiles: uint8 ``[3, T, T]`` tiles to compare labels on. Default: two drawn ones.
+        imagery: what they are.
+        least: share of labels that must stay the same, in place of the default check; see :func:`check_fp16`.
+        note: called with the name of each step.
 
     Raises:
-        GraphError: a weight does not fit FP16, or the graph is not one that was exported in FP32.
+        ManifestError: the graph is not what its manifest says, or the destination is not ours to replace.
+        GraphError: it is not an FP32 graph, or a weight does not fit FP16.
+        NumericalCheckError: FP16 breaks the network. If a value is too large, or the default check failed, the FP32
+            graph's manifest records it.
     """
-    half = onnx.ModelProto()
-    half.CopyFrom(model)
+    require_replaceable(destination)
+    source = read_manifest(plain, GraphManifest)
+    if source.precision != "fp32":
+        raise GraphError(f"{plain} is an {source.precision} graph; FP16 is made from the FP32 graph")
+    note("casting the graph to FP16")
+    model = read_graph(plain, source)
+    chosen = sample_tiles(source.tile, CHECK_TILES) if tiles is None else tiles
+    try:
+        half = to_fp16(model)
+        del model
+        check = check_fp16(plain, half, chosen, imagery, note, least=least)
+    except (WeightRangeError, NumericalCheckError) as error:
+        out_of_range = isinstance(error, (WeightRangeError, OutOfRangeError))
+        if out_of_range or (tiles is None and least is None):
+            _record_refusal(plain, source, Refusal(error.message, out_of_range))
+        raise
+    if source.fp16_refused:
+        _record_refusal(plain, source, None)
+    return save_derived(half, destination, source, precision="fp16", conversion=check)
+
+
+def _record_refusal(plain: Path, source: GraphManifest, refusal: Refusal | None) -> None:
+    with contextlib.suppress(OSError):  # in a read-only folder the check is simply repeated next time
+        write_manifest(plain, dataclasses.replace(source, fp16_refused=refusal))
+
+
+def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """An FP32 graph of :mod:`cdkd_edge.graph.build` in FP16; inputs, outputs and names stay the same.
+
+    Returns:
+        A new graph; ``model`` is not changed.
+
+    Raises:
+        GraphError: a weight does not fit FP16, or this is not an exported FP32 graph.
+    """
+    half = copy_of(model)
     graph = half.graph
     if {item.type.tensor_type.elem_type for item in (*graph.input, *graph.output)} != {TensorProto.UINT8}:
         raise GraphError("only a graph with uint8 tiles and labels can be made FP16", hint="export it with cdkd-edge")
@@ -56,72 +130,16 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         raise GraphError("the graph is quantised already; FP16 is made from the FP32 graph")
     # ONNX wants Resize's scales in FP32 whatever the data are.
     scales = {node.input[2] for node in graph.node if node.op_type == "Resize" and len(node.input) > 2}
-    _give_rounding_to_positions(graph)
+    _move_bias_rounding_to_positions(graph)
     for item in graph.initializer:
         if item.data_type == TensorProto.FLOAT and item.name not in scales:
             item.CopyFrom(numpy_helper.from_array(_rounded(item), item.name))
     for node in graph.node:
-        if node.op_type == "Cast" and _cast_type(node).i == TensorProto.FLOAT:
-            _cast_type(node).i = TensorProto.FLOAT16
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16
     del graph.value_info[:]
     return half
-
-
-def fp16_on_cpu(half: onnx.ModelProto) -> onnx.ModelProto:
-    """A graph in FP32 that computes on a CPU what an FP16 engine computes.
-
-    Weights are those of the FP16 graph. Every value is rounded to FP16 (to infinity beyond 65504) where an
-    engine stores it. Not rounded are what kernels hold in FP32: the product before a bias, and what is inside
-    normalisation, softmax and fused attention; nor what the graph itself computes in FP32.
-
-    Args:
-        half: what :func:`to_fp16` returned; also with Q/DQ, which are computed as they stand.
-    """
-    wide = _wide_values(half.graph)
-    model = to_fp32(half)
-    fuse_attention(model)
-
-    users: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    constants = {item.name for item in model.graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        nodes.append(copy)
-        if node.output[0] in wide or not _stored(node, users, constants):
-            continue
-        name = node.output[0]
-        copy.output[0] = f"{name}.exact"
-        nodes.append(
-            helper.make_node("Cast", [f"{name}.exact"], [f"{name}.half"], name=f"{name}/Round", to=TensorProto.FLOAT16)
-        )
-        nodes.append(helper.make_node("Cast", [f"{name}.half"], [name], name=f"{name}/Widen", to=TensorProto.FLOAT))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model
-
-
-def rounded_values(rehearsal: onnx.ModelProto) -> list[str]:
-    """The values that a graph of :func:`fp16_on_cpu` rounds, in the order of computation."""
-    return [node.output[0] for node in rehearsal.graph.node if node.name.endswith("/Widen")]
-
-
-def longest_rounding(rehearsal: onnx.ModelProto) -> int:
-    """How many values are rounded one after the other, at most, on the way to a label."""
-    rounded = set(rounded_values(rehearsal))
-    before: dict[str, int] = {}
-    for node in rehearsal.graph.node:
-        most = max((before.get(name, 0) for name in node.input), default=0)
-        before |= {name: most + (name in rounded) for name in node.output}
-    return before["labels"]
-
-
-def casts(model: onnx.ModelProto) -> Counter[str]:
-    """How many casts a graph has, by what they cast to (``FLOAT16``, ``UINT8``, ...)."""
-    return Counter(TensorProto.DataType.Name(_cast_type(node).i) for node in model.graph.node if node.op_type == "Cast")
 
 
 def _rounded(item: onnx.TensorProto) -> np.ndarray:
@@ -135,50 +153,186 @@ def _rounded(item: onnx.TensorProto) -> np.ndarray:
     return values.astype(np.float16)
 
 
-def _stored(node: onnx.NodeProto, users: dict[str, list[onnx.NodeProto]], constants: set[str]) -> bool:
-    """Whether an engine writes the node's output to memory as a value that may need rounding."""
-    if node.op_type in _MOVES_ONLY or node.op_type in _NOT_FP16:
-        return False
-    following = users.get(node.output[0], [])
-    if node.op_type == "MatMul" and len(following) == 1 and following[0].op_type == "Add":
-        return not any(name in constants for name in following[0].input)
-    return True
+def _move_bias_rounding_to_positions(graph: onnx.GraphProto) -> None:
+    """Add the rounding error of the patch embedding's bias to the position embedding.
 
-
-def _wide_values(graph: onnx.GraphProto) -> set[str]:
-    """What an FP16 graph computes in FP32: behind a cast to it, as confidence is."""
-    wide: set[str] = set()
-    for node in graph.node:  # in the order of computation
-        if (node.op_type == "Cast" and _cast_type(node).i == TensorProto.FLOAT) or (
-            node.op_type != "Cast" and wide & set(node.input)
-        ):
-            wide |= set(node.output)
-    return wide
-
-
-def _give_rounding_to_positions(graph: onnx.GraphProto) -> None:
-    """Add to the position embedding what rounding takes from the patch embedding's bias.
-
-    The bias holds the mean of the pixels and is far larger than what it is added to. Its rounding error is the same in
-    every token and does not average out; as part of the position embedding, which is rounded token by token, it does.
-    Exact before rounding: the two are added anyway.
+    The bias contains the mean of the pixels and is far larger than what it is added to. Its rounding error is the same
+    in every token and does not average out; in the position embedding, which is rounded token by token, it does.
+    Exact before rounding, because the two are added anyway.
     """
-    constants = {item.name: item for item in graph.initializer}
-    if not {"patch_embed.bias", "pos_embed"} <= constants.keys():
-        return  # not as it was written: left as it is
-    convolution = next((node for node in graph.node if node.op_type == "Conv"), None)
-    if convolution is None or list(convolution.input[2:]) != ["patch_embed.bias"]:
+    found = position_embedding(graph)
+    if found is None:
         return
-    bias = numpy_helper.to_array(constants["patch_embed.bias"]).astype(np.float64)
-    taken = bias - bias.astype(np.float16).astype(np.float64)
-    positions = numpy_helper.to_array(constants["pos_embed"]).astype(np.float64)
-    if positions.shape[-1:] != taken.shape or not np.isfinite(taken).all():
+    bias_item, positions_item, first = found
+    bias = numpy_helper.to_array(bias_item).astype(np.float64)
+    error = bias - bias.astype(np.float16).astype(np.float64)
+    positions = numpy_helper.to_array(positions_item).astype(np.float64)
+    if positions.shape[-1:] != error.shape or not np.isfinite(error).all():
         return
-    first = 1 if any(node.op_type == "Concat" and "cls_token" in node.input for node in graph.node) else 0
-    positions[:, first:] += taken  # the class token has no bias
-    constants["pos_embed"].CopyFrom(numpy_helper.from_array(positions.astype(np.float32), "pos_embed"))
+    positions[:, first:] += error  # the class token has no bias
+    positions_item.CopyFrom(numpy_helper.from_array(positions.astype(np.float32), positions_item.name))
 
 
-def _cast_type(node: onnx.NodeProto) -> onnx.AttributeProto:
-    attribute: onnx.AttributeProto = next(item for item in node.attribute if item.name == "to")
-    return attribute
+def logit_tolerance(roundings: int, largest: float) -> float:
+    """How far FP16 may move a logit.
+
+    Each of the n values that are rounded one after the other moves by up to u = 2^-11 of itself, with a standard
+    deviation of u / sqrt(3) if all errors up to u are equally likely. Errors are independent, so n of them have sqrt(n)
+    times that: 5 sqrt(n / 3) u of the largest logit is allowed. For the paper's network (n = 134) that is 1.6 %;
+    networks with random and with trained weights were off by 0.05 to 0.3 % of the largest logit.
+
+    Args:
+        roundings: n.
+        largest: the largest magnitude of a logit.
+    """
+    return SPREADS * ROUNDOFF * math.sqrt(roundings / 3) * largest
+
+
+def check_fp16(
+    plain: Path,
+    half: onnx.ModelProto,
+    tiles: Iterable[UInt8Array],
+    imagery: str,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    least: float | None = None,
+) -> ConversionCheck:
+    """Compare an FP16 graph, with or without INT8 layers, with the FP32 graph it was made from.
+
+    FP16 breaks a network if a value leaves its range, if a logit moves by more than rounding explains
+    (:func:`logit_tolerance`), or if a label changes where FP32's best score is ahead by more than twice that. A label
+    that changes where the lead is smaller is a tie: it is counted, but no fault.
+
+    Args:
+        plain: the FP32 graph.
+        half: the FP16 graph.
+        tiles: uint8 ``[3, T, T]`` tiles; each takes a few seconds at 1024 px.
+        imagery: what they are, for the manifest.
+        note: called with the name of each step.
+        least: judge labels by the share of pixels that must keep theirs, in place of logits and ties, as INT8 needs.
+
+    Raises:
+        NumericalCheckError: FP16 breaks the network, or fewer pixels keep their label. The range is also checked on
+            tiles that are all 0, all 255, a checkerboard and noise.
+        GraphError: ONNX Runtime does not run it.
+        ValueError: there is no tile.
+    """
+    shown = list(tiles)
+    if not shown:
+        raise ValueError("there is no tile to check FP16 on")
+    model = onnx.load(plain)
+    size, side = batch_of(model), shown[0].shape[-1]
+    batches = list(_batches(shown, size))
+    logits = [] if least is not None else [_add_best_scores(model)]
+    fuse_attention(model)
+    note("labels of the FP32 graph")
+    session = cpu_session(model, in_order=True)
+    del model
+    expected = [run_session(session, ["labels", *logits, *([_BEST] if logits else [])], batch) for batch in batches]
+    del session
+
+    simulation = fp16_on_cpu(half)
+    roundings = longest_rounding(simulation)
+    simulation.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in logits)
+    watch = RangeWatch(simulation)
+    del simulation
+
+    note("labels in FP16")
+    agreeing, left = 0, len(shown)
+    worst: float | None = None
+    tolerance: float | None = None
+    for batch, exact in zip(batches, expected, strict=True):
+        labels, *rounded = watch.run(["labels", *logits], batch, "the imagery")
+        agreeing += int(np.count_nonzero((labels == exact[0])[:left]))
+        left -= len(batch)
+        if rounded:
+            true_labels, true_logits, best = exact
+            tolerance = max(tolerance or 0.0, logit_tolerance(roundings, float(np.abs(true_logits).max())))
+            error = _require_near(labels, rounded[0], true_labels, true_logits, best, roundings, imagery)
+            worst = max(worst or 0.0, error)
+    note("extreme tiles in FP16")
+    for name, tile in extreme_tiles(side).items():
+        watch.run(["labels"], np.repeat(tile[None], size, axis=0), name)
+    agreement = agreeing / (len(shown) * side**2)
+    if least is not None and agreement < least:
+        quantised = any(node.op_type == "QuantizeLinear" for node in half.graph.node)
+        raise NumericalCheckError(
+            f"in lower precision the network gives another label on {1 - agreement:.2%} of the pixels of {imagery} "
+            f"tiles (at most {1 - least:.1%} is allowed)",
+            hint="keep more layers in FP16 (--auto with a higher --min-agreement), or build --fp16"
+            if quantised
+            else "deploy it in FP32, or allow more with --min-agreement",
+        )
+    return ConversionCheck(
+        tiles=len(shown),
+        imagery=imagery,
+        label_agreement=agreement,
+        finite=True,
+        runtime=f"onnxruntime {onnxruntime.__version__}, values rounded to FP16",
+        max_logit_error=worst,
+        logit_tolerance=tolerance,
+    )
+
+
+_BEST = "best_two"
+
+
+def _add_best_scores(model: onnx.ModelProto) -> str:
+    """Make the logits and the two best scores of each pixel outputs of an FP32 graph; returns the logits' name."""
+    graph = model.graph
+    scores, logits = scores_of(model), logits_of(model)
+    count = min(2, sizes_of(model, "the graph")[scores][1][1])
+    graph.initializer.append(helper.make_tensor(f"{_BEST}.count", TensorProto.INT64, [1], [count]))
+    graph.node.append(
+        helper.make_node("TopK", [scores, f"{_BEST}.count"], [_BEST, f"{_BEST}.labels"], axis=1)  # [N, 2, T, T]
+    )
+    for name in (logits, _BEST):
+        graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    return logits
+
+
+def _require_near(
+    labels: UInt8Array,
+    rounded: Float32Array,
+    exact_labels: UInt8Array,
+    exact: Float32Array,
+    best: Float32Array,
+    roundings: int,
+    imagery: str,
+) -> float:
+    """Make sure that FP16 moves logits and labels no further than rounding does; returns the largest difference.
+
+    Args:
+        labels, exact_labels: in FP16 and FP32, ``[N, T, T]``.
+        rounded, exact: logits in FP16 and FP32, ``[N, K, G, G]``.
+        best: the two best scores in FP32, ``[N, 2, T, T]``.
+        roundings: as for :func:`logit_tolerance`.
+        imagery: what the tiles are.
+    """
+    largest = float(np.abs(exact).max())
+    allowed = logit_tolerance(roundings, largest)
+    worst = float(np.abs(rounded - exact).max())
+    if not worst <= allowed:
+        raise NumericalCheckError(
+            f"in FP16 logits of {imagery} tiles differ by up to {worst:.3g}, where the largest is {largest:.3g}; "
+            f"rounding explains {allowed:.3g}",
+            hint=_INSTEAD,
+        )
+    sure = best[:, 0] - best[:, -1] > 2 * allowed
+    if lost := int(np.count_nonzero((labels != exact_labels) & sure)):
+        raise NumericalCheckError(
+            f"in FP16 {lost} pixels of {imagery} tiles have another label, though FP32's score is ahead by more than "
+            f"rounding explains ({2 * allowed:.3g})",
+            hint=_INSTEAD,
+        )
+    return worst
+
+
+_INSTEAD = "deploy it in FP32, or say which share of labels must stay the same (--min-agreement 99)"
+
+
+def _batches(tiles: list[UInt8Array], size: int) -> Iterator[UInt8Array]:
+    """Tiles in batches; the last tile fills up the last batch."""
+    for start in range(0, len(tiles), size):
+        batch = tiles[start : start + size]
+        yield np.stack(batch + [batch[-1]] * (size - len(batch)))

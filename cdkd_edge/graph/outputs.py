@@ -1,37 +1,34 @@
-"""Graphs that give confidence or probabilities beside the labels, from any finished graph of this package.
+"""Graphs that give more than labels: confidence, probabilities, and the graph for QGIS.
 
-Only the end of the graph grows. What leads to the labels keeps its nodes, so the labels are the same; added is a branch
+Only the end of the graph changes. The nodes that lead to the labels stay, so the labels are the same; a branch is added
 from the logits at full resolution ``[N, K, T, T]``::
 
     scores -> (FP32) - max -> exp -> e    confidence    = round(100 / sum(e))
                                           probabilities = round(255 e / sum(e))
 
-This is softmax (its largest term is exp(0) = 1), written out in FP32 whatever the graph's precision is: in FP16 the
-probability of a sure label would move in steps of 1/2048, and an operator called Softmax would count as attention that
-no compiler fused.
+This is softmax (its largest term is exp(0) = 1), in FP32 whatever the graph's precision is: in FP16 the probability of
+a sure label would move in steps of 1/2048. It is written in elementary operators, because a Softmax node would count
+as an attention that the compiler did not fuse.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from cdkd_edge.core.errors import GraphError, ManifestError, NumericalCheckError
-from cdkd_edge.core.files import whole_file
-from cdkd_edge.core.manifest import (
-    FileRecord,
-    GraphManifest,
-    read_manifest,
-    require_replaceable,
-    write_manifest,
-)
+from cdkd_edge.core.errors import GraphError, NumericalCheckError, UsageError
+from cdkd_edge.core.files import require_own, whole_file
+from cdkd_edge.core.labels import LabelSchema
+from cdkd_edge.core.manifest import FileRecord, GraphManifest, read_manifest, require_replaceable
 from cdkd_edge.core.output_kinds import (
     CONFIDENCE,
     LABELS,
@@ -41,86 +38,57 @@ from cdkd_edge.core.output_kinds import (
     PROBABILITY_ONE,
     output_shapes,
 )
-from cdkd_edge.graph.read import read_graph
+from cdkd_edge.core.sample import sample_tiles
+from cdkd_edge.graph.cpu import cpu_session, open_session
+from cdkd_edge.graph.files import read_graph, save_derived
+from cdkd_edge.graph.layers import scores_of
+from cdkd_edge.graph.nodes import NodeWriter, copy_of, opset_of, replace_nodes
 
 CHECK_SIDE = 64
-"""Side of the map of drawn logits on which a new branch is compared with NumPy."""
-
-
-def variant_path(graph: Path, kind: str) -> Path:
-    """Where a graph with more outputs lies: ``ckpt.fp16.onnx`` has ``ckpt.fp16.confidence.onnx`` beside it."""
-    return graph.with_name(f"{graph.stem}.{kind}.onnx")
+"""Side of the map of random logits on which a new branch is compared with NumPy."""
 
 
 def with_output(model: onnx.ModelProto, kind: str, classes: int) -> onnx.ModelProto:
     """A graph that also gives ``confidence`` or ``probabilities``, both uint8.
 
     Args:
-        model: a graph of this package in FP32, FP16 or INT8 that gives labels alone; left as it is.
+        model: a graph of this package in FP32, FP16 or INT8 that gives labels alone; it is not changed.
         kind: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`; for ``labels`` the result is a copy.
         classes: K.
 
     Raises:
-        GraphError: it is no such graph.
+        GraphError: it is not such a graph.
     """
-    grown = onnx.ModelProto()
-    grown.CopyFrom(model)
+    grown = copy_of(model)
     if kind == LABELS:
         return grown
     graph = grown.graph
-    scores = scores_of(grown)
     half = any(item.data_type == TensorProto.FLOAT16 for item in graph.initializer)
-    nodes, constants = branch(scores, kind, opset_of(grown), half=half)
-    graph.node.extend(nodes)
-    graph.initializer.extend(constants)
+    branch = output_branch(scores_of(grown), kind, opset_of(grown), half=half)
+    graph.node.extend(branch.nodes)
+    graph.initializer.extend(branch.constants.values())
     batch, side, _ = (size.dim_value for size in graph.output[0].type.tensor_type.shape.dim)
     shape = output_shapes(kind, batch, side, classes)[kind]
     graph.output.append(helper.make_tensor_value_info(kind, TensorProto.UINT8, shape))
     return grown
 
 
-def scores_of(model: onnx.ModelProto) -> str:
-    """The name of the logits at full resolution, ``[N, K, T, T]``.
-
-    Raises:
-        GraphError: the graph does not end in ArgMax over them and a cast to uint8 labels, its only output.
-    """
-    makers = {output: node for node in model.graph.node for output in node.output}
-    cast = makers.get(LABELS)
-    best = makers.get(cast.input[0]) if cast is not None and cast.op_type == "Cast" else None
-    if [output.name for output in model.graph.output] != [LABELS] or best is None or best.op_type != "ArgMax":
-        raise GraphError(
-            "the graph does not end in labels alone; its logits cannot be told",
-            hint="make it from the graph that `cdkd-edge export` wrote",
-        )
-    return str(best.input[0])
-
-
-def opset_of(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators that a graph uses."""
-    return max(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-
-
-def branch(scores: str, kind: str, opset: int, *, half: bool) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+def output_branch(scores: str, kind: str, opset: int, *, half: bool) -> NodeWriter:
     """The nodes and constants from the logits to a uint8 output called ``kind``.
 
     Args:
         scores: name of the logits ``[N, K, T, T]``.
         kind: ``confidence`` or ``probabilities``.
-        opset: of the graph; 18 made ReduceMax's axes an input.
+        opset: the graph's; from 18 on, ReduceMax takes its axes as an input.
         half: the logits are FP16.
     """
-    nodes: list[onnx.NodeProto] = []
-    constants: list[onnx.TensorProto] = []
+    writer = NodeWriter()
 
     def add(op: str, name: str, *inputs: str, **attributes: Any) -> str:
-        output = name if name == kind else f"{kind}.{name}"
-        nodes.append(helper.make_node(op, list(inputs), [output], name=f"{output}/{op}", **attributes))
-        return output
+        return writer.add(op, f"{kind}.{name}", *inputs, **attributes)
 
     def constant(name: str, value: npt.ArrayLike, dtype: type) -> str:
-        constants.append(numpy_helper.from_array(np.array(value, dtype), f"{kind}.{name}"))
-        return constants[-1].name
+        return writer.constant(f"{kind}.{name}", np.array(value, dtype))
 
     wide = add("Cast", "wide", scores, to=TensorProto.FLOAT) if half else scores
     axes = constant("classes", [1], np.int64)
@@ -128,7 +96,7 @@ def branch(scores: str, kind: str, opset: int, *, half: bool) -> tuple[list[onnx
         largest = add("ReduceMax", "largest", wide, axes, keepdims=1)
     else:
         largest = add("ReduceMax", "largest", wide, axes=[1], keepdims=1)
-    shares = add("Exp", "shares", add("Sub", "below", wide, largest))  # the label's own is 1
+    shares = add("Exp", "shares", add("Sub", "below", wide, largest))  # the label's own share is 1
     if kind == CONFIDENCE:
         total = add("ReduceSum", "total", shares, axes, keepdims=0)
         value = add("Div", "percent", constant("hundred", PERCENT, np.float32), total)
@@ -136,25 +104,25 @@ def branch(scores: str, kind: str, opset: int, *, half: bool) -> tuple[list[onnx
         total = add("ReduceSum", "total", shares, axes, keepdims=1)
         scale = add("Div", "scale", constant("one", PROBABILITY_ONE, np.float32), total)
         value = add("Mul", "scaled", shares, scale)
-    add("Cast", kind, add("Round", "rounded", value), to=TensorProto.UINT8)
-    return nodes, constants
+    writer.add("Cast", kind, add("Round", "rounded", value), to=TensorProto.UINT8)
+    return writer
 
 
 def write_variant(
-    source: Path, destination: Path, kind: str, progress: Callable[[str], None] = lambda step: None
+    source: Path, destination: Path, kind: str, note: Callable[[str], None] = lambda text: None
 ) -> GraphManifest:
-    """Make the graph with ``confidence`` or ``probabilities`` of a graph that gives labels alone, and its manifest.
+    """Write the graph with ``confidence`` or ``probabilities`` of a graph that gives labels alone, and its manifest.
 
     Args:
         source: a graph of any precision, with its manifest.
-        destination: final path of the new graph; see :func:`variant_path`.
+        destination: final path of the new graph.
         kind: what it gives besides the labels.
-        progress: called with the name of each step.
+        note: called with the name of each step.
 
     Raises:
         ManifestError: the source is not what its manifest says, or the destination is not ours to replace.
-        GraphError: the source is no graph of ours, or gives more than labels already.
-        NumericalCheckError: the new branch does not compute softmax here.
+        GraphError: the source is not a graph of this package, or gives more than labels already.
+        NumericalCheckError: the new branch does not compute softmax on this machine.
     """
     require_replaceable(destination)
     manifest = read_manifest(source, GraphManifest)
@@ -162,56 +130,42 @@ def write_variant(
         raise GraphError(f"there is no graph with {kind!r} beside the labels")
     if manifest.output != LABELS:
         raise GraphError(f"{source} gives {manifest.output} already; {kind} are made from the graph with labels alone")
-    progress(f"adding {kind} to {source.name}")
+    note(f"adding {kind} to {source.name}")
     classes = len(manifest.schema)
     model = with_output(read_graph(source, manifest), kind, classes)
     check_branch(kind, classes, opset_of(model), half=manifest.precision != "fp32")
-    with whole_file(destination) as temporary:
-        onnx.save(model, temporary)
-        grown = manifest.derived(FileRecord.of(temporary, destination.name), len(model.graph.node), output=kind)
-        write_manifest(destination, grown)  # before the graph gets its name: no graph without a manifest
-    return grown
-
-
-def is_variant_of(variant: Path, graph: Path, kind: str) -> bool:
-    """Whether a graph is whole, gives ``kind`` and was made from another."""
-    try:
-        made, source = read_manifest(variant, GraphManifest), read_manifest(graph, GraphManifest)
-    except ManifestError:
-        return False
-    return made.output == kind and made.parent is not None and made.parent.sha256 == source.artefact.sha256
+    return save_derived(model, destination, manifest, output=kind)
 
 
 def check_branch(kind: str, classes: int, opset: int, *, half: bool) -> float:
-    """Run a branch alone in ONNX Runtime on drawn logits and compare it with softmax in NumPy and FP64.
+    """Run a branch alone in ONNX Runtime on random logits and compare it with softmax in NumPy and FP64.
 
-    The rest of the graph is not touched, so there is nothing else to check.
+    The rest of the graph is the same as before, so nothing else needs a check.
 
     Returns:
         Share of values that differ, each by one step: FP32 rounds to the other side of a half.
 
     Raises:
-        NumericalCheckError: a value differs by more than one step, or one in a thousand by one.
+        NumericalCheckError: a value differs by more than one step, or more than one in a thousand by one.
     """
     kinds = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-    nodes, constants = branch("scores", kind, opset, half=half)
+    branch = output_branch("scores", kind, opset, half=half)
     side = CHECK_SIDE
     graph = helper.make_graph(
-        nodes,
+        branch.nodes,
         "branch",
         [helper.make_tensor_value_info("scores", kinds, [1, classes, side, side])],
         [helper.make_tensor_value_info(kind, TensorProto.UINT8, output_shapes(kind, 1, side, classes)[kind])],
-        initializer=constants,
+        initializer=list(branch.constants.values()),
     )
     opsets = [helper.make_opsetid("", opset)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
-    # From all classes alike to one beyond doubt, and a logit that is far from all others.
+    # From classes that are equally likely to one beyond doubt, and one logit far from all others.
     scores = rng.standard_normal((1, classes, side, side)) * np.geomspace(1e-2, 30, side)
     scores[0, 0, 0] = 1e3
     scores = scores.astype(np.float16 if half else np.float32)
-    (found,) = session.run([kind], {"scores": scores})
+    (found,) = cpu_session(model).run([kind], {"scores": scores})
     difference = np.abs(found.astype(int) - expected_output(scores, kind))
     share = float((difference > 0).mean())
     if difference.max() > 1 or share > 1e-3:
@@ -230,3 +184,164 @@ def expected_output(scores: npt.NDArray[np.floating], kind: str) -> npt.NDArray[
     exact = PROBABILITY_ONE * shares if kind == PROBABILITIES else PERCENT * shares.max(axis=1)
     values: npt.NDArray[np.int64] = np.rint(exact).astype(np.int64)
     return values
+
+
+# The graph for QGIS: what the Deepness plugin loads. The plugin hands over float tiles (pixels / 255), takes
+# probabilities per class and reads its settings from the file's metadata_props, each value JSON:
+# https://qgis-plugin-deepness.readthedocs.io/en/latest/creators/creators_add_metadata_to_model.html
+#
+#     image float32 [1,3,S,S] in 0..1 --> probabilities float32 [1,K,S,S]
+#
+# Pixels become whole numbers again before the first layer, so the labels are those of the graph for engines.
+
+QGIS_OPSET = 17
+"""The plugin asks for ONNX Runtime 1.12.1 to 1.17; 1.12 ends at this opset."""
+
+MIN_AGREEMENT = 0.9999
+"""Share of pixels with the label of the graph for engines; the rest are classes that are equally likely."""
+
+GSD_RANGE = (0.001, 1000.0)
+"""Metres per pixel that are accepted; beyond, a unit was mixed up."""
+
+
+@dataclass(frozen=True)
+class QgisGraph:
+    """A graph for the plugin that was written."""
+
+    path: Path
+    artefact: FileRecord
+    gsd: float
+    """Metres per pixel."""
+    label_agreement: float
+    """Share of a drawn tile's pixels with the label of the graph for engines, 0..1."""
+
+
+def require_gsd(gsd: float) -> None:
+    """Make sure that a ground sample distance is plausible.
+
+    Raises:
+        UsageError: it is not.
+    """
+    least, most = GSD_RANGE
+    if not least <= gsd <= most:
+        raise UsageError(
+            f"--gsd must be between {least:g} and {most:g} m, got {gsd:g}", hint="for pixels of 50 cm, type --gsd 0.5"
+        )
+
+
+def deepness_metadata(schema: LabelSchema, tile: int, gsd: float) -> dict[str, str]:
+    """The plugin's settings by key; every value is JSON.
+
+    Args:
+        schema: class names.
+        tile: S, px.
+        gsd: metres per pixel of the imagery that the network was trained on; the plugin resamples to it.
+    """
+    values: dict[str, Any] = {
+        "model_type": "Segmentor",
+        "class_names": {str(label): name for label, name in enumerate(schema.class_names)},
+        "resolution": round(100 * gsd, 6),  # cm/px
+        "tile_size": tile,  # read by the plugin's ModelBase
+        "tiles_size": tile,  # named by the plugin's manual
+        "tiles_overlap": overlap_percent(tile),
+        # Normalisation is inside the graph; older releases of the plugin have none.
+        "standardization_mean": [0.0, 0.0, 0.0],
+        "standardization_std": [1.0, 1.0, 1.0],
+        # Off: probabilities below the threshold would become 0 before argmax, small segments would be blurred away.
+        "seg_thresh": 0.0,
+        "seg_small_segment": 0,
+    }
+    return {key: json.dumps(value) for key, value in values.items()}
+
+
+def overlap_percent(tile: int) -> int:
+    """The overlap of `cdkd-edge segment` (128 px, or a quarter of small tiles), in whole per cent of the tile."""
+    return math.ceil(100 * min(128, tile // 4) / tile)
+
+
+def qgis_graph(model: onnx.ModelProto, schema: LabelSchema, tile: int, gsd: float) -> onnx.ModelProto:
+    """Turn an FP32 graph with labels into one with float pixels and probabilities; changed in place and returned.
+
+    Args:
+        model: of batch 1.
+        schema, tile, gsd: see :func:`deepness_metadata`.
+
+    Raises:
+        GraphError: it does not end as graphs of this package do.
+    """
+    graph = model.graph
+    scores = scores_of(model)
+    cast = next(node for node in graph.node if node.op_type == "Cast" and node.input[0] == "image")
+    writer = NodeWriter()
+    for node in graph.node:
+        if node.output[0] == cast.output[0]:
+            scaled = writer.add("Mul", "image", "image", "full_scale", outputs=["image.scaled"])
+            writer.add("Round", "image", scaled, outputs=[cast.output[0]])
+        elif node.op_type != "ArgMax" and LABELS not in node.output:
+            writer.nodes.append(node)
+    writer.add("Softmax", PROBABILITIES, scores, axis=1)
+    replace_nodes(graph, writer.nodes)
+    del graph.input[:], graph.output[:], graph.value_info[:], model.metadata_props[:]
+    graph.initializer.append(numpy_helper.from_array(np.array(255, np.float32), "full_scale"))
+    graph.input.append(helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, tile, tile]))
+    shape = [1, len(schema), tile, tile]
+    graph.output.append(helper.make_tensor_value_info(PROBABILITIES, TensorProto.FLOAT, shape))
+    model.doc_string = "Land-cover segmentation for the QGIS plugin Deepness: RGB in 0..1 to class probabilities."
+    helper.set_model_props(model, deepness_metadata(schema, tile, gsd))
+    return model
+
+
+def write_qgis(
+    model: onnx.ModelProto, destination: Path, plain: Path, schema: LabelSchema, tile: int, gsd: float
+) -> QgisGraph:
+    """Write the graph for the plugin if its labels are those of the graph for engines.
+
+    Args:
+        model: the FP32 graph, of batch 1 and :data:`QGIS_OPSET`; it is changed.
+        destination: final path.
+        plain: the exported graph, to compare with.
+        schema, tile, gsd: see :func:`deepness_metadata`.
+
+    Raises:
+        ManifestError: the destination exists and is not a graph for QGIS that cdkd-edge wrote.
+        NumericalCheckError: more than 1 label in 10,000 differs.
+    """
+    require_own_qgis(destination)
+    model = qgis_graph(model, schema, tile, gsd)
+    with whole_file(destination) as temporary:
+        onnx.save(model, temporary)
+        del model
+        agreement = _qgis_agreement(temporary, plain, tile)
+        if agreement < MIN_AGREEMENT:
+            raise NumericalCheckError(
+                f"the graph for QGIS gives another label than {plain.name} on {1 - agreement:.3%} of the pixels",
+                hint="please report this checkpoint's layout; no graph was written",
+            )
+        artefact = FileRecord.of(temporary, destination.name)
+    return QgisGraph(destination, artefact, gsd, agreement)
+
+
+def require_own_qgis(path: Path) -> None:
+    """Make sure that a graph for QGIS replaces nothing but an earlier one.
+
+    Raises:
+        ManifestError: it would.
+    """
+
+    def is_own(path: Path) -> bool:
+        model = onnx.load(path, load_external_data=False)
+        return model.producer_name == "cdkd-edge" and any(item.key == "model_type" for item in model.metadata_props)
+
+    require_own(path, is_own)
+
+
+def _qgis_agreement(graph: Path, plain: Path, tile: int) -> float:
+    """Share of the pixels of one drawn tile that get the same label when the tile is handed over as the plugin does."""
+    pixels = sample_tiles(tile, 1)[0]
+    (probabilities,) = open_session(str(graph)).run(None, {"image": np.float32(pixels[None] * 1.0 / 255.0)})
+    labels = probabilities[0].argmax(axis=0)
+    del probabilities
+    session = open_session(str(plain))
+    batch = session.get_inputs()[0].shape[0]
+    (expected,) = session.run([LABELS], {"image": np.repeat(pixels[None], batch, axis=0)})
+    return float((labels == expected[0]).mean())

@@ -22,7 +22,7 @@ from cdkd_edge import __version__
 from cdkd_edge.core.files import require_own, write_text
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import FileRecord, GraphManifest, manifest_path
-from cdkd_edge.graph.qgis import QgisGraph
+from cdkd_edge.graph.outputs import QgisGraph
 
 STAC_VERSION = "1.1.0"
 MULTIHASH_SHA256 = "1220"
@@ -202,7 +202,7 @@ def _output(graph: GraphManifest, schema: LabelSchema) -> dict[str, Any]:
             "value": label,
             "name": short,
             "description": cls.name,  # no title: the extension's own package, stac-model, refuses classes that have one
-            "color_hint": "".join(f"{part:02X}" for part in cls.color),
+            "color_hint": "".join(f"{part:02X}" for part in cls.shown),
         }
         for label, (short, cls) in enumerate(zip(class_names(schema.class_names), schema.classes, strict=True))
     ]

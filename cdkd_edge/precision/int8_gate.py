@@ -1,10 +1,8 @@
-"""INT8 against FP32: labels on check tiles, time of the same tiles, mIoU on a labelled dataset.
-
-What a person reads about an INT8 graph before it goes to a board.
-"""
+"""Judge an INT8 graph against FP32: labels and time on check tiles, mIoU on labelled images; the gate; the report."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.files import require_own, write_text
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import GraphManifest
 from cdkd_edge.engines.onnxruntime import OnnxLabeller
 from cdkd_edge.engines.protocol import UInt8Array
-from cdkd_edge.graph.fuse import fuse_attention
-from cdkd_edge.quality.datasets import Dataset
-from cdkd_edge.quality.evaluate import Evaluation, evaluate
+from cdkd_edge.graph.cpu import fuse_attention
+from cdkd_edge.graph.nodes import copy_of
+from cdkd_edge.quality.datasets import Dataset, find_dataset
+from cdkd_edge.quality.evaluate import Evaluation, data_schema, evaluate
 from cdkd_edge.quality.metrics import ConfusionMatrix, number
 from cdkd_edge.segment.options import SegmentOptions
 
@@ -37,29 +37,43 @@ class LabelledData:
     options: SegmentOptions = SegmentOptions()
 
 
+def labelled_data(folder: Path, schema: str | None, scenes: str | None) -> LabelledData:
+    """Open labelled images as `evaluate` does.
+
+    Args:
+        folder: the dataset.
+        schema: how its masks are read. Default: what the data says.
+        scenes: names of scenes with commas. Default: every image.
+    """
+    dataset = find_dataset(folder)
+    if scenes:
+        dataset = dataset.of_scenes(tuple(name.strip() for name in scenes.split(",") if name.strip()))
+    return LabelledData(dataset, data_schema(dataset, schema, None))
+
+
 @dataclass(frozen=True)
 class Judgement:
-    """One INT8 graph, in ONNX Runtime on this CPU."""
+    """How an INT8 graph compares with FP32, in ONNX Runtime on this CPU."""
 
     agreement: float
     """Share of the check tiles' pixels with the FP32 graph's label, 0..1."""
     mean_iou_to_fp32: float
-    """mIoU of the check tiles with the FP32 labels as truth, 0..1: a small class that is lost shows here."""
+    """mIoU on the check tiles with the FP32 labels as ground truth, 0..1; it shows the loss of a small class."""
     worst_tile: float
-    """Agreement of the check tile that agrees least."""
+    """Agreement on the check tile that agrees least."""
     seconds: float
-    """Median seconds per tile of the twin."""
+    """Median seconds per tile of the INT8 graph's CPU twin."""
     fp32_seconds: float
-    """Median seconds per tile of the FP32 graph, the two in turn."""
+    """Median seconds per tile of the FP32 graph; the two run in turn."""
     mean_iou: float | None = None
-    """On the labelled dataset, 0..1; None without one."""
+    """mIoU on the labelled images, 0..1; None without any."""
     fp32_mean_iou: float | None = None
     scores: Mapping[str, Any] = field(default_factory=dict)
-    """Scores on the dataset, of both."""
+    """Scores of both on the labelled images."""
 
     @property
     def loss(self) -> float | None:
-        """Points of mIoU lost on the labelled dataset (negative: gained); None where not measured."""
+        """Points of mIoU lost on the labelled images (negative: gained); None where not measured."""
         if self.mean_iou is None or self.fp32_mean_iou is None:
             return None
         return 100 * (self.fp32_mean_iou - self.mean_iou)
@@ -70,7 +84,7 @@ class Judgement:
         return self.fp32_seconds / self.seconds
 
     def document(self) -> dict[str, Any]:
-        """As JSON data."""
+        """The judgement as plain data for JSON."""
         return {
             "label_agreement": self.agreement,
             "mean_iou_to_fp32": number(self.mean_iou_to_fp32),
@@ -85,8 +99,36 @@ class Judgement:
         }
 
 
+@dataclass(frozen=True)
+class Int8Gate:
+    """What an INT8 graph must reach."""
+
+    agreement: float = 0.98
+    """Share of the check tiles' pixels that must keep the FP32 graph's label."""
+    loss: float = 0.5
+    """Points of mIoU that it may lose on labelled images."""
+
+    def __post_init__(self) -> None:
+        if not 0.01 < self.agreement <= 1:
+            raise UsageError(
+                f"--min-agreement must be above 1 and at most 100 per cent, got {100 * self.agreement:g}",
+                hint="for example --min-agreement 98",
+            )
+        if not 0 <= self.loss <= 100:
+            raise UsageError(f"--max-loss must be between 0 and 100 points of mIoU, got {self.loss:g}")
+
+    def failures(self, judgement: Judgement) -> list[str]:
+        """Why a graph fails; empty if it passes."""
+        reasons = []
+        if not judgement.agreement >= self.agreement:
+            reasons.append(f"{judgement.agreement:.2%} of the pixels keep their label; {self.agreement:.2%} must")
+        if judgement.loss is not None and not judgement.loss <= self.loss:
+            reasons.append(f"mIoU falls by {judgement.loss:.2f} points; at most {self.loss:.2f} are allowed")
+        return reasons
+
+
 class Judge:
-    """Holds the FP32 side, which is computed once."""
+    """Compares INT8 graphs with one FP32 graph, whose scores are computed once."""
 
     def __init__(
         self,
@@ -95,7 +137,7 @@ class Judge:
         tiles: Iterable[UInt8Array],
         data: LabelledData | None,
         scratch: Path,
-        progress: Callable[[str], None] = lambda step: None,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Load the FP32 graph.
 
@@ -105,10 +147,10 @@ class Judge:
             tiles: check tiles, uint8 ``[3, T, T]``.
             data: labelled images.
             scratch: a folder for temporary files.
-            progress: called with the name of each step.
+            note: called with the name of each step.
         """
         self._manifest, self._tiles, self._data = manifest, tiles, data
-        self._scratch, self._progress = scratch, progress
+        self._scratch, self._note = scratch, note
         self._plain = self._labeller(plain, "fp32")
         self._fp32_scores: Evaluation | None = None
 
@@ -120,48 +162,45 @@ class Judge:
             if self._data is None:
                 return judgement
             if self._fp32_scores is None:
-                self._progress("scores of the FP32 graph")
-                self._fp32_scores = self._evaluate(self._plain)
-            self._progress("scores of the INT8 graph")
-            scores = self._evaluate(labeller)
+                self._note("scores of the FP32 graph")
+                self._fp32_scores = self._evaluate(self._plain, self._data)
+            self._note("scores of the INT8 graph")
+            scores = self._evaluate(labeller, self._data)
         finally:
             labeller.close()
-        return Judgement(
-            **{
-                **vars(judgement),
-                "mean_iou": scores.matrix.mean_iou,
-                "fp32_mean_iou": self._fp32_scores.matrix.mean_iou,
-                "scores": {"fp32": self._fp32_scores.document(), "int8": scores.document()},
-            }
+        return dataclasses.replace(
+            judgement,
+            mean_iou=scores.matrix.mean_iou,
+            fp32_mean_iou=self._fp32_scores.matrix.mean_iou,
+            scores={"fp32": self._fp32_scores.document(), "int8": scores.document()},
         )
 
     def _on_tiles(self, labeller: OnnxLabeller) -> Judgement:
         matrix = ConfusionMatrix(len(self._manifest.schema))
-        agreements, times = [], ([], [])  # type: tuple[list[float], tuple[list[float], list[float]]]
+        agreements: list[float] = []
+        plain_times: list[float] = []
+        times: list[float] = []
         for tile in self._tiles:
-            labels = []
-            for side, own in ((self._plain, times[0]), (labeller, times[1])):
-                found, seconds = _label(side, tile)
-                labels.append(found)
-                own.append(seconds / side.batch)
-            matrix.update(*labels)
-            agreements.append(float((labels[0] == labels[1]).mean()))
+            expected, seconds = _label(self._plain, tile)
+            plain_times.append(seconds)
+            found, seconds = _label(labeller, tile)
+            times.append(seconds)
+            matrix.update(expected, found)
+            agreements.append(float((expected == found).mean()))
         return Judgement(
             agreement=statistics.fmean(agreements),
             mean_iou_to_fp32=matrix.mean_iou,
             worst_tile=min(agreements),
-            seconds=statistics.median(times[1]),
-            fp32_seconds=statistics.median(times[0]),
+            seconds=statistics.median(times),
+            fp32_seconds=statistics.median(plain_times),
         )
 
-    def _evaluate(self, labeller: OnnxLabeller) -> Evaluation:
-        assert self._data is not None
-        data = self._data
+    @staticmethod
+    def _evaluate(labeller: OnnxLabeller, data: LabelledData) -> Evaluation:
         return evaluate(labeller, data.dataset, data.schema, options=data.options)
 
     def _labeller(self, model: onnx.ModelProto, name: str) -> OnnxLabeller:
-        fused = onnx.ModelProto()
-        fused.CopyFrom(model)
+        fused = copy_of(model)
         fuse_attention(fused)
         path = self._scratch / f"{name}.onnx"
         onnx.save(fused, path)
@@ -170,14 +209,12 @@ class Judge:
 
 
 def _label(labeller: OnnxLabeller, tile: UInt8Array) -> tuple[npt.NDArray[np.uint8], float]:
+    """Labels of a tile, and seconds per tile."""
     labeller.input(0)[:] = tile
     started = time.perf_counter()
     labeller.launch(0)
     labeller.wait(0)
-    return labeller.output(0)[0].copy(), time.perf_counter() - started
-
-
-WORST = 8
+    return labeller.output(0)[0].copy(), (time.perf_counter() - started) / labeller.batch
 
 
 def write_report(path: Path, manifest: GraphManifest) -> None:
@@ -186,7 +223,7 @@ def write_report(path: Path, manifest: GraphManifest) -> None:
 
 
 def require_own_report(path: Path, graph: str) -> None:
-    """Make sure that a report replaces nothing but an earlier one of the graph of that name.
+    """Make sure that a report replaces nothing but an earlier report of the graph of that name.
 
     Raises:
         ManifestError: there is another file of that name.
@@ -194,7 +231,7 @@ def require_own_report(path: Path, graph: str) -> None:
     require_own(path, lambda path: path.read_text(encoding="utf-8").startswith(_title(graph)))
 
 
-def worst_layers(record: dict[str, Any], count: int = WORST) -> list[dict[str, Any]]:
+def worst_layers(record: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """The layers with the least signal-to-noise ratio, worst first."""
     return sorted(record["layers"], key=lambda layer: float(layer["snr_db"]))[:count]
 

@@ -13,7 +13,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 
 from cdkd_edge.core.errors import DatasetError, SceneError, SchemaError
-from cdkd_edge.core.labels import NO_LABEL, LabelSchema
+from cdkd_edge.core.labels import NO_LABEL, LabelSchema, Palette
 from cdkd_edge.quality.datasets import Pair
 from cdkd_edge.raster.bands import Upright
 from cdkd_edge.raster.open import gdal, open_scene, place_problem
@@ -66,7 +66,7 @@ def read_labels(path: Path, schema: LabelSchema, hidden: HiddenLabels | None = N
         if dataset.count not in (1, 3, 4) and not with_alpha:
             raise DatasetError(f"mask {path} has {dataset.count} bands; 1 (index values) or 3 (RGB) are expected")
         counts = np.zeros(NO_LABEL + 1, np.int64)
-        palette = _palette(dataset) if dataset.count == 1 else None
+        palette = _palette(dataset, schema) if dataset.count == 1 else None
         by_color = palette is not None and _knows_colors(dataset, palette, schema, path)
         labels = np.empty((dataset.height, dataset.width), np.uint8)
         for top in range(0, dataset.height, _STRIP):
@@ -123,8 +123,11 @@ def _read(
     return small, known, odd
 
 
-def _palette(dataset: Any) -> npt.NDArray[np.uint8] | None:
-    """RGBA by index value, uint8 ``[256, 4]``, or None where the band has no palette."""
+def _palette(dataset: Any, schema: LabelSchema) -> npt.NDArray[np.uint8] | None:
+    """RGBA by index value, uint8 ``[256, 4]``, or None where the band has no palette.
+
+    The palette of a label map that shows the schema's display colours is turned into mask colours.
+    """
     if dataset.colorinterp[0] != ColorInterp.palette:
         return None
     table = np.zeros((256, 4), np.uint8)
@@ -132,6 +135,8 @@ def _palette(dataset: Any) -> npt.NDArray[np.uint8] | None:
     for index, color in dataset.colormap(1).items():
         if index < len(table):  # a band of 16 bits has 65536; what its pixels may use is checked where they are read
             table[index] = color
+    if (table[: len(schema), :3] == schema.palette()[: len(schema)]).all():
+        table[: len(schema), :3] = schema.in_palette(Palette.DATASET).palette()[: len(schema)]
     return table
 
 

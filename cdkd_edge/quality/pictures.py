@@ -52,7 +52,7 @@ def write_comparison(
     if not score.pixels:
         titles[3] = "errors"
     entries = [
-        (cls.color, cls.name, f"IoU {iou:.1%}")
+        (cls.shown, cls.name, f"IoU {iou:.1%}")
         for cls, iou in zip(schema.classes, score.class_scores("iou"), strict=True)
         if not math.isnan(iou)
     ]
@@ -92,7 +92,7 @@ def write_differences(
     differences[(small == 0) & (labels[0] == NO_LABEL)] = NO_DATA_COLOR
     titles = [pair.name, "reference", "candidate", f"differences, {sum(pixels[1:])} px"]
     picture = in_a_row([image, *(colored(one, schema) for one in labels), differences], titles)
-    entries = [(cls.color, cls.name, "") for cls in schema.classes]
+    entries = [(cls.shown, cls.name, "") for cls in schema.classes]
     entries += [
         (_WRONG, "reference was right", f"{pixels[3]} px"),
         (_GAINED, "candidate is right", f"{pixels[2]} px"),

@@ -96,7 +96,7 @@ def label_map_xml(schema: LabelSchema, areas: Sequence[ClassArea] = (), *, extra
         for tag, value in zip(("Name", "Type", "Usage"), field, strict=True):
             ElementTree.SubElement(definition, tag).text = value
     for label, cls in enumerate(schema.classes):
-        texts = [str(label), cls.name, *map(str, cls.color)]
+        texts = [str(label), cls.name, *map(str, cls.shown)]
         if areas:
             texts.append(str(areas[label].pixels))
         if with_hectares:
@@ -143,7 +143,7 @@ def label_map_style(schema: LabelSchema) -> str:
     )
     palette = ElementTree.SubElement(renderer, "colorPalette")
     for label, cls in enumerate(schema.classes):
-        color = "#{:02x}{:02x}{:02x}".format(*cls.color)
+        color = "#{:02x}{:02x}{:02x}".format(*cls.shown)
         ElementTree.SubElement(palette, "paletteEntry", value=str(label), label=cls.name, color=color, alpha="255")
     return qml(root)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cdkd_edge.core.labels import Palette
 from cdkd_edge.raster.aoi import read_area
 from cdkd_edge.raster.areas import Areas
 from cdkd_edge.raster.grid import TileGrid, default_overlap
@@ -21,8 +22,10 @@ TAG_OPTIONS = {
     "OVERLAP_PX": "--overlap",
     "BANDS": "--bands",
     "MERGE": "--merge",
+    "PALETTE": "--palette",
     "GSD_M": "--gsd",
     "STRETCH": "--stretch",
+    "AREA_OF_INTEREST": "--aoi",
 }
 """The command-line option behind each tag of :meth:`SegmentOptions.tags`."""
 
@@ -45,6 +48,8 @@ class SegmentOptions:
     """Ground sample distance at which the scene is read, m; the label map has it too. Default: the scene's own."""
     aoi: str | None = None
     """Area of interest as :func:`.aoi.read_area` takes it; outside there is no label. Default: all of the scene."""
+    palette: Palette = Palette.DISPLAY
+    """The colours of the label map and of what is made of it."""
     strict: bool = False
     """What GDAL warns of while the scene is read is an error."""
     readers: int = 2
@@ -79,10 +84,12 @@ class SegmentOptions:
         return TileGrid.over(reader.height, reader.width, tile, self.overlap_of(tile))
 
     def tags(self, reader: SceneReader, tile: int) -> dict[str, str]:
-        """The options that decide about labels, as tags of a label map."""
+        """The options that decide about labels and their colours, as tags of a label map."""
         tags = {"OVERLAP_PX": str(self.overlap_of(tile)), "BANDS": ",".join(map(str, reader.bands))}
         if self.merge != DEFAULT_MERGE:
             tags["MERGE"] = self.merge
+        if self.palette is not Palette.DISPLAY:
+            tags["PALETTE"] = self.palette.value
         if self.gsd is not None:
             tags["GSD_M"] = f"{self.gsd:g}"
         if self.aoi is not None:

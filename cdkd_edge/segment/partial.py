@@ -26,6 +26,7 @@ from cdkd_edge.core.errors import SceneError
 from cdkd_edge.core.files import make_folders, read_small, write_text
 from cdkd_edge.raster.open import is_gdal_name
 from cdkd_edge.raster.read import SceneReader
+from cdkd_edge.segment.options import TAG_OPTIONS
 
 _PIECE = 1 << 16
 _PIECES = 64
@@ -299,17 +300,22 @@ def _remove(folder: Path) -> None:
 
 
 def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    """What two JSON documents differ in, one phrase for each value."""
+    """The differences of two JSON documents, one phrase per value; options are named as a user types them."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = sorted({*found, *wanted})
-        return [text for key in keys for text in differences(found.get(key), wanted.get(key), f"{name} {key}".strip())]
+        names = {key: TAG_OPTIONS.get(key, f"{name} {key}".strip()) for key in keys}
+        return [text for key in keys for text in differences(found.get(key), wanted.get(key), names[key])]
     if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
         pairs = enumerate(zip(found, wanted, strict=True), 1)
         return [text for index, (a, b) in pairs for text in differences(a, b, f"{name} {index}")]
     if found == wanted:
         return []
-    shown = [text if len(text := json.dumps(value)) <= 60 else text[:57] + "..." for value in (found, wanted)]
-    return [f"{name} was {shown[0]} and is {shown[1]}"]
+    return [f"{name} was {_shown(found)} and is {_shown(wanted)}"]
+
+
+def _shown(value: Any) -> str:
+    text = "not given" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _document(folder: Path) -> dict[str, Any]:

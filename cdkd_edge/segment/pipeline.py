@@ -82,6 +82,7 @@ def segment_scene(
     require_writable_name(output)
     require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
     _require_output(engine, options)
+    schema = engine.schema.in_palette(options.palette)
     with contextlib.ExitStack() as stack:
         readers = _opened(stack, scene, options)
         reader, times = readers[0], times_of_change(readers[0])
@@ -98,7 +99,7 @@ def segment_scene(
             warn(f"{spool.path} is damaged; {resumed} rows of tiles are good, what followed them is made again")
         stack.callback(_note_what_is_worth, partial, spool)
         rasters = RasterAssembler(
-            spool, engine.schema, reader.georeference, tags, partial.folder, confidence=options.confidence
+            spool, schema, reader.georeference, tags, partial.folder, confidence=options.confidence
         )
         stack.enter_context(rasters)
         rasters.advance(plan.rows_done(resumed))
@@ -121,7 +122,7 @@ def segment_scene(
             raise SceneError(f"{scene} changed while it was read", hint="start anew with --overwrite")
         finishing = time.perf_counter()
         finished = rasters.result()
-        areas = publish(finished, output, engine.schema, confidence, on_whole=partial.finishing)
+        areas = publish(finished, output, schema, confidence, on_whole=partial.finishing)
         totals.stages["finish"] = time.perf_counter() - finishing
         partial.finished = True
         result = _result(engine, reader, plan, output, finished, spool.tiles_without_data)

@@ -31,7 +31,7 @@ from cdkd_edge.bench.roofline.model import (
 )
 from cdkd_edge.bench.roofline.operators import GraphCost, read_operators
 from cdkd_edge.core.errors import GraphError, UsageError
-from cdkd_edge.graph.read import load_graph
+from cdkd_edge.graph.files import load_graph
 from cdkd_edge.model.config import NetworkConfig
 
 ORIN = load_device("orin-nx-16gb")

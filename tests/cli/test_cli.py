@@ -236,7 +236,7 @@ def test_overwrite(workspace: Path, tmp_path: Path) -> None:
     assert_answer(
         run(*command, "--overlap", "3"),
         10,
-        r"map\.tif exists and was made with --overlap 16; now it is 3 — ",
+        r"map\.tif exists and was made with other options: --overlap was 16 and is 3 — ",
     )
     assert unchanged()
     assert run(*command, "--overwrite").exit_code == 0

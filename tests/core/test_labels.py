@@ -16,6 +16,7 @@ from cdkd_edge.core.labels import (
     NO_LABEL,
     LabelSchema,
     LandCoverClass,
+    Palette,
     load_schema,
     numbered_schema,
     schema_from_document,
@@ -112,6 +113,77 @@ def test_the_palette_has_every_class_and_black_elsewhere():
     assert not palette[2:].any()
 
 
+# --- display colours ------------------------------------------------------------------------------
+
+VISION = {
+    "normal": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+}
+"""What a colour looks like, on linear RGB; Machado, Oliveira and Fernandes, IEEE TVCG 15(6), 2009, severity 1."""
+TO_XYZ = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+
+
+def lab(colors, vision):
+    """CIELAB (D65) of sRGB colours as they look."""
+    rgb = np.array(colors) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = np.clip(linear @ np.array(vision).T, 0, 1) @ np.array(TO_XYZ).T / [0.95047, 1, 1.08883]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("name", BUILTIN_SCHEMAS)
+def test_display_colors_are_told_apart_with_any_color_vision(name, vision):
+    seen = lab([c.shown for c in load_schema(name).classes], VISION[vision])
+    distance = np.linalg.norm(seen[:, None] - seen, axis=2) + 1000 * np.eye(len(seen))
+    assert distance.min() > 22
+
+
+@pytest.mark.parametrize("name", BUILTIN_SCHEMAS)
+def test_display_colors_are_those_of_the_things(name):
+    for cls in load_schema(name).classes:
+        red, green, blue = (int(v) for v in cls.shown)
+        if cls.name == "water":
+            assert blue > green > red
+        elif cls.name in ("vegetation", "forest", "rangeland", "agriculture"):
+            assert green > max(red, blue)
+        elif cls.name in ("building", "urban"):
+            assert red > 2 * max(green, blue)
+        elif cls.name in ("land", "barren"):
+            assert red > green > blue
+        else:
+            assert red == green == blue
+
+
+def test_the_dataset_palette_is_that_of_the_masks():
+    schema = load_schema("dubai")
+    assert schema.palette()[4].tolist() == list(schema.classes[4].shown) != list(schema.classes[4].color)
+    masks = schema.in_palette(Palette.DATASET)
+    assert masks.palette()[4].tolist() == list(schema.classes[4].color)
+    assert schema.in_palette(Palette.DISPLAY) == schema
+    assert schema_from_document(masks.to_document(), source="x") == masks
+
+
+def test_documents_from_before_there_were_display_colors():
+    """Manifests and checkpoints of the built-in schemas get theirs, all others show their mask colours."""
+    document = load_schema("loveda").to_document()
+    for table in document["classes"]:
+        del table["display"]
+    assert schema_from_document(document, source="x") == load_schema("loveda")
+    document["classes"][0]["color"] = [1, 2, 3]
+    assert next(c.shown for c in schema_from_document(document, source="x").classes) == (1, 2, 3)
+
+
+def test_a_toml_file_may_give_display_colors(tmp_path):
+    schema = load_schema(stored(tmp_path, GOOD.replace("value = 1\n", "value = 1\ndisplay = [9, 8, 7]\n")))
+    assert [c.shown for c in schema.classes] == [(9, 8, 7), (0, 0, 255)]
+    assert schema.encode(mask([[(255, 0, 255)]])).tolist() == [[0]]
+    with pytest.raises(SchemaError, match=r"uses the display color \(0, 0, 255\) twice"):
+        load_schema(stored(tmp_path, GOOD.replace("value = 1\n", "value = 1\ndisplay = [0, 0, 255]\n")))
+
+
 # --- TOML -----------------------------------------------------------------------------------------
 
 GOOD = """
@@ -165,45 +237,45 @@ MALFORMED = {
     "a key twice": ('name = "a"\nname = "b"\n' + ONE_CLASS, "cannot be read"),
     "too deep": ("x = " + "[" * 20000, "cannot be read"),
     "not UTF-8": (b"name = '\xff'\n", "cannot be read"),
-    "nothing": ("", r"at least one \[\[classes\]\]"),
-    "no classes": ('name = "x"', r"at least one \[\[classes\]\]"),
-    "empty classes": ("classes = []", r"at least one \[\[classes\]\]"),
-    "classes as a table": ("[classes]\na = 1", r"at least one \[\[classes\]\]"),
-    "classes as names": ('classes = ["a"]', "class 0"),
-    "unknown key": ("colours = 1\n" + ONE_CLASS, "unknown key 'colours'"),
-    "unknown class key": (ONE_CLASS + "colour = 1", "class 0"),
-    "no name": ("[[classes]]\ncolor = [1, 2, 3]", "class 0: needs a printable name"),
-    "blank name": ('[[classes]]\nname = "  "\ncolor = [1, 2, 3]', "class 0: needs a printable name"),
-    "name with an escape": ('[[classes]]\nname = "a\\u001b[2J"\ncolor = [1, 2, 3]', "class 0: needs a printable name"),
-    "name without end": (f'[[classes]]\nname = "{"a" * 201}"\ncolor = [1, 2, 3]', "class 0: needs a printable name"),
+    "nothing": ("", r"missing required field classes"),
+    "no classes": ('name = "x"', r"missing required field classes"),
+    "empty classes": ("classes = []", r"0 classes; 1 to 255"),
+    "classes as a table": ("[classes]\na = 1", r"classes: expected array"),
+    "classes as names": ('classes = ["a"]', r"classes\[0\]: expected object"),
+    "unknown key": ("colours = 1\n" + ONE_CLASS, r"unknown field colours"),
+    "unknown class key": (ONE_CLASS + "colour = 1", r"classes\[0\]: object contains unknown field colour"),
+    "no name": ("[[classes]]\ncolor = [1, 2, 3]", r"classes\[0\]: object missing required field name"),
+    "blank name": ('[[classes]]\nname = "  "\ncolor = [1, 2, 3]', r"classes\[0\]\.name: expected "),
+    "name with an escape": ('[[classes]]\nname = "a\\u001b[2J"\ncolor = [1, 2, 3]', r"classes\[0\]\.name: expected "),
+    "name without end": (f'[[classes]]\nname = "{"a" * 201}"\ncolor = [1, 2, 3]', r"classes\[0\]\.name: expected "),
     "channel without end": (
         f'[[classes]]\nname = "a"\ncolor = [1, 2, 0x{"F" * 5000}]',
-        "class 0: a color is three integers",
+        r"classes\[0\]\.color.*: expected ",
     ),
-    "name is a number": ("[[classes]]\nname = 5\ncolor = [1, 2, 3]", "class 0: needs a printable name"),
-    "no color": (ONE_CLASS + '[[classes]]\nname = "b"', "class 1: a color is three integers"),
-    "color name": ('[[classes]]\nname = "a"\ncolor = "red"', "class 0: a color is three integers"),
-    "two channels": ('[[classes]]\nname = "a"\ncolor = [1, 2]', "class 0: a color is three integers"),
-    "four channels": ('[[classes]]\nname = "a"\ncolor = [1, 2, 3, 4]', "class 0: a color is three integers"),
-    "channel above 255": ('[[classes]]\nname = "a"\ncolor = [1, 2, 256]', "class 0: a color is three integers"),
-    "negative channel": ('[[classes]]\nname = "a"\ncolor = [1, 2, -1]', "class 0: a color is three integers"),
-    "fraction": ('[[classes]]\nname = "a"\ncolor = [1, 2, 0.5]', "class 0: a color is three integers"),
-    "truth as a channel": ('[[classes]]\nname = "a"\ncolor = [1, 2, true]', "class 0: a color is three integers"),
-    "value above 255": (ONE_CLASS + "value = 256", "class 0: a mask value is an integer"),
-    "negative value": (ONE_CLASS + "value = -1", "class 0: a mask value is an integer"),
-    "value as text": (ONE_CLASS + 'value = "1"', "class 0: a mask value is an integer"),
-    "truth as a value": (ONE_CLASS + "value = true", "class 0: a mask value is an integer"),
+    "name is a number": ("[[classes]]\nname = 5\ncolor = [1, 2, 3]", r"classes\[0\]\.name: expected "),
+    "no color": (ONE_CLASS + '[[classes]]\nname = "b"', r"classes\[1\]: object missing required field color"),
+    "color name": ('[[classes]]\nname = "a"\ncolor = "red"', r"classes\[0\]\.color.*: expected "),
+    "two channels": ('[[classes]]\nname = "a"\ncolor = [1, 2]', r"classes\[0\]\.color.*: expected "),
+    "four channels": ('[[classes]]\nname = "a"\ncolor = [1, 2, 3, 4]', r"classes\[0\]\.color.*: expected "),
+    "channel above 255": ('[[classes]]\nname = "a"\ncolor = [1, 2, 256]', r"classes\[0\]\.color.*: expected "),
+    "negative channel": ('[[classes]]\nname = "a"\ncolor = [1, 2, -1]', r"classes\[0\]\.color.*: expected "),
+    "fraction": ('[[classes]]\nname = "a"\ncolor = [1, 2, 0.5]', r"classes\[0\]\.color.*: expected "),
+    "truth as a channel": ('[[classes]]\nname = "a"\ncolor = [1, 2, true]', r"classes\[0\]\.color.*: expected "),
+    "value above 255": (ONE_CLASS + "value = 256", r"classes\[0\]\.value: expected int"),
+    "negative value": (ONE_CLASS + "value = -1", r"classes\[0\]\.value: expected int"),
+    "value as text": (ONE_CLASS + 'value = "1"', r"classes\[0\]\.value: expected int"),
+    "truth as a value": (ONE_CLASS + "value = true", r"classes\[0\]\.value: expected int"),
     "same name": (ONE_CLASS + '[[classes]]\nname = "a"\ncolor = [3, 2, 1]', "uses the class name 'a' twice"),
     "same color": (ONE_CLASS + '[[classes]]\nname = "b"\ncolor = [1, 2, 3]', r"uses the color \(1, 2, 3\) twice"),
     "same value": (ONE_CLASS + '[[classes]]\nname = "b"\ncolor = [3, 2, 1]\nvalue = 0', "uses the mask value 0 twice"),
     "ignored class value": ("ignore_values = [0]\n" + ONE_CLASS, "uses the mask value 0 twice"),
     "ignored class color": ("ignore_colors = [[1, 2, 3]]\n" + ONE_CLASS, r"uses the color \(1, 2, 3\) twice"),
     "one ignored color": ("ignore_colors = [1, 2, 3]\n" + ONE_CLASS, "ignore_colors"),
-    "ignored colors as text": ('ignore_colors = "black"\n' + ONE_CLASS, "ignore_colors is a list"),
-    "one ignored value": ("ignore_values = 9\n" + ONE_CLASS, "ignore_values is a list"),
+    "ignored colors as text": ('ignore_colors = "black"\n' + ONE_CLASS, "ignore_colors: expected array"),
+    "one ignored value": ("ignore_values = 9\n" + ONE_CLASS, "ignore_values: expected array"),
     "ignored value above 255": ("ignore_values = [300]\n" + ONE_CLASS, "ignore_values"),
-    "binarize as text": ('binarize_colors = "yes"\n' + ONE_CLASS, "binarize_colors is true or false"),
-    "name of the schema": ("name = 5\n" + ONE_CLASS, "name is a string of at most 200 printable characters"),
+    "binarize as text": ('binarize_colors = "yes"\n' + ONE_CLASS, "binarize_colors: expected bool"),
+    "name of the schema": ("name = 5\n" + ONE_CLASS, "name: expected str"),
     "too many": (
         "".join(f'[[classes]]\nname="{i}"\ncolor=[{i // 256},{i % 256},0]\nvalue={i % 256}\n' for i in range(256)),
         "256 classes; 1 to 255",

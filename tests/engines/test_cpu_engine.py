@@ -306,6 +306,6 @@ def test_threads_can_be_chosen(small_engine_path, small_tiles, threads, monkeypa
     engine = load_engine(small_engine_path, threads=threads)
     assert chosen == [threads]
     assert segment_tiles(engine, small_tiles[:1]).max() < 5
-    monkeypatch.setattr("cdkd_edge.graph.session.available_cores", lambda: 7)
+    monkeypatch.setattr("cdkd_edge.graph.cpu.available_cores", lambda: 7)
     load_engine(small_engine_path)
     assert chosen == [threads, 7]

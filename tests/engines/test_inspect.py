@@ -21,8 +21,8 @@ from cdkd_edge.engines import runtimes
 from cdkd_edge.engines.inspect import OnnxContents, inspect_artefact, read_onnx
 from cdkd_edge.engines.runtimes import RUNTIMES, choose_runtime
 from cdkd_edge.engines.tensorrt.layers import layers_path
-from cdkd_edge.precision import plan
-from cdkd_edge.precision.graph import Prepared, prepare_graph
+from cdkd_edge.precision import choose
+from cdkd_edge.precision.choose import PreparedGraph, prepare_graph
 
 
 @pytest.fixture
@@ -44,9 +44,9 @@ def half(workspace: Path) -> Path:
 def test_the_graph_of_a_precision(workspace: Path, half: Path) -> None:
     space = Workspace(workspace)
     full = workspace / "export" / "small.onnx"
-    assert prepare_graph(space, None, None) == prepare_graph(space, None, "fp32") == Prepared(full)
-    assert prepare_graph(space, None, "fp16") == Prepared(half)
-    assert prepare_graph(space, half, None) == Prepared(half), "a named graph says itself what it is"
+    assert prepare_graph(space, None, None) == prepare_graph(space, None, "fp32") == PreparedGraph(full)
+    assert prepare_graph(space, None, "fp16") == PreparedGraph(half)
+    assert prepare_graph(space, half, None) == PreparedGraph(half), "a named graph says itself what it is"
     with pytest.raises(UsageError, match="is a graph of fp16, and --fp32 was asked for"):
         prepare_graph(space, half, "fp32")
 
@@ -54,9 +54,9 @@ def test_the_graph_of_a_precision(workspace: Path, half: Path) -> None:
 def test_names_of_engines(workspace: Path, half: Path) -> None:
     space = Workspace(workspace)
     full = workspace / "export" / "small.onnx"
-    assert plan.engine_path(space, full, RUNTIMES["cpu"]) == workspace / "engines" / "small.fp32.cpu.onnx"
-    assert plan.engine_path(space, full, RUNTIMES["tensorrt"]) == workspace / "engines" / "small.fp32.engine"
-    assert plan.engine_path(space, half, RUNTIMES["tensorrt"]) == workspace / "engines" / "small.fp16.engine"
+    assert choose.engine_path(space, full, RUNTIMES["cpu"]) == workspace / "engines" / "small.fp32.cpu.onnx"
+    assert choose.engine_path(space, full, RUNTIMES["tensorrt"]) == workspace / "engines" / "small.fp32.engine"
+    assert choose.engine_path(space, half, RUNTIMES["tensorrt"]) == workspace / "engines" / "small.fp16.engine"
 
 
 def test_no_graph_of_that_precision(workspace: Path) -> None:

@@ -25,9 +25,9 @@ from cdkd_edge.engines.runtimes import RUNTIMES, load_engine
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.engines.tensorrt.runner import TensorRTEngine
-from cdkd_edge.graph.outputs import variant_path, write_variant
-from cdkd_edge.precision.graph import Request, prepare_graph
-from cdkd_edge.precision.plan import compare_speed, engine_path
+from cdkd_edge.graph.files import derived_path
+from cdkd_edge.graph.outputs import write_variant
+from cdkd_edge.precision.choose import GraphRequest, compare_speed, engine_path, prepare_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -161,7 +161,7 @@ def test_tensorrt_rtx_compiles_it_and_binds_uint8(tmp_path, small_graph, kind):
     for file in (small_graph, manifest_path(small_graph)):
         shutil.copy(file, tmp_path)
     source = half_graph(tmp_path / small_graph.name)
-    graph = variant_path(source, kind)
+    graph = derived_path(source, kind)
     write_variant(source, graph, kind)
     manifest = build_tensorrt_engine(graph, tmp_path / "engines" / "a.engine", TensorRTOptions(targets=("8.6",)))
     shape = (1, 64, 64) if kind == "confidence" else (1, 5, 64, 64)
@@ -291,7 +291,7 @@ def test_a_graph_that_was_exported_again_has_its_variant_made_again(
     second = json.loads(run("build", f"--{kind}", "-w", space.root, "--json").stdout)
     assert second["graph_made"]
     assert first["manifest"]["graph"]["sha256"] != second["manifest"]["graph"]["sha256"]
-    parent = read_manifest(variant_path(space.graphs / "small.onnx", kind), GraphManifest).parent
+    parent = read_manifest(derived_path(space.graphs / "small.onnx", kind), GraphManifest).parent
     assert parent == read_manifest(space.graphs / "small.onnx", GraphManifest).artefact
 
 
@@ -311,7 +311,7 @@ def test_one_kind_at_a_time(space):
 
 def test_a_named_graph_with_confidence_is_built_as_it_is(space):
     plain = space.graphs / "small.onnx"
-    sure = variant_path(plain, "confidence")
+    sure = derived_path(plain, "confidence")
     write_variant(plain, sure, "confidence")
     for asked in (None, "confidence"):
         prepared = prepare_graph(space, sure, None, output=asked)
@@ -320,13 +320,13 @@ def test_a_named_graph_with_confidence_is_built_as_it_is(space):
         with pytest.raises(UsageError, match="a graph of fp32 that gives confidence"):
             prepare_graph(space, sure, precision, output=output)
     with pytest.raises(UsageError):
-        prepare_graph(space, sure, None, Request(again=True))
+        prepare_graph(space, sure, None, GraphRequest(again=True))
 
 
 def test_a_board_to_which_only_the_variant_was_carried(space):
     plain = space.graphs / "small.onnx"
     half = half_graph(plain)
-    sure = variant_path(half, "confidence")
+    sure = derived_path(half, "confidence")
     write_variant(half, sure, "confidence")
     for path in (plain, half):
         path.unlink()
@@ -344,7 +344,7 @@ def test_int8_with_confidence_is_timed_against_fp32_with_confidence(space, tmp_p
     for source, target in ((rival, copy), (manifest_path(rival), manifest_path(copy))):
         shutil.copy(source, target)
     manifest = dataclasses.replace(load_engine(copy).manifest, precision="int8")
-    assert compare_speed(space, copy, manifest).path == rival
+    assert compare_speed(copy, manifest).path == rival
 
 
 def test_evaluate_and_parity_take_a_graph_with_confidence(space, small_tiles):
@@ -353,7 +353,7 @@ def test_evaluate_and_parity_take_a_graph_with_confidence(space, small_tiles):
     from cdkd_edge.quality.artefacts import open_artefact
 
     plain = space.graphs / "small.onnx"
-    write_variant(plain, variant_path(plain, "probabilities"), "probabilities")
-    found = open_artefact(variant_path(plain, "probabilities")).labeller
+    write_variant(plain, derived_path(plain, "probabilities"), "probabilities")
+    found = open_artefact(derived_path(plain, "probabilities")).labeller
     assert (segment_tiles(found, small_tiles) == segment_tiles(open_artefact(plain).labeller, small_tiles)).all()
     assert np.ptp(found.confidence(0)) > 0

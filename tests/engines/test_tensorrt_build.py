@@ -25,16 +25,14 @@ from cdkd_edge.core.errors import EngineError, GraphError, ManifestError, System
 from cdkd_edge.core.manifest import EngineManifest, GraphManifest, read_manifest, write_manifest
 from cdkd_edge.engines.inspect import inspect_artefact
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.engines.tensorrt import compiler
-from cdkd_edge.engines.tensorrt.api import TensorRT, TensorRTMissingError
-from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine, compile_layers
-from cdkd_edge.engines.tensorrt.compiler import BuilderMemoryError, BuildRequest
-from cdkd_edge.engines.tensorrt.device import NoGpu
+from cdkd_edge.engines.tensorrt import compile as compiler
+from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine, compile_layers, run_builder
+from cdkd_edge.engines.tensorrt.compile import BuilderMemoryError, BuildRequest
+from cdkd_edge.engines.tensorrt.find import NoGpu, TensorRT, TensorRTMissingError
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
-from cdkd_edge.engines.tensorrt.process import run_builder
 
 SM86 = TensorRTOptions(targets=("8.6",))
-REQUEST = BuildRequest("g.onnx", "e.engine", "fp16", None, None, True, False, False, (), False)
+REQUEST = BuildRequest("g.onnx", "e.engine", "fp16", TensorRTOptions())
 STARTED = {"kind": "tensorrt", "version": "10.3.0", "gpu": dataclasses.asdict(ORIN), "workspace_bytes": 5 << 30}
 FINISHED: dict[str, Any] = {
     "flags": ["TF32"], "optimization_level": 3, "timing_cache": True, "inspector": None, "scratch_bytes": 123,
@@ -125,8 +123,8 @@ def test_what_the_compiler_does_not_have(
 @pytest.mark.parametrize(
     ("operator", "domain", "message", "hint"),
     [
-        ("Det", "", r"node 'odd', an ONNX Det \(not in TensorRT's parser as of 10\.15\)", "export it again"),
-        ("Frobnicate", "", r"node 'odd', an ONNX Frobnicate \(since when .* is not known here\)", "uses opset 20"),
+        ("Det", "", r"node 'odd', an ONNX Det \(not in TensorRT's parser as of 10\.15\)", "export the graph again"),
+        ("Frobnicate", "", r"node 'odd', an ONNX Frobnicate \(not known since which release .*\)", "uses opset 20"),
         ("MultiHeadAttention", "com.microsoft", r"node 'odd', a com\.microsoft\.MultiHeadAttention", "a CPU engine"),
     ],
 )
@@ -173,7 +171,7 @@ def test_no_gpu_and_no_target(small_graph: Path, tmp_path: Path) -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=hidden, check=False)
     assert "EngineError: TensorRT-RTX" in answer.stderr
-    assert "builds for the GPU at hand" in answer.stderr
+    assert "builds only for the GPU of this machine" in answer.stderr
     assert names(tmp_path) == []
 
 
@@ -219,7 +217,7 @@ def test_beside_onnxruntime_in_one_process(small_graph: Path, small_engine_path:
     """The wheel with the compiler's libraries is a plug-in of ONNX Runtime's; it must stay out of its way."""
     code = (
         "import onnxruntime, sys\nfrom pathlib import Path\n"
-        "from cdkd_edge.engines.tensorrt.api import find_tensorrt\n"
+        "from cdkd_edge.engines.tensorrt.find import find_tensorrt\n"
         "from cdkd_edge.engines.runtimes import load_engine\n"
         "api = find_tensorrt()\n"
         f"load_engine(Path({str(small_engine_path)!r})).launch(0)\n"
@@ -385,9 +383,9 @@ def test_progress_is_one_line_of_nested_phases() -> None:
 
 def test_what_libraries_print_does_not_tear_the_answers(small_graph: Path) -> None:
     """The real process, asked for nonsense: its answer comes alone on stdout."""
-    request = dataclasses.replace(REQUEST, graph=str(small_graph.with_name("nowhere.onnx")), targets=("8.6",))
+    request = dataclasses.replace(REQUEST, graph=str(small_graph.with_name("nowhere.onnx")), options=SM86)
     code = (
-        "import os; from cdkd_edge.engines.tensorrt import child\n"
+        "import os; from cdkd_edge.engines.tensorrt import compile as child\n"
         "real = child.compile_engine\n"
         "def loud(*a): os.write(1, b'printed by a library\\n'); return real(*a)\n"
         "child.compile_engine = loud; child.main()"
@@ -476,7 +474,9 @@ def tensorrt_10(**changes: Any) -> TensorRT:
     ],
 )
 def test_typing(weakly_typed: bool, precision: str, network_flags: int, builder_flags: list[str]) -> None:
-    request = dataclasses.replace(REQUEST, weakly_typed=weakly_typed, precision=precision, workspace_bytes=1 << 30)
+    request = BuildRequest(
+        "g.onnx", "e.engine", precision, TensorRTOptions(workspace_bytes=1 << 30, weakly_typed=weakly_typed)
+    )
     config: Any = Config()
     made: Any = SimpleNamespace(create_network=lambda flags: flags)
     assert compiler._create_network(tensorrt_10(), made, request) == network_flags
@@ -487,7 +487,7 @@ def test_typing(weakly_typed: bool, precision: str, network_flags: int, builder_
 def test_tensorrt_11_has_no_weak_typing() -> None:
     api = tensorrt_10(BuilderFlag=SimpleNamespace(SPARSE_WEIGHTS="SPARSE_WEIGHTS"))
     with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 has no weak typing"):
-        compiler._create_network(api, None, dataclasses.replace(REQUEST, weakly_typed=True))  # type: ignore[arg-type]
+        compiler._create_network(api, None, dataclasses.replace(REQUEST, options=TensorRTOptions(weakly_typed=True)))  # type: ignore[arg-type]
 
 
 def test_the_workspace_is_below_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,14 +499,14 @@ def test_the_workspace_is_below_what_is_free(tmp_path: Path, monkeypatch: pytest
     assert compiler._configure(tensorrt_10(), config, request, ORIN) == config.pool == 7 << 20
     assert asked == [(ORIN, 10 << 20)]
     config = Config()
-    targeted = dataclasses.replace(request, targets=("8.6",))
+    targeted = dataclasses.replace(request, options=TensorRTOptions(targets=("8.6",)))
     assert compiler._configure(tensorrt_10(), config, targeted, NoGpu("none")) is None
     assert config.pool is None
 
 
 def test_a_target_needs_tensorrt_rtx() -> None:
     config: Any = Config()
-    with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 builds for the GPU at hand alone"):
+    with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 builds only for the GPU of this machine"):
         compiler._set_targets(tensorrt_10(), config, ("8.6",), ORIN)
     with pytest.raises(EngineError, match="and there is no CUDA driver"):
         compiler._set_targets(tensorrt_10(), config, (), NoGpu("there is no CUDA driver"))

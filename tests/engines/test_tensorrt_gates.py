@@ -9,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tensorrt_helpers import break_attention, half_graph, int8_variant, needs_compiler
+from tensorrt_helpers import LayerLimits, break_attention, exceeded, half_graph, int8_variant, needs_compiler
 
 from cdkd_edge.core.manifest import EngineManifest, EngineTensor
 from cdkd_edge.engines.inspect import inspect_artefact
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
-from cdkd_edge.engines.tensorrt.layers import EngineLayers, LayerLimits, exceeded
+from cdkd_edge.engines.tensorrt.layers import EngineLayers
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
-from cdkd_edge.graph.outputs import variant_path, write_variant
+from cdkd_edge.graph.files import derived_path
+from cdkd_edge.graph.outputs import write_variant
 from cdkd_edge.model.config import NetworkConfig
 
 pytestmark = [pytest.mark.slow, needs_compiler]
@@ -69,7 +70,7 @@ def test_fp16_keeps_the_limits(half: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["confidence", "probabilities"])
 def test_confidence_costs_two_layers(half: Path, kind: str) -> None:
-    graph = variant_path(half, kind)
+    graph = derived_path(half, kind)
     write_variant(half, graph, kind)
     manifest, layers = compiled(graph)
     # The bytes of the sum over the classes are counted once per class, although it is read once.

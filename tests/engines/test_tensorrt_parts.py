@@ -15,27 +15,31 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tensorrt_helpers import ORIN
+from tensorrt_helpers import ORIN, LayerLimits, exceeded
 
 from cdkd_edge.core.errors import EngineError, ManifestError, UsageError
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing, TensorRTBuild
-from cdkd_edge.engines.tensorrt import api, device, timing
-from cdkd_edge.engines.tensorrt.api import TensorRT, TensorRTMissingError, find_tensorrt, tensorrt_is_installed
-from cdkd_edge.engines.tensorrt.device import NoGpu, find_gpu, free_gpu_memory
+from cdkd_edge.engines.tensorrt import find, options
+from cdkd_edge.engines.tensorrt.find import (
+    NoGpu,
+    TensorRT,
+    TensorRTMissingError,
+    find_gpu,
+    find_tensorrt,
+    free_gpu_memory,
+    require_loadable,
+    tensorrt_is_installed,
+)
 from cdkd_edge.engines.tensorrt.layers import (
     EngineLayers,
     Layer,
-    LayerLimits,
     LayerTensor,
-    exceeded,
     layers_of_inspector,
     layers_of_log,
     layers_path,
     read_layers,
     write_layers,
 )
-from cdkd_edge.engines.tensorrt.load import require_loadable
-from cdkd_edge.engines.tensorrt.messages import OPSETS, SINCE, UNSUPPORTED, ParserComplaint, explain
 from cdkd_edge.engines.tensorrt.options import (
     MINIMUM,
     TensorRTOptions,
@@ -45,6 +49,7 @@ from cdkd_edge.engines.tensorrt.options import (
     parse_target,
     workspace_within,
 )
+from cdkd_edge.engines.tensorrt.parser import OPSETS, SINCE, UNSUPPORTED, ParserComplaint, explain
 
 # --- options --------------------------------------------------------------------------------------
 
@@ -110,13 +115,11 @@ def test_memory_of_the_system(tmp_path: Path) -> None:
 
 
 def test_shared_memory_is_the_systems_and_own_memory_the_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cdkd_edge.engines.tensorrt import options as memory
-
-    monkeypatch.setattr(memory, "available_memory", lambda: 6 << 30)
-    monkeypatch.setattr(memory, "free_gpu_memory", lambda: 12 << 30)
+    monkeypatch.setattr(options, "available_memory", lambda: 6 << 30)
+    monkeypatch.setattr(options, "free_gpu_memory", lambda: 12 << 30)
     assert default_workspace(ORIN, 0) == 5 << 30
     assert default_workspace(dataclasses.replace(ORIN, integrated=False), 0) == 23 << 29
-    monkeypatch.setattr(memory, "free_gpu_memory", lambda: None)
+    monkeypatch.setattr(options, "free_gpu_memory", lambda: None)
     assert default_workspace(dataclasses.replace(ORIN, integrated=False), 0) is None
 
 
@@ -200,7 +203,7 @@ def test_reasons_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     driver.attributes = {}
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     assert find_gpu() == NoGpu("the CUDA driver does not describe its GPU")
-    assert device.find_gpu(3) == NoGpu("the CUDA driver sees no GPU")
+    assert find.find_gpu(3) == NoGpu("the CUDA driver sees no GPU")
 
 
 # --- which TensorRT -------------------------------------------------------------------------------
@@ -210,14 +213,14 @@ def test_reasons_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Packages that can be found, by name; none at first."""
     there: dict[str, Any] = {}
-    monkeypatch.setattr(api, "find_spec", lambda name: there.get(name))
+    monkeypatch.setattr(find, "find_spec", lambda name: there.get(name))
 
     def give(name: str) -> ModuleType:
         if isinstance(there[name].module, Exception):
             raise there[name].module
         return there[name].module  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(api, "import_module", give)
+    monkeypatch.setattr(find, "import_module", give)
     monkeypatch.setattr(ctypes, "CDLL", lambda path, mode=0: loaded.append(Path(path).name))
     loaded: list[str] = []
     there["loaded"] = loaded
@@ -276,12 +279,12 @@ def test_one_logger_and_many_listeners(monkeypatch: pytest.MonkeyPatch) -> None:
     class ILogger:
         Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2, INFO=3, VERBOSE=4)
 
-    monkeypatch.setattr(api, "_logger", None)
+    monkeypatch.setattr(find, "_logger", None)
     found = TensorRT(SimpleNamespace(ILogger=ILogger), "tensorrt", "10")
     heard: list[tuple[str, ...]] = []
-    with api.log_to(lambda *line: heard.append(line)):
+    with find.log_to(lambda *line: heard.append(line)):
         found.logger.log(1, "one")
-        with api.log_to(lambda *line: heard.append(("inner", *line))):
+        with find.log_to(lambda *line: heard.append(("inner", *line))):
             found.logger.log(4, "two")
         found.logger.log(0, "three")
     found.logger.log(1, "nobody listens")
@@ -295,17 +298,17 @@ def test_one_logger_and_many_listeners(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_timings_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gpu = dataclasses.replace(ORIN, name="NVIDIA / Orin ü (nvgpu)")
-    path = timing.cache_path("tensorrt", "10.3.0", gpu)
+    path = options.cache_path("tensorrt", "10.3.0", gpu)
     assert path == tmp_path / "cdkd-edge" / "timing" / "tensorrt-10.3.0-NVIDIA_Orin_ü_nvgpu_-sm87.cache"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
-    assert timing.cache_folder() == tmp_path / "me" / ".cache" / "cdkd-edge"
+    assert options.cache_folder() == tmp_path / "me" / ".cache" / "cdkd-edge"
 
 
 def test_different_devices_and_releases_have_different_files(tmp_path: Path) -> None:
     other = dataclasses.replace(ORIN, compute_capability="8.6")
     paths = {
-        timing.cache_path(kind, version, gpu, tmp_path)
+        options.cache_path(kind, version, gpu, tmp_path)
         for kind in ("tensorrt", "tensorrt-rtx")
         for version in ("10.3.0", "10.16.0")
         for gpu in (ORIN, other)
@@ -316,14 +319,14 @@ def test_different_devices_and_releases_have_different_files(tmp_path: Path) -> 
 def test_processes_that_update_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "new" / "t.cache"
     code = (
-        "import sys, time; from pathlib import Path; from cdkd_edge.engines.tensorrt.timing import update_cache\n"
+        "import sys, time; from pathlib import Path; from cdkd_edge.engines.tensorrt.options import update_cache\n"
         "for index in range(20):\n"
         "    line = f'{sys.argv[2]}{index}\\n'.encode()\n"
         "    update_cache(Path(sys.argv[1]), lambda now: (time.sleep(0.002), now + line)[1])"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "ab"]
     assert [writer.wait(60) for writer in writers] == [0, 0]
-    lines = timing.read_cache(path).decode().split()
+    lines = options.read_cache(path).decode().split()
     assert sorted(lines) == sorted(f"{name}{index}" for name in "ab" for index in range(20))
     assert [item.name for item in path.parent.iterdir() if "part" in item.name] == []
 
@@ -332,8 +335,8 @@ def test_a_merge_that_fails_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "t.cache"
     path.write_bytes(b"old")
     with pytest.raises(ZeroDivisionError):
-        timing.update_cache(path, lambda now: bytes(1 // 0))
-    timing.update_cache(path, lambda now: now + b"+")  # the lock was released
+        options.update_cache(path, lambda now: bytes(1 // 0))
+    options.update_cache(path, lambda now: now + b"+")  # the lock was released
     assert path.read_bytes() == b"old+"
 
 
@@ -373,13 +376,13 @@ class TimingConfig:
 @pytest.fixture
 def orin_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = timing.cache_path("tensorrt", "10.3.0", ORIN)
+    path = options.cache_path("tensorrt", "10.3.0", ORIN)
     path.parent.mkdir(parents=True)
     return path
 
 
-def timing_cache(config: Any, gpu: Any = ORIN, kind: str = "tensorrt") -> timing.TimingCache:
-    return timing.TimingCache(TensorRT(None, kind, "10.3.0"), config, gpu)
+def timing_cache(config: Any, gpu: Any = ORIN, kind: str = "tensorrt") -> options.TimingCache:
+    return options.TimingCache(TensorRT(None, kind, "10.3.0"), config, gpu)
 
 
 def test_timings_of_builds_at_the_same_time_are_merged(orin_cache: Path) -> None:
@@ -449,7 +452,7 @@ def test_quantised_nodes_that_are_for_the_cpu() -> None:
 
 def test_what_is_not_known_is_said() -> None:
     message, hint = explain(complaint("Frobnicate", opset=25), "TensorRT 11.0")
-    assert "is not known here" in message
+    assert "not known since which release" in message
     assert "opset 25" in hint
     assert "10.15: 24" in hint
     assert explain(ParserComplaint("", "", "", 0, "no"), "X")[0] == "X cannot read the graph: no"
@@ -483,7 +486,7 @@ def test_layers_of_a_log() -> None:
     )
     assert [layer.name for layer in found.layers] == ["one", "_gemm_mha_v2_myl0_5"]
     layer = found.layers[0]
-    assert layer.kind == "gemm"
+    assert layer.type == "gemm"
     assert layer.inputs == (LayerTensor("a", "fp16", (1, 2, 3)), LayerTensor("b", "fp32", (3,)))
     assert layer.constants == (LayerTensor("w", "int8", (9, 9)),)
     assert layer.outputs == (LayerTensor("y", "int32", ()),)

@@ -20,8 +20,7 @@ from cdkd_edge.engines.cuda import gpu as cuda_gpu
 from cdkd_edge.engines.cuda.gpu import Gpu
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.engines.tensorrt import api, device
-from cdkd_edge.engines.tensorrt import load as loadable
+from cdkd_edge.engines.tensorrt import find
 from cdkd_edge.engines.tensorrt.runner import SLOTS, TensorRTEngine, affordable_slots
 
 SIDE = 8
@@ -561,10 +560,10 @@ def installed(discrete, monkeypatch):
         yield
         discrete.trt.sink = None
 
-    monkeypatch.setattr(api, "find_tensorrt", lambda: discrete.trt)
-    monkeypatch.setattr(api, "log_to", log_to)
-    monkeypatch.setattr(device, "find_gpu", lambda: "this GPU")
-    monkeypatch.setattr(loadable, "require_loadable", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(find, "find_tensorrt", lambda: discrete.trt)
+    monkeypatch.setattr(find, "log_to", log_to)
+    monkeypatch.setattr(find, "find_gpu", lambda: "this GPU")
+    monkeypatch.setattr(find, "require_loadable", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(cuda_gpu, "BINDINGS", {"cuda-python": lambda ordinal: discrete.gpu.driver})
     monkeypatch.setattr(cuda_gpu, "_open", {})
     monkeypatch.delenv(cuda_gpu.VARIABLE, raising=False)
@@ -589,7 +588,7 @@ def test_a_foreign_engine_never_reaches_tensorrt(discrete, installed, monkeypatc
     def refuse(*_):
         raise EngineError("it was built by another TensorRT")
 
-    monkeypatch.setattr(loadable, "require_loadable", refuse)
+    monkeypatch.setattr(find, "require_loadable", refuse)
     with pytest.raises(EngineError, match="another TensorRT"):
         load_engine(discrete.path)
     assert "cuMemHostAlloc" not in discrete.world.calls

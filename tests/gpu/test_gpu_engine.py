@@ -28,7 +28,7 @@ def command(*arguments, cwd=None):
 def tensorrt():
     """The TensorRT that is installed."""
     from cdkd_edge.core.errors import EngineError
-    from cdkd_edge.engines.tensorrt.api import find_tensorrt
+    from cdkd_edge.engines.tensorrt.find import find_tensorrt
 
     try:
         return find_tensorrt()

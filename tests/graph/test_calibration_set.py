@@ -13,7 +13,7 @@ from calibration_helpers import TILE, archive, crop, make
 from PIL import Image
 
 from cdkd_edge.core.errors import ManifestError
-from cdkd_edge.graph.int8.tiles import CalibrationSet, is_calibration_set, pixels_sha256
+from cdkd_edge.graph.tiles import CalibrationSet, is_calibration_set, pixels_sha256
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def exported(tmp_path_factory, checkpoint):
     """What an export returns, and the steps it told."""
     steps = []
     path = tmp_path_factory.mktemp("space") / "export" / "city.onnx"
-    return export_checkpoint(checkpoint, path, progress=steps.append), steps
+    return export_checkpoint(checkpoint, path, note=steps.append), steps
 
 
 def run(path, tiles):

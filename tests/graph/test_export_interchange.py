@@ -75,8 +75,12 @@ def test_everything_at_once_and_again(checkpoint, tmp_path):
 
 
 def test_a_pixel_size_is_asked_for_before_any_work(checkpoint, tmp_path):
-    assert_answer(run("export", checkpoint, *HEADS, "--qgis"), 2, r"how large a pixel is — --gsd METRES")
-    assert_answer(run("export", checkpoint, *HEADS, "--qgis", "--gsd", 50_000), 2, "a pixel of 50000 m makes no sense")
+    assert_answer(run("export", checkpoint, *HEADS, "--qgis"), 2, r"the size of a pixel — --gsd METRES")
+    assert_answer(
+        run("export", checkpoint, *HEADS, "--qgis", "--gsd", 50_000),
+        2,
+        r"--gsd must be between 0\.001 and 1000 m, got 50000",
+    )
     assert_wrong_usage(run("export", checkpoint, *HEADS, "--gsd", 0.5), "what --qgis and --stac make")
     assert not (tmp_path / "export").exists()
 

@@ -14,19 +14,19 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxsim")
 
 from commands import assert_answer, run  # noqa: E402
-from quantization_helpers import CONFIG, nodes_of, tiles_of, write_set  # noqa: E402
+from quantization_helpers import CONFIG, casts, nodes_of, tiles_of, write_set  # noqa: E402
 
 from cdkd_edge.core.labels import load_schema  # noqa: E402
 from cdkd_edge.core.manifest import GraphManifest, read_manifest  # noqa: E402
 from cdkd_edge.core.sample import sample_tiles  # noqa: E402
 from cdkd_edge.engines.onnxruntime import build_cpu_engine  # noqa: E402
-from cdkd_edge.graph.derive import fp16_path  # noqa: E402
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint  # noqa: E402
-from cdkd_edge.graph.fp16 import casts  # noqa: E402
-from cdkd_edge.graph.int8.layers import quantizable_layers  # noqa: E402
+from cdkd_edge.graph.files import derived_path  # noqa: E402
+from cdkd_edge.graph.layers import quantizable_layers  # noqa: E402
 from cdkd_edge.model.checkpoint import save_checkpoint  # noqa: E402
 from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402
-from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8  # noqa: E402
+from cdkd_edge.precision.int8 import Int8Options, write_int8  # noqa: E402
+from cdkd_edge.precision.int8_gate import Int8Gate  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch
 
@@ -107,7 +107,7 @@ def test_what_an_export_found_is_known_to_the_commands_after_it(tmp_path, loud, 
     write_set(tmp_path / "engines" / "calibration" / "mission", tiles_of(1), tiles_of(1))
     typed = ["cdkd-edge", "bench", "--power-trace"]
     with monkeypatch.context() as patch:
-        patch.setattr("cdkd_edge.graph.derive.to_fp16", None)  # nothing is computed again
+        patch.setattr("cdkd_edge.graph.fp16.to_fp16", None)  # nothing is computed again
         patch.setattr("cdkd_edge.precision.int8.calibrate", None)
         for runtime in ("cpu", "tensorrt"):
             result = run("build", "--fp16", "--runtime", runtime)
@@ -123,7 +123,7 @@ def test_what_an_export_found_is_known_to_the_commands_after_it(tmp_path, loud, 
 
 def test_a_share_of_labels_may_be_asked_for_instead(tmp_path, sound):
     for options in (("--min-agreement", "0.5"), ("--min-agreement", "101")):
-        assert_answer(run("export", sound, *HEADS, *options), 2, "makes no sense")
+        assert_answer(run("export", sound, *HEADS, *options), 2, "--min-agreement must be above 1")
     assert_answer(run("export", sound, *HEADS, "--no-fp16", "--min-agreement", "99"), 2, "about the FP16 graph")
     data = json.loads(run("export", sound, *HEADS, "--fp16", "--min-agreement", "99", "--json").stdout)
     assert data["fp16"]["conversion"]["max_logit_error"] is None
@@ -187,7 +187,7 @@ def tiny(tmp_path_factory):
 
 def test_the_bundled_network_in_fp16(tiny):
     assert tiny.half.conversion.label_agreement >= 0.999
-    half = onnx.load(fp16_path(tiny.path))
+    half = onnx.load(derived_path(tiny.path, "fp16"))
     assert casts(half) == {"FLOAT16": 1, "UINT8": 1}
     assert tiny.half.artefact.bytes < 0.55 * tiny.manifest.artefact.bytes
 
@@ -198,7 +198,7 @@ def test_the_bundled_network_in_int8(tiny, tmp_path):
     graph = tmp_path / "tiny.onnx"
     for suffix in (".onnx", ".json"):
         shutil.copy(tiny.path.with_suffix(suffix), graph.with_suffix(suffix))
-    result = write_int8(graph, tmp_path / "tiny.int8.onnx", chosen, Int8Options(gate=Gate(0.95)))
+    result = write_int8(graph, tmp_path / "tiny.int8.onnx", chosen, Int8Options(gate=Int8Gate(0.95)))
     count = len(quantizable_layers(onnx.load(graph)))
     made = onnx.load(result.path)
     onnx.checker.check_model(made, full_check=True)

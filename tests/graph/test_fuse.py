@@ -11,7 +11,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from cdkd_edge.graph.build import build_graph
-from cdkd_edge.graph.fuse import CONTRIB_DOMAIN, fuse_attention
+from cdkd_edge.graph.cpu import fuse_attention
+from cdkd_edge.graph.nodes import CONTRIB_DOMAIN
 from cdkd_edge.model.config import NetworkConfig
 
 CONFIG = NetworkConfig(tile=48, patch=8, embed_dim=32, depth=4, heads=4, mlp_dim=64, classes=3, head_channels=8)

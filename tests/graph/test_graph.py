@@ -14,7 +14,7 @@ from reference import reference_labels, reference_logits
 from cdkd_edge.core.errors import GraphError, ManifestError
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
 from cdkd_edge.graph.build import DEFAULT_OPSET, OPSETS, build_graph
-from cdkd_edge.graph.read import load_graph, read_graph, sizes_of
+from cdkd_edge.graph.files import load_graph, read_graph, sizes_of
 from cdkd_edge.model.config import NetworkConfig
 
 TENSORRT_10_3 = {
@@ -179,7 +179,7 @@ def test_other_opsets_are_refused(small_weights, small_config, opset):
 
 @pytest.mark.parametrize("batch", [0, -1])
 def test_a_batch_without_tiles_is_refused(small_weights, small_config, batch):
-    with pytest.raises(GraphError, match=f"batch of {batch} tiles"):
+    with pytest.raises(GraphError, match=f"got {batch}"):
         build_graph(small_weights, small_config, batch=batch)
 
 
@@ -281,7 +281,7 @@ def test_sizes_that_only_running_tells_are_refused(small_graph, tmp_path):
     """Of a value that becomes as large as a constant says, by way of floats that shape inference does not follow."""
     hidden = [node("Exp", ["s"], "e"), node("Cast", ["e"], "n", to=TensorProto.INT64)]
     model = with_value([*hidden, node("ConstantOfShape", ["n"], "big")], [numbers("s", [20], np.float32)])
-    with pytest.raises(GraphError, match="how large 'big' is"):
+    with pytest.raises(GraphError, match="the size of 'big'"):
         sizes_of(model, "it")
 
 
@@ -342,11 +342,11 @@ def test_damaged_graphs_are_refused(small_weights, small_config, damage):
     ("model", "error", "pattern"),
     [
         (foreign([END]), ManifestError, "gives 3 classes; its manifest names 5"),
-        (foreign([END], kind=TensorProto.INT64), GraphError, r"labels int64 \[1,64,64\]; what makes labels"),
-        (foreign([END], labels=(1, 64, 32)), GraphError, "not valid ONNX|what makes labels"),
-        (foreign([END], image=(1, 3, 64, 32), labels=(1, 64, 32)), GraphError, "what makes labels"),
+        (foreign([END], kind=TensorProto.INT64), GraphError, r"labels int64 \[1,64,64\]; it must have image"),
+        (foreign([END], labels=(1, 64, 32)), GraphError, "not valid ONNX|it must have image"),
+        (foreign([END], image=(1, 3, 64, 32), labels=(1, 64, 32)), GraphError, "it must have image"),
         (foreign([END], image=(2, 3, 32, 32), labels=(2, 32, 32)), ManifestError, "its manifest says"),
-        (foreign([END], image=("N", 3, 64, 64), labels=("N", 64, 64)), GraphError, "what makes labels"),
+        (foreign([END], image=("N", 3, 64, 64), labels=("N", 64, 64)), GraphError, "it must have image"),
     ],
 )
 def test_only_graphs_that_keep_the_contract_and_their_manifest_are_read(tmp_path, small_graph, model, error, pattern):

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from quantization_helpers import (
     CLASS_TOKEN,
     CONFIG,
+    casts,
     centred,
     constants,
     nodes_of,
@@ -28,12 +29,10 @@ from reference import reference_logits
 from cdkd_edge.core.errors import GraphError, ManifestError, NumericalCheckError
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
 from cdkd_edge.graph.build import build_graph
-from cdkd_edge.graph.derive import fp16_path, write_fp16
-from cdkd_edge.graph.fp16 import casts, fp16_on_cpu, longest_rounding, rounded_values, to_fp16
-from cdkd_edge.graph.fp16_check import check_half, extreme_tiles, logit_tolerance
-from cdkd_edge.graph.int8.calibrate import calibrate
-from cdkd_edge.graph.int8.graphs import int8_graph
-from cdkd_edge.graph.read import load_graph
+from cdkd_edge.graph.files import derived_path, load_graph
+from cdkd_edge.graph.fp16 import check_fp16, logit_tolerance, to_fp16, write_fp16
+from cdkd_edge.graph.fp16_simulation import extreme_tiles, fp16_on_cpu, longest_rounding, rounded_values
+from cdkd_edge.graph.int8 import calibrate, int8_graph
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 
@@ -51,7 +50,7 @@ def plain(weights):
 
 @pytest.fixture
 def store(tmp_path):
-    """Writes a graph where `check_half` reads it."""
+    """Writes a graph where `check_fp16` reads it."""
 
     def write(model):
         path = tmp_path / "plain.onnx"
@@ -249,7 +248,7 @@ def test_an_overflow_is_found_that_onnx_runtime_hides(weights, store, opset):
     assert np.isfinite(logits).all(), "the trap is gone: this ONNX Runtime rounds as an engine does"
 
     with pytest.raises(NumericalCheckError, match=r"on the imagery blocks\.1\.mlp\.fc1 leaves FP16's range") as caught:
-        check_half(store(model), half, tile, "drawn", least=0)
+        check_fp16(store(model), half, tile, "drawn", least=0)
     assert "FP32" in caught.value.hint
 
 
@@ -263,7 +262,7 @@ def test_an_overflow_behind_quantisers_is_found(weights, store):
     assert not np.isfinite(inside["blocks.1.mlp.fc1"]).all()
     assert np.isfinite(inside["logits"]).all()
     with pytest.raises(NumericalCheckError, match=r"blocks\.1\.mlp\.fc1 leaves FP16's range"):
-        check_half(store(model), half, tiles_of(1), "drawn", least=0)
+        check_fp16(store(model), half, tiles_of(1), "drawn", least=0)
 
 
 def test_values_that_relu_cuts_off_are_no_overflow(weights, store):
@@ -275,7 +274,7 @@ def test_values_that_relu_cuts_off_are_no_overflow(weights, store):
     inside = values(fp16_on_cpu(to_fp16(model)), ["lateral.1.projected", "lateral.1"], tiles_of(1))
     assert np.isneginf(inside["lateral.1.projected"]).any()
     assert np.isfinite(inside["lateral.1"]).all()
-    assert check_half(store(model), to_fp16(model), tiles_of(1), "drawn", least=0).finite
+    assert check_fp16(store(model), to_fp16(model), tiles_of(1), "drawn", least=0).finite
 
 
 @pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 17, 2), (CONFIG, 20, 1), (CLASS_TOKEN, 18, 2)])
@@ -290,7 +289,7 @@ def test_attention_scores_are_bounded(make_weights, store, config, opset, batch)
     assert np.abs(inside["blocks.3.attn.qkv"]).max() < 20000
     assert np.abs(inside["blocks.3.attn.scores"]).max() > 65504
     with pytest.raises(NumericalCheckError, match=r"blocks\.3\.attn\.joined.* may reach") as caught:
-        check_half(store(model), to_fp16(model), tiles_of(batch), "drawn", least=0)
+        check_fp16(store(model), to_fp16(model), tiles_of(batch), "drawn", least=0)
     told = float(re.search(r"may reach (\S+),", str(caught.value))[1])
     split = inside["blocks.3.attn.qkv"].reshape(batch, -1, 3, config.heads, config.embed_dim // config.heads)
     lengths = np.linalg.norm(split.astype(np.float64), axis=-1).max(axis=(0, 1))  # [3, heads]
@@ -305,7 +304,7 @@ def test_extreme_tiles_are_tried(make_weights, store):
     model, grey = build_graph(weights, CONFIG), np.full((1, 3, 48, 48), 124, np.uint8)
     assert np.abs(values(model, ["patch_embed"], grey)["patch_embed"]).max() < 60000
     with pytest.raises(NumericalCheckError, match=r"on a white tile patch_embed leaves FP16's range"):
-        check_half(store(model), to_fp16(model), grey, "grey", least=0)
+        check_fp16(store(model), to_fp16(model), grey, "grey", least=0)
 
 
 def test_the_extreme_tiles():
@@ -334,7 +333,7 @@ def test_agreement_is_that_of_the_tiles_and_of_nothing_else(weights, make_weight
         labels.append([session.run(["labels"], {"image": np.repeat(t[None], batch, axis=0)})[0][0] for t in tiles])
     expected = float(np.mean(np.array(labels[0]) == np.array(labels[1])))
     assert 0.05 < expected < 0.9
-    found = check_half(store(model), to_fp16(strange), tiles, "odd", least=0)
+    found = check_fp16(store(model), to_fp16(strange), tiles, "odd", least=0)
     assert (found.tiles, found.imagery) == (count, "odd")
     assert found.label_agreement == pytest.approx(expected, abs=2e-3)
     assert "rounded to FP16" in found.runtime
@@ -344,9 +343,9 @@ def test_a_network_that_loses_labels_is_refused(weights, make_weights, store):
     other = build_graph(centred(make_weights(CONFIG, seed=1), CONFIG), CONFIG)
     graph = store(build_graph(weights, CONFIG))
     with pytest.raises(NumericalCheckError, match=r"another label on \d+\.\d+% .*of odd tiles .*at most 0\.1%"):
-        check_half(graph, to_fp16(other), tiles_of(2), "odd", least=0.999)
+        check_fp16(graph, to_fp16(other), tiles_of(2), "odd", least=0.999)
     with pytest.raises(NumericalCheckError, match=r"logits of odd tiles differ by up to .*rounding explains"):
-        check_half(graph, to_fp16(other), tiles_of(2), "odd")
+        check_fp16(graph, to_fp16(other), tiles_of(2), "odd")
 
 
 @pytest.fixture
@@ -362,11 +361,11 @@ def undecided(weights):
 
 def test_ties_are_counted_and_no_fault(undecided, store):
     model = build_graph(undecided, CONFIG)
-    found = check_half(store(model), to_fp16(model), tiles_of(2), "drawn")
+    found = check_fp16(store(model), to_fp16(model), tiles_of(2), "drawn")
     assert found.label_agreement < 0.99
     assert 0 < found.max_logit_error < found.logit_tolerance
     with pytest.raises(NumericalCheckError, match=r"another label on"):
-        check_half(store(model), to_fp16(model), tiles_of(2), "drawn", least=0.999)
+        check_fp16(store(model), to_fp16(model), tiles_of(2), "drawn", least=0.999)
 
 
 def test_the_tolerance_is_five_spreads_of_the_roundings_in_a_row(plain):
@@ -381,7 +380,7 @@ def test_a_weight_that_became_another_is_found(plain, store, name):
     half = to_fp16(plain)
     set_constant(half, name, constants(half)[name] * np.float16(1.25))
     with pytest.raises(NumericalCheckError, match="logits of drawn tiles differ"):
-        check_half(store(plain), half, tiles_of(1), "drawn")
+        check_fp16(store(plain), half, tiles_of(1), "drawn")
 
 
 def test_a_wrong_cast_is_found(plain, store):
@@ -393,19 +392,19 @@ def test_a_wrong_cast_is_found(plain, store):
     half.graph.node.insert(at, helper.make_node("Cast", ["wide"], ["whole"], to=TensorProto.INT8))
     half.graph.node.insert(at + 1, helper.make_node("Cast", ["whole"], ["blocks.2.out"], to=HALF))
     with pytest.raises(NumericalCheckError, match="logits of drawn tiles differ"):
-        check_half(store(plain), half, tiles_of(1), "drawn")
+        check_fp16(store(plain), half, tiles_of(1), "drawn")
 
     half = to_fp16(plain)
     resize = next(node for node in half.graph.node if node.op_type == "Resize")
     mode = next(item for item in resize.attribute if item.name == "mode")
     mode.s = b"nearest"
     with pytest.raises(NumericalCheckError, match=r"\d+ pixels of drawn tiles have another label, though"):
-        check_half(store(plain), half, tiles_of(1), "drawn")
+        check_fp16(store(plain), half, tiles_of(1), "drawn")
 
 
 def test_without_a_tile_nothing_was_checked(plain, store):
     with pytest.raises(ValueError, match="no tile"):
-        check_half(store(plain), to_fp16(plain), [], "none")
+        check_fp16(store(plain), to_fp16(plain), [], "none")
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -422,10 +421,10 @@ def names(folder):
 
 
 def test_the_file_and_what_it_says(graph):
-    path = fp16_path(graph)
+    path = derived_path(graph, "fp16")
     assert path.name == "small.fp16.onnx"
     told = []
-    made = write_fp16(graph, path, tiles=tiles_of(2), imagery="mine", progress=told.append)
+    made = write_fp16(graph, path, tiles=tiles_of(2), imagery="mine", note=told.append)
     assert names(path.parent) == ["small.fp16.json", "small.fp16.onnx", "small.json", "small.onnx"]
     source, stored = read_manifest(graph, GraphManifest), read_manifest(path, GraphManifest)
     assert stored.artefact == made.artefact
@@ -440,14 +439,14 @@ def test_the_file_and_what_it_says(graph):
 
 
 def test_drawn_tiles_unless_there_are_others(graph):
-    made = write_fp16(graph, fp16_path(graph))
+    made = write_fp16(graph, derived_path(graph, "fp16"))
     assert (made.conversion.imagery, made.conversion.tiles) == ("drawn", 2)
 
 
 def test_a_refused_graph_leaves_nothing(tmp_path, make_graph, weights):
     graph = make_graph(tmp_path / "export", scaled(weights, **LOUD), CONFIG)
     with pytest.raises(NumericalCheckError):
-        write_fp16(graph, fp16_path(graph))
+        write_fp16(graph, derived_path(graph, "fp16"))
     assert names(graph.parent) == ["small.json", "small.onnx"]
 
 
@@ -455,14 +454,14 @@ def test_an_interruption_leaves_nothing(graph, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cdkd_edge.graph.derive.write_manifest", interrupt)
+    monkeypatch.setattr("cdkd_edge.graph.files.write_manifest", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_fp16(graph, fp16_path(graph))
+        write_fp16(graph, derived_path(graph, "fp16"))
     assert names(graph.parent) == ["small.json", "small.onnx"]
 
 
 def test_what_is_not_ours_stays(graph):
-    path = fp16_path(graph)
+    path = derived_path(graph, "fp16")
     path.write_text("mine")
     with pytest.raises(ManifestError, match="not cdkd-edge's to replace"):
         write_fp16(graph, path)
@@ -470,7 +469,7 @@ def test_what_is_not_ours_stays(graph):
 
 
 def test_made_from_the_fp32_graph_only(graph):
-    path = fp16_path(graph)
+    path = derived_path(graph, "fp16")
     write_fp16(graph, path)
     with pytest.raises(GraphError, match="is an fp16 graph"):
         write_fp16(path, graph.with_name("again.onnx"))

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from quantization_helpers import (
     CLASS_TOKEN,
     CONFIG,
+    casts,
     centred,
     constants,
     nodes_of,
@@ -26,15 +27,13 @@ from reference import _conv as convolution
 
 from cdkd_edge.core.errors import GraphError
 from cdkd_edge.graph.build import build_graph
-from cdkd_edge.graph.cpu import cpu_twin, to_fp32
+from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, signed_weights_are_exact, to_fp32
 from cdkd_edge.graph.export import simplify_graph
-from cdkd_edge.graph.fp16 import casts, fp16_on_cpu
-from cdkd_edge.graph.fuse import CONTRIB_DOMAIN, fuse_attention
-from cdkd_edge.graph.int8.calibrate import CalibrationOptions, calibrate
-from cdkd_edge.graph.int8.graphs import int8_graph
-from cdkd_edge.graph.int8.layers import quantizable_layers, weight_of
-from cdkd_edge.graph.int8.sensitivity import NOISELESS, signal_to_noise
-from cdkd_edge.graph.session import signed_weights_are_exact
+from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
+from cdkd_edge.graph.int8 import CalibrationOptions, calibrate, int8_graph
+from cdkd_edge.graph.int8_ranges import NOISELESS, signal_to_noise
+from cdkd_edge.graph.layers import quantizable_layers, weight_of
+from cdkd_edge.graph.nodes import CONTRIB_DOMAIN
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 Q, DQ = "QuantizeLinear", "DequantizeLinear"

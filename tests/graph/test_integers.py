@@ -14,12 +14,12 @@ from quantization_helpers import CONFIG, constants, nodes_of, session_of, tiles_
 from test_int8_graph import one_layer
 
 from cdkd_edge.engines import onnxruntime as cpu
-from cdkd_edge.graph import session
+from cdkd_edge.graph import cpu as session
+from cdkd_edge.graph import int8 as calibration
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.graph.cpu import cpu_twin
-from cdkd_edge.graph.fp16 import fp16_on_cpu
-from cdkd_edge.graph.int8 import calibrate as calibration
-from cdkd_edge.graph.int8.graphs import int8_graph
+from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
+from cdkd_edge.graph.int8 import int8_graph
 
 
 @pytest.fixture

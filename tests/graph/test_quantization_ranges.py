@@ -16,9 +16,8 @@ from quantization_helpers import CLASS_TOKEN, CONFIG, constants, nodes_of, set_c
 from cdkd_edge.core.errors import GraphError, UsageError
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.graph.export import simplify_graph
-from cdkd_edge.graph.int8.calibrate import CalibrationOptions, calibrate
-from cdkd_edge.graph.int8.layers import QuantizableLayer, quantizable_layers, weight_of, weight_only_layers
-from cdkd_edge.graph.int8.ranges import (
+from cdkd_edge.graph.int8 import CalibrationOptions, calibrate, smooth
+from cdkd_edge.graph.int8_ranges import (
     BINS,
     Observation,
     activation_scale,
@@ -27,7 +26,7 @@ from cdkd_edge.graph.int8.ranges import (
     quantize_weight,
     weight_scales,
 )
-from cdkd_edge.graph.int8.smooth import smooth
+from cdkd_edge.graph.layers import QuantizableLayer, quantizable_layers, weight_of, weight_only_layers
 
 BIN = 1 / 128
 """Relative width of a bin: 7 bits of mantissa."""
@@ -264,7 +263,7 @@ def test_mse_is_near_the_best_range_of_all(value, clips):
 
 
 def test_an_unknown_calibrator_and_senseless_options():
-    with pytest.raises(ValueError, match="no calibrator 'entropy'"):
+    with pytest.raises(ValueError, match="calibrator 'entropy' is not one of"):
         activation_scale(observation_of([1.0]), "entropy")
     for options in (
         {"calibrator": "kl"},
@@ -327,8 +326,8 @@ def test_calibrated_scales_are_those_of_the_graph(plain):
 
 def test_progress_tells_the_number_of_tiles(plain):
     told = []
-    calibrate(plain, tiles_of(5), progress=lambda *step: told.append(step))
-    assert told == [(what, n, 5) for what in ("channel maxima", "ranges") for n in range(1, 6)]
+    calibrate(plain, tiles_of(5), note=told.append)
+    assert told == [f"{what}: tile {n} of 5" for what in ("channel maxima", "ranges") for n in range(1, 6)]
 
 
 # --- smoothing ------------------------------------------------------------------------------------
@@ -461,11 +460,11 @@ def test_biases_that_are_not_there(make_weights):
 def test_few_tiles_are_enough_for_smoothing(plain):
     """Of 40 tiles at least 16, spread over all of them, are looked at before smoothing."""
     told = []
-    calibrate(plain, tiles_of(40), progress=lambda *step: told.append(step))
-    first = [step for step in told if step[0] == "channel maxima"]
+    calibrate(plain, tiles_of(40), note=told.append)
+    first = [step for step in told if step.startswith("channel maxima")]
     assert 16 <= len(first) <= 32
-    assert first[-1][1:] == (len(first), len(first))
-    assert sum(step[0] == "ranges" for step in told) == 40
+    assert first[-1].endswith(f"tile {len(first)} of {len(first)}")
+    assert sum(step.startswith("ranges") for step in told) == 40
 
 
 def test_smoothing_without_qkv_to_fold_into(plain):

@@ -18,7 +18,7 @@ from cdkd_edge.core.errors import ManifestError
 from cdkd_edge.core.labels import load_schema
 from cdkd_edge.core.manifest import FileRecord, GraphManifest, read_manifest
 from cdkd_edge.graph import stac
-from cdkd_edge.graph.qgis import QgisGraph
+from cdkd_edge.graph.outputs import QgisGraph
 from cdkd_edge.graph.stac import class_names, model_name, stac_item, write_stac
 
 SCHEMAS = Path(__file__).parents[1] / "helpers" / "stac_schemas"
@@ -168,7 +168,7 @@ def test_it_describes_the_graph(item, manifest, small_graph):
     assert [cls["value"] for cls in classes] == [0, 1, 2, 3, 4]
     for found, cls in zip(classes, load_schema("dubai").classes, strict=True):
         assert found["description"] == cls.name
-        assert tuple(bytes.fromhex(found["color_hint"])) == cls.color
+        assert tuple(bytes.fromhex(found["color_hint"])) == cls.shown
     assert (properties["mlm:total_parameters"], properties["gsd"]) == (12345, 0.5)
     assert model["file:size"] == small_graph.stat().st_size
     assert model["file:checksum"] == "1220" + manifest.artefact.sha256

@@ -21,12 +21,12 @@ from cdkd_edge.engines.onnxruntime import CpuEngine, build_cpu_engine, graph_lab
 from cdkd_edge.engines.protocol import LabelsOnly, segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.graph import outputs as variant
-from cdkd_edge.graph.cpu import cpu_twin
-from cdkd_edge.graph.derive import write_fp16
-from cdkd_edge.graph.fp16 import fp16_on_cpu, rounded_values
-from cdkd_edge.graph.outputs import check_branch, expected_output, scores_of, variant_path, with_output, write_variant
-from cdkd_edge.graph.read import load_graph
-from cdkd_edge.graph.session import cpu_session
+from cdkd_edge.graph.cpu import cpu_session, cpu_twin
+from cdkd_edge.graph.files import derived_path, load_graph
+from cdkd_edge.graph.fp16 import write_fp16
+from cdkd_edge.graph.fp16_simulation import fp16_on_cpu, rounded_values
+from cdkd_edge.graph.layers import scores_of
+from cdkd_edge.graph.outputs import check_branch, expected_output, with_output, write_variant
 from cdkd_edge.precision.int8 import write_int8
 
 KINDS = ("confidence", "probabilities")
@@ -49,7 +49,7 @@ def variants(graphs):
     made = {}
     for precision, graph in graphs.items():
         for kind in KINDS:
-            path = variant_path(graph, kind)
+            path = derived_path(graph, kind)
             made[precision, kind] = (path, write_variant(graph, path, kind))
     return made
 
@@ -152,7 +152,7 @@ def test_in_fp16_the_branch_alone_is_fp32(variants, kind):
 def test_before_opset_18_axes_are_an_attribute(tmp_path, make_graph, small_weights, small_config, small_tiles):
     graph = make_graph(tmp_path, small_weights, small_config, opset=17)
     for kind in KINDS:
-        path = variant_path(graph, kind)
+        path = derived_path(graph, kind)
         manifest = write_variant(graph, path, kind)
         onnx.checker.check_model(load_graph(path), full_check=True)
         _, found = outputs(graph_labeller(path, manifest), kind, small_tiles[:1])
@@ -162,7 +162,7 @@ def test_before_opset_18_axes_are_an_attribute(tmp_path, make_graph, small_weigh
 
 def test_a_batch(tmp_path, make_graph, small_weights, small_config, small_tiles):
     graph = make_graph(tmp_path, small_weights, small_config, batch=2)
-    path = variant_path(graph, "probabilities")
+    path = derived_path(graph, "probabilities")
     manifest = write_variant(graph, path, "probabilities")
     assert manifest.outputs == {"labels": (2, 64, 64), "probabilities": (2, 5, 64, 64)}
     labeller = graph_labeller(path, manifest)
@@ -243,13 +243,13 @@ def test_a_graph_of_another_shape_is_refused(tmp_path, graphs):
     write_manifest(path, dataclasses.replace(manifest, artefact=FileRecord.of(path)))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(GraphError, match="does not end in labels alone"):
-        write_variant(path, variant_path(path, "confidence"), "confidence")
+        write_variant(path, derived_path(path, "confidence"), "confidence")
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_what_is_not_ours_is_not_replaced(tmp_path, graphs):
     path = copied(graphs["fp32"], tmp_path)
-    mine = variant_path(path, "confidence")
+    mine = derived_path(path, "confidence")
     mine.write_bytes(b"mine")
     with pytest.raises(ManifestError, match="not cdkd-edge's to replace"):
         write_variant(path, mine, "confidence")
@@ -260,15 +260,14 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, graphs):
 @pytest.mark.parametrize("half", [False, True])
 def test_the_check_finds_a_branch_that_is_wrong(monkeypatch, kind, half):
     assert check_branch(kind, 7, 20, half=half) < 1e-3
-    right = variant.branch
+    right = variant.output_branch
 
     def without_largest(*arguments, **options):
-        nodes, constants = right(*arguments, **options)
-        sub = next(node for node in nodes if node.op_type == "Sub")
-        sub.op_type = "Add"
-        return nodes, constants
+        branch = right(*arguments, **options)
+        next(node for node in branch.nodes if node.op_type == "Sub").op_type = "Add"
+        return branch
 
-    monkeypatch.setattr(variant, "branch", without_largest)
+    monkeypatch.setattr(variant, "output_branch", without_largest)
     with pytest.raises(NumericalCheckError, match="differ from softmax"):
         check_branch(kind, 7, 20, half=half)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from cdkd_edge.graph.build import build_graph
-from cdkd_edge.graph.int8.tiles import (
+from cdkd_edge.graph.cpu import session_options
+from cdkd_edge.graph.tiles import (
     CalibrationSet,
     SceneRecord,
     SetManifest,
@@ -22,7 +24,6 @@ from cdkd_edge.graph.int8.tiles import (
     write_set_manifest,
     write_tile,
 )
-from cdkd_edge.graph.session import session_options
 from cdkd_edge.model.config import NetworkConfig
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -103,3 +104,11 @@ def write_set(
     folder.mkdir(parents=True, exist_ok=True)
     write_set_manifest(folder, manifest)
     return CalibrationSet.load(folder)
+
+
+def casts(model: onnx.ModelProto) -> Counter[str]:
+    """How many casts a graph has, by what they cast to (``FLOAT16``, ``UINT8``, ...)."""
+    return Counter(
+        TensorProto.DataType.Name(next(item.i for item in node.attribute if item.name == "to"))
+        for node in nodes_of(model, "Cast")
+    )

@@ -14,14 +14,14 @@ import pytest
 from onnx import helper, numpy_helper
 
 from cdkd_edge.core.manifest import FileRecord, GraphManifest, read_manifest, write_manifest
-from cdkd_edge.engines.tensorrt.api import tensorrt_is_installed
-from cdkd_edge.engines.tensorrt.device import Gpu
+from cdkd_edge.engines.tensorrt.find import GpuInfo, tensorrt_is_installed
+from cdkd_edge.engines.tensorrt.layers import EngineLayers
 from cdkd_edge.graph.fp16 import to_fp16
-from cdkd_edge.graph.int8.graphs import int8_graph
-from cdkd_edge.graph.int8.layers import quantizable_layers, weight_of
-from cdkd_edge.graph.int8.ranges import LayerScales, weight_scales
+from cdkd_edge.graph.int8 import int8_graph
+from cdkd_edge.graph.int8_ranges import LayerScales, weight_scales
+from cdkd_edge.graph.layers import quantizable_layers, weight_of
 
-ORIN = Gpu("Orin", "8.7", True, 8, 16 << 30, "12.6")
+ORIN = GpuInfo("Orin", "8.7", True, 8, 16 << 30, "12.6")
 
 
 def compiler_missing() -> str:
@@ -94,3 +94,32 @@ def child(code: str) -> tuple[str, ...]:
         "def say(event, **fields): print(json.dumps({'event': event, **fields}), flush=True)\n"
     )
     return (sys.executable, "-c", head + code)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerLimits:
+    """What a compiled network may cost at most."""
+
+    attention_blocks: int
+    """All of them must be fused."""
+    layers: int
+    traffic_bytes: float
+    scratch_bytes: float
+
+
+def exceeded(compiled: EngineLayers, limits: LayerLimits) -> list[str]:
+    """The limits that an engine exceeds, as sentences."""
+    findings = []
+    if compiled.fused_attention < limits.attention_blocks:
+        findings.append(f"{compiled.fused_attention} of {limits.attention_blocks} attention blocks are fused")
+    if len(compiled.layers) > limits.layers:
+        findings.append(f"{len(compiled.layers)} layers, at most {limits.layers}")
+    if compiled.traffic_bytes > limits.traffic_bytes:
+        findings.append(
+            f"{compiled.traffic_bytes / 1e9:.2f} GB layer traffic, at most {limits.traffic_bytes / 1e9:.2f}"
+        )
+    if compiled.scratch_bytes is None:
+        findings.append("the compiler did not tell its scratch memory")
+    elif compiled.scratch_bytes > limits.scratch_bytes:
+        findings.append(f"{compiled.scratch_bytes / 1e6:.0f} MB scratch, at most {limits.scratch_bytes / 1e6:.0f}")
+    return findings

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cdkd_edge.core.labels import NO_LABEL, load_schema
+from cdkd_edge.core.labels import NO_LABEL, Palette, load_schema
 from cdkd_edge.model.config import NetworkConfig
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -47,7 +47,7 @@ def write_pair(folder: Path, name: str, labels: UInt8Array, image: UInt8Array | 
         (folder / part).mkdir(parents=True, exist_ok=True)
     picture = painted(labels) if image is None else image
     Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))).save(folder / "images" / f"{name}.png")
-    colors = SCHEMA.palette()
+    colors = SCHEMA.in_palette(Palette.DATASET).palette()
     colors[NO_LABEL] = SCHEMA.ignore_colors[0]
     Image.fromarray(colors[labels]).save(folder / "masks" / f"{name}.png")
 

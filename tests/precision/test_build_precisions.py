@@ -20,8 +20,8 @@ from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.engines.speed import speed_ratio
 from cdkd_edge.graph.cpu import cpu_twin
-from cdkd_edge.precision import plan
-from cdkd_edge.precision.graph import prepare_graph
+from cdkd_edge.precision import choose
+from cdkd_edge.precision.choose import prepare_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -173,10 +173,10 @@ def test_a_missed_gate(space):
 
 
 def test_int8_that_is_no_faster_is_called_that(built, monkeypatch):
-    monkeypatch.setattr(plan, "speed_ratio", lambda engine, other: 0.9)
+    monkeypatch.setattr(choose, "speed_ratio", lambda engine, other: 0.9)
     text = " ".join(run("build", "--int8", "--workspace", built.root).stdout.split())
     assert "INT8 is not faster than small.fp32.cpu.onnx here; prefer that engine" in text
-    monkeypatch.setattr(plan, "speed_ratio", lambda engine, other: 1.1)
+    monkeypatch.setattr(choose, "speed_ratio", lambda engine, other: 1.1)
     assert "not faster" not in run("build", "--int8", "--workspace", built.root).stdout
 
 
@@ -272,10 +272,10 @@ def test_labelled_data(space, tmp_path):
         (("--int8", "--max-loss", "1"), "labelled images"),
         (("--int8", "--calibrator", "kl"), "no calibrator 'kl'"),
         (("--int8", "--calibrator", "max", "--percentile", "99"), "max calibrator has no percentile"),
-        (("--int8", "--percentile", "0.99"), "makes no sense"),
+        (("--int8", "--percentile", "0.99"), "--percentile must be above 50"),
         (("--int8", "--alpha", "-1"), "between 0 and 1"),
         (("--int8", "--min-agreement", "0.98"), "per cent"),
-        (("--int8", "--min-agreement", "101"), "makes no sense"),
+        (("--int8", "--min-agreement", "101"), "--min-agreement must be above 1 and at most 100"),
     ],
 )
 def test_options_that_mean_nothing(space, options, pattern):

@@ -24,7 +24,7 @@ from scene_helpers import names_in, sparse_raster, write_raster
 
 from cdkd_edge.core.errors import DatasetError, ManifestError, SceneError, UsageError
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.graph.int8.tiles import CalibrationSet
+from cdkd_edge.graph.tiles import CalibrationSet
 from cdkd_edge.precision.calibration import duplicates, generate
 from cdkd_edge.precision.calibration.candidates import Candidates
 from cdkd_edge.precision.calibration.generate import CalibrateOptions, calibrate, default_folder, default_tile

@@ -16,18 +16,18 @@ from cdkd_edge.core.errors import DatasetError, GraphError, ManifestError, Numer
 from cdkd_edge.core.labels import load_schema
 from cdkd_edge.core.manifest import GraphManifest, manifest_path, read_manifest
 from cdkd_edge.engines.onnxruntime import OnnxLabeller
-from cdkd_edge.graph.cpu import cpu_twin
-from cdkd_edge.graph.derive import fp16_path, write_fp16
-from cdkd_edge.graph.fuse import fuse_attention
-from cdkd_edge.graph.int8.calibrate import CalibrationOptions
-from cdkd_edge.graph.session import cpu_session
+from cdkd_edge.graph.cpu import cpu_session, cpu_twin, fuse_attention
+from cdkd_edge.graph.files import derived_path
+from cdkd_edge.graph.fp16 import write_fp16
+from cdkd_edge.graph.int8 import CalibrationOptions
 from cdkd_edge.precision import int8
-from cdkd_edge.precision.int8 import Gate, Int8Options, write_int8
-from cdkd_edge.precision.int8_gate import Judgement, LabelledData, worst_layers
+from cdkd_edge.precision.int8 import Int8Options, write_int8
+from cdkd_edge.precision.int8_gate import Int8Gate, Judgement, LabelledData, worst_layers
 from cdkd_edge.quality.datasets import find_dataset
 from cdkd_edge.quality.evaluate import evaluate
 
-LENIENT = Gate(0.8, 100)
+LENIENT = Int8Gate(0.8, 100)
+LOOSE = Int8Gate(0.5, 100)
 NOISY = "blocks.1.mlp.fc2"
 
 
@@ -69,7 +69,7 @@ def written(tmp_path_factory, make_graph, weights, tiles):
     """What `write_int8` returns and told. Not to be changed."""
     graph = make_graph(tmp_path_factory.mktemp("written"), weights, CONFIG)
     told = []
-    return write_int8(graph, target(graph), tiles, Int8Options(gate=LENIENT), progress=told.append), graph, told
+    return write_int8(graph, target(graph), tiles, Int8Options(gate=LENIENT), note=told.append), graph, told
 
 
 def target(graph):
@@ -161,7 +161,7 @@ def test_ranges_come_from_the_calibration_tiles_alone(tmp_path, make_graph, weig
     contents = []
     for seeds in ((1, 2), (1, 5), (4, 2)):
         own = write_set(tmp_path / f"set{seeds}", tiles_of(6, seed=seeds[0]), tiles_of(3, seed=seeds[1]))
-        write_int8(graph, target(graph), own, Int8Options(gate=Gate(0.5, 100)))
+        write_int8(graph, target(graph), own, Int8Options(gate=Int8Gate(0.5, 100)))
         contents.append(target(graph).read_bytes())
     assert contents[0] == contents[1] != contents[2]
 
@@ -199,7 +199,7 @@ def test_a_batch_graph(tmp_path, make_graph, weights, tiles):
 
 @pytest.mark.parametrize("calibrator", ["max", "mse"])
 def test_other_calibrators(graph, tiles, calibrator):
-    options = Int8Options(CalibrationOptions(calibrator, alpha=None), Gate(0.5, 100))
+    options = Int8Options(CalibrationOptions(calibrator, alpha=None), Int8Gate(0.5, 100))
     result = write_int8(graph, target(graph), tiles, options)
     record = result.manifest.quantization
     assert (record["calibrator"], record["percentile"], record["smoothquant_alpha"]) == (calibrator, None, None)
@@ -223,22 +223,22 @@ def test_a_graph_made_again_replaces_all_of_it(graph, tiles):
 
 def test_a_missed_gate_leaves_nothing(graph, tiles):
     error = refused(
-        NumericalCheckError, graph, tiles, Int8Options(gate=Gate(1.0, 0)), match=r"misses its gate: \d+\.\d+% of"
+        NumericalCheckError, graph, tiles, Int8Options(gate=Int8Gate(1.0, 0)), match=r"misses its gate: \d+\.\d+% of"
     )
     assert "--auto" in error.hint
 
 
 def test_a_missed_gate_leaves_what_was_there(graph, tiles):
     write_int8(graph, target(graph), tiles, Int8Options(gate=LENIENT))
-    refused(NumericalCheckError, graph, tiles, Int8Options(gate=Gate(1.0, 0)))
+    refused(NumericalCheckError, graph, tiles, Int8Options(gate=Int8Gate(1.0, 0)))
     read_manifest(target(graph), GraphManifest)
 
 
 def test_auto_keeps_the_noisiest_layer(tmp_path, make_graph, noisy_weights, tiles):
     graph = make_graph(tmp_path / "export", noisy_weights, CONFIG)
-    bad = refused(NumericalCheckError, graph, tiles, Int8Options(gate=Gate(0.85, 100)))
+    bad = refused(NumericalCheckError, graph, tiles, Int8Options(gate=Int8Gate(0.85, 100)))
     assert "misses its gate" in bad.message
-    result = write_int8(graph, target(graph), tiles, Int8Options(gate=Gate(0.85, 100), auto=True))
+    result = write_int8(graph, target(graph), tiles, Int8Options(gate=Int8Gate(0.85, 100), auto=True))
     first, second = result.attempts
     assert (first.kept, second.kept) == ((), (NOISY,))
     assert first.judgement.agreement < 0.85 <= second.judgement.agreement
@@ -248,7 +248,7 @@ def test_auto_keeps_the_noisiest_layer(tmp_path, make_graph, noisy_weights, tile
     assert record["kept_in_fp16"] == [NOISY]
     assert [item["kept_in_fp16"] for item in record["attempts"]] == [[], [NOISY]]
     assert [layer["name"] for layer in record["layers"] if layer["precision"] == "fp16"] == [NOISY]
-    assert worst_layers(record)[0]["name"] == NOISY
+    assert worst_layers(record, 1)[0]["name"] == NOISY
     assert len(nodes_of(onnx.load(result.path), "QuantizeLinear")) == 20
     text = result.report.read_text()
     assert "20 of 21 quantisable layers in INT8" in text
@@ -258,7 +258,7 @@ def test_auto_keeps_the_noisiest_layer(tmp_path, make_graph, noisy_weights, tile
 
 def test_keeping_it_by_name_does_the_same(tmp_path, make_graph, noisy_weights, tiles):
     graph = make_graph(tmp_path / "export", noisy_weights, CONFIG)
-    options = Int8Options(gate=Gate(0.85, 100), keep=(NOISY, NOISY))
+    options = Int8Options(gate=Int8Gate(0.85, 100), keep=(NOISY, NOISY))
     result = write_int8(graph, target(graph), tiles, options)
     assert result.manifest.quantization["kept_in_fp16"] == [NOISY]
     assert len(result.attempts) == 1
@@ -281,7 +281,7 @@ def test_auto_goes_on_with_ever_more_of_the_noisiest(graph, tiles, monkeypatch):
     make = int8.Attempt
     monkeypatch.setattr(int8, "Attempt", lambda *given: attempts.append(make(*given)) or attempts[-1])
     error = refused(NumericalCheckError, graph, tiles, Int8Options(auto=True, keep=("fuse",)))
-    assert "FP16 is what this network needs" in error.hint
+    assert "build the network in FP16" in error.hint
     worst = [name for name in sorted(noise["all"], key=noise["all"].get) if name != "fuse"]
     assert [attempt.kept for attempt in attempts] == [("fuse", *worst[:count]) for count in (0, 1, 2, 4, 8, 16)]
     assert seen == [20, 19, 18, 16, 12, 4]
@@ -302,23 +302,23 @@ def test_auto_goes_on_with_ever_more_of_the_noisiest(graph, tiles, monkeypatch):
 )
 def test_senseless_gates(agreement, loss):
     with pytest.raises(UsageError):
-        Gate(agreement, loss)
+        Int8Gate(agreement, loss)
 
 
 def test_what_a_gate_says():
     good = Judgement(0.98, 1, 1, 1, 1, mean_iou=0.5, fp32_mean_iou=0.505)
     assert good.loss == pytest.approx(0.5)
-    assert Gate(0.98, 0.51).failures(good) == []
-    assert Gate(0.98, 0.49).failures(good) == ["mIoU falls by 0.50 points; at most 0.49 are allowed"]
-    assert len(Gate(0.981, 0.49).failures(good)) == 2
+    assert Int8Gate(0.98, 0.51).failures(good) == []
+    assert Int8Gate(0.98, 0.49).failures(good) == ["mIoU falls by 0.50 points; at most 0.49 are allowed"]
+    assert len(Int8Gate(0.981, 0.49).failures(good)) == 2
     gained = dataclasses.replace(good, mean_iou=0.6)
-    assert Gate(0.98, 0).failures(gained) == []
-    assert Gate(0.98, 0).failures(dataclasses.replace(good, mean_iou=None)) == []
+    assert Int8Gate(0.98, 0).failures(gained) == []
+    assert Int8Gate(0.98, 0).failures(dataclasses.replace(good, mean_iou=None)) == []
     for broken in (
         dataclasses.replace(good, mean_iou=float("nan")),
         dataclasses.replace(good, agreement=float("nan"), mean_iou=None),
     ):
-        assert len(Gate(0.98, 100).failures(broken)) == 1
+        assert len(Int8Gate(0.98, 100).failures(broken)) == 1
 
 
 # --- what does not fit ----------------------------------------------------------------------------
@@ -350,9 +350,9 @@ def test_a_tile_that_was_changed(tmp_path, graph, role):
 
 
 def test_graphs_of_other_precisions(graph, tiles):
-    write_fp16(graph, fp16_path(graph))
+    write_fp16(graph, derived_path(graph, "fp16"))
     with pytest.raises(GraphError, match="INT8 is made from the FP32 graph"):
-        write_int8(fp16_path(graph), target(graph), tiles)
+        write_int8(derived_path(graph, "fp16"), target(graph), tiles)
     with open(graph, "ab") as file:
         file.write(b"x")
     refused(ManifestError, graph, tiles, match="SHA-256 differs")
@@ -377,7 +377,7 @@ def test_a_destination_that_cannot_be(graph, tiles):
     assert names(graph.parent) == ["file", "small.json", "small.onnx"]
 
 
-@pytest.mark.parametrize("where", ["calibrate", "signal_to_noise", "cpu_twin", "check_half", "write_manifest"])
+@pytest.mark.parametrize("where", ["calibrate", "signal_to_noise", "cpu_twin", "check_fp16", "write_manifest"])
 def test_an_interruption_leaves_nothing(graph, tiles, monkeypatch, where, tmp_path):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -397,7 +397,7 @@ def test_an_overflow_behind_the_quantisers_is_refused(tmp_path, make_graph, weig
         name = f"encoder.blocks.1.mlp.{layer}.weight"
         loud[name] = (weights[name] * factor).astype(np.float32)
     graph = make_graph(tmp_path / "export", loud, CONFIG)
-    refused(NumericalCheckError, graph, tiles, Int8Options(gate=Gate(0.5, 100)), match=r"mlp\.fc1 leaves FP16's range")
+    refused(NumericalCheckError, graph, tiles, Int8Options(gate=LOOSE), match=r"mlp\.fc1 leaves FP16's range")
 
 
 # --- labelled data --------------------------------------------------------------------------------
@@ -452,7 +452,12 @@ def test_the_loss_is_part_of_the_gate(tmp_path, make_graph, noisy_weights, tiles
             Image.fromarray(pixels.copy()).save(folder / part / f"t{number}_0.png")
     own = LabelledData(find_dataset(folder), data.schema)
     refused(
-        NumericalCheckError, graph, tiles, Int8Options(gate=Gate(0.02, 1)), own, match=r"mIoU falls by \d+\.\d\d points"
+        NumericalCheckError,
+        graph,
+        tiles,
+        Int8Options(gate=Int8Gate(0.02, 1)),
+        own,
+        match=r"mIoU falls by \d+\.\d\d points",
     )
 
 
@@ -473,7 +478,7 @@ def test_data_that_cannot_be_read_is_known_at_once(tmp_path, graph, tiles, data,
 def test_the_judge_scores_fp32_once(tmp_path, make_graph, noisy_weights, tiles, data, monkeypatch):
     graph = make_graph(tmp_path / "export", noisy_weights, CONFIG)
     told = []
-    write_int8(graph, target(graph), tiles, Int8Options(gate=Gate(0.85, 100), auto=True), data, told.append)
+    write_int8(graph, target(graph), tiles, Int8Options(gate=Int8Gate(0.85, 100), auto=True), data, told.append)
     counted = {step: len(list(same)) for step, same in itertools.groupby(sorted(told))}
     assert counted["scores of the FP32 graph"] == 1
     assert counted["scores of the INT8 graph"] == 2

@@ -10,11 +10,12 @@ from quantization_helpers import CONFIG, tiles_of, write_set
 from cdkd_edge.core.errors import ManifestError, UsageError, WorkspaceError
 from cdkd_edge.core.manifest import GraphManifest, manifest_path, read_manifest
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.graph.int8.calibrate import CalibrationOptions
-from cdkd_edge.precision.graph import Request, prepare_graph
-from cdkd_edge.precision.int8 import Gate, Int8Options
+from cdkd_edge.graph.int8 import CalibrationOptions
+from cdkd_edge.precision.choose import GraphRequest, prepare_graph
+from cdkd_edge.precision.int8 import Int8Options
+from cdkd_edge.precision.int8_gate import Int8Gate
 
-LENIENT = Int8Options(gate=Gate(0.8))
+LENIENT = Int8Options(gate=Int8Gate(0.8))
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def test_fp16_is_made_once(space, export, named):
     second = prepare_graph(space, graph if named else None, "fp16")
     assert (second.path, second.made) == (first.path, False)
     assert first.path.stat().st_mtime_ns == written
-    again = prepare_graph(space, None, "fp16", Request(again=True))
+    again = prepare_graph(space, None, "fp16", GraphRequest(again=True))
     assert again.made
     assert first.path.read_bytes() == content
     assert first.path.stat().st_mtime_ns > written
@@ -88,7 +89,7 @@ def test_int8_is_made_once_from_the_only_set(space, export, add_set):
     export()
     add_set()
     told = []
-    first = prepare_graph(space, None, "int8", Request(int8=LENIENT), told.append)
+    first = prepare_graph(space, None, "int8", GraphRequest(int8=LENIENT), told.append)
     assert (first.path.name, first.made) == ("small.int8.onnx", True)
     assert first.int8.manifest.quantization["calibration_set"]["name"] == "mission"
     assert told
@@ -103,7 +104,7 @@ def test_int8_is_made_once_from_the_only_set(space, export, add_set):
 def test_a_graph_of_another_export_is_made_again(space, export, add_set, wanted):
     export()
     add_set()
-    request = Request(int8=LENIENT) if wanted == "int8" else Request()
+    request = GraphRequest(int8=LENIENT) if wanted == "int8" else GraphRequest()
     first = prepare_graph(space, None, wanted, request)
     before = first.path.read_bytes()
     plain = export(seed=1)
@@ -138,14 +139,14 @@ def test_a_board_with_one_graph(space, export, add_set, tmp_path, wanted):
     """Only the graph of lower precision was carried there."""
     export()
     add_set()
-    made = prepare_graph(space, None, wanted, Request(int8=LENIENT) if wanted == "int8" else Request()).path
+    made = prepare_graph(space, None, wanted, GraphRequest(int8=LENIENT) if wanted == "int8" else GraphRequest()).path
     board = Workspace(tmp_path / "board")
     board.graphs.mkdir(parents=True)
     for file in (made, manifest_path(made)):
         shutil.copy(file, board.graphs)
     prepared = prepare_graph(board, None, wanted)
     assert (prepared.path, prepared.made) == (board.graphs / made.name, False)
-    for request in (Request(again=True), Request(calibration=tmp_path)):
+    for request in (GraphRequest(again=True), GraphRequest(calibration=tmp_path)):
         for named in (None, board.graphs / made.name):
             with pytest.raises(UsageError, match="can only be taken as it is") as caught:
                 prepare_graph(board, named, wanted, request)
@@ -187,7 +188,7 @@ def test_two_calibration_sets(space, export, add_set):
     with pytest.raises(WorkspaceError, match=r"2 calibration sets .*: summer, winter") as caught:
         prepare_graph(space, None, "int8")
     assert f"--calibration {winter}" in caught.value.hint
-    made = prepare_graph(space, None, "int8", Request(winter, LENIENT))
+    made = prepare_graph(space, None, "int8", GraphRequest(winter, LENIENT))
     assert made.int8.manifest.quantization["calibration_set"]["name"] == "winter"
 
 
@@ -217,24 +218,24 @@ def test_things_that_are_no_graph(space, tmp_path, add_set, wanted):
 def test_fp16_on_tiles_of_a_set(space, export, add_set):
     export()
     chosen = add_set(check=3)
-    made = prepare_graph(space, None, "fp16", Request(calibration=chosen))
+    made = prepare_graph(space, None, "fp16", GraphRequest(calibration=chosen))
     check = read_manifest(made.path, GraphManifest).conversion
     assert (check.tiles, check.imagery) == (3, "mission")
     with pytest.raises(UsageError, match="64 px wide"):
-        prepare_graph(space, None, "fp16", Request(calibration=add_set("wide", side=64), again=True))
+        prepare_graph(space, None, "fp16", GraphRequest(calibration=add_set("wide", side=64), again=True))
     with pytest.raises(UsageError, match="has no check tiles"):
-        prepare_graph(space, None, "fp16", Request(calibration=add_set("bare", check=0), again=True))
+        prepare_graph(space, None, "fp16", GraphRequest(calibration=add_set("bare", check=0), again=True))
     with pytest.raises(ManifestError, match="does not exist"):
-        prepare_graph(space, None, "fp16", Request(calibration=space.root / "nowhere", again=True))
+        prepare_graph(space, None, "fp16", GraphRequest(calibration=space.root / "nowhere", again=True))
 
 
 @pytest.mark.parametrize(
     "request_",
     [
-        Request(int8=Int8Options(auto=True)),
-        Request(int8=Int8Options(keep=("fuse",))),
-        Request(int8=Int8Options(gate=Gate(0.9))),
-        Request(int8=Int8Options(CalibrationOptions("max"))),
+        GraphRequest(int8=Int8Options(auto=True)),
+        GraphRequest(int8=Int8Options(keep=("fuse",))),
+        GraphRequest(int8=Int8Options(gate=Int8Gate(0.9))),
+        GraphRequest(int8=Int8Options(CalibrationOptions("max"))),
     ],
 )
 def test_options_of_int8_mean_nothing_elsewhere(space, export, request_):
@@ -247,9 +248,9 @@ def test_options_of_int8_mean_nothing_elsewhere(space, export, request_):
 
 def test_options_that_mean_nothing(space, export, tmp_path):
     graph = export()
-    for request in (Request(again=True), Request(calibration=tmp_path)):
+    for request in (GraphRequest(again=True), GraphRequest(calibration=tmp_path)):
         with pytest.raises(UsageError, match="an FP32 graph is exported"):
             prepare_graph(space, graph, "fp32", request)
     with pytest.raises(UsageError, match="measured on labelled images"):
-        prepare_graph(space, graph, "int8", Request(int8=Int8Options(gate=Gate(loss=1))))
+        prepare_graph(space, graph, "int8", GraphRequest(int8=Int8Options(gate=Int8Gate(loss=1))))
     assert sorted(path.name for path in space.graphs.iterdir()) == ["small.json", "small.onnx"]

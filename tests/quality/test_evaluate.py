@@ -21,7 +21,7 @@ from rasterio.transform import Affine
 from scene_helpers import SCHEMA, FakeEngine, names_in, noise, read_labels, red_labels, write_raster
 
 from cdkd_edge.core.errors import DatasetError, EngineError, SchemaError
-from cdkd_edge.core.labels import NO_LABEL, LabelSchema, load_schema, numbered_schema
+from cdkd_edge.core.labels import NO_LABEL, LabelSchema, Palette, load_schema, numbered_schema
 from cdkd_edge.quality.artefacts import open_artefact
 from cdkd_edge.quality.baselines import evaluate_color_rules
 from cdkd_edge.quality.datasets import Dataset, find_dataset
@@ -50,7 +50,7 @@ def add(folder: Path, name: str, image: UInt8Array, labels: UInt8Array) -> None:
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     Image.fromarray(image.transpose(1, 2, 0).copy()).save(folder / "images" / f"{name}.png")
-    palette = SCHEMA.palette()
+    palette = SCHEMA.in_palette(Palette.DATASET).palette()
     in_colors = len(list((folder / "masks").iterdir())) % 2
     Image.fromarray(palette[labels] if in_colors else labels).save(folder / "masks" / f"{name}.png")
 

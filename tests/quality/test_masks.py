@@ -16,7 +16,7 @@ from rasterio.enums import ColorInterp
 from scene_helpers import write_raster
 
 from cdkd_edge.core.errors import DatasetError, SchemaError
-from cdkd_edge.core.labels import LabelSchema, LandCoverClass, load_schema
+from cdkd_edge.core.labels import LabelSchema, LandCoverClass, Palette, load_schema
 from cdkd_edge.quality.masks import HiddenLabels, open_mask, read_labels
 from cdkd_edge.segment.geotiff import LabelMapWriter
 
@@ -37,7 +37,7 @@ def some_labels(schema: LabelSchema, height: int = 37, width: int = 53, *, missi
 
 def colors_of(labels: UInt8Array, schema: LabelSchema) -> UInt8Array:
     """RGB ``[H, W, 3]``; no label is the schema's first ignored colour, or black."""
-    palette = schema.palette()
+    palette = schema.in_palette(Palette.DATASET).palette()
     palette[255] = schema.ignore_colors[0] if schema.ignore_colors else (0, 0, 0)
     return palette[labels]
 
@@ -128,7 +128,7 @@ def test_every_strip_of_a_tall_mask_is_looked_at(tmp_path: Path, by: str) -> Non
         labels[-1, -1] = 99
         Image.fromarray(labels).save(path)
     else:
-        palette = DUBAI.palette()
+        palette = DUBAI.in_palette(Palette.DATASET).palette()
         palette[99] = (9, 9, 9)
         paletted(path, labels, palette)
         assert (read_labels(path, DUBAI) == labels).all()
@@ -232,7 +232,7 @@ def test_sixteen_bit_colours_are_not_taken(tmp_path: Path) -> None:
 def test_a_palette_of_the_schemas_colours_is_read_by_colour(tmp_path: Path) -> None:
     labels = some_labels(LOVEDA, missing=False)
     order = np.array([3, 1, 6, 0, 5, 2, 4])  # entry 0 is label 3: values would give another map
-    palette = LOVEDA.palette()[order]
+    palette = LOVEDA.in_palette(Palette.DATASET).palette()[order]
     path = paletted(tmp_path / "mask.png", np.argsort(order).astype(np.uint8)[labels], palette)
     assert (read_labels(path, LOVEDA) == labels).all()
 
@@ -244,7 +244,9 @@ def test_a_ramp_of_greys_is_read_by_value(tmp_path: Path) -> None:
 
 
 def test_the_mask_of_another_dataset_is_refused_also_where_its_values_fit(tmp_path: Path) -> None:
-    path = paletted(tmp_path / "mask.png", some_labels(DUBAI, missing=False), DUBAI.palette())
+    path = paletted(
+        tmp_path / "mask.png", some_labels(DUBAI, missing=False), DUBAI.in_palette(Palette.DATASET).palette()
+    )
     with pytest.raises(SchemaError, match=r"mask\.png holds the color \(\d+, \d+, \d+\), which schema 'loveda'"):
         read_labels(path, LOVEDA)
 
@@ -289,13 +291,13 @@ def test_a_palette_that_can_be_taken_for_either_is_not_guessed(
 def test_a_palette_of_nothing_but_an_ignored_colour_is_read_by_colour(tmp_path: Path) -> None:
     path = paletted(tmp_path / "mask.png", np.zeros((9, 9), np.uint8), np.zeros((256, 3)))
     assert (read_labels(path, DUBAI) == 255).all()
-    palette = DUBAI.palette()[::-1].copy()  # black first, the classes at the end and unused
+    palette = DUBAI.in_palette(Palette.DATASET).palette()[::-1].copy()  # black first, the classes at the end and unused
     assert (read_labels(paletted(tmp_path / "mask.png", np.zeros((9, 9), np.uint8), palette), DUBAI) == 255).all()
 
 
 def test_palette_entries_that_no_pixel_uses_do_not_matter(tmp_path: Path) -> None:
     palette = np.random.default_rng(4).integers(0, 256, (256, 3))
-    palette[[40, 41]] = DUBAI.palette()[[2, 4]]
+    palette[[40, 41]] = DUBAI.in_palette(Palette.DATASET).palette()[[2, 4]]
     indices = np.where(np.eye(12, dtype=bool), 40, 41).astype(np.uint8)
     path = paletted(tmp_path / "mask.png", indices, palette)
     assert (read_labels(path, DUBAI) == np.where(indices == 40, 2, 4)).all()
@@ -310,7 +312,7 @@ def test_transparent_palette_entries_are_no_label(tmp_path: Path, by: str, trans
     palette = grey_palette()
     indices = labels.copy() if by == "color" else values_of(labels, schema)
     if by == "color":
-        palette[: len(schema)] = schema.palette()[: len(schema)]
+        palette[: len(schema)] = schema.in_palette(Palette.DATASET).palette()[: len(schema)]
     away = rng.random(labels.shape) < 0.3
     indices[away] = rng.choice(np.array(sorted(transparent), np.uint8), int(away.sum()))
     alpha = bytes(0 if index in transparent else 255 for index in range(256))
@@ -361,7 +363,7 @@ def test_a_truncated_mask_is_an_error(tmp_path: Path, mode: str, keep: float) ->
     labels = some_labels(DUBAI, 400, 300, missing=False)
     path = tmp_path / "cut.png"
     if mode == "P":
-        paletted(path, labels, DUBAI.palette())
+        paletted(path, labels, DUBAI.in_palette(Palette.DATASET).palette())
     else:
         Image.fromarray(colors_of(labels, DUBAI) if mode == "RGB" else labels).save(path)
     whole = path.read_bytes()
@@ -382,7 +384,7 @@ def test_a_mask_with_a_flipped_byte_is_an_error(tmp_path: Path) -> None:
 
 def test_classes_behind_transparency_are_counted(tmp_path: Path) -> None:
     labels = some_labels(DUBAI, missing=False)
-    path = paletted(tmp_path / "mask.png", labels, DUBAI.palette(), transparency=2)
+    path = paletted(tmp_path / "mask.png", labels, DUBAI.in_palette(Palette.DATASET).palette(), transparency=2)
     lost = HiddenLabels()
     assert (read_labels(path, DUBAI, lost) == np.where(labels == 2, 255, labels)).all()
     (note,) = lost.notes()

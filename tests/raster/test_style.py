@@ -22,7 +22,7 @@ from cdkd_edge.segment.products.polygons import VectorOptions, style_qml, write_
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 UTM = {"crs": "EPSG:32640", "transform": from_origin(320_000, 2_790_000, 0.5, 0.5)}
-CLASSES = [[label, cls.name, "#{:02x}{:02x}{:02x}".format(*cls.color)] for label, cls in enumerate(SCHEMA.classes)]
+CLASSES = [[label, cls.name, "#{:02x}{:02x}{:02x}".format(*cls.shown)] for label, cls in enumerate(SCHEMA.classes)]
 
 SAVED = """<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>
 <qgis hasScaleBasedVisibilityFlag="0" version="3.34.1"><pipe><rasterrenderer type="paletted" opacity="0.5">

@@ -401,12 +401,12 @@ def change_engine(engine: FakeEngine) -> None:
     ("change", "options", "reason"),
     [
         (change_engine, SegmentOptions(), "was made by another engine"),
-        (None, SegmentOptions(overlap=3), "was made with --overlap 16; now it is 3"),
-        (None, SegmentOptions(bands=(3, 2, 1)), "was made with --bands 1,2,3; now it is 3,2,1"),
+        (None, SegmentOptions(overlap=3), "was made with other options: --overlap was 16 and is 3"),
+        (None, SegmentOptions(bands=(3, 2, 1)), "--bands was 1,2,3 and is 3,2,1"),
         (
             None,
             SegmentOptions(stretch=Stretch(0, 100, percentiles=False)),
-            "with --stretch not given; now it is 0..100",
+            "--stretch was not given and is 0..100",
         ),
     ],
 )
@@ -429,7 +429,7 @@ def test_a_map_made_otherwise_is_not_kept(
 def test_a_map_with_a_stretch_is_not_one_without(scenes: list[str], use: Any) -> None:
     use(FakeEngine())
     segment(scenes[:1], options=SegmentOptions(stretch=Stretch(0, 255, percentiles=False)))
-    with pytest.raises(SceneError, match=r"with --stretch 0\.\.255.*; now it is not given"):
+    with pytest.raises(SceneError, match=r"--stretch was 0\.\.255.* and is not given"):
         segment(scenes[:1])
 
 

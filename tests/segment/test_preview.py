@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),
 ]
 
-COLORS = {cls.name: cls.color for cls in SCHEMA.classes}
+COLORS = {cls.name: cls.shown for cls in SCHEMA.classes}
 UTM = {"crs": "EPSG:32640", "transform": from_origin(320_000, 2_780_000, 0.5, 0.5)}
 
 TURNED = Affine.translation(320_000, 2_780_000) * Affine.rotation(33) * Affine.scale(2, -2)

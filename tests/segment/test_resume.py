@@ -238,8 +238,8 @@ def test_another_engine_does_not_go_on(scene: Path, interrupted: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        (SegmentOptions(overlap=20), "OVERLAP_PX"),
-        (SegmentOptions(bands=(3, 2, 1)), "BANDS"),
+        (SegmentOptions(overlap=20), "--overlap was 16 and is 20"),
+        (SegmentOptions(bands=(3, 2, 1)), "--bands"),
         (SegmentOptions(stretch=Stretch(0, 200, percentiles=False)), "LIMITS"),
     ],
     ids=["overlap", "bands", "stretch"],

@@ -228,7 +228,7 @@ def test_burnt_back_it_is_the_map(tmp_path: Path, place: dict[str, Any]) -> None
         own = fields["class_id"] == area.label
         assert fields["area_ha"][own].sum() == pytest.approx(area.hectares, rel=1e-9)
         assert set(fields["class"][own]) == {area.name}
-        assert set(fields["color"][own]) == {"#{:02x}{:02x}{:02x}".format(*SCHEMA.classes[area.label].color)}
+        assert set(fields["color"][own]) == {"#{:02x}{:02x}{:02x}".format(*SCHEMA.classes[area.label].shown)}
     assert names_in(tmp_path) == ["map.gpkg", "map.tif"]
 
 

@@ -106,7 +106,7 @@ def test_format(tmp_path: Path, height: int, width: int) -> None:
         assert dataset.compression.value == "DEFLATE"
         assert dataset.colorinterp == (ColorInterp.palette,)
         colors = dataset.colormap(1)
-        assert [colors[label] for label in range(5)] == [(*cls.color, 255) for cls in SCHEMA.classes]
+        assert [colors[label] for label in range(5)] == [(*cls.shown, 255) for cls in SCHEMA.classes]
         assert colors[NO_LABEL] == (0, 0, 0, 0), "no label is transparent"
         assert dataset.tags()["SCENE"] == "a scene"
         assert dataset.tags()["ENGINE"] == "e = m"
@@ -138,7 +138,7 @@ def test_class_names_and_colors_lie_beside_it_as_gdal_expects(tmp_path: Path) ->
         ("Blue", "0", "8"),
     ]
     rows = [[cell.text for cell in row.findall("F")] for row in table.findall("Row")]
-    assert rows == [[str(i), cls.name, *map(str, cls.color)] for i, cls in enumerate(SCHEMA.classes)]
+    assert rows == [[str(i), cls.name, *map(str, cls.shown)] for i, cls in enumerate(SCHEMA.classes)]
     assert [row.get("index") for row in table.findall("Row")] == list("01234")
 
 
@@ -168,7 +168,7 @@ def test_gdal_itself_finds_classes_palette_and_nodata(tmp_path: Path) -> None:
     for label, cls in enumerate(SCHEMA.classes):
         assert f"{label}: {cls.name}\n" in run.stdout, "category names"
         assert f"<F>{cls.name}</F>" in run.stdout, "attribute table"
-        assert f"{label}: {','.join(map(str, cls.color))},255" in run.stdout, "palette"
+        assert f"{label}: {','.join(map(str, cls.shown))},255" in run.stdout, "palette"
     assert 'ID["EPSG",32640]' in run.stdout
     assert run.stderr == ""
 

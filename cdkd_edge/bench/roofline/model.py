@@ -22,7 +22,7 @@ from cdkd_edge.bench.roofline.devices import Device, PowerMode
 from cdkd_edge.bench.roofline.kernels import Kernel, attention_modes, kernels_of
 from cdkd_edge.bench.roofline.operators import GraphCost, read_operators
 from cdkd_edge.core.errors import CdkdEdgeError, GraphError, UsageError
-from cdkd_edge.graph.read import load_graph
+from cdkd_edge.graph.files import load_graph
 
 
 @dataclass(frozen=True)
@@ -218,9 +218,9 @@ def _graphs(model: onnx.ModelProto) -> tuple[list[GraphCost], list[str]]:
 
 def _as_int8(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph as `build --int8` quantises it, with scales that mean nothing: only shapes count here."""
-    from cdkd_edge.graph.int8.graphs import int8_graph
-    from cdkd_edge.graph.int8.layers import quantizable_layers, weight_of
-    from cdkd_edge.graph.int8.ranges import LayerScales, weight_scales
+    from cdkd_edge.graph.int8 import int8_graph
+    from cdkd_edge.graph.int8_ranges import LayerScales, weight_scales
+    from cdkd_edge.graph.layers import quantizable_layers, weight_of
 
     if not model.graph.input or not model.graph.input[0].type.tensor_type.shape.dim:
         raise GraphError("the graph has no input image")

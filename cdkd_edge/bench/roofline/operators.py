@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto
 
 from cdkd_edge.core.errors import GraphError
-from cdkd_edge.graph.read import Sizes, sizes_of
+from cdkd_edge.graph.files import Sizes, sizes_of
 
 _ITEM_BYTES: dict[int, int] = {
     TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2, TensorProto.DOUBLE: 8,

@@ -14,14 +14,14 @@ from typing import Any
 
 
 def _gpu() -> dict[str, Any]:
-    from cdkd_edge.engines.tensorrt.device import NoGpu, find_gpu
+    from cdkd_edge.engines.tensorrt.find import NoGpu, find_gpu
 
     found = find_gpu()
     return {"error": found.reason} if isinstance(found, NoGpu) else dataclasses.asdict(found)
 
 
 def _tensorrt() -> dict[str, Any]:
-    from cdkd_edge.engines.tensorrt.api import find_tensorrt
+    from cdkd_edge.engines.tensorrt.find import find_tensorrt
 
     found = find_tensorrt()
     return {"kind": found.kind, "version": found.version, "name": found.name}

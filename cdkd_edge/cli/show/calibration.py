@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def describe_calibration(result: CalibrateResult) -> Report:
     """``cdkd-edge calibrate``."""
-    from cdkd_edge.graph.int8.tiles import SHEET_FILE
+    from cdkd_edge.graph.tiles import SHEET_FILE
 
     manifest, counts, coverage = result.manifest, result.manifest.counts, result.manifest.method["coverage"]
     calibration, check = manifest.of_role("calibration"), manifest.of_role("check")

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from cdkd_edge.core.manifest import EngineManifest
     from cdkd_edge.engines.inspect import Inspection, OnnxContents
     from cdkd_edge.engines.tensorrt.layers import EngineLayers
-    from cdkd_edge.precision.graph import Prepared
+    from cdkd_edge.precision.choose import PreparedGraph, SpeedComparison
     from cdkd_edge.precision.int8 import Int8Result
-    from cdkd_edge.precision.plan import Rival
 
 
-def describe_build(path: Path, manifest: EngineManifest, prepared: Prepared, rival: Rival | None) -> Report:
+def describe_build(
+    path: Path, manifest: EngineManifest, prepared: PreparedGraph, speed: SpeedComparison | None
+) -> Report:
     """``cdkd-edge build``: the engine, and the graph that was made for it."""
     report = describe_engine(path, manifest)
     rows: list[tuple[str, str]] = []
@@ -24,16 +25,16 @@ def describe_build(path: Path, manifest: EngineManifest, prepared: Prepared, riv
         rows.append(("graph", str(prepared.path)))
     if prepared.int8:
         rows += _int8_rows(prepared.int8)
-    if rival:
-        rows.append(("speed", f"{rival.ratio:.2f} x the tiles/s of {rival.path.name}, in turn on this machine"))
-        if rival.ratio <= 1:
-            rows.append(("warning", f"INT8 is not faster than {rival.path.name} here; prefer that engine"))
+    if speed:
+        rows.append(("speed", f"{speed.ratio:.2f} x the tiles/s of {speed.path.name}, in turn on this machine"))
+        if speed.ratio <= 1:
+            rows.append(("warning", f"INT8 is not faster than {speed.path.name} here; prefer that engine"))
     data = {
         **report.data,
         "graph": str(prepared.path),
         "graph_made": prepared.made,
         "quantization": prepared.int8.manifest.quantization if prepared.int8 else None,
-        "speed": {"against": str(rival.path), "ratio": rival.ratio} if rival else None,
+        "speed": {"against": str(speed.path), "ratio": speed.ratio} if speed else None,
     }
     return Report(report.title, (*report.rows, *rows), data)
 
@@ -134,7 +135,7 @@ def describe_inspection(found: Inspection, *, every: bool) -> Report:
         data["layers"] = [
             {
                 "name": layer.name,
-                "type": layer.kind,
+                "type": layer.type,
                 "precision": layer.precision,
                 "traffic_bytes": layer.traffic_bytes,
                 "fused_attention": layer.is_fused_attention,
@@ -207,7 +208,7 @@ def _layer_listing(layers: EngineLayers, every: bool) -> Listing:
     rows = [
         (
             layer.name,
-            layer.kind,
+            layer.type,
             layer.precision,
             f"{layer.traffic_bytes / 1e6:.2f}",
             f"{layer.traffic_bytes / total:.1%}",

@@ -1,11 +1,17 @@
-"""Graph to TensorRT engine, with its manifest and its layers."""
+"""Graph to TensorRT engine, with its manifest and its list of layers. TensorRT runs in a child process."""
 
 from __future__ import annotations
 
 import dataclasses
+import signal
+import subprocess
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from cdkd_edge.core.errors import EngineError, GraphError, ManifestError, SystemRefusalError
 from cdkd_edge.core.files import scratch_folder, whole_file
@@ -24,43 +30,50 @@ from cdkd_edge.core.manifest import (
     require_replaceable,
     write_manifest,
 )
-from cdkd_edge.engines.tensorrt.compiler import BuilderMemoryError, BuildRequest
+from cdkd_edge.core.process import events, last_words, module_command, start_child, tail_of
+from cdkd_edge.engines.tensorrt.compile import BuilderMemoryError, BuildRequest
 from cdkd_edge.engines.tensorrt.layers import EngineLayers, layers_of_inspector, layers_of_log, write_layers
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
-from cdkd_edge.engines.tensorrt.process import COMMAND, LineListener, StepListener, run_builder
+
+COMMAND = module_command("cdkd_edge.engines.tensorrt.compile")
+
+Note = Callable[[str], None]
+"""Called with what is being done, to show it."""
+Log = Callable[[str, str], None]
+"""Called with severity and text of a line that TensorRT logged."""
 
 
 def build_tensorrt_engine(
     graph: Path,
     destination: Path,
     options: TensorRTOptions = TensorRTOptions(),
-    progress: StepListener = lambda step: None,
-    log: LineListener = lambda severity, text: None,
+    note: Note = lambda text: None,
+    log: Log = lambda severity, text: None,
     *,
     command: tuple[str, ...] = COMMAND,
 ) -> EngineManifest:
-    """Build an engine with the TensorRT that is here, in a process of its own.
+    """Build an engine with the installed TensorRT.
 
-    The engine file is what TensorRT serialises, nothing else, so that trtexec loads it too.
+    The engine file is exactly what TensorRT serialises, so trtexec loads it too.
 
     Args:
         graph: an exported graph with its manifest; its precision is the engine's.
         destination: final path of the engine (``.engine``); the manifest and the layer list appear beside it.
         options: see there.
-        progress: called with what is being done.
-        log: called with what TensorRT logs: warnings and errors, all with ``options.verbose``.
+        note: called with what is being done.
+        log: called with TensorRT's warnings and errors; with everything it logs if ``options.verbose``.
         command: the building process, for tests.
 
     Raises:
         ManifestError: the graph is not what its manifest says, or the destination is a file that no build wrote.
         TensorRTMissingError: there is no TensorRT.
-        BuilderMemoryError: there is too little memory, said with what can be done.
+        BuilderMemoryError: there is too little memory; the hint says what helps.
         EngineError: TensorRT refuses the graph or the options, or crashes.
         SystemRefusalError: the engine cannot be written.
     """
     started = time.perf_counter()
     require_replaceable(destination)
-    if kind_of(destination) == GraphManifest.kind:  # ckpt.fp16.onnx and ckpt.fp16.engine would share one
+    if kind_of(destination) == GraphManifest.kind:  # ckpt.fp16.onnx and ckpt.fp16.engine would share a manifest
         raise ManifestError(
             f"{manifest_path(destination)} is the manifest of a graph, which the engine's would replace",
             hint="write the engine to another folder, such as engines/",
@@ -68,7 +81,7 @@ def build_tensorrt_engine(
     source = read_manifest(graph, GraphManifest)
     facts: dict[str, Any] = {}
 
-    def heard(event: dict[str, Any]) -> None:
+    def receive(event: dict[str, Any]) -> None:
         facts.update(event)
         if event["event"] == "parsed":
             _require_tensors(graph, source, _tensors(event))
@@ -76,10 +89,10 @@ def build_tensorrt_engine(
     with whole_file(destination) as temporary:
         request = _request(graph, temporary, source.precision, options)
         try:
-            facts.update(run_builder(request, heard, progress, log, command))
+            facts.update(run_builder(request, receive, note, log, command))
         except BuilderMemoryError as error:
-            raise _with_levers(error, facts, source) from None
-        except SystemRefusalError as error:  # the process knows a temporary name only
+            raise BuilderMemoryError(error.message, hint=_memory_hint(facts, source)) from None
+        except SystemRefusalError as error:  # the child only knows the temporary name
             raise SystemRefusalError(f"{destination}: {error.message}", hint=error.hint) from None
         compiled = _layers(facts)
         manifest = _manifest(source, FileRecord.of(temporary, destination.name), options, facts, compiled, started)
@@ -89,7 +102,7 @@ def build_tensorrt_engine(
 
 
 def compile_layers(graph: Path, options: TensorRTOptions) -> EngineLayers:
-    """What TensorRT makes of any ONNX file; the engine itself is thrown away.
+    """The layers that TensorRT makes of any ONNX file; the engine is thrown away.
 
     Raises:
         EngineError: see :func:`build_tensorrt_engine`.
@@ -97,23 +110,12 @@ def compile_layers(graph: Path, options: TensorRTOptions) -> EngineLayers:
     facts: dict[str, Any] = {}
     with scratch_folder() as folder:
         request = _request(graph, folder / "engine", precision_of(graph) or "fp32", options)
-        facts.update(run_builder(request, facts.update, lambda step: None, lambda severity, text: None))
+        facts.update(run_builder(request, facts.update, lambda text: None, lambda severity, text: None))
     return _layers(facts)
 
 
 def _request(graph: Path, destination: Path, precision: str, options: TensorRTOptions) -> BuildRequest:
-    return BuildRequest(
-        graph=str(graph.absolute()),
-        destination=str(destination.absolute()),
-        precision=precision,
-        workspace_bytes=options.workspace_bytes,
-        optimization_level=options.optimization_level,
-        timing_cache=options.timing_cache,
-        sparse=options.sparse,
-        weakly_typed=options.weakly_typed,
-        targets=options.targets,
-        verbose=options.verbose,
-    )
+    return BuildRequest(str(graph.absolute()), str(destination.absolute()), precision, options)
 
 
 def _tensors(facts: dict[str, Any]) -> tuple[EngineTensor, ...]:
@@ -136,7 +138,7 @@ def _require_tensors(graph: Path, source: GraphManifest, tensors: tuple[EngineTe
 
 
 def _layers(facts: dict[str, Any]) -> EngineLayers:
-    """From the engine itself where it could be loaded, else from the builder's log."""
+    """From the engine itself if it could be loaded, else from the builder's log."""
     logged = layers_of_log(facts.get("layer_lines", ()))
     inspected = layers_of_inspector(facts["inspector"]) if facts.get("inspector") else ()
     scratch = logged.scratch_bytes if logged.scratch_bytes is not None else facts.get("scratch_bytes")
@@ -180,37 +182,140 @@ def _manifest(
         layer_precisions=compiled.precisions,
         notes=tuple(notes),
     )
-    return EngineManifest(
-        name=source.name,
+    return EngineManifest.of_graph(
+        source,
         runtime=facts["kind"],
-        precision=source.precision,
         artefact=artefact,
-        graph=source.artefact,
-        labels=source.labels,
-        preprocessing=source.preprocessing,
-        tile=source.tile,
-        batch=source.batch,
         device=gpu["name"] if gpu else "compiled for " + ", ".join(f"SM {target}" for target in options.targets),
         attention_blocks=len(compiled.attention_nodes),
         attention_fused=compiled.fused_attention,
         build_seconds=time.perf_counter() - started,
-        graph_check=source.check,
         libraries={**library_versions(("onnx", "numpy")), facts["kind"]: facts["version"]},
-        training=source.training,
         tensorrt=build,
-        output=source.output,
     )
 
 
-def _with_levers(error: EngineError, facts: dict[str, Any], source: GraphManifest) -> EngineError:
-    """The error with the things that help, in the order in which they are worth trying."""
+def _memory_hint(facts: dict[str, Any], source: GraphManifest) -> str:
+    """What helps against too little memory, in the order in which it is worth trying."""
     limit = facts.get("workspace_bytes")
-    levers = [
+    remedies = [
         "lower --workspace-size" + (f" (it was {limit / (1 << 20):.0f}M)" if limit else " (e.g. 512M)"),
         "lower --opt-level",
         "close other programs (a desktop session takes 1 to 2 GB)",
         "add swap",
     ]
     if source.batch > 1:
-        levers.append(f"export with --batch 1 (this graph has {source.batch})")
-    return BuilderMemoryError(error.message, hint="what helps: " + ", ".join(levers))
+        remedies.append(f"export with --batch 1 (this graph has {source.batch})")
+    return "what helps: " + ", ".join(remedies)
+
+
+# --- the child process ----------------------------------------------------------------------------
+
+
+def run_builder(
+    request: BuildRequest,
+    receive: Callable[[dict[str, Any]], None],
+    note: Note,
+    log: Log,
+    command: tuple[str, ...] = COMMAND,
+) -> dict[str, Any]:
+    """Build in a child process; returns the fields of its ``finished`` event.
+
+    Args:
+        request: what to build.
+        receive: called with the events ``started`` and ``parsed``; an exception from it ends the child.
+        note: called with what is being done.
+        log: called with what TensorRT logs.
+        command: the child, for tests.
+
+    Raises:
+        BuilderMemoryError: it was killed, or TensorRT had too little memory.
+        EngineError: TensorRT refused, or crashed.
+        SystemRefusalError: the engine could not be written.
+    """
+    progress = _Progress(note)
+    with tempfile.TemporaryFile() as errors:
+        child = start_child(command, errors)
+        try:
+            for event in _exchange(child, request):
+                kind = event.get("event")
+                if kind in ("finished", "failed"):
+                    child.wait()
+                    if kind == "finished":
+                        return event
+                    raise _failure(event)
+                if kind == "log":
+                    log(str(event.get("severity")), str(event.get("text")))
+                elif kind in ("started", "parsed"):
+                    receive(event)
+                else:
+                    progress.update(event)
+            raise _crash(child.wait(), tail_of(errors))
+        finally:
+            child.kill()
+            child.wait()
+            for stream in (child.stdin, child.stdout):
+                if stream is not None:
+                    stream.close()
+
+
+def _exchange(child: subprocess.Popen[bytes], request: BuildRequest) -> Iterator[dict[str, Any]]:
+    """Send the request; yields the child's events."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        child.stdin.write(msgspec.json.encode(request))
+        child.stdin.flush()
+        child.stdin.close()
+    except BrokenPipeError:  # it died at once; its exit code says more
+        return
+    yield from events(child.stdout)
+
+
+def _failure(event: dict[str, Any]) -> EngineError | SystemRefusalError:
+    """The error of a ``failed`` event."""
+    message, hint = str(event.get("message")), event.get("hint")
+    if event.get("reason") == "memory":
+        return BuilderMemoryError("out of memory while building")
+    if event.get("reason") == "system":
+        return SystemRefusalError(message, hint=hint)
+    return EngineError(message, hint=hint)
+
+
+def _crash(code: int, said: str) -> EngineError:
+    """The error for a child that ended without a result."""
+    if code == -signal.SIGKILL:
+        return BuilderMemoryError("out of memory: the system killed the builder")
+    if "bad_alloc" in said or "MemoryError" in said or "out of memory" in said:
+        return BuilderMemoryError("out of memory while building")
+    return EngineError(
+        f"the builder crashed ({last_words(code, said)})", hint="--verbose shows what TensorRT did before"
+    )
+
+
+class _Progress:
+    """Shows TensorRT's nested phases in one line: the outermost with its steps, then the current one."""
+
+    def __init__(self, note: Note) -> None:
+        self._note = note
+        self._steps: dict[str, int] = {}
+        self._done: dict[str, int] = {}
+        self._outer = ""
+
+    def update(self, event: dict[str, Any]) -> None:
+        """Take a ``phase`` or ``step`` event and show the line."""
+        name = str(event.get("name"))
+        if event.get("event") == "phase":
+            self._steps[name], self._done[name] = int(event.get("steps") or 0), 0
+            if not event.get("parent"):
+                self._outer = name
+        elif event.get("event") == "step":
+            self._done[name] = int(event.get("done") or 0)
+        else:
+            return
+        parts = [self._outer] if name == self._outer else [self._outer, name]
+        self._note(": ".join(self._text(part) for part in parts if part))
+
+    def _text(self, name: str) -> str:
+        total = self._steps.get(name, 0)
+        return f"{name} {self._done.get(name, 0)}/{total}" if total > 1 else name

@@ -1,8 +1,8 @@
 """The layers of a compiled engine: what was fused, in which precision, how many bytes they move.
 
-TensorRT tells them in two ways. Its engine inspector gives JSON, but only of an engine that was deserialised,
-which needs the GPU. The builder's verbose log ends with the same list as text; that is all there is where an engine is
-compiled without a GPU. Both are read into :class:`Layer`. They are kept in ``NAME.PRECISION.layers.json``.
+TensorRT lists them in two ways: its engine inspector gives JSON, but only of an engine that was loaded, which
+needs the GPU; the builder's verbose log ends with the same list as text, also if an engine is compiled
+without a GPU. Both are read into :class:`Layer` and kept in ``NAME.PRECISION.layers.json``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from cdkd_edge.core.errors import ManifestError
-from cdkd_edge.core.files import write_text
+from cdkd_edge.core.files import read_json, write_text
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1, "fp8": 1}
 _DTYPES = {
@@ -34,7 +36,7 @@ class LayerTensor:
 
     name: str
     dtype: str
-    """``fp32``, ``fp16``, ``int8``, ...; TensorRT's own word where it is none that is known here."""
+    """``fp32``, ``fp16``, ``int8``, ...; TensorRT's own word if it is not known here."""
     shape: tuple[int, ...]
 
     @property
@@ -48,8 +50,8 @@ class Layer:
     """A layer of an engine: one kernel, or a few."""
 
     name: str
-    kind: str
-    """TensorRT's type, e.g. ``gemm``, ``kgen``, ``correlation``."""
+    type: str
+    """TensorRT's word, e.g. ``gemm``, ``kgen``, ``correlation``."""
     inputs: tuple[LayerTensor, ...]
     outputs: tuple[LayerTensor, ...]
     constants: tuple[LayerTensor, ...] = ()
@@ -63,7 +65,7 @@ class Layer:
 
     @property
     def is_fused_attention(self) -> bool:
-        """Whether it is scores, softmax and mixing in one, so that the scores are never written to memory."""
+        """Whether it computes a whole attention, so that the scores are never written to memory."""
         return bool(FUSED_ATTENTION.search(self.name))
 
     @property
@@ -81,14 +83,14 @@ class EngineLayers:
 
     layers: tuple[Layer, ...]
     scratch_bytes: int | None = None
-    """The most scratch memory of one layer; the fused part of a network is one to TensorRT."""
+    """The most scratch memory of one layer; to TensorRT, the fused part of a network is one layer."""
     weights_bytes: int | None = None
     attention_nodes: tuple[str, ...] = ()
-    """Names of the graph's softmaxes, one to an attention block."""
+    """Names of the graph's softmaxes, one per attention block."""
 
     @property
     def traffic_bytes(self) -> int:
-        """Bytes of all inputs and outputs of all layers: a measure of time spent on memory."""
+        """Bytes of all inputs and outputs of all layers: a measure of the time spent on memory."""
         return sum(layer.traffic_bytes for layer in self.layers)
 
     @property
@@ -109,35 +111,6 @@ class EngineLayers:
         return dict(Counter(layer.precision for layer in self.layers).most_common())
 
 
-@dataclass(frozen=True)
-class LayerLimits:
-    """What a compiled network may cost at most."""
-
-    attention_blocks: int
-    """All of them must be fused."""
-    layers: int
-    traffic_bytes: float
-    scratch_bytes: float
-
-
-def exceeded(compiled: EngineLayers, limits: LayerLimits) -> list[str]:
-    """What of ``limits`` an engine does not keep, as sentences; empty if all is well."""
-    findings = []
-    if compiled.fused_attention < limits.attention_blocks:
-        findings.append(f"{compiled.fused_attention} of {limits.attention_blocks} attention blocks are fused")
-    if len(compiled.layers) > limits.layers:
-        findings.append(f"{len(compiled.layers)} layers, at most {limits.layers}")
-    if compiled.traffic_bytes > limits.traffic_bytes:
-        findings.append(
-            f"{compiled.traffic_bytes / 1e9:.2f} GB layer traffic, at most {limits.traffic_bytes / 1e9:.2f}"
-        )
-    if compiled.scratch_bytes is None:
-        findings.append("the compiler did not tell its scratch memory")
-    elif compiled.scratch_bytes > limits.scratch_bytes:
-        findings.append(f"{compiled.scratch_bytes / 1e6:.0f} MB scratch, at most {limits.scratch_bytes / 1e6:.0f}")
-    return findings
-
-
 def layers_of_log(lines: Iterable[str]) -> EngineLayers:
     """The layer list and the memory figures of a builder's verbose log."""
     layers: list[Layer] = []
@@ -154,7 +127,7 @@ def layers_of_log(lines: Iterable[str]) -> EngineLayers:
 
 
 def layers_of_inspector(text: str) -> tuple[Layer, ...]:
-    """The layers in the JSON of TensorRT's engine inspector; empty if it does not look into what was fused."""
+    """The layers in the JSON of TensorRT's engine inspector; empty if it does not list what is in fused layers."""
     try:
         items = json.loads(text).get("Layers", [])
     except (ValueError, AttributeError):
@@ -180,65 +153,37 @@ def layers_path(engine: Path) -> Path:
 
 
 def write_layers(engine: Path, sha256: str, compiled: EngineLayers) -> None:
-    """Write the layers of an engine of that content beside it (atomically)."""
-    document = {
-        "kind": "layers",
-        "engine_sha256": sha256,
-        "scratch_bytes": compiled.scratch_bytes,
-        "weights_bytes": compiled.weights_bytes,
-        "attention_nodes": list(compiled.attention_nodes),
-        "layers": [
-            {
-                "name": layer.name,
-                "type": layer.kind,
-                "nodes": list(layer.nodes),
-                **{
-                    key: [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in tensors]
-                    for key, tensors in (
-                        ("inputs", layer.inputs), ("outputs", layer.outputs), ("constants", layer.constants)
-                    )
-                },
-            }
-            for layer in compiled.layers
-        ],
-    }  # fmt: skip
-    write_text(layers_path(engine), _one_layer_per_line(document))
+    """Write the layers of an engine beside it (atomically), one layer per line so that they can be searched.
+
+    Args:
+        engine: the engine's path.
+        sha256: of the engine.
+        compiled: its layers.
+    """
+    document = {"kind": "layers", "engine_sha256": sha256, **msgspec.to_builtins(compiled)}
+    layers = ",\n".join(json.dumps(layer) for layer in document["layers"])
+    head = json.dumps({**document, "layers": []}, indent=1)
+    write_text(layers_path(engine), head.replace('"layers": []', f'"layers": [\n{layers}\n ]') + "\n")
 
 
 def read_layers(engine: Path, sha256: str) -> EngineLayers | None:
-    """The layers that lie beside an engine of that content; None if there are none.
+    """The layers that lie beside an engine with that SHA-256; None if there are none.
 
     Raises:
         ManifestError: the file is damaged, or about another engine.
     """
     path = layers_path(engine)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["engine_sha256"] != sha256:
-            raise ManifestError(f"{path} is about another engine", hint="build the engine again")
-        layers = tuple(
-            Layer(
-                str(item["name"]),
-                str(item["type"]),
-                _stored(item["inputs"]),
-                _stored(item["outputs"]),
-                _stored(item["constants"]),
-                tuple(map(str, item["nodes"])),
-            )
-            for item in document["layers"]
-        )
-        return EngineLayers(
-            layers,
-            _integer(document["scratch_bytes"]),
-            _integer(document["weights_bytes"]),
-            tuple(map(str, document["attention_nodes"])),
-        )
+        document = read_json(path)
+        other = document["engine_sha256"] != sha256
+        compiled = msgspec.convert(document, EngineLayers)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, ManifestError):
-            raise
+    except (ValueError, KeyError, TypeError, msgspec.ValidationError):
         raise ManifestError(f"{path} is damaged", hint="build the engine again") from None
+    if other:
+        raise ManifestError(f"{path} is about another engine", hint="build the engine again")
+    return compiled
 
 
 def _layer_of_line(line: str) -> Layer:
@@ -274,10 +219,6 @@ def _tensor(item: Any) -> LayerTensor:
     return LayerTensor(str(item.get("Name", "")), _dtype(str(kind)), _shape(item.get("Dimensions") or ()))
 
 
-def _stored(items: Any) -> tuple[LayerTensor, ...]:
-    return tuple(LayerTensor(str(item["name"]), str(item["dtype"]), _shape(item["shape"])) for item in items)
-
-
 def _dtype(text: str) -> str:
     """``fp16`` of ``Half``, ``FP16`` or ``Row major linear FP16 format``."""
     words = re.findall(r"\w+", text.lower())
@@ -286,14 +227,3 @@ def _dtype(text: str) -> str:
 
 def _shape(sizes: Sequence[Any]) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes if str(size).strip())
-
-
-def _integer(value: Any) -> int | None:
-    return None if value is None else int(value)
-
-
-def _one_layer_per_line(document: dict[str, Any]) -> str:
-    """JSON that a person can search: a line is a layer."""
-    layers = ",\n".join(json.dumps(layer) for layer in document["layers"])
-    head = json.dumps({**document, "layers": []}, indent=1)
-    return head.replace('"layers": []', f'"layers": [\n{layers}\n ]') + "\n"

@@ -1,72 +1,55 @@
-"""How an engine is built: what a person may choose, checked before anything starts.
+"""How an engine is built: options, the builder's memory, and the kernel timings that builds share.
 
-How much memory the builder's workspace may take: less than is free at this moment.
+TensorRT's builder takes all memory of the device by default. On boards whose CPU and GPU share memory, the kernel then
+kills it, or it fails with "could not find any implementation". So the workspace is limited to the free memory
+less a reserve, and is at least 64 MiB:
 
-TensorRT's own default is all memory of the device. On boards whose CPU and GPU share it, a builder that
-takes that at its word is killed by the kernel, or fails with "could not find any implementation".
-
-The rule: free memory less a reserve, and at least 64 MiB.
-
-- *free* is ``MemAvailable`` where CPU and GPU share memory, the driver's free memory elsewhere;
-- the *reserve* is 1 GiB (512 MiB where the GPU has its own memory) for CUDA's context, kernels and activations,
-  and four times the graph's size for its weights: read, parsed, in the builder and in the engine.
+- free: ``MemAvailable`` if CPU and GPU share memory, else what the driver says is free;
+- reserve: 1 GiB (512 MiB on a GPU with its own memory) for CUDA's context, kernels and activations, and four times the
+  graph's size for its weights (read, parsed, in the builder, in the engine).
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cdkd_edge.core.errors import UsageError
-from cdkd_edge.engines.tensorrt.device import Gpu, free_gpu_memory
+from cdkd_edge.core.files import whole_file
+from cdkd_edge.core.machine import cache_folder
+from cdkd_edge.engines.tensorrt.find import TENSORRT_RTX, GpuInfo, NoGpu, TensorRT, free_gpu_memory
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 MINIMUM = 64 << 20
 _RESERVE, _RESERVE_INTEGRATED = 512 << 20, 1 << 30
 _GRAPH_COPIES = 4
-
-
-def default_workspace(gpu: Gpu, graph_bytes: int) -> int | None:
-    """The limit for a build on ``gpu`` just now; None, TensorRT's own, where free memory cannot be read."""
-    free = available_memory() if gpu.integrated else free_gpu_memory()
-    return None if free is None else workspace_within(free, graph_bytes, integrated=gpu.integrated)
-
-
-def workspace_within(free: int, graph_bytes: int, *, integrated: bool) -> int:
-    """The rule of this module for so much free memory."""
-    reserve = (_RESERVE_INTEGRATED if integrated else _RESERVE) + _GRAPH_COPIES * graph_bytes
-    return max(MINIMUM, free - reserve)
-
-
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """``MemAvailable`` in bytes; None where the system does not say."""
-    try:
-        match = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
-    except (OSError, UnicodeDecodeError):
-        return None
-    return int(match[1]) * 1024 if match else None
-
-
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True)
 class TensorRTOptions:
-    """Options of a TensorRT build; the defaults are what a board wants."""
+    """Options of a TensorRT build; the defaults suit a board."""
 
     workspace_bytes: int | None = None
-    """Most memory a layer may use for scratch while kernels are chosen. None: what is free just now, see
-    :func:`cdkd_edge.engines.tensorrt.options.default_workspace`."""
+    """Most memory for the builder's workspace. None: :func:`default_workspace`."""
     optimization_level: int | None = None
     """0 (fast build) to 5 (slow build, more kernels tried). None: TensorRT's own default, 3."""
     timing_cache: bool = True
-    """Keep kernel timings in the user's cache folder, so that the next build of a like network is short."""
+    """Keep kernel timings in the user's cache folder, so that the next build of a similar network is short."""
     sparse: bool = False
-    """Let TensorRT use 2:4 sparse kernels where weights happen to be so; it never changes weights."""
+    """Let TensorRT use 2:4 sparse kernels where weights happen to be sparse; it never changes weights."""
     verbose: bool = False
-    """Pass on all that TensorRT logs, not only warnings and errors."""
+    """Pass on everything TensorRT logs, not only warnings and errors."""
     weakly_typed: bool = False
-    """Let TensorRT 10.x choose precisions itself by builder flags: a fallback for its early versions."""
+    """Let TensorRT 10.x choose precisions by builder flags: a fallback for its early versions."""
     targets: tuple[str, ...] = field(default=())
     """Compute capabilities to compile for without their GPU, e.g. ``8.6`` (TensorRT-RTX only)."""
 
@@ -74,11 +57,13 @@ class TensorRTOptions:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise UsageError(f"optimisation level {self.optimization_level} is not 0 to 5")
         if self.workspace_bytes is not None and self.workspace_bytes < 1 << 20:
-            raise UsageError("a workspace is at least 1 MiB", hint="give a size such as 512M or 2G")
+            raise UsageError(
+                f"a workspace of {self.workspace_bytes} bytes is below 1 MiB", hint="give a size such as 512M or 2G"
+            )
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``512M``, ``1.5G``, ``2GiB``: units of 1024, as trtexec has them.
+    """Bytes of ``512M``, ``1.5G``, ``2GiB``: units of 1024, as in trtexec.
 
     Raises:
         UsageError: it is no size, or has no unit.
@@ -99,3 +84,112 @@ def parse_target(text: str) -> str:
     if not match:
         raise UsageError(f"{text!r} is not a compute capability", hint="give it as sm86 or 8.6")
     return f"{int(match[1])}.{match[2]}"
+
+
+def default_workspace(gpu: GpuInfo, graph_bytes: int) -> int | None:
+    """The limit for a build on ``gpu`` now; None (TensorRT's own) if the free memory is not known."""
+    free = available_memory() if gpu.integrated else free_gpu_memory()
+    return None if free is None else workspace_within(free, graph_bytes, integrated=gpu.integrated)
+
+
+def workspace_within(free: int, graph_bytes: int, *, integrated: bool) -> int:
+    """The limit for so much free memory, in bytes."""
+    reserve = (_RESERVE_INTEGRATED if integrated else _RESERVE) + _GRAPH_COPIES * graph_bytes
+    return max(MINIMUM, free - reserve)
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """``MemAvailable`` in bytes; None if the system does not say."""
+    try:
+        match = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(match[1]) * 1024 if match else None
+
+
+# --- kernel timings: one file per TensorRT and GPU, shared by processes ---------------------------
+
+
+class TimingCache:
+    """The timing cache during one build. A problem with it becomes a note and never ends a build."""
+
+    def __init__(self, api: TensorRT, config: trt.IBuilderConfig, gpu: GpuInfo | NoGpu) -> None:
+        self.notes: list[str] = []
+        self.used = False
+        self._config = config
+        if api.kind == TENSORRT_RTX or isinstance(gpu, NoGpu):  # TensorRT-RTX times nothing when it builds
+            return
+        self._path = cache_path(api.kind, api.version, gpu)
+        try:
+            content = read_cache(self._path)
+        except OSError as error:
+            self.notes.append(f"timings were not read: {error}")
+            content = b""
+        if not self._adopt(content):
+            self.notes.append(f"{self._path} is damaged or of another device; it is ignored and replaced")
+            self._adopt(b"")
+        self.used = True
+
+    def keep(self) -> None:
+        """Merge the build's timings into the file."""
+        if not self.used:
+            return
+        try:
+            update_cache(self._path, self._merged)
+        except OSError as error:
+            self.notes.append(f"timings were not kept: {error}")
+
+    def _adopt(self, content: bytes) -> bool:
+        cache = self._create(content)
+        return cache is not None and self._config.set_timing_cache(cache, False)
+
+    def _create(self, content: bytes) -> trt.ITimingCache | None:
+        try:
+            return self._config.create_timing_cache(content)
+        except (RuntimeError, TypeError, ValueError):
+            return None
+
+    def _merged(self, current: bytes) -> bytes:
+        ours = self._config.get_timing_cache()
+        theirs = self._create(current) if current else None
+        if theirs is not None:
+            ours.combine(theirs, False)  # False if they do not fit together: then the file was damaged
+        return bytes(ours.serialize())
+
+
+def cache_path(kind: str, version: str, gpu: GpuInfo, folder: Path | None = None) -> Path:
+    """The file for a TensorRT and a GPU: timings of others do not apply."""
+    name = f"{kind}-{version}-{gpu.name}-sm{gpu.compute_capability.replace('.', '')}"
+    return (folder or cache_folder() / "timing") / (re.sub(r"[^\w.-]+", "_", name) + ".cache")
+
+
+def read_cache(path: Path) -> bytes:
+    """The file's content; empty if there is no file."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def update_cache(path: Path, merge: Callable[[bytes], bytes]) -> None:
+    """Replace the file by ``merge(its content now)`` under a lock, so that parallel builds lose no timings.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name(f".{path.name}.lock")):
+        content = merge(read_cache(path))
+        with whole_file(path) as temporary:
+            temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file of its own: a lock on the cache would be lost when that is replaced."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and release the lock

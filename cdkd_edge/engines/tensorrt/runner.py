@@ -1,11 +1,11 @@
 """The engine of a GPU: TensorRT or TensorRT-RTX, with buffers that are allocated once.
 
-A slot has its own buffers, stream and execution context: no order between slots has to be kept, and
-a context must not run in two streams at a time. Contexts share the weights; each has its own scratch memory
-(about 44 MB for the paper's network in FP16), so there are fewer slots where scratch would take too much.
+Each slot has its own buffers, stream and execution context, so slots need no order among themselves (a context must
+not run in two streams at a time). Contexts share the weights; each has its own scratch memory (about 44 MB for the
+paper's network in FP16), so there are fewer slots if scratch would take too much.
 
-A run is: fill the outputs, copy the tiles in, compute, copy the outputs out, mark the place. On a GPU that
-shares the CPU's memory nothing is copied. Where the binding can, all but the mark is one CUDA graph.
+A run fills the outputs, copies the tiles in, computes, copies the outputs out and records an event. On a GPU that
+shares the CPU's memory nothing is copied. If the binding has CUDA graphs, all but the event is one graph.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from typing import Any
 import numpy as np
 
 from cdkd_edge.core.errors import EngineError
+from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.manifest import EngineManifest
-from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, confidence_of, missing_output
+from cdkd_edge.core.output_kinds import LABELS
 from cdkd_edge.engines.cuda.gpu import Buffer, Gpu, Stream
-from cdkd_edge.engines.protocol import Closing, UInt8Array
-from cdkd_edge.engines.tensorrt import api, device
-from cdkd_edge.engines.tensorrt import load as loadable
-from cdkd_edge.engines.tensorrt.load import IMAGE, LoadedEngine
-from cdkd_edge.engines.tensorrt.messages import Listener, LogTo
+from cdkd_edge.engines.protocol import NamedOutputs, UInt8Array
+from cdkd_edge.engines.tensorrt import find
+from cdkd_edge.engines.tensorrt.find import ErrorLog, LogTo, rebuild_hint
+
+IMAGE = "image"
+"""Name of an engine's input."""
 
 SLOTS = 3
 """One tile being read, one computed, one written."""
@@ -35,12 +37,11 @@ SCRATCH_SHARE = 0.5
 """Share of the free GPU memory that the contexts' scratch may take."""
 
 
-class TensorRTEngine(Closing):
+class TensorRTEngine(NamedOutputs):
     """An engine file on a GPU. See :class:`cdkd_edge.engines.protocol.Engine`.
 
-    ``output(slot)`` shows labels only after the slot's ``wait``: between ``launch`` and ``wait`` it is an array of 255s
-    that is not written to, and after any failure or interruption the slot's labels are 255. So it is with confidence
-    and probabilities, and 0.
+    ``output(slot)`` has labels only after the slot's ``wait``: between ``launch`` and ``wait`` it is a constant array
+    of 255, and after a failure or interruption the slot's labels are 255. Confidence and probabilities are then 0.
     """
 
     def __init__(
@@ -62,10 +63,10 @@ class TensorRTEngine(Closing):
             manifest: its manifest.
             gpu: where to run. Default: the first GPU, through the installed CUDA binding.
             tensorrt: what to run with (``module``, ``logger``, ``name``). Default: the TensorRT that is installed.
-            log_to: how to hear what that logs, for the messages of errors.
+            log_to: redirects its log, for the messages of errors.
             slots: the most buffer slots to make.
             cuda_graph: launch through a CUDA graph where that is possible.
-            runtime_cache: file in which TensorRT-RTX keeps what it compiled (TensorRT needs none). Default: none.
+            runtime_cache: file in which TensorRT-RTX keeps what it compiled. Default: none.
 
         Raises:
             EngineError: TensorRT, the GPU or its memory fails; nothing stays allocated.
@@ -90,8 +91,8 @@ class TensorRTEngine(Closing):
 
             gpu = open_gpu()
         self.gpu = gpu
-        self._listener = Listener(log_to)
-        self._loaded = LoadedEngine(path, manifest, tensorrt, self._listener)
+        self._errors = ErrorLog(log_to)
+        self._loaded = LoadedEngine(path, manifest, tensorrt, self._errors)
         try:
             with gpu.current():
                 self._load(slots, runtime_cache)
@@ -105,10 +106,10 @@ class TensorRTEngine(Closing):
         loaded.load(runtime_cache)
         free, _ = self.gpu.driver.memory()
         for _ in range(affordable_slots(slots, loaded.scratch_bytes, free)):
-            self._slots.append(_Slot(self.gpu, self.manifest, self._listener))
+            self._slots.append(_Slot(self.gpu, self.manifest, self._errors))
             self._slots[-1].prepare(loaded)
         for slot in self._slots:
-            # Also needed before a capture: the first run settles what TensorRT left for it.
+            # A first run, also needed before a capture: TensorRT leaves some work to it.
             slot.launch()
             slot.wait()
             slot.clear()
@@ -133,25 +134,10 @@ class TensorRTEngine(Closing):
         """See :meth:`cdkd_edge.engines.protocol.Labeller.input`."""
         return self._slot(slot).image.array
 
-    def output(self, slot: int) -> UInt8Array:
-        """See :meth:`cdkd_edge.engines.protocol.Labeller.output`, and the class."""
-        return self._output(slot, LABELS)
-
-    def confidence(self, slot: int) -> UInt8Array:
-        """See :meth:`cdkd_edge.engines.protocol.Labeller.confidence`, and the class."""
-        if self.output_kind == PROBABILITIES:
-            return confidence_of(self._output(slot, PROBABILITIES))
-        return self._output(slot, CONFIDENCE)
-
-    def probabilities(self, slot: int) -> UInt8Array:
-        """See :meth:`cdkd_edge.engines.protocol.Labeller.probabilities`, and the class."""
-        return self._output(slot, PROBABILITIES)
-
-    def _output(self, slot: int, wanted: str) -> UInt8Array:
+    def named_output(self, slot: int, name: str) -> UInt8Array:
+        """An output of the slot by name; see the class."""
         chosen = self._slot(slot)
-        if wanted not in self._blank:
-            raise missing_output(self.output_kind, wanted, self.artefact.file)
-        return self._blank[wanted] if chosen.running else chosen.outputs[wanted].array
+        return self._blank[name] if chosen.running else chosen.outputs[name].array
 
     def launch(self, slot: int) -> None:
         """Start computing the slot; returns before it is done.
@@ -175,13 +161,13 @@ class TensorRTEngine(Closing):
                 chosen.wait()
 
     def close(self) -> None:
-        """Release all on the GPU, also after a failure; twice is once. Arrays handed out before stay valid."""
+        """Release everything on the GPU, also after a failure. Idempotent. Arrays handed out before stay valid."""
         slots, self._slots = self._slots, []
         loaded, self._loaded = self._loaded, None
         self.slots = 0
         if not slots and loaded is None:
             return
-        # After an error that cost the context, nothing can be freed any more and every call says so again.
+        # After an error that lost the context nothing can be freed, and every call raises that error again.
         with contextlib.suppress(EngineError), self.gpu.current():
             for slot in slots:
                 if slot.running:
@@ -202,15 +188,139 @@ class TensorRTEngine(Closing):
         return self._slots[slot]
 
 
+class LoadedEngine:
+    """An engine file in memory: TensorRT's runtime and engine.
+
+    Only this class holds TensorRT's objects. After an error the frames of its traceback keep local variables alive; an
+    object of TensorRT among them would be destroyed late, out of order and without the GPU's context.
+
+    TensorRT-RTX compiles for the GPU when a context is made, and keeps the result in a *runtime cache*, which contexts
+    share, and processes through a file. It ignores a file that does not fit this GPU and release.
+
+    All methods are called while the GPU's context is current.
+    """
+
+    def __init__(self, path: Path, manifest: EngineManifest, tensorrt: Any, errors: ErrorLog) -> None:
+        """Remember what to load; :meth:`load` reads it.
+
+        Args:
+            path: the file, checked against its manifest.
+            manifest: its manifest.
+            tensorrt: what ``find_tensorrt()`` returns.
+            errors: for the messages of errors.
+        """
+        self._path, self._manifest, self._tensorrt, self._errors = path, manifest, tensorrt, errors
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._config: Any = None
+        self._cache: Any = None
+        self._cache_file: Path | None = None
+
+    def load(self, cache_file: Path | None = None) -> None:
+        """Read the file.
+
+        Args:
+            cache_file: where TensorRT-RTX keeps what it compiled.
+
+        Raises:
+            EngineError: TensorRT refuses the engine, or it is not one of this package.
+            OSError: the file cannot be read.
+        """
+        serialised = self._path.read_bytes()
+        with self._errors:
+            self._runtime = self._tensorrt.module.Runtime(self._tensorrt.logger)
+            self._engine = self._runtime.deserialize_cuda_engine(serialised)
+        if self._engine is None:
+            raise EngineError(
+                f"{self._tensorrt.name} cannot load {self._path}{self._errors.reason()}",
+                hint=f"it is damaged, or of another TensorRT or GPU; {rebuild_hint(self._manifest)}",
+            )
+        self._require_tensors()
+        self._use_cache(cache_file)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory that each execution context takes for itself."""
+        # TensorRT 10 deprecated device_memory_size in favour of the other; 11 has the other only.
+        size = getattr(self._engine, "device_memory_size_v2", None)
+        return int(self._engine.device_memory_size if size is None else size)
+
+    def new_context(self) -> Any:
+        """Make an execution context; it must be gone before :meth:`close` is called.
+
+        Raises:
+            EngineError: TensorRT cannot.
+        """
+        configured = () if self._config is None else (self._config,)
+        with self._errors:
+            context = self._engine.create_execution_context(*configured)
+        if context is None:
+            raise EngineError(
+                f"{self._tensorrt.name} cannot prepare {self._path} "
+                f"({self.scratch_bytes >> 20} MiB of scratch memory){self._errors.reason()}",
+                hint=f"it is usually too little free GPU memory; else {rebuild_hint(self._manifest)}",
+            )
+        return context
+
+    def save_cache(self) -> None:
+        """Write the cache file, if there is to be one; without it the next start takes longer."""
+        if self._cache_file is None or self._cache is None:
+            return
+        with contextlib.suppress(OSError), whole_file(self._cache_file) as temporary:
+            temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
+
+    def close(self) -> None:
+        """Destroy the objects in order; contexts must be gone. Idempotent."""
+        self._cache = None
+        self._config = None
+        self._engine = None
+        self._runtime = None
+
+    def _use_cache(self, file: Path | None) -> None:
+        if not hasattr(self._engine, "create_runtime_config"):
+            return
+        self._config = self._engine.create_runtime_config()
+        if not hasattr(self._config, "create_runtime_cache"):  # TensorRT compiles nothing here, only TensorRT-RTX
+            self._config = None
+            return
+        self._cache, self._cache_file = self._config.create_runtime_cache(), file
+        if file is not None:
+            with contextlib.suppress(OSError):
+                self._cache.deserialize(file.read_bytes())
+        self._config.set_runtime_cache(self._cache)
+
+    def _require_tensors(self) -> None:
+        """One uint8 image in, the manifest's uint8 outputs out, all of its size."""
+        trt, engine = self._tensorrt.module, self._engine
+        try:
+            n, side = self._manifest.batch, self._manifest.tile
+            wanted = {
+                IMAGE: (trt.TensorIOMode.INPUT, (n, 3, side, side)),
+                **{name: (trt.TensorIOMode.OUTPUT, shape) for name, shape in self._manifest.outputs.items()},
+            }
+            names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+            found = {name: (engine.get_tensor_mode(name), tuple(engine.get_tensor_shape(name))) for name in names}
+            others = [name for name in names if engine.get_tensor_dtype(name) != trt.DataType.UINT8]
+        finally:
+            del engine
+        if found != wanted or others:
+            tensors = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, (_, shape) in found.items())
+            raise EngineError(
+                f"{self._path} has other tensors than its manifest says: {tensors}"
+                + (f"; not uint8: {', '.join(others)}" if others else ""),
+                hint=rebuild_hint(self._manifest),
+            )
+
+
 class _Slot:
     """One batch on its way. Methods are called while the GPU's context is current."""
 
-    def __init__(self, gpu: Gpu, manifest: EngineManifest, listener: Listener) -> None:
+    def __init__(self, gpu: Gpu, manifest: EngineManifest, errors: ErrorLog) -> None:
         n, side = manifest.batch, manifest.tile
         self.running = False
-        """Launched and not waited for: the GPU may write to the outputs at any moment."""
+        """Launched and not waited for: the GPU may write to the outputs."""
         self.context: Any = None
-        self._listener = listener
+        self._errors = errors
         with contextlib.ExitStack() as undo:
             self.image = Buffer(gpu, (n, 3, side, side))
             undo.callback(self.image.close)
@@ -231,7 +341,7 @@ class _Slot:
                 raise EngineError(f"TensorRT refuses the buffer for {name}")
 
     def clear(self) -> None:
-        """No labels, and nothing known of them, as the host sees it."""
+        """Reset the host's side of the outputs: no labels, confidence 0."""
         for name, buffer in self.outputs.items():
             buffer.array.fill(_fill(name))
 
@@ -240,10 +350,10 @@ class _Slot:
         for name, buffer in self.outputs.items():
             buffer.clear(_fill(name), self.stream)
         self.image.upload(self.stream)
-        with self._listener:
+        with self._errors:
             accepted = self.context.execute_async_v3(self.stream.handle)
         if not accepted:
-            raise EngineError(f"TensorRT failed on a tile{self._listener.said()}")
+            raise EngineError(f"TensorRT failed on a tile{self._errors.reason()}")
         for buffer in self.outputs.values():
             buffer.download(self.stream)
 
@@ -280,14 +390,14 @@ class _Slot:
             raise
 
     def stop(self) -> None:
-        """Let the GPU finish what it has, and show no labels."""
+        """Let the GPU finish its work, and drop the results."""
         with contextlib.suppress(EngineError):
             self.stream.drain()
         self.clear()
         self.running = False
 
     def release(self) -> None:
-        """Free all; what cannot be freed does not keep the rest."""
+        """Free everything; a failure does not keep the rest from being freed."""
         with contextlib.suppress(EngineError):
             self.stream.forget()
         self.context = None
@@ -298,29 +408,28 @@ class _Slot:
 
 
 def load_tensorrt_engine(path: Path, manifest: EngineManifest) -> TensorRTEngine:
-    """Load an engine with the installed TensorRT onto the first GPU, if it was built by the one for the other.
+    """Load an engine onto the first GPU with the installed TensorRT.
 
     Raises:
-        EngineError: it was not, or as :class:`TensorRTEngine`.
-        ManifestError: the manifest does not say.
+        EngineError: it was built by another TensorRT or for another GPU; or as :class:`TensorRTEngine`.
+        ManifestError: the manifest does not say by which.
     """
     tensorrt, log_to = _installed()
-    gpu = device.find_gpu()
-    loadable.require_loadable(manifest, tensorrt, gpu)
+    find.require_loadable(manifest, tensorrt, find.find_gpu())
     return TensorRTEngine(path, manifest, tensorrt=tensorrt, log_to=log_to)
 
 
 def _installed() -> tuple[Any, LogTo]:
-    return api.find_tensorrt(), api.log_to
+    return find.find_tensorrt(), find.log_to
 
 
 def _fill(name: str) -> int:
-    """What stands in an output where nothing was computed."""
+    """The value of an output where nothing was computed."""
     return NO_LABEL if name == LABELS else 0
 
 
 def affordable_slots(wanted: int, scratch_bytes: int, free_bytes: int) -> int:
-    """How many contexts to make: as many as wanted, unless their scratch memory takes too much; at least one."""
+    """Number of contexts to make: at least one, at most ``wanted``, by their scratch memory."""
     if scratch_bytes <= 0:
         return max(1, wanted)
     return max(1, min(wanted, int(free_bytes * SCRATCH_SHARE) // scratch_bytes))

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from cdkd_edge.core.errors import SceneError
 from cdkd_edge.core.labels import NO_LABEL
-from cdkd_edge.graph.int8.tiles import pixels_sha256
+from cdkd_edge.graph.tiles import pixels_sha256
 from cdkd_edge.precision.calibration.classes import LabelMaps
 from cdkd_edge.precision.calibration.describe import FEATURES, THUMBNAIL, describe, thumbnail
 from cdkd_edge.precision.calibration.exclusions import Exclusions, Window, overlaps

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cdkd_edge.core.errors import DatasetError
 from cdkd_edge.core.files import read_small, sha256_of
-from cdkd_edge.graph.int8.tiles import SET_FILE, is_calibration_set, read_set_manifest
+from cdkd_edge.graph.tiles import SET_FILE, is_calibration_set, read_set_manifest
 from cdkd_edge.precision.calibration.scenes import expand
 from cdkd_edge.raster.find import RASTER_SUFFIXES
 

@@ -16,7 +16,7 @@ from cdkd_edge.core.errors import DatasetError, SceneError, UsageError
 from cdkd_edge.core.files import require_free, whole_folder
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.graph.int8.tiles import CalibrationSet, SetManifest, is_calibration_set
+from cdkd_edge.graph.tiles import CalibrationSet, SetManifest, is_calibration_set
 from cdkd_edge.precision.calibration.candidates import Candidates, Progress, ScanOptions, scan
 from cdkd_edge.precision.calibration.classes import LabelMaps
 from cdkd_edge.precision.calibration.duplicates import without_duplicates

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from cdkd_edge.core.errors import SceneError
 from cdkd_edge.core.files import sha256_of
-from cdkd_edge.graph.int8.tiles import (
+from cdkd_edge.graph.tiles import (
     SHEET_FILE,
     Role,
     SceneRecord,

@@ -51,9 +51,9 @@ from cdkd_edge.segment.many.jobs import (
     failed,
     file_state,
 )
-from cdkd_edge.segment.options import TAG_OPTIONS, SegmentOptions
+from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import confidence_path
-from cdkd_edge.segment.partial import continues_replacing, drop_finished, scene_identity, was_finishing
+from cdkd_edge.segment.partial import continues_replacing, differences, drop_finished, scene_identity, was_finishing
 from cdkd_edge.segment.products import mismatch, product_paths, source_of, write_products
 
 Progress = Callable[[int, int], None]
@@ -96,7 +96,7 @@ def do_job(
     elif file_state(output) == job.before:
         status = KEPT
         drop_finished(output)
-        _complete_sidecars(kept, engine.schema)
+        _complete_sidecars(kept, engine.schema.in_palette(job.options.palette))
     else:
         notes.append("finished by an earlier attempt, whose answer was lost")
     areas = kept.areas if kept is not None else result.areas if result is not None else None
@@ -212,16 +212,11 @@ def _difference(wanted: Mapping[str, str], tags: Mapping[str, str], identity: st
         return "is no label map of cdkd-edge"
     if _sha256(tags.get(identity, "")) != _sha256(wanted.get(identity, "")):
         return f"was made by another {identity.lower()} ({tags.get(identity, 'unknown').partition(' ')[0]})"
-    of_gdal = {name for name in tags if name == "AREA_OR_POINT" or name.startswith("TIFFTAG_")}
-    for name in [*wanted, *sorted(tags.keys() - wanted.keys() - of_gdal)]:
-        was, now = tags.get(name, ""), wanted.get(name, "")
-        # GDAL drops the blanks at the beginning of a value, such as a scene's name.
-        if name in _NOT_COMPARED or was.lstrip() == now.lstrip():
-            continue
-        if name == "AREA_OF_INTEREST":
-            return "was made of another area (--aoi)"
-        return f"was made with {TAG_OPTIONS.get(name, name)} {was or 'not given'}; now it is {now or 'not given'}"
-    return None
+    ignored = {*_NOT_COMPARED, *(name for name in tags if name == "AREA_OR_POINT" or name.startswith("TIFFTAG_"))}
+    # GDAL drops the blanks at the beginning of a value, such as a scene's name.
+    was, now = ({name: value.lstrip() for name, value in one.items() if name not in ignored} for one in (tags, wanted))
+    changes = differences(was, now)
+    return f"was made with other options: {'; '.join(changes)}" if changes else None
 
 
 def _sha256(tag: str) -> str:

@@ -113,6 +113,7 @@ def write_products(
         OSError: the folder cannot be written.
     """
     options.require()
+    schema = engine.schema.in_palette(scene_options.palette)
     paths = product_paths(label_map, options, confidence=scene_options.confidence)
     notes: list[str] = []
     with _locked(label_map):
@@ -129,12 +130,10 @@ def write_products(
             notes += areas.notes
         if "vector" in making and options.vector is not None:
             metadata = {**stamp, _OPTIONS: _options_text(options.vector)}
-            written = write_vector(
-                label_map, paths["vector"], engine.schema, options.vector, progress, metadata=metadata
-            )
+            written = write_vector(label_map, paths["vector"], schema, options.vector, progress, metadata=metadata)
             notes += written.notes
         if "preview" in making:
-            write_preview(scene, label_map, engine.schema, areas, paths["preview"], scene_options, metadata=stamp)
+            write_preview(scene, label_map, schema, areas, paths["preview"], scene_options, metadata=stamp)
         beside = {name: path for name, path in paths.items() if name != "stac"}
         if "stac" in making:
             # Also list what an earlier run made of this map.
@@ -142,7 +141,7 @@ def write_products(
             others = {k: p for k, p in others.items() if k not in paths and mismatch(k, p, source) is None}
             when = parse_when(options.when) if options.when else None
             assets = {**others, **beside}
-            item = item_for(label_map, scene, engine.schema, areas, engine=engine.artefact, when=when, assets=assets)
+            item = item_for(label_map, scene, schema, areas, engine=engine.artefact, when=when, assets=assets)
             write_item(paths["stac"], item)
         elif "stac" in paths and complete_item(paths["stac"], label_map, beside):
             notes.append(f"{paths['stac'].name} was there; what it did not list was added")

@@ -218,7 +218,7 @@ def style_qml(schema: LabelSchema) -> str:
         )
         symbol = ElementTree.SubElement(symbols, "symbol", name=str(label), type="fill", alpha="1", clip_to_extent="1")
         fill = ElementTree.SubElement(symbol, "layer", {"class": "SimpleFill", "enabled": "1", "pass": "0"})
-        red, green, blue = cls.color
+        red, green, blue = cls.shown
         look = {
             "color": f"{red},{green},{blue},178",
             "style": "solid",
@@ -313,7 +313,7 @@ class _GeoPackage:
         wkb, labels, areas = (np.concatenate(part) for part in zip(*(self._waiting or [empty]), strict=True))
         self._waiting, self._count, self._bytes = [], 0, 0
         names = np.array(self._schema.class_names, object)
-        colors = np.array(["#{:02x}{:02x}{:02x}".format(*cls.color) for cls in self._schema.classes], object)
+        colors = np.array(["#{:02x}{:02x}{:02x}".format(*cls.shown) for cls in self._schema.classes], object)
         hectares = areas / 10_000 if self._ground.known else np.full(len(areas), np.nan)
         self._write(
             wkb,

@@ -221,7 +221,7 @@ class _Entry:
 def _legend(schema: LabelSchema, areas: Areas) -> list[_Entry]:
     """The classes that occur, in schema order, then "no data"; shares are of the labelled pixels."""
     labelled = sum(area.pixels for area in areas.classes)
-    rows = [(cls.color, area) for cls, area in zip(schema.classes, areas.classes, strict=True) if area.pixels]
+    rows = [(cls.shown, area) for cls, area in zip(schema.classes, areas.classes, strict=True) if area.pixels]
     entries = [_Entry(color, a.name, _percent(a.pixels / labelled), _hectares(a.hectares)) for color, a in rows]
     if areas.no_data.pixels:
         entries.append(_Entry(_NO_DATA, "no data", "", _hectares(areas.no_data.hectares)))

@@ -387,7 +387,7 @@ def _classes(schema: LabelSchema, areas: Areas) -> list[dict[str, Any]]:
             "name": name,
             "title": cls.name,
             "description": cls.name,
-            "color_hint": "{:02X}{:02X}{:02X}".format(*cls.color),
+            "color_hint": "{:02X}{:02X}{:02X}".format(*cls.shown),
             "count": area.pixels,
             **({"percentage": round(100 * area.pixels / total, 6)} if total else {}),
             **({"cdkd-edge:area_ha": area.hectares} if area.hectares is not None else {}),

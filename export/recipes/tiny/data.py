@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cdkd_edge.core.labels import load_schema
+from cdkd_edge.core.labels import Palette, load_schema
 from cdkd_edge.demo.scenery import draw_scene
 from cdkd_edge.quality.datasets import find_dataset
 
@@ -24,7 +24,7 @@ HELD_OUT_SEEDS = range(100, 108)
 
 def draw_into(folder: Path, seeds: range) -> None:
     """Write one drawn scene per seed, image and mask in the schema's colours."""
-    palette = load_schema("dubai").palette()
+    palette = load_schema("dubai").in_palette(Palette.DATASET).palette()
     for seed in seeds:
         scene = draw_scene(SIDE, SIDE, seed=seed)
         Image.fromarray(scene.image).save(folder / "images" / f"drawn{seed}.png")

@@ -1,16 +1,24 @@
-"""Reading graphs, which may be anybody's: damaged, foreign, or made to harm."""
+"""Graph files: read and check them, which may be damaged, foreign or malicious; write graphs made from another one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
 
 from cdkd_edge.core.errors import GraphError, ManifestError
-from cdkd_edge.core.manifest import EngineManifest, GraphManifest
+from cdkd_edge.core.files import whole_file
+from cdkd_edge.core.manifest import (
+    EngineManifest,
+    FileRecord,
+    GraphManifest,
+    read_manifest,
+    write_manifest,
+)
 from cdkd_edge.core.output_kinds import LABELS
 from cdkd_edge.graph.build import OPSETS
 
@@ -18,31 +26,69 @@ Sizes = Mapping[str, tuple[int, tuple[int, ...]]]
 """ONNX type and sizes of values by name."""
 
 _MAX_NODES = 20_000
-"""Ours have some hundreds."""
+"""Exported graphs have some hundreds."""
 _MAX_COMPUTED = 1 << 24
-"""Elements that a graph may compute from its constants alone, which ONNX Runtime does when it loads the graph."""
+"""Elements that a graph may compute from constants alone; ONNX Runtime computes them when it loads the graph."""
 _MAX_LIST = 1 << 20
-"""The same of lists (one dimension); ONNX's shape inference with values takes 100 bytes an element."""
+"""The same for lists (one dimension); ONNX's shape inference with values takes 100 bytes per element."""
 _MAX_GROWTH = 1000
-"""Elements of a value for each one of the image. Attention over patches of 8 px at 1024 px makes 512."""
+"""Elements of a value per element of the image. Attention over patches of 8 px at 1024 px makes 512."""
 _SIZED_BY_VALUES = {"ConstantOfShape": 0, "Range": 0, "Expand": 1, "Tile": 1, "OneHot": 1, "Pad": 1, "Resize": 1}
-"""Operators whose outputs are as large as the numbers in their inputs say, and the first of these inputs."""
+"""Operators whose output size depends on the values of inputs, and the first of these inputs."""
 _SMALL = 4096
-"""Bytes up to which a constant stays when shapes are inferred: shapes and axes are small, weights would be copied."""
+"""Bytes up to which a constant takes part in shape inference; shapes and axes are small, weights would be copied."""
 _MODEL_FIELDS = (0x08, 0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72)
 """Bytes that an ONNX file can begin with: the tags of ModelProto's fields 1 to 8 and 14."""
 
 
+def derived_path(graph: Path, kind: str) -> Path:
+    """Where a graph made from another one lies: ``ckpt.onnx`` has ``ckpt.fp16.onnx`` beside it."""
+    return graph.with_name(f"{graph.stem}.{kind}.onnx")
+
+
+def is_derived_from(graph: Path, source: Path, output: str = LABELS) -> bool:
+    """Whether a graph is whole, gives ``output`` and was made from another one as that is now."""
+    try:
+        made, parent = read_manifest(graph, GraphManifest), read_manifest(source, GraphManifest)
+    except ManifestError:
+        return False
+    return made.output == output and made.parent is not None and made.parent.sha256 == parent.artefact.sha256
+
+
+def save_derived(
+    model: onnx.ModelProto,
+    destination: Path,
+    source: GraphManifest,
+    before: Callable[[GraphManifest], None] = lambda manifest: None,
+    **changes: Any,
+) -> GraphManifest:
+    """Write a graph made from another one, and its manifest.
+
+    Args:
+        model: the graph.
+        destination: its final path.
+        source: the manifest of the graph it was made from.
+        before: called with the manifest before the graph appears under its name.
+        changes: fields of the manifest that differ from the source's.
+    """
+    with whole_file(destination) as temporary:
+        onnx.save(model, temporary)
+        manifest = source.derived(FileRecord.of(temporary, destination.name), len(model.graph.node), **changes)
+        write_manifest(destination, manifest)  # before the graph gets its name: no graph without a manifest
+        before(manifest)
+    return manifest
+
+
 def load_graph(path: Path) -> onnx.ModelProto:
-    """An ONNX file as it is: nothing but its format is checked, and weights in other files are not read.
+    """Load an ONNX file. Only its format is checked; weights in other files are not read.
 
     Raises:
-        GraphError: it is no ONNX file, or one without nodes.
+        GraphError: it is not an ONNX file, or has no nodes.
         OSError: it cannot be read.
     """
     if not path.is_file():
         raise GraphError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-    with open(path, "rb") as file:  # large files of something else are not read in whole
+    with open(path, "rb") as file:  # so that a large file of another kind is not read in full
         first = file.read(1)
     if not first or first[0] not in _MODEL_FIELDS or path.stat().st_size >= 1 << 31:
         raise GraphError(f"{path} is not an ONNX graph", hint=_AGAIN)
@@ -58,14 +104,15 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 
 def read_graph(path: Path, manifest: GraphManifest | EngineManifest) -> onnx.ModelProto:
-    """A graph or a CPU engine that may be run or rewritten: valid, bounded, and what its manifest says.
+    """Read a graph or a CPU engine that will be run or rewritten: it is valid, bounded, and what its manifest says.
 
-    Everything that runs or rewrites an ONNX file reads it here, so that a damaged or foreign one is refused before it
-    takes time or memory.
+    Every function that runs or rewrites an ONNX file reads it here, so that a damaged or foreign file is refused before
+    it takes time or memory.
 
     Raises:
-        GraphError: it is no such graph; see :func:`sizes_of`. Or its input and outputs are not uint8 images and labels.
-        ManifestError: the manifest says other sizes, outputs or classes.
+        GraphError: it is invalid or unbounded (see :func:`sizes_of`), or its input and outputs are not uint8 images and
+            labels.
+        ManifestError: the manifest gives other sizes, outputs or classes.
         OSError: it cannot be read.
     """
     model = load_graph(path)
@@ -75,13 +122,13 @@ def read_graph(path: Path, manifest: GraphManifest | EngineManifest) -> onnx.Mod
 
 
 def sizes_of(model: onnx.ModelProto, name: str) -> Sizes:
-    """Type and sizes of every value whose sizes are fixed; only of a valid and bounded graph.
+    """Check that a graph is valid and bounded; returns type and sizes of every value whose sizes are fixed.
 
-    What could run without end or compute without bound is refused: graphs inside nodes (Loop, If, Scan), functions, and
-    values that are far larger than the image. So are weights outside the file and constants whose data are not there.
+    Refused are graphs that could run endlessly or take unlimited memory: graphs inside nodes (Loop, If, Scan),
+    functions, and values far larger than the image; also weights outside the file and constants without data.
 
     Args:
-        model: the graph; left as it is.
+        model: the graph; it is not changed.
         name: for messages.
 
     Raises:
@@ -102,8 +149,8 @@ def sizes_of(model: onnx.ModelProto, name: str) -> Sizes:
         for attribute in node.attribute:
             if attribute.HasField("g") or attribute.graphs:
                 raise GraphError(
-                    f"{name} holds a graph inside a node ({node.op_type} {node.name!r}): how long it runs and what it "
-                    "takes cannot be told",
+                    f"{name} holds a graph inside a node ({node.op_type} {node.name!r}), whose run time and memory are "
+                    "not known",
                     hint=_AGAIN,
                 )
             tensors += [attribute.t] if attribute.HasField("t") else attribute.tensors
@@ -113,7 +160,7 @@ def sizes_of(model: onnx.ModelProto, name: str) -> Sizes:
     try:
         onnx.checker.check_model(bare)
         found: Sizes = {}
-        for follow in (False, True):  # the values of lists only when their lengths are known to be bounded
+        for follow in (False, True):  # follow values only after lengths are known to be bounded
             found = _known_sizes(onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=follow))
             _require_bounded(model, found, name, final=follow)
     except GraphError:
@@ -124,7 +171,7 @@ def sizes_of(model: onnx.ModelProto, name: str) -> Sizes:
 
 
 def _require_data(tensor: onnx.TensorProto, name: str) -> None:
-    """Make sure that a constant's data are in the file, numbers, and as many as its sizes say."""
+    """Make sure that a constant's data are numbers, in the file, and as many as its sizes say."""
     what = f"{name}: constant {tensor.name!r}"
     if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
         raise GraphError(f"{what} lies outside the file", hint=_AGAIN)
@@ -141,11 +188,11 @@ def _require_data(tensor: onnx.TensorProto, name: str) -> None:
         fields = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
         there = elements <= 2 * sum(map(len, fields)) + 2 * len(tensor.raw_data)
     if not there:
-        raise GraphError(f"{what} is of {elements} elements, and its data are not there", hint=_AGAIN)
+        raise GraphError(f"{what} has {elements} elements, and the file holds fewer", hint=_AGAIN)
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """What shapes follow from: the graph with its large constants as inputs."""
+    """The graph for shape inference: large constants become inputs."""
     graph = model.graph
     small: list[onnx.TensorProto] = []
     large: list[onnx.TensorProto] = []
@@ -158,15 +205,15 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     bare.graph.name = "graph"
     bare.graph.node.extend(graph.node)
     bare.graph.input.extend([*graph.input, *inputs])
-    for field in ("output", "value_info"):  # one without a shape says nothing, and is no valid ONNX
-        told = (item for item in getattr(graph, field) if item.type.tensor_type.HasField("shape"))
-        getattr(bare.graph, field).extend(told)
+    for field in ("output", "value_info"):  # an entry without a shape is not valid ONNX
+        shaped = (item for item in getattr(graph, field) if item.type.tensor_type.HasField("shape"))
+        getattr(bare.graph, field).extend(shaped)
     bare.graph.initializer.extend(small)
     return bare
 
 
 def _known_sizes(inferred: onnx.ModelProto) -> Sizes:
-    """Type and sizes by name, of what has fixed sizes."""
+    """Type and sizes by name, of values with fixed sizes."""
     found = {item.name: (item.data_type, tuple(item.dims)) for item in inferred.graph.initializer}
     for info in (*inferred.graph.input, *inferred.graph.output, *inferred.graph.value_info):
         kind = info.type.tensor_type
@@ -177,7 +224,7 @@ def _known_sizes(inferred: onnx.ModelProto) -> Sizes:
 
 
 def _require_bounded(model: onnx.ModelProto, sizes: Sizes, name: str, *, final: bool) -> None:
-    """Make sure that no node makes far more than the image is, and that constants make little."""
+    """Make sure that no value is far larger than the image, and that little is computed from constants."""
     given = {"", *(item.name for item in model.graph.initializer)}
     constant = set(given)
     image = max((math.prod(sizes[item.name][1]) for item in model.graph.input if item.name in sizes), default=0)
@@ -186,7 +233,7 @@ def _require_bounded(model: onnx.ModelProto, sizes: Sizes, name: str, *, final: 
         for output in node.output:
             sizing = node.input[_SIZED_BY_VALUES.get(node.op_type, len(node.input)) :]
             if final and output not in sizes and not given.issuperset(sizing):
-                raise GraphError(f"{name}: how large {output!r} is ({node.op_type}) is not known", hint=_AGAIN)
+                raise GraphError(f"{name}: the size of {output!r} ({node.op_type}) is not known", hint=_AGAIN)
             shape = sizes.get(output, (0, ()))[1]
             most = _MAX_COMPUTED if computed else _MAX_GROWTH * image + _MAX_COMPUTED
             if (made := math.prod(shape)) > (_MAX_LIST if computed and len(shape) == 1 else most):
@@ -198,7 +245,7 @@ def _require_bounded(model: onnx.ModelProto, sizes: Sizes, name: str, *, final: 
 def _require_contract(
     path: Path, model: onnx.ModelProto, manifest: GraphManifest | EngineManifest, sizes: Sizes
 ) -> None:
-    """Make sure that a graph turns uint8 images into uint8 labels, of the sizes that its manifest says."""
+    """Make sure that a graph turns uint8 images into uint8 labels, of the sizes that its manifest gives."""
     graph = model.graph
     constants = {item.name for item in graph.initializer}
     found = {
@@ -206,25 +253,25 @@ def _require_contract(
         for item in (*graph.input, *graph.output)
         if item.name not in constants
     }
-    told = ", ".join(f"{name} {_told(*each)}" for name, each in list(found.items())[:4])
+    actual = ", ".join(f"{name} {_written(*each)}" for name, each in list(found.items())[:4])
     image = found.get("image", (0, ()))[1]
     if [*found][:2] != ["image", LABELS] or {kind for kind, _ in found.values()} != {TensorProto.UINT8}:
         image = ()
     if len(image) != 4 or 0 in image or found[LABELS][1] != (image[0], image[2], image[2]):
         raise GraphError(
-            f"{path} has {told}; what makes labels of images has image uint8 [N,3,T,T] and labels uint8 [N,T,T]",
+            f"{path} has {actual}; it must have image uint8 [N,3,T,T] and labels uint8 [N,T,T]",
             hint=_AGAIN,
         )
     expected = {"image": (manifest.batch, 3, manifest.tile, manifest.tile), **manifest.outputs}
     if {name: shape for name, (_, shape) in found.items()} != expected:
-        wanted = ", ".join(f"{name} {_told(TensorProto.UINT8, shape)}" for name, shape in expected.items())
-        raise ManifestError(f"{path} has {told}; its manifest says {wanted}", hint=_BOTH)
+        wanted = ", ".join(f"{name} {_written(TensorProto.UINT8, shape)}" for name, shape in expected.items())
+        raise ManifestError(f"{path} has {actual}; its manifest says {wanted}", hint=_BOTH)
     best = next((node for node in graph.node if node.op_type == "ArgMax" and node.input[0] in sizes), None)
     if best is not None and (shape := sizes[best.input[0]][1])[1:2] != (len(manifest.schema),):
         raise ManifestError(f"{path} gives {shape[1]} classes; its manifest names {len(manifest.schema)}", hint=_BOTH)
 
 
-def _told(kind: int, sizes: tuple[int, ...]) -> str:
+def _written(kind: int, sizes: tuple[int, ...]) -> str:
     known = kind in TensorProto.DataType.values()
     return f"{TensorProto.DataType.Name(kind).lower() if known else kind} [{','.join(map(str, sizes))}]"
 

@@ -1,39 +1,46 @@
-"""Parse and compile with TensorRT: the part that needs it, run in a process of its own by :mod:`.child`.
+"""The child process that builds an engine: parses and compiles with TensorRT, which may crash or be killed here.
 
-Releases differ; what one has and another does not is asked of the module where it matters.
+``python -m cdkd_edge.engines.tensorrt.compile`` reads a :class:`BuildRequest` as JSON from stdin, writes the engine to
+the path it names, and answers on stdout with JSON lines, each with an ``event``:
+
+- ``started``: kind and version of TensorRT, GPU, workspace limit;
+- ``parsed``: inputs and outputs, and the attention blocks (softmaxes) by name;
+- ``phase`` with ``name``, ``parent``, ``steps``, and ``step`` with ``name``, ``done``: TensorRT's progress;
+- ``log`` with ``severity`` and ``text``;
+- the last one: ``finished`` with what the manifest needs, or ``failed`` with ``reason``, ``message``, ``hint``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdkd_edge.core.errors import EngineError
-from cdkd_edge.engines.tensorrt.api import TensorRT, find_tensorrt, log_to
-from cdkd_edge.engines.tensorrt.device import Gpu, NoGpu, find_gpu
-from cdkd_edge.engines.tensorrt.messages import ParserComplaint, explain
-from cdkd_edge.engines.tensorrt.options import default_workspace
-from cdkd_edge.engines.tensorrt.timing import TimingCache
+from cdkd_edge.core.errors import CdkdEdgeError, EngineError, SystemRefusalError
+from cdkd_edge.core.process import EventWriter, end_with_parent
+from cdkd_edge.engines.tensorrt.find import GpuInfo, NoGpu, TensorRT, find_gpu, find_tensorrt, log_to
+from cdkd_edge.engines.tensorrt.options import TensorRTOptions, TimingCache, default_workspace
+from cdkd_edge.engines.tensorrt.parser import ParserComplaint, explain
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-_STEP_EVERY_S = 0.1
+_SECONDS_BETWEEN_STEPS = 0.1
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemory|insufficient memory|Could not find any implementation|MemoryAllocation|bad_alloc"
     r"|Requested amount of GPU memory|MEM_ALLOC_FAILED",
     re.IGNORECASE,
 )
-"""In TensorRT's error lines. The third is what it says when no kernel fits into what is left."""
-
+"""In TensorRT's error lines. It could not "find any implementation" if no kernel fits into the free memory."""
 
 Send = Callable[..., None]
-"""Tells the parent an event by name, with its fields."""
+"""Sends an event to the parent: its name, then its fields by keyword."""
 
 
 class BuilderMemoryError(EngineError):
@@ -47,17 +54,85 @@ class BuildRequest:
     graph: str
     destination: str
     precision: str
-    workspace_bytes: int | None
-    optimization_level: int | None
-    timing_cache: bool
-    sparse: bool
-    weakly_typed: bool
-    targets: tuple[str, ...]
-    verbose: bool
+    options: TensorRTOptions
+
+
+def main() -> int:
+    """Read the request, build, answer."""
+    import msgspec
+
+    end_with_parent()
+    warnings.simplefilter("ignore", DeprecationWarning)
+    answers = EventWriter.to_parent()
+
+    def send(event: str, **fields: Any) -> None:
+        answers.write(event=event, **fields)
+
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=BuildRequest)
+    try:
+        result = compile_engine(request, send)
+    except (MemoryError, BuilderMemoryError) as error:
+        send("failed", reason="memory", message=str(error) or "out of memory while building", hint=None)
+    except (CdkdEdgeError, OSError) as error:
+        reason = "system" if isinstance(error, (OSError, SystemRefusalError)) else "build"
+        text = getattr(error, "strerror", None) or str(error)
+        send("failed", reason=reason, message=text, hint=getattr(error, "hint", None))
+    else:
+        send("finished", **result)
+    return 0
+
+
+def compile_engine(request: BuildRequest, send: Send) -> dict[str, Any]:
+    """Parse, build and write the engine; returns the fields of ``finished``.
+
+    Raises:
+        EngineError: TensorRT refuses the options or the graph, or runs out of memory.
+        OSError: the engine cannot be written.
+    """
+    api = find_tensorrt()
+    gpu = find_gpu()
+    options = request.options
+    log = _Log(send, options.verbose)
+    with log_to(log):
+        builder: trt.Builder = api.module.Builder(api.logger)
+        network = _create_network(api, builder, request)
+        config = builder.create_builder_config()
+        _set_targets(api, config, options.targets, gpu)
+        workspace = _configure(api, config, request, gpu)
+        send(
+            "started",
+            kind=api.kind,
+            version=api.version,
+            gpu=None if isinstance(gpu, NoGpu) else dataclasses.asdict(gpu),
+            workspace_bytes=workspace,
+        )
+        _parse(api, network, Path(request.graph))
+        send("parsed", tensors=_tensors(network), attention_nodes=_attention_nodes(api, network))
+        monitor = _monitor(api, send)
+        config.progress_monitor = monitor
+        cache = TimingCache(api, config, gpu) if options.timing_cache and not options.targets else None
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise log.failure(api, "while building")
+        if cache:
+            cache.keep()
+        Path(request.destination).write_bytes(plan)
+        inspector = scratch = None
+        if not options.targets and isinstance(gpu, GpuInfo):
+            inspector, scratch = _inspect(api, plan, log)
+    return {
+        "flags": _flags(api, config),
+        "optimization_level": config.builder_optimization_level,
+        "timing_cache": bool(cache and cache.used),
+        "inspector": inspector,
+        "scratch_bytes": scratch,
+        "layer_lines": log.layer_lines,
+        "notes": cache.notes if cache else [],
+    }
 
 
 class _Log:
-    """Where TensorRT's lines go: to the parent as far as it cares, and what is needed of them is kept."""
+    """Receives TensorRT's log: sends it to the parent as far as wanted, keeps errors and the list of layers."""
 
     def __init__(self, send: Send, verbose: bool) -> None:
         self._send, self._verbose = send, verbose
@@ -73,64 +148,16 @@ class _Log:
             self._send("log", severity=severity, text=text)
 
     def failure(self, api: TensorRT, doing: str) -> EngineError:
-        """The error for a step that TensorRT did not do, from what it logged."""
+        """The error for a step that failed, from what TensorRT logged."""
         if any(_OUT_OF_MEMORY.search(line) for line in self.errors):
             return BuilderMemoryError(f"out of memory {doing}")
         said = " ".join(self.errors[0].split())[:300] if self.errors else "it does not say why"
-        return EngineError(f"{api.name} failed {doing}: {said}", hint="--verbose shows all that it logs")
-
-
-def compile_engine(request: BuildRequest, send: Send) -> dict[str, Any]:
-    """Parse, build, write the engine; return the fields of ``finished``.
-
-    Raises:
-        EngineError: TensorRT refuses the options, the graph, or runs out of memory.
-        OSError: the engine cannot be written.
-    """
-    api = find_tensorrt()
-    gpu = find_gpu()
-    log = _Log(send, request.verbose)
-    with log_to(log):
-        builder: trt.Builder = api.module.Builder(api.logger)
-        network = _create_network(api, builder, request)
-        config = builder.create_builder_config()
-        _set_targets(api, config, request.targets, gpu)
-        workspace = _configure(api, config, request, gpu)
-        send(
-            "started",
-            kind=api.kind,
-            version=api.version,
-            gpu=None if isinstance(gpu, NoGpu) else dataclasses.asdict(gpu),
-            workspace_bytes=workspace,
-        )
-        _parse(api, network, Path(request.graph))
-        send("parsed", tensors=_tensors(network), attention_nodes=_attention_nodes(api, network))
-        monitor = _monitor(api, send)
-        config.progress_monitor = monitor
-        cache = TimingCache(api, config, gpu) if request.timing_cache and not request.targets else None
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise log.failure(api, "while building")
-        if cache:
-            cache.keep()
-        Path(request.destination).write_bytes(plan)
-        inspector = scratch = None
-        if not request.targets and isinstance(gpu, Gpu):
-            inspector, scratch = _inspect(api, plan, log)
-    return {
-        "flags": _flags(api, config),
-        "optimization_level": config.builder_optimization_level,
-        "timing_cache": bool(cache and cache.used),
-        "inspector": inspector,
-        "scratch_bytes": scratch,
-        "layer_lines": log.layer_lines,
-        "notes": cache.notes if cache else [],
-    }
+        return EngineError(f"{api.name} failed {doing}: {said}", hint="--verbose shows everything it logs")
 
 
 def _create_network(api: TensorRT, builder: trt.Builder, request: BuildRequest) -> trt.INetworkDefinition:
     flags = 0
-    if request.weakly_typed:
+    if request.options.weakly_typed:
         if not hasattr(api.module.BuilderFlag, "FP16"):
             raise EngineError(
                 f"{api.name} has no weak typing: precisions are those of the graph", hint="build without --weakly-typed"
@@ -140,16 +167,16 @@ def _create_network(api: TensorRT, builder: trt.Builder, request: BuildRequest) 
     return builder.create_network(flags)
 
 
-def _set_targets(api: TensorRT, config: trt.IBuilderConfig, targets: tuple[str, ...], gpu: Gpu | NoGpu) -> None:
+def _set_targets(api: TensorRT, config: trt.IBuilderConfig, targets: tuple[str, ...], gpu: GpuInfo | NoGpu) -> None:
     if not targets:
         if isinstance(gpu, NoGpu):
             hint = "TensorRT-RTX compiles for a GPU that is not here: --target sm86"
-            raise EngineError(f"{api.name} builds for the GPU at hand, and {gpu.reason}", hint=hint)
+            raise EngineError(f"{api.name} builds only for the GPU of this machine, and {gpu.reason}", hint=hint)
         return
     rtx: Any = config
     if not hasattr(rtx, "set_compute_capability"):
         raise EngineError(
-            f"{api.name} builds for the GPU at hand alone; --target needs TensorRT-RTX",
+            f"{api.name} builds only for the GPU of this machine; --target needs TensorRT-RTX",
             hint="carry the graph and its .json to the board, and build there",
         )
     known = {
@@ -165,22 +192,22 @@ def _set_targets(api: TensorRT, config: trt.IBuilderConfig, targets: tuple[str, 
         rtx.set_compute_capability(getattr(api.module.ComputeCapability, known[target]), index)
 
 
-def _configure(api: TensorRT, config: trt.IBuilderConfig, request: BuildRequest, gpu: Gpu | NoGpu) -> int | None:
-    """Set what the request asks; the workspace limit in bytes, None if it is TensorRT's own."""
+def _configure(api: TensorRT, config: trt.IBuilderConfig, request: BuildRequest, gpu: GpuInfo | NoGpu) -> int | None:
+    """Set the options; returns the workspace limit in bytes, None if it is TensorRT's own."""
+    options, flag = request.options, api.module.BuilderFlag
     config.profiling_verbosity = api.module.ProfilingVerbosity.DETAILED  # names and types of layers, for `inspect`
-    if request.optimization_level is not None:
-        config.builder_optimization_level = request.optimization_level
-    flag = api.module.BuilderFlag
-    if request.sparse:
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.sparse:
         config.set_flag(flag.SPARSE_WEIGHTS)
     if request.precision == "fp32" and hasattr(flag, "TF32"):
-        config.clear_flag(flag.TF32)  # on by default; its 10 bits of mantissa are FP16's, and FP32 is the reference
-    if request.weakly_typed and request.precision in ("fp16", "int8"):
+        config.clear_flag(flag.TF32)  # on by default; its mantissa has FP16's 10 bits, and FP32 is the reference
+    if options.weakly_typed and request.precision in ("fp16", "int8"):
         config.set_flag(flag.FP16)
-    if request.weakly_typed and request.precision == "int8":
+    if options.weakly_typed and request.precision == "int8":
         config.set_flag(flag.INT8)
-    workspace = request.workspace_bytes
-    if workspace is None and isinstance(gpu, Gpu) and not request.targets:
+    workspace = options.workspace_bytes
+    if workspace is None and isinstance(gpu, GpuInfo) and not options.targets:
         workspace = default_workspace(gpu, Path(request.graph).stat().st_size)
     if workspace is not None:
         config.set_memory_pool_limit(api.module.MemoryPoolType.WORKSPACE, workspace)
@@ -207,12 +234,12 @@ def _parse(api: TensorRT, network: trt.INetworkDefinition, graph: Path) -> None:
 
 
 def _origin(graph: Path, operator: str) -> dict[str, Any]:
-    """Domain of an operator and opset of the graph; the parser's errors have neither."""
+    """Domain of an operator and opset of the graph, which the parser's errors do not name."""
     import onnx
 
     try:
         model = onnx.load(graph, load_external_data=False)
-    except Exception:  # protobuf's own types: it is no graph, and the parser has said so
+    except Exception:  # protobuf's own types: it is no graph, as the parser's error says
         return {"domain": "", "opset": 0}
     domains = [node.domain for node in model.graph.node if node.op_type == operator]
     opsets = [item.version for item in model.opset_import if item.domain in ("", "ai.onnx")]
@@ -223,11 +250,14 @@ def _tensors(network: trt.INetworkDefinition) -> list[dict[str, Any]]:
     """Inputs, then outputs."""
     found = [network.get_input(index) for index in range(network.num_inputs)]
     found += [network.get_output(index) for index in range(network.num_outputs)]
-    return [{"name": item.name, "dtype": item.dtype.name.lower(), "shape": _sizes(item.shape)} for item in found]
-
-
-def _sizes(dimensions: trt.Dims) -> list[int]:
-    return [dimensions[index] for index in range(len(dimensions))]
+    return [
+        {
+            "name": item.name,
+            "dtype": item.dtype.name.lower(),
+            "shape": [item.shape[index] for index in range(len(item.shape))],
+        }
+        for item in found
+    ]
 
 
 def _attention_nodes(api: TensorRT, network: trt.INetworkDefinition) -> list[str]:
@@ -240,7 +270,7 @@ def _attention_nodes(api: TensorRT, network: trt.INetworkDefinition) -> list[str
 
 def _monitor(api: TensorRT, send: Send) -> Any:
     class Monitor(api.module.IProgressMonitor):  # type: ignore[name-defined,misc]
-        """Called from several threads. The parent ends this process if it has lost interest."""
+        """Called from several threads. Never cancels: the parent kills this process instead."""
 
         def __init__(self) -> None:
             api.module.IProgressMonitor.__init__(self)
@@ -254,7 +284,7 @@ def _monitor(api: TensorRT, send: Send) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             now = time.monotonic()
-            if now - self._last >= _STEP_EVERY_S or phase_name in self._outermost:
+            if now - self._last >= _SECONDS_BETWEEN_STEPS or phase_name in self._outermost:
                 self._last = now
                 send("step", name=phase_name, done=step + 1)
             return True
@@ -279,3 +309,7 @@ def _inspect(api: TensorRT, plan: Any, log: _Log) -> tuple[str, int | None]:
 def _flags(api: TensorRT, config: trt.IBuilderConfig) -> list[str]:
     members: Mapping[str, Any] = api.module.BuilderFlag.__members__
     return sorted(name for name, flag in members.items() if config.get_flag(flag))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

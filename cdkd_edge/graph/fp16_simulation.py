@@ -1,0 +1,215 @@
+"""FP16 arithmetic on a CPU: an FP32 graph that rounds every value as an FP16 engine does, and a watch on its range.
+
+Running the FP16 graph itself in ONNX Runtime on a CPU proves nothing about its activations: operators without an FP16
+kernel run in FP32, and the casts between them are removed at every optimisation level, so a value of 9,000,000 passes
+through an FP16 tensor unharmed (measured with 1.31). Pairs of casts that are written into the graph are kept. They
+round every value that a TensorRT engine stores, and overflow as it would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+from cdkd_edge.core.errors import GraphError, NumericalCheckError
+from cdkd_edge.graph.cpu import cpu_session, fuse_attention, to_fp32
+from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, attribute_of, copy_of, opset_of, replace_nodes
+
+UInt8Array = npt.NDArray[np.uint8]
+
+FP16_MAX = 65504.0
+
+_MOVES_ONLY = frozenset({"Reshape", "Transpose", "Split", "Concat", "Slice", "Relu"})
+"""Operators whose outputs need no rounding if their inputs were rounded."""
+
+_NOT_FP16 = frozenset({"Cast", "ArgMax", "QuantizeLinear", "DequantizeLinear"})
+"""Operators whose outputs are integers, or integers times a scale, which products take as they are."""
+
+
+class OutOfRangeError(NumericalCheckError):
+    """A value is too large for FP16."""
+
+
+def fp16_on_cpu(half: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph in FP32 that computes on a CPU what an FP16 engine computes.
+
+    Weights are those of the FP16 graph. Every value that an engine stores is rounded to FP16, beyond 65504 to infinity.
+    What kernels hold in FP32 is not rounded: the product before a bias, and what is inside normalisation, softmax and
+    fused attention; nor is what the graph itself computes in FP32.
+
+    Args:
+        half: an FP16 graph, with or without INT8 layers; their Q/DQ are computed as they stand.
+    """
+    wide = _fp32_values(half.graph)
+    model = to_fp32(half)
+    fuse_attention(model)
+    index = GraphIndex(model.graph)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        copy = copy_of(node)
+        nodes.append(copy)
+        if node.output[0] in wide or not _is_stored(node, index):
+            continue
+        name = node.output[0]
+        exact, half_name = f"{name}.exact", f"{name}.half"
+        copy.output[0] = exact
+        nodes.append(helper.make_node("Cast", [exact], [half_name], name=f"{name}/Round", to=TensorProto.FLOAT16))
+        nodes.append(helper.make_node("Cast", [half_name], [name], name=f"{name}/Widen", to=TensorProto.FLOAT))
+    replace_nodes(model.graph, nodes)
+    return model
+
+
+def rounded_values(simulation: onnx.ModelProto) -> list[str]:
+    """The values that a graph of :func:`fp16_on_cpu` rounds, in the order of computation."""
+    return [node.output[0] for node in simulation.graph.node if node.name.endswith("/Widen")]
+
+
+def longest_rounding(simulation: onnx.ModelProto) -> int:
+    """The largest number of values that are rounded one after the other on the way to a label."""
+    rounded = set(rounded_values(simulation))
+    before: dict[str, int] = {}
+    for node in simulation.graph.node:
+        most = max((before.get(name, 0) for name in node.input), default=0)
+        before |= {name: most + (name in rounded) for name in node.output}
+    return before["labels"]
+
+
+def extreme_tiles(tile: int) -> dict[str, UInt8Array]:
+    """Tiles that are in no scene and that every network must survive, uint8 ``[3, T, T]``."""
+    squares = np.indices((tile, tile)).sum(axis=0) % 2 * np.uint8(255)
+    return {
+        "a black tile": np.zeros((3, tile, tile), np.uint8),
+        "a white tile": np.full((3, tile, tile), 255, np.uint8),
+        "a checkerboard": np.repeat(squares[None].astype(np.uint8), 3, axis=0),
+        "noise": np.random.default_rng(0).integers(0, 256, (3, tile, tile), np.uint8),
+    }
+
+
+class RangeWatch:
+    """Runs a graph of :func:`fp16_on_cpu` and raises an error when a value leaves FP16's range.
+
+    Watched are the sums of all stored values: a sum is finite if and only if all its terms are (FP16's largest number
+    times ten million is far from FP32's end). Finite logits prove nothing, because a quantiser turns infinity into 127
+    and NaN into -128. Where ReLU alone uses a value, the sum is taken behind it, where -infinity has become 0.
+    Fused attention does not show its scores, so they are bounded.
+    """
+
+    def __init__(self, simulation: onnx.ModelProto) -> None:
+        """Add the watched outputs to a graph, which is changed, and load it."""
+        graph = simulation.graph
+        self._sums: dict[str, str] = {}
+        """By name of the output, the value that it is the sum of."""
+        self._bounds: dict[str, str] = {}
+        """By name of the output, the attention whose scores it bounds."""
+        watched = self._watched(simulation)
+        writer = NodeWriter()
+        for node in graph.node:
+            if node.op_type == "MultiHeadAttention":
+                bound = _add_score_bound(writer, node, opset_of(simulation))
+                self._bounds[bound] = node.output[0].removesuffix(".exact")
+            writer.nodes.append(node)
+            if node.output[0] in watched:
+                total = writer.add("ReduceSum", f"{node.output[0]}.sum_of_all", node.output[0], keepdims=0)
+                self._sums[total] = node.output[0]
+        replace_nodes(graph, writer.nodes)
+        graph.initializer.extend(writer.constants.values())
+        graph.output.extend(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (*self._sums, *self._bounds)
+        )
+        # ONNX Runtime's own order would run the sums last and keep what they need until then.
+        self._session = cpu_session(simulation, in_order=True)
+
+    def run(self, outputs: list[str], batch: UInt8Array, what: str) -> list[npt.NDArray[Any]]:
+        """Outputs of a batch.
+
+        Args:
+            outputs: their names.
+            batch: uint8 ``[N, 3, T, T]``.
+            what: what the batch is, for messages.
+
+        Raises:
+            OutOfRangeError: a value leaves FP16's range.
+            GraphError: ONNX Runtime does not run the graph.
+        """
+        found = run_session(self._session, [*outputs, *self._sums, *self._bounds], batch)
+        sums = found[len(outputs) : len(outputs) + len(self._sums)]
+        for name, value in zip(self._sums.values(), sums, strict=True):
+            if not np.isfinite(value):
+                raise OutOfRangeError(f"on {what} {name} leaves FP16's range", hint="deploy this network in FP32")
+        for name, value in zip(self._bounds.values(), found[len(outputs) + len(sums) :], strict=True):
+            if not (value <= FP16_MAX).all():
+                raise OutOfRangeError(
+                    f"on {what} attention scores ({name}) may reach {value.max():.3g}, beyond FP16's {FP16_MAX:.0f}",
+                    hint="deploy this network in FP32",
+                )
+        return found[: len(outputs)]
+
+    @staticmethod
+    def _watched(simulation: onnx.ModelProto) -> set[str]:
+        index = GraphIndex(simulation.graph)
+        watched = set()
+        for name in rounded_values(simulation):
+            user = index.only_user(name)
+            watched.add(user.output[0] if user is not None and user.op_type == "Relu" else name)
+        return watched
+
+
+def run_session(session: Any, outputs: list[str], batch: UInt8Array) -> list[npt.NDArray[Any]]:
+    """Run a session on a batch of tiles.
+
+    Raises:
+        GraphError: ONNX Runtime does not run the graph.
+    """
+    try:
+        values: list[npt.NDArray[Any]] = session.run(outputs, {"image": batch})
+    except Exception as error:  # ONNX Runtime's own types share no base but Exception
+        raise GraphError(f"ONNX Runtime does not run the graph: {' '.join(str(error).split())[:300]}") from None
+    return values
+
+
+def _is_stored(node: onnx.NodeProto, index: GraphIndex) -> bool:
+    """Whether an engine writes the node's output to memory as a value that may need rounding."""
+    if node.op_type in _MOVES_ONLY or node.op_type in _NOT_FP16:
+        return False
+    user = index.only_user(node.output[0])
+    if node.op_type == "MatMul" and user is not None and user.op_type == "Add":
+        return not any(name in index.constants for name in user.input)
+    return True
+
+
+def _fp32_values(graph: onnx.GraphProto) -> set[str]:
+    """The values that an FP16 graph computes in FP32: those behind a cast to it, such as confidence."""
+    wide: set[str] = set()
+    for node in graph.node:  # in the order of computation
+        if node.op_type == "Cast":
+            starts = attribute_of(node, "to") == TensorProto.FLOAT
+        else:
+            starts = bool(wide & set(node.input))
+        if starts:
+            wide |= set(node.output)
+    return wide
+
+
+def _add_score_bound(writer: NodeWriter, attention: onnx.NodeProto, opset: int) -> str:
+    """Bound the scores of fused attention, one float per head.
+
+    No score of a head exceeds its longest query times its longest key (Cauchy-Schwarz).
+    """
+    heads = attribute_of(attention, "num_heads")
+
+    def reduce(op: str, name: str, value: str, axes: list[int]) -> str:
+        if opset < 18:  # axes are an attribute
+            return writer.add(op, name, value, axes=axes, keepdims=0)
+        return writer.add(op, name, value, writer.constant(f"{name}.axes", np.array(axes, np.int64)), keepdims=0)
+
+    longest = []
+    for side, value in zip(("q", "k"), attention.input[:2], strict=True):
+        name = f"{attention.output[0]}.{side}_length"
+        shape = writer.constant(f"{name}.shape", np.array([0, 0, heads, -1], np.int64))
+        split = writer.add("Reshape", f"{name}.heads", value, shape)
+        longest.append(reduce("ReduceMax", name, reduce("ReduceL2", f"{name}.norms", split, [3]), [0, 1]))
+    return writer.add("Mul", f"{attention.output[0]}.score_bound", *longest)

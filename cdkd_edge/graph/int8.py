@@ -1,0 +1,292 @@
+"""The INT8 graph: smooth the FP32 graph, choose scales on calibration tiles, write Q/DQ.
+
+SmoothQuant (Xiao et al., ICML 2023, https://arxiv.org/abs/2211.10438, eq. 4) moves outliers from activations, where one
+scale serves all channels, into weights: channel j of a layer's input is divided by
+s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), row j of its weight multiplied by it. The division is free where a constant
+makes the channel: LayerNorm before qkv and fc1 and, beyond the paper, the value rows of qkv before proj. The graph
+computes the same function, node for node.
+
+Precision is in the graph (FP16 with Q/DQ), so that TensorRT 10.3 and 11 compile the same arithmetic. Q/DQ are on inputs
+and weights only, because Q/DQ on outputs keep epilogues from being fused; biases are floating point, because the parser
+takes no others. The CPU's version is made from the same file (:func:`cdkd_edge.graph.cpu.cpu_twin`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from cdkd_edge.core.errors import GraphError, UsageError
+from cdkd_edge.graph.fp16 import to_fp16
+from cdkd_edge.graph.int8_ranges import (
+    CALIBRATORS,
+    PERCENTILE,
+    LayerScales,
+    Observation,
+    activation_scale,
+    observe,
+    quantize_weight,
+    weight_scales,
+)
+from cdkd_edge.graph.layers import (
+    Array,
+    InputMaker,
+    QuantizableLayer,
+    input_makers,
+    quantizable_layers,
+    weight_of,
+    weight_only_layers,
+)
+from cdkd_edge.graph.nodes import NodeWriter, copy_of, opset_of, replace_nodes
+
+ALPHA = 0.5
+"""SmoothQuant's exponent."""
+
+SMOOTHING_TILES = 16
+"""Channel maxima, which smoothing needs, settle long before the tails of histograms do."""
+
+MIN_OPSET = 19
+"""The first with FP16 scales."""
+
+
+class Tiles(Protocol):
+    """A source of tiles that can be read again and again, one tile at a time."""
+
+    def __len__(self) -> int:
+        """The number of tiles."""
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """uint8 ``[3, T, T]``."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How ranges are chosen."""
+
+    calibrator: str = "percentile"
+    percentile: float = PERCENTILE
+    alpha: float | None = ALPHA
+    """SmoothQuant's exponent, above 0, at most 1; None: no smoothing."""
+
+    def __post_init__(self) -> None:
+        if self.calibrator not in CALIBRATORS:
+            raise UsageError(f"there is no calibrator {self.calibrator!r}", hint=f"there are {', '.join(CALIBRATORS)}")
+        if not 50 < self.percentile <= 100:
+            raise UsageError(f"--percentile must be above 50 and at most 100, got {self.percentile}")
+        if self.percentile != PERCENTILE and self.calibrator != "percentile":
+            raise UsageError(
+                f"the {self.calibrator} calibrator has no percentile", hint="--calibrator percentile takes one"
+            )
+        if self.alpha is not None and not 0 < self.alpha <= 1:
+            raise UsageError(f"SmoothQuant's exponent (--alpha) must be between 0 and 1, got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """An FP32 graph ready to be quantised."""
+
+    model: onnx.ModelProto
+    """Smoothed; the same function as the graph it was made from."""
+    layers: list[QuantizableLayer]
+    scales: dict[str, LayerScales]
+    """Scales of every layer, by name."""
+    smoothed: tuple[str, ...]
+    """Layers whose input was smoothed."""
+
+
+def calibrate(
+    plain: onnx.ModelProto,
+    tiles: Tiles,
+    options: CalibrationOptions = CalibrationOptions(),
+    note: Callable[[str], None] = lambda text: None,
+) -> Calibrated:
+    """Smooth a graph and choose the scales of every quantisable layer.
+
+    Memory does not grow with the number of tiles: they are read one at a time, and only channel maxima and histograms
+    are kept.
+
+    Args:
+        plain: the exported FP32 graph; it is not changed.
+        tiles: the calibration tiles.
+        options: how ranges are chosen.
+        note: called with each tile done.
+
+    Raises:
+        GraphError: the graph has no layers that INT8 is for.
+        ValueError: there are no tiles.
+    """
+    model = copy_of(plain)
+    layers = quantizable_layers(model)
+    smoothed: tuple[str, ...] = ()
+    if options.alpha is not None:
+        few = min(SMOOTHING_TILES, len(tiles))
+        step = max(len(tiles) // max(few, 1), 1)
+        spread = (tile for index, tile in enumerate(tiles) if index % step == 0)
+        total = -(-len(tiles) // step)
+        seen = observe(model, layers, spread, lambda done: note(f"channel maxima: tile {done} of {total}"))
+        smoothed = tuple(smooth(model, layers, seen, options.alpha))
+        layers = quantizable_layers(model)
+    seen = observe(model, layers, tiles, lambda done: note(f"ranges: tile {done} of {len(tiles)}"))
+    scales = {
+        layer.name: LayerScales(
+            activation_scale(seen[layer.name], options.calibrator, options.percentile),
+            weight_scales(weight_of(model, layer.weight), layer.output_axis),
+        )
+        for layer in layers
+    }
+    return Calibrated(model, layers, scales, smoothed)
+
+
+def smooth(
+    model: onnx.ModelProto,
+    layers: Sequence[QuantizableLayer],
+    observations: Mapping[str, Observation],
+    alpha: float = ALPHA,
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Fold SmoothQuant's factors into the weights of an FP32 graph, in place.
+
+    Returns:
+        The factors ``[K]`` by which each smoothed layer's input is now smaller.
+    """
+    weights = _Weights(model)
+    nodes = {node.name: node for node in model.graph.node}
+    factors = {}
+    for layer in layers:
+        makers = input_makers(model, layer, layers)
+        if not makers:
+            continue
+        scale = _factors(observations[layer.name].channel_max, weights[layer.weight], alpha)
+        weights.multiply(nodes[layer.node], 1, scale[:, None])
+        for maker in makers:
+            weights.divide(maker, scale)
+        factors[layer.name] = scale
+    weights.store()
+    return factors
+
+
+def _factors(channel_max: Array, weight: Array, alpha: float) -> npt.NDArray[np.float64]:
+    """s of eq. 4, ``[K]``, as powers of two; 1 for a channel that is always zero or has no weight.
+
+    Multiplying by a power of two rounds nothing, and magnitudes that differ in their last digits, as between two CPUs,
+    give the same power: the weights come out the same to the last bit.
+    """
+    activation = channel_max.astype(np.float64)
+    row = np.abs(weight).max(axis=1).astype(np.float64)
+    usable = (activation > 0) & (row > 0)
+    scale = np.ones_like(activation)
+    scale[usable] = activation[usable] ** alpha / row[usable] ** (1 - alpha)
+    powers: npt.NDArray[np.float64] = np.exp2(np.clip(np.rint(np.log2(scale)), -13, 13))
+    return powers
+
+
+class _Weights:
+    """Initialisers by name, in FP64 once they change, written back at the end."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._model = model
+        self._items = {item.name: item for item in model.graph.initializer}
+        self._users = Counter(name for node in model.graph.node for name in node.input)
+        self._changed: dict[str, npt.NDArray[np.float64]] = {}
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        return self._changed[name] if name in self._changed else numpy_helper.to_array(self._items[name])
+
+    def multiply(self, node: onnx.NodeProto, position: int, factor: npt.NDArray[np.float64]) -> None:
+        """Multiply the constant that is an input of a node, for this node alone."""
+        name = node.input[position]
+        value = self[name].astype(np.float64) * factor
+        if self._users[name] > 1:  # simplification stores equal constants once
+            self._users[name] -= 1
+            name = f"{node.name}.smoothed_{position}"
+            self._items[name] = self._model.graph.initializer.add()
+            self._users[name] = 1
+            node.input[position] = name
+        self._changed[name] = value
+
+    def divide(self, maker: InputMaker, scale: npt.NDArray[np.float64]) -> None:
+        """Divide those columns of a constant that make a layer's input."""
+        after = self[maker.node.input[maker.position]].shape[-1] - maker.start - len(scale)
+        self.multiply(maker.node, maker.position, np.pad(1 / scale, (maker.start, after), constant_values=1))
+
+    def store(self) -> None:
+        """Put the changed constants into the graph."""
+        for name, value in self._changed.items():
+            self._items[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
+
+
+def int8_graph(
+    model: onnx.ModelProto, layers: Sequence[QuantizableLayer], scales: Mapping[str, LayerScales]
+) -> onnx.ModelProto:
+    """Quantise an FP32 graph.
+
+    Args:
+        model: the (smoothed) FP32 graph; it is not changed.
+        layers: its quantisable layers.
+        scales: scales of those that become INT8, by name; the others stay FP16.
+
+    Raises:
+        GraphError: the graph's opset has no FP16 scales.
+    """
+    opset = opset_of(model)
+    if opset < MIN_OPSET:
+        raise GraphError(
+            f"INT8 needs a graph of opset {MIN_OPSET} or newer; this one has opset {opset}",
+            hint="export the checkpoint again with --opset 20",
+        )
+    edit = _QuantizeEdit(to_fp16(model))
+    for layer in layers:
+        if layer.name in scales:
+            weight, own = weight_of(model, layer.weight), scales[layer.name]
+            edit.quantize_input(layer.node, layer.name, layer.input, own.activation)
+            edit.quantize_weight(layer.node, layer.name, weight, own.weight, layer.output_axis)
+    for node, name in weight_only_layers(model):
+        weight = weight_of(model, name)
+        edit.quantize_weight(node, node.rsplit("/", 1)[0], weight, weight_scales(weight, 1), 1)
+    return edit.finish()
+
+
+class _QuantizeEdit:
+    """Collects Q/DQ nodes to insert; drops constants that are no longer used in the end."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._model = model
+        self._before: dict[str, NodeWriter] = {node.name: NodeWriter() for node in model.graph.node}
+        self._nodes = {node.name: node for node in model.graph.node}
+        self._constants = NodeWriter()
+
+    def quantize_input(self, node: str, name: str, value: str, scale: float) -> None:
+        """Put ``Q -> DQ`` before a node's first input."""
+        # A scale per tensor has no dimension. With one of size 1 it would count as per axis, and compilers would
+        # compute the layer in FP16.
+        zero = self._constants.constant("int8_zero", np.zeros((), np.int8))
+        stored = self._constants.constant(f"{name}.input_scale", np.array(scale, np.float16))
+        before = self._before[node]
+        integers = before.add("QuantizeLinear", f"{name}.input_int8", value, stored, zero)
+        self._nodes[node].input[0] = before.add("DequantizeLinear", f"{name}.input", integers, stored, zero)
+
+    def quantize_weight(self, node: str, name: str, weight: np.ndarray, scales: np.ndarray, axis: int) -> None:
+        """Put ``DQ`` of integers in place of a node's weight."""
+        inputs = (
+            self._constants.constant(f"{name}.weight_int8", quantize_weight(weight, scales, axis)),
+            self._constants.constant(f"{name}.weight_scale", scales.astype(np.float16)),
+            self._constants.constant(f"int8_zeros_{len(scales)}", np.zeros(len(scales), np.int8)),
+        )
+        real = self._before[node].add("DequantizeLinear", f"{name}.weight_real", *inputs, axis=axis)
+        self._nodes[node].input[1] = real
+
+    def finish(self) -> onnx.ModelProto:
+        """The edited graph."""
+        graph = self._model.graph
+        nodes = [one for node in graph.node for one in (*self._before[node.name].nodes, node)]
+        used = {name for node in nodes for name in node.input}
+        constants = (*graph.initializer, *self._constants.constants.values())
+        replace_nodes(graph, nodes, [item for item in constants if item.name in used])
+        del graph.value_info[:]
+        return self._model

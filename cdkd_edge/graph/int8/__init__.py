@@ -1,1 +1,0 @@
-"""The INT8 graph: calibration tiles, ranges, and where it quantises."""

@@ -1,0 +1,282 @@
+"""Which nodes of a graph are which layers of the network: the one place that knows their names and forms.
+
+:mod:`cdkd_edge.graph.build` names every node after the module it comes from. Whoever changes the operators there
+changes here how attention, linears, convolutions and logits are found. INT8, FP16, the CPU's fused attention, further
+outputs and the roofline ask these functions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from cdkd_edge.core.errors import GraphError
+from cdkd_edge.core.output_kinds import LABELS
+from cdkd_edge.graph.nodes import GraphIndex, attribute_of
+
+Array = npt.NDArray[np.float32]
+
+_BLOCK_LINEAR = re.compile(r"(blocks\.\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$")
+
+
+@dataclass(frozen=True)
+class QuantizableLayer:
+    """A ``MatMul`` or ``Conv`` of an exported FP32 graph, with constant weights."""
+
+    name: str
+    """Name of the module, e.g. ``blocks.3.mlp.fc1`` or ``fuse``."""
+    node: str
+    """Name of the node."""
+    op: str
+    input: str
+    """The value that is quantised: tokens ``[N, L, K]``, or a map ``[N, C, G, G]``."""
+    weight: str
+    """The initialiser: ``[K, M]`` of a MatMul, ``[M, C, 3, 3]`` of a Conv."""
+    product: str
+    """The node's output, ``[N, L, M]`` or ``[N, M, G, G]``."""
+    macs: int
+    """Multiply-accumulates per tile."""
+
+    @property
+    def output_axis(self) -> int:
+        """Axis of the weight along which every output channel has its own scale."""
+        return 1 if self.op == "MatMul" else 0
+
+
+def quantizable_layers(model: onnx.ModelProto) -> list[QuantizableLayer]:
+    """The layers that INT8 is for, in the order of computation: linears of attention and MLP, 3x3 convolutions.
+
+    Attention's own products stay FP16: TensorRT fuses INT8 attention only up to 512 tokens, and these tiles have 4096.
+    Residual sums, LayerNorm, softmax and GELU lose most and gain nothing. The rest (1x1 convolutions, pyramid pooling)
+    is 2 % of the work.
+
+    Raises:
+        GraphError: the graph has none; :mod:`cdkd_edge.graph.build` did not write it.
+    """
+    constants = {item.name: item for item in model.graph.initializer}
+    grid = _grid(model)
+    layers = []
+    for node in model.graph.node:
+        if node.op_type not in ("MatMul", "Conv") or node.input[1] not in constants:
+            continue
+        weight = constants[node.input[1]]
+        name = node.name.rsplit("/", 1)[0].removesuffix(".product")
+        if node.op_type == "MatMul":
+            quantizable = bool(_BLOCK_LINEAR.match(name)) and len(weight.dims) == 2
+        else:
+            quantizable = list(weight.dims[2:]) == [3, 3]
+            name = name.removesuffix(".conv")
+        if quantizable:
+            macs = grid * grid * int(np.prod(weight.dims))
+            layers.append(
+                QuantizableLayer(name, node.name, node.op_type, node.input[0], node.input[1], node.output[0], macs)
+            )
+    if not layers:
+        raise GraphError(
+            "the graph has no layer that INT8 is for", hint="export the checkpoint again with this release"
+        )
+    return layers
+
+
+def weight_only_layers(model: onnx.ModelProto) -> list[tuple[str, str]]:
+    """Matrices stored as INT8 and multiplied in FP16: the node and the initialiser of each.
+
+    This is the bottleneck's share of the pyramid: a fifth of the 3x3 convolution's weights, used on 50 cells per tile.
+    INT8 arithmetic would gain nothing there, but the file becomes 2.4 MB smaller.
+    """
+    constants = {item.name for item in model.graph.initializer}
+    return [
+        (node.name, node.input[1])
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.name.startswith("context.taps/") and node.input[1] in constants
+    ]
+
+
+def weight_of(model: onnx.ModelProto, name: str) -> Array:
+    """An initialiser as FP32."""
+    item = next(item for item in model.graph.initializer if item.name == name)
+    return numpy_helper.to_array(item).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class InputMaker:
+    """A constant that scales the channels of a layer's input."""
+
+    node: onnx.NodeProto
+    position: int
+    """Which input of the node the constant is."""
+    start: int
+    """The first column of the constant that makes the layer's input."""
+
+
+def input_makers(
+    model: onnx.ModelProto, layer: QuantizableLayer, layers: Sequence[QuantizableLayer]
+) -> list[InputMaker]:
+    """The constants by which SmoothQuant divides a layer's input; empty where no constant makes it.
+
+    For qkv and fc1 these are LayerNorm's scale and shift; for proj the value rows of qkv (attention mixes tokens, not
+    channels).
+    """
+    found = _BLOCK_LINEAR.match(layer.name)
+    if not found or found[2] == "mlp.fc2":
+        return []
+    index = GraphIndex(model.graph)
+    if found[2] != "attn.proj":
+        norm = index.maker.get(layer.input)
+        if norm is None or norm.op_type != "LayerNormalization":
+            return []
+        return [InputMaker(norm, at, 0) for at, name in enumerate(norm.input) if at and name in index.constants]
+    qkv = next((one for one in layers if one.name == f"{found[1]}.attn.qkv"), None)
+    if qkv is None:
+        return []
+    width = index.constants[qkv.weight].dims[1]
+    makers = [InputMaker(index.maker[qkv.product], 1, width - width // 3)]
+    bias = next((node for node in index.users.get(qkv.product, []) if node.op_type == "Add"), None)
+    if bias is not None:
+        makers += [
+            InputMaker(bias, at, width - width // 3) for at, name in enumerate(bias.input) if name in index.constants
+        ]
+    return makers
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """An attention in the form of :mod:`.build`, from ``qkv`` ``[N, L, 3 D]`` to ``joined`` ``[N, L, D]``."""
+
+    qkv: str
+    joined: str
+    heads: int
+    width: int
+    nodes: frozenset[str]
+    """The first outputs of its nodes; they identify nodes, which compare by value."""
+
+
+def attention_blocks(model: onnx.ModelProto) -> list[AttentionBlock | None]:
+    """One entry per softmax: the attention around it, or None if it has another form."""
+    matcher = _AttentionMatcher(model.graph)
+    return [matcher.match(node) for node in model.graph.node if node.op_type == "Softmax"]
+
+
+class _MismatchError(Exception):
+    """The softmax is not in an attention of the known form."""
+
+
+class _AttentionMatcher:
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._index = GraphIndex(graph)
+
+    def match(self, softmax: onnx.NodeProto) -> AttentionBlock | None:
+        try:
+            return self._match(softmax)
+        except _MismatchError:
+            return None
+
+    def _match(self, softmax: onnx.NodeProto) -> AttentionBlock:
+        _require(attribute_of(softmax, "axis", -1) in (-1, 3))
+        scores = self._maker(softmax.input[0], "MatMul")
+        split = self._maker(scores.input[0], "Split", axis=1)
+        keys = self._maker(scores.input[1], "Transpose", perm=[0, 1, 3, 2])
+        by_head = self._maker(split.input[0], "Transpose", perm=[0, 2, 1, 3])
+        heads_shape = self._maker(by_head.input[0], "Reshape")
+        mixed = self._user(softmax, "MatMul")
+        by_token = self._user(mixed, "Transpose", perm=[0, 2, 1, 3])
+        joined = self._user(by_token, "Reshape")
+        _require(list(split.output) == [scores.input[0], keys.input[0], mixed.input[1]])
+        _require(mixed.input[0] == softmax.output[0])
+
+        inner = (heads_shape, by_head, split, keys, scores, softmax, mixed, by_token)
+        nodes = frozenset(node.output[0] for node in (*inner, joined))
+        _require(not any(self._is_used_outside(node, nodes) for node in inner))
+        batch, length, parts, width = self._sizes(heads_shape, 4)
+        heads = parts // 3
+        _require(self._sizes(split, 3) == [heads] * 3)
+        _require(self._sizes(joined, 3) == [batch, length, heads * width])
+        return AttentionBlock(heads_shape.input[0], joined.output[0], heads, heads * width, nodes)
+
+    def _maker(self, value: str, op: str, **attributes: object) -> onnx.NodeProto:
+        return _require_op(self._index.maker.get(value), op, attributes)
+
+    def _user(self, node: onnx.NodeProto, op: str, **attributes: object) -> onnx.NodeProto:
+        return _require_op(self._index.only_user(node.output[0]), op, attributes)
+
+    def _sizes(self, node: onnx.NodeProto, count: int) -> list[int]:
+        """The constant sizes that are a node's second input: ``count`` positive numbers."""
+        _require(len(node.input) == 2 and node.input[1] in self._index.constants)
+        sizes: list[int] = numpy_helper.to_array(self._index.constants[node.input[1]]).ravel().tolist()
+        _require(len(sizes) == count and min(sizes) > 0)
+        return sizes
+
+    def _is_used_outside(self, node: onnx.NodeProto, block: frozenset[str]) -> bool:
+        return any(
+            output in self._index.outputs
+            or any(user.output[0] not in block for user in self._index.users.get(output, []))
+            for output in node.output
+        )
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise _MismatchError
+
+
+def _require_op(node: onnx.NodeProto | None, op: str, attributes: dict[str, object]) -> onnx.NodeProto:
+    if node is None or node.op_type != op:
+        raise _MismatchError
+    _require(all(attribute_of(node, name) == value for name, value in attributes.items()))
+    return node
+
+
+def scores_of(model: onnx.ModelProto) -> str:
+    """The name of the logits at full resolution, ``[N, K, T, T]``.
+
+    Raises:
+        GraphError: the graph does not end in ArgMax over them and a cast to uint8 labels, its only output.
+    """
+    makers = GraphIndex(model.graph).maker
+    cast = makers.get(LABELS)
+    best = makers.get(cast.input[0]) if cast is not None and cast.op_type == "Cast" else None
+    if [output.name for output in model.graph.output] != [LABELS] or best is None or best.op_type != "ArgMax":
+        raise GraphError(
+            "the graph does not end in labels alone, as ArgMax of its logits",
+            hint="use the graph that `cdkd-edge export` wrote",
+        )
+    return str(best.input[0])
+
+
+def logits_of(model: onnx.ModelProto) -> str:
+    """The name of the logits as the network computes them, ``[N, K, G, G]``.
+
+    Raises:
+        GraphError: the graph does not end in their up-sampling and ArgMax.
+    """
+    resize = GraphIndex(model.graph).maker.get(scores_of(model))
+    if resize is None or resize.op_type != "Resize":
+        raise GraphError("the graph does not end in up-sampled logits", hint="export the checkpoint again")
+    return str(resize.input[0])
+
+
+def position_embedding(graph: onnx.GraphProto) -> tuple[onnx.TensorProto, onnx.TensorProto, int] | None:
+    """The patch embedding's bias, the position embedding, and the first token that gets both; None if not found."""
+    constants = {item.name: item for item in graph.initializer}
+    if not {"patch_embed.bias", "pos_embed"} <= constants.keys():
+        return None
+    convolution = next((node for node in graph.node if node.op_type == "Conv"), None)
+    if convolution is None or list(convolution.input[2:]) != ["patch_embed.bias"]:
+        return None
+    class_token = any(node.op_type == "Concat" and "cls_token" in node.input for node in graph.node)
+    return constants["patch_embed.bias"], constants["pos_embed"], int(class_token)
+
+
+def _grid(model: onnx.ModelProto) -> int:
+    """Patches along a tile's side."""
+    tile = model.graph.input[0].type.tensor_type.shape.dim[-1].dim_value
+    patch_embedding = next((node for node in model.graph.node if node.op_type == "Conv"), None)
+    if patch_embedding is None:
+        raise GraphError("the graph has no patch embedding", hint="export the checkpoint again with this release")
+    return int(tile) // int(attribute_of(patch_embedding, "kernel_shape")[0])

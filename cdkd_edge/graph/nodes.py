@@ -1,0 +1,91 @@
+"""Nodes of an ONNX graph: write them, find them, replace them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+CONTRIB_DOMAIN = "com.microsoft"
+"""Operators that only ONNX Runtime has
+(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md)."""
+
+Message = TypeVar("Message", onnx.ModelProto, onnx.NodeProto, onnx.TensorProto)
+
+
+class NodeWriter:
+    """Collects nodes and constants."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+
+    def add(self, op: str, name: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
+        """Append a node; its (first) output is called ``name`` unless ``outputs`` says otherwise."""
+        outputs = list(outputs) or [name]
+        self.nodes.append(helper.make_node(op, list(inputs), outputs, name=f"{name}/{op}", **attributes))
+        return outputs[0]
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        """Store a constant; the same name is stored once."""
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
+        return name
+
+
+class GraphIndex:
+    """Which node makes and which nodes use each value of a graph."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.maker = {output: node for node in graph.node for output in node.output}
+        self.users: dict[str, list[onnx.NodeProto]] = {}
+        """A node that uses a value twice is listed twice."""
+        for node in graph.node:
+            for name in node.input:
+                self.users.setdefault(name, []).append(node)
+        self.constants = {item.name: item for item in graph.initializer}
+        self.outputs = {output.name for output in graph.output}
+
+    def only_user(self, value: str) -> onnx.NodeProto | None:
+        """The node that uses a value, if there is exactly one use."""
+        users = self.users.get(value, [])
+        return users[0] if len(users) == 1 else None
+
+
+def copy_of(message: Message) -> Message:
+    """A copy of a graph, a node or a constant."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy
+
+
+def replace_nodes(
+    graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto], constants: Iterable[onnx.TensorProto] | None = None
+) -> None:
+    """Give a graph other nodes, and other constants unless they are None; both may be the graph's own."""
+    copies = [copy_of(node) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+    if constants is not None:
+        kept = [copy_of(item) for item in constants]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+
+
+def attribute_of(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute, or ``default`` if it has none of that name."""
+    found = next((item for item in node.attribute if item.name == name), None)
+    return default if found is None else helper.get_attribute_value(found)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators that a graph uses."""
+    return max(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def batch_of(model: onnx.ModelProto) -> int:
+    """The number of tiles that a graph takes at a time."""
+    return int(model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)

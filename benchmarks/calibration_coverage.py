@@ -19,11 +19,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
-from cdkd_edge.precision.calibration.candidates import Candidates, ScanOptions, scan
-from cdkd_edge.precision.calibration.choose import choose, radius
-from cdkd_edge.precision.calibration.describe import standardised
-from cdkd_edge.precision.calibration.duplicates import without_duplicates
-from cdkd_edge.precision.calibration.scenes import expand, measure
+from cdkd_edge.precision.calibration.choose import choose, coverage_radius
+from cdkd_edge.precision.calibration.descriptors import standardise
+from cdkd_edge.precision.calibration.scan import Candidates, ScanOptions, TiledScene, scan_scenes
+from cdkd_edge.raster.find import scenes_named
 from cdkd_edge.raster.grid import Span
 from cdkd_edge.raster.read import SceneReader
 
@@ -58,7 +57,7 @@ def largest_magnitudes(candidates: Candidates, graph: Path) -> Array:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     wanted = [f"largest_{index}" for index in range(len(tensors))]
     rows = []
-    for source_index, source in enumerate(candidates.sources):
+    for source_index, source in enumerate(candidates.scenes):
         reader = SceneReader(source.path)
         tile = np.empty((1, 3, source.tile, source.tile), np.uint8)
         for index in np.flatnonzero(candidates.scene == source_index):
@@ -74,7 +73,7 @@ def judged(points: Array, magnitudes: Array, chosen: list[int]) -> npt.NDArray[n
     ranges = magnitudes[chosen].max(axis=0)
     share = ranges / magnitudes.max(axis=0)
     beyond = (magnitudes > ranges).mean()
-    return np.array([*radius(points, points[chosen]), share.mean(), share.min(), 100 * beyond])
+    return np.array([*coverage_radius(points, points[chosen]), share.mean(), share.min(), 100 * beyond])
 
 
 def main() -> None:
@@ -86,9 +85,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="seeds")
     arguments = parser.parse_args()
     tile = read_manifest(arguments.graph, GraphManifest).tile
-    sources = [measure(path, tile) for path in expand(arguments.scenes)]
-    candidates = without_duplicates(scan(sources, ScanOptions(tile)))
-    points = standardised(candidates.features)
+    scenes = [TiledScene.open(path, tile) for path in scenes_named(arguments.scenes)]
+    candidates = scan_scenes(scenes, ScanOptions(tile)).without_duplicates()
+    points = standardise(candidates.features)
     magnitudes = largest_magnitudes(candidates, arguments.graph)
     everything = np.ones(len(points), bool)
     print(f"{len(points)} candidates of {tile} px, {magnitudes.shape[1]} tensors, medians of {arguments.repeats} seeds")

@@ -24,10 +24,11 @@ from cdkd_edge.engines.runtimes import RUNTIMES, build_engine
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint
 from cdkd_edge.graph.tiles import CalibrationSet
 from cdkd_edge.model.checkpoint import load_checkpoint, save_checkpoint
-from cdkd_edge.precision.calibration.generate import CalibrateOptions, calibrate
-from cdkd_edge.precision.calibration.scenes import expand, measure
+from cdkd_edge.precision.calibration.calibrate import CalibrateOptions, calibrate
+from cdkd_edge.precision.calibration.scan import TiledScene
 from cdkd_edge.precision.int8 import Int8Options, write_int8
 from cdkd_edge.precision.int8_gate import Int8Gate
+from cdkd_edge.raster.find import scenes_named
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segment.options import SegmentOptions
 
@@ -83,7 +84,7 @@ def read_tiles(data: Path, tile: int, count: int) -> tuple[npt.NDArray[np.uint8]
         SceneError: no image is large enough.
     """
     folder = data / "images" if (data / "images").is_dir() else data
-    sources = [measure(path, tile) for path in expand([str(folder)])]
+    sources = [TiledScene.open(path, tile) for path in scenes_named([str(folder)])]
     large = [source for source in sources if min(source.height, source.width) >= tile]
     if not large:
         raise SceneError(f"no image in {folder} has {tile} x {tile} px", hint="give larger ones, or a smaller --tile")
@@ -207,7 +208,7 @@ def _int8(
         calibrate(
             _calibration_scenes(folder, tile, data, images, count + CHECK_TILES),
             place,
-            CalibrateOptions(count=count, check=CHECK_TILES, tile=tile, scene=SegmentOptions()),
+            CalibrateOptions(count=count, check=CHECK_TILES, tile=tile, reading=SegmentOptions()),
         )
     options = Int8Options(gate=Int8Gate() if trained else NO_GATE)
     write_int8(plain, graph, CalibrationSet.load(place), options, note=progress)
@@ -218,7 +219,7 @@ def _int8(
 def _calibration_scenes(folder: Path, tile: int, data: Path | None, images: list[str], count: int) -> list[str]:
     """Images that are not measured on, if there are others; or a drawn scene of another seed."""
     if data is not None:
-        paths = expand([str(data / "images" if (data / "images").is_dir() else data)])
+        paths = scenes_named([str(data / "images" if (data / "images").is_dir() else data)])
         return [path for path in paths if path not in images] or paths
     from PIL import Image
 

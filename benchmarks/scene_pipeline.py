@@ -24,11 +24,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from cdkd_edge.engines.protocol import LabelsOnly
 
@@ -44,12 +46,12 @@ class InstantEngine(LabelsOnly):
     def __init__(self, tile: int, slots: int = 3) -> None:
         from cdkd_edge.core.labels import load_schema
         from cdkd_edge.core.manifest import FileRecord
-        from cdkd_edge.demo.scenery import draw_scene
 
         self.tile, self.batch, self.slots = tile, 1, slots
         self.schema = load_schema("dubai")
         self.artefact = FileRecord("instant", "0" * 64, 0)
-        labels = draw_scene(tile, tile, seed=1).labels
+        with (resources.files("cdkd_edge.demo") / "scene-labels.png").open("rb") as file:
+            labels = np.resize(np.asarray(Image.open(file))[:tile, :tile], (tile, tile))
         self._inputs = [np.zeros((1, 3, tile, tile), np.uint8) for _ in range(slots)]
         self._outputs = [labels[None].copy() for _ in range(slots)]
 

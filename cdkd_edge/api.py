@@ -326,7 +326,7 @@ def bench(
     Raises:
         EngineError, PowerError, SceneError: nothing could be measured.
     """
-    from cdkd_edge.bench.protocols import protocol_of
+    from cdkd_edge.bench.phases import protocol_of
     from cdkd_edge.bench.run import BenchOptions, run_benchmark
 
     options = BenchOptions(
@@ -379,7 +379,7 @@ def power_window(source: str | None = None, interval: float = 0.1) -> Iterator[P
         PowerError: no source answers; the message has the reason of each.
     """
     from cdkd_edge.board.power.energy import rail_energy
-    from cdkd_edge.board.power.sources import find_source
+    from cdkd_edge.board.power.sampler import find_source
 
     with find_source(source, interval) as sampler:
         assert sampler.info is not None

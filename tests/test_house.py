@@ -32,12 +32,10 @@ FLOOR = {name: level for level, name in enumerate(ROOMS)}
 
 NEEDS_TORCH = (
     "cdkd_edge.model.network",
-    "cdkd_edge.model.cost",
     "cdkd_edge.model.layouts",
     "cdkd_edge.model.checkpoint",
     "cdkd_edge.model.container",
     "cdkd_edge.model.device",
-    "cdkd_edge.model.infer",
     "cdkd_edge.model.unwrap",
     "cdkd_edge.graph.export",
     "cdkd_edge.graph.export",

@@ -1,4 +1,4 @@
-"""A run's tables as curves to draw: rates over windows, lines broken at gaps, thinned so that peaks survive."""
+"""The curves of a run's pictures: rates over windows, lines broken at gaps, curves thinned without losing peaks."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ import numpy.typing as npt
 from cdkd_edge.bench.folder import Run, Series
 from cdkd_edge.bench.record import LOAD, WARM_UP
 from cdkd_edge.board.power.ina3221 import TOTAL
+from cdkd_edge.board.power.protocol import longest_step
 
 Floats = npt.NDArray[np.float64]
 
 WINDOWS = 150
-"""At most about so many windows over a run; none is shorter than :data:`SHORTEST`."""
+"""Largest number of windows in a run, about."""
 SHORTEST = 1.0
-"""s."""
+"""Least length of a window, s."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Warm-up or load of one repeat, cut into windows that begin and end with a batch, so that none is cut in two."""
+    """The warm-up or load of a repeat, divided into windows at the starts of batches."""
 
     repeat: int
     phase: str
     edges: Floats
-    """``[W + 1]``, s from the start of the run."""
+    """``[W + 1]``: s from the start of the run."""
     tiles_per_second: Floats
     """``[W]``."""
     latency_ms: Floats
@@ -37,8 +38,8 @@ class Windows:
 
 
 def bounds(run: Run) -> tuple[float, float]:
-    """First and last moment of a run, s; the start of the run, 0, lies within."""
-    ends = [(span.start, span.stop) for span in run.summary.phases]
+    """First and last moment of a run, s. They include 0, the start of the run."""
+    ends = [(phase.start, phase.stop) for phase in run.summary.phases]
     ends += [(series.times[0], series.times[-1]) for series in run.watts.values() if series.times]
     ends += [(batch.start, batch.start + batch.latency) for batch in (*run.tiles[:1], *run.tiles[-1:])]
     if not ends:
@@ -48,19 +49,19 @@ def bounds(run: Run) -> tuple[float, float]:
 
 
 def window_seconds(run: Run) -> float:
-    """Length that windows have at least."""
+    """Least length of the windows of a run."""
     start, stop = bounds(run)
     return max(SHORTEST, (stop - start) / WINDOWS)
 
 
 def typical_window(found: Sequence[Windows]) -> float:
-    """Median length, s; a batch may be longer than a window has to be."""
+    """Median length of windows, s; where a batch takes longer than a window, it is the batch's."""
     lengths = np.concatenate([np.diff(one.edges) for one in found]) if found else np.zeros(1)
     return float(np.median(lengths))
 
 
 def windows(run: Run) -> tuple[Windows, ...]:
-    """Tiles per second and latency of every warm-up and load, over windows."""
+    """Tiles per second and latency over windows, for every warm-up and load."""
     groups: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for batch in run.tiles:
         groups.setdefault((batch.repeat, batch.phase), []).append((batch.start, batch.latency))
@@ -81,7 +82,7 @@ def _windows(repeat: int, phase: str, batches: Floats, length: float, tiles: int
         firsts.append(following)
     stop = starts[-1] + latencies[-1]
     if len(firsts) > 1 and stop - starts[firsts[-1]] < length / 2:
-        firsts.pop()  # a last window of a batch or two would only be noise
+        firsts.pop()  # a last window of one or two batches would be noise
     edges = np.append(starts[firsts], stop)
     counts = np.diff([*firsts, len(starts)])
     seconds = np.maximum(np.diff(edges), 1e-9)
@@ -91,13 +92,10 @@ def _windows(repeat: int, phase: str, batches: Floats, length: float, tiles: int
 
 
 def gap_seconds(series: Series) -> float:
-    """Seconds between two readings above which there is a gap: three usual steps and a fifth of a second.
-
-    The usual step is the median, which equals the sampler's interval unless half of the readings are missing.
-    """
+    """Longest time between two readings that is not a gap, from their median interval."""
     if len(series.times) < 2:
         return float("inf")
-    return 3 * float(np.median(np.diff(np.sort(series.times)))) + 0.2
+    return longest_step(float(np.median(np.diff(np.sort(series.times)))))
 
 
 def pieces(series: Series) -> list[tuple[Floats, Floats]]:
@@ -111,7 +109,7 @@ def pieces(series: Series) -> list[tuple[Floats, Floats]]:
 
 
 def gaps(series: Series, start: float, stop: float) -> list[tuple[float, float]]:
-    """Times without readings between ``start`` and ``stop``."""
+    """Stretches without readings between ``start`` and ``stop``."""
     parts, limit = pieces(series), gap_seconds(series)
     if not parts:
         return [(start, stop)]
@@ -120,7 +118,7 @@ def gaps(series: Series, start: float, stop: float) -> list[tuple[float, float]]
 
 
 def thin(times: Floats, values: Floats, start: float, stop: float, columns: int) -> tuple[Floats, Floats]:
-    """At most four points for each of ``columns`` of the picture: first, lowest, highest, last. So peaks survive."""
+    """At most four points per column of the picture: first, lowest, highest, last, so that peaks are kept."""
     if len(times) <= 4 * columns:
         return times, values
     cuts = np.searchsorted(times, np.linspace(start, stop, columns + 1)[1:-1])
@@ -133,18 +131,18 @@ def thin(times: Floats, values: Floats, start: float, stop: float, columns: int)
 
 
 def power_top(run: Run) -> float:
-    """Top of the axis of power, W; not below what sensors can tell from nothing."""
+    """Top of the power axis, W; at least what sensors can tell from zero."""
     highest = max((max(series.values) for series in run.watts.values() if series.values), default=1.0)
     return max(1.2 * highest, 0.1)
 
 
 def clear_height(occupied: Sequence[float]) -> float:
-    """Of some heights in a picture (0 bottom, 1 top), the one farthest from what is drawn there already."""
+    """A height in the picture (0 bottom, 1 top) that is far from what is drawn already."""
     return max((0.5, 0.4, 0.6, 0.3, 0.7), key=lambda height: min((abs(height - one) for one in occupied), default=1.0))
 
 
 def throughput_top(found: Sequence[Windows], occupied: Sequence[float] | None = None) -> float:
-    """Top of the axis of tiles/s; with ``occupied`` heights, so that the curve stands where they are not."""
+    """Top of the tiles/s axis, chosen so that the curve keeps clear of ``occupied`` heights."""
     top = 1.2 * max((float(one.tiles_per_second.max()) for one in found), default=1.0)
     if occupied is not None and found:
         typical = max(float(np.median(one.tiles_per_second)) for one in found)
@@ -153,54 +151,49 @@ def throughput_top(found: Sequence[Windows], occupied: Sequence[float] | None = 
 
 
 def levels(run: Run, top: float) -> list[float]:
-    """Heights at which power is drawn on an axis up to ``top`` W: medians of every rail's idle and load phases."""
+    """Heights at which power is drawn on an axis up to ``top`` W: the medians of each rail in idle and load phases."""
     found = []
     for series in run.watts.values():
         times, values = np.asarray(series.times), np.asarray(series.values)
-        for span in run.summary.phases:
-            inside = values[(times >= span.start) & (times < span.stop)]
-            if span.name != WARM_UP and len(inside):
+        for phase in run.summary.phases:
+            inside = values[(times >= phase.start) & (times < phase.stop)]
+            if phase.name != WARM_UP and len(inside):
                 found.append(float(np.median(inside)) / top)
     return found
 
 
 def temperature(run: Run) -> tuple[str, Series] | None:
-    """The junction temperature, or else the first temperature there is; its name without the unit."""
+    """Name (without unit) and curve of the junction temperature, or else of the first one."""
     names = [name for name, series in run.conditions.items() if name.endswith("_celsius") and series.times]
     names.sort(key=lambda name: name != "tj_celsius")
     return (names[0].removesuffix("_celsius"), run.conditions[names[0]]) if names else None
 
 
 def main_rails(run: Run) -> tuple[str, ...]:
-    """The rail that contains the others; where none does, all."""
+    """The rail that contains all others; all rails if none does."""
     power = run.summary.figures.power if run.summary.figures else None
     total = power.total if power else None
     if total in run.watts:
         return (str(total),)
-    # An invalid run has no figures that would name it.
+    # The figures name the total, but an invalid run has none.
     return (TOTAL,) if TOTAL in run.watts else tuple(run.watts)
 
 
 def load_latencies_ms(run: Run) -> Floats:
-    """Latency of every batch of the load phases."""
+    """Latency of every batch in the load phases."""
     return np.asarray([batch.latency * 1e3 for batch in run.tiles if batch.phase == LOAD], np.float64)
 
 
 def why_no_power(run: Run) -> str:
-    """The reason in words; empty where there are readings."""
+    """Why there are no power readings; empty if there are some."""
     if any(series.times for series in run.watts.values()):
         return ""
     figures = run.summary.figures
     return (figures.power_reason if figures else "") or "there are no readings in the run's folder"
 
 
-def span_label(name: str, repeat: int, repeats: int) -> str:
-    """``load 2``; without a number where there is one repeat."""
-    return f"{name} {repeat + 1}" if name == LOAD and repeats > 1 else name
-
-
 def mean_watts(run: Run) -> dict[str, tuple[float, float]]:
-    """Idle and load of the main rails; empty where there are no figures to quote."""
+    """Mean watts, idle and load, of the main rails; empty for an invalid run."""
     figures: Any = run.summary.figures.power.rails if run.summary.figures and run.summary.figures.power else {}
     return {
         rail: (figures[rail].idle_watts.mean, figures[rail].load_watts.mean)

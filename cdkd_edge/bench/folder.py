@@ -1,4 +1,4 @@
-"""A run's folder: ``summary.json`` and the tables beside it, written and read."""
+"""Write and read the folder of a run: ``summary.json`` and the tables beside it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.bench.record import LOAD, SUMMARY_VERSION, WARM_UP, BenchSummary, Span
+from cdkd_edge.bench.record import LOAD, SUMMARY_VERSION, WARM_UP, BenchSummary, Phase
+from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.protocol import JOULES, WATTS
-from cdkd_edge.board.power.trace import Trace
 from cdkd_edge.core.errors import BenchError, printable
 from cdkd_edge.core.files import read_json, read_small, write_text
 
@@ -22,9 +22,9 @@ SUMMARY, TILES, TRACE, CONDITIONS = "summary.json", "tiles.csv", "trace.csv", "c
 PICTURE, PAGE = "trace.png", "report.html"
 
 MOST = 1e15
-"""Of whatever is measured, in any of the units here."""
+"""Largest number that is accepted, in any unit."""
 MOST_TABLE = 64 << 20
-"""Bytes of a table that are read back: 1.6 million batches."""
+"""Largest table that is read, bytes: 1.6 million batches."""
 MOST_COLUMNS = 1000
 
 _UNITS = {WATTS: "w", JOULES: "j"}
@@ -32,7 +32,7 @@ _UNITS = {WATTS: "w", JOULES: "j"}
 
 @dataclass(frozen=True)
 class TimedBatch:
-    """One run of the engine in a warm-up or load phase."""
+    """A batch in a warm-up or load phase."""
 
     repeat: int
     phase: str
@@ -44,7 +44,7 @@ class TimedBatch:
 
 @dataclass(frozen=True)
 class Series:
-    """A column against time: moments (s from the start of the run) and values; what could not be read is not there."""
+    """A column of a table: times (s from the start of the run) and values, without those that could not be read."""
 
     times: tuple[float, ...]
     values: tuple[float, ...]
@@ -52,22 +52,22 @@ class Series:
 
 @dataclass(frozen=True)
 class Run:
-    """A run read back."""
+    """A run, read from its folder."""
 
     folder: Path
     summary: BenchSummary
     tiles: tuple[TimedBatch, ...]
     watts: dict[str, Series]
-    """Per rail; empty without power. Of a counter, the mean watts of each step at its middle."""
+    """By rail; empty without power. For a counter of joules: the mean watts between two readings, at their middle."""
     conditions: dict[str, Series]
-    """Per column of ``conditions.csv``, whose names end in their units."""
+    """By column of ``conditions.csv``; names end in their units."""
 
 
 def write_summary(folder: Path, summary: BenchSummary) -> None:
     """Write ``summary.json``.
 
     Raises:
-        ValueError: a number in it is infinite or none; in JSON it would silently become null.
+        ValueError: a number is infinite or NaN, which would silently become null in JSON.
     """
     import msgspec
 
@@ -88,7 +88,7 @@ def _require_finite(value: Any, where: str) -> None:
 
 
 def write_tiles(folder: Path, batches: Iterable[TimedBatch]) -> None:
-    """Write ``tiles.csv``: every run of the engine, warm-up included."""
+    """Write ``tiles.csv``: every batch, including those of the warm-up."""
     rows = (
         (one.repeat, one.phase, number, f"{one.start:.6f}", f"{one.latency * 1e3:.3f}")
         for number, one in enumerate(batches)
@@ -96,28 +96,28 @@ def write_tiles(folder: Path, batches: Iterable[TimedBatch]) -> None:
     _write(folder / TILES, ("repeat", "phase", "batch", "start_s", "latency_ms"), rows)
 
 
-def write_trace(folder: Path, trace: Trace, spans: Sequence[Span], origin: float) -> None:
-    """Write ``trace.csv``: every reading, in the source's own quantity.
+def write_trace(folder: Path, trace: Trace, phases: Sequence[Phase], origin: float) -> None:
+    """Write ``trace.csv``: every power reading, in watts or joules as the source gives them.
 
     Args:
-        folder: of the run.
-        trace: what was sampled.
-        spans: phases; a reading outside all of them has neither repeat nor phase.
+        folder: folder of the run.
+        trace: the readings.
+        phases: phases of the run; for a reading outside all of them, repeat and phase are empty.
         origin: start of the run, s on CLOCK_MONOTONIC.
     """
     rails, unit = trace.source.rails, _UNITS[trace.source.quantity]
     rows = []
     for sample in trace.samples:
         time = sample.time - origin
-        span = next((span for span in spans if span.start <= time < span.stop), None)
-        place = (span.repeat, span.name) if span else ("", "")
+        phase = next((phase for phase in phases if phase.start <= time < phase.stop), None)
+        place = (phase.repeat, phase.name) if phase else ("", "")
         values = (f"{sample.values[rail]:.6f}" if rail in sample.values else "" for rail in rails)
         rows.append((f"{time:.6f}", f"{sample.uncertainty:.6f}", *place, *values))
     _write(folder / TRACE, ("time_s", "uncertainty_s", "repeat", "phase", *(f"{rail}_{unit}" for rail in rails)), rows)
 
 
 def write_conditions(folder: Path, rows: Sequence[tuple[float, dict[str, float]]]) -> None:
-    """Write ``conditions.csv``: moments (s from the start of the run) and what the board said; absent is empty."""
+    """Write ``conditions.csv`` from rows of time (s from the start of the run) and values; missing ones stay empty."""
     names = list(dict.fromkeys(name for _, values in rows for name in values))
     table = (
         (f"{time:.3f}", *(f"{values[name]:g}" if name in values else "" for name in names)) for time, values in rows
@@ -133,10 +133,10 @@ def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 
 
 def read_summary(folder: Path) -> BenchSummary:
-    """Read and check ``summary.json`` of a run's folder.
+    """Read and check the ``summary.json`` of a run.
 
     Raises:
-        BenchError: there is none, it is damaged, or of another version.
+        BenchError: the file is missing, damaged, or of another version.
     """
     import msgspec
 
@@ -144,9 +144,9 @@ def read_summary(folder: Path) -> BenchSummary:
     try:
         document = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise BenchError(f"{folder} is no benchmark run: there is no {SUMMARY} in it") from None
+        raise BenchError(f"{folder} is not a benchmark run: it has no {SUMMARY}") from None
     except (OSError, ValueError) as error:
-        raise BenchError(f"{path} cannot be read: {_said(error)}") from None
+        raise BenchError(f"{path} cannot be read: {_reason(error)}") from None
     version = document.get("summary_version") if isinstance(document, dict) else None
     if version != SUMMARY_VERSION:
         raise BenchError(
@@ -161,7 +161,7 @@ def read_summary(folder: Path) -> BenchSummary:
 
 
 def _require_possible(value: Any, where: str) -> None:
-    """Refuse numbers that nothing measures, before they are computed with, and means of nothing."""
+    """Refuse impossible numbers, and figures without values."""
     if isinstance(value, float | int) and not abs(value) <= MOST:
         raise ValueError(f"{where} is {value:.3g}")
     if isinstance(value, dict):
@@ -177,15 +177,15 @@ def _require_possible(value: Any, where: str) -> None:
 def _require_figure(figure: dict[str, Any], where: str) -> None:
     values, interval = figure["values"], figure["interval"]
     if isinstance(values, list) and len(values) < (2 if interval else 1):
-        raise ValueError(f"{where} is of {len(values)} values" + (" and has an interval" if interval else ""))
+        raise ValueError(f"{where} has {len(values)} values" + (" and an interval" if interval else ""))
 
 
 def read_run(folder: Path, *, bounded: bool = True) -> Run:
-    """Read a run's folder, its tables included.
+    """Read the folder of a run with its tables.
 
     Args:
-        folder: of the run.
-        bounded: refuse tables larger than any run writes; not those that this very run has just written.
+        folder: folder of the run.
+        bounded: refuse tables that are larger than a run of this length writes.
 
     Raises:
         BenchError: a file is missing or damaged.
@@ -203,7 +203,7 @@ def read_run(folder: Path, *, bounded: bool = True) -> Run:
 
 
 def read_tiles(folder: Path, summary: BenchSummary, *, bounded: bool = True) -> tuple[TimedBatch, ...]:
-    """Read ``tiles.csv`` alone; arguments and errors as of :func:`read_run`."""
+    """Read only ``tiles.csv``; arguments and errors as in :func:`read_run`."""
     path, tiles = folder / TILES, []
     most = _most_bytes(summary) if bounded else None
     for row in _rows(path, ("repeat", "phase", "start_s", "latency_ms"), most):
@@ -213,19 +213,19 @@ def read_tiles(folder: Path, summary: BenchSummary, *, bounded: bool = True) -> 
             if start is None or latency is None or start < 0 or latency < 0 or phase not in (WARM_UP, LOAD):
                 raise ValueError
         except (TypeError, ValueError):
-            raise BenchError(f"{path} is damaged: {printable(str(dict(row)), 200)} is no batch") from None
+            raise BenchError(f"{path} is damaged: {printable(str(dict(row)), 200)} is not a batch") from None
         tiles.append(TimedBatch(repeat, phase, start, latency / 1e3))
     return tuple(tiles)
 
 
 def _most_bytes(summary: BenchSummary) -> int:
-    """Bytes that a table of a run can have: 25,000 batches a second, each a row of 40 bytes, and a margin."""
-    seconds = max((span.stop for span in summary.phases), default=0.0)
+    """Largest size of a table: 25,000 batches a second in rows of 40 bytes, and a margin."""
+    seconds = max((phase.stop for phase in summary.phases), default=0.0)
     return int(min(MOST_TABLE, 4e6 + 1e6 * max(0.0, seconds)))
 
 
 def _steps(counter: Series) -> Series:
-    """Mean watts between two readings of a counter; where it began anew there is none."""
+    """Mean watts between two readings of a counter of joules, except where it was reset."""
     steps = [
         ((t1 + t2) / 2, (v2 - v1) / (t2 - t1))
         for (t1, v1), (t2, v2) in pairwise(zip(counter.times, counter.values, strict=True))
@@ -235,7 +235,7 @@ def _steps(counter: Series) -> Series:
 
 
 def _columns(path: Path, others: Sequence[str], most: int | None) -> dict[str, Series]:
-    """Every numeric column of a table with ``time_s``."""
+    """The columns of a table with ``time_s``, except ``others``."""
     columns: dict[str, tuple[list[float], list[float]]] = {}
     for row in _rows(path, ("time_s", *others), most):
         for name, text in row.items():
@@ -253,10 +253,10 @@ def _columns(path: Path, others: Sequence[str], most: int | None) -> dict[str, S
 
 
 def _number(text: str | None) -> float | None:
-    """A number that can be measured; None where there is no text.
+    """The number in a cell; None if the cell is empty.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a possible number.
     """
     if not text:
         return None
@@ -277,12 +277,12 @@ def _rows(path: Path, expected: Sequence[str], most: int | None) -> Iterator[dic
             raise BenchError(f"{path} is damaged: it has {len(names)} columns")
         for row in reader:
             if None in row or None in row.values():
-                raise BenchError(f"{path} is damaged: rows of other lengths")
+                raise BenchError(f"{path} is damaged: rows differ in length")
             yield row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BenchError(f"{path} cannot be read: {_said(error)}") from None
+        raise BenchError(f"{path} cannot be read: {_reason(error)}") from None
 
 
-def _said(error: Exception) -> str:
-    """In a sentence about the file; the file itself is named there already."""
+def _reason(error: Exception) -> str:
+    """The error without the name of the file."""
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)

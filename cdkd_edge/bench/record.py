@@ -1,17 +1,25 @@
-"""What one benchmark run leaves behind: ``summary.json``, as data.
+"""The record of a benchmark run, ``summary.json``, and its JSON Schema.
 
-Moments are seconds from the start of the run, on one clock for phases, tiles, power and conditions. A figure that
-could not be measured is absent, and the field beside it says why. The JSON Schema of this module is
-``docs/schemas/summary-2.json``.
+All times are seconds from the start of the run, on one clock for phases, tiles, power and conditions. A figure that
+could not be measured is null, and the field beside it says why.
+
+``python -m cdkd_edge.bench.record > docs/schemas/summary-2.json`` writes the published schema; its descriptions are the
+docstrings below.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import ast
+import inspect
+import re
+import sys
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Final, Literal
 
 from cdkd_edge import __version__
+from cdkd_edge.bench import statistics
 from cdkd_edge.bench.statistics import Figure, Latency
+from cdkd_edge.core import machine, manifest
 from cdkd_edge.core.machine import Machine
 from cdkd_edge.core.manifest import EngineManifest
 
@@ -27,10 +35,9 @@ LOAD: Final = "load"
 
 
 @dataclass(frozen=True)
-class Span:
-    """A phase. Repeat i has its idle, warm-up and load; the idle phase after the last load has the next number.
-
-    Of a run that was broken off, the last one is the phase in which that happened.
+class Phase:
+    """Start and end of a phase. Each repeat has an idle, a warm-up and a load phase; the idle phase after the last load
+    has the next repeat number. In a run that ended early, the last entry is the phase in which it ended.
     """
 
     name: Literal["idle", "warm-up", "load"]
@@ -40,26 +47,26 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """Duration."""
+        """Its length."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the run was made."""
+    """How long the phases of a run last, and how often they are repeated."""
 
     preset: Literal["default", "paper", "mlperf"]
     idle_seconds: float
-    """Of each idle phase."""
+    """Length of each idle phase."""
     load_seconds: float
-    """Of each load phase, at least."""
+    """Least length of each load phase."""
     repeats: int
     window_seconds: float
-    """Of the windows that are compared to see whether warm-up is over, at least."""
+    """Least length of the windows that are compared to decide whether the warm-up is over."""
     warm_up_cap_seconds: float
-    """Warm-up ends here, steady or not."""
+    """Longest warm-up; it ends then even if the engine is not steady."""
     min_batches: int
-    """Batches per load phase, at least."""
+    """Least number of batches in a load phase."""
 
 
 @dataclass(frozen=True)
@@ -68,26 +75,26 @@ class Verdict:
 
     status: Literal["valid", "invalid", "not_steady"]
     reasons: tuple[str, ...]
-    """Why it is not ``valid``; empty if it is."""
+    """Why the run is not valid; empty if it is."""
     warnings: tuple[str, ...] = ()
-    """What a reader should know of a valid run."""
+    """What a reader should know even if the run is valid."""
 
 
 @dataclass(frozen=True)
 class RailRepeat:
-    """One rail in one repeat."""
+    """Power of one rail in one repeat."""
 
     idle_watts: float
-    """Mean of the idle phases before and after, as :attr:`idle_before_watts`, :attr:`idle_after_watts`."""
+    """Mean of :attr:`idle_before_watts` and :attr:`idle_after_watts`, the idle phases before and after the load."""
     idle_before_watts: float
     idle_after_watts: float
     load_watts: float
     load_joules: float
-    """Of the covered part of the load phase."""
+    """Energy over the part of the load phase that is covered by readings."""
     covered: float
-    """Share of the worst-covered of the three phases that lies between readings, 0..1."""
+    """Share of a phase that lies between readings, 0..1, in the worst of the three phases."""
     bound_joules: float
-    """By how much ``load_joules`` may be wrong through sampling (:mod:`cdkd_edge.board.power.energy`), for the loads
+    """Largest error of ``load_joules`` through sampling (:mod:`cdkd_edge.board.power.energy`), for the kinds of load
     that ``figures.power.bound_holds`` names."""
 
 
@@ -99,29 +106,29 @@ class Repeat:
     warm_up_seconds: float
     tiles: int
     seconds: float
-    """Of the load phase."""
+    """Length of the load phase."""
     tiles_per_second: float
     latency_ms: Latency
     rails: dict[str, RailRepeat] | None
-    """Per rail; None where power was not measured."""
+    """By rail; None where power was not measured."""
 
 
 @dataclass(frozen=True)
 class RejectedRepeat:
-    """A repeat of an invalid run: what helps to find the cause, and no rate, latency or watts that could be quoted."""
+    """A repeat of an invalid run: what helps to find the cause, but no rate, latency or watts that could be quoted."""
 
     steady: bool
     warm_up_seconds: float
     tiles: int
     seconds: float
-    """Of the load phase."""
+    """Length of the load phase."""
     covered: dict[str, float] | None
-    """Per rail, as in :class:`RailRepeat`; None where power was not measured."""
+    """By rail, as in :class:`RailRepeat`; None where power was not measured."""
 
 
 @dataclass(frozen=True)
 class RailFigures:
-    """One rail over all repeats. Net is load without idle; gross is with it."""
+    """Power and energy of one rail over all repeats. Net is load minus idle; gross includes idle."""
 
     idle_watts: Figure
     load_watts: Figure
@@ -138,39 +145,39 @@ class PowerFigures:
 
     source: str
     scope: str
-    """``module``, ``GPU board`` or ``CPU package``; figures of different scopes are not to be compared."""
+    """``module``, ``GPU board`` or ``CPU package``; figures of different scopes cannot be compared."""
     covers: str
     total: str | None
-    """The rail that contains the others."""
+    """The rail that contains all others; None if no rail does."""
     rails: dict[str, RailFigures]
     readings_per_second: float
     late: int
     """Readings that came more than half an interval late."""
     gaps: int
-    """Times in which readings are missing, over the whole trace."""
+    """Number of stretches without readings in the whole trace."""
     gap_seconds: float
     problems: tuple[str, ...]
-    """That the sampling met; it may have got over them."""
+    """Problems met while sampling, including those it recovered from."""
     bound_holds: str = ""
-    """For which loads ``bound_joules`` of the repeats holds, and what it takes for granted; empty: not recorded."""
+    """The kinds of load for which ``bound_joules`` holds, and its assumptions; empty: not recorded."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The headline figures: engine alone, tiles from memory, one batch after the other."""
+    """The main figures: the engine alone, with tiles from memory, one batch after the other."""
 
     tiles_per_second: Figure
     megapixels_per_second: Figure
     latency_ms: Latency
-    """Of all load phases together; per batch."""
+    """Latency per batch, over all load phases."""
     power: PowerFigures | None
     power_reason: str
-    """Why there is no power figure; empty where there is one."""
+    """Why there is no power figure; empty if there is one."""
 
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """A scene from file to finished label map."""
+    """Time of a scene from file to finished label map."""
 
     scene: str
     width: int
@@ -180,58 +187,117 @@ class EndToEnd:
     engine_seconds: float
     tiles_per_second: float
     megapixels_per_second: float
-    """Scene pixels; overlaps and padding count as work but not as result."""
+    """Pixels of the scene; overlaps and padding take time but do not count."""
     overhead: float | None
-    """Seconds over engine seconds; 1 means that reading and writing cost nothing. None: no tile was computed."""
+    """Total time divided by the engine's time; 1 means that reading and writing cost nothing. None: no tile was run."""
 
 
 @dataclass(frozen=True)
 class ModelledBound:
-    """The roofline of this engine's graph on this device: modelled, not measured."""
+    """Roofline of the engine's graph on this device: modelled, not measured."""
 
     device: str
     mode: str
     precision: str
     bound_tiles_per_second: float
     expected_tiles_per_second: tuple[float, float]
-    """Low and high."""
+    """Lowest and highest."""
     share_of_bound: float | None
-    """Measured over bound; None where there is no measured figure."""
+    """Measured speed divided by the bound; None where no speed was measured."""
 
 
 @dataclass(frozen=True)
 class BenchSummary:
-    """One run, as written to ``summary.json``."""
+    """A benchmark run, as written to ``summary.json``."""
 
     verdict: Verdict
     figures: Figures | None
-    """None in an invalid run, unless it was to be kept."""
+    """None if the run is invalid, unless ``--keep-invalid`` was given."""
     engine: EngineManifest
     protocol: Protocol
-    phases: tuple[Span, ...]
+    phases: tuple[Phase, ...]
     repeats: tuple[Repeat, ...]
-    """Empty in an invalid run, unless it was to be kept."""
+    """Empty if the run is invalid, unless ``--keep-invalid`` was given."""
     end_to_end: EndToEnd | None
-    """None in an invalid run, unless it was to be kept; also where it failed, and a warning says why."""
+    """None as for ``figures``, or if it failed; a warning then says why."""
     roofline: ModelledBound | None
     roofline_reason: str
-    """Why there is no modelled bound; empty where there is one."""
+    """Why there is no modelled bound; empty if there is one."""
     machine: Machine
     board: dict[str, Any] | None
-    """Model, L4T, JetPack, power mode, jetson_clocks of a Jetson; None elsewhere."""
+    """On a Jetson: model, L4T, JetPack, power mode, jetson_clocks; None elsewhere."""
     conditions: dict[str, Any]
-    """Clocks, temperatures and fan over the load phases: minimum, mean, maximum of each."""
+    """Minimum, mean and maximum of clocks, temperatures and fan over the load phases."""
     libraries: dict[str, str]
     peak_memory_bytes: int
-    """Largest resident size of the process while the engine was measured (where the kernel cannot forget what was
-    before, with loading it and drawing its tiles); where CPU and GPU share memory, the GPU's part is not in it."""
+    """Largest resident size of the process while the engine was measured. It includes loading the engine where the
+    kernel cannot reset the peak, and excludes the GPU's part where CPU and GPU share memory."""
     started: str
-    """UTC, ISO 8601."""
+    """Start of the run: UTC, ISO 8601."""
     origin: float
-    """The same moment on CLOCK_MONOTONIC, s, from which all others in the record are counted; to align other meters."""
+    """The start on CLOCK_MONOTONIC, s; all other times count from it. Use it to align readings of other meters."""
     rejected_repeats: tuple[RejectedRepeat, ...] = ()
-    """Those of an invalid run; every tile and reading of it is in the tables beside this file."""
+    """The repeats of an invalid run; all its tiles and readings are in the tables beside this file."""
     command: str = ""
-    """What was typed; empty if the run was made from Python."""
+    """The command line; empty if the run was made from Python."""
     tool: str = field(default=f"cdkd-edge {__version__}")
     summary_version: Literal[2] = 2
+
+
+def summary_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of ``summary.json``."""
+    import msgspec
+
+    (root,), definitions = msgspec.json.schema_components([BenchSummary], ref_template="#/$defs/{name}")
+    descriptions = _field_descriptions()
+    for name, definition in definitions.items():
+        properties = definition["properties"]
+        definition["description"] = _plain(definition["description"])
+        for field_name, text in descriptions[name].items():
+            properties[field_name]["description"] = text  # 2020-12 allows it beside a reference
+        for one in properties.values():
+            one.pop("default", None)  # every field is written; a default would only name this release
+    definitions[BenchSummary.__name__]["required"].append("summary_version")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:cdkd-edge:summary-{SUMMARY_VERSION}",
+        "title": "Benchmark run of cdkd-edge",
+        **root,
+        "$defs": definitions,
+    }
+
+
+def _field_descriptions() -> dict[str, dict[str, str]]:
+    """By class, the docstrings of its fields. Python does not keep these; the source has them."""
+    found: dict[str, dict[str, str]] = {}
+    for module in (sys.modules[__name__], statistics, manifest, machine):
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.ClassDef) and is_dataclass(getattr(module, node.name)):
+                found[node.name] = dict(_documented(node))
+    return found
+
+
+def _documented(node: ast.ClassDef) -> list[tuple[str, str]]:
+    pairs = []
+    for one, below in zip(node.body, node.body[1:], strict=False):
+        if (
+            isinstance(one, ast.AnnAssign)
+            and isinstance(one.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        ):
+            pairs.append((one.target.id, _plain(below.value.value)))
+    return pairs
+
+
+def _plain(text: str) -> str:
+    """A docstring without markup and line breaks, in the words of JSON."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"\1", inspect.cleandoc(text)).replace("``", "")
+    return " ".join(re.sub(r"\bNone\b", "null", text).split())
+
+
+if __name__ == "__main__":
+    import json
+
+    sys.stdout.write(json.dumps(summary_schema(), indent=2, ensure_ascii=False) + "\n")

@@ -1,42 +1,53 @@
-"""The benchmark: a course of idle, warm-up and load, a scene end to end, and a folder with all that was measured."""
+"""A benchmark: measure an engine, time a scene, and write a folder with everything that was measured."""
 
 from __future__ import annotations
 
 import datetime
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.bench.course import Course, Live, run_course
-from cdkd_edge.bench.end_to_end import RESERVED, check_scene, fill_inputs, reserve_room, time_scene
-from cdkd_edge.bench.figures import NoFigureError, figures_of, rejected, repeats_of
+import numpy as np
+
 from cdkd_edge.bench.folder import PAGE, PICTURE, read_run, write_conditions, write_summary, write_tiles, write_trace
-from cdkd_edge.bench.page.report import write_report_page
-from cdkd_edge.bench.plot import write_trace_picture
-from cdkd_edge.bench.protocols import DEFAULT
-from cdkd_edge.bench.record import INVALID, LOAD, WARM_UP, BenchSummary, EndToEnd, Figures, Protocol, Repeat
-from cdkd_edge.bench.roofline.bound import modelled_bound
+from cdkd_edge.bench.phases import DEFAULT, LiveStatus, Timeline, run_phases
+from cdkd_edge.bench.picture import write_trace_picture
+from cdkd_edge.bench.record import INVALID, LOAD, WARM_UP, BenchSummary, EndToEnd, Figures, Phase, Protocol, Repeat
+from cdkd_edge.bench.report_page import write_report_page
+from cdkd_edge.bench.results import NoFigureError, figures_of, rejected, repeats_of
 from cdkd_edge.bench.roofline.devices import load_device
+from cdkd_edge.bench.roofline.model import modelled_bound
+from cdkd_edge.bench.scene import check_scene, time_scene
 from cdkd_edge.bench.verdict import judge
 from cdkd_edge.board.conditions import Conditions, ConditionsMonitor
-from cdkd_edge.board.identity import BoardIdentity, describe_board
-from cdkd_edge.board.power.sampler import PowerSampler
-from cdkd_edge.board.power.sources import find_source
-from cdkd_edge.board.power.trace import Trace
-from cdkd_edge.board.throttling import judge_conditions, judge_other_programs, judge_power_mode, others_share, summarise
+from cdkd_edge.board.jetson import BoardIdentity, describe_board
+from cdkd_edge.board.power.energy import Trace
+from cdkd_edge.board.power.sampler import PowerSampler, find_source
+from cdkd_edge.board.throttling import (
+    ConditionFinding,
+    judge_conditions,
+    judge_other_programs,
+    judge_power_mode,
+    others_share,
+    summarise,
+)
 from cdkd_edge.core.errors import PowerError, SceneError, UsageError
 from cdkd_edge.core.files import whole_folder
 from cdkd_edge.core.machine import describe_machine, forget_peak_memory, peak_memory
 from cdkd_edge.core.manifest import library_versions
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import Engine
 from cdkd_edge.segment.options import SegmentOptions
 
 PAPER_TILE = 1024
 """Side of a tile in the Mask-CDKD paper's deployment, px."""
 LIBRARIES = ("onnxruntime", "numpy", "rasterio", "tensorrt", "tensorrt-rtx", "pycuda", "cuda-python", "jetson-stats")
+RESERVED = ".reserved"
+"""File that reserves disk space during the measurement."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +55,27 @@ class BenchOptions:
     """How a run is made."""
 
     protocol: Protocol = DEFAULT
-    """From :func:`~cdkd_edge.bench.protocols.protocol_of`."""
+    """From :func:`~cdkd_edge.bench.phases.protocol_of`."""
     power: bool = False
     power_source: str | None = None
-    """One of ``cdkd_edge.board.power.protocol.SOURCES``; implies ``power``. Default: the first that answers."""
+    """Name of a power source; implies ``power``. Default: the first that answers."""
     keep_invalid: bool = False
-    """Go on with a run that cannot become valid, and give its figures."""
+    """Complete a run that cannot become valid, and give its figures."""
     scene: Path | None = None
-    """Scene for the end-to-end figure. Default: one that is drawn."""
+    """Scene for the end-to-end time. Default: a drawn one."""
     segment: SegmentOptions = SegmentOptions()
     device: str | None = None
     """Device file for the modelled bound. Default: that of this board or GPU."""
     graphs: tuple[Path, ...] = ()
-    """Folders where the engine's graph may be."""
+    """Folders to look for the engine's graph in."""
     command: str = ""
-    """What was typed, for the record."""
+    """The command line, for the record."""
     root: Path = field(default=Path("/"))
-    """Of the file tree with ``/sys``, ``/proc`` and ``/etc`` that clocks and temperatures are read from."""
+    """Root of the file tree with ``/sys``, ``/proc`` and ``/etc``."""
 
     @property
     def wants_power(self) -> bool:
-        """Whether power is to be measured."""
+        """Whether to measure power."""
         return self.power or self.power_source is not None
 
 
@@ -72,53 +83,82 @@ def run_benchmark(
     engine: Engine,
     folder: Path,
     options: BenchOptions = BenchOptions(),
-    progress: Callable[[str], None] = lambda step: None,
-    tell: Callable[[Live], None] = lambda live: None,
+    note: Callable[[str], None] = lambda text: None,
+    show_status: Callable[[LiveStatus], None] = lambda status: None,
 ) -> BenchSummary:
     """Measure an engine and write the run's folder.
 
-    ``summary.json``, ``tiles.csv``, ``conditions.csv``, with power ``trace.csv``; ``trace.png`` and ``report.html``.
+    The folder holds ``summary.json``, ``tiles.csv``, ``conditions.csv``, ``trace.png``, ``report.html`` and, with
+    power, ``trace.csv``.
 
     Args:
         engine: a loaded engine.
         folder: a new folder for the results; it appears when they are complete.
         options: see there.
-        progress: called with what is done besides the measurement.
-        tell: called about twice a second during it.
+        note: called with what is done before and after the measurement.
+        show_status: called about twice a second during the measurement.
 
     Raises:
         EngineError: the engine failed.
-        SceneError: the scene cannot be read; known before anything is measured. If it fails later, that is a warning.
-        PowerError: the source of power that was asked for by name does not answer.
+        SceneError: the scene cannot be read (checked before the measurement; a later failure is a warning).
+        PowerError: the named power source does not answer.
         UsageError: the paper's protocol with another tile or batch; no device file of that name.
-        OSError: the folder cannot be written, or has no room; known before anything is measured.
+        OSError: the folder cannot be written, or its disk is too full (checked before the measurement).
     """
     if options.protocol.preset == "paper" and (engine.manifest.tile, engine.manifest.batch) != (PAPER_TILE, 1):
         shape = f"{engine.manifest.batch} x {engine.manifest.tile} px"
         raise UsageError(
-            f"the paper measured one tile of {PAPER_TILE} px at a time; this engine takes {shape}",
+            f"--paper needs an engine that takes one tile of {PAPER_TILE} px at a time; this engine takes {shape}",
             hint=f"export --tile {PAPER_TILE} --batch 1, and build that",
         )
     if options.device is not None:
         load_device(options.device)
     with whole_folder(folder) as temporary:
-        reserve_room(temporary, options.protocol)
+        reserve_space(temporary, options.protocol)
         if options.scene is not None:
             check_scene(engine, options.scene, options.segment)
         fill_inputs(engine)
-        summary = _measure(engine, temporary, options, progress, tell)
-        progress("drawing")
+        summary = _measure(engine, temporary, options, note, show_status)
+        note("drawing")
+        # Drawn from the files, not from memory: this checks that what was written can be read back.
         run = replace(read_run(temporary, bounded=False), folder=folder)
         write_trace_picture(run, temporary / PICTURE)
         write_report_page(run, temporary / PAGE)
     return summary
 
 
+def reserve_space(folder: Path, protocol: Protocol) -> None:
+    """Reserve the disk space that the tables will need, so that a disk that fills up does not cost the measurement.
+
+    Raises:
+        OSError: there is too little space.
+    """
+    seconds = protocol.repeats * (protocol.load_seconds + protocol.warm_up_cap_seconds + protocol.idle_seconds)
+    # 40 readings of 60 bytes and 30 tiles of 40 bytes a second; the pictures and the page.
+    size = int(4e6 + seconds * 4000)
+    with open(folder / RESERVED, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            error.filename = f"{size / 1e6:.0f} MB in {folder.parent}"
+            raise
+
+
+def fill_inputs(engine: Engine) -> None:
+    """Put a different tile into every slot, so that no cache sees the same image twice in a row."""
+    tile, batch = engine.manifest.tile, engine.manifest.batch
+    (picture,) = sample_tiles(tile, 1)
+    for slot in range(engine.slots):
+        for index in range(batch):
+            shift = (slot * batch + index) * 37 % tile
+            engine.input(slot)[index] = np.roll(picture, (shift, shift), (1, 2))
+
+
 @dataclass(frozen=True)
 class _Measured:
-    """What there is when the course is over."""
+    """What the measurement gave."""
 
-    course: Course
+    timeline: Timeline
     trace: Trace | None
     no_source: str
     """Why there is no trace."""
@@ -126,61 +166,45 @@ class _Measured:
     board: BoardIdentity
     peak_memory_bytes: int
 
+    @property
+    def loads(self) -> list[Phase]:
+        """The load phases, including one that was cut off."""
+        return [phase for phase in self.timeline.phases if phase.name == LOAD]
+
+    def clock(self, phase: Phase) -> tuple[float, float]:
+        """Start and stop of a phase on CLOCK_MONOTONIC."""
+        return self.timeline.origin + phase.start, self.timeline.origin + phase.stop
+
 
 def _measure(
     engine: Engine,
     folder: Path,
     options: BenchOptions,
-    progress: Callable[[str], None],
-    tell: Callable[[Live], None],
+    note: Callable[[str], None],
+    show_status: Callable[[LiveStatus], None],
 ) -> BenchSummary:
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    measured = _run(engine, options, progress, tell)
-    course, trace, protocol = measured.course, measured.trace, options.protocol
+    measured = _run_watched(engine, options, note, show_status)
+    timeline, trace, protocol = measured.timeline, measured.trace, options.protocol
     repeats, power_reason = _repeats(measured, protocol, engine.manifest.batch)
-    loads = [span for span in course.phases if span.name == LOAD]
-    findings = [
-        finding
-        for span in loads
-        for finding in judge_conditions(measured.readings, course.origin + span.start, course.origin + span.stop)
-    ]
-    restless = [repeat for repeat, steady in enumerate(course.steady) if not steady]
-    findings += [
-        finding
-        for span in course.spans
-        if span.name == LOAD or (span.name == WARM_UP and span.repeat in restless)
-        for finding in judge_other_programs(
-            measured.readings, course.origin + span.start, course.origin + span.stop, f"{span.name} {span.repeat + 1}"
-        )
-    ]
-    if loads:  # idle is taken off what the load took: a mode for both
-        whole = (course.origin + course.phases[0].start, course.origin + course.phases[-1].stop)
-        findings += judge_power_mode(measured.readings, *whole)
     verdict = judge(
-        course,
+        timeline,
         protocol,
         repeats,
         engine.manifest,
         trace,
         power_reason,
-        findings,
+        _findings(measured),
         power_wanted=options.wants_power,
     )
     figures: Figures | None = None
-    end_to_end: EndToEnd | None = None
+    scene: EndToEnd | None = None
     quotable = verdict.status != INVALID or options.keep_invalid
     if repeats and quotable:
-        figures = figures_of(repeats, course, engine.manifest.tile, trace, power_reason)
-        progress("a scene end to end")
-        tiles = protocol.load_seconds * figures.tiles_per_second.mean / 2
-        try:
-            end_to_end = time_scene(engine, options.scene, options.segment, tiles)
-        except (SceneError, OSError) as error:  # a full disk, a damaged block: what was measured stands all the same
-            # Rasterio's "See previous exception" is the cause.
-            said = error.message if isinstance(error, SceneError) else str(error.__cause__ or error)
-            warning = f"the scene end to end has no figure: {said} (it is written to {tempfile.gettempdir()})"
-            verdict = replace(verdict, warnings=(*verdict.warnings, warning))
-
+        figures = figures_of(repeats, timeline, engine.manifest.tile, trace, power_reason)
+        note("a scene end to end")
+        scene, warnings = _time_scene(engine, options, protocol.load_seconds * figures.tiles_per_second.mean / 2)
+        verdict = replace(verdict, warnings=verdict.warnings + warnings)
     mode = measured.board.power_mode
     bound, no_bound = modelled_bound(
         engine.manifest,
@@ -195,51 +219,54 @@ def _measure(
         figures=figures,
         engine=engine.manifest,
         protocol=protocol,
-        phases=course.phases,
+        phases=timeline.phases,
         repeats=repeats if quotable else (),
         rejected_repeats=() if quotable else tuple(map(rejected, repeats)),
-        end_to_end=end_to_end,
+        end_to_end=scene,
         roofline=bound,
         roofline_reason=no_bound,
         machine=describe_machine(),
         board=_board(measured.board),
-        conditions=_conditions(measured, loads),
+        conditions=_conditions(measured),
         libraries=library_versions(LIBRARIES),
         peak_memory_bytes=measured.peak_memory_bytes,
         started=started,
-        origin=course.origin,
+        origin=timeline.origin,
         command=options.command,
     )
     (folder / RESERVED).unlink()
-    write_tiles(folder, course.batches)
+    write_tiles(folder, timeline.batches)
     if trace is not None:
-        write_trace(folder, trace, course.phases, course.origin)
+        write_trace(folder, trace, timeline.phases, timeline.origin)
     if measured.readings:
-        write_conditions(folder, [(one.time - course.origin, columns(one)) for one in measured.readings])
+        write_conditions(folder, [(one.time - timeline.origin, columns(one)) for one in measured.readings])
     write_summary(folder, summary)
     return summary
 
 
-def _run(
-    engine: Engine, options: BenchOptions, progress: Callable[[str], None], tell: Callable[[Live], None]
+def _run_watched(
+    engine: Engine,
+    options: BenchOptions,
+    note: Callable[[str], None],
+    show_status: Callable[[LiveStatus], None],
 ) -> _Measured:
-    """The course, with whatever watches it."""
+    """Run the phases while power and conditions are sampled."""
     with ExitStack() as stack:
         sampler, reason = None, "not asked for (--power-trace)"
         if options.wants_power:
-            progress("looking for a source of power")
-            sampler, reason = _sampler(options)
+            note("looking for a source of power")
+            sampler, reason = _start_sampler(options)
         if sampler is not None:
             stack.enter_context(sampler)
         monitor = stack.enter_context(ConditionsMonitor(options.root))
         board = describe_board(options.root)
-        forget_peak_memory()  # drawing tiles may take more than the engine does
-        course = run_course(engine, options.protocol, sampler, monitor, tell, go_on=options.keep_invalid)
+        forget_peak_memory()  # preparing may take more than the engine does
+        timeline = run_phases(engine, options.protocol, sampler, monitor, show_status, go_on=options.keep_invalid)
         memory = peak_memory()
-    return _Measured(course, sampler.trace() if sampler else None, reason, monitor.readings(), board, memory)
+    return _Measured(timeline, sampler.trace() if sampler else None, reason, monitor.readings(), board, memory)
 
 
-def _sampler(options: BenchOptions) -> tuple[PowerSampler | None, str]:
+def _start_sampler(options: BenchOptions) -> tuple[PowerSampler | None, str]:
     """A running sampler, or None and why there is none."""
     try:
         return find_source(options.power_source), ""
@@ -250,14 +277,38 @@ def _sampler(options: BenchOptions) -> tuple[PowerSampler | None, str]:
 
 
 def _repeats(measured: _Measured, protocol: Protocol, batch: int) -> tuple[tuple[Repeat, ...], str]:
-    """With power where that has figures, else without; and why it has none."""
-    course, trace = measured.course, measured.trace
+    """The repeats, without power if a phase has too few readings; and why there is no power figure."""
+    timeline, trace = measured.timeline, measured.trace
     if trace is None:
-        return repeats_of(course, protocol, batch, None), measured.no_source
+        return repeats_of(timeline, protocol, batch, None), measured.no_source
     try:
-        return repeats_of(course, protocol, batch, trace), ""
+        return repeats_of(timeline, protocol, batch, trace), ""
     except NoFigureError as error:
-        return repeats_of(course, protocol, batch, None), f"{trace.source.name}: {error}"
+        return repeats_of(timeline, protocol, batch, None), f"{trace.source.name}: {error}"
+
+
+def _findings(measured: _Measured) -> list[ConditionFinding]:
+    """What the monitor found: throttling during loads, other programs, and a change of the power mode."""
+    timeline, readings = measured.timeline, measured.readings
+    found = [finding for load in measured.loads for finding in judge_conditions(readings, *measured.clock(load))]
+    for phase in timeline.completed:
+        # Other programs may also be why a warm-up did not become steady.
+        if phase.name == LOAD or (phase.name == WARM_UP and not timeline.steady[phase.repeat]):
+            found += judge_other_programs(readings, *measured.clock(phase), f"{phase.name} {phase.repeat + 1}")
+    if measured.loads:  # net power compares idle with load, so the mode must not change in between
+        first, last = timeline.phases[0], timeline.phases[-1]
+        found += judge_power_mode(readings, measured.clock(first)[0], measured.clock(last)[1])
+    return found
+
+
+def _time_scene(engine: Engine, options: BenchOptions, tiles: float) -> tuple[EndToEnd | None, tuple[str, ...]]:
+    """Time of a scene; None and a warning if it fails, because the measurement is still good."""
+    try:
+        return time_scene(engine, options.scene, options.segment, tiles), ()
+    except (SceneError, OSError) as error:
+        # Rasterio says "See previous exception": that one is the cause.
+        text = error.message if isinstance(error, SceneError) else str(error.__cause__ or error)
+        return None, (f"the end-to-end time of a scene is missing: {text} (written to {tempfile.gettempdir()})",)
 
 
 def columns(reading: Conditions) -> dict[str, float]:
@@ -276,19 +327,16 @@ def _board(board: BoardIdentity) -> dict[str, Any] | None:
     return data if board.jetson else None
 
 
-def _conditions(measured: _Measured, loads: list[Any]) -> dict[str, Any]:
-    """Over all loads, what lies between them left out."""
-    origin = measured.course.origin
+def _conditions(measured: _Measured) -> dict[str, Any]:
+    """Clocks, temperatures, fan and throttling over the load phases, without the time between them."""
+    loads: Sequence[tuple[float, float]] = [measured.clock(load) for load in measured.loads]
     if not loads:
         return {}
-    within = [
-        one for one in measured.readings if any(origin + span.start <= one.time <= origin + span.stop for span in loads)
-    ]
-    found = summarise(within, origin + loads[0].start, origin + loads[-1].stop)
-    # As the verdict sees them: from the last reading before a load to the first one after it.
-    risen = [summarise(measured.readings, origin + span.start, origin + span.stop)["throttle_events"] for span in loads]
+    within = [one for one in measured.readings if any(start <= one.time <= stop for start, stop in loads)]
+    found = summarise(within, loads[0][0], loads[-1][1])
+    # Counters as the verdict compares them: from the last reading before a load to the first one after it.
+    risen = [summarise(measured.readings, *load)["throttle_events"] for load in loads]
     found["throttle_events"] = {name: sum(one.get(name, 0) for one in risen) for name in sorted(set().union(*risen))}
-    shares = [others_share(measured.readings, origin + span.start, origin + span.stop) for span in loads]
-    known = [share for share in shares if share is not None]
-    found["other_programs_percent"] = 100 * max(known) if known else None
+    shares = [share for load in loads if (share := others_share(measured.readings, *load)) is not None]
+    found["other_programs_percent"] = 100 * max(shares) if shares else None
     return found

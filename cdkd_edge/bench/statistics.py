@@ -1,4 +1,10 @@
-"""Statistics over raw samples: nothing is clipped, smoothed or left out."""
+"""Statistics of raw samples, of repeats, and of ratios between runs. Nothing is clipped, smoothed or left out.
+
+A 95 % interval of a mean comes from its repeats, or, for the speed of a run with one repeat, from its batches. The
+interval of a ratio of two independent means is taken on its logarithm (delta method): variances of the logarithms add,
+and the degrees of freedom are those of B. L. Welch, "The generalization of Student's problem when several different
+population variances are involved", Biometrika 34 (1947), rounded down.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 CONFIDENCE = 0.95
+
+BLOCKS = 10
+"""Number of blocks that batches are divided into; 10 to 30 are enough (B. Schmeiser, "Batch size effects in the
+analysis of simulation output", Operations Research 30, 1982)."""
+MIN_BATCHES = 2 * BLOCKS
+"""With fewer, a block would hold a single batch, and neighbouring batches are alike."""
 
 
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds from launch to labels. Percentiles are observed samples (nearest rank).
 
-    p90 and p99 are there if, with 95 % confidence, some sample lies above the true one: from 29 and 299 samples on.
+    p90 and p99 are given if, with 95 % confidence, a sample lies above the true one: from 29 and 299 samples on.
     """
 
     samples: int
@@ -26,11 +39,11 @@ class Latency:
     p99: float | None
     maximum: float
     absent: str = ""
-    """Why p90 or p99 is null; empty where both are there."""
+    """Why p90 or p99 is null; empty if both are given."""
 
 
 def latency_of(seconds: Sequence[float]) -> Latency:
-    """Summarise latencies given in seconds.
+    """Percentiles of latencies that are given in seconds.
 
     Raises:
         ValueError: there are none.
@@ -57,7 +70,7 @@ def latency_of(seconds: Sequence[float]) -> Latency:
 
 
 def samples_for(percentile: float) -> int:
-    """Samples of which the largest lies above the true percentile with 95 % confidence."""
+    """Number of samples of which the largest lies above the true percentile with 95 % confidence."""
     return math.ceil(math.log(1 - CONFIDENCE) / math.log(percentile / 100))
 
 
@@ -71,25 +84,25 @@ class Interval:
 
 @dataclass(frozen=True)
 class Figure:
-    """A quantity over the repeats of a run."""
+    """A measured quantity: its mean over the repeats of a run."""
 
     mean: float
     values: tuple[float, ...]
-    """One per repeat, in their order."""
+    """One value per repeat, in order."""
     interval: Interval | None
-    """Of the mean, by Student's t over repeats; None with fewer than two."""
+    """95 % interval of the mean, by Student's t over repeats; None with fewer than two."""
 
 
 def figure_of(values: Sequence[float], hidden: float = 0.0) -> Figure:
     """Mean and 95 % t-interval of repeats.
 
-    Repeats are taken as independent draws of a normal distribution: W. S. Gosset, "The probable error of a mean",
+    Assumes that repeats are independent draws from a normal distribution: W. S. Gosset, "The probable error of a mean",
     Biometrika 6 (1908).
 
     Args:
         values: one per repeat.
-        hidden: variance of the mean that does not show between the repeats, because neighbours have something in
-            common (:func:`variance_hidden_by_sharing`).
+        hidden: variance of the mean that the scatter of the repeats does not show, because neighbours share a part
+            (:func:`variance_hidden_by_sharing`).
 
     Raises:
         ValueError: there are none.
@@ -104,10 +117,10 @@ def figure_of(values: Sequence[float], hidden: float = 0.0) -> Figure:
 
 
 def variance_hidden_by_sharing(levels: Sequence[float]) -> float:
-    """What the scatter of n repeats lacks of the variance of their mean, each having the mean of two levels.
+    """Variance of a mean of n repeats that their scatter does not show, because neighbours share a level.
 
-    Repeat i has (x[i] + x[i + 1]) / 2 of n + 1 levels x, so that neighbours share one and are alike. Of levels of
-    variance V, the mean of the repeats has (n - 1/2) V / n^2, and 1/n of the repeats' own variance is V / 2n less.
+    Repeat i uses (x[i] + x[i + 1]) / 2 of n + 1 levels x (here: idle power before and after a load). If the levels have
+    variance V, the mean of the repeats has variance (n - 1/2) V / n^2, while the repeats' scatter shows V / 2n less.
 
     Args:
         levels: one more than there are repeats.
@@ -121,19 +134,19 @@ def _variance(values: Sequence[float]) -> float:
 
 
 def t_quantile(freedom: int, probability: float = 0.975) -> float:
-    """Quantile of Student's t distribution, by bisection on its distribution function.
+    """Quantile of Student's t distribution, by bisection on its distribution function (boards have no SciPy).
 
-    The function is elementary for whole degrees of freedom: Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    For whole degrees of freedom the function is elementary: Abramowitz and Stegun, 26.7.3 and 26.7.4.
 
     Args:
         freedom: degrees of freedom, at least 1.
         probability: above 0.5.
 
     Raises:
-        ValueError: outside these ranges.
+        ValueError: an argument is outside its range.
     """
     if freedom < 1 or not 0.5 < probability < 1:
-        raise ValueError("degrees of freedom begin at 1, and the probability lies above a half")
+        raise ValueError(f"need freedom >= 1 and 0.5 < probability < 1, got {freedom} and {probability}")
     low, high = 0.0, 1.0
     while _t_within(high, freedom) < 2 * probability - 1:
         high *= 2
@@ -144,7 +157,7 @@ def t_quantile(freedom: int, probability: float = 0.975) -> float:
 
 
 def _t_within(t: float, freedom: int) -> float:
-    """Probability of -t..t."""
+    """Probability that a value lies between -t and t."""
     angle = math.atan(t / math.sqrt(freedom))
     cosine, sine = math.cos(angle), math.sin(angle)
     if freedom == 1:
@@ -155,3 +168,102 @@ def _t_within(t: float, freedom: int) -> float:
         total += term
         term *= step / (step + 1) * cosine**2
     return 2 / math.pi * (angle + sine * total) if freedom % 2 else sine * total
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean above zero, and how far it would move if it were measured again."""
+
+    mean: float
+    variance: float
+    """Variance of the mean, divided by the square of the mean."""
+    freedom: int
+    """Degrees of freedom of the variance."""
+    basis: str
+    """What the variance was computed from, e.g. ``5 repeats``."""
+
+    @property
+    def interval(self) -> Interval:
+        """95 % interval of the mean."""
+        return _interval(self.mean, self.variance, self.freedom)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A run's figure divided by the baseline's."""
+
+    value: float
+    interval: Interval | None
+    basis: str
+    """What the interval was computed from, or why there is none."""
+
+
+def spread_of_repeats(figure: Figure) -> Spread | None:
+    """Spread of a figure from its interval; None with fewer than two repeats, or if the mean is not above zero."""
+    if figure.interval is None or figure.mean <= 0:
+        return None
+    freedom = len(figure.values) - 1
+    error = (figure.interval.high - figure.interval.low) / 2 / t_quantile(freedom)
+    return Spread(figure.mean, (error / figure.mean) ** 2, freedom, f"{len(figure.values)} repeats")
+
+
+def spread_of_batches(rate: float, starts: Sequence[float]) -> Spread | None:
+    """Spread of the speed of one load phase, from its batches.
+
+    Neighbouring batches take similar times, so means of overlapping blocks are compared instead: M. S. Meketon and
+    B. Schmeiser, "Overlapping batch means: something for nothing?", Winter Simulation Conference (1984). It equals the
+    variance of a moving-block bootstrap (H. R. Kuensch, "The jackknife and the bootstrap for general stationary
+    observations", Annals of Statistics 17, 1989). The degrees of freedom are those of blocks that do not overlap. A
+    block holds a tenth of the batches.
+
+    Args:
+        rate: tiles/s of the phase.
+        starts: when each batch of the phase began, s.
+
+    Returns:
+        None with fewer than :data:`MIN_BATCHES` batches, with a rate of zero, or if all batches began at once.
+    """
+    count = len(starts)
+    if count < MIN_BATCHES or rate <= 0:
+        return None
+    # From start to start: with several slots, latencies overlap.
+    periods = np.diff(sorted(starts))
+    if not periods.any():
+        return None
+    length = count // BLOCKS
+    variance = _variance_of_dependent_mean(periods / periods.mean(), length)
+    return Spread(rate, variance, count // length - 1, f"blocks of {length} of {count} batches")
+
+
+def _variance_of_dependent_mean(values: npt.NDArray[np.float64], length: int) -> float:
+    """Variance of the mean of values that depend on their neighbours, from means of all blocks of ``length``."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    means, n = (sums[length:] - sums[:-length]) / length, len(values)
+    return float(((means - values.mean()) ** 2).sum() * length / ((n - length + 1) * (n - length)))
+
+
+def ratio_of(value: float, spread: Spread | None, other: float, other_spread: Spread | None, why_not: str) -> Ratio:
+    """The ratio of two independent means.
+
+    Args:
+        value, spread: the run's mean and its spread.
+        other, other_spread: those of the baseline; ``other`` is above zero.
+        why_not: why there is no interval if a spread is missing.
+    """
+    ratio = value / other
+    if spread is None or other_spread is None:
+        return Ratio(ratio, None, why_not)
+    parts = (spread, other_spread)
+    variance = sum(part.variance for part in parts)
+    terms = sum(part.variance**2 / part.freedom for part in parts)
+    freedom = max(1, int(variance**2 / terms)) if terms > 0 else sum(part.freedom for part in parts)
+    if min(part.freedom for part in parts) == 1:
+        freedom = 1  # two repeats may agree by chance; beside eight others Welch's intervals held 89 %, not 95 %
+    basis = spread.basis if spread.basis == other_spread.basis else f"{spread.basis}; {other_spread.basis}"
+    return Ratio(ratio, _interval(ratio, variance, freedom), basis)
+
+
+def _interval(center: float, variance: float, freedom: int) -> Interval:
+    half = t_quantile(freedom) * math.sqrt(variance)
+    # Capped, so that a huge spread does not overflow.
+    return Interval(center * math.exp(-min(half, 300.0)), center * math.exp(min(half, 300.0)))

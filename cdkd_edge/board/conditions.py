@@ -18,9 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from cdkd_edge.board.identity import SYS_CPU, mode_of, read_modes
-from cdkd_edge.board.jetson import current_mode, gpu_folder
-from cdkd_edge.board.tree import resolve
+from cdkd_edge.board.jetson import SYS_CPU, current_mode, gpu_folder, mode_of, read_modes, resolve
 from cdkd_edge.core.errors import printable
 
 _MOST_CPUS = 16

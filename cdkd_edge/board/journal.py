@@ -1,7 +1,7 @@
-"""What has been changed on the board and is to be put back, on disk, in case the process that changed it is killed.
+"""The journal of what a run changes on the board: written first, so that the next run can undo what a killed one left.
 
-Below ``/var/lib/cdkd-edge``, not in a user's folder: there is one board for all users, whoever runs the next benchmark
-has to see it, and what root is to do must not be told by a file that others can write.
+It lies in ``/var/lib/cdkd-edge``, not in a user's folder: all users share the board, so the next run may be another
+user's, and root must not act on a file that others can write.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.board.nvpmodel import PowerMode
-from cdkd_edge.board.tree import read
+from cdkd_edge.board.jetson import PowerMode, read
 from cdkd_edge.core.errors import BoardError
 from cdkd_edge.core.files import write_text
 
@@ -31,7 +30,7 @@ _CLOCKS = re.compile(r"clocks-[0-9a-f]{8}\.conf")
 
 @dataclass(frozen=True)
 class Change:
-    """What a run changes: written before it does so."""
+    """What a run changes."""
 
     before: PowerMode | None
     """Power mode to be put back; None: it is not changed."""
@@ -49,7 +48,7 @@ class Change:
 
 
 class Journal:
-    """The folder below one root."""
+    """The journal below a root."""
 
     def __init__(self, root: Path) -> None:
         """Nothing is read or written yet."""
@@ -60,15 +59,15 @@ class Journal:
 
     @property
     def boot(self) -> str:
-        """Of the running system; a board that starts anew has let go of its clocks."""
+        """The kernel's identifier of this start of the machine; a reboot resets the clocks."""
         return read(self._root, "/proc/sys/kernel/random/boot_id").text or ""
 
     def new_clocks_file(self) -> Path:
-        """A name that is free: ``jetson_clocks --store`` asks before it overwrites. No spaces, which it cannot take."""
+        """A free name: ``jetson_clocks --store`` asks before it overwrites. It does not take spaces."""
         return self.folder / f"clocks-{secrets.token_hex(4)}.conf"
 
     def write(self, change: Change) -> None:
-        """Put it on disk, durably."""
+        """Write a change durably."""
         data = {
             "version": _VERSION,
             "process": os.getpid(),
@@ -85,7 +84,7 @@ class Journal:
             self.path.chmod(0o644)
 
     def read(self) -> Change | None:
-        """What is written there; None where there is nothing.
+        """The change that is written there; None where there is none.
 
         Raises:
             BoardError: the file is damaged.
@@ -115,7 +114,7 @@ class Journal:
             ) from error
 
     def clear(self) -> None:
-        """Everything is as it was before."""
+        """Remove the journal: everything is as it was before."""
         with self._refused():
             self.path.unlink(missing_ok=True)
             for left in self.folder.glob("clocks-*.conf"):
@@ -134,7 +133,7 @@ class Journal:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone with the board. The lock goes with the process, however it ends.
+        """Keep other runs from changing the board. The system releases the lock when the process ends.
 
         Raises:
             BoardError: another process has it, or the folder cannot be written.
@@ -145,7 +144,7 @@ class Journal:
             file = open(self._lock, "ab")  # noqa: SIM115
         with file:
             os.fchmod(file.fileno(), 0o644)
-            for attempt in range(10):  # somebody may just be asking whether it is in use
+            for attempt in range(10):  # `in_use` of another process may hold it for a moment
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break

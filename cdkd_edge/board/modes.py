@@ -1,8 +1,8 @@
-"""Another power mode, or clocks held at their maximum, while something is measured; then what was there before.
+"""Changing the board for a run: another power mode, or clocks held at their maximum; afterwards, what was there before.
 
 ``nvpmodel -m ID`` asks whether to reboot where a mode cannot be entered otherwise (``NVPM WARN: Reboot required for
 changing to this power mode``); it gets no answer, and the mode is refused. ``jetson_clocks`` ends with exit code 0
-whatever it failed to do, so that clocks and mode are read back after every change.
+whatever it failed to do, so clocks and mode are read back after every change.
 """
 
 from __future__ import annotations
@@ -10,20 +10,109 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cdkd_edge.board.commands import Answer, Run, run_command
-from cdkd_edge.board.identity import clocks_held, mode_of, read_modes
-from cdkd_edge.board.jetson import current_mode, is_jetson
+from cdkd_edge.board.jetson import PowerMode, clocks_held, current_mode, is_jetson, mode_of, read_modes
 from cdkd_edge.board.journal import Change, Journal
-from cdkd_edge.board.nvpmodel import PowerMode
-from cdkd_edge.core.errors import BoardError
+from cdkd_edge.core.errors import BoardError, printable
+from cdkd_edge.core.process import kill_session
 from cdkd_edge.core.signals import HeldSignals
 
 ROOT = Path("/")
 AS_ROOT = "sudo $(command -v cdkd-edge) bench ... (sudo has a PATH of its own, without virtual environments)"
+
+
+# --- the tools ------------------------------------------------------------------------------------
+
+TIMEOUT = 30.0
+"""Seconds; on a board the tools take one or two."""
+_MOST_OUTPUT = 1 << 20
+_ENDED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
+_ATTEMPTS = 5
+_PLACES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
+"""Where the tools are on a board; a user's PATH need not have them."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a board tool ended, and what it wrote."""
+
+    code: int | None
+    """Exit code; None: it was killed, because it took too long or wrote too much."""
+    text: str = ""
+
+    @property
+    def said(self) -> str:
+        """Its last lines, on one line, for an error message."""
+        if self.code is None:
+            return "it does not come to an end and was killed"
+        lines = [line for line in self.text.splitlines() if line.strip()]
+        return printable(" / ".join(lines[-3:]), 300) or f"exit code {self.code}"
+
+
+Run = Callable[[Sequence[str]], Answer]
+
+
+def run_command(command: Sequence[str], timeout: float = TIMEOUT) -> Answer:
+    """Run a board tool without input, with a timeout, in its own session, so that Ctrl-C does not reach it.
+
+    Args:
+        command: name and arguments; the name is looked for on PATH and where a Jetson has its tools.
+        timeout: seconds after which the tool is killed, with everything it started.
+
+    Raises:
+        BoardError: there is no such tool, or it cannot be started.
+    """
+    path = os.pathsep.join((os.environ.get("PATH", ""), *_PLACES))
+    program = shutil.which(command[0], path=path)
+    if program is None:
+        raise BoardError(f"{command[0]} is not installed", hint="power modes and clocks are set on a Jetson only")
+    for _ in range(_ATTEMPTS):
+        answer = _run_once([program, *command[1:]], timeout)
+        # The session begins a moment after the fork; a signal to this process's group in between ends the child before
+        # it has become the tool.
+        if answer.code not in _ENDED:
+            break
+    return answer
+
+
+def _run_once(command: Sequence[str], timeout: float) -> Answer:
+    # A file, because a pipe would have to be read until every process that holds it has ended; in memory, so that the
+    # board can be put back even on a full disk.
+    with open(os.memfd_create("output"), "w+b") as output:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise BoardError(f"{command[0]} cannot be started: {error.strerror}") from error
+        try:
+            code = _wait(process, output.fileno(), timeout)
+        finally:
+            kill_session(process)
+        output.seek(0)
+        return Answer(code, output.read(_MOST_OUTPUT).decode("utf-8", errors="replace"))
+
+
+def _wait(process: subprocess.Popen[bytes], output: int, timeout: float) -> int | None:
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0 and os.fstat(output).st_size <= _MOST_OUTPUT:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, 0.2))
+    return None
+
+
+# --- setting and restoring ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -37,23 +126,23 @@ class BoardChange:
     max_clocks: bool = False
     """Whether GPU and CPU are held at their maximum by this run."""
     restored: str | None = None
-    """What an earlier run, which was killed, had left and was put back first."""
+    """What was put back first, after an earlier run that was killed."""
 
 
 @dataclass(frozen=True)
 class PendingRestore:
-    """What a run that was killed has left behind."""
+    """What a run that was killed has left changed."""
 
     since: str
     """When it began, ISO 8601."""
     mode: PowerMode | None
-    """Power mode to put back; None: it needs not be."""
+    """Power mode to put back; None: none."""
     clocks: Path | None
-    """File from which ``jetson_clocks`` is to restore; None: it needs not."""
+    """File from which ``jetson_clocks`` restores; None: nothing to restore."""
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """To type in its place; afterwards nothing is left to be put back."""
+        """What to type to put it back by hand."""
         return _commands(self.mode, self.clocks)
 
     def __str__(self) -> str:
@@ -66,9 +155,9 @@ class PendingRestore:
 def changed_board(
     mode: str | None, max_clocks: bool, *, root: Path = ROOT, run: Run = run_command
 ) -> Iterator[BoardChange]:
-    """Set the board, and put back what was there when the block ends: after errors, Ctrl-C, SIGTERM and SIGHUP as well.
+    """Set the board for a block, and put back what was there; also after errors, Ctrl-C, SIGTERM and SIGHUP.
 
-    Those signals wait while the board is being set or put back. What a killed run has left is put back first.
+    These signals wait while the board is being set or put back. What a killed run has left is put back first.
 
     Args:
         mode: name (in any case) or number of a power mode; None leaves it.
@@ -99,49 +188,28 @@ def changed_board(
 
 
 def pending_restore(root: Path = ROOT) -> PendingRestore | None:
-    """What a killed run has left to be put back; None if nothing, or if that run is still alive. Any user may ask.
+    """What a killed run has left changed; None if there is nothing, or that run is still alive. Needs no root.
 
     Raises:
-        BoardError: it is not readable what was changed.
+        BoardError: the journal cannot be read.
     """
     journal = Journal(root)
     return None if journal.in_use() else _left(root, journal)
-
-
-def restore_pending(root: Path = ROOT, run: Run = run_command) -> PendingRestore | None:
-    """Put that back.
-
-    Returns:
-        What was put back, if anything was.
-
-    Raises:
-        BoardError: not root, or it could not be put back; the hint is what to type.
-    """
-    left = pending_restore(root)
-    if left is None:
-        return None
-    if os.geteuid() != 0:
-        raise BoardError(f"to be put back, by root: {left}", hint=" && ".join(left.commands))
-    journal = Journal(root)
-    with HeldSignals(), journal.locked():
-        _restore_left(root, journal, run)
-    return left
 
 
 def find_mode(modes: tuple[PowerMode, ...], wanted: str) -> PowerMode:
     """The mode of that name (``25W``, ``maxn``, also without the ``MODE_`` of some boards) or number.
 
     Raises:
-        BoardError: there is none; with those there are.
+        BoardError: there is none; the hint lists the modes.
     """
     if not modes:
         raise BoardError("this machine has no power modes: there is no /etc/nvpmodel.conf that names one")
     name = wanted.strip().casefold()
     for mode in modes:
-        # A name may itself be a number's look-alike (15W is none, but 15 is no number of a mode either).
         if name in (mode.name.casefold(), mode.name.casefold().removeprefix("mode_"), str(mode.id)):
             return mode
-    raise BoardError(f"there is no power mode {wanted}", hint=f"one of {', '.join(map(str, modes))}")
+    raise BoardError(f"there is no power mode {wanted}", hint=f"this board has {', '.join(map(str, modes))}")
 
 
 def _set(mode: str | None, max_clocks: bool, root: Path, journal: Journal, run: Run) -> BoardChange:
@@ -153,14 +221,14 @@ def _set(mode: str | None, max_clocks: bool, root: Path, journal: Journal, run: 
     moves = before != during
     held = clocks_held(root)
     clocks = None
-    if max_clocks or (moves and held):  # entering a mode lets clocks go
+    if max_clocks or (moves and held):  # entering a mode resets the clocks
         clocks = journal.new_clocks_file()
         answer = run(("jetson_clocks", "--store", str(clocks)))
         if answer.code != 0 or not clocks.is_file() or not clocks.stat().st_size:
             clocks.unlink(missing_ok=True)
             raise BoardError(f"jetson_clocks cannot store the present clocks: {answer.said}")
     if moves or max_clocks:
-        # Before anything is changed, so that whatever happens then is known.
+        # Written before anything is changed, so that a killed run can be undone.
         journal.write(Change(before if moves else None, during if moves else None, clocks, max_clocks, held))
     if moves and during is not None:
         _enter(during, root, run)
@@ -172,10 +240,10 @@ def _set(mode: str | None, max_clocks: bool, root: Path, journal: Journal, run: 
 
 
 def _enter(mode: PowerMode, root: Path, run: Run) -> None:
-    """Change to a power mode and make sure of it.
+    """Enter a power mode and read it back.
 
     Raises:
-        BoardError: nvpmodel refuses, or says that it did and did not.
+        BoardError: nvpmodel refuses, or the board is in another mode afterwards.
     """
     answer = run(("nvpmodel", "-m", str(mode.id)))
     if re.search("reboot", answer.text, re.IGNORECASE):
@@ -205,14 +273,14 @@ def _query(modes: tuple[PowerMode, ...], run: Run) -> PowerMode:
 
 
 def _put_back(root: Path, journal: Journal, run: Run) -> None:
-    """Undo what the journal says; without one, nothing has been changed.
+    """Undo what the journal says; without a journal, nothing has been changed.
 
     Raises:
         BoardError: something could not be put back. The journal stays.
     """
     change = journal.read()
     if change is None:
-        journal.clear()  # of clocks that were stored, and nothing after that
+        journal.clear()  # remove clocks that were stored before nothing was changed
         return
     failures = []
     if change.clocks and change.maximised:  # before the mode: clocks that are held may be above what it allows
@@ -245,7 +313,7 @@ def _restore_clocks(clocks: Path, run: Run) -> list[str]:
 
 def _commands(mode: PowerMode | None, clocks: Path | None) -> tuple[str, ...]:
     commands = [f"sudo nvpmodel -m {mode.id}"] if mode else []
-    # The file is removed because nothing else tells that clocks have been restored by hand.
+    # Removing the file tells the next run that the clocks have been restored by hand.
     commands += [f"sudo jetson_clocks --restore {clocks}", f"sudo rm {clocks}"] if clocks else []
     return tuple(commands)
 
@@ -254,7 +322,7 @@ def _left(root: Path, journal: Journal) -> PendingRestore | None:
     change = journal.read()
     if change is None:
         return None
-    # A reboot lets clocks go. A mode that somebody has set since is theirs.
+    # A reboot resets the clocks. A mode that somebody has set since stays.
     clocks = change.clocks if change.boot == journal.boot and change.clocks and change.clocks.is_file() else None
     number = current_mode(root)
     unchanged = number is None or (change.during is not None and number == change.during.id)
@@ -263,14 +331,13 @@ def _left(root: Path, journal: Journal) -> PendingRestore | None:
 
 
 def _restore_left(root: Path, journal: Journal, run: Run) -> str | None:
-    """With the lock held: what an earlier run has left is put back, or turns out to need nothing."""
+    """Put back what an earlier run has left, if anything; the lock must be held."""
     left = _left(root, journal)
     change = journal.read()
     if left is None or change is None:
         if change is not None:
             journal.clear()
         return None
-    # What is put back is what is left of it.
     journal.write(replace(change, before=left.mode, during=change.during if left.mode else None, clocks=left.clocks))
     _put_back(root, journal, run)
     return str(left)

@@ -132,7 +132,7 @@ def bench(
     Idle with the engine loaded, warm-up until steady, load, idle again. A run that was throttled, or whose power
     readings have gaps, is invalid: it has no figures, and the command exits with 19.
     """
-    from cdkd_edge.bench.protocols import protocol_of
+    from cdkd_edge.bench.phases import protocol_of
     from cdkd_edge.bench.record import INVALID
     from cdkd_edge.bench.run import BenchOptions, run_benchmark
     from cdkd_edge.board.modes import changed_board, pending_restore
@@ -171,9 +171,9 @@ def bench(
         try:
             for left in remove_abandoned(space.benchmarks):
                 say(f"removed {left}, which a killed run had left")
-            with telling_what_is_kept(), live_bench() as (progress, tell):
+            with telling_what_is_kept(), live_bench() as (note, show_status):
                 folder = space.new_run(loaded.manifest.name)
-                summary = run_benchmark(loaded, folder, options, progress, tell)
+                summary = run_benchmark(loaded, folder, options, note, show_status)
             space.hand_over(folder)
         finally:
             loaded.close()

@@ -62,8 +62,8 @@ def calibrate(
 ) -> None:
     """Scenes to a calibration set: tiles that cover the imagery, for INT8 ranges. Writes engines/calibration/NAME/."""
     from cdkd_edge.cli.show.calibration import describe_calibration
-    from cdkd_edge.precision.calibration.generate import CalibrateOptions, default_folder, default_tile, tile_sides
-    from cdkd_edge.precision.calibration.generate import calibrate as generate
+    from cdkd_edge.precision.calibration.calibrate import CalibrateOptions, default_folder, default_tile, tile_sides
+    from cdkd_edge.precision.calibration.calibrate import calibrate as make_set
 
     space = workspace_at(workspace)
     if tile and (sides := tile_sides(space)) and tile not in sides:  # `build --int8` would find it after the work
@@ -75,11 +75,11 @@ def calibrate(
         seed=seed,
         candidates=candidates,
         max_nodata=max_nodata,
-        scene=segment_options(None, bands, stretch, stretch_percentiles, stretch_range, strict),
+        reading=segment_options(None, bands, stretch, stretch_percentiles, stretch_range, strict),
         labels=labels,
         exclude=tuple(exclude or ()),
         skip_broken=skip_broken,
     )
     with progress_bar("looking at tiles") as progress:
-        result = generate(scenes, output or default_folder(space, scenes), options, progress, overwrite=overwrite)
+        result = make_set(scenes, output or default_folder(space, scenes), options, progress, overwrite=overwrite)
     show(describe_calibration(result), as_json)

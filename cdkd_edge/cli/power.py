@@ -25,7 +25,7 @@ def power(
 
     Leaves with 16 if the one that --source names cannot be used.
     """
-    from cdkd_edge.board.power.sources import list_sources
+    from cdkd_edge.board.power.sampler import list_sources
     from cdkd_edge.cli.show.power import describe_power
     from cdkd_edge.core.errors import PowerError
 

@@ -148,7 +148,7 @@ def segment(
 
     from cdkd_edge.cli.show.fleet import live_fleet
     from cdkd_edge.segment.many.run import engine_ref, plan_outputs, segment_many, workers_for
-    from cdkd_edge.segment.partial import way_to_go_on
+    from cdkd_edge.segment.partial import resume_advice
     from cdkd_edge.segment.products import ProductOptions
     from cdkd_edge.segment.products.polygons import vector_options
 
@@ -200,7 +200,7 @@ def segment(
                 observer=observer,
             )
         except (KeyboardInterrupt, SystemExit):
-            for advice in filter(None, map(way_to_go_on, outputs)):
+            for advice in filter(None, map(resume_advice, outputs)):
                 say(advice)
             raise
         finally:

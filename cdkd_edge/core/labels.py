@@ -22,12 +22,11 @@ and ``dubai`` (MBRSC / Humans in the Loop, CC0). A user's own is a TOML file::
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-
-import msgspec
 
 from cdkd_edge.core.errors import SchemaError
 from cdkd_edge.core.files import converted, read_toml
@@ -44,8 +43,7 @@ MAX_CLASSES = NO_LABEL
 MAX_NAME = 200
 """Characters of a name: names stand in tables, legends and pictures."""
 
-Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
-RGB = tuple[Byte, Byte, Byte]
+RGB = tuple[int, int, int]
 
 
 class Palette(str, enum.Enum):
@@ -258,23 +256,23 @@ def numbered_schema(count: int) -> LabelSchema:
     return LabelSchema(f"numbered-{count}", tuple(classes))
 
 
-class _ClassTable(msgspec.Struct, forbid_unknown_fields=True):
-    """A ``[[classes]]`` table of a schema's document."""
+@functools.cache
+def _document_type() -> type[Any]:
+    """What a schema's document must be; made when needed, because the command line starts without msgspec."""
+    import msgspec
 
-    name: str
-    color: RGB
-    value: Byte | None = None
-    display: RGB | None = None
-
-
-class _Document(msgspec.Struct, forbid_unknown_fields=True):
-    """A schema's document."""
-
-    classes: list[_ClassTable]
-    name: str | None = None
-    ignore_colors: list[RGB] = []
-    ignore_values: list[Byte] = []
-    binarize_colors: bool = False
+    byte: Any = Annotated[int, msgspec.Meta(ge=0, le=255)]
+    rgb: Any = tuple[byte, byte, byte]
+    members: list[Any] = [("name", str), ("color", rgb), ("value", byte | None, None), ("display", rgb | None, None)]
+    table: Any = msgspec.defstruct("ClassTable", members, forbid_unknown_fields=True)
+    fields: list[Any] = [
+        ("classes", list[table]),
+        ("name", str | None, None),
+        ("ignore_colors", list[rgb], []),
+        ("ignore_values", list[byte], []),
+        ("binarize_colors", bool, False),
+    ]
+    return msgspec.defstruct("SchemaDocument", fields, forbid_unknown_fields=True)
 
 
 def schema_from_document(document: Any, source: str) -> LabelSchema:
@@ -287,7 +285,7 @@ def schema_from_document(document: Any, source: str) -> LabelSchema:
         SchemaError: with ``source`` and the place that is wrong.
     """
     try:
-        read = converted(document, _Document)
+        read = converted(document, _document_type())
     except ValueError as error:
         raise SchemaError(f"{source}: {error}") from None
     name = Path(source).stem if read.name is None else read.name

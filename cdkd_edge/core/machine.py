@@ -40,7 +40,8 @@ class Machine:
 
 
 def describe_machine() -> Machine:
-    """Read the description of the machine this process runs on."""
+    """Describe the machine that this process runs on."""
+    release = jetson_linux(_text("/etc/nv_tegra_release") or "")
     return Machine(
         cpu=_cpu_name(),
         cores=available_cores(),
@@ -48,7 +49,7 @@ def describe_machine() -> Machine:
         os=_os_name(),
         kernel=platform.release(),
         board=_text("/proc/device-tree/model"),
-        l4t=_l4t(),
+        l4t=release[1] if release else None,
     )
 
 
@@ -97,9 +98,10 @@ def _os_name() -> str:
     return match[1] if match else platform.system()
 
 
-def _l4t() -> str | None:
-    match = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text("/etc/nv_tegra_release") or "")
-    return f"R{match[1]}.{match[2]}" if match else None
+def jetson_linux(release: str) -> tuple[int, str] | None:
+    """Major number and name (``R36.4.3``) of Jetson Linux, by the text of ``/etc/nv_tegra_release``."""
+    match = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release)
+    return (int(match[1]), f"R{match[1]}.{match[2]}") if match else None
 
 
 def _text(path: str) -> str | None:

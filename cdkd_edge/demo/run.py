@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 import rasterio
+from PIL import Image
 from rasterio.transform import from_origin
 
-from cdkd_edge.bench.protocols import protocol_of
+from cdkd_edge.bench.phases import protocol_of
 from cdkd_edge.bench.record import BenchSummary
 from cdkd_edge.bench.run import BenchOptions, run_benchmark
 from cdkd_edge.core.errors import WorkspaceError
 from cdkd_edge.core.files import make_folders, whole_file
+from cdkd_edge.core.labels import schema_from_document
 from cdkd_edge.core.manifest import (
     EngineManifest,
     FileRecord,
@@ -37,8 +38,8 @@ from cdkd_edge.core.manifest import (
     write_manifest,
 )
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.demo.scenery import draw_scene
 from cdkd_edge.engines.onnxruntime import build_cpu_engine
+from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
@@ -53,7 +54,7 @@ from cdkd_edge.segment.products.preview import write_preview
 if TYPE_CHECKING:
     from cdkd_edge.graph.export import ExportResult
 
-SCENE_WIDTH, SCENE_HEIGHT, SCENE_SEED = 3000, 2000, 2026
+SCENE_HEIGHT, SCENE_WIDTH = 2000, 3000  # px of the bundled picture that are used
 SCENE_PIXEL_M = 0.5
 MARK = ".cdkd-edge-demo"
 """File that marks a folder as the demo's own, so that a second run may replace what the first one wrote."""
@@ -79,7 +80,7 @@ class DemoResult:
     segment: SegmentResult
     quicklook: Path
     mean_iou: float | None
-    """Against the drawn scene's exact labels, 0..1; None for a user's scene, which has none."""
+    """Against the bundled scene's exact labels, 0..1; None for a user's scene, which has none."""
     bench: BenchSummary
     bench_folder: Path
 
@@ -94,7 +95,7 @@ def run_demo(
 
     Args:
         workspace: where everything is written.
-        scene: the user's own scene; default: 3000 x 2000 px drawn by the package, georeferenced.
+        scene: the user's own scene; default: the bundled picture, drawn, 3000 x 2000 px.
         options: bands and stretch for ``scene``.
         progress: called with the name of each step.
 
@@ -107,9 +108,9 @@ def run_demo(
     _claim(workspace.root)
     truth = None
     if scene is None:
-        progress("drawing a scene")
+        progress("unpacking the bundled scene")
         scene = workspace.root / "demo_scene.tif"
-        truth = _draw(scene)
+        truth = _unpack(scene)
     with resources.as_file(resources.files("cdkd_edge.demo") / "tiny.safetensors") as checkpoint:
         exported = _export(checkpoint, workspace.graphs / "tiny.onnx", progress)
     progress("building the engine")
@@ -177,7 +178,7 @@ def _write_bundled(checkpoint: Path, destination: Path, skipped: str) -> Bundled
             artefact=FileRecord.of(temporary, destination.name),
             checkpoint=FileRecord.of(checkpoint),
             layout="cdkd-edge",
-            labels=header["schema"],
+            labels=schema_from_document(header["schema"], checkpoint.name).to_document(),
             preprocessing=Preprocessing("RGB", PIXEL_MEAN, PIXEL_STD),
             tile=config.tile,
             batch=1,
@@ -202,20 +203,23 @@ def _claim(folder: Path) -> None:
     (folder / MARK).touch()
 
 
-def _draw(path: Path) -> npt.NDArray[np.uint8]:
-    """Write the demo scene as a GeoTIFF near Dubai (UTM 40N); returns its labels ``[H, W]``."""
-    scenery = draw_scene(SCENE_WIDTH, SCENE_HEIGHT, seed=SCENE_SEED)
+def _unpack(path: Path) -> UInt8Array:
+    """Write the bundled picture as a GeoTIFF near Dubai (UTM 40N); returns its labels ``[H, W]``."""
+    bundled = resources.files("cdkd_edge.demo")
+    with bundled.joinpath("scene.jpg").open("rb") as file:
+        pixels = np.asarray(Image.open(file))[:SCENE_HEIGHT, :SCENE_WIDTH]
+    with bundled.joinpath("scene-labels.png").open("rb") as file:
+        labels = np.asarray(Image.open(file))[:SCENE_HEIGHT, :SCENE_WIDTH]
+    height, width, count = pixels.shape
     profile = {
         "driver": "GTiff",
-        "width": SCENE_WIDTH,
-        "height": SCENE_HEIGHT,
-        "count": 3,
+        "width": width,
+        "height": height,
+        "count": count,
         "dtype": "uint8",
         "photometric": "RGB",
         "compress": "deflate",
         "tiled": True,
-        "blockxsize": 512,
-        "blockysize": 512,
         "crs": "EPSG:32640",
         "transform": from_origin(325_000, 2_785_000, SCENE_PIXEL_M, SCENE_PIXEL_M),
     }
@@ -224,5 +228,5 @@ def _draw(path: Path) -> npt.NDArray[np.uint8]:
         writing(f"writing {path}", path.parent),
         rasterio.open(temporary, "w", **profile) as dataset,
     ):
-        dataset.write(scenery.image.transpose(2, 0, 1))
-    return scenery.labels
+        dataset.write(pixels.transpose(2, 0, 1))
+    return labels

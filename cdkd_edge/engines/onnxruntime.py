@@ -27,7 +27,7 @@ from cdkd_edge.core.manifest import (
 from cdkd_edge.core.output_kinds import LABELS, build_options
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import NamedOutputs, UInt8Array
-from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, session_options, signed_weights_are_exact
+from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, open_session, session_options, signed_weights_are_exact
 from cdkd_edge.graph.files import read_graph
 from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
 
@@ -255,10 +255,7 @@ def engine_options(precision: str, threads: int | None = None) -> onnxruntime.Se
 
 
 def _session(model: str | bytes, options: onnxruntime.SessionOptions, doing: str) -> Any:
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # see launch()
-        raise EngineError(f"{doing} failed in ONNX Runtime: {_one_line(error)}") from None
+    return open_session(model, options, lambda reason: EngineError(f"{doing} failed in ONNX Runtime: {reason}"))
 
 
 def _minor(version: str) -> list[str]:

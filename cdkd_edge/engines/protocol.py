@@ -1,29 +1,33 @@
-"""What everything that labels tiles offers, so that scenes, scores and benchmarks need not know what runs."""
+"""What labels tiles: the interface of networks, graphs and engines, so that callers need not know which one runs."""
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from cdkd_edge.core.errors import EngineError
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import EngineManifest, FileRecord
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, confidence_of, missing_output
+from cdkd_edge.core.sample import sample_tiles
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 UInt8Array = npt.NDArray[np.uint8]
+SPEED_ROUNDS = 7
+"""Timed runs of each engine in :func:`speed_ratio`."""
 
 
 class Labeller(Protocol):
-    """uint8 tiles in, uint8 labels out, through a fixed number of buffer slots; some give confidence as well.
+    """Takes batches of N uint8 tiles of T x T px and gives uint8 labels, some also confidence or probabilities.
 
-    A network in PyTorch, a graph or an engine; N tiles of T x T px at a time.
-
-    A slot is one batch on its way: write tiles to ``input(slot)``, ``launch(slot)``, ``wait(slot)``, read
-    ``output(slot)``. Buffers are allocated once; slots let reading, computing and writing overlap.
+    A slot holds one batch: write tiles to ``input(slot)``, call ``launch(slot)`` and ``wait(slot)``, read
+    ``output(slot)``. Buffers are allocated once; several slots let reading, computing and writing overlap.
     One thread launches and waits; other threads may fill inputs and read outputs of other slots.
     """
 
@@ -47,7 +51,7 @@ class Labeller(Protocol):
 
     @property
     def output_kind(self) -> str:
-        """What it gives: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`."""
+        """The kind of output: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`."""
 
     def input(self, slot: int) -> UInt8Array:
         """The slot's tiles, ``[N, 3, T, T]`` RGB, to be written in place."""
@@ -56,19 +60,19 @@ class Labeller(Protocol):
         """The slot's labels, ``[N, T, T]``; 255 everywhere unless the last run of the slot succeeded."""
 
     def confidence(self, slot: int) -> UInt8Array:
-        """Per cent of the probability of the slot's labels, ``[N, T, T]``; 0 everywhere where those are 255.
+        """Probability of the slot's labels in per cent, ``[N, T, T]``; 0 where the label is 255.
 
-        Of kind ``probabilities`` it is derived from them, anew at every call.
+        Computed at every call if the kind is ``probabilities``.
 
         Raises:
-            EngineError: it is not given.
+            EngineError: the labeller does not give it.
         """
 
     def probabilities(self, slot: int) -> UInt8Array:
-        """255 times the probability of each class, ``[N, K, T, T]``; 0 everywhere where the labels are 255.
+        """255 times the probability of each class, ``[N, K, T, T]``; 0 where the label is 255.
 
         Raises:
-            EngineError: they are not given.
+            EngineError: the labeller does not give them.
         """
 
     def launch(self, slot: int) -> None:
@@ -79,7 +83,7 @@ class Labeller(Protocol):
         """
 
     def wait(self, slot: int) -> None:
-        """Return when the slot's labels, and what else it gives, are there.
+        """Wait until the slot's outputs are there.
 
         Raises:
             EngineError: the engine failed.
@@ -90,7 +94,7 @@ class Labeller(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
     def close(self) -> None:
-        """Release what runs, and its buffers."""
+        """Release the network or engine, and its buffers."""
 
 
 class Closing:
@@ -107,7 +111,7 @@ class Closing:
 
 
 class LabelsOnly(Closing):
-    """The part of :class:`Labeller` that is about other outputs, of what gives labels alone."""
+    """The methods of :class:`Labeller` for other outputs, for a labeller that gives labels alone."""
 
     artefact: FileRecord
 
@@ -126,7 +130,7 @@ class LabelsOnly(Closing):
 
 
 class NamedOutputs(Closing):
-    """The part of :class:`Labeller` that is about outputs, for a class that keeps them by name."""
+    """The methods of :class:`Labeller` for outputs, for a labeller that keeps them by name."""
 
     artefact: FileRecord
     output_kind: str
@@ -172,3 +176,27 @@ def segment_tiles(engine: Labeller, tiles: UInt8Array) -> UInt8Array:
         engine.wait(0)
         labels[start : start + batch] = engine.output(0)[: len(chunk)]
     return labels
+
+
+def speed_ratio(engine: Engine, other: Engine) -> float:
+    """Tiles per second of an engine over those of another, as the ratio of the medians.
+
+    Both label the same tile in turn, after one run each to warm up, so that a slow moment of the machine hits both.
+
+    Raises:
+        EngineError: their tiles differ in size, or one of them fails.
+    """
+    if engine.tile != other.tile:
+        raise EngineError(f"tiles of {engine.tile} and {other.tile} px cannot be timed against each other")
+    tile = sample_tiles(engine.tile, 1)[0]
+    for one in (engine, other):
+        one.input(0)[:] = tile
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for count in range(SPEED_ROUNDS + 1):
+        for one, times in ((engine, seconds[0]), (other, seconds[1])):
+            started = time.perf_counter()
+            one.launch(0)
+            one.wait(0)
+            if count:
+                times.append((time.perf_counter() - started) / one.batch)
+    return statistics.median(seconds[1]) / statistics.median(seconds[0])

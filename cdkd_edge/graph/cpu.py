@@ -15,6 +15,7 @@ as FP32. Everything else is FP32 with the weights of the INT8 graph.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from cdkd_edge.core.errors import GraphError
+from cdkd_edge.core.errors import CdkdEdgeError, GraphError
 from cdkd_edge.core.machine import available_cores
 from cdkd_edge.graph.layers import attention_blocks
 from cdkd_edge.graph.nodes import CONTRIB_DOMAIN, GraphIndex, NodeWriter, attribute_of, copy_of, replace_nodes
@@ -47,17 +48,26 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     return options
 
 
-def open_session(model: bytes | str, options: onnxruntime.SessionOptions | None = None) -> Any:
-    """A session on the CPU, of a serialised graph or a file.
+def open_session(
+    model: bytes | str,
+    options: onnxruntime.SessionOptions | None = None,
+    refused: Callable[[str], CdkdEdgeError] = lambda reason: GraphError(f"ONNX Runtime refuses the graph: {reason}"),
+) -> Any:
+    """A session on the CPU. No other function makes one.
+
+    Args:
+        model: a serialised graph, or the path of a file.
+        options: default: those of every session.
+        refused: makes the error of ONNX Runtime's reason.
 
     Raises:
-        GraphError: ONNX Runtime refuses the graph.
+        CdkdEdgeError: ONNX Runtime refuses the graph.
     """
     options = options or session_options()
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own types share no base but Exception
-        raise GraphError(f"ONNX Runtime refuses the graph: {' '.join(str(error).split())[:300]}") from None
+        raise refused(" ".join(str(error).split())[:300]) from None
 
 
 def cpu_session(model: onnx.ModelProto, *, arena: bool = False, in_order: bool = False) -> Any:

@@ -14,9 +14,9 @@ takes no others. The CPU's version is made from the same file (:func:`cdkd_edge.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,6 @@ from cdkd_edge.graph.int8_ranges import (
 )
 from cdkd_edge.graph.layers import (
     Array,
-    InputMaker,
     QuantizableLayer,
     input_makers,
     quantizable_layers,
@@ -126,14 +125,12 @@ def calibrate(
     layers = quantizable_layers(model)
     smoothed: tuple[str, ...] = ()
     if options.alpha is not None:
-        few = min(SMOOTHING_TILES, len(tiles))
-        step = max(len(tiles) // max(few, 1), 1)
+        step = max(len(tiles) // SMOOTHING_TILES, 1)
         spread = (tile for index, tile in enumerate(tiles) if index % step == 0)
-        total = -(-len(tiles) // step)
-        seen = observe(model, layers, spread, lambda done: note(f"channel maxima: tile {done} of {total}"))
+        seen = observe(model, layers, _counted(spread, -(-len(tiles) // step), "channel maxima", note))
         smoothed = tuple(smooth(model, layers, seen, options.alpha))
         layers = quantizable_layers(model)
-    seen = observe(model, layers, tiles, lambda done: note(f"ranges: tile {done} of {len(tiles)}"))
+    seen = observe(model, layers, _counted(tiles, len(tiles), "ranges", note))
     scales = {
         layer.name: LayerScales(
             activation_scale(seen[layer.name], options.calibrator, options.percentile),
@@ -142,6 +139,15 @@ def calibrate(
         for layer in layers
     }
     return Calibrated(model, layers, scales, smoothed)
+
+
+def _counted(
+    tiles: Iterable[npt.NDArray[np.uint8]], total: int, what: str, note: Callable[[str], None]
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """The tiles; ``note`` is called after each."""
+    for done, tile in enumerate(tiles, start=1):
+        yield tile
+        note(f"{what}: tile {done} of {total}")
 
 
 def smooth(
@@ -155,19 +161,20 @@ def smooth(
     Returns:
         The factors ``[K]`` by which each smoothed layer's input is now smaller.
     """
-    weights = _Weights(model)
+    users = Counter(name for node in model.graph.node for name in node.input)
     nodes = {node.name: node for node in model.graph.node}
     factors = {}
     for layer in layers:
         makers = input_makers(model, layer, layers)
         if not makers:
             continue
-        scale = _factors(observations[layer.name].channel_max, weights[layer.weight], alpha)
-        weights.multiply(nodes[layer.node], 1, scale[:, None])
-        for maker in makers:
-            weights.divide(maker, scale)
+        scale = _factors(observations[layer.name].channel_max, weight_of(model, nodes[layer.node].input[1]), alpha)
+        _multiply(model, users, nodes[layer.node], 1, scale[:, None])
+        for maker in makers:  # divide the columns that make this layer's input
+            after = maker.columns - maker.start - len(scale)
+            divisor = np.pad(1 / scale, (maker.start, after), constant_values=1)
+            _multiply(model, users, maker.node, maker.position, divisor)
         factors[layer.name] = scale
-    weights.store()
     return factors
 
 
@@ -186,39 +193,20 @@ def _factors(channel_max: Array, weight: Array, alpha: float) -> npt.NDArray[np.
     return powers
 
 
-class _Weights:
-    """Initialisers by name, in FP64 once they change, written back at the end."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = model
-        self._items = {item.name: item for item in model.graph.initializer}
-        self._users = Counter(name for node in model.graph.node for name in node.input)
-        self._changed: dict[str, npt.NDArray[np.float64]] = {}
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        return self._changed[name] if name in self._changed else numpy_helper.to_array(self._items[name])
-
-    def multiply(self, node: onnx.NodeProto, position: int, factor: npt.NDArray[np.float64]) -> None:
-        """Multiply the constant that is an input of a node, for this node alone."""
-        name = node.input[position]
-        value = self[name].astype(np.float64) * factor
-        if self._users[name] > 1:  # simplification stores equal constants once
-            self._users[name] -= 1
-            name = f"{node.name}.smoothed_{position}"
-            self._items[name] = self._model.graph.initializer.add()
-            self._users[name] = 1
-            node.input[position] = name
-        self._changed[name] = value
-
-    def divide(self, maker: InputMaker, scale: npt.NDArray[np.float64]) -> None:
-        """Divide those columns of a constant that make a layer's input."""
-        after = self[maker.node.input[maker.position]].shape[-1] - maker.start - len(scale)
-        self.multiply(maker.node, maker.position, np.pad(1 / scale, (maker.start, after), constant_values=1))
-
-    def store(self) -> None:
-        """Put the changed constants into the graph."""
-        for name, value in self._changed.items():
-            self._items[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
+def _multiply(
+    model: onnx.ModelProto, users: Counter[str], node: onnx.NodeProto, position: int, factor: npt.NDArray[np.float64]
+) -> None:
+    """Multiply the constant that is an input of a node, for this node alone."""
+    name = node.input[position]
+    value = (weight_of(model, name) * factor).astype(np.float32)
+    if users[name] > 1:  # simplification stores equal constants once
+        users[name] -= 1
+        name = f"{node.name}.smoothed_{position}"
+        users[name] = 1
+        node.input[position] = name
+        model.graph.initializer.add(name=name)
+    item = next(item for item in model.graph.initializer if item.name == name)
+    item.CopyFrom(numpy_helper.from_array(value, name))
 
 
 def int8_graph(

@@ -11,7 +11,7 @@ so that the rest gets finer steps; ``mse`` takes the range with the least square
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +56,7 @@ def magnitudes() -> npt.NDArray[np.float64]:
 
 
 def observe(
-    model: onnx.ModelProto,
-    layers: Sequence[QuantizableLayer],
-    tiles: Iterable[UInt8Array],
-    progress: Callable[[int], None] = lambda done: None,
+    model: onnx.ModelProto, layers: Sequence[QuantizableLayer], tiles: Iterable[UInt8Array]
 ) -> dict[str, Observation]:
     """Run the FP32 graph on every tile and collect statistics of the inputs of ``layers``.
 
@@ -67,7 +64,6 @@ def observe(
         model: the FP32 graph.
         layers: the layers.
         tiles: uint8 ``[3, T, T]``, one at a time.
-        progress: called with the number of tiles done.
 
     Returns:
         An observation per layer name.
@@ -87,7 +83,6 @@ def observe(
 
     channel_max: dict[str, npt.NDArray[np.float32]] = {}
     histograms = {name: np.zeros(BINS, np.int64) for name in values}
-    done = 0
     for tile in tiles:
         # The static batch is filled with the same tile; the first is evaluated.
         results = session.run(values, {"image": np.repeat(tile[None], batch, axis=0)})
@@ -97,9 +92,7 @@ def observe(
             largest = np.maximum(value.max(axis=axes), -value.min(axis=axes))
             channel_max[name] = np.maximum(channel_max[name], largest) if name in channel_max else largest
             _count(value, histograms[name])
-        done += 1
-        progress(done)
-    if not done:
+    if not channel_max:
         raise ValueError("there is no tile to observe")
     return {layer.name: Observation(channel_max[layer.input], histograms[layer.input]) for layer in layers}
 
@@ -134,8 +127,6 @@ def activation_scale(observation: Observation, calibrator: str, percentile: floa
         calibrator: one of :data:`CALIBRATORS`.
         percentile: share of magnitudes to keep, for ``percentile``, in per cent.
     """
-    if calibrator not in CALIBRATORS:
-        raise ValueError(f"calibrator {calibrator!r} is not one of {', '.join(CALIBRATORS)}")
     largest = observation.max
     if calibrator == "percentile":
         largest = min(largest, _percentile(observation.histogram, percentile))

@@ -111,8 +111,10 @@ class InputMaker:
     node: onnx.NodeProto
     position: int
     """Which input of the node the constant is."""
+    columns: int
+    """Length of the constant's last axis."""
     start: int
-    """The first column of the constant that makes the layer's input."""
+    """The first of these columns that makes the layer's input."""
 
 
 def input_makers(
@@ -127,22 +129,20 @@ def input_makers(
     if not found or found[2] == "mlp.fc2":
         return []
     index = GraphIndex(model.graph)
+
+    def makers(node: onnx.NodeProto, share: float) -> list[InputMaker]:
+        """The constants of a node; of their columns, those behind ``share`` make the input."""
+        found = [(at, index.constants[name].dims[-1]) for at, name in enumerate(node.input) if name in index.constants]
+        return [InputMaker(node, at, columns, round(columns * share)) for at, columns in found]
+
     if found[2] != "attn.proj":
         norm = index.maker.get(layer.input)
-        if norm is None or norm.op_type != "LayerNormalization":
-            return []
-        return [InputMaker(norm, at, 0) for at, name in enumerate(norm.input) if at and name in index.constants]
+        return makers(norm, 0) if norm is not None and norm.op_type == "LayerNormalization" else []
     qkv = next((one for one in layers if one.name == f"{found[1]}.attn.qkv"), None)
     if qkv is None:
         return []
-    width = index.constants[qkv.weight].dims[1]
-    makers = [InputMaker(index.maker[qkv.product], 1, width - width // 3)]
-    bias = next((node for node in index.users.get(qkv.product, []) if node.op_type == "Add"), None)
-    if bias is not None:
-        makers += [
-            InputMaker(bias, at, width - width // 3) for at, name in enumerate(bias.input) if name in index.constants
-        ]
-    return makers
+    bias = [node for node in index.users.get(qkv.product, []) if node.op_type == "Add"]
+    return [maker for node in (index.maker[qkv.product], *bias[:1]) for maker in makers(node, 2 / 3)]
 
 
 @dataclass(frozen=True)
@@ -157,67 +157,59 @@ class AttentionBlock:
     """The first outputs of its nodes; they identify nodes, which compare by value."""
 
 
-def attention_blocks(model: onnx.ModelProto) -> list[AttentionBlock | None]:
-    """One entry per softmax: the attention around it, or None if it has another form."""
-    matcher = _AttentionMatcher(model.graph)
-    return [matcher.match(node) for node in model.graph.node if node.op_type == "Softmax"]
-
-
 class _MismatchError(Exception):
     """The softmax is not in an attention of the known form."""
 
 
-class _AttentionMatcher:
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self._index = GraphIndex(graph)
+def attention_blocks(model: onnx.ModelProto) -> list[AttentionBlock | None]:
+    """One entry per softmax: the attention around it, or None if it has another form."""
+    index = GraphIndex(model.graph)
+    found: list[AttentionBlock | None] = []
+    for node in model.graph.node:
+        if node.op_type == "Softmax":
+            try:
+                found.append(_attention_around(index, node))
+            except _MismatchError:
+                found.append(None)
+    return found
 
-    def match(self, softmax: onnx.NodeProto) -> AttentionBlock | None:
-        try:
-            return self._match(softmax)
-        except _MismatchError:
-            return None
 
-    def _match(self, softmax: onnx.NodeProto) -> AttentionBlock:
-        _require(attribute_of(softmax, "axis", -1) in (-1, 3))
-        scores = self._maker(softmax.input[0], "MatMul")
-        split = self._maker(scores.input[0], "Split", axis=1)
-        keys = self._maker(scores.input[1], "Transpose", perm=[0, 1, 3, 2])
-        by_head = self._maker(split.input[0], "Transpose", perm=[0, 2, 1, 3])
-        heads_shape = self._maker(by_head.input[0], "Reshape")
-        mixed = self._user(softmax, "MatMul")
-        by_token = self._user(mixed, "Transpose", perm=[0, 2, 1, 3])
-        joined = self._user(by_token, "Reshape")
-        _require(list(split.output) == [scores.input[0], keys.input[0], mixed.input[1]])
-        _require(mixed.input[0] == softmax.output[0])
+def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBlock:
+    def maker(value: str, op: str, **attributes: object) -> onnx.NodeProto:
+        return _require_op(index.maker.get(value), op, attributes)
 
-        inner = (heads_shape, by_head, split, keys, scores, softmax, mixed, by_token)
-        nodes = frozenset(node.output[0] for node in (*inner, joined))
-        _require(not any(self._is_used_outside(node, nodes) for node in inner))
-        batch, length, parts, width = self._sizes(heads_shape, 4)
-        heads = parts // 3
-        _require(self._sizes(split, 3) == [heads] * 3)
-        _require(self._sizes(joined, 3) == [batch, length, heads * width])
-        return AttentionBlock(heads_shape.input[0], joined.output[0], heads, heads * width, nodes)
+    def user(node: onnx.NodeProto, op: str, **attributes: object) -> onnx.NodeProto:
+        return _require_op(index.only_user(node.output[0]), op, attributes)
 
-    def _maker(self, value: str, op: str, **attributes: object) -> onnx.NodeProto:
-        return _require_op(self._index.maker.get(value), op, attributes)
-
-    def _user(self, node: onnx.NodeProto, op: str, **attributes: object) -> onnx.NodeProto:
-        return _require_op(self._index.only_user(node.output[0]), op, attributes)
-
-    def _sizes(self, node: onnx.NodeProto, count: int) -> list[int]:
+    def sizes(node: onnx.NodeProto, count: int) -> list[int]:
         """The constant sizes that are a node's second input: ``count`` positive numbers."""
-        _require(len(node.input) == 2 and node.input[1] in self._index.constants)
-        sizes: list[int] = numpy_helper.to_array(self._index.constants[node.input[1]]).ravel().tolist()
-        _require(len(sizes) == count and min(sizes) > 0)
-        return sizes
+        _require(len(node.input) == 2 and node.input[1] in index.constants)
+        found: list[int] = numpy_helper.to_array(index.constants[node.input[1]]).ravel().tolist()
+        _require(len(found) == count and min(found) > 0)
+        return found
 
-    def _is_used_outside(self, node: onnx.NodeProto, block: frozenset[str]) -> bool:
-        return any(
-            output in self._index.outputs
-            or any(user.output[0] not in block for user in self._index.users.get(output, []))
-            for output in node.output
-        )
+    _require(attribute_of(softmax, "axis", -1) in (-1, 3))
+    scores = maker(softmax.input[0], "MatMul")
+    split = maker(scores.input[0], "Split", axis=1)
+    keys = maker(scores.input[1], "Transpose", perm=[0, 1, 3, 2])
+    by_head = maker(split.input[0], "Transpose", perm=[0, 2, 1, 3])
+    heads_shape = maker(by_head.input[0], "Reshape")
+    mixed = user(softmax, "MatMul")
+    by_token = user(mixed, "Transpose", perm=[0, 2, 1, 3])
+    joined = user(by_token, "Reshape")
+    _require(list(split.output) == [scores.input[0], keys.input[0], mixed.input[1]])
+    _require(mixed.input[0] == softmax.output[0])
+
+    inner = (heads_shape, by_head, split, keys, scores, softmax, mixed, by_token)
+    nodes = frozenset(node.output[0] for node in (*inner, joined))
+    inside = [output for node in inner for output in node.output]
+    _require(index.outputs.isdisjoint(inside))
+    _require(all(node.output[0] in nodes for output in inside for node in index.users.get(output, [])))
+    batch, length, parts, width = sizes(heads_shape, 4)
+    heads = parts // 3
+    _require(sizes(split, 3) == [heads] * 3)
+    _require(sizes(joined, 3) == [batch, length, heads * width])
+    return AttentionBlock(heads_shape.input[0], joined.output[0], heads, heads * width, nodes)
 
 
 def _require(condition: bool) -> None:

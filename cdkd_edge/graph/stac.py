@@ -69,7 +69,7 @@ def class_names(names: Sequence[str]) -> list[str]:
 
 
 def stac_path(graph: Path) -> Path:
-    """Where it lies: ``ckpt.onnx`` has ``ckpt.stac.json`` beside it."""
+    """The path of a graph's item: ``ckpt.onnx`` has ``ckpt.stac.json`` beside it."""
     return graph.with_name(f"{graph.stem}.stac.json")
 
 
@@ -80,11 +80,11 @@ def stac_item(
     qgis: QgisGraph | None = None,
     gsd: float | None = None,
 ) -> dict[str, Any]:
-    """The item of an exported FP32 graph and what lies beside it.
+    """The item of an exported FP32 graph and the files beside it.
 
     Args:
         graph: the graph's manifest.
-        parameters: of the network, all of them.
+        parameters: number of the network's parameters.
         half: manifest of the FP16 graph beside it.
         qgis: the graph for QGIS beside it.
         gsd: metres per pixel of the training imagery, if known.
@@ -113,11 +113,16 @@ def stac_item(
     if gsd is not None:
         properties["gsd"] = gsd
     assets = {
-        "model": _model("ONNX graph in FP32", graph.artefact, graph),
-        "manifest": _plain("Manifest of the graph", manifest_path(Path(graph.artefact.file)).name),
+        "model": _model("ONNX graph in FP32", graph),
+        "manifest": {
+            "href": href(manifest_path(Path(graph.artefact.file)).name),
+            "type": "application/json",
+            "title": "Manifest of the graph",
+            "roles": ["metadata"],
+        },
     }
     if half is not None:
-        assets["model-fp16"] = _model("ONNX graph in FP16, for TensorRT", half.artefact, half)
+        assets["model-fp16"] = _model("ONNX graph in FP16, for TensorRT", half)
         assets["model-fp16"]["mlm:accelerator"] = "cuda"
     if qgis is not None:
         # It takes and gives floats, so it is not what mlm:input and mlm:output describe.
@@ -144,14 +149,14 @@ def write_stac(item: dict[str, Any], destination: Path) -> None:
     """Write an item.
 
     Raises:
-        ManifestError: something that is not ours is in the destination's place.
+        ManifestError: the destination exists and is not an item that cdkd-edge wrote.
     """
     require_own_stac(destination)
     write_text(destination, json.dumps(item, indent=2, ensure_ascii=False) + "\n")
 
 
 def require_own_stac(path: Path) -> None:
-    """Make sure that writing an item replaces nothing but an earlier one.
+    """Make sure that an item replaces nothing but an earlier one.
 
     Raises:
         ManifestError: it would.
@@ -219,19 +224,15 @@ def _output(graph: GraphManifest, schema: LabelSchema) -> dict[str, Any]:
     }
 
 
-def _model(title: str, artefact: FileRecord, graph: GraphManifest) -> dict[str, Any]:
+def _model(title: str, graph: GraphManifest) -> dict[str, Any]:
     return {
-        "href": href(artefact.file),
+        "href": href(graph.artefact.file),
         "type": _ONNX,
         "title": title,
         "description": f"opset {graph.opset}; runs in ONNX Runtime, and is what `cdkd-edge build` makes engines from",
         "roles": ["mlm:model", "mlm:weights", "data"],
-        "bands": _bands(),  # MLM asks for them in the properties, and STAC allows them there only if an asset has them
+        "bands": _bands(),  # MLM wants them in the properties, where STAC allows them only if an asset has them
         "mlm:artifact_type": "onnx",
         "mlm:framework": "ONNX",
-        **file_fields(artefact),
+        **file_fields(graph.artefact),
     }
-
-
-def _plain(title: str, file: str) -> dict[str, Any]:
-    return {"href": href(file), "type": "application/json", "title": title, "roles": ["metadata"]}

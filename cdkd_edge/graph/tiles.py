@@ -1,14 +1,13 @@
-"""A calibration set on disk: a folder of lossless tiles, and what says where each came from.
+"""The format of a calibration set: a folder of lossless tiles and a manifest that says where each came from.
 
 ::
 
     NAME/set.json                the manifest
-    NAME/calibration/0000.png    tiles that INT8 ranges are set with: RGB, 8 bit, T x T px
-    NAME/check/0000.png          tiles kept apart, on which the quantised graph is judged
-    NAME/contact-sheet.png       all of them, to look at
+    NAME/calibration/0000.png    tiles that set the INT8 ranges: RGB, 8 bit, T x T px
+    NAME/check/0000.png          tiles kept apart, on which the INT8 graph is judged
+    NAME/contact-sheet.png       a picture of all tiles
 
-``cdkd-edge calibrate`` writes it, quantisation reads it. Nothing in it depends on the time or place of its making:
-the same scenes, options and seed give the same bytes.
+``cdkd-edge calibrate`` writes it, `build` reads it. The same scenes, options and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -40,42 +39,42 @@ _TILE_FILE = re.compile(r"(calibration|check)/[0-9]{4,}\.png")
 
 @dataclass(frozen=True)
 class TileRecord:
-    """One tile: where it lies in the set, where it came from, and why it was chosen."""
+    """One tile: its file, where it came from, and why it was chosen."""
 
     file: str
-    """Below the set's folder, e.g. ``calibration/0000.png``."""
+    """Relative to the set's folder, e.g. ``calibration/0000.png``."""
     sha256: str
-    """Of the pixels, as :func:`pixels_sha256` computes it; not of the file."""
+    """SHA-256 of the pixels (:func:`pixels_sha256`), not of the file."""
     scene: str
-    """Path of the scene as it was given; an entry of :attr:`SetManifest.scenes`."""
+    """Path of the scene as it was typed; an entry of :attr:`SetManifest.scenes`."""
     x: int
     y: int
-    """Left and upper border in the scene, px; negative where a small scene is completed by reflection."""
+    """Left and upper border in the scene, px; negative where a small scene was padded by reflection."""
     width: int
     height: int
     role: Role
     cluster: int
-    """Which kind of imagery it is: 0 is the most frequent."""
+    """The kind of imagery; 0 is the most frequent."""
     why: str
-    """``extreme``: farthest from all chosen before it; ``typical``: in the middle of those like it."""
+    """``extreme``: farthest from all tiles chosen before it; ``typical``: in the middle of its cluster."""
     score: float
-    """Extreme: that distance, in standard deviations of the descriptors. Typical: distance from the middle."""
+    """That distance, in standard deviations of the descriptors; for typical tiles, the distance from the middle."""
     represents: int
-    """Candidates of the same role's choice that it is the nearest tile to, itself included."""
+    """Number of candidates for the same role to which it is the nearest tile, itself included."""
     stratum: str | None = None
-    """The class it was drawn for, where label maps were given."""
+    """The class for which it was drawn, where label maps were given."""
 
 
 @dataclass(frozen=True)
 class SceneRecord:
-    """A scene that gave a tile."""
+    """A scene from which tiles come."""
 
     path: str
     sha256: str | None
-    """Of the file; None for what is no file (a subdataset, a URL)."""
+    """SHA-256 of the file; None for a subdataset or a URL."""
     bytes: int | None
     stretch: list[list[float]] | None = None
-    """Per channel the values that became 0 and 255; None for 8-bit scenes as they are."""
+    """Per channel, the values that became 0 and 255; None for 8-bit scenes, which stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,9 @@ class SetManifest:
     method: dict[str, Any]
     """How tiles were described and chosen."""
     options: dict[str, Any]
-    """What was asked for."""
+    """The options of `calibrate`."""
     counts: dict[str, int]
-    """Scenes and tiles seen, and tiles left out by reason."""
+    """Numbers of scenes and tiles, and of tiles left out by reason."""
     scenes: tuple[SceneRecord, ...]
     tiles: tuple[TileRecord, ...]
     notes: tuple[str, ...] = ()
@@ -104,19 +103,19 @@ class SetManifest:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """A calibration set that was opened. Tiles are read one at a time and checked as they are read."""
+    """An open calibration set. Tiles are read one at a time and checked as they are read."""
 
     folder: Path
     manifest: SetManifest
     sha256: str
-    """Of ``set.json``, which holds the SHA-256 of every tile: it stands for the whole set."""
+    """SHA-256 of ``set.json``, which holds that of every tile: it identifies the whole set."""
 
     @classmethod
     def load(cls, folder: Path) -> CalibrationSet:
         """Open a set and check its manifest.
 
         Raises:
-            ManifestError: there is none, it is damaged or of another version, or a tile's file is missing.
+            ManifestError: the manifest is missing, damaged or of another version, or a tile is missing.
         """
         folder = Path(folder)
         manifest = read_set_manifest(folder)
@@ -139,11 +138,11 @@ class CalibrationSet:
         return self.manifest.tile
 
     def __len__(self) -> int:
-        """Tiles of both roles."""
+        """The number of tiles of both roles."""
         return len(self.manifest.tiles)
 
     def count(self, role: Role = "calibration") -> int:
-        """Tiles of a role."""
+        """The number of tiles of a role."""
         return len(self.manifest.of_role(role))
 
     def tiles(self, role: Role = "calibration") -> Iterator[npt.NDArray[np.uint8]]:
@@ -182,12 +181,12 @@ class CalibrationSet:
 
 
 def pixels_sha256(tile: npt.NDArray[np.uint8]) -> str:
-    """Hex SHA-256 of a tile's pixels, uint8 ``[3, T, T]``: channel by channel, row by row."""
+    """Hexadecimal SHA-256 of a tile's pixels, uint8 ``[3, T, T]``, channel by channel and row by row."""
     return hashlib.sha256(np.ascontiguousarray(tile).data).hexdigest()
 
 
 def is_calibration_set(folder: Path) -> bool:
-    """Whether a folder holds a set of any version, by the kind that its ``set.json`` names."""
+    """Whether a folder holds a calibration set of any version, by its ``set.json``."""
     try:
         document = read_json(folder / SET_FILE)
     except (OSError, ValueError):
@@ -212,10 +211,10 @@ def write_set_manifest(folder: Path, manifest: SetManifest) -> None:
 
 
 def read_set_manifest(folder: Path) -> SetManifest:
-    """Read and check ``set.json``; tiles are not looked at.
+    """Read and check ``set.json``; tiles are not read.
 
     Raises:
-        ManifestError: there is none, or it is damaged, of another kind or another version.
+        ManifestError: it is missing, damaged, of another kind or another version.
     """
     import msgspec
 
@@ -246,7 +245,7 @@ def read_set_manifest(folder: Path) -> SetManifest:
 
 
 def _problem(manifest: SetManifest) -> str | None:
-    """What a document of the right shape may still have wrong."""
+    """What is wrong with a manifest whose fields have the right types; None if nothing is."""
     files = [tile.file for tile in manifest.tiles]
     scenes = {scene.path for scene in manifest.scenes}
     if manifest.tile < 1:
@@ -254,7 +253,7 @@ def _problem(manifest: SetManifest) -> str | None:
     if not manifest.of_role("calibration"):
         return "it lists no tile for calibration"
     for tile in manifest.tiles:
-        # The name comes from a file that may come from elsewhere; it must not lead out of the folder.
+        # The set may come from elsewhere; a name must not lead out of its folder.
         if not _TILE_FILE.fullmatch(tile.file) or not tile.file.startswith(f"{tile.role}/"):
             return f"{tile.file!r} is not the name of a {tile.role} tile"
         if (tile.width, tile.height) != (manifest.tile, manifest.tile):
@@ -264,7 +263,3 @@ def _problem(manifest: SetManifest) -> str | None:
     if len(set(files)) != len(files):
         return "it lists a tile twice"
     return None
-
-
-ROLES: tuple[Role, ...] = get_args(Role)
-"""``calibration`` and ``check``."""

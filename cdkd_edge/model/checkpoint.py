@@ -1,19 +1,21 @@
-"""Checkpoints: read safely, recognised by their keys, turned into the network of this package.
+"""Loads a checkpoint of any known layout as this package's network, and saves one.
 
-Files are told apart by their content (:mod:`cdkd_edge.model.container`); of several sets of weights one is chosen
-(:mod:`cdkd_edge.model.unwrap`) and renamed (:mod:`cdkd_edge.model.layouts`).
+:mod:`cdkd_edge.model.container` reads the file safely, :mod:`cdkd_edge.model.unwrap` picks one set of weights,
+:mod:`cdkd_edge.model.layouts` renames it and finds the network's configuration.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cdkd_edge.core.errors import CheckpointError, EncoderOnlyError, SchemaError
@@ -21,44 +23,45 @@ from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import LabelSchema, schema_from_document, schema_of_lists
 from cdkd_edge.model.config import NetworkConfig
 from cdkd_edge.model.container import FORMAT, FORMAT_VERSION, as_float32, read_container, require_in_file, save_tensors
-from cdkd_edge.model.infer import (
+from cdkd_edge.model.layouts import (
+    OURS,
+    Dropped,
     add_missing_qkv_bias,
     fold_layer_scale,
     inferred_config,
-    resample_patches,
-    resample_position,
-    stored_config,
+    listed,
+    recognise,
+    translate,
 )
-from cdkd_edge.model.layouts import OURS, Dropped, listed, recognise, translate
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
 from cdkd_edge.model.unwrap import find_weights
 
 _Module = TypeVar("_Module", SegmentationNetwork, Encoder)
 OPENMMLAB_SCHEMA = "OpenMMLab meta"
-"""Name of a schema of OpenMMLab's class names; one that a user names goes before it."""
+"""Name of a schema made from OpenMMLab's class names; ``--schema`` overrides it."""
 _MAX_HEADER = 4 << 20
 """Characters of configuration, schema and training notes as JSON."""
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What was found in a checkpoint, in the words of :mod:`cdkd_edge.model.layouts`."""
+    """What was found in a checkpoint."""
 
     path: Path
     layout: str
     config: NetworkConfig
     has_head: bool
     unwrapped: tuple[str, ...]
-    """Wrapper keys and prefixes that were taken off, outermost first."""
+    """Wrapper keys and prefixes that were removed, outermost first."""
     dropped: tuple[Dropped, ...]
     notes: tuple[str, ...]
-    """Assumptions and rewrites a user should know about."""
+    """Assumptions and changes a user should know about."""
     schema: LabelSchema | None = None
-    """The checkpoint's own, or made of the class names that OpenMMLab leaves in its files."""
+    """The checkpoint's own, or made from the class names in OpenMMLab's files."""
     averaged: bool = False
-    """Whether the weights are a running mean of those that were trained (EMA, SWA)."""
+    """Whether the weights are a running mean of the trained ones (EMA, SWA)."""
     taken: tuple[str, ...] = ()
-    """Which of several sets of weights these are; also among the notes."""
+    """Which of several sets of weights these are; also in ``notes``."""
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -78,21 +81,20 @@ def load_checkpoint(
         tile: side of the input tiles, px; the position embedding is resampled to it. Default: the
             tile the checkpoint was trained with.
         patch: side of the patches, px; the patch embedding is resampled to it. Default: the checkpoint's.
-        heads: attention heads, where the checkpoint does not say. Default: 64-wide heads.
-        layer_norm_eps: LayerNorm's epsilon, where the checkpoint does not say. Default: what the
-            project behind the layout uses.
+        heads: attention heads, if the checkpoint does not say. Default: heads of width 64.
+        layer_norm_eps: LayerNorm's epsilon, if the checkpoint does not say. Default: that of the layout's project.
         weights: ``raw``, ``ema`` (averaged) or the name of one of several sets in the file. Default: averaged
-            weights where there are.
+            weights if there are any.
 
     Raises:
         EncoderOnlyError: there is an encoder but no segmentation head.
-        CheckpointError: the file cannot be read safely, or does not hold a network we know.
+        CheckpointError: the file cannot be read safely, or holds no network of a known layout.
     """
     config, state, report = _read(Path(path), tile, patch, heads, layer_norm_eps, weights)
     if not report.has_head:
         raise EncoderOnlyError(
             f"{path} holds an encoder ({report.layout} layout) but no segmentation head, so it cannot label anything",
-            hint="tune a decoder on labelled tiles first: cdkd-edge finetune ENCODER --data DIR --schema S -o ckpt.pt",
+            hint="train a decoder on labelled tiles first: cdkd-edge finetune ENCODER --data DIR --schema S -o ckpt.pt",
         )
     return _filled(SegmentationNetwork, config, state, report), report
 
@@ -166,7 +168,7 @@ def _read(
     notes = list(found.notes)
     fold_layer_scale(state, notes)
     add_missing_qkv_bias(state, notes)
-    config = stored_config(header, state, path) if layout is OURS and header else None
+    config = _stored_config(header, state, path) if layout is OURS and header else None
     if config is None:
         config = inferred_config(state, layout, heads, layer_norm_eps, notes)
     elif (heads and heads != config.heads) or (layer_norm_eps and layer_norm_eps != config.layer_norm_eps):
@@ -196,23 +198,46 @@ def _read(
     return config, state, report
 
 
+def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Path) -> NetworkConfig:
+    """The configuration in the header of this package's checkpoints, compared with the weights."""
+    if header.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is a version {header.get('version')} checkpoint; this release reads {FORMAT_VERSION}"
+        )
+    try:
+        values = dict(header["config"])
+        stored = NetworkConfig(**{**values, "pool_scales": tuple(values["pool_scales"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has a damaged configuration: {str(error)[:200]}") from None
+    if any(type(number) is not int for number in (stored.heads, *stored.pool_scales)):
+        raise CheckpointError(f"{path} has a damaged configuration: heads and pool_scales are whole numbers")
+    # Compared before anything of that size is allocated.
+    sizes = ("tile", "patch", "embed_dim", "depth", "mlp_dim", "classes", "head_channels", "class_token")
+    found = inferred_config(state, OURS, stored.heads, stored.layer_norm_eps, [], stored.pool_scales)
+    for size in sizes:
+        said, is_ = getattr(stored, size), getattr(found, size)
+        if said != is_ or type(said) is not type(is_):
+            raise CheckpointError(f"{path} has a damaged configuration: {size} is {said!r}, its weights say {is_!r}")
+    return stored
+
+
 def _schema_of_openmmlab(meta: object, classes: int, notes: list[str]) -> LabelSchema | None:
-    """The class names and colours that mmcv and mmengine leave in ``meta``, if there are some of use."""
-    told: dict[str, object] = {}
+    """The class names and colours that mmcv and mmengine store in ``meta``; None if they cannot be used."""
+    found: dict[str, object] = {}
     for table in (meta, meta.get("dataset_meta") if isinstance(meta, Mapping) else None):
         if isinstance(table, Mapping):
-            told |= {key.lower(): part for key, part in table.items() if isinstance(key, str) and part is not None}
-    if "classes" not in told:
+            found |= {key.lower(): part for key, part in table.items() if isinstance(key, str) and part is not None}
+    if "classes" not in found:
         return None
-    palettes = [told["palette"], None] if "palette" in told else [None]
+    palettes = [found["palette"], None] if "palette" in found else [None]
     for palette in palettes:
         try:
-            schema = schema_of_lists(OPENMMLAB_SCHEMA, told["classes"], palette, classes)
+            schema = schema_of_lists(OPENMMLAB_SCHEMA, found["classes"], palette, classes)
         except SchemaError as error:
-            notes.append(f"{'colours' if palette is not None else 'class names'} of the file's meta not used: {error}")
+            notes.append(f"{'colours' if palette is not None else 'class names'} in the file's meta not used: {error}")
         else:
             what = "class names" if palette is None else "class names and colours"
-            notes.append(f"{what} are those of the file's meta, unless --schema names others")
+            notes.append(f"{what} are taken from the file's meta, unless --schema is given")
             return schema
     return None
 
@@ -220,7 +245,7 @@ def _schema_of_openmmlab(meta: object, classes: int, notes: list[str]) -> LabelS
 def _resampled(
     state: dict[str, Tensor], config: NetworkConfig, tile: int | None, patch: int | None, notes: list[str]
 ) -> NetworkConfig:
-    """The configuration for another tile and patch; what depends on them is resampled in ``state``."""
+    """The configuration for another tile and patch; resamples what depends on them in ``state``."""
     patch = config.patch if patch is None else patch
     resized = dataclasses.replace(config, tile=config.grid * patch if tile is None else tile, patch=patch)
     if patch != config.patch:
@@ -240,7 +265,7 @@ def _resampled(
 
 
 def _is_plain(value: object, kind: type) -> bool:
-    """Whether a manifest can hold it. Lists that hold one another by reference may be endless as text."""
+    """Whether it is JSON data of bounded size: lists that contain one another would be endless as text."""
     size = 0
     try:
         for part in json.JSONEncoder().iterencode(value):
@@ -255,11 +280,11 @@ def _is_plain(value: object, kind: type) -> bool:
 def _filled(
     kind: type[_Module], config: NetworkConfig, state: Mapping[str, Tensor], report: CheckpointReport
 ) -> _Module:
-    """A network with these weights in evaluation mode; every missing, unexpected or misshapen tensor is named."""
+    """A network with these weights in evaluation mode; an error names missing, unexpected and misshapen tensors."""
     blocks = sum(".norm1.weight" in key for key in state)
     if blocks < config.depth:
         raise CheckpointError(f"{report.path} has norm1.weight for {blocks} of its {config.depth} transformer blocks")
-    with torch.device("meta"):  # before anything of that size is allocated
+    with torch.device("meta"):  # allocates nothing
         plan = kind(config).state_dict()
     expected = {key: tensor for key, tensor in plan.items() if not key.endswith("num_batches_tracked")}
     problems = []
@@ -278,3 +303,38 @@ def _filled(
     module = kind(config)
     module.load_state_dict(dict(state), strict=False)
     return module.eval()
+
+
+def resample_position(position: Tensor, grid: int, class_token: bool) -> Tensor:
+    """Resample a learned position embedding to another token grid (bicubic; the class token's row is kept).
+
+    Args:
+        position: ``[1, (1 +) g*g, D]``.
+        grid: the new side; the result is ``[1, (1 +) grid*grid, D]``.
+        class_token: whether there is one.
+    """
+    prefix, cells = position[:, : int(class_token)], position[:, int(class_token) :]
+    side = math.isqrt(cells.shape[1])
+    maps = cells.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, g, g]
+    maps = F.interpolate(maps, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
+
+
+def resample_patches(kernel: Tensor, patch: int) -> Tensor:
+    """Resample a patch embedding to another patch size by FlexiViT's pseudo-inverse resize.
+
+    A patch that is enlarged (bicubic, anti-aliased) then keeps its inner product with the kernel, as far as the new
+    size allows (Beyer et al., CVPR 2023, section 3.4).
+
+    Args:
+        kernel: ``[D, C, p, p]``.
+        patch: the new side; the result is ``[D, C, patch, patch]``.
+    """
+    side = kernel.shape[-1]
+    basis = torch.eye(side * side, dtype=torch.float64).reshape(side * side, 1, side, side)
+    enlarged = F.interpolate(basis, size=(patch, patch), mode="bicubic", align_corners=False, antialias=True)
+    enlarge = enlarged.flatten(1).T  # [patch*patch, side*side]: a flat patch to its enlarged self
+    resample = torch.linalg.pinv(enlarge.T)  # [patch*patch, side*side]
+    flat = kernel.double().flatten(2)  # [D, C, side*side]
+    resampled: Tensor = (flat @ resample.T).reshape(*kernel.shape[:2], patch, patch)
+    return resampled.to(kernel.dtype)

@@ -1,4 +1,4 @@
-"""The few numbers that define the network. Needs no torch, so that graphs can be built without it."""
+"""The numbers that define the network. Needs no torch, so that graphs can be built without it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from cdkd_edge.core.errors import CheckpointError
 
 HEAD_DIM = 64
-"""Width of an attention head where nothing else is said (ViT-S/B/L and the paper's student)."""
+"""Width of an attention head unless given (ViT-S/B/L and the paper's student)."""
 
 MAX_GRID = 512
-"""Patches along a side beyond which attention over all of them is out of reach, and a typing error likely."""
+"""Most patches along a side: attention over more is out of reach, and a typing error likely."""
 
-MAX_DEPTH = 256
-"""Blocks beyond which a file is no network: the deepest ViT has 48, and a block takes milliseconds to set up."""
+MIN_DEPTH, MAX_DEPTH = 4, 256
+"""Transformer blocks: UPerNet taps four; the deepest ViT has 48, and a block takes milliseconds to set up."""
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -28,8 +28,7 @@ class NetworkConfig:
     token or final norm, UPerNet with 256 channels.
 
     Raises:
-        CheckpointError: the numbers do not describe a network (a tile that is not a multiple of the
-            patch, a width that the heads do not divide, fewer than four blocks).
+        CheckpointError: the numbers do not describe a network; names the field.
     """
 
     tile: int = 1024
@@ -48,28 +47,23 @@ class NetworkConfig:
     """timm and OpenMMLab encoders carry one; the paper's student does not."""
 
     def __post_init__(self) -> None:
-        for size in ("tile", "patch", "embed_dim", "heads", "mlp_dim", "classes", "head_channels"):
-            if getattr(self, size) < 1:
-                raise CheckpointError(f"{size} of a network is at least 1, not {getattr(self, size)}")
+        for name in ("tile", "patch", "embed_dim", "heads", "mlp_dim", "classes", "head_channels"):
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.layer_norm_eps < 1:
-            raise CheckpointError(f"LayerNorm's epsilon lies between 0 and 1; {self.layer_norm_eps:g} does not")
+            raise CheckpointError(f"layer_norm_eps must be between 0 and 1, not {self.layer_norm_eps:g}")
         if self.tile % self.patch:
-            raise CheckpointError(f"a tile of {self.tile} px is not a multiple of the {self.patch} px patch")
+            raise CheckpointError(f"tile {self.tile} is not divisible by patch {self.patch}")
         if self.grid > MAX_GRID:
-            raise CheckpointError(f"a tile of {self.tile} px has {self.grid**2} patches; {MAX_GRID**2} are possible")
+            raise CheckpointError(f"tile {self.tile} is larger than {MAX_GRID} patches of {self.patch} px")
         if self.embed_dim % self.heads:
-            raise CheckpointError(f"{self.heads} attention heads do not divide a width of {self.embed_dim}")
-        if self.depth < 4:
-            raise CheckpointError(f"UPerNet taps four blocks; the encoder has {self.depth}")
-        if self.depth > MAX_DEPTH:
-            raise CheckpointError(f"{self.depth} transformer blocks are more than any ViT's; {MAX_DEPTH} are possible")
+            raise CheckpointError(f"embed_dim {self.embed_dim} is not divisible by heads {self.heads}")
+        if not MIN_DEPTH <= self.depth <= MAX_DEPTH:
+            raise CheckpointError(f"depth {self.depth} is not {MIN_DEPTH} to {MAX_DEPTH} blocks")
         if self.classes > 255:
-            raise CheckpointError(f"{self.classes} classes do not fit uint8 labels with 255 as 'no label'")
+            raise CheckpointError(f"classes {self.classes} do not fit uint8 labels, where 255 is 'no label'")
         if not self.pool_scales or min(self.pool_scales) < 1 or max(self.pool_scales) > self.grid:
-            raise CheckpointError(
-                f"pyramid pooling to {self.pool_scales} cells needs a larger tile than {self.tile} px "
-                f"({self.grid} x {self.grid} patches)"
-            )
+            raise CheckpointError(f"pool_scales {self.pool_scales} must be 1 to {self.grid}: a tile's side in patches")
 
     @property
     def grid(self) -> int:

@@ -1,12 +1,22 @@
-"""Where and how precisely PyTorch computes."""
+"""Where and how precisely PyTorch computes, and what a network costs there.
+
+Cost is parameters and multiply-accumulates (MACs; one is two floating-point operations), counted on the real
+modules. The paper's "119.76 GFLOPs" is the MACs of convolutions and linear layers alone. The attention products
+(query-key and attention-value) are counted apart: at 4096 tokens they are more than half of the work.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from cdkd_edge.core.errors import UsageError
+from cdkd_edge.model.network import Attention, Encoder, SegmentationNetwork
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -14,16 +24,16 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def chosen_device(name: str = "auto") -> torch.device:
-    """The device of that name; ``auto`` is CUDA where there is one, else the CPU.
+    """The device of that name; ``auto`` is CUDA if there is a GPU, else the CPU.
 
     Raises:
-        UsageError: torch knows no such device, or it is not here.
+        UsageError: torch does not know the device, or it cannot be used here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).cpu()  # "meta" makes tensors, but none that can be read
+        torch.zeros(1, device=device).cpu()  # .cpu() refuses "meta", whose tensors hold no values
     except (RuntimeError, AssertionError) as error:  # "Torch not compiled with CUDA enabled" is an AssertionError
         reason = str(error).partition("\n")[0]
         raise UsageError(f"device {name!r} cannot be used: {reason}") from None
@@ -31,7 +41,7 @@ def chosen_device(name: str = "auto") -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Mixed precision of the ops that stand it, by torch's own lists; nothing for ``fp32``.
+    """Mixed precision for the operators of torch's own lists; does nothing for ``fp32``.
 
     Raises:
         UsageError: not one of :data:`PRECISIONS`.
@@ -41,3 +51,50 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, _AUTOCAST[precision])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters and MACs of one tile."""
+
+    parameters: int
+    """All parameters, the position embedding included."""
+    position_parameters: int
+    conv_linear_macs: int
+    """What the paper's table counts."""
+    attention_macs: int
+    """The query-key and attention-value products."""
+
+    @property
+    def total_macs(self) -> int:
+        """Convolutions, linear layers and attention products together."""
+        return self.conv_linear_macs + self.attention_macs
+
+
+def network_cost(network: SegmentationNetwork | Encoder) -> Cost:
+    """Count parameters, and the MACs of one tile by running the modules on shapes alone (device "meta")."""
+    macs = {"conv_linear": 0, "attention": 0}
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            macs["conv_linear"] += output.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            macs["conv_linear"] += output.numel() * module.in_features
+        elif isinstance(module, Attention):
+            n, length, dim = inputs[0].shape
+            macs["attention"] += 2 * n * length * length * dim
+
+    shapes_only = copy.deepcopy(network).to("meta").eval()
+    for module in shapes_only.modules():
+        module.register_forward_hook(count)
+    tile = network.config.tile
+    with torch.inference_mode():
+        shapes_only(torch.empty(1, 3, tile, tile, device="meta"))
+
+    encoder = network.encoder if isinstance(network, SegmentationNetwork) else network
+    return Cost(
+        parameters=sum(p.numel() for p in network.parameters()),
+        position_parameters=encoder.pos_embed.numel(),
+        conv_linear_macs=macs["conv_linear"],
+        attention_macs=macs["attention"],
+    )

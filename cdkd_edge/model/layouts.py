@@ -1,7 +1,7 @@
-"""How other projects name the same weights, and the translation to ours.
+"""How other projects name and shape the same weights, and the translation to this package's network.
 
-Every layout is a list of renaming rules and a list of parts that a deployment drops, each with its
-reason. A key that no rule knows is reported, never skipped: a silently ignored tensor is a wrong map.
+A layout is a list of renaming rules and a list of parts that a deployment drops, each with its reason. A key
+that no rule knows is an error: ignoring a tensor would give wrong maps.
 
 Sources of the names: Mask-CDKD ``student_vit_mae.py`` (github.com/whujader/mask_cdkd); timm
 ``vision_transformer.py``; OpenMMLab mmsegmentation ``vit.py`` and ``uper_head.py``.
@@ -9,13 +9,17 @@ Sources of the names: Mask-CDKD ``student_vit_mae.py`` (github.com/whujader/mask
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from cdkd_edge.core.errors import CheckpointError
+from cdkd_edge.model.config import HEAD_DIM, PIXEL_MEAN, PIXEL_STD, NetworkConfig
 
 _VIT = (
     (r"(patch_embed\.proj\.(?:weight|bias)|pos_embed|cls_token)", r"encoder.\1"),
@@ -46,13 +50,13 @@ _CLASSIFIER = (r"(?:head|fc_norm|norm)\..*", "final norm and classifier, after t
 
 @dataclass(frozen=True)
 class Layout:
-    """A naming convention: ``rules`` rename, ``drops`` name what a deployment leaves behind."""
+    """A naming convention: ``rules`` rename tensors, ``drops`` name parts that a deployment leaves out."""
 
     name: str
     rules: tuple[tuple[str, str], ...]
     drops: tuple[tuple[str, str], ...] = ()
     layer_norm_eps: float = 1e-5
-    """What the project behind the layout builds its LayerNorm with; no checkpoint stores it."""
+    """LayerNorm's epsilon in the project behind the layout; no checkpoint stores it."""
 
 
 OURS = Layout("cdkd-edge", ((r"((?:encoder|head)\..*)", r"\1"),))
@@ -77,17 +81,17 @@ class Dropped:
 
 
 def listed(names: Iterable[str], limit: int = 12) -> str:
-    """The first names of many, and how many there are."""
+    """The first of many names, and their number."""
     names = list(names)
     shown = ", ".join(name if len(name) <= 100 else f"{name[:97]}..." for name in names[:limit])
     return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
 
 
 def recognise(keys: list[str]) -> Layout:
-    """The layout that a set of keys is written in.
+    """The layout of a set of keys.
 
     Raises:
-        CheckpointError: none of the known ones.
+        CheckpointError: it is not known.
     """
 
     def any_starts(*prefixes: str) -> bool:
@@ -108,13 +112,10 @@ def recognise(keys: list[str]) -> Layout:
 
 
 def translate(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], tuple[Dropped, ...]]:
-    """Rename a state dict to our names.
-
-    Returns:
-        The renamed tensors, and what was dropped on purpose.
+    """Rename a state dict to this package's names; returns it and what was dropped on purpose.
 
     Raises:
-        CheckpointError: keys that the layout does not explain; the first dozen is listed.
+        CheckpointError: the layout does not know a key; the first dozen is listed.
     """
     renamed: dict[str, Tensor] = {}
     dropped: dict[str, list[str]] = {}
@@ -132,8 +133,7 @@ def translate(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Te
     if unknown:
         raise CheckpointError(
             f"{layout.name} layout: {len(unknown)} unexpected tensors: {listed(unknown)}",
-            hint="these would change the result, so they are not ignored; remove them only if the network "
-            "was trained without them",
+            hint="ignoring them would change the result; remove them only if the network was trained without them",
         )
     return renamed, tuple(Dropped(why, len(keys), keys[0]) for why, keys in dropped.items())
 
@@ -143,3 +143,114 @@ def _first_match(key: str, rules: tuple[tuple[str, str], ...]) -> str | None:
         if match := re.fullmatch(pattern, key):
             return match.expand(replacement)
     return None
+
+
+def inferred_config(
+    state: dict[str, Tensor],
+    layout: Layout,
+    heads: int | None,
+    layer_norm_eps: float | None,
+    notes: list[str],
+    pool_scales: tuple[int, ...] = NetworkConfig.pool_scales,
+) -> NetworkConfig:
+    """The network's configuration, from the shapes of its weights.
+
+    Args:
+        state: weights in this package's names; a position embedding without a row for the class token gets one.
+        layout: where they come from; decides what no tensor shows.
+        heads, layer_norm_eps: None to assume them.
+        notes: assumptions are appended here.
+        pool_scales: of the pyramid pooling, which no tensor shows.
+
+    Raises:
+        CheckpointError: the weights do not describe a network.
+    """
+    patches = _need(state, "encoder.patch_embed.proj.weight", 4)
+    position = _need(state, "encoder.pos_embed", 3)
+    hidden = _need(state, "encoder.blocks.0.mlp.fc1.weight", 2)
+    dim, channels, patch, patch_width = patches.shape
+    if channels != 3 or patch != patch_width:
+        raise CheckpointError(f"the patch embedding is {tuple(patches.shape)}; RGB and square patches are needed")
+    class_token = "encoder.cls_token" in state
+    tokens = position.shape[1]
+    if tokens <= class_token or (position.shape[0], position.shape[2]) != (1, dim):
+        raise CheckpointError(f"a position embedding of shape {tuple(position.shape)} does not fit a width of {dim}")
+    grid = math.isqrt(tokens - class_token)
+    if class_token and grid**2 + 1 != tokens and math.isqrt(tokens) ** 2 == tokens:
+        # timm's "no_embed_class": positions for the patches alone.
+        grid = math.isqrt(tokens)
+        state["encoder.pos_embed"] = torch.cat([torch.zeros(1, 1, dim), position], dim=1)
+        tokens += 1
+    if grid**2 + class_token != tokens:
+        raise CheckpointError(f"a position embedding of {tokens} tokens is not a square grid")
+    if heads is None:
+        if dim % HEAD_DIM:
+            raise CheckpointError(
+                f"the number of attention heads is not stored, and {HEAD_DIM}-wide heads do not divide {dim}",
+                hint="state it with --heads",
+            )
+        heads = dim // HEAD_DIM
+        notes.append(f"{heads} attention heads assumed ({HEAD_DIM} wide; not stored in the checkpoint)")
+    if layer_norm_eps is None:
+        layer_norm_eps = layout.layer_norm_eps
+        notes.append(f"LayerNorm eps {layer_norm_eps:g} assumed (as in {layout.name}; not stored in the checkpoint)")
+    if layout is not OURS:
+        notes.append(
+            f"input normalisation assumed: RGB mean {PIXEL_MEAN}, std {PIXEL_STD} on 0..255, as in SAM, ImageNet "
+            "and OpenMMLab (not stored)"
+        )
+    blocks = {int(match[1]) for key in state if (match := re.match(r"encoder\.blocks\.(\d{1,4})\.", key))}
+    if gaps := sorted(set(range(max(blocks) + 1)) - blocks)[:8]:
+        raise CheckpointError(f"the checkpoint lacks transformer blocks {gaps} of {max(blocks) + 1}")
+    shapes: dict[str, Any] = {}
+    if any(key.startswith("head.") for key in state):
+        classifier = _need(state, "head.classifier.weight", 4)
+        shapes = {"classes": classifier.shape[0], "head_channels": classifier.shape[1]}
+        if layout is not OURS:
+            notes.append(f"pyramid pooling to {', '.join(map(str, pool_scales))} cells assumed (not stored)")
+    return NetworkConfig(
+        tile=grid * patch,
+        patch=patch,
+        embed_dim=dim,
+        depth=len(blocks),
+        heads=heads,
+        mlp_dim=hidden.shape[0],
+        pool_scales=pool_scales,
+        layer_norm_eps=layer_norm_eps,
+        class_token=class_token,
+        **shapes,
+    )
+
+
+def _need(state: Mapping[str, Tensor], key: str, rank: int) -> Tensor:
+    if key not in state:
+        raise CheckpointError(f"the checkpoint lacks {key}, so the network's shape cannot be known")
+    if state[key].ndim != rank:
+        raise CheckpointError(f"{key} has shape {tuple(state[key].shape)}; {rank} dimensions are expected")
+    return state[key]
+
+
+def fold_layer_scale(state: dict[str, Tensor], notes: list[str]) -> None:
+    """Fold LayerScale into the layer before it: gamma * (W x + b) = (gamma W) x + (gamma b)."""
+    scales = [key for key in state if re.search(r"\.scale[12]$", key)]
+    for key in scales:
+        target = key.replace(".scale1", ".attn.proj").replace(".scale2", ".mlp.fc2")
+        gamma = state.pop(key)
+        for part in ("weight", "bias"):
+            if f"{target}.{part}" not in state:
+                raise CheckpointError(f"LayerScale without the layer it scales: {target}.{part} is missing")
+            scaled = state[f"{target}.{part}"]
+            if gamma.shape != scaled.shape[:1]:
+                raise CheckpointError(f"LayerScale of {tuple(gamma.shape)} does not fit {target}.{part}")
+            scaled *= gamma.reshape(-1, *[1] * (scaled.ndim - 1))
+    if scales:
+        notes.append(f"LayerScale folded into {len(scales)} linear layers")
+
+
+def add_missing_qkv_bias(state: dict[str, Tensor], notes: list[str]) -> None:
+    """Give encoders that were built with ``qkv_bias=False`` a bias of zero, which is the same function."""
+    weights = [key for key in state if key.endswith(".attn.qkv.weight")]
+    if weights and not any(key.endswith(".attn.qkv.bias") for key in state):
+        for key in weights:
+            state[key.replace(".weight", ".bias")] = torch.zeros(state[key].shape[:1])
+        notes.append("attention without qkv bias: zeros supplied")

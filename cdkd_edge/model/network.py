@@ -3,10 +3,9 @@
     image [N,3,T,T] -> normalise -> patches [N,L,D] -> 12 blocks, four of them tapped
           -> UPerNet -> logits [N,K,G,G] -> bilinear x patch -> argmax -> labels [N,T,T]
 
-with T the tile side, G = T / patch the token grid, L = G*G, D the width, K the classes. ViT follows
-Dosovitskiy et al. (ICLR 2021) with pre-norm blocks; UPerNet follows Xiao et al. (ECCV 2018) in the
-arrangement of OpenMMLab's ``UPerHead``. All four feature maps have stride ``patch``: there is no
-neck, so UPerNet's top-down path needs no resizing.
+with T the tile side, G = T / patch the token grid, L = G*G, D the width, C the head's channels, K the classes.
+The ViT has pre-norm blocks (Dosovitskiy et al., ICLR 2021); UPerNet (Xiao et al., ECCV 2018) is arranged as in
+OpenMMLab's ``UPerHead``. All four feature maps have stride ``patch``, so UPerNet's top-down path needs no resizing.
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         n, length, dim = tokens.shape
-        qkv = self.qkv(tokens).reshape(n, length, 3, self.heads, dim // self.heads)
+        qkv = self.qkv(tokens).reshape(n, length, 3, self.heads, dim // self.heads)  # [N, L, 3, heads, D/heads]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, L, D/heads]
         mixed = F.scaled_dot_product_attention(q, k, v)  # [N, heads, L, D/heads]
-        return self.proj(mixed.transpose(1, 2).reshape(n, length, dim))  # type: ignore[no-any-return]
+        mixed = mixed.transpose(1, 2).reshape(n, length, dim)  # [N, L, D]
+        return self.proj(mixed)  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -70,11 +70,12 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch, stride=patch)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]  # [N, L, D]
+        patches = self.proj(image)  # [N, D, G, G]
+        return patches.flatten(2).transpose(1, 2)  # type: ignore[no-any-return]  # [N, L, D]
 
 
 class Encoder(nn.Module):
-    """ViT encoder; returns the four tapped block outputs as maps."""
+    """ViT encoder; gives the outputs of four tapped blocks as maps."""
 
     mean: Tensor
     std: Tensor
@@ -104,14 +105,15 @@ class Encoder(nn.Module):
         config = self.config
         tokens = self.patch_embed((image.to(self.mean.dtype) - self.mean) / self.std)  # [N, L, D]
         if config.class_token:
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # [N, 1+L, D]
         tokens = tokens + self.pos_embed
         maps = []
         for index, block in enumerate(self.blocks):
             tokens = block(tokens)
             if index in config.taps:
-                patches = tokens[:, 1:] if config.class_token else tokens
-                maps.append(patches.transpose(1, 2).reshape(-1, config.embed_dim, config.grid, config.grid))
+                patches = tokens[:, 1:] if config.class_token else tokens  # [N, L, D]
+                grid = patches.transpose(1, 2).reshape(-1, config.embed_dim, config.grid, config.grid)  # [N, D, G, G]
+                maps.append(grid)
         return maps
 
 
@@ -151,15 +153,16 @@ class UPerHead(nn.Module):
         pyramid = [deep]
         for scale, unit in zip(self.pool_scales, self.pooled, strict=True):
             cells = unit(F.adaptive_avg_pool2d(deep, scale))  # [N, C, s, s]
-            pyramid.append(F.interpolate(cells, size=grid, mode="bilinear", align_corners=False))
-        top = self.bottleneck(torch.cat(pyramid, dim=1))  # [N, C, G, G]
+            pyramid.append(F.interpolate(cells, size=grid, mode="bilinear", align_corners=False))  # [N, C, G, G]
+        top = self.bottleneck(torch.cat(pyramid, dim=1))  # [N, D+4C, G, G] -> [N, C, G, G]
 
-        levels = [lateral(x) for lateral, x in zip(self.laterals, shallow, strict=True)]
+        levels = [lateral(x) for lateral, x in zip(self.laterals, shallow, strict=True)]  # each [N, C, G, G]
         above = top
         for index in (2, 1, 0):
             above = levels[index] = levels[index] + above
-        smoothed = [unit(x) for unit, x in zip(self.smooth, levels, strict=True)]
-        return self.classifier(self.fuse(torch.cat([*smoothed, top], dim=1)))  # type: ignore[no-any-return]
+        smoothed = [unit(x) for unit, x in zip(self.smooth, levels, strict=True)]  # each [N, C, G, G]
+        fused = self.fuse(torch.cat([*smoothed, top], dim=1))  # [N, 4C, G, G] -> [N, C, G, G]
+        return self.classifier(fused)  # type: ignore[no-any-return]  # [N, K, G, G]
 
 
 class SegmentationNetwork(nn.Module):

@@ -16,9 +16,8 @@ from cdkd_edge.core.errors import EngineError, ManifestError, NumericalCheckErro
 from cdkd_edge.core.manifest import EngineManifest, GraphManifest, output_of, precision_of, read_manifest
 from cdkd_edge.core.output_kinds import LABELS
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.engines.protocol import Engine
+from cdkd_edge.engines.protocol import Engine, speed_ratio
 from cdkd_edge.engines.runtimes import Runtime, load_engine, require_precision, runtime_of
-from cdkd_edge.engines.speed import speed_ratio
 from cdkd_edge.graph.files import derived_path, is_derived_from
 from cdkd_edge.graph.fp16 import write_fp16
 from cdkd_edge.graph.outputs import write_variant

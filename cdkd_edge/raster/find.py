@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cdkd_edge.core.errors import SceneError
@@ -37,6 +37,20 @@ def rasters_named(argument: str) -> list[str]:
             raise SceneError(f"no raster matches {argument}")
         return matches
     raise SceneError(f"scene {argument} does not exist")
+
+
+def scenes_named(arguments: Sequence[str]) -> list[str]:
+    """Rasters that arguments name (:func:`rasters_named`): paths as they were given, sorted; the same file once.
+
+    Raises:
+        SceneError: an argument names nothing.
+    """
+    found: dict[str, str] = {}
+    for argument in arguments:
+        for path in rasters_named(argument):
+            key = file_key(path)
+            found[key] = min(found.get(key, path), path)
+    return sorted(found.values())
 
 
 def file_key(path: str) -> str:

@@ -1,9 +1,9 @@
-"""Tiles on their way: reading threads, the engine in the calling thread, a writing thread.
+"""Moves tiles through reading threads, the engine (in the calling thread) and a writing thread.
 
-One list of jobs, taken in order: read a cell of the file, or cut a batch of tiles into the engine's slot ``number %
-slots``. The list runs a few batches ahead with reading, so that cells are there when their tiles are cut. Batches
-are computed and written in the order of their numbers, whatever the number of threads. What is in memory is bounded
-by the list: the cells under a row of tiles and those few batches, and the engine's slots. A failure anywhere stops all.
+The reading threads share one list of jobs, taken in order: read a cell of the file, or cut a batch of tiles into the
+engine's slot ``number % slots``. The list reads a few batches ahead, so that cells are there when their tiles are cut.
+Batches are computed and written in the order of their numbers, however many threads there are. Memory holds the cells
+under a row of tiles and those few batches, and the engine's slots. An error in any thread stops all.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ import numpy.typing as npt
 
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.cells import Cell, CellLayout, Cells, cut_tile, fill_without_data
-from cdkd_edge.segment.plan import Place, Plan
+from cdkd_edge.segment.plan import Cell, CellLayout, Cells, Place, Plan, cut_tile, fill_without_data
 
 AHEAD = 4
 """Batches beyond the engine's slots for which cells are read early."""
+_MOST_PLACES = 1024
+"""Of a batch; reached only far outside an area of interest, where no tile is computed."""
 
 Mask = npt.NDArray[np.bool_]
 
 
 class Merge(Protocol):
-    """What becomes of tiles; called from the writing thread, in the order of the plan."""
+    """Takes the computed tiles, in the writing thread and in the order of the plan."""
 
     blends: bool
     """Whether all of a tile counts, not only its kept part (then it is computed if any of its pixels is valid)."""
@@ -40,24 +41,24 @@ class Merge(Protocol):
 
         Args:
             place: where it lies.
-            slot, index: where the engine holds it; slot None: it was not computed, for want of a valid pixel.
+            slot, index: where the engine holds it; slot None: it was not computed, having no valid pixel.
             valid: ``[T, T]``, or None where every pixel is valid.
         """
 
 
 @dataclass
 class RunTotals:
-    """What one pass over a scene added up to."""
+    """Totals of one pass over a scene."""
 
     tiles_without_data: int = 0
     engine_seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "cut", "merge"), 0.0))
-    """Seconds that threads spent on parts of the work (added over threads)."""
+    """Seconds by part of the work, added over threads."""
 
 
 @dataclass
 class _Batch:
-    """Up to N tiles for one slot, and tiles between them that are not to be computed."""
+    """Up to N tiles for one slot, and the tiles between them that need not be computed."""
 
     number: int
     places: list[Place] = field(default_factory=list)
@@ -75,7 +76,7 @@ class ThreadGroup:
 
     def __init__(self) -> None:
         self.turn = threading.Condition()
-        """Guards whatever the threads share; notified when any of it changes."""
+        """Guards what the threads share; notified when any of it changes."""
         self._threads: list[threading.Thread] = []
         self._ended = 0
         self._stopped = False
@@ -88,14 +89,14 @@ class ThreadGroup:
         self._threads.append(thread)
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Wait, with ``turn`` held, until ``ready()``; leaves the thread's work if the group is stopped."""
+        """Wait until ``ready()``, with ``turn`` held; end this thread's work if the group is stopped."""
         self.require_running()
         while not ready():
             self.turn.wait()
             self.require_running()
 
     def require_running(self) -> None:
-        """Leave the thread's work if the group is stopped; with ``turn`` held."""
+        """End this thread's work if the group is stopped; call it with ``turn`` held."""
         if self._stopped:
             raise _StoppedError
 
@@ -114,7 +115,7 @@ class ThreadGroup:
         self.raise_error()
 
     def stop(self, error: BaseException | None = None) -> None:
-        """Let all threads end soon, because of ``error`` if there is one."""
+        """Make all threads end soon, because of ``error`` if there is one."""
         with self.turn:
             if not self._stopped:
                 self._error = error
@@ -152,7 +153,7 @@ class Flow:
     """One pass over a plan.
 
     Args:
-        engine: what labels tiles.
+        engine: labels the tiles.
         readers: the scene, opened once for each reading thread.
         plan: its tiles.
         merge: takes the labels.
@@ -184,9 +185,10 @@ class Flow:
         self._batches: int | None = None  # known when all are cut
         self._all_computed = False
 
-    def run(self) -> None:
-        """Run to the end, or raise the first error of any part after all have stopped."""
+    def run(self) -> RunTotals:
+        """Run to the end, or raise the first error of any thread after all have stopped."""
         self._threads.run(self._label)
+        return self.totals
 
     def _label(self) -> None:
         for reader in self._readers:
@@ -194,7 +196,7 @@ class Flow:
         self._threads.start("write", self._write)
         self._infer()
 
-    # --- what is to be done, in order ---------------------------------------------------------------
+    # --- the list of jobs ---------------------------------------------------------------------------
 
     def _job_list(self) -> Iterator[Cell | _Batch]:
         waiting: deque[_Batch] = deque()
@@ -217,7 +219,7 @@ class Flow:
                 batch, count = _Batch(batch.number + 1), 0
             batch.places.append(place)
             count += place.wanted
-            if len(batch.places) >= 1024:  # far outside the area of interest
+            if len(batch.places) >= _MOST_PLACES:
                 yield batch
                 batch, count = _Batch(batch.number + 1), 0
         if batch.places:

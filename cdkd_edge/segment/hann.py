@@ -1,4 +1,7 @@
-"""Merging tiles by blending: probabilities under a Hann window, in integers, so that no order matters."""
+"""The Hann merge: probabilities of overlapping tiles are blended under a Hann window.
+
+All sums are integers, so that the order of tiles does not matter.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from cdkd_edge.segment.plan import Place, Plan
 from cdkd_edge.segment.spool import Spool
 
 _FULL = 255
-"""Weight of a pixel in the middle of a tile, along one axis; 1 at its edge, so that every pixel has some."""
+"""Weight along one axis in the middle of a tile; at its edge it is 1, so that every pixel has a weight."""
 
 
 def _handed_over(spans: tuple[Span, ...]) -> tuple[Span, ...]:
@@ -38,11 +41,11 @@ def hann_weights(tile: int, overlap: int) -> npt.NDArray[np.uint32]:
 
 
 class HannMerge(CropMerge):
-    """Blends probabilities; ties go to the class of the lower label.
+    """Blends probabilities; ties go to the lower label.
 
-    What later tiles still add to is carried: the strip to the right of a tile, and below a row of tiles the rows that
-    the next one covers too. ``255 * 255 * 255`` times the tiles over a pixel (25 at most where
-    the overlap is at most half a tile) fits 32 bits.
+    Sums to which later tiles still add are carried over: the strip to the right of a tile, and below a row of tiles the
+    rows that the next one covers too. ``255 * 255 * 255`` times the tiles over a pixel (at most 25, as the overlap is
+    at most half a tile) fits 32 bits.
 
     Args:
         engine: gives probabilities.
@@ -64,7 +67,7 @@ class HannMerge(CropMerge):
         super().__init__(engine, spool, plan, overlap, confidence=confidence, area=area)
         if 2 * overlap > plan.tile:
             raise UsageError(
-                f"--merge hann takes an overlap of at most half a tile, {plan.tile // 2} px, not {overlap}"
+                f"--merge hann takes an --overlap of at most half a tile, {plan.tile // 2} px, not {overlap}"
             )
         self._plan = plan
         axis = hann_weights(plan.tile, overlap)
@@ -72,7 +75,7 @@ class HannMerge(CropMerge):
         self._classes = len(engine.schema)
         self._panel = -1
         self._band = -1
-        # Both hold sums of weighted probabilities, and as their last layer the sum of the weights.
+        # Both hold sums of weighted probabilities; their last layer is the sum of the weights.
         self._sums = np.zeros((self._classes + 1, plan.tile, plan.tile), np.uint32)
         self._below = np.zeros((self._classes + 1, 0, 0), np.uint32)
         self._below_rows = 0
@@ -105,7 +108,7 @@ class HannMerge(CropMerge):
         return labels, ((100 * best + weight // 2) // np.maximum(weight, 1)).astype(np.uint8)
 
     def _move_to(self, place: Place) -> None:
-        """Begin a tile with what its neighbours have added to it."""
+        """Begin a tile with what earlier tiles have added to its pixels."""
         tile, columns = self._plan.tile, self._plan.columns(place.panel)
         if place.panel != self._panel:
             self._panel, self._band = place.panel, -1
@@ -127,7 +130,7 @@ class HannMerge(CropMerge):
         self._taken = left + tile
 
     def _hand_on(self, place: Place) -> None:
-        """Keep what tiles to the right and below will add to."""
+        """Carry over the sums to which tiles on the right and below will add."""
         tile, columns, rows = self._plan.tile, self._plan.columns(place.panel), self._plan.grid.rows
         number = columns.index(place.column)
         step = columns[number + 1].start - place.column.start if number + 1 < len(columns) else tile

@@ -1,6 +1,6 @@
-"""The ways in which tiles become one map: the choices of ``--merge``.
+"""The merge modes, the choices of ``--merge``: how tiles become one map.
 
-A merge mode is a class in a file of its own (a :class:`.crop.CropMerge`), and a row here. Nothing else names it.
+This module imports nothing heavy, so that the command line can show the choices at once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ DEFAULT_MERGE = "crop"
 
 @dataclass(frozen=True)
 class MergeMode:
-    """What the command line and the pipeline need to know of a merge before its code is imported."""
+    """One choice of ``--merge``."""
 
     help: str
     needs: str
     """What the engine must give, one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`."""
     load: Callable[[], type[CropMerge]]
+    """Imports the class that merges."""
 
 
 def _crop() -> type[CropMerge]:
@@ -44,24 +45,24 @@ MERGES = {
     "crop": MergeMode("each pixel from the tile in which it lies deepest", LABELS, _crop),
     "hann": MergeMode("probabilities of overlapping tiles blended under a Hann window", PROBABILITIES, _hann),
 }
+"""The merge modes. Each is a :class:`.crop.CropMerge` in a file of its own, and a row here; nothing else names it."""
 
 
 def merge_mode(name: str) -> MergeMode:
-    """The row of a merge.
+    """The merge mode of this name.
 
     Raises:
-        UsageError: there is no such merge.
+        UsageError: there is none.
     """
     if name not in MERGES:
-        choices = "; ".join(f"{known}: {mode.help}" for known, mode in MERGES.items())
-        raise UsageError(f"there is no merge {name!r}", hint=choices)
+        raise UsageError(f"there is no merge {name!r}", hint=merge_help())
     return MERGES[name]
 
 
 def merge_help() -> str:
     """The help text of ``--merge``."""
-    texts = []
-    for name, mode in MERGES.items():
-        needs = "" if mode.needs == LABELS else f" (needs an engine with {mode.needs})"
-        texts.append(f"{name}: {mode.help}{needs}.")
-    return " ".join(texts)
+    needs = {LABELS: "."}
+    return " ".join(
+        f"{name}: {mode.help}" + needs.get(mode.needs, f" (needs an engine with {mode.needs}).")
+        for name, mode in MERGES.items()
+    )

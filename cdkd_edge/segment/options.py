@@ -1,4 +1,4 @@
-"""How a scene is segmented, and what comes of it."""
+"""How a scene is segmented: the options, and the result."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class SegmentOptions:
     """How a scene is read, tiled and put together again."""
 
     overlap: int | None = None
-    """Overlap of neighbouring tiles, px. Default: :func:`.grid.default_overlap`."""
+    """Overlap of neighbouring tiles, px. Default: :func:`cdkd_edge.raster.grid.default_overlap`."""
     bands: Sequence[int] | None = None
-    """Red, green and blue as 1-based band numbers. Default: by colour tags, as :class:`.read.SceneReader` says."""
+    """Red, green and blue as 1-based band numbers. Default: :func:`cdkd_edge.raster.bands.choose_bands` finds them."""
     stretch: Stretch | None = None
-    """How values become 0..255. Default: 8-bit values as they are, others are an error."""
+    """How values become 0..255. Default: 8-bit values stay as they are, others are an error."""
     merge: str = DEFAULT_MERGE
     """How tiles become one map: a name in :data:`.merges.MERGES`."""
     confidence: bool = False
@@ -47,16 +47,16 @@ class SegmentOptions:
     gsd: float | None = None
     """Ground sample distance at which the scene is read, m; the label map has it too. Default: the scene's own."""
     aoi: str | None = None
-    """Area of interest as :func:`.aoi.read_area` takes it; outside there is no label. Default: all of the scene."""
+    """Area of interest, see :func:`cdkd_edge.raster.aoi.read_area`; outside there is no label. Default: all."""
     palette: Palette = Palette.DISPLAY
     """The colours of the label map and of what is made of it."""
     strict: bool = False
-    """What GDAL warns of while the scene is read is an error."""
+    """Whether a GDAL warning while the scene is read is an error."""
     readers: int = 2
-    """Reading threads, each with the scene opened for itself."""
+    """Reading threads; each opens the scene for itself."""
 
     def reading(self) -> dict[str, Any]:
-        """The options that say how a raster is read, as keyword arguments of :class:`.read.SceneReader`."""
+        """The options that say how a raster is read, as arguments of :class:`cdkd_edge.raster.read.SceneReader`."""
         return {"bands": self.bands, "stretch": self.stretch, "gsd": self.gsd, "strict": self.strict}
 
     def open(self, scene: str | Path, limits: Limits | None = None) -> SceneReader:
@@ -64,7 +64,7 @@ class SegmentOptions:
 
         Args:
             scene: anything GDAL opens.
-            limits: of an earlier reader of the same scene; spares another look at all of it for percentiles.
+            limits: of an earlier reader of the same scene; saves reading all of it again for percentiles.
 
         Raises:
             SceneError: it cannot be read with these options.
@@ -124,7 +124,7 @@ class SegmentResult:
     stages: dict[str, float] = field(default_factory=dict, compare=False)
     """Seconds by stage; those of threads added up."""
     row_class_pixels: npt.NDArray[np.uint32] | None = field(default=None, repr=False, compare=False)
-    """Pixels per class in every row of pixels, ``[height, K + 1]``, the last column being no label: for areas where
-    the size of a pixel depends on latitude."""
+    """Pixels per class in each row, ``[height, K + 1]``; the last column is no label. Where the size of a pixel
+    depends on latitude, areas are computed from it."""
     areas: Areas | None = field(default=None, compare=False)
     """Pixels and hectares per class."""

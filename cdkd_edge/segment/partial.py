@@ -1,11 +1,10 @@
-"""The folder beside a label map in which its parts wait until it is whole.
+"""The folder ``NAME.tif.partial`` beside a label map, from which an interrupted run is resumed.
 
-``NAME.tif.partial/`` holds ``run.json`` (of what, by what and how), ``labels.spool`` and ``lock``. A run that ends
-before it is done, however it ends, leaves it; the same command goes on from there. A folder that belongs to another
-scene, engine or options is never gone on with and never removed unasked: it may hold hours of work. A folder of this
-name that was not made here is left alone.
+It holds ``run.json`` (scene, engine and options), ``labels.spool`` and ``lock``. A run that ends early, for whatever
+reason, leaves it, and the same command resumes from it. A folder of another scene, engine or options is never resumed,
+and never removed unless asked: it may hold hours of work. A folder of this name that was not made here is left alone.
 
-What a scene is, so that work on it is gone on with only if it is still the same.
+A scene is recognised by a fingerprint, so that a resumed run refuses a scene that changed.
 """
 
 from __future__ import annotations
@@ -28,23 +27,28 @@ from cdkd_edge.raster.open import is_gdal_name
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segment.options import TAG_OPTIONS
 
-_PIECE = 1 << 16
-_PIECES = 64
-_WINDOW = 64
-_WINDOWS_A_SIDE = 3
+_PIECE, _PIECES = 1 << 16, 64
+"""Bytes of a piece of a file, and pieces, that are hashed."""
+_WINDOW, _WINDOWS_A_SIDE = 64, 3
+"""Side of a window of pixels, and windows along each side, that are hashed where there is no file."""
 _BESIDE = (".aux.xml", ".ovr")
+_FORMAT = 1
+_LARGEST_NOTE = 256 << 20
+"""Bytes of ``run.json``; a virtual raster may have a hundred thousand files."""
+_KEPT = ("lock", "run.json", "labels.spool")
+_MADE = re.compile(r"lock|run\.json|labels\.spool|finish|\..*\.part.*|\.nfs.*")
+"""Names of everything in such a folder: with temporary files, and what NFS keeps of a file removed while open."""
 
 
 def scene_identity(reader: SceneReader) -> dict[str, Any]:
-    """Size and content of an open scene as JSON data.
+    """Fingerprint of an open scene as JSON data.
 
-    Of every file it consists of (sidecars, masks, overviews and what a VRT refers to included): size, time of change,
-    and a SHA-256 of 64 pieces of 64 KB spread over it, so that a scene of 100 GB is known in a moment. What has no
-    files here (``/vsi...``, URLs) is known by pixels: nine windows of 64 px spread over the scene.
+    For every file of the scene (also sidecars, masks, overviews and the files of a VRT): size, time of change, and a
+    SHA-256 of 64 pieces of 64 KB spread over it, so that a scene of 100 GB takes a moment. For a scene without local
+    files (``/vsi...``, URLs): a SHA-256 of nine windows of 64 px spread over it.
 
     Raises:
-        SceneError: it cannot be read.
-        OSError: likewise.
+        SceneError, OSError: the scene cannot be read.
     """
     files = [name for name in reader.files if not is_gdal_name(name) and Path(name).is_file()]
     remote = len(files) < max(1, len(reader.files))
@@ -58,9 +62,9 @@ def scene_identity(reader: SceneReader) -> dict[str, Any]:
 
 
 def scene_sample(identity: dict[str, Any]) -> str:
-    """SHA-256 of what :func:`scene_identity` found, the same for a copy of the scene.
+    """SHA-256 of a fingerprint that is the same for a copy of the scene.
 
-    Without names, times of change, and statistics that GDAL and QGIS keep beside a raster.
+    It leaves out names, times of change, and the statistics that GDAL and QGIS keep beside a raster.
     """
     files = [(one["bytes"], one["sample"]) for one in identity["files"] if not one["name"].endswith(_BESIDE)]
     return hashlib.sha256(json.dumps([files, identity["pixels"]]).encode()).hexdigest()
@@ -79,7 +83,7 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 
 def times_of_change(reader: SceneReader) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file of a scene; cheap enough to ask again at the end."""
+    """Size and time of change (ns) of every file of a scene; cheap enough to ask again at the end."""
     times = {}
     for name in reader.files:
         try:
@@ -91,6 +95,7 @@ def times_of_change(reader: SceneReader) -> dict[str, tuple[int, int]]:
 
 
 def _pixels(reader: SceneReader) -> str:
+    """SHA-256 of windows spread over a scene."""
     digest = hashlib.sha256()
     height, width = min(_WINDOW, reader.height), min(_WINDOW, reader.width)
     for i in range(_WINDOWS_A_SIDE):
@@ -103,31 +108,23 @@ def _pixels(reader: SceneReader) -> str:
     return digest.hexdigest()
 
 
-_FORMAT = 1
-_LARGEST_NOTE = 256 << 20
-"""Bytes; a virtual raster may have a hundred thousand files."""
-_KEPT = ("lock", "run.json", "labels.spool")
-_MADE = re.compile(r"lock|run\.json|labels\.spool|finish|\..*\.part.*|\.nfs.*")
-"""Names of what is in such a folder: with temporary files, and what NFS keeps of a file that was removed while open."""
-
-
 def partial_folder(output: Path) -> Path:
-    """Where the parts of a label map wait."""
+    """The folder in which a label map is made."""
     return output.with_name(output.name + ".partial")
 
 
 def continues_replacing(output: Path) -> bool:
-    """Whether an interrupted run was about to replace a label map, so that going on with it may."""
+    """Whether an interrupted run was to replace a label map, so that resuming it may do so."""
     return bool(_document(partial_folder(output)).get("replaces"))
 
 
 def was_finishing(output: Path) -> bool:
-    """Whether a run was killed after all its rasters were whole, so that some may have their final names."""
+    """Whether a run was killed after its rasters were whole, when some may have had their final names."""
     return bool(_document(partial_folder(output)).get("finished"))
 
 
 def drop_finished(output: Path) -> None:
-    """Remove what a run left that was killed after its label map was whole; nothing else is touched."""
+    """Remove the folder of a run that was killed after its label map was whole; leave any other."""
     folder = partial_folder(output)
     if not was_finishing(output) or not _is_ours(folder):
         return
@@ -136,30 +133,30 @@ def drop_finished(output: Path) -> None:
         _remove(folder)
 
 
-def way_to_go_on(output: Path) -> str | None:
-    """What to tell somebody who interrupted a run; None if nothing was done yet."""
+def resume_advice(output: Path) -> str | None:
+    """What to tell the user after an interrupted run; None if nothing was done yet."""
     folder = partial_folder(output)
     if not (folder / "labels.spool").exists():
         return None
     how = " without --overwrite" if continues_replacing(output) else ""
-    return f"interrupted; what is done is kept in {folder}, and the same command{how} goes on from there"
+    return f"interrupted; finished tiles are kept in {folder}, and the same command{how} resumes from there"
 
 
 class Partial:
-    """The folder of one run, held against all others.
+    """The folder of one run, locked against all others.
 
-    Use as a context manager. On leaving it is kept if something is in the spool (``worth_keeping``) and the label
-    map is not ``finished``.
+    Use as a context manager. The folder is removed at the end, unless the spool holds something (``worth_keeping``) and
+    the label map is not ``finished``.
 
     Args:
         output: the label map.
-        identity: what the run is of: JSON data, compared with what an earlier run left.
-        resume: go on with what is there; otherwise start anew.
-        replaces: the label map exists and is to be replaced.
+        identity: scene, engine and options of the run as JSON data, compared with those of an earlier run.
+        resume: resume an earlier run; otherwise drop what it left.
+        replaces: whether the label map exists and is to be replaced.
 
     Raises:
-        SceneError: another run is at work; what is there was made of something else, or does not say of what; or the
-            folder is somebody else's.
+        SceneError: another run is writing the label map; the earlier run had another scene, engine or options, or does
+            not say which; or the folder was not made by this package.
         OSError: the folder cannot be made.
     """
 
@@ -177,11 +174,15 @@ class Partial:
 
     @property
     def spool(self) -> Path:
-        """Where finished rows of tiles are."""
+        """The file with the finished rows of tiles."""
         return self.folder / "labels.spool"
 
+    def keep_if(self, worth: bool) -> None:
+        """Say whether the spool holds something worth keeping."""
+        self.worth_keeping = worth
+
     def finishing(self) -> None:
-        """Note that all rasters are whole and are about to get their final names; see :func:`drop_finished`."""
+        """Note that all rasters are whole and are about to get their final names, see :func:`drop_finished`."""
         write_text(self.folder / "run.json", json.dumps({**self._note, "finished": True}, indent=1) + "\n")
 
     def __enter__(self) -> Partial:
@@ -202,7 +203,7 @@ class Partial:
         while True:
             if not _is_ours(self.folder):
                 raise SceneError(
-                    f"{self.folder} was not made by cdkd-edge, and parts of the label map would go there",
+                    f"{self.folder} was not made by cdkd-edge, which needs this name for the unfinished label map",
                     hint="move it away, or choose another --output",
                 )
             make_folders(self.folder)
@@ -237,20 +238,20 @@ class Partial:
             earlier = found.get("identity")
             if not earlier:
                 raise SceneError(
-                    f"{self.folder / 'run.json'} is damaged, so nobody knows of what the part in {self.spool} is",
-                    hint="put it back, or drop the part and start anew with --overwrite",
+                    f"{self.folder / 'run.json'} is damaged, so it is unknown which scene {self.spool} is of",
+                    hint="restore it, or start anew with --overwrite",
                 )
             if isinstance(earlier, dict) and earlier.get("confidence") and not identity.get("confidence"):
-                earlier = {**earlier, "confidence": False}  # what is there is more than is wanted
+                earlier = {**earlier, "confidence": False}  # the spool holds more than is needed
             differing = differences(earlier, identity)
             if len(differing) == 1 and differing[0].startswith("confidence "):
                 raise SceneError(
-                    f"{self.folder} holds a part that was made without --confidence",
-                    hint="finish the label map without it, or start anew with --overwrite",
+                    f"{self.folder} holds an unfinished label map without --confidence",
+                    hint="finish it without --confidence, or start anew with --overwrite",
                 )
             if differing:
                 raise SceneError(
-                    f"{self.folder} holds a part of another run: {'; '.join(differing)}",
+                    f"{self.folder} holds an unfinished label map of another run: {'; '.join(differing)}",
                     hint="start anew with --overwrite, or choose another --output",
                 )
             replaces = replaces or bool(found.get("replaces"))
@@ -259,14 +260,14 @@ class Partial:
         write_text(self.folder / "run.json", json.dumps(self._note, indent=1) + "\n")
 
     def _tidy(self, kept: tuple[str, ...]) -> None:
-        """Remove what a run left that was killed, such as half a GeoTIFF."""
+        """Remove the other files that a killed run left, such as half a GeoTIFF."""
         for path in self.folder.iterdir():
             if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder, if it is there, holds nothing but what a run puts into it."""
+    """Whether a folder is missing or holds only files that a run makes."""
     try:
         names = os.listdir(folder)  # noqa: PTH208 - tells a file from a folder that is missing
         if folder.is_symlink() or any(not _MADE.fullmatch(name) or (folder / name).is_symlink() for name in names):
@@ -287,7 +288,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, its lock last: a folder without one is not taken for ours."""
+    """Remove a folder, its lock last, without which it would not be recognised as ours."""
     for name in sorted(os.listdir(folder), key=lambda name: name == "lock"):  # noqa: PTH208
         path = folder / name
         if path.is_dir():
@@ -319,6 +320,7 @@ def _shown(value: Any) -> str:
 
 
 def _document(folder: Path) -> dict[str, Any]:
+    """The content of ``run.json``; empty if it cannot be read."""
     try:
         document = json.loads(read_small(folder / "run.json", _LARGEST_NOTE))
     except (OSError, ValueError, RecursionError):

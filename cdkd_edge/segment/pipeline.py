@@ -1,8 +1,7 @@
-"""A scene through an engine: reading threads, the engine, a writing thread; what is done survives a crash.
+"""Labels a scene with an engine: reading threads, the engine, a writing thread; an interrupted run is resumed.
 
-Labels go into a spool beside the label map, row of tiles by row of tiles, and the label map is made from it when it is
-whole (:mod:`.spool`, :mod:`.partial`, :mod:`.assemble`). Memory is bounded by
-construction (:mod:`.plan`, :mod:`.flow`).
+Labels go into a spool beside the label map, one row of tiles after the other, and the label map is made from it when
+all are there (:mod:`.spool`, :mod:`.partial`, :mod:`.outputs`). Memory is bounded (:mod:`.plan`, :mod:`.flow`).
 """
 
 from __future__ import annotations
@@ -31,15 +30,20 @@ from cdkd_edge.raster.aoi import AreaOnScene, read_area
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.raster.styles import sidecar_path
-from cdkd_edge.segment.assemble import PlainRasters, RasterAssembler, publish
-from cdkd_edge.segment.cells import CellLayout
 from cdkd_edge.segment.crop import CropMerge, RowMerge
 from cdkd_edge.segment.flow import Flow, RunTotals
 from cdkd_edge.segment.merges import merge_mode
 from cdkd_edge.segment.options import SegmentOptions, SegmentResult
-from cdkd_edge.segment.outputs import confidence_path, require_file_place, require_writable_name
+from cdkd_edge.segment.outputs import (
+    PlainRasters,
+    RasterAssembler,
+    confidence_path,
+    publish,
+    require_file_place,
+    require_writable_name,
+)
 from cdkd_edge.segment.partial import Partial, scene_identity, scene_sample, times_of_change
-from cdkd_edge.segment.plan import PANEL_BYTES, Plan
+from cdkd_edge.segment.plan import PANEL_BYTES, CellLayout, Plan
 from cdkd_edge.segment.spool import DiskSpaceWatch, Spool
 
 
@@ -55,21 +59,21 @@ def segment_scene(
 ) -> SegmentResult:
     """Label every pixel of a scene.
 
-    What is done when the run ends early, however it ends, is kept in ``<output>.partial``; called again, it goes on
-    from there, and the label map has the same bytes as if nothing had happened.
+    If the run ends early, for whatever reason, finished tiles are kept in ``<output>.partial``. The next call resumes
+    from there, and the label map has the same bytes as after an uninterrupted run.
 
     Args:
-        engine: what labels tiles.
+        engine: labels the tiles.
         scene: anything GDAL opens; RGB, 8 bit unless ``options.stretch`` is given.
         output: the label map (``.tif``); class names go to ``<output>.aux.xml``. An older one is replaced at the end.
-        options: overlap, bands, stretch, merge.
+        options: how the scene is read, tiled and put together.
         progress: called with tiles done and tiles in all.
-        resume: go on with what an interrupted run left; False: start anew.
-        warn: told, from another thread, what the user should know before the end: that the disk will be full.
+        resume: resume an interrupted run; False: drop what it left.
+        warn: called, from another thread, with what the user should know before the end: the disk will be full.
 
     Raises:
-        SceneError: the scene cannot be read or the label map not be written; another run is writing it; or what an
-            interrupted run left was made of another scene, with another engine or other options.
+        SceneError: the scene cannot be read or the label map cannot be written; another run is writing it; or an
+            interrupted run had another scene, engine or options.
         EngineError: the engine failed.
         SystemRefusalError: the disk is full; what is done is kept.
         OSError: the system refused to write.
@@ -77,7 +81,7 @@ def segment_scene(
     started = time.perf_counter()
     output = Path(os.path.normpath(output))
     if _same_file(scene, output):
-        raise SceneError(f"the label map would overwrite the scene {scene}")
+        raise SceneError(f"the label map would overwrite the scene {scene}", hint="choose another --output")
     confidence = confidence_path(output) if options.confidence else None
     require_writable_name(output)
     require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
@@ -96,8 +100,8 @@ def segment_scene(
         spool = stack.enter_context(Spool(partial.spool, reader.height, reader.width))
         resumed = spool.bands
         if spool.damaged:
-            warn(f"{spool.path} is damaged; {resumed} rows of tiles are good, what followed them is made again")
-        stack.callback(_note_what_is_worth, partial, spool)
+            warn(f"{spool.path} is damaged; its first {resumed} rows of tiles are good, the others are computed again")
+        stack.callback(lambda: partial.keep_if(spool.bands > 0))
         rasters = RasterAssembler(
             spool, schema, reader.georeference, tags, partial.folder, confidence=options.confidence
         )
@@ -105,18 +109,16 @@ def segment_scene(
         rasters.advance(plan.rows_done(resumed))
         totals = RunTotals()
         if resumed < plan.bands:
-            merge = _merge(engine, spool, plan, options, area)
             space = DiskSpaceWatch(partial.folder, warn)
 
             def on_band() -> None:
                 rasters.advance(plan.rows_done(spool.bands))
                 space.check(spool.path, plan.tiles_in(spool.bands) / len(plan.grid))
 
+            merge = _merge(engine, spool, plan, options, area)
             merge.on_band = on_band
-            flow = Flow(engine, readers, plan, merge, start=resumed, progress=progress)
-            flow.run()
-            totals = flow.totals
-            del flow, merge
+            totals = Flow(engine, readers, plan, merge, start=resumed, progress=progress).run()
+            del merge
             hand_memory_back()
         if times_of_change(reader) != times:
             raise SceneError(f"{scene} changed while it was read", hint="start anew with --overwrite")
@@ -140,7 +142,7 @@ def segment_scene(
 def label_map_tags(
     engine: Labeller, reader: SceneReader, options: SegmentOptions, scene: dict[str, Any] | None = None
 ) -> dict[str, str]:
-    """What a label map says about its making; ``scene`` from :func:`.identity.scene_identity`, for a sample of it."""
+    """The tags of a label map: what it was made of and how. ``scene`` is its :func:`.partial.scene_identity`."""
     tags = {
         "CDKD_EDGE": __version__,
         "SCENE": Path(str(reader.path)).name,
@@ -164,23 +166,21 @@ def label_rows(
     sink: Callable[[npt.NDArray[np.uint8]], None],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RunTotals:
-    """Label an open scene row by row; scores come from here, by the same way as label maps.
+    """Label an open scene row by row, in the same way as label maps are made.
 
     Args:
-        engine: what labels tiles.
+        engine: labels the tiles.
         reader: the scene.
         grid: its tiles, as :meth:`.options.SegmentOptions.grid_over` places them.
-        sink: receives rows of labels ``[h, width]`` from top to bottom, in a thread of its own; it must not keep them.
+        sink: receives rows of labels ``[h, width]`` from top to bottom, in another thread; it must not keep the array.
         progress: called with tiles done and tiles in all.
 
     Raises:
-        SceneError, EngineError: as the parts do; and whatever ``sink`` raises.
+        SceneError, EngineError: reading or computing failed; and whatever ``sink`` raises.
     """
     plan = Plan.over(grid, engine.tile, panel_bytes=None)
     merge = RowMerge(engine, reader.width, len(grid.columns), sink)
-    flow = Flow(engine, [reader], plan, merge, progress=progress)
-    flow.run()
-    return flow.totals
+    return Flow(engine, [reader], plan, merge, progress=progress).run()
 
 
 def _require_output(engine: Labeller, options: SegmentOptions) -> None:
@@ -250,7 +250,7 @@ def _merge(engine: Labeller, spool: Spool, plan: Plan, options: SegmentOptions, 
 def _identity(
     engine: Labeller, reader: SceneReader, tags: dict[str, str], scene: dict[str, Any], *, confidence: bool
 ) -> dict[str, Any]:
-    """What decides about the labels, so that parts of two runs are put together only if they fit."""
+    """Everything that decides about the labels: a run resumes only from one with the same identity."""
     limits = None if reader.limits is None else [[float(low), float(high)] for low, high in reader.limits]
     options = {key: value for key, value in tags.items() if key not in ("SCENE", "SCENE_SAMPLE", "ENGINE")}
     return {
@@ -264,8 +264,7 @@ def _identity(
 def _result(
     engine: Labeller, reader: SceneReader, plan: Plan, output: Path, finished: PlainRasters, tiles_without_data: int
 ) -> SegmentResult:
-    limits = reader.limits
-    names = engine.schema.class_names
+    limits, names = reader.limits, engine.schema.class_names
     return SegmentResult(
         output=output,
         height=reader.height,
@@ -282,10 +281,6 @@ def _result(
     )
 
 
-def _note_what_is_worth(partial: Partial, spool: Spool) -> None:
-    partial.worth_keeping = spool.bands > 0
-
-
 @contextlib.contextmanager
 def _kept_when_the_disk_is_full(partial: Partial) -> Iterator[None]:
     try:
@@ -296,7 +291,7 @@ def _kept_when_the_disk_is_full(partial: Partial) -> Iterator[None]:
             raise
         reason = error.message if isinstance(error, SystemRefusalError) else os.strerror(error.errno or 0)
         raise SystemRefusalError(
-            reason, hint=f"make room and run the same command again; what is done is kept in {partial.folder}"
+            reason, hint=f"free some space and run the same command again; finished tiles are kept in {partial.folder}"
         ) from None
 
 

@@ -1,8 +1,13 @@
-"""In which order the tiles of a scene are computed: panels of columns, each from top to bottom.
+"""The order in which the tiles of a scene are computed, and the cells in which its file is read for them.
 
-A row of 1024 px tiles over 100,000 px is 300 MB of pixels. Wide scenes are therefore cut into panels, groups of
-neighbouring columns of tiles, and each panel is worked through like a scene of its own; what is in memory is
-one row of tiles of one panel. Scenes up to some 20,000 px wide are a single panel.
+Panels: a row of 1024 px tiles over 100,000 px is 300 MB of pixels. Wide scenes are therefore cut into panels, groups of
+neighbouring columns of tiles, and each panel is computed from top to bottom like a scene of its own, so that memory
+holds one row of tiles of one panel. Scenes up to some 20,000 px wide are a single panel.
+
+Cells: the file is read in rectangles along its own blocks, and tiles are copied out of these. A cell is kept until the
+last tile that needs it has been cut, so each block is decoded once, and overlapping tiles cost copying only. (Panels
+share the blocks at their seam; these are read twice.) GDAL's own cache cannot promise this: where a row of tiles is
+larger than the cache, every tile of a file in strips decodes all of its strips again.
 """
 
 from __future__ import annotations
@@ -10,11 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from cdkd_edge.raster.grid import Span, TileGrid
+from cdkd_edge.raster.read import INVALID_FILL, SceneReader, reflected
 
+CELL_ROWS, CELL_COLUMNS = 256, 2048
+_CELL_PIXELS = CELL_ROWS * CELL_COLUMNS
 PANEL_BYTES = 96 << 20
-"""What the pixels of one row of tiles of a panel may take."""
+"""Bound of the pixels of one row of tiles of a panel, bytes."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,7 @@ class Place:
     band: int
     """Index of the row of tiles."""
     emits: bool
-    """Whether its kept part is written; else it is computed only for what it adds to its neighbours (Hann merge)."""
+    """Whether its kept part is written; otherwise it is computed only because it adds to its neighbours."""
     ends_band: bool
     """Whether it is the last tile of a row of tiles of its panel."""
     wanted: bool
@@ -36,7 +48,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Panel:
-    """Columns ``first .. last - 1`` of tiles, after ``helpers`` more that are computed for their neighbours' sake."""
+    """Columns ``first .. last - 1`` of tiles; ``helpers`` more to their left are computed for what they add to them."""
 
     first: int
     last: int
@@ -51,7 +63,7 @@ class Plan:
     tile: int
     panels: tuple[Panel, ...]
     blends: bool
-    """Whether a tile also adds to pixels that other tiles keep (Hann merge), not only to its own."""
+    """Whether a tile also adds to pixels that other tiles keep, as in the Hann merge."""
     wanted: Callable[[Span, Span], bool] = lambda row, column: True
 
     @classmethod
@@ -71,10 +83,10 @@ class Plan:
         Args:
             grid: the tiles.
             tile: their side, px.
-            slack_rows: rows of pixels held beyond a row of tiles, because files are read in blocks.
+            slack_rows: rows of pixels held besides a row of tiles, because files are read in blocks.
             blends: see :attr:`blends`.
             panel_bytes: bound of the pixels held at a time; None: a single panel, so that labels come row by row.
-            pixel_bytes: of a pixel that is held, with its validity.
+            pixel_bytes: memory of a pixel with its validity.
             wanted: whether a tile is to be computed.
         """
         columns = grid.columns
@@ -142,3 +154,185 @@ class Plan:
                         ends_band=band >= done and number == panel.last - 1,
                         wanted=self.wanted(row, column),
                     )
+
+
+@dataclass(frozen=True)
+class CellLayout:
+    """How a scene divides into cells."""
+
+    height: int
+    width: int
+    rows: int
+    """Rows of a cell, px."""
+    columns: int | None
+    """Columns of a cell, px; None: as wide as the panel, because the file's blocks are as wide."""
+
+    @classmethod
+    def of(cls, reader: SceneReader) -> CellLayout:
+        """Cells along the blocks of an open scene."""
+        block_rows, block_columns = reader.block_shape
+        if block_columns > CELL_COLUMNS and block_columns >= reader.width:
+            rows = max(1, _CELL_PIXELS // reader.width)
+            return cls(reader.height, reader.width, _multiple(block_rows, rows), None)
+        columns = _multiple(block_columns, CELL_COLUMNS)
+        return cls(reader.height, reader.width, _multiple(block_rows, CELL_ROWS), columns)
+
+
+def _multiple(block: int, wanted: int) -> int:
+    """The largest multiple of a block's side within ``wanted``; for far larger blocks, ``wanted`` itself."""
+    return block * (wanted // block) if block <= wanted else wanted if block > 4 * wanted else block
+
+
+@dataclass
+class Cell:
+    """A rectangle of the scene."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    uses: int
+    """Tiles that still need it."""
+    pixels: npt.NDArray[np.uint8] | None = None
+    """``[3, h, w]`` once it is read."""
+    valid: npt.NDArray[np.bool_] | None = None
+    """``[h, w]``, or None where every pixel is valid."""
+    read: bool = False
+
+    def load(self, reader: SceneReader) -> None:
+        """Read its pixels. The caller sets ``read``, under its lock."""
+        self.pixels, self.valid = reader.read_window(self.top, self.left, self.height, self.width)
+
+
+class Cells:
+    """The cells of a plan that are in use. Not thread-safe: call its methods under a lock."""
+
+    def __init__(self, layout: CellLayout, plan: Plan, start: int = 0) -> None:
+        self.layout = layout
+        self._plan = plan
+        self._start = start
+        self._cells: dict[tuple[int, int, int], Cell] = {}
+
+    def of(self, place: Place) -> tuple[list[Cell], list[Cell]]:
+        """The cells under a tile: all of them, and those among them that are new."""
+        cells, new = [], []
+        rows = _inside(place.row, self._plan.tile, self.layout.height)
+        columns = _inside(place.column, self._plan.tile, self.layout.width)
+        for key, top, bottom, left, right in self._divided(place.panel, rows, columns):
+            cell = self._cells.get(key)
+            if cell is None:
+                uses = self._uses(place.panel, range(top, bottom), range(left, right))
+                cell = self._cells[key] = Cell(top, left, bottom - top, right - left, uses)
+                new.append(cell)
+            cells.append(cell)
+        return cells, new
+
+    def release(self, cells: list[Cell]) -> None:
+        """Give back the cells of a tile that has been cut."""
+        for cell in cells:
+            cell.uses -= 1
+            if cell.uses == 0:
+                cell.pixels = cell.valid = None
+        if any(cell.uses == 0 for cell in cells):
+            self._cells = {key: cell for key, cell in self._cells.items() if cell.uses}
+
+    def _divided(
+        self, panel: int, rows: range, columns: range
+    ) -> Iterator[tuple[tuple[int, int, int], int, int, int, int]]:
+        extent = self._extent(panel)
+        height, width = self.layout.rows, self.layout.columns
+        for i in range(rows.start // height, (rows.stop - 1) // height + 1):
+            top, bottom = i * height, min((i + 1) * height, self.layout.height)
+            if width is None:
+                yield (panel, i, 0), top, bottom, extent.start, extent.stop
+                continue
+            for j in range(columns.start // width, (columns.stop - 1) // width + 1):
+                left, right = max(j * width, extent.start), min((j + 1) * width, extent.stop)
+                yield (panel, i, j), top, bottom, left, right
+
+    def _extent(self, panel: int) -> range:
+        """The columns of pixels under a panel."""
+        columns = self._plan.columns(panel)
+        first = _inside(columns[0], self._plan.tile, self.layout.width)
+        last = _inside(columns[-1], self._plan.tile, self.layout.width)
+        return range(first.start, last.stop)
+
+    def _uses(self, panel: int, rows: range, columns: range) -> int:
+        tile, layout = self._plan.tile, self.layout
+        under = [c for c in self._plan.columns(panel) if _meet(_inside(c, tile, layout.width), columns)]
+        count = 0
+        for band in self._plan.rows(panel, self._start):
+            row = self._plan.grid.rows[band]
+            if _meet(_inside(row, tile, layout.height), rows):
+                count += sum(self._plan.wanted(row, column) for column in under)
+        return count
+
+
+def cut_tile(
+    place: Place, cells: list[Cell], layout: CellLayout, out: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.bool_] | None:
+    """Copy a tile out of its cells, and reflect the scene beyond its borders.
+
+    Args:
+        place: the tile.
+        cells: all cells under it, read.
+        layout: of the cells.
+        out: uint8 ``[3, T, T]``, written in place.
+
+    Returns:
+        Validity ``[T, T]``, or None where every pixel is valid.
+    """
+    tile = out.shape[1]
+    rows, columns = _inside(place.row, tile, layout.height), _inside(place.column, tile, layout.width)
+    # Where the scene begins in the tile.
+    down, across = rows.start - place.row.start, columns.start - place.column.start
+    valid = np.ones((tile, tile), bool) if any(cell.valid is not None for cell in cells) else None
+    for cell in cells:
+        if cell.pixels is None:
+            raise AssertionError("a tile was cut from a cell that was not read")
+        top, bottom = max(cell.top, rows.start), min(cell.top + cell.height, rows.stop)
+        left, right = max(cell.left, columns.start), min(cell.left + cell.width, columns.stop)
+        here = np.s_[
+            ...,
+            top - rows.start + down : bottom - rows.start + down,
+            left - columns.start + across : right - columns.start + across,
+        ]
+        there = np.s_[..., top - cell.top : bottom - cell.top, left - cell.left : right - cell.left]
+        out[here] = cell.pixels[there]
+        if valid is not None and cell.valid is not None:
+            valid[here] = cell.valid[there]
+    y = reflected(place.row.start, tile, layout.height) - place.row.start
+    x = reflected(place.column.start, tile, layout.width) - place.column.start
+    for array in (out,) if valid is None else (out, valid):
+        _reflect(array, y, x, down, across, len(rows), len(columns))
+    return None if valid is None or valid.all() else valid
+
+
+def _reflect(
+    array: npt.NDArray[Any],
+    y: npt.NDArray[np.intp],
+    x: npt.NDArray[np.intp],
+    down: int,
+    across: int,
+    height: int,
+    width: int,
+) -> None:
+    """Fill the margins of a tile ``[..., T, T]`` beside the scene, then above and below it."""
+    for margin in (slice(0, across), slice(across + width, None)):
+        array[..., down : down + height, margin] = array[..., down : down + height, x[margin]]
+    for margin in (slice(0, down), slice(down + height, None)):
+        array[..., margin, :] = array[..., y[margin], :]
+
+
+def fill_without_data(out: npt.NDArray[np.uint8]) -> None:
+    """Fill an unused tile of a batch with the colour of pixels without data."""
+    out[:] = INVALID_FILL
+
+
+def _inside(span: Span, tile: int, size: int) -> range:
+    """The part of a tile that lies on the scene."""
+    return range(max(span.start, 0), min(span.start + tile, size))
+
+
+def _meet(a: range, b: range) -> bool:
+    return a.start < b.stop and b.start < a.stop

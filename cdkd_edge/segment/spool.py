@@ -1,13 +1,13 @@
-"""Labels on their way to the label map: an append-only file that says itself how far it is good.
+"""The spool: an append-only file of labels, from which the label map is made when all of them are there.
 
-Every record carries a checksum, so a file that ends anywhere (``kill -9``, a full disk, a power cut) is good up to the
-last record that is whole, and nothing but its end is ever written. A row of tiles counts as done when the record
-that closes it is there. The label map is made from the spool, always in the same order, so it does not depend on
-where the work was interrupted. Labels compress well: the spool takes about twice the room that the label map will.
+Every record has a checksum. Wherever the file ends (``kill -9``, a full disk, a power cut), it is good up to its last
+whole record, and only its end is ever written. A row of tiles is done when the record that closes it is there. The
+label map is made from the spool in a fixed order, so it does not depend on where a run was interrupted. The spool takes
+about twice the disk space of the label map.
 
 Record: 40-byte header, payload. Header, little-endian: kind, row, column, height, width (uint32), length of the payload
-(uint64), its CRC-32, a spare uint32, CRC-32 of the 36 bytes before. A piece lies within one block row of the label
-map. Payload: zlib, or the single byte that all pixels are.
+(uint64), its CRC-32, an unused uint32, CRC-32 of the 36 bytes before. Each record lies within one block row of the
+label map. Payload: zlib, or a single byte if all pixels have its value.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ drawn labels); less here, so that there is rarely a warning for nothing."""
 _SMALL_NEED = 16 << 20
 """Bytes; a smaller need is not worth a warning."""
 _SYNC_EVERY_S = 2.0
-"""A power cut may cost this much more than the row of tiles at hand; a killed process loses nothing it has written."""
+"""A power cut may cost this much work, and the current row of tiles; a killed process loses only the latter."""
 
 
 class Spool:
-    """A spool file, opened to go on where it is good.
+    """A spool file, opened to append to its good part.
 
     Args:
-        path: the file; made if it is not there, cut off behind the last finished row of tiles otherwise.
+        path: the file; made if it is missing, otherwise cut off behind the last finished row of tiles.
         height, width: of the label map, px.
 
     Raises:
@@ -66,12 +66,11 @@ class Spool:
         self.bands = 0
         """Rows of tiles that are done."""
         self.tiles_without_data = 0
-        """In those."""
+        """Tiles without a valid pixel in those rows."""
         self.damaged = False
-        """Whether it was cut off before its end, at a record that was whole once."""
-        self._pieces: dict[
-            tuple[int, int], array[int]
-        ] = {}  # (kind, block row): row, column, h, w, offset, length, CRC
+        """Whether it was cut off before its end, at a damaged record."""
+        # By kind and block row: row, column, height, width, offset, length and CRC of each record.
+        self._pieces: dict[tuple[int, int], array[int]] = {}
         self._pending: list[tuple[int, ...]] = []
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
         try:
@@ -117,7 +116,7 @@ class Spool:
             self._append(_CODES[kind], top, column, bottom - top, width, payload)
 
     def finish_band(self, tiles_without_data: int) -> None:
-        """Close a row of tiles; what was put before is kept from now on."""
+        """Close a row of tiles, with the number of its tiles that have no valid pixel."""
         self._append(_BAND, self.bands, 0, 0, tiles_without_data, b"")
         if time.monotonic() - self._synced > _SYNC_EVERY_S:
             os.fsync(self._file.fileno())
@@ -125,9 +124,9 @@ class Spool:
         self._accept(tiles_without_data)
 
     def row_of_blocks(self, kind: str, top: int) -> npt.NDArray[np.uint8]:
-        """The rows that begin at ``top``, a multiple of 512, ``[up to 512, width]``.
+        """The rows from ``top`` on, a multiple of 512, as ``[up to 512, width]``.
 
-        May be called from another thread than the one that appends, for rows that are whole.
+        For rows that are whole, any thread may call this while another one appends.
 
         Raises:
             SceneError: the file was damaged since it was written, or the rows are not whole.
@@ -158,7 +157,7 @@ class Spool:
         header = _HEADER.pack(kind, row, column, height, width, len(payload), crc, 0)
         record = header + _CRC.pack(zlib.crc32(header)) + payload
         written = 0
-        while written < len(record):  # a full disk may take a part first
+        while written < len(record):  # a nearly full disk may take a part of it
             written += self._file.write(record[written:])
         if kind != _BAND:
             self._pending.append((kind, row, column, height, width, self._end + _RECORD, len(payload), crc))
@@ -172,7 +171,7 @@ class Spool:
         self.tiles_without_data += tiles_without_data
 
     def _recover(self) -> int:
-        """Read what is there up to the last finished row of tiles, cut off the rest, and return the length."""
+        """Index the file up to the last finished row of tiles, cut off the rest, and return its length."""
         size = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         if size < len(_MAGIC):
@@ -196,7 +195,7 @@ class Spool:
         return good
 
     def _record_at(self, position: int, size: int) -> tuple[int, ...] | None:
-        """The header of the record at a place in the file, or None if there is no whole one."""
+        """The header of the record at a position in the file, or None if no whole record is there."""
         head = os.pread(self._file.fileno(), _RECORD, position)
         if len(head) < _RECORD:
             return None
@@ -214,7 +213,7 @@ class Spool:
 
 
 def _block_rows(row: int, height: int) -> Iterator[int]:
-    """Rows at which pieces begin when a rectangle is cut along the label map's blocks."""
+    """The rows at which a rectangle is cut along the label map's blocks."""
     yield row
     yield from range((row // BLOCK + 1) * BLOCK, row + height, BLOCK)
 

@@ -25,18 +25,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scene_helpers import FakeEngine, names_in, noise, pipeline_threads, relaxed, write_raster
 
-from cdkd_edge.bench import course, end_to_end
-from cdkd_edge.bench import course as steady
+from cdkd_edge.bench import phases as bench_phases
 from cdkd_edge.bench import run as bench
-from cdkd_edge.bench.course import Live
+from cdkd_edge.bench import scene as bench_scene
 from cdkd_edge.bench.folder import read_run
-from cdkd_edge.bench.protocols import protocol_of
+from cdkd_edge.bench.phases import LiveStatus, protocol_of
 from cdkd_edge.bench.record import BenchSummary, Protocol
 from cdkd_edge.bench.run import BenchOptions, run_benchmark
 from cdkd_edge.bench.statistics import figure_of, latency_of, t_quantile, variance_hidden_by_sharing
 from cdkd_edge.board.conditions import ConditionsMonitor
-from cdkd_edge.board.power.sampler import PowerSampler
-from cdkd_edge.board.power.sources import find_source
+from cdkd_edge.board.power.sampler import PowerSampler, find_source
 from cdkd_edge.cli.show.bench import describe_bench, live_text
 from cdkd_edge.core.errors import EngineError, PowerError, SceneError, UsageError
 from cdkd_edge.core.machine import forget_peak_memory, peak_memory
@@ -147,7 +145,7 @@ def test_one_repeat_has_no_interval() -> None:
     with pytest.raises(ValueError, match="no repeat"):
         figure_of([])
     for freedom, probability in ((0, 0.975), (3, 0.5), (3, 1.0)):
-        with pytest.raises(ValueError, match="degrees of freedom"):
+        with pytest.raises(ValueError, match="need freedom"):
             t_quantile(freedom, probability)
 
 
@@ -156,7 +154,7 @@ def test_one_repeat_has_no_interval() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(course, "SETTLE_SECONDS", 0.4)
+    monkeypatch.setattr(bench_phases, "SETTLE_SECONDS", 0.4)
 
 
 @pytest.mark.parametrize(("batch", "slots"), [(1, 3), (4, 1)])
@@ -230,9 +228,7 @@ def test_repeats_follow_one_another_and_have_an_interval(folder: Path, scene: Pa
     assert rate.interval is not None
     assert rate.interval.low < rate.mean < rate.interval.high
     assert summary.figures.latency_ms.samples == sum(repeat.latency_ms.samples for repeat in summary.repeats)
-    assert re.search(
-        r"\d+\.\d\d \(\d+\.\d\d \.\. \d+\.\d\d\) tiles/s", dict(describe_bench(summary, folder).rows)["engine only"]
-    )
+    assert re.search(r"[\d.]+ ± [\d.]+ tiles/s", dict(describe_bench(summary, folder).rows)["engine only"])
 
 
 def test_the_summary_is_json_with_everything_to_repeat_it(folder: Path, scene: Path) -> None:
@@ -255,7 +251,7 @@ def test_the_summary_is_json_with_everything_to_repeat_it(folder: Path, scene: P
     assert 10e6 < document["peak_memory_bytes"] < 2e9
     assert document["started"].endswith("+00:00")
     assert document["roofline"] is None
-    assert document["roofline_reason"] == "the roofline models GPUs; this engine runs on the CPU"
+    assert document["roofline_reason"] == "the roofline models GPUs, and this engine runs on the CPU"
     assert msgspec.json.decode(text, type=BenchSummary) == summary == read_run(folder).summary
     assert json.loads(json.dumps(describe_bench(summary, folder).data))["summary"] == document
 
@@ -288,8 +284,8 @@ def test_a_large_drawn_scene_takes_little_memory(folder: Path, monkeypatch: pyte
         drawn.append((tile, count))
         return sample_tiles(tile, count)
 
-    monkeypatch.setattr(end_to_end, "sample_tiles", draw)
-    monkeypatch.setattr(end_to_end, "DRAWN", 96)
+    monkeypatch.setattr(bench_scene, "sample_tiles", draw)
+    monkeypatch.setattr(bench_scene, "PICTURE_SIDE", 96)
     end = run_benchmark(FakeEngine(delay=0.001), folder, BenchOptions(times(0.2))).end_to_end
     assert end is not None
     assert end.tiles > 9
@@ -304,12 +300,12 @@ def test_a_scene_that_fails_costs_no_measurement(
     def fail(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(end_to_end, "segment_scene", fail)
+    monkeypatch.setattr(bench_scene, "segment_scene", fail)
     summary = run_benchmark(FakeEngine(), folder, BenchOptions(times(0.05), scene=scene))
     assert summary.figures is not None
     assert summary.end_to_end is None
     assert summary.verdict.status != "invalid"
-    assert re.search("scene end to end has no figure: .*(No space left|block 3)", summary.verdict.warnings[-1])
+    assert re.search("end-to-end time of a scene is missing: .*(No space left|block 3)", summary.verdict.warnings[-1])
     assert read_run(folder).summary == summary
 
 
@@ -324,10 +320,10 @@ def test_an_empty_scene_has_no_overhead_and_still_a_summary(folder: Path, tmp_pa
 
 
 def test_somebody_who_watches_hears_of_every_phase(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(course, "TELL_EVERY", 0.0)
-    heard: list[Live] = []
+    monkeypatch.setattr(bench_phases, "STATUS_EVERY", 0.0)
+    heard: list[LiveStatus] = []
     run_benchmark(
-        FakeEngine(delay=0.01), folder, BenchOptions(times(0.1, 0.1, repeats=2), scene=scene), tell=heard.append
+        FakeEngine(delay=0.01), folder, BenchOptions(times(0.1, 0.1, repeats=2), scene=scene), show_status=heard.append
     )
     phases = list(dict.fromkeys((live.phase, live.repeat) for live in heard))
     assert phases == [("warm-up", 0), ("load", 0), ("warm-up", 1), ("load", 1)]
@@ -335,14 +331,14 @@ def test_somebody_who_watches_hears_of_every_phase(folder: Path, scene: Path, mo
     assert all(live.tiles_per_second and 20 < live.tiles_per_second <= 100 for live in load)
     assert all(0 <= (live.seconds_left or 0) <= 0.1 for live in load)
     assert re.fullmatch(r"load 2/2   \d+\.\d\d tiles/s(   \d+ °C)?   0 s left", live_text(heard[-1]))
-    assert live_text(Live("idle", 0, 1, None, 5.74, 47.5, 9.0)) == "idle   5.7 W   48 °C   9 s left"
+    assert live_text(LiveStatus("idle", 0, 1, None, 5.74, 47.5, 9.0)) == "idle   5.7 W   48 °C   9 s left"
 
 
 def test_who_is_told_slowly_shortens_no_load(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A load of 600 s is one; whatever the drawing of the live line takes."""
-    monkeypatch.setattr(course, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(bench_phases, "STATUS_EVERY", 0.0)
     options = BenchOptions(times(0.25), scene=scene)
-    run_benchmark(FakeEngine(delay=0.01), folder, options, tell=lambda live: time.sleep(0.1))
+    run_benchmark(FakeEngine(delay=0.01), folder, options, show_status=lambda live: time.sleep(0.1))
     (load,) = (span for span in read_run(folder).summary.phases if span.name == "load")
     assert load.seconds >= 0.25
 
@@ -352,7 +348,7 @@ def test_who_is_told_slowly_shortens_no_load(folder: Path, scene: Path, monkeypa
 
 def test_warm_up_ends_when_the_speed_stays(folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first tiles are slow, as those of a cold board are fast or slow."""
-    monkeypatch.setattr(steady, "SPEED_TOLERANCE", 0.5)  # of a machine that does other things as well
+    monkeypatch.setattr(bench_phases, "SPEED_TOLERANCE", 0.5)  # of a machine that does other things as well
     engine = FakeEngine(delay=lambda number: 0.05 if number < 10 else 0.01)
     summary = run_benchmark(engine, folder, BenchOptions(times(0.3, 6.0), scene=scene))
     (repeat,) = summary.repeats
@@ -367,7 +363,7 @@ def test_what_never_becomes_steady_says_so(folder: Path, scene: Path) -> None:
     engine = FakeEngine(delay=lambda number: 0.002 * 1.2 ** (number % 20))
     summary = run_benchmark(engine, folder, BenchOptions(Protocol("default", 1, 0.1, 2, 0.01, 0.2, 1), scene=scene))
     assert summary.verdict.status == "not_steady"
-    assert summary.verdict.reasons[0] == "the warm-up of repeat 1, 2 did not become steady within 0.2 s"
+    assert summary.verdict.reasons[0] == "the warm-up of repeat 1, 2 was not steady after 0.2 s"
     assert summary.figures is not None, "the figures are given, with that"
     assert dict(describe_bench(summary, folder).rows)["verdict"] == "NOT STEADY"
 
@@ -434,15 +430,17 @@ def hungry(tree: Path) -> Iterator[Any]:
         engine.close()
 
 
-def under_load(monkeypatch: pytest.MonkeyPatch, *steps: tuple[float, Callable[[], object]]) -> Callable[[Live], None]:
+def under_load(
+    monkeypatch: pytest.MonkeyPatch, *steps: tuple[float, Callable[[], object]]
+) -> Callable[[LiveStatus], None]:
     """Told of a run, takes each step once, so many seconds after the load was first told of.
 
     Not by the clock: a busy machine reaches the load late.
     """
-    monkeypatch.setattr(course, "TELL_EVERY", 0.05)
+    monkeypatch.setattr(bench_phases, "STATUS_EVERY", 0.05)
     left, began = list(steps), math.inf
 
-    def tell(live: Live) -> None:
+    def tell(live: LiveStatus) -> None:
         nonlocal began
         if live.phase == "load":
             began = min(began, time.monotonic())
@@ -460,7 +458,7 @@ def test_power_and_energy_per_tile(folder: Path, scene: Path, hungry: Any, batch
         folder = folder.with_name(f"attempt {attempt}")
         summary = run_benchmark(engine, folder, options)
         # A busy machine can keep the sampler from the CPU for a good part of half a second, and the run says so.
-        if not any("are missing in" in reason for reason in summary.verdict.reasons):
+        if not any("are missing for" in reason for reason in summary.verdict.reasons):
             break
     names = [(span.name, span.repeat) for span in summary.phases]
     one = ("idle", "warm-up", "load")
@@ -498,11 +496,16 @@ def test_power_and_energy_per_tile(folder: Path, scene: Path, hungry: Any, batch
 
     report = describe_bench(summary, folder)
     shown = [value for name, value in report.rows if name == "power (module)"]
-    assert re.match(r"VDD_IN: idle 1?\d\d\.\d\d( \(.*\))? W, load 1\d\d\.\d\d", shown[0])
+    assert re.match(r"VDD_IN: idle 1?\d\d[.\d]*( ± [.\d]+)? W, load 1\d\d", shown[0])
     assert report.listing is not None
     paper = {row[0]: row[2] for row in report.listing.rows}
-    assert (paper["J per tile, gross"], paper["J per tile, net"]) == ("7.58", "5.28")
-    assert (paper["tiles/s"], paper["idle W"], paper["load W"], paper["net W"]) == ("2.50", "5.74", "18.95", "13.21")
+    assert (paper["gross, J/tile"], paper["net, J/tile"]) == ("7.58", "5.28")
+    assert (paper["throughput, tiles/s"], paper["idle, W"], paper["load, W"], paper["net, W"]) == (
+        "2.50",
+        "5.74",
+        "18.95",
+        "13.21",
+    )
     caveats = " ".join(value for _, value in report.rows)
     for caveat in ("another device", "another runtime", "another precision: FP32", "another tile: 64 x 64 px"):
         assert caveat in caveats
@@ -533,7 +536,7 @@ def test_a_source_that_dies_makes_the_run_invalid(
         return sampler
 
     monkeypatch.setattr(bench, "find_source", doomed)
-    monkeypatch.setattr(course, "TELL_EVERY", 0.05)
+    monkeypatch.setattr(bench_phases, "STATUS_EVERY", 0.05)
     options = BenchOptions(times(0.8, 0.05, idle=0.5), scene=scene, power=True, keep_invalid=keep)
     summary = run_benchmark(hungry(delay=0.005), folder, options)
     assert summary.verdict.status == "invalid"
@@ -560,10 +563,10 @@ def test_a_source_that_hangs_ends_a_run_that_cannot_become_valid(
         return sampler
 
     monkeypatch.setattr(bench, "find_source", listed)
-    monkeypatch.setattr(course, "LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr(bench_phases, "LONGEST_SILENCE", 0.5)
     tell = under_load(monkeypatch, (0.2, lambda: processes[0].send_signal(signal.SIGSTOP)))
     options = BenchOptions(times(20.0, idle=0.2), scene=scene, power=True)
-    summary = run_benchmark(hungry(delay=0.005), folder, options, tell=tell)
+    summary = run_benchmark(hungry(delay=0.005), folder, options, show_status=tell)
     assert 0.5 < summary.phases[-1].seconds < 10
     assert re.fullmatch(r"ina3221 stopped answering: no reading for \d+\.\d s", summary.verdict.reasons[0])
 
@@ -571,10 +574,10 @@ def test_a_source_that_hangs_ends_a_run_that_cannot_become_valid(
 def test_a_total_that_is_gone_for_good_ends_the_run(
     folder: Path, scene: Path, tree: Path, hungry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(course, "LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr(bench_phases, "LONGEST_SILENCE", 0.5)
     tell = under_load(monkeypatch, (0.2, (tree / HWMON / "in1_input").unlink))
     options = BenchOptions(times(20.0, idle=0.2), scene=scene, power=True, root=tree.parent)
-    summary = run_benchmark(hungry(delay=0.005), folder, options, tell=tell)
+    summary = run_benchmark(hungry(delay=0.005), folder, options, show_status=tell)
     assert re.fullmatch(r"ina3221 stopped answering: no reading of VDD_IN for \d+\.\d s", summary.verdict.reasons[0])
     assert [span.name for span in summary.phases] == ["idle", "warm-up", "load"], "the last one was cut off"
     assert (summary.repeats, summary.rejected_repeats) == ((), ())
@@ -593,10 +596,12 @@ def test_a_sensor_that_is_away_for_a_while_makes_the_run_invalid(
     engine._tree = tree / "elsewhere"  # what it writes would disturb the renaming
     away = tree / "away"
     tell = under_load(monkeypatch, (0.4, lambda: chip.rename(away)), (0.9, lambda: away.rename(chip)))
-    summary = run_benchmark(engine, folder, BenchOptions(times(1.5, idle=0.4), scene=scene, power=True), tell=tell)
+    summary = run_benchmark(
+        engine, folder, BenchOptions(times(1.5, idle=0.4), scene=scene, power=True), show_status=tell
+    )
     assert summary.verdict.status == "invalid"
     assert any(
-        re.search(r"readings of VDD_IN are missing in \d\d% of a phase; .*No such file", reason)
+        re.search(r"readings of VDD_IN are missing for \d\d% of a phase; .*No such file", reason)
         for reason in summary.verdict.reasons
     )
     assert summary.repeats == (), "with one repeat they are the headline figure"
@@ -645,7 +650,7 @@ def test_throttling_makes_the_run_invalid(
     write(place, before)
     tell = under_load(monkeypatch, (0.3, lambda: write(place, after)))
     options = BenchOptions(times(1.2, idle=0.3), scene=scene, power=True, root=root)
-    summary = run_benchmark(hungry(delay=0.005), folder, options, tell=tell)
+    summary = run_benchmark(hungry(delay=0.005), folder, options, show_status=tell)
     assert summary.verdict.status == "invalid", summary.verdict
     assert said in " ".join(summary.verdict.reasons)
     assert summary.figures is None
@@ -704,7 +709,7 @@ def test_a_run_too_short_for_a_sample_says_so(folder: Path, scene: Path, hungry:
         if load.seconds < 0.005:  # else this machine held it up, and readings fall into it
             break
     assert summary.verdict.status == "invalid"
-    assert re.fullmatch(r"ina3221: [01] readings of VDD_IN in 0\.\d s of load", summary.verdict.reasons[0])
+    assert re.fullmatch(r"ina3221: too few readings of VDD_IN: [01] in 0\.\d s of load", summary.verdict.reasons[0])
 
 
 # --- protocols ------------------------------------------------------------------------------------
@@ -718,7 +723,7 @@ def test_presets_can_be_exceeded_and_not_undercut() -> None:
         ("mlperf", {"load": 60}, "--duration of at least 600"),
         ("mlperf", {"idle": 10}, "--idle of at least 60"),
     ):
-        with pytest.raises(UsageError, match=f"--{preset} asks for {option}"):
+        with pytest.raises(UsageError, match=f"--{preset} needs {option}"):
             protocol_of(preset, **change)  # type: ignore[arg-type]
     for change in ({"load": 0}, {"idle": -1}, {"repeats": 0}, {"warm_up_cap": -1}, {"load": math.nan}):
         with pytest.raises(UsageError):
@@ -727,7 +732,7 @@ def test_presets_can_be_exceeded_and_not_undercut() -> None:
 
 @pytest.mark.parametrize("name", ["idle", "load", "warm_up_cap"])
 def test_phases_end(name: str) -> None:
-    with pytest.raises(UsageError, match="phases"):
+    with pytest.raises(UsageError, match=r"must be .* got inf"):
         protocol_of(**{name: math.inf})  # type: ignore[arg-type]
 
 

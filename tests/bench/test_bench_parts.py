@@ -12,22 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scene_helpers import engine_manifest
 
-from cdkd_edge.bench import course
-from cdkd_edge.bench.course import Course, Window, hottest, is_steady
+from cdkd_edge.bench import phases
 from cdkd_edge.bench.folder import TimedBatch
-from cdkd_edge.bench.protocols import DEFAULT
-from cdkd_edge.bench.record import RailRepeat, Repeat, Span
-from cdkd_edge.bench.roofline.bound import modelled_bound
+from cdkd_edge.bench.phases import DEFAULT, Timeline, Window, hottest, is_steady
+from cdkd_edge.bench.record import Phase, RailRepeat, Repeat
 from cdkd_edge.bench.roofline.devices import load_device
-from cdkd_edge.bench.roofline.model import roofline
-from cdkd_edge.bench.statistics import figure_of, latency_of
+from cdkd_edge.bench.roofline.model import modelled_bound, roofline
+from cdkd_edge.bench.statistics import latency_of
 from cdkd_edge.bench.verdict import judge
 from cdkd_edge.board.conditions import Conditions
+from cdkd_edge.board.power.energy import Problem, Trace
 from cdkd_edge.board.power.protocol import CPU_PACKAGE, GPU_BOARD, MODULE, WATTS, Sample, SourceInfo
 from cdkd_edge.board.power.sampler import PowerSampler
-from cdkd_edge.board.power.trace import Problem, Trace
 from cdkd_edge.board.throttling import ConditionFinding, judge_other_programs
-from cdkd_edge.cli.show.bench import _figure
 from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.manifest import FileRecord, TensorRTBuild
 
@@ -77,15 +74,15 @@ def test_the_junction_is_what_counts_on_a_jetson():
 )
 def test_silence_is_told_of_the_rail_only_where_others_go_on(monkeypatch, values, reason):
     """Heard 0.1 s after it was taken, a reading is too old at a moment at which it was heard of lately enough."""
-    monkeypatch.setattr(course, "LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr(phases, "LONGEST_SILENCE", 0.5)
     sampler = PowerSampler("ina3221")
     sampler.info = SourceInfo("ina3221", MODULE, "the module", WATTS, ("VDD_IN", "VDD_SOC"), "VDD_IN", 0.1)
     sampler._heard = time.monotonic() - 0.45
     sampler._began = sampler._heard - 10
     sampler._samples = [Sample(sampler._heard - 0.1, 0.0, values)] if values else []
     protocol = replace(DEFAULT, load_seconds=1.0)
-    run = course._Run(None, protocol, sampler, None, lambda live: None, False)
-    with pytest.raises(course._LostError) as lost:
+    run = phases._Run(None, protocol, sampler, None, lambda live: None, False)
+    with pytest.raises(phases._PowerLostError) as lost:
         run._require_power()
     assert re.fullmatch(reason, str(lost.value))
 
@@ -96,7 +93,7 @@ def test_silence_is_told_of_the_rail_only_where_others_go_on(monkeypatch, values
 def trace_of(scope=MODULE, total="VDD_IN", problems=(), late=0):
     info = SourceInfo("jtop", scope, "the module", WATTS, ("VDD_IN", "VDD_SOC"), total, 0.1)
     samples = [Sample(i * (0.2 if i < late else 0.1), 0.0, {"VDD_IN": 1.0}) for i in range(100)]
-    return Trace(info, tuple(samples), (), tuple(problems), 0.0, 10.0)
+    return Trace(info, tuple(samples), tuple(problems), 0.0, 10.0)
 
 
 def repeat_of(idle=5.74, after=None, load=18.95, covered=1.0, steady=True):
@@ -106,9 +103,9 @@ def repeat_of(idle=5.74, after=None, load=18.95, covered=1.0, steady=True):
 
 
 def verdict_of(*repeats, trace=None, engine=None, reason="", conditions=(), broken_off="", load=60.0, wanted=True):
-    course = Course(0.0, spans=[Span("load", 0, 30.0, 30.0 + load)], broken_off=broken_off)
+    timeline = Timeline(0.0, completed=[Phase("load", 0, 30.0, 30.0 + load)], broken_off=broken_off)
     return judge(
-        course,
+        timeline,
         replace(DEFAULT, repeats=max(1, len(repeats))),
         repeats or (repeat_of(),),
         engine or engine_manifest(1024),
@@ -147,12 +144,12 @@ def test_what_makes_a_run_invalid(changes, said):
 @pytest.mark.parametrize(
     ("repeat", "said"),
     [
-        (repeat_of(covered=0.97), "readings of VDD_IN are missing in 3% of a phase"),
+        (repeat_of(covered=0.97), "readings of VDD_IN are missing for 3% of a phase"),
         (repeat_of(load=5.70), "VDD_IN is not higher under load (5.70 W) than idle (5.74 W)"),
         (repeat_of(load=5.74), "VDD_IN is not higher under load (5.74 W) than idle (5.74 W)"),
         (repeat_of(load=math.nextafter(5.74, 6)), "VDD_IN is not higher under load (5.74 W) than idle (5.74 W)"),
         (repeat_of(load=5.79), "VDD_IN is hardly higher under load (5.79 W) than idle (5.74 W)"),
-        (repeat_of(idle=-5.0, after=3.0), "jtop: VDD_IN reads -5.00 W in the mean of a phase: less than nothing"),
+        (repeat_of(idle=-5.0, after=3.0), "jtop: the mean of VDD_IN over a phase is negative: -5.00 W"),
     ],
 )
 def test_one_repeat_at_fault_makes_all_invalid(repeat, said):
@@ -164,7 +161,7 @@ def test_rails_without_a_total_are_watched_together():
     rising, stuck = repeat_of(), repeat_of(load=5.74)
     assert verdict_of(rising, trace=trace_of(total=None)).status == "valid"
     (reason,) = verdict_of(stuck, trace=trace_of(total=None)).reasons
-    assert "jtop's rails are together not higher under load (5.74 W) than idle (5.74 W)" in reason
+    assert "the sum of jtop's rails is not higher under load (5.74 W) than idle (5.74 W)" in reason
     one, other = rising.rails["VDD_IN"], stuck.rails["VDD_IN"]
     both = replace(rising, rails={"VDD_GPU_SOC": one, "VDD_CPU_CV": other})
     assert verdict_of(both, trace=trace_of(total=None)).status == "valid"
@@ -173,7 +170,7 @@ def test_rails_without_a_total_are_watched_together():
 def test_a_gpu_engine_is_not_measured_at_the_cpu():
     engine = replace(engine_manifest(64), runtime="tensorrt", tensorrt=build_record())
     verdict = verdict_of(trace=trace_of(scope=CPU_PACKAGE), engine=engine)
-    assert verdict.reasons == ("jtop measures the CPU package, and this engine runs on the GPU",)
+    assert verdict.reasons == ("jtop measures the CPU package, but this engine runs on the GPU",)
 
 
 def test_not_steady_names_the_repeats_and_invalid_comes_first():
@@ -187,10 +184,10 @@ def test_not_steady_names_the_repeats_and_invalid_comes_first():
     ("changes", "said"),
     [
         ({"conditions": [ConditionFinding("below maximum clock", False, "612 of 918 MHz")]}, "612 of 918 MHz"),
-        ({"trace": trace_of(total=None)}, "no rail that contains the others"),
+        ({"trace": trace_of(total=None)}, "jtop has no total rail"),
         ({"trace": trace_of(problems=[Problem(0.0, "interval", "another client pins 1 s")])}, "another client"),
-        ({"trace": trace_of(late=20)}, "came late"),
-        ({"load": 20.0}, "load of 20 s; MLPerf Power asks for 60 s"),
+        ({"trace": trace_of(late=20)}, "19 of 100 power readings were late"),
+        ({"load": 20.0}, "the load lasted 20 s; MLPerf Power requires 60 s"),
         ({"trace": False, "reason": "no source"}, "power was asked for and not measured: no source"),
     ],
 )
@@ -205,12 +202,12 @@ def test_what_a_reader_is_warned_of(changes, said):
     [
         (100, 1.0, "valid", ""),
         (100, 1.04, "valid", ""),
-        (100, 1.07, "valid", "load 1: between its 5 parts the speed changed by 7% of its mean"),
-        (66, 1.14, "not_steady", "load 1: between its 5 parts the speed changed by 13% of its mean"),
-        (100, 1.5, "not_steady", "load 1: between its 5 parts the speed changed by 38% of its mean"),
-        (4, 1.5, "not_steady", "load 1: between its 2 parts the speed changed by 22% of its mean"),
-        (3, 1.0, "not_steady", "load 1: 3 batches are too few to see whether the speed held"),
-        (1, 1.0, "not_steady", "load 1: 1 batch is too few to see whether the speed held"),
+        (100, 1.07, "valid", "load 1: the speed changed by 7% of its mean between 5 parts"),
+        (66, 1.14, "not_steady", "load 1: the speed changed by 13% of its mean between 5 parts"),
+        (100, 1.5, "not_steady", "load 1: the speed changed by 38% of its mean between 5 parts"),
+        (4, 1.5, "not_steady", "load 1: the speed changed by 22% of its mean between 2 parts"),
+        (3, 1.0, "not_steady", "load 1: 3 batches are too few to tell whether the speed was steady"),
+        (1, 1.0, "not_steady", "load 1: 1 batch is too few to tell whether the speed was steady"),
     ],
 )
 def test_a_load_whose_speed_did_not_hold_is_not_steady(batches, slower, status, said):
@@ -220,8 +217,8 @@ def test_a_load_whose_speed_did_not_hold_is_not_steady(batches, slower, status, 
         latency = 0.1 * (slower if number >= 0.7 * count else 1)
         batches.append(TimedBatch(0, "load", start, latency))
         start += latency
-    course = Course(0.0, [Span("load", 0, 30.0, start)], batches)
-    verdict = judge(course, DEFAULT, (repeat_of(),), engine_manifest(64), None, "", (), power_wanted=False)
+    timeline = Timeline(0.0, [Phase("load", 0, 30.0, start)], batches)
+    verdict = judge(timeline, DEFAULT, (repeat_of(),), engine_manifest(64), None, "", (), power_wanted=False)
     assert verdict.status == status
     assert (*verdict.reasons, *verdict.warnings) == ((said,) if said else ())
 
@@ -258,9 +255,9 @@ def test_a_load_that_stood_still(stands, within, latency, status):
         pause = stands if number == 100 else 0.0
         batches.append(TimedBatch(0, "load", start, latency + (pause if within else 0)))
         start += latency + pause
-    course = Course(0.0, [Span("load", 0, 10.0, start)], batches)
-    verdict = judge(course, DEFAULT, (repeat_of(),), engine_manifest(64), None, "", (), power_wanted=False)
-    said = f"load 1: the run stood still for {stands:.1f} s of {start - 10:.1f} s"
+    timeline = Timeline(0.0, [Phase("load", 0, 10.0, start)], batches)
+    verdict = judge(timeline, DEFAULT, (repeat_of(),), engine_manifest(64), None, "", (), power_wanted=False)
+    said = f"load 1: no batch ended for {stands:.1f} s of {start - 10:.1f} s"
     assert (said in verdict.reasons) == (status == "invalid")
     assert (said in verdict.warnings) == (status == "warned")
     assert verdict.status == ("invalid" if status == "invalid" else "valid")
@@ -268,7 +265,7 @@ def test_a_load_that_stood_still(stands, within, latency, status):
 
 def test_idle_that_drifts_is_said():
     (warning,) = verdict_of(repeat_of(idle=5.0, after=6.5)).warnings
-    assert warning.startswith("repeat 1: idle is 5.00 W before and 6.50 W after")
+    assert warning.startswith("repeat 1: idle power is 5.00 W before and 6.50 W after")
 
 
 # --- modelled bound -------------------------------------------------------------------------------
@@ -316,7 +313,7 @@ def test_without_a_measured_figure_there_is_no_share(built):
     [
         ({"runtime": "onnxruntime-cpu", "tensorrt": None}, {}, "runs on the CPU"),
         ({"tensorrt": build_record("Voodoo 2")}, {}, "no device file for Voodoo 2"),
-        ({"graph": FileRecord("small.onnx", "00" * 32, 1)}, {}, "is not beside the engine"),
+        ({"graph": FileRecord("small.onnx", "00" * 32, 1)}, {}, "is neither beside the engine"),
         ({}, {"device": "orin-nx-16gb"}, "power mode unknown"),
         ({}, {"device": "orin-nx-16gb", "mode": "12W"}, "power mode 12W"),
     ],
@@ -345,14 +342,3 @@ def test_a_device_that_does_not_exist_is_an_error_before_all_else(built):
 @given(st.lists(st.floats(0.1, 100), min_size=3, max_size=8))
 def test_windows_of_the_same_speed_are_steady_whatever_came_before(speeds):
     assert is_steady([*(Window(speed, None, None) for speed in speeds), *[Window(7.0, None, None)] * 3])
-
-
-# --- what is printed ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"), [(18.9512, "18.95"), (2.5, "2.50"), (0.9612, "0.961"), (0.0123, "0.0123"), (0.0, "0.00")]
-)
-def test_small_figures_keep_three_digits(value, shown):
-    assert _figure(figure_of([value])) == shown
-    assert _figure(figure_of([value, value])) == f"{shown} ({shown} .. {shown})"

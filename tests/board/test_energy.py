@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdkd_edge.board.power.energy import bound_holds, load_energy, rail_energy
+from cdkd_edge.board.power.energy import Trace, bound_holds, rail_energy
 from cdkd_edge.board.power.protocol import JOULES, WATTS, Sample, SourceInfo
-from cdkd_edge.board.power.trace import Phase, Trace
 
 
 def trace_of(points, quantity=WATTS, uncertainty=0.0, interval=0.1, start=None, stop=None):
@@ -22,7 +21,7 @@ def trace_of(points, quantity=WATTS, uncertainty=0.0, interval=0.1, start=None, 
     )
     info = SourceInfo("test", "module", "a test", quantity, ("rail",), "rail", interval)
     first, last = samples[0].time, samples[-1].time
-    return Trace(info, samples, (), (), first if start is None else start, last if stop is None else stop)
+    return Trace(info, samples, (), first if start is None else start, last if stop is None else stop)
 
 
 def steady(seconds, watts, interval=0.1, begin=100.0):
@@ -185,17 +184,6 @@ def test_an_uncertain_first_reading_still_says_where_readings_begin():
     assert energy.watts == pytest.approx(5)
 
 
-def test_idle_and_load():
-    points = steady(5, 5.74) + steady(10, 18.95, begin=105.1)
-    trace = trace_of(points)
-    energy = load_energy(trace, "rail", Phase("idle", 100, 105), Phase("load", 105.1, 115))
-    assert energy.net_watts == pytest.approx(13.21)
-    assert energy.gross_joules == pytest.approx(18.95 * 9.9)
-    assert energy.net_joules == pytest.approx(13.21 * 9.9)
-    assert energy.net_bound == 0
-    assert load_energy(trace, "rail", Phase("idle", 10, 20), Phase("load", 105.1, 115)) is None
-
-
 @pytest.mark.parametrize("window", [(5, 5), (6, 5), (float("nan"), 5)])
 def test_an_empty_window_is_a_mistake(window):
     with pytest.raises(ValueError, match="empty"):
@@ -214,7 +202,7 @@ def test_what_lies_far_from_a_window_changes_nothing(seed, quantity):
         values = {"rail": value} if draw.random() < 0.8 else {}
         samples.append(Sample(time, draw.choice([0.0, 0.005, 0.05]), values))
     info = SourceInfo("x", "module", "", quantity, ("rail",), "rail", 0.1)
-    trace = Trace(info, tuple(samples), (), (), 100.0, time)
+    trace = Trace(info, tuple(samples), (), 100.0, time)
     start, stop = sorted(draw.uniform(99, time + 1) for _ in range(2))
     found = rail_energy(trace, "rail", start, stop)
     with pytest.MonkeyPatch.context() as patch:

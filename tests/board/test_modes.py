@@ -20,13 +20,19 @@ from pathlib import Path
 import pytest
 from board import REPOSITORY, make_tree, write
 
-from cdkd_edge.board.commands import Answer, run_command
-from cdkd_edge.board.doctor.board import probe_restore
-from cdkd_edge.board.doctor.finding import OK, WARN
-from cdkd_edge.board.identity import clocks_held
+from cdkd_edge.board.doctor import OK, WARN
+from cdkd_edge.board.doctor.examine import probe_restore
+from cdkd_edge.board.jetson import PowerMode, clocks_held
 from cdkd_edge.board.journal import Change, Journal
-from cdkd_edge.board.modes import BoardChange, changed_board, find_mode, pending_restore, restore_pending
-from cdkd_edge.board.nvpmodel import PowerMode
+from cdkd_edge.board.modes import (
+    Answer,
+    BoardChange,
+    Run,
+    changed_board,
+    find_mode,
+    pending_restore,
+    run_command,
+)
 from cdkd_edge.core.errors import BoardError
 
 MAXN, LOW, COLD = PowerMode(0, "MAXN"), PowerMode(3, "MODE_25W"), PowerMode(4, "7W")
@@ -246,7 +252,7 @@ def test_no_jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_mode(board: Path) -> None:
     error = refused(board, "40W")
-    assert error.hint == "one of MAXN (id 0), MODE_25W (id 3), 7W (id 4)"
+    assert error.hint == "this board has MAXN (id 0), MODE_25W (id 3), 7W (id 4)"
     assert calls(board) == []
     (board / "etc/nvpmodel.conf").unlink()
     assert "no power modes" in refused(board, "40W").message
@@ -336,9 +342,9 @@ def test_a_board_that_is_not_put_back(board: Path, name: str, said: str) -> None
     assert left is not None
     assert " && ".join(left.commands) == hint
     (board / "trouble" / name).unlink()
-    assert restore_pending(board, run) == left
+    assert put_back(board, run) == str(left)
     assert as_before(board)
-    assert restore_pending(board, run) is None
+    assert put_back(board, run) is None
 
 
 def test_clocks_that_are_not_put_back(board: Path) -> None:
@@ -456,6 +462,12 @@ def test_a_killed_run_is_noticed(board: Path, phase: str) -> None:
     assert pending_restore(board) is None
 
 
+def put_back(board: Path, run: Run = run_command) -> str | None:
+    """A run puts back first what an earlier one left; this one then asks for the mode that is there."""
+    with changed_board("MAXN", False, root=board, run=run) as change:
+        return change.restored
+
+
 @pytest.fixture
 def killed(board: Path) -> Path:
     """What a run leaves that is killed under load."""
@@ -479,10 +491,10 @@ def test_what_is_left(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert oct((killed / STATE / "board.json").stat().st_mode)[-3:] == "644", "for every user"
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert pending_restore(killed) == left
-    with pytest.raises(BoardError, match="by root"):
-        restore_pending(killed)
+    with pytest.raises(BoardError, match="only root"):
+        put_back(killed)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert restore_pending(killed) == left
+    assert put_back(killed) == str(left)
     assert as_before(killed)
 
 
@@ -518,7 +530,7 @@ def test_a_reboot_since_lets_clocks_go(killed: Path) -> None:
     left = pending_restore(killed)
     assert left is not None
     assert (left.mode, left.clocks) == (MAXN, None)
-    assert restore_pending(killed) == left
+    assert put_back(killed) == str(left)
     assert "jetson_clocks --restore" not in calls(killed)
     assert as_before(killed)
 

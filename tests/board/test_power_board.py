@@ -16,10 +16,8 @@ import pytest
 from board import HWMON, NoBoardError, Pattern, Ripple, jtop_missing, running_board, write
 
 from cdkd_edge.bench.folder import read_run
-from cdkd_edge.board.power.energy import load_energy, rail_energy
-from cdkd_edge.board.power.sampler import PowerSampler
-from cdkd_edge.board.power.sources import find_source
-from cdkd_edge.board.power.trace import Phase
+from cdkd_edge.board.power.energy import rail_energy
+from cdkd_edge.board.power.sampler import PowerSampler, find_source
 from cdkd_edge.core.errors import PowerError
 
 IDLE = 5.74
@@ -80,17 +78,17 @@ def measure(board, source, load, idle_seconds=3.0):
 
 def assert_energy(trace, pattern):
     """Within 1 per cent in energy, 2 per cent in idle and net power."""
-    idle, load = Phase("idle", *pattern.times[:2]), Phase("load", pattern.times[1], pattern.times[-1])
-    truth = pattern.joules(load.start, load.stop)
-    energy = load_energy(trace, "VDD_IN", idle, load)
-    assert energy.load.coverage > 0.95, trace.gaps()
-    if energy.load.coverage > 0.999:
-        assert energy.gross_joules == pytest.approx(truth, rel=0.01)
-        assert abs(energy.gross_joules - truth) < energy.load.bound + 0.1
+    start, rise, stop = pattern.times[0], pattern.times[1], pattern.times[-1]
+    truth, seconds = pattern.joules(rise, stop), stop - rise
+    idle, load = rail_energy(trace, "VDD_IN", start, rise), rail_energy(trace, "VDD_IN", rise, stop)
+    assert load.coverage > 0.95, trace.gaps()
+    if load.coverage > 0.999:
+        assert load.joules == pytest.approx(truth, rel=0.01)
+        assert abs(load.joules - truth) < load.bound + 0.1
     else:  # this machine stood still for half a second; what was covered must be right all the same
-        assert energy.load.watts == pytest.approx(truth / load.seconds, rel=0.03)
-    assert energy.idle.watts == pytest.approx(IDLE, rel=0.02)
-    assert energy.net_watts == pytest.approx(truth / load.seconds - IDLE, rel=0.02)
+        assert load.watts == pytest.approx(truth / seconds, rel=0.03)
+    assert idle.watts == pytest.approx(IDLE, rel=0.02)
+    assert load.watts - idle.watts == pytest.approx(truth / seconds - IDLE, rel=0.02)
 
 
 # --- energy ---------------------------------------------------------------------------------------

@@ -17,13 +17,12 @@ import pytest
 from board import CHIP, HWMON, make_tree, write
 
 from cdkd_edge.board.power import sampler_child
-from cdkd_edge.board.power.energy import rail_energy
+from cdkd_edge.board.power.energy import Trace, rail_energy
 from cdkd_edge.board.power.ina3221 import Ina3221Reader
 from cdkd_edge.board.power.jtop import JtopStream, StampClock, rails_of
 from cdkd_edge.board.power.nvml import NvmlReader
 from cdkd_edge.board.power.protocol import LostSourceError, Sample, UnusableSourceError
 from cdkd_edge.board.power.sampler_child import PolledStream, open_stream
-from cdkd_edge.board.power.trace import Trace
 
 # --- INA3221 --------------------------------------------------------------------------------------
 
@@ -542,7 +541,7 @@ def test_the_bound_of_watts_holds_for_loads_that_change_in_step_with_the_reading
         while clock.now < start + 30.5:
             samples.append(stream.next(1))
         assert len(samples) == pytest.approx(30.5 * 40, abs=3)
-        trace = Trace(stream.info, tuple(samples), (), (), start, clock.now)
+        trace = Trace(stream.info, tuple(samples), (), start, clock.now)
         energy = rail_energy(trace, "a", start, start + 30)  # whole periods: 450 J
         assert abs(energy.joules - 450) < energy.bound < 0.1 * 450
         assert (trace.gaps(), trace.late) == ((), 0)

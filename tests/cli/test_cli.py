@@ -939,7 +939,7 @@ def test_a_signal_leaves_nothing_half_written(
     assert returned == code
     left = names_in(folder)
     assert [name for name in left if not name.startswith("map.tif.partial")] == []
-    assert ("goes on from there" in err) == (left != []), "a part of a map that waits, and the way to go on"
+    assert ("resumes from there" in err) == (left != []), "a part of a map that waits, and the way to go on"
     assert out == ""
     assert "Traceback" not in err
 
@@ -987,7 +987,7 @@ def test_segment_goes_on_where_it_was_interrupted(workspace: Path, tmp_path: Pat
     with pytest.raises(ZeroDivisionError):
         segment_scene(FakeEngine(64, fail_at=20, error=ZeroDivisionError()), scene, folder / "other.tif")
     command = ("segment", scene, "-w", workspace, "-o", folder / "other.tif")
-    assert_answer(run(*command), 10, r"holds a part of another run: engine .* — start anew with --overwrite")
+    assert_answer(run(*command), 10, r"label map of another run: engine .* — start anew with --overwrite")
     assert run(*command, "--overwrite").exit_code == 0
     assert names_in(folder) == [f"{name}{end}" for name in ("map", "other") for end in (".qml", ".tif", ".tif.aux.xml")]
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+from ground import value_noise
+from scenery import draw_scene
 
 from cdkd_edge.core.labels import load_schema
-from cdkd_edge.demo.ground import value_noise
-from cdkd_edge.demo.scenery import draw_scene
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 7), (5, 1), (33, 17), (255, 129), (256, 256), (700, 90)])
@@ -64,13 +61,3 @@ def test_noise_has_the_strength_and_smoothness_it_promises() -> None:
     assert 0.6 < smooth.std() < 1.5
     assert 0.6 < rough.std() < 1.5
     assert np.abs(np.diff(smooth)).mean() < 0.3 * np.abs(np.diff(rough)).mean()
-
-
-def test_needs_numpy_alone() -> None:
-    program = (
-        "import sys\n"
-        "sys.modules.update(dict.fromkeys(('torch', 'PIL', 'scipy', 'rasterio', 'onnx')))\n"
-        "from cdkd_edge.demo.scenery import draw_scene\n"
-        "draw_scene(64, 64)\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)

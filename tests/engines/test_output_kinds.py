@@ -337,7 +337,7 @@ def test_a_board_to_which_only_the_variant_was_carried(space):
 
 
 def test_int8_with_confidence_is_timed_against_fp32_with_confidence(space, tmp_path, monkeypatch):
-    monkeypatch.setattr("cdkd_edge.engines.speed.ROUNDS", 1)
+    monkeypatch.setattr("cdkd_edge.engines.protocol.SPEED_ROUNDS", 1)
     run("build", "--confidence", "-w", space.root)
     rival = space.engines / "small.fp32.confidence.cpu.onnx"
     copy = space.engines / "small.int8.confidence.cpu.onnx"

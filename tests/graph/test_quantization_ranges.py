@@ -173,7 +173,7 @@ def test_bins_are_narrow_at_every_magnitude():
 
 def test_one_tile_is_held_at_a_time():
     """So that memory does not grow with the number of tiles."""
-    alive, told, most = [], [], 0
+    alive, most = [], 0
 
     def source():
         nonlocal most
@@ -184,9 +184,8 @@ def test_one_tile_is_held_at_a_time():
             del tile
             most = max(most, sum(reference() is not None for reference in alive))
 
-    seen = observe(pixels_graph(), [AS_TOKENS], source(), told.append)
-    assert most <= 1
-    assert told == list(range(1, 21))
+    seen = observe(pixels_graph(), [AS_TOKENS], source())
+    assert (len(alive), most) == (20, 1)
     assert seen["t"].histogram.shape == (BINS,)
 
 
@@ -263,8 +262,6 @@ def test_mse_is_near_the_best_range_of_all(value, clips):
 
 
 def test_an_unknown_calibrator_and_senseless_options():
-    with pytest.raises(ValueError, match="calibrator 'entropy' is not one of"):
-        activation_scale(observation_of([1.0]), "entropy")
     for options in (
         {"calibrator": "kl"},
         {"percentile": 50.0},

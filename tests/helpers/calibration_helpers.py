@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scene_helpers import UInt8Array, write_raster
 
-from cdkd_edge.precision.calibration.generate import CalibrateOptions, CalibrateResult, calibrate
+from cdkd_edge.precision.calibration.calibrate import CalibrateOptions, CalibrateResult, calibrate
 
 TILE = 64
 

@@ -11,25 +11,25 @@ from typing import Any
 import numpy as np
 from scene_helpers import engine_manifest
 
-from cdkd_edge.bench.figures import rejected
 from cdkd_edge.bench.folder import TimedBatch, write_conditions, write_summary, write_tiles, write_trace
 from cdkd_edge.bench.record import (
     BenchSummary,
     EndToEnd,
     Figures,
     ModelledBound,
+    Phase,
     PowerFigures,
     Protocol,
     RailFigures,
     RailRepeat,
     Repeat,
-    Span,
     Verdict,
 )
+from cdkd_edge.bench.results import rejected
 from cdkd_edge.bench.statistics import figure_of, latency_of
 from cdkd_edge.board.conditions import Conditions
+from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.protocol import MODULE, WATTS, Sample, SourceInfo
-from cdkd_edge.board.power.trace import Phase, Trace
 from cdkd_edge.board.throttling import summarise
 from cdkd_edge.core.machine import Machine
 
@@ -81,13 +81,13 @@ def make_run(
     random = np.random.default_rng(seed)
     speeds = fps * (1 + spread * random.standard_normal(repeats))
     loads = load * (1 + spread * random.standard_normal(repeats))
-    spans: list[Span] = []
+    spans: list[Phase] = []
     batches: list[TimedBatch] = []
     records = []
     clock = 0.5
     for repeat in range(repeats):
         for name, length in (("idle", idle_seconds), ("warm-up", warm_up), ("load", seconds)):
-            spans.append(Span(name, repeat, clock, clock + length))  # type: ignore[arg-type]
+            spans.append(Phase(name, repeat, clock, clock + length))  # type: ignore[arg-type]
             if name != "idle":
                 count = max(1, int(length * speeds[repeat]))
                 latencies = length / count * (1 + 0.02 * random.random(count))
@@ -109,7 +109,7 @@ def make_run(
                 {"VDD_IN": rail} if power else None,
             )
         )
-    spans.append(Span("idle", repeats, clock, clock + idle_seconds))
+    spans.append(Phase("idle", repeats, clock, clock + idle_seconds))
 
     rates = [record.tiles_per_second for record in records]
     nets = [float(watts) - idle for watts in loads]
@@ -165,7 +165,7 @@ def make_run(
     return summary
 
 
-def _trace(spans: list[Span], idle: float, loads: list[float], stop: float) -> Trace:
+def _trace(spans: list[Phase], idle: float, loads: list[float], stop: float) -> Trace:
     """Watts at 10 Hz."""
     info = SourceInfo("jtop", MODULE, "the module", WATTS, ("VDD_IN",), "VDD_IN", 0.1)
     samples = []
@@ -173,8 +173,7 @@ def _trace(spans: list[Span], idle: float, loads: list[float], stop: float) -> T
         span = next((span for span in spans if span.start <= moment < span.stop), None)
         watts = idle if span is None or span.name == "idle" else loads[span.repeat]
         samples.append(Sample(float(moment), 0.001, {"VDD_IN": watts + 0.2 * math.sin(moment * 7)}))
-    phases = tuple(Phase(span.name, span.start, span.stop) for span in spans)
-    return Trace(info, tuple(samples), phases, (), 0.0, stop)
+    return Trace(info, tuple(samples), (), 0.0, stop)
 
 
 def _machine() -> dict[str, Any]:

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from reference import MEAN, STD, reference_features, reference_labels, reference_logits  # noqa: E402
 
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
-from cdkd_edge.model.cost import network_cost  # noqa: E402
+from cdkd_edge.model.device import network_cost  # noqa: E402
 from cdkd_edge.model.network import Encoder, SegmentationNetwork  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch

@@ -17,8 +17,8 @@ from scene_helpers import noise, read_labels, write_raster
 from cdkd_edge.core.errors import EngineError
 from cdkd_edge.core.manifest import EngineManifest, GraphManifest, manifest_path, read_manifest
 from cdkd_edge.core.workspace import Workspace
+from cdkd_edge.engines.protocol import speed_ratio
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.engines.speed import speed_ratio
 from cdkd_edge.graph.cpu import cpu_twin
 from cdkd_edge.precision import choose
 from cdkd_edge.precision.choose import prepare_graph
@@ -32,7 +32,7 @@ GATE = ("--min-agreement", "80")
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
-    monkeypatch.setattr("cdkd_edge.engines.speed.ROUNDS", 1)
+    monkeypatch.setattr("cdkd_edge.engines.protocol.SPEED_ROUNDS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_the_faster_of_two_engines(template_int8):
 
     clock = [0.0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cdkd_edge.engines.speed.time.perf_counter", lambda: clock[0])
+        patch.setattr("cdkd_edge.engines.protocol.time.perf_counter", lambda: clock[0])
         assert speed_ratio(Clocked(1.0), Clocked(3.0)) == pytest.approx(3)
         assert speed_ratio(Clocked(2.0, batch=2), Clocked(1.0)) == pytest.approx(1)
         with pytest.raises(EngineError, match="48 and 64 px"):

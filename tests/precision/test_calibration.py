@@ -25,10 +25,10 @@ from scene_helpers import names_in, sparse_raster, write_raster
 from cdkd_edge.core.errors import DatasetError, ManifestError, SceneError, UsageError
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.graph.tiles import CalibrationSet
-from cdkd_edge.precision.calibration import duplicates, generate
-from cdkd_edge.precision.calibration.candidates import Candidates
-from cdkd_edge.precision.calibration.generate import CalibrateOptions, calibrate, default_folder, default_tile
-from cdkd_edge.precision.calibration.sheet import small, thumbnail_side
+from cdkd_edge.precision.calibration import calibrate as module
+from cdkd_edge.precision.calibration import descriptors
+from cdkd_edge.precision.calibration.calibrate import CalibrateOptions, calibrate, default_folder, default_tile
+from cdkd_edge.precision.calibration.write import shrink_tile, thumbnail_side
 from cdkd_edge.raster.read import SceneReader, Stretch
 from cdkd_edge.segment.options import SegmentOptions
 
@@ -58,7 +58,7 @@ def test_the_same_again_to_the_byte(scenes: list[str], tmp_path: Path) -> None:
 
 
 def test_the_number_of_threads_does_not_matter(scenes: list[str], tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(generate.__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[2])}
     for threads in ("1", "2"):
         arguments = ["--tile", str(TILE), "--count", "12", "-o", str(tmp_path / threads / "set"), *scenes]
         subprocess.run(
@@ -172,19 +172,9 @@ def test_many_near_duplicates_are_found_across_chunks(monkeypatch: pytest.Monkey
     generator = np.random.default_rng(0)
     base = generator.uniform(0, 255, (70, 192))
     thumbnails = np.concatenate([base, base + generator.normal(0, 0.3, base.shape)])[generator.permutation(140)]
-    seen = Candidates(
-        [],
-        np.zeros(140, np.int32),
-        np.arange(280, dtype=np.int32).reshape(140, 2),
-        np.zeros((140, 25), np.float32),
-        thumbnails.astype(np.float16),
-        [str(index) for index in range(140)],
-    )
     for chunk in (1, 7, 64, 1000):
-        monkeypatch.setattr(duplicates, "_CHUNK", chunk)
-        seen.skipped.clear()
-        kept = duplicates.without_duplicates(seen)
-        assert (len(kept), seen.skipped["near_duplicate"]) == (70, 70)
+        monkeypatch.setattr(descriptors, "_CHUNK", chunk)
+        assert descriptors.find_duplicates(thumbnails.astype(np.float32)).sum() == 70
 
 
 def test_nodata_and_blank_tiles(tmp_path: Path) -> None:
@@ -365,7 +355,7 @@ def test_deep_scenes_are_stretched_as_segment_does(tmp_path: Path) -> None:
         make([path], tmp_path / "set")
     assert "--stretch" in str(caught.value.hint)
     stretch = Stretch(2, 98, percentiles=True)
-    result = make([path], tmp_path / "set", scene=SegmentOptions(stretch=stretch))
+    result = make([path], tmp_path / "set", reading=SegmentOptions(stretch=stretch))
     reader = SceneReader(path, stretch=stretch)
     assert reader.limits is not None
     assert result.manifest.scenes[0].stretch == reader.limits.tolist()
@@ -384,7 +374,7 @@ def test_four_bands(tmp_path: Path) -> None:
     assert any("B, G, R, NIR" in note for note in result.manifest.notes)
     record = result.manifest.tiles[0]
     assert (next(result.open().tiles()) == crop(path, record)[[2, 1, 0]]).all()
-    chosen = make([path], tmp_path / "bands", check=0, scene=SegmentOptions(bands=[4, 2, 1]))
+    chosen = make([path], tmp_path / "bands", check=0, reading=SegmentOptions(bands=[4, 2, 1]))
     record = chosen.manifest.tiles[0]
     assert (next(chosen.open().tiles()) == crop(path, record)[[3, 1, 0]]).all()
 
@@ -415,13 +405,13 @@ def test_the_budget_is_shared(tmp_path: Path) -> None:
 
 def test_a_scene_that_changes_meanwhile(scenes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changing = str(shutil.copy(scenes[0], tmp_path / "changing.tif"))
-    store = generate.store
+    write_set = module.write_set
 
     def late(*arguments: Any) -> Any:
         write_raster(Path(changing), picture(192, 256, seed=77))
-        return store(*arguments)
+        return write_set(*arguments)
 
-    monkeypatch.setattr(generate, "store", late)
+    monkeypatch.setattr(module, "write_set", late)
     with pytest.raises(SceneError, match=r"changing\.tif changed while it was read"):
         make([changing], tmp_path / "set")
     assert names_in(tmp_path) == ["changing.tif"]
@@ -540,7 +530,7 @@ def test_a_failure_leaves_the_old_set(scenes: list[str], tmp_path: Path, monkeyp
     def fail(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "store", fail)
+    monkeypatch.setattr(module, "write_set", fail)
     for name, options in (("set", {"overwrite": True}), ("new", {})):
         with pytest.raises(KeyboardInterrupt):
             make(scenes, tmp_path / name, **options)
@@ -552,7 +542,7 @@ def test_interrupted_it_leaves_nothing(tmp_path: Path) -> None:
     scene = write_raster(tmp_path / "scene.tif", picture(64 * 40, 64 * 40))
     process = subprocess.Popen(
         [sys.executable, "-m", "cdkd_edge", "calibrate", str(scene), "--tile", "32", "-o", str(tmp_path / "set")],
-        env=os.environ | {"PYTHONPATH": str(Path(generate.__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[2])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -601,7 +591,7 @@ def test_the_command(scenes: list[str], tmp_path: Path, monkeypatch: pytest.Monk
     assert result.exit_code == 0, result.stderr
     assert "note" not in result.stderr
     with monkeypatch.context() as patch:
-        patch.setattr("cdkd_edge.precision.calibration.generate.tile_sides", lambda space: {512})
+        patch.setattr("cdkd_edge.precision.calibration.calibrate.tile_sides", lambda space: {512})
         assert f"tiles of 512 px, not {TILE} px" in run(*common, "-o", "out2").stderr
     assert "8 for calibration, 2 to check on" in result.stdout
     assert str(Path("out") / "contact-sheet.png") in result.stdout
@@ -620,7 +610,7 @@ def test_the_contact_sheet_shows_every_tile(scenes: list[str], tmp_path: Path) -
         pixels = np.asarray(sheet.convert("RGB"))
     corners = []
     for tile in (*result.open().tiles(), *result.open().tiles("check")):
-        shown = small(tile, thumbnail_side(23))
+        shown = shrink_tile(tile, thumbnail_side(23))
         places = np.argwhere((pixels[:-160, :-160] == shown[0, 0]).all(axis=2)).tolist()
         corners += [(top, left) for top, left in places if (pixels[top : top + 160, left : left + 160] == shown).all()]
     assert len(set(corners)) == 23

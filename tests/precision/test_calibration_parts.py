@@ -15,12 +15,17 @@ from scene_helpers import relaxed
 
 from cdkd_edge.core.errors import SystemRefusalError
 from cdkd_edge.core.files import whole_folder
-from cdkd_edge.precision.calibration.choose import choose, distances, means, nearest_of, radius
-from cdkd_edge.precision.calibration.classes import strata
-from cdkd_edge.precision.calibration.describe import COLOUR_FEATURES, FEATURES, describe, standardised, thumbnail
-from cdkd_edge.precision.calibration.exclusions import Exclusions, glob_free, overlaps
-from cdkd_edge.precision.calibration.scenes import Source, fair_limit
-from cdkd_edge.precision.calibration.sheet import Sheet, SheetTile, small, thumbnail_side, write_sheet
+from cdkd_edge.precision.calibration.choose import choose, coverage_radius, distances, k_means, nearest_of, strata
+from cdkd_edge.precision.calibration.descriptors import (
+    COLOUR_FEATURES,
+    FEATURES,
+    describe_tile,
+    make_thumbnail,
+    standardise,
+)
+from cdkd_edge.precision.calibration.exclusions import Exclusions, escape_pattern, overlaps
+from cdkd_edge.precision.calibration.scan import TiledScene, fair_limit
+from cdkd_edge.precision.calibration.write import Sheet, SheetTile, shrink_tile, thumbnail_side, write_sheet
 
 # --- descriptors ----------------------------------------------------------------------------------
 
@@ -28,7 +33,7 @@ from cdkd_edge.precision.calibration.sheet import Sheet, SheetTile, small, thumb
 def test_colour_is_measured_in_opponent_axes() -> None:
     tile = picture(128, 128)
     red, green, blue = tile.astype(float)
-    features = describe(tile)
+    features = describe_tile(tile)
     light, first, second = (red + green + blue) / 3, (red - blue) / 2, (2 * green - red - blue) / 4
     assert features[:3] == pytest.approx([light.mean(), first.mean(), second.mean()], abs=0.01)
     assert features[3] == pytest.approx(light.std(), abs=0.01)
@@ -46,7 +51,7 @@ def test_texture_is_found_at_its_scale() -> None:
     for band in range(6):
         rows = np.arange(256) >> band & 1
         board = np.where(rows[:, None] ^ rows, 160, 100).astype(np.uint8)
-        texture = describe(np.stack([board] * 3))[COLOUR_FEATURES:]
+        texture = describe_tile(np.stack([board] * 3))[COLOUR_FEATURES:]
         expected = np.zeros(6)
         expected[band] = np.log2(1 + 30)
         assert texture[:6] == pytest.approx(expected, abs=1e-3)
@@ -58,29 +63,29 @@ def test_an_uneven_tile_is_told_from_an_even_one() -> None:
     rough = np.clip(generator.normal(120, 40, (3, 128, 128)), 0, 255).astype(np.uint8)
     half = rough.copy()
     half[:, :, :64] = 120
-    assert describe(half)[-1] > 5 * describe(rough)[-1]
+    assert describe_tile(half)[-1] > 5 * describe_tile(rough)[-1]
 
 
 @pytest.mark.parametrize("side", [32, 33, 50, 257])
 @pytest.mark.parametrize("value", [0, 255, None])
 def test_descriptors_are_finite(side: int, value: int | None) -> None:
     tile = np.full((3, side, side), value, np.uint8) if value is not None else picture(side, side)
-    features = describe(tile)
+    features = describe_tile(tile)
     assert (features.shape, features.dtype) == ((FEATURES,), np.float32)
     assert np.isfinite(features).all()
-    assert np.isfinite(standardised(np.stack([features] * 3))).all()
-    assert (describe(tile.copy()) == features).all()
+    assert np.isfinite(standardise(np.stack([features] * 3))).all()
+    assert (describe_tile(tile.copy()) == features).all()
 
 
 def test_thumbnails_are_means_of_cells() -> None:
     tile = picture(64, 64)
     cells = tile.reshape(3, 8, 8, 8, 8).mean(axis=(2, 4))
-    assert thumbnail(tile) == pytest.approx(cells.ravel(), abs=0.07)  # float16 below 256
+    assert make_thumbnail(tile) == pytest.approx(cells.ravel(), abs=0.07)  # float16 below 256
 
 
 def test_colour_and_texture_have_the_same_weight() -> None:
     features = np.random.default_rng(0).normal(size=(500, FEATURES)).astype(np.float32) * np.arange(1, FEATURES + 1)
-    points = standardised(features.astype(np.float32))
+    points = standardise(features.astype(np.float32))
     assert np.square(points[:, :COLOUR_FEATURES]).sum(axis=1).mean() == pytest.approx(1, rel=0.01)
     assert np.square(points[:, COLOUR_FEATURES:]).sum(axis=1).mean() == pytest.approx(1, rel=0.01)
 
@@ -131,16 +136,16 @@ def test_crowds_keep_their_distance() -> None:
 def test_farthest_points_cover_within_twice_the_optimum() -> None:
     """Gonzalez' bound, with the centres that the points were drawn around as an upper bound of the optimum."""
     points = points_of([(40, 0), (40, 5), (40, 11), (40, 17)])
-    best, _ = radius(points, np.array([[c] * 3 for c in (0, 5, 11, 17)], np.float32))
+    best, _ = coverage_radius(points, np.array([[c] * 3 for c in (0, 5, 11, 17)], np.float32))
     chosen = [one.index for one in choose(points, 4, np.ones(160, bool), 0, extremes=1.0)]
-    assert radius(points, points[chosen])[0] <= 2 * best
+    assert coverage_radius(points, points[chosen])[0] <= 2 * best
 
 
 def test_means_find_the_middles_and_leave_fixed_centres() -> None:
     points = points_of([(50, 0), (50, 5), (50, 11)])
-    centres = means(points, np.array([[5.0] * 3], np.float32), 2, seed=3)
+    centres = k_means(points, np.array([[5.0] * 3], np.float32), 2, seed=3)
     assert sorted(centres[:, 0].round(1).tolist()) == pytest.approx([0, 11], abs=0.1)
-    assert len(means(points[:1], np.empty((0, 3), np.float32), 4, seed=0)) == 1
+    assert len(k_means(points[:1], np.empty((0, 3), np.float32), 4, seed=0)) == 1
 
 
 def test_the_nearest_centre_is_the_nearest() -> None:
@@ -173,17 +178,17 @@ def test_a_budget_is_used_and_kept(sizes: list[int], budget: int) -> None:
 
 
 def test_a_random_choice_of_places_is_in_order_and_repeatable() -> None:
-    source = Source("folder/scene.tif", 640, 640, 64)
-    every = list(source.places(1000, seed=0))
-    some = list(source.places(20, seed=0))
+    source = TiledScene("folder/scene.tif", 640, 640, 64)
+    every = list(source.sample(1000, seed=0))
+    some = list(source.sample(20, seed=0))
     assert (len(every), len(some), len(set(some))) == (100, 20, 20)
     assert some == [place for place in every if place in set(some)]
-    assert some == list(Source("elsewhere/scene.tif", 640, 640, 64).places(20, seed=0))
-    assert some != list(source.places(20, seed=1))
+    assert some == list(TiledScene("elsewhere/scene.tif", 640, 640, 64).sample(20, seed=0))
+    assert some != list(source.sample(20, seed=1))
 
 
 def test_names_mean_themselves() -> None:
-    exclusions = Exclusions(names={glob_free("tile[1]*"): "a list"})
+    exclusions = Exclusions(names={escape_pattern("tile[1]*"): "a list"})
     assert exclusions.reason("x/tile[1]*.tif") == "its name is in a list"
     assert exclusions.reason("x/tile1.tif") is None
     assert exclusions.reason("/vsizip/x.zip/tile[1]*.tif") is not None
@@ -230,7 +235,9 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 def test_sheets_of_any_size(tmp_path: Path, count: int, checks: int) -> None:
     side = thumbnail_side(count + checks)
     tiles = tuple(
-        SheetTile(small(picture(64, 64, seed=index % 7), side), "a name \n that is too long " * 3, "0, 0", index % 8)
+        SheetTile(
+            shrink_tile(picture(64, 64, seed=index % 7), side), "a name \n that is too long " * 3, "0, 0", index % 8
+        )
         for index in range(count + checks)
     )
     sheet = Sheet(

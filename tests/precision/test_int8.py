@@ -16,6 +16,7 @@ from cdkd_edge.core.errors import DatasetError, GraphError, ManifestError, Numer
 from cdkd_edge.core.labels import load_schema
 from cdkd_edge.core.manifest import GraphManifest, manifest_path, read_manifest
 from cdkd_edge.engines.onnxruntime import OnnxLabeller
+from cdkd_edge.graph import files
 from cdkd_edge.graph.cpu import cpu_session, cpu_twin, fuse_attention
 from cdkd_edge.graph.files import derived_path
 from cdkd_edge.graph.fp16 import write_fp16
@@ -385,7 +386,7 @@ def test_an_interruption_leaves_nothing(graph, tiles, monkeypatch, where, tmp_pa
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    monkeypatch.setattr(int8, where, interrupt)
+    monkeypatch.setattr(files if where == "write_manifest" else int8, where, interrupt)
     refused(KeyboardInterrupt, graph, tiles, Int8Options(gate=LENIENT))
     assert names(scratch) == []
 

@@ -81,8 +81,8 @@ def test_labels_inside_are_those_of_the_whole_and_outside_there_are_none(
 
 def test_what_lies_outside_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_raster(tmp_path / "scene.tif", noise(600, 800), **UTM, tiled=True, blockxsize=64, blockysize=64)
-    monkeypatch.setattr("cdkd_edge.segment.cells.CELL_ROWS", 64)
-    monkeypatch.setattr("cdkd_edge.segment.cells.CELL_COLUMNS", 64)
+    monkeypatch.setattr("cdkd_edge.segment.plan.CELL_ROWS", 64)
+    monkeypatch.setattr("cdkd_edge.segment.plan.CELL_COLUMNS", 64)
     seen = np.zeros((600, 800), bool)
     read_window = SceneReader.read_window
 

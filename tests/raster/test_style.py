@@ -15,7 +15,7 @@ from scene_helpers import SCHEMA, FakeEngine, names_in, noise, read_labels, writ
 
 from cdkd_edge.core.labels import LabelSchema, LandCoverClass, load_schema
 from cdkd_edge.raster.styles import is_somebodys_own, label_map_style, label_map_xml, style_path
-from cdkd_edge.segment.assemble import publish
+from cdkd_edge.segment.outputs import publish
 from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.products.polygons import VectorOptions, style_qml, write_vector
 

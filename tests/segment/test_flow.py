@@ -31,11 +31,10 @@ from cdkd_edge.core.errors import SceneError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment import cells
-from cdkd_edge.segment.cells import CellLayout, Cells
+from cdkd_edge.segment import plan as plan_module
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import segment_scene
-from cdkd_edge.segment.plan import Plan
+from cdkd_edge.segment.plan import CellLayout, Cells, Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -62,9 +61,9 @@ LAYOUTS = {
 def test_every_pixel_is_read_once(tmp_path: Path, layout: str, readers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = noise(300, 410)
     path = write_raster(tmp_path / "scene.tif", scene, **LAYOUTS[layout])
-    monkeypatch.setattr(cells, "CELL_ROWS", 64)
-    monkeypatch.setattr(cells, "CELL_COLUMNS", 128)
-    monkeypatch.setattr(cells, "_CELL_PIXELS", 64 * 128)
+    monkeypatch.setattr(plan_module, "CELL_ROWS", 64)
+    monkeypatch.setattr(plan_module, "CELL_COLUMNS", 128)
+    monkeypatch.setattr(plan_module, "_CELL_PIXELS", 64 * 128)
     seen = np.zeros((300, 410), int)
     lock, read_window = threading.Lock(), SceneReader.read_window
 
@@ -112,8 +111,8 @@ def test_nothing_but_the_scene_decides_about_the_map(
     options = SegmentOptions(readers=readers, overlap=overlap, merge="hann" if hann else "crop")
     engine = ProbabilityEngine(TILE, batch=batch, slots=slots)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "CELL_ROWS", cell_rows)
-        patch.setattr(cells, "CELL_COLUMNS", cell_columns)
+        patch.setattr(plan_module, "CELL_ROWS", cell_rows)
+        patch.setattr(plan_module, "CELL_COLUMNS", cell_columns)
         patch.setattr("cdkd_edge.segment.pipeline.PANEL_BYTES", 3 * TILE * panel)
         result = segment_scene(engine, path, folder / "map.tif", options)
     assert (read_labels(folder / "map.tif") == red_labels(scene[None])[0]).all()
@@ -163,8 +162,8 @@ def test_a_failure_to_read_in_one_of_many_threads(tmp_path: Path, monkeypatch: p
     path = write_raster(tmp_path / "scene.tif", noise(400, 400), tiled=True, blockxsize=64, blockysize=64)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 2 // 3])
-    monkeypatch.setattr(cells, "CELL_ROWS", 64)
-    monkeypatch.setattr(cells, "CELL_COLUMNS", 64)
+    monkeypatch.setattr(plan_module, "CELL_ROWS", 64)
+    monkeypatch.setattr(plan_module, "CELL_COLUMNS", 64)
     with pytest.raises(SceneError, match=r"reading .*scene\.tif failed"):
         segment_scene(FakeEngine(TILE), path, tmp_path / "map.tif", SegmentOptions(readers=4))
 

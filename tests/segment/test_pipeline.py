@@ -107,8 +107,8 @@ def test_slots_and_batches_do_not_change_the_map_even_when_threads_are_slow(
     path = write_raster(tmp_path / "scene.tif", scene, tiled=True, blockxsize=16, blockysize=16)
     rng = np.random.default_rng(slots * 100 + batch)
     read_window, add = SceneReader.read_window, CropMerge.add
-    monkeypatch.setattr("cdkd_edge.segment.cells.CELL_ROWS", 48)
-    monkeypatch.setattr("cdkd_edge.segment.cells.CELL_COLUMNS", 80)
+    monkeypatch.setattr("cdkd_edge.segment.plan.CELL_ROWS", 48)
+    monkeypatch.setattr("cdkd_edge.segment.plan.CELL_COLUMNS", 80)
 
     def slow(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

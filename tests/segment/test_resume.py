@@ -78,8 +78,8 @@ def undisturbed(scene: Path, folder: Path, options: SegmentOptions = SegmentOpti
 
 def narrow_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cdkd_edge.segment.pipeline.PANEL_BYTES", 3 * (TILE + 128) * 200)
-    monkeypatch.setattr("cdkd_edge.segment.cells.CELL_ROWS", 64)
-    monkeypatch.setattr("cdkd_edge.segment.cells.CELL_COLUMNS", 128)
+    monkeypatch.setattr("cdkd_edge.segment.plan.CELL_ROWS", 64)
+    monkeypatch.setattr("cdkd_edge.segment.plan.CELL_COLUMNS", 128)
 
 
 @pytest.mark.parametrize("panels", [False, True])
@@ -265,7 +265,7 @@ def test_a_scene_that_changes_while_it_is_read(scene: Path) -> None:
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"identity": 5}'])
 def test_a_damaged_note_is_not_trusted_and_drops_nothing(scene: Path, interrupted: Path, damage: str) -> None:
     (partial_folder(interrupted) / "run.json").write_text(damage)
-    what = "part of another run" if damage.startswith('{"') else r"run\.json is damaged"
+    what = "label map of another run" if damage.startswith('{"') else r"run\.json is damaged"
     refused(FakeEngine(TILE), scene, interrupted, SegmentOptions(), what)
 
 
@@ -277,7 +277,7 @@ def test_a_part_without_confidence_says_so(scene: Path, tmp_path: Path) -> None:
         with pytest.raises(BoomError):
             segment_scene(ProbabilityEngine(TILE, fail_at=30, error=BoomError()), scene, output, earlier)
         if later is more:
-            with pytest.raises(SceneError, match="made without --confidence") as caught:
+            with pytest.raises(SceneError, match="without --confidence") as caught:
                 segment_scene(ProbabilityEngine(TILE), scene, output, later)
             assert "finish the label map without it" in str(caught.value.hint)
         result = segment_scene(ProbabilityEngine(TILE), scene, output, plain)
@@ -382,7 +382,7 @@ def test_a_confidence_raster_that_was_finished_before_its_label_map(
 ) -> None:
     output, options = tmp_path / "map.tif", SegmentOptions(confidence=True)
     with monkeypatch.context() as patch:
-        patch.setattr("cdkd_edge.segment.assemble._publish", publish_once())
+        patch.setattr("cdkd_edge.segment.outputs._publish", publish_once())
         with pytest.raises(BoomError):
             segment_scene(ProbabilityEngine(TILE), scene, output, options)
     assert names_in(tmp_path)[:1] == ["map.tif.partial"]
@@ -396,9 +396,9 @@ def test_a_confidence_raster_that_was_finished_before_its_label_map(
 
 def publish_once() -> Any:
     """Publishing that fails the second time."""
-    from cdkd_edge.segment import assemble
+    from cdkd_edge.segment import outputs
 
-    publish, calls = assemble._publish, iter(range(9))
+    publish, calls = outputs._publish, iter(range(9))
 
     def run(source: Path, destination: Path, *companions: Any) -> None:
         if next(calls):
@@ -503,7 +503,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, small_disk: Path, ballas
     with pytest.raises(SystemRefusalError, match=r"[Nn]o space left") as caught:
         segment_scene(FakeEngine(TILE, function=noisy), scene, small_disk / "map.tif")
     assert caught.value.exit_code == 12
-    assert "make room" in str(caught.value.hint)
+    assert "free some space" in str(caught.value.hint)
     assert names_in(small_disk)[:2] == ["ballast", "map.tif.partial"]
     assert not (small_disk / "map.tif").exists()
     (small_disk / "ballast").unlink()

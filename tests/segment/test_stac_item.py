@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import pairwise
@@ -385,14 +386,22 @@ DAMAGES = {
 }
 
 
-@pytest.fixture
-def finished(tmp_path: Path) -> tuple[Path, Path]:
-    """A scene and its label map with all products."""
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a scene and its label map with all products."""
     pytest.importorskip("pyogrio", reason="polygons need the extra 'vector'")
     pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
-    scene, path = write_raster(tmp_path / "scene.tif", noise(70, 90), **UTM), tmp_path / "scene_labels.tif"
+    folder = tmp_path_factory.mktemp("finished")
+    scene, path = write_raster(folder / "scene.tif", noise(70, 90), **UTM), folder / "scene_labels.tif"
     do_job(ProbabilityEngine(TILE, kind="confidence"), job_of(scene, path, ProductOptions(**ALL), confidence=True))
-    return scene, path
+    return folder
+
+
+@pytest.fixture
+def finished(original: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The same in a folder of the test's own: the scene and the label map."""
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "scene.tif", tmp_path / "scene_labels.tif"
 
 
 def test_whole_products_are_kept(finished: tuple[Path, Path]) -> None:

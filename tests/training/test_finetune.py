@@ -25,9 +25,8 @@ from cdkd_edge import cli  # noqa: E402
 from cdkd_edge.cli.helpers import command_line  # noqa: E402
 from cdkd_edge.cli.show.training import live_training  # noqa: E402
 from cdkd_edge.core.labels import NO_LABEL  # noqa: E402
-from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder  # noqa: E402
+from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, resample_patches, resample_position  # noqa: E402  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
-from cdkd_edge.model.infer import resample_patches, resample_position  # noqa: E402
 from cdkd_edge.training import finetune as module  # noqa: E402
 from cdkd_edge.training.start import Shape, starting_network  # noqa: E402
 
@@ -556,9 +555,9 @@ def test_wrong_usage_is_one_line(data, encoder, tmp_path, options, pattern):
         ("gone.pt", (), "gone.pt does not exist"),
         ("preset:huge", (), "there is no preset 'huge'"),
         (None, (), "state it with --heads"),
-        (None, ("--heads", 5), "5 attention heads do not divide"),
+        (None, ("--heads", 5), "embed_dim .* is not divisible by heads 5"),
         (None, (*HEADS, "--tile", 60), "a tile of 60 px is a multiple of neither"),
-        (None, (*HEADS, "--tile", 32), "pyramid pooling"),
+        (None, (*HEADS, "--tile", 32), "pool_scales .* must be 1 to"),
         (None, (*HEADS, "--patch", 7), "multiple"),
     ],
     ids=str,

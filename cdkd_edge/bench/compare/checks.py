@@ -1,10 +1,8 @@
-"""What keeps two runs from being compared, and what their reader should know.
+"""Whether two runs may be compared, what else differs between them, and whether a limit for CI is kept.
 
-Gates for CI: is a run slower, or does it need more energy, than is allowed?
-
-An interval decides three ways. If it excludes the limit, the run passes. If it excludes 1, a loss is shown, and the run
-fails where the measured loss is larger than allowed. An interval that holds both 1 and the limit decides nothing: noise
-must not fail a build, nor let one pass unnoticed, so that has a word of its own.
+A limit is judged by the 95 % interval of the ratio. If the interval excludes a loss above it, the run passes. If
+it excludes 1, a loss is shown, and the run fails if the measured loss is larger than allowed. If it contains both 1
+and the limit, nothing is decided ("cannot tell"): noise must neither fail a build nor let it pass unnoticed.
 """
 
 from __future__ import annotations
@@ -13,41 +11,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cdkd_edge.bench.compare.ratio import Ratio
+from cdkd_edge.bench.describe import device_of, status_words
 from cdkd_edge.bench.record import VALID, BenchSummary, PowerFigures
+from cdkd_edge.bench.statistics import Ratio
 from cdkd_edge.core.errors import CompareError
 
 UNKNOWN = "not known"
 
 
-def device_of(summary: BenchSummary) -> str:
-    """The machine in a few words: board or processor, and the GPU if the engine ran on one."""
-    board = (summary.board or {}).get("model") or summary.machine.board or summary.machine.cpu
-    build = summary.engine.tensorrt
-    gpu = build.gpu if build else None
-    return f"{board}, {gpu}" if gpu and gpu not in str(board) else str(board)
-
-
 def power_mode_of(summary: BenchSummary) -> str | None:
-    """Name of the power mode of a Jetson; None elsewhere or where it could not be read."""
+    """Name of a Jetson's power mode; None elsewhere, or if it could not be read."""
     mode: Any = (summary.board or {}).get("power_mode")
     name = mode.get("name") if isinstance(mode, dict) else mode
     return str(name) if name else None
 
 
 def clocks_of(summary: BenchSummary) -> bool | None:
-    """Whether jetson_clocks held the clocks; None elsewhere or where it could not be read."""
+    """Whether jetson_clocks held the clocks; None elsewhere, or if it could not be read."""
     held = (summary.board or {}).get("jetson_clocks")
     return held if isinstance(held, bool) else None
 
 
 def same_run(one: BenchSummary, other: BenchSummary) -> bool:
-    """Whether two summaries are of one run, wherever their folders lie."""
+    """Whether two summaries are of the same run, in whatever folders."""
     return (one.started, one.phases, one.repeats) == (other.started, other.phases, other.repeats)
 
 
 def power_of(summary: BenchSummary) -> PowerFigures | None:
-    """The run's power figures, where a rail contains the others."""
+    """The run's power figures, if there is a total rail."""
     power = summary.figures.power if summary.figures else None
     return power if power and power.total in power.rails else None
 
@@ -57,9 +48,7 @@ def status_objections(name: str, summary: BenchSummary) -> list[str]:
     verdict = summary.verdict
     if verdict.status == VALID:
         return []
-    return [
-        f"{name} is {verdict.status.replace('_', ' ')}" + (f": {'; '.join(verdict.reasons)}" if verdict.reasons else "")
-    ]
+    return [f"{name} is {status_words(summary)}" + (f": {'; '.join(verdict.reasons)}" if verdict.reasons else "")]
 
 
 def objections(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
@@ -67,28 +56,29 @@ def objections(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -
     found = []
     classes = [_class_names(run.engine.labels.get("classes")) for run in (one, other)]
     if classes[0] != classes[1]:
-        found.append(f"{names[0]} and {names[1]} have other classes: {_listed(classes[0])} and {_listed(classes[1])}")
+        lists = " and ".join(", ".join(map(str, one)) or "none" for one in classes)
+        found.append(f"{names[0]} and {names[1]} have different classes: {lists}")
     found += _setting_objections(names, one, other)
     powers = power_of(one), power_of(other)
     if powers[0] and powers[1]:
         for what in ("scope", "total"):
             values = [str(getattr(power, what)) for power in powers]
             if values[0] != values[1]:
-                title = {"scope": "power was measured of the", "total": "total rail is"}
+                title = {"scope": "power is that of the", "total": "the total rail is"}
                 found.append(f"{title[what]} {values[0]} in {names[0]} and {values[1]} in {names[1]}")
-                break  # another scope has other rails and sources as a matter of course
+                break  # with another scope, the rails differ anyway
     return found
 
 
 def _class_names(classes: Any) -> list[Any]:
-    """Of the labels in a manifest, which anybody may have written."""
+    """Names of the classes in a manifest's labels, which may hold anything."""
     if not isinstance(classes, list):
         return []
     return [item.get("name") if isinstance(item, dict) else item for item in classes]
 
 
 def _setting_objections(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
-    """Power mode and clocks, of the same kind of board: a mode of that name is something else on another one."""
+    """Different power modes or clocks on the same kind of board; on another board a mode means something else."""
     if one.board is None or other.board is None or device_of(one) != device_of(other):
         return []
     found = []
@@ -102,13 +92,13 @@ def _setting_objections(names: tuple[str, str], one: BenchSummary, other: BenchS
 
 
 def remarks(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
-    """What else differs, besides the engines: allowed, and to be known."""
+    """Differences that do not prevent a comparison, but that its reader should know."""
     pair = f"{names[1]} beside {names[0]}"
     if same_run(one, other):
         return [f"{names[0]} and {names[1]} are the same run"]
     found = []
     if device_of(one) != device_of(other):
-        found.append(f"{pair}: other machine")
+        found.append(f"{pair}: another machine")
     elif one.machine.cores != other.machine.cores:
         found.append(f"{pair}: {other.machine.cores} cores instead of {one.machine.cores}")
     powers = power_of(one), power_of(other)
@@ -128,45 +118,41 @@ def remarks(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> l
     return found + ([f"{pair}: {', '.join(changed)}"] if changed else [])
 
 
-def _listed(names: list[Any]) -> str:
-    return ", ".join(map(str, names)) or "none"
-
-
 _ROUNDING = 1e-9
-"""A loss of exactly the limit passes, whatever the last bit says."""
+"""A loss of exactly the limit passes in spite of rounding."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest loss that is allowed, relative to the baseline, 0..1; None: any."""
+    """Largest loss that is allowed, relative to the baseline, 0..1; None: no limit."""
 
     slower: float | None = None
-    """Of speed."""
+    """Loss of speed."""
     hungrier: float | None = None
-    """Of gross energy per tile (or megapixel): how much more."""
+    """Increase of gross energy per tile (or megapixel)."""
 
 
 @dataclass(frozen=True)
-class Gate:
-    """What a limit says of a run."""
+class RunGate:
+    """A run judged by a limit."""
 
     run: str
     quantity: Literal["speed", "energy"]
     limit: float
-    """Loss that is allowed, 0..1."""
+    """Allowed loss, 0..1."""
     outcome: Literal["pass", "fail", "cannot tell"]
     text: str
 
 
-def judge(run: str, quantity: Literal["speed", "energy"], limit: float, ratio: Ratio) -> Gate:
-    """Hold a ratio against a limit.
+def judge(run: str, quantity: Literal["speed", "energy"], limit: float, ratio: Ratio) -> RunGate:
+    """Judge a ratio by a limit.
 
     Raises:
-        CompareError: without an interval nothing can ever be decided.
+        CompareError: the ratio has no interval.
     """
     if ratio.interval is None:
         raise CompareError(
-            f"{run}: the {quantity} cannot be held against a limit: {ratio.basis}",
+            f"{run}: a limit for {quantity} needs an interval, and there is none: {ratio.basis}",
             hint="measure both runs with --repeat 3 or more",
         )
     low, high = ratio.interval.low, ratio.interval.high
@@ -185,14 +171,14 @@ def judge(run: str, quantity: Literal["speed", "energy"], limit: float, ratio: R
     else:
         outcome, said = "cannot tell", f"{allowed} {word} is neither shown nor excluded; measure with more --repeat"
     text = f"{run}: {quantity} x {ratio.value:.4g} ({low:.4g} .. {high:.4g}): {said}"
-    return Gate(run, quantity, limit, outcome, text)
+    return RunGate(run, quantity, limit, outcome, text)
 
 
-def require_kept(gates: Sequence[Gate], *, strict: bool = False) -> None:
-    """Make sure that no limit was passed; with ``strict``, that each was shown to be kept.
+def require_kept(gates: Sequence[RunGate], *, strict: bool = False) -> None:
+    """Require that no limit failed, and with ``strict`` that every one passed.
 
     Raises:
-        CompareError: one was not.
+        CompareError: a limit failed, or could not be decided with ``strict``.
     """
     failed = [gate.text for gate in gates if gate.outcome == "fail" or (strict and gate.outcome == "cannot tell")]
     if failed:

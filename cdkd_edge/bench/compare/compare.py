@@ -1,32 +1,123 @@
-"""Runs beside each other: their figures, ratios against one of them, and whether they may be compared at all."""
+"""Compare benchmark runs: their figures, ratios to a baseline, and whether they may be compared at all."""
 
 from __future__ import annotations
 
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cdkd_edge.bench.compare import checks as comparable
-from cdkd_edge.bench.compare.checks import Gate, Limits, judge
-from cdkd_edge.bench.compare.ratio import MIN_BATCHES, Ratio, Spread, ratio_of, spread_of_batches, spread_of_repeats
-from cdkd_edge.bench.compare.result import BASELINE, CANNOT_TELL, NO_DIFFERENCE, SAME_RUN, Comparison, Energy, Row
+from cdkd_edge.bench.compare import checks
+from cdkd_edge.bench.compare.checks import Limits, RunGate, judge
 from cdkd_edge.bench.compare.scores import Score, scores_by_engine
+from cdkd_edge.bench.describe import device_of, status_words
 from cdkd_edge.bench.folder import SUMMARY, Run, read_summary, read_tiles
-from cdkd_edge.bench.record import LOAD, Figures
-from cdkd_edge.bench.statistics import Figure
+from cdkd_edge.bench.record import LOAD, Figures, RailFigures
+from cdkd_edge.bench.statistics import (
+    MIN_BATCHES,
+    Figure,
+    Interval,
+    Latency,
+    Ratio,
+    Spread,
+    ratio_of,
+    spread_of_batches,
+    spread_of_repeats,
+)
 from cdkd_edge.core.errors import CompareError, UsageError, printable
 
 LEAST_SPEED = 1e-9
-"""Tiles or megapixels per second; less is none."""
+"""Least speed, tiles or megapixels per second, that a ratio is taken of."""
 LEAST_JOULES = 1e-12
-"""Per tile or megapixel, likewise."""
+"""Least energy per tile or megapixel that a ratio is taken of."""
 METHOD = (
     "95 %; ratio of two independent means on its logarithm, Welch's degrees of freedom; over repeats, or over "
-    "overlapping blocks of batches where a run has one repeat (these don't show how runs differ from start to start)"
+    "overlapping blocks of batches where a run has one repeat (these do not show how runs differ from start to start)"
 )
 ONE_REPEAT = "one repeat has one integral of energy: its readings share the sensor's error and the idle level"
+
+
+COMPARISON_VERSION = 1
+
+BASELINE = "baseline"
+SAME_RUN = "same run"
+NO_DIFFERENCE = "no difference shown"
+CANNOT_TELL = "cannot tell"
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Power and energy of the total rail."""
+
+    source: str
+    scope: str
+    rail: str
+    figures: RailFigures
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run in a comparison."""
+
+    name: str
+    folder: str
+    status: str
+    """``valid``, ``invalid`` or ``not_steady``."""
+    verdict: str
+    """``faster``, ``slower``, ``no difference shown``, ``cannot tell``, ``same run``; ``baseline``."""
+    energy_verdict: str
+    """``less energy``, ``more energy``, or one of the other words of :attr:`verdict`; empty without power."""
+    engine: str
+    sha256: str
+    """SHA-256 of the engine."""
+    runtime: str
+    precision: str
+    tile: int
+    """px."""
+    batch: int
+    device: str
+    power_mode: str | None
+    repeats: int
+    tiles_per_second: Figure
+    tiles_per_second_interval: Interval | None
+    """95 % interval over repeats, or over blocks of batches if there is one repeat."""
+    interval_basis: str
+    """What the interval was computed from, or why there is none."""
+    megapixels_per_second: Figure
+    latency_ms: Latency
+    energy: Energy | None
+    energy_reason: str
+    """Why there is no energy; empty if there is."""
+    mean_iou: float | None
+    """0..1."""
+    modelled_share: float | None
+    """Measured speed divided by the modelled bound."""
+    speed: Ratio | None
+    """Speed relative to the baseline; None for the baseline itself."""
+    gross_energy: Ratio | None
+    """Energy including idle, relative to the baseline; None if one of the two has no power."""
+    net_energy: Ratio | None
+    """Energy without idle, relative to the baseline."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs compared with a baseline."""
+
+    baseline: int
+    """Index of the run that the others are compared with."""
+    unit: Literal["tile", "megapixel"]
+    """Unit of the ratios: megapixels if the runs have tiles of different sides."""
+    rows: tuple[Row, ...]
+    not_comparable: tuple[str, ...]
+    """Why the runs are not comparable; empty unless the comparison was forced."""
+    notes: tuple[str, ...]
+    gates: tuple[RunGate, ...]
+    method: str
+    """How the intervals of the ratios were computed."""
+    comparison_version: int = COMPARISON_VERSION
 
 
 def compare_runs(
@@ -40,45 +131,44 @@ def compare_runs(
     """Compare runs with one of them.
 
     Args:
-        folders: of at least two runs; their ``summary.json`` will do.
-        baseline: index of the run that ratios are taken against.
-        force: compare what is not comparable; :attr:`Comparison.not_comparable` then says why it is not.
-        limits: what is allowed (:mod:`cdkd_edge.bench.compare.checks`); the outcome is in
-            :attr:`Comparison.gates`.
-        evaluations: files with mIoU of engines, matched by the engine's SHA-256.
+        folders: folders of at least two runs, or their ``summary.json``.
+        baseline: index of the run that the others are compared with.
+        force: compare runs that are not comparable; :attr:`Comparison.not_comparable` then says why they are not.
+        limits: the losses that are allowed; the outcome is in :attr:`Comparison.gates`.
+        evaluations: files with the mIoU of engines, matched by the engine's SHA-256.
 
     Raises:
-        BenchError: a folder is no run, or is damaged.
-        UsageError: there are fewer than two.
-        CompareError: a run has no figures, they are not comparable (unless forced), a limit
-            can't be held against them, or an evaluation can't be read.
+        BenchError: a folder is not a run, or is damaged.
+        UsageError: there are fewer than two runs.
+        CompareError: a run has no figures, the runs are not comparable (unless forced), a limit cannot be judged, or
+            an evaluation cannot be read.
     """
     if len(folders) < 2:
         within = sorted(run.parent for folder in folders for run in folder.glob(f"*/{SUMMARY}"))
         raise UsageError(
-            "a comparison needs at least two runs",
+            f"a comparison needs at least two runs, got {len(folders)}",
             hint=f"cdkd-edge compare {' '.join(shlex.quote(str(run)) for run in within[-4:]) or 'RUN RUN...'}",
         )
     if not 0 <= baseline < len(folders):
-        raise CompareError(f"there is no run {baseline + 1}; {len(folders)} were named")
+        raise CompareError(f"there is no run {baseline + 1}: {len(folders)} runs were given")
     runs = [_read(folder.parent if folder.name == SUMMARY else folder) for folder in folders]
     names = _names([run.folder for run in runs])
     for name, run in zip(names, runs, strict=True):
         _require_figures(name, run)
-    scores, strangers = scores_by_engine(list(evaluations), {run.summary.engine.artefact.sha256 for run in runs})
-    reasons, notes = _look_at(names, runs, baseline)
+    scores, unmatched = scores_by_engine(list(evaluations), {run.summary.engine.artefact.sha256 for run in runs})
+    reasons, notes = _differences(names, runs, baseline)
     reasons += _score_objections(names, runs, scores)
-    notes += [f"{file} is about none of these engines (SHA-256)" for file in strangers]
+    notes += [f"{file} is about another engine than these (by SHA-256)" for file in unmatched]
     if reasons and not force:
         raise CompareError(
             f"not comparable: {'; '.join(reasons)}",
-            hint="measure again under the same conditions, or look at them side by side with --force",
+            hint="measure again under the same conditions, or show them side by side with --force",
         )
     unit: Literal["tile", "megapixel"] = "tile"
     if len({run.summary.engine.tile for run in runs}) > 1:
         unit = "megapixel"
         notes.append(
-            "tiles have different sides: ratios are of megapixels; overlaps cost small tiles more than large ones"
+            "tiles have different sides, so ratios are per megapixel; overlaps cost small tiles more than large ones"
         )
     rows = [
         _row(name, run, None if index == baseline else runs[baseline], unit, scores)
@@ -89,13 +179,13 @@ def compare_runs(
 
 
 def _read(folder: Path) -> Run:
-    """A run without its curves, which nothing here looks at."""
+    """A run without the curves, which are not needed here."""
     summary = read_summary(folder)
     return Run(folder, summary, read_tiles(folder, summary), {}, {})
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Names of folders; paths where names are not enough. Printable, because they come from outside."""
+    """Printable names of folders; their paths if names are not unique."""
     short = [Path(os.path.realpath(folder)).name for folder in folders]
     chosen = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
     chosen = [
@@ -109,17 +199,17 @@ def _require_figures(name: str, run: Run) -> None:
     figures, verdict = run.summary.figures, run.summary.verdict
     if figures is None:
         raise CompareError(
-            f"{name} has no figures: it is {verdict.status.replace('_', ' ')}: {'; '.join(verdict.reasons)}",
+            f"{name} has no figures: it is {status_words(run.summary)}: {'; '.join(verdict.reasons)}",
             hint="measure again; `cdkd-edge bench --keep-invalid` keeps the figures of an invalid run",
         )
     if min(figures.tiles_per_second.mean, figures.megapixels_per_second.mean) < LEAST_SPEED:
-        raise CompareError(f"{name} computed no tile", hint="measure again with `cdkd-edge bench`")
+        raise CompareError(f"{name} has a speed of 0 tiles/s", hint="measure again with `cdkd-edge bench`")
 
 
-def _look_at(names: Sequence[str], runs: Sequence[Run], baseline: int) -> tuple[list[str], list[str]]:
-    """Why the runs are not comparable with the baseline, and what else is to be known."""
+def _differences(names: Sequence[str], runs: Sequence[Run], baseline: int) -> tuple[list[str], list[str]]:
+    """Why the runs are not comparable with the baseline, and other differences to know."""
     reasons = [
-        text for name, run in zip(names, runs, strict=True) for text in comparable.status_objections(name, run.summary)
+        text for name, run in zip(names, runs, strict=True) for text in checks.status_objections(name, run.summary)
     ]
     notes = []
     for index, run in enumerate(runs):
@@ -127,8 +217,8 @@ def _look_at(names: Sequence[str], runs: Sequence[Run], baseline: int) -> tuple[
             notes.append(f"{names[index]}: {warning}")
         if index != baseline:
             pair = (names[baseline], names[index])
-            reasons += comparable.objections(pair, runs[baseline].summary, run.summary)
-            notes += comparable.remarks(pair, runs[baseline].summary, run.summary)
+            reasons += checks.objections(pair, runs[baseline].summary, run.summary)
+            notes += checks.remarks(pair, runs[baseline].summary, run.summary)
     return reasons, notes
 
 
@@ -151,7 +241,7 @@ def _row(
     summary, figures = run.summary, _figures(run)
     engine, bound = summary.engine, summary.roofline
     spread, why_not = _speed_spread(run)
-    power = comparable.power_of(summary)
+    power = checks.power_of(summary)
     speed = gross = net = None
     verdict, energy_verdict = BASELINE, BASELINE if power else ""
     if baseline is not None:
@@ -159,9 +249,9 @@ def _row(
         gross, net = (_energy_ratio(run, baseline, f"{kind}_joules_per_{unit}") for kind in ("gross", "net"))
         verdict = _word(speed, ("slower", "faster"))
         energy_verdict = _word(gross, ("less energy", "more energy")) if gross else ""
-        if comparable.same_run(summary, baseline.summary):
+        if checks.same_run(summary, baseline.summary):
             verdict, energy_verdict = SAME_RUN, SAME_RUN if gross else ""
-    no_total = "no rail contains the others" if figures.power else figures.power_reason
+    no_total = "there is no total rail" if figures.power else figures.power_reason
     score = scores.get(engine.artefact.sha256)
     return Row(
         name=name,
@@ -175,8 +265,8 @@ def _row(
         precision=engine.precision,
         tile=engine.tile,
         batch=engine.batch,
-        device=comparable.device_of(summary),
-        power_mode=comparable.power_mode_of(summary),
+        device=device_of(summary),
+        power_mode=checks.power_mode_of(summary),
         repeats=len(figures.tiles_per_second.values),
         tiles_per_second=figures.tiles_per_second,
         tiles_per_second_interval=figures.tiles_per_second.interval or (spread.interval if spread else None),
@@ -202,54 +292,54 @@ def _figures(run: Run) -> Figures:
 
 
 def _speed_spread(run: Run) -> tuple[Spread | None, str]:
-    """How far the speed would move; why that is not known."""
+    """Spread of the speed, and why there is none."""
     rates = _figures(run).tiles_per_second
     if len(rates.values) > 1:
-        return spread_of_repeats(rates), "repeats of no speed"
+        return spread_of_repeats(rates), "a speed of 0 tiles/s"
     batches = [batch for batch in run.tiles if batch.phase == LOAD]
     if len(batches) * run.summary.engine.batch != sum(repeat.tiles for repeat in run.summary.repeats):
-        return None, "tiles.csv and summary.json are of different runs"
+        return None, "tiles.csv and summary.json do not belong to the same run"
     why_not = f"one repeat of {len(batches)} batches; {MIN_BATCHES} are needed"
-    return spread_of_batches(rates.mean, batches), why_not
+    return spread_of_batches(rates.mean, [batch.start for batch in batches]), why_not
 
 
 def _speed_ratio(run: Run, baseline: Run) -> Ratio:
-    """Of pixels per second, which is that of tiles where their sides are the same."""
+    """Ratio of megapixels per second; with equal tiles it is that of tiles per second."""
     (spread, why_not), (other, other_why_not) = _speed_spread(run), _speed_spread(baseline)
     value, against = (_figures(one).megapixels_per_second.mean for one in (run, baseline))
     return ratio_of(value, spread, against, other, other_why_not if spread else why_not)
 
 
 def _energy_ratio(run: Run, baseline: Run, quantity: str) -> Ratio | None:
-    powers = [comparable.power_of(one.summary) for one in (run, baseline)]
+    powers = [checks.power_of(one.summary) for one in (run, baseline)]
     if not powers[0] or not powers[1]:
         return None
     found: list[Figure] = [getattr(power.rails[power.total], quantity) for power in powers if power and power.total]
     if min(figure.mean for figure in found) < LEAST_JOULES:
-        return None  # net of next to nothing: its sign is noise
+        return None  # a net energy near zero: its sign is noise
     spreads = [spread_of_repeats(figure) for figure in found]
     return ratio_of(found[0].mean, spreads[0], found[1].mean, spreads[1], ONE_REPEAT)
 
 
 def _word(ratio: Ratio, words: tuple[str, str]) -> str:
-    """What an interval shows: below 1, above 1, or nothing."""
+    """The verdict by an interval: below 1, above 1, or neither."""
     span = ratio.interval
     if span is None:
         return CANNOT_TELL
     return words[0] if span.high < 1 else words[1] if span.low > 1 else NO_DIFFERENCE
 
 
-def _gates(row: Row, limits: Limits) -> list[Gate]:
+def _gates(row: Row, limits: Limits) -> list[RunGate]:
     asked = limits.slower is not None or limits.hungrier is not None
     if asked and row.verdict == SAME_RUN:
-        raise CompareError(f"{row.name} is the baseline itself: a limit says nothing", hint="name another run")
+        raise CompareError(f"{row.name} is the baseline's own run: no limit can be judged", hint="name another run")
     found = []
     if limits.slower is not None and row.speed:
         found.append(judge(row.name, "speed", limits.slower, row.speed))
     if limits.hungrier is not None:
         if row.gross_energy is None:
             raise CompareError(
-                f"{row.name} has no energy to hold against a limit: {row.energy_reason or 'the baseline has none'}",
+                f"{row.name} has no energy to judge by a limit: {row.energy_reason or 'the baseline has none'}",
                 hint="measure both with `cdkd-edge bench --power-trace`",
             )
         found.append(judge(row.name, "energy", limits.hungrier, row.gross_energy))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdkd_edge.bench.compare.result import Comparison, Row
+from cdkd_edge.bench.compare.compare import Comparison, Row
 from cdkd_edge.bench.statistics import Interval
 from cdkd_edge.core.files import whole_file
 

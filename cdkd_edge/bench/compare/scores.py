@@ -1,4 +1,4 @@
-"""mIoU of engines, from the files that ``cdkd-edge evaluate -o`` and ``parity -o`` write."""
+"""Read the mIoU of engines from the files that ``cdkd-edge evaluate -o`` and ``parity -o`` write."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cdkd_edge.core.files import read_json
 
 @dataclass(frozen=True)
 class Score:
-    """mIoU of one artefact."""
+    """The mIoU of an artefact."""
 
     sha256: str
-    """Of the artefact."""
+    """SHA-256 of the artefact."""
     mean_iou: float
     """0..1."""
     data: tuple[Any, ...]
-    """What it was measured on, and how; scores are compared only where this is the same."""
+    """What it was measured on, and how; only scores with the same data are compared."""
     file: str
 
 
@@ -36,7 +36,7 @@ class _Class:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """The part of ``accuracy.json`` that is read here."""
+    """The part of ``accuracy.json`` that is needed."""
 
     subject: _Subject
     mean_iou: float
@@ -56,7 +56,7 @@ class _Scores:
 
 @dataclass(frozen=True)
 class _Parity:
-    """The part of ``parity.json`` that is read here."""
+    """The part of ``parity.json`` that is needed."""
 
     reference: _Subject
     candidate: _Subject
@@ -65,7 +65,7 @@ class _Parity:
 
 
 def read_scores(path: Path) -> list[Score]:
-    """The scores in a file, or in the folder of ``-o``: one of an evaluation, two of a parity.
+    """The scores in a file or in the folder of ``-o``: one from an evaluation, two from a parity.
 
     Raises:
         CompareError: it cannot be read, or is neither.
@@ -84,9 +84,9 @@ def read_scores(path: Path) -> list[Score]:
     try:
         found = msgspec.convert(document, _Parity) if of_two else msgspec.convert(document, _Evaluation)
     except msgspec.ValidationError as error:
-        raise CompareError(f"{path} has no mIoU of an artefact: {error}", hint=_HINT) from None
+        raise CompareError(f"{path} does not hold the mIoU of an artefact: {error}", hint=_HINT) from None
     truth = tuple((one.name, one.truth_pixels) for one in found.classes)
-    # Where a class has no truth, the means of evaluate and parity run over different classes.
+    # If a class has no truth, evaluate and parity take the mean over different classes.
     data = (*truth, of_two and any(not pixels for _, pixels in truth))
     if isinstance(found, _Evaluation):
         scores = [Score(found.subject.sha256, found.mean_iou, data, str(path))]
@@ -97,7 +97,7 @@ def read_scores(path: Path) -> list[Score]:
             Score(found.candidate.sha256, values.candidate, data, str(path)),
         ]
     if not all(0 <= score.mean_iou <= 1 for score in scores):
-        raise CompareError(f"{path}: an mIoU lies between 0 and 1", hint=_HINT)
+        raise CompareError(f"{path}: an mIoU must be between 0 and 1", hint=_HINT)
     return scores
 
 
@@ -105,22 +105,22 @@ _HINT = "name a file that `cdkd-edge evaluate ENGINE --data DATA -o FOLDER` or `
 
 
 def scores_by_engine(files: list[Path], engines: set[str]) -> tuple[dict[str, Score], list[str]]:
-    """Scores of engines by their SHA-256, and the files that are about none of them.
+    """Scores by SHA-256 of the engine, and the files that are about none of these engines.
 
     Raises:
-        CompareError: a file cannot be read, or two say different things of an engine on the same data.
+        CompareError: a file cannot be read, or two files contradict each other about an engine.
     """
     found: dict[str, Score] = {}
-    strangers = []
+    unmatched = []
     for path in files:
         own = [score for score in read_scores(path) if score.sha256 in engines]
         if not own:
-            strangers.append(str(path))
+            unmatched.append(str(path))
         for score in own:
             known = found.setdefault(score.sha256, score)
             if known.data != score.data or abs(known.mean_iou - score.mean_iou) > 1e-12:
                 raise CompareError(
-                    f"{known.file} and {score.file} say different things of the same engine",
+                    f"{known.file} and {score.file} contradict each other about the same engine",
                     hint="name one of them",
                 )
-    return found, strangers
+    return found, unmatched

@@ -1,17 +1,17 @@
-"""Operators as the kernels that a compiler makes of them, so that bytes are counted where they are moved.
+"""Group the operators of a graph into kernels as a compiler does, to count the bytes that are really moved.
 
-The rules are those seen in what TensorRT-RTX 1.7 makes of these graphs (``cdkd-edge inspect ENGINE --all``; the
-tests hold the model's traffic against that compiler's):
+The rules are those of TensorRT-RTX 1.7 on these graphs (``cdkd-edge inspect ENGINE --all``; the tests compare the
+traffic with that compiler's):
 
-- what follows a product element by element (bias, GELU, ReLU, residual) is part of its kernel; not so for INT8
-  products, whose scale and bias are applied by the next kernel;
-- normalisation, transposes and element-wise operators are one kernel where they follow each other;
-- reshapes, splits and transposes that a product can read as they are cost nothing;
-- attention is one kernel (``fused``), or its products, its softmax and what is between them are kernels that
-  write all scores to memory (``unfused``). ``unfused, FP32 softmax`` is what mixed precision makes of an FP16
-  network: scores are cast to FP32, softmax is taken, shares are cast back, each in a kernel of its own.
+- element-wise operators after a product (bias, GELU, ReLU, residual) belong to its kernel; the scale and bias of an
+  INT8 product are applied by the next kernel;
+- successive normalisation, transposes and element-wise operators are one kernel;
+- reshapes, splits and transposes that a product can read directly cost nothing;
+- attention is one kernel (``fused``), or its products, softmax and the operators between them are kernels that write
+  all scores to memory (``unfused``). ``unfused, FP32 softmax`` is mixed precision in an FP16 network: kernels of their
+  own cast the scores to FP32, take the softmax, and cast the result back.
 
-A kernel reads what it needs from memory and writes what others need; nothing stays in a cache between kernels.
+A kernel reads its inputs from memory and writes what other kernels need; no cache keeps data in between.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _PRODUCT, _ATTENTION, _LOOSE, _CLOSED = "product", "attention", "other", "closed
 
 @dataclass(frozen=True)
 class Kernel:
-    """Operators that run as one."""
+    """Operators that run as one kernel."""
 
     name: str
-    """Of its first operator."""
+    """Name of its first operator."""
     attention: bool
     """Whether it is a whole attention block."""
     precision: str
-    """What its products are computed in (``int8``, ``fp16``, ``fp32``); of a kernel without products, ``fp32``."""
+    """Precision of its products (``int8``, ``fp16``, ``fp32``); ``fp32`` if it has none."""
     operators: tuple[str, ...]
     product_flop: int
     vector_flop: int
     read_bytes: int
-    """Activations; weights are apart."""
+    """Activations, without weights."""
     written_bytes: int
     constant_bytes: int
     """Weights."""
 
     @property
     def traffic_bytes(self) -> int:
-        """All that it moves."""
+        """All bytes that it reads and writes."""
         return self.read_bytes + self.written_bytes + self.constant_bytes
 
 
@@ -58,20 +58,20 @@ class _Group:
 
 
 def attention_modes(cost: GraphCost) -> tuple[str, ...]:
-    """The ways in which the attention of a graph may run, the best first; ``("none",)`` without attention."""
+    """The ways in which the graph's attention can run, fastest first; ``("none",)`` without attention."""
     if not _Grouping(cost, UNFUSED).blocks:
         return ("none",)
-    # TensorRT fuses attention in FP16 only; an FP32 graph's softmax is in FP32 anyway.
+    # TensorRT fuses attention only in FP16; the softmax of an FP32 graph is in FP32 anyway.
     return (UNFUSED,) if cost.precision == "fp32" else (FUSED, UNFUSED, UNFUSED_FP32)
 
 
 def kernels_of(cost: GraphCost, attention: str) -> tuple[Kernel, ...]:
-    """A graph's operators as kernels, with attention as one of :func:`attention_modes`."""
+    """The kernels of a graph, with attention run in one of :func:`attention_modes`."""
     return _Grouping(cost, attention).kernels()
 
 
 class _Grouping:
-    """Assigns every operator that does something to a kernel."""
+    """Assigns every operator that moves data to a kernel."""
 
     def __init__(self, cost: GraphCost, attention: str) -> None:
         self._cost, self._attention = cost, attention
@@ -81,9 +81,9 @@ class _Grouping:
             for name in operator.inputs:
                 self._direct.setdefault(name, []).append(operator)
         self._shown: dict[str, str] = {}
-        """Of a view: the value that it shows."""
+        """By name of a view: the value that it shows."""
         self._users: dict[str, list[Operator]] = {}
-        """Operators that do something, by what they read, views seen through."""
+        """By value: the operators that read it, directly or through views."""
         self._working = [operator for operator in cost.operators if not self._is_free(operator)]
         for operator in self._working:
             for name in operator.inputs:
@@ -95,7 +95,7 @@ class _Grouping:
         member = {operator.name: number for number, block in enumerate(self.blocks) for operator in block}
         groups: list[_Group] = []
         place: dict[str, int] = {}
-        """Of every value: the group that makes it."""
+        """By value: the group that makes it."""
         opened: dict[int, int] = {}
         for operator in self._working:
             block = member.get(operator.name)
@@ -124,7 +124,7 @@ class _Grouping:
         return _CLOSED if operator.precision == "int8" else _PRODUCT
 
     def _joins(self, operator: Operator, groups: list[_Group], place: dict[str, int]) -> int | None:
-        """The group that an operator becomes part of: the latest that it depends on, so that there are no circles."""
+        """The group that an operator joins: the latest it depends on, so that groups do not depend on each other."""
         roots = {self._root(name) for name in operator.inputs}
         made = [(place[root], root) for root in roots if root in place]
         if not made or operator.op in PRODUCTS:
@@ -165,7 +165,7 @@ class _Grouping:
         )
 
     def _widened(self, softmax: Kernel, is_softmax: bool) -> list[Kernel]:
-        """A softmax kernel with the casts to FP32 and back, each a kernel of its own; any other kernel as it is."""
+        """A softmax kernel together with its casts to FP32 and back; any other kernel unchanged."""
         if not is_softmax:
             return [softmax]
         narrow, wide = softmax.written_bytes, 2 * softmax.written_bytes  # FP16
@@ -182,7 +182,7 @@ class _Grouping:
         return {self._root(name) for name in self._cost.outputs}
 
     def _is_free(self, operator: Operator) -> bool:
-        """Whether an operator moves nothing: folded, a view, integers by another name, or read transposed."""
+        """Whether an operator moves no data: constant, a view, a dequantisation, or a transpose read directly."""
         outputs = [name for name in operator.outputs if name]
         if all(self._cost.tensors[name].constant for name in outputs):
             return True
@@ -199,7 +199,7 @@ class _Grouping:
         return name
 
     def _block(self, softmax: Operator) -> list[Operator] | None:
-        """The operators of an attention around a softmax: two products of activations, element-wise ones between."""
+        """The attention around a softmax: two products of activations with element-wise operators between them."""
         if softmax.op != "Softmax":
             return None
         block = [softmax]
@@ -220,5 +220,5 @@ class _Grouping:
 
 
 def _is_inner(operator: Operator) -> bool:
-    """Whether an operator can be between the products of a fused attention. Q/DQ there prevents fusion."""
+    """Whether an operator may lie between the products of a fused attention; quantisation there prevents fusion."""
     return operator.op == "MatMul" or (operator.op in POINTWISE and operator.op != "QuantizeLinear")

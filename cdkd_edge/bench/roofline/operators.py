@@ -1,9 +1,9 @@
-"""What every operator of an ONNX graph costs: floating-point operations and bytes, from shapes alone.
+"""Count floating-point operations and bytes of every operator of an ONNX graph, from its shapes.
 
-Products (MatMul, Gemm, convolutions) are counted exactly: two operations per multiply-accumulate. Other operators get a
-fixed number of operations per output element (:data:`VECTOR_OPERATIONS`); they are bound by memory, so that it does
-not matter much. Bytes are those of a tensor as it is stored: what is behind a ``DequantizeLinear`` is one byte an
-element, and a view (``Reshape``) is the tensor that it shows.
+Products (MatMul, Gemm, convolutions) are counted exactly: two operations per multiply-accumulate. Other operators count
+a fixed number of operations per output element (:data:`VECTOR_OPERATIONS`); memory limits them, so this matters little.
+Bytes are those of the stored tensor: one per element after a ``DequantizeLinear``; a view (``Reshape``) has those of
+the tensor that it shows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ITEM_BYTES: dict[int, int] = {
 _EIGHT_BIT = (TensorProto.INT8, TensorProto.UINT8)
 
 VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split"))
-"""They move nothing: compilers read the same memory under another shape. (A Split is along the outer axis here.)"""
+"""They move no data: the same memory is read under another shape. (A Split is along the outer axis here.)"""
 PRODUCTS = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
 POINTWISE = frozenset((
     "Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Erf", "Exp", "Tanh", "Sigmoid", "Pow", "Relu", "Gelu", "Clip", "Min",
@@ -36,73 +36,73 @@ VECTOR_OPERATIONS: Mapping[str, int] = {
     "LayerNormalization": 8, "Softmax": 5, "Gelu": 10, "Erf": 8, "Resize": 7, "QuantizeLinear": 3,
     "Transpose": 0, "Concat": 0, "Slice": 0, "Gather": 0, "Expand": 0, "Pad": 0, "ArgMax": 1,
 }  # fmt: skip
-"""Operations per output element of what is no product; 1 for operators that are not listed."""
+"""Operations per output element; 1 for operators that are not listed."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A value between operators, as it is stored."""
+    """A tensor as it is stored."""
 
     name: str
     elements: int
     item_bytes: int
     eight_bit: bool
-    """Whether it is stored as INT8 or UINT8."""
+    """Whether it is INT8 or UINT8."""
     constant: bool
 
     @property
     def bytes(self) -> int:
-        """Of memory."""
+        """Its size in memory."""
         return self.elements * self.item_bytes
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One node and what it costs on its own."""
+    """A node and its cost when it runs alone."""
 
     name: str
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     precision: str
-    """What its product is computed in: ``int8``, ``fp16``, ``fp32``; of others, the type of the output."""
+    """Precision of its product: ``int8``, ``fp16``, ``fp32``; for other operators, the type of the output."""
     product_flop: int
-    """Of a MatMul, Gemm, Conv or ConvTranspose: two operations per multiply-accumulate."""
+    """Operations of a product."""
     vector_flop: int
-    """Of anything else."""
+    """Operations of any other operator."""
     constant_bytes: int
-    """Weights that it reads."""
+    """Bytes of weights that it reads."""
     read_bytes: int
-    """All that it would read if it ran alone, weights included."""
+    """All bytes that it reads, including weights."""
     written_bytes: int
     swaps_last_axes: bool = False
-    """A Transpose that swaps the last two axes only, which a product reads as well as the original."""
+    """Whether it is a Transpose of only the last two axes, which a product can read directly."""
 
 
 @dataclass(frozen=True)
 class GraphCost:
-    """All operators of a graph in the order of computation, its tensors, and what goes in and out."""
+    """The operators of a graph in the order of computation, and its tensors."""
 
     operators: tuple[Operator, ...]
     tensors: Mapping[str, Tensor]
     outputs: frozenset[str]
     batch: int
     precision: str
-    """Of the graph: ``fp32``, ``fp16`` or ``int8``."""
+    """``fp32``, ``fp16`` or ``int8``."""
     unknown: tuple[str, ...]
-    """Operators that are not known here, counted as one operation per element and a kernel of their own."""
+    """Types of operators that are not known here; they count one operation per element and a kernel each."""
 
     @property
     def product_flop(self) -> int:
-        """Of all products, attention's included."""
+        """Operations of all products, including those of attention."""
         return sum(operator.product_flop for operator in self.operators)
 
 
 def read_operators(model: onnx.ModelProto) -> GraphCost:
-    """Count what is in a graph with static shapes.
+    """Count the operators of a graph with static shapes.
 
     Raises:
-        GraphError: a shape is not known, or the graph holds operators without shapes (a CPU engine's).
+        GraphError: a shape is not known, as in a CPU engine, whose operators have no shapes.
     """
     shapes = _shapes(model)
     constants = {item.name for item in model.graph.initializer}
@@ -136,11 +136,11 @@ def read_operators(model: onnx.ModelProto) -> GraphCost:
 
 
 def _store_as(node: onnx.NodeProto, tensors: dict[str, Tensor]) -> None:
-    """What a node leaves behind where that is not simply its output: nothing new, or a constant."""
+    """Correct how the outputs of a node are stored: as its input (views), or as constants."""
     source = tensors[node.input[0]] if node.input else tensors[""]
     for name in node.output:
         own = tensors[name]
-        if node.op_type == "DequantizeLinear" or node.op_type in VIEWS:  # stored are the integers, or what is shown
+        if node.op_type == "DequantizeLinear" or node.op_type in VIEWS:
             tensors[name] = Tensor(name, own.elements, source.item_bytes, source.eight_bit, source.constant)
         elif node.op_type == "Constant" or (node.input and all(tensors[given].constant for given in node.input)):
             tensors[name] = Tensor(name, own.elements, own.item_bytes, own.eight_bit, True)
@@ -189,7 +189,7 @@ def _operator_precision(node: onnx.NodeProto, tensors: Mapping[str, Tensor]) -> 
         first, second = (tensors[name] for name in node.input[:2])
         if first.eight_bit and second.eight_bit:
             return "int8"
-        # Integers that only one side has are read as such and multiplied as what the other side is.
+        # If only one side is integers, it is converted to the type of the other.
         return names.get(max(first.item_bytes, second.item_bytes), "fp32")
     kinds = [tensors[name].item_bytes for name in node.output if name]
     return names.get(max(kinds, default=4), "other")
@@ -208,7 +208,7 @@ def _precision(operators: list[Operator]) -> str:
 
 
 def _shapes(model: onnx.ModelProto) -> Sizes:
-    """Type and sizes of every value."""
+    """Type and shape of every value."""
     found = sizes_of(model, "the graph")
     for info in model.graph.input:
         if info.name not in found:

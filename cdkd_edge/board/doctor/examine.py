@@ -1,14 +1,16 @@
-"""All probes, in the order of the report."""
+"""The examination of a machine: board, packages, power service, memory and disk."""
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+import pwd
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cdkd_edge.board.doctor import board, resources, service
-from cdkd_edge.board.doctor.finding import FAIL, OK, WARN, Finding
-from cdkd_edge.board.doctor.service import User
+from cdkd_edge.board.doctor import FAIL, OK, WARN, Diagnosis, Finding
 from cdkd_edge.board.doctor.software import (
     Software,
     probe_binding,
@@ -19,24 +21,39 @@ from cdkd_edge.board.doctor.software import (
     probe_tensorrt,
     read_software,
 )
+from cdkd_edge.board.jetson import (
+    CONFIG,
+    MODEL,
+    RELEASE,
+    GpuLimits,
+    Text,
+    current_mode,
+    default_mode,
+    generation,
+    gpu_clock,
+    gpu_folder,
+    installed_jetpack,
+    is_jetson,
+    jetson_linux,
+    mode_of,
+    parse_modes,
+    read,
+    resolve,
+)
+from cdkd_edge.board.modes import pending_restore
+from cdkd_edge.core.errors import BoardError, printable
 
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """All findings."""
-
-    findings: tuple[Finding, ...]
-
-    @property
-    def failed(self) -> tuple[Finding, ...]:
-        """What does not work."""
-        return tuple(finding for finding in self.findings if finding.status == FAIL)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Findings by status."""
-        counted = Counter(finding.status for finding in self.findings)
-        return {status: counted[status] for status in (OK, WARN, FAIL)}
+JETPACK_HINT = "flash JetPack 6.1 or newer (NVIDIA SDK Manager): it has TensorRT 10.3"
+SOCKET = "/run/jtop.sock"
+_MANAGED = 38
+"""Jetson Linux from which on the system is Ubuntu 24.04, whose pip refuses to install into the system's Python without
+``--break-system-packages`` (PEP 668). That of JetPack 6 does not know the option."""
+GIB = 1 << 30
+BUILD_BYTES = 4 * GIB
+"""Free memory with which a build of the paper's network has room on a board with shared memory; an estimate."""
+RUN_BYTES = 1 * GIB
+"""Below it neither a build nor a scene can be expected to run."""
+_SWAP = "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && sudo swapon /swapfile"
 
 
 def examine(
@@ -50,26 +67,309 @@ def examine(
         software: what is installed. Default: asked of this Python, with child processes.
         user: who asks. Default: the user of this process.
     """
-    asks_jtop = service.socket_exists(root)
+    asks_jtop = socket_exists(root)
     software = software or read_software(ask_jtop=asks_jtop)
-    user = user or service.current_user()
+    user = user or current_user()
     return Diagnosis(
         (
-            board.probe_board(root),
-            board.probe_jetpack(root),
+            probe_board(root),
+            probe_jetpack(root),
             probe_python(root, software),
             probe_packages(software),
             probe_gpu(root, software),
             probe_cuda(root, software),
             probe_tensorrt(root, software),
             probe_binding(software),
-            service.probe_jtop_service(root, software),
-            service.probe_jtop_group(root, user),
-            board.probe_power_mode(root, software.nvpmodel),
-            board.probe_clocks(root),
-            board.probe_restore(root),
-            resources.probe_memory(root),
-            resources.probe_swap(root),
-            resources.probe_disk(workspace),
+            probe_jtop_service(root, software),
+            probe_jtop_group(root, user),
+            probe_power_mode(root, software.nvpmodel),
+            probe_clocks(root),
+            probe_restore(root),
+            probe_memory(root),
+            probe_swap(root),
+            probe_disk(workspace),
         )
     )
+
+
+# --- the board ------------------------------------------------------------------------------------
+
+
+def probe_board(root: Path) -> Finding:
+    """Which machine it is."""
+    model = read(root, MODEL)
+    if model.text:
+        return Finding(
+            "board", OK, printable(model.text), data={"model": printable(model.text), "jetson": is_jetson(root)}
+        )
+    if model.reason:
+        return Finding("board", WARN, f"{MODEL} cannot be read: {model.reason}", data={"jetson": is_jetson(root)})
+    text = "a Jetson whose device tree is not visible" if is_jetson(root) else "no device tree: not a Jetson"
+    return Finding("board", OK, text, data={"model": None, "jetson": is_jetson(root)})
+
+
+def probe_jetpack(root: Path) -> Finding:
+    """Jetson Linux and JetPack: TensorRT 10.3 is needed, which came with JetPack 6.1 (R36.4)."""
+    name = "JetPack"
+    if not is_jetson(root):
+        return Finding(name, OK, "not a Jetson: not needed", data={"l4t": None})
+    release = jetson_linux(root)
+    if release is None:
+        file = read(root, RELEASE)
+        said = file.reason or ("says no release" if file.text is not None else "does not exist")
+        mend = f"in a container: docker run -v {RELEASE}:{RELEASE}:ro ..." if file.text is None else JETPACK_HINT
+        return Finding(name, WARN, f"{RELEASE}: {said}", mend, {"l4t": None})
+    major, l4t = release
+    jetpack = installed_jetpack(root)
+    data = {"l4t": l4t, "jetpack": jetpack}
+    text = f"Jetson Linux {l4t}, " + (f"nvidia-jetpack {jetpack}" if jetpack else f"of JetPack {generation(major)}")
+    if _numbers(l4t) < (36, 4):
+        return Finding(name, FAIL, f"{text}: its TensorRT is older than 10.3", JETPACK_HINT, data)
+    return Finding(name, OK, text, data=data)
+
+
+def probe_power_mode(root: Path, asked: str | None = None) -> Finding:
+    """The power mode, and whether another one lets the GPU do more.
+
+    Args:
+        root: of the tree.
+        asked: what ``nvpmodel -q`` answered, if it was asked; else its status file is read.
+    """
+    name = "power mode"
+    if not is_jetson(root):
+        return Finding(name, OK, "not a Jetson: none")
+    config = read(root, CONFIG)
+    if config.text is None:
+        said = config.reason or "does not exist"
+        return Finding(name, WARN, f"/etc/nvpmodel.conf: {said}", "sudo apt install --reinstall nvidia-l4t-nvpmodel")
+    modes = parse_modes(config.text)
+    data: dict[str, Any] = {
+        "modes": [{"id": mode.id, "name": mode.name} for mode in modes],
+        "default": default_mode(config.text),
+    }
+    if not modes:
+        mend = "sudo apt install --reinstall nvidia-l4t-nvpmodel"
+        return Finding(name, WARN, "/etc/nvpmodel.conf names no power mode", mend, data)
+    number = current_mode(root, asked)
+    current = mode_of(tuple(modes), number)
+    if current is None:
+        said = "is not known" if number is None else f"{number} is not in /etc/nvpmodel.conf"
+        return Finding(name, WARN, f"the current mode {said}", "sudo nvpmodel -q", data)
+    top = _highest(read(root, f"{gpu_folder(root)}/available_frequencies"))
+    best = max(modes, key=lambda mode: modes[mode].rate(top))
+    data |= {"id": current.id, "mode": current.name}
+    text = f"{current}{_gpu_text(modes[current])}"
+    if modes[best].rate(top) > modes[current].rate(top):
+        more = f"{best.name} lets the GPU do more"
+        return Finding(name, WARN, f"{text}; {more}", f"sudo nvpmodel -m {best.id}", data)
+    return Finding(name, OK, text, data=data)
+
+
+def probe_clocks(root: Path) -> Finding:
+    """The GPU's clock, and whether it is held at its maximum (`jetson_clocks`)."""
+    name = "clocks"
+    if not is_jetson(root):
+        return Finding(name, OK, "not a Jetson: set by the driver")
+    folder, files = gpu_folder(root), gpu_clock(root)
+    hertz = {key: file.number for key, file in files.items()}
+    data = {f"{key}_hz": value for key, value in hertz.items()}
+    low, now, high = hertz["min"], hertz["cur"], hertz["max"]
+    if low is None or high is None or high <= 0:
+        said = next((file.reason for file in files.values() if file.reason), "not there, or no numbers")
+        return Finding(name, WARN, f"{folder}: {said}", "sudo jetson_clocks --show", data)
+    text = f"GPU at {now / 1e6:.0f} MHz, " if now is not None else "GPU "
+    if low < high:
+        text += f"free between {low / 1e6:.0f} and {high / 1e6:.0f} MHz; measurements vary more than with fixed clocks"
+        return Finding(name, WARN, text, "sudo jetson_clocks", data)
+    return Finding(name, OK, f"{text}held at {high / 1e6:.0f} MHz", data=data)
+
+
+def probe_restore(root: Path) -> Finding:
+    """Power mode and clocks that a killed `bench --set-mode` or `--max-clocks` has left changed."""
+    name = "to be put back"
+    if not is_jetson(root):
+        return Finding(name, OK, "not a Jetson: nothing")
+    try:
+        left = pending_restore(root)
+    except BoardError as error:
+        return Finding(name, WARN, error.message, error.hint)
+    if left is None:
+        return Finding(name, OK, "nothing", data={"since": None})
+    data = {
+        "since": left.since,
+        "mode": {"id": left.mode.id, "name": left.mode.name} if left.mode else None,
+        "clocks": str(left.clocks) if left.clocks else None,
+    }
+    return Finding(name, WARN, printable(str(left)), " && ".join(left.commands), data)
+
+
+def _numbers(l4t: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", l4t))
+
+
+def _highest(frequencies: Text) -> int | None:
+    numbers = [int(word) for word in (frequencies.text or "").split() if word.isdigit()]
+    return max(numbers, default=None)
+
+
+def _gpu_text(limits: GpuLimits) -> str:
+    parts = [f"{limits.multiprocessors} multiprocessors"] if limits.multiprocessors else []
+    parts += [f"GPU at most {limits.hertz / 1e6:.0f} MHz"] if limits.hertz else []
+    return f", {', '.join(parts)}" if parts else ""
+
+
+# --- the service that measures power --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class User:
+    """Who asks."""
+
+    name: str
+    uid: int
+    groups: frozenset[int]
+    """Numbers of the groups that this process has."""
+
+
+def current_user() -> User:
+    """The user of this process."""
+    uid = os.geteuid()
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        name = str(uid)
+    return User(name, uid, frozenset((*os.getgroups(), os.getegid())))
+
+
+def socket_exists(root: Path) -> bool:
+    """Whether jtop's service has opened its socket."""
+    try:
+        return resolve(root, SOCKET).exists()
+    except OSError:
+        return False
+
+
+def probe_jtop_service(root: Path, software: Software) -> Finding:
+    """Client, service, and whether the service answers with a measured rail."""
+    name, version = "jtop service", software.packages.get("jetson-stats")
+    data = {"client": version, "socket": socket_exists(root), **software.jtop}
+    if not is_jetson(root):
+        return Finding(name, OK, "not a Jetson: not needed", data=data)
+    if not socket_exists(root):
+        mend = "sudo systemctl restart jtop.service" if version else _install(root)
+        missing = "" if version else ", jetson-stats is not installed in this Python"
+        return Finding(name, WARN, f"does not run ({SOCKET} is not there){missing}", mend, data)
+    if version is None:
+        return Finding(
+            name,
+            WARN,
+            "runs, but jetson-stats is not installed in this Python",
+            "pip install 'cdkd-edge[jetson]'",
+            data,
+        )
+    if "error" in software.jtop or not software.jtop:
+        said = printable(str(software.jtop.get("error", "was not asked")))
+        return Finding(name, WARN, f"jetson-stats {version} does not get an answer: {said}", _install(root), data)
+    rail = software.jtop.get("rail")
+    if rail != "VDD_IN" and "AGX Orin" in (read(root, MODEL).text or ""):
+        text = f"jetson-stats {version} answers; an AGX Orin has no VDD_IN, its power is read from its INA3221 chips"
+        return Finding(name, OK, text, data=data)
+    if rail != "VDD_IN":
+        total = printable(str(rail)) if rail else "missing"
+        text = f"answers, but its total is {total} and not VDD_IN, the module's input"
+        return Finding(name, WARN, text, _install(root), data)
+    return Finding(name, OK, f"jetson-stats {version} answers, VDD_IN is measured", data=data)
+
+
+def probe_jtop_group(root: Path, user: User) -> Finding:
+    """Whether the user may talk to the service."""
+    name = "jtop group"
+    if not is_jetson(root):
+        return Finding(name, OK, "not a Jetson: not needed")
+    if user.uid == 0:
+        return Finding(name, OK, "root needs none")
+    groups = read(root, "/etc/group")
+    entry = _group(groups.text or "", "jtop")
+    if entry is None:
+        said = f"/etc/group: {groups.reason}" if groups.reason else "there is no group jtop"
+        mend = f"sudo groupadd -f jtop && sudo usermod -aG jtop {user.name} && sudo systemctl restart jtop.service"
+        return Finding(name, WARN, said, mend)
+    number, members = entry
+    if number in user.groups:
+        return Finding(name, OK, f"{user.name} is a member", data={"gid": number})
+    if user.name in members:
+        text = f"{user.name} is a member since after logging in"
+        return Finding(name, WARN, text, "log out and in again, or: newgrp jtop", {"gid": number})
+    return Finding(name, WARN, f"{user.name} is not a member", f"sudo usermod -aG jtop {user.name}", {"gid": number})
+
+
+def _install(root: Path) -> str:
+    release = jetson_linux(root)
+    option = "--break-system-packages " if release and release[0] >= _MANAGED else ""
+    return f"sudo pip3 install {option}-U jetson-stats && sudo systemctl restart jtop.service"
+
+
+def _group(text: str, name: str) -> tuple[int, frozenset[str]] | None:
+    for line in text.splitlines():
+        fields = line.split(":")
+        if len(fields) == 4 and fields[0] == name and fields[2].isdigit():
+            return int(fields[2]), frozenset(filter(None, fields[3].split(",")))
+    return None
+
+
+# --- memory and disk ------------------------------------------------------------------------------
+
+
+def probe_memory(root: Path) -> Finding:
+    """Memory that is free just now."""
+    info = read(root, "/proc/meminfo")
+    total, free = (_kilobytes(info.text or "", key) for key in ("MemTotal", "MemAvailable"))
+    if total is None or free is None:
+        return Finding("memory", WARN, f"/proc/meminfo: {info.reason or 'does not say'}", "free -h")
+    data = {"total_bytes": total, "available_bytes": free}
+    text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    mend = "sudo systemctl isolate multi-user.target" if is_jetson(root) else "ps aux --sort=-rss | head"
+    if free < RUN_BYTES:
+        return Finding("memory", FAIL, f"{text}: too little for an engine", mend, data)
+    if free < BUILD_BYTES:
+        return Finding("memory", WARN, f"{text}: a build may run out of it", mend, data)
+    return Finding("memory", OK, text, data=data)
+
+
+def probe_swap(root: Path) -> Finding:
+    """Swap, which lets a board's builder finish where memory is short."""
+    swaps = read(root, "/proc/swaps")
+    if swaps.text is None:
+        return Finding("swap", WARN, f"/proc/swaps: {swaps.reason or 'does not exist'}", "swapon --show")
+    sizes = [
+        int(words[2]) for line in swaps.text.splitlines()[1:] if len(words := line.split()) >= 5 and words[2].isdigit()
+    ]
+    total = sum(sizes) * 1024
+    memory = _kilobytes(read(root, "/proc/meminfo").text or "", "MemTotal") or 0
+    data = {"bytes": total, "areas": len(sizes)}
+    if total:
+        kind = " (zram, compressed memory)" if swaps.text.count("/zram") == len(sizes) else ""
+        return Finding("swap", OK, f"{total / GIB:.1f} GiB{kind}", data=data)
+    if is_jetson(root) or memory < 8 * GIB:
+        return Finding("swap", WARN, "none: a build that runs out of memory is killed", _SWAP, data)
+    return Finding("swap", OK, "none", data=data)
+
+
+def probe_disk(folder: Path) -> Finding:
+    """Space where the workspace is."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Finding("disk", FAIL, f"{folder}: {error.strerror}", "name another --workspace")
+    data = {"path": str(folder), "free_bytes": free}
+    text = f"{free / GIB:.1f} GiB free in {folder.absolute()}"
+    if free < GIB:
+        return Finding("disk", FAIL, text, f"du -xh {folder.absolute()} | sort -h | tail", data)
+    if free < 5 * GIB:
+        return Finding("disk", WARN, f"{text}: little for engines and label maps", "sudo apt clean", data)
+    return Finding("disk", OK, text, data=data)
+
+
+def _kilobytes(text: str, key: str) -> int | None:
+    match = re.search(rf"^{key}:\s*(\d+) kB", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None

@@ -1,23 +1,27 @@
-"""Python, packages, TensorRT, CUDA: what is installed, and whether it works."""
+"""Python, packages, TensorRT, CUDA: what is installed, and whether it works.
+
+What only an import can tell is asked in a child process, ``python -m cdkd_edge.board.doctor.software gpu``: a driver
+may crash or hang, TensorRT is large, and importing jtop changes multiprocessing for the whole process.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.board.doctor.finding import FAIL, OK, WARN, Finding
-from cdkd_edge.board.jetson import is_jetson, jetson_linux
-from cdkd_edge.board.tree import read
+from cdkd_edge.board.doctor import FAIL, OK, WARN, Finding
+from cdkd_edge.board.jetson import is_jetson, jetson_linux, read
 from cdkd_edge.core.errors import printable
 from cdkd_edge.core.process import child_environment, kill_session, module_command
 
@@ -41,7 +45,7 @@ class Software:
     packages: Mapping[str, str | None]
     """Versions; None where a package is not installed."""
     gpu: Mapping[str, Any] = field(default_factory=dict)
-    """Answers of :mod:`cdkd_edge.board.doctor.child`; with ``error`` where something does not work."""
+    """Answers to :data:`QUESTIONS`; with ``error`` where something does not work."""
     tensorrt: Mapping[str, Any] = field(default_factory=dict)
     cuda: Mapping[str, Any] = field(default_factory=dict)
     jtop: Mapping[str, Any] = field(default_factory=dict)
@@ -57,7 +61,7 @@ class Software:
 def read_software(*, ask_jtop: bool, timeout: float = TIMEOUT) -> Software:
     """Look at this Python; imports nothing here. ``ask_jtop`` also connects to jtop's service."""
     questions = ["gpu", "tensorrt", "cuda", *(["jtop"] if ask_jtop else [])]
-    commands = {name: module_command("cdkd_edge.board.doctor.child", name) for name in questions}
+    commands = {name: module_command("cdkd_edge.board.doctor.software", name) for name in questions}
     nvpmodel = shutil.which("nvpmodel")
     if nvpmodel:
         commands["nvpmodel"] = (nvpmodel, "-q")
@@ -229,3 +233,50 @@ def _answer(said: str | None, timeout: float) -> dict[str, Any]:
         if isinstance(answer, dict):
             return answer
     return {"error": "the process that asked it crashed"}
+
+
+# --- the child process -----------------------------------------------------------------------------
+
+
+def _gpu() -> dict[str, Any]:
+    from cdkd_edge.engines.tensorrt.find import NoGpu, find_gpu
+
+    found = find_gpu()
+    return {"error": found.reason} if isinstance(found, NoGpu) else dataclasses.asdict(found)
+
+
+def _tensorrt() -> dict[str, Any]:
+    from cdkd_edge.engines.tensorrt.find import find_tensorrt
+
+    found = find_tensorrt()
+    return {"kind": found.kind, "version": found.version, "name": found.name}
+
+
+def _cuda() -> dict[str, Any]:
+    from cdkd_edge.engines.cuda.gpu import open_gpu
+
+    return dataclasses.asdict(open_gpu().info)
+
+
+def _jtop() -> dict[str, Any]:
+    import jtop  # type: ignore[import-not-found,unused-ignore]
+
+    with jtop.jtop() as client:
+        total = client.power.get("tot", {}) if client.ok() else {}
+        return {"version": str(jtop.__version__), "rail": total.get("name")}
+
+
+QUESTIONS: dict[str, Callable[[], dict[str, Any]]] = {"gpu": _gpu, "tensorrt": _tensorrt, "cuda": _cuda, "jtop": _jtop}
+
+
+def main() -> None:
+    """The child process: print one line of JSON, the answer to the question that is the only argument."""
+    try:
+        answer = QUESTIONS[sys.argv[1]]()
+    except Exception as error:  # whatever a driver or a service throws is the answer
+        answer = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+    print("\n" + json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,15 @@
-"""Watts over time to joules, with what is not known.
+"""Samples over time, and joules from them with an error bound.
 
-Between two readings power is taken to change linearly (trapezoid rule over the actual moments). Windows are phases,
-and power jumps where a phase begins or ends: from the edge to the nearest reading inside, that reading stands for
-itself, and a line to the reading outside, which belongs to another phase, is not drawn. (Drawn, it puts up to half an
-interval of load into idle: 3.8 % too much in 3 s of idling at 5.74 W before a load of 18.95 W, sampled at 10 Hz.) A
-reading so close to an edge that it may belong to either side counts for none. Across a gap nothing is taken: its time
-is not covered, and joules are those of the covered time. A counter's joules are differences of its readings; at the
-edges its step goes on at the pace of the step inside. A gap within a counter loses nothing.
+Power is taken to change linearly between two readings: the trapezoid rule over the actual moments. A window is a phase
+of a run, and power jumps where a phase begins or ends. So between an edge and the nearest reading inside, that reading
+stands for itself; the line to the reading outside belongs to another phase and is not drawn. (Drawn, it puts up to half
+an interval of load into idle: 3.8 % too much in 3 s of idling at 5.74 W before a load of 18.95 W, sampled at 10 Hz.) A
+reading so close to an edge that it may belong to either side is not used. A gap is left out: its time is not covered,
+and joules are those of the covered time. Joules of a counter are differences of its readings; at the edges its step
+continues at the pace of the step inside. A gap within a counter loses nothing.
 
 ``bound`` says by how much the joules of the covered time may be wrong through sampling, and :func:`bound_holds` for
-which loads. Between two readings of watts a load may do anything, so without an assumption there is no bound:
+which loads. Between two readings of watts a load may do anything, so a bound needs an assumption:
 
 - Watts at regular moments: the sum over steps of 1/2 dt |P2 - P1|. It holds if power between two readings stays between
   them. A load that changes in step with the readings looks constant, and is wrong by any amount.
@@ -26,14 +26,107 @@ uncertainty of the two moments. The sensor's own accuracy is in none of them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from cdkd_edge.board.power.protocol import WATTS, SourceInfo
-from cdkd_edge.board.power.trace import Gap, Phase, Trace
+from cdkd_edge.board.power.protocol import WATTS, Sample, SourceInfo
 
 Series = list[tuple[float, float, float]]
-"""Moment, value, uncertainty."""
+"""Moment, value, uncertainty of each reading."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A time without readings. It is reported and never filled."""
+
+    start: float
+    stop: float
+    missed: int
+    """Readings that should have come in it, one in an interval."""
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A fault while sampling."""
+
+    time: float
+    """When it was noticed, s on CLOCK_MONOTONIC."""
+    kind: str
+    """``rail``, ``unreadable``, ``stalled``, ``interval``, ``lost`` (the source) or ``died`` (the sampling process)."""
+    message: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything that was sampled."""
+
+    source: SourceInfo
+    samples: tuple[Sample, ...]
+    problems: tuple[Problem, ...]
+    start: float
+    """When sampling had begun, s on CLOCK_MONOTONIC."""
+    stop: float
+
+    @property
+    def rate(self) -> float | None:
+        """Readings per second that were reached; None below two readings."""
+        if len(self.samples) < 2:
+            return None
+        return (len(self.samples) - 1) / (self.samples[-1].time - self.samples[0].time)
+
+    @property
+    def late(self) -> int:
+        """Readings that came more than half an interval late."""
+        limit = 1.5 * self.source.nominal_interval
+        return sum(b.time - a.time > limit for a, b in pairwise(self.samples))
+
+    def around(self, rail: str, start: float, stop: float) -> Trace:
+        """The part between two moments, with two readings of a rail before and two after, each clear of the moment."""
+        first = bisect_left(self.samples, start, key=lambda one: one.time)
+        last = bisect_right(self.samples, stop, key=lambda one: one.time)
+        before = after = 0
+        while first > 0 and before < 2:
+            first -= 1
+            one = self.samples[first]
+            before += rail in one.values and start - one.time >= one.uncertainty
+        while last < len(self.samples) and after < 2:
+            one = self.samples[last]
+            after += rail in one.values and one.time - stop >= one.uncertainty
+            last += 1
+        return replace(self, samples=self.samples[first:last])
+
+    def series(self, rail: str) -> list[tuple[float, float, float]]:
+        """(time, value, uncertainty) of a rail, where it could be read."""
+        return [(one.time, one.values[rail], one.uncertainty) for one in self.samples if rail in one.values]
+
+    def gaps(self, rail: str | None = None, start: float | None = None, stop: float | None = None) -> tuple[Gap, ...]:
+        """Where readings are missing, at both ends too.
+
+        Args:
+            rail: look at readings of this rail alone. Default: at readings of any rail.
+            start: where to begin. Default: the start of the trace.
+            stop: where to end. Default: the end of the trace.
+        """
+        begin, end = self.start if start is None else start, self.stop if stop is None else stop
+        times = [one.time for one in self.samples if rail is None or rail in one.values]
+        # What comes before the first and after the last reading is missing too.
+        ends = [-float("inf"), *times, float("inf")]
+        found = []
+        for before, after in pairwise(ends):
+            a, b = max(before, begin), min(after, end)
+            if after - before > self.source.longest_step and b > a:
+                known = (before > -float("inf")) + (after < float("inf"))
+                # The edges of a trace lie up to one interval from a reading.
+                if known < 2 and b - a <= self.source.longest_step:
+                    continue
+                found.append(Gap(a, b, max(1, round((b - a) / self.source.nominal_interval) - 1)))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -42,15 +135,15 @@ class RailEnergy:
 
     rail: str
     joules: float
-    """Of the covered time."""
+    """In the covered time."""
     seconds: float
-    """Of the window."""
+    """Length of the window."""
     covered: float
     """Seconds of it that lie between readings."""
     bound: float
-    """Joules; see the module, and :func:`bound_holds`."""
+    """Joules that the figure may be wrong by; see the module and :func:`bound_holds`."""
     readings: int
-    """That lie in the window."""
+    """Readings in the window."""
     gaps: tuple[Gap, ...]
 
     @property
@@ -64,35 +157,6 @@ class RailEnergy:
         return self.covered / self.seconds
 
 
-@dataclass(frozen=True)
-class LoadEnergy:
-    """A rail under load, against idle."""
-
-    rail: str
-    idle: RailEnergy
-    load: RailEnergy
-
-    @property
-    def net_watts(self) -> float:
-        """Load without idle."""
-        return self.load.watts - self.idle.watts
-
-    @property
-    def gross_joules(self) -> float:
-        """Of the load's covered time."""
-        return self.load.joules
-
-    @property
-    def net_joules(self) -> float:
-        """Of the load's covered time, without what idling would have taken in it."""
-        return self.load.joules - self.idle.watts * self.load.covered
-
-    @property
-    def net_bound(self) -> float:
-        """Joules by which ``net_joules`` may be wrong, as ``bound``."""
-        return self.load.bound + self.idle.bound / self.idle.covered * self.load.covered
-
-
 def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnergy | None:
     """Energy of a rail between two moments; None where no time between them is covered.
 
@@ -100,7 +164,7 @@ def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnerg
         trace: what was sampled, best from before ``start`` to after ``stop``.
         rail: its name.
         start: s on CLOCK_MONOTONIC.
-        stop: likewise, later.
+        stop: later than ``start``, on the same clock.
 
     Raises:
         ValueError: the window is empty.
@@ -116,7 +180,7 @@ def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnerg
         if index not in inner or (abs(t - start) >= u and abs(t - stop) >= u)
     ]
     if trace.source.quantity == WATTS:
-        longest, random = trace.longest_step, trace.source.random_moments
+        longest, random = trace.source.longest_step, trace.source.random_moments
         joules, covered, bound = _of_watts(clear, start, stop, longest, random)
     else:
         joules, covered, bound = _of_counter(clear, start, stop)
@@ -187,12 +251,3 @@ def _of_counter(series: Series, start: float, stop: float) -> tuple[float, float
         joules += part
         bound += max(part, change - part) + change / (t2 - t1) * uncertainty
     return joules, covered, bound
-
-
-def load_energy(trace: Trace, rail: str, idle: Phase, load: Phase) -> LoadEnergy | None:
-    """A rail in two phases; None where one of them is not covered at all."""
-    of_idle = rail_energy(trace, rail, idle.start, idle.stop)
-    of_load = rail_energy(trace, rail, load.start, load.stop)
-    if of_idle is None or of_load is None:
-        return None
-    return LoadEnergy(rail, of_idle, of_load)

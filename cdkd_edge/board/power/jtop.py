@@ -1,7 +1,7 @@
-"""A Jetson's rails through jetson-stats (``jtop``). Only the sampling process imports this module's subject.
+"""A Jetson's rails through the service of jetson-stats (``jtop``).
 
-Importing jtop sets multiprocessing's start method for the whole process, and connecting may block for good; therefore
-nothing else does it. Traps this module knows, each with a test:
+Only the sampling process imports jtop: that sets multiprocessing's start method for the whole process, and connecting
+may block for good. Traps that this module avoids, each with a test:
 
 - ``power["tot"]`` is VDD_IN only if its name says so. When VDD_IN cannot be read it silently becomes the sum of the
   others.
@@ -28,7 +28,6 @@ from typing import Any
 from cdkd_edge.board.power.ina3221 import COVERS, MOST_WATTS, TOTAL
 from cdkd_edge.board.power.protocol import (
     MODULE,
-    UNROUND,
     WATTS,
     LostSourceError,
     Sample,
@@ -36,6 +35,11 @@ from cdkd_edge.board.power.protocol import (
     UnusableSourceError,
 )
 
+UNROUND = 0.953
+"""Share of the interval that the service is asked for, so that readings are not in step with the load: what ripples
+comes from timers and regulators, in round numbers of hertz, and readings in step with a ripple see one phase of it. At
+this rate (10.49 Hz for 10) the phases of all multiples pass by within seconds. A ripple of just this rate still does
+not show; only moments drawn at random are in step with nothing."""
 ATTEMPTS = 3
 """To connect: a service that is slow to make its first measurement refuses with 'Error connection'."""
 MIN_INTERVAL = 0.02

@@ -1,7 +1,6 @@
 """Desktop and server GPUs, through NVIDIA's management library (package ``nvidia-ml-py``, optional).
 
-On a Jetson NVML initialises and then answers every power query with NotSupported; so a source is only what has
-answered.
+On a Jetson NVML initialises and then answers every power query with NotSupported: ``probe`` takes an actual reading.
 Source: https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html
 """
 

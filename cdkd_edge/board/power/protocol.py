@@ -1,13 +1,13 @@
-"""What a source of power is: named rails, a moment for every reading, and what the figure covers.
+"""What a power source is: named rails, a moment for every reading, and what the figures cover.
 
-Sources are read in a process of their own (:mod:`cdkd_edge.board.power.sampler_child`); nothing else opens one.
+Sources are opened in a process of their own, :mod:`cdkd_edge.board.power.sampler_child`, and nowhere else.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 WATTS = "watts"
 JOULES = "joules"
@@ -18,18 +18,17 @@ MODULE_RAILS = "rails of a module"
 GPU_BOARD = "GPU board"
 CPU_PACKAGE = "CPU package"
 
-SOURCES = ("jtop", "ina3221", "nvml", "rapl")
-"""In the order in which they are tried."""
+LEFT_OUT = {GPU_BOARD: "CPU", CPU_PACKAGE: "GPU"}
+"""The processor that figures of a scope do not cover."""
 
-UNROUND = 0.953
-"""jtop is asked for readings of watts in this share of the interval. Readings in step with a ripple of the load see one
-phase of it, and their mean is wrong by up to its amplitude. What ripples comes from timers and regulators, in round
-numbers of hertz; at this rate (10.49 Hz for 10) the phases of all their multiples pass by within seconds. A ripple of
-just this rate, or a multiple, still does not show: only moments drawn at random are in step with nothing."""
+
+def longest_step(interval: float) -> float:
+    """Seconds between two readings above which there is a gap: three intervals and a fifth of a second."""
+    return 3 * interval + 0.2
 
 
 class UnusableSourceError(Exception):
-    """A source cannot be used: why, and the next step. Stays inside the sampling process."""
+    """A source cannot be used. Raised and caught inside the sampling process."""
 
     def __init__(self, reason: str, hint: str | None = None) -> None:
         super().__init__(reason)
@@ -38,7 +37,7 @@ class UnusableSourceError(Exception):
 
 
 class LostSourceError(Exception):
-    """A source that worked has gone for good. Stays inside the sampling process."""
+    """A source that worked has gone for good. Raised and caught inside the sampling process."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,18 @@ class SourceInfo:
     """A source that has answered a reading."""
 
     name: str
-    """One of ``SOURCES``."""
+    """A key of :data:`cdkd_edge.board.power.sources.SOURCES`."""
     scope: str
-    """What figures may be compared with: this module's constants; never across scopes."""
+    """What the figures cover, as a constant of this module. Figures of different scopes cannot be compared."""
     covers: str
-    """The same in a sentence."""
+    """What the figures cover, in words."""
     quantity: str
-    """Of the readings: ``watts``, or ``joules`` of a counter that never decreases."""
+    """``watts``, or ``joules`` of a counter that never decreases."""
     rails: tuple[str, ...]
     total: str | None
     """The rail that contains the others; None where there is none."""
     interval: float
-    """Seconds between readings that were asked for; watts may be read more often."""
+    """Requested seconds between readings; watts may be read more often."""
     source_interval: float | None = None
     """Seconds between the source's own updates, where it says so."""
     random_moments: bool = False
@@ -69,9 +68,14 @@ class SourceInfo:
         """Seconds between readings that can be expected."""
         return max(self.interval, self.source_interval or 0.0)
 
+    @property
+    def longest_step(self) -> float:
+        """Seconds between two of its readings above which there is a gap."""
+        return longest_step(self.nominal_interval)
+
     @classmethod
     def from_event(cls, event: dict[str, Any]) -> SourceInfo:
-        """From the sampling process's ``started``."""
+        """From the ``started`` event of the sampling process."""
         fields = {item.name: event[item.name] for item in dataclasses.fields(cls) if item.name in event}
         return cls(**{**fields, "rails": tuple(event["rails"]), "notes": tuple(event["notes"])})
 
@@ -98,16 +102,17 @@ class Reader(Protocol):
     total: str | None
 
     def read(self) -> dict[str, float]:
-        """Watts, or joules since some fixed moment, per rail. What cannot be read is absent.
+        """Watts, or joules since some fixed moment, per rail. A rail that cannot be read is absent.
 
         Raises:
             OSError, ValueError: nothing can be read now.
         """
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the device."""
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Something that hands out samples at its own pace."""
 
@@ -121,4 +126,4 @@ class Stream(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the device."""

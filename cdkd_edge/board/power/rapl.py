@@ -14,7 +14,7 @@ from cdkd_edge.board.power.protocol import CPU_PACKAGE, JOULES
 POWERCAP = Path("/sys/class/powercap")
 
 
-class RaplSource:
+class RaplReader:
     """Energy of each CPU package."""
 
     name = "RAPL"
@@ -31,7 +31,7 @@ class RaplSource:
         self._total = dict.fromkeys(zones, 0)
 
     @classmethod
-    def probe(cls, root: Path = POWERCAP) -> tuple[RaplSource | None, str]:
+    def probe(cls, root: Path = POWERCAP) -> tuple[RaplReader | None, str]:
         """Find packages by an actual reading.
 
         Returns:

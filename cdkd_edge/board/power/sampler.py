@@ -1,20 +1,20 @@
-"""The sampling process seen from outside: start it, mark phases, hear of trouble, stop it and have the trace."""
+"""Sampling power in a process of its own: start it, watch it, take the trace; and which sources answer here."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from cdkd_edge.board.power.protocol import Sample, SourceInfo
-from cdkd_edge.board.power.trace import Phase, Problem, Trace
+from cdkd_edge.board.power.energy import Problem, Trace
+from cdkd_edge.board.power.protocol import WATTS, Sample, SourceInfo
+from cdkd_edge.board.power.sources import SOURCES
 from cdkd_edge.core.errors import PowerError, UsageError
 from cdkd_edge.core.process import end_children, events, last_words, module_command, start_child, tail_of
 
@@ -26,16 +26,9 @@ STOP_TIMEOUT = 2.0
 
 
 class PowerSampler:
-    """Samples of one source from a process of their own, on the clock of ``time.monotonic`` and ``time.perf_counter``.
+    """Samples of one source, on the clock of ``time.monotonic`` and ``time.perf_counter``.
 
-    ::
-
-        with PowerSampler("jtop") as sampler:
-            with sampler.phase("idle"):
-                ...
-        energy = rail_energy(sampler.trace(), "VDD_IN", ...)
-
-    Sampling goes on until ``stop``; what has been heard stays valid whatever happens to the process.
+    Sampling lasts until :meth:`stop`; samples that have arrived stay valid whatever happens to the process.
     """
 
     def __init__(
@@ -49,23 +42,21 @@ class PowerSampler:
         """Prepare; nothing is started.
 
         Args:
-            source: one of ``cdkd_edge.board.power.protocol.SOURCES``.
+            source: a key of :data:`cdkd_edge.board.power.sources.SOURCES`.
             interval: seconds between samples.
             sys_root: where ``/sys`` is, for sources that read files.
             command: the process, for tests.
 
         Raises:
-            UsageError: the interval is not a time.
+            UsageError: the interval is not positive.
         """
         if not 0 < interval < math.inf:
-            raise UsageError(f"an interval of {interval:g} s")
+            raise UsageError(f"--interval must be a positive number of seconds, not {interval:g}")
         self.source = source
         self.info: SourceInfo | None = None
         """Once started."""
         self._command = (*command, "--source", source, "--interval", str(interval), "--sys", str(sys_root))
         self._samples: list[Sample] = []
-        self._phases: list[Phase] = []
-        self._open_phase: tuple[str, float] | None = None
         self._problems: list[Problem] = []
         self._refusal: dict[str, Any] = {}
         self._answered = threading.Event()
@@ -121,42 +112,25 @@ class PowerSampler:
             raise PowerError(str(refusal.get("reason")), hint=refusal.get("hint"))
         if answered or crashed:
             raise PowerError(f"{self.source}: the sampling process died ({self._last_words()})")
-        hint = "sudo systemctl restart jtop" if self.source == "jtop" else None
-        raise PowerError(f"{self.source}: no answer within {timeout:g} s", hint=hint)
-
-    def mark(self, phase: str | None) -> None:
-        """A phase begins now, and the one before ends; None only ends it."""
-        now = time.monotonic()
-        if self._open_phase is not None:
-            self._phases.append(Phase(self._open_phase[0], self._open_phase[1], now))
-        self._open_phase = None if phase is None else (phase, now)
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A phase around a block; it is marked also if the block fails."""
-        self.mark(name)
-        try:
-            yield
-        finally:
-            self.mark(None)
+        known = SOURCES.get(self.source)
+        raise PowerError(f"{self.source}: no answer within {timeout:g} s", hint=known.if_silent if known else None)
 
     @property
     def samples(self) -> tuple[Sample, ...]:
-        """Heard so far."""
+        """All samples so far."""
         return tuple(self._samples)
 
     def health(self) -> tuple[str, ...]:
-        """What is wrong with the sampling so far, in sentences; empty if all is well."""
+        """Faults so far, one sentence each."""
         troubles = [problem.message for problem in self._problems]
         if self.info is not None and not self._stopping:
             silence = self.silence()
-            limit = 3 * self.info.nominal_interval + 0.2
-            if silence > limit:
+            if silence > self.info.longest_step:
                 troubles.append(f"no sample for {silence:.1f} s")
         return tuple(troubles)
 
     def lost(self) -> str:
-        """Why no sample will come any more; empty while some may."""
+        """Why there will be no more samples; empty while there may be."""
         return next((problem.message for problem in self._problems if problem.kind in ("lost", "died")), "")
 
     def silence(self, rail: str | None = None) -> float:
@@ -167,11 +141,11 @@ class PowerSampler:
         return time.monotonic() - max(self._heard, self._began)
 
     def watts(self) -> dict[str, float]:
-        """Per rail, of the latest sample; of a counter, since the one before."""
+        """Watts per rail in the latest sample; of a counter, between the last two."""
         if self.info is None or not self._samples:
             return {}
         last = self._samples[-1]
-        if self.info.quantity == "watts":
+        if self.info.quantity == WATTS:
             return dict(last.values)
         if len(self._samples) < 2:
             return {}
@@ -184,11 +158,10 @@ class PowerSampler:
         }
 
     def stop(self, patience: float = STOP_TIMEOUT) -> None:
-        """End sampling. Safe to call again, and whatever state the process is in."""
+        """End sampling. May be called again, whatever state the process is in."""
         process, self._stopping = self._process, True
         if process is None or self._ended:
             return
-        self.mark(None)
         self._ended = time.monotonic()
         try:
             end_children([process], patience)
@@ -197,7 +170,7 @@ class PowerSampler:
                 self._listener.join(STOP_TIMEOUT)
 
     def trace(self) -> Trace:
-        """What was heard, until now or until it was stopped.
+        """The samples until now, or until sampling was stopped.
 
         Raises:
             PowerError: sampling has never begun.
@@ -207,7 +180,6 @@ class PowerSampler:
         return Trace(
             source=self.info,
             samples=tuple(self._samples),
-            phases=tuple(self._phases),
             problems=tuple(self._problems),
             start=self._began,
             stop=self._ended or time.monotonic(),
@@ -251,3 +223,129 @@ class PowerSampler:
         assert self._process is not None
         assert self._errors is not None
         return last_words(self._process.poll(), tail_of(self._errors))
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What a source measured for a moment, or why it cannot be used."""
+
+    name: str
+    info: SourceInfo | None
+    """None if it cannot be used."""
+    watts: dict[str, float]
+    """Mean per rail over that time."""
+    rate: float | None
+    """Readings per second that were reached."""
+    problems: tuple[str, ...] = ()
+    reason: str = ""
+    """Why it cannot be used."""
+    hint: str | None = None
+
+
+def find_source(
+    forced: str | None = None,
+    interval: float = 0.1,
+    *,
+    timeout: float = START_TIMEOUT,
+    sys_root: Path = Path("/sys"),
+    command: tuple[str, ...] = COMMAND,
+) -> PowerSampler:
+    """A running sampler of the first source that answers.
+
+    Args:
+        forced: the only source to try.
+        interval: seconds between samples.
+        timeout: seconds for each source to answer.
+        sys_root: where ``/sys`` is.
+        command: the sampling process, for tests.
+
+    Raises:
+        PowerError: none answers, with the reason of each.
+        UsageError: there is no source of that name.
+    """
+    reasons, hint = [], None
+    for name in _names(forced):
+        sampler = PowerSampler(name, interval, sys_root=sys_root, command=command)
+        try:
+            sampler.start(timeout)
+            return sampler
+        except PowerError as error:
+            reasons.append(error.message)
+            hint = error.hint if forced else hint
+    raise PowerError("; ".join(reasons), hint=hint or (None if forced else "cdkd-edge power says what would help"))
+
+
+def list_sources(
+    only: str | None = None,
+    seconds: float = 1.0,
+    interval: float = 0.1,
+    *,
+    timeout: float = START_TIMEOUT,
+    sys_root: Path = Path("/sys"),
+    command: tuple[str, ...] = COMMAND,
+) -> tuple[SourceReport, ...]:
+    """Try all sources at the same time, and measure for a moment with those that answer.
+
+    Args:
+        only: this one alone.
+        seconds: how long to measure.
+        interval: seconds between samples to ask for.
+        timeout: seconds for sources to answer.
+        sys_root: where ``/sys`` is.
+        command: the sampling process, for tests.
+
+    Raises:
+        UsageError: there is no source of that name, or a time is not one.
+    """
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"--seconds must be a number of at least 0, not {seconds:g}")
+    samplers = [PowerSampler(name, interval, sys_root=sys_root, command=command) for name in _names(only)]
+    reports: dict[str, SourceReport] = {}
+    try:
+        deadline = time.monotonic() + timeout
+        for sampler in samplers:
+            sampler.launch()
+        running = []
+        for sampler in samplers:
+            try:
+                sampler.wait_until_started(max(0.0, deadline - time.monotonic()))
+                running.append(sampler)
+            except PowerError as error:
+                reports[sampler.source] = SourceReport(
+                    sampler.source, None, {}, None, reason=error.message, hint=error.hint
+                )
+        time.sleep(seconds if running else 0)
+        for sampler in running:
+            trace = sampler.trace()
+            # At an interval that another client has set, there may be too few readings yet.
+            while len(trace.samples) < 2 and time.monotonic() - trace.start < 3 * trace.source.nominal_interval:
+                time.sleep(0.05)
+                trace = sampler.trace()
+            reports[sampler.source] = SourceReport(
+                sampler.source, sampler.info, mean_watts(trace), trace.rate, sampler.health()
+            )
+    finally:
+        for sampler in samplers:
+            sampler.stop()
+    return tuple(reports[sampler.source] for sampler in samplers)
+
+
+def mean_watts(trace: Trace) -> dict[str, float]:
+    """Per rail, over the whole trace; a rail with too few readings is absent."""
+    means = {}
+    for rail in trace.source.rails:
+        series = trace.series(rail)
+        if trace.source.quantity == WATTS:
+            if series:
+                means[rail] = sum(value for _, value, _ in series) / len(series)
+        elif len(series) > 1 and series[-1][1] >= series[0][1]:
+            means[rail] = (series[-1][1] - series[0][1]) / (series[-1][0] - series[0][0])
+    return means
+
+
+def _names(only: str | None) -> tuple[str, ...]:
+    if only is None:
+        return tuple(SOURCES)
+    if only not in SOURCES:
+        raise UsageError(f"there is no source of power named {only}", hint=f"one of {', '.join(SOURCES)}")
+    return (only,)

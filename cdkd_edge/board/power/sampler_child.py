@@ -1,9 +1,9 @@
-"""The sampling process: one source, JSON lines on stdout, gone when its parent is.
+"""The sampling process: reads one source and writes JSON lines, until its parent ends.
 
 ``python -m cdkd_edge.board.power.sampler_child --source NAME --interval SECONDS``. Lines: ``started`` (the fields of
 :class:`~cdkd_edge.board.power.protocol.SourceInfo`) or ``refused`` (``reason``, ``hint``); then ``sample`` (``time``,
-``uncertainty``, ``values``) and ``problem`` (``time``, ``kind``, ``message``); at last ``lost`` (``message``), if the
-source has gone. It ends when its stdin does. What could not be read is absent; nothing is filled in.
+``uncertainty``, ``values``) and ``problem`` (``time``, ``kind``, ``message``); and ``lost`` (``message``) if the source
+has gone. The process ends when its stdin does. A rail that could not be read is absent; nothing is filled in.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from cdkd_edge.board.power.protocol import (
     Stream,
     UnusableSourceError,
 )
+from cdkd_edge.board.power.sources import SOURCES
 from cdkd_edge.core.process import EventWriter, end_with_stdin, leave
 
 PATIENCE = 5.0
-"""Seconds of nothing but errors after which a polled source is lost."""
+"""Seconds without a reading after which a polled source is lost."""
 OVERSAMPLING = 4
 """Readings per interval of a source of watts, each a sample of its own. (A counter counts between readings as well.)"""
 
 
 class PolledStream:
-    """A reader, read once in every step of time. Steps that have passed are not made up for.
+    """A reader that is read once in every step of time. A step that has passed is not made up for.
 
-    A counter is read at regular moments. Watts are read more often than asked for, each time at a moment drawn at
-    random within the step: no load is in step with that, so that what the readings miss can be told from their scatter
+    A counter is read at regular moments. Watts are read more often than asked for, each time at a random moment within
+    the step: no load is in step with that, so the scatter of the readings tells what they miss
     (:mod:`cdkd_edge.board.power.energy`).
     """
 
@@ -110,35 +111,17 @@ def open_stream(source: str, interval: float, sys_root: Path) -> Stream:
     """Open a source by name.
 
     Args:
-        source: one of ``SOURCES``.
+        source: a key of ``SOURCES``.
         interval: seconds between samples.
-        sys_root: where ``/sys`` is, for those that read files.
+        sys_root: where ``/sys`` is, for sources that read files.
 
     Raises:
         UnusableSourceError: it cannot be used.
     """
-    reader: Reader | None
-    if source == "jtop":
-        from cdkd_edge.board.power.jtop import JtopStream
-
-        return JtopStream(interval)
-    if source == "ina3221":
-        from cdkd_edge.board.power.ina3221 import Ina3221Reader
-
-        reader, reason = Ina3221Reader.probe(sys_root)
-    elif source == "nvml":
-        from cdkd_edge.board.power.nvml import NvmlReader
-
-        reader, reason = NvmlReader.probe()
-    elif source == "rapl":
-        from cdkd_edge.board.power.rapl import RaplSource
-
-        reader, reason = RaplSource.probe(sys_root / "class/powercap")
-    else:
+    if source not in SOURCES:
         raise UnusableSourceError(f"there is no source named {source}")
-    if reader is None:
-        raise UnusableSourceError(reason)
-    return PolledStream(reader, interval)
+    opened = SOURCES[source].open(interval, sys_root)
+    return opened if isinstance(opened, Stream) else PolledStream(opened, interval)
 
 
 def sample_forever(stream: Stream, out: EventWriter) -> None:
@@ -191,11 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _take_precedence() -> None:
-    """Before all ordinary work, where that is granted (to root): a reading that waits for a CPU is a late one.
+    """Run before all ordinary processes, where the system allows it (to root): a reading that waits for a CPU is late.
 
-    Before the engine too, where that was started with a real-time priority (``chrt -f 50``), which this process has
-    inherited. Niceness would not do: this process has a session of its own, and Linux weighs it within that alone
-    (sched(7), "The autogroup feature"). Threads begun later are scheduled the same way.
+    Also before an engine that was started with a real-time priority (``chrt -f 50``), which this process has inherited.
+    Niceness would not help: this process has its own session, and Linux weighs niceness within a session only
+    (sched(7), "The autogroup feature"). Later threads inherit the priority.
     """
     with contextlib.suppress(AttributeError, OSError):
         priority = os.sched_getparam(0).sched_priority + 1  # of ordinary processes it is 0

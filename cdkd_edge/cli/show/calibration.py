@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cdkd_edge.cli.show.table import Report, plain, plural
 
 if TYPE_CHECKING:
-    from cdkd_edge.precision.calibration.generate import CalibrateResult
+    from cdkd_edge.precision.calibration.calibrate import CalibrateResult
 
 
 def describe_calibration(result: CalibrateResult) -> Report:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def describe_checkpoint(path: Path, *, tile: int | None, heads: int | None, weights: str | None) -> Report:
     """``cdkd-edge info``."""
     from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder
-    from cdkd_edge.model.cost import network_cost
+    from cdkd_edge.model.device import network_cost
 
     network: Any
     network, report = load_encoder(path, tile=tile, heads=heads, weights=weights)
@@ -128,7 +128,7 @@ def _interchange_rows(result: ExportResult) -> list[tuple[str, str]]:
 
 def describe_demo(result: DemoResult) -> Report:
     """``cdkd-edge demo``."""
-    from cdkd_edge.cli.show.bench import bench_rows
+    from cdkd_edge.bench.describe import bench_rows
     from cdkd_edge.cli.show.segment import segment_data
 
     segment = result.segment

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cdkd_edge.cli.show.table import Listing, Report, plain
 from cdkd_edge.core.errors import printable
+from cdkd_edge.core.numbers import significant
 
 if TYPE_CHECKING:
-    from cdkd_edge.bench.compare.ratio import Ratio
-    from cdkd_edge.bench.compare.result import Comparison, Row
-    from cdkd_edge.bench.statistics import Figure, Interval
+    from cdkd_edge.bench.compare.compare import Comparison, Row
+    from cdkd_edge.bench.statistics import Interval, Ratio
 
 NONE = "–"
 
@@ -79,36 +78,30 @@ def _speed_row(row: Row, baseline: Row) -> tuple[str, ...]:
         _measured(row.tiles_per_second.mean, row.tiles_per_second_interval),
         _ratio(row.speed),
         significant(row.megapixels_per_second.mean, 3),
-        significant(row.latency_ms.p50),
-        NONE if row.latency_ms.p99 is None else significant(row.latency_ms.p99),
+        significant(row.latency_ms.p50, 4),
+        significant(row.latency_ms.p99, 4),
     )
 
 
 def _energy_table(found: Comparison) -> Listing:
-    columns = (
-        "run", "verdict", "rail", "idle W", "load W", "net W", "gross J/tile", "net J/tile", "gross J/MP", "net J/MP",
-        "gross ratio (95 %)", "net ratio (95 %)",
-    )  # fmt: skip
+    from cdkd_edge.bench.describe import RAIL_FIGURES
+
+    figures = (f"{one.title} {one.unit}" for one in RAIL_FIGURES)
+    columns = ("run", "verdict", "rail", *figures, "gross ratio (95 %)", "net ratio (95 %)")
     return Listing(columns, tuple(_energy_row(row) for row in found.rows))
 
 
 def _energy_row(row: Row) -> tuple[str, ...]:
+    from cdkd_edge.bench.describe import RAIL_FIGURES
+
     if row.energy is None:
-        return (row.name, f"not measured: {row.energy_reason}", *[NONE] * 10)
+        return (row.name, f"not measured: {row.energy_reason}", *[NONE] * (len(RAIL_FIGURES) + 3))
     rail = row.energy.figures
-    watts: tuple[Figure, ...] = (rail.idle_watts, rail.load_watts, rail.net_watts)
-    joules = (
-        rail.gross_joules_per_tile,
-        rail.net_joules_per_tile,
-        rail.gross_joules_per_megapixel,
-        rail.net_joules_per_megapixel,
-    )
     return (
         row.name,
         row.energy_verdict or NONE,
         f"{row.energy.rail} ({row.energy.scope})",
-        *(f"{figure.mean:.2f}" for figure in watts),
-        *(significant(figure.mean, 3) for figure in joules),
+        *(significant(getattr(rail, one.path).mean, 4) for one in RAIL_FIGURES),
         _ratio(row.gross_energy),
         _ratio(row.net_energy),
     )
@@ -146,16 +139,8 @@ def _identity_row(row: Row) -> tuple[str, ...]:
 
 
 def _measured(value: float, interval: Interval | None) -> str:
-    text = significant(value)
-    return text if interval is None else f"{text} ({significant(interval.low)} .. {significant(interval.high)})"
-
-
-def significant(value: float, digits: int = 4) -> str:
-    """In so many digits, zeros at the end included: 7.60 beside 7.58. Whole numbers of more digits stay whole."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 9.9996 is 10.00
-    return f"{value:.{max(0, digits - 1 - exponent)}f}"
+    text = significant(value, 4)
+    return text if interval is None else f"{text} ({significant(interval.low, 4)} .. {significant(interval.high, 4)})"
 
 
 def _ratio(ratio: Ratio | None) -> str:

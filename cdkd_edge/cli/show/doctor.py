@@ -9,7 +9,7 @@ from cdkd_edge.cli.show.table import Console, Listing, Report, cell
 from cdkd_edge.core.errors import printable
 
 if TYPE_CHECKING:
-    from cdkd_edge.board.doctor.examine import Diagnosis
+    from cdkd_edge.board.doctor import Diagnosis
 
 DOCTOR_VERSION = 1
 

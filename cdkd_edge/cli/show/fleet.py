@@ -16,7 +16,7 @@ from cdkd_edge.cli.show.segment import class_rows, describe_segment
 from cdkd_edge.cli.show.table import Console, Report, cell
 from cdkd_edge.core.signals import check
 from cdkd_edge.segment.many.dispatch import RunObserver
-from cdkd_edge.segment.many.jobs import DONE, FAILED, JobReport
+from cdkd_edge.segment.many.jobs import JobReport, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,7 @@ def describe_job(report: JobReport) -> Report:
         *([("confidence", str(kept.confidence))] if kept.confidence else []),
         *report.products.items(),
     ]
-    was_there = "" if report.status == DONE else ", kept: it was there"
+    was_there = "" if report.status == Status.DONE else ", kept: it was there"
     return Report(f"label map {report.output}{was_there}", tuple(rows), data)
 
 
@@ -125,7 +125,7 @@ class FleetLines(RunObserver):
     def _show(self) -> None:
         if self._tell is None:
             return
-        bad = sum(report.status == FAILED for report in self.reports)
+        bad = sum(report.status == Status.FAILED for report in self.reports)
         tiles = sum(done for done, _ in self._parts.values())
         rate = tiles / max(1e-3, time.monotonic() - self._started)
         text = f"{len(self.reports)}/{self._scenes}, {rate:.1f} tiles/s" + (f", {bad} failed" if bad else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from cdkd_edge.board.power.sources import SourceReport
+from cdkd_edge.board.power.sampler import SourceReport
 from cdkd_edge.cli.show.table import Listing, Report
 
 

@@ -115,7 +115,7 @@ def _device_data(found: Roofline) -> dict[str, Any]:
     return {
         "name": device.name,
         "title": device.title,
-        "operations_per_multiprocessor_and_clock": dict(device.rates),
+        "operations_per_multiprocessor_and_clock": dataclasses.asdict(device.rates),
         "modes": {name: dataclasses.asdict(mode) for name, mode in device.modes.items()},
     }
 

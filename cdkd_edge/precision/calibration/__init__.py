@@ -1,1 +1,1 @@
-"""Choosing the tiles that set INT8 ranges."""
+"""Chooses tiles of scenes for calibration sets: scan, choose, write; :mod:`.calibrate` runs these steps."""

@@ -1,40 +1,223 @@
-"""Which tiles cover an archive: some for its extremes, the rest for what is typical of it.
+"""Chooses tiles that cover an archive: some for its extremes, the rest for what is typical of it.
 
 An INT8 range must hold the extremes, and its resolution should serve what is frequent. Farthest-point selection
 (Gonzalez 1985: within a factor of two of the smallest radius possible) finds the extremes, k-means medoids what is
-typical. So a part of the tiles is taken by farthest points, starting from the mean; these stay as fixed centres
-while k-means++ (Arthur, Vassilvitskii 2007) and Lloyd's iteration place the others; each of those becomes the
-candidate nearest to it. ``benchmarks/calibration_coverage.py`` compares the parts; docs/decisions.md has its figures.
+typical. So part of the tiles is chosen by farthest points, starting from the mean; they stay as fixed centres while
+k-means++ (Arthur, Vassilvitskii 2007) and Lloyd's iteration place the others, and each of those becomes the candidate
+nearest to it. ``benchmarks/calibration_coverage.py`` compares other parts; docs/decisions.md has the figures.
 
-No matrix product decides anything here: its rounding changes with the number of threads.
+Matrix products are avoided: their rounding changes with the number of threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from cdkd_edge.precision.calibration.descriptors import FEATURES, standardise
+from cdkd_edge.precision.calibration.scan import Candidates, LabelMaps
 
 Points = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
 EXTREMES = 0.25
 """Share of the tiles that are chosen as extremes."""
-
+MAX_KINDS = 8
+"""Kinds of imagery that the contact sheet tells apart."""
+_CROWDED = 0.5
+"""Two calibration tiles of one scene share at most this part of their pixels."""
 _ROUNDS = 25
+_RANDOM_CHOICES = 5
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A chosen candidate."""
+class Representative:
+    """A candidate that :func:`choose` selected."""
 
     index: int
     why: str
     """``extreme`` or ``typical``."""
     score: float
     """Extreme: distance from the nearest one chosen before. Typical: distance from its centre."""
+
+
+@dataclass(frozen=True)
+class ChosenTile:
+    """A candidate that becomes a tile of the set, with the fields of its manifest entry."""
+
+    index: int
+    why: str
+    score: float
+    kind: int
+    represents: int
+    """Candidates that are nearer to it than to any other tile of its role."""
+    stratum: str | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All tiles of a set. Those of a role are in order of kind, the most frequent first."""
+
+    calibration: tuple[ChosenTile, ...]
+    check: tuple[ChosenTile, ...]
+    kind_shares: tuple[float, ...]
+    """Share of the candidates that are of each kind."""
+    method: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def choose_tiles(
+    candidates: Candidates, count: int, check: int, seed: int, label_maps: LabelMaps | None = None
+) -> Choice:
+    """Choose tiles for calibration, then tiles to check on that share no pixel with them.
+
+    If there are fewer candidates than tiles, both roles get their share of them.
+    """
+    points = standardise(candidates.features)
+    strata_of = np.full(len(candidates), -1) if candidates.labels is None else strata(candidates.labels)
+    wanted, wanted_check, notes = _shares(len(candidates), count, check)
+    crowds = _neighbours(candidates, _CROWDED)
+    touches = _neighbours(candidates, 0.0)
+    everything = np.ones(len(candidates), bool)
+    calibration = _stratified(points, wanted, everything, seed, crowds, strata_of)
+    free = everything.copy()
+    for tile in calibration:
+        free &= ~touches(tile.index)
+    checks = _stratified(points, wanted_check, free, seed, touches, strata_of)
+    if len(calibration) < count:
+        notes.append(
+            f"tiles for calibration: {len(calibration)} instead of {count}; "
+            "the other candidates overlap these, or are kept to check on"
+        )
+    if len(checks) < check:
+        notes.append(
+            f"tiles to check on: {len(checks)} instead of {check}; the other candidates overlap tiles for calibration "
+            "(ask for fewer of those, or give more scenes)"
+        )
+    kinds, shares = _kinds(points, min(MAX_KINDS, len(calibration)), seed)
+
+    def stratum(index: int) -> str | None:
+        label = int(strata_of[index])
+        return None if label_maps is None else "unlabelled" if label < 0 else label_maps.name(label)
+
+    def described(chosen: list[Representative]) -> tuple[ChosenTile, ...]:
+        indices = [tile.index for tile in chosen]
+        represents = np.bincount(nearest_of(points, points[indices]), minlength=len(chosen))[: len(chosen)]
+        picked = [
+            ChosenTile(tile.index, tile.why, tile.score, int(kinds[tile.index]), int(stands), stratum(tile.index))
+            for tile, stands in zip(chosen, represents, strict=True)
+        ]
+        return tuple(sorted(picked, key=lambda tile: (tile.kind, -tile.represents, tile.index)))
+
+    reflected = sum(bool((candidates.place[tile.index] < 0).any()) for tile in (*calibration, *checks))
+    if reflected:
+        notes.append(f"tiles larger than their scenes, completed by reflection as `segment` does: {reflected}")
+    method = _method(points, [tile.index for tile in calibration], seed, stratified=candidates.labels is not None)
+    return Choice(described(calibration), described(checks), shares, method, tuple(notes))
+
+
+def _shares(available: int, count: int, check: int) -> tuple[int, int, list[str]]:
+    """Tiles for calibration and to check on; fewer than asked for if there are not enough candidates."""
+    if available >= count + check:
+        return count, check, []
+    checks = available * check // (count + check)
+    note = f"there are {available} candidates; {count} tiles for calibration and {check} to check on were asked for"
+    return available - checks, checks, [note]
+
+
+def strata(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
+    """The class that each tile stands for: the one of which it has most, compared with the whole archive.
+
+    Rare classes (roads, water in a desert) prevail in no tile, but some tile is always richest in them.
+
+    Args:
+        counts: pixels per tile and label, ``[N, 255]``.
+
+    Returns:
+        Label per tile, ``[N]``; -1 where no pixel has one.
+    """
+    total = counts.sum(axis=1, keepdims=True)
+    share = counts / np.maximum(total, 1)
+    mean = share.sum(axis=0) / max(1, np.count_nonzero(total))
+    richest = np.argmax(share / np.where(mean > 0, mean, 1), axis=1)
+    return np.where(total[:, 0] > 0, richest, -1)
+
+
+def _stratified(
+    points: npt.NDArray[np.float32],
+    count: int,
+    usable: Mask,
+    seed: int,
+    crowds: Callable[[int], Mask],
+    strata_of: npt.NDArray[np.intp],
+) -> list[Representative]:
+    """Choose as many tiles in each stratum; strata that have fewer leave theirs to the others, rarest first.
+
+    Tiles without labels are no class: they get their share of all tiles.
+    """
+    usable = usable.copy()
+    members = {int(label): int((usable & (strata_of == label)).sum()) for label in np.unique(strata_of[usable])}
+    by_size = sorted(members, key=lambda label: (label >= 0, members[label], label))
+    chosen: list[Representative] = []
+    for position, label in enumerate(by_size):
+        part = -(-(count - len(chosen)) // (len(by_size) - position))
+        if label < 0 and len(members) > 1:
+            part = max(1, round(count * members[label] / sum(members.values())))
+        new = choose(points, part, usable & (strata_of == label), seed, crowds)
+        chosen += new
+        for tile in new:
+            usable &= ~crowds(tile.index)
+    return chosen
+
+
+def _neighbours(candidates: Candidates, share: float) -> Callable[[int], Mask]:
+    """A function from a candidate to those, itself included, that share more than ``share`` of their pixels with it."""
+    x, y = candidates.place.astype(np.int64).T
+    side = candidates.scenes[0].tile
+
+    def neighbours(index: int) -> Mask:
+        across = np.maximum(side - np.abs(x - x[index]), 0)
+        down = np.maximum(side - np.abs(y - y[index]), 0)
+        return np.asarray((candidates.scene == candidates.scene[index]) & (across * down > share * side * side))
+
+    return neighbours
+
+
+def _kinds(points: npt.NDArray[np.float32], count: int, seed: int) -> tuple[npt.NDArray[np.intp], tuple[float, ...]]:
+    """Divide candidates roughly into kinds of imagery, most frequent first: kind per candidate, share per kind."""
+    nothing = np.empty((0, points.shape[1]), np.float32)
+    assigned = nearest_of(points, k_means(points, nothing, count, seed))
+    sizes = np.bincount(assigned, minlength=count)
+    order = np.argsort(-sizes, kind="stable")
+    rank = np.empty(count, np.intp)
+    rank[order] = np.arange(count)
+    return rank[assigned], tuple(round(float(size) / len(points), 4) for size in sizes[order])
+
+
+def _method(points: npt.NDArray[np.float32], chosen: list[int], seed: int, *, stratified: bool) -> dict[str, Any]:
+    """How tiles were chosen, and how well they cover the candidates, compared with random choices."""
+    largest, mean = coverage_radius(points, points[chosen])
+    generator = np.random.default_rng(seed)
+    draws = [
+        coverage_radius(points, points[generator.choice(len(points), len(chosen), replace=False)])
+        for _ in range(_RANDOM_CHOICES)
+    ]
+    random_largest, random_mean = np.median(draws, axis=0)
+    return {
+        "descriptor": f"opponent colour and Haar texture, {FEATURES} numbers",
+        "selection": f"farthest points ({EXTREMES:.0%}), k-means medoids",
+        "stratified_by_class": stratified,
+        "coverage": {
+            "largest_distance": round(largest, 4),
+            "mean_distance": round(mean, 4),
+            "random_largest_distance": round(float(random_largest), 4),
+            "random_mean_distance": round(float(random_mean), 4),
+        },
+    }
 
 
 def choose(
@@ -44,33 +227,33 @@ def choose(
     seed: int,
     crowds: Callable[[int], Mask] | None = None,
     extremes: float = EXTREMES,
-) -> list[Chosen]:
-    """Choose candidates that cover all usable ones.
+) -> list[Representative]:
+    """Choose candidates that cover all usable ones (see the module).
 
     Args:
         points: where candidates lie, ``[N, D]``.
         count: how many to choose; fewer are chosen when fewer are usable.
         usable: which may be chosen, ``[N]``.
         seed: of k-means++.
-        crowds: for an index, which candidates ``[N]`` cannot be chosen once it is, itself included.
-        extremes: share of the farthest points.
+        crowds: from an index to the candidates ``[N]`` that it rules out once it is chosen, itself included.
+        extremes: share that is chosen by farthest points.
 
     Returns:
-        The chosen, extremes first, each kind in the order of choice.
+        Extremes first, then typical ones, in the order of choice.
     """
     usable = usable.copy()
     members = np.flatnonzero(usable)
-    chosen: list[Chosen] = []
+    chosen: list[Representative] = []
     if not len(members) or count < 1:
         return chosen
 
     def take(index: int, why: str, score: float) -> None:
-        chosen.append(Chosen(index, why, round(score, 4)))
+        chosen.append(Representative(index, why, round(score, 4)))
         usable[index] = False
         if crowds is not None:
             usable[crowds(index)] = False
 
-    # The mean is no tile; counting it as chosen keeps the first tile from being any.
+    # Seed the distances from the mean, so that the first choice is an outlier and not arbitrary.
     nearest = distances(points, points[members].mean(axis=0, dtype=np.float64).astype(np.float32))
 
     def take_farthest(wanted: int) -> None:
@@ -83,7 +266,7 @@ def choose(
 
     take_farthest(round(extremes * count))
     fixed = points[[tile.index for tile in chosen]]
-    centres = means(points[members], fixed, count - len(chosen), seed)
+    centres = k_means(points[members], fixed, count - len(chosen), seed)
     sizes = np.bincount(nearest_of(points[members], np.concatenate([fixed, centres])), minlength=count)[len(fixed) :]
     for position in np.argsort(-sizes[: len(centres)], kind="stable"):
         if not usable.any():
@@ -97,17 +280,17 @@ def choose(
     return chosen
 
 
-def means(points: Points, fixed: Points, count: int, seed: int) -> Points:
-    """k-means beside centres that stay: ``count`` moving centres, seeded by k-means++.
+def k_means(points: Points, fixed: Points, count: int, seed: int) -> Points:
+    """k-means with some fixed centres: ``count`` moving centres, seeded by k-means++.
 
     Args:
         points: ``[N, D]``.
-        fixed: centres that stay, ``[F, D]``.
-        count: moving centres; no more than there are different points.
+        fixed: centres that do not move, ``[F, D]``.
+        count: moving centres wanted.
         seed: of the seeding.
 
     Returns:
-        The moving centres ``[count, D]``, or fewer.
+        The moving centres ``[count, D]``, fewer if there are fewer different points.
     """
     generator = np.random.default_rng(seed)
     nearest = np.full(len(points), np.inf)
@@ -154,8 +337,8 @@ def nearest_of(points: Points, centres: Points) -> npt.NDArray[np.intp]:
     return index
 
 
-def radius(points: Points, centres: Points) -> tuple[float, float]:
-    """How well centres cover points: the largest and the mean distance of a point from its nearest centre."""
+def coverage_radius(points: Points, centres: Points) -> tuple[float, float]:
+    """Distances of points from centres: the largest and the mean distance of a point from its nearest centre."""
     nearest = np.full(len(points), np.inf)
     for centre in centres:
         nearest = np.minimum(nearest, distances(points, centre))

@@ -1,15 +1,15 @@
-"""What must stay out of a calibration set: the images it will be judged on.
+"""Keeps evaluation sets out of a calibration set, so that nothing is judged on images that set INT8 ranges.
 
-An evaluation set is given as any of
+An evaluation set is given as one of
 
-* a folder of images, with its subfolders (masks in it are harmless), or one raster, or a pattern,
-* a calibration set: its tiles, calibration and check, stay out, other parts of their scenes may come in,
-* a text file with one image or scene a line: a name, a file name or a path, ``*`` and ``?`` allowed, and after it,
-  if only a part is meant, ``X Y WIDTH HEIGHT`` in px. Empty lines and what follows ``#`` are left out.
+* a folder of images, with its subfolders (masks in it do no harm), a raster, or a pattern,
+* a calibration set: its tiles stay out, those to check on as well; other parts of their scenes may be used,
+* a text file with an image or scene per line: a name, a file name or a path, with ``*`` and ``?``; for a part of it,
+  followed by ``X Y WIDTH HEIGHT`` in px. Empty lines and what follows ``#`` are skipped.
 
-A scene is of the evaluation set if it has the name (without folder and suffix) or the content of one of its images. A
-tile is of it if its pixels are those of one of its tiles, if it overlaps one of its windows, or if it is a
-near-duplicate of a tile cut from one of its images (:mod:`.duplicates` compares those).
+A scene stays out if it has the name (without folder and suffix) or the content of an excluded image. A tile stays out
+if it has the pixels of an excluded tile, overlaps an excluded window, or is a near-duplicate of a tile of an excluded
+image (:mod:`.descriptors` compares those).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cdkd_edge.core.errors import DatasetError
-from cdkd_edge.core.files import read_small, sha256_of
+from cdkd_edge.core.files import sha256_of
 from cdkd_edge.graph.tiles import SET_FILE, is_calibration_set, read_set_manifest
-from cdkd_edge.precision.calibration.scenes import expand
-from cdkd_edge.raster.find import RASTER_SUFFIXES
+from cdkd_edge.quality.datasets import read_list
+from cdkd_edge.raster.find import RASTER_SUFFIXES, scenes_named
 
-Window = tuple[int, int, int, int]
+PixelWindow = tuple[int, int, int, int]
 """x, y, width, height; px."""
 
 _WINDOW = re.compile(r"(.+?)\s+(-?\d+)[\s,]+(-?\d+)[\s,]+(\d+)[\s,]+(\d+)")
@@ -35,23 +35,22 @@ _MASKS = re.compile(r"masks?(_png)?|labels?|annotations?")
 
 @dataclass
 class Exclusions:
-    """Everything that was asked to stay out."""
+    """All evaluation sets of a run."""
 
     images: list[Path] = field(default_factory=list)
-    """Rasters of evaluation sets; masks are not among them."""
+    """Rasters of evaluation sets, without masks."""
     names: dict[str, str] = field(default_factory=dict)
-    """Names and patterns, and who said so."""
-    windows: list[tuple[str, str | None, Window]] = field(default_factory=list)
-    """Name of the scene, SHA-256 of its file if known, part of it."""
+    """Names and patterns, and the argument that gave them."""
+    windows: list[tuple[str, str | None, PixelWindow]] = field(default_factory=list)
+    """Name of a scene, SHA-256 of its file if known, excluded part."""
     pixels: set[str] = field(default_factory=set)
-    """SHA-256 of tiles' pixels."""
+    """SHA-256 of the pixels of excluded tiles."""
     _sizes: dict[int, list[Path]] = field(default_factory=dict)
     _window_sizes: dict[int, set[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, arguments: Sequence[str]) -> Exclusions:
-        """Read what the arguments name.
-
+        """Read the evaluation sets that the arguments name.
         Raises:
             DatasetError: one of them names nothing, or cannot be read.
             SceneError: a pattern matches nothing.
@@ -63,7 +62,7 @@ class Exclusions:
         return exclusions
 
     def reason(self, scene: str) -> str | None:
-        """Why a scene stays out as a whole; None if it does not."""
+        """Why a whole scene stays out; None if it does not."""
         name, stem = Path(scene).name, Path(scene).stem
         for known, source in self.names.items():
             if fnmatch.fnmatchcase(stem, known) or fnmatch.fnmatchcase(name, known):
@@ -76,7 +75,7 @@ class Exclusions:
                 return f"it is the same file as {image}"
         return None
 
-    def windows_of(self, scene: str) -> list[Window]:
+    def windows_of(self, scene: str) -> list[PixelWindow]:
         """The parts of a scene that stay out."""
         names = {Path(scene).name, Path(scene).stem}
         found = [window for name, _, window in self.windows if any(fnmatch.fnmatchcase(n, name) for n in names)]
@@ -99,7 +98,7 @@ class Exclusions:
         elif not place.exists():
             if not any(char in argument for char in "*?["):
                 raise DatasetError(f"evaluation set {argument} does not exist")
-            self._add_images([Path(path) for path in expand([argument])], argument)
+            self._add_images([Path(path) for path in scenes_named([argument])], argument)
         elif place.suffix.lower() in RASTER_SUFFIXES:
             self._add_images([place], argument)
         else:
@@ -113,7 +112,7 @@ class Exclusions:
             )
         for image in images:
             self.images.append(image)
-            self.names[glob_free(image.stem)] = argument
+            self.names[escape_pattern(image.stem)] = argument
             self._sizes.setdefault(image.stat().st_size, []).append(image)
 
     def _add_set(self, folder: Path) -> None:
@@ -122,21 +121,13 @@ class Exclusions:
         for tile in manifest.tiles:
             scene = scenes[tile.scene]
             window = (tile.x, tile.y, tile.width, tile.height)
-            self.windows.append((glob_free(Path(tile.scene).name), scene.sha256, window))
+            self.windows.append((escape_pattern(Path(tile.scene).name), scene.sha256, window))
             self.pixels.add(tile.sha256)
             if scene.sha256 is not None and scene.bytes is not None:
                 self._window_sizes.setdefault(scene.bytes, set()).add(scene.sha256)
 
     def _add_list(self, file: Path) -> None:
-        try:
-            text = read_small(file).decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise DatasetError(f"list {file} cannot be read: {reason}") from None
-        entries = [entry for line in text.splitlines() if (entry := line.partition("#")[0].strip())]
-        if not entries:
-            raise DatasetError(f"list {file} names no image")
-        for entry in entries:
+        for entry in read_list(file):
             if match := _WINDOW.fullmatch(entry):
                 name, *numbers = match.groups()
                 x, y, width, height = map(int, numbers)
@@ -145,7 +136,7 @@ class Exclusions:
                 self.names[_without_suffix(Path(entry).name)] = str(file)
 
 
-def overlaps(one: Window, other: Window) -> bool:
+def overlaps(one: PixelWindow, other: PixelWindow) -> bool:
     """Whether two windows share a pixel."""
     return (
         one[0] < other[0] + other[2]
@@ -155,8 +146,8 @@ def overlaps(one: Window, other: Window) -> bool:
     )
 
 
-def glob_free(name: str) -> str:
-    """A name as a pattern that means itself."""
+def escape_pattern(name: str) -> str:
+    """A pattern that matches only the name itself."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
 

@@ -1,17 +1,24 @@
-"""Writes a set: the chosen tiles, read again and compared with what was seen before, manifest and contact sheet."""
+"""Writes a calibration set: the chosen tiles, a manifest, and a contact sheet that shows them.
+
+Tiles are read again, and compared with what was scanned.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
 
-from cdkd_edge.core.errors import SceneError
-from cdkd_edge.core.files import sha256_of
+from cdkd_edge.core.errors import SceneError, printable
+from cdkd_edge.core.files import sha256_of, whole_file
 from cdkd_edge.graph.tiles import (
     SHEET_FILE,
     Role,
@@ -22,86 +29,121 @@ from cdkd_edge.graph.tiles import (
     write_set_manifest,
     write_tile,
 )
-from cdkd_edge.precision.calibration.candidates import Candidates, window_of
-from cdkd_edge.precision.calibration.pick import Pick, Picked
-from cdkd_edge.precision.calibration.sheet import Sheet, SheetTile, small, thumbnail_side, write_sheet
+from cdkd_edge.precision.calibration.choose import Choice, ChosenTile
+from cdkd_edge.precision.calibration.scan import Candidates
 from cdkd_edge.raster.grid import Span
 from cdkd_edge.segment.options import SegmentOptions
 
+KIND_COLORS = (
+    (64, 120, 176), (214, 132, 52), (90, 148, 86), (178, 78, 84),
+    (132, 104, 168), (150, 118, 92), (70, 160, 160), (190, 164, 52),
+)  # fmt: skip
+"""One for each kind of imagery; eight that a print in grey still tells from the paper."""
 
-def store(
+KINDS = len(KIND_COLORS)
+
+_PAPER, _INK, _QUIET, _RULE = (255, 255, 255), (28, 32, 38), (110, 118, 128), (222, 226, 230)
+_MARGIN, _GAP, _STRIP = 28, 14, 6
+_TITLE, _TEXT, _SMALL = 27, 16, 12
+_CAPTION = 2 * (_SMALL + 4) + 6
+
+
+@dataclass(frozen=True)
+class SheetTile:
+    """A tile on the sheet."""
+
+    picture: npt.NDArray[np.uint8]
+    """RGB ``[S, S, 3]``, see :func:`shrink_tile`."""
+    caption: str
+    detail: str
+    kind: int
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The content of a contact sheet."""
+
+    title: str
+    lines: tuple[str, ...]
+    kinds: tuple[tuple[int, str], ...]
+    """Legend: kinds and their texts."""
+    sections: tuple[tuple[str, str, tuple[SheetTile, ...]], ...]
+    """Heading, remark and tiles of each section."""
+
+
+def write_set(
     folder: Path,
     name: str,
     candidates: Candidates,
-    pick: Pick,
-    scene_options: SegmentOptions,
+    choice: Choice,
+    reading: SegmentOptions,
     description: dict[str, Any],
 ) -> SetManifest:
-    """Write everything into ``folder``.
+    """Write a set into an empty folder.
 
     Args:
-        folder: an empty folder.
+        folder: where the files go.
         name: of the set, for the sheet.
-        candidates: what was chosen from.
-        pick: what was chosen.
-        scene_options: bands and stretch, as in the scan.
+        candidates: all candidates.
+        choice: the tiles chosen from them.
+        reading: bands and stretch, as in the scan.
         description: the manifest's fields about the whole set.
 
     Raises:
         SceneError: a scene cannot be read again, or changed meanwhile.
         OSError: the system refused to write.
     """
-    side = thumbnail_side(len(pick.calibration) + len(pick.check))
+    side = thumbnail_side(len(choice.calibration) + len(choice.check))
     records: dict[int, TileRecord] = {}
     pictures: dict[int, npt.NDArray[np.uint8]] = {}
     by_scene: dict[int, list[int]] = defaultdict(list)
-    roles: tuple[tuple[Role, tuple[Picked, ...]], ...] = (("calibration", pick.calibration), ("check", pick.check))
-    for role, tiles in roles:
+    roles: dict[Role, tuple[ChosenTile, ...]] = {"calibration": choice.calibration, "check": choice.check}
+    for role, tiles in roles.items():
         for number, tile in enumerate(tiles):
             records[tile.index] = _record(candidates, tile, role, number)
             by_scene[int(candidates.scene[tile.index])].append(tile.index)
     scenes = []
     for scene, indices in sorted(by_scene.items()):
-        source = candidates.sources[scene]
+        tiled = candidates.scenes[scene]
         limits = candidates.limits.get(scene)
-        reader = dataclasses.replace(scene_options, strict=False).open(source.path, limits)
+        reader = dataclasses.replace(reading, strict=False).open(tiled.path, limits)
         try:
-            pixels = np.empty((3, source.tile, source.tile), np.uint8)
+            pixels = np.empty((3, tiled.tile, tiled.tile), np.uint8)
             for index in sorted(indices):
-                x, y, _, _ = window_of(candidates, index)
-                reader.read_tile(Span(y, 0, source.height), Span(x, 0, source.width), pixels)
+                x, y, _, _ = candidates.window(index)
+                reader.read_tile(Span(y, 0, tiled.height), Span(x, 0, tiled.width), pixels)
                 if pixels_sha256(pixels) != candidates.pixels[index]:
-                    raise SceneError(f"{source.path} changed while it was read")
+                    raise SceneError(f"{tiled.path} changed while it was read")
                 write_tile(folder / records[index].file, pixels)
-                pictures[index] = small(pixels, side)
+                pictures[index] = shrink_tile(pixels, side)
         finally:
             reader.close()
-        path = Path(source.path)
-        known = path.is_file()
+        path = Path(tiled.path)
+        is_file = path.is_file()
         scenes.append(
             SceneRecord(
-                source.path,
-                sha256_of(path) if known else None,
-                path.stat().st_size if known else None,
+                tiled.path,
+                sha256_of(path) if is_file else None,
+                path.stat().st_size if is_file else None,
                 None if limits is None else [[float(low), float(high)] for low, high in limits],
             )
         )
     manifest = SetManifest(
         scenes=tuple(scenes),
-        tiles=tuple(records[tile.index] for _, tiles in roles for tile in tiles),
+        tiles=tuple(records[tile.index] for tiles in roles.values() for tile in tiles),
         **description,
     )
     write_set_manifest(folder, manifest)
-    write_sheet(folder / SHEET_FILE, _sheet(name, manifest, pick, pictures))
+    write_sheet(folder / SHEET_FILE, _sheet(name, manifest, choice, pictures))
     return manifest
 
 
-def _record(candidates: Candidates, tile: Picked, role: Role, number: int) -> TileRecord:
-    x, y, width, height = window_of(candidates, tile.index)
+def _record(candidates: Candidates, tile: ChosenTile, role: Role, number: int) -> TileRecord:
+    x, y, width, height = candidates.window(tile.index)
     return TileRecord(
         file=f"{role}/{number:04}.png",
-        sha256=candidates.pixels[tile.index],
-        scene=candidates.sources[int(candidates.scene[tile.index])].path,
+        sha256=str(candidates.pixels[tile.index]),
+        scene=candidates.scenes[int(candidates.scene[tile.index])].path,
         x=x,
         y=y,
         width=width,
@@ -115,7 +157,7 @@ def _record(candidates: Candidates, tile: Picked, role: Role, number: int) -> Ti
     )
 
 
-def _sheet(name: str, manifest: SetManifest, pick: Pick, pictures: dict[int, npt.NDArray[np.uint8]]) -> Sheet:
+def _sheet(name: str, manifest: SetManifest, choice: Choice, pictures: dict[int, npt.NDArray[np.uint8]]) -> Sheet:
     counts, coverage = manifest.counts, manifest.method["coverage"]
     calibration, check = manifest.of_role("calibration"), manifest.of_role("check")
     left_out = "".join(
@@ -132,26 +174,118 @@ def _sheet(name: str, manifest: SetManifest, pick: Pick, pictures: dict[int, npt
         f"{coverage['random_largest_distance']:.2f})",
     )
 
-    def drawn(picked: tuple[Picked, ...], records: tuple[TileRecord, ...]) -> tuple[SheetTile, ...]:
+    def drawn(chosen: tuple[ChosenTile, ...], records: tuple[TileRecord, ...]) -> tuple[SheetTile, ...]:
         return tuple(
             SheetTile(pictures[tile.index], Path(record.scene).stem, _detail(record), record.cluster)
-            for tile, record in zip(picked, records, strict=True)
+            for tile, record in zip(chosen, records, strict=True)
         )
 
     return Sheet(
         title=f"Calibration set {name}",
         lines=lines,
-        kinds=tuple((kind, f"kind {kind}: {share:.0%}") for kind, share in enumerate(pick.kind_shares)),
+        kinds=tuple((kind, f"kind {kind}: {share:.0%}") for kind, share in enumerate(choice.kind_shares)),
         sections=(
             (
                 f"{len(calibration)} tiles for calibration",
                 "number: candidates like it",
-                drawn(pick.calibration, calibration),
+                drawn(choice.calibration, calibration),
             ),
-            (f"{len(check)} tiles to check on", "never used for calibration", drawn(pick.check, check)),
+            (f"{len(check)} tiles to check on", "never used for calibration", drawn(choice.check, check)),
         ),
     )
 
 
 def _detail(record: TileRecord) -> str:
     return f"{record.x}, {record.y}   {record.stratum or record.why} {record.represents}"
+
+
+def thumbnail_side(count: int) -> int:
+    """Side of the pictures on a sheet, px: fewer tiles are shown larger."""
+    return 160 if count <= 120 else 112 if count <= 400 else 72
+
+
+def shrink_tile(tile: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
+    """A tile ``[3, T, T]`` as a picture ``[side, side, 3]``."""
+    picture = Image.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0)))
+    return np.asarray(picture.resize((side, side), Image.Resampling.BOX if tile.shape[1] > side else 0))
+
+
+def write_sheet(path: Path, sheet: Sheet) -> None:
+    """Draw a contact sheet (PNG)."""
+    side = max((len(tile.picture) for *_, tiles in sheet.sections for tile in tiles), default=160)
+    most = max((len(tiles) for *_, tiles in sheet.sections), default=1)
+    columns = min(max(5, most), 8 if side >= 160 else 12 if side >= 112 else 18)
+    width = 2 * _MARGIN + columns * (side + _GAP) - _GAP
+    cell = side + _STRIP + _CAPTION + _GAP
+    legend = _legend_rows(sheet.kinds, width - 2 * _MARGIN)
+    header = _MARGIN + _TITLE + 14 + len(sheet.lines) * (_TEXT + 7) + 12 + len(legend) * (_TEXT + 12)
+    heights = [_TEXT + 34 + -(-len(tiles) // columns) * cell for *_, tiles in sheet.sections if tiles]
+    picture = Image.new("RGB", (width, header + sum(heights) + _MARGIN - _GAP), _PAPER)
+    draw = ImageDraw.Draw(picture)
+    y = _MARGIN - 6
+    draw.text((_MARGIN, y), _fitting(sheet.title, width - 2 * _MARGIN, _TITLE), fill=_INK, font=_font(_TITLE))
+    y += _TITLE + 14
+    for line in sheet.lines:
+        draw.text((_MARGIN, y), _fitting(line, width - 2 * _MARGIN, _TEXT), fill=_QUIET, font=_font(_TEXT))
+        y += _TEXT + 7
+    y += 8
+    for row in legend:
+        for x, kind, text in row:
+            draw.rectangle((_MARGIN + x, y + 2, _MARGIN + x + 14, y + 16), fill=KIND_COLORS[kind % len(KIND_COLORS)])
+            draw.text((_MARGIN + x + 22, y), text, fill=_INK, font=_font(_TEXT))
+        y += _TEXT + 12
+    for heading, remark, tiles in sheet.sections:
+        if not tiles:
+            continue
+        draw.line((_MARGIN, y + 6, width - _MARGIN, y + 6), fill=_RULE, width=1)
+        y += 16
+        draw.text((_MARGIN, y), heading, fill=_INK, font=_font(_TEXT + 2))
+        offset = draw.textlength(heading + "   ", font=_font(_TEXT + 2))
+        room = int(width - 2 * _MARGIN - offset)
+        draw.text((_MARGIN + offset, y + 2), _fitting(remark, room, _TEXT), fill=_QUIET, font=_font(_TEXT))
+        y += _TEXT + 18
+        for position, tile in enumerate(tiles):
+            left = _MARGIN + position % columns * (side + _GAP)
+            top = y + position // columns * cell
+            picture.paste(Image.fromarray(tile.picture), (left, top))
+            strip = (left, top + side, left + side - 1, top + side + _STRIP - 1)
+            draw.rectangle(strip, fill=KIND_COLORS[tile.kind % len(KIND_COLORS)])
+            below = top + side + _STRIP + 4
+            draw.text((left, below), _fitting(tile.caption, side, _SMALL), fill=_INK, font=_font(_SMALL))
+            detail = _fitting(tile.detail, side, _SMALL)
+            draw.text((left, below + _SMALL + 4), detail, fill=_QUIET, font=_font(_SMALL))
+        y += -(-len(tiles) // columns) * cell
+    with whole_file(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def _legend_rows(kinds: Sequence[tuple[int, str]], width: int) -> list[list[tuple[int, int, str]]]:
+    """Legend entries as (x, kind, text), broken into rows."""
+    rows: list[list[tuple[int, int, str]]] = [[]]
+    x = 0
+    for kind, text in kinds:
+        length = 22 + int(_font(_TEXT).getlength(text)) + 26
+        if x and x + length > width:
+            rows.append([])
+            x = 0
+        rows[-1].append((x, kind, text))
+        x += length
+    return rows if rows[0] else []
+
+
+def _fitting(text: str, width: int, size: int) -> str:
+    """The text; if it is too long, without its middle, because names differ at both ends."""
+    text = printable(text)
+    font = _font(size)
+    if font.getlength(text) <= width:
+        return text
+    for keep in range(len(text) - 1, 1, -1):
+        shorter = f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
+        if font.getlength(shorter) <= width:
+            return shorter
+    return text[:1]
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)

@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import threading
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 from cdkd_edge.core.errors import FleetError, MissingExtraError
 from cdkd_edge.raster.open import is_gdal_name
 from cdkd_edge.segment.many.dispatch import Answer, RunObserver, Task, WorkerPool
-from cdkd_edge.segment.many.jobs import WORKER, Job, JobReport, decode, encode, failed
+from cdkd_edge.segment.many.jobs import Job, JobReport, Reach, decode, encode
 from cdkd_edge.segment.many.worker import WorkerEngine, send_progress
 from cdkd_edge.segment.outputs import confidence_path
 
@@ -88,13 +87,11 @@ class DaskPool(WorkerPool):
         """
         self._client.subscribe_topic(self._run, lambda event: self._events.put(event[1]))
         with _tokens(jobs) as tokens:
-            waiting = deque((index, _for_worker(job, tokens)) for index, job in enumerate(jobs))
-            busy: dict[str, Task] = {}
             try:
-                for answer in self._serve(waiting, busy, observer):
+                for answer in self._serve([_for_worker(job, tokens) for job in jobs], observer):
                     yield replace(answer, report=_with_given_paths(answer.report, jobs[answer.index]))
             finally:
-                self._stop(busy)
+                self._stop()
 
     def _submit(self, index: int, job: Job, worker: str) -> Task:
         future = self._client.submit(
@@ -121,7 +118,7 @@ class DaskPool(WorkerPool):
                 return None
             # Most likely the package is not installed there.
             answer = FleetError(f"{task.worker}: {type(error).__name__}: {error}")
-            return replace(failed(task.job, answer, reach=WORKER), host=None)
+            return JobReport.failed(task.job, answer, reach=Reach.WORKER, host=None)
 
     def _living(self) -> dict[str, str]:
         try:
@@ -133,20 +130,20 @@ class DaskPool(WorkerPool):
             ) from None
         return {address: worker.get("status", "running") for address, worker in workers.items()}
 
-    def _stop(self, busy: dict[str, Task]) -> None:
+    def _stop(self) -> None:
         """End the jobs in progress; one that cannot be cancelled finishes and its result is dropped."""
-        if not busy:
+        if not self._busy:
             return
 
         def stop() -> None:
             with contextlib.suppress(Exception):
-                self._client.run(stop_run, self._run, workers=list(busy), on_error="ignore")
+                self._client.run(stop_run, self._run, workers=list(self._busy), on_error="ignore")
 
         # In a thread, because a worker that hangs would never answer.
         thread = threading.Thread(target=stop, daemon=True)
         thread.start()
         thread.join(_STOP_S)
-        for task in busy.values():
+        for task in self._busy.values():
             with contextlib.suppress(Exception):
                 task.future.cancel()
 

@@ -22,18 +22,7 @@ from cdkd_edge.core.process import end_children, events, module_command, start_c
 from cdkd_edge.core.signals import check
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.segment.many.jobs import (
-    ENGINE,
-    SCENE,
-    WORKER,
-    EngineRef,
-    Failure,
-    Job,
-    JobReport,
-    decode,
-    encode,
-    failed,
-)
+from cdkd_edge.segment.many.jobs import EngineRef, Failure, Job, JobReport, Reach, decode, encode
 from cdkd_edge.segment.many.worker import do_job
 
 ATTEMPTS = 3
@@ -135,7 +124,8 @@ class InProcess(Workers):
                 report = do_job(self._engine, job, progress, observer.note)
             except Exception as caught:
                 error = caught
-                report = failed(job, caught, time.perf_counter() - started, self._engine.artefact.sha256)
+                seconds, sha256 = time.perf_counter() - started, self._engine.artefact.sha256
+                report = JobReport.failed(job, caught, seconds=seconds, engine_sha256=sha256)
             yield Answer(index, report, error)
 
 
@@ -159,6 +149,9 @@ class WorkerPool(Workers):
 
     def __init__(self, patience: float = 60.0) -> None:
         self._patience = patience
+        self._waiting: deque[tuple[int, Job]] = deque()
+        self._busy: dict[str, Task] = {}
+        """The task of each worker that has one."""
         self._events: queue.SimpleQueue[Task | dict[str, Any]] = queue.SimpleQueue()
         """Tasks that are answered, and tiles that are done (index, attempt, done, total)."""
         self._refused: dict[str, Failure] = {}
@@ -181,27 +174,28 @@ class WorkerPool(Workers):
         """The answer to a task; None if the worker was lost."""
         raise NotImplementedError
 
-    def _serve(self, waiting: deque[tuple[int, Job]], busy: dict[str, Task], observer: RunObserver) -> Iterator[Answer]:
-        """Give the waiting jobs to workers and yield the answers.
+    def _serve(self, jobs: Sequence[Job], observer: RunObserver) -> Iterator[Answer]:
+        """Give the jobs to workers and yield the answers.
 
         Raises:
             FleetError: there has been no worker for some time.
             EngineError: there are workers, but none of them can do the jobs.
         """
+        self._waiting.extend(enumerate(jobs))
         seen_worker = time.monotonic()
-        while waiting or busy:
+        while self._waiting or self._busy:
             check()
             living = self._living()
-            for task in [task for task in busy.values() if task.worker not in living]:
-                del busy[task.worker]
+            for task in [task for task in self._busy.values() if task.worker not in living]:
+                del self._busy[task.worker]
                 if task.future.done():  # it answered before it died
-                    yield from self._handle(waiting, task, observer)
+                    yield from self._handle(task, observer)
                 else:
                     task.future.cancel()
                     observer.note(f"lost the worker {task.worker} while it labelled {task.job.scene}")
-                    yield from self._retry(waiting, task, _lost(task))
+                    yield from self._retry(task, _lost(task))
             usable = [name for name, state in living.items() if state == "running" and name not in self._refused]
-            if usable or busy:
+            if usable or self._busy:
                 seen_worker = time.monotonic()
             elif living and living.keys() <= self._refused.keys():
                 reasons = {failure.message: failure.hint for failure in self._refused.values()}
@@ -212,51 +206,51 @@ class WorkerPool(Workers):
                     hint="start some (dask worker ADDRESS --nthreads 1) and run the same command again",
                 )
             for worker in usable:
-                if waiting and worker not in busy:
-                    index, job = waiting.popleft()
-                    busy[worker] = self._submit(index, job, worker)
+                if self._waiting and worker not in self._busy:
+                    index, job = self._waiting.popleft()
+                    self._busy[worker] = self._submit(index, job, worker)
                     observer.begun(index, job)
-            yield from self._wait(waiting, busy, observer)
+            yield from self._wait(observer)
 
-    def _wait(self, waiting: deque[tuple[int, Job]], busy: dict[str, Task], observer: RunObserver) -> Iterator[Answer]:
+    def _wait(self, observer: RunObserver) -> Iterator[Answer]:
         """Handle the next events; returns after a second without any, to check the workers."""
         with contextlib.suppress(queue.Empty):
             event = self._events.get(timeout=_CHECK_EVERY_S)
             while True:
                 if isinstance(event, Task):
-                    if busy.get(event.worker) is event:  # else it was given up
-                        del busy[event.worker]
-                        yield from self._handle(waiting, event, observer)
-                elif any((event["index"], event["attempt"]) == (one.index, one.job.attempt) for one in busy.values()):
+                    if self._busy.get(event.worker) is event:  # else it was given up
+                        del self._busy[event.worker]
+                        yield from self._handle(event, observer)
+                elif (event["index"], event["attempt"]) in {(t.index, t.job.attempt) for t in self._busy.values()}:
                     observer.tiles(event["index"], event["done"], event["total"])
                 event = self._events.get_nowait()
 
-    def _handle(self, waiting: deque[tuple[int, Job]], task: Task, observer: RunObserver) -> Iterator[Answer]:
+    def _handle(self, task: Task, observer: RunObserver) -> Iterator[Answer]:
         """Yield the answer to a task, or give its job to another worker."""
         report = self._report(task)
         if report is None:
-            yield from self._retry(waiting, task, _lost(task))
+            yield from self._retry(task, _lost(task))
             return
         error = report.error
-        if error is None or error.reach not in (ENGINE, WORKER):
+        if error is None or error.reach not in (Reach.ENGINE, Reach.WORKER):
             self._engine_failures.pop(task.worker, None)
             yield Answer(task.index, report)
             return
         self._engine_failures[task.worker] = self._engine_failures.get(task.worker, 0) + 1
-        if error.reach == WORKER or self._engine_failures[task.worker] >= _ENGINE_FAILURES:
+        if error.reach == Reach.WORKER or self._engine_failures[task.worker] >= _ENGINE_FAILURES:
             self._refused[task.worker] = error
             observer.note(f"no more scenes for the worker {task.worker}: {error.message}")
-        if error.reach == WORKER:  # the job was not begun, so this is no attempt
-            waiting.appendleft((task.index, task.job))
+        if error.reach == Reach.WORKER:  # the job was not begun, so this is no attempt
+            self._waiting.appendleft((task.index, task.job))
         else:
-            yield from self._retry(waiting, task, report)
+            yield from self._retry(task, report)
 
-    def _retry(self, waiting: deque[tuple[int, Job]], task: Task, report: JobReport) -> Iterator[Answer]:
+    def _retry(self, task: Task, report: JobReport) -> Iterator[Answer]:
         """Put a job back for another attempt, or yield its report after the last one."""
         if task.job.attempt < ATTEMPTS:
-            waiting.appendleft((task.index, replace(task.job, attempt=task.job.attempt + 1)))
+            self._waiting.appendleft((task.index, replace(task.job, attempt=task.job.attempt + 1)))
         elif report.error:
-            yield Answer(task.index, replace(report, error=replace(report.error, reach=SCENE)))
+            yield Answer(task.index, replace(report, error=replace(report.error, reach=Reach.SCENE)))
 
 
 def _lost(task: Task) -> JobReport:
@@ -264,7 +258,7 @@ def _lost(task: Task) -> JobReport:
         f"{ATTEMPTS} workers were lost while they labelled it, the last one at {task.worker}",
         hint="the system may have killed them for lack of memory: try fewer workers on a machine",
     )
-    return replace(failed(task.job, error), host=None)
+    return JobReport.failed(task.job, error, host=None)
 
 
 class ProcessPool(WorkerPool):
@@ -294,7 +288,7 @@ class ProcessPool(WorkerPool):
             EngineError: none of the processes can do the jobs.
             OSError: no process can be started.
         """
-        yield from self._serve(deque(enumerate(jobs)), {}, observer)
+        yield from self._serve(jobs, observer)
 
     def _living(self) -> dict[str, str]:
         self._workers = {name: worker for name, worker in self._workers.items() if worker.process.poll() is None}

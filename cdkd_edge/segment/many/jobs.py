@@ -29,16 +29,26 @@ from cdkd_edge.raster.areas import Areas
 from cdkd_edge.segment.options import SegmentOptions, SegmentResult
 from cdkd_edge.segment.products import NO_PRODUCTS, PRODUCTS, ProductOptions
 
-JOB_VERSION, REPORT_VERSION = 1, 1
+REPORT_VERSION = 1
 
-DONE, KEPT, FAILED, INTERRUPTED, NOT_BEGUN = "done", "kept", "failed", "interrupted", "not begun"
-"""Status of a scene. Kept: there was a label map of this scene, made by this engine with these options."""
 
-SCENE, ENGINE, WORKER, RUN = "scene", "engine", "worker", "run"
-"""What a failure affects: this scene, everything the engine does next, everything on this worker, all scenes."""
+class Status:
+    """What came of a scene. Kept: there was a label map of this scene, made by this engine with these options."""
 
-RUNNING, COMPLETE, STOPPED = "running", "complete", "stopped"
-"""How a run ended: every scene has its report; it made no sense to go on; or :data:`INTERRUPTED`."""
+    DONE, KEPT, FAILED, INTERRUPTED, NOT_BEGUN = ALL = "done", "kept", "failed", "interrupted", "not begun"
+
+
+class Reach:
+    """What a failure affects: this scene, everything the engine does next, everything on this worker, all scenes."""
+
+    SCENE, ENGINE, WORKER, RUN = "scene", "engine", "worker", "run"
+
+
+class Ended:
+    """How a run ended: every scene has its report; it made no sense to go on; or the user stopped it."""
+
+    NOT_YET, COMPLETE, STOPPED, INTERRUPTED = "running", "complete", "stopped", "interrupted"
+
 
 FileState = tuple[int, int, int]
 """Size, time of change (ns) and inode: they differ after a file was replaced."""
@@ -91,7 +101,6 @@ class Job:
     """A file beside the output. A worker that does not see it would write into another folder."""
     attempt: int = 1
     tool: str = __version__
-    job_version: int = JOB_VERSION
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Failure:
     hint: str | None
     exit_code: int
     reach: str
-    """:data:`SCENE`, :data:`ENGINE`, :data:`WORKER` or :data:`RUN`."""
+    """One of :class:`Reach`."""
     traceback: str | None = None
     """Of faults in this program."""
 
@@ -113,7 +122,7 @@ class Failure:
         kind, known = type(error).__name__, as_answer(error)
         if known is None:
             text = "".join(traceback.format_exception(error))
-            return cls(kind, f"{kind}: {error}", None, 1, reach or SCENE, text)
+            return cls(kind, f"{kind}: {error}", None, 1, reach or Reach.SCENE, text)
         return cls(kind, known.message, known.hint, known.exit_code, reach or _reach(error))
 
 
@@ -122,11 +131,11 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 def _reach(error: Exception) -> str:
     if isinstance(error, EngineError):
-        return ENGINE
+        return Reach.ENGINE
     # Options are the same for all scenes; the writer says SystemRefusalError when the disk is full.
     if isinstance(error, UsageError | SystemRefusalError) or (isinstance(error, OSError) and error.errno in _NO_SPACE):
-        return RUN
-    return SCENE
+        return Reach.RUN
+    return Reach.SCENE
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ class JobReport:
     scene: str
     output: str
     status: str
-    """:data:`DONE`, :data:`KEPT`, :data:`FAILED`, :data:`INTERRUPTED` or :data:`NOT_BEGUN`."""
+    """One of :class:`Status`."""
     attempts: int = 0
     """How often it was begun."""
     seconds: float | None = None
@@ -165,6 +174,23 @@ class JobReport:
     products: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     error: Failure | None = None
+
+    @classmethod
+    def failed(
+        cls,
+        job: Job,
+        error: Exception,
+        *,
+        seconds: float | None = None,
+        engine_sha256: str | None = None,
+        reach: str | None = None,
+        host: str | None = platform.node(),
+    ) -> JobReport:
+        """The report of a job that did not succeed."""
+        return cls(
+            job.scene, job.output, Status.FAILED, job.attempt, seconds, host, engine_sha256,
+            error=Failure.of(error, reach),
+        )  # fmt: skip
 
     @property
     def pixels(self) -> dict[str, int]:
@@ -182,22 +208,6 @@ class JobReport:
             del row[name]
         row["job_seconds"] = row.pop("seconds")  # "seconds" are the result's own
         return {**row, **figures, **{name: self.products.get(name) for name in PRODUCTS}, "error": row["error"]}
-
-
-def failed(
-    job: Job, error: Exception, seconds: float | None = None, engine_sha256: str | None = None, reach: str | None = None
-) -> JobReport:
-    """The report of a job that did not succeed."""
-    return JobReport(
-        scene=job.scene,
-        output=job.output,
-        status=FAILED,
-        attempts=job.attempt,
-        seconds=seconds,
-        host=platform.node(),
-        engine_sha256=engine_sha256,
-        error=Failure.of(error, reach),
-    )
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -250,7 +260,7 @@ class RunReport:
     jobs: Sequence[Job]
     engine: EngineRef
     workers: dict[str, Any] = field(default_factory=dict)
-    ended: str = RUNNING
+    ended: str = Ended.NOT_YET
     error: Failure | None = None
     """Why the run was stopped."""
     started: str = field(default_factory=lambda: _now())
@@ -264,7 +274,7 @@ class RunReport:
         """One report per scene, in order; jobs without an answer are interrupted or not begun."""
         rows = []
         for index, job in enumerate(self.jobs):
-            status = INTERRUPTED if index in self.begun else NOT_BEGUN
+            status = Status.INTERRUPTED if index in self.begun else Status.NOT_BEGUN
             unanswered = JobReport(job.scene, job.output, status, attempts=self.begun.get(index, 0))
             rows.append(self.reports.get(index, unanswered))
         return rows
@@ -298,7 +308,7 @@ class RunReport:
             "overwrite": first.overwrite if first else False,
             "totals": {
                 "scenes": len(rows),
-                **{name.replace(" ", "_"): counts[name] for name in (DONE, KEPT, FAILED, INTERRUPTED, NOT_BEGUN)},
+                **{name.replace(" ", "_"): counts[name] for name in Status.ALL},
                 "tiles": sum(result.tiles for result in done),
                 "tiles_per_second": sum(result.tiles for result in done) / seconds if done else None,
                 "engine_seconds": sum(result.engine_seconds for result in done) if done else None,

@@ -16,20 +16,7 @@ from cdkd_edge.raster.find import file_key, rasters_named
 from cdkd_edge.raster.open import is_gdal_name
 from cdkd_edge.raster.styles import sidecar_path
 from cdkd_edge.segment.many.dispatch import InProcess, ProcessPool, RunObserver, Workers
-from cdkd_edge.segment.many.jobs import (
-    COMPLETE,
-    FAILED,
-    INTERRUPTED,
-    NOT_BEGUN,
-    SCENE,
-    STOPPED,
-    EngineRef,
-    Failure,
-    Job,
-    ReportFile,
-    RunReport,
-    file_state,
-)
+from cdkd_edge.segment.many.jobs import Ended, EngineRef, Failure, Job, Reach, ReportFile, RunReport, Status, file_state
 from cdkd_edge.segment.many.worker import is_label_map
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import label_map_paths, require_file_place
@@ -206,18 +193,18 @@ def segment_many(
         with workers:
             report.workers = workers.describe()
             _collect(workers, report, file, errors, observer)
-        report.ended = COMPLETE
+        report.ended = Ended.COMPLETE
     except Exception as error:
-        report.ended, report.error = STOPPED, Failure.of(error)
-        idle = report.count(NOT_BEGUN, INTERRUPTED)
+        report.ended, report.error = Ended.STOPPED, Failure.of(error)
+        idle = report.count(Status.NOT_BEGUN, Status.INTERRUPTED)
         if idle and len(jobs) > 1:
             observer.note(f"stopped; {idle} of {len(jobs)} scenes were not begun or not finished")
         raise
     except BaseException:
-        report.ended = INTERRUPTED
+        report.ended = Ended.INTERRUPTED
         raise
     finally:
-        with contextlib.suppress(OSError) if report.ended != COMPLETE else contextlib.nullcontext():
+        with contextlib.suppress(OSError) if report.ended != Ended.COMPLETE else contextlib.nullcontext():
             file.save(report, now=True)
     _require_success(report, errors)
     return report
@@ -235,7 +222,7 @@ def _collect(
             if answer.error is not None:
                 errors.append(answer.error)
             failure = answer.report.error
-            if failure is not None and failure.reach != SCENE:
+            if failure is not None and failure.reach != Reach.SCENE:
                 raise answer.error or _as_error(failure)
 
 
@@ -260,7 +247,7 @@ def _as_error(failure: Failure) -> Exception:
 
 
 def _require_success(report: RunReport, errors: Sequence[Exception]) -> None:
-    rows = [row for row in report.rows() if row.status == FAILED]
+    rows = [row for row in report.rows() if row.status == Status.FAILED]
     if not rows:
         return
     if len(report.jobs) == 1 and errors:

@@ -37,20 +37,7 @@ from cdkd_edge.raster.styles import (
     style_path,
 )
 from cdkd_edge.segment import pipeline
-from cdkd_edge.segment.many.jobs import (
-    DONE,
-    ENGINE,
-    KEPT,
-    WORKER,
-    EngineRef,
-    Job,
-    JobReport,
-    KeptMap,
-    decode,
-    encode,
-    failed,
-    file_state,
-)
+from cdkd_edge.segment.many.jobs import EngineRef, Job, JobReport, KeptMap, Reach, Status, decode, encode, file_state
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import confidence_path
 from cdkd_edge.segment.partial import continues_replacing, differences, drop_finished, scene_identity, was_finishing
@@ -67,7 +54,8 @@ def run_job(engine: Labeller, job: Job, progress: Progress = lambda done, total:
     try:
         return do_job(engine, job, progress)
     except Exception as error:
-        return failed(job, error, time.perf_counter() - started, engine.artefact.sha256)
+        seconds, sha256 = time.perf_counter() - started, engine.artefact.sha256
+        return JobReport.failed(job, error, seconds=seconds, engine_sha256=sha256)
 
 
 def do_job(
@@ -88,13 +76,13 @@ def do_job(
     # A run that was interrupted while it replaced the map may go on without --overwrite.
     overwrite = job.overwrite or continues_replacing(output)
     kept = _existing_map(engine, job, overwrite=overwrite)
-    status, notes, result = DONE, list[str](), None
+    status, notes, result = Status.DONE, list[str](), None
     if kept is None:
         # Go on with what a lost worker left, unless the engine of another board made it.
         resume = job.engine.sha256 is not None if job.attempt > 1 else not job.overwrite
         result = pipeline.segment_scene(engine, job.scene, output, job.options, progress, resume=resume, warn=note)
     elif file_state(output) == job.before:
-        status = KEPT
+        status = Status.KEPT
         drop_finished(output)
         _complete_sidecars(kept, engine.schema.in_palette(job.options.palette))
     else:
@@ -287,9 +275,9 @@ class WorkerEngine:
             _require_same_place(job)
             engine = self.load(job.engine)
         except (CdkdEdgeError, OSError, MemoryError) as error:
-            return encode(failed(job, error, reach=WORKER))
+            return encode(JobReport.failed(job, error, reach=Reach.WORKER))
         report = run_job(engine, job, progress)
-        if report.error is not None and report.error.reach == ENGINE:
+        if report.error is not None and report.error.reach == Reach.ENGINE:
             self.release()
         return encode(dataclasses.replace(report, host=platform.node()))
 

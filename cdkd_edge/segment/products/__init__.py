@@ -85,7 +85,6 @@ def write_products(
     *,
     kept: bool = False,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Make the products of a finished label map. Each file appears only when it is complete, the STAC Item last.
 
@@ -100,7 +99,6 @@ def write_products(
         scene_options: how the scene was read: the preview shows the same bands and stretch.
         kept: the map was there before; then products that are of it stay, too.
         overwrite: replace products of another map or with other options.
-        progress: of the polygons: tiles done and tiles in all.
 
     Returns:
         The path of each product, and notes for the user.
@@ -130,8 +128,7 @@ def write_products(
             notes += areas.notes
         if "vector" in making and options.vector is not None:
             metadata = {**stamp, _OPTIONS: _options_text(options.vector)}
-            written = write_vector(label_map, paths["vector"], schema, options.vector, progress, metadata=metadata)
-            notes += written.notes
+            notes += write_vector(label_map, paths["vector"], schema, options.vector, metadata=metadata)
         if "preview" in making:
             write_preview(scene, label_map, schema, areas, paths["preview"], scene_options, metadata=stamp)
         beside = {name: path for name, path in paths.items() if name != "stac"}

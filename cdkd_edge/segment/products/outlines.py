@@ -116,14 +116,6 @@ class Piece:
     border_bits: npt.NDArray[np.uint8]
     """One bit per edge: whether it lies between two tiles. Such edges are one pixel long."""
 
-    @classmethod
-    def pack(cls, points: Ints, sizes: Ints, border: Bools) -> Piece:
-        """Pack points, ring sizes and, per edge, whether it lies between two tiles."""
-        x, y = points.min(0).tolist()
-        offsets = points - (x, y)
-        kind = np.uint16 if offsets.max() < 1 << 16 else np.uint32
-        return cls((x, y), offsets.astype(kind), sizes.astype(np.int32), np.packbits(border))
-
     def __len__(self) -> int:
         return len(self.offsets)
 
@@ -182,10 +174,14 @@ class TilePieces:
         return polygons
 
     def piece(self, polygon: int) -> Piece:
-        """Copy one polygon, so that the memory of the others can be freed."""
-        points = slice(self._firsts[polygon], self._firsts[polygon + 1])
+        """Pack one polygon, so that the memory of the others can be freed."""
+        inside = slice(self._firsts[polygon], self._firsts[polygon + 1])
         rings = slice(self._rings[polygon], self._rings[polygon + 1])
-        return Piece.pack(self._points[points], self._sizes[rings], self._border[points])
+        x, y = self._points[inside].min(0).tolist()
+        offsets = self._points[inside] - (x, y)
+        kind = np.uint16 if offsets.max() < 1 << 16 else np.uint32
+        sizes = self._sizes[rings].astype(np.int32)
+        return Piece((x, y), offsets.astype(kind), sizes, np.packbits(self._border[inside]))
 
 
 def unite(pieces: list[Piece], regions: Ints) -> tuple[Outlines, Ints]:

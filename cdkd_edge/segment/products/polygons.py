@@ -6,7 +6,7 @@ import contextlib
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,32 +78,19 @@ def vector_options(min_area: str | None = None, simplify_px: float = 0.0) -> Vec
     return VectorOptions(minimum_m2=value * _M2[unit], simplify_px=simplify_px)
 
 
-@dataclass(frozen=True)
-class VectorResult:
-    """A finished GeoPackage."""
-
-    output: Path
-    polygons: int
-    left_out: int
-    """Polygons below the minimum area."""
-    notes: tuple[str, ...]
-
-
 def write_vector(
     label_map: Path,
     output: Path,
     schema: LabelSchema,
     options: VectorOptions = VectorOptions(),
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    *,
     metadata: Mapping[str, str] | None = None,
-) -> VectorResult:
+) -> tuple[str, ...]:
     """Write the regions of a label map as polygons (GeoPackage, layer ``classes``) with a style for QGIS.
 
     Fields: ``class_id``, ``class``, ``color`` (#rrggbb), ``area_ha`` (of the polygon as drawn, on the ellipsoid for
     geographic grids; null where unknown). Pixels connected by an edge make one polygon; regions of more than 200,000
     vertices come in parts. Without georeference, x is the column and y the negative row, where QGIS puts such rasters.
-    The file appears only when it is complete. ``metadata`` is stored in it.
+    The file appears only when it is complete. ``metadata`` is stored in it. Returns notes for the user.
 
     Raises:
         MissingExtraError: pyogrio or Shapely is not installed.
@@ -121,14 +108,14 @@ def write_vector(
             )
         package = _GeoPackage(plain, output, schema, dataset, ground, options, metadata)
         try:
-            for batch in trace_regions(dataset, simplify=options.simplify_px, progress=progress):
+            for batch in trace_regions(dataset, simplify=options.simplify_px):
                 package.add(batch)
             package.finish()
         finally:
             for suffix in ("-journal", "-wal", "-shm"):
                 with contextlib.suppress(OSError):
                     temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
-    return VectorResult(output, package.written, package.left_out, tuple(package.notes))
+    return tuple(package.notes)
 
 
 def require_vector() -> None:
@@ -268,7 +255,6 @@ class _GeoPackage:
         self._waiting: list[tuple[npt.NDArray[Any], ...]] = []
         self._count = self._bytes = 0  # of what is waiting
         self._created = self._in_parts = False
-        self.written = self.left_out = 0
         self.notes = [] if ground.known else [f"no areas: {ground.reason}"]
         if dataset.transform.is_identity and (dataset.gcps[0] or dataset.tags(ns="RPC")):
             self.notes.append("polygons are in pixels; for polygons on a map, put the scene on a grid first (gdalwarp)")
@@ -288,7 +274,6 @@ class _GeoPackage:
             # A part of a large region is never too small.
             limits = (0.0, 0.0) if in_parts else self._limits
             drawn, areas, kept = large_enough(outlines.select(chosen), self._ground, *limits)
-            self.left_out += int((~kept).sum())
             if len(drawn):
                 drawn.points = _on_map(drawn.points, self._transform)
                 wkb = shapely.to_wkb(drawn.to_shapely())
@@ -329,7 +314,6 @@ class _GeoPackage:
             dataset_options=None if self._created else {"VERSION": "1.2"},
         )
         self._created = True
-        self.written += len(wkb)
 
     def _write(self, wkb: npt.NDArray[Any] | None, values: list[Any], fields: list[str], **options: Any) -> None:
         """Write with pyogrio, and turn its errors into ours."""

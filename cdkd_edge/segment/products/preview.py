@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema
+from cdkd_edge.core.numbers import percent
 from cdkd_edge.raster.areas import WGS84, Areas, centre_corners, to_wgs84
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.segment.options import SegmentOptions
@@ -222,14 +223,10 @@ def _legend(schema: LabelSchema, areas: Areas) -> list[_Entry]:
     """The classes that occur, in schema order, then "no data"; shares are of the labelled pixels."""
     labelled = sum(area.pixels for area in areas.classes)
     rows = [(cls.shown, area) for cls, area in zip(schema.classes, areas.classes, strict=True) if area.pixels]
-    entries = [_Entry(color, a.name, _percent(a.pixels / labelled), _hectares(a.hectares)) for color, a in rows]
+    entries = [_Entry(color, a.name, percent(a.pixels / labelled), _hectares(a.hectares)) for color, a in rows]
     if areas.no_data.pixels:
         entries.append(_Entry(_NO_DATA, "no data", "", _hectares(areas.no_data.hectares)))
     return entries
-
-
-def _percent(share: float) -> str:
-    return "< 0.1 %" if share < 0.0005 else f"{share:.1%}".replace("%", " %")
 
 
 def _hectares(hectares: float | None) -> str:

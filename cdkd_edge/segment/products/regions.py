@@ -8,7 +8,7 @@ is complete. All coordinates are integers (pixel corners, x to the right, y down
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -83,7 +83,6 @@ def trace_regions(
     simplify: float = 0.0,
     tile: int = TILE,
     max_vertices: int = MAX_VERTICES,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[RegionBatch]:
     """Yield the regions of an open label map in batches; pixels without label belong to none.
 
@@ -94,15 +93,12 @@ def trace_regions(
             the tolerance squared). Points on tile borders and on the map's border stay.
         tile: side of the tiles, px; smaller ones are taken where labels look like noise.
         max_vertices: see :data:`MAX_VERTICES`.
-        progress: called with tiles done and tiles in all.
 
     Raises:
         MissingExtraError: Shapely is not installed.
     """
     require_shapely()
     joiner = _Joiner(dataset.width, max_vertices)
-    tiles = -(-dataset.height // tile) * -(-dataset.width // tile)
-    done = 0
     for strip in range(0, dataset.height, tile):
         end = min(strip + tile, dataset.height)
         side = _tile_side(dataset, strip, end, tile)
@@ -117,8 +113,6 @@ def trace_regions(
                     outlines = _simplified(outlines, simplify)
                 neighbours = (top > 0, left > 0, top + height < dataset.height, left + width < dataset.width)
                 yield from joiner.add(outlines, values, left, width, neighbours)
-                done += height * width
-                progress(tiles * done // (dataset.height * dataset.width), tiles)
             yield from joiner.finish_row(last=top + height == dataset.height)
             hand_memory_back()
 

@@ -12,9 +12,9 @@ import argparse
 from pathlib import Path
 
 from PIL import Image
+from scenery import draw_scene
 
 from cdkd_edge.core.labels import Palette, load_schema
-from cdkd_edge.demo.scenery import draw_scene
 from cdkd_edge.quality.datasets import find_dataset
 
 SIDE = 1024

@@ -168,7 +168,7 @@ def test_two_scenes_of_one_name_are_refused_up_front(scenes: list[str]) -> None:
     shutil.copy(scenes[0], "other/a.tif")
     with pytest.raises(SceneError, match=r"two scenes would both become maps/a_labels\.tif: scenes/a\.tif and other/a"):
         plan_outputs(["scenes", "other"], Path("maps"), Path(), (), overwrite=False)
-    with pytest.raises(UsageError, match="need a directory"):
+    with pytest.raises(UsageError, match="is one file for 3 scenes; name a directory"):
         plan_outputs(["scenes"], Path("map.tif"), Path(), (), overwrite=False)
 
 
@@ -203,7 +203,7 @@ def test_scenes_of_one_name_in_folders_of_their_own(scenes: list[str], use: Any)
     with pytest.raises(SceneError, match="two scenes would both become") as caught:
         plan_outputs(["scenes/a.tif", "../scenes/a.tif"], Path("maps"), Path(), keep_folders=True, overwrite=False)
     assert "separately" in str(caught.value.hint)
-    with pytest.raises(UsageError, match="folders are kept in a directory"):
+    with pytest.raises(UsageError, match="--keep-folders needs a directory"):
         plan_outputs(["scenes/a.tif"], Path("map.tif"), Path(), keep_folders=True, overwrite=False)
 
 
@@ -638,7 +638,7 @@ def test_a_signal_ends_the_run_and_its_processes(
     _, said = process.communicate(timeout=30)
     assert process.returncode == code
     assert b"Traceback" not in said
-    assert (b"the same command goes on from there" in said) == (when == "working" and code > 0)
+    assert (b"the same command resumes from there" in said) == (when == "working" and code > 0)
     assert not list(Path("maps").glob("*.tif"))
     while any(Path(f"/proc/{pid}/cmdline").exists() for pid in started):
         assert time.monotonic() < deadline

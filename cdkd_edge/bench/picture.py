@@ -1,10 +1,12 @@
-"""``trace.png``: power against time, with the phases, tiles per second and temperature; one column of a paper wide.
+"""Pictures of a run: ``trace.png``, and the trace and histogram of ``report.html`` as SVG.
 
-How ``trace.png`` looks: size, colours, lines, letters.
+The trace shows power, tiles per second and temperature against time, one column of a paper wide.
 """
 
 from __future__ import annotations
 
+import io
+import re
 import textwrap
 import unicodedata
 from itertools import cycle
@@ -13,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cdkd_edge.bench import curves
 from cdkd_edge.bench.folder import Run, Series
+from cdkd_edge.bench.histogram import draw_histogram
 from cdkd_edge.bench.record import IDLE, INVALID, LOAD, VALID, WARM_UP
+from cdkd_edge.bench.statistics import Latency
 from cdkd_edge.core.files import whole_file
 
 if TYPE_CHECKING:
@@ -23,10 +27,12 @@ if TYPE_CHECKING:
 WIDTH: Final = 3.5
 """Inches: a column of a two-column paper."""
 DPI: Final = 300
+SVG_COLUMNS: Final = 350
+"""Columns to which curves are thinned in SVG, where every point costs some 20 bytes."""
 
 POWER, SPEED, GREY = "#003f6b", "#d55e00", "#595959"
 RAILS: Final = ("#0072b2", "#009e73", "#cc79a7", "#7f6000", "#56b4e9")
-"""Of Okabe and Ito's palette, which readers with any colour vision tell apart; dashes do it in greyscale."""
+"""From Okabe and Ito's palette, which is clear to colour-blind readers; dashes help in greyscale."""
 DASHES: Final = ("-", "--", ":")
 SHADES: Final = {IDLE: "#ffffff", WARM_UP: "#f4f4f4", LOAD: "#e6e6e6"}
 TRACK: Final = {IDLE: "#ffffff", WARM_UP: "#dcdcdc", LOAD: "#b0b0b0"}
@@ -40,7 +46,9 @@ STYLE: Final = {
     "hatch.linewidth": 0.4,
     "legend.fontsize": 6,
     "lines.linewidth": 0.7,
-    "text.parse_math": False,  # names of engines and rails may hold dollars
+    "svg.fonttype": "none",  # letters stay letters
+    "svg.hashsalt": "cdkd-edge",  # the same names in every run
+    "text.parse_math": False,  # names of engines and rails may contain dollar signs
     "xtick.labelsize": 6,
     "ytick.labelsize": 6,
     "xtick.major.width": 0.5,
@@ -50,8 +58,61 @@ STYLE: Final = {
 }
 
 
+def write_trace_picture(run: Run, path: Path) -> None:
+    """Draw a run as a PNG, 3.5 inches wide at 300 dots per inch.
+
+    The main rail is drawn strong, others thin. Times without readings are hatched, and no line crosses them. Means are
+    drawn only if the run's figures may be quoted. Without power, the picture shows tiles/s, latency and the reason.
+
+    Raises:
+        OSError: the picture cannot be written.
+    """
+    with _style():
+        figure, bottom = TracePicture(run, int(WIDTH * DPI)).draw()
+        with whole_file(path) as temporary:
+            _save(figure, str(temporary), "png", bottom, {"Software": run.summary.tool})
+
+
+def trace_svg(run: Run) -> str:
+    """The same picture as inline SVG."""
+    with _style():
+        return _svg(*TracePicture(run, SVG_COLUMNS).draw(), "trace", "Power, throughput and temperature against time")
+
+
+def histogram_svg(latencies: curves.Floats, latency: Latency) -> str:
+    """A histogram of latencies (ms) as inline SVG. Nothing is left out: far outliers are counted in the last bar."""
+    with _style():
+        return _svg(draw_histogram(latencies, latency), 0.0, "histogram", f"Histogram of {len(latencies)} latencies")
+
+
+def _style() -> Any:
+    """Our style, whatever the user's matplotlibrc says; undone afterwards."""
+    from matplotlib import style
+
+    return style.context(["default", STYLE])
+
+
+def _save(figure: Figure, file: Any, form: str, bottom: float, metadata: dict[str, Any]) -> None:
+    from matplotlib.transforms import Bbox
+
+    width, height = figure.get_size_inches()
+    crop = Bbox.from_extents(0, bottom, width, height)
+    figure.savefig(file, dpi=DPI, format=form, bbox_inches=crop, metadata=metadata)
+
+
+def _svg(figure: Figure, bottom: float, name: str, title: str) -> str:
+    file = io.BytesIO()
+    _save(figure, file, "svg", bottom, dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = file.getvalue().decode()
+    text = text[text.index("<svg") :]
+    # Names within one page must differ between its drawings, and the style must not reach beyond them.
+    text = re.sub(r'( id="|url\(#|xlink:href="#)', rf"\1{name}-", text)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    return text.replace("<svg ", f'<svg class="{name}" role="img" aria-label="{title}" ', 1)
+
+
 def banner_lines(run: Run) -> list[str]:
-    """Lines that say that the run is not to be trusted; none of a valid run."""
+    """Lines that say why the run is not valid; none for a valid run."""
     verdict = run.summary.verdict
     if verdict.status == VALID:
         return []
@@ -61,7 +122,7 @@ def banner_lines(run: Run) -> list[str]:
 
 
 def drawable(text: str, length: int = 200) -> str:
-    """What the font can draw of a text, on one line."""
+    """A text on one line, with the letters that the font has."""
     from matplotlib.font_manager import findfont, get_font
 
     known = get_font(findfont("DejaVu Sans")).get_charmap()
@@ -70,49 +131,25 @@ def drawable(text: str, length: int = 200) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def write_trace_picture(run: Run, path: Path) -> None:
-    """Draw a run as a PNG of 3.5 inches width at 300 dots per inch.
-
-    Power of the main rail is strong, others are thin; times without readings are hatched and no line crosses them.
-    Means are drawn only where the run's figures may be quoted. Without power there are tiles/s, latency and the reason.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    from matplotlib import style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox
-
-    with style.context(["default", STYLE]):  # whatever the user's matplotlibrc says; undone afterwards
-        figure, bottom = _Picture(run).draw()
-        width, height = figure.get_size_inches()
-        crop = Bbox.from_extents(0, bottom, width, height)
-        metadata = {"Software": run.summary.tool}
-        with whole_file(path) as temporary:
-            FigureCanvasAgg(figure).print_figure(
-                str(temporary), dpi=DPI, format="png", bbox_inches=crop, metadata=metadata
-            )
-
-
-class _Picture:
-    """Places its panels from the top down, in inches."""
+class TracePicture:
+    """The trace; places its panels from the top down, in inches."""
 
     left = 0.43
     legend_columns = 3
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, columns: int) -> None:
+        self.run, self.columns = run, columns
         self.start, self.stop = curves.bounds(run)
         self.windows = curves.windows(run)
         self.heat = curves.temperature(run)
         self.no_power = curves.why_no_power(run)
-        self.right = 0.12 if self.no_power else 0.43  # a second axis needs room
-        self.repeats = len({span.repeat for span in run.summary.phases if span.name == LOAD})
+        self.right = 0.12 if self.no_power else 0.43  # room for a second axis
+        self.repeats = len({phase.repeat for phase in run.summary.phases if phase.name == LOAD})
         self.handles: list[Any] = []
         self.labels_dropped = False
 
     def draw(self) -> tuple[Figure, float]:
-        """The figure, and where its lower edge is to be cut, in inches."""
+        """The figure, and the height of its lower edge, in inches; below it there is nothing."""
         from matplotlib.figure import Figure
 
         banner = banner_lines(self.run)
@@ -124,10 +161,9 @@ class _Picture:
             rows += [("space", 0.1), ("heat", 0.42)]
         entries = len(self.run.watts) + 6
         rows += [("axis", 0.28), ("legend", 0.08 + 0.12 * (1 + entries // self.legend_columns))]
-        height = sum(size for _, size in rows)
-        self.figure = Figure(figsize=(WIDTH, height), dpi=DPI)
-        self.height, top = height, height
-        axes: list[Axes] = []
+        self.height = top = sum(size for _, size in rows)
+        self.figure = Figure(figsize=(WIDTH, self.height), dpi=DPI)
+        panels: list[Axes] = []
         for name, size in rows:
             top -= size
             if name == "banner" and banner:
@@ -135,16 +171,14 @@ class _Picture:
             elif name == "caption":
                 self._draw_caption(top)
             elif name == "track":
-                track = self._axes(top, size)
-                self._draw_track(track)
+                self._draw_track(self._axes(top, size))
             elif name in ("main", "latency", "heat"):
-                panel = self._axes(top, size)
-                self._prepare(panel)
-                getattr(self, f"_draw_{name}")(panel)
-                axes.append(panel)
-        for panel in axes[:-1]:
+                panels.append(self._axes(top, size))
+                self._shade(panels[-1])
+                getattr(self, f"_draw_{name}")(panels[-1])
+        for panel in panels[:-1]:
             panel.tick_params(labelbottom=False)
-        axes[-1].set_xlabel("Time (s)", labelpad=1.5)
+        panels[-1].set_xlabel("Time (s)", labelpad=1.5)
         return self.figure, self._draw_legend(rows[-1][1])
 
     def _axes(self, bottom: float, height: float) -> Axes:
@@ -153,14 +187,14 @@ class _Picture:
         axes.set_xlim(self.start, self.stop)
         return axes
 
-    def _prepare(self, axes: Axes) -> None:
-        """Shade the phases; a left and a lower axis."""
+    def _shade(self, axes: Axes) -> None:
+        """Shade the phases."""
         from matplotlib.ticker import MaxNLocator
 
         axes.spines["right"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 3, 5, 6, 10]))
-        for span in self.run.summary.phases:
-            axes.axvspan(span.start, span.stop, color=SHADES[span.name], linewidth=0, zorder=0)
+        for phase in self.run.summary.phases:
+            axes.axvspan(phase.start, phase.stop, color=SHADES[phase.name], linewidth=0, zorder=0)
 
     def _draw_banner(self, lines: list[str], bottom: float, size: float) -> None:
         from matplotlib.patches import Rectangle
@@ -186,33 +220,34 @@ class _Picture:
         text = self.figure.text(
             self.left / WIDTH, (bottom + 0.055) / self.height, drawable(" · ".join(parts)), fontsize=5.5, color=GREY
         )
-        self._shorten(text, WIDTH - self.left - 0.05)
-
-    def _shorten(self, text: Any, inches: float) -> None:
-        while self._inches(text) > inches and len(text.get_text()) > 1:
+        while self.inches(text) > WIDTH - self.left - 0.05 and len(text.get_text()) > 1:
             text.set_text(text.get_text().rstrip("…")[: -1 - len(text.get_text()) // 50].rstrip() + "…")
 
-    def _inches(self, text: Any) -> float:
-        return float(text.get_window_extent(self._renderer()).width) / DPI
+    def inches(self, text: Any) -> float:
+        """Width of a text."""
+        return float(text.get_window_extent(self.renderer()).width) / DPI
 
-    def _renderer(self) -> Any:
+    def renderer(self) -> Any:
+        """What measures texts."""
         from matplotlib.backends.backend_agg import RendererAgg
 
         agg: Any = RendererAgg
         return agg(int(WIDTH * DPI), int(self.height * DPI), DPI)
 
     def _draw_track(self, axes: Axes) -> None:
-        """A strip that names the phases, as far as names fit."""
+        """A strip with the names of the phases, where they fit."""
         axes.set_ylim(0, 1)
         axes.axis("off")
         scale = (WIDTH - self.left - self.right) / (self.stop - self.start)
-        for span in self.run.summary.phases:
-            axes.axvspan(span.start, span.stop, 0.06, 0.94, facecolor=TRACK[span.name], edgecolor=GREY, linewidth=0.3)
-            label = curves.span_label(span.name, span.repeat, self.repeats)
-            names = [label] + ([str(span.repeat + 1)] if span.name == LOAD and self.repeats > 1 else [])
+        for phase in self.run.summary.phases:
+            style: dict[str, Any] = {"facecolor": TRACK[phase.name], "edgecolor": GREY, "linewidth": 0.3}
+            axes.axvspan(phase.start, phase.stop, 0.06, 0.94, **style)
+            names = [phase.name]
+            if phase.name == LOAD and self.repeats > 1:
+                names = [f"{LOAD} {phase.repeat + 1}", str(phase.repeat + 1)]
             for name in names:
-                text = axes.text((span.start + span.stop) / 2, 0.47, name, ha="center", va="center", fontsize=5.5)
-                if self._inches(text) < span.seconds * scale - 0.02:
+                text = axes.text((phase.start + phase.stop) / 2, 0.47, name, ha="center", va="center", fontsize=5.5)
+                if self.inches(text) < phase.seconds * scale - 0.02:
                     break
                 text.remove()
                 self.labels_dropped = True
@@ -231,9 +266,8 @@ class _Picture:
         self._draw_speed(twin, top)
 
     def _draw_power(self, axes: Axes) -> float:
-        """Returns the top of the axis, W."""
-        main = curves.main_rails(self.run)
-        top = curves.power_top(self.run)
+        """Draw the rails; return the top of the axis, W."""
+        main, top = curves.main_rails(self.run), curves.power_top(self.run)
         axes.set_ylim(0, top)
         axes.set_ylabel("Power (W)", labelpad=2)
         thin = zip(cycle(RAILS), cycle(DASHES))
@@ -247,10 +281,10 @@ class _Picture:
         for rail, (idle, load) in curves.mean_watts(self.run).items() if len(main) == 1 else ():
             low = self._draw_mean(axes, f"{IDLE} {idle:.2f} W", idle, self.run.watts[rail], above=False)
             high = self._draw_mean(axes, f"{LOAD} {load:.2f} W", load, self.run.watts[rail], above=True)
-            if low and high and high.xy[1] - low.xy[1] < 0.1 * top:  # the words would lie upon each other
+            if low and high and high.xy[1] - low.xy[1] < 0.1 * top:  # the words would overlap
                 if low.xy[1] > 0.15 * top:
                     low.set(verticalalignment="top", position=(0, -2))
-                else:  # below it there are other numbers
+                else:  # the axis is just below
                     high.set_position((0, 10))
         return top
 
@@ -261,7 +295,7 @@ class _Picture:
             if len(times) == 1:
                 axes.plot(times, values, color=colour, marker=".", markersize=1.5, linestyle="none", zorder=order)
                 continue
-            times, values = curves.thin(times, values, self.start, self.stop, int(WIDTH * DPI))
+            times, values = curves.thin(times, values, self.start, self.stop, self.columns)
             axes.plot(times, values, color=colour, linestyle=dash, linewidth=width, zorder=order)
         return Line2D([], [], color=colour, linestyle=dash, linewidth=max(width, 0.8))
 
@@ -276,45 +310,43 @@ class _Picture:
             self.handles.append(Patch(label="no readings", **style))
 
     def _draw_mean(self, axes: Axes, words: str, watts: float, series: Series, *, above: bool) -> Any:
-        """The words, if there is a load beside which they stand."""
+        """A dashed line at a mean, with its value; returns the text, or None if there was no load."""
         if above:
-            axes.axhline(watts, color="white", linewidth=0.9, zorder=4)  # so that the dashes show upon a dark band
+            axes.axhline(watts, color="white", linewidth=0.9, zorder=4)  # lets the dashes show on a dark band
         axes.axhline(watts, color="black", linewidth=0.6, linestyle=(0, (3, 2)), zorder=4)
-        loads = [span for span in self.run.summary.phases if span.name == LOAD]
+        loads = [phase for phase in self.run.summary.phases if phase.name == LOAD]
         if not loads:
             return None
-        widest = max(loads, key=lambda span: span.seconds)
+        widest = max(loads, key=lambda phase: phase.seconds)
         inside = [
             value for time, value in zip(series.times, series.values, strict=True) if widest.start <= time < widest.stop
         ]
-        # The load's value stands above the trace, the idle one on its own line, where under load nothing else is.
+        # The load's value is written above the trace; the idle one on its line, where the load leaves room.
         height = max([watts, *inside]) if above else watts
         text = axes.annotate(
             words, ((widest.start + widest.stop) / 2, height), (0, 1.5), textcoords="offset points", ha="center",
             va="bottom", fontsize=6, zorder=6, bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6},
         )  # fmt: skip
-        # Beside a short load at the end it would lie upon the numbers of the other axis.
-        half = (self._inches(text) / 2 + 0.02) * (self.stop - self.start) / (WIDTH - self.left - self.right)
-        middle = min(max(text.xy[0], self.start + half), self.stop - half)
-        text.xy = (middle, height)
+        # Beside a short load at the end it would cover the numbers of the other axis.
+        half = (self.inches(text) / 2 + 0.02) * (self.stop - self.start) / (WIDTH - self.left - self.right)
+        text.xy = (min(max(text.xy[0], self.start + half), self.stop - half), height)
         return text
 
     def _draw_speed(self, axes: Axes, watts: float | None) -> None:
-        """Tiles/s; with ``watts``, the top of the power axis, at a height where power is not."""
+        """Tiles/s; if ``watts`` is given, the top of the power axis, at a height where power is not."""
         from matplotlib.lines import Line2D
         from matplotlib.ticker import EngFormatter
 
-        length = curves.typical_window(self.windows)
-        levels = curves.levels(self.run, watts) if watts else None
-        top = curves.throughput_top(self.windows, levels)
+        top = curves.throughput_top(self.windows, curves.levels(self.run, watts) if watts else None)
         axes.set_ylim(0, top)
-        if top >= 10_000:  # as 12k: there is no room for more digits
+        if top >= 10_000:  # written 12k: there is no room for more digits
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_ylabel("Throughput (tiles/s)", labelpad=3 if watts else 2, color=SPEED)
         axes.tick_params(axis="y", colors=SPEED)
         dash: Any = (0, (6, 1.5, 1, 1.5)) if watts else "-"
         for one in self.windows:
             axes.stairs(one.tiles_per_second, one.edges, baseline=None, color=SPEED, linewidth=1.1, linestyle=dash)
+        length = curves.typical_window(self.windows)
         label = f"tiles/s over {length:.2g} s" if length < 100 else f"tiles/s over {length:.0f} s"
         self.handles.append(Line2D([], [], color=SPEED, linestyle=dash, linewidth=1.1, label=label))
 
@@ -330,11 +362,12 @@ class _Picture:
             highest, usual = max(highest, float(high.max())), max(usual, float(middle.max()))
         axes.set_ylim(0, max(highest * 1.15, 1e-6))
         axes.set_ylabel("Latency (ms)", labelpad=2)
-        if highest > 20 * usual > 0:  # one batch would press all others onto the axis
+        logarithmic = highest > 20 * usual > 0  # one batch would press all others onto the axis
+        if logarithmic:
             axes.set_yscale("log")
             axes.set_ylim(max(min(float(one.latency_ms.min()) for one in self.windows) / 2, 1e-6), highest * 2)
             axes.yaxis.set_minor_locator(NullLocator())
-        if highest > 20 * usual > 0 or highest >= 10_000:
+        if logarithmic or highest >= 10_000:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         self.handles.append(Patch(facecolor="#9ecae1", edgecolor=POWER, linewidth=0, label="latency: median, range"))
 
@@ -349,22 +382,20 @@ class _Picture:
         axes.locator_params(axis="y", nbins=3)
 
     def _draw_legend(self, room: float) -> float:
-        """Row by row below the panels, in ``room`` inches; returns the height that is left."""
+        """Draw the legend row by row below the panels, in ``room`` inches; return the height that is left."""
         from matplotlib.patches import Patch
 
         handles = list(self.handles)
         if self.labels_dropped:
-            had = {span.name for span in self.run.summary.phases}
+            had = {phase.name for phase in self.run.summary.phases}
+            style: dict[str, Any] = {"edgecolor": GREY, "linewidth": 0.3}
             handles += [
-                Patch(facecolor=TRACK[name], edgecolor=GREY, linewidth=0.3, label=name)
-                for name in (IDLE, WARM_UP, LOAD)
-                if name in had
+                Patch(facecolor=TRACK[name], label=name, **style) for name in (IDLE, WARM_UP, LOAD) if name in had
             ]
         columns = min(self.legend_columns, len(handles))
-        by_column = [handle for first in range(columns) for handle in handles[first::columns]]
         legend = self.figure.legend(
-            handles=by_column, loc="upper center", bbox_to_anchor=(0.5, room / self.height), ncols=columns,
-            frameon=False, borderpad=0, borderaxespad=0.6, handlelength=2.2, columnspacing=1.2, labelspacing=0.25,
-            handletextpad=0.5,
+            handles=[handle for first in range(columns) for handle in handles[first::columns]],
+            loc="upper center", bbox_to_anchor=(0.5, room / self.height), ncols=columns, frameon=False, borderpad=0,
+            borderaxespad=0.6, handlelength=2.2, columnspacing=1.2, labelspacing=0.25, handletextpad=0.5,
         )  # fmt: skip
-        return float(legend.get_window_extent(self._renderer()).y0) / DPI - 0.05
+        return float(legend.get_window_extent(self.renderer()).y0) / DPI - 0.05

@@ -26,7 +26,7 @@ from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.segment.many import worker as worker_module
 from cdkd_edge.segment.many.dask import DaskPool, require_running, stop_run
 from cdkd_edge.segment.many.dispatch import Answer, RunObserver
-from cdkd_edge.segment.many.jobs import ENGINE, WORKER, EngineRef, Failure, Job, JobReport, decode, encode, failed
+from cdkd_edge.segment.many.jobs import EngineRef, Failure, Job, JobReport, Reach, decode, encode
 from cdkd_edge.segment.many.run import engine_ref, segment_many
 from cdkd_edge.segment.many.worker import WorkerEngine, engine_path, send_progress
 from cdkd_edge.segment.pipeline import segment_scene
@@ -232,11 +232,11 @@ def dies(job: Job) -> None:
 
 
 def of_engine(job: Job) -> JobReport:
-    return failed(job, EngineError("the GPU fell off the bus"))
+    return JobReport.failed(job, EngineError("the GPU fell off the bus"))
 
 
 def refuses(job: Job) -> JobReport:
-    return failed(job, FleetError("not here"), reach=WORKER)
+    return JobReport.failed(job, FleetError("not here"), reach=Reach.WORKER)
 
 
 REF = EngineRef("fake.onnx", "fake", "fp32", "fake", "ab" * 32, "cd" * 32)
@@ -356,7 +356,7 @@ def test_an_engine_that_failed_is_loaded_anew(job: Job, monkeypatch: pytest.Monk
     monkeypatch.setattr(first, "launch", lambda slot: (_ for _ in ()).throw(EngineError("fell off the bus")))
     error = answer_of(worker, job).error
     assert error is not None
-    assert error.reach == ENGINE
+    assert error.reach == Reach.ENGINE
     assert worker.load(job.engine) is not first
     assert answer_of(worker, job).status == "done"
     worker.release()
@@ -375,7 +375,7 @@ def test_an_engine_that_failed_is_loaded_anew(job: Job, monkeypatch: pytest.Monk
 def test_what_a_worker_refuses(job: Job, change: Any, message: str) -> None:
     report = answer_of(WorkerEngine(), dataclasses.replace(job, **change(job)))
     assert report.error is not None
-    assert report.error.reach == WORKER
+    assert report.error.reach == Reach.WORKER
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(report.error.message)
     assert not Path(job.output).exists()
@@ -409,5 +409,5 @@ def test_a_run_that_was_stopped_leaves_nothing(job: Job, tmp_path: Path) -> None
 
 
 def test_failures_of_both_sides_are_told_apart() -> None:
-    assert Failure.of(FleetError("x"), WORKER).reach == WORKER
+    assert Failure.of(FleetError("x"), Reach.WORKER).reach == Reach.WORKER
     assert Failure.of(CdkdEdgeError("x")).reach == "scene"

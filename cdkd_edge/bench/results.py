@@ -1,60 +1,59 @@
-"""From what happened to figures: speed, latency, watts and joules of every repeat, and over all of them."""
+"""Speed, latency, watts and joules: of every repeat, and over all repeats of a run."""
 
 from __future__ import annotations
 
-from cdkd_edge.bench.course import Course
+from cdkd_edge.bench.phases import Timeline
 from cdkd_edge.bench.record import (
     IDLE,
     LOAD,
     WARM_UP,
     Figures,
+    Phase,
     PowerFigures,
     Protocol,
     RailFigures,
     RailRepeat,
     RejectedRepeat,
     Repeat,
-    Span,
 )
 from cdkd_edge.bench.statistics import figure_of, latency_of, variance_hidden_by_sharing
-from cdkd_edge.board.power.energy import RailEnergy, bound_holds, rail_energy
-from cdkd_edge.board.power.trace import Trace
+from cdkd_edge.board.power.energy import RailEnergy, Trace, bound_holds, rail_energy
 
 LEAST_READINGS = 2
-"""In a phase, for it to have a figure."""
+"""Readings that a phase needs for a mean of watts."""
 
 
 class NoFigureError(Exception):
-    """Power was sampled, and a phase has no figure: why."""
+    """Power was sampled, but a phase has too few readings; the message says which."""
 
 
-def repeats_of(course: Course, protocol: Protocol, batch: int, trace: Trace | None) -> tuple[Repeat, ...]:
-    """Every repeat that was run to its end.
+def repeats_of(timeline: Timeline, protocol: Protocol, batch: int, trace: Trace | None) -> tuple[Repeat, ...]:
+    """The results of every repeat that was completed.
 
     Args:
-        course: what happened.
-        protocol: how many repeats there were to be.
-        batch: tiles per run of the engine.
-        trace: of power; None: without.
+        timeline: what happened.
+        protocol: of the run.
+        batch: tiles per batch.
+        trace: power readings; None: without power.
 
     Raises:
-        NoFigureError: a rail cannot be given a figure in some phase.
+        NoFigureError: a rail has too few readings in a phase.
     """
     found = []
     for repeat in range(protocol.repeats):
         try:
-            load, warm_up = course.span(LOAD, repeat), course.span(WARM_UP, repeat)
-            idles = (course.span(IDLE, repeat), course.span(IDLE, repeat + 1)) if trace else None
-        except KeyError:  # broken off before
+            load, warm_up = timeline.phase(LOAD, repeat), timeline.phase(WARM_UP, repeat)
+            idles = (timeline.phase(IDLE, repeat), timeline.phase(IDLE, repeat + 1)) if trace else None
+        except KeyError:  # the run ended earlier
             break
-        latencies = [one.latency for one in course.batches if one.phase == LOAD and one.repeat == repeat]
+        latencies = [one.latency for one in timeline.batches_of(load)]
         tiles = len(latencies) * batch
         rails = None
         if trace is not None and idles is not None:
-            rails = {rail: _rail(trace, rail, course.origin, *idles, load) for rail in trace.source.rails}
+            rails = {rail: _rail(trace, rail, timeline.origin, *idles, load) for rail in trace.source.rails}
         found.append(
             Repeat(
-                steady=course.steady[repeat],
+                steady=timeline.steady[repeat],
                 warm_up_seconds=warm_up.seconds,
                 tiles=tiles,
                 seconds=load.seconds,
@@ -67,13 +66,13 @@ def repeats_of(course: Course, protocol: Protocol, batch: int, trace: Trace | No
 
 
 def rejected(repeat: Repeat) -> RejectedRepeat:
-    """A repeat without what could be quoted of it."""
+    """A repeat without the figures that could be quoted."""
     covered = None if repeat.rails is None else {name: rail.covered for name, rail in repeat.rails.items()}
     return RejectedRepeat(repeat.steady, repeat.warm_up_seconds, repeat.tiles, repeat.seconds, covered)
 
 
-def _rail(trace: Trace, rail: str, origin: float, before: Span, after: Span, load: Span) -> RailRepeat:
-    first, last, loaded = (_energy(trace, rail, origin, span) for span in (before, after, load))
+def _rail(trace: Trace, rail: str, origin: float, before: Phase, after: Phase, load: Phase) -> RailRepeat:
+    first, last, loaded = (_energy(trace, rail, origin, phase) for phase in (before, after, load))
     return RailRepeat(
         idle_watts=(first.watts + last.watts) / 2,
         idle_before_watts=first.watts,
@@ -85,46 +84,46 @@ def _rail(trace: Trace, rail: str, origin: float, before: Span, after: Span, loa
     )
 
 
-def _energy(trace: Trace, rail: str, origin: float, span: Span) -> RailEnergy:
-    energy = rail_energy(trace, rail, origin + span.start, origin + span.stop)
+def _energy(trace: Trace, rail: str, origin: float, phase: Phase) -> RailEnergy:
+    energy = rail_energy(trace, rail, origin + phase.start, origin + phase.stop)
     if energy is None or energy.readings < LEAST_READINGS:
         count = energy.readings if energy else 0
-        raise NoFigureError(f"{count} readings of {rail} in {span.seconds:.1f} s of {span.name}")
+        raise NoFigureError(f"too few readings of {rail}: {count} in {phase.seconds:.1f} s of {phase.name}")
     return energy
 
 
 def figures_of(
-    repeats: tuple[Repeat, ...], course: Course, tile: int, trace: Trace | None, power_reason: str
+    repeats: tuple[Repeat, ...], timeline: Timeline, tile: int, trace: Trace | None, power_reason: str
 ) -> Figures:
-    """Over all repeats, of which there must be one at least.
+    """The figures over all repeats.
 
     Args:
-        repeats: as :func:`repeats_of` gives them.
-        course: what happened.
-        tile: its side, px.
-        trace: of power.
-        power_reason: why there is no power figure; empty where there is one.
+        repeats: from :func:`repeats_of`, at least one.
+        timeline: what happened.
+        tile: side of a tile, px.
+        trace: power readings; None: without power.
+        power_reason: why there is no power figure; empty if there is one.
     """
     megapixels = tile * tile / 1e6
     rates = [repeat.tiles_per_second for repeat in repeats]
-    loads = [one.latency for one in course.batches if one.phase == LOAD and one.repeat < len(repeats)]
+    loads = [one.latency for one in timeline.batches if one.phase == LOAD and one.repeat < len(repeats)]
     return Figures(
         tiles_per_second=figure_of(rates),
         megapixels_per_second=figure_of([rate * megapixels for rate in rates]),
         latency_ms=latency_of(loads),
-        power=None if trace is None or power_reason else _power(repeats, course, megapixels, trace),
+        power=None if trace is None or power_reason else _power(repeats, timeline, megapixels, trace),
         power_reason=power_reason,
     )
 
 
-def _power(repeats: tuple[Repeat, ...], course: Course, megapixels: float, trace: Trace) -> PowerFigures:
+def _power(repeats: tuple[Repeat, ...], timeline: Timeline, megapixels: float, trace: Trace) -> PowerFigures:
     rails = {}
     for rail in trace.source.rails:
         of_rail = [(repeat.tiles_per_second, repeat.rails[rail]) for repeat in repeats if repeat.rails]
-        # Time that is not covered took what the rest took; a run with much of it is invalid.
+        # Assumes the same watts where readings are missing; a run with many missing is invalid.
         gross = [one.load_watts / rate for rate, one in of_rail]
         net = [(one.load_watts - one.idle_watts) / rate for rate, one in of_rail]
-        # Two loads in a row share the idle phase between them.
+        # Two successive loads share the idle phase between them.
         hidden = variance_hidden_by_sharing(
             [one.idle_before_watts for _, one in of_rail[:1]] + [one.idle_after_watts for _, one in of_rail]
         )
@@ -138,9 +137,10 @@ def _power(repeats: tuple[Repeat, ...], course: Course, megapixels: float, trace
             gross_joules_per_megapixel=figure_of([joules / megapixels for joules in gross]),
             net_joules_per_megapixel=figure_of([joules / megapixels for joules in net], per_tile / megapixels**2),
         )
-    origin = course.origin
+    origin = timeline.origin
     gaps = trace.gaps(
-        start=origin + min(span.start for span in course.spans), stop=origin + max(span.stop for span in course.spans)
+        start=origin + min(phase.start for phase in timeline.completed),
+        stop=origin + max(phase.stop for phase in timeline.completed),
     )
     source = trace.source
     return PowerFigures(

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from cdkd_edge.demo.ground import (
+from ground import (
     BUILDING,
     FLATS,
     GROVE,

@@ -1,0 +1,367 @@
+"""Looks at the tiles of all scenes once and keeps a description of each that may be chosen.
+
+A description takes some 600 bytes, and the number of tiles looked at is limited: scenes share a budget, those with few
+tiles leave their part to the others, and scenes with more tiles than their part are sampled at random. So neither a
+thousand scenes nor one of 100000 x 100000 px takes more memory, or more time than the budget allows.
+
+A tile is passed over, and counted, if it is
+
+* ``nodata``: it has more pixels without data than allowed,
+* ``blank``: no channel varies by half a grey level, or nine tenths of it are pure black or pure white (borders of
+  scenes whose nodata value is not declared),
+* ``excluded``: part of an evaluation set, or a near-duplicate of a tile of one,
+* ``near_duplicate``: a near-duplicate of an earlier candidate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rasterio.windows import Window
+
+from cdkd_edge.core.errors import DatasetError, SceneError
+from cdkd_edge.core.labels import NO_LABEL
+from cdkd_edge.graph.tiles import pixels_sha256
+from cdkd_edge.precision.calibration.descriptors import (
+    FEATURES,
+    THUMBNAIL,
+    describe_tile,
+    find_duplicates,
+    make_thumbnail,
+    match_thumbnails,
+)
+from cdkd_edge.precision.calibration.exclusions import Exclusions, PixelWindow, overlaps
+from cdkd_edge.raster.grid import Span, TileGrid
+from cdkd_edge.raster.open import gdal, open_scene, place_problem
+from cdkd_edge.segment.options import SegmentOptions
+
+_BLANK_STD = 0.5
+_SOLID_SHARE = 0.9
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How scenes are read and which tiles are passed over."""
+
+    tile: int
+    """Side of a tile, px."""
+    seed: int = 0
+    budget: int = 10_000
+    """Tiles looked at in all scenes together."""
+    max_nodata: float = 0.1
+    """Largest share of a tile without data."""
+    reading: SegmentOptions = SegmentOptions()
+    """Bands and stretch of scenes."""
+    skip_broken: bool = False
+    """Go on without scenes that cannot be read."""
+
+
+@dataclass(frozen=True)
+class TiledScene:
+    """The size of a scene, and its tiles."""
+
+    path: str
+    height: int
+    width: int
+    tile: int
+
+    @classmethod
+    def open(cls, path: str, tile: int) -> TiledScene:
+        """Read the size of a scene.
+
+        Raises:
+            SceneError: it cannot be opened.
+        """
+        with open_scene(path) as dataset:
+            return cls(path, int(dataset.height), int(dataset.width), tile)
+
+    @property
+    def grid(self) -> TileGrid:
+        """Tiles side by side: they overlap only as much as they must, and a small scene is one tile."""
+        return TileGrid.over(self.height, self.width, self.tile, 0)
+
+    def sample(self, limit: int, seed: int) -> Iterator[tuple[Span, Span]]:
+        """The tiles row by row, as rows and columns; a random choice if there are more than ``limit``.
+
+        The choice depends on the seed and the scene's name, not on other scenes.
+        """
+        grid = self.grid
+        chosen: Iterable[int] = range(len(grid))
+        if len(grid) > limit:
+            generator = np.random.default_rng([seed, zlib.crc32(Path(self.path).name.encode(errors="replace"))])
+            chosen = sorted(generator.choice(len(grid), limit, replace=False).tolist())
+        columns = len(grid.columns)
+        for index in chosen:
+            yield grid.rows[index // columns], grid.columns[index % columns]
+
+
+def fair_limit(sizes: Sequence[int], budget: int) -> int:
+    """The most tiles that a scene may give, so that all together give at most ``budget``; at least 1."""
+    limit, left, scenes = 0, budget, len(sizes)
+    for size in sorted(sizes):
+        if size > left // scenes:
+            return max(1, left // scenes)
+        limit, left, scenes = size, left - size, scenes - 1
+    return max(1, limit)
+
+
+class LabelMaps:
+    """The label maps ``NAME_labels.tif`` of a folder, found by the names of scenes.
+
+    Raises:
+        DatasetError: the folder holds none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.class_names: tuple[str, ...] = ()
+        """Class names of the first map that has them."""
+        if not folder.is_dir():
+            raise DatasetError(f"label maps {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+        if not any(folder.glob("*_labels.tif")):
+            raise DatasetError(
+                f"{folder} holds no label map (NAME_labels.tif)",
+                hint=f"make them: cdkd-edge segment SCENES -o {folder}",
+            )
+
+    def name(self, label: int) -> str:
+        """Name of a class."""
+        return self.class_names[label] if label < len(self.class_names) else f"class {label}"
+
+    def open(self, scene: TiledScene) -> Any:
+        """The label map of a scene as an open rasterio dataset; None if there is none.
+
+        Raises:
+            DatasetError: it is no label map, has another size or place, or other classes than those before.
+        """
+        path = self.folder / f"{Path(scene.path).stem}_labels.tif"
+        if not path.is_file():
+            return None
+        try:
+            dataset: Any = open_scene(path)
+        except SceneError as error:
+            raise DatasetError(f"label map {path} cannot be read: {error}") from None
+        if problem := self._problem(dataset, scene):
+            dataset.close()
+            raise DatasetError(f"label map {path} {problem}")
+        return dataset
+
+    def _problem(self, dataset: Any, scene: TiledScene) -> str | None:
+        if dataset.count != 1 or dataset.dtypes[0] != "uint8":
+            return f"holds {dataset.count} bands of {dataset.dtypes[0]}, not one of uint8"
+        if (dataset.height, dataset.width) != (scene.height, scene.width):
+            return f"is {dataset.width} x {dataset.height} px, its scene {scene.width} x {scene.height}"
+        with open_scene(scene.path) as image:
+            if problem := place_problem(image, dataset):
+                return f"{problem} ({scene.path})"
+        names = tuple(filter(None, (name.strip() for name in dataset.tags().get("CLASSES", "").split(","))))
+        self.class_names = self.class_names or names
+        if names and names != self.class_names:
+            return f"has the classes {', '.join(names)}; those before it have {', '.join(self.class_names)}"
+        return None
+
+
+@dataclass
+class ScanReport:
+    """What was seen while scenes were scanned."""
+
+    scanned: int = 0
+    """Tiles looked at."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Tiles passed over, by reason."""
+    broken: list[str] = field(default_factory=list)
+    """Errors of the scenes that were skipped."""
+    without_label_map: list[str] = field(default_factory=list)
+    reading_notes: dict[str, list[str]] = field(default_factory=dict)
+    """How scenes were read, by path."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Descriptions of the tiles that may be chosen, in order of scene and place."""
+
+    scenes: tuple[TiledScene, ...]
+    scene: npt.NDArray[np.int32]
+    """Index of the scene, ``[N]``."""
+    place: npt.NDArray[np.int32]
+    """Left and upper border, px, ``[N, 2]``."""
+    features: npt.NDArray[np.float32]
+    """``[N, 25]``, see :mod:`.descriptors`."""
+    thumbnails: npt.NDArray[np.float16]
+    """``[N, 192]``."""
+    pixels: npt.NDArray[np.object_]
+    """SHA-256 of the pixels of each tile, ``[N]``."""
+    labels: npt.NDArray[np.int64] | None
+    """Pixels per label, ``[N, 255]``, if there are label maps."""
+    limits: dict[int, npt.NDArray[np.float32]]
+    """Stretch of each scene that has one, ``[3, 2]``."""
+    report: ScanReport
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def window(self, index: int) -> PixelWindow:
+        """Where a candidate lies in its scene."""
+        x, y = self.place[index].tolist()
+        side = self.scenes[int(self.scene[index])].tile
+        return x, y, side, side
+
+    def keep(self, mask: npt.NDArray[np.bool_]) -> Candidates:
+        """Those for which ``mask`` ``[N]`` is true."""
+        names = ("scene", "place", "features", "thumbnails", "pixels", "labels")
+        arrays = {name: array[mask] for name in names if (array := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **arrays)
+
+    def without_duplicates(self, evaluation: npt.NDArray[np.float16] | None = None) -> Candidates:
+        """Those that are no near-duplicate of an earlier one, nor of an evaluation tile (thumbnails ``[M, 192]``)."""
+        kept = self
+        if evaluation is not None and len(evaluation):
+            excluded = match_thumbnails(self.thumbnails.astype(np.float32), evaluation.astype(np.float32))
+            self.report.skipped["excluded"] += int(excluded.sum())
+            kept = self.keep(~excluded)
+        duplicate = find_duplicates(kept.thumbnails.astype(np.float32))
+        self.report.skipped["near_duplicate"] += int(duplicate.sum())
+        return kept.keep(~duplicate)
+
+
+def scan_scenes(
+    scenes: Sequence[TiledScene],
+    options: ScanOptions,
+    exclusions: Exclusions | None = None,
+    label_maps: LabelMaps | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Candidates:
+    """Describe the tiles of all scenes; near-duplicates are still among them.
+
+    Raises:
+        SceneError: a scene cannot be read, and broken ones are not skipped.
+        DatasetError: a label map does not fit.
+    """
+    limit = fair_limit([len(scene.grid) for scene in scenes], options.budget) if scenes else 0
+    total, done = sum(min(limit, len(scene.grid)) for scene in scenes), 0
+    scanner = _Scanner(options, exclusions or Exclusions(), label_maps)
+    rows: list[tuple[int, _Tile]] = []
+    for index, scene in enumerate(scenes):
+        tiles: list[_Tile] = []
+        skipped: Counter[str] = Counter()
+        before = done
+        try:
+            for tile in scanner.tiles(scene, index, limit):
+                if isinstance(tile, str):
+                    skipped[tile] += 1
+                else:
+                    tiles.append(tile)
+                done += 1
+                progress(done, total)
+        except SceneError as error:
+            if not options.skip_broken:
+                named = error.message if scene.path in error.message else f"{scene.path}: {error.message}"
+                hint = error.hint or "leave it out, or skip what cannot be read with --skip-broken"
+                raise SceneError(named, hint=hint) from None
+            scanner.report.broken.append(error.message)
+            done = before + min(limit, len(scene.grid))
+            continue
+        rows += [(index, tile) for tile in tiles]
+        scanner.report.skipped += skipped
+        scanner.report.scanned += len(tiles) + skipped.total()
+    count = len(rows)
+    return Candidates(
+        tuple(scenes),
+        np.array([index for index, _ in rows], np.int32),
+        np.array([tile.place for _, tile in rows], np.int32).reshape(count, 2),
+        np.array([tile.features for _, tile in rows], np.float32).reshape(count, FEATURES),
+        np.array([tile.thumbnail for _, tile in rows], np.float16).reshape(count, THUMBNAIL),
+        np.array([tile.pixels for _, tile in rows], object),
+        None if label_maps is None else np.array([tile.labels for _, tile in rows]).reshape(count, NO_LABEL),
+        scanner.limits,
+        scanner.report,
+    )
+
+
+@dataclass(frozen=True)
+class _Tile:
+    place: tuple[int, int]
+    features: npt.NDArray[np.float32]
+    thumbnail: npt.NDArray[np.float16]
+    pixels: str
+    labels: npt.NDArray[np.int64] | None
+
+
+class _Scanner:
+    def __init__(self, options: ScanOptions, exclusions: Exclusions, label_maps: LabelMaps | None) -> None:
+        self._options, self._exclusions, self._label_maps = options, exclusions, label_maps
+        self.report = ScanReport()
+        self.limits: dict[int, npt.NDArray[np.float32]] = {}
+
+    def tiles(self, scene: TiledScene, index: int, limit: int) -> Iterator[_Tile | str]:
+        """Descriptions of a scene's tiles; for a tile that is passed over, the reason."""
+        options = self._options
+        reader = options.reading.open(scene.path)
+        label_map = None
+        try:
+            if reader.limits is not None:
+                self.limits[index] = reader.limits
+            if self._label_maps is not None:
+                label_map = self._label_maps.open(scene)
+                if label_map is None:
+                    self.report.without_label_map.append(scene.path)
+            windows = self._exclusions.windows_of(scene.path)
+            pixels = np.empty((3, options.tile, options.tile), np.uint8)
+            for row, column in scene.sample(limit, options.seed):
+                place = column.start, row.start
+                if any(overlaps((*place, options.tile, options.tile), window) for window in windows):
+                    yield "excluded"
+                    continue
+                valid = reader.read_tile(row, column, pixels)
+                if valid is not None and 1 - valid.mean() > options.max_nodata:
+                    yield "nodata"
+                elif _is_blank(pixels, valid):
+                    yield "blank"
+                elif (sha256 := pixels_sha256(pixels)) in self._exclusions.pixels:
+                    yield "excluded"
+                else:
+                    counts = None if self._label_maps is None else _count_labels(label_map, place, options.tile)
+                    yield _Tile(place, describe_tile(pixels), make_thumbnail(pixels), sha256, counts)
+        finally:
+            self.report.reading_notes[scene.path] = reader.notes
+            reader.close()
+            if label_map is not None:
+                label_map.close()
+
+
+def _count_labels(label_map: Any, place: tuple[int, int], tile: int) -> npt.NDArray[np.int64]:
+    """Pixels per label of the part of a tile that lies in the scene, ``[255]``; none without a label map."""
+    if label_map is None:
+        return np.zeros(NO_LABEL, np.int64)
+    left, top = max(place[0], 0), max(place[1], 0)
+    right, bottom = min(place[0] + tile, label_map.width), min(place[1] + tile, label_map.height)
+    try:
+        with gdal(f"reading {label_map.name}"):
+            labels = label_map.read(1, window=Window(left, top, right - left, bottom - top))
+    except SceneError as error:
+        raise DatasetError(f"label map {label_map.name} is damaged: {error}") from None
+    return np.bincount(labels.ravel(), minlength=256)[:NO_LABEL]
+
+
+def _is_blank(pixels: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_] | None) -> bool:
+    # Every fourth pixel first: a picture is seldom blank there and not elsewhere.
+    if valid is None:
+        sample = pixels[:, ::4, ::4]
+        if sample.reshape(3, -1).std(axis=1).max() >= 2 and not _is_solid(sample):
+            return False
+    seen = pixels.reshape(3, -1) if valid is None else pixels[:, valid]
+    return bool(seen.std(axis=1).max() < _BLANK_STD or _is_solid(seen))
+
+
+def _is_solid(pixels: npt.NDArray[np.uint8]) -> bool:
+    return any((pixels == value).all(axis=0).mean() > _SOLID_SHARE for value in (0, 255))

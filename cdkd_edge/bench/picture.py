@@ -242,7 +242,7 @@ class TracePicture:
         for phase in self.run.summary.phases:
             style: dict[str, Any] = {"facecolor": TRACK[phase.name], "edgecolor": GREY, "linewidth": 0.3}
             axes.axvspan(phase.start, phase.stop, 0.06, 0.94, **style)
-            names = [phase.name]
+            names: list[str] = [phase.name]
             if phase.name == LOAD and self.repeats > 1:
                 names = [f"{LOAD} {phase.repeat + 1}", str(phase.repeat + 1)]
             for name in names:

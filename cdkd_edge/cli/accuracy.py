@@ -271,11 +271,10 @@ def finetune(
     """Encoder and labelled images to a checkpoint, by the paper's protocol. Writes a model card beside it."""
     need("torch", "export", "training")
     from cdkd_edge.cli.show.training import describe_finetune, live_training
+    from cdkd_edge.training.files import interruption_notice
     from cdkd_edge.training.finetune import FinetuneOptions
     from cdkd_edge.training.finetune import finetune as tune
-    from cdkd_edge.training.recipe import Recipe
-    from cdkd_edge.training.start import Shape
-    from cdkd_edge.training.state import what_is_kept
+    from cdkd_edge.training.recipe import NetworkSettings, Recipe
     from cdkd_edge.training.views import Augmentation
 
     recipe = Recipe(
@@ -296,7 +295,7 @@ def finetune(
     )
     options = FinetuneOptions(
         recipe=recipe,
-        shape=Shape(tile, patch, heads, norm_eps, head_channels, new_head, weights),
+        network=NetworkSettings(tile, patch, heads, norm_eps, head_channels, new_head, weights),
         schema=schema,
         training_scenes=names(train_scenes),
         validation_scenes=names(val_scenes),
@@ -312,6 +311,6 @@ def finetune(
         overwrite=overwrite,
         command=command_line(),
     )
-    with telling_what_is_kept(lambda: what_is_kept(output)), live_training() as listener:
+    with telling_what_is_kept(lambda: interruption_notice(output)), live_training() as listener:
         result = tune(source, data, output, options, listener)
     show(describe_finetune(result), as_json)

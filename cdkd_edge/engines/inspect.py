@@ -1,4 +1,4 @@
-"""What is inside a graph or an engine: operators or layers, precisions, memory, fused attention."""
+"""Lists what is inside a graph or an engine: operators or layers, precisions, memory, fused attention."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _INTEGER_OPS = frozenset(("ConvInteger", "MatMulInteger"))
 
 @dataclass(frozen=True)
 class OnnxContents:
-    """An ONNX file: a graph, or an engine for the CPU."""
+    """The content of an ONNX file: a graph, or an engine for the CPU."""
 
     operators: Mapping[str, Mapping[str, int]]
     """Nodes by operator and precision; the most frequent operators first. A node's precision is ``int8`` if it computes
@@ -51,7 +51,7 @@ class OnnxContents:
     """Bytes of constants by type."""
     attention_blocks: int
     attention_fused: int
-    """Of them, written as one operator."""
+    """Attention blocks that are one operator."""
 
     @property
     def nodes(self) -> int:
@@ -74,12 +74,12 @@ class Inspection:
     path: Path
     manifest: GraphManifest | EngineManifest | None
     contents: OnnxContents | EngineLayers | None
-    """None: an engine whose layers were not recorded."""
+    """None if the layers of an engine were not recorded."""
     warnings: tuple[str, ...]
 
 
 def inspect_artefact(path: Path) -> Inspection:
-    """Look into a graph (``.onnx``), an engine for the CPU (``.cpu.onnx``) or for TensorRT (``.engine``). Runs nothing.
+    """Inspect a graph (``.onnx``) or an engine (``.cpu.onnx``, ``.engine``). Runs nothing.
 
     Raises:
         ManifestError: the file does not exist, has a manifest that is not its own, or needs one and has none.
@@ -91,13 +91,13 @@ def inspect_artefact(path: Path) -> Inspection:
     if not is_artefact_name(path):
         raise EngineError(
             f"{path} is neither a graph (.onnx) nor an engine (.engine, .cpu.onnx)",
-            hint="a checkpoint is looked into with `cdkd-edge info`",
+            hint="for a checkpoint: `cdkd-edge info`",
         )
     if path.suffix == ".engine":
         return _inspect_engine(path, read_manifest(path, EngineManifest))
     if not manifest_path(path).exists():
-        lone = "there is no manifest beside it: what it was made from and whether it was checked is not known"
-        return Inspection(path, None, read_onnx(path), (lone,))
+        warning = "there is no manifest beside it: what it was made from and whether it was checked is not known"
+        return Inspection(path, None, read_onnx(path), (warning,))
     if kind_of(path) == EngineManifest.kind:
         return _inspect_engine(path, read_manifest(path, EngineManifest))
     return Inspection(path, read_manifest(path, GraphManifest), read_onnx(path), ())
@@ -119,7 +119,7 @@ def _inspect_engine(path: Path, manifest: EngineManifest) -> Inspection:
 
 
 def attention_warnings(manifest: EngineManifest, layers: EngineLayers | None = None) -> list[str]:
-    """A sentence if any attention block of an engine is not fused; none if that is not known, which its notes say."""
+    """A warning if an attention block of an engine is not fused; none if that is not known."""
     blocks, fused = manifest.attention_blocks, manifest.attention_fused
     if fused >= blocks or (manifest.tensorrt is not None and not manifest.tensorrt.layers):
         return []
@@ -137,7 +137,7 @@ def read_onnx(path: Path) -> OnnxContents:
     """Count what is in an ONNX file.
 
     Raises:
-        GraphError: it is not one, or is empty.
+        GraphError: it is none, or is empty.
     """
     graph = load_graph(path).graph
     dtypes = {item.name: _NAMES.get(item.data_type, "other") for item in graph.initializer}
@@ -173,7 +173,7 @@ def read_onnx(path: Path) -> OnnxContents:
 
 
 def _output_dtype(node: onnx.NodeProto, dtypes: Mapping[str, str]) -> str:
-    """Type of a node's outputs, by its operator's definition; where that is not known here, that of its first float."""
+    """Type of a node's outputs by its operator's definition; for other operators, that of its first float input."""
     inputs = [dtypes.get(name, "other") for name in node.input]
     attributes = {item.name: item for item in node.attribute}
     if node.op_type == "Cast":

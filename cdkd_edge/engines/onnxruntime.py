@@ -1,4 +1,4 @@
-"""The engine of every machine: ONNX Runtime on the CPU."""
+"""The engine that runs on every machine: ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from cdkd_edge.graph.files import read_graph
 from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
 
 MIN_AGREEMENT = 0.9999
-"""Share of pixels on which engine and graph must agree; the rest is the order of additions."""
+"""Share of pixels on which engine and graph must agree; additions in another order change the rest."""
 
 MIN_INT8_AGREEMENT = 0.99
-"""The same for INT8: before a quantiser, another order of additions can move a value by a whole step."""
+"""The same for INT8: before a quantiser, another order of additions can change a value by a whole step."""
 
 SLOTS = 3
 """One tile being read, one computed, one written."""
 
 
 def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
-    """Optimise a graph for ONNX Runtime's CPU kernels, check it against the graph, write it.
+    """Optimise a graph for ONNX Runtime's CPU kernels, compare the result with the graph, and write it.
 
-    The file holds the optimisations that any CPU can run; those that depend on the CPU (blocked
-    convolution layouts) are applied when it is loaded.
+    The file holds the optimisations that any CPU can run. Those that depend on the CPU (blocked convolution
+    layouts) are applied when it is loaded.
 
     Args:
-        graph: an exported FP32 graph with its manifest, or an INT8 graph, whose twin becomes the engine
+        graph: an exported FP32 graph with its manifest, or an INT8 graph, of which the engine is the twin
             (:mod:`cdkd_edge.graph.cpu`).
         destination: final path of the engine (``.onnx``).
 
@@ -79,7 +79,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
         try:
             _session(serialized, options, f"optimising {graph.name}")
         except EngineError:
-            # ONNX Runtime does not say why it could not write.
+            # ONNX Runtime does not say why it cannot write.
             if shutil.disk_usage(temporary.parent).free < len(serialized):
                 raise SystemRefusalError(f"{destination}: no space left on the device") from None
             raise
@@ -94,7 +94,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
             attention_blocks=blocks,
             attention_fused=fused,
             build_seconds=time.perf_counter() - started,
-            # The module's own word: its package may be onnxruntime-gpu or a vendor's build.
+            # From the module, because the package may be onnxruntime-gpu or a vendor's build.
             libraries={**library_versions(("onnx", "numpy")), "onnxruntime": onnxruntime.__version__},
         )
         write_manifest(destination, manifest)  # before the engine gets its name: no engine without a manifest
@@ -117,7 +117,7 @@ class OnnxLabeller(NamedOutputs):
             path: the file.
             manifest: its manifest.
             threads: threads for one tile. Default: the cores this process may use.
-            model: what to run in place of the file: the same function in operators a CPU has.
+            model: run this instead of the file: the same function in operators that a CPU has.
 
         Raises:
             EngineError: ONNX Runtime refuses it.
@@ -138,7 +138,7 @@ class OnnxLabeller(NamedOutputs):
         self._bindings = [self._bind(slot) for slot in range(SLOTS)]
 
     def _bind(self, slot: int) -> Any:
-        """Let ONNX Runtime read and write the slot's own buffers: no copy, no allocation per tile."""
+        """Let ONNX Runtime read and write the slot's buffers: no copy and no allocation per tile."""
         binding = self._session.io_binding()
         image = self._inputs[slot]
         binding.bind_input("image", "cpu", 0, np.uint8, image.shape, image.ctypes.data)
@@ -155,12 +155,12 @@ class OnnxLabeller(NamedOutputs):
         return self._outputs[slot][name]
 
     def _clear(self, slot: int) -> None:
-        """No labels, and nothing known of them."""
+        """Reset the outputs: no labels, confidence 0."""
         for name, array in self._outputs[slot].items():
             array.fill(NO_LABEL if name == LABELS else 0)
 
     def launch(self, slot: int) -> None:
-        """Compute the slot; on the CPU this is all there is to wait for."""
+        """Compute the slot; returns when it is done."""
         self._clear(slot)
         try:
             self._session.run_with_iobinding(self._bindings[slot])
@@ -169,7 +169,7 @@ class OnnxLabeller(NamedOutputs):
             raise EngineError(f"the engine failed on a tile: {_one_line(error)}") from None
 
     def wait(self, slot: int) -> None:
-        """Nothing left to wait for."""
+        """Return at once: :meth:`launch` has waited."""
 
     def close(self) -> None:
         """Release the session; buffers go with the object."""
@@ -208,10 +208,10 @@ class CpuEngine(OnnxLabeller):
     """An engine file. See :class:`cdkd_edge.engines.protocol.Engine`."""
 
     def __init__(self, path: Path, manifest: EngineManifest, threads: int | None = None) -> None:
-        """Load an engine whose manifest has been read; arguments as for a graph.
+        """Load an engine whose manifest has been read; arguments as for :class:`OnnxLabeller`.
 
         Raises:
-            EngineError: made by another release of ONNX Runtime, or refused by this one.
+            EngineError: it was built with another release of ONNX Runtime, or this one refuses it.
         """
         built_with = manifest.libraries.get("onnxruntime", "an unknown release")
         if _minor(built_with) != _minor(onnxruntime.__version__):
@@ -226,7 +226,7 @@ class CpuEngine(OnnxLabeller):
 
 
 def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
-    """Engine against the graph it was built from (of INT8, the twin), on one sample tile."""
+    """Compare an engine with the graph it was built from (INT8: with the twin) on one sample tile."""
     tiles = np.repeat(sample_tiles(source.tile, 1), source.batch, axis=0)
     results = []
     for model in (graph, str(engine)):
@@ -234,7 +234,7 @@ def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
         results.append(session.run(list(source.outputs), {"image": tiles}))
     least = MIN_INT8_AGREEMENT if source.precision == "int8" else MIN_AGREEMENT
     for name, expected, found in zip(source.outputs, *results, strict=True):
-        step = 0 if name == LABELS else 1  # confidence on either side of a half is no difference
+        step = 0 if name == LABELS else 1  # a confidence may round up or down
         agreement = float((np.abs(expected.astype(np.int16) - found) <= step).mean())
         if agreement < least:
             raise NumericalCheckError(
@@ -244,9 +244,9 @@ def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
 
 
 def engine_options(precision: str, threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Options to load an engine with. ONNX Runtime makes signed weights unsigned where this CPU needs that.
+    """Options for loading an engine.
 
-    A CPU whose products with signed weights are exact stores them so; its engine may be carried to one that saturates.
+    An INT8 engine may have signed weights. On a CPU whose signed products saturate, ONNX Runtime makes them unsigned.
     """
     options = session_options(threads)
     if precision == "int8" and not signed_weights_are_exact():

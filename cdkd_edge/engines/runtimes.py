@@ -1,6 +1,6 @@
-"""The runtimes: what can build and run an engine. A row of :data:`RUNTIMES` holds all that tells one from another.
+"""The runtimes that build and run engines. Everything that differs between them is in a row of :data:`RUNTIMES`.
 
-To add one, write ``engines/NAME.py`` with a function that builds and one that loads, and add its row here.
+To add one, write ``engines/NAME.py`` with a function that builds an engine and one that loads it, and add a row here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Log = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class Runtime:
-    """Something that builds engines from graphs and runs them."""
+    """One way to build engines from graphs and to run them."""
 
     name: str
     """As ``--runtime`` takes it."""
@@ -44,10 +44,8 @@ class Runtime:
     """What it can run."""
     fastest_float: str
     """The precision that an INT8 engine has to be faster than."""
-    cross_compiles: bool
-    """Whether it builds for GPUs that are not here (``--target``)."""
     has_options: bool
-    """Whether :class:`TensorRTOptions` apply to it."""
+    """Whether :class:`TensorRTOptions` apply to it, among them targets: GPUs that are not here."""
     why_not_here: Callable[[], str | None]
     """Why it cannot run on this machine; None if it can."""
     build: Callable[[Path, Path, TensorRTOptions | None, Note, Log], EngineManifest]
@@ -107,7 +105,6 @@ _ROWS = (
         on_cpu=False,
         precisions=("fp32", "fp16", "int8"),
         fastest_float="fp16",
-        cross_compiles=True,
         has_options=True,
         why_not_here=_why_no_tensorrt,
         build=_build_tensorrt,
@@ -122,7 +119,6 @@ _ROWS = (
         on_cpu=True,
         precisions=("fp32", "int8"),  # ONNX Runtime computes FP16 in FP32 on a CPU: docs/decisions.md
         fastest_float="fp32",
-        cross_compiles=False,
         has_options=False,
         why_not_here=lambda: None,
         build=_build_cpu,
@@ -149,7 +145,7 @@ def choose_runtime(name: str, *, targets: tuple[str, ...] = ()) -> Runtime:
             raise UsageError(f"{name!r} is no runtime", hint=f"--runtime is one of auto, {', '.join(RUNTIMES)}")
         return RUNTIMES[name]
     if targets:  # where the compiler is missing, the build says so
-        return next(runtime for runtime in RUNTIMES.values() if runtime.cross_compiles)
+        return next(runtime for runtime in RUNTIMES.values() if runtime.has_options)
     return next(runtime for runtime in RUNTIMES.values() if runtime.why_not_here() is None)
 
 

@@ -1,7 +1,7 @@
-"""Checkpoint files: told apart by their content, bounded, and read without executing anything in them.
+"""Reads checkpoint files safely: by content, within bounds, without executing anything in them.
 
-What ``torch.save`` writes is a zip archive (before torch 1.6, one file) around a pickle. Pickles are read with
-``weights_only=True`` alone, after a look at what they ask for; ``.safetensors`` files cannot hold code at all.
+``torch.save`` writes a pickle in a zip archive (before torch 1.6, plain pickles). Pickles are read only with
+``weights_only=True``, after a check of what they would build. ``.safetensors`` files cannot hold code.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ FORMAT = "cdkd-edge checkpoint"
 FORMAT_VERSION = 1
 
 _MAX_ENTRIES = 100_000
-"""Files in a torch.save archive: one per tensor."""
+"""Most files in a torch.save archive, which has one per tensor."""
 _MAX_DIRECTORY = 32 << 20
-"""Bytes of the pickle in an archive: names and shapes, and whatever text there is."""
+"""Most bytes of the pickle in an archive: names, shapes and text."""
 _MAX_NAMES = 8 << 20
-"""Bytes of the header of a safetensors file, some 100 per tensor."""
+"""Most bytes of a safetensors header, which has some 100 per tensor."""
 _MAX_STEPS = 1_000_000
-"""Steps that a pickle may take; a tensor takes 30. torch needs about 2 us and 100 bytes for each."""
+"""Most steps of a pickle; a tensor takes 30. torch needs about 2 us and 100 bytes per step."""
 _MAX_KEY = 20_000
-"""Parts of a tuple within tuples. Python hashes a key by recursion, and ends with a crash at about 100,000."""
+"""Most parts of nested tuples: Python hashes them by recursion and crashes at about 100,000."""
 _UNREAD = (
     "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "builtins.getattr", "numpy.ndarray",
     "numpy.dtype",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     "mmengine.logging.history_buffer.HistoryBuffer",
 )  # fmt: skip
-"""What training scripts leave beside the weights: arguments, scores, logs. Each is replaced by nothing, unread."""
+"""Classes of what training scripts save beside the weights (arguments, scores, logs); replaced unread by nothing."""
 _PACKED = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ", "zstd": b"\x28\xb5\x2f\xfd", "7z": b"7z\xbc\xaf"}
-"""How archives begin."""
+"""First bytes of archives."""
 _SPARE = 64 << 20
-"""Bytes that the tensors of a file may take beyond its size, where some share their storage."""
+"""Bytes that tensors may take beyond the size of their file, because some share their storage."""
 
 
 class _Nothing:
-    """Stands in for an object of a class that is never imported."""
+    """Replaces an object of a class that is never imported."""
 
     def __new__(cls, *_: object, **__: object) -> _Nothing:
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
-        """Forget it."""
+        """Ignore the object's content."""
 
 
 _STAND_INS: list[Any] = [
@@ -66,12 +66,12 @@ _STAND_INS: list[Any] = [
 
 
 def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The top-level mapping of a checkpoint file, and our header (empty if it is not ours).
+    """The top-level mapping of a checkpoint file, and the header if this package wrote it (else empty).
 
     Raises:
-        CheckpointError: missing, empty, damaged, of another kind, larger inside than outside, or refused because
-            reading it could run code.
-        MissingExtraError: a safetensors file, and safetensors is not installed.
+        CheckpointError: the file is missing, empty, damaged, of another kind, would take far more memory than its
+            size, or could run code.
+        MissingExtraError: it is a safetensors file, and safetensors is not installed.
     """
     if not path.exists():
         raise CheckpointError(f"checkpoint {path} does not exist")
@@ -90,17 +90,17 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             return _read_safetensors(path, header_bytes)
     zipped = start.startswith(b"PK")
     if not zipped and not start.startswith(b"\x80"):
-        raise _foreign(path, start)
+        raise _no_checkpoint(path, start)
     try:
         if zipped:
             _require_archive(path)
         else:
             _require_pickles(path)
         with warnings.catch_warnings():
-            # What torch warns of here (TorchScript, pickle protocols) is answered below, in one sentence.
+            # torch's warnings (TorchScript, pickle protocols): the errors here say the same.
             warnings.simplefilter("ignore")
             with torch.serialization.safe_globals(_STAND_INS):
-                # Mapping the file keeps a large teacher beside the student out of memory.
+                # Mapped, so that a large teacher beside the student is not read into memory.
                 document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except CheckpointError:
         raise
@@ -113,15 +113,15 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def text_keys(document: Mapping[Any, Any]) -> dict[str, Any]:
-    """A mapping with text for keys; other keys are no names of weights, and may be of any size."""
+    """The mapping with text keys; other keys name no weights, and may be of any size."""
     return {
         key if isinstance(key, str) else f"{key}" if isinstance(key, int) else f"({type(key).__name__})": value
         for key, value in document.items()
     }
 
 
-def _foreign(path: Path, start: bytes) -> CheckpointError:
-    """What a file is that no library writes as a checkpoint."""
+def _no_checkpoint(path: Path, start: bytes) -> CheckpointError:
+    """The error for a file that is neither of ``torch.save`` nor safetensors; says what it is instead."""
     packed = "tar" if start[257:262] == b"ustar" else None
     packed = next((name for name, first in _PACKED.items() if start.startswith(first)), packed)
     if packed:
@@ -133,7 +133,7 @@ def _foreign(path: Path, start: bytes) -> CheckpointError:
     other = is_artefact_name(path)
     return CheckpointError(
         f"{path} is damaged or not a PyTorch checkpoint: it begins neither as torch.save's files nor as .safetensors",
-        hint="graphs and engines are looked into with `cdkd-edge inspect`" if other else None,
+        hint="for graphs and engines: `cdkd-edge inspect`" if other else None,
     )
 
 
@@ -154,9 +154,9 @@ def _read_safetensors(path: Path, header_bytes: int) -> tuple[dict[str, Any], di
 
 
 def _require_archive(path: Path) -> None:
-    """Refuse an archive that is none of torch.save's, or that is larger inside than outside.
+    """Refuse an archive that torch.save did not write, or whose content is larger than the file.
 
-    torch.save never compresses, so sizes in the archive's directory can be held against that of the file.
+    torch.save never compresses, so the sizes in the archive's directory can be compared with the file's.
     """
     size = path.stat().st_size
     if _entries_claimed(path) > _MAX_ENTRIES:
@@ -174,9 +174,9 @@ def _require_archive(path: Path) -> None:
         packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
         if packed:
             raise CheckpointError(
-                f"{path} is compressed, as torch.save never leaves it: {packed.filename} would grow from "
+                f"{path} is compressed, which torch.save never does: {packed.filename} would grow from "
                 f"{packed.compress_size} to {packed.file_size} bytes",
-                hint="write it anew where you trust it: torch.save(torch.load(FILE), NEW)",
+                hint="if you trust it, save it again: torch.save(torch.load(FILE), NEW)",
             )
         if sum(entry.file_size for entry in entries) > size:
             raise CheckpointError(f"{path} is damaged: its entries claim more bytes than the file has ({size})")
@@ -187,11 +187,11 @@ def _require_archive(path: Path) -> None:
                     "are read",
                     hint="save the weights alone: torch.save(checkpoint['state_dict'], 'weights.pt')",
                 )
-            _require_modest(path, io.BytesIO(archive.read(entry)))
+            _require_bounded(path, io.BytesIO(archive.read(entry)))
 
 
 def _entries_claimed(path: Path) -> int:
-    """The number of entries by the end of a zip archive's directory, before all of them are listed."""
+    """The number of entries, from the end of a zip archive's directory: cheaper than listing them."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16) - 100))
         tail = file.read()
@@ -206,19 +206,19 @@ def _entries_claimed(path: Path) -> int:
 
 
 def _require_pickles(path: Path) -> None:
-    """Look at the pickles of a file from before torch 1.6: three of bookkeeping, the document, its storages."""
+    """Check the pickles of a file from before torch 1.6: three of bookkeeping, the document, its storages."""
     with path.open("rb") as file:
         beginning = file.read(_MAX_DIRECTORY)
     stream = io.BytesIO(beginning)
     for _ in range(5):
         if beginning[stream.tell() : stream.tell() + 1] != b"\x80":
-            return  # torch says what is wrong with it
-        _require_modest(path, stream)
+            return  # torch's error says what is wrong
+        _require_bounded(path, stream)
 
 
-def _require_modest(path: Path, stream: IO[bytes]) -> None:
-    """Go through a pickle without building anything, and refuse what would take much more than its size to build."""
-    stack: list[Any] = []  # the parts of a tuple, the name of a function, None for a mark
+def _require_bounded(path: Path, stream: IO[bytes]) -> None:
+    """Walk through a pickle without building anything; refuse what would take far more memory than its size."""
+    stack: list[Any] = []  # per object: the parts of a tuple, the name of a function, None for a mark
     memo: dict[Any, Any] = {}
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
@@ -246,7 +246,7 @@ def _require_modest(path: Path, stream: IO[bytes]) -> None:
                     raise CheckpointError(f"{path} is refused: a tuple in it has more than {_MAX_KEY} parts")
             elif name in ("REDUCE", "NEWOBJ") and _allocates(taken[0]):
                 raise CheckpointError(
-                    f"{path} is refused: it calls {taken[0].replace(' ', '.')}, which takes any memory"
+                    f"{path} is refused: it calls {taken[0].replace(' ', '.')}, which can allocate any amount of memory"
                 )
             else:
                 stack += [1] * len(opcode.stack_after)
@@ -259,7 +259,7 @@ def _require_modest(path: Path, stream: IO[bytes]) -> None:
 
 
 def _allocates(function: object) -> bool:
-    """Whether a name is of what torch lets a pickle call, and makes something of any size from a number or a list."""
+    """Whether a function that torch lets pickles call can allocate any amount from a number or a list."""
     return isinstance(function, str) and bool(
         re.fullmatch(r"(builtins|__builtin__) bytearray|torch(\.\w+)* \w*(Tensor|Storage)", function)
     )
@@ -270,7 +270,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     if name := re.search(r"GLOBAL ([\w.]+)", text):
         return CheckpointError(
             f"{path} is refused: it asks to load {name[1]}, and reading that could execute anything its author wrote",
-            hint="where you trust it, save the tensors alone: torch.save(checkpoint['state_dict'], 'weights.pt')",
+            hint="if you trust it, save the tensors alone: torch.save(checkpoint['state_dict'], 'weights.pt')",
         )
     reason = re.split(r"\. |: 0x|This is an internal", text)[0][:120] if isinstance(error, RuntimeError) else ""
     return CheckpointError(
@@ -310,10 +310,10 @@ def save_tensors(path: Path, document: Mapping[str, Any], metadata: Mapping[str,
 
 
 def require_in_file(tensors: Iterable[Tensor], path: Path) -> None:
-    """Refuse tensors that are larger than the file: expanded over a small storage, or many over one.
+    """Refuse tensors that are larger than their file: expanded over a small storage, or many over one.
 
     Raises:
-        CheckpointError: they are.
+        CheckpointError: they are larger.
     """
     dense = [tensor for tensor in tensors if tensor.layout is torch.strided and not tensor.is_nested]
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in dense if not tensor.is_meta)
@@ -322,7 +322,7 @@ def require_in_file(tensors: Iterable[Tensor], path: Path) -> None:
 
 
 def as_float32(key: str, tensor: Tensor) -> Tensor:
-    """A copy of a weight in FP32, whatever floating-point type it is stored in.
+    """A copy of a weight in FP32.
 
     Raises:
         CheckpointError: it is no dense floating-point tensor, or not finite everywhere.

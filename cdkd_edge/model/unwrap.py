@@ -1,9 +1,9 @@
-"""Which of a checkpoint's weights are meant: wrappers are taken off, averaged weights told from raw ones.
+"""Picks one set of weights from a checkpoint and removes the wrappers around it.
 
-A checkpoint is a tree: what ``torch.save`` was given, state dicts in it, and in their keys the modules that a
-network was wrapped in. On the way down there is often more than one set of weights: those that were trained,
-their running mean (EMA, SWA), a teacher. The mean is taken where there is one, and that is said; what is
-ambiguous is an error that lists what there is.
+A checkpoint is a tree: what ``torch.save`` was given contains state dicts, and their keys contain the names of modules
+that a network was wrapped in. It often holds several sets of weights: the trained ones, their running mean (EMA, SWA),
+a teacher's. The running mean is taken if there is one, and a note says so. If the choice is ambiguous, an error lists
+the sets.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from cdkd_edge.model.container import text_keys
 from cdkd_edge.model.layouts import Dropped, listed
 
 _MAX_WRAPPERS = 8
-"""A pickle can hold a dict that contains itself."""
+"""A bound, because a pickle can hold a dict that contains itself."""
 _OWN = ""
-"""The group of tensors that are in no other."""
+"""Name of the group of tensors that are in no other group."""
 _AVERAGED = {"ema", "swa", "ewa", "averaged", "average", "avg", "polyak", "shadow"}
 _TRAINING = {
     "criterion", "criteria", "loss", "losses", "objective", "optimizer", "optimizers", "optimiser", "optim",
     "scheduler", "schedulers", "scaler", "rng", "metric", "metrics", "acc", "accuracy", "iou", "miou", "dice",
     "confmat", "lossfn",
 }  # fmt: skip
-"""Words in the names of what only training needs."""
+"""Words in names of what only training needs."""
 _LOSS_WEIGHT = re.compile(r"(?:class|pos|ce)_?weights?")
-"""Names of the weights of classes in a loss."""
+"""Names of class weights in a loss."""
 _NOTES = {"meta", "hyper", "hparams", "args", "config", "cfg"}
-"""Words in the names of what describes a run."""
+"""Words in names of what describes a training run."""
 _COUNTERS = {
     "step", "steps", "epoch", "epochs", "iter", "iters", "iteration", "iterations", "updates", "averaged", "tracked",
     "decay", "initted", "counter", "ops", "params",
 }  # fmt: skip
-"""Last words in the names of single numbers that only training needs."""
+"""Last words in names of single numbers that only training needs."""
 _STRUCTURE = {
     "encoder", "head", "blocks", "layers", "backbone", "decode_head", "auxiliary_head", "neck", "patch_embed", "norm",
     "fc_norm", "decoder", "decoder_embed",
 }  # fmt: skip
-"""Modules of networks; any other name that every key begins with is a wrapper's."""
+"""Modules of networks; if every key begins with another name, that is a wrapper's."""
 _WRAPPED = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-"""Modules that torch and its relatives put around others, at any depth."""
+"""Modules that torch and similar libraries put around others, at any depth."""
 _TEACHER = "teacher beside the student"
 
 
@@ -59,23 +59,23 @@ class Weights:
 
     tensors: dict[str, Tensor]
     unwrapped: tuple[str, ...]
-    """Wrapper keys and prefixes that were taken off, outermost first."""
+    """Wrapper keys and prefixes that were removed, outermost first."""
     dropped: tuple[Dropped, ...]
     averaged: bool
     notes: tuple[str, ...]
-    """Which set was taken, where that is a choice."""
+    """Which set was taken, if there was a choice."""
 
 
 def find_weights(document: Mapping[str, Any], path: Path, choice: str | None = None) -> Weights:
-    """Descend to one state dict and take off what its keys share.
+    """Find one state dict and remove the wrappers from its keys.
 
     Args:
         document: the top level of a checkpoint.
         path: for messages.
-        choice: ``raw``, ``ema``, or the name of one of several sets. Default: averaged weights where there are.
+        choice: ``raw``, ``ema``, or the name of one of several sets. Default: averaged weights if there are any.
 
     Raises:
-        CheckpointError: no weights, or more than one set that could be meant; ``choice`` is not there.
+        CheckpointError: there are no weights, the choice is ambiguous, or ``choice`` is not there.
     """
     search = _Search(path, choice)
     tensors = search.descend(document)
@@ -85,7 +85,7 @@ def find_weights(document: Mapping[str, Any], path: Path, choice: str | None = N
 
 
 class _Search:
-    """The way down one checkpoint."""
+    """The search through one checkpoint."""
 
     def __init__(self, path: Path, choice: str | None) -> None:
         self.path, self.choice = path, choice
@@ -98,7 +98,7 @@ class _Search:
         self._raw: Any = None
 
     def descend(self, level: Mapping[Any, Any]) -> dict[str, Tensor]:
-        """The tensors of the one set of weights that is meant."""
+        """The tensors of the chosen set of weights."""
         for _ in range(_MAX_WRAPPERS + 1):
             level = text_keys(level)
             groups = self._groups(level)
@@ -117,14 +117,14 @@ class _Search:
                 self.unwrapped.append(shared)
                 level = {key.removeprefix(shared): tensor for key, tensor in tensors.items()}
             elif not any(_WRAPPED.search(key) for key in tensors):
-                self._require_no_strangers(tensors)
+                self._require_only_wrapped(tensors)
                 return self._completed(tensors)
             else:
                 level = self._without_wrappers(tensors)
         raise CheckpointError(f"{self.path} holds no state dict within {_MAX_WRAPPERS} wrappers")
 
     def _groups(self, level: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """The sets of weights at one level; what only training needs is dropped."""
+        """The sets of weights at one level, without what only training needs."""
         groups: dict[str, dict[str, Any]] = {}
         own: dict[str, Tensor] = {}
         for name, value in _with_callbacks(level):
@@ -163,7 +163,7 @@ class _Search:
         return {_OWN: own, **groups} if own else groups
 
     def _choose(self, groups: dict[str, dict[str, Any]], roles: dict[str, str]) -> str:
-        """The name of the group that is meant; the others are dropped."""
+        """The name of the chosen group; the others are dropped."""
         self._offered += filter(None, groups)
         averaged, raw, teachers = (
             [name for name in groups if roles[name] == role] for role in ("ema", "raw", "teacher")
@@ -177,7 +177,7 @@ class _Search:
         elif not raw and not averaged:
             raw = teachers
         if "ema_" in groups and self.choice is None:
-            self._ask(groups, "averaged weights as buffers, which mmcv exchanges with the raw ones after an epoch")
+            self._ask(groups, "averaged weights as buffers, which mmcv swaps with the raw ones after an epoch")
         wanted = {"ema": averaged, "raw": raw}.get(self.choice or "") or averaged or raw
         if self.choice in groups:
             wanted, self._chosen = [self.choice], True
@@ -203,10 +203,10 @@ class _Search:
     def _ask(self, groups: Iterable[str], what: str) -> NoReturn:
         names = [name or "raw" for name in groups]
         hint = " or ".join(f"--weights {shlex.quote(name)}" for name in names[:4] if len(name) < 100)
-        raise CheckpointError(f"{self.path} holds {what}: {listed(names)}", hint=f"say which is meant: {hint}")
+        raise CheckpointError(f"{self.path} holds {what}: {listed(names)}", hint=f"choose one: {hint}")
 
     def _completed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Averaged weights under the names of the raw ones, and with BatchNorm's statistics, which some leave out."""
+        """Averaged weights under the raw weights' names, and with the raw BatchNorm statistics if they lack them."""
         if self._raw is None:
             return tensors
         raw = _Search(self.path, None).descend(self._raw)
@@ -223,14 +223,14 @@ class _Search:
             )
         return {**tensors, **{key: raw[key] for key in statistics}}
 
-    def _require_no_strangers(self, tensors: dict[str, Tensor]) -> None:
-        """Refuse a network within a wrapper where something lies beside the wrapper."""
+    def _require_only_wrapped(self, tensors: dict[str, Tensor]) -> None:
+        """Refuse tensors beside a wrapped network."""
         first = {key.partition(".")[0] for key in tensors}
         for wrapper in first & {"student", "model", "net", "network", "online_model"}:
             others = [key for key in tensors if not key.startswith(f"{wrapper}.")]
             raise CheckpointError(
                 f"{self.path} holds tensors beside {wrapper}: {listed(others)}",
-                hint=f"where they belong to training alone, save the weights of {wrapper} without them",
+                hint=f"if only training needs them, save the weights of {wrapper} without them",
             )
 
     def _without_wrappers(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -248,7 +248,7 @@ class _Search:
             self.dropped.setdefault(what, []).extend(names)
 
     def taken(self) -> Iterator[str]:
-        """What a user should know of the choice."""
+        """Notes about the choice."""
         if self.averaged:
             hint = "; --weights raw takes the raw ones" if "other weights" in self.dropped else ""
             yield "averaged weights (EMA) taken" + hint
@@ -257,7 +257,7 @@ class _Search:
         yield from self.notes
 
     def require_choice_met(self) -> None:
-        """Refuse a choice that led nowhere."""
+        """Refuse a choice that was not found."""
         if self.choice is None or self._chosen:
             return
         if self.choice not in ("raw", "ema"):
@@ -276,7 +276,7 @@ def _roles(groups: Iterable[str], level: Mapping[str, Any]) -> dict[str, str]:
     meta, averages = level.get("meta"), level.get("ema_state_dict")
     mmengine = (isinstance(meta, Mapping) and "mmengine_version" in meta) or "message_hub" in level
     mmengine |= isinstance(averages, Mapping) and "steps" in averages
-    # mmengine's EMAHook and Lightning's WeightAveraging exchange the two when they save.
+    # mmengine's EMAHook and Lightning's WeightAveraging swap the two when they save.
     exchanged = "current_model_state" if "current_model_state" in roles else "ema_state_dict" if mmengine else None
     if "state_dict" in roles and exchanged in roles:
         roles |= {"state_dict": "ema", exchanged: "raw"}
@@ -290,7 +290,7 @@ def _role(name: str) -> str:
 
 
 def _words(name: str) -> set[str]:
-    """The words of a name: of ``model_ema``, ``modelEMA``, ``EMACallback``."""
+    """The words of a name, also ``model_ema``, ``modelEMA`` and ``EMACallback``."""
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name[:200])}
 
 
@@ -300,7 +300,7 @@ def _is_counter(name: str, tensor: Tensor) -> bool:
 
 
 def _with_callbacks(level: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What lies at one level; of Lightning's callbacks those that keep averaged weights."""
+    """The entries of one level; of Lightning's callbacks only those with averaged weights."""
     for name, value in level.items():
         if name != "callbacks" or not isinstance(value, Mapping):
             yield name, value
@@ -313,7 +313,7 @@ def _with_callbacks(level: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
-    """All tensors at or below a value, with their names; each container once."""
+    """All tensors in a value, with their names; each container once."""
     waiting, seen = [("", value)], set()
     while waiting:
         name, value = waiting.pop()
@@ -332,7 +332,7 @@ def _names(prefix: str, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def _shapes(path: Path, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of a set of weights; None where it is none."""
+    """Names and shapes of a set of weights; None if it is none."""
     try:
         return {key: tuple(tensor.shape) for key, tensor in _Search(path, None).descend(group).items()}
     except CheckpointError:

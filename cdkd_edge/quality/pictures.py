@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema
 from cdkd_edge.quality.datasets import Pair
 from cdkd_edge.quality.metrics import ConfusionMatrix
 from cdkd_edge.raster.open import gdal, open_scene
-from cdkd_edge.raster.pictures import NO_DATA_COLOR, colored, in_a_row, with_legend
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segment.options import SegmentOptions
 
+_NO_DATA = (235, 235, 235)
+
+_PAPER, _INK, _QUIET = (255, 255, 255), (28, 32, 38), (110, 118, 128)
+_MARGIN, _FONT = 16, 17
+
+_LegendEntry = tuple[tuple[int, int, int], str, str]
+"""Colour, name and figure."""
 _RIGHT, _WRONG = (214, 222, 214), (200, 40, 40)
 _OTHER, _GAINED = (90, 98, 110), (40, 90, 200)
 _LONGEST_SIDE = 520
@@ -43,10 +50,10 @@ def write_comparison(
     with gdal(f"reading {label_map}"), open_scene(label_map) as dataset:
         predicted = dataset.read(1, out_shape=(height, width))
     small = np.asarray(Image.fromarray(truth).resize((width, height), Image.Resampling.NEAREST))
-    errors = np.full((height, width, 3), NO_DATA_COLOR, np.uint8)
+    errors = np.full((height, width, 3), _NO_DATA, np.uint8)
     errors[small != NO_LABEL] = _RIGHT
     errors[(small != NO_LABEL) & (small != predicted)] = _WRONG
-    pictures = [image, colored(small, schema), colored(predicted, schema), errors]
+    pictures = [image, _colored(small, schema), _colored(predicted, schema), errors]
     mean = "no label" if math.isnan(score.mean_iou) else f"mIoU {score.mean_iou:.1%}"
     titles = [pair.name, "truth", f"prediction, {mean}", f"errors, {1 - score.score('overall_accuracy'):.1%}"]
     if not score.pixels:
@@ -56,9 +63,9 @@ def write_comparison(
         for cls, iou in zip(schema.classes, score.class_scores("iou"), strict=True)
         if not math.isnan(iou)
     ]
-    picture = in_a_row(pictures, titles)
+    picture = _in_a_row(pictures, titles)
     with whole_file(label_map.with_name(f"{label_map.stem}.png")) as temporary:
-        (with_legend(picture, entries) if entries else picture).save(temporary, format="PNG", optimize=True)
+        (_with_legend(picture, entries) if entries else picture).save(temporary, format="PNG", optimize=True)
 
 
 def write_differences(
@@ -89,9 +96,9 @@ def write_differences(
         for one in (reference, candidate)
     ]
     differences = np.array([_RIGHT, _OTHER, _GAINED, _WRONG], np.uint8)[small]
-    differences[(small == 0) & (labels[0] == NO_LABEL)] = NO_DATA_COLOR
+    differences[(small == 0) & (labels[0] == NO_LABEL)] = _NO_DATA
     titles = [pair.name, "reference", "candidate", f"differences, {sum(pixels[1:])} px"]
-    picture = in_a_row([image, *(colored(one, schema) for one in labels), differences], titles)
+    picture = _in_a_row([image, *(_colored(one, schema) for one in labels), differences], titles)
     entries = [(cls.shown, cls.name, "") for cls in schema.classes]
     entries += [
         (_WRONG, "reference was right", f"{pixels[3]} px"),
@@ -99,4 +106,48 @@ def write_differences(
         (_OTHER, "neither, or no truth", f"{pixels[1]} px"),
     ]
     with whole_file(path) as temporary:
-        with_legend(picture, entries).save(temporary, format="PNG", optimize=True)
+        _with_legend(picture, entries).save(temporary, format="PNG", optimize=True)
+
+
+def _colored(labels: npt.NDArray[np.uint8], schema: LabelSchema) -> npt.NDArray[np.uint8]:
+    """Labels ``[H, W]`` in the schema's colours, RGB ``[H, W, 3]``; no label is light grey."""
+    palette = schema.palette()
+    palette[NO_LABEL] = _NO_DATA
+    return palette[labels]
+
+
+def _in_a_row(pictures: Sequence[npt.NDArray[np.uint8]], titles: Sequence[str]) -> Image.Image:
+    """RGB pictures ``[H, W, 3]`` of one size beside each other, each under its title."""
+    height, width = pictures[0].shape[:2]
+    top = _MARGIN + _FONT + 8
+    picture = Image.new("RGB", (len(pictures) * (width + _MARGIN) + _MARGIN, height + top + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(picture)
+    for index, (pixels, title) in enumerate(zip(pictures, titles, strict=True)):
+        left = _MARGIN + index * (width + _MARGIN)
+        picture.paste(Image.fromarray(pixels), (left, top))
+        draw.text((left, _MARGIN - 2), title, fill=_INK, font=ImageFont.load_default(_FONT))
+    return picture
+
+
+def _with_legend(picture: Image.Image, entries: Sequence[_LegendEntry]) -> Image.Image:
+    """The picture with a legend below, in as many lines as it needs."""
+    font = ImageFont.load_default(_FONT)
+    swatch, gap, line = _FONT, 8, _FONT + 14
+    measure = ImageDraw.Draw(picture)
+    widths = [swatch + gap + measure.textlength(f"{name}  {share}", font=font) + 28 for _, name, share in entries]
+    positions, x, row = [], float(_MARGIN), 0
+    for width in widths:
+        if x + width > picture.width - _MARGIN and x > _MARGIN:
+            x, row = float(_MARGIN), row + 1
+        positions.append((x, row))
+        x += width
+    canvas = Image.new("RGB", (picture.width, picture.height + (row + 1) * line + 4), _PAPER)
+    canvas.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for (x, row), (color, name, share) in zip(positions, entries, strict=True):
+        y = picture.height + row * line - 4
+        draw.rectangle((x, y, x + swatch, y + swatch), fill=color, outline=_QUIET)
+        draw.text((x + swatch + gap, y - 1), name, fill=_INK, font=font)
+        offset = draw.textlength(f"{name}  ", font=font)
+        draw.text((x + swatch + gap + offset, y - 1), share, fill=_QUIET, font=font)
+    return canvas

@@ -1,4 +1,4 @@
-"""Areas of interest: which pixels of a scene are to be labelled, from a file of polygons or a box of coordinates."""
+"""Areas of interest: a file of polygons or a box says which pixels of a scene are labelled."""
 
 from __future__ import annotations
 
@@ -26,51 +26,51 @@ from cdkd_edge.raster.open import gdal
 
 _LON_LAT = "OGC:CRS84"
 _STEPS = 64
-"""Points along each side of a box in a projection, so that it stays straight there."""
+"""Points along each side of a box, so that its sides follow a projection's curves."""
 _COARSE, _COARSE_CELLS = 32, 1 << 24
-"""Pixels a side of what decides whether a tile is computed at all; more where there would be more than so many."""
-_MOST_BYTES = 64 << 20
-"""Of a GeoJSON file."""
-_MOST_FEATURES = 100_000
+"""Side in pixels of the cells that decide whether a tile is computed at all (larger for more than so many cells)."""
+_MOST_BYTES, _MOST_FEATURES = 64 << 20, 100_000
+"""Largest GeoJSON file, and largest number of features of another file."""
 _SAMPLES = 9
-"""Points a side at which it is looked where on Earth a scene lies."""
+"""Points along each side of a scene that are placed on Earth."""
 _MARGIN = 0.05
-"""Around a scene, of its extent: its edges are curves in longitude and latitude."""
+"""Margin around a scene, relative to its extent: its edges are curves in longitude and latitude."""
 _INWARDS = 1e-9
-"""Of a scene's extent, less than any pixel: what lies where a map is cut may come out at its other end."""
+"""Relative to a scene's extent, less than a pixel: a point on the edge of a map may come out at its other end."""
 _HALF_WAY_ROUND = 180 - 1e-7
-"""Degrees, by a centimetre less than what may come out at the other end of a map."""
+"""Degrees, a centimetre less than what may come out at the other end of a map."""
 _SEAM_M = 1e7
-"""A degree of a meridian or parallel is never as long on a map, unless the map is cut there."""
+"""Metres; a degree of a meridian or parallel is only longer on a map where the map is cut."""
 
 Ring = list[tuple[float, float]]
 Polygon = list[Ring]
-"""Its outline and its holes."""
+"""The outline and the holes."""
+Bounds = tuple[float, float, float, float]
+"""West, south, east, north."""
 
 
 @dataclass(frozen=True)
 class AreaOfInterest:
-    """Polygons in some coordinates, not yet on a scene."""
+    """Polygons, not yet placed on a scene."""
 
     source: str
-    """As it was asked for."""
+    """The text of ``--aoi``."""
     polygons: tuple[Polygon, ...]
     crs: str | None
-    """Of their coordinates; None: the scene's."""
+    """The reference system of the coordinates; None: the scene's."""
 
     @property
     def identity(self) -> str:
-        """A digest of the coordinates."""
-        document = json.dumps([self.polygons, self.crs], sort_keys=True)
-        return hashlib.sha256(document.encode()).hexdigest()
+        """SHA-256 of the coordinates."""
+        return hashlib.sha256(json.dumps([self.polygons, self.crs], sort_keys=True).encode()).hexdigest()
 
 
 def read_area(text: str) -> AreaOfInterest:
-    """An area from what was typed: ``minx,miny,maxx,maxy`` or the name of a file.
+    """Read an area of interest: ``minx,miny,maxx,maxy`` or the name of a file.
 
-    Coordinates of GeoJSON are longitude and latitude (RFC 7946) unless it has the ``crs`` member of GeoJSON 2008;
-    other files (GeoPackage, Shapefile: what pyogrio reads) say what theirs are. Those of a box are longitude and
-    latitude if all of them can be, else in the scene's reference system; with minx > maxx it crosses the antimeridian.
+    Coordinates of GeoJSON are longitude and latitude (RFC 7946) unless it has the ``crs`` member of GeoJSON 2008; other
+    files that pyogrio reads (GeoPackage, Shapefile) name their reference system. Coordinates of a box are longitude and
+    latitude if all of them can be, otherwise the scene's; a box with minx > maxx crosses the antimeridian.
 
     Raises:
         SceneError: it is neither, or holds no polygon.
@@ -81,7 +81,7 @@ def read_area(text: str) -> AreaOfInterest:
         return _box(text, numbers)
     path = Path(text)
     if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist, and is no box of four numbers"
+        what = "is not a file" if path.exists() else "does not exist, and is not a box of four numbers"
         raise SceneError(
             f"area of interest {text} {what}",
             hint="give minx,miny,maxx,maxy, or a GeoJSON file, a GeoPackage or a Shapefile",
@@ -96,10 +96,8 @@ def read_area(text: str) -> AreaOfInterest:
         except ValueError as error:
             raise SceneError(f"area of interest {text} is not GeoJSON: {error}") from None
         geometries, crs = [document], _named_crs(document) or _LON_LAT
-    polygons: list[Polygon] = []
     try:
-        for geometry in geometries:
-            _collect(geometry, polygons)
+        polygons = [polygon for geometry in geometries for polygon in _polygons_of(geometry)]
     except (TypeError, KeyError, AttributeError, ValueError, RecursionError):
         raise SceneError(f"area of interest {text} is damaged GeoJSON") from None
     if not polygons:
@@ -108,7 +106,7 @@ def read_area(text: str) -> AreaOfInterest:
 
 
 class AreaOnScene:
-    """An area of interest in the pixels of a scene: a pixel belongs to it if its centre does.
+    """An area of interest on a scene; a pixel belongs to it if its centre does.
 
     Args:
         area: the polygons.
@@ -159,26 +157,18 @@ class AreaOnScene:
         """Which pixels of a rectangle belong to the area, ``[h, w]``."""
         if not self.touches(top, left, top + height, left + width):
             return np.zeros((height, width), bool)
-        place = self._transform * Affine.translation(left, top)
         with gdal("placing the area of interest"):
-            return self._masked(place, height, width, touched=False)
+            return self._masked(self._transform * Affine.translation(left, top), height, width, touched=False)
 
     def _holds_a_pixel(self) -> bool:
         step = self._step
-        corners = (np.argwhere(self._coarse) * step).tolist()
         return any(
             self.inside(row, column, min(step, self._height - row), min(step, self._width - column)).any()
-            for row, column in corners
+            for row, column in (np.argwhere(self._coarse) * step).tolist()
         )
 
     def _masked(self, transform: Affine, height: int, width: int, *, touched: bool) -> npt.NDArray[np.bool_]:
-        mask: npt.NDArray[np.bool_] = geometry_mask(
-            self._polygons, (height, width), transform, all_touched=touched, invert=True
-        )
-        return mask
-
-
-# --- from a file or a box to polygons ---------------------------------------------------------------
+        return np.asarray(geometry_mask(self._polygons, (height, width), transform, all_touched=touched, invert=True))
 
 
 def _numbers(text: str) -> list[float] | None:
@@ -207,22 +197,22 @@ def _box(text: str, numbers: list[float]) -> AreaOfInterest:
 
 
 def _vector_file(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """Geometries of a file that is no GeoJSON, and the reference system of their coordinates."""
+    """The geometries of a file that is not GeoJSON, and their reference system."""
     try:
         import pyogrio
         import shapely
     except ImportError:
-        raise MissingExtraError("pyogrio", "vector", f"an area of interest that is no GeoJSON ({path.name})") from None
+        raise MissingExtraError("pyogrio", "vector", f"an area of interest that is not GeoJSON ({path.name})") from None
     try:
         layers = [str(name) for name, kind in pyogrio.list_layers(path) if kind is not None]
         if len(layers) != 1:
             raise SceneError(
                 f"area of interest {path} has {len(layers)} layers with geometry: {', '.join(layers[:8])}",
-                hint=f"take one out of it: ogr2ogr area.geojson {path} LAYER" if layers else None,
+                hint=f"extract one: ogr2ogr area.geojson {path} LAYER" if layers else None,
             )
         count = pyogrio.read_info(path, layer=layers[0])["features"]
         if count > _MOST_FEATURES:
-            raise SceneError(f"area of interest {path} has {count} features; at most {_MOST_FEATURES} are taken")
+            raise SceneError(f"area of interest {path} has {count} features; at most {_MOST_FEATURES} are possible")
         meta, _, found, _ = pyogrio.raw.read(path, layer=layers[0], columns=[], force_2d=True)
         geometries = [shapely.geometry.mapping(one) for one in shapely.from_wkb(found) if one is not None]
     except SceneError:
@@ -230,27 +220,22 @@ def _vector_file(path: Path) -> tuple[list[dict[str, Any]], str]:
     except (RuntimeError, ValueError, shapely.errors.ShapelyError) as error:
         raise SceneError(f"area of interest {path} is neither GeoJSON nor a file that pyogrio reads: {error}") from None
     if not meta["crs"]:
-        raise SceneError(f"area of interest {path} does not say what its coordinates are (a Shapefile does in a .prj)")
+        raise SceneError(f"area of interest {path} names no reference system (a Shapefile does in its .prj)")
     return geometries, str(meta["crs"])
 
 
-def _collect(item: Any, polygons: list[Polygon]) -> None:
-    """Polygons of any GeoJSON object; points and lines have no pixels."""
-    if item is None:  # a feature without geometry
-        return
-    kind = item.get("type")
-    if kind == "FeatureCollection":
-        for feature in item["features"]:
-            _collect(feature, polygons)
-    elif kind == "Feature":
-        _collect(item["geometry"], polygons)
-    elif kind == "GeometryCollection":
-        for geometry in item["geometries"]:
-            _collect(geometry, polygons)
+def _polygons_of(item: Any) -> Iterator[Polygon]:
+    """The polygons of any GeoJSON object; points and lines have no pixels."""
+    kind = None if item is None else item.get("type")  # a feature may have no geometry
+    if kind == "Feature":
+        yield from _polygons_of(item["geometry"])
+    elif kind in ("FeatureCollection", "GeometryCollection"):
+        for part in item["features" if kind == "FeatureCollection" else "geometries"]:
+            yield from _polygons_of(part)
     elif kind in ("Polygon", "MultiPolygon"):
         # One by one: where parts of a multipolygon overlap, they would cut holes into each other.
         parts = item["coordinates"] if kind == "MultiPolygon" else [item["coordinates"]]
-        polygons += [[_ring(ring) for ring in part] for part in parts if part]
+        yield from ([_ring(ring) for ring in part] for part in parts if part)
 
 
 def _ring(points: Any) -> Ring:
@@ -270,11 +255,8 @@ def _named_crs(document: Any) -> str | None:
         raise SceneError("the area of interest has a crs member without a name") from None
 
 
-# --- from polygons to a scene -------------------------------------------------------------------------
-
-
 def _sampled(transform: Affine, height: int, width: int) -> tuple[list[float], list[float]]:
-    """Points spread over a scene, the first one in its middle, in its coordinates."""
+    """Points spread over a scene, in its coordinates; the first one is its middle."""
     places = [
         (i / (_SAMPLES - 1) * width, j / (_SAMPLES - 1) * height) for i in range(_SAMPLES) for j in range(_SAMPLES)
     ]
@@ -283,12 +265,15 @@ def _sampled(transform: Affine, height: int, width: int) -> tuple[list[float], l
 
 
 class _SeamError(SceneError):
-    """A map is cut where an area goes on."""
+    """An area crosses the line at which a map is cut."""
 
 
 def _on_scene(area: AreaOfInterest, own: CRS, crs: CRS, sampled: tuple[list[float], list[float]]) -> list[Polygon]:
-    """An area in a scene's coordinates. Longitudes go round: of each polygon all that lies near the scene is taken,
-    on either side of the antimeridian; what lies far away is left out, so that no map needs to show it."""
+    """The polygons of an area in a scene's coordinates.
+
+    Parts of longitude-latitude polygons that are far from the scene are cut off, because its projection may not be able
+    to show them; parts near it are kept on either side of the antimeridian.
+    """
     found = area.polygons
     if not own.is_geographic:
         found = tuple(_transformed(polygon, own, crs, area) for polygon in found)
@@ -299,8 +284,7 @@ def _on_scene(area: AreaOfInterest, own: CRS, crs: CRS, sampled: tuple[list[floa
 
     def placed(margin: float) -> list[Polygon]:
         near = _near(own, crs, sampled, margin)
-        pieces = (piece for polygon in polygons for piece in _pieces(polygon, near))
-        return [_transformed(piece, own, crs, area) for piece in pieces]
+        return [_transformed(piece, own, crs, area) for polygon in polygons for piece in _pieces(polygon, near)]
 
     try:
         return placed(_MARGIN)
@@ -316,7 +300,7 @@ def _transformed(polygon: Polygon, own: CRS, crs: CRS, area: AreaOfInterest) -> 
         x, y = warp_points(own, crs, *map(list, zip(*ring, strict=True)))
         if not all(map(math.isfinite, [*x, *y])):
             raise SceneError(f"the area of interest {area.source} reaches beyond the scene's projection")
-        if crs.is_geographic:  # longitudes come back within 180
+        if crs.is_geographic:  # PROJ gives longitudes within 180 degrees
             near = [point[0] for point in ring] if own.is_geographic else None
             for i in range(len(x)):
                 beside = near[i] if near else x[max(i - 1, 0)]
@@ -332,43 +316,34 @@ def _transformed(polygon: Polygon, own: CRS, crs: CRS, area: AreaOfInterest) -> 
     return rings
 
 
-@dataclass(frozen=True)
-class _Near:
+def _near(own: CRS, crs: CRS, sampled: tuple[list[float], list[float]], margin: float) -> Bounds:
     """The surroundings of a scene, degrees; west and east may be beyond 180."""
-
-    west: float
-    south: float
-    east: float
-    north: float
-
-
-def _near(own: CRS, crs: CRS, sampled: tuple[list[float], list[float]], margin: float) -> _Near:
-    # Longitudes of a scene that has them go on beyond 180.
+    # A scene in longitudes may go on beyond 180.
     longitudes, latitudes = sampled if crs.is_geographic else warp_points(crs, own, *sampled)
     placed = [point for point in zip(longitudes, latitudes, strict=True) if all(map(math.isfinite, point))]
     if not placed:
-        return _Near(-180, -90, 180, 90)
+        return -180, -90, 180, 90
     middle = placed[0][0]
     aside = [x - middle if crs.is_geographic else (x - middle + 180) % 360 - 180 for x, _ in placed]
     south, north = min(y for _, y in placed), max(y for _, y in placed)
     high = margin * (north - south)
-    if not crs.is_geographic and min(aside) < -_HALF_WAY_ROUND:  # a map of the world: its other end, too
+    if not crs.is_geographic and min(aside) < -_HALF_WAY_ROUND:  # a map of the world: also its other end
         aside.append(180)
     west, east = ((1 + 2 * margin) * end(aside) for end in (min, max))
     if not crs.is_geographic:
         west, east = max(west, -_HALF_WAY_ROUND), min(east, _HALF_WAY_ROUND)
-    return _Near(middle + west, max(south - high, -90), middle + east, min(north + high, 90))
+    return middle + west, max(south - high, -90), middle + east, min(north + high, 90)
 
 
 def _whole(polygon: Polygon, area: AreaOfInterest) -> Polygon:
-    """A polygon of longitudes and latitudes as it lies in their plane; around a pole, with the pole."""
+    """A polygon in the plane of longitudes and latitudes; one around a pole includes the pole."""
     rings = []
     for ring in polygon:
         if any(abs(x) > 360.001 or abs(y) > 90.001 for x, y in ring):
             x, y = max(ring, key=lambda point: max(abs(point[0]) / 360, abs(point[1]) / 90))
             raise SceneError(
-                f"{x:.10g}, {y:.10g} in the area of interest {area.source} is no longitude and latitude, which "
-                "GeoJSON has unless its crs member says otherwise",
+                f"{x:.10g}, {y:.10g} in the area of interest {area.source} is not a longitude and latitude, which "
+                "GeoJSON needs unless its crs member says otherwise",
                 hint="convert it: ogr2ogr -t_srs OGC:CRS84 OUT.geojson IN",
             )
         steps = [after[0] - before[0] for before, after in pairwise(ring)]
@@ -381,25 +356,25 @@ def _whole(polygon: Polygon, area: AreaOfInterest) -> Polygon:
         elif jump := next((step for step in steps if 180 < abs(step) < 359.999), None):
             raise SceneError(
                 f"the area of interest {area.source} has an edge over {abs(jump):.6g} degrees of longitude",
-                hint="where it crosses the antimeridian, split it there as GeoJSON demands, or go on beyond 180",
+                hint="if it crosses the antimeridian, split it there as GeoJSON demands, or use longitudes beyond 180",
             )
         rings.append(ring)
     return rings
 
 
-def _pieces(polygon: Polygon, near: _Near) -> Iterator[Polygon]:
-    """What lies near a scene of a polygon, turned by any number of times, with a point each degree."""
+def _pieces(polygon: Polygon, near: Bounds) -> Iterator[Polygon]:
+    """The parts of a polygon near a scene, after any number of turns around the Earth, with a point each degree."""
     west, east = min(x for x, _ in polygon[0]), max(x for x, _ in polygon[0])
-    for turn in range(math.ceil((near.west - east) / 360), math.floor((near.east - west) / 360) + 1):
+    for turn in range(math.ceil((near[0] - east) / 360), math.floor((near[2] - west) / 360) + 1):
         turned = [[(x + 360 * turn, y) for x, y in ring] for ring in polygon]
         rings = [_dense(_clipped(ring, near)) for ring in turned]
         if rings[0]:
             yield [ring for ring in rings if ring]
 
 
-def _clipped(ring: Ring, near: _Near) -> Ring:
-    """A ring within a rectangle (Sutherland and Hodgman, 1974); empty where nothing is left."""
-    for axis, limit, sign in ((0, near.west, 1), (0, near.east, -1), (1, near.south, 1), (1, near.north, -1)):
+def _clipped(ring: Ring, near: Bounds) -> Ring:
+    """A ring clipped to a rectangle (Sutherland and Hodgman, 1974); empty if nothing is left."""
+    for axis, limit, sign in zip((0, 1, 0, 1), near, (1, 1, -1, -1), strict=True):
         kept: Ring = []
         before = ring[-1] if ring else (0.0, 0.0)
         for point in ring:
@@ -416,7 +391,7 @@ def _clipped(ring: Ring, near: _Near) -> Ring:
 
 
 def _dense(ring: Ring) -> Ring:
-    """The ring with points between those that are more than a degree apart."""
+    """The ring with extra points, so that none are more than a degree apart."""
     dense = ring[:1]
     for (x0, y0), (x1, y1) in pairwise(ring):
         count = max(1, math.ceil(max(abs(x1 - x0), abs(y1 - y0))))

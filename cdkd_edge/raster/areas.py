@@ -1,9 +1,9 @@
-"""How much of the ground each class covers, in hectares.
+"""Measures how much of the ground each class covers, in hectares.
 
-Geographic grids have pixels of another size in every row. Their areas are those of cells between meridians and
-parallels on the ellipsoid of the CRS, exact up to rounding; for rotated or sheared geographic grids, the determinant of
-the transform times the area per square radian at the pixel's centre. Projected grids are taken at their word:
-units squared, and what the projection stretches is not taken back, but told at the scene's centre.
+Pixels of a geographic grid have another size in every row: that of cells between meridians and parallels on the
+ellipsoid of the CRS, exact up to rounding; in a rotated or sheared grid, the determinant of the transform times the
+area per square radian at the pixel's centre. Pixels of a projected grid count as units squared; by how much the
+projection stretches areas is told for the scene's centre.
 
 Source: the area between the equator and a parallel, Snyder, Map Projections - A Working Manual, USGS Professional
 Paper 1395 (1987), equation 3-12 (q), as used for the Albers and the cylindrical equal-area projections.
@@ -29,7 +29,7 @@ from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.styles import ClassArea
 
 _M2_PER_HA = 10_000.0
-_STRETCH_WORTH_TELLING = 0.001
+_STRETCH_WORTH_A_NOTE = 0.001
 """Relative; a UTM zone stays within it over most of its width."""
 
 _WINDOW_PX = 4 << 20
@@ -41,14 +41,14 @@ _AREA_ROWS = 64
 
 @dataclass(frozen=True)
 class Areas:
-    """Pixels and hectares of every class, and of what has no data."""
+    """Pixels and hectares of every class, and of pixels without data."""
 
     classes: tuple[ClassArea, ...]
     no_data: ClassArea
     method: str | None
     """``projected`` or ``ellipsoidal``; None if hectares are unknown."""
     reason: str | None
-    """Why hectares are unknown."""
+    """Why hectares are unknown, if they are."""
     notes: tuple[str, ...] = ()
 
 
@@ -67,7 +67,7 @@ class Ellipsoid:
     def area_to_parallel(self, latitude: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Area between the equator and a parallel per radian of longitude, m2; negative in the south.
 
-        ``latitude`` in radians; beyond a pole there is nothing more.
+        ``latitude`` is in radians; it is clipped at the poles.
         """
         sine = np.sin(np.clip(np.asarray(latitude, np.float64), -math.pi / 2, math.pi / 2))
         squared = self.eccentricity2
@@ -79,7 +79,7 @@ class Ellipsoid:
         return np.asarray(self.semi_major**2 * q / 2, np.float64)
 
     def positions(self, longitude: npt.ArrayLike, latitude: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Points on it, m from its centre ``[N, 3]``, of longitudes and latitudes in degrees; also at the poles."""
+        """Points ``[N, 3]``, m from the centre, of longitudes and latitudes in degrees."""
         turn, angle = np.radians(longitude), np.radians(latitude)
         normal = self.semi_major / np.sqrt(1 - self.eccentricity2 * np.sin(angle) ** 2)
         across, up = normal * np.cos(angle), normal * (1 - self.eccentricity2) * np.sin(angle)
@@ -106,10 +106,10 @@ def ellipsoid_of(crs: Any) -> Ellipsoid:
 
 @dataclass(frozen=True)
 class Ground:
-    """What a pixel of a raster covers on the ground.
+    """The area of a raster's pixels on the ground.
 
-    Either ``pixel_m2`` is known, the same for all pixels (projected), or ``ellipsoid`` is (geographic),
-    or neither, and ``reason`` says why.
+    Known is either ``pixel_m2``, the same for all pixels (projected), or ``ellipsoid`` (geographic), or neither, and
+    ``reason`` says why.
     """
 
     transform: Any
@@ -122,7 +122,7 @@ class Ground:
 
     @property
     def known(self) -> bool:
-        """Whether areas can be told at all."""
+        """Whether areas are known."""
         return self.reason is None
 
     @property
@@ -157,7 +157,7 @@ class Ground:
 
 
 def ground_of(dataset: Any) -> Ground:
-    """What the pixels of an open raster cover."""
+    """The ground that the pixels of an open raster cover."""
     crs, transform = dataset.crs, dataset.transform
     if crs is None:
         return Ground(transform, reason=f"the scene has {_instead_of_grid(dataset)}")
@@ -176,7 +176,7 @@ def ground_of(dataset: Any) -> Ground:
     unit = float(crs.linear_units_factor[1])
     ground = Ground(transform, pixel_m2=abs(transform.determinant) * unit**2)
     stretch = areal_stretch(dataset, ground)
-    if stretch is None or abs(stretch - 1) < _STRETCH_WORTH_TELLING:
+    if stretch is None or abs(stretch - 1) < _STRETCH_WORTH_A_NOTE:
         return ground
     note = (
         f"areas are those of the map grid; at the scene's centre it shows {abs(stretch - 1):.2%} "
@@ -192,7 +192,7 @@ def _instead_of_grid(dataset: Any) -> str:
 
 
 def areal_stretch(dataset: Any, ground: Ground) -> float | None:
-    """Grid area over ground area at the centre of a projected raster; None where PROJ cannot tell."""
+    """Grid area over ground area at the centre of a projected raster; None if PROJ cannot place it."""
     x, y = centre_corners(dataset)
     placed = to_wgs84(dataset.crs, x, y)
     if placed is None or ground.pixel_m2 is None:
@@ -209,13 +209,13 @@ def centre_corners(dataset: Any) -> tuple[list[float], list[float]]:
 
 
 def mapped(transform: Any, columns: Sequence[float], rows: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Pixel corners in the coordinates of the map, x and y."""
+    """Map coordinates x and y of pixel corners."""
     t, pixels = transform, list(zip(columns, rows, strict=True))
     return [t.a * c + t.b * r + t.c for c, r in pixels], [t.d * c + t.e * r + t.f for c, r in pixels]
 
 
 def to_wgs84(crs: Any, x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]] | None:
-    """Longitudes and latitudes of points, degrees; None where PROJ cannot place one of them."""
+    """Longitudes and latitudes of points, degrees; None if PROJ cannot place one of them."""
     try:
         with gdal("transforming to WGS 84"):
             longitude, latitude = warp_points(crs, "EPSG:4326", list(x), list(y))
@@ -231,11 +231,11 @@ def class_areas(label_map: Path, schema: LabelSchema, row_counts: npt.NDArray[np
     Args:
         label_map: a uint8 raster of one band.
         schema: its classes.
-        row_counts: integers ``[height, K + 1]``: how often each of the K classes occurs in each row, and
-            last how often none does. Spares reading the map, except where pixels of one row differ in size.
+        row_counts: pixels of each of the K classes, and of no class, in each row, ``[height, K + 1]``. Saves reading
+            the map, unless pixels of one row differ in size.
 
     Raises:
-        SceneError: the map cannot be read, holds labels that the schema does not have, or the counts do not fit it.
+        SceneError: the map cannot be read or holds labels that are not in the schema, or the counts do not fit it.
     """
     dataset = open_scene(label_map)
     with dataset, gdal(f"reading {label_map}"):
@@ -267,7 +267,7 @@ def _require_fit(counts: npt.NDArray[Any], dataset: Any, schema: LabelSchema, pa
 def _summed(
     dataset: Any, ground: Ground, schema: LabelSchema, path: Path
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Pixels and m2 per class, and of no label, by reading the map."""
+    """Pixels and m2 per class, and of no label, read from the map."""
     pixels, m2 = np.zeros(256, np.int64), np.zeros(256)
     row_areas = ground.row_areas(dataset.height) if ground.known and ground.same_in_a_row else None
     for window in _windows(dataset):

@@ -1,8 +1,7 @@
-"""Which bands of a file are red, green and blue, and which of its pixels have data.
+"""Finds red, green and blue among a file's bands, and the pixels that have data; turns pictures upright.
 
-Pictures that are stored turned or mirrored, and say so by their EXIF orientation.
-
-Viewers and annotation tools show them upright, and masks are drawn on what was shown. GDAL gives pixels as stored.
+A picture may be stored turned or mirrored, with an EXIF orientation that says so. Viewers and annotation tools show it
+upright, and masks are drawn on what they show. GDAL gives pixels as stored.
 """
 
 from __future__ import annotations
@@ -26,23 +25,23 @@ Bands = tuple[int, int, int]
 
 _RGB = ("red", "green", "blue")
 _NAMES = (*_RGB, "nir")
-"""Band names (GDAL's descriptions) that are understood. Others, "B4" say, mean another colour on each satellite."""
+"""Known band names (GDAL's descriptions). Others, such as B4, mean another colour on each satellite."""
 _NOTHING_SAID = ("undefined", "gray", "alpha")
-"""Colour tags that do not tell one band from another: GDAL tags the first band of a file without tags gray."""
+"""Colour tags that say nothing: GDAL tags the first band of a file without tags gray."""
 _SHOWN = 8
 
 
 def choose_bands(dataset: Any, path: object, asked: Sequence[int] | None) -> tuple[Bands, str | None]:
-    """Red, green and blue of an open raster, 1-based.
+    """Choose red, green and blue of an open raster, 1-based.
 
-    In this order: as asked; by colour tags and band names; three untagged bands are red, green, blue, and four are
-    blue, green, red, near infrared, as upstream takes them. Bands tagged alpha do not count.
+    The first of these decides: ``asked``; colour tags and band names; three untagged bands are red, green, blue, and
+    four are blue, green, red, near infrared, as in the original project. Bands tagged alpha do not count.
 
     Returns:
-        The bands, and a sentence on how they were chosen unless red, green and blue are tagged as the first three.
+        The bands, and a sentence on how they were chosen unless the first three are tagged red, green and blue.
 
     Raises:
-        SceneError: the file has no bands that can be used, or does not tell which they are.
+        SceneError: the file has no usable bands, or does not tell which they are.
     """
     count = dataset.count
     if count == 0:
@@ -90,16 +89,15 @@ def choose_bands(dataset: Any, path: object, asked: Sequence[int] | None) -> tup
 
 
 class Validity:
-    """Which pixels of an open raster have data.
+    """Tells which pixels of an open raster have data.
 
-    Those have none that hold nodata in all bands used that have a nodata value, that the file's mask leaves out, or
-    that are fully transparent in a band tagged alpha, whichever band that is; a faint pixel is there. Other bands say
-    nothing: infrared that is 0 is dark. (GDAL's own mask, and rasterio's, ask all bands for nodata, and take alpha
-    only as the last of two or four, and not of floats.)
+    A pixel has no data if all used bands with a nodata value hold nodata, if the file's mask leaves it out, or if it is
+    fully transparent in any band tagged alpha. Other bands do not count: an infrared value of 0 is dark. (GDAL's own
+    mask, and rasterio's, ask all bands for nodata, and take alpha only as the last of two or four, and not of floats.)
 
     Args:
         dataset: the raster.
-        bands: those used, 1-based.
+        bands: the used bands, 1-based.
     """
 
     def __init__(self, dataset: Any, bands: Sequence[int]) -> None:
@@ -107,7 +105,7 @@ class Validity:
         self.masked = tuple(
             band for band in sorted(set(bands)) if not {MaskFlags.all_valid, MaskFlags.alpha} & set(flags[band - 1])
         )
-        """Bands whose nodata or mask counts."""
+        """Bands with a nodata value or mask."""
         if self.masked and MaskFlags.per_dataset in flags[self.masked[0] - 1]:
             self.masked = self.masked[:1]
         tagged = enumerate(zip(_tags(dataset), _names(dataset), strict=True), 1)
@@ -120,7 +118,7 @@ class Validity:
         return bool(self.masked or self.alpha)
 
     def read(self, dataset: Any, **where: Any) -> npt.NDArray[np.bool_] | None:
-        """Validity of a part of the raster, ``[h, w]``; None: every pixel is valid.
+        """Read the validity of a part of the raster, ``[h, w]``; None: every pixel is valid.
 
         Args:
             dataset: the raster.
@@ -156,7 +154,7 @@ def _listed(colors: Sequence[str]) -> str:
 
 
 def _refuse(path: object, known: Sequence[str], dataset: Any) -> None:
-    """Some bands are known, and not to be red, green and blue."""
+    """Raise the error for a file whose known bands are not red, green and blue."""
     if ColorInterp.palette in dataset.colorinterp:
         raise SceneError(f"{path} is a paletted image", hint="expand it: gdal_translate -expand rgb IN OUT")
     missing = [color for color in _RGB if color not in known]
@@ -178,7 +176,7 @@ def _require_real(dataset: Any, path: object, bands: Sequence[int]) -> None:
 
 
 _ON_ITS_SIDE = 5
-"""From this orientation on, rows are stored as columns."""
+"""The first orientation in which rows are stored as columns."""
 _CACHE_BYTES = 384 << 20
 _ROOM = 32 << 20
 _TAG = 274
@@ -188,10 +186,10 @@ _CHUNKS = 1 << 16
 
 
 class Upright(WarpedVRT):  # type: ignore[misc]
-    """A picture as its EXIF orientation (2 to 8) wants it seen, pixel for pixel.
+    """A picture turned as its EXIF orientation (2 to 8) says, pixel for pixel.
 
-    GDAL turns it window by window. What is on its side is read across the rows in which it is stored, and a JPEG or PNG
-    is decoded from its beginning each time, unless all of it stays in GDAL's cache: up to :data:`_CACHE_BYTES` it does.
+    GDAL turns it window by window. A picture on its side is read across its stored rows, so a JPEG or PNG would be
+    decoded from its beginning each time; up to :data:`_CACHE_BYTES`, GDAL's cache therefore keeps all of it.
     """
 
     def __init__(self, stored: Any, orientation: int) -> None:
@@ -223,9 +221,9 @@ class Upright(WarpedVRT):  # type: ignore[misc]
 
 
 def orientation_of(dataset: Any, name: str) -> int:
-    """The EXIF orientation of a raster, 1 (upright) where it has none or has a place on Earth, which then decides.
+    """The EXIF orientation of a raster; 1 (upright) if it has none, or has a place on Earth, which counts more.
 
-    GDAL tells that of a JPEG, wherever it lies; TIFF, PNG and WebP are looked into if they are local files.
+    GDAL tells it for any JPEG; TIFF, PNG and WebP are searched if they are local files.
     """
     if dataset.crs is not None or not dataset.transform.is_identity or dataset.gcps[0] or dataset.tags(ns="RPC"):
         return 1
@@ -243,7 +241,7 @@ def orientation_of(dataset: Any, name: str) -> int:
 
 
 def _exif_chunk(file: BinaryIO) -> bytes:
-    """What a PNG or a WebP keeps as EXIF; empty where there is none."""
+    """The EXIF data of a PNG or a WebP; empty if there is none."""
     png = file.read(4) == b"\x89PNG"
     file.seek(8 if png else 12)
     for _ in range(_CHUNKS):
@@ -255,7 +253,7 @@ def _exif_chunk(file: BinaryIO) -> bytes:
 
 
 def _in_tiff(file: BinaryIO) -> int:
-    """The orientation in the first directory of a TIFF or BigTIFF, which EXIF is as well."""
+    """The orientation in the first directory of a TIFF or BigTIFF; EXIF data is a TIFF too."""
     order = {b"II": "<", b"MM": ">"}[file.read(2)]
     big = struct.unpack(f"{order}H", file.read(2))[0] == 43
     if big:

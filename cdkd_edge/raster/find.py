@@ -1,4 +1,4 @@
-"""From an argument of a command to scenes: a file, a folder, a pattern, or a name of GDAL's."""
+"""Finds the scenes that an argument names: a file, a folder, a pattern, or a name that only GDAL knows."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from cdkd_edge.core.errors import SceneError
 from cdkd_edge.raster.open import is_gdal_name
 
 RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt", ".img")
-"""What a folder or a pattern is searched for. A scene that is named may be anything GDAL opens."""
+"""Suffixes that count in folders and for patterns; a scene that is named itself may be anything GDAL opens."""
 
 _RESULTS = ("_labels.tif", "_confidence.tif", "_preview.png", "_quicklook.png")
-"""Endings of what `segment` leaves beside scenes."""
+"""Endings of the files that `segment` writes beside scenes."""
 
 
 def rasters_named(argument: str) -> list[str]:
-    """Rasters that an argument names, in no order: itself, a folder's, or those that match a pattern (``**`` too).
+    """The rasters that an argument names, in any order: itself, those in a folder, or those that match a pattern.
 
-    Folders are not searched below, so that masks are not taken for images. Found in folders and by patterns are
-    :data:`RASTER_SUFFIXES`; not what `segment` wrote, and no files whose names begin with a dot.
+    Folders in a folder are not searched, so that masks are not taken for images; patterns may hold ``**``. Only
+    :data:`RASTER_SUFFIXES` count, without hidden files and the files that `segment` wrote.
 
     Raises:
         SceneError: it names nothing.
@@ -54,13 +54,15 @@ def scenes_named(arguments: Sequence[str]) -> list[str]:
 
 
 def file_key(path: str) -> str:
-    """The same for two names of one file; names of GDAL's are only equal to themselves."""
+    """A key that is the same for two names of one file; a name that only GDAL knows is its own key."""
     return path if is_gdal_name(path) else os.path.realpath(path)  # Path.resolve() fails on links that go in circles
 
 
 def _matching(pattern: str) -> Iterator[str]:
-    """Paths that match a pattern; ``**`` is any folder below, each once however links lead to it. (Those of the glob
-    module lead in circles; Path.glob takes no absolute patterns.)"""
+    """Paths that match a pattern; ``**`` is any folder below, each once even if links lead in circles.
+
+    (The glob module follows such circles; Path.glob takes no absolute patterns.)
+    """
     if Path(pattern).name == "**":
         pattern = f"{pattern.rstrip(os.sep)}{os.sep}*"
     before, stars, after = pattern.partition(f"**{os.sep}")
@@ -97,6 +99,6 @@ def _is_raster(path: Path) -> bool:
         path.suffix.lower() in RASTER_SUFFIXES
         and not path.name.startswith(".")
         and not path.name.endswith(_RESULTS)
-        # A link to what is gone is a scene that fails, not one that is silently missing.
+        # A broken link is a scene that fails, not one that is silently missing.
         and (path.is_file() or (path.is_symlink() and not path.exists()))
     )

@@ -1,10 +1,9 @@
-"""Where tiles lie on a scene, and which part of each tile is kept.
+"""Places tiles on a scene, and says which part of each tile is kept.
 
-Tiles overlap, and each pixel is taken from the tile in which it lies deepest: the cut between two
-neighbours runs through the middle of their overlap. The number of tiles is the least that keeps the
-overlap; what they cover beyond the scene first becomes a reflected margin at the scene's borders (up
-to half an overlap, so that border pixels have context too), and the rest goes into more overlap. No
-tile is spent on padding.
+Tiles overlap, and each pixel is taken from the tile in which it lies deepest: the cut between two neighbours runs
+through the middle of their overlap. The number of tiles is the least that keeps the overlap. What they cover beyond the
+scene first becomes a reflected margin at its borders (up to half an overlap, so that border pixels have context too),
+then more overlap. No tile is spent on padding.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from cdkd_edge.core.errors import UsageError
 
 DEFAULT_OVERLAP = 128
 _MOST_TILES = 1_000_000
-"""Along an axis."""
+"""Most tiles along an axis."""
 
 
 def default_overlap(tile: int) -> int:

@@ -1,4 +1,4 @@
-"""Everything this package asks of rasterio and GDAL: opening rasters and turning their errors into ours."""
+"""Opens rasters with GDAL, and turns GDAL's errors into ours."""
 
 from __future__ import annotations
 
@@ -25,55 +25,55 @@ from rasterio.warp import transform as transformed
 from cdkd_edge.core.errors import SceneError, SystemRefusalError
 from cdkd_edge.raster.bands import Upright, orientation_of
 
-_listening = threading.local()
+_heard = threading.local()
+"""Per thread, the messages of GDAL that :func:`gdal` collects there."""
+_GDAL_CLASS = re.compile(r"^CPLE_\w+[: ]+| ?\(this (warning|error) can be turned .*")
 
 
-class _Listener(logging.Handler):
-    """Passes on what GDAL says to :func:`gdal` of the same thread; others read other files."""
+class _GdalLog(logging.Handler):
+    """Passes GDAL's messages on to :func:`gdal` in the same thread; other threads use other files."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        heard: list[str] | None = getattr(_listening, "heard", None)
-        if heard is not None:
-            heard.append(_GDAL_CLASS.sub("", record.getMessage()))
+        messages: list[tuple[int, str]] | None = getattr(_heard, "messages", None)
+        if messages is not None:
+            messages.append((record.levelno, _GDAL_CLASS.sub("", record.getMessage())))
 
 
-_GDAL_CLASS = re.compile(r"^CPLE_\w+[: ]+| ?\(this (warning|error) can be turned .*")
-# GDAL's messages reach the user once, as the text of our errors and notes, not also through logging's last resort.
-logging.getLogger("rasterio").addHandler(_Listener(logging.WARNING))
+# Users see GDAL's messages once, as the text of our errors and notes, and not also through logging's last resort.
+logging.getLogger("rasterio").addHandler(_GdalLog(logging.WARNING))
 # Scenes without georeference are welcome; their label maps have none either. (A filter set once: the
 # context manager in warnings is not safe in threads.)
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 warnings.filterwarnings("ignore", category=NodataShadowWarning)  # alpha counts as well, see .bands.Validity
 
 CACHE_BYTES = 32 << 20
-"""GDAL's cache of blocks. What is read and written here goes along blocks; it is for masks and for resampling, which
-ask for a block again soon. GDAL's own default is a share of the memory."""
+"""Size of GDAL's cache of blocks, which masks and resampling need; other reading and writing goes along blocks. GDAL's
+own default is a share of the memory."""
 
 _PROJJSON = re.compile(r"'\{.*\}'")
-"""A reference system as PROJ spells it out, half a page long."""
+"""A reference system in PROJ's long form, half a page of text."""
 
-# One for all threads of the process. An option of rasterio.Env would be so too, and whichever thread leaves first would
-# put the default back; and Env takes bytes, where GDAL's environment variable takes MB.
+# For all threads of the process. As an option of rasterio.Env it would be reset by whichever thread leaves first; and
+# Env takes bytes, where GDAL's environment variable takes MB.
 if "GDAL_CACHEMAX" not in os.environ:
     set_gdal_config("GDAL_CACHEMAX", CACHE_BYTES)
 
 _KINDS_SHOWN = 3
-"""Of warnings about one scene."""
+"""Kinds of warnings about one scene."""
 
 _LITTLE_ROOM = 1 << 20
 """Bytes."""
 
 _GDAL_OPTIONS = {
     "GDAL_PAM_ENABLED": "YES",
-    # Read at once, a truncated PNG yields its compressed bytes as pixels, and no error (GDAL 3.10).
+    # Reading a truncated PNG at once yields its compressed bytes as pixels, and no error (GDAL 3.10).
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",
 }
 
-# What GDAL opens though it is no file: URLs, subdatasets (GPKG:file:table), files inside files.
+# Names that GDAL opens though they are no files: URLs, subdatasets (GPKG:file:table), files inside archives.
 _GDAL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:|/vsi")
 
 _DAMAGED = "the file may be damaged or cut off; `gdalinfo -checksum` reads all of it"
-"""GDAL names the block that could not be read, and not what that means."""
 _HINTS = {
     "Range downloading": "this server sends whole files only; download the file, or use a server that answers range "
     "requests",
@@ -85,9 +85,9 @@ _ARCHIVES = {".zip": "/vsizip/", ".kmz": "/vsizip/", ".tar": "/vsitar/", ".tgz":
 
 
 class Warnings:
-    """What GDAL warns of while a scene is read, each kind once; shared by the threads that read it.
+    """GDAL's warnings while a scene is read, each kind once; shared by the threads that read it.
 
-    A JPEG with wrong bytes in its middle, say, is decoded to the end, and wrong from there on.
+    A JPEG with wrong bytes in its middle, for example, is decoded with a warning, and wrong from there on.
 
     Args:
         strict: whether a warning is an error.
@@ -99,102 +99,98 @@ class Warnings:
 
     @property
     def notes(self) -> list[str]:
-        """A sentence on each kind; of many, the first ones."""
+        """A sentence for each of the first kinds."""
         texts = list(self._kinds.values())
         more = len(texts) - _KINDS_SHOWN
         notes = [f"GDAL warns: {text}; the file may be damaged there" for text in texts[:_KINDS_SHOWN]]
         return [*notes, f"GDAL warns of {more} more kinds"] if more > 0 else notes
 
     def take(self, doing: str, texts: Sequence[str]) -> None:
-        """Take what was said while ``doing`` something.
-
-        Raises:
-            SceneError: a warning is an error.
-        """
+        """Take the warnings while ``doing`` something; with ``strict``, raise :class:`SceneError` if there are any."""
         if self._strict and texts:
-            raise SceneError(f"{doing}: GDAL warns: {texts[0]}", hint=f"{_DAMAGED}; without --strict it is only told")
+            raise SceneError(
+                f"{doing}: GDAL warns: {texts[0]}", hint=f"{_DAMAGED}; without --strict this is only a note"
+            )
         for text in texts:
             self._kinds.setdefault(re.sub(r"[\d.]+", "0", text), text)
 
 
 @contextlib.contextmanager
-def gdal(doing: str, warnings: Warnings | None = None) -> Iterator[None]:
+def gdal(doing: str, warnings: Warnings | None = None, *, check_log: bool = False) -> Iterator[None]:
     """A GDAL environment in which errors become :class:`SceneError`: "``doing`` failed: why".
 
-    ``warnings`` takes what GDAL only warns of; without it that is dropped.
+    Args:
+        doing: what the block does, e.g. "reading FILE".
+        warnings: takes GDAL's warnings. Default: they are dropped.
+        check_log: raise also the errors that rasterio only logs.
     """
-    outer, heard = getattr(_listening, "heard", None), list[str]()
+    outer, messages = getattr(_heard, "messages", None), list[tuple[int, str]]()
     with rasterio.Env(**_GDAL_OPTIONS):
         try:
-            _listening.heard = heard
+            _heard.messages = messages
             yield
             if warnings is not None:
-                warnings.take(doing, heard)
+                warnings.take(doing, [text for _, text in messages])
+            errors = [text for level, text in messages if level >= logging.ERROR]
+            if check_log and errors:
+                raise SceneError(f"{doing} failed: {errors[0]}")
         except (RasterioError, RasterioIOError, CPLE_BaseError) as error:  # before rasterio 1.4 no subclass
-            causes = []
-            cause: BaseException | None = error
-            while cause is not None:
-                causes.append(str(cause))
-                cause = cause.__cause__
-            telling = [text for text in causes if "previous exception" not in text] or causes
-            reason = _PROJJSON.sub("the reference system", " ".join(max(telling, key=len).split()))
+            reason = _reason_of(error)
             hint = next((hint for pattern, hint in _HINTS.items() if re.search(pattern, reason)), None)
             raise SceneError(f"{doing} failed: {reason}", hint=hint) from None
         except UnicodeEncodeError:
             raise SceneError(f"{doing} failed: GDAL takes only names in UTF-8") from None
         finally:
-            _listening.heard = outer
+            _heard.messages = outer
+
+
+def _reason_of(error: BaseException) -> str:
+    """The most telling of an error's messages and those of its causes."""
+    texts = []
+    cause: BaseException | None = error
+    while cause is not None:
+        texts.append(str(cause))
+        cause = cause.__cause__
+    telling = [text for text in texts if "previous exception" not in text] or texts
+    return _PROJJSON.sub("the reference system", " ".join(max(telling, key=len).split()))
 
 
 @contextlib.contextmanager
 def writing(doing: str, folder: Path, room: int = _LITTLE_ROOM) -> Iterator[None]:
-    """Like :func:`gdal`, also for errors that rasterio only logs; and want of room in ``folder`` is called so.
+    """Like :func:`gdal`, for writing into ``folder``: logged errors are raised, and a full disk is called so.
 
-    What failed with less than ``room`` bytes free failed for want of room. (Some drivers remove what they began.)
+    An error with less than ``room`` bytes free is taken for a full disk. (Some drivers remove what they began.)
 
     Raises:
         SceneError: GDAL cannot write.
         SystemRefusalError: the disk is full.
     """
-    thread, messages = threading.get_ident(), list[str]()
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.thread == thread:  # what GDAL reports in others is about other files
-                messages.append(record.getMessage())
-
-    logger, collector = logging.getLogger("rasterio._env"), Collector(logging.ERROR)
-    logger.addHandler(collector)
     try:
-        with gdal(doing):
+        with gdal(doing, check_log=True):
             yield
-        if messages:
-            raise SceneError(f"{doing} failed: {messages[0]}")
     except SceneError:
         if shutil.disk_usage(folder).free < room:
             raise SystemRefusalError(f"{doing} failed: no space left on the device") from None
         raise
-    finally:
-        logger.removeHandler(collector)
 
 
 def is_gdal_name(name: str) -> bool:
-    """Whether a name is one of GDAL's own and not a file's: a URL, a subdataset, a file inside an archive."""
+    """Whether only GDAL knows what a name leads to: a URL, a subdataset, a file inside an archive."""
     return _GDAL_NAME.match(name) is not None
 
 
 def _way_into(name: str) -> str | None:
-    """How GDAL reads what is in an archive."""
+    """A hint on how to name a file inside an archive."""
     way = _ARCHIVES.get(Path(name).suffix.lower())
     if way is None or is_gdal_name(name):
         return None
-    return f"name what is in it: {way}{name}" + ("" if way == "/vsigzip/" else "/SCENE.tif")
+    return f"name the file in it: {way}{name}" + ("" if way == "/vsigzip/" else "/SCENE.tif")
 
 
 def open_scene(path: str | Path, warnings: Warnings | None = None) -> Any:
-    """Open a raster for reading; a picture that is stored turned as viewers show it (:class:`Upright`).
+    """Open a raster for reading; a picture that is stored turned is shown upright (:class:`.bands.Upright`).
 
-    ``warnings`` takes what GDAL warns of.
+    ``warnings`` takes GDAL's warnings.
 
     Raises:
         SceneError: there is no such file, or GDAL does not know its format.
@@ -214,17 +210,14 @@ def open_scene(path: str | Path, warnings: Warnings | None = None) -> Any:
 
 
 _OFF = 0.45
-"""Pixels, a little less than half of one. A grid that is off by less still lays each pixel over its own."""
+"""Tolerance in pixels, less than half of one: a grid that is off by less still lays each pixel over its own."""
 
 
 def place_problem(image: Any, labels: Any) -> str | None:
-    """What is wrong with the place of a raster of labels that should lie pixel for pixel on an image.
+    """Why an open raster of labels does not lie pixel for pixel on an open image of the same size; None if it does.
 
-    Both are open and of one size. Compared are the corners of both grids, in pixels of the image; with ground control
-    points the grid is the one that fits them best. Where either has no grid there is nothing to compare.
-
-    Returns:
-        The end of a sentence that begins with the labels' name, or None.
+    The corners of both grids are compared, in pixels of the image; with ground control points, of the grid that fits
+    them best. The text is the end of a sentence that begins with the labels' name.
     """
     ours, theirs = _grid(image), _grid(labels)
     if ours is None or theirs is None:
@@ -255,7 +248,7 @@ def place_problem(image: Any, labels: Any) -> str | None:
 
 
 def _grid(dataset: Any) -> tuple[Affine, Any] | None:
-    """From pixels to the map, and in which reference system."""
+    """The transform from pixels to the map, and its reference system; None without a place on Earth."""
     if not dataset.transform.is_identity:
         return dataset.transform, dataset.crs
     points, crs = dataset.gcps

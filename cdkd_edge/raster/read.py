@@ -1,4 +1,4 @@
-"""Scenes as uint8 RGB tiles: bands chosen, values stretched, borders reflected, validity known."""
+"""Reads scenes as uint8 RGB tiles: chooses bands, stretches values, reflects borders, knows pixels without data."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from cdkd_edge.raster.stretch import Stretch as Stretch
 from cdkd_edge.raster.stretch import stretch_limits, stretched
 
 INVALID_FILL = np.array([124, 116, 104], np.uint8).reshape(3, 1, 1)
-"""Pixels without data enter the network as its mean colour, which is zero after normalisation."""
+"""The value of pixels without data: the network's mean colour, which is zero after normalisation."""
 
 _SEQUENTIAL = ("PNG", "JPEG", "GIF")
 
 _MOST_SIDE, _MOST_PIXELS = 10_000_000, 10**12
-"""Of a scene, px. The whole land at 10 m has as many; some things are kept for each row."""
+"""Largest side and area of a scene, px: those of all land at 10 m."""
 _MOST_BLOCK = 1 << 29
-"""Bytes of a block, which GDAL decodes as a whole."""
+"""Largest block, bytes; GDAL decodes it as a whole."""
 
 
 class SceneReader:
@@ -38,9 +38,9 @@ class SceneReader:
         path: anything GDAL opens.
         bands: red, green and blue, 1-based. Default: as :func:`.bands.choose_bands` finds them.
         stretch: how values become 0..255.
-        limits: of a reader that had the same file open; spares another look at the whole scene for percentiles.
+        limits: of an earlier reader of the same file; saves reading all of it again for percentiles.
         gsd: resample to this ground sample distance, m (:mod:`.resample`).
-        strict: what GDAL warns of is an error.
+        strict: whether a GDAL warning is an error.
 
     Raises:
         SceneError: the file is no raster, has no usable bands, is too large, or holds values other than 0..255
@@ -71,7 +71,7 @@ class SceneReader:
             if isinstance(error, (ValueError, KeyError, IndexError, OverflowError)) and not isinstance(
                 error, CdkdEdgeError
             ):
-                raise SceneError(f"{path} has a header that cannot be made sense of: {error}") from None
+                raise SceneError(f"{path} has a header that makes no sense: {error}") from None
             raise
 
     def _prepare(
@@ -89,7 +89,7 @@ class SceneReader:
             self._validity = Validity(self._source, self.bands)
             self._require_bounded(self._source)
             if not all(map(math.isfinite, self._source.transform)):
-                self._notes.append("its geotransform is not finite, and left out: the label map has no place on Earth")
+                self._notes.append("its geotransform is not finite and is ignored: the label map has no place on Earth")
         self.limits = self._stretch_limits(stretch) if limits is None else limits
         if gsd is not None:
             with self._gdal("resampling"):
@@ -104,12 +104,12 @@ class SceneReader:
         return gdal(f"{doing} {self.path}", self._warnings)
 
     def _require_bounded(self, dataset: Any) -> None:
-        """Refuse sizes that a header of a few bytes can declare and nobody can label."""
+        """Refuse sizes that a header of a few bytes can declare and no machine can label."""
         height, width = dataset.height, dataset.width
         if max(height, width) > _MOST_SIDE or height * width > _MOST_PIXELS:
             raise SceneError(
                 f"{self.path} would be {width} x {height} px; at most {_MOST_SIDE:,} px a side and "
-                f"{_MOST_PIXELS:,} px in all are labelled",
+                f"{_MOST_PIXELS:,} px in all are possible",
                 hint="cut it into parts, e.g. with gdal_translate -srcwin",
             )
         rows, columns = dataset.block_shapes[self._indexes[0] - 1]
@@ -122,12 +122,12 @@ class SceneReader:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of it, and what GDAL has warned of so far."""
+        """What the user should know about how the scene is read, and GDAL's warnings so far."""
         return [*self._notes, *self.warnings]
 
     @property
     def warnings(self) -> list[str]:
-        """What GDAL has warned of so far, a sentence for each kind."""
+        """GDAL's warnings so far, a sentence for each kind."""
         return self._warnings.notes
 
     @property
@@ -142,7 +142,7 @@ class SceneReader:
 
     @property
     def files(self) -> list[str]:
-        """The files it consists of as GDAL names them, sidecars and what a VRT refers to included."""
+        """The names of its files, with sidecars and the files of a VRT."""
         with gdal(f"opening {self.path}"):
             return list(self._source.files)
 
@@ -154,19 +154,19 @@ class SceneReader:
 
     @property
     def pixel_bytes(self) -> int:
-        """Bytes that a pixel takes in memory: red, green, blue, validity if it may be without data, and of
-        floats some more on their way to bytes."""
+        """Memory of a pixel, bytes: red, green, blue, validity if any pixel may have no data, and floats
+        before they are stretched."""
         return 3 + (self._float or bool(self._validity)) + 4 * self._float
 
     @property
     def sequential(self) -> bool:
-        """Whether the format can only be decoded from its beginning, so that a second reader would do it all again."""
+        """Whether the format is always decoded from its beginning, so that a second reader would repeat all of it."""
         source = self._source
         return (source.stored_driver if isinstance(source, Upright) else source.driver) in _SEQUENTIAL
 
     @property
     def georeference(self) -> dict[str, Any]:
-        """What places the scene on Earth, as keyword arguments for a rasterio writer."""
+        """The scene's place on Earth, as keyword arguments for a rasterio writer."""
         dataset = self._dataset
         place: dict[str, Any] = {}
         if dataset.crs is not None:
@@ -176,7 +176,7 @@ class SceneReader:
         points, points_crs = dataset.gcps
         if points and "transform" not in place:
             place.update(gcps=points, crs=points_crs)
-        # Polynomials that lack a term are of no use to anybody; those of a resampled scene GDAL leaves out itself.
+        # Polynomials may lack a term; GDAL itself leaves out those of a resampled scene.
         with contextlib.suppress(KeyError, ValueError, IndexError):
             if dataset.rpcs is not None:
                 place["rpcs"] = dataset.rpcs
@@ -192,7 +192,7 @@ class SceneReader:
         """Read one tile into an engine's buffer.
 
         Args:
-            row, column: where the tile lies; what is beyond the scene is reflected.
+            row, column: where the tile lies; beyond its borders the scene is reflected.
             out: uint8 ``[3, T, T]``, contiguous, written in place.
 
         Returns:
@@ -253,8 +253,8 @@ class SceneReader:
         return pixels, valid
 
     def _place_for(self, shape: tuple[int, int, int]) -> npt.NDArray[Any] | None:
-        """An array for values before they are stretched, the same again and again: pieces of this size that come and
-        go leave the heap in holes. None: of bands of several kinds."""
+        """A reused array for values before they are stretched, because freed arrays of this size would fragment the
+        heap; None where the bands have several types."""
         kinds = {self._dataset.dtypes[band - 1] for band in self.bands}
         if len(kinds) > 1:
             return None
@@ -280,7 +280,7 @@ class SceneReader:
         return np.ascontiguousarray(pixels.astype(np.uint8).transpose(1, 2, 0))
 
     def _stretch_limits(self, stretch: Stretch | None) -> npt.NDArray[np.float32] | None:
-        """Per band ``[3, 2]`` the values that become 0 and 255, or None for 8-bit data as it is."""
+        """Per band ``[3, 2]`` the values that become 0 and 255; None: 8-bit data stays as it is."""
         if stretch is None:
             kinds = {self._kind_of(band) for band in self.bands}
             if kinds != {"uint8"}:
@@ -300,9 +300,9 @@ class SceneReader:
 
 
 def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
-    """Indices ``start .. start + length - 1`` mirrored into ``0 .. size - 1`` (border pixels not repeated).
+    """Indices ``start .. start + length - 1`` mirrored into ``0 .. size - 1``, without repeating border pixels.
 
-    Any distance works, also several times the size; an axis of one pixel repeats it.
+    They may lie any distance outside. An axis of one pixel repeats it.
     """
     if size == 1:
         return np.zeros(length, np.intp)
@@ -312,7 +312,7 @@ def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
 
 
 def reading_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
-    """What there is to say of how images were read, by image; each once, with the images that it is about."""
+    """Notes on images, given by image: each note once, after the names of its images."""
     names: dict[str, list[str]] = {}
     for name, about in notes.items():
         for note in about:

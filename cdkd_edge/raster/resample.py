@@ -1,4 +1,4 @@
-"""Scenes at another ground sample distance: a network sees objects at the size it was trained on."""
+"""Resamples scenes to a ground sample distance, so that a network sees objects at the size it was trained on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 
 from cdkd_edge.core.errors import SceneError, UsageError
-from cdkd_edge.raster.areas import to_wgs84
+from cdkd_edge.raster.areas import WGS84, to_wgs84
 from cdkd_edge.raster.bands import Validity
 
 _WARP_MB = 32
-"""For GDAL's warper, in each reading thread."""
+"""Memory of GDAL's warper in each reading thread, MB."""
 _SAME = 0.01
-"""Ground sample distances this close are the same: a map's scale varies by as much within a scene."""
+"""Relative difference of equal ground sample distances: a map's scale varies by as much within a scene."""
 _FINEST = 100
-"""Times that pixels may become finer: 30 m for a network of 0.3 m; what is finer still is a mistake in the unit."""
+"""Times that pixels may become finer (30 m for a network of 0.3 m); more is a mistake in the unit."""
 _KINDS = {
     "uint8": "Byte",
     "int8": "Int8",
@@ -35,16 +35,15 @@ _KINDS = {
     "float32": "Float32",
     "float64": "Float64",
 }
-"""GDAL's names of NumPy's."""
-_NOT_TOLD = "the scene's ground sample distance cannot be told from its reference system"
-_SEMI_MAJOR_M, _FLATTENING = 6_378_137.0, 1 / 298.257223563  # WGS 84
+"""GDAL's names of NumPy types."""
+_NOT_TOLD = "the scene's reference system does not tell its ground sample distance"
 
 
 def ground_sample_distance(dataset: Any) -> tuple[float, float]:
     """Metres on the ground from pixel to pixel along rows and columns, in the middle of a scene.
 
-    Measured on the ellipsoid, because units of a projection may be far from metres on the ground (Web Mercator at 60
-    degrees: half) or degrees. Where they are within 1 % of the projection's units, these are what is meant.
+    Measured on the ellipsoid, because units of a projection may be degrees, or far from metres on the ground (Web
+    Mercator at 60 degrees: half). Where the two are within 1 %, the projection's own units count.
 
     Raises:
         SceneError: the scene has no place on Earth.
@@ -64,8 +63,7 @@ def ground_sample_distance(dataset: Any) -> tuple[float, float]:
         placed = to_wgs84(crs, *zip(*far, strict=True))
         if placed is None:
             raise SceneError(_NOT_TOLD)
-        (lon0, lon1), (lat0, lat1) = placed
-        on_ground = _distance(lon0, lat0, lon1, lat1) / 10
+        on_ground = math.dist(*WGS84.positions(*placed)) / 10
         nominal = math.hypot(far[1][0] - far[0][0], far[1][1] - far[0][1]) / 10
         if not on_ground > 0:
             raise SceneError(_NOT_TOLD)
@@ -78,43 +76,34 @@ def ground_sample_distance(dataset: Any) -> tuple[float, float]:
     return steps[0], steps[1]
 
 
-def _distance(lon0: float, lat0: float, lon1: float, lat1: float) -> float:
-    """Metres between two near points on the ellipsoid, by its radii of curvature in their middle."""
-    middle, squared = math.radians((lat0 + lat1) / 2), _FLATTENING * (2 - _FLATTENING)
-    bend = 1 - squared * math.sin(middle) ** 2
-    across, along = _SEMI_MAJOR_M / math.sqrt(bend), _SEMI_MAJOR_M * (1 - squared) / bend**1.5
-    turn = (lon1 - lon0 + 180) % 360 - 180
-    return math.hypot(math.radians(turn) * math.cos(middle) * across, math.radians(lat1 - lat0) * along)
-
-
 def resampled(dataset: Any, metres: float, bands: Sequence[int], validity: Validity) -> tuple[Any, str]:
-    """A dataset as it looks with pixels of ``metres`` on the ground; its corner and its axes stay where they are.
+    """Resample a dataset to pixels of ``metres`` on the ground; its corner and its axes stay where they are.
 
-    Larger pixels are means of what they cover, smaller ones bilinear; pixels without data take no part. GDAL computes
-    it in blocks of its own, so that a pixel does not depend on the window in which it is read.
+    Larger pixels are means of the pixels they cover, smaller ones bilinear; pixels without data take no part. GDAL
+    computes in blocks of its own, so a pixel does not depend on the window in which it is read.
 
     Returns:
-        The dataset (the same one if its pixels have that size already; else red, green, blue and, if any pixel may
-        have no data, alpha), and a sentence on what was done.
+        The dataset (the same one if its pixels have that size already; otherwise red, green, blue and, if any pixel
+        may have no data, alpha), and a sentence on what was done.
 
     Raises:
         UsageError: ``metres`` is no distance.
         SceneError: the scene has no place on Earth, or would not be a pixel large, or out of all proportion.
     """
     if not (math.isfinite(metres) and metres > 0):
-        raise UsageError(f"a ground sample distance is a positive number of metres, not {metres:g}")
+        raise UsageError(f"--gsd must be a positive number of metres, got {metres:g}")
     own = ground_sample_distance(dataset)
     ratios = metres / own[0], metres / own[1]
     if all(abs(ratio - 1) < _SAME for ratio in ratios):
         return dataset, f"its pixels are {own[0]:.3g} m already"
     if min(ratios) < 1 / _FINEST:
         raise SceneError(
-            f"pixels of {metres:g} m are {1 / min(ratios):.3g} times finer than the scene's {max(own):.3g} m; up to "
-            f"{_FINEST} times can be made"
+            f"--gsd {metres:g} is {1 / min(ratios):.3g} times finer than the scene's {max(own):.3g} m; at most "
+            f"{_FINEST} times is possible"
         )
     width, height = (round(size / ratio) for size, ratio in zip((dataset.width, dataset.height), ratios, strict=True))
     if width < 1 or height < 1:
-        raise SceneError(f"with pixels of {metres:g} m nothing would be left of {dataset.width} x {dataset.height} px")
+        raise SceneError(f"--gsd {metres:g} would leave less than a pixel of {dataset.width} x {dataset.height} px")
     options: dict[str, Any] = {}
     if any(np.dtype(dataset.dtypes[band - 1]).kind == "f" for band in bands):
         options.update(src_nodata=math.nan, nodata=math.nan)
@@ -135,8 +124,10 @@ def resampled(dataset: Any, metres: float, bands: Sequence[int], validity: Valid
 
 
 def _of_bands(dataset: Any, bands: Sequence[int], validity: Validity) -> str:
-    """A VRT of the bands used and, if any pixel may have no data, of their validity as alpha: GDAL's warper would
-    ask all bands of the file for nodata, and take no alpha that is not its own."""
+    """The text of a VRT of the bands used and, if any pixel may have no data, of their validity as alpha.
+
+    GDAL's warper would ask all bands of the file for nodata, and take no alpha that is not its own.
+    """
 
     def source(band: int | str, then: str = "", kind: str = "SimpleSource") -> str:
         # Not shared: readers in two threads would get one handle.
@@ -147,7 +138,7 @@ def _of_bands(dataset: Any, bands: Sequence[int], validity: Validity) -> str:
         f'<VRTRasterBand dataType="{_KINDS[dataset.dtypes[band - 1]]}" band="{number}">{source(band)}</VRTRasterBand>'
         for number, band in enumerate(bands, 1)
     ]
-    # Valid where any mask is, and less than nothing where a band of alpha is 0; bytes end at 0 and 255.
+    # A sum above 0 is valid: masks add 255, and alpha of 0 takes more away than all masks can add.
     table = "<LUT>0:-10000,1e-9:0</LUT>" if validity.masked else "<LUT>0:-10000,1e-9:255</LUT>"
     sources = [source(f"mask,{band}") for band in validity.masked]
     sources += [source(band, table, "ComplexSource") for band in validity.alpha]

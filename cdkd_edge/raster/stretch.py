@@ -1,4 +1,4 @@
-"""How values of any kind become 0..255: one stretch for the whole scene, so that tiles have no seams."""
+"""Stretches values of any kind to 0..255, with the same limits for the whole scene, so that tiles have no seams."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from cdkd_edge.core.errors import SceneError, UsageError
 from cdkd_edge.raster.bands import Validity
 
 _SAMPLE_SIDE = 1024
-"""Percentiles are taken from the scene reduced to at most this many pixels a side."""
+"""Longest side of the reduced scene from which percentiles are taken, px."""
 _WHOLE_PIXELS = 8192 * 8192
-"""Scenes up to this size are reduced as a whole; larger ones by their overviews, or sampled in windows."""
+"""Largest scene without overviews that is reduced as a whole; of a larger one, windows are sampled."""
 _WINDOWS_A_SIDE, _WINDOW, _EVERY = 16, 256, 4
 _STRIP_PIXELS = 1 << 21
-"""Read at once of a file in strips."""
+"""Pixels read at once of a file in strips."""
 _ROWS = 32
-"""Stretched at once."""
+"""Rows stretched at once."""
 _ENOUGH = 1000
-"""Valid pixels of a band; fewer say little."""
+"""Valid pixels of a band that make a sample; with fewer, all of the file is read."""
 
 Limits = npt.NDArray[np.float32]
 """Per band the values that become 0 and 255, ``[3, 2]``."""
@@ -32,7 +32,7 @@ Limits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Stretch:
-    """How values become 0..255: by percentiles of the scene's valid pixels, or between two values."""
+    """The values that become 0 and 255: percentiles of the scene's valid pixels, or the two values themselves."""
 
     low: float
     high: float
@@ -40,9 +40,9 @@ class Stretch:
 
     def __post_init__(self) -> None:
         if not -math.inf < self.low < self.high < math.inf:
-            raise UsageError(f"a stretch needs low < high, both finite, not {self.low:g} and {self.high:g}")
+            raise UsageError(f"a stretch needs low < high, both finite, got {self.low:g} and {self.high:g}")
         if self.percentiles and not (self.low >= 0 and self.high <= 100):
-            raise UsageError(f"percentiles lie within 0..100, not {self.low:g} and {self.high:g}")
+            raise UsageError(f"percentiles must lie within 0..100, got {self.low:g} and {self.high:g}")
 
 
 def stretch_limits(
@@ -50,10 +50,10 @@ def stretch_limits(
 ) -> Limits:
     """The limits of a stretch on an open dataset.
 
-    Percentiles are those of valid, finite pixels of a sample: the scene reduced to 1024 px a side or, where that would
-    mean reading all of a large file that has no overviews, every fourth pixel of 16 x 16 windows spread evenly over it
-    (of a file in strips, every fourth row of 16 such bands). No block is decoded twice for it. Only if next to no valid
-    pixel is among those, all of the file is read, which labelling will do as well.
+    Percentiles are those of the valid, finite pixels of a sample: the scene reduced to 1024 px a side or, of a large
+    file without overviews, every fourth pixel of 16 x 16 windows spread evenly over it (of a file in strips, every
+    fourth row of 16 such bands). No block is decoded twice. If the sample has almost no valid pixel, all of the file is
+    read.
 
     Raises:
         SceneError: there is no valid pixel.
@@ -72,14 +72,14 @@ def stretch_limits(
 
 @dataclass(frozen=True)
 class _Masked:
-    """Bands of a raster and which of their pixels have data."""
+    """Bands of a raster, with the validity of their pixels."""
 
     dataset: Any
     bands: Sequence[int]
     validity: Validity
 
     def read(self, window: Window, step: tuple[int, int]) -> Any:
-        """A masked array ``[bands, h, w]`` of every so many rows and columns of a part."""
+        """Every ``step``-th row and column of a window as a masked array ``[bands, h, w]``."""
         every = np.s_[..., :: step[0], :: step[1]]
         pixels = self.dataset.read(self.bands, window=window)[every]
         valid = self.validity.read(self.dataset, window=window)
@@ -109,7 +109,7 @@ def _sample(source: _Masked) -> list[npt.NDArray[np.float32]]:
 
 
 def _valid(samples: Iterable[Any], count: int) -> list[npt.NDArray[np.float32]]:
-    """The finite pixels of masked samples ``[bands, h, w]`` that are not masked, band by band."""
+    """The finite, unmasked pixels of samples ``[bands, h, w]``, band by band."""
     found: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(count)]
     for sample in samples:
         for values, band in zip(found, sample, strict=True):
@@ -119,13 +119,13 @@ def _valid(samples: Iterable[Any], count: int) -> list[npt.NDArray[np.float32]]:
 
 
 def _windows(source: _Masked) -> Iterator[Any]:
-    """Parts of the file along its blocks, from top to bottom, so that each costs few of them."""
+    """Samples along the file's blocks, from top to bottom, so that each decodes few of them."""
     dataset = source.dataset
     block_height, block_width = dataset.block_shapes[source.bands[0] - 1]
     height, width = min(_WINDOW, dataset.height), min(_WINDOW, dataset.width)
     tops = _spread(dataset.height, height, block_height)
     if block_width >= dataset.width > _WINDOW:
-        # Strips: a window as narrow as those below costs all of its rows, and so does the next one beside it.
+        # Strips: narrow windows beside each other would decode the same rows again and again.
         columns = max(1, dataset.width * _EVERY // (_WINDOWS_A_SIDE * _WINDOW))
         rows = max(1, min(block_height, _STRIP_PIXELS // dataset.width))
         for row in (row for top in tops for row in range(top, top + height, max(block_height, _EVERY))):
@@ -138,19 +138,19 @@ def _windows(source: _Masked) -> Iterator[Any]:
 
 
 def _spread(size: int, window: int, block: int) -> list[int]:
-    """Where windows begin along an axis: spread evenly, at the beginning of a block each."""
+    """Starts of windows along an axis: spread evenly, each at the beginning of a block."""
     count = min(_WINDOWS_A_SIDE, size // window)
     places = [round((index + 0.5) * size / count - window / 2) for index in range(count)]
     return sorted({min(max(place // block * block, 0), size - window) for place in places})
 
 
 def stretched(pixels: npt.NDArray[Any], limits: Limits) -> npt.NDArray[np.uint8]:
-    """Pixels ``[3, h, w]`` as 0..255."""
+    """Stretch pixels ``[3, h, w]`` to 0..255."""
     low, high = limits[:, :1, None], limits[:, 1:, None]
     result = np.empty(pixels.shape, np.uint8)
     for top in range(0, pixels.shape[1], _ROWS):  # floats take four times the room
         scaled = pixels[:, top : top + _ROWS].astype(np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):  # nodata values are often the largest there are
+        with np.errstate(over="ignore", invalid="ignore"):  # nodata is often the largest value there is
             scaled -= low
             scaled *= 255 / (high - low)
         np.nan_to_num(scaled, copy=False)

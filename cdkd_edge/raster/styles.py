@@ -1,12 +1,8 @@
-"""What GDAL keeps beside a label map: class names and an attribute table in ``<file>.aux.xml``.
+"""The files beside a label map that name its classes: ``<file>.aux.xml`` for GDAL, ``<name>.qml`` for QGIS.
 
-Format: https://gdal.org/en/stable/drivers/raster/pamdataset.html; GDAL writes and reads it itself where a
-format has no place for such things, and QGIS shows the table as classes with names and colours.
-
-The style with which QGIS opens a label map: ``<name>.qml`` beside it.
-
-The palette inside a GeoTIFF always has 256 colours (TIFF 6.0, section 5), and QGIS lists them all, the classes
-first and then one black entry for every number that is none. A style of this name it takes by itself.
+The sidecar holds class names and an attribute table (https://gdal.org/en/stable/drivers/raster/pamdataset.html), which
+QGIS shows as classes with names and colours. The style is for QGIS alone, which finds it by its name: the palette of a
+GeoTIFF always has 256 colours (TIFF 6.0, section 5), and QGIS would list a black entry for every unused number.
 """
 
 from __future__ import annotations
@@ -26,22 +22,22 @@ _GENERIC, _PIXEL_COUNT, _NAME, _VALUE, _RED, _GREEN, _BLUE = "0", "1", "2", "5",
 
 @dataclass(frozen=True)
 class ClassArea:
-    """How much of a label map one class covers."""
+    """The part of a label map that one class covers."""
 
     label: int
     name: str
     pixels: int
     hectares: float | None
-    """None where it is not known; the reason is with the table as a whole."""
+    """None if unknown, see :attr:`.areas.Areas.reason`."""
 
 
 def sidecar_path(label_map: Path) -> Path:
-    """Where GDAL looks for what a raster's own format does not hold."""
+    """The file in which GDAL keeps what a raster's own format does not hold."""
     return label_map.with_name(label_map.name + ".aux.xml")
 
 
 def describes(sidecar: Path, schema: LabelSchema, areas: Sequence[ClassArea]) -> bool:
-    """Whether a file beside a label map is of that map: by the names of its classes, and pixels if it has them.
+    """Whether a sidecar belongs to a label map: its class names, and its pixels if it has them, are those of the map.
 
     GDAL and QGIS may have added statistics, and users columns.
     """
@@ -66,9 +62,8 @@ def label_map_xml(schema: LabelSchema, areas: Sequence[ClassArea] = (), *, extra
 
     Args:
         schema: class names and colours.
-        areas: pixels and hectares of every class, in schema order; without them the table has no such columns,
-            and without hectares no column for them.
-        extra: what GDAL itself wrote beside the file (an unusual CRS, for instance), which is kept.
+        areas: pixels and hectares of every class, in schema order, as columns of the table.
+        extra: the sidecar that GDAL itself wrote (for an unusual CRS), which is kept.
     """
     root = ElementTree.Element("PAMDataset")
     if extra is not None:
@@ -108,11 +103,11 @@ def label_map_xml(schema: LabelSchema, areas: Sequence[ClassArea] = (), *, extra
 
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 (section 2.2) has no way to write, not even escaped."""
+"""Characters that XML 1.0 (section 2.2) cannot hold, not even escaped."""
 
 
 def xml_text(root: ElementTree.Element) -> str:
-    """A document as text; characters that would make it malformed become U+FFFD."""
+    """A document as text; characters that XML cannot hold become U+FFFD."""
     for element in root.iter():
         element.text, element.tail = (part and _NOT_XML.sub("\ufffd", part) for part in (element.text, element.tail))
         element.attrib = {name: _NOT_XML.sub("\ufffd", value) for name, value in element.attrib.items()}
@@ -121,11 +116,11 @@ def xml_text(root: ElementTree.Element) -> str:
 
 
 _MARK = "cdkd-edge"
-"""In styles that were written here. QGIS drops the element when somebody saves a style of their own."""
+"""Marks styles that were written here; QGIS drops the mark when a user saves a style."""
 
 
 def style_path(label_map: Path) -> Path:
-    """Where QGIS looks for the style of a raster."""
+    """The file in which QGIS looks for the style of a raster."""
     return label_map.with_suffix(".qml")
 
 
@@ -153,10 +148,10 @@ def qml(root: ElementTree.Element) -> str:
     return "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n" + xml_text(root)
 
 
-def is_somebodys_own(style: Path, schema: LabelSchema) -> bool:
-    """Whether somebody saved this style, which is theirs to keep, unless it is for other classes and would mislead.
+def is_users_style(style: Path, schema: LabelSchema) -> bool:
+    """Whether a user saved this style for these classes, so that it must be kept.
 
-    A link is somebody's; an empty file, or a part of a style that was written here, is nobody's.
+    A link, or an unreadable file, counts as the user's; an empty file, or part of a style written here, does not.
     """
     if style.is_symlink() or not style.is_file():
         return style.is_symlink() or style.exists()

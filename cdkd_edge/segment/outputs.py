@@ -24,7 +24,7 @@ from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
 from cdkd_edge.raster.areas import Areas, class_areas
 from cdkd_edge.raster.open import is_gdal_name
-from cdkd_edge.raster.styles import is_somebodys_own, label_map_style, sidecar_path, style_path
+from cdkd_edge.raster.styles import is_users_style, label_map_style, sidecar_path, style_path
 from cdkd_edge.segment.crop import NO_CONFIDENCE
 from cdkd_edge.segment.flow import ThreadGroup
 from cdkd_edge.segment.geotiff import BLOCK, LabelMapWriter, write_cog
@@ -246,7 +246,7 @@ def publish(
     on_whole()
     if confidence is not None and plain.confidence is not None:
         _publish(plain.confidence, confidence, sidecar_path)
-    if is_somebodys_own(style_path(destination), schema):
+    if is_users_style(style_path(destination), schema):
         _publish(plain.label_map, destination, sidecar_path)
     else:
         _publish(plain.label_map, destination, sidecar_path, style_path)

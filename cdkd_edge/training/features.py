@@ -1,7 +1,7 @@
-"""Features of a frozen encoder, remembered on disk: it sees each tile once, however many epochs follow (torch).
+"""Caches the features of a frozen encoder on disk, so that it encodes each tile once, not in every epoch (torch).
 
-What is remembered is found by content: the SHA-256 of the encoder's weights and of the tile's pixels. Nothing can
-be out of date, and training, validation and later runs with other settings share what they have in common.
+Features are found by the SHA-256 of the encoder's weights and of the tile's pixels. So they are never out of date, and
+training, validation and later runs with other settings share them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +22,19 @@ _TAPS = 4
 
 
 class FeatureCache:
-    """An encoder that remembers. Called like one: uint8 tiles ``[N, 3, T, T]`` to four maps ``[N, D, G, G]``.
+    """An encoder with a cache, called like one: uint8 tiles ``[N, 3, T, T]`` to four maps ``[N, D, G, G]``.
 
-    Maps are stored as float16 (rounded to 11 bits), and given that way also when they were just computed, so that
-    a first and a later epoch see the same numbers. Maps with values beyond its range are given as they are and
-    computed each time.
+    Maps are stored as float16 (rounded to 11 bits). Maps that were just computed are rounded too, so that all epochs
+    see the same numbers. Maps with values beyond the range of float16 are not stored, and not rounded.
     """
 
     def __init__(self, encoder: Encoder, folder: Path | None, *, precision: str = "fp32", limit: int = 0) -> None:
-        """Remember in a folder.
-
+        """Use an encoder with a cache.
         Args:
             encoder: frozen, on any device.
-            folder: where features lie; None: nothing is remembered.
-            precision: what the encoder computes in.
-            limit: bytes that this run may add; beyond it features are computed each time.
+            folder: of the stored features; None: nothing is stored.
+            precision: in which the encoder computes.
+            limit: bytes that this run may add; beyond it, features are computed each time.
         """
         self.encoder = encoder.eval().requires_grad_(False)
         self.device = next(encoder.parameters()).device
@@ -53,7 +50,7 @@ class FeatureCache:
 
     @property
     def bytes_per_tile(self) -> int:
-        """What one tile takes on disk."""
+        """Bytes of one tile on disk."""
         return 2 * int(np.prod(self._shape))
 
     @torch.no_grad()
@@ -105,12 +102,9 @@ class FeatureCache:
             os.replace(temporary, path)
             self._left -= self.bytes_per_tile
         except OSError:
-            self._left = 0  # the disk is full: go on without
+            self._left = 0  # the disk is full: continue without storing
         finally:
             temporary.unlink(missing_ok=True)
-
-
-EncodeTiles = Callable[[Tensor], list[Tensor]]
 
 
 def _digest(encoder: Encoder, precision: str) -> str:

@@ -1,7 +1,7 @@
-"""``cdkd-edge finetune``: an encoder and labelled tiles in, a checkpoint with a card out (torch).
+"""``cdkd-edge finetune``: trains a decoder on labelled images and writes a checkpoint and its model card (torch).
 
-The checkpoint with the best validation score is written whenever there is a better one. Beside it lies the
-state of the run until the run is finished; a run that was killed goes on from there and ends as it would have.
+The checkpoint with the best validation score is written whenever there is a better one. The state of the run lies
+beside it until the run is finished; a run that was killed resumes from it and ends as it would have ended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cdkd_edge import __version__
-from cdkd_edge.core.errors import DatasetError, UsageError
+from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.files import make_folders, sha256_of, write_text
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.machine import describe_machine
@@ -27,17 +27,15 @@ from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.model.checkpoint import load_encoder, save_checkpoint
 from cdkd_edge.model.device import chosen_device
 from cdkd_edge.quality.baselines import evaluate_color_rules
-from cdkd_edge.quality.datasets import Split, find_dataset, split_dataset
-from cdkd_edge.quality.evaluate import Evaluation, check_dataset, data_schema, evaluate
+from cdkd_edge.quality.datasets import Dataset, Split, find_dataset, split_dataset
+from cdkd_edge.quality.evaluate import Evaluation, absent_classes, check_dataset, data_schema, evaluate, no_labels
 from cdkd_edge.quality.masks import HiddenLabels, read_labels
 from cdkd_edge.quality.network import NetworkLabeller, load_network
 from cdkd_edge.raster.read import reading_notes
 from cdkd_edge.segment.options import SegmentOptions
-from cdkd_edge.training.card import card_text, scores_of
 from cdkd_edge.training.features import FeatureCache
-from cdkd_edge.training.recipe import Recipe
-from cdkd_edge.training.start import PRESET_PREFIX, Shape, Start, starting_network
-from cdkd_edge.training.state import card_path, load_state, require_free, save_state, state_path
+from cdkd_edge.training.files import card_path, card_text, load_state, require_free, save_state, scores_of, state_path
+from cdkd_edge.training.recipe import PRESET_PREFIX, NetworkSettings, Recipe, StartingNetwork, starting_network
 from cdkd_edge.training.trainer import Trainer
 from cdkd_edge.training.views import TrainingTiles
 
@@ -54,7 +52,7 @@ class FinetuneOptions:
     """Everything but source, data and output."""
 
     recipe: Recipe = field(default_factory=Recipe)
-    shape: Shape = field(default_factory=Shape)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
     schema: str | None = None
     training_scenes: tuple[str, ...] = ()
     validation_scenes: tuple[str, ...] = ()
@@ -63,10 +61,11 @@ class FinetuneOptions:
     reading: SegmentOptions = field(default_factory=SegmentOptions)
     device: str = "auto"
     features: Path | None = None
-    """Where features are remembered. Default: ``<output's stem>.features`` beside the output."""
+    """Folder of cached features. Default: ``<stem of the output>.features`` beside the output."""
     remember: bool | None = None
-    """Whether to; default: on the CPU, where computing them again takes longer than reading them."""
+    """Cache features. Default: on a CPU, where computing them again takes longer than reading them."""
     validate_every: int = 1
+    """Epochs."""
     half: bool = False
     """Store weights as float16 (half the file)."""
     resume: bool = False
@@ -74,20 +73,20 @@ class FinetuneOptions:
     command: str = "cdkd-edge finetune"
 
 
-class Listener(Protocol):
-    """Hears how a run goes."""
+class TrainingListener(Protocol):
+    """Receives the progress of a run."""
 
     def step(self, text: str) -> None:
-        """Something else begins."""
+        """A step begins."""
 
     def note(self, text: str) -> None:
         """Something to know before hours are spent."""
 
     def batch(self, done: int, total: int, seconds_left: float | None) -> None:
-        """So many steps of the run are done."""
+        """So many batches of the run are done."""
 
     def epoch(self, row: Mapping[str, Any], epochs: int, best: float | None, seconds_left: float) -> None:
-        """An epoch ended; ``row`` as in the card's history."""
+        """An epoch ended; ``row`` as in the history of the model card."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,12 @@ class FinetuneResult:
     card: Path
     record: Mapping[str, Any]
     evaluation: Evaluation
-    """Of the checkpoint as it was written, on the validation images."""
+    """Of the written checkpoint, on the validation images."""
 
 
-def finetune(source: str, data: Path, output: Path, options: FinetuneOptions, listener: Listener) -> FinetuneResult:
+def finetune(
+    source: str, data: Path, output: Path, options: FinetuneOptions, listener: TrainingListener
+) -> FinetuneResult:
     """Tune a decoder (and, if asked, the encoder) on labelled images.
 
     Args:
@@ -109,29 +110,29 @@ def finetune(source: str, data: Path, output: Path, options: FinetuneOptions, li
         data: a dataset of :mod:`cdkd_edge.quality.datasets`.
         output: the checkpoint; its card goes beside it (``.md``).
         options: recipe, split, network, device.
-        listener: hears how it goes.
+        listener: receives the progress.
 
     Raises:
         DatasetError, SchemaError: the data cannot be used.
         CheckpointError: the source cannot be used.
-        UsageError: something is in the way of the output, or a state belongs to another run.
+        UsageError: the output exists, or a state belongs to another run.
         NumericalCheckError: the loss is not finite.
     """
     _require_use_of_features(options)
     require_free(source, output, resume=options.resume, overwrite=options.overwrite)
     listener.step("looking at the data")
-    split, schema = _data(source, data, options)
+    split, schema = _find_data(source, data, options)
     device = chosen_device(options.device)
     listener.step("loading the network")
-    start = starting_network(source, schema, options.shape, options.recipe.seed)
+    start = starting_network(source, schema, options.network, options.recipe.seed)
     run = _Run(source, output, options, split, schema, start, device, listener)
-    if not options.resume:  # here, where data and source have proved to be of use
+    if not options.resume:  # only now: data and source have proved to be usable
         state_path(output).unlink(missing_ok=True)
     return run.finish()
 
 
 class _Run:
-    """One run, from the data to the card."""
+    """One run, from the data to the model card."""
 
     def __init__(
         self,
@@ -140,9 +141,9 @@ class _Run:
         options: FinetuneOptions,
         split: Split,
         schema: LabelSchema,
-        start: Start,
+        start: StartingNetwork,
         device: torch.device,
-        listener: Listener,
+        listener: TrainingListener,
     ) -> None:
         self.output, self.options, self.listener = output, options, listener
         self.split, self.schema, self.start = split, schema, start
@@ -151,29 +152,30 @@ class _Run:
         listener.step(f"reading {len(split.training)} training masks")
         tiles = TrainingTiles(split.training, schema, network.config.tile, recipe.augmentation, options.reading)
         listener.step(f"reading {len(split.validation)} validation masks")
-        lost = HiddenLabels()
+        hidden = HiddenLabels()
         notes = check_dataset(split.validation, network.config.tile, options.reading)
-        self.validation_pixels = _class_pixels(split, schema, lost)
+        self.validation_pixels = _class_pixels(split.validation, schema, hidden)
         self.early_notes = [
             *([_RANDOM_AND_FROZEN] if recipe.frozen and source.startswith(PRESET_PREFIX) else []),
             *(f"training: {note}" for note in tiles.notes),
-            *(f"validation: {note}" for note in (*lost.notes(), *notes)),
+            *(f"validation: {note}" for note in (*hidden.notes(), *notes)),
         ]
-        self.features = self._features(device) if recipe.frozen else None
+        self.features = self._feature_cache(device) if recipe.frozen else None
         self.trainer = Trainer(network, tiles, recipe, self.features)
         self.source_record = _source_record(source, start.layout)
         self.identity = self._identity()
         self._saved_state = time.perf_counter()
-        self._sitting = (0, 0.0)
+        self._started = (0, 0.0)
+        """Step and time at which this process began to train."""
         if options.resume and state_path(output).exists():
             self.trainer.restore(load_state(output, self.identity, device))
 
     def finish(self) -> FinetuneResult:
-        """Train what is left, then judge the file that was written."""
+        """Train the epochs that are left, then evaluate the written file."""
         trainer, listener, recipe = self.trainer, self.listener, self.options.recipe
         for note in self.early_notes:
             listener.note(note)
-        self._sitting = (trainer.progress.step, time.perf_counter())
+        self._started = (trainer.progress.step, time.perf_counter())
         while trainer.progress.epoch < recipe.epochs:
             loss = trainer.run_epoch(self._after_batch)
             progress = trainer.progress
@@ -183,25 +185,28 @@ class _Run:
             progress.history.append(row)
             listener.epoch(row, recipe.epochs, progress.best, self._seconds_left())
             self._save_state()
-        listener.step("judging the checkpoint as it was written")
+        listener.step("evaluating the written checkpoint")
         labeller, _ = load_network(self.output, device=str(trainer.device))
         evaluation = evaluate(labeller, self.split.validation, self.schema, options=self.options.reading)
-        progress = trainer.progress
+        record = self._record(self._final_scores(evaluation), evaluation.tiles)
+        self._write(labeller.network, record)
+        state_path(self.output).unlink(missing_ok=True)
+        return FinetuneResult(self.output, card_path(self.output), record, evaluation)
+
+    def _final_scores(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Scores of the checkpoint, of the last epoch and of the colour rules, for the card."""
+        progress = self.trainer.progress
         scores = {f"this checkpoint (epoch {progress.best_epoch})": scores_of(evaluation)}
-        if progress.best_epoch != progress.epoch:  # the last was not chosen by its score
+        if progress.best_epoch != progress.epoch:
             scores[f"epoch {progress.epoch}, the last"] = progress.history[-1]
         rules = evaluate_color_rules(
             self.split.training,
             self.split.validation,
             self.schema,
             options=self.options.reading,
-            note=listener.step,
+            note=self.listener.step,
         )
-        scores |= {name: scores_of(result) for name, result in rules.items()}
-        record = self._record(scores, evaluation.tiles)
-        self._write(labeller.network, record)
-        state_path(self.output).unlink(missing_ok=True)
-        return FinetuneResult(self.output, card_path(self.output), record, evaluation)
+        return scores | {name: scores_of(result) for name, result in rules.items()}
 
     def _validate(self) -> dict[str, Any]:
         """Score the network as it is; write it if it is the best so far."""
@@ -234,34 +239,36 @@ class _Run:
     def _after_batch(self) -> None:
         progress = self.trainer.progress
         self.listener.batch(progress.step, self.trainer.steps, self._seconds_left())
-        # Also before every validation, which takes its time and may write a checkpoint that needs a state beside it.
+        # Also before every validation, which takes time and may write a checkpoint that needs a state beside it.
         if progress.batch == self.trainer.batches or time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
             self._save_state()
 
     def _seconds_left(self) -> float:
-        """By the pace of this sitting, validation included."""
-        first, since = self._sitting
+        """By the pace since this process began to train, with validation."""
+        first, since = self._started
         done = self.trainer.progress.step - first
         return (time.perf_counter() - since) / max(1, done) * (self.trainer.steps - self.trainer.progress.step)
 
-    def _features(self, device: torch.device) -> FeatureCache:
-        remember, fixed = self.options.remember, self.options.recipe.views > 0
-        if remember is None and self.options.features:
-            remember = True
+    def _feature_cache(self, device: torch.device) -> FeatureCache:
+        options = self.options
+        cached = options.remember
+        if cached is None:
+            cached = options.features is not None or device.type == "cpu"
         folder = None
-        if fixed and (device.type == "cpu" if remember is None else remember):
-            folder = self.options.features or self.output.with_name(f"{self.output.stem}.features")
+        if cached and options.recipe.views:
+            folder = options.features or self.output.with_name(f"{self.output.stem}.features")
             make_folders(folder)
         limit = int(_SHARE_OF_FREE_DISK * shutil.disk_usage(folder).free) if folder else 0
-        return FeatureCache(self.start.network.encoder, folder, precision=self.options.recipe.precision, limit=limit)
+        return FeatureCache(self.start.network.encoder, folder, precision=options.recipe.precision, limit=limit)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a state to be resumed."""
+        """What must be the same in the run that resumes this one."""
+        weights = self.options.network.weights
         return {
             "recipe": dataclasses.asdict(self.options.recipe),
             "network": dataclasses.asdict(self.start.network.config),
             "source": self.source_record["sha256"] or self.source_record["file"],
-            **({"weights": self.options.shape.weights} if self.options.shape.weights else {}),
+            **({"weights": weights} if weights else {}),
             "classes": list(self.schema.class_names),
             "training images": [pair.name for pair in self.split.training],
             "validation images": [pair.name for pair in self.split.validation],
@@ -288,13 +295,13 @@ class _Run:
         }
 
     def _record(self, scores: Mapping[str, Any], validation_tiles: int) -> dict[str, Any]:
-        """What the checkpoint says of its training; JSON data."""
-        split, config = self.split, self.start.network.config
+        """The training record that the checkpoint stores; JSON data."""
+        split, tiles = self.split, self.trainer.tiles
         record = {
             "tool": f"cdkd-edge {__version__}",
             "command": self.options.command,
             "source": self.source_record,
-            "network": dataclasses.asdict(config),
+            "network": dataclasses.asdict(self.start.network.config),
             "notes": [*self.start.notes, *split.notes, *self.early_notes, *self._late_notes()],
             "recipe": dataclasses.asdict(self.options.recipe),
             "data": {
@@ -303,11 +310,11 @@ class _Run:
                 "schema": self.schema.name,
                 "rule": split.rule,
                 "classes": list(self.schema.class_names),
-                "training_tiles": len(self.trainer.tiles),
+                "training_tiles": len(tiles),
                 "validation_tiles": validation_tiles,
                 "training_scenes": list(split.training.scenes),
                 "validation_scenes": list(split.validation.scenes),
-                "training_pixels": self.trainer.tiles.class_pixels.tolist(),
+                "training_pixels": tiles.class_pixels.tolist(),
                 "validation_pixels": self.validation_pixels.tolist(),
             },
             "training_images": [pair.name for pair in split.training],
@@ -315,32 +322,34 @@ class _Run:
             "scores": dict(scores),
             "run": self._run_record(),
         }
-        plain: dict[str, Any] = json.loads(json.dumps(record))  # the same in every kind of file: no tuples
+        plain: dict[str, Any] = json.loads(json.dumps(record))  # lists, not tuples, in every kind of checkpoint
         return plain
 
     def _late_notes(self) -> list[str]:
-        notes = [f"training: {note}" for note in reading_notes(self.trainer.tiles.damage)]
-        for side, pixels in (("training", self.trainer.tiles.class_pixels), ("validation", self.validation_pixels)):
-            absent = [name for name, count in zip(self.schema.class_names, pixels, strict=True) if not count]
-            if absent:
-                notes.append(f"no {side} pixel is {', '.join(absent)}")
+        tiles = self.trainer.tiles
+        notes = [f"training: {note}" for note in reading_notes(tiles.warnings)]
+        for side, pixels in (("training", tiles.class_pixels), ("validation", self.validation_pixels)):
+            if absent := absent_classes(self.schema, pixels):
+                notes.append(f"no {side} pixel is {absent}")
         return notes
 
 
 def _require_use_of_features(options: FinetuneOptions) -> None:
-    """Make sure that who asks for features to be remembered can have it."""
+    """Refuse to cache features that no later epoch could use."""
     wanted = options.remember or (options.features and options.remember is None)
     if wanted and not (options.recipe.views and options.recipe.frozen):
         what = "fresh views (--views 0)" if options.recipe.frozen else "an encoder that changes (--encoder-lr)"
-        raise UsageError(f"features of {what} are of no use later; there is nothing to remember")
+        raise UsageError(f"features of {what} differ in every epoch; there is nothing to remember")
 
 
-def _data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, LabelSchema]:
+def _find_data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, LabelSchema]:
     dataset = find_dataset(data)
     fallback = None
     if not (options.schema or dataset.schema_name) and not source.startswith(PRESET_PREFIX):
-        shape = options.shape
-        _, report = load_encoder(source, heads=shape.heads, layer_norm_eps=shape.layer_norm_eps, weights=shape.weights)
+        network = options.network
+        _, report = load_encoder(
+            source, heads=network.heads, layer_norm_eps=network.layer_norm_eps, weights=network.weights
+        )
         fallback = report.schema
     schema = data_schema(dataset, options.schema, fallback)
     split = split_dataset(
@@ -353,16 +362,13 @@ def _data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, Lab
     return split, schema
 
 
-def _class_pixels(split: Split, schema: LabelSchema, lost: HiddenLabels) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Labelled pixels of the validation images by class; finds bad masks before hours were spent."""
+def _class_pixels(dataset: Dataset, schema: LabelSchema, hidden: HiddenLabels) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Labelled pixels by class; reading every mask also finds bad ones before hours are spent."""
     counts = np.zeros(256, np.int64)
-    for pair in split.validation:
-        counts += np.bincount(read_labels(pair.mask, schema, lost).ravel(), minlength=256)
+    for pair in dataset:
+        counts += np.bincount(read_labels(pair.mask, schema, hidden).ravel(), minlength=256)
     if not counts[: len(schema)].any():
-        raise DatasetError(
-            f"no pixel of the {len(split.validation)} validation masks has a label",
-            hint="; ".join(lost.notes()) or None,
-        )
+        raise no_labels(f"the {len(dataset)} validation masks", hidden)
     return counts[: len(schema)]
 
 

@@ -1,27 +1,40 @@
-"""How a run trains: every number of it, and what makes two runs the same."""
+"""What a run is made of: its recipe, and the network that training starts from (torch)."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from cdkd_edge.core.errors import UsageError
+from cdkd_edge.core.errors import CheckpointError, UsageError
+from cdkd_edge.core.labels import LabelSchema
+from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_checkpoint, load_encoder
+from cdkd_edge.model.config import PRESETS
 from cdkd_edge.model.device import PRECISIONS
+from cdkd_edge.model.network import SegmentationNetwork
 from cdkd_edge.training.views import Augmentation
 
 SCHEDULES = ("constant", "cosine", "poly")
 _POLY_POWER = 0.9
+DEFAULT_TILE = 1024
+"""Side of the paper's crops, px; for an encoder alone. A network keeps its tile."""
+DEFAULT_PATCH = 16
+"""Side of a patch, px, for encoders whose own patch does not divide the tile (DINOv2's 14)."""
+PRESET_PREFIX = "preset:"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults are the Mask-CDKD paper's protocol for its head: frozen encoder, AdamW, 1e-4, 30 epochs of 4 crops.
+    """How a run trains. Defaults: the Mask-CDKD paper's protocol (frozen encoder, AdamW, 1e-4, 30 epochs of 4 crops).
 
     Raises:
-        UsageError: numbers that cannot train anything.
+        UsageError: a number is out of range.
     """
 
     epochs: int = 30
@@ -31,13 +44,13 @@ class Recipe:
     encoder_learning_rate: float = 0.0
     """0: the encoder is frozen."""
     schedule: str = "constant"
-    """``constant``; ``cosine`` to zero; ``poly``: (1 - progress) ** 0.9, as OpenMMLab does."""
+    """Of the learning rate: ``constant``; ``cosine`` to zero; ``poly``: (1 - progress) ** 0.9, as OpenMMLab does."""
     warm_up: int = 0
     """Steps over which the learning rate rises from zero."""
     clip_norm: float = 0.0
     """Largest norm of the gradient; 0: not limited."""
     mean_decay: float = 0.0
-    """Weights are validated and saved as a running mean that keeps this share per step; 0: as they are."""
+    """Validate and save a running mean of the weights that keeps this share per step; 0: the weights themselves."""
     class_weights: str = "none"
     """``none``, ``sqrt``, ``balanced``, or one number per class with commas; see :func:`class_weights`."""
     views: int = 8
@@ -47,32 +60,31 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        wrong = [
-            ("--epochs", self.epochs, self.epochs >= 1),
-            ("--batch", self.batch, self.batch >= 2),  # batch norm after pooling to one cell needs two values
-            ("--lr", self.learning_rate, 0 < self.learning_rate < 1),
-            ("--weight-decay", self.weight_decay, 0 <= self.weight_decay < 1),
-            ("--encoder-lr", self.encoder_learning_rate, 0 <= self.encoder_learning_rate < 1),
-            ("--schedule", self.schedule, self.schedule in SCHEDULES),
-            ("--warm-up", self.warm_up, self.warm_up >= 0),
-            ("--clip-norm", self.clip_norm, 0 <= self.clip_norm < math.inf),
-            ("--mean-decay", self.mean_decay, 0 <= self.mean_decay < 1),
-            ("--views", self.views, self.views >= 0),
-            ("--precision", self.precision, self.precision in PRECISIONS),
-            ("--seed", self.seed, 0 <= self.seed < 1 << 63),  # what torch takes
+        limits = [
+            ("--epochs", self.epochs, self.epochs >= 1, "at least 1"),
+            ("--batch", self.batch, self.batch >= 2, "at least 2: batch norm needs more than one crop"),
+            ("--lr", self.learning_rate, 0 < self.learning_rate < 1, "between 0 and 1"),
+            ("--weight-decay", self.weight_decay, 0 <= self.weight_decay < 1, "0 or more, and below 1"),
+            ("--encoder-lr", self.encoder_learning_rate, 0 <= self.encoder_learning_rate < 1, "0 or more, and below 1"),
+            ("--schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("--warm-up", self.warm_up, self.warm_up >= 0, "0 or more"),
+            ("--clip-norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "0 or more"),
+            ("--mean-decay", self.mean_decay, 0 <= self.mean_decay < 1, "0 or more, and below 1"),
+            ("--views", self.views, self.views >= 0, "0 or more"),
+            ("--precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+            ("--seed", self.seed, 0 <= self.seed < 1 << 63, "0 or more, and below 2**63"),
         ]
-        for name, value, fine in wrong:
-            if not fine:
-                hint = "batches hold at least 2 crops: batch norm needs more than one" if name == "--batch" else None
-                raise UsageError(f"{name} {value} cannot train anything", hint=hint)
+        for name, value, is_valid, limit in limits:
+            if not is_valid:
+                raise UsageError(f"{name} must be {limit}, got {value}")
 
     @property
     def frozen(self) -> bool:
         """Whether the encoder stays as it is."""
         return self.encoder_learning_rate == 0
 
-    def rate(self, step: int, steps: int) -> float:
-        """Factor on the learning rates at a step of a run of ``steps``, 0..1."""
+    def rate_factor(self, step: int, steps: int) -> float:
+        """Factor on the learning rates at a step of a run of ``steps`` steps, 0..1."""
         if step < self.warm_up:
             return (step + 1) / self.warm_up
         progress = min(1.0, (step - self.warm_up) / max(1, steps - self.warm_up))
@@ -84,11 +96,10 @@ class Recipe:
 
 
 def class_weights(rule: str, pixels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:
-    """Weights of the classes in the loss, ``[K]``, or None for none.
+    """Weights of the classes in the loss, ``[K]``; None if all weigh the same.
 
-    ``balanced`` is median frequency balancing (Eigen & Fergus, ICCV 2015, section 6.3.2): median share over the
-    class's share; ``sqrt`` is its square root. A class that never occurs weighs 1: no pixel asks.
-
+    ``balanced`` is median frequency balancing (Eigen & Fergus, ICCV 2015, section 6.3.2): the median share of a class
+    over the share of this one; ``sqrt`` is its square root. A class that never occurs weighs 1.
     Raises:
         UsageError: neither a rule nor K positive numbers.
     """
@@ -108,3 +119,104 @@ def class_weights(rule: str, pixels: npt.NDArray[np.int64]) -> npt.NDArray[np.fl
             f"--class-weights {rule} is neither none, sqrt nor balanced, nor {len(pixels)} positive numbers with commas"
         )
     return np.array(numbers, np.float32)
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Settings of the network to train; None: the checkpoint's own."""
+
+    tile: int | None = None
+    patch: int | None = None
+    heads: int | None = None
+    layer_norm_eps: float | None = None
+    head_channels: int | None = None
+    """Channels of a new head. Default: those of the head it replaces, or of the preset, or 256."""
+    new_head: bool = False
+    """Start with a new head even if that of the checkpoint fits."""
+    weights: str | None = None
+    """``raw``, ``ema`` or a name, for a checkpoint with several sets of weights."""
+
+
+@dataclass(frozen=True)
+class StartingNetwork:
+    """The network that training starts from."""
+
+    network: SegmentationNetwork
+    kept_head: bool
+    layout: str
+    notes: tuple[str, ...]
+
+
+def starting_network(source: str | Path, schema: LabelSchema, settings: NetworkSettings, seed: int) -> StartingNetwork:
+    """Load the network that training starts from. An encoder gets a new head; a whole network may keep its own.
+    Args:
+        source: an encoder or a whole network, in any layout of :mod:`cdkd_edge.model.layouts`; or
+            ``preset:NAME`` for random weights.
+        schema: the classes to learn.
+        settings: tile, patch and what the checkpoint does not say.
+        seed: of new weights.
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded, or its patch does not divide the tile.
+    """
+    if str(source).startswith(PRESET_PREFIX):
+        return _from_preset(str(source), schema, settings, seed)
+    source = Path(source)
+    encoder, report = load_encoder(
+        source, heads=settings.heads, layer_norm_eps=settings.layer_norm_eps, weights=settings.weights
+    )
+    own = report.config
+    tile = settings.tile or (own.tile if report.has_head else DEFAULT_TILE)
+    patch = settings.patch or (own.patch if tile % own.patch == 0 else DEFAULT_PATCH)
+    if tile % patch:
+        raise CheckpointError(f"a tile of {tile} px is a multiple of neither {own.patch} nor {patch} px patches")
+    loading: dict[str, Any] = {
+        "tile": tile,
+        "patch": patch,
+        "heads": settings.heads,
+        "layer_norm_eps": settings.layer_norm_eps,
+        "weights": settings.weights,
+    }
+    reason = _why_new_head(report, schema, settings)
+    if reason is None:
+        network, report = load_checkpoint(source, **loading)
+        return StartingNetwork(network, True, report.layout, report.notes)
+    encoder, report = load_encoder(source, **loading)
+    config = dataclasses.replace(
+        report.config, classes=len(schema), head_channels=settings.head_channels or own.head_channels
+    )
+    torch.manual_seed(seed)
+    network = SegmentationNetwork(config)
+    network.encoder.load_state_dict(encoder.state_dict())
+    return StartingNetwork(network, False, report.layout, (*report.notes, *([reason] if report.has_head else [])))
+
+
+def _from_preset(source: str, schema: LabelSchema, settings: NetworkSettings, seed: int) -> StartingNetwork:
+    name = source.removeprefix(PRESET_PREFIX)
+    if name not in PRESETS:
+        raise CheckpointError(f"there is no preset {name!r}", hint=f"presets: {', '.join(PRESETS)}")
+    config = PRESETS[name]
+    config = dataclasses.replace(
+        config,
+        classes=len(schema),
+        tile=settings.tile or config.tile,
+        patch=settings.patch or config.patch,
+        heads=settings.heads or config.heads,
+        layer_norm_eps=config.layer_norm_eps if settings.layer_norm_eps is None else settings.layer_norm_eps,
+        head_channels=settings.head_channels or config.head_channels,
+    )
+    torch.manual_seed(seed)
+    return StartingNetwork(SegmentationNetwork(config), False, f"preset {name}, random weights", ())
+
+
+def _why_new_head(report: CheckpointReport, schema: LabelSchema, settings: NetworkSettings) -> str | None:
+    """Why the head of a checkpoint is replaced; None if it is kept."""
+    if not report.has_head:
+        return "an encoder alone"
+    if settings.new_head:
+        return "the checkpoint's head was replaced, as asked"
+    if report.config.classes != len(schema):
+        return f"the checkpoint's head was replaced: it has {report.config.classes} classes, the data {len(schema)}"
+    own = report.schema and not report.schema.numbered and report.schema.name != OPENMMLAB_SCHEMA
+    if report.schema and own and report.schema.class_names != schema.class_names:
+        return f"the checkpoint's head was replaced: its classes are {', '.join(report.schema.class_names)}"
+    return None

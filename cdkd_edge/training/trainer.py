@@ -1,4 +1,4 @@
-"""The training loop: batches, steps, and a state that a killed run resumes from (torch)."""
+"""The training loop: batches, steps, and the state that a run resumes from (torch)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Batch = tuple[Tensor, Tensor]
 """uint8 tiles ``[N, 3, T, T]`` and labels ``[N, T, T]``."""
 
 _EPOCH, _VIEW, _ORDER = 1, 2, 3
-"""What a seed is for, so that no two draws share one."""
+"""Added to a seed, so that draws for different purposes differ."""
 
 
 @dataclass
-class Progress:
-    """Where a run is; together with the weights and the optimiser's state, all that resuming needs."""
+class TrainingProgress:
+    """Progress of a run; with the weights and the state of the optimiser, all that resuming needs."""
 
     epoch: int = 0
     """Epochs completed."""
@@ -40,14 +40,14 @@ class Progress:
     loss_sum: float = 0.0
     """Over the batches of the current epoch."""
     seconds: float = 0.0
-    """Of training and validation so far, over all sittings."""
+    """Training and validation so far, in all processes that worked on the run."""
     best: float | None = None
     best_epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
-    """A network on its way. One epoch looks at every place once."""
+    """Trains a network. One epoch reads one view of every place."""
 
     def __init__(
         self,
@@ -56,17 +56,17 @@ class Trainer:
         recipe: Recipe,
         encode: Callable[[Tensor], list[Tensor]] | None = None,
     ) -> None:
-        """Set up.
+        """Prepare the optimiser.
 
         Args:
-            network: where it is to be trained.
-            tiles: what it is trained on.
-            recipe: how.
-            encode: what stands in for a frozen encoder. Default: the network's own.
+            network: on the device that trains it.
+            tiles: training data.
+            recipe: learning rates, schedule, views and so on.
+            encode: replaces a frozen encoder, for example by one that caches. Default: the network's own.
         """
         self.network, self.tiles, self.recipe = network, tiles, recipe
         self.device = next(network.parameters()).device
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self._encode = encode or network.encoder
         weights = class_weights(recipe.class_weights, tiles.class_pixels)
         self._weights = None if weights is None else torch.from_numpy(weights).to(self.device)
@@ -111,7 +111,7 @@ class Trainer:
         return loss
 
     def trained_network(self) -> SegmentationNetwork:
-        """The network as it would be used now; it shares no tensor that training changes."""
+        """The network in its present state; further training does not change it."""
         trained: Any = copy.deepcopy(self._mean or self._trained)
         if self.recipe.frozen:
             network = copy.copy(self.network)
@@ -120,7 +120,7 @@ class Trainer:
         return trained.eval()  # type: ignore[no-any-return]
 
     def state(self) -> dict[str, Any]:
-        """Everything that resuming needs, as tensors and plain data."""
+        """All that resuming needs, as tensors and plain data."""
         return {
             "progress": vars(self.progress),
             "trained": self._trained.state_dict(),
@@ -130,8 +130,8 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state of a run with the same recipe on the same data."""
-        self.progress = Progress(**state["progress"])
+        """Resume from the state of a run with the same recipe and data."""
+        self.progress = TrainingProgress(**state["progress"])
         self._trained.load_state_dict(state["trained"])
         if self._mean:
             self._mean.load_state_dict(state["mean"])
@@ -141,13 +141,13 @@ class Trainer:
     def _step(self, tiles: Tensor, labels: Tensor) -> float:
         recipe, network = self.recipe, self.network
         for group in self._optimizer.param_groups:
-            group["lr"] = group["base"] * recipe.rate(self.progress.step, self.steps)
+            group["lr"] = group["base"] * recipe.rate_factor(self.progress.step, self.steps)
         tiles, truth = tiles.to(self.device), labels.to(self.device).long()
         with autocast(self.device, recipe.precision):
             logits = network.head(self._encode(tiles))  # [N, K, G, G]
         full = network.upsample(logits.float())  # [N, K, T, T]
         if not (truth != NO_LABEL).any():
-            return 0.0  # views of a place may show only what has no label; the mean over no pixel is not a number
+            return 0.0  # a view may show only pixels without label; a mean over none is not a number
         loss = F.cross_entropy(full, truth, weight=self._weights, ignore_index=NO_LABEL)
         if not torch.isfinite(loss):
             raise NumericalCheckError(
@@ -169,7 +169,7 @@ class Trainer:
         if self._mean is None:
             return
         done = self.progress.step
-        keep = min(self.recipe.mean_decay, (1 + done) / (10 + done))  # the first steps are soon forgotten
+        keep = min(self.recipe.mean_decay, (1 + done) / (10 + done))  # the first steps soon lose their weight
         current = self._trained.state_dict()
         for name, value in self._mean.state_dict().items():
             if value.is_floating_point():

@@ -1,9 +1,7 @@
-"""What training sees: places on the images of a dataset, and views of them (needs numpy, Pillow and GDAL).
-
-A *place* is where a tile of the image's grid lies, without overlap. A *view* of it is one way to look: turned,
-mirrored, moved, scaled, in other light. View 0 is the tile as it is. Views are drawn from seeds, so that any
-of them can be made again; a training run either keeps to a few fixed views of each place, whose features are
-worth remembering, or draws fresh ones in every epoch.
+"""Training data: tiles of the images of a dataset, turned, mirrored, moved, scaled and in other light.
+A *place* is a tile of an image's grid, without overlap. A *view* is one variant of it; view 0 is the tile as it is.
+Views are drawn from seeds, so that each can be made again. A run uses either a few fixed views of each place, whose
+features are worth caching, or fresh ones in every epoch.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ ORIENTATIONS = 8
 """Four quarter turns, each mirrored or not."""
 
 _SHIFT = 0.25
-"""A place moves by up to this share of a tile, as far as the image reaches."""
+"""A view is moved by up to this share of a tile, but not beyond the image."""
 _LABELS_IN_MEMORY = 2 << 30
 
 
@@ -39,7 +37,7 @@ class Augmentation:
     """How views differ from the tile as it is.
 
     Raises:
-        UsageError: numbers that are out of range.
+        UsageError: a number is out of range.
     """
 
     flips: bool = True
@@ -49,21 +47,21 @@ class Augmentation:
     light: float = 0.0
     """Strength of changes of gamma, gain and tint; 1 is strong."""
     texture: float = 0.0
-    """Strength of a grain that comes in patches, as waves, glint and speckle do; 1 is strong. It teaches that what
-    a surface is does not follow from how smooth it looks in one scene."""
+    """Strength of grain in patches, like waves, glint and speckle; 1 is strong. It teaches that the smoothness of a
+    surface in one scene does not tell its class."""
 
     def __post_init__(self) -> None:
         low, high = self.scale
         if not 0.1 <= low <= high <= 10:
-            raise UsageError(f"--scale {low:g} {high:g}: scales lie between 0.1 and 10, the smaller one first")
+            raise UsageError(f"--scale must be two numbers from 0.1 to 10, the smaller first; got {low:g} {high:g}")
         for name, strength in (("light", self.light), ("texture", self.texture)):
             if not 0 <= strength <= 1:
-                raise UsageError(f"--{name} {strength:g}: the strength of {name} lies between 0 and 1")
+                raise UsageError(f"--{name} must be between 0 and 1, got {strength:g}")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A tile of an image's grid; ``row`` and ``column`` are of its first pixel and may be negative."""
+class TilePlace:
+    """A tile of an image's grid; ``row`` and ``column`` of its first pixel may be negative."""
 
     image: int
     row: int
@@ -72,7 +70,7 @@ class Place:
 
 @dataclass(frozen=True)
 class View:
-    """One way to look at a place."""
+    """A variant of a place."""
 
     quarters: int = 0
     mirrored: bool = False
@@ -86,13 +84,12 @@ class View:
 
 
 def draw_view(augmentation: Augmentation, seed: Sequence[int], index: int | None) -> View:
-    """The view of a seed.
-
+    """Draw a view from a seed.
     Args:
         augmentation: what may differ.
-        seed: numbers that tell this view from all others.
-        index: which of a place's fixed views it is: 0 is the tile as it is, and the first eight are the eight
-            orientations. None: a fresh view, everything drawn.
+        seed: numbers that no other view has.
+        index: number of a fixed view: 0 is the tile as it is, and the first eight are the eight orientations.
+            None: a fresh view, everything drawn.
     """
     if index == 0:
         return View()
@@ -123,10 +120,9 @@ class TrainingTiles:
         augmentation: Augmentation = Augmentation(),
         options: SegmentOptions = SegmentOptions(),
     ) -> None:
-        """Look at every image and mask once.
-
+        """Read the masks, and check every image, once.
         Args:
-            dataset: what to train on.
+            dataset: labelled images.
             schema: how its masks are read.
             tile: side of a tile, T px.
             augmentation: how views differ.
@@ -142,21 +138,21 @@ class TrainingTiles:
         self._limits: list[npt.NDArray[np.float32] | None] = []
         self.class_pixels = np.zeros(len(schema), np.int64)
         """Labelled pixels by class, ``[K]``."""
-        self.places: list[Place] = []
+        self.places: list[TilePlace] = []
         notes: dict[str, Sequence[str]] = {}
         lost = HiddenLabels()
         for index, pair in enumerate(dataset):
-            height, width, notes[pair.name] = self._look_at(index)
+            height, width, notes[pair.name] = self._check_image(index)
             labels = read_labels(pair.mask, schema, lost)
             self.class_pixels += np.bincount(labels.ravel(), minlength=NO_LABEL + 1)[: len(schema)]
             for row, column in TileGrid.over(height, width, tile, 0):
                 if (labels[row.first : row.last, column.first : column.last] != NO_LABEL).any():
-                    self.places.append(Place(index, row.start, column.start))
+                    self.places.append(TilePlace(index, row.start, column.start))
             self._remember(index, labels)
-        self.damage: dict[str, Sequence[str]] = {}
-        """What GDAL warned of while views were read, by image."""
+        self.warnings: dict[str, Sequence[str]] = {}
+        """Warnings of GDAL while views were read, by image."""
         self.notes = [*lost.notes(), *reading_notes(notes)]
-        """On how images and masks are read."""
+        """How images and masks are read."""
         if not self.places:
             raise DatasetError(
                 f"no pixel of the {len(dataset)} training masks of {dataset.folder} has a label",
@@ -166,8 +162,8 @@ class TrainingTiles:
     def __len__(self) -> int:
         return len(self.places)
 
-    def read(self, place: Place, view: View) -> tuple[UInt8Array, UInt8Array]:
-        """A view of a place: RGB ``[3, T, T]`` and labels ``[T, T]``, both uint8; 255 beyond the image.
+    def read(self, place: TilePlace, view: View) -> tuple[UInt8Array, UInt8Array]:
+        """Read a view of a place: RGB ``[3, T, T]`` and labels ``[T, T]``, both uint8; 255 beyond the image.
 
         Raises:
             DatasetError: the image cannot be read.
@@ -184,7 +180,7 @@ class TrainingTiles:
             valid = reader.read_tile(Span(row, row, row + side), Span(column, column, column + side), image)
         finally:
             if reader.warnings:
-                self.damage[self._dataset.pairs[place.image].name] = reader.warnings
+                self.warnings[self._dataset.pairs[place.image].name] = reader.warnings
             reader.close()
         truth = np.full((side, side), NO_LABEL, np.uint8)
         top, left = max(row, 0), max(column, 0)
@@ -198,13 +194,13 @@ class TrainingTiles:
         if view.mirrored:
             image, truth = image[..., ::-1], truth[:, ::-1]
         if view.texture is not None:
-            image = _with_texture(image, view.texture, self.augmentation.texture)
+            image = _add_grain(image, view.texture, self.augmentation.texture)
         if view.light is not None:
-            image = _in_other_light(image, view.light, self.augmentation.light)
+            image = _change_light(image, view.light, self.augmentation.light)
         return np.ascontiguousarray(image), np.ascontiguousarray(truth)
 
-    def _look_at(self, index: int) -> tuple[int, int, list[str]]:
-        """Height and width of an image, and notes on it; remembers how its values are stretched."""
+    def _check_image(self, index: int) -> tuple[int, int, list[str]]:
+        """Height and width of an image, and notes on it; keeps how its values are stretched."""
         reader = ImageReader(self._dataset.pairs[index], self._options)
         try:
             reader.require_fitting_mask()
@@ -229,7 +225,7 @@ class TrainingTiles:
 
 
 def _placed(start: int, tile: int, shift: float, side: int, size: int) -> int:
-    """Where a window of ``side`` px begins that looks at a tile's middle, inside an axis of ``size`` px if it fits."""
+    """First pixel of a window of ``side`` px around a tile's middle, inside an axis of ``size`` px if it fits."""
     if size <= side:
         return -((side - size) // 2)
     middle = start + tile / 2 + shift * tile
@@ -242,8 +238,8 @@ def _resized(image: UInt8Array, truth: UInt8Array, tile: int) -> tuple[UInt8Arra
     return image, np.asarray(Image.fromarray(truth).resize((tile, tile), Image.Resampling.NEAREST))
 
 
-def _in_other_light(image: UInt8Array, seed: int, strength: float) -> UInt8Array:
-    """Another gamma, gain and tint, as a table of 256 values per channel."""
+def _change_light(image: UInt8Array, seed: int, strength: float) -> UInt8Array:
+    """Change gamma, gain and tint, by a table of 256 values per channel."""
     rng = np.random.default_rng(seed)
     ramp = (np.arange(256) / 255)[:, None] ** np.exp(strength * rng.uniform(-0.5, 0.5))
     gain = np.exp(strength * rng.uniform(-0.4, 0.3)) * (1 + strength * 0.07 * rng.standard_normal(3))
@@ -251,8 +247,8 @@ def _in_other_light(image: UInt8Array, seed: int, strength: float) -> UInt8Array
     return np.stack([table[plane, channel] for channel, plane in enumerate(image)])
 
 
-def _with_texture(image: UInt8Array, seed: int, strength: float) -> UInt8Array:
-    """Grain of 2.5 to 24 px in two directions, in patches; its deviation is up to an eighth and 14 of 255."""
+def _add_grain(image: UInt8Array, seed: int, strength: float) -> UInt8Array:
+    """Add grain of 2.5 to 24 px in two directions, in patches; its deviation is up to an eighth of the value + 14."""
     rng = np.random.default_rng(seed)
     side = image.shape[1]
     grain = np.zeros((side, side), np.float32)

@@ -136,7 +136,7 @@ def test_batches_of_another_run_are_not_used(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "one" / "tiles.csv", tmp_path / "two" / "tiles.csv")
     row = compare_runs([tmp_path / "one", tmp_path / "two"]).rows[1]
     assert row.verdict == "cannot tell"
-    assert row.interval_basis == "tiles.csv and summary.json are of different runs"
+    assert row.interval_basis == "tiles.csv and summary.json do not belong to the same run"
 
 
 def test_the_same_run_twice_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_the_same_run_twice_is_said(pair: tuple[Path, Path], tmp_path: Path) -> 
     assert "slow and copy are the same run" in found.notes
     again = compare_runs([pair[0], pair[0] / "summary.json"])
     assert [row.name for row in again.rows] == [str(pair[0]), f"{pair[0]} (2)"]
-    with pytest.raises(CompareError, match="copy is the baseline itself"):
+    with pytest.raises(CompareError, match="copy is the baseline's own run"):
         compare_runs([pair[0], tmp_path / "copy"], limits=Limits(slower=0.05))
 
 
@@ -182,12 +182,12 @@ def as_seen(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("scope", "power was measured of the module in slow and GPU board in fast"),
-        ("rail", "total rail is VDD_IN in slow and POM_5V_IN in fast"),
+        ("scope", "power is that of the module in slow and GPU board in fast"),
+        ("rail", "the total rail is VDD_IN in slow and POM_5V_IN in fast"),
         ("mode", "power mode is MAXN in slow and 25W in fast"),
         ("unknown mode", "power mode is MAXN in slow and not known in fast"),
         ("clocks", "jetson_clocks is on in slow and off in fast"),
-        ("classes", "slow and fast have other classes"),
+        ("classes", "slow and fast have different classes"),
         ("invalid", "fast is invalid: too hot"),
         ("not_steady", "fast is not steady: too hot"),
     ],
@@ -227,7 +227,7 @@ def test_another_machine_is_allowed_and_said(pair: tuple[Path, Path]) -> None:
     """A power mode is a mode of its board: on another one the same name is something else."""
     change(pair[1], board={"model": "another board", "power_mode": {"id": 2, "name": "15W"}})
     found = compare_runs(pair)
-    assert "fast beside slow: other machine" in found.notes
+    assert "fast beside slow: another machine" in found.notes
     assert [row.power_mode for row in found.rows] == ["MAXN", "15W"]
 
 
@@ -277,7 +277,7 @@ def test_without_power_there_is_speed_alone(tmp_path: Path) -> None:
     row = found.rows[1]
     assert (row.verdict, row.energy, row.energy_verdict, row.gross_energy) == ("faster", None, "", None)
     assert "not asked for" in run("compare", tmp_path / "one", tmp_path / "two").stdout
-    with pytest.raises(CompareError, match="two has no energy to hold against a limit: not asked for"):
+    with pytest.raises(CompareError, match="two has no energy to judge by a limit: not asked for"):
         compare_runs([tmp_path / "one", tmp_path / "two"], limits=Limits(hungrier=0.1))
     with pytest.raises(CompareError, match=r"one has no energy .* the baseline has none"):
         compare_runs([tmp_path / "one", tmp_path / "two"], baseline=1, limits=Limits(hungrier=0.1))
@@ -296,7 +296,7 @@ def test_a_total_that_no_rail_is_has_no_energy(pair: tuple[Path, Path]) -> None:
     assert figures is not None
     assert figures.power is not None
     change(pair[1], figures=replace(figures, power=replace(figures.power, total=None)))
-    assert compare_runs(pair).rows[1].energy_reason == "no rail contains the others"
+    assert compare_runs(pair).rows[1].energy_reason == "there is no total rail"
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_a_limit_that_nothing_can_decide_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "two", seed=1, fps=3, **SHORT)
     command = ("compare", tmp_path / "one", tmp_path / "two")
     assert run(*command, "--fail-if-slower", "5%").exit_code == 0
-    assert_answer(run(*command, "--fail-if-hungrier", "5%"), 20, "two: the energy cannot be held.*--repeat 3")
+    assert_answer(run(*command, "--fail-if-hungrier", "5%"), 20, "two: a limit for energy needs .*--repeat 3")
 
 
 @pytest.mark.parametrize("wrong", ["5", "-1%", "100%", "nan", "five", "", "%", "inf%"])
@@ -372,7 +372,7 @@ def test_wrong_usage(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert_wrong_usage(run("compare", *pair, "--strict"), "a limit is needed")
     assert_answer(run("compare", pair[0]), 2, "at least two runs")
     assert_answer(run("compare", tmp_path), 2, f"cdkd-edge compare {tmp_path}/fast {tmp_path}/slow")
-    assert_answer(run("compare", pair[0], tmp_path / "nowhere"), 19, "nowhere is no benchmark run")
+    assert_answer(run("compare", pair[0], tmp_path / "nowhere"), 19, "nowhere is not a benchmark run")
     assert_answer(run("compare", *pair, "-o", pair[0]), 2, "not empty")
     with pytest.raises(CompareError, match="no run 3"):
         compare_runs(pair, baseline=2)
@@ -393,7 +393,7 @@ def test_scores_find_their_engine_by_content(pair: tuple[Path, Path], tmp_path: 
     ]
     found = compare_runs(pair, evaluations=files)
     assert [row.mean_iou for row in found.rows] == [0.6, 0.61]
-    assert any("c.json is about none of these engines" in note for note in found.notes)
+    assert any("c.json is about another engine" in note for note in found.notes)
     assert compare_runs(pair).rows[0].mean_iou is None
     (tmp_path / "scores").mkdir()
     evaluation(tmp_path / "scores" / "accuracy.json", "b", 0.61)
@@ -406,10 +406,10 @@ def test_scores_on_other_data_are_not_compared(pair: tuple[Path, Path], tmp_path
         compare_runs(pair, evaluations=files)
     assert len(compare_runs(pair, evaluations=files, force=True).not_comparable) == 1
     files = [evaluation(tmp_path / "a.json", "a", 0.6), evaluation(tmp_path / "a2.json", "a", 0.7)]
-    with pytest.raises(CompareError, match=r"a\.json and .*a2\.json say different things"):
+    with pytest.raises(CompareError, match=r"a\.json and .*a2\.json contradict each other"):
         compare_runs(pair, evaluations=files)
     files[1] = evaluation(tmp_path / "a2.json", "a", 0.6, pixels=7)
-    with pytest.raises(CompareError, match="say different things"):
+    with pytest.raises(CompareError, match="contradict each other"):
         compare_runs(pair, evaluations=files, force=True)
     evaluation(tmp_path / "a2.json", "a", 0.6)
     assert compare_runs(pair, evaluations=files).rows[0].mean_iou == 0.6
@@ -420,7 +420,7 @@ def test_what_is_no_evaluation(pair: tuple[Path, Path], tmp_path: Path, content:
     path = tmp_path / "x.json"
     if content is not None:
         path.write_bytes(content.encode("latin-1"))
-    assert_answer(run("compare", *pair, "--evaluation", path), 20, r"x\.json (cannot be read|has no mIoU)")
+    assert_answer(run("compare", *pair, "--evaluation", path), 20, r"x\.json (cannot be read|does not hold the mIoU)")
 
 
 @pytest.mark.parametrize("score", [None, 1.5, -0.1, "0.5"])

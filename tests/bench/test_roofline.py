@@ -427,10 +427,14 @@ def test_more_watts_on_the_label_may_be_slower(paper: Roofline) -> None:
 @pytest.mark.parametrize("variant", [half_graph, int8_variant], ids=["fp16", "int8"])
 def test_kernels_and_traffic_are_what_a_compiler_makes(paper_graph: Path, variant: Callable[[Path], Path]) -> None:
     """TensorRT-RTX's layer list for SM 8.6, weights not counted."""
-    from test_tensorrt_gates import compiled
+    from cdkd_edge.engines.inspect import inspect_artefact
+    from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
+    from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 
     path = variant(paper_graph)
-    _, layers = compiled(path)
+    engine = path.parent / "compared" / "paper.engine"
+    build_tensorrt_engine(path, engine, TensorRTOptions(targets=("8.6",)))
+    layers = inspect_artefact(engine).contents
     kernels = kernels_of(read_operators(load_graph(path)), FUSED)
     assert len(kernels) == pytest.approx(len(layers.layers), rel=0.08)
     activations = sum(kernel.read_bytes + kernel.written_bytes for kernel in kernels)

@@ -47,10 +47,7 @@ def assert_clean(world):
 
 
 def test_what_a_device_says_of_itself(gpu, shape):
-    info = gpu.info
-    assert (info.ordinal, info.name, info.compute_capability, info.integrated) == (0, "Simulated", "8.7", False)
-    assert (info.driver_version, info.runtime_version) == ("12.6", "12.6")
-    assert info.memory_bytes == 8 << 30
+    assert (gpu.info.name, gpu.info.integrated, gpu.info.runtime_version) == ("Simulated", False, "12.6")
     assert gpu.memory() == (4 << 30, 8 << 30)
     assert gpu.driver.name == shape
 

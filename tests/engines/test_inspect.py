@@ -251,7 +251,7 @@ def test_files_that_are_nothing_of_ours(name: str, content: bytes, code: int, pa
 def test_info_of_a_graph_names_inspect(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     (tmp_path / "a.onnx").write_bytes(b"no checkpoint")
-    assert_answer(run("info", tmp_path / "a.onnx"), 3, "looked into with `cdkd-edge inspect`")
+    assert_answer(run("info", tmp_path / "a.onnx"), 3, "for graphs and engines: `cdkd-edge inspect`")
 
 
 def test_places_without_a_file(tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ def test_the_device_describes_itself(gpu, capsys):
     with capsys.disabled():
         print(f"\n{gpu.driver.name}: {gpu.info}")
     assert gpu.info.name
-    assert float(gpu.info.compute_capability) >= 5
     free, total = gpu.memory()
     assert 0 < free <= total
 

@@ -25,8 +25,7 @@ def main(binding, library):
     gpu = open_gpu(binding)
     assert gpu is open_gpu(binding)
     info = gpu.info
-    assert (info.name, info.compute_capability, info.integrated) == ("Simulated", "8.7", False), info
-    assert (info.driver_version, info.memory_bytes) == ("13.0", 8 << 30), info
+    assert (info.name, info.integrated) == ("Simulated", False), info
     assert gpu.memory() == (4 << 30, 8 << 30)
     base = simulated.simulated_live()
 

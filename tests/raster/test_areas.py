@@ -247,7 +247,7 @@ def test_nowhere_on_this_earth(tmp_path: Path, crs: str) -> None:
     class_areas(path, SCHEMA)
     with rasterio.open(path) as dataset:
         assert to_wgs84(dataset.crs, [10.0], [10.0]) is None
-        with pytest.raises(SceneError, match="cannot be told from its reference system"):
+        with pytest.raises(SceneError, match="does not tell its ground sample distance"):
             ground_sample_distance(dataset)
 
 

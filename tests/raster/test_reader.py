@@ -731,7 +731,7 @@ def test_an_archive_is_told_how_to_be_named(tmp_path: Path, name: str, way: str)
     path.write_bytes(b"PK\x03\x04 and so on")
     with pytest.raises(SceneError, match="is not a raster") as caught:
         SceneReader(path)
-    assert caught.value.hint == f"name what is in it: {way.format(path)}"
+    assert caught.value.hint == f"name the file in it: {way.format(path)}"
 
 
 @pytest.mark.parametrize("tile", [64, 256])  # GDAL has a way of its own for pictures that are read at once

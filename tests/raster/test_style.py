@@ -14,7 +14,7 @@ from rasterio.transform import from_origin
 from scene_helpers import SCHEMA, FakeEngine, names_in, noise, read_labels, write_raster
 
 from cdkd_edge.core.labels import LabelSchema, LandCoverClass, load_schema
-from cdkd_edge.raster.styles import is_somebodys_own, label_map_style, label_map_xml, style_path
+from cdkd_edge.raster.styles import is_users_style, label_map_style, label_map_xml, style_path
 from cdkd_edge.segment.outputs import publish
 from cdkd_edge.segment.pipeline import segment_scene
 from cdkd_edge.segment.products.polygons import VectorOptions, style_qml, write_vector
@@ -87,7 +87,7 @@ def test_a_style_that_somebody_saved(tmp_path: Path, scene: Path, text: str, sta
     """It stays, unless it would give the classes wrong names."""
     style = tmp_path / "map.qml"
     style.write_text(text)
-    assert is_somebodys_own(style, SCHEMA) == stays
+    assert is_users_style(style, SCHEMA) == stays
     segment_scene(FakeEngine(64), scene, tmp_path / "map.tif")
     assert style.read_text() == (text if stays else label_map_style(SCHEMA))
     assert names_in(tmp_path) == ["map.qml", "map.tif", "map.tif.aux.xml", "scene.tif"]

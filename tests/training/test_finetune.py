@@ -28,7 +28,7 @@ from cdkd_edge.core.labels import NO_LABEL  # noqa: E402
 from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, resample_patches, resample_position  # noqa: E402  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.training import finetune as module  # noqa: E402
-from cdkd_edge.training.start import Shape, starting_network  # noqa: E402
+from cdkd_edge.training.recipe import NetworkSettings, starting_network  # noqa: E402
 
 pytestmark = [
     pytest.mark.needs_torch,
@@ -373,7 +373,7 @@ def test_a_new_head_has_the_channels_that_were_asked_for(data, encoder, tuned, t
 def test_channels_of_a_new_head_by_default(encoder, tuned, source, expected):
     start = {"encoder": encoder, "checkpoint": tuned}.get(source, source)
     heads = 2 if source == "encoder" else None
-    network = starting_network(start, SCHEMA, Shape(tile=64, heads=heads, new_head=True), seed=0).network
+    network = starting_network(start, SCHEMA, NetworkSettings(tile=64, heads=heads, new_head=True), seed=0).network
     assert network.config.head_channels == network.head.classifier.in_channels == expected
 
 
@@ -514,12 +514,12 @@ def test_data_that_cannot_be_used(data, encoder, tmp_path, options, code, patter
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        (("--batch", 1), "--batch 1 .* at least 2 crops"),
-        (("--epochs", 0), "--epochs 0"),
-        (("--epochs", -3), "--epochs -3"),
-        (("--lr", 0), "--lr 0"),
-        (("--lr", -0.1), "--lr -0.1"),
-        (("--lr", "nan"), "--lr nan"),
+        (("--batch", 1), "--batch must be at least 2: .* got 1"),
+        (("--epochs", 0), "--epochs must be .*, got 0"),
+        (("--epochs", -3), "--epochs must be .*, got -3"),
+        (("--lr", 0), "--lr must be .*, got 0"),
+        (("--lr", -0.1), "--lr must be .*, got -0.1"),
+        (("--lr", "nan"), "--lr must be .*, got nan"),
         (("--lr", "fast"), "--lr"),
         (("--weight-decay", -1), "--weight-decay"),
         (("--encoder-lr", -1e-5), "--encoder-lr"),
@@ -527,8 +527,8 @@ def test_data_that_cannot_be_used(data, encoder, tmp_path, options, code, patter
         (("--mean-decay", 1), "--mean-decay"),
         (("--views", -1), "--views"),
         (("--seed", 1 << 64), "--seed"),
-        (("--schedule", "linear"), "--schedule linear"),
-        (("--precision", "int8"), "--precision int8"),
+        (("--schedule", "linear"), "--schedule must be .*, got linear"),
+        (("--precision", "int8"), "--precision must be .*, got int8"),
         (("--scale", 2, 0.5), "--scale"),
         (("--scale", 0, 1), "--scale"),
         (("--light", 2), "--light"),
@@ -539,7 +539,7 @@ def test_data_that_cannot_be_used(data, encoder, tmp_path, options, code, patter
         (("--encoder-lr", 1e-5, "--remember"), "nothing to remember"),
         (("--device", "abacus"), "device 'abacus' cannot be used"),
         (("--device", "meta"), "device 'meta' cannot be used"),
-        (("--output", "out.onnx"), r"out\.onnx is no name for a checkpoint"),
+        (("--output", "out.onnx"), r"out\.onnx has no suffix of a checkpoint"),
     ],
     ids=str,
 )
@@ -607,7 +607,7 @@ def test_a_checkpoint_is_never_written_over_its_source(tuned, data, more, tmp_pa
     (tmp_path / "link.pt").symlink_to(tuned)
     for output in (tuned, tmp_path / "link.pt"):
         result = run("finetune", tuned, "--data", data, "-o", output, *SMALL, *SPLIT, *more)
-        assert_answer(result, 2, "would overwrite what it starts from")
+        assert_answer(result, 2, "is the checkpoint that training starts from")
     assert tuned.read_bytes() == before
 
 
@@ -646,7 +646,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_it_would_have(finished, data,
     assert (tmp_path / "tuned.state.pt").exists()
     assert load_checkpoint(output)[1].training["run"]["epochs_done"] == 1
     assert "**Training is not finished: epoch 1 so far.**" in output.with_suffix(".md").read_text(encoding="utf-8")
-    assert_answer(run(*arguments), 2, r"tuned\.state\.pt holds an unfinished run — go on with --resume")
+    assert_answer(run(*arguments), 2, r"tuned\.state\.pt holds an unfinished run — continue it with --resume")
     document = tune(encoder, data, output, *HEADS, "--resume")
     assert identical(output, finished[0] / "tuned.pt")
     assert document["training"]["scores"] == json.loads(finished[1].stdout)["training"]["scores"]
@@ -694,12 +694,12 @@ def test_an_interruption_says_what_is_kept_and_how_to_go_on(data, encoder, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(module, "starting_network", lambda *_: signal.raise_signal(signal.SIGINT))
         result = run(*arguments)
-    assert (result.exit_code, "nothing was trained yet" in result.stderr) == (130, True)
+    assert (result.exit_code, "there is nothing to resume yet" in result.stderr) == (130, True)
     interrupt(monkeypatch, 3)
     result = run(*arguments)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("interrupted; ")]
     assert f"the run is kept in {tmp_path / 'tuned.state.pt'}, its best epoch so far in {tmp_path / 'tuned.pt'}" in line
-    assert "with --resume goes on" in line
+    assert "with --resume continues it" in line
 
 
 def test_ctrl_c_leaves_a_state_to_resume_and_no_half_file(cut, finished):

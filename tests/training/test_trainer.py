@@ -393,7 +393,7 @@ def test_an_image_that_became_unreadable_ends_the_run_with_its_error(make_networ
 
 def rates(steps, **options):
     recipe = Recipe(**options)
-    return [recipe.rate(step, steps) for step in range(steps)]
+    return [recipe.rate_factor(step, steps) for step in range(steps)]
 
 
 def test_schedules_against_hand_numbers():
@@ -422,7 +422,7 @@ def test_the_optimizer_follows_the_schedule(make_network, tiles):
     seen = []
     for _ in range(2):
         trainer.run_epoch(lambda: seen.append([group["lr"] for group in trainer._optimizer.param_groups]))
-    expected = [recipe.rate(step, 6) for step in range(6)]
+    expected = [recipe.rate_factor(step, 6) for step in range(6)]
     assert np.allclose(seen, [[1e-2 * rate, 1e-3 * rate] for rate in expected])
 
 

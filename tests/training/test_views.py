@@ -15,7 +15,7 @@ from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import SceneReader, Stretch
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.training import views
-from cdkd_edge.training.views import ORIENTATIONS, Augmentation, Place, TrainingTiles, View, draw_view
+from cdkd_edge.training.views import ORIENTATIONS, Augmentation, TilePlace, TrainingTiles, View, draw_view
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -80,7 +80,7 @@ def test_an_image_smaller_than_a_tile_is_reflected_and_has_no_labels_beyond(tmp_
     labels = blocks(40, 50, cell=5)
     write_pair(tmp_path, "a_0", labels)
     tiles = tiles_of(tmp_path)
-    assert tiles.places == [Place(0, -12, -7)]
+    assert tiles.places == [TilePlace(0, -12, -7)]
     image, truth = tiles.read(tiles.places[0], View())
     assert (image == np.pad(painted(labels), ((0, 0), (12, 12), (7, 7)), mode="reflect")).all()
     assert (truth == np.pad(labels, ((12, 12), (7, 7)), constant_values=NO_LABEL)).all()
@@ -150,7 +150,7 @@ def test_percentiles_of_an_image_are_taken_once(tmp_path, monkeypatch):
     reader.close()
     tiles = tiles_of(tmp_path, options=options)
     monkeypatch.setattr(SceneReader, "_stretch_limits", None)
-    assert (tiles.read(Place(1, 0, 64), View())[0] == expected).all()
+    assert (tiles.read(TilePlace(1, 0, 64), View())[0] == expected).all()
 
 
 # --- views ----------------------------------------------------------------------------------------
@@ -254,10 +254,10 @@ def test_light_changes_the_image_and_not_the_labels(one):
 
 
 def test_more_light_changes_more(one):
-    image, _ = tiles_of(one).read(Place(0, 0, 0), View())
+    image, _ = tiles_of(one).read(TilePlace(0, 0, 0), View())
     change = []
     for strength in (0.1, 0.4, 1.0):
-        lit, _ = tiles_of(one, augmentation=Augmentation(light=strength)).read(Place(0, 0, 0), View(light=8))
+        lit, _ = tiles_of(one, augmentation=Augmentation(light=strength)).read(TilePlace(0, 0, 0), View(light=8))
         change.append(np.abs(lit.astype(int) - image).mean())
     assert change[0] < change[1] < change[2]
     assert change[0] < 10

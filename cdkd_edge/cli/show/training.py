@@ -13,7 +13,7 @@ from cdkd_edge.cli.show.table import Console, Report, cell, percent
 from cdkd_edge.core.signals import check
 
 if TYPE_CHECKING:
-    from cdkd_edge.training.finetune import FinetuneResult, Listener
+    from cdkd_edge.training.finetune import FinetuneResult, TrainingListener
 
 
 def describe_finetune(result: FinetuneResult) -> Report:
@@ -37,7 +37,7 @@ def describe_finetune(result: FinetuneResult) -> Report:
 
 
 @contextlib.contextmanager
-def live_training() -> Iterator[Listener]:
+def live_training() -> Iterator[TrainingListener]:
     """Epochs as lines on stderr; below them a bar with the time left, or where nobody watches a line a minute."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     console = Console(stderr=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cdkd_edge.engines.cuda.driver import CudaDriver, CudaError, DeviceInfo, dotted
+from cdkd_edge.engines.cuda.driver import CudaDriver, CudaError, DeviceInfo
 from cdkd_edge.engines.protocol import UInt8Array
 
 NAME = "cuda-python"
@@ -45,7 +45,6 @@ class CudaPythonDriver(CudaDriver):
             CudaError: there is no driver or no such device.
         """
         self._cuda = cuda = module if module is not None else _import_driver()
-        self._ordinal = ordinal
         try:
             self._call("starting CUDA", cuda.cuInit, 0)
         except RuntimeError as error:
@@ -66,23 +65,12 @@ class CudaPythonDriver(CudaDriver):
 
     def info(self) -> DeviceInfo:
         cuda, device = self._cuda, self._device
-        attributes = cuda.CUdevice_attribute
-        major, minor, integrated = (
-            self._call("asking for the GPU's properties", cuda.cuDeviceGetAttribute, attribute, device)
-            for attribute in (
-                attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-                attributes.CU_DEVICE_ATTRIBUTE_INTEGRATED,
-            )
-        )
+        shared = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+        version = cuda.CUDA_VERSION  # 12060 is 12.6
         return DeviceInfo(
-            ordinal=self._ordinal,
             name=_text(self._call("asking for the GPU's name", cuda.cuDeviceGetName, 256, device)),
-            compute_capability=f"{major}.{minor}",
-            integrated=bool(integrated),
-            memory_bytes=int(self._call("asking for the GPU's memory", cuda.cuDeviceTotalMem, device)),
-            driver_version=dotted(self._call("asking for the driver's version", cuda.cuDriverGetVersion)),
-            runtime_version=dotted(cuda.CUDA_VERSION),
+            integrated=bool(self._call("asking for the GPU's properties", cuda.cuDeviceGetAttribute, shared, device)),
+            runtime_version=f"{version // 1000}.{version % 1000 // 10}",
         )
 
     def push(self) -> None:
@@ -115,9 +103,6 @@ class CudaPythonDriver(CudaDriver):
 
     def device_alloc(self, size: int) -> Any:
         return self._call(f"allocating {size} bytes of GPU memory", self._cuda.cuMemAlloc, size)
-
-    def pointer(self, allocation: Any) -> int:
-        return int(allocation)
 
     def device_free(self, allocation: Any) -> None:
         self._call("freeing GPU memory", self._cuda.cuMemFree, allocation)

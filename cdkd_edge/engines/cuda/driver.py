@@ -52,24 +52,13 @@ class CudaError(EngineError):
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """A GPU and its CUDA."""
+    """What an engine has to know about a GPU, and the CUDA it is used through."""
 
-    ordinal: int
     name: str
-    compute_capability: str
-    """e.g. ``8.7``."""
     integrated: bool
     """Whether it shares the CPU's memory, as on a Jetson."""
-    memory_bytes: int
-    driver_version: str
-    """The newest CUDA that the driver supports, e.g. ``12.6``."""
     runtime_version: str
-    """The CUDA that the binding was made for."""
-
-
-def dotted(version: int) -> str:
-    """CUDA's version number 12060 as ``12.6``."""
-    return f"{version // 1000}.{version % 1000 // 10}"
+    """The CUDA that the binding was made for, e.g. ``12.6``."""
 
 
 class CudaDriver(Protocol):
@@ -103,10 +92,7 @@ class CudaDriver(Protocol):
         """
 
     def device_alloc(self, size: int) -> Any:
-        """Allocate bytes on the device."""
-
-    def pointer(self, allocation: Any) -> int:
-        """Address of an allocation."""
+        """Allocate bytes on the device; ``int()`` of the allocation is its address."""
 
     def device_free(self, allocation: Any) -> None:
         """Free an allocation."""

@@ -125,7 +125,7 @@ class Buffer:
             except BaseException:
                 self.array = _EMPTY
                 raise
-            self.pointer = gpu.driver.pointer(self._device)
+            self.pointer = int(self._device)
 
     def upload(self, stream: Stream) -> None:
         """Start copying the array to the GPU."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cdkd_edge.engines.cuda.driver import CudaDriver, CudaError, DeviceInfo, dotted
+from cdkd_edge.engines.cuda.driver import CudaDriver, CudaError, DeviceInfo
 from cdkd_edge.engines.protocol import UInt8Array
 
 NAME = "pycuda"
@@ -50,7 +50,6 @@ class PyCudaDriver(CudaDriver):
         """
         self._cuda = module if module is not None else import_module("pycuda.driver")
         self._error_names = error_names
-        self._ordinal = ordinal
         self._call("starting CUDA", self._cuda.init)
         self._device = self._call(f"finding GPU {ordinal}", self._cuda.Device, ordinal)
         self._context = self._call("using the GPU's primary context", self._device.retain_primary_context)
@@ -71,18 +70,12 @@ class PyCudaDriver(CudaDriver):
         return CudaError(names.get(text, "CUDA error"), text, doing)
 
     def info(self) -> DeviceInfo:
-        cuda, device = self._cuda, self._device
-        major, minor = self._call("asking for the GPU's properties", device.compute_capability)
-        integrated = cuda.device_attribute.INTEGRATED
-        made_for = cuda.get_version()
+        device, shared = self._device, self._cuda.device_attribute.INTEGRATED
+        major, minor, *_ = self._cuda.get_version()
         return DeviceInfo(
-            ordinal=self._ordinal,
             name=str(self._call("asking for the GPU's name", device.name)),
-            compute_capability=f"{major}.{minor}",
-            integrated=bool(self._call("asking for the GPU's properties", device.get_attribute, integrated)),
-            memory_bytes=int(self._call("asking for the GPU's memory", device.total_memory)),
-            driver_version=dotted(self._call("asking for the driver's version", cuda.get_driver_version)),
-            runtime_version=f"{made_for[0]}.{made_for[1]}",
+            integrated=bool(self._call("asking for the GPU's properties", device.get_attribute, shared)),
+            runtime_version=f"{major}.{minor}",
         )
 
     def push(self) -> None:
@@ -118,9 +111,6 @@ class PyCudaDriver(CudaDriver):
 
     def device_alloc(self, size: int) -> Any:
         return self._call(f"allocating {size} bytes of GPU memory", self._cuda.mem_alloc, size)
-
-    def pointer(self, allocation: Any) -> int:
-        return int(allocation)
 
     def device_free(self, allocation: Any) -> None:
         self._call("freeing GPU memory", allocation.free)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from cdkd_edge.core.errors import EngineError
-from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.core.output_kinds import LABELS
@@ -54,7 +53,6 @@ class TensorRTEngine(NamedOutputs):
         log_to: LogTo | None = None,
         slots: int = SLOTS,
         cuda_graph: bool = True,
-        runtime_cache: Path | None = None,
     ) -> None:
         """Load an engine whose manifest has been read and compared with this machine.
 
@@ -66,7 +64,6 @@ class TensorRTEngine(NamedOutputs):
             log_to: redirects its log, for the messages of errors.
             slots: the most buffer slots to make.
             cuda_graph: launch through a CUDA graph where that is possible.
-            runtime_cache: file in which TensorRT-RTX keeps what it compiled. Default: none.
 
         Raises:
             EngineError: TensorRT, the GPU or its memory fails; nothing stays allocated.
@@ -78,14 +75,14 @@ class TensorRTEngine(NamedOutputs):
         self.output_kind = manifest.output
         self.slots = 0
         self.no_graph: str | None = None if cuda_graph else "not asked for"
-        """Why tiles are not launched through a CUDA graph; None where they are."""
+        """Why tiles are not launched through a CUDA graph; None if they are."""
         self._slots: list[_Slot] = []
         self._loaded: LoadedEngine | None = None
         self._blank = {name: np.full(shape, _fill(name), np.uint8) for name, shape in manifest.outputs.items()}
         for array in self._blank.values():
             array.flags.writeable = False
         if tensorrt is None:
-            tensorrt, log_to = _installed()
+            tensorrt, log_to = find.find_tensorrt(), find.log_to
         if gpu is None:
             from cdkd_edge.engines.cuda.gpu import open_gpu
 
@@ -95,15 +92,15 @@ class TensorRTEngine(NamedOutputs):
         self._loaded = LoadedEngine(path, manifest, tensorrt, self._errors)
         try:
             with gpu.current():
-                self._load(slots, runtime_cache)
+                self._load(slots)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, slots: int, runtime_cache: Path | None) -> None:
+    def _load(self, slots: int) -> None:
         loaded = self._loaded
         assert loaded is not None
-        loaded.load(runtime_cache)
+        loaded.load()
         free, _ = self.gpu.driver.memory()
         for _ in range(affordable_slots(slots, loaded.scratch_bytes, free)):
             self._slots.append(_Slot(self.gpu, self.manifest, self._errors))
@@ -113,7 +110,6 @@ class TensorRTEngine(NamedOutputs):
             slot.launch()
             slot.wait()
             slot.clear()
-        loaded.save_cache()
         self._capture()
         self.slots = len(self._slots)
 
@@ -194,33 +190,18 @@ class LoadedEngine:
     Only this class holds TensorRT's objects. After an error the frames of its traceback keep local variables alive; an
     object of TensorRT among them would be destroyed late, out of order and without the GPU's context.
 
-    TensorRT-RTX compiles for the GPU when a context is made, and keeps the result in a *runtime cache*, which contexts
-    share, and processes through a file. It ignores a file that does not fit this GPU and release.
-
     All methods are called while the GPU's context is current.
     """
 
     def __init__(self, path: Path, manifest: EngineManifest, tensorrt: Any, errors: ErrorLog) -> None:
-        """Remember what to load; :meth:`load` reads it.
-
-        Args:
-            path: the file, checked against its manifest.
-            manifest: its manifest.
-            tensorrt: what ``find_tensorrt()`` returns.
-            errors: for the messages of errors.
-        """
         self._path, self._manifest, self._tensorrt, self._errors = path, manifest, tensorrt, errors
         self._runtime: Any = None
         self._engine: Any = None
         self._config: Any = None
         self._cache: Any = None
-        self._cache_file: Path | None = None
 
-    def load(self, cache_file: Path | None = None) -> None:
+    def load(self) -> None:
         """Read the file.
-
-        Args:
-            cache_file: where TensorRT-RTX keeps what it compiled.
 
         Raises:
             EngineError: TensorRT refuses the engine, or it is not one of this package.
@@ -236,7 +217,7 @@ class LoadedEngine:
                 hint=f"it is damaged, or of another TensorRT or GPU; {rebuild_hint(self._manifest)}",
             )
         self._require_tensors()
-        self._use_cache(cache_file)
+        self._share_compiled()
 
     @property
     def scratch_bytes(self) -> int:
@@ -258,16 +239,9 @@ class LoadedEngine:
             raise EngineError(
                 f"{self._tensorrt.name} cannot prepare {self._path} "
                 f"({self.scratch_bytes >> 20} MiB of scratch memory){self._errors.reason()}",
-                hint=f"it is usually too little free GPU memory; else {rebuild_hint(self._manifest)}",
+                hint=f"usually there is too little free GPU memory; if not, {rebuild_hint(self._manifest)}",
             )
         return context
-
-    def save_cache(self) -> None:
-        """Write the cache file, if there is to be one; without it the next start takes longer."""
-        if self._cache_file is None or self._cache is None:
-            return
-        with contextlib.suppress(OSError), whole_file(self._cache_file) as temporary:
-            temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
 
     def close(self) -> None:
         """Destroy the objects in order; contexts must be gone. Idempotent."""
@@ -276,21 +250,17 @@ class LoadedEngine:
         self._engine = None
         self._runtime = None
 
-    def _use_cache(self, file: Path | None) -> None:
+    def _share_compiled(self) -> None:
+        """Let the contexts of TensorRT-RTX share what it compiles; TensorRT compiles nothing at this point."""
         if not hasattr(self._engine, "create_runtime_config"):
             return
-        self._config = self._engine.create_runtime_config()
-        if not hasattr(self._config, "create_runtime_cache"):  # TensorRT compiles nothing here, only TensorRT-RTX
-            self._config = None
-            return
-        self._cache, self._cache_file = self._config.create_runtime_cache(), file
-        if file is not None:
-            with contextlib.suppress(OSError):
-                self._cache.deserialize(file.read_bytes())
-        self._config.set_runtime_cache(self._cache)
+        config = self._engine.create_runtime_config()
+        if hasattr(config, "create_runtime_cache"):
+            self._config, self._cache = config, config.create_runtime_cache()
+            self._config.set_runtime_cache(self._cache)
 
     def _require_tensors(self) -> None:
-        """One uint8 image in, the manifest's uint8 outputs out, all of its size."""
+        """Make sure that the engine takes one uint8 image and gives the manifest's uint8 outputs."""
         trt, engine = self._tensorrt.module, self._engine
         try:
             n, side = self._manifest.batch, self._manifest.tile
@@ -313,7 +283,7 @@ class LoadedEngine:
 
 
 class _Slot:
-    """One batch on its way. Methods are called while the GPU's context is current."""
+    """Buffers, stream and context of one batch. Methods are called while the GPU's context is current."""
 
     def __init__(self, gpu: Gpu, manifest: EngineManifest, errors: ErrorLog) -> None:
         n, side = manifest.batch, manifest.tile
@@ -334,7 +304,7 @@ class _Slot:
         self.clear()
 
     def prepare(self, loaded: LoadedEngine) -> None:
-        """Make the execution context and tell it the buffers."""
+        """Make the execution context and give it the buffers."""
         self.context = loaded.new_context()
         for name, buffer in {IMAGE: self.image, **self.outputs}.items():
             if not self.context.set_tensor_address(name, buffer.pointer):
@@ -414,13 +384,9 @@ def load_tensorrt_engine(path: Path, manifest: EngineManifest) -> TensorRTEngine
         EngineError: it was built by another TensorRT or for another GPU; or as :class:`TensorRTEngine`.
         ManifestError: the manifest does not say by which.
     """
-    tensorrt, log_to = _installed()
+    tensorrt = find.find_tensorrt()
     find.require_loadable(manifest, tensorrt, find.find_gpu())
-    return TensorRTEngine(path, manifest, tensorrt=tensorrt, log_to=log_to)
-
-
-def _installed() -> tuple[Any, LogTo]:
-    return find.find_tensorrt(), find.log_to
+    return TensorRTEngine(path, manifest, tensorrt=tensorrt, log_to=find.log_to)
 
 
 def _fill(name: str) -> int:
@@ -430,6 +396,5 @@ def _fill(name: str) -> int:
 
 def affordable_slots(wanted: int, scratch_bytes: int, free_bytes: int) -> int:
     """Number of contexts to make: at least one, at most ``wanted``, by their scratch memory."""
-    if scratch_bytes <= 0:
-        return max(1, wanted)
-    return max(1, min(wanted, int(free_bytes * SCRATCH_SHARE) // scratch_bytes))
+    affordable = int(free_bytes * SCRATCH_SHARE) // scratch_bytes if scratch_bytes > 0 else wanted
+    return max(1, min(wanted, affordable))

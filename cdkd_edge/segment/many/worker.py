@@ -30,7 +30,7 @@ from cdkd_edge.raster.areas import class_areas
 from cdkd_edge.raster.open import gdal, is_gdal_name, open_scene
 from cdkd_edge.raster.styles import (
     describes,
-    is_somebodys_own,
+    is_users_style,
     label_map_style,
     label_map_xml,
     sidecar_path,
@@ -221,7 +221,7 @@ def _complete_sidecars(kept: KeptMap, schema: LabelSchema) -> None:
         if not describes(sidecar, schema, kept.areas.classes):
             write_text(sidecar, label_map_xml(schema, kept.areas.classes))
     with contextlib.suppress(OSError):
-        if not is_somebodys_own(style, schema):
+        if not is_users_style(style, schema):
             wanted = label_map_style(schema)
             if not style.exists() or style.read_bytes() != wanted.encode():
                 write_text(style, wanted)

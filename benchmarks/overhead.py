@@ -18,7 +18,6 @@ import argparse
 import datetime
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -28,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import rasterio
+from common import read_record, run_reporting_errors, shown_command
 from rasterio.transform import from_origin
 
-from cdkd_edge.core.errors import CdkdEdgeError
 from cdkd_edge.core.files import write_text
-from cdkd_edge.core.machine import available_cores, describe_machine
-from cdkd_edge.core.manifest import library_versions
+from cdkd_edge.core.machine import available_cores, describe_machine, library_versions
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.engines.runtimes import load_engine
@@ -61,7 +59,7 @@ def draw(path: Path, side: int) -> None:
         "transform": from_origin(325_000, 2_785_000, 0.5, 0.5),
     }
     with rasterio.open(path, "w", **profile) as dataset:
-        dataset.write(image.transpose(2, 0, 1))
+        dataset.write(image)
 
 
 def measure(engine: Labeller, scene: str | Path, repeats: int) -> dict[str, Any]:
@@ -156,25 +154,12 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     if arguments.repeats < 1 or arguments.threads < 1 or (arguments.side or 0) < 0:
         parser.error("repeats and threads are at least 1, side is not negative")
-    try:
-        return _run(arguments)
-    except CdkdEdgeError as error:
-        print(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        return 130
-    return 1
+    return run_reporting_errors(lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
     path = arguments.output / "overhead.json" if arguments.output else None
-    record: dict[str, Any] = {"schema": SCHEMA, "runs": []}
-    if path and path.exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-            raise ValueError(f"{path} is not a record of version {SCHEMA}")
-    shown = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    record = read_record(path, SCHEMA)
     print(
         f"{'engine':24} {'scene':24} {'tiles':>5} {'s':>8} {'/ engine':>21} {'/ engine alone':>15} "
         f"{'before':>7} {'after':>7}"
@@ -195,7 +180,7 @@ def _run(arguments: argparse.Namespace) -> int:
                     "runtime": engine.manifest.runtime,
                     "tile": engine.tile,
                     "scene": name,
-                    "command": shlex.join(["python", "benchmarks/overhead.py", *shown]),
+                    "command": shown_command("overhead.py"),
                     "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                     "machine": vars(describe_machine()),
                     "load_average": {"before": load, "after": os.getloadavg()},

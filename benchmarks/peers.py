@@ -22,7 +22,6 @@ import datetime
 import json
 import math
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,16 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import read_record, run_reporting_errors, shown_command
 from peer_artefacts import prepare, put_checkpoint
 from peer_children import PEERS, REFERENCE, AbsentError, checkpoint_of
 from peer_rounds import ChildPeer, Rounds, measure
 from peer_statistics import agreement, summarise, verdict
 from peer_table import table_of
 
-from cdkd_edge.core.errors import CdkdEdgeError
 from cdkd_edge.core.files import write_text
-from cdkd_edge.core.machine import available_cores, describe_machine
-from cdkd_edge.core.manifest import library_versions
+from cdkd_edge.core.machine import available_cores, describe_machine, library_versions
 
 SCHEMA = 1
 """Version of ``peers.json``."""
@@ -103,7 +101,7 @@ def compare(arguments: argparse.Namespace, folder: Path, tile: int, trained: boo
         "trained": trained,
         "tile": tile,
         "gpu": next((str(one["details"]["gpu"]) for one in rounds.loaded.values() if "gpu" in one["details"]), None),
-        "command": _command(),
+        "command": shown_command("peers.py"),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": vars(describe_machine()),
         "load_average": {"before": before, "after": os.getloadavg()},
@@ -175,31 +173,11 @@ def merge(record: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     return {"schema": SCHEMA, "runs": sorted([*runs, run], key=lambda one: tuple(map(str, identity(one))))}
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """What was recorded so far; an empty record if nothing was.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if not path.exists():
-        return {"schema": SCHEMA, "runs": []}
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not a record of version {SCHEMA}")
-    return record
-
-
 def _keys(text: str) -> list[str]:
     keys = text.split(",")
     if unknown := [key for key in keys if key not in PEERS]:
         raise argparse.ArgumentTypeError(f"no peer is called {unknown[0]!r}; there are {', '.join(PEERS)}")
     return keys
-
-
-def _command() -> str:
-    """As it was typed, without the place of the interpreter, and of folders only the name."""
-    shown = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", "benchmarks/peers.py", *shown])
 
 
 def _tell(step: str) -> None:
@@ -214,16 +192,7 @@ def main(words: Sequence[str] | None = None) -> int:
         options.error("--prepare-only needs --folder")
     if min(arguments.rounds, arguments.tiles, arguments.threads, arguments.calibration_tiles) < 1:
         options.error("rounds, tiles and threads are at least 1")
-    try:
-        return _run(arguments)
-    except CdkdEdgeError as error:
-        print(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was recorded", file=sys.stderr)
-        return 130
-    return 1
+    return run_reporting_errors(lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -232,7 +201,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=arguments.output).close()  # better now than after the last round
         record_path = arguments.output / "peers.json"
-    record = read_record(record_path) if record_path else {"schema": SCHEMA, "runs": []}
+    record = read_record(record_path, SCHEMA)
     complete = True
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)

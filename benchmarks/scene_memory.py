@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from common import machine_of_run, write_results
 from scene_pipeline import ROWS, TILE, InstantEngine, watched
 
 WIDTH = 100_000
@@ -315,17 +314,11 @@ def main() -> None:
     parser.add_argument("--only", help="Run the cases whose name holds this.")
     parser.add_argument("--scratch", type=Path, help="Folder for scenes, some 1 GB. Default: the system's.")
     arguments = parser.parse_args()
-    import rasterio
 
     results: dict[str, Any] = {
         "command": "python benchmarks/scene_memory.py",
         "measured": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": {
-            "cpus": os.cpu_count(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-            "gdal": rasterio.__gdal_version__,
-        },
+        "machine": machine_of_run(),
         "tile": TILE,
         "runs": [],
     }
@@ -334,13 +327,7 @@ def main() -> None:
             run = measure(number, arguments.scratch)
             results["runs"].append(run)
             print(f"{case.name}: {run['above_engine_mb']:.0f} MB, {run['seconds']:.0f} s", file=sys.stderr)
-    if arguments.output is None:
-        print(as_markdown(results))
-        return
-    from cdkd_edge.core.files import write_text
-
-    write_text(arguments.output.with_suffix(".json"), json.dumps(results, indent=2) + "\n")
-    write_text(arguments.output.with_suffix(".md"), as_markdown(results))
+    write_results(arguments.output, results, as_markdown(results))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from common import machine_of_run, write_results
 from PIL import Image
 
 from cdkd_edge.engines.protocol import LabelsOnly
@@ -242,15 +242,11 @@ def copying_speed() -> float:
 
 def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every measurement, as data."""
-    import rasterio
 
     results: dict[str, Any] = {
         "command": "python benchmarks/scene_pipeline.py",
         "machine": {
-            "cpus": os.cpu_count(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-            "gdal": rasterio.__gdal_version__,
+            **machine_of_run(),
             "load_average_before": os.getloadavg()[0],
             "memory_copy_mb_per_s": copying_speed(),
         },
@@ -367,14 +363,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="Folder for scenes, some 1 GB. Default: the system's.")
     arguments = parser.parse_args()
     results = run_all(arguments)
-    markdown = as_markdown(results)
-    if arguments.output is None:
-        print(markdown)
-        return
-    from cdkd_edge.core.files import write_text
-
-    write_text(arguments.output.with_suffix(".json"), json.dumps(results, indent=2) + "\n")
-    write_text(arguments.output.with_suffix(".md"), markdown)
+    write_results(arguments.output, results, as_markdown(results))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ With an engine that gives probabilities (``build --probabilities``) both merges 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from common import write_results
 
-from cdkd_edge.core.files import write_text
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.engines.runtimes import load_engine
@@ -240,12 +239,7 @@ def main() -> None:
     limit = f" --limit {arguments.limit}" if arguments.limit else ""
     command = f"python benchmarks/seams.py {arguments.engine.name} DATA/images{limit}"
     results = {"command": command, **measure(arguments.engine, images)}
-    markdown = as_markdown(results)
-    if arguments.output is None:
-        print(markdown)
-        return
-    write_text(arguments.output.with_suffix(".json"), json.dumps(results, indent=2) + "\n")
-    write_text(arguments.output.with_suffix(".md"), markdown)
+    write_results(arguments.output, results, as_markdown(results))
 
 
 if __name__ == "__main__":

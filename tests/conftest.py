@@ -25,12 +25,12 @@ import pytest
 
 from cdkd_edge.core import signals as interrupts
 from cdkd_edge.core.labels import load_schema
+from cdkd_edge.core.machine import library_versions
 from cdkd_edge.core.manifest import (
     FileRecord,
     GraphCheck,
     GraphManifest,
     Preprocessing,
-    library_versions,
     write_manifest,
 )
 from cdkd_edge.engines import runtimes

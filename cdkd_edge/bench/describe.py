@@ -19,53 +19,20 @@ from cdkd_edge.core.numbers import ABSENT, estimate, percent, significant, size
 PAPER: Final = "Mask-CDKD, ISPRS 2026"
 
 
-@dataclass(frozen=True)
-class PublishedFigures:
-    """A device in the paper: watts and tiles/s as printed; the rest is computed from them."""
-
-    device: str
-    tile: int
-    precision: str
-    runtime: str
-    tiles_per_second: float
-    idle_watts: float
-    load_watts: float
-
-    @property
-    def net_watts(self) -> float:
-        """Load minus idle, W."""
-        return self.load_watts - self.idle_watts
-
-    @property
-    def megapixels_per_second(self) -> float:
-        """Millions of pixels per second."""
-        return self.tiles_per_second * self.tile**2 / 1e6
-
-    @property
-    def gross_joules_per_tile(self) -> float:
-        """Including idle, J."""
-        return self.load_watts / self.tiles_per_second
-
-    @property
-    def net_joules_per_tile(self) -> float:
-        """Without idle, J."""
-        return self.net_watts / self.tiles_per_second
-
-    @property
-    def gross_joules_per_megapixel(self) -> float:
-        """Including idle, J per million pixels."""
-        return self.load_watts / self.megapixels_per_second
-
-    @property
-    def net_joules_per_megapixel(self) -> float:
-        """Without idle, J per million pixels."""
-        return self.net_watts / self.megapixels_per_second
-
-
-ORIN_NX: Final = PublishedFigures("Orin NX", 1024, "fp16", "tensorrt", 2.5, 5.74, 18.95)
-"""The paper prints 2.5 images/s, 5.74 W idle, 18.95 W load, 13.21 W net; TensorRT, FP16, 1024 x 1024 px."""
-PRINTED: Final = frozenset(("tiles_per_second", "idle_watts", "load_watts", "net_watts"))
-"""The figures that the paper prints."""
+PAPER_DEVICE: Final = "Orin NX"
+_TILE, _RATE, _IDLE, _LOAD = 1024, 2.5, 5.74, 18.95
+"""As the paper prints them: side of a tile in px, images/s, W idle, W under load; TensorRT, FP16."""
+_MEGAPIXELS = _TILE**2 / 1e6
+PRINTED: Final = {"tiles_per_second": _RATE, "idle_watts": _IDLE, "load_watts": _LOAD, "net_watts": _LOAD - _IDLE}
+"""The paper's figures, by the names of :class:`Quantity`."""
+COMPUTED: Final = {
+    "megapixels_per_second": _RATE * _MEGAPIXELS,
+    "gross_joules_per_tile": _LOAD / _RATE,
+    "net_joules_per_tile": (_LOAD - _IDLE) / _RATE,
+    "gross_joules_per_megapixel": _LOAD / _RATE / _MEGAPIXELS,
+    "net_joules_per_megapixel": (_LOAD - _IDLE) / _RATE / _MEGAPIXELS,
+}
+"""Figures that follow from the printed ones."""
 _BLOCKS: Final = 12
 """Attention blocks of the paper's network."""
 
@@ -87,7 +54,7 @@ class Quantity:
     @property
     def published(self) -> str:
         """The paper's figure as text."""
-        value: float | None = getattr(ORIN_NX, self.path, None)
+        value = (PRINTED | COMPUTED).get(self.path)
         return ABSENT if value is None else f"{value:.2f}"
 
     def show(self, source: Figures | RailFigures) -> str:
@@ -143,20 +110,20 @@ def device_of(summary: BenchSummary) -> str:
 
 def differences(summary: BenchSummary) -> tuple[str, ...]:
     """How a run differs from the paper's measurement, a phrase each; empty if nothing recorded differs."""
-    engine, paper = summary.engine, ORIN_NX
+    engine = summary.engine
     found = []
     if summary.verdict.status != VALID:
         found.append(f"this run is {status_words(summary)}")
     device = (summary.board or {}).get("model") or summary.machine.board
-    if not isinstance(device, str) or paper.device.lower() not in device.lower():
-        found.append(f"another device: {device or summary.machine.cpu}, not an {paper.device}")
-    if engine.runtime != paper.runtime:
+    if not isinstance(device, str) or PAPER_DEVICE.lower() not in device.lower():
+        found.append(f"another device: {device or summary.machine.cpu}, not an {PAPER_DEVICE}")
+    if engine.runtime != "tensorrt":
         found.append(f"another runtime: {engine.runtime}, not TensorRT")
-    if engine.precision != paper.precision:
-        found.append(f"another precision: {engine.precision.upper()}, not {paper.precision.upper()}")
-    if engine.tile != paper.tile:
+    if engine.precision != "fp16":
+        found.append(f"another precision: {engine.precision.upper()}, not FP16")
+    if engine.tile != _TILE:
         found.append(
-            f"another tile: {engine.tile} x {engine.tile} px, not {paper.tile} x {paper.tile} (attention grows with "
+            f"another tile: {engine.tile} x {engine.tile} px, not {_TILE} x {_TILE} (attention grows with "
             "the square of the pixels, so figures per megapixel differ too)"
         )
     if engine.attention_blocks != _BLOCKS:

@@ -71,20 +71,23 @@ def write_summary(folder: Path, summary: BenchSummary) -> None:
     """
     import msgspec
 
-    _require_finite(msgspec.to_builtins(summary), "summary")
+    for where, number in _numbers(msgspec.to_builtins(summary), "summary"):
+        if not math.isfinite(number):
+            raise ValueError(f"{where} is {number}")
     text = msgspec.json.format(msgspec.json.encode(summary), indent=2).decode()
     write_text(folder / SUMMARY, text + "\n")
 
 
-def _require_finite(value: Any, where: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} is {value}")
-    if isinstance(value, dict):
+def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
+    """All numbers in JSON data, with their places."""
+    if isinstance(value, float | int):
+        yield where, value
+    elif isinstance(value, dict):
         for name, one in value.items():
-            _require_finite(one, f"{where}.{name}")
+            yield from _numbers(one, f"{where}.{name}")
     elif isinstance(value, list | tuple):
         for index, one in enumerate(value):
-            _require_finite(one, f"{where}[{index}]")
+            yield from _numbers(one, f"{where}[{index}]")
 
 
 def write_tiles(folder: Path, batches: Iterable[TimedBatch]) -> None:
@@ -154,30 +157,24 @@ def read_summary(folder: Path) -> BenchSummary:
             hint="measure again with `cdkd-edge bench`",
         )
     try:
-        _require_possible(document, "summary")
+        for where, number in _numbers(document, "summary"):
+            if not abs(number) <= MOST:
+                raise ValueError(f"{where} is {number:.3g}")
+        _require_values(document, "summary")
         return msgspec.convert(document, BenchSummary)
     except (msgspec.ValidationError, ValueError) as error:
         raise BenchError(f"{path} is damaged: {error}") from None
 
 
-def _require_possible(value: Any, where: str) -> None:
-    """Refuse impossible numbers, and figures without values."""
-    if isinstance(value, float | int) and not abs(value) <= MOST:
-        raise ValueError(f"{where} is {value:.3g}")
+def _require_values(value: Any, where: str) -> None:
+    """Refuse figures without values, and intervals of a single one."""
     if isinstance(value, dict):
         if value.keys() >= {"mean", "values", "interval"}:
-            _require_figure(value, where)
+            values, interval = value["values"], value["interval"]
+            if isinstance(values, list) and len(values) < (2 if interval else 1):
+                raise ValueError(f"{where} has {len(values)} values" + (" and an interval" if interval else ""))
         for name, one in value.items():
-            _require_possible(one, f"{where}.{name}")
-    elif isinstance(value, list):
-        for index, one in enumerate(value):
-            _require_possible(one, f"{where}[{index}]")
-
-
-def _require_figure(figure: dict[str, Any], where: str) -> None:
-    values, interval = figure["values"], figure["interval"]
-    if isinstance(values, list) and len(values) < (2 if interval else 1):
-        raise ValueError(f"{where} has {len(values)} values" + (" and an interval" if interval else ""))
+            _require_values(one, f"{where}.{name}")
 
 
 def read_run(folder: Path, *, bounded: bool = True) -> Run:

@@ -173,6 +173,15 @@ class Timeline:
                 return phase
         raise KeyError(name)
 
+    @property
+    def loads(self) -> list[Phase]:
+        """The load phases, including one that was cut off."""
+        return [phase for phase in self.phases if phase.name == LOAD]
+
+    def clock(self, phase: Phase) -> tuple[float, float]:
+        """Start and stop of a phase on CLOCK_MONOTONIC."""
+        return self.origin + phase.start, self.origin + phase.stop
+
     def batches_of(self, phase: Phase) -> list[TimedBatch]:
         """The batches of a phase."""
         return [one for one in self.batches if (one.phase, one.repeat) == (phase.name, phase.repeat)]

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cdkd_edge.bench import curves
 from cdkd_edge.bench.folder import Run, Series
-from cdkd_edge.bench.histogram import draw_histogram
 from cdkd_edge.bench.record import IDLE, INVALID, LOAD, VALID, WARM_UP
 from cdkd_edge.bench.statistics import Latency
 from cdkd_edge.core.files import whole_file
@@ -82,7 +81,9 @@ def trace_svg(run: Run) -> str:
 def histogram_svg(latencies: curves.Floats, latency: Latency) -> str:
     """A histogram of latencies (ms) as inline SVG. Nothing is left out: far outliers are counted in the last bar."""
     with _style():
-        return _svg(draw_histogram(latencies, latency), 0.0, "histogram", f"Histogram of {len(latencies)} latencies")
+        return _svg(
+            curves.draw_histogram(latencies, latency), 0.0, "histogram", f"Histogram of {len(latencies)} latencies"
+        )
 
 
 def _style() -> Any:

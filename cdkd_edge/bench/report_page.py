@@ -13,11 +13,11 @@ from typing import Any, Final
 
 from cdkd_edge.bench import curves
 from cdkd_edge.bench.describe import (
+    COMPUTED,
     FACTS,
     LATENCIES,
-    ORIN_NX,
     PAPER,
-    PRINTED,
+    PAPER_DEVICE,
     RAIL_FIGURES,
     SPEEDS,
     device_of,
@@ -75,7 +75,7 @@ def write_report_page(run: Run, path: Path) -> None:
         has_idle=any(phase.name == IDLE for phase in summary.phases),
         has_load=any(phase.name == LOAD for phase in summary.phases),
         paper=PAPER,
-        paper_device=ORIN_NX.device,
+        paper_device=PAPER_DEVICE,
         figure_rows=figure_rows(summary),
         total=total_rail(figures) if figures else None,
         differences=differences(summary),
@@ -112,9 +112,7 @@ def figure_rows(summary: BenchSummary) -> list[tuple[str, str, str, bool]]:
     found = [(one, one.show(figures)) for one in (*SPEEDS, *LATENCIES)]
     if figures.power and rail:
         found += [(one, one.show(figures.power.rails[rail])) for one in RAIL_FIGURES]
-    return [
-        (one.heading, value, one.published, one.published != ABSENT and one.path not in PRINTED) for one, value in found
-    ]
+    return [(one.heading, value, one.published, one.path in COMPUTED) for one, value in found]
 
 
 def rail_rows(figures: Figures | None) -> Rows:

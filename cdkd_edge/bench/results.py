@@ -1,6 +1,9 @@
-"""Speed, latency, watts and joules: of every repeat, and over all repeats of a run."""
+"""The results of a run: speed, latency, watts and joules of its repeats, and the conditions of its loads."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 from cdkd_edge.bench.phases import Timeline
 from cdkd_edge.bench.record import (
@@ -17,7 +20,16 @@ from cdkd_edge.bench.record import (
     Repeat,
 )
 from cdkd_edge.bench.statistics import figure_of, latency_of, variance_hidden_by_sharing
+from cdkd_edge.board.conditions import Conditions
 from cdkd_edge.board.power.energy import RailEnergy, Trace, bound_holds, rail_energy
+from cdkd_edge.board.throttling import (
+    ConditionFinding,
+    judge_conditions,
+    judge_other_programs,
+    judge_power_mode,
+    others_share,
+    summarise,
+)
 
 LEAST_READINGS = 2
 """Readings that a phase needs for a mean of watts."""
@@ -156,3 +168,32 @@ def _power(repeats: tuple[Repeat, ...], timeline: Timeline, megapixels: float, t
         problems=tuple(problem.message for problem in trace.problems),
         bound_holds=bound_holds(source),
     )
+
+
+def condition_findings(timeline: Timeline, readings: Sequence[Conditions]) -> list[ConditionFinding]:
+    """What the monitor found: throttling during loads, other programs, and a change of the power mode."""
+    loads = timeline.loads
+    found = [finding for load in loads for finding in judge_conditions(readings, *timeline.clock(load))]
+    for phase in timeline.completed:
+        # Other programs may also be why a warm-up did not become steady.
+        if phase.name == LOAD or (phase.name == WARM_UP and not timeline.steady[phase.repeat]):
+            found += judge_other_programs(readings, *timeline.clock(phase), f"{phase.name} {phase.repeat + 1}")
+    if loads:  # net power compares idle with load, so the mode must not change in between
+        first, last = timeline.phases[0], timeline.phases[-1]
+        found += judge_power_mode(readings, timeline.clock(first)[0], timeline.clock(last)[1])
+    return found
+
+
+def load_conditions(timeline: Timeline, readings: Sequence[Conditions]) -> dict[str, Any]:
+    """Clocks, temperatures, fan and throttling over the load phases, without the time between them."""
+    loads = [timeline.clock(load) for load in timeline.loads]
+    if not loads:
+        return {}
+    within = [one for one in readings if any(start <= one.time <= stop for start, stop in loads)]
+    found = summarise(within, loads[0][0], loads[-1][1])
+    # Counters as the verdict compares them: from the last reading before a load to the first one after it.
+    risen = [summarise(readings, *load)["throttle_events"] for load in loads]
+    found["throttle_events"] = {name: sum(one.get(name, 0) for one in risen) for name in sorted(set().union(*risen))}
+    shares = [share for load in loads if (share := others_share(readings, *load)) is not None]
+    found["other_programs_percent"] = 100 * max(shares) if shares else None
+    return found

@@ -5,49 +5,54 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rasterio
+from rasterio.windows import Window
 
 from cdkd_edge.bench.folder import PAGE, PICTURE, read_run, write_conditions, write_summary, write_tiles, write_trace
 from cdkd_edge.bench.phases import DEFAULT, LiveStatus, Timeline, run_phases
 from cdkd_edge.bench.picture import write_trace_picture
-from cdkd_edge.bench.record import INVALID, LOAD, WARM_UP, BenchSummary, EndToEnd, Figures, Phase, Protocol, Repeat
+from cdkd_edge.bench.record import INVALID, BenchSummary, EndToEnd, Figures, Protocol, Repeat
 from cdkd_edge.bench.report_page import write_report_page
-from cdkd_edge.bench.results import NoFigureError, figures_of, rejected, repeats_of
+from cdkd_edge.bench.results import (
+    NoFigureError,
+    condition_findings,
+    figures_of,
+    load_conditions,
+    rejected,
+    repeats_of,
+)
 from cdkd_edge.bench.roofline.devices import load_device
 from cdkd_edge.bench.roofline.model import modelled_bound
-from cdkd_edge.bench.scene import check_scene, time_scene
 from cdkd_edge.bench.verdict import judge
 from cdkd_edge.board.conditions import Conditions, ConditionsMonitor
 from cdkd_edge.board.jetson import BoardIdentity, describe_board
 from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.sampler import PowerSampler, find_source
-from cdkd_edge.board.throttling import (
-    ConditionFinding,
-    judge_conditions,
-    judge_other_programs,
-    judge_power_mode,
-    others_share,
-    summarise,
-)
 from cdkd_edge.core.errors import PowerError, SceneError, UsageError
-from cdkd_edge.core.files import whole_folder
-from cdkd_edge.core.machine import describe_machine, forget_peak_memory, peak_memory
-from cdkd_edge.core.manifest import library_versions
+from cdkd_edge.core.files import scratch_folder, whole_folder
+from cdkd_edge.core.machine import describe_machine, forget_peak_memory, library_versions, peak_memory
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import Engine
+from cdkd_edge.raster.grid import TileGrid, default_overlap
 from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segment.pipeline import segment_scene
 
 PAPER_TILE = 1024
 """Side of a tile in the Mask-CDKD paper's deployment, px."""
 LIBRARIES = ("onnxruntime", "numpy", "rasterio", "tensorrt", "tensorrt-rtx", "pycuda", "cuda-python", "jetson-stats")
 RESERVED = ".reserved"
 """File that reserves disk space during the measurement."""
+LEAST_TILES, MOST_TILES = 4, 100
+"""Number of tiles in a drawn scene."""
+PICTURE_SIDE = 1024
+"""Side of the picture that is repeated in a drawn scene, px. Drawing the whole scene would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -166,15 +171,6 @@ class _Measured:
     board: BoardIdentity
     peak_memory_bytes: int
 
-    @property
-    def loads(self) -> list[Phase]:
-        """The load phases, including one that was cut off."""
-        return [phase for phase in self.timeline.phases if phase.name == LOAD]
-
-    def clock(self, phase: Phase) -> tuple[float, float]:
-        """Start and stop of a phase on CLOCK_MONOTONIC."""
-        return self.timeline.origin + phase.start, self.timeline.origin + phase.stop
-
 
 def _measure(
     engine: Engine,
@@ -194,7 +190,7 @@ def _measure(
         engine.manifest,
         trace,
         power_reason,
-        _findings(measured),
+        condition_findings(timeline, measured.readings),
         power_wanted=options.wants_power,
     )
     figures: Figures | None = None
@@ -227,7 +223,7 @@ def _measure(
         roofline_reason=no_bound,
         machine=describe_machine(),
         board=_board(measured.board),
-        conditions=_conditions(measured),
+        conditions=load_conditions(timeline, measured.readings),
         libraries=library_versions(LIBRARIES),
         peak_memory_bytes=measured.peak_memory_bytes,
         started=started,
@@ -287,20 +283,6 @@ def _repeats(measured: _Measured, protocol: Protocol, batch: int) -> tuple[tuple
         return repeats_of(timeline, protocol, batch, None), f"{trace.source.name}: {error}"
 
 
-def _findings(measured: _Measured) -> list[ConditionFinding]:
-    """What the monitor found: throttling during loads, other programs, and a change of the power mode."""
-    timeline, readings = measured.timeline, measured.readings
-    found = [finding for load in measured.loads for finding in judge_conditions(readings, *measured.clock(load))]
-    for phase in timeline.completed:
-        # Other programs may also be why a warm-up did not become steady.
-        if phase.name == LOAD or (phase.name == WARM_UP and not timeline.steady[phase.repeat]):
-            found += judge_other_programs(readings, *measured.clock(phase), f"{phase.name} {phase.repeat + 1}")
-    if measured.loads:  # net power compares idle with load, so the mode must not change in between
-        first, last = timeline.phases[0], timeline.phases[-1]
-        found += judge_power_mode(readings, measured.clock(first)[0], measured.clock(last)[1])
-    return found
-
-
 def _time_scene(engine: Engine, options: BenchOptions, tiles: float) -> tuple[EndToEnd | None, tuple[str, ...]]:
     """Time of a scene; None and a warning if it fails, because the measurement is still good."""
     try:
@@ -327,16 +309,62 @@ def _board(board: BoardIdentity) -> dict[str, Any] | None:
     return data if board.jetson else None
 
 
-def _conditions(measured: _Measured) -> dict[str, Any]:
-    """Clocks, temperatures, fan and throttling over the load phases, without the time between them."""
-    loads: Sequence[tuple[float, float]] = [measured.clock(load) for load in measured.loads]
-    if not loads:
-        return {}
-    within = [one for one in measured.readings if any(start <= one.time <= stop for start, stop in loads)]
-    found = summarise(within, loads[0][0], loads[-1][1])
-    # Counters as the verdict compares them: from the last reading before a load to the first one after it.
-    risen = [summarise(measured.readings, *load)["throttle_events"] for load in loads]
-    found["throttle_events"] = {name: sum(one.get(name, 0) for one in risen) for name in sorted(set().union(*risen))}
-    shares = [share for load in loads if (share := others_share(measured.readings, *load)) is not None]
-    found["other_programs_percent"] = 100 * max(shares) if shares else None
-    return found
+def check_scene(engine: Engine, scene: Path, options: SegmentOptions) -> None:
+    """Check that the scene can be read and tiled, before anything is measured.
+
+    Raises:
+        SceneError: as the scene's reader does.
+    """
+    tile = engine.manifest.tile
+    TileGrid.over(1, 1, tile, options.overlap_of(tile))
+    options.open(scene).close()
+
+
+def time_scene(engine: Engine, scene: Path | None, options: SegmentOptions, tiles: float) -> EndToEnd:
+    """Segment a scene and time it; the label map is discarded.
+
+    Args:
+        engine: loaded.
+        scene: a raster. Default: a drawn one of about ``tiles`` tiles, at least 4 and at most 100.
+        options: how the scene is read and tiled.
+        tiles: size of the drawn scene.
+
+    Raises:
+        EngineError, SceneError: the engine or the scene failed.
+    """
+    with scratch_folder() as temporary:
+        path = scene
+        if path is None:
+            path = temporary / "drawn.tif"
+            _draw_scene(path, _side(engine.manifest.tile, tiles))
+        result = segment_scene(engine, path, temporary / "labels.tif", options)
+    computed = result.tiles - result.tiles_without_data
+    return EndToEnd(
+        scene=scene.name if scene else "drawn",
+        width=result.width,
+        height=result.height,
+        tiles=result.tiles,
+        seconds=result.seconds,
+        engine_seconds=result.engine_seconds,
+        tiles_per_second=computed / result.seconds,
+        megapixels_per_second=result.width * result.height / result.seconds / 1e6,
+        overhead=result.seconds / result.engine_seconds if result.engine_seconds else None,
+    )
+
+
+def _side(tile: int, tiles: float) -> int:
+    """Side of a square scene of about ``tiles`` tiles."""
+    overlap = default_overlap(tile)
+    across = int(np.clip(round(tiles**0.5), LEAST_TILES**0.5, MOST_TILES**0.5))
+    return across * (tile - overlap) + overlap
+
+
+def _draw_scene(path: Path, side: int) -> None:
+    piece = min(side, PICTURE_SIDE)
+    (image,) = sample_tiles(piece, 1)
+    profile = {"driver": "GTiff", "width": side, "height": side, "count": 3, "dtype": "uint8", "photometric": "RGB"}
+    with rasterio.open(path, "w", **profile, tiled=True, blockxsize=256, blockysize=256) as dataset:
+        for top in range(0, side, piece):
+            for left in range(0, side, piece):
+                height, width = min(piece, side - top), min(piece, side - left)
+                dataset.write(image[:, :height, :width], window=Window(left, top, width, height))

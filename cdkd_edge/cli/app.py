@@ -8,7 +8,7 @@ import os
 import select
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -24,18 +24,8 @@ _UsageError: Any = typer.BadParameter.__base__
 _ClickException: Any = _UsageError.__base__
 
 
-_ORDER = (
-    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "compare", "power", "roofline",
-    "evaluate", "parity", "demo", "doctor",
-)  # fmt: skip
-"""Of the commands in the help: as they are used."""
-
-
 class _AnsweringGroup(TyperGroup):
     """Turns errors into one line and an exit code; tracebacks only with ``--debug``."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=_ORDER.index)
 
     def make_context(self, *arguments: Any, **extra: Any) -> Any:
         with _answers():
@@ -83,11 +73,10 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool,
-        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+    ),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks."),
 ) -> None:
     pass
 

@@ -1,182 +1,216 @@
-"""The command that measures an engine: bench."""
+"""``cdkd-edge bench``: measure an engine."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
-from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import command_line, say, show, telling_what_is_kept, workspace_at
+from cdkd_edge.board.power.sources import SOURCES
 from cdkd_edge.cli.options import (
-    BandsOption,
-    EngineOption,
-    JsonOption,
-    OverlapOption,
-    PercentilesOption,
-    RangeOption,
-    StretchOption,
-    ThreadsOption,
-    WorkspaceOption,
+    ENGINE,
+    JSON,
+    OVERLAP,
+    THREADS,
+    WORKSPACE,
+    StretchOptions,
+    command_line,
     named_engine,
-    segment_options,
 )
+from cdkd_edge.cli.progress import lines, saying_what_is_kept
+from cdkd_edge.cli.report import Console, Listing, Report, cell, plain, say
+from cdkd_edge.core.signals import check
+from cdkd_edge.core.workspace import Workspace
 
-_PROTOCOL = "Protocol"
-_POWER = "Power and clocks"
-_SCENE = "The scene of the end-to-end figure"
+if TYPE_CHECKING:
+    from cdkd_edge.bench.phases import LiveStatus
+    from cdkd_edge.bench.record import BenchSummary, Protocol
+    from cdkd_edge.bench.run import BenchOptions
 
 
-@app.command()
+@dataclass(frozen=True)
+class PowerOptions:
+    """Power and clocks."""
+
+    PANEL: ClassVar = "Power and clocks"
+
+    power_trace: bool = typer.Option(
+        False, "--power-trace", help="Measure idle and load power, where there is a source."
+    )
+    power_source: str | None = typer.Option(None, help=f"Measure power, with this source only: {', '.join(SOURCES)}.")
+    set_mode: str | None = typer.Option(
+        None,
+        help="nvpmodel's power mode for the run, by name or number; set back afterwards. Needs root.",
+        metavar="MODE",
+    )
+    max_clocks: bool = typer.Option(
+        False, "--max-clocks", help="Run jetson_clocks for the run; set back afterwards. Needs root."
+    )
+
+
+@dataclass(frozen=True)
+class ProtocolOptions:
+    """How long is measured."""
+
+    PANEL: ClassVar = "Protocol"
+
+    duration: float | None = typer.Option(None, help="Time under load, seconds. Default: 60.", min=0.1)
+    idle: float | None = typer.Option(None, help="Time of each idle phase (with power), seconds. Default: 10.", min=0.1)
+    max_warm_up: float | None = typer.Option(
+        None,
+        help="Longest warm-up, seconds; it ends when speed, power and temperature are steady. Default: 120.",
+        min=0,
+    )
+    repeat: int | None = typer.Option(
+        None, help="Times to go through idle, warm-up and load; several give intervals. Default: 1.", min=1
+    )
+    paper: bool = typer.Option(
+        False, "--paper", help="As in the paper: one tile of 1024 px at a time; 60 s idle, 120 s load, 3 repeats."
+    )
+    mlperf: bool = typer.Option(False, "--mlperf", help="600 s of load, 60 s idle.")
+    keep_invalid: bool = typer.Option(
+        False, "--keep-invalid", help="Give the figures of an invalid run too, and exit with 0."
+    )
+
+    def checked(self) -> Protocol:
+        """The protocol of these options."""
+        from cdkd_edge.bench.phases import protocol_of
+
+        if self.paper and self.mlperf:
+            raise typer.BadParameter("one protocol at a time", param_hint="--paper --mlperf")
+        return protocol_of(
+            "paper" if self.paper else "mlperf" if self.mlperf else "default",
+            idle=self.idle,
+            load=self.duration,
+            warm_up_cap=self.max_warm_up,
+            repeats=self.repeat,
+        )
+
+
+@dataclass(frozen=True)
+class SceneGroup(StretchOptions):
+    """The scene that is timed as a whole."""
+
+    PANEL: ClassVar = "The scene of the end-to-end figure"
+
+    scene: Path | None = typer.Option(None, help="A scene of your own. Default: sample tiles, repeated.")
+    overlap: int | None = OVERLAP
+
+
 def bench(
-    engine: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Argument(help="Engine file. Default: the only one in the workspace."),
-    ] = None,
-    option: EngineOption = None,
-    power_trace: Annotated[
-        bool,
-        typer.Option(
-            "--power-trace", help="Measure idle and load power, where there is a source.", rich_help_panel=_POWER
-        ),
-    ] = False,
-    power_source: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--power-source",
-            help="Measure power, and only from jtop, ina3221, nvml or rapl.",
-            rich_help_panel=_POWER,
-        ),
-    ] = None,
-    set_mode: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--set-mode",
-            help="nvpmodel's power mode for the run, by name or number; put back afterwards. Needs root.",
-            metavar="MODE",
-            rich_help_panel=_POWER,
-        ),
-    ] = None,
-    max_clocks: Annotated[
-        bool,
-        typer.Option(
-            "--max-clocks", help="jetson_clocks for the run; put back afterwards. Needs root.", rich_help_panel=_POWER
-        ),
-    ] = False,
-    duration: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Seconds of load, timed. Default: 60.", min=0.1, rich_help_panel=_PROTOCOL),
-    ] = None,
-    idle: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Seconds of each idle phase (with power). Default: 10.", min=0.1, rich_help_panel=_PROTOCOL),
-    ] = None,
-    max_warm_up: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            "--max-warm-up",
-            help="Warm-up ends when speed, power and temperature are steady, or after so many seconds. Default: 120.",
-            min=0,
-            rich_help_panel=_PROTOCOL,
-        ),
-    ] = None,
-    repeat: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--repeat",
-            help="Idle, warm-up and load so many times: gives intervals. Default: 1.",
-            min=1,
-            rich_help_panel=_PROTOCOL,
-        ),
-    ] = None,
-    paper: Annotated[
-        bool,
-        typer.Option(
-            "--paper",
-            help="As in the paper: one tile of 1024 px at a time; 60 s idle, 120 s load, 3 repeats.",
-            rich_help_panel=_PROTOCOL,
-        ),
-    ] = False,
-    mlperf: Annotated[
-        bool,
-        typer.Option("--mlperf", help="600 s of load, 60 s idle.", rich_help_panel=_PROTOCOL),
-    ] = False,
-    keep_invalid: Annotated[
-        bool,
-        typer.Option(
-            "--keep-invalid", help="Give the figures of an invalid run, and exit with 0.", rich_help_panel=_PROTOCOL
-        ),
-    ] = False,
-    device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--device", help="Device file of the modelled bound (see roofline). Default: that of this board or GPU."
-        ),
-    ] = None,
-    scene: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Default: a drawn one.", rich_help_panel=_SCENE),
-    ] = None,
-    overlap: OverlapOption = None,
-    bands: BandsOption = None,
-    stretch: StretchOption = False,
-    stretch_percentiles: PercentilesOption = None,
-    stretch_range: RangeOption = None,
-    threads: ThreadsOption = None,
-    workspace: WorkspaceOption = Path(),
-    as_json: JsonOption = False,
+    artefact: Path | None = typer.Argument(
+        None, metavar="ENGINE", help="Engine file. Default: the only one in the workspace."
+    ),
+    *,
+    engine: Path | None = ENGINE,
+    power: PowerOptions,
+    protocol: ProtocolOptions,
+    scene: SceneGroup,
+    device: str | None = typer.Option(
+        None, help="Device of the modelled bound (see roofline). Default: this board or GPU."
+    ),
+    threads: int | None = THREADS,
+    workspace: Path = WORKSPACE,
+    as_json: bool = JSON,
 ) -> None:
     """Measure an engine: tiles per second, latency, idle and load power, a scene. Writes benchmarks/RUN/.
 
     Idle with the engine loaded, warm-up until steady, load, idle again. A run that was throttled, or whose power
     readings have gaps, is invalid: it has no figures, and the command exits with 19.
     """
-    from cdkd_edge.bench.phases import protocol_of
     from cdkd_edge.bench.record import INVALID
-    from cdkd_edge.bench.run import BenchOptions, run_benchmark
-    from cdkd_edge.board.modes import changed_board, pending_restore
-    from cdkd_edge.cli.show.bench import describe_bench, live_bench
+    from cdkd_edge.bench.run import BenchOptions
     from cdkd_edge.core.errors import BenchError
-    from cdkd_edge.core.files import remove_abandoned
-    from cdkd_edge.engines.runtimes import load_engine
 
-    if paper and mlperf:
-        raise typer.BadParameter("one protocol at a time", param_hint="--paper --mlperf")
-    space = workspace_at(workspace)
-    path = named_engine(engine, option) or space.only_engine("cdkd-edge bench", typed=command_line())
+    space = Workspace(workspace)
+    path = named_engine(artefact, engine) or space.only_engine("cdkd-edge bench", typed=command_line())
     options = BenchOptions(
-        protocol=protocol_of(
-            "paper" if paper else "mlperf" if mlperf else "default",
-            idle=idle,
-            load=duration,
-            warm_up_cap=max_warm_up,
-            repeats=repeat,
-        ),
-        power=power_trace,
-        power_source=power_source,
-        keep_invalid=keep_invalid,
-        scene=scene,
-        segment=segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range),
+        protocol=protocol.checked(),
+        power=power.power_trace,
+        power_source=power.power_source,
+        keep_invalid=protocol.keep_invalid,
+        scene=scene.scene,
+        segment=scene.segment_options(overlap=scene.overlap),
         device=device,
         graphs=(space.graphs, path.parent),
         command=command_line(),
     )
-    if not (set_mode or max_clocks) and (pending := pending_restore()) is not None:
-        say(f"warning: not put back yet: {pending} — {' && '.join(pending.commands)}")
-    with changed_board(set_mode, max_clocks) as change:
+    summary, folder = _run(space, path, options, power, threads)
+    describe_bench(summary, folder).show(as_json)
+    if summary.verdict.status == INVALID and not protocol.keep_invalid:
+        raise BenchError(f"the run is invalid: {summary.verdict.reasons[0]}", hint=f"see {folder}, or --keep-invalid")
+
+
+def _run(
+    space: Workspace, path: Path, options: BenchOptions, power: PowerOptions, threads: int | None
+) -> tuple[BenchSummary, Path]:
+    """Measure with the board's mode and clocks set, and give the folder of the run to who owns the workspace."""
+    from cdkd_edge.bench.run import run_benchmark
+    from cdkd_edge.board.modes import changed_board, pending_restore
+    from cdkd_edge.core.files import remove_abandoned
+    from cdkd_edge.engines.runtimes import load_engine
+
+    if not (power.set_mode or power.max_clocks) and (pending := pending_restore()) is not None:
+        say(f"warning: not set back yet: {pending} — {' && '.join(pending.commands)}")
+    with changed_board(power.set_mode, power.max_clocks) as change:
         if change.restored:
-            say(f"put back first: {change.restored}")
-        loaded = load_engine(path, threads=threads)
+            say(f"set back first: {change.restored}")
+        engine = load_engine(path, threads=threads)
         try:
             for left in remove_abandoned(space.benchmarks):
                 say(f"removed {left}, which a killed run had left")
-            with telling_what_is_kept(), live_bench() as (note, show_status):
-                folder = space.new_run(loaded.manifest.name)
-                summary = run_benchmark(loaded, folder, options, note, show_status)
+            with saying_what_is_kept(), _live_line() as (note, show):
+                folder = space.new_run(engine.manifest.name)
+                summary = run_benchmark(engine, folder, options, note, show)
             space.hand_over(folder)
         finally:
-            loaded.close()
-    show(describe_bench(summary, folder), as_json)
-    if summary.verdict.status == INVALID and not keep_invalid:
-        raise BenchError(f"the run is invalid: {summary.verdict.reasons[0]}", hint=f"see {folder}, or --keep-invalid")
+            engine.close()
+    return summary, folder
+
+
+def describe_bench(summary: BenchSummary, folder: Path) -> Report:
+    """A finished run; beside the paper's figures where power was measured."""
+    from cdkd_edge.bench.describe import PAPER, PAPER_DEVICE, bench_rows, beside_the_paper
+
+    paper = beside_the_paper(summary)
+    listings = (Listing(("", "this run", f"{PAPER_DEVICE}, {PAPER}"), paper),) if paper else ()
+    data = {"folder": str(folder), "summary": plain(summary)}
+    return Report(f"benchmark {folder}", [*bench_rows(summary)], data, listings)
+
+
+@contextlib.contextmanager
+def _live_line() -> Iterator[tuple[Callable[[str], None], Callable[[LiveStatus], None]]]:
+    """A line on stderr that says what is being measured; drawn only when told, so that it takes no time meanwhile."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        with lines(console) as note:
+            yield note, lambda live: note(live_text(live))
+        return
+
+    from rich.live import Live as LiveLine
+
+    with LiveLine(console=console, auto_refresh=False, transient=True) as line:
+
+        def draw(text: str) -> None:
+            check()
+            line.update(cell(text), refresh=True)
+
+        yield draw, lambda live: draw(live_text(live))
+
+
+def live_text(live: LiveStatus) -> str:
+    """The line, e.g. ``load 2/3   12.41 tiles/s   18.9 W   61 °C   34 s left``."""
+    parts = [live.phase + (f" {min(live.repeat + 1, live.repeats)}/{live.repeats}" if live.repeats > 1 else "")]
+    for value, form in (
+        (live.tiles_per_second, "{:.2f} tiles/s"),
+        (live.watts, "{:.1f} W"),
+        (live.celsius, "{:.0f} °C"),
+        (live.seconds_left, "{:.0f} s left" if live.phase != "warm-up" else "{:.0f} s left at most"),
+    ):
+        if value is not None:
+            parts.append(form.format(value))
+    return "   ".join(parts)

@@ -1,71 +1,57 @@
-"""The command that makes calibration sets."""
+"""``cdkd-edge calibrate``: scenes to a calibration set."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING
 
 import typer
 
-from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import progress_bar, say, show, workspace_at
-from cdkd_edge.cli.options import (
-    BandsOption,
-    JsonOption,
-    PercentilesOption,
-    RangeOption,
-    StretchOption,
-    StrictOption,
-    WorkspaceOption,
-    segment_options,
-)
+from cdkd_edge.cli.options import JSON, WORKSPACE, ReadingOptions
+from cdkd_edge.cli.progress import tile_bar
+from cdkd_edge.cli.report import Report, Rows, plain, plural, say
+from cdkd_edge.core.numbers import significant
+from cdkd_edge.core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from cdkd_edge.precision.calibration.calibrate import CalibrateResult
 
 
-@app.command()
 def calibrate(
-    scenes: Annotated[list[str], typer.Argument(help="Rasters, folders of rasters, or patterns in quotes.")],
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--output", "-o", help="Folder of the set. Default: engines/calibration/NAME, after the scene or folder."
-        ),
-    ] = None,
-    count: Annotated[int, typer.Option(help="Tiles for calibration.", min=1)] = 64,
-    check: Annotated[int, typer.Option(help="Tiles kept apart, to judge the quantised graph on.", min=0)] = 8,
-    tile: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Side of a tile, px. Default: that of the workspace's graph, else 1024.", min=32),
-    ] = None,
-    exclude: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--exclude",
-            help="Evaluation set that must stay out: folder of images, calibration set, or list (.txt). Repeatable.",
-        ),
-    ] = None,
-    labels: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder of label maps (NAME_labels.tif, as segment writes): every class gets its part."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="The same scenes, options and seed give the same set.", min=0)] = 0,
-    candidates: Annotated[int, typer.Option(help="Tiles to look at in all scenes together.", min=1)] = 10_000,
-    max_nodata: Annotated[float, typer.Option(help="Share of a tile that may have no data.", min=0.0, max=1.0)] = 0.1,
-    bands: BandsOption = None,
-    stretch: StretchOption = False,
-    stretch_percentiles: PercentilesOption = None,
-    stretch_range: RangeOption = None,
-    strict: StrictOption = False,
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Pass over scenes that cannot be read.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing calibration set.")] = False,
-    workspace: WorkspaceOption = Path(),
-    as_json: JsonOption = False,
+    scenes: list[str] = typer.Argument(..., help="Rasters, folders of rasters, or patterns in quotes."),
+    *,
+    output: Path | None = typer.Option(
+        None, "--output", "-o", help="Folder of the set. Default: engines/calibration/NAME, after the scene or folder."
+    ),
+    count: int = typer.Option(64, help="Tiles for calibration.", min=1),
+    check: int = typer.Option(8, help="Further tiles, to judge the quantised graph on.", min=0),
+    tile: int | None = typer.Option(
+        None, help="Side of a tile, px. Default: that of the workspace's graph, else 1024.", min=32
+    ),
+    exclude: list[str] | None = typer.Option(
+        None,
+        help="Evaluation set that must not be used: folder of images, calibration set, or list (.txt). Repeatable.",
+    ),
+    labels: Path | None = typer.Option(
+        None, help="Folder of label maps (NAME_labels.tif, as segment writes them), to cover every class."
+    ),
+    seed: int = typer.Option(0, help="The same scenes, options and seed give the same set.", min=0),
+    candidates: int = typer.Option(10_000, help="Tiles to choose from, in all scenes together.", min=1),
+    max_nodata: float = typer.Option(
+        0.1, help="Largest share of a tile that may have no data, 0 to 1.", min=0.0, max=1.0
+    ),
+    reading: ReadingOptions,
+    skip_broken: bool = typer.Option(False, "--skip-broken", help="Skip scenes that cannot be read."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing calibration set."),
+    workspace: Path = WORKSPACE,
+    as_json: bool = JSON,
 ) -> None:
-    """Scenes to a calibration set: tiles that cover the imagery, for INT8 ranges. Writes engines/calibration/NAME/."""
-    from cdkd_edge.cli.show.calibration import describe_calibration
+    """Choose tiles of scenes for INT8: they cover the imagery. Writes engines/calibration/NAME/."""
     from cdkd_edge.precision.calibration.calibrate import CalibrateOptions, default_folder, default_tile, tile_sides
-    from cdkd_edge.precision.calibration.calibrate import calibrate as make_set
+    from cdkd_edge.precision.calibration.calibrate import calibrate as choose_tiles
 
-    space = workspace_at(workspace)
+    space = Workspace(workspace)
     if tile and (sides := tile_sides(space)) and tile not in sides:  # `build --int8` would find it after the work
         say(f"note: graphs in {space.graphs} have tiles of {', '.join(map(str, sorted(sides)))} px, not {tile} px")
     options = CalibrateOptions(
@@ -75,11 +61,52 @@ def calibrate(
         seed=seed,
         candidates=candidates,
         max_nodata=max_nodata,
-        reading=segment_options(None, bands, stretch, stretch_percentiles, stretch_range, strict),
+        reading=reading.segment_options(),
         labels=labels,
         exclude=tuple(exclude or ()),
         skip_broken=skip_broken,
     )
-    with progress_bar("looking at tiles") as progress:
-        result = make_set(scenes, output or default_folder(space, scenes), options, progress, overwrite=overwrite)
-    show(describe_calibration(result), as_json)
+    with tile_bar("reading tiles") as progress:
+        result = choose_tiles(scenes, output or default_folder(space, scenes), options, progress, overwrite=overwrite)
+    _describe(result).show(as_json)
+
+
+_SKIPPED = (
+    ("nodata", "without data"),
+    ("blank", "blank"),
+    ("excluded", "of an evaluation set"),
+    ("near_duplicate", "near-duplicates"),
+)
+
+
+def _describe(result: CalibrateResult) -> Report:
+    from cdkd_edge.graph.tiles import SHEET_FILE
+
+    manifest, counts, coverage = result.manifest, result.manifest.counts, result.manifest.method["coverage"]
+    calibration, check = manifest.of_role("calibration"), manifest.of_role("check")
+    skipped = ", ".join(f"{counts[reason]} {name}" for reason, name in _SKIPPED if counts.get(reason))
+    strata = Counter(tile.stratum for tile in calibration if tile.stratum is not None)
+    read = counts["scenes"] - counts["scenes_excluded"] - counts["scenes_broken"]
+    chosen_from = f"{plural(counts['candidates'], 'candidate')}: {plural(counts['tiles_seen'], 'tile')} of "
+    chosen_from += plural(read, "scene") + (f", without {skipped}" if skipped else "")
+    mean, largest, random_mean, random_largest = (
+        significant(coverage[name])
+        for name in ("mean_distance", "largest_distance", "random_mean_distance", "random_largest_distance")
+    )
+    rows: Rows = [
+        (
+            "tiles",
+            f"{len(calibration)} for calibration, {len(check)} to check on, {manifest.tile} x {manifest.tile} px",
+        ),
+        ("chosen from", chosen_from),
+        ("scenes used", f"{len({tile.scene for tile in calibration})} for calibration"),
+        *([("classes", ", ".join(f"{name} {count}" for name, count in sorted(strata.items())))] if strata else []),
+        (
+            "coverage",
+            f"distance of a candidate from the nearest tile: mean {mean}, largest {largest} "
+            f"(random choices: {random_mean}, {random_largest})",
+        ),
+        *(("note", note) for note in manifest.notes),
+        ("look at", str(result.folder / SHEET_FILE)),
+    ]
+    return Report(f"calibration set {result.folder}", rows, {"path": str(result.folder), "manifest": plain(manifest)})

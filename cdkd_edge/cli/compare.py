@@ -1,16 +1,80 @@
-"""The command that puts benchmark runs beside each other: compare."""
+"""``cdkd-edge compare``: benchmark runs beside each other, in the terminal, as data, and as Markdown for an issue."""
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING
 
 import typer
 
-from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import new_folder, say, show, write_json
-from cdkd_edge.cli.options import JsonOption
+from cdkd_edge.cli.options import JSON
+from cdkd_edge.cli.report import Listing, Report, Rows, new_folder, plain, say, write_json
+from cdkd_edge.core.errors import printable
+from cdkd_edge.core.numbers import ABSENT, estimate, percent, significant
+
+if TYPE_CHECKING:
+    from cdkd_edge.bench.compare import Comparison, Row
+    from cdkd_edge.bench.statistics import Ratio
+
+
+def compare(
+    runs: list[Path] = typer.Argument(..., metavar="RUN RUN...", help="Folders that `cdkd-edge bench` wrote."),
+    baseline: str = typer.Option(
+        "first", help="The run that ratios are taken against: first, or its number from 1.", metavar="N"
+    ),
+    force: bool = typer.Option(
+        False, "--force", help="Show runs that are not comparable; all output then says why not."
+    ),
+    fail_if_slower: str | None = typer.Option(
+        None, help="Exit with 20 if a run is slower by more than this, e.g. 5%.", metavar="SHARE"
+    ),
+    fail_if_hungrier: str | None = typer.Option(
+        None, help="Exit with 20 if a run needs this much more gross energy per tile, e.g. 5%.", metavar="SHARE"
+    ),
+    strict: bool = typer.Option(
+        False, "--strict", help="Fail also where the intervals neither show nor exclude such a loss."
+    ),
+    evaluation: list[Path] | None = typer.Option(
+        None,
+        help="Folder of `evaluate -o` or `parity -o`, or the JSON file in it, for mIoU. Repeatable.",
+        metavar="FILE",
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", help="Folder for comparison.json, comparison.md and pareto.png. Default: none."
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Compare benchmark runs: speed, energy, mIoU, ratios with 95 % intervals.
+
+    Exits with 20 if the runs are not comparable, or if one loses more than allowed.
+    """
+    from cdkd_edge.bench.compare import compare_runs
+    from cdkd_edge.bench.compare_checks import Limits, require_kept
+
+    limits = Limits(
+        slower=_share(fail_if_slower, "--fail-if-slower"), hungrier=_share(fail_if_hungrier, "--fail-if-hungrier")
+    )
+    if strict and limits == Limits():
+        raise typer.BadParameter("a limit is needed: --fail-if-slower or --fail-if-hungrier", param_hint="--strict")
+    found = compare_runs(
+        runs, baseline=_index(baseline, len(runs)), force=force, limits=limits, evaluations=evaluation or ()
+    )
+    report = describe_comparison(found)
+    with new_folder(output) as place:
+        if place:
+            from cdkd_edge.bench.pareto import write_picture
+            from cdkd_edge.core.files import write_text
+
+            write_picture(place / "pareto.png", found)
+            write_text(place / "comparison.md", markdown(report))
+            write_json(place / "comparison.json", report.data)
+    report.show(as_json)
+    for gate in found.gates:
+        if gate.outcome == "cannot tell" and not strict:
+            say(f"warning: {gate.text}")
+    require_kept(found.gates, strict=strict)
 
 
 def _share(text: str | None, option: str) -> float | None:
@@ -35,71 +99,118 @@ def _index(text: str, runs: int) -> int:
     return number - 1
 
 
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Folders that `cdkd-edge bench` wrote.")],
-    baseline: Annotated[
-        str, typer.Option("--baseline", help="Which run ratios are taken against: first, or its number.", metavar="N")
-    ] = "first",
-    force: Annotated[
-        bool, typer.Option("--force", help="Show runs that are not comparable; every output then says why not.")
-    ] = False,
-    fail_if_slower: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--fail-if-slower", help="Leave with 20 if a run is slower by more, e.g. 5%.", metavar="SHARE"),
-    ] = None,
-    fail_if_hungrier: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--fail-if-hungrier",
-            help="Leave with 20 if a run needs more gross energy per tile, e.g. 5%.",
-            metavar="SHARE",
-        ),
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="A limit that is neither shown nor excluded is a failure too.")
-    ] = False,
-    evaluation: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(
-            "--evaluation",
-            help="Folder of `evaluate -o` or `parity -o`, or the JSON file in it, for mIoU; may be repeated.",
-            metavar="FILE",
-        ),
-    ] = None,
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Folder for comparison.json, comparison.md and pareto.png."),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Benchmark runs beside each other: speed, energy, mIoU, ratios with 95 % intervals.
+def describe_comparison(found: Comparison) -> Report:
+    """Three tables: speed, energy, what ran."""
+    from cdkd_edge.bench.describe import RAIL_FIGURES
 
-    Leaves with 20 if the runs are not comparable, or if one is slower or hungrier than allowed.
-    """
-    from cdkd_edge.bench.compare.checks import Limits, require_kept
-    from cdkd_edge.bench.compare.compare import compare_runs
-    from cdkd_edge.cli.show.compare import describe_comparison
-
-    limits = Limits(
-        slower=_share(fail_if_slower, "--fail-if-slower"), hungrier=_share(fail_if_hungrier, "--fail-if-hungrier")
+    baseline = found.rows[found.baseline]
+    rows: Rows = [
+        *(("NOT COMPARABLE", text) for text in found.not_comparable),
+        ("baseline", baseline.name),
+        *(("note", text) for text in found.notes),
+        ("intervals", f"{found.method}. Speed: {_interval_bases(found)}"),
+    ]
+    if any(row.gross_energy and not row.gross_energy.interval for row in found.rows):
+        rows.append(("energy", "no intervals: one repeat has one integral of energy; measure with --repeat 3 or more"))
+    rows += [(f"limit: {gate.outcome}", gate.text) for gate in found.gates]
+    speed = Listing(
+        ("run", "verdict", "tiles/s (95 %)", "ratio (95 %)", "MP/s", "p50 ms", "p99 ms"),
+        tuple(_speed_row(row, baseline) for row in found.rows),
+        "speed (engine alone)",
     )
-    if strict and limits == Limits():
-        raise typer.BadParameter("a limit is needed: --fail-if-slower or --fail-if-hungrier", param_hint="--strict")
-    found = compare_runs(
-        runs, baseline=_index(baseline, len(runs)), force=force, limits=limits, evaluations=evaluation or ()
+    figures = [f"{one.title} {one.unit}" for one in RAIL_FIGURES]
+    energy = Listing(
+        ("run", "verdict", "rail", *figures, "gross ratio (95 %)", "net ratio (95 %)"),
+        tuple(map(_energy_row, found.rows)),
+        "power and energy (net: load without idle; gross: with it)",
     )
-    report = describe_comparison(found)
-    with new_folder(output) as place:
-        if place:
-            from cdkd_edge.bench.compare.pareto import write_picture
-            from cdkd_edge.core.files import write_text
+    identity = Listing(
+        ("run", "status", "engine", "runtime", "precision", "tile", "device", "power mode", "mIoU", "of the bound"),
+        tuple(map(_identity_row, found.rows)),
+        "what ran",
+    )
+    measured = [speed, energy] if any(row.energy for row in found.rows) else [speed]
+    title = f"{len(found.rows)} runs beside each other"
+    return Report(title, rows, plain(found), (*measured, identity))
 
-            write_picture(place / "pareto.png", found)
-            write_text(place / "comparison.md", report.markdown())
-            write_json(place / "comparison.json", report.data)
-    show(report, as_json)
-    for gate in found.gates:
-        if gate.outcome == "cannot tell" and not strict:
-            say(f"warning: {gate.text}")
-    require_kept(found.gates, strict=strict)
+
+def _speed_row(row: Row, baseline: Row) -> tuple[str, ...]:
+    # Blocks of one repeat show what happened within it, not what another start would have given.
+    weak = row.speed and row.speed.interval and 1 in (row.repeats, baseline.repeats)
+    interval = row.tiles_per_second_interval
+    return (
+        row.name,
+        f"{row.verdict}, one repeat" if weak else row.verdict,
+        estimate(row.tiles_per_second.mean, *((interval.low, interval.high) if interval else ()), digits=4),
+        _ratio(row.speed),
+        significant(row.megapixels_per_second.mean),
+        significant(row.latency_ms.p50, 4),
+        significant(row.latency_ms.p99, 4),
+    )
+
+
+def _energy_row(row: Row) -> tuple[str, ...]:
+    from cdkd_edge.bench.describe import RAIL_FIGURES
+
+    if row.energy is None:
+        return (row.name, f"not measured: {row.energy_reason}", *[ABSENT] * (len(RAIL_FIGURES) + 3))
+    rail = row.energy.figures
+    return (
+        row.name,
+        row.energy_verdict or ABSENT,
+        f"{row.energy.rail} ({row.energy.scope})",
+        *(significant(getattr(rail, one.path).mean, 4) for one in RAIL_FIGURES),
+        _ratio(row.gross_energy),
+        _ratio(row.net_energy),
+    )
+
+
+def _identity_row(row: Row) -> tuple[str, ...]:
+    return (
+        row.name,
+        row.status,
+        f"{row.engine} ({row.sha256[:8]})",
+        row.runtime,
+        row.precision,
+        f"{row.tile} px" + (f" x {row.batch}" if row.batch > 1 else ""),
+        row.device,
+        row.power_mode or ABSENT,
+        percent(row.mean_iou, 2),
+        percent(row.modelled_share),
+    )
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return ABSENT
+    text = f"x {ratio.value:.3f}"
+    return text if ratio.interval is None else f"{text} ({ratio.interval.low:.3f} .. {ratio.interval.high:.3f})"
+
+
+def _interval_bases(found: Comparison) -> str:
+    """What the intervals of the runs' speeds were taken from; each basis is named once."""
+    kinds: dict[str, list[str]] = {}
+    for row in found.rows:
+        kinds.setdefault(row.interval_basis, []).append(row.name)
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "; ".join(f"{', '.join(names)}: {basis}" for basis, names in kinds.items())
+
+
+def markdown(report: Report) -> str:
+    """A report as Markdown."""
+    lines = [f"## {_escaped(report.title)}", ""]
+    lines += [f"- **{name}**: {_escaped(value)}" for name, value in report.rows]
+    for listing in report.listings:
+        lines += ["", f"### {_escaped(listing.title)}", "", _markdown_row(listing.columns)]
+        lines.append("|---|" + "---:|" * (len(listing.columns) - 1))
+        lines += map(_markdown_row, listing.rows)
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\|`*<>\[\]])", r"\\\1", printable(" ".join(text.split())))

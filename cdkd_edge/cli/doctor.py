@@ -1,25 +1,45 @@
-"""The command about the machine itself: doctor."""
+"""``cdkd-edge doctor``: what this machine can do, and what is wrong."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import show
-from cdkd_edge.cli.options import JsonOption, WorkspaceOption
+from cdkd_edge.cli.options import JSON, WORKSPACE
+from cdkd_edge.cli.report import Report, Rows
+from cdkd_edge.core.errors import DoctorError, printable
+
+if TYPE_CHECKING:
+    from cdkd_edge.board.doctor import Diagnosis
+
+_DOCUMENT_VERSION = 1
 
 
-@app.command()
-def doctor(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> None:
-    """What this machine is and can do; what is wrong, and the command that mends it. Changes nothing.
+def doctor(workspace: Path = WORKSPACE, as_json: bool = JSON) -> None:
+    """Show what this machine can do, what is wrong with it, and the command that repairs it. Changes nothing.
 
-    Leaves with 0 unless something failed, then with 15. Warnings do not count.
+    Exits with 15 if something failed, else with 0; warnings do not count.
     """
     from cdkd_edge.board.doctor.examine import examine
-    from cdkd_edge.cli.show.doctor import describe_diagnosis
-    from cdkd_edge.core.errors import DoctorError
 
     diagnosis = examine(workspace)
-    show(describe_diagnosis(diagnosis), as_json)
+    _describe(diagnosis).show(as_json)
     if diagnosis.failed:
-        raise DoctorError(f"to be mended: {', '.join(finding.name for finding in diagnosis.failed)}")
+        raise DoctorError(f"to be repaired: {', '.join(finding.name for finding in diagnosis.failed)}")
+
+
+def _describe(diagnosis: Diagnosis) -> Report:
+    rows: Rows = []
+    for finding in diagnosis.findings:
+        # Some of it comes from files, drivers and services.
+        rows.append((finding.status, finding.name, printable(finding.text, 1000)))
+        if finding.mend:
+            rows.append(("", "", f"repair: {finding.mend}"))
+    data = {
+        "doctor_version": _DOCUMENT_VERSION,
+        "counts": diagnosis.counts,
+        "findings": [dataclasses.asdict(finding) for finding in diagnosis.findings],
+    }
+    title = "this machine: " + ", ".join(f"{count} {status}" for status, count in diagnosis.counts.items())
+    return Report(title, rows, data)

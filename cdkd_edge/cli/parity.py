@@ -1,98 +1,67 @@
-"""The command parity: an engine against its network."""
+"""``cdkd-edge parity``: does an engine label as its network does?"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING
 
 import typer
 
-from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import command_line, new_folder, progress_bar, show, stem_of, workspace_at, write_json
+from cdkd_edge.cli.evaluate import data_of, data_text, subject_data
 from cdkd_edge.cli.options import (
-    BandsOption,
-    DataOption,
-    DeviceOption,
-    EngineOption,
-    JsonOption,
-    OverlapOption,
-    PercentilesOption,
-    PrecisionOption,
-    RangeOption,
-    SchemaOption,
-    StretchOption,
-    StrictOption,
-    ThreadsOption,
-    WeightsOption,
-    WorkspaceOption,
-    chosen_images,
+    DATA,
+    ENGINE,
+    JSON,
+    WORKSPACE,
+    AccuracyOptions,
+    ReadingOptions,
+    TorchOptions,
+    command_line,
     named_engine,
-    segment_options,
+    stem_of,
 )
+from cdkd_edge.cli.progress import tile_bar
+from cdkd_edge.cli.report import Report, Rows, new_folder, write_json
+from cdkd_edge.core.numbers import duration, percent
+from cdkd_edge.core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from cdkd_edge.quality.artefacts import LoadedArtefact
+    from cdkd_edge.quality.datasets import Dataset
+    from cdkd_edge.quality.parity import ComparedScore, Parity
 
 
-@app.command()
 def parity(
-    reference: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="What the labels should be: a checkpoint, or a graph or engine.")
-    ],
-    data: DataOption,
-    artefact: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Argument(
-            metavar="ENGINE",
-            help="What is to be proved: an engine, or a graph or checkpoint. Default: the workspace's only engine.",
-        ),
-    ] = None,
-    engine: EngineOption = None,
-    schema: SchemaOption = None,
-    scenes: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Compare on these scenes only, e.g. tile5 or Val. Default: every image.", metavar="A,B"),
-    ] = None,
-    image_list: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--list", help="Compare on the images that this text file names, one a line."),
-    ] = None,
-    tolerance: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            help="Largest loss of mIoU, percentage points. Default: 0.02; 0.5 for an INT8 candidate.", min=0, max=100
-        ),
-    ] = None,
-    min_agreement: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            help="Smallest share of pixels with the same label, per cent. Default: 99.9; 98 for an INT8 candidate.",
-            min=0,
-            max=100,
-        ),
-    ] = None,
-    save_maps: Annotated[
-        bool, typer.Option("--save-maps", help="Keep both label maps, and pictures of where they differ.")
-    ] = False,
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Folder for parity.json, and for maps. Default: benchmarks/RUN, for maps."),
-    ] = None,
-    overlap: OverlapOption = None,
-    bands: BandsOption = None,
-    stretch: StretchOption = False,
-    stretch_percentiles: PercentilesOption = None,
-    stretch_range: RangeOption = None,
-    strict: StrictOption = False,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "fp32",
-    weights: WeightsOption = None,
-    threads: ThreadsOption = None,
-    workspace: WorkspaceOption = Path(),
-    as_json: JsonOption = False,
+    reference: Path = typer.Argument(
+        ..., metavar="CKPT", help="What gives the expected labels: a checkpoint, graph or engine."
+    ),
+    artefact: Path | None = typer.Argument(
+        None,
+        metavar="ENGINE",
+        help="What is compared with it: an engine, graph or checkpoint. Default: the only engine in the workspace.",
+    ),
+    *,
+    data: Path = DATA,
+    engine: Path | None = ENGINE,
+    tolerance: float | None = typer.Option(
+        None, help="Largest loss of mIoU, percentage points. Default: 0.02; 0.5 for an INT8 candidate.", min=0, max=100
+    ),
+    min_agreement: float | None = typer.Option(
+        None,
+        help="Smallest share of pixels with the same label, per cent. Default: 99.9; 98 for an INT8 candidate.",
+        min=0,
+        max=100,
+    ),
+    accuracy: AccuracyOptions,
+    reading: ReadingOptions,
+    torch: TorchOptions,
+    workspace: Path = WORKSPACE,
+    as_json: bool = JSON,
 ) -> None:
-    """Does an engine label as its network does? Scores of both on labelled images, tile for tile, and a verdict.
+    """Check whether an engine labels as its network does: both scores on labelled images, and a verdict.
 
-    Leaves with 0 if it passes and with 14 if it does not; any other code means that nothing was decided.
+    Exits with 0 if it passes and with 14 if it does not; any other code means that nothing was decided.
     """
-    from cdkd_edge.cli.show.accuracy import describe_parity
     from cdkd_edge.core.errors import ParityError
     from cdkd_edge.quality.artefacts import open_artefacts
     from cdkd_edge.quality.evaluate import data_schema
@@ -100,33 +69,100 @@ def parity(
 
     if min_agreement is not None and 0 < min_agreement <= 1:
         raise typer.BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")
-    options = segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range, strict)
-    space = workspace_at(workspace)
+    options = reading.segment_options(overlap=accuracy.overlap)
+    space = Workspace(workspace)
     candidate = named_engine(artefact, engine) or space.only_engine(
         f"cdkd-edge parity {reference}", typed=command_line()
     )
-    dataset = chosen_images(data, scenes, image_list)
-    folder = output or (space.new_run(f"{stem_of(candidate)}-parity") if save_maps else None)
+    dataset = accuracy.dataset(data)
+    folder = accuracy.folder(space, f"{stem_of(candidate)}-parity")
     pair = open_artefacts(
-        reference, candidate, schema=schema, device=device, precision=precision, threads=threads, weights=weights
+        reference,
+        candidate,
+        schema=accuracy.schema,
+        device=torch.device,
+        precision=torch.precision,
+        threads=accuracy.threads,
+        weights=torch.weights,
     )
-    with pair as (ours, theirs), new_folder(folder) as place, progress_bar(candidate.name) as progress:
+    with pair as (ours, theirs), new_folder(folder) as place, tile_bar(candidate.name) as progress:
         gate = ParityGate.of(theirs.precision, tolerance, None if min_agreement is None else min_agreement / 100)
         named = next((one.labeller.schema for one in (theirs, ours) if not one.labeller.schema.numbered), None)
         result = measure_parity(
             ours.labeller,
             theirs.labeller,
             dataset,
-            data_schema(dataset, schema, named),
+            data_schema(dataset, accuracy.schema, named),
             gate,
             options=options,
-            maps=place / "maps" if place and save_maps else None,
+            maps=place / "maps" if place and accuracy.save_maps else None,
             trained_on=ours.training or theirs.training,
             progress=progress,
         )
-        report = describe_parity(ours, theirs, dataset, result, folder)
+        report = _describe(ours, theirs, dataset, result, folder)
         if place:
             write_json(place / "parity.json", report.data)
-    show(report, as_json)
+    report.show(as_json)
     if result.failures:
         raise ParityError(f"{candidate.name} does not keep to {reference.name}: {'; '.join(result.failures)}")
+
+
+def _describe(
+    reference: LoadedArtefact, candidate: LoadedArtefact, dataset: Dataset, result: Parity, folder: Path | None
+) -> Report:
+    from cdkd_edge import __version__
+    from cdkd_edge.quality.metrics import METRICS
+
+    document, differences = result.document(), result.differences()
+    changed = sum(count for _, _, count in differences)
+    same = f"{percent(result.agreement, 2)}: {changed} of {document['pixels']} pixels differ"
+    if result.labelled_agreement is not None:
+        same += f"; {percent(result.labelled_agreement, 2)} where there is a truth"
+    intervals = "none: too few tiles"
+    if result.scores["mean_iou"].interval:
+        intervals = f"95 %, {result.resamples} resamples of {result.tiles} tiles"
+    rows: Rows = [
+        *(
+            (side, f"{subject.kind} {subject.path}, {subject.precision}, {subject.runtime}")
+            for side, subject in (("reference", reference), ("candidate", candidate))
+        ),
+        ("data", data_text(dataset, result.schema)),
+        *(("note", f"{one.path.name}: {note}") for one in (reference, candidate) for note in one.notes),
+        *(("note", note) for note in result.notes),
+        *((name, f"IoU {_change(result.class_iou[label])}") for label, name in enumerate(result.schema.class_names)),
+        *((metric.label, _change(result.scores[name])) for name, metric in METRICS.items()),
+        ("same label", same),
+        *(("changed", f"{before} to {after}: {count} px") for before, after, count in differences[:5]),
+        ("intervals", intervals),
+        ("time", duration(result.seconds)),
+        ("verdict", "; ".join([result.verdict, *result.failures]) + _position(result)),
+        *([("results", str(folder))] if folder else []),
+    ]
+    data = {
+        "tool": f"cdkd-edge {__version__}",
+        "reference": subject_data(reference),
+        "candidate": subject_data(candidate),
+        "data": data_of(dataset, result.schema),
+        **document,
+        "folder": str(folder) if folder else None,
+    }
+    return Report(f"parity of {candidate.path.name} with {reference.path.name}", rows, data)
+
+
+def _change(score: ComparedScore) -> str:
+    """Two scores, their difference in points and its interval."""
+    if score.delta is None:
+        return "none: not in the truth"
+    text = f"{percent(score.reference, 2)} to {percent(score.candidate, 2)}: {score.delta:+.3f} points"
+    return text + (f" ({score.interval.low:+.3f} .. {score.interval.high:+.3f})" if score.interval else "")
+
+
+def _position(result: Parity) -> str:
+    """What the interval adds to the verdict on mIoU."""
+    tolerance = f"the tolerance of {result.gate.tolerance:g} points of mIoU"
+    return {
+        None: "",
+        "within": f"; the whole interval lies within {tolerance}",
+        "across": f"; the interval reaches across {tolerance}: other images may decide otherwise",
+        "beyond": f"; the whole interval lies beyond {tolerance}",
+    }[result.interval_position]

@@ -1,55 +1,183 @@
-"""The command that models speed: roofline."""
+"""``cdkd-edge roofline``: how fast a graph could be. Tables and data name every figure as modelled."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import show, workspace_at
-from cdkd_edge.cli.options import JsonOption, WorkspaceOption
+from cdkd_edge.bench.roofline.devices import RATES, device_names
+from cdkd_edge.cli.options import JSON, WORKSPACE
+from cdkd_edge.cli.report import LISTED, Listing, Report, Rows
+from cdkd_edge.core.numbers import percent, significant, size
+from cdkd_edge.core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from cdkd_edge.bench.roofline.model import Estimate, Roofline
+    from cdkd_edge.bench.roofline.operators import GraphCost
+
+_DOCUMENT_VERSION = 1
 
 
-@app.command()
 def roofline(
-    graph: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Argument(help="Exported graph (.onnx). Default: the only FP32 graph in the workspace."),
-    ] = None,
-    device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--device",
-            help="orin-nx-16gb, orin-nx-8gb, orin-nano-8gb, orin-nano-4gb, agx-orin-64gb, agx-orin-32gb, "
-            "rtx-3060-12gb, rtx-4090, h200, or a .toml file. Default: this board, else orin-nx-16gb.",
-            metavar="DEVICE",
-        ),
-    ] = None,
-    mode: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--mode", help="Power mode, e.g. MAXN; lists its kernels too. Default: all modes.", metavar="MODE"
-        ),
-    ] = None,
-    precision: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--precision", help="fp32, fp16 or int8. Default: all that the graph can be had in."),
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="List every kernel, not only those that take longest.")] = False,
-    workspace: WorkspaceOption = Path(),
-    as_json: JsonOption = False,
+    graph: Path | None = typer.Argument(
+        None, help="Exported graph (.onnx). Default: the only FP32 graph in the workspace."
+    ),
+    device: str | None = typer.Option(
+        None,
+        help=f"{', '.join(device_names())}, or a .toml file. Default: this board, else orin-nx-16gb.",
+        metavar="DEVICE",
+    ),
+    mode: str | None = typer.Option(
+        None, help="Power mode, e.g. MAXN; its kernels are listed too. Default: all modes, no kernels.", metavar="MODE"
+    ),
+    precision: str | None = typer.Option(None, help=f"{', '.join(RATES)}. Default: all that can be made of the graph."),
+    every: bool = typer.Option(False, "--all", help=f"List every kernel, not only the {LISTED} that take longest."),
+    workspace: Path = WORKSPACE,
+    as_json: bool = JSON,
 ) -> None:
-    """How fast a graph could be on a device, from operators and data sheets. Modelled; runs and measures nothing."""
-    from cdkd_edge.bench.roofline.devices import RATES, default_device, load_device
+    """Model how fast a graph could be on a device, from its operators and data sheets. Runs and measures nothing."""
+    from cdkd_edge.bench.roofline.devices import default_device, load_device
     from cdkd_edge.bench.roofline.model import roofline as model
-    from cdkd_edge.cli.show.roofline import describe_roofline
 
     if precision is not None and precision not in RATES:
         raise typer.BadParameter(f"one of {', '.join(RATES)}", param_hint="--precision")
     chosen = load_device(device) if device is not None else default_device()
     if mode is not None:
         chosen.mode(mode)
-    path = graph or workspace_at(workspace).only_graph()
-    show(describe_roofline(model(path, chosen, mode=mode, precision=precision), every=every), as_json)
+    path = graph or Workspace(workspace).only_graph()
+    _describe(model(path, chosen, mode=mode, precision=precision), every=every).show(as_json)
+
+
+def _describe(found: Roofline, *, every: bool) -> Report:
+    """All modes, or one with its kernels."""
+    from cdkd_edge.bench.roofline.model import REALISTIC, SPREAD
+
+    one_mode = len({estimate.mode.name for estimate in found.estimates}) == 1
+    assumed = (
+        f"assumed: GEMM {REALISTIC.gemm:g}, attention {REALISTIC.attention:g}, INT8 {REALISTIC.int8:g}, DRAM "
+        f"{REALISTIC.dram:g} of peak (range: {SPREAD:g} less and more), {1e6 * REALISTIC.kernel_seconds:g} us a kernel"
+    )
+    rows: Rows = [
+        ("device", found.device.title),
+        *((f"{cost.precision} graph", _graph_text(cost)) for cost in found.graphs),
+        ("bound", "every kernel at peak rate, nothing kept in a cache between kernels"),
+        ("realistic", assumed),
+        *(("note", note) for note in found.notes),
+    ]
+    columns = ("mode", "precision", "attention", "GB moved", "bound FPS", "realistic FPS", "range")
+    listings = [Listing(columns, tuple(map(_estimate_row, found.estimates)))]
+    if one_mode:
+        listings.append(_kernel_listing(max(found.estimates, key=lambda estimate: estimate.fps), every))
+    title = f"MODELLED, not measured: {found.path} on {found.device.title}, tiles per second (FPS)"
+    return Report(title, rows, _data(found, kernels=one_mode), tuple(listings))
+
+
+def _graph_text(cost: GraphCost) -> str:
+    weights = sum(operator.constant_bytes for operator in cost.operators)
+    return (
+        f"{significant(cost.product_flop / 1e9)} GFLOP in products per batch of {cost.batch}, weights {size(weights)}"
+    )
+
+
+def _estimate_row(estimate: Estimate) -> tuple[str, ...]:
+    return (
+        estimate.mode.name,
+        estimate.precision,
+        estimate.attention,
+        significant(estimate.traffic_bytes / 1e9),
+        significant(estimate.bound_fps),
+        significant(estimate.fps),
+        f"{significant(estimate.low_fps)} .. {significant(estimate.high_fps)}",
+    )
+
+
+def _kernel_listing(estimate: Estimate, every: bool) -> Listing:
+    total = sum(time.seconds for time in estimate.times)
+    shown = list(estimate.times) if every else sorted(estimate.times, key=lambda time: -time.seconds)[:LISTED]
+    rows: list[tuple[str, ...]] = [
+        (
+            time.kernel.name + (f" + {len(time.kernel.operators) - 1}" if len(time.kernel.operators) > 1 else ""),
+            time.kernel.precision if time.kernel.product_flop else "",
+            significant((time.kernel.product_flop + time.kernel.vector_flop) / 1e9),
+            significant(time.kernel.traffic_bytes / 1e6),
+            significant(time.seconds * 1e3),
+            percent(time.seconds / total),
+            time.bound_by,
+        )
+        for time in shown
+    ]
+    if len(shown) < len(estimate.times):
+        rows.append((f"... {len(estimate.times) - len(shown)} more (--all)", *[""] * 6))
+    columns = ("operator + what runs with it", "products", "GFLOP", "MB moved", "ms modelled", "share", "bound by")
+    title = f"MODELLED kernels: {estimate.precision}, attention {estimate.attention}, {estimate.mode.name}"
+    return Listing(columns, tuple(rows), title)
+
+
+def _data(found: Roofline, *, kernels: bool) -> dict[str, Any]:
+    from cdkd_edge.bench.roofline.model import REALISTIC, SPREAD
+
+    return {
+        "roofline_version": _DOCUMENT_VERSION,
+        "kind": "modelled",
+        "path": str(found.path),
+        "device": {
+            "name": found.device.name,
+            "title": found.device.title,
+            "operations_per_multiprocessor_and_clock": dataclasses.asdict(found.device.rates),
+            "modes": {name: dataclasses.asdict(mode) for name, mode in found.device.modes.items()},
+        },
+        "assumptions": {**dataclasses.asdict(REALISTIC), "range": SPREAD},
+        "graphs": [_graph_data(cost) for cost in found.graphs],
+        "estimates": [_estimate_data(estimate, kernels=kernels) for estimate in found.estimates],
+        "notes": list(found.notes),
+    }
+
+
+def _graph_data(cost: GraphCost) -> dict[str, Any]:
+    return {
+        "precision": cost.precision,
+        "batch": cost.batch,
+        "product_flop": cost.product_flop,
+        "operators": [
+            {
+                "name": operator.name,
+                "operator": operator.op,
+                "precision": operator.precision,
+                "flop": operator.product_flop + operator.vector_flop,
+                "read_bytes": operator.read_bytes,
+                "written_bytes": operator.written_bytes,
+                "weight_bytes": operator.constant_bytes,
+            }
+            for operator in cost.operators
+        ],
+    }
+
+
+def _estimate_data(estimate: Estimate, *, kernels: bool) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "mode": estimate.mode.name,
+        "precision": estimate.precision,
+        "attention": estimate.attention,
+        "modelled_kernels": estimate.kernels,
+        "modelled_traffic_bytes": estimate.traffic_bytes,
+        "modelled_arithmetic_bound_fps": estimate.arithmetic_bound_fps if estimate.product_flop else None,
+        "modelled_bound_fps": estimate.bound_fps,
+        "modelled_fps": estimate.fps,
+        "modelled_fps_range": [estimate.low_fps, estimate.high_fps],
+    }
+    if kernels:
+        data["kernels"] = [
+            {
+                "name": time.kernel.name,
+                "operators": list(time.kernel.operators),
+                "flop": time.kernel.product_flop + time.kernel.vector_flop,
+                "traffic_bytes": time.kernel.traffic_bytes,
+                "modelled_seconds": time.seconds,
+                "bound_by": time.bound_by,
+            }
+            for time in estimate.times
+        ]
+    return data

@@ -1,202 +1,191 @@
-"""The command that makes label maps: segment."""
+"""``cdkd-edge segment``: scenes to label maps."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
-from cdkd_edge.cli.app import app
-from cdkd_edge.cli.helpers import command_line, print_json, say, workspace_at
 from cdkd_edge.cli.options import (
-    BandsOption,
-    EngineOption,
-    JsonOption,
-    OverlapOption,
-    PaletteOption,
-    PercentilesOption,
-    RangeOption,
-    StretchOption,
-    StrictOption,
-    ThreadsOption,
-    WorkspaceOption,
-    segment_options,
+    ENGINE,
+    JSON,
+    OVERLAP,
+    PALETTE,
+    THREADS,
+    WORKSPACE,
+    ReadingOptions,
+    command_line,
 )
-from cdkd_edge.core.labels import Palette
+from cdkd_edge.cli.progress import bar, lines, plain_tile_bar
+from cdkd_edge.cli.report import Console, Report, Rows, in_brackets, plain, print_json, say
+from cdkd_edge.core.labels import NAME_THEM, Palette, nameless
+from cdkd_edge.core.numbers import duration, percent, significant
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
+from cdkd_edge.core.signals import check
+from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.segment.merges import DEFAULT_MERGE, merge_help, merge_mode
 
-_MADE = "What is made beside the label map"
+if TYPE_CHECKING:
+    from cdkd_edge.raster.areas import Areas
+    from cdkd_edge.segment.many.dispatch import RunObserver
+    from cdkd_edge.segment.many.jobs import Job, JobReport
+    from cdkd_edge.segment.options import SegmentResult
+    from cdkd_edge.segment.products import ProductOptions
+else:
+    RunObserver = object  # importing it takes half a second, which --help does not have
 
 
-@app.command()
+@dataclass(frozen=True)
+class MapOptions:
+    """How the label map is made."""
+
+    overlap: int | None = OVERLAP
+    merge: str = typer.Option(DEFAULT_MERGE, help=merge_help())
+    confidence: bool = typer.Option(
+        False, "--confidence", help="Also write NAME_confidence.tif: the label's probability, per cent."
+    )
+    gsd: float | None = typer.Option(
+        None, help="Resample scenes to pixels of this size, metres. Default: their own.", metavar="METRES"
+    )
+    aoi: str | None = typer.Option(
+        None,
+        help="Label only an area: a file of polygons (GeoJSON, GeoPackage, Shapefile), or a box in lon/lat (or the "
+        "scene's coordinates).",
+        metavar="FILE|MINX,MINY,MAXX,MAXY",
+    )
+    palette: Palette = PALETTE
+    readers: int = typer.Option(2, help="Threads that read the scene.", min=1, max=16)
+
+    def engine_kind(self) -> str:
+        """What the engine must give."""
+        needed = merge_mode(self.merge).needs
+        return CONFIDENCE if self.confidence and needed == LABELS else needed
+
+
+@dataclass(frozen=True)
+class ProductsGroup:
+    """What is written beside the label map."""
+
+    PANEL: ClassVar = "What is written beside the label map"
+
+    preview: bool = typer.Option(
+        False, "--preview", help="Also write NAME_preview.png: the map over the scene, with a legend."
+    )
+    vector: bool = typer.Option(False, "--vector", help="Also write NAME.gpkg: polygons of each class.")
+    min_area: str | None = typer.Option(
+        None, help="Leave smaller polygons out, e.g. 100m2, 0.5ha or 20px.", metavar="AREA"
+    )
+    simplify: float = typer.Option(0.0, help="Simplify polygons by up to so many px.", min=0)
+    stac: bool = typer.Option(False, "--stac", help="Also write NAME.stac.json, a STAC Item.")
+    when: str | None = typer.Option(
+        None, "--datetime", help="Time of the images for STAC, e.g. 2026-05-04T10:30:00Z, or START/END.", metavar="TIME"
+    )
+
+    def checked(self) -> ProductOptions:
+        """The same, parsed."""
+        from cdkd_edge.segment.products import ProductOptions
+        from cdkd_edge.segment.products.polygons import vector_options
+
+        if (self.min_area or self.simplify) and not self.vector:
+            raise typer.BadParameter("they have no effect without --vector", param_hint="--min-area, --simplify")
+        if self.when and not self.stac:
+            raise typer.BadParameter("it has no effect without --stac", param_hint="--datetime")
+        polygons = vector_options(self.min_area, self.simplify) if self.vector else None
+        return ProductOptions(vector=polygons, preview=self.preview, stac=self.stac, when=self.when)
+
+
+@dataclass(frozen=True)
+class ManyOptions:
+    """How many scenes are worked on."""
+
+    PANEL: ClassVar = "Many scenes"
+
+    keep_folders: bool = typer.Option(
+        False, "--keep-folders", help="Keep the folders of the scenes below the output folder."
+    )
+    report: Path | None = typer.Option(
+        None, help="Keep a report of all scenes in this JSON file. Default: none.", dir_okay=False
+    )
+    workers: int | None = typer.Option(
+        None, help="Label so many scenes at a time, each in a process. Default: one.", min=1
+    )
+    dask: str | None = typer.Option(
+        None, help="Spread scenes over the workers of this dask scheduler.", metavar="ADDRESS"
+    )
+    worker_engines: str | None = typer.Option(
+        None, help="With --dask: each worker takes the engine of the same graph from its own DIR.", metavar="DIR"
+    )
+
+    def require_sense(self) -> None:
+        """Refuse options that exclude each other."""
+        if self.dask and self.workers:
+            raise typer.BadParameter("choose --dask or --workers", param_hint="--workers")
+        if self.worker_engines and not self.dask:
+            raise typer.BadParameter("it has no effect without --dask", param_hint="--worker-engines")
+
+
 def segment(
-    scenes: Annotated[
-        list[str],
-        typer.Argument(help="Rasters that GDAL can read, folders of them, patterns ('scenes/**/*.tif'), @LIST.txt."),
-    ],
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--output",
-            "--out",
-            "-o",
-            help="Label map (.tif), or a directory. Default: NAME_labels.tif here, NAME being the scene's.",
-        ),
-    ] = None,
-    keep_folders: Annotated[
-        bool,
-        typer.Option("--keep-folders", help="Below the output directory, keep the folders that scenes are named with."),
-    ] = False,
-    engine: EngineOption = None,
-    overlap: OverlapOption = None,
-    bands: BandsOption = None,
-    stretch: StretchOption = False,
-    stretch_percentiles: PercentilesOption = None,
-    stretch_range: RangeOption = None,
-    strict: StrictOption = False,
-    merge: Annotated[str, typer.Option("--merge", help=merge_help())] = DEFAULT_MERGE,
-    confidence: Annotated[
-        bool, typer.Option("--confidence", help="Also write NAME_confidence.tif: the label's probability, per cent.")
-    ] = False,
-    gsd: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--gsd", help="Resample scenes to this ground sample distance, m.", metavar="METRES"),
-    ] = None,
-    aoi: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--aoi",
-            help="Label only an area: a file of polygons (GeoJSON, GeoPackage, Shapefile), or a box in lon/lat (or the "
-            "scene's coordinates).",
-            metavar="FILE|MINX,MINY,MAXX,MAXY",
-        ),
-    ] = None,
-    palette: PaletteOption = Palette.DISPLAY,
-    readers: Annotated[int, typer.Option("--readers", help="Threads that read the scene.", min=1, max=16)] = 2,
-    preview: Annotated[
-        bool,
-        typer.Option(
-            "--preview",
-            help="Also write NAME_preview.png: the map over the scene, with a legend.",
-            rich_help_panel=_MADE,
-        ),
-    ] = False,
-    vector: Annotated[
-        bool,
-        typer.Option("--vector", help="Also write NAME.gpkg: polygons of each class.", rich_help_panel=_MADE),
-    ] = False,
-    min_area: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--min-area",
-            help="Leave smaller polygons out, e.g. 100m2, 0.5ha or 20px.",
-            metavar="AREA",
-            rich_help_panel=_MADE,
-        ),
-    ] = None,
-    simplify: Annotated[
-        float,
-        typer.Option("--simplify", help="Simplify polygons by so many px.", min=0, rich_help_panel=_MADE),
-    ] = 0.0,
-    stac: Annotated[
-        bool, typer.Option("--stac", help="Also write NAME.stac.json, a STAC Item.", rich_help_panel=_MADE)
-    ] = False,
-    when: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--datetime",
-            help="Time of the images for STAC, e.g. 2026-05-04T10:30:00Z, or START/END.",
-            metavar="TIME",
-            rich_help_panel=_MADE,
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace existing label maps, and drop what an interrupted run left.")
-    ] = False,
-    report: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--report", help="Keep a report of all scenes in this JSON file.", dir_okay=False),
-    ] = None,
-    workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--workers", help="Spread scenes over so many processes on this machine.", min=1),
-    ] = None,
-    dask: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--dask", help="Spread scenes over the workers of this dask scheduler.", metavar="ADDRESS"),
-    ] = None,
-    worker_engines: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--worker-engines",
-            help="With --dask: each worker takes the engine of the same graph from its own DIR.",
-            metavar="DIR",
-        ),
-    ] = None,
-    threads: ThreadsOption = None,
-    workspace: WorkspaceOption = Path(),
-    as_json: JsonOption = False,
+    scenes: list[str] = typer.Argument(
+        ..., help="Rasters that GDAL can read, folders of them, patterns ('scenes/**/*.tif'), @LIST.txt."
+    ),
+    *,
+    output: Path | None = typer.Option(
+        None,
+        *("--output", "--out", "-o"),
+        help="Label map (.tif), or a folder. Default: SCENE_labels.tif in this folder.",
+    ),
+    engine: Path | None = ENGINE,
+    threads: int | None = THREADS,
+    maps: MapOptions,
+    reading: ReadingOptions,
+    products: ProductsGroup,
+    many: ManyOptions,
+    overwrite: bool = typer.Option(
+        False, "--overwrite", help="Replace existing label maps, and drop what an interrupted run left."
+    ),
+    workspace: Path = WORKSPACE,
+    as_json: bool = JSON,
 ) -> None:
-    """Scenes to label maps: GeoTIFF with palette, class names and the scene's georeference.
+    """Label scenes: GeoTIFFs with palette, class names and the scene's georeference.
 
-    A scene that fails does not keep the others from being labelled; the exit code is 18 then. Label maps that are
-    there are kept if they are of this scene by this engine with these options.
+    A scene that fails does not stop the others; the exit code is then 18. A label map that exists is kept if it is of
+    this scene by this engine with these options.
     """
-    import dataclasses
-
-    from cdkd_edge.cli.show.fleet import live_fleet
     from cdkd_edge.segment.many.run import engine_ref, plan_outputs, segment_many, workers_for
     from cdkd_edge.segment.partial import resume_advice
-    from cdkd_edge.segment.products import ProductOptions
-    from cdkd_edge.segment.products.polygons import vector_options
 
-    if dask and workers:
-        raise typer.BadParameter("choose a scheduler or workers here", param_hint="--workers")
-    if worker_engines and not dask:
-        raise typer.BadParameter("needs --dask", param_hint="--worker-engines")
-    space = workspace_at(workspace)
-    options = dataclasses.replace(
-        segment_options(overlap, bands, stretch, stretch_percentiles, stretch_range, strict),
-        merge=merge,
-        confidence=confidence,
-        gsd=gsd,
-        aoi=aoi,
-        palette=palette,
-        readers=readers,
-    )
-    if (min_area or simplify) and not vector:
-        raise typer.BadParameter("they are about --vector", param_hint="--min-area, --simplify")
-    if when and not stac:
-        raise typer.BadParameter("it is for --stac", param_hint="--datetime")
-    polygons = vector_options(min_area, simplify) if vector else None
-    products = ProductOptions(vector=polygons, preview=preview, stac=stac, when=when)
+    many.require_sense()
+    space, made = Workspace(workspace), products.checked()
+    options = reading.segment_options(**dataclasses.asdict(maps))
     names, outputs = plan_outputs(
         scenes,
         output,
         space.root,
-        products,
-        confidence=confidence,
-        keep_folders=keep_folders,
+        made,
+        confidence=maps.confidence,
+        keep_folders=many.keep_folders,
         overwrite=overwrite,
     )
-    needed = merge_mode(merge).needs
-    kind = CONFIDENCE if confidence and needed == LABELS else needed
-    chosen = engine or space.only_engine("cdkd-edge segment SCENE --engine", kind, command_line())
-    ref = engine_ref(chosen, threads=threads, worker_folder=worker_engines)
-    who, ref = workers_for(ref, dask, workers and min(workers, len(names)))
-    with live_fleet(names, as_json) as observer:
+    path = engine or space.only_engine("cdkd-edge segment SCENE --engine", maps.engine_kind(), command_line())
+    ref = engine_ref(path, threads=threads, worker_folder=many.worker_engines)
+    workers, ref = workers_for(ref, many.dask, many.workers and min(many.workers, len(names)))
+    with _observer(names, as_json) as observer:
         try:
             segment_many(
                 names,
                 outputs,
-                who,
+                workers,
                 ref,
                 options,
-                products,
+                made,
                 overwrite=overwrite,
-                report_path=report,
+                report_path=many.report,
                 observer=observer,
             )
         except (KeyboardInterrupt, SystemExit):
@@ -205,5 +194,143 @@ def segment(
             raise
         finally:
             if as_json:  # also what was finished before a scene failed
-                place = {name: number for number, name in enumerate(names)}
-                print_json([row.document() for row in sorted(observer.reports, key=lambda row: place[row.scene])])
+                order = {name: number for number, name in enumerate(names)}
+                print_json([row.document() for row in sorted(observer.reports, key=lambda row: order[row.scene])])
+
+
+@contextlib.contextmanager
+def _observer(scenes: list[str], as_json: bool) -> Iterator[SceneLines]:
+    """Results on stdout as they come; progress and what failed on stderr."""
+    if len(scenes) == 1:
+        with plain_tile_bar(Path(scenes[0]).name) as progress:
+            yield SceneLines(as_json, progress=progress)
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        with lines(console) as note:
+            yield SceneLines(as_json, len(scenes), summary=lambda text, _: note(f"scenes {text}"))
+        return
+
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("scenes"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with bar(console, columns, total=len(scenes)) as update:
+        summary = lambda text, done: update(completed=done, description=text)  # noqa: E731
+        yield SceneLines(as_json, len(scenes), console=console, summary=summary)
+
+
+class SceneLines(RunObserver):
+    """Shows a run as it goes, and keeps the reports of its scenes."""
+
+    def __init__(
+        self,
+        as_json: bool,
+        scenes: int = 1,
+        *,
+        console: Console | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        summary: Callable[[str, float], None] = lambda text, done: None,
+    ) -> None:
+        self.reports: list[JobReport] = []
+        self._as_json, self._scenes, self._console = as_json, scenes, console or Console(stderr=True)
+        self._progress, self._summary = progress, summary
+        self._started = time.monotonic()
+        self._tiles: dict[int, tuple[int, int]] = {}
+        """Tiles done and in all, of every scene that was begun."""
+
+    def begun(self, index: int, job: Job) -> None:
+        """A scene is being worked on."""
+        check()
+        self._tiles[index] = (0, 1)
+        self._show()
+
+    def tiles(self, index: int, done: int, total: int) -> None:
+        """Tiles of a scene are done."""
+        check()
+        self._tiles[index] = (done, total)
+        self._progress(done, total)
+        self._show()
+
+    def finished(self, report: JobReport) -> None:
+        """A scene has its label map, or failed."""
+        self.reports.append(report)
+        if report.error is None and not self._as_json:
+            _describe_job(report).print()
+        if report.error is not None and self._scenes > 1:  # of one scene the error itself says it
+            hint = f" — {report.error.hint}" if report.error.hint else ""
+            named = "" if str(report.scene) in report.error.message else f"{report.scene}: "
+            self._console.print_line(f"failed: {named}{report.error.message}{hint}")
+        self._show()
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        self._console.print_line(f"note: {text}")
+
+    def _show(self) -> None:
+        bad = sum(report.error is not None for report in self.reports)
+        rate = sum(done for done, _ in self._tiles.values()) / max(1e-3, time.monotonic() - self._started)
+        text = f"{len(self.reports)}/{self._scenes}, {significant(rate)} tiles/s" + (f", {bad} failed" if bad else "")
+        under_way = sum(done / total for done, total in self._tiles.values() if done < total and total)
+        self._summary(text, len(self.reports) + min(under_way, 1.0))
+
+
+def _describe_job(job: JobReport) -> Report:
+    """A scene that did not fail: a new label map, or one that was there."""
+    result, kept = job.result, job.kept
+    if result is not None:
+        rows = [*_result_rows(job.scene, result, job.products), *(("note", note) for note in job.notes)]
+        return Report(f"label map {result.output}", rows, job.document())
+    assert kept is not None, "a failed scene is an error, not a result"
+    total = max(1, kept.height * kept.width)
+    rows = [
+        ("scene", f"{job.scene}, {kept.width} x {kept.height} px"),
+        *(("note", note) for note in job.notes),
+        *class_rows(kept.areas, total),
+        ("no data", percent(kept.no_data_pixels / total)),
+        *([("confidence", str(kept.confidence))] if kept.confidence else []),
+        *job.products.items(),
+    ]
+    was_there = "" if job.status == "done" else ", kept: it was there"
+    return Report(f"label map {job.output}{was_there}", rows, job.document())
+
+
+def _result_rows(scene: str, result: SegmentResult, products: Mapping[str, str]) -> Rows:
+    total = max(1, result.height * result.width)
+    tiles = (
+        f"{result.tiles}"
+        + in_brackets(result.tiles_without_data, "without data, not computed")
+        + in_brackets(result.tiles_resumed, "done by an earlier run")
+    )
+    speed = significant(total / result.seconds / 1e6)
+    return [
+        ("scene", f"{scene}, {result.width} x {result.height} px"),
+        *(("note", note) for note in result.notes),
+        *class_rows(result.areas, total),
+        ("no data", percent(result.no_data_pixels / total)),
+        ("tiles", tiles),
+        ("time", f"{duration(result.seconds)}, engine {duration(result.engine_seconds)}, {speed} MP/s"),
+        *([("confidence", str(result.confidence))] if result.confidence else []),
+        *products.items(),
+    ]
+
+
+def class_rows(areas: Areas | None, total: int) -> Rows:
+    """What share of ``total`` pixels each class has, and how many hectares, where that is known."""
+    if areas is None:
+        return []
+    shares = []
+    for area in areas.classes:
+        if area.pixels:
+            ground = "" if area.hectares is None else f" ({significant(area.hectares, 4)} ha)"
+            shares.append(f"{area.name} {percent(area.pixels / total)}{ground}")
+    rows: Rows = [("classes", ", ".join(shares) or "none")]
+    if nameless([area.name for area in areas.classes]):
+        rows.append(("note", NAME_THEM))
+    return rows if areas.reason is None else [*rows, ("no hectares", areas.reason)]
+
+
+def segment_data(result: SegmentResult) -> dict[str, Any]:
+    """A result as JSON data, without the counts of every row of pixels."""
+    data: dict[str, Any] = plain(dataclasses.replace(result, row_class_pixels=None))
+    del data["row_class_pixels"]
+    return data

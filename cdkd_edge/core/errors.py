@@ -1,8 +1,8 @@
-"""Every error a user can meet: one root, an exit code and a next step.
+"""Every error that a user can meet: one base class, an exit code and a next step.
 
-A :class:`CdkdEdgeError` is an answer, not a bug: the command line prints its message and its hint on
-one line and leaves with its exit code (``--debug`` shows the traceback instead and leaves with 1).
-Anything else that escapes is a bug: one line with the path of a log file that holds the traceback.
+A :class:`CdkdEdgeError` is an answer, not a bug: the command line prints its message and hint on one
+line and exits with its code (``--debug`` shows the traceback instead and exits with 1). Any other
+exception is a bug: the command line prints the path of a log file with the traceback.
 
 ====  ==================================================================================
 code  meaning
@@ -12,7 +12,7 @@ code  meaning
 2     wrong usage of the command line
 3     the checkpoint cannot be used
 4     the label schema cannot be used
-5     nothing, or more than one thing, to work on in the workspace
+5     the workspace holds nothing to work on, or more than one candidate
 6     a manifest is missing, damaged or does not fit its artefact
 7     the graph cannot be built
 8     a numerical check failed
@@ -21,11 +21,11 @@ code  meaning
 11    an optional package is not installed
 12    the operating system refused (disk full, read-only, no access)
 13    the dataset cannot be used
-14    parity: the candidate does not keep to the tolerance
+14    parity: the candidate exceeds the tolerance
 15    doctor: something that is needed here does not work
-16    power cannot be measured from the source that was asked for
-17    the board's power mode or clocks cannot be changed, or were not put back
-18    segment: some scenes of several failed; the others are finished
+16    power cannot be measured from the requested source
+17    the board's power mode or clocks cannot be changed, or were not restored
+18    segment: some of several scenes failed; the others are finished
 19    bench: the run is invalid; or a run's folder cannot be used
 20    compare: the runs cannot be compared, or one is slower than allowed
 70    a fault of cdkd-edge itself; a log file has the traceback
@@ -41,8 +41,8 @@ from typing import ClassVar
 def printable(text: str, limit: int | None = None) -> str:
     """Text of unknown origin on one line, safe for a terminal and for XML.
 
-    Whatever is not printable becomes a blank: control characters (escape sequences begin with one), surrogates
-    (undecodable file names), characters that turn the direction of writing, code points without a character (U+FFFE).
+    What is not printable becomes a space: control characters (which begin escape sequences), surrogates (undecodable
+    file names), characters that reverse the writing direction, and code points without a character (U+FFFE).
 
     Args:
         text: from a file, a file name, or another program.
@@ -52,7 +52,7 @@ def printable(text: str, limit: int | None = None) -> str:
 
 
 class CdkdEdgeError(Exception):
-    """An error with a sentence for the user and, where there is one, the next step."""
+    """An error with a sentence for the user and, if there is one, the next step."""
 
     exit_code: ClassVar[int] = 1
 
@@ -88,7 +88,7 @@ class SchemaError(CdkdEdgeError, ValueError):
 
 
 class WorkspaceError(CdkdEdgeError, LookupError):
-    """The workspace holds nothing, or more than one thing, that the command could mean."""
+    """The workspace holds nothing that the command could mean, or more than one candidate."""
 
     exit_code = 5
 
@@ -142,37 +142,37 @@ class SystemRefusalError(CdkdEdgeError, OSError):
 
 
 class DatasetError(CdkdEdgeError, ValueError):
-    """Images and masks do not belong together, cannot be read, or leave nothing to train, calibrate or judge on."""
+    """Images and masks do not match, cannot be read, or leave nothing to train, calibrate or evaluate on."""
 
     exit_code = 13
 
 
 class ParityError(CdkdEdgeError):
-    """Two artefacts were compared, and the candidate does not keep to the tolerance. (The comparison itself worked.)"""
+    """Two artefacts were compared, and the candidate exceeds the tolerance."""
 
     exit_code = 14
 
 
 class DoctorError(CdkdEdgeError):
-    """The machine was examined, and something that is needed on it does not work."""
+    """Something that is needed on this machine does not work."""
 
     exit_code = 15
 
 
 class PowerError(CdkdEdgeError, RuntimeError):
-    """No source of power answers, or not the one that was asked for."""
+    """No power source answers, or not the requested one."""
 
     exit_code = 16
 
 
 class BoardError(CdkdEdgeError, RuntimeError):
-    """The board's power mode or clocks cannot be changed, or could not be put back afterwards."""
+    """The board's power mode or clocks cannot be changed, or could not be restored."""
 
     exit_code = 17
 
 
 class FleetError(CdkdEdgeError, RuntimeError):
-    """Of several scenes some have no label map; the others are finished and stay so when the command is run again."""
+    """Some of several scenes failed; the others are finished, and kept when the command is run again."""
 
     exit_code = 18
 
@@ -196,7 +196,7 @@ def as_answer(error: Exception) -> CdkdEdgeError | None:
 
 
 class InternalError(CdkdEdgeError):
-    """Something happened that nobody foresaw: a fault of cdkd-edge."""
+    """A bug of cdkd-edge."""
 
     exit_code = 70
 

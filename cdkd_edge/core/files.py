@@ -23,29 +23,30 @@ from cdkd_edge.core.errors import CdkdEdgeError, ManifestError
 T = TypeVar("T")
 
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
-"""Name of a temporary folder. Its process holds a lock on it, which the system releases when the process ends."""
+"""Name of a temporary folder. Its process locks it, and the system releases the lock when the process ends."""
 
 _LOCK_SECONDS = 2.0
-"""A folder of folders is locked for milliseconds, unless somebody else uses the lock (``flock FOLDER COMMAND``)."""
+"""How long to wait for the lock of a parent folder, which is normally held for milliseconds."""
 
 _READER_SECONDS = 5.0
+"""How long to wait for somebody to read a named pipe."""
 
 SMALL = 16 << 20
-"""Most bytes of a document that is read whole: manifests, schemas, lists, journals."""
+"""Largest document that is read whole: manifests, schemas, lists, journals; bytes."""
 
 _swept: set[Path] = set()
-"""Folders from which this process has removed what killed processes left."""
+"""Folders that this process has already swept (:func:`remove_abandoned`)."""
 _held: set[str] = set()
-"""Temporary folders that this process fills, and has locked: it must not wait for itself to write a file into one."""
+"""Temporary folders that this process has locked; it must not wait for its own lock."""
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:
-    """The content of a file that is small if it is what it should be. A pipe is read to its end.
+    """Read a file, or a pipe to its end.
 
     Raises:
         OSError: it cannot be read, or is larger than ``limit`` bytes (``EFBIG``).
     """
-    # Without O_NONBLOCK, a named pipe that nobody writes to would hold the program up for good.
+    # Without O_NONBLOCK, a named pipe that nobody writes to would block forever.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         os.set_blocking(file.fileno(), True)
         content = file.read(limit + 1)
@@ -107,10 +108,9 @@ def converted(document: Any, kind: type[T]) -> T:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; what the block writes there becomes ``path`` when the block succeeds.
 
-    The temporary file has the same name, in a temporary folder beside ``path``. The data and the directory entry
-    are synced before and after the rename, so that a power cut leaves the old file or the new one.
-    On any exception, Ctrl-C included, the temporary file is removed and ``path`` is untouched. A link keeps leading
-    where it leads; a device or a pipe is written to, never replaced.
+    The temporary file has the same name, in a temporary folder beside ``path``. Data and directory entry are synced,
+    so that a power cut leaves the old file or the new one. On any exception, Ctrl-C included, the temporary file is
+    removed and ``path`` is untouched. Behind a link, its target is replaced; a device or a pipe is written to.
 
     Raises:
         OSError: the directory cannot be created or written, or ``path`` is a folder.
@@ -123,7 +123,7 @@ def whole_file(path: Path) -> Iterator[Path]:
                 with open(scratch / path.name, "rb") as source, open(_stream(path), "wb") as stream:
                     shutil.copyfileobj(source, stream)
             except OSError as error:
-                error.filename = str(path)  # writing tells none
+                error.filename = str(path)  # an error of a write names no file
                 raise
         return
     target = Path(os.path.realpath(path))
@@ -145,13 +145,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Like :func:`whole_file`, for a folder that must not exist yet: it appears when the block succeeds.
+    """Like :func:`whole_file`, for a folder that must not exist yet.
 
-    With ``replace``, what is there until then makes room at the last moment, and comes back if that fails.
+    With ``replace`` an existing folder is replaced at the last moment, and comes back if that fails.
 
     Raises:
-        OSError: the folder exists or is being made (and is not to be replaced), or its parent cannot be written; known
-            at the start.
+        OSError: the folder exists or another process is making it, or its parent cannot be written.
     """
     # Behind a symbolic link it is the folder that is replaced, not the link.
     path = Path(os.path.realpath(path)) if replace else Path(path)
@@ -170,7 +169,7 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 _rename_in(error, temporary, path)
                 raise
     except BaseException:
-        with contextlib.suppress(OSError):  # somebody else is using it by now
+        with contextlib.suppress(OSError):  # somebody else uses it by now
             for folder in made:
                 folder.rmdir()
         raise
@@ -178,13 +177,7 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Yield a temporary folder where the system keeps such, for this user alone; it goes with the block.
-
-    The next one that is made removes what killed processes left.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    """Yield a private temporary folder in the system's folder for these; it is removed after the block."""
     place = Path(tempfile.gettempdir(), "cdkd-edge")
     with _locked_folder(place, place.parent) as folder:
         folder.chmod(0o700)
@@ -207,8 +200,8 @@ def being_made(path: Path) -> bool:
 def remove_abandoned(parent: Path) -> tuple[Path, ...]:
     """Remove what :func:`whole_file` and :func:`whole_folder` left in ``parent`` when their process was killed.
 
-    Both call this, once per process and folder. A folder in the making is locked by its process, and the lock goes
-    with it. Where folders cannot be locked (NFS), nothing is removed.
+    Both call this, once per process and folder. Folders in use are locked by their process. Where folders cannot be
+    locked (NFS), nothing is removed.
 
     Returns:
         What was removed.
@@ -241,12 +234,8 @@ def make_folders(path: Path) -> None:
 def require_own(path: Path, is_own: Callable[[Path], bool]) -> None:
     """Make sure that writing ``path`` replaces nothing but an earlier file of this program.
 
-    Args:
-        path: what is to be written.
-        is_own: whether the file that is there is ours; any exception means that it is not.
-
     Raises:
-        ManifestError: it is not.
+        ManifestError: ``is_own`` says that the existing file is not ours, or raises any exception.
     """
     if not path.exists():
         return
@@ -260,18 +249,8 @@ def require_own(path: Path, is_own: Callable[[Path], bool]) -> None:
         )
 
 
-def require_free(path: Path, *, overwrite: bool, error: type[CdkdEdgeError]) -> None:
-    """Make sure that nothing is in the place of an output, or that it may be replaced.
-
-    Raises:
-        CdkdEdgeError: of the type ``error``.
-    """
-    if not overwrite and path.exists():
-        raise occupied(path, error)
-
-
 def occupied(path: Path, error: type[CdkdEdgeError], reason: str = "") -> CdkdEdgeError:
-    """The error for an output that exists, and the ``reason`` why it cannot stay as the result of this command."""
+    """The error for an output that exists, with the ``reason`` why it cannot count as this command's result."""
     text = f"{path} exists and {reason}" if reason else f"{path} exists"
     return error(text, hint="keep it, or replace it with --overwrite")
 
@@ -292,7 +271,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _rename_in(error: OSError, temporary: Path, path: Path) -> None:
-    """Let an error name what the user knows instead of what is temporary; that of a failed write names nothing."""
+    """Name the final path in an error instead of the temporary one; a failed write names no file at all."""
     if error.errno is not None and not isinstance(error.filename, int):
         name = os.fsdecode(error.filename or temporary)
         error.filename = str(path) + name.removeprefix(str(temporary)) if name.startswith(str(temporary)) else name
@@ -300,12 +279,12 @@ def _rename_in(error: OSError, temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked_folder(path: Path, shown: Path, *, new: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``, locked by this process; what is left of it goes with the block.
+    """Yield a locked temporary folder beside ``path``, and remove it after the block.
 
     Args:
         path: what is being made.
-        shown: what to call it where the folder cannot be made.
-        new: refuse where ``path`` exists, or another process is making it.
+        shown: its name in an error.
+        new: refuse if ``path`` exists, or another process is making it.
     """
     try:
         temporary, lock = _make_locked(path, new=new)
@@ -323,7 +302,7 @@ def _locked_folder(path: Path, shown: Path, *, new: bool = False) -> Iterator[Pa
 
 
 def _make_locked(path: Path, *, new: bool) -> tuple[Path, int]:
-    """The folder of :func:`_locked_folder`, and the open descriptor that locks it."""
+    """Make the folder of :func:`_locked_folder`; also returns the open descriptor that locks it."""
     try:
         make_folders(path.parent)
     except FileExistsError:
@@ -334,7 +313,7 @@ def _make_locked(path: Path, *, new: bool) -> tuple[Path, int]:
         remove_abandoned(path.parent)
     with _opened(path.parent) as parent:
         if not held:
-            _lock(parent)  # one at a time, so that no two make the same, and none is swept before it is locked
+            _lock(parent)  # so that no two make the same folder, and none is swept before it is locked
         if new:
             _require_new(path)
             if being_made(path):
@@ -348,19 +327,19 @@ def _make_locked(path: Path, *, new: bool) -> tuple[Path, int]:
 
 
 def _part_prefix(path: Path) -> str:
-    """How names of temporary folders for ``path`` begin; a name of the greatest length leaves no room for more."""
+    """How the temporary folders for ``path`` begin; shortened, because names have a greatest length."""
     return f".{os.fsdecode(os.fsencode(path.name)[:200])}."
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path leads to a device, a pipe or an open file (``/dev/stdout``): nothing can be renamed to these."""
+    """Whether a path is a device, a pipe or an open file (``/dev/stdout``), which cannot be replaced."""
     return path.exists() and (
         not (path.is_file() or path.is_dir()) or os.fspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/self/fd/"))
     )
 
 
 def _stream(path: Path) -> int:
-    """The descriptor of a device or a pipe, to write to. Nobody may ever read a named pipe: no waiting for good."""
+    """Open a device or a pipe for writing; wait a limited time for a reader of a named pipe."""
     until = time.monotonic() + _READER_SECONDS
     while True:
         try:
@@ -377,7 +356,7 @@ def _stream(path: Path) -> int:
 
 
 def _lock(descriptor: int) -> None:
-    """Lock a folder for a moment, or do without: where its file system cannot, or somebody holds it for longer."""
+    """Lock a folder; go on without if its file system cannot, or somebody else holds the lock for long."""
     until = time.monotonic() + _LOCK_SECONDS
     while True:
         try:

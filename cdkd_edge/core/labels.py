@@ -101,7 +101,7 @@ class LabelSchema:
 
     @property
     def numbered(self) -> bool:
-        """Whether its classes have no names of their own (:func:`numbered_schema`)."""
+        """Whether its classes are mere numbers (:func:`numbered_schema`)."""
         return nameless(self.class_names)
 
     def to_document(self) -> dict[str, Any]:
@@ -140,12 +140,12 @@ class LabelSchema:
     def encode(
         self, mask: npt.NDArray[np.uint8], source: str = "mask", *, strict: bool = True
     ) -> npt.NDArray[np.uint8]:
-        """Translate a dataset's mask to labels.
+        """Turn a dataset's mask into labels.
 
         Args:
             mask: uint8, ``[H, W, 3]`` RGB colours or ``[H, W]`` index values.
             source: what to call the mask in an error message.
-            strict: False: what the schema does not know has no label.
+            strict: False: a colour or value that the schema does not know becomes "no label".
 
         Returns:
             uint8 ``[H, W]`` labels; 255 where the schema says "ignore".
@@ -231,7 +231,7 @@ def schema_of_lists(name: str, class_names: object, colors: object, count: int) 
     """A schema of ``count`` classes from a list of names and one of RGB colours; no colours: numbered ones.
 
     Raises:
-        SchemaError: these are no such lists, or of another length, or not unique.
+        SchemaError: these are not such lists, have another length, or hold something twice.
     """
     if colors is None:
         colors = [cls.color for cls in numbered_schema(count).classes]
@@ -244,7 +244,7 @@ def schema_of_lists(name: str, class_names: object, colors: object, count: int) 
 
 
 def numbered_schema(count: int) -> LabelSchema:
-    """Classes ``class_0 .. class_{count-1}`` in well-separated colours, for checkpoints without names."""
+    """Classes ``class_0 .. class_{count-1}`` in well-separated colours, for checkpoints without class names."""
     import colorsys
 
     classes = []
@@ -258,7 +258,7 @@ def numbered_schema(count: int) -> LabelSchema:
 
 @functools.cache
 def _document_type() -> type[Any]:
-    """What a schema's document must be; made when needed, because the command line starts without msgspec."""
+    """The type of a schema's document; made when needed, so that the command line starts without msgspec."""
     import msgspec
 
     byte: Any = Annotated[int, msgspec.Meta(ge=0, le=255)]

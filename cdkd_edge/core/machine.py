@@ -8,12 +8,14 @@ import os
 import platform
 import re
 import resource
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/cdkd-edge``, by default below ``~/.cache``: all that is written outside a workspace.
+    """``$XDG_CACHE_HOME/cdkd-edge``, by default ``~/.cache/cdkd-edge``: the only folder outside a workspace written to.
 
     Raises:
         RuntimeError: there is no home.
@@ -54,18 +56,18 @@ def describe_machine() -> Machine:
 
 
 def available_cores() -> int:
-    """Cores this process may be scheduled on."""
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process, bytes, since :func:`forget_peak_memory`, or else so far."""
+    """Largest resident size of this process since :func:`forget_peak_memory`, or since it began; bytes."""
     match = re.search(r"^VmHWM:\s*(\d+) kB", _text("/proc/self/status") or "", re.MULTILINE)
     return (int(match[1]) if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 def forget_peak_memory() -> bool:
-    """Begin anew with :func:`peak_memory`; False where the system does not allow it (proc(5), ``clear_refs``)."""
+    """Reset :func:`peak_memory`; False where the system does not allow it (proc(5), ``clear_refs``)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -74,12 +76,24 @@ def forget_peak_memory() -> bool:
 
 
 def hand_memory_back() -> None:
-    """Give the system what this process has freed.
+    """Return freed memory to the system.
 
-    glibc keeps it for more of the kind: 80 to 150 MB after a wide scene, while what follows is of other sizes.
+    glibc caches freed blocks for requests of the same size, 80 to 150 MB after a wide scene; later stages need other
+    sizes.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def library_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of packages, where they are installed, and of Python."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def _cpu_name() -> str:

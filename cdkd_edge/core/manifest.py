@@ -1,19 +1,15 @@
-"""Manifests: the JSON sidecar that travels with every graph and engine.
+"""Manifests: the JSON file beside every graph and engine; ``ckpt.onnx`` has ``ckpt.json``.
 
-``ckpt.onnx`` has ``ckpt.json`` beside it. A manifest says what the file was made from, what it expects
-and what was measured about it, and carries the file's SHA-256: a file that was swapped or damaged is
-found before anything runs it.
+A manifest says what the file was made from, what it expects and what was measured about it. It holds the file's
+SHA-256, so that a file that was swapped or damaged is found before anything runs it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import platform
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -21,16 +17,17 @@ from cdkd_edge import __version__
 from cdkd_edge.core.errors import ManifestError, SchemaError
 from cdkd_edge.core.files import converted, read_json, require_own, sha256_of, write_text
 from cdkd_edge.core.labels import LabelSchema, schema_from_document
+from cdkd_edge.core.machine import library_versions
 from cdkd_edge.core.output_kinds import LABELS, OUTPUT_KINDS, output_shapes
 
 MANIFEST_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "int8")
 ARTEFACT_SUFFIXES = (".onnx", ".engine")
-"""Of graphs and engines."""
+"""File names of graphs and engines end like this."""
 ONNXRUNTIME_CPU = "onnxruntime-cpu"
-"""What the manifest of a CPU engine calls its runtime."""
+"""The runtime of a CPU engine, in its manifest."""
 MAX_PIXEL_BYTES = 1 << 31
-"""Of a batch of tiles: two tiles of 16,384 px, or 600 of 1024 px."""
+"""Largest batch of tiles: two of 16,384 px, or 600 of 1024 px."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to a uint8 RGB tile inside the graph before the first layer."""
+    """What the graph does to a uint8 RGB tile before the first layer."""
 
     channels: str
     mean: tuple[float, float, float]
@@ -58,7 +55,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class GraphCheck:
-    """Graph against network, measured when the graph was made."""
+    """The graph compared with the network, when the graph was made."""
 
     tiles: int
     max_logit_error: float
@@ -159,13 +156,7 @@ class GraphManifest(_Described):
     manifest_version: int = MANIFEST_VERSION
 
     def derived(self, artefact: FileRecord, nodes: int, **changes: Any) -> GraphManifest:
-        """The manifest of a graph that was made from this one, here and now.
-
-        Args:
-            artefact: the new graph.
-            nodes: of the new graph.
-            changes: further fields that differ, by name.
-        """
+        """The manifest of a graph that is made from this one; ``changes`` are further fields that differ."""
         return dataclasses.replace(
             self,
             artefact=artefact,
@@ -190,7 +181,7 @@ class EngineTensor:
 
 @dataclass(frozen=True)
 class TensorRTBuild:
-    """What TensorRT was, where it built, and what came out; an engine runs only where this fits."""
+    """Which TensorRT built an engine, on what, and the result; the engine runs only where this fits."""
 
     version: str
     gpu: str | None
@@ -255,12 +246,7 @@ class EngineManifest(_Described):
 
     @classmethod
     def of_graph(cls, source: GraphManifest, **fields: Any) -> EngineManifest:
-        """The manifest of an engine that was built from a graph here and now.
-
-        Args:
-            source: the graph's manifest.
-            fields: what the graph's manifest does not say, by name.
-        """
+        """The manifest of an engine built from the graph of ``source``; ``fields`` are those that it does not have."""
         return cls(
             name=source.name,
             precision=source.precision,
@@ -280,7 +266,7 @@ AnyManifest = TypeVar("AnyManifest", GraphManifest, EngineManifest)
 
 
 def manifest_path(artefact: Path) -> Path:
-    """Where the manifest of a file lies."""
+    """Path of the manifest of a file."""
     return artefact.with_suffix(".json") if artefact.name else artefact / ".json"  # "." has no name
 
 
@@ -315,7 +301,7 @@ def fp16_refusal(artefact: Path) -> str | None:
 
 
 def _glance(artefact: Path) -> dict[str, Any]:
-    """What stands in the manifest's place, unchecked; empty where it is no JSON object."""
+    """The manifest of a file, unchecked; empty where there is none, or no JSON object."""
     try:
         document = read_json(manifest_path(artefact))
     except (OSError, ValueError):
@@ -334,7 +320,7 @@ def require_replaceable(artefact: Path) -> None:
 
 
 def write_manifest(artefact: Path, manifest: GraphManifest | EngineManifest) -> None:
-    """Write the sidecar of ``artefact`` (atomically)."""
+    """Write the manifest of ``artefact``, whole or not at all."""
     import msgspec
 
     document = {"kind": manifest.kind, **msgspec.to_builtins(manifest)}
@@ -342,22 +328,19 @@ def write_manifest(artefact: Path, manifest: GraphManifest | EngineManifest) -> 
 
 
 def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = True) -> AnyManifest:
-    """Read and check the sidecar of ``artefact``.
+    """Read and check the manifest of ``artefact``.
 
     Args:
         artefact: the graph or engine.
-        kind: the manifest class that is expected.
+        kind: the expected class of manifest.
         verify: also compare the file's SHA-256 with the manifest's.
 
     Raises:
         ManifestError: there is none, it is damaged, of another kind or version, or not about this file.
     """
-
     path = manifest_path(artefact)
     if not artefact.is_file():
-        there = sorted(
-            str(found) for found in artefact.glob("*.*") if kind_of(found) == kind.kind and is_artefact_name(found)
-        )
+        there = sorted(str(p) for p in artefact.glob("*.*") if is_artefact_name(p) and kind_of(p) == kind.kind)
         raise ManifestError(
             f"{kind.kind} {artefact} " + ("is a folder, not a file" if artefact.is_dir() else "does not exist"),
             hint=f"name one of {', '.join(there[:4])}" if there else None,
@@ -378,27 +361,18 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
         raise ManifestError(f"manifest {path} cannot be read: {error}") from None
     found = document.pop("kind", None) if isinstance(document, dict) else None
     if found != kind.kind:
-        if found == GraphManifest.kind:
-            raise ManifestError(
-                f"{artefact} is a graph, not an engine",
-                hint=f"name the engine that was built of it, or make one: cdkd-edge build {shlex.quote(str(artefact))}",
-            )
-        if found == EngineManifest.kind:
-            raise ManifestError(f"{artefact} is an engine, not a graph", hint="name the graph that it was built of")
-        raise ManifestError(f"{path} is not the manifest of a cdkd-edge {kind.kind}")
-    if document.get("manifest_version") != MANIFEST_VERSION:
-        raise ManifestError(
-            f"{path} has manifest version {document.get('manifest_version')}; this release reads {MANIFEST_VERSION}"
-        )
+        raise _other_kind(artefact, found, kind.kind)
+    version = document.get("manifest_version")
+    if version != MANIFEST_VERSION:
+        raise ManifestError(f"{path} has manifest version {version}; this release reads {MANIFEST_VERSION}")
     try:
         manifest = converted(document, kind)
         schema_from_document(manifest.labels, source=str(path))
     except (ValueError, SchemaError) as error:
         raise ManifestError(f"manifest {path} is damaged: {error}") from None
-    if manifest.output not in OUTPUT_KINDS:
-        raise ManifestError(f"{path} is of a {kind.kind} that gives {manifest.output!r}, unknown to this release")
-    if manifest.precision not in PRECISIONS:
-        raise ManifestError(f"{path} is of a {kind.kind} in {manifest.precision!r}, unknown to this release")
+    for value, known in ((manifest.output, OUTPUT_KINDS), (manifest.precision, PRECISIONS)):
+        if value not in known:
+            raise ManifestError(f"{path}: this release does not know {value!r}, only {', '.join(known)}")
     if manifest.tile < 1 or manifest.batch < 1 or 3 * manifest.batch * manifest.tile**2 > MAX_PIXEL_BYTES:
         raise ManifestError(f"manifest {path} is damaged: {manifest.batch} tiles of {manifest.tile} px")
     if verify and sha256_of(artefact) != manifest.artefact.sha256:
@@ -409,15 +383,13 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
     return manifest
 
 
-def library_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of the packages that took part, and of Python."""
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+def _other_kind(artefact: Path, found: object, wanted: str) -> ManifestError:
+    if found == GraphManifest.kind:
+        hint = f"name the engine that was built of it, or make one: cdkd-edge build {shlex.quote(str(artefact))}"
+        return ManifestError(f"{artefact} is a graph, not an engine", hint=hint)
+    if found == EngineManifest.kind:
+        return ManifestError(f"{artefact} is an engine, not a graph", hint="name the graph that it was built of")
+    return ManifestError(f"{manifest_path(artefact)} is not the manifest of a cdkd-edge {wanted}")
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""What a graph gives besides the labels: nothing, the confidence in each label, or the probability of each class.
+"""Kinds of output of a graph: labels alone, with their confidence, or with the probability of each class.
 
 ====================  ==============================================================================
 kind                  uint8 outputs of N tiles of T x T px, K classes
@@ -31,12 +31,12 @@ PROBABILITY_ONE = 255
 
 
 def provides(kind: str, wanted: str) -> bool:
-    """Whether what gives ``kind`` can be asked for ``wanted``; confidence follows from probabilities."""
+    """Whether an artefact of ``kind`` can give ``wanted``; confidence follows from probabilities."""
     return wanted in (LABELS, kind) or (kind, wanted) == (PROBABILITIES, CONFIDENCE)
 
 
 def output_shapes(kind: str, batch: int, tile: int, classes: int) -> dict[str, tuple[int, ...]]:
-    """The outputs of a kind by name, the labels first."""
+    """Shapes of the outputs of a kind by name, the labels first."""
     shapes: dict[str, tuple[int, ...]] = {LABELS: (batch, tile, tile)}
     if kind == CONFIDENCE:
         shapes[CONFIDENCE] = (batch, tile, tile)
@@ -61,7 +61,7 @@ def confidence_of(probabilities: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]
 
 
 def missing_output(kind: str, wanted: str, artefact: str) -> EngineError:
-    """The error for asking for what is not there."""
+    """The error for an output that an artefact does not have."""
     return EngineError(
         f"{artefact} gives {_WORDS[kind]}, not {_WORDS[wanted]}",
         hint=f"build one that does: cdkd-edge build --{wanted}",

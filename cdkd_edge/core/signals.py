@@ -1,10 +1,9 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a program, wherever it is when they come.
+"""Ctrl-C, SIGTERM and SIGHUP end the program, also where Python loses the exception that they raise.
 
-Python's handlers raise an exception in the main thread, between two of its instructions. While a compiled module
-initialises itself that exception can be dropped on the way (importing ``numpy.random`` does so: Cython clears errors of
-the look-ups it tries), and the program goes on as if nobody had asked. Therefore a signal is remembered here as well:
-long work asks (:func:`check`) each time it tells how far it is, and the program's exit code is made of it
-(:func:`received`).
+A signal handler raises an exception in the main thread, between two instructions. A compiled module that is being
+imported can swallow it (``numpy.random`` does: Cython clears the errors of failed look-ups), and the program continues
+as if nothing had happened. So this module remembers the signal as well: long work calls :func:`check` with every
+progress report, and the exit code follows from :func:`received`.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ _pending: int | None = None
 
 
 def end_on_signals() -> None:
-    """Ctrl-C raises KeyboardInterrupt; SIGTERM and SIGHUP leave with 128 + their number, and temporary files go.
+    """Let Ctrl-C raise KeyboardInterrupt, and SIGTERM and SIGHUP exit with 128 + their number after cleaning up.
 
-    What is ignored (``nohup``, jobs in the background of a script) stays ignored.
+    An ignored signal (``nohup``, background jobs of a script) stays ignored.
     """
     for number in NUMBERS:
         if getsignal(number) is not SIG_IGN:
@@ -42,21 +41,21 @@ def end_on_signals() -> None:
 
 
 def end_at_once() -> None:
-    """From now on signals end the process without a word: there is nothing left to clean up."""
+    """From now on, let signals end the process at once: there is nothing left to clean up."""
     for number in NUMBERS:
         if getsignal(number) is _receive:
             signal(number, SIG_DFL)
 
 
 def received() -> int | None:
-    """The first signal that came since the program began."""
+    """The first signal since the program began."""
     return _first
 
 
 def check() -> None:
-    """Raise what a signal should have raised, if that was lost.
+    """Raise the exception of a signal once more, if the first one was lost.
 
-    Does nothing where an exception is on its way already, and raises once.
+    Does nothing while an exception is being handled, and raises once.
 
     Raises:
         KeyboardInterrupt: Ctrl-C came.
@@ -83,14 +82,14 @@ def _raise(number: int) -> NoReturn:
 
 
 class HeldSignals:
-    """Keeps Ctrl-C, SIGTERM and SIGHUP back while ``holding`` is true; the first one kept back comes afterwards.
+    """Holds back Ctrl-C, SIGTERM and SIGHUP while ``holding`` is true; the first one takes effect afterwards.
 
-    Blocking them in the main thread would not do: the system then hands them to another thread, and Python's handler
-    runs in the main thread all the same. Outside the main thread no handler runs, and this does nothing.
+    Blocking them in the main thread would not help: the system delivers them to another thread, and Python runs the
+    handler in the main thread all the same. Outside the main thread no handler runs, and this does nothing.
     """
 
     def __init__(self) -> None:
-        """Held from the moment it is entered."""
+        """Signals are held from entering the block on."""
         self.holding = True
         self._kept: int | None = None
         self._before: dict[int, Any] = {}
@@ -101,7 +100,7 @@ class HeldSignals:
         if threading.current_thread() is threading.main_thread():
             for number in NUMBERS:
                 before = getsignal(number)
-                if before not in (SIG_IGN, None):  # nohup; a handler that Python does not know
+                if before not in (SIG_IGN, None):  # ignored (nohup), or a handler that Python does not know
                     self._before[number] = before
                     signal(number, self._receive)
         return self
@@ -112,11 +111,11 @@ class HeldSignals:
         for number, before in self._before.items():
             signal(number, before)
         self.holding = False
-        if kind is None:  # what is under way ends the program anyway
+        if kind is None:  # an exception ends the program anyway
             self._pass_kept()
 
     def release(self) -> None:
-        """Let signals through again, the one that was kept back first."""
+        """Let signals through again, first the one that was held back."""
         self.holding = False
         self._pass_kept()
 
@@ -135,7 +134,7 @@ class HeldSignals:
         before = self._before[number]
         if callable(before):
             before(number, frame)
-        # The default would end the process on the spot, with nothing put back.
+        # The default action would end the process at once, with nothing put back.
         elif number == SIGINT:
             raise KeyboardInterrupt
         else:

@@ -1,8 +1,7 @@
-"""The workspace: three folders in which each command finds what the one before left.
+"""The workspace: three folders in which each command finds what the previous one made.
 
-``export/`` holds graphs, ``engines/`` engines, ``benchmarks/`` one folder per run. A command that is
-not told what to work on takes the only candidate; with none or several it lists them and the command
-to type.
+``export/`` holds graphs, ``engines/`` engines, ``benchmarks/`` one folder per run. A command without an argument takes
+the only candidate; if there are none or several, the error lists them and what to type.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from cdkd_edge.core.output_kinds import LABELS, provides
 
 @dataclass(frozen=True)
 class Workspace:
-    """A directory with the three stage folders, made on first use."""
+    """A directory with the three folders, which are made on first use."""
 
     root: Path
 
@@ -43,7 +42,7 @@ class Workspace:
         return self.root / "benchmarks"
 
     def graphs_of(self, precision: str, output: str = LABELS) -> list[Path]:
-        """Exported graphs of a precision (``fp32``, ``fp16``, ``int8``), and those whose manifest does not say.
+        """Exported graphs of a precision (``fp32``, ``fp16``, ``int8``), and those whose manifest names none.
 
         Args:
             precision: of the graph.
@@ -56,7 +55,7 @@ class Workspace:
         ]
 
     def only_graph(self, precision: str = "fp32", command: str | None = None, output: str = LABELS) -> Path:
-        """The one exported graph of a precision and kind of output, for ``command`` (default: to build it).
+        """The only exported graph of a precision and kind of output.
 
         Raises:
             WorkspaceError: there is none, or more than one.
@@ -66,15 +65,15 @@ class Workspace:
         return _only(self.graphs_of(precision, output), what, self.graphs, command, "cdkd-edge export CKPT")
 
     def only_engine(self, command: str, output: str = LABELS, typed: str = "") -> Path:
-        """The one engine, for ``command`` (shown with each candidate if there are several).
+        """The only engine.
 
-        Engines that give exactly ``output`` come first; without any, those that give more than that. So an
-        engine with confidence beside the plain one makes nothing ambiguous.
+        Engines that give exactly ``output`` are preferred to those that give more, so that an engine with confidence
+        beside the plain one is no ambiguity.
 
         Args:
-            command: what to type before an engine's name.
+            command: what to type before an engine's name, for the error.
             output: what it must give; see :mod:`cdkd_edge.core.output_kinds`.
-            typed: the whole command, to go on with once there is an engine.
+            typed: the whole command, to repeat once there is an engine.
 
         Raises:
             WorkspaceError: there is none, or more than one.
@@ -87,7 +86,7 @@ class Workspace:
         return _only(exact or found, what, self.engines, command, "")
 
     def _no_engine(self, what: str, output: str, typed: str) -> WorkspaceError:
-        """What is missing, why if that is known, and the commands that go on."""
+        """The error that there is no engine, with the reason if it is known and the commands to type."""
         has = [precision for precision in ("fp32", "fp16", "int8") if self.graphs_of(precision)]
         precision = "" if not has or "fp32" in has else f" --{has[0]}"
         options = precision + ("" if output == LABELS else f" --{output}")
@@ -97,9 +96,9 @@ class Workspace:
         return WorkspaceError(f"there is no {what} in {self.engines}{why}", hint=f"make one: {' && '.join(commands)}")
 
     def new_run(self, label: str) -> Path:
-        """A folder ``benchmarks/<UTC time>-<label>`` that nobody has made or is making (and is not made here).
+        """A free name ``benchmarks/<UTC time>-<label>``; the folder is not made here.
 
-        Unusual characters of the label become ``_``: it may come from a manifest, and must not lead elsewhere.
+        Unusual characters of the label become ``_``: it may come from a manifest, and must not lead out of the folder.
         """
         label = re.sub(r"[^\w.-]+", "_", label)
         stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
@@ -111,10 +110,9 @@ class Workspace:
         return path
 
     def hand_over(self, folder: Path) -> None:
-        """Give a run's folder to the owner of the workspace, if root made it: root is needed for clocks alone.
+        """Give a run's folder to the owner of the workspace, if root made it.
 
-        Otherwise a run under ``sudo`` leaves a ``benchmarks/`` that its user cannot write to. Where the system
-        refuses, it stays root's.
+        Otherwise a run under ``sudo``, which clocks need, leaves a ``benchmarks/`` that its user cannot write to.
         """
         owner = self.root.stat()
         if os.geteuid() != 0 or owner.st_uid == 0:

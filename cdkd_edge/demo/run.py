@@ -27,13 +27,13 @@ from cdkd_edge.bench.run import BenchOptions, run_benchmark
 from cdkd_edge.core.errors import WorkspaceError
 from cdkd_edge.core.files import make_folders, whole_file
 from cdkd_edge.core.labels import schema_from_document
+from cdkd_edge.core.machine import library_versions
 from cdkd_edge.core.manifest import (
     EngineManifest,
     FileRecord,
     GraphCheck,
     GraphManifest,
     Preprocessing,
-    library_versions,
     require_replaceable,
     write_manifest,
 )

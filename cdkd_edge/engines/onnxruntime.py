@@ -13,13 +13,12 @@ import onnxruntime
 from cdkd_edge.core.errors import EngineError, NumericalCheckError, SystemRefusalError
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import NO_LABEL
-from cdkd_edge.core.machine import describe_machine
+from cdkd_edge.core.machine import describe_machine, library_versions
 from cdkd_edge.core.manifest import (
     ONNXRUNTIME_CPU,
     EngineManifest,
     FileRecord,
     GraphManifest,
-    library_versions,
     read_manifest,
     require_replaceable,
     write_manifest,

@@ -25,12 +25,12 @@ from cdkd_edge.core.errors import (
 )
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import LabelSchema, load_schema, numbered_schema
+from cdkd_edge.core.machine import library_versions
 from cdkd_edge.core.manifest import (
     FileRecord,
     GraphCheck,
     GraphManifest,
     Preprocessing,
-    library_versions,
     read_manifest,
     require_replaceable,
     write_manifest,
@@ -240,7 +240,7 @@ def _write_plain(
 def _write_half(
     plain: Path, options: ExportOptions, note: Callable[[str], None]
 ) -> tuple[GraphManifest | None, str | None]:
-    """Write the FP16 graph if it is asked for; returns its manifest, and why there is none where that is no error."""
+    """Write the FP16 graph if it is asked for; returns its manifest, or why there is none."""
     if options.fp16 is False:
         return None, None
     try:
@@ -263,7 +263,7 @@ def _outdated(plain: Path, manifest: GraphManifest, *, qgis: bool, stac: bool) -
     for path in (derived_path(plain, "fp16"), derived_path(plain, "int8")):
         try:
             parent = read_manifest(path, GraphManifest, verify=False).parent
-        except ManifestError:  # there is none, or it is not ours
+        except ManifestError:  # no graph, or not one of ours
             continue
         if parent is not None and parent.sha256 != manifest.artefact.sha256:
             found.append(path)

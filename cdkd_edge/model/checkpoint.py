@@ -269,7 +269,7 @@ def _is_plain(value: object, kind: type) -> bool:
     size = 0
     try:
         for part in json.JSONEncoder().iterencode(value):
-            size += len(part)
+            size += max(4, len(part))  # brackets alone cost time, too
             if size > _MAX_HEADER:
                 return False
     except (TypeError, ValueError, RecursionError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,9 @@ def _label(labeller: OnnxLabeller, tile: UInt8Array) -> tuple[npt.NDArray[np.uin
 
 def write_report(path: Path, manifest: GraphManifest) -> None:
     """Write the report of an INT8 graph as Markdown, from its manifest."""
-    write_text(path, "\n".join(_lines(manifest)) + "\n")
+    record = manifest.quantization
+    lines = [_title(manifest.artefact.file), "", *_summary(manifest), "", *_layer_table(record), *_attempts(record)]
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def require_own_report(path: Path, graph: str) -> None:
@@ -236,81 +238,67 @@ def worst_layers(record: dict[str, Any], count: int) -> list[dict[str, Any]]:
     return sorted(record["layers"], key=lambda layer: float(layer["snr_db"]))[:count]
 
 
-def _lines(manifest: GraphManifest) -> list[str]:
-    record = manifest.quantization
+def _title(graph: str) -> str:
+    return f"# {graph}"
+
+
+def _summary(manifest: GraphManifest) -> Iterator[str]:
+    record, parent, conversion = manifest.quantization, manifest.parent, manifest.conversion
+    assert parent is not None  # write_int8 sets both
+    assert conversion is not None
     judgement, gate = record["judgement"], record["gate"]
-    parent = manifest.parent
-    layers = record["layers"]
-    integer = [layer for layer in layers if layer["precision"] == "int8"]
-    of = f"INT8 graph of `{parent.file}`" if parent else "INT8 graph"
-    lines = [
-        _title(manifest.artefact.file),
-        "",
-        f"{of}: {len(integer)} of {len(layers)} quantisable layers in INT8, the rest of the network in FP16.",
-        "",
-        "| | INT8 | FP32 |",
-        "|---|---|---|",
-        f"| size | {manifest.artefact.bytes / 1e6:.1f} MB ({record['size_over_fp32']:.3f} of FP32) "
-        f"| {parent.bytes / 1e6:.1f} MB |"
-        if parent
-        else "",
-        f"| seconds per tile, this CPU, in turn | {judgement['cpu_seconds_per_tile']:.2f} "
-        f"({judgement['cpu_speed_up']:.2f} x FP32's tiles/s) | {judgement['cpu_fp32_seconds_per_tile']:.2f} |",
-    ]
+    precisions = [layer["precision"] for layer in record["layers"]]
+    yield (
+        f"INT8 graph of `{parent.file}`: {precisions.count('int8')} of {len(precisions)} quantisable layers in INT8, "
+        "the rest of the network in FP16."
+    )
+    yield from ("", "| | INT8 | FP32 |", "|---|---|---|")
+    size = f"{manifest.artefact.bytes / 1e6:.1f} MB ({record['size_over_fp32']:.3f} of FP32)"
+    yield f"| size | {size} | {parent.bytes / 1e6:.1f} MB |"
+    seconds = f"{judgement['cpu_seconds_per_tile']:.2f} ({judgement['cpu_speed_up']:.2f} x FP32's tiles/s)"
+    yield f"| seconds per tile, this CPU, in turn | {seconds} | {judgement['cpu_fp32_seconds_per_tile']:.2f} |"
     if judgement["mean_iou"] is not None:
-        lines.append(f"| mIoU on labelled images | {judgement['mean_iou']:.2%} | {judgement['fp32_mean_iou']:.2%} |")
-    lines += [
+        yield f"| mIoU on labelled images | {judgement['mean_iou']:.2%} | {judgement['fp32_mean_iou']:.2%} |"
+    to_fp32 = judgement["mean_iou_to_fp32"]
+    yield from (
         "",
-        f"On {record['check_tiles']} check tiles of `{record['calibration_set']['name']}` that no range was set with: "
-        f"{judgement['label_agreement']:.2%} of the pixels keep the FP32 label "
-        f"(worst tile {judgement['worst_tile_agreement']:.2%}); mIoU with FP32's labels as truth "
-        f"{_percent(judgement['mean_iou_to_fp32'])}.",
+        f"On {record['check_tiles']} check tiles of `{record['calibration_set']['name']}`, which set no ranges, "
+        f"{judgement['label_agreement']:.2%} of the pixels keep the FP32 label (worst tile "
+        f"{judgement['worst_tile_agreement']:.2%}); mIoU with FP32's labels as ground truth is "
+        f"{'not defined' if to_fp32 is None else f'{to_fp32:.2%}'}.",
         f"Gate: agreement at least {gate['agreement']:.2%}"
         + (
             f", mIoU loss at most {gate['loss']} points; loss {judgement['mean_iou_loss_points']:.2f}."
             if judgement["mean_iou_loss_points"] is not None
             else ". mIoU was not measured: no labelled images were given."
         ),
-        "The twin on the CPU gave these figures. Speed on a GPU or a board has to be measured there.",
+        "These figures are ONNX Runtime's on this CPU. Speed on a GPU or a board has to be measured there.",
         "",
-    ]
-    if manifest.conversion:
-        lines += [
-            "As TensorRT computes it (INT8 layers, the rest rounded to FP16): "
-            f"{manifest.conversion.label_agreement:.2%} of the same pixels keep their label; finite on tiles all 0, "
-            "all 255, checkerboard and noise.",
-            "",
-        ]
+        "As TensorRT computes it (INT8 layers, the rest rounded to FP16), "
+        f"{conversion.label_agreement:.2%} of the same pixels keep their label; all values are finite, also on tiles "
+        "that are all 0, all 255, a checkerboard and noise.",
+        "",
+    )
     if record["smoothquant_alpha"] is not None:
-        lines.append(f"SmoothQuant, alpha {record['smoothquant_alpha']}, on {record['smoothed_layers']} layers.")
+        yield f"SmoothQuant, alpha {record['smoothquant_alpha']}, on {record['smoothed_layers']} layers."
     percentile = f" {record['percentile']}" if record["percentile"] else ""
-    lines += [
-        f"Ranges: {record['calibrator']}{percentile} over {record['calibration_tiles']} tiles.",
-        "",
-        "## Layers by signal-to-noise",
-        "",
-        "| layer | precision | SNR, dB | input scale | share of quantisable work |",
-        "|---|---|---|---|---|",
-    ]
+    yield f"Ranges: {record['calibrator']}{percentile} over {record['calibration_tiles']} tiles."
+
+
+def _layer_table(record: dict[str, Any]) -> Iterator[str]:
+    layers = record["layers"]
     total = sum(layer["macs"] for layer in layers)
-    lines += [
-        f"| {layer['name']} | {layer['precision']} | {layer['snr_db']:.1f} | {layer['input_scale']:.4g} "
-        f"| {layer['macs'] / total:.1%} |"
-        for layer in worst_layers(record, len(layers))
-    ]
-    if len(record["attempts"]) > 1:
-        lines += ["", "## Attempts", "", "| layers kept in FP16 | agreement | why it did not pass |", "|---|---|---|"]
-        lines += [
-            f"| {', '.join(item['kept_in_fp16']) or 'none'} | {item['label_agreement']:.2%} "
-            f"| {'; '.join(item['failures']) or 'passed'} |"
-            for item in record["attempts"]
-        ]
-    return lines
+    yield from ("## Layers by signal-to-noise", "")
+    yield from ("| layer | precision | SNR, dB | input scale | share of quantisable work |", "|---|---|---|---|---|")
+    for layer in worst_layers(record, len(layers)):
+        figures = f"{layer['snr_db']:.1f} | {layer['input_scale']:.4g} | {layer['macs'] / total:.1%}"
+        yield f"| {layer['name']} | {layer['precision']} | {figures} |"
 
 
-def _title(graph: str) -> str:
-    return f"# {graph}"
-
-
-def _percent(value: float | None) -> str:
-    return "not defined" if value is None else f"{value:.2%}"
+def _attempts(record: dict[str, Any]) -> Iterator[str]:
+    if len(record["attempts"]) == 1:
+        return
+    yield from ("", "## Attempts", "", "| layers kept in FP16 | agreement | why it failed |", "|---|---|---|")
+    for attempt in record["attempts"]:
+        kept, failures = ", ".join(attempt["kept_in_fp16"]), "; ".join(attempt["failures"])
+        yield f"| {kept or 'none'} | {attempt['label_agreement']:.2%} | {failures or 'passed'} |"

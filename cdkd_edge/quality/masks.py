@@ -205,11 +205,11 @@ class ImageReader(SceneReader):
             raise DatasetError(f"image {pair.image}: {error}", hint=error.hint) from None
 
     def read_window(
-        self, top: int, left: int, height: int, width: int, **how: Any
+        self, top: int, left: int, height: int, width: int
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
         """See :meth:`cdkd_edge.raster.read.SceneReader.read_window`."""
         try:
-            return super().read_window(top, left, height, width, **how)
+            return super().read_window(top, left, height, width)
         except SceneError as error:
             raise DatasetError(f"image {self.path}: {error}", hint=error.hint) from None
 

@@ -204,11 +204,9 @@ class SceneReader:
         tile = out.shape[1]
         top, left = max(row.start, 0), max(column.start, 0)
         bottom, right = min(row.start + tile, self.height), min(column.start + tile, self.width)
-        inside = (bottom - top, right - left) == (tile, tile)
-        pixels, valid = self.read_window(top, left, bottom - top, right - left, out=out if inside else None)
-        if inside:
-            if pixels is not out:
-                out[:] = pixels
+        pixels, valid = self.read_window(top, left, bottom - top, right - left)
+        if pixels.shape == out.shape:
+            out[:] = pixels
             return valid
         rows = reflected(row.start, tile, self.height) - top
         columns = reflected(column.start, tile, self.width) - left
@@ -216,30 +214,22 @@ class SceneReader:
         return valid if valid is None else valid[rows[:, None], columns]
 
     def read_window(
-        self,
-        top: int,
-        left: int,
-        height: int,
-        width: int,
-        *,
-        out: npt.NDArray[np.uint8] | None = None,
+        self, top: int, left: int, height: int, width: int
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
         """Read a rectangle of the scene.
 
         Args:
             top, left, height, width: the rectangle, px; it lies within the scene.
-            out: uint8 ``[3, h, w]`` that may be used for the pixels.
 
         Returns:
-            RGB ``[3, h, w]``, and validity ``[h, w]`` or None where every pixel is valid.
+            RGB ``[3, h, w]``, and validity ``[h, w]`` or None if every pixel is valid.
 
         Raises:
             SceneError: the file cannot be read there.
         """
         window = Window(left, top, width, height)
         with self._gdal("reading"):
-            if self.limits is not None:
-                out = self._place_for((3, height, width))
+            out = None if self.limits is None else self._place_for((3, height, width))
             pixels: npt.NDArray[Any] = self._dataset.read(self._indexes, window=window, out=out)
             valid = self._validity.read(self._dataset, window=window)
         if self._float:

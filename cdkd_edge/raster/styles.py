@@ -73,32 +73,26 @@ def label_map_xml(schema: LabelSchema, areas: Sequence[ClassArea] = (), *, extra
     for name in schema.class_names:
         ElementTree.SubElement(categories, "Category").text = name
     table = ElementTree.SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
-    fields = [
-        ("Value", _INTEGER, _VALUE),
-        ("Class", _STRING, _NAME),
-        ("Red", _INTEGER, _RED),
-        ("Green", _INTEGER, _GREEN),
-        ("Blue", _INTEGER, _BLUE),
+    columns: list[tuple[str, str, str, Sequence[object]]] = [
+        ("Value", _INTEGER, _VALUE, range(len(schema))),
+        ("Class", _STRING, _NAME, schema.class_names),
+        *(
+            (name, _INTEGER, usage, [cls.shown[channel] for cls in schema.classes])
+            for channel, (name, usage) in enumerate((("Red", _RED), ("Green", _GREEN), ("Blue", _BLUE)))
+        ),
     ]
-    with_hectares = bool(areas) and all(area.hectares is not None for area in areas)
-    if areas:
-        # GDAL keeps integers in 32 bits; a scene may have more pixels of a class than that.
-        fields.append(("Pixels", _REAL, _PIXEL_COUNT))
-    if with_hectares:
-        fields.append(("Area_ha", _REAL, _GENERIC))
-    for index, field in enumerate(fields):
+    if areas:  # real numbers: GDAL keeps integers in 32 bits, and a scene may have more pixels of a class
+        columns.append(("Pixels", _REAL, _PIXEL_COUNT, [area.pixels for area in areas]))
+        if all(area.hectares is not None for area in areas):
+            columns.append(("Area_ha", _REAL, _GENERIC, [area.hectares for area in areas]))
+    for index, (name, kind, usage, _) in enumerate(columns):
         definition = ElementTree.SubElement(table, "FieldDefn", index=str(index))
-        for tag, value in zip(("Name", "Type", "Usage"), field, strict=True):
+        for tag, value in (("Name", name), ("Type", kind), ("Usage", usage)):
             ElementTree.SubElement(definition, tag).text = value
-    for label, cls in enumerate(schema.classes):
-        texts = [str(label), cls.name, *map(str, cls.shown)]
-        if areas:
-            texts.append(str(areas[label].pixels))
-        if with_hectares:
-            texts.append(repr(areas[label].hectares))
+    for label in range(len(schema)):
         row = ElementTree.SubElement(table, "Row", index=str(label))
-        for text in texts:
-            ElementTree.SubElement(row, "F").text = text
+        for *_, values in columns:
+            ElementTree.SubElement(row, "F").text = str(values[label])
     return xml_text(root)
 
 

@@ -138,13 +138,7 @@ class RowMerge:
         self.put(place.row, place.column, None if slot is None else self._engine.output(slot)[index], valid)
 
     def put(self, row: Span, column: Span, labels: npt.NDArray[np.uint8] | None, valid: Mask | None) -> None:
-        """Take the kept part of a tile.
-
-        Args:
-            row, column: where the tile lies.
-            labels: ``[T, T]``, or None for a tile without a valid pixel.
-            valid: ``[T, T]``; invalid pixels get no label. None: all valid.
-        """
+        """Take the kept part of a tile: ``labels`` and ``valid`` are ``[T, T]``, None for no label and all valid."""
         if row != self._row:
             self._row = row
             self._band = np.empty((row.last - row.first, self._width), np.uint8)

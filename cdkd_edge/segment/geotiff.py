@@ -7,7 +7,6 @@ Layout and options of the copy: https://gdal.org/en/stable/drivers/raster/cog.ht
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,18 +36,6 @@ def palette_of(schema: LabelSchema) -> dict[int, tuple[int, int, int, int]]:
     """The palette of a label map as rasterio takes it: RGBA per label; no label is transparent."""
     colors = schema.palette()[: len(schema)].tolist()
     return {label: (*color, 255) for label, color in enumerate(colors)} | {NO_LABEL: (0, 0, 0, 0)}
-
-
-@functools.cache
-def quick_compression() -> dict[str, Any]:
-    """GDAL's options for a GeoTIFF that is soon thrown away: ZSTD where GDAL was built with it."""
-    options = {"compress": "zstd", "zstd_level": 1}
-    try:
-        with MemoryFile() as file, gdal("trying ZSTD"):
-            file.open(driver="GTiff", height=1, width=1, count=1, dtype="uint8", **options).close()
-    except SceneError:
-        return {"compress": "deflate", "zlevel": 1}
-    return options
 
 
 class LabelMapWriter:
@@ -82,8 +69,6 @@ class LabelMapWriter:
         quick: bool = False,
     ) -> None:
         self.path = path
-        self.counts = np.zeros(256, np.int64)
-        """Pixels per label written so far."""
         self.row_counts = np.zeros((height, len(schema) + 1 if schema else 0), np.uint32)
         """Pixels per label in each row, ``[height, K + 1]``; the last column is no label."""
         self._schema = schema
@@ -98,7 +83,8 @@ class LabelMapWriter:
             "count": 1,
             "dtype": "uint8",
             "nodata": NO_LABEL,
-            **(quick_compression() if quick else {"compress": "deflate"}),
+            "compress": "deflate",
+            **({"zlevel": 1} if quick else {}),
             "BIGTIFF": "IF_SAFER",
             **georeference,
         }
@@ -167,15 +153,12 @@ class LabelMapWriter:
         if self._schema is None:
             return
         first = self._next_row + len(self._pending)
-        known = (*range(len(self._schema)), NO_LABEL)
+        known = (*range(len(self._schema)), NO_LABEL)  # other labels, of a broken engine, are found missing later
         for start in range(0, len(labels), _COUNTED_ROWS):
             part = labels[start : start + _COUNTED_ROWS]
             rows = self.row_counts[first + start : first + start + len(part)]
             for column, label in enumerate(known):
                 rows[:, column] = (part == label).sum(axis=1, dtype=np.uint32)
-                self.counts[label] += rows[:, column].sum(dtype=np.int64)
-            if rows.sum(dtype=np.int64) != part.size:  # a broken engine's labels may be any number
-                self.counts += np.bincount(part[~np.isin(part, known)], minlength=256)
 
 
 def write_cog(

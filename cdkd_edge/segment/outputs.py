@@ -119,8 +119,6 @@ class PlainRasters:
     label_map: Path
     """Tiled, with palette; class names in its ``.aux.xml``."""
     confidence: Path | None
-    counts: npt.NDArray[np.int64]
-    """Pixels per label, ``[256]``."""
     row_counts: npt.NDArray[np.uint32]
     """Pixels per label in each row of pixels, ``[height, K + 1]``; the last column is no label."""
 
@@ -196,7 +194,7 @@ class RasterAssembler:
         self._threads.raise_error()
         labels = self._writers[LABELS]
         confidence = self._writers[CONFIDENCE].path if CONFIDENCE in self._writers else None
-        return PlainRasters(labels.path, confidence, labels.counts, labels.row_counts)
+        return PlainRasters(labels.path, confidence, labels.row_counts)
 
     def _write(self) -> None:
         height = self._spool.height

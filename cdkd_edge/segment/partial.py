@@ -18,7 +18,6 @@ import re
 import shutil
 import stat
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from cdkd_edge.core.errors import SceneError
@@ -177,10 +176,6 @@ class Partial:
         """The file with the finished rows of tiles."""
         return self.folder / "labels.spool"
 
-    def keep_if(self, worth: bool) -> None:
-        """Say whether the spool holds something worth keeping."""
-        self.worth_keeping = worth
-
     def finishing(self) -> None:
         """Note that all rasters are whole and are about to get their final names, see :func:`drop_finished`."""
         write_text(self.folder / "run.json", json.dumps({**self._note, "finished": True}, indent=1) + "\n")
@@ -188,9 +183,7 @@ class Partial:
     def __enter__(self) -> Partial:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             if self.finished or not self.worth_keeping:
                 _remove(self.folder)

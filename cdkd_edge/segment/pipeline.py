@@ -7,7 +7,6 @@ all are there (:mod:`.spool`, :mod:`.partial`, :mod:`.outputs`). Memory is bound
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import os
 import time
@@ -21,7 +20,6 @@ from rasterio.transform import Affine
 
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import SceneError, SystemRefusalError
-from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.machine import hand_memory_back
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.core.output_kinds import CONFIDENCE, missing_output, provides
@@ -35,7 +33,6 @@ from cdkd_edge.segment.flow import Flow, RunTotals
 from cdkd_edge.segment.merges import merge_mode
 from cdkd_edge.segment.options import SegmentOptions, SegmentResult
 from cdkd_edge.segment.outputs import (
-    PlainRasters,
     RasterAssembler,
     confidence_path,
     publish,
@@ -80,11 +77,8 @@ def segment_scene(
     """
     started = time.perf_counter()
     output = Path(os.path.normpath(output))
-    if _same_file(scene, output):
-        raise SceneError(f"the label map would overwrite the scene {scene}", hint="choose another --output")
     confidence = confidence_path(output) if options.confidence else None
-    require_writable_name(output)
-    require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
+    _require_place(scene, output, confidence)
     _require_output(engine, options)
     schema = engine.schema.in_palette(options.palette)
     with contextlib.ExitStack() as stack:
@@ -92,26 +86,26 @@ def segment_scene(
         reader, times = readers[0], times_of_change(readers[0])
         area = _area(reader, options)
         plan = _plan(engine, reader, options, area)
-        found = scene_identity(reader)
-        tags = label_map_tags(engine, reader, options, found)
-        identity = _identity(engine, reader, tags, found, confidence=options.confidence)
+        fingerprint = scene_identity(reader)
+        tags = label_map_tags(engine, reader, options, fingerprint)
+        identity = _identity(engine, reader, tags, fingerprint, confidence=options.confidence)
         partial = stack.enter_context(Partial(output, identity, resume=resume, replaces=output.exists()))
         stack.enter_context(_kept_when_the_disk_is_full(partial))
         spool = stack.enter_context(Spool(partial.spool, reader.height, reader.width))
         resumed = spool.bands
         if spool.damaged:
             warn(f"{spool.path} is damaged; its first {resumed} rows of tiles are good, the others are computed again")
-        stack.callback(lambda: partial.keep_if(spool.bands > 0))
-        rasters = RasterAssembler(
-            spool, schema, reader.georeference, tags, partial.folder, confidence=options.confidence
+        partial.worth_keeping = resumed > 0
+        rasters = stack.enter_context(
+            RasterAssembler(spool, schema, reader.georeference, tags, partial.folder, confidence=options.confidence)
         )
-        stack.enter_context(rasters)
         rasters.advance(plan.rows_done(resumed))
         totals = RunTotals()
         if resumed < plan.bands:
             space = DiskSpaceWatch(partial.folder, warn)
 
             def on_band() -> None:
+                partial.worth_keeping = True
                 rasters.advance(plan.rows_done(spool.bands))
                 space.check(spool.path, plan.tiles_in(spool.bands) / len(plan.grid))
 
@@ -127,15 +121,24 @@ def segment_scene(
         areas = publish(finished, output, schema, confidence, on_whole=partial.finishing)
         totals.stages["finish"] = time.perf_counter() - finishing
         partial.finished = True
-        result = _result(engine, reader, plan, output, finished, spool.tiles_without_data)
-    return dataclasses.replace(
-        result,
-        areas=areas,
+    limits = None if reader.limits is None else tuple((float(low), float(high)) for low, high in reader.limits)
+    return SegmentResult(
+        output=output,
+        height=spool.height,
+        width=spool.width,
+        tiles=len(plan.grid),
+        tiles_without_data=spool.tiles_without_data,
         seconds=time.perf_counter() - started,
         engine_seconds=totals.engine_seconds,
+        class_pixels={area.name: area.pixels for area in areas.classes},
+        no_data_pixels=areas.no_data.pixels,
+        notes=tuple(reader.notes),
         tiles_resumed=plan.tiles_in(resumed),
         confidence=confidence,
+        stretch_limits=limits,
         stages={name: round(seconds, 6) for name, seconds in totals.stages.items()},
+        row_class_pixels=finished.row_counts,
+        areas=areas,
     )
 
 
@@ -181,6 +184,15 @@ def label_rows(
     plan = Plan.over(grid, engine.tile, panel_bytes=None)
     merge = RowMerge(engine, reader.width, len(grid.columns), sink)
     return Flow(engine, [reader], plan, merge, progress=progress).run()
+
+
+def _require_place(scene: str | Path, output: Path, confidence: Path | None) -> None:
+    """Make sure that the outputs may be written, and do not replace the scene."""
+    with contextlib.suppress(OSError):
+        if output.exists() and Path(str(scene)).samefile(output):
+            raise SceneError(f"the label map would overwrite the scene {scene}", hint="choose another --output")
+    require_writable_name(output)
+    require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
 
 
 def _require_output(engine: Labeller, options: SegmentOptions) -> None:
@@ -261,26 +273,6 @@ def _identity(
     }
 
 
-def _result(
-    engine: Labeller, reader: SceneReader, plan: Plan, output: Path, finished: PlainRasters, tiles_without_data: int
-) -> SegmentResult:
-    limits, names = reader.limits, engine.schema.class_names
-    return SegmentResult(
-        output=output,
-        height=reader.height,
-        width=reader.width,
-        tiles=len(plan.grid),
-        tiles_without_data=tiles_without_data,
-        seconds=0.0,
-        engine_seconds=0.0,
-        class_pixels={name: int(count) for name, count in zip(names, finished.counts, strict=False)},
-        no_data_pixels=int(finished.counts[NO_LABEL]),
-        notes=tuple(reader.notes),
-        stretch_limits=None if limits is None else tuple((float(low), float(high)) for low, high in limits),
-        row_class_pixels=finished.row_counts,
-    )
-
-
 @contextlib.contextmanager
 def _kept_when_the_disk_is_full(partial: Partial) -> Iterator[None]:
     try:
@@ -293,10 +285,3 @@ def _kept_when_the_disk_is_full(partial: Partial) -> Iterator[None]:
         raise SystemRefusalError(
             reason, hint=f"free some space and run the same command again; finished tiles are kept in {partial.folder}"
         ) from None
-
-
-def _same_file(scene: str | Path, output: Path) -> bool:
-    try:
-        return output.exists() and Path(str(scene)).samefile(output)
-    except OSError:
-        return False

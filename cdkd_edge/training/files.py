@@ -11,10 +11,10 @@ import torch
 
 from cdkd_edge.core.errors import CheckpointError, UsageError
 from cdkd_edge.core.files import occupied, whole_file
+from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.model.container import save_tensors
 from cdkd_edge.quality.datasets import listed
-from cdkd_edge.quality.evaluate import Evaluation
-from cdkd_edge.quality.metrics import METRICS
+from cdkd_edge.quality.metrics import METRICS, ConfusionMatrix, number
 from cdkd_edge.training.recipe import PRESET_PREFIX
 
 
@@ -112,13 +112,10 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], key: str) ->
     return f"{theirs.get(key)} then, {ours[key]} now"
 
 
-def scores_of(evaluation: Evaluation) -> dict[str, Any]:
+def scores_of(matrix: ConfusionMatrix, schema: LabelSchema) -> dict[str, Any]:
     """The scores that a training record stores."""
-    document = evaluation.document()
-    return {
-        **evaluation.matrix.scores(),
-        "iou": {row["name"]: row["iou"] for row in document["classes"]},
-    }
+    iou = zip(schema.class_names, matrix.class_scores("iou"), strict=True)
+    return {**matrix.scores(), "iou": {name: number(float(value)) for name, value in iou}}
 
 
 def score_table(title: str, classes: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -26,7 +26,7 @@ from cdkd_edge.core.machine import describe_machine
 from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.model.checkpoint import load_encoder, save_checkpoint
 from cdkd_edge.model.device import chosen_device
-from cdkd_edge.quality.baselines import evaluate_color_rules
+from cdkd_edge.quality.baselines import score_color_rules
 from cdkd_edge.quality.datasets import Dataset, Split, find_dataset, split_dataset
 from cdkd_edge.quality.evaluate import Evaluation, absent_classes, check_dataset, data_schema, evaluate, no_labels
 from cdkd_edge.quality.masks import HiddenLabels, read_labels
@@ -196,17 +196,17 @@ class _Run:
     def _final_scores(self, evaluation: Evaluation) -> dict[str, Any]:
         """Scores of the checkpoint, of the last epoch and of the colour rules, for the card."""
         progress = self.trainer.progress
-        scores = {f"this checkpoint (epoch {progress.best_epoch})": scores_of(evaluation)}
+        scores = {f"this checkpoint (epoch {progress.best_epoch})": scores_of(evaluation.matrix, self.schema)}
         if progress.best_epoch != progress.epoch:
             scores[f"epoch {progress.epoch}, the last"] = progress.history[-1]
-        rules = evaluate_color_rules(
+        rules = score_color_rules(
             self.split.training,
             self.split.validation,
             self.schema,
             options=self.options.reading,
             note=self.listener.step,
         )
-        return scores | {name: scores_of(result) for name, result in rules.items()}
+        return scores | {name: scores_of(matrix, self.schema) for name, matrix in rules.items()}
 
     def _validate(self) -> dict[str, Any]:
         """Score the network as it is; write it if it is the best so far."""
@@ -224,7 +224,7 @@ class _Run:
         evaluation = evaluate(labeller, self.split.validation, self.schema, options=self.options.reading)
         progress = trainer.progress
         progress.seconds += time.perf_counter() - started
-        scores = scores_of(evaluation)
+        scores = scores_of(evaluation.matrix, self.schema)
         score = scores["mean_iou"]
         if progress.best is None or score > progress.best:
             progress.best, progress.best_epoch = score, progress.epoch

@@ -27,7 +27,6 @@ from scene_helpers import FakeEngine, names_in, noise, pipeline_threads, relaxed
 
 from cdkd_edge.bench import phases as bench_phases
 from cdkd_edge.bench import run as bench
-from cdkd_edge.bench import scene as bench_scene
 from cdkd_edge.bench.folder import read_run
 from cdkd_edge.bench.phases import LiveStatus, protocol_of
 from cdkd_edge.bench.record import BenchSummary, Protocol
@@ -35,7 +34,7 @@ from cdkd_edge.bench.run import BenchOptions, run_benchmark
 from cdkd_edge.bench.statistics import figure_of, latency_of, t_quantile, variance_hidden_by_sharing
 from cdkd_edge.board.conditions import ConditionsMonitor
 from cdkd_edge.board.power.sampler import PowerSampler, find_source
-from cdkd_edge.cli.show.bench import describe_bench, live_text
+from cdkd_edge.cli.bench import describe_bench, live_text
 from cdkd_edge.core.errors import EngineError, PowerError, SceneError, UsageError
 from cdkd_edge.core.machine import forget_peak_memory, peak_memory
 from cdkd_edge.core.sample import sample_tiles
@@ -284,8 +283,8 @@ def test_a_large_drawn_scene_takes_little_memory(folder: Path, monkeypatch: pyte
         drawn.append((tile, count))
         return sample_tiles(tile, count)
 
-    monkeypatch.setattr(bench_scene, "sample_tiles", draw)
-    monkeypatch.setattr(bench_scene, "PICTURE_SIDE", 96)
+    monkeypatch.setattr(bench, "sample_tiles", draw)
+    monkeypatch.setattr(bench, "PICTURE_SIDE", 96)
     end = run_benchmark(FakeEngine(delay=0.001), folder, BenchOptions(times(0.2))).end_to_end
     assert end is not None
     assert end.tiles > 9
@@ -300,7 +299,7 @@ def test_a_scene_that_fails_costs_no_measurement(
     def fail(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(bench_scene, "segment_scene", fail)
+    monkeypatch.setattr(bench, "segment_scene", fail)
     summary = run_benchmark(FakeEngine(), folder, BenchOptions(times(0.05), scene=scene))
     assert summary.figures is not None
     assert summary.end_to_end is None
@@ -497,8 +496,8 @@ def test_power_and_energy_per_tile(folder: Path, scene: Path, hungry: Any, batch
     report = describe_bench(summary, folder)
     shown = [value for name, value in report.rows if name == "power (module)"]
     assert re.match(r"VDD_IN: idle 1?\d\d[.\d]*( ± [.\d]+)? W, load 1\d\d", shown[0])
-    assert report.listing is not None
-    paper = {row[0]: row[2] for row in report.listing.rows}
+    (listing,) = report.listings
+    paper = {row[0]: row[2] for row in listing.rows}
     assert (paper["gross, J/tile"], paper["net, J/tile"]) == ("7.58", "5.28")
     assert (paper["throughput, tiles/s"], paper["idle, W"], paper["load, W"], paper["net, W"]) == (
         "2.50",

@@ -16,14 +16,13 @@ from PIL import Image
 from run_helpers import make_run
 from scene_helpers import names_in
 
-from cdkd_edge.bench.compare.checks import Limits, judge
-from cdkd_edge.bench.compare.compare import Comparison, compare_runs
-from cdkd_edge.bench.compare.pareto import draw_picture, front, write_picture
-from cdkd_edge.bench.compare.scores import read_scores
+from cdkd_edge.bench.compare import Comparison, compare_runs
+from cdkd_edge.bench.compare_checks import Limits, judge, read_scores
 from cdkd_edge.bench.folder import read_summary, write_summary
+from cdkd_edge.bench.pareto import draw_picture, front, write_picture
 from cdkd_edge.bench.statistics import Interval, Ratio
 from cdkd_edge.board.power.protocol import GPU_BOARD
-from cdkd_edge.cli.show.compare import describe_comparison, significant
+from cdkd_edge.cli.compare import describe_comparison, markdown
 from cdkd_edge.core.errors import BenchError, CompareError
 from cdkd_edge.core.manifest import FileRecord
 
@@ -80,15 +79,6 @@ def test_faster_on_the_same_watts_needs_less_energy(pair: tuple[Path, Path]) -> 
     assert one.speed is one.gross_energy is None
     assert one.interval_basis == "5 repeats"
     assert not found.not_comparable
-
-
-@pytest.mark.parametrize(
-    ("value", "digits", "text"),
-    [(7.6, 3, "7.60"), (7.5799, 3, "7.58"), (2.5, 4, "2.500"), (9.9996, 4, "10.00"), (407, 4, "407.0"),
-     (123456.7, 4, "123457"), (0.00123, 3, "0.00123"), (0, 4, "0"), (-1.5, 3, "-1.50")],
-)  # fmt: skip
-def test_figures_beside_each_other_have_as_many_digits(value: float, digits: int, text: str) -> None:
-    assert significant(value, digits) == text
 
 
 def test_the_baseline_can_be_any_run(pair: tuple[Path, Path]) -> None:
@@ -207,7 +197,7 @@ def test_what_is_not_comparable_is_refused_and_marked_if_forced(
     assert said in result.stdout
     report = describe_comparison(compare_runs(pair, force=True))
     assert report.data["not_comparable"][0].startswith(said)
-    assert f"- **NOT COMPARABLE**: {said}" in report.markdown()
+    assert f"- **NOT COMPARABLE**: {said}" in markdown(report)
 
 
 def test_a_run_without_figures_is_refused_even_if_forced(pair: tuple[Path, Path]) -> None:
@@ -548,7 +538,7 @@ def test_a_wide_range_is_drawn_too(tmp_path: Path) -> None:
 
 def test_the_report_names_every_run_in_every_table(pair: tuple[Path, Path]) -> None:
     report = describe_comparison(compare_runs(pair))
-    assert [title.split()[0] for title, _ in report.tables] == ["speed", "power", "what"]
-    for _, listing in report.tables:
+    assert [listing.title.split()[0] for listing in report.listings] == ["speed", "power", "what"]
+    for listing in report.listings:
         assert [row[0] for row in listing.rows] == ["slow", "fast"]
         assert all(len(row) == len(listing.columns) for row in listing.rows)

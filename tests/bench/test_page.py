@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from run_helpers import make_run
 
+from cdkd_edge.bench.curves import draw_histogram, histogram
 from cdkd_edge.bench.folder import Series, read_run
-from cdkd_edge.bench.histogram import draw_histogram, histogram
 from cdkd_edge.bench.record import Verdict
 from cdkd_edge.bench.report_page import visible, write_report_page
 from cdkd_edge.bench.statistics import latency_of

@@ -320,19 +320,17 @@ SHOWN = "]0;owned  31m[red]x[/nothing] cba  :smile:"
 def test_text_from_files_does_not_steer_the_terminal(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cdkd_edge.cli.helpers import print_json, say
-    from cdkd_edge.cli.show.doctor import DoctorReport
-    from cdkd_edge.cli.show.live import live_bar, live_steps
-    from cdkd_edge.cli.show.table import Listing, Report
+    from cdkd_edge.cli.progress import steps, tile_bar
+    from cdkd_edge.cli.report import Listing, Report, print_json, say
 
     if terminal:
         for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "200")):
             monkeypatch.setenv(name, value)
-    Report(HOSTILE, ((HOSTILE, HOSTILE),), {}, Listing((HOSTILE, "b"), ((HOSTILE, HOSTILE),))).print()
-    DoctorReport(HOSTILE, (), {}, Listing(("", "", ""), (("ok", HOSTILE, HOSTILE),))).print()
-    with live_bar(HOSTILE) as progress:
+    listing = Listing((HOSTILE, "b"), ((HOSTILE, HOSTILE),))
+    Report(HOSTILE, [(HOSTILE, HOSTILE), ("ok", HOSTILE, HOSTILE)], {}, (listing,)).print()
+    with tile_bar(HOSTILE) as progress:
         progress(1, 2)
-    with live_steps() as step:
+    with steps() as step:
         step(HOSTILE)
     say(HOSTILE)
     out, err = capsys.readouterr()
@@ -341,7 +339,7 @@ def test_text_from_files_does_not_steer_the_terminal(
         assert text.replace("\n", "").isprintable()
         assert "owned" in text
     assert SHOWN in rich.sub("", err)
-    assert rich.sub("", out).count(SHOWN) == 9
+    assert rich.sub("", out).count(SHOWN) == 8
     assert ("\x1b[1m" in out) == terminal
     print_json({"name": HOSTILE})
     written = capsys.readouterr().out

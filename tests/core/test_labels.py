@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cdkd_edge.cli.show.segment import class_rows
+from cdkd_edge.cli.segment import class_rows
 from cdkd_edge.core.errors import SchemaError
 from cdkd_edge.core.labels import (
     BUILTIN_SCHEMAS,

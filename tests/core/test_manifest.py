@@ -12,11 +12,11 @@ import pytest
 from cdkd_edge.core.errors import ManifestError
 from cdkd_edge.core.files import sha256_of
 from cdkd_edge.core.labels import load_schema
+from cdkd_edge.core.machine import library_versions
 from cdkd_edge.core.manifest import (
     EngineManifest,
     FileRecord,
     GraphManifest,
-    library_versions,
     manifest_path,
     read_manifest,
     write_manifest,

@@ -314,7 +314,7 @@ def test_a_missing_driver_library_is_an_answer():
     """As cuda-python says it: RuntimeError at the first call, of whatever class."""
     from cuda_fakes import CudaPythonShape
 
-    from cdkd_edge.engines.cuda.cuda_python import CudaPythonDriver
+    from cdkd_edge.engines.cuda.bindings import CudaPythonDriver
 
     module = CudaPythonShape(World())
     module.cuInit = lambda flags: (_ for _ in ()).throw(RuntimeError("Failed to dlopen libcuda.so.1"))
@@ -325,7 +325,7 @@ def test_a_missing_driver_library_is_an_answer():
 def test_pycudas_texts_get_their_names_even_with_details():
     from cuda_fakes import PyCudaShape
 
-    from cdkd_edge.engines.cuda.pycuda import PyCudaDriver
+    from cdkd_edge.engines.cuda.bindings import PyCudaDriver
 
     driver = PyCudaDriver(module=PyCudaShape(World()), error_names={"out of memory": "CUDA_ERROR_OUT_OF_MEMORY"})
     for message in ("cuMemAlloc failed: out of memory", "cuMemAlloc failed: out of memory - it was\n all used"):

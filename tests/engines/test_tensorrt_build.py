@@ -20,7 +20,7 @@ import pytest
 from onnx import helper, numpy_helper
 from tensorrt_helpers import ORIN, child, half_graph, needs_compiler, store_variant
 
-from cdkd_edge.cli.show.engines import describe_engine
+from cdkd_edge.cli.build import describe_engine
 from cdkd_edge.core.errors import EngineError, GraphError, ManifestError, SystemRefusalError
 from cdkd_edge.core.manifest import EngineManifest, GraphManifest, read_manifest, write_manifest
 from cdkd_edge.engines.inspect import inspect_artefact

@@ -52,6 +52,15 @@ def paper_graph(
 
 
 @pytest.fixture(scope="module")
+def shallow_graph(
+    tmp_path_factory: pytest.TempPathFactory, make_graph: Callable[..., Path], make_weights: Callable[..., object]
+) -> Path:
+    """The same with four of its twelve blocks, where their number does not matter."""
+    config = NetworkConfig(classes=5, depth=4)
+    return make_graph(tmp_path_factory.mktemp("shallow"), make_weights(config), config)
+
+
+@pytest.fixture(scope="module")
 def half(paper_graph: Path) -> Path:
     return half_graph(paper_graph)
 
@@ -93,25 +102,25 @@ def test_int8_keeps_the_limits(paper_graph: Path) -> None:
     assert graph.stat().st_size <= INT8_SIZE * paper_graph.stat().st_size
 
 
-def test_int8_with_broken_attention_fails_the_same_check(paper_graph: Path) -> None:
-    _, layers = compiled(break_attention(int8_variant(paper_graph)))
+def test_int8_with_broken_attention_fails_the_same_check(shallow_graph: Path) -> None:
+    _, layers = compiled(break_attention(int8_variant(shallow_graph)))
     findings = exceeded(layers, INT8_LIMITS)
     assert any("0 of 12 attention blocks" in finding for finding in findings), findings
 
 
-def test_fp32_parses_and_builds(paper_graph: Path) -> None:
-    manifest, layers = compiled(paper_graph)
+def test_fp32_parses_and_builds(shallow_graph: Path) -> None:
+    manifest, layers = compiled(shallow_graph)
     assert manifest.tensorrt is not None
     assert manifest.tensorrt.tensors == TILES_AND_LABELS
-    assert manifest.attention_blocks == 12
+    assert manifest.attention_blocks == 4
     assert "fp16" not in layers.precisions
 
 
-def test_broken_attention_fails_the_same_check(half: Path) -> None:
-    manifest, layers = compiled(break_attention(half))
+def test_broken_attention_fails_the_same_check(shallow_graph: Path) -> None:
+    manifest, layers = compiled(break_attention(half_graph(shallow_graph)))
     findings = exceeded(layers, FP16_LIMITS)
     assert any("0 of 12 attention blocks" in finding for finding in findings), findings
     assert any("layer traffic" in finding for finding in findings)
     assert any("scratch" in finding for finding in findings)
     assert manifest.attention_fused == 0
-    assert len(layers.unfused_attention) == 12
+    assert len(layers.unfused_attention) == 4

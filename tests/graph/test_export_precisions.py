@@ -72,7 +72,9 @@ def test_fp16_comes_with_an_export(tmp_path, sound):
     data = json.loads(result.stdout)
     assert data["fp16_refused"] is None
     assert data["fp16"]["precision"] == "fp16"
-    assert data["fp16"]["conversion"]["label_agreement"] >= 0.999
+    conversion = data["fp16"]["conversion"]
+    assert conversion["label_agreement"] >= 0.999
+    assert 0 < conversion["max_logit_error"] < conversion["logit_tolerance"]
     half = onnx.load(tmp_path / "export" / "city.fp16.onnx")
     assert casts(half) == {"FLOAT16": 1, "UINT8": 1}
     text = " ".join(run("export", sound, *HEADS).stdout.split())
@@ -85,23 +87,21 @@ def test_no_fp16_where_none_is_wanted(tmp_path, sound):
     assert exported(tmp_path) == ["city.json", "city.onnx"]
     data = json.loads(result.stdout)
     assert (data["fp16"], data["fp16_refused"]) == (None, None)
-    assert "FP16" not in run("export", sound, *HEADS, "--no-fp16").stdout
 
 
 def test_a_network_that_fp16_is_not_for(tmp_path, loud):
-    """It is exported in FP32, and the reason is told."""
-    result = run("export", loud, *HEADS)
+    """It is exported in FP32, and the reason is given."""
+    result = run("export", loud, *HEADS, "--json")
     assert result.exit_code == 0, result.stderr
-    text = " ".join(result.stdout.split())
-    assert "no FP16 on the imagery blocks.1.mlp.fc1 leaves FP16's range" in text
     assert exported(tmp_path) == ["city.json", "city.onnx"]
-    data = json.loads(run("export", loud, *HEADS, "--json").stdout)
+    data = json.loads(result.stdout)
     assert data["fp16"] is None
     assert "leaves FP16's range" in data["fp16_refused"]
 
 
 def test_what_an_export_found_is_known_to_the_commands_after_it(tmp_path, loud, make_weights, monkeypatch):
-    run("export", loud, *HEADS)
+    text = " ".join(run("export", loud, *HEADS).stdout.split())
+    assert "no FP16 on the imagery blocks.1.mlp.fc1 leaves FP16's range" in text
     kept = read_manifest(tmp_path / "export" / "city.onnx", GraphManifest).fp16_refused
     assert kept.out_of_range
     write_set(tmp_path / "engines" / "calibration" / "mission", tiles_of(1), tiles_of(1))
@@ -127,8 +127,6 @@ def test_a_share_of_labels_may_be_asked_for_instead(tmp_path, sound):
     assert_answer(run("export", sound, *HEADS, "--no-fp16", "--min-agreement", "99"), 2, "about the FP16 graph")
     data = json.loads(run("export", sound, *HEADS, "--fp16", "--min-agreement", "99", "--json").stdout)
     assert data["fp16"]["conversion"]["max_logit_error"] is None
-    data = json.loads(run("export", sound, *HEADS, "--json").stdout)
-    assert 0 < data["fp16"]["conversion"]["max_logit_error"] < data["fp16"]["conversion"]["logit_tolerance"]
 
 
 def test_asked_for_it_is_an_error_and_the_fp32_graph_stays(tmp_path, loud):
@@ -160,8 +158,6 @@ def test_graphs_of_an_earlier_export_are_pointed_out(tmp_path, sound, make_weigh
     text = " ".join(run("export", save(sound, weights), *HEADS).stdout.split())
     for name in ("city.fp16.onnx", "city.int8.onnx"):
         assert f"warning {name} was made from an earlier graph" in text
-    data = json.loads(run("export", sound, *HEADS, "--no-fp16", "--json").stdout)
-    assert data["outdated"] == ["export/city.fp16.onnx", "export/city.int8.onnx"]
 
 
 def test_a_foreign_file_in_the_place_of_the_fp16_graph(tmp_path, sound):
@@ -171,7 +167,9 @@ def test_a_foreign_file_in_the_place_of_the_fp16_graph(tmp_path, sound):
     assert_answer(result, 6, r"city\.fp16\.onnx exists and is not cdkd-edge's to replace")
     assert (tmp_path / "export" / "city.fp16.onnx").read_text() == "mine"
     assert exported(tmp_path) == ["city.fp16.onnx"], "it is known before the work begins"
-    assert run("export", sound, *HEADS, "--no-fp16").exit_code == 0
+    plain = run("export", sound, *HEADS, "--no-fp16")
+    assert plain.exit_code == 0
+    assert "FP16" not in plain.stdout
 
 
 # --- the bundled network --------------------------------------------------------------------------
@@ -193,8 +191,8 @@ def test_the_bundled_network_in_fp16(tiny):
 
 
 def test_the_bundled_network_in_int8(tiny, tmp_path):
-    drawn = sample_tiles(128, 8)
-    chosen = write_set(tmp_path / "set", drawn[:6], drawn[6:], side=128)
+    drawn = sample_tiles(128, 5)
+    chosen = write_set(tmp_path / "set", drawn[:4], drawn[4:], side=128)
     graph = tmp_path / "tiny.onnx"
     for suffix in (".onnx", ".json"):
         shutil.copy(tiny.path.with_suffix(suffix), graph.with_suffix(suffix))

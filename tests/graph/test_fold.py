@@ -8,7 +8,7 @@ from reference import MEAN, STD, adaptive_average, bilinear
 
 from cdkd_edge.graph import fold
 
-GRIDS = (6, 7, 8, 14, 16, 37, 64)
+GRIDS = (6, 7, 8, 16, 37)
 SCALES = (1, 2, 3, 6)
 PART_OF_SCALE = {1: slice(0, 1), 2: slice(1, 5), 3: slice(5, 14), 6: slice(14, 50)}
 

@@ -199,7 +199,7 @@ def test_without_tiles_there_is_nothing_to_observe(plain):
 # --- ranges ---------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.floats(1e-6, 6e6))
 def test_max_is_rounded_up_to_the_end_of_its_bin_and_the_next_fp16_number(largest):
     scale = activation_scale(observation_of([largest, -largest / 2]), "max")

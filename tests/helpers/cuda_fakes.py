@@ -683,8 +683,7 @@ SHAPES = ("cuda-python", "pycuda")
 
 def driver_over(world, shape, ordinal=0):
     """The package's driver over a simulated device."""
-    from cdkd_edge.engines.cuda.cuda_python import CudaPythonDriver
-    from cdkd_edge.engines.cuda.pycuda import PyCudaDriver
+    from cdkd_edge.engines.cuda.bindings import CudaPythonDriver, PyCudaDriver
 
     if shape == "cuda-python":
         return CudaPythonDriver(ordinal, CudaPythonShape(world))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -71,6 +73,12 @@ def written(tmp_path_factory, make_graph, weights, tiles):
     graph = make_graph(tmp_path_factory.mktemp("written"), weights, CONFIG)
     told = []
     return write_int8(graph, target(graph), tiles, Int8Options(gate=LENIENT), note=told.append), graph, told
+
+
+@pytest.fixture
+def copied(tmp_path, written):
+    """The FP32 graph, with the INT8 graph of ``written`` beside it."""
+    return Path(shutil.copytree(written[1].parent, tmp_path / "copied")) / written[1].name
 
 
 def target(graph):
@@ -156,11 +164,10 @@ def test_the_judgement_is_that_of_the_twin_on_the_check_tiles(written, tiles):
     assert judgement.speed_up == judgement.fp32_seconds / judgement.seconds
 
 
-def test_ranges_come_from_the_calibration_tiles_alone(tmp_path, make_graph, weights, tiles):
+def test_ranges_come_from_the_calibration_tiles_alone(tmp_path, graph, written):
     """Other check tiles, same graph; other calibration tiles, another."""
-    graph = make_graph(tmp_path / "export", weights, CONFIG)
-    contents = []
-    for seeds in ((1, 2), (1, 5), (4, 2)):
+    contents = [written[0].path.read_bytes()]
+    for seeds in ((1, 5), (4, 2)):
         own = write_set(tmp_path / f"set{seeds}", tiles_of(6, seed=seeds[0]), tiles_of(3, seed=seeds[1]))
         write_int8(graph, target(graph), own, Int8Options(gate=Int8Gate(0.5, 100)))
         contents.append(target(graph).read_bytes())
@@ -188,13 +195,12 @@ def test_the_report(written):
         assert "nan" not in line
 
 
-def test_a_batch_graph(tmp_path, make_graph, weights, tiles):
+def test_a_batch_graph(tmp_path, make_graph, weights, tiles, written):
     graph = make_graph(tmp_path / "export", weights, CONFIG, batch=2)
     result = write_int8(graph, target(graph), tiles, Int8Options(gate=LENIENT))
     assert result.manifest.batch == 2
     assert result.manifest.conversion.tiles == 3
-    single = make_graph(tmp_path / "single", weights, CONFIG)
-    alone = write_int8(single, target(single), tiles, Int8Options(gate=LENIENT))
+    alone = written[0]
     assert result.attempts[0].judgement.agreement == pytest.approx(alone.attempts[0].judgement.agreement, abs=5e-3)
 
 
@@ -210,9 +216,8 @@ def test_other_calibrators(graph, tiles, calibrator):
     assert "SmoothQuant" not in text
 
 
-def test_a_graph_made_again_replaces_all_of_it(graph, tiles):
-    first = write_int8(graph, target(graph), tiles, Int8Options(gate=LENIENT))
-    report = first.report.read_text()
+def test_a_graph_made_again_replaces_all_of_it(copied, tiles, written):
+    graph, report = copied, written[0].report.read_text()
     again = write_int8(graph, target(graph), tiles, Int8Options(gate=LENIENT, keep=("fuse",)))
     assert len(names(graph.parent)) == 5
     assert read_manifest(target(graph), GraphManifest).quantization["kept_in_fp16"] == ["fuse"]
@@ -229,10 +234,9 @@ def test_a_missed_gate_leaves_nothing(graph, tiles):
     assert "--auto" in error.hint
 
 
-def test_a_missed_gate_leaves_what_was_there(graph, tiles):
-    write_int8(graph, target(graph), tiles, Int8Options(gate=LENIENT))
-    refused(NumericalCheckError, graph, tiles, Int8Options(gate=Int8Gate(1.0, 0)))
-    read_manifest(target(graph), GraphManifest)
+def test_a_missed_gate_leaves_what_was_there(copied, tiles):
+    refused(NumericalCheckError, copied, tiles, Int8Options(gate=Int8Gate(1.0, 0)))
+    read_manifest(target(copied), GraphManifest)
 
 
 def test_auto_keeps_the_noisiest_layer(tmp_path, make_graph, noisy_weights, tiles):

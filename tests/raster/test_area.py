@@ -40,11 +40,6 @@ ROTATED = {"crs": "EPSG:32640", "transform": Affine(1.6, 1.2, 325_000, 1.2, -1.6
 LON_LAT = {"crs": "EPSG:4326", "transform": from_origin(55, 25, 2e-5, 2e-5)}
 
 
-@pytest.fixture(autouse=True)
-def _do_not_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
-
-
 def triangle(place: dict[str, Any]) -> dict[str, Any]:
     """A polygon over a part of a scene of 300 x 400 px, in the scene's coordinates."""
     corners = [place["transform"] * corner for corner in ((60.3, 40.2), (340.1, 120.7), (150.6, 280.4), (60.3, 40.2))]

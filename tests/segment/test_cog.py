@@ -33,11 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 UTM = {"crs": "EPSG:32640", "transform": from_origin(300_000, 2_700_000, 0.5, 0.5)}
 
 
-@pytest.fixture(autouse=True)
-def _do_not_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
-
-
 def patches(height: int, width: int, side: int = 7, seed: int = 3) -> npt.NDArray[np.uint8]:
     """Squares of the five classes and of no data."""
     coarse = np.random.default_rng(seed).integers(0, 6, (-(-height // side), -(-width // side)), np.uint8)

@@ -42,8 +42,7 @@ TILE = 64
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
+def _no_thread_is_left() -> Any:
     yield
     assert pipeline_threads() == []
 

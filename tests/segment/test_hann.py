@@ -25,11 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 TILE = 32
 
 
-@pytest.fixture(autouse=True)
-def _do_not_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
-
-
 Values = npt.NDArray[np.uint8]
 
 
@@ -65,7 +60,7 @@ def reference(path: Path, overlap: int) -> tuple[Values, Values]:
     return labels.astype(np.uint8), np.where(valid, percent, 255).astype(np.uint8)
 
 
-@settings(relaxed, max_examples=40)
+@settings(relaxed, max_examples=20)
 @given(
     height=st.integers(1, 130),
     width=st.integers(1, 130),

@@ -306,7 +306,8 @@ def test_a_scene_on_which_every_engine_fails_is_that_scenes_failure() -> None:
     assert (error.reach, error.exit_code) == ("scene", 9)
 
 
-def test_when_no_worker_is_left() -> None:
+def test_when_no_worker_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdkd_edge.segment.many.dispatch._CHECK_EVERY_S", 0.1)
     with pytest.raises(FleetError, match=r"no worker for 0\.05 s"):
         answers(Simulated({"a": dies}))
     with pytest.raises(EngineError, match="no worker can do this: not here"):

@@ -50,8 +50,7 @@ TILE = 64
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)  # hundreds of small files
+def _no_thread_is_left() -> Any:
     yield
     assert pipeline_threads() == []
 
@@ -63,7 +62,7 @@ def expected_labels(scene: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 # --- labels ---------------------------------------------------------------------------------------
 
 
-@settings(relaxed, max_examples=40)
+@settings(relaxed, max_examples=25)
 @given(
     height=st.integers(1, 300),
     width=st.integers(1, 300),
@@ -97,9 +96,9 @@ def test_every_pixel_has_its_label(
     assert names_in(folder) == ["map.qml", "map.tif", "map.tif.aux.xml", "scene.tif"]
 
 
-@pytest.mark.parametrize("readers", [1, 2, 4])
-@pytest.mark.parametrize("slots", [1, 2, 3, 5])
-@pytest.mark.parametrize("batch", [1, 2, 4, 50])
+@pytest.mark.parametrize("readers", [1, 3])
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 4, 50])
 def test_slots_and_batches_do_not_change_the_map_even_when_threads_are_slow(
     tmp_path: Path, slots: int, batch: int, readers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,8 +362,9 @@ def test_the_engine_fails(long_scene: Path, error: BaseException, fail_in: str, 
     assert engine.launches <= at + 1
 
 
-@pytest.mark.parametrize("error", [BoomError("cannot read"), MemoryError(), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize(
+    ("slots", "error"), [(1, BoomError("cannot read")), (3, MemoryError()), (3, KeyboardInterrupt())], ids=repr
+)
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_the_reader_fails(
     long_scene: Path, monkeypatch: pytest.MonkeyPatch, at: int, slots: int, error: BaseException

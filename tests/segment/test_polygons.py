@@ -42,11 +42,6 @@ pytestmark = [
 UTM = {"crs": "EPSG:32640", "transform": from_origin(300_000, 2_700_000, 0.5, 0.5)}
 
 
-@pytest.fixture(autouse=True)
-def _do_not_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
-
-
 def patches(height: int, width: int, side: int = 3, classes: int = 5, seed: int = 0) -> np.ndarray:
     """Squares of some classes and of no data."""
     coarse = np.random.default_rng(seed).integers(0, classes + 1, (-(-height // side), -(-width // side)), np.uint8)

@@ -51,11 +51,6 @@ TILE = 64
 WHOLE = ["map.qml", "map.tif", "map.tif.aux.xml"]
 
 
-@pytest.fixture(autouse=True)
-def _do_not_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdkd_edge.core.files.os.fsync", lambda descriptor: None)
-
-
 class BoomError(Exception):
     pass
 
@@ -177,7 +172,7 @@ def test_kill_9_at_any_moment(tmp_path: Path, merge: str) -> None:
         process = start(scene, folder / "map.tif", merge)
         spool = partial_folder(folder / "map.tif") / "labels.spool"
         before = spool.stat().st_size if spool.exists() else 0
-        if kills < 4:
+        if kills < 3:
             deadline = time.monotonic() + 20
             while process.poll() is None and time.monotonic() < deadline:
                 if spool.exists() and spool.stat().st_size > before + 20_000:
@@ -279,7 +274,7 @@ def test_a_part_without_confidence_says_so(scene: Path, tmp_path: Path) -> None:
         if later is more:
             with pytest.raises(SceneError, match="without --confidence") as caught:
                 segment_scene(ProbabilityEngine(TILE), scene, output, later)
-            assert "finish the label map without it" in str(caught.value.hint)
+            assert "finish it without --confidence" in str(caught.value.hint)
         result = segment_scene(ProbabilityEngine(TILE), scene, output, plain)
         assert result.tiles_resumed > 0
         assert output.read_bytes() == expected["map.tif"]
@@ -494,7 +489,7 @@ def noisy(tiles: np.ndarray) -> np.ndarray:
     return tiles[:, 0] % 5
 
 
-@pytest.mark.parametrize("ballast", [1_900_000, 1_600_000, 1_300_000, 1_000_000])
+@pytest.mark.parametrize("ballast", [1_900_000, 1_600_000, 1_000_000])
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path, small_disk: Path, ballast: int) -> None:
     """Full while labels are collected, or while the label map is written; with room again it goes on."""
     scene = write_raster(tmp_path / "scene.tif", noise(1100, 1100))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scene_helpers import FakeEngine, ProbabilityEngine, names_in, noise, write_raster
 
-from cdkd_edge.cli.show.fleet import FleetLines
+from cdkd_edge.cli.segment import SceneLines
 from cdkd_edge.core.errors import SceneError
 from cdkd_edge.segment import spool as spool_file
 from cdkd_edge.segment.many.jobs import EngineRef, Job, file_state
@@ -95,7 +95,7 @@ def test_a_run_warns_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_of_one_scene_it_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
-    FleetLines(as_json=False).note("no room\x1b[31m")
+    SceneLines(as_json=False).note("no room\x1b[31m")
     out, err = capsys.readouterr()
     assert (out, err) == ("", "note: no room [31m\n")
 

@@ -22,8 +22,8 @@ from training_helpers import CONFIG, SCHEMA, blocks, student, write_dataset, wri
 from typer.testing import CliRunner  # noqa: E402
 
 from cdkd_edge import cli  # noqa: E402
-from cdkd_edge.cli.helpers import command_line  # noqa: E402
-from cdkd_edge.cli.show.training import live_training  # noqa: E402
+from cdkd_edge.cli.finetune import live_training  # noqa: E402
+from cdkd_edge.cli.options import command_line  # noqa: E402
 from cdkd_edge.core.labels import NO_LABEL  # noqa: E402
 from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, resample_patches, resample_position  # noqa: E402  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
@@ -824,9 +824,9 @@ def test_the_best_epoch_is_kept_and_the_last_is_told(data, encoder, tmp_path, mo
     scores = iter([0.5, 0.25, 0.125])
     real = module.scores_of
 
-    def falling(evaluation):
+    def falling(*arguments):
         score = next(scores, None)
-        return real(evaluation) | ({} if score is None else {"mean_iou": score})
+        return real(*arguments) | ({} if score is None else {"mean_iou": score})
 
     monkeypatch.setattr(module, "scores_of", falling)
     training = tune(encoder, data, tmp_path / "out.pt", *HEADS, "--epochs", 3)["training"]

@@ -107,7 +107,10 @@ class CudaDriver(Protocol):
         """Wait for all work of a stream."""
 
     def stream_destroy(self, stream: Any) -> None:
-        """Destroy a stream; the caller drops its reference before it pops the context."""
+        """Destroy a stream. A binding that does so with the last reference leaves this as it is.
+
+        The caller drops its reference before it pops the context.
+        """
 
     def event_create(self) -> Any:
         """Create an event without timing; a thread that waits for it sleeps."""
@@ -119,7 +122,7 @@ class CudaDriver(Protocol):
         """Wait for the marked work, and report its errors."""
 
     def event_destroy(self, event: Any) -> None:
-        """Destroy an event; the caller drops its reference before it pops the context."""
+        """Destroy an event; see :meth:`stream_destroy`."""
 
     def copy_in(self, pointer: int, array: UInt8Array, stream: Any) -> None:
         """Start copying a page-locked array to the device."""

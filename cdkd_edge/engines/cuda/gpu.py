@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cdkd_edge.core.errors import EngineError, MissingExtraError, UsageError
-from cdkd_edge.engines.cuda import cuda_python, pycuda
+from cdkd_edge.engines.cuda.bindings import CudaPythonDriver, PyCudaDriver
 from cdkd_edge.engines.cuda.driver import CudaDriver
 from cdkd_edge.engines.protocol import UInt8Array
 
@@ -27,8 +27,8 @@ VARIABLE = "CDKD_EDGE_CUDA_BINDING"
 """Environment variable that names the binding to use."""
 
 BINDINGS: dict[str, Callable[[int], CudaDriver]] = {
-    cuda_python.NAME: cuda_python.CudaPythonDriver,
-    pycuda.NAME: pycuda.PyCudaDriver,
+    CudaPythonDriver.name: CudaPythonDriver,
+    PyCudaDriver.name: PyCudaDriver,
 }
 """In order of preference."""
 

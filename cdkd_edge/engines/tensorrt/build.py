@@ -15,7 +15,7 @@ import msgspec
 
 from cdkd_edge.core.errors import EngineError, GraphError, ManifestError, SystemRefusalError
 from cdkd_edge.core.files import scratch_folder, whole_file
-from cdkd_edge.core.machine import describe_machine
+from cdkd_edge.core.machine import describe_machine, library_versions
 from cdkd_edge.core.manifest import (
     EngineManifest,
     EngineTensor,
@@ -23,7 +23,6 @@ from cdkd_edge.core.manifest import (
     GraphManifest,
     TensorRTBuild,
     kind_of,
-    library_versions,
     manifest_path,
     precision_of,
     read_manifest,

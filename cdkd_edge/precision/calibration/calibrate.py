@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.core.errors import DatasetError, SceneError, UsageError
-from cdkd_edge.core.files import require_free, whole_folder
+from cdkd_edge.core.files import occupied, whole_folder
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.graph.tiles import CalibrationSet, SetManifest, is_calibration_set
@@ -32,34 +32,23 @@ from cdkd_edge.precision.calibration.write import write_set
 from cdkd_edge.quality.datasets import listed
 from cdkd_edge.raster.find import file_key, scenes_named
 from cdkd_edge.raster.read import reading_notes
-from cdkd_edge.segment.options import SegmentOptions
 
 DEFAULT_TILE = 1024
 MIN_TILE = 32
 
 
 @dataclass(frozen=True)
-class CalibrateOptions:
+class CalibrateOptions(ScanOptions):
     """Size of the set, and which tiles may be in it."""
 
     count: int = 64
     """Tiles for calibration."""
     check: int = 8
     """Tiles to check the quantised graph on."""
-    tile: int = DEFAULT_TILE
-    """Side, px."""
-    seed: int = 0
-    candidates: int = 10_000
-    """Tiles looked at in all scenes together."""
-    max_nodata: float = 0.1
-    """Largest share of a tile without data."""
-    reading: SegmentOptions = SegmentOptions()
-    """Bands and stretch of scenes."""
     labels: Path | None = None
     """Folder of label maps, ``NAME_labels.tif``; every class then gets its share of the tiles."""
     exclude: tuple[str, ...] = ()
     """Evaluation sets that stay out, see :mod:`.exclusions`."""
-    skip_broken: bool = False
 
     def __post_init__(self) -> None:
         if self.tile < MIN_TILE:
@@ -139,11 +128,8 @@ def calibrate(
         exclusions = Exclusions.of(options.exclude)
         tiled, notes, counts = _open_scenes(paths, exclusions, options)
         label_maps = None if options.labels is None else LabelMaps(options.labels)
-        scanning = ScanOptions(
-            options.tile, options.seed, options.candidates, options.max_nodata, options.reading, options.skip_broken
-        )
-        evaluation = _evaluation_thumbnails(exclusions, scanning, notes, progress)
-        candidates = scan_scenes(tiled, scanning, exclusions, label_maps, progress).without_duplicates(evaluation)
+        evaluation = _evaluation_thumbnails(exclusions, options, notes, progress)
+        candidates = scan_scenes(tiled, options, exclusions, label_maps, progress).without_duplicates(evaluation)
         report = candidates.report
         counts.update(tiles_seen=report.scanned, candidates=len(candidates))
         counts.update({reason: count for reason, count in sorted(report.skipped.items()) if count})
@@ -175,7 +161,8 @@ def _replaceable(folder: Path, overwrite: bool) -> bool:
         return True
     if not is_calibration_set(folder):
         raise UsageError(f"{folder} is not empty and no calibration set", hint="name another --output")
-    require_free(folder, overwrite=overwrite, error=UsageError)
+    if not overwrite:
+        raise occupied(folder, UsageError)
     return True
 
 
@@ -214,7 +201,7 @@ def _open_scenes(
 
 
 def _evaluation_thumbnails(
-    exclusions: Exclusions, scanning: ScanOptions, notes: list[str], progress: Progress
+    exclusions: Exclusions, options: ScanOptions, notes: list[str], progress: Progress
 ) -> npt.NDArray[np.float16] | None:
     """Thumbnails of the tiles of evaluation sets, to find near-duplicates of them."""
     if not exclusions.images:
@@ -222,10 +209,10 @@ def _evaluation_thumbnails(
     scenes, unreadable = [], 0
     for image in sorted(set(exclusions.images)):
         try:
-            scenes.append(TiledScene.open(str(image), scanning.tile))
+            scenes.append(TiledScene.open(str(image), options.tile))
         except SceneError:
             unreadable += 1
-    every_tile = dataclasses.replace(scanning, max_nodata=1.0, skip_broken=True)
+    every_tile = dataclasses.replace(options, max_nodata=1.0, skip_broken=True)
     seen = scan_scenes(scenes, every_tile, progress=progress)
     if unreadable := unreadable + len(seen.report.broken):
         notes.append(

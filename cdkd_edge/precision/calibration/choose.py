@@ -12,7 +12,7 @@ Matrix products are avoided: their rounding changes with the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,27 +35,20 @@ _RANDOM_CHOICES = 5
 
 
 @dataclass(frozen=True)
-class Representative:
-    """A candidate that :func:`choose` selected."""
+class ChosenTile:
+    """A candidate that becomes a tile of the set."""
 
     index: int
     why: str
     """``extreme`` or ``typical``."""
     score: float
     """Extreme: distance from the nearest one chosen before. Typical: distance from its centre."""
-
-
-@dataclass(frozen=True)
-class ChosenTile:
-    """A candidate that becomes a tile of the set, with the fields of its manifest entry."""
-
-    index: int
-    why: str
-    score: float
-    kind: int
-    represents: int
+    kind: int = 0
+    """Kind of imagery, 0 is the most frequent."""
+    represents: int = 0
     """Candidates that are nearer to it than to any other tile of its role."""
-    stratum: str | None
+    stratum: str | None = None
+    """The class that it was chosen for."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +97,14 @@ def choose_tiles(
         label = int(strata_of[index])
         return None if label_maps is None else "unlabelled" if label < 0 else label_maps.name(label)
 
-    def described(chosen: list[Representative]) -> tuple[ChosenTile, ...]:
+    def described(chosen: list[ChosenTile]) -> tuple[ChosenTile, ...]:
         indices = [tile.index for tile in chosen]
         represents = np.bincount(nearest_of(points, points[indices]), minlength=len(chosen))[: len(chosen)]
-        picked = [
-            ChosenTile(tile.index, tile.why, tile.score, int(kinds[tile.index]), int(stands), stratum(tile.index))
-            for tile, stands in zip(chosen, represents, strict=True)
+        tiles = [
+            replace(tile, kind=int(kinds[tile.index]), represents=int(count), stratum=stratum(tile.index))
+            for tile, count in zip(chosen, represents, strict=True)
         ]
-        return tuple(sorted(picked, key=lambda tile: (tile.kind, -tile.represents, tile.index)))
+        return tuple(sorted(tiles, key=lambda tile: (tile.kind, -tile.represents, tile.index)))
 
     reflected = sum(bool((candidates.place[tile.index] < 0).any()) for tile in (*calibration, *checks))
     if reflected:
@@ -154,7 +147,7 @@ def _stratified(
     seed: int,
     crowds: Callable[[int], Mask],
     strata_of: npt.NDArray[np.intp],
-) -> list[Representative]:
+) -> list[ChosenTile]:
     """Choose as many tiles in each stratum; strata that have fewer leave theirs to the others, rarest first.
 
     Tiles without labels are no class: they get their share of all tiles.
@@ -162,7 +155,7 @@ def _stratified(
     usable = usable.copy()
     members = {int(label): int((usable & (strata_of == label)).sum()) for label in np.unique(strata_of[usable])}
     by_size = sorted(members, key=lambda label: (label >= 0, members[label], label))
-    chosen: list[Representative] = []
+    chosen: list[ChosenTile] = []
     for position, label in enumerate(by_size):
         part = -(-(count - len(chosen)) // (len(by_size) - position))
         if label < 0 and len(members) > 1:
@@ -227,7 +220,7 @@ def choose(
     seed: int,
     crowds: Callable[[int], Mask] | None = None,
     extremes: float = EXTREMES,
-) -> list[Representative]:
+) -> list[ChosenTile]:
     """Choose candidates that cover all usable ones (see the module).
 
     Args:
@@ -243,12 +236,12 @@ def choose(
     """
     usable = usable.copy()
     members = np.flatnonzero(usable)
-    chosen: list[Representative] = []
+    chosen: list[ChosenTile] = []
     if not len(members) or count < 1:
         return chosen
 
     def take(index: int, why: str, score: float) -> None:
-        chosen.append(Representative(index, why, round(score, 4)))
+        chosen.append(ChosenTile(index, why, round(score, 4)))
         usable[index] = False
         if crowds is not None:
             usable[crowds(index)] = False

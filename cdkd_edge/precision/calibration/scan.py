@@ -53,17 +53,17 @@ Progress = Callable[[int, int], None]
 class ScanOptions:
     """How scenes are read and which tiles are passed over."""
 
-    tile: int
+    tile: int = 1024
     """Side of a tile, px."""
     seed: int = 0
-    budget: int = 10_000
+    candidates: int = 10_000
     """Tiles looked at in all scenes together."""
     max_nodata: float = 0.1
     """Largest share of a tile without data."""
     reading: SegmentOptions = SegmentOptions()
     """Bands and stretch of scenes."""
     skip_broken: bool = False
-    """Go on without scenes that cannot be read."""
+    """Continue without scenes that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def scan_scenes(
         SceneError: a scene cannot be read, and broken ones are not skipped.
         DatasetError: a label map does not fit.
     """
-    limit = fair_limit([len(scene.grid) for scene in scenes], options.budget) if scenes else 0
+    limit = fair_limit([len(scene.grid) for scene in scenes], options.candidates) if scenes else 0
     total, done = sum(min(limit, len(scene.grid)) for scene in scenes), 0
     scanner = _Scanner(options, exclusions or Exclusions(), label_maps)
     rows: list[tuple[int, _Tile]] = []

@@ -6,7 +6,6 @@ another machine.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import errno
 import json
@@ -200,14 +199,16 @@ class JobReport:
 
     def document(self) -> dict[str, Any]:
         """The report as one flat JSON object."""
-        figures = _shown(self.result or self.kept)
-        figures.pop("output", None)
-        figures["notes"] = [*figures.get("notes", ()), *self.notes]
-        row = to_plain(dataclasses.replace(self, result=None, kept=None, products={}, notes=()))
-        for name in ("result", "kept", "products", "notes"):
-            del row[name]
-        row["job_seconds"] = row.pop("seconds")  # "seconds" are the result's own
-        return {**row, **figures, **{name: self.products.get(name) for name in PRODUCTS}, "error": row["error"]}
+        row = to_plain(self)
+        result, kept, products, notes = (row.pop(name) for name in ("result", "kept", "products", "notes"))
+        figures = {name: value for name, value in (result or kept or {}).items() if name not in _NOT_SHOWN}
+        figures["notes"] = [*figures.get("notes", ()), *notes]
+        row["job_seconds"] = row.pop("seconds")  # "seconds" are the label map's own
+        return {**row, **figures, **{name: products.get(name) for name in PRODUCTS}, "error": row["error"]}
+
+
+_NOT_SHOWN = ("output", "row_class_pixels")
+"""Figures of a label map that are not in a row of the report."""
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -238,14 +239,6 @@ def decode(text: str, kind: type[Document]) -> Document:
 def to_plain(value: Any) -> Any:
     """Dicts, lists, strings and numbers. Arrays are left out: they are used up on the worker that made them."""
     return msgspec.to_builtins(value, enc_hook=lambda other: None if isinstance(other, np.ndarray) else str(other))
-
-
-def _shown(figures: SegmentResult | KeptMap | None) -> dict[str, Any]:
-    """Figures of a label map as JSON data, without those that are not for showing (``repr=False``)."""
-    if figures is None:
-        return {}
-    hidden = {field.name for field in dataclasses.fields(figures) if not field.repr}
-    return {name: value for name, value in to_plain(figures).items() if name not in hidden}
 
 
 # --- the report of a run ------------------------------------------------------------------------------------------

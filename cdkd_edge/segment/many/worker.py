@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, FleetError, ManifestError, SceneError
-from cdkd_edge.core.files import occupied, require_free, write_text
+from cdkd_edge.core.files import occupied, write_text
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import EngineManifest, is_artefact_name, read_manifest
 from cdkd_edge.core.process import EventWriter
@@ -118,8 +118,8 @@ def _existing_map(engine: Labeller, job: Job, *, overwrite: bool) -> KeptMap | N
     if now is None:
         for name, path in product_paths(output, job.products, confidence=job.options.confidence).items():
             # A run that was killed while it finished may have put the confidence raster in place already.
-            if name != "confidence" or not was_finishing(output):
-                require_free(path, overwrite=overwrite, error=SceneError)
+            if (name != "confidence" or not was_finishing(output)) and path.exists() and not overwrite:
+                raise occupied(path, SceneError)
     elif now != job.before or not overwrite:
         try:
             return require_same_map(output, engine, job.scene, job.options, same_graph=job.engine.sha256 is None)

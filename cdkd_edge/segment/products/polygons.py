@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import shutil
 import warnings
@@ -24,7 +25,7 @@ from cdkd_edge.raster.areas import Ground, ground_of
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.styles import qml
 from cdkd_edge.segment.products.outlines import Bools, Floats, Outlines
-from cdkd_edge.segment.products.regions import RegionBatch, require_shapely, trace_regions
+from cdkd_edge.segment.products.regions import RegionBatch, trace_regions
 
 LAYER = "classes"
 
@@ -124,11 +125,13 @@ def require_vector() -> None:
     Raises:
         MissingExtraError: pyogrio or Shapely is not installed.
     """
-    require_shapely()
-    try:
-        import pyogrio  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("pyogrio", "vector", "drawing polygons of a label map") from None
+    for package in ("shapely", "pyogrio"):
+        try:
+            found = importlib.import_module(package)
+        except ImportError:
+            raise MissingExtraError(package, "vector", "drawing polygons of a label map") from None
+        if package == "shapely" and not hasattr(found, "coverage_simplify"):
+            raise MissingExtraError("shapely 2.1 or newer", "vector", "drawing polygons of a label map")
 
 
 def large_enough(

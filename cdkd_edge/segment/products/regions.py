@@ -18,7 +18,6 @@ import numpy.typing as npt
 from rasterio.features import shapes
 from rasterio.windows import Window
 
-from cdkd_edge.core.errors import MissingExtraError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.machine import hand_memory_back
 from cdkd_edge.segment.products.outlines import Bools, Ints, Outlines, Piece, TilePieces, unite
@@ -62,27 +61,8 @@ class _OpenRegion:
     """Some of it has been handed out."""
 
 
-def require_shapely() -> Any:
-    """Import Shapely, an optional package.
-
-    Raises:
-        MissingExtraError: it is not installed, or too old.
-    """
-    try:
-        import shapely
-    except ImportError:
-        raise MissingExtraError("shapely", "vector", "drawing polygons of a label map") from None
-    if not hasattr(shapely, "coverage_simplify"):
-        raise MissingExtraError("shapely 2.1 or newer", "vector", "drawing polygons of a label map")
-    return shapely
-
-
 def trace_regions(
-    dataset: Any,
-    *,
-    simplify: float = 0.0,
-    tile: int = TILE,
-    max_vertices: int = MAX_VERTICES,
+    dataset: Any, *, simplify: float = 0.0, tile: int = TILE, max_vertices: int = MAX_VERTICES
 ) -> Iterator[RegionBatch]:
     """Yield the regions of an open label map in batches; pixels without label belong to none.
 
@@ -93,11 +73,7 @@ def trace_regions(
             the tolerance squared). Points on tile borders and on the map's border stay.
         tile: side of the tiles, px; smaller ones are taken where labels look like noise.
         max_vertices: see :data:`MAX_VERTICES`.
-
-    Raises:
-        MissingExtraError: Shapely is not installed.
     """
-    require_shapely()
     joiner = _Joiner(dataset.width, max_vertices)
     for strip in range(0, dataset.height, tile):
         end = min(strip + tile, dataset.height)

@@ -1,6 +1,6 @@
-"""The picture of a comparison: speed against energy, or against mIoU, and which runs no other one beats in both.
+"""The picture of a comparison: speed against energy or mIoU, with the runs that no other run beats in both.
 
-Drawn without pyplot, which keeps figures alive and chooses a display.
+Drawn without pyplot, which would keep figures alive and choose a display.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdkd_edge.bench.compare.compare import Comparison, Row
+from cdkd_edge.bench.compare import Comparison, Row
 from cdkd_edge.bench.statistics import Interval
 from cdkd_edge.core.files import whole_file
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""M. Okabe and K. Ito, Color Universal Design: told apart by colour-blind readers. Yellow is too pale on white."""
+"""M. Okabe and K. Ito, Color Universal Design: clear to colour-blind readers. Yellow is left out: too pale on white."""
 MARKERS = "osD^vPX<>"
 _INK, _GREY, _PALE, _ALERT = "#333333", "#767676", "#B8B8B8", "#B00020"
 WIDTH = 7.2
 """Inches."""
 _WIDE = 12.0
-"""Beyond this ratio of largest to smallest an axis is logarithmic."""
+"""Ratio of largest to smallest value above which an axis is logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Point:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other one beats: none is as good in both and better in one. Sorted by cost.
+    """Indices of the points of the Pareto front, sorted by cost.
 
     Args:
-        points: (cost, gain): little cost and much gain are good.
+        points: (cost, gain): a low cost and a high gain are good.
     """
 
     def beaten(one: tuple[float, float]) -> bool:
@@ -56,17 +56,17 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def write_picture(path: Path, found: Comparison) -> None:
-    """Write the picture of a comparison as PNG: speed against J per tile; without power against mIoU; or speed alone.
+    """Write the picture as PNG: speed against J per tile, or without power mIoU against speed, or bars of speed.
 
-    Runs that lack what an axis needs are named below the picture.
+    Runs without a value for an axis are named below the picture.
     """
     with whole_file(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # letters that the font lacks are drawn as boxes
         draw_picture(found).savefig(temporary, format="png")
 
 
 def draw_picture(found: Comparison) -> Figure:
-    """The figure of :func:`write_picture`; as much higher as its legend and its remarks need."""
+    """The figure of :func:`write_picture`; its height grows with the legend and the remarks."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 4.4), dpi=200, layout="constrained")
@@ -84,7 +84,7 @@ def draw_picture(found: Comparison) -> Figure:
         shown = list(found.rows)
         figure.set_size_inches(WIDTH, 1.0 + 0.42 * len(shown))
         _draw_bars(axes, found)
-    _say(figure, axes, found, [row.name for row in found.rows if row not in shown])
+    _draw_texts(figure, axes, found, [row.name for row in found.rows if row not in shown])
     return figure
 
 
@@ -100,7 +100,7 @@ def _draw_energy(axes: Axes, found: Comparison, rows: Sequence[Row]) -> list[Row
     rails = sorted({f"{row.energy.rail}, {row.energy.scope}" for row in rows if row.energy})
     axes.set_xlabel(f"energy, J/{_short(found)} gross ({'; '.join(rails)})")
     axes.set_ylabel(f"speed, {_rate(found)}")
-    _place(axes, points)
+    _scale_axes(axes, points)
     _draw_power_lines(axes, points)
     _draw_front(axes, points, front([(p.x, p.y) for p in points]))
     _draw_points(axes, points)
@@ -115,7 +115,7 @@ def _draw_scores(axes: Axes, found: Comparison, rows: Sequence[Row]) -> list[Row
         points.append(Point(row, speed, 100 * (row.mean_iou or 0.0), interval, None))
     axes.set_xlabel(f"speed, {_rate(found)}")
     axes.set_ylabel("mIoU, %")
-    _place(axes, points)
+    _scale_axes(axes, points)
     low, high = min(p.y for p in points), max(p.y for p in points)
     margin = max(0.5, 0.25 * (high - low))
     axes.set_ylim(max(0.0, low - margin), min(100.0, high + margin))
@@ -132,7 +132,7 @@ def _draw_bars(axes: Axes, found: Comparison) -> None:
         color = COLORS[0] if row is found.rows[found.baseline] else _PALE
         axes.barh(position, speed, color=color, height=0.6)
         if interval:
-            axes.errorbar(speed, position, xerr=_bars(speed, interval), color=_INK, capsize=3, linewidth=1.2)
+            axes.errorbar(speed, position, xerr=_whiskers(speed, interval), color=_INK, capsize=3, linewidth=1.2)
         edge = max(speed, interval.high if interval else 0.0)
         digits = max(0, 2 - math.floor(math.log10(speed)))
         axes.annotate(
@@ -164,8 +164,8 @@ def _short(found: Comparison) -> str:
     return "tile" if found.unit == "tile" else "MP"
 
 
-def _place(axes: Axes, points: Sequence[Point]) -> None:
-    """Axes from zero, so that proportions are true; a logarithmic one where it spans too much for that."""
+def _scale_axes(axes: Axes, points: Sequence[Point]) -> None:
+    """Start the axes at zero, or make them logarithmic if they span too much."""
     for name, values in (("x", [p.x for p in points]), ("y", [p.y for p in points])):
         if max(values) <= _WIDE * min(values):
             getattr(axes, f"set_{name}lim")(0, 1.22 * max(values))
@@ -177,7 +177,7 @@ def _place(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _draw_power_lines(axes: Axes, points: Sequence[Point]) -> None:
-    """Curves of equal power: watts = J per tile x tiles/s; each with its label where it crosses the diagonal."""
+    """Draw curves of equal power (watts = J per tile x tiles/s), with a label where they cross the diagonal."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     watts = [p.x * p.y for p in points]
     for level in _round_numbers(0.5 * min(watts), 2 * max(watts)):
@@ -188,7 +188,7 @@ def _draw_power_lines(axes: Axes, points: Sequence[Point]) -> None:
         axes.plot(*zip(*curve, strict=True), color=_PALE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         places = axes.transAxes.inverted().transform(axes.transData.transform(curve))
         across, up = min(places, key=lambda place: abs(place[0] - place[1]))
-        if 0.04 < across < 0.94 and 0.04 < up < 0.94 and min(across, up) < 0.8:  # there stands "better"
+        if 0.04 < across < 0.94 and 0.04 < up < 0.94 and min(across, up) < 0.8:  # clear of the word "better"
             axes.text(
                 across, up, f"{level:g} W", transform=axes.transAxes, ha="center", va="center", fontsize=7.5,
                 color=_GREY, zorder=1, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
@@ -200,14 +200,14 @@ def _draw_power_lines(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Round numbers between two: few where the range is wide."""
+    """Round numbers in a range; fewer if the range is wide."""
     steps = (1.0, 2.0, 5.0) if high > 50 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [number for power in powers for number in (step * 10.0**power for step in steps) if low <= number <= high]
 
 
 def _draw_front(axes: Axes, points: Sequence[Point], best: Sequence[int]) -> None:
-    """Stairs through the points of the front: what lies behind them is beaten by one of them."""
+    """Draw stairs through the points of the front."""
     chosen = [points[index] for index in best]
     if len(chosen) > 1:
         axes.step([p.x for p in chosen], [p.y for p in chosen], where="post", color=_INK, linewidth=1.0, zorder=2)
@@ -223,23 +223,21 @@ def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
         label = _cut(point.row.name)
         if point.row.mean_iou is not None:
             label += f": mIoU {100 * point.row.mean_iou:.1f} %"
-        bars = [
-            _bars(p, span) if span else None for p, span in ((point.x, point.x_interval), (point.y, point.y_interval))
-        ]
         color = COLORS[index % len(COLORS)]
-        axes.errorbar(
-            point.x, point.y, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=color, capsize=3, elinewidth=1.2, zorder=4
-        )
+        x, y = _whiskers(point.x, point.x_interval), _whiskers(point.y, point.y_interval)
+        axes.errorbar(point.x, point.y, xerr=x, yerr=y, fmt="none", ecolor=color, capsize=3, elinewidth=1.2, zorder=4)
         marker = MARKERS[index % len(MARKERS)]
         axes.plot(point.x, point.y, marker, color=color, markersize=6.5, zorder=5, label=label)
 
 
-def _bars(center: float, interval: Interval) -> list[list[float]]:
+def _whiskers(center: float, interval: Interval | None) -> list[list[float]] | None:
+    if interval is None:
+        return None
     return [[max(0.0, center - interval.low)], [max(0.0, interval.high - center)]]
 
 
-def _say(figure: Any, axes: Axes, found: Comparison, missing: Sequence[str]) -> None:
-    """Legend, and what the reader has to know. The figure grows by what they take."""
+def _draw_texts(figure: Any, axes: Axes, found: Comparison, missing: Sequence[str]) -> None:
+    """Draw the legend and the remarks, and make the figure higher by as much."""
     higher, legend = 0.0, None
     labels = axes.get_legend_handles_labels()[1]
     if labels:
@@ -257,7 +255,7 @@ def _say(figure: Any, axes: Axes, found: Comparison, missing: Sequence[str]) -> 
     if found.not_comparable:
         text = "NOT COMPARABLE: " + "; ".join(found.not_comparable)
         lines = textwrap.wrap(text, 90, max_lines=6, placeholder=" …")
-        # Over the whole width: over the axes alone it would be cut off beside long names.
+        # Over the whole width: beside long names the axes are too narrow.
         if legend:
             legend.set_title("\n".join(lines), prop={"size": 8.5})
             legend.set_alignment("left")
@@ -269,7 +267,7 @@ def _say(figure: Any, axes: Axes, found: Comparison, missing: Sequence[str]) -> 
 
 
 def _is_wide(label: str) -> bool:
-    """Whether a label takes more than half of the width, for its letters: capitals and ``w`` are wide."""
+    """Whether a label takes more than half of the width."""
     return sum(1.6 if char in "mwMW@" or char.isupper() or not char.isascii() else 1.0 for char in label) > 46
 
 

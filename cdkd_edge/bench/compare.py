@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cdkd_edge.bench.compare import checks
-from cdkd_edge.bench.compare.checks import Limits, RunGate, judge
-from cdkd_edge.bench.compare.scores import Score, scores_by_engine
+from cdkd_edge.bench import compare_checks as checks
+from cdkd_edge.bench.compare_checks import Limits, RunGate, Score, judge, scores_by_engine
 from cdkd_edge.bench.describe import device_of, status_words
 from cdkd_edge.bench.folder import SUMMARY, Run, read_summary, read_tiles
 from cdkd_edge.bench.record import LOAD, Figures, RailFigures

@@ -1,1 +1,0 @@
-"""Benchmark runs beside each other."""

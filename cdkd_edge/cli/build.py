@@ -1,0 +1,272 @@
+"""``cdkd-edge build``: graph to engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import typer
+
+from cdkd_edge.cli.inspect import attention_text, runtime_text, tensorrt_rows
+from cdkd_edge.cli.options import JSON, SCENES, SCHEMA, WORKSPACE
+from cdkd_edge.cli.progress import steps
+from cdkd_edge.cli.report import Report, Rows, plain, say
+from cdkd_edge.core.numbers import duration, percent, significant, size
+from cdkd_edge.core.output_kinds import CONFIDENCE, PROBABILITIES
+from cdkd_edge.core.workspace import Workspace
+from cdkd_edge.engines.runtimes import RUNTIMES, Runtime, build_engine, choose_runtime
+
+if TYPE_CHECKING:
+    from cdkd_edge.core.manifest import EngineManifest
+    from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+    from cdkd_edge.precision.choose import GraphRequest, PreparedGraph, SpeedComparison
+    from cdkd_edge.precision.int8 import Int8Result
+
+
+@dataclass(frozen=True)
+class KindOptions:
+    """Which engine is built."""
+
+    fp32: bool = typer.Option(False, "--fp32", help="Build the FP32 graph (default).")
+    fp16: bool = typer.Option(False, "--fp16", help="Build the FP16 graph.")
+    int8: bool = typer.Option(False, "--int8", help="Build the INT8 graph.")
+    confidence: bool = typer.Option(
+        False, "--confidence", help="The engine also gives the probability of each label, in per cent."
+    )
+    probabilities: bool = typer.Option(
+        False, "--probabilities", help="The engine also gives the probability of each class."
+    )
+    runtime: str = typer.Option(
+        "auto", help=f"{', '.join(RUNTIMES)}, or auto: the first of them that can run here.", metavar="RUNTIME"
+    )
+
+    def precision(self) -> str | None:
+        """The precision that was named."""
+        named = [name for name in ("fp32", "fp16", "int8") if getattr(self, name)]
+        if len(named) > 1:
+            raise typer.BadParameter("one precision at a time", param_hint=" ".join(f"--{name}" for name in named))
+        return named[0] if named else None
+
+    def output(self) -> str | None:
+        """What the engine is to give besides labels."""
+        if self.confidence and self.probabilities:
+            raise typer.BadParameter("probabilities include confidence", param_hint="--confidence --probabilities")
+        return CONFIDENCE if self.confidence else PROBABILITIES if self.probabilities else None
+
+
+@dataclass(frozen=True)
+class BuilderOptions:
+    """How TensorRT builds."""
+
+    PANEL: ClassVar = "TensorRT"
+
+    workspace_size: str | None = typer.Option(
+        None,
+        help="Most memory for the builder's scratch, e.g. 512M or 2G. Default: less than is free now.",
+        metavar="SIZE",
+    )
+    opt_level: int | None = typer.Option(
+        None, help="0 (fast build) to 5 (tries more kernels). Default: TensorRT's own, 3.", min=0, max=5
+    )
+    timing_cache: bool = typer.Option(
+        True, help="Keep kernel timings in the user's cache folder, so that the next build is faster."
+    )
+    sparse: bool = typer.Option(
+        False, "--sparse", help="Allow 2:4 sparse kernels where the weights are sparse already."
+    )
+    weakly_typed: bool = typer.Option(
+        False, "--weakly-typed", help="Set precisions by builder flags: a fallback for early TensorRT 10."
+    )
+    target: list[str] | None = typer.Option(
+        None,
+        help="Compile for this compute capability (e.g. sm86) without its GPU; repeatable. TensorRT-RTX only.",
+        metavar="SM",
+    )
+    verbose: bool = typer.Option(False, "--verbose", help="Show everything that TensorRT logs.")
+
+    def checked(self) -> TensorRTOptions:
+        """The same, parsed."""
+        from cdkd_edge.engines.tensorrt.options import TensorRTOptions, parse_size, parse_target
+
+        return TensorRTOptions(
+            workspace_bytes=parse_size(self.workspace_size) if self.workspace_size is not None else None,
+            optimization_level=self.opt_level,
+            timing_cache=self.timing_cache,
+            sparse=self.sparse,
+            verbose=self.verbose,
+            weakly_typed=self.weakly_typed,
+            targets=tuple(dict.fromkeys(map(parse_target, self.target or ()))),
+        )
+
+
+@dataclass(frozen=True)
+class LowerPrecisionOptions:
+    """How an FP16 or INT8 graph is made and judged."""
+
+    PANEL: ClassVar = "Making the FP16 or INT8 graph"
+
+    calibration: Path | None = typer.Option(
+        None,
+        help="Calibration set (see calibrate). Default: for INT8 the workspace's only one, for FP16 sample tiles.",
+        file_okay=False,
+    )
+    calibrator: str = typer.Option("percentile", help="How ranges of activations are found: percentile, max or mse.")
+    percentile: float = typer.Option(99.999, help="Per cent of the magnitudes that --calibrator percentile keeps.")
+    alpha: float = typer.Option(0.5, help="SmoothQuant's exponent; 0 leaves activations as they are.")
+    auto: bool = typer.Option(False, "--auto", help="Keep the noisiest layers in FP16 until the limits below are met.")
+    keep: list[str] | None = typer.Option(None, help="Keep this layer in FP16, e.g. blocks.0.mlp.fc2; repeatable.")
+    min_agreement: float | None = typer.Option(
+        None,
+        help="Smallest share of the check tiles' pixels that keep their label, per cent. Default: 98 for INT8, all "
+        "except ties for FP16.",
+    )
+    max_loss: float = typer.Option(0.5, help="Largest loss of mIoU on --data, percentage points.")
+    data: Path | None = typer.Option(None, help="Labelled images to measure mIoU on, laid out as for evaluate.")
+    schema: str | None = SCHEMA
+    scenes: str | None = SCENES
+    again: bool = typer.Option(False, "--again", help="Make the graph again, even if there is one.")
+
+    def request(self) -> GraphRequest:
+        """The same for :func:`cdkd_edge.precision.choose.prepare_graph`."""
+        from cdkd_edge.graph.int8 import CalibrationOptions
+        from cdkd_edge.precision.choose import GraphRequest
+        from cdkd_edge.precision.int8 import Int8Options
+        from cdkd_edge.precision.int8_gate import Int8Gate, labelled_data
+
+        if (self.schema or self.scenes) and not self.data:
+            raise typer.BadParameter("they say how to read --data", param_hint="--schema, --scenes")
+        ranges = CalibrationOptions(self.calibrator, self.percentile, self.alpha or None)
+        return GraphRequest(
+            self.calibration,
+            Int8Options(ranges, Int8Gate(loss=self.max_loss), self.auto, tuple(self.keep or ())),
+            labelled_data(self.data, self.schema, self.scenes) if self.data else None,
+            self.again,
+            None if self.min_agreement is None else self.min_agreement / 100,
+        )
+
+
+def build(
+    graph: Path | None = typer.Argument(
+        None, help="Exported graph (.onnx). Default: the only one of that precision in the workspace."
+    ),
+    *,
+    output: Path | None = typer.Option(
+        None, "--output", "-o", help="The engine. Default: engines/NAME.PRECISION.engine, or .cpu.onnx for the CPU."
+    ),
+    kind: KindOptions,
+    builder: BuilderOptions,
+    lower: LowerPrecisionOptions,
+    workspace: Path = WORKSPACE,
+    as_json: bool = JSON,
+) -> None:
+    """Build an engine for this machine from a graph. Writes engines/NAME and a manifest.
+
+    An FP16 or INT8 graph that is missing is first made from the FP32 graph and checked; so is one with confidence.
+    """
+    from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+    from cdkd_edge.precision.choose import compare_speed, engine_path, prepare_graph
+
+    precision, gives, options, request = kind.precision(), kind.output(), builder.checked(), lower.request()
+    runtime = choose_runtime(kind.runtime, targets=options.targets)
+    if not runtime.has_options and options != TensorRTOptions():
+        wrong = f"{runtime.title} has none of TensorRT's options"
+        raise typer.BadParameter(wrong, param_hint=f"--runtime {runtime.name}")
+    space = Workspace(workspace)
+    with steps() as step:
+        prepared = prepare_graph(space, graph, precision, request, step, gives, runtime)
+        destination = output or engine_path(space, prepared.path, runtime)
+        _require_engine_file(destination, prepared.path, runtime)
+        step(f"building from {prepared.path.name}")
+        log = _show_log if builder.verbose else _ignore_log
+        manifest = build_engine(prepared.path, destination, runtime, options, step, log)
+        speed = compare_speed(destination, manifest, step)
+    _describe(destination, manifest, prepared, speed).show(as_json)
+
+
+def _require_engine_file(destination: Path, graph: Path, runtime: Runtime) -> None:
+    suffix = "." + runtime.suffix.rpartition(".")[2]
+    if destination.suffix != suffix:
+        raise typer.BadParameter(f"an engine for {runtime.title} is an {suffix} file", param_hint="--output")
+    if destination.exists() and graph.exists() and destination.samefile(graph):
+        raise typer.BadParameter("the engine would overwrite its graph", param_hint="--output")
+
+
+def _show_log(severity: str, text: str) -> None:
+    for line in text.splitlines():
+        say(f"{severity}: {line}")
+
+
+def _ignore_log(severity: str, text: str) -> None:
+    pass
+
+
+def _describe(path: Path, manifest: EngineManifest, prepared: PreparedGraph, speed: SpeedComparison | None) -> Report:
+    """The engine, and the graph that was made for it."""
+    report = describe_engine(path, manifest)
+    rows = [*report.rows]
+    if prepared.made:
+        rows.append(("graph", str(prepared.path)))
+    if prepared.int8:
+        rows += _int8_rows(prepared.int8)
+    if speed:
+        times = significant(speed.ratio)
+        rows.append(("speed", f"{times} x the tiles/s of {speed.path.name}, in turn on this machine"))
+        if speed.ratio <= 1:
+            rows.append(("warning", f"INT8 is not faster than {speed.path.name} here; prefer that engine"))
+    data = {
+        **report.data,
+        "graph": str(prepared.path),
+        "graph_made": prepared.made,
+        "quantization": prepared.int8.manifest.quantization if prepared.int8 else None,
+        "speed": {"against": str(speed.path), "ratio": speed.ratio} if speed else None,
+    }
+    return Report(report.title, rows, data)
+
+
+def describe_engine(path: Path, manifest: EngineManifest) -> Report:
+    """An engine that was just built."""
+    from cdkd_edge.engines.inspect import attention_warnings
+
+    rows: Rows = [
+        ("runtime", runtime_text(manifest)),
+        ("precision", manifest.precision),
+        ("output", ", ".join(manifest.outputs)),
+        ("attention", attention_text(manifest)),
+        *tensorrt_rows(manifest),
+        ("size", size(manifest.artefact.bytes)),
+        ("time", duration(manifest.build_seconds)),
+        *(("warning", text) for text in attention_warnings(manifest)),
+    ]
+    return Report(f"engine {path}", rows, {"path": str(path), "manifest": plain(manifest)})
+
+
+def _int8_rows(result: Int8Result) -> Rows:
+    from cdkd_edge.precision.int8_gate import worst_layers
+
+    record = result.manifest.quantization
+    judgement = result.attempts[-1].judgement
+    kept, layers = record["kept_in_fp16"], len(record["layers"])
+    accuracy = "not measured; --data gives labelled images"
+    if judgement.loss is not None:
+        before, after = percent(judgement.fp32_mean_iou, 2), percent(judgement.mean_iou, 2)
+        accuracy = f"{after}, FP32 {before}, loss {judgement.loss:.2f} points"
+    worst = ", ".join(f"{layer['name']} {layer['snr_db']:.0f} dB" for layer in worst_layers(record, 3))
+    rows: Rows = [
+        ("INT8 layers", f"{layers - len(kept)} of {layers}"),
+        (
+            "labels",
+            f"{percent(judgement.agreement, 2)} of the pixels of {record['check_tiles']} check tiles keep theirs",
+        ),
+        ("mIoU", accuracy),
+        ("graph size", f"{percent(record['size_over_fp32'])} of the FP32 graph"),
+        ("CPU twin", f"{significant(judgement.speed_up)} x FP32's tiles/s on this CPU, check tiles in turn"),
+        ("noisiest", worst),
+    ]
+    for attempt in result.attempts[:-1]:
+        rows.append(("missed", f"with {len(attempt.kept)} layers in FP16: {'; '.join(attempt.failures)}"))
+    if kept:
+        rows.append(("in FP16", ", ".join(kept)))
+    if judgement.speed_up <= 1:
+        rows.append(("warning", "INT8 is not faster than FP32 on this CPU"))
+    return [*rows, ("report", str(result.report))]

@@ -1,0 +1,174 @@
+"""``cdkd-edge export``: checkpoint to ONNX graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from cdkd_edge.cli.options import (
+    CHECKPOINT,
+    HEADS,
+    JSON,
+    NORM_EPS,
+    WEIGHTS,
+    WORKSPACE,
+    require_package,
+    stem_of,
+)
+from cdkd_edge.cli.progress import steps
+from cdkd_edge.cli.report import Report, Rows, plain, plural
+from cdkd_edge.core.labels import BUILTIN_SCHEMAS, NAME_THEM, nameless
+from cdkd_edge.core.numbers import duration, percent, significant, size
+from cdkd_edge.core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from cdkd_edge.graph.export import ExportResult
+
+_SCHEMAS = ", ".join(f"{name} ({len(schema)})" for name, schema in BUILTIN_SCHEMAS.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphOptions:
+    """What the graph is to be."""
+
+    schema: str | None = typer.Option(
+        None, help=f"Names and colours of the classes: {_SCHEMAS}, or a .toml file. Default: the checkpoint's."
+    )
+    tile: int | None = typer.Option(None, help="Side of a tile, px. Default: the checkpoint's.", min=1)
+    batch: int = typer.Option(1, help="Tiles per run; the graph takes exactly so many.", min=1)
+    opset: int = typer.Option(20, help="ONNX opset.", min=17, max=20)
+    heads: int | None = HEADS
+    norm_eps: float | None = NORM_EPS
+    weights: str | None = WEIGHTS
+
+
+@dataclasses.dataclass(frozen=True)
+class CompanionOptions:
+    """What is written beside the graph."""
+
+    fp16: bool | None = typer.Option(
+        None, "--fp16/--no-fp16", help="Also write NAME.fp16.onnx. Default: if it passes its check."
+    )
+    min_agreement: float | None = typer.Option(
+        None,
+        help="Smallest share of pixels that keep their label in FP16, per cent. Default: all except ties within "
+        "what rounding explains.",
+    )
+    qgis: bool = typer.Option(
+        False, "--qgis", help="Also write NAME.qgis.onnx for the QGIS plugin Deepness; needs --gsd."
+    )
+    stac: bool = typer.Option(False, "--stac", help="Also write NAME.stac.json: a STAC item with the MLM extension.")
+    gsd: float | None = typer.Option(
+        None, help="Pixel size of the training imagery in metres, for --qgis and --stac.", metavar="METRES"
+    )
+
+    def require_sense(self) -> None:
+        """Refuse options that have no effect."""
+        if self.gsd is not None and not (self.qgis or self.stac):
+            raise typer.BadParameter("it has no effect without --qgis or --stac", param_hint="--gsd")
+        if self.min_agreement is not None and self.fp16 is False:
+            raise typer.BadParameter("it has no effect with --no-fp16", param_hint="--min-agreement")
+
+
+def export(
+    checkpoint: Path = CHECKPOINT,
+    *,
+    output: Path | None = typer.Option(
+        None, "--output", "-o", help="The graph (.onnx). Default: export/NAME.onnx, after the checkpoint."
+    ),
+    graph: GraphOptions,
+    beside: CompanionOptions,
+    workspace: Path = WORKSPACE,
+    as_json: bool = JSON,
+) -> None:
+    """Write a checkpoint as an ONNX graph, checked against PyTorch.
+
+    Writes export/NAME.onnx, NAME.fp16.onnx and their manifests.
+    """
+    require_package("torch", "export", "exporting a checkpoint")
+    from cdkd_edge.graph.export import ExportOptions, export_checkpoint
+    from cdkd_edge.precision.int8_gate import Int8Gate
+
+    destination = output or Workspace(workspace).graphs / f"{stem_of(checkpoint)}.onnx"
+    if destination.suffix != ".onnx":
+        raise typer.BadParameter("a graph is an .onnx file", param_hint="--output")
+    beside.require_sense()
+    options = ExportOptions(
+        tile=graph.tile,
+        batch=graph.batch,
+        opset=graph.opset,
+        schema=graph.schema,
+        heads=graph.heads,
+        layer_norm_eps=graph.norm_eps,
+        fp16=beside.fp16,
+        min_agreement=None if beside.min_agreement is None else Int8Gate(beside.min_agreement / 100).agreement,
+        qgis=beside.qgis,
+        stac=beside.stac,
+        gsd=beside.gsd,
+        weights=graph.weights,
+    )
+    with steps() as step:
+        result = export_checkpoint(checkpoint, destination, options, step)
+    _describe(result).show(as_json)
+
+
+def _describe(result: ExportResult) -> Report:
+    manifest, check = result.manifest, result.manifest.check
+    names = [c["name"] for c in manifest.labels["classes"]]
+    rows: Rows = [
+        ("layout", manifest.layout),
+        *(("dropped", f"{d.what}: {plural(d.tensors, 'tensor')}") for d in result.report.dropped),
+        *(("note", note) for note in result.report.notes),
+        ("nodes", f"{result.nodes_written} written, {manifest.nodes} after simplification"),
+        ("size", f"{size(manifest.artefact.bytes)}, opset {manifest.opset}"),
+        ("tiles", f"{manifest.batch} x {manifest.tile} x {manifest.tile} px, uint8 in, uint8 labels out"),
+        ("classes", ", ".join(names)),
+        *([("note", NAME_THEM)] if nameless(names) else []),
+        (
+            "check",
+            f"{percent(check.label_agreement, 2)} of the pixels have PyTorch's label, largest logit difference "
+            f"{significant(check.max_logit_error, 2)}",
+        ),
+        *_fp16_rows(result),
+    ]
+    if result.qgis:
+        same = percent(result.qgis.label_agreement, 2)
+        text = f"{result.qgis.artefact.file}, {100 * result.qgis.gsd:g} cm per pixel, {same} of a tile's labels agree"
+        rows.append(("QGIS", text))
+    if result.stac:
+        rows.append(("STAC", result.stac.name))
+    rows += [("warning", f"{path.name} was made from an earlier graph; make it again") for path in result.outdated]
+    rows.append(("time", duration(result.seconds)))
+    data = {
+        "path": str(result.path),
+        "fp16": plain(result.half) if result.half else None,
+        "fp16_refused": result.half_refused,
+        "qgis": plain(result.qgis) if result.qgis else None,
+        "stac": str(result.stac) if result.stac else None,
+        "outdated": [str(path) for path in result.outdated],
+        "nodes_written": result.nodes_written,
+        "seconds": result.seconds,
+        "dropped": [dataclasses.asdict(d) for d in result.report.dropped],
+        "notes": list(result.report.notes),
+        "manifest": plain(manifest),
+    }
+    return Report(f"graph {result.path}", rows, data)
+
+
+def _fp16_rows(result: ExportResult) -> Rows:
+    half = result.half
+    if half is None:
+        return [("no FP16", result.half_refused)] if result.half_refused else []
+    check = half.conversion
+    text = f"{half.artefact.file}, {size(half.artefact.bytes)}"
+    if check:
+        same = percent(check.label_agreement, 2)
+        text += f", {same} of the pixels of {check.tiles} {check.imagery} tiles keep their label"
+        if check.max_logit_error is not None and check.logit_tolerance is not None:
+            ties = ", the others are ties" if check.label_agreement < 1 else ""
+            found, allowed = significant(check.max_logit_error, 2), significant(check.logit_tolerance, 2)
+            text += f"{ties}; logits differ by up to {found} (allowed: {allowed})"
+    return [("FP16", text)]

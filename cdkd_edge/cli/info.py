@@ -1,0 +1,79 @@
+"""``cdkd-edge info``: what a checkpoint holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, WEIGHTS, require_package
+from cdkd_edge.cli.report import Report, Rows, plural
+from cdkd_edge.core.numbers import significant
+
+if TYPE_CHECKING:
+    from cdkd_edge.model.checkpoint import CheckpointReport
+    from cdkd_edge.model.device import Cost
+
+
+def info(
+    checkpoint: Path = CHECKPOINT,
+    tile: int | None = typer.Option(None, help="Count for tiles of this side, px. Default: the checkpoint's.", min=1),
+    heads: int | None = HEADS,
+    weights: str | None = WEIGHTS,
+    as_json: bool = JSON,
+) -> None:
+    """Show what a checkpoint holds: layout, parameters, multiply-accumulates, classes."""
+    require_package("torch", "export", "reading a checkpoint")
+    from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder
+    from cdkd_edge.model.device import network_cost
+
+    network: Any
+    network, report = load_encoder(checkpoint, tile=tile, heads=heads, weights=weights)
+    if report.has_head:
+        network, report = load_checkpoint(checkpoint, tile=tile, heads=heads, weights=weights)
+    _describe(checkpoint, report, network_cost(network)).show(as_json)
+
+
+def _describe(path: Path, report: CheckpointReport, cost: Cost) -> Report:
+    config = report.config
+    classes = ", ".join(report.schema.class_names) if report.schema else "no names; export --schema gives them"
+    width = f"ViT, patch {config.patch}, {config.depth} blocks, width {config.embed_dim}, {config.heads} heads"
+    rows: Rows = [
+        ("layout", report.layout + (f" ({' > '.join(report.unwrapped)})" if report.unwrapped else "")),
+        ("encoder", width + (", class token" if config.class_token else "")),
+        ("head", f"UPerNet, {config.head_channels} channels" if report.has_head else "none: an encoder alone"),
+        ("classes", f"{config.classes} ({classes})" if report.has_head else "none"),
+        ("tile", f"{config.tile} x {config.tile} px"),
+        (
+            "parameters",
+            f"{_scaled(cost.parameters, 1e6)} M, of which position embedding "
+            f"{_scaled(cost.position_parameters, 1e6)} M (without it "
+            f"{_scaled(cost.parameters - cost.position_parameters, 1e6)} M)",
+        ),
+        ("MACs as the paper counts", f"{_scaled(cost.conv_linear_macs, 1e9)} G (convolutions and linear layers)"),
+        ("attention MACs", f"{_scaled(cost.attention_macs, 1e9)} G"),
+        ("MACs in full", f"{_scaled(cost.total_macs, 1e9)} G = {_scaled(2 * cost.total_macs, 1e9)} GFLOP per tile"),
+        *(("dropped", f"{d.what}: {plural(d.tensors, 'tensor')} (e.g. {d.example})") for d in report.dropped),
+        *(("note", note) for note in report.notes),
+    ]
+    if not report.has_head:
+        rows.append(("next", "train a decoder on labelled images: cdkd-edge finetune"))
+    data = {
+        "path": str(path),
+        "layout": report.layout,
+        "config": dataclasses.asdict(config),
+        "has_head": report.has_head,
+        "averaged": report.averaged,
+        "classes": list(report.schema.class_names) if report.schema else None,
+        "cost": {**dataclasses.asdict(cost), "total_macs": cost.total_macs},
+        "dropped": [dataclasses.asdict(d) for d in report.dropped],
+        "notes": list(report.notes),
+        "training": dict(report.training),
+    }
+    return Report(str(path), rows, data)
+
+
+def _scaled(count: int, unit: float) -> str:
+    return significant(count / unit, 5)

@@ -1,0 +1,170 @@
+"""``cdkd-edge inspect``: what is inside a graph or an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from cdkd_edge.cli.options import ENGINE, JSON, WORKSPACE, command_line, named_engine
+from cdkd_edge.cli.report import LISTED, Listing, Report, Rows, plain
+from cdkd_edge.core.numbers import percent, significant, size
+from cdkd_edge.core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from cdkd_edge.core.manifest import EngineManifest
+    from cdkd_edge.engines.inspect import Inspection, OnnxContents
+    from cdkd_edge.engines.tensorrt.layers import EngineLayers
+
+
+def inspect(
+    artefact: Path | None = typer.Argument(
+        None, help="Engine (.engine, .cpu.onnx) or graph (.onnx). Default: the only engine in the workspace."
+    ),
+    engine: Path | None = ENGINE,
+    every: bool = typer.Option(False, "--all", help=f"List every layer, not only the {LISTED} that move most data."),
+    workspace: Path = WORKSPACE,
+    as_json: bool = JSON,
+) -> None:
+    """Show what is inside a graph or an engine: layers, precisions, memory, fused attention. Runs nothing."""
+    from cdkd_edge.engines.inspect import inspect_artefact
+
+    space = Workspace(workspace)
+    path = named_engine(artefact, engine) or space.only_engine("cdkd-edge inspect", typed=command_line())
+    _describe(inspect_artefact(path), every=every).show(as_json)
+
+
+def _describe(found: Inspection, *, every: bool) -> Report:
+    from cdkd_edge.engines.inspect import OnnxContents
+
+    manifest, contents = found.manifest, found.contents
+    rows = _manifest_rows(found)
+    data: dict[str, Any] = {
+        "path": str(found.path),
+        "kind": manifest.kind if manifest is not None else None,
+        "manifest": plain(manifest),
+        "warnings": list(found.warnings),
+    }
+    listings: tuple[Listing, ...] = ()
+    if isinstance(contents, OnnxContents):
+        rows += _onnx_rows(contents)
+        data["contents"] = {**plain(contents), "nodes": contents.nodes, "precisions": contents.precisions}
+        operators = tuple(
+            (name, *(str(row.get(kind, "")) for kind in contents.precisions))
+            for name, row in contents.operators.items()
+        )
+        listings = (Listing(("operator", *contents.precisions), operators),)
+    elif contents is not None:
+        data["unfused_attention"] = list(contents.unfused_attention)
+        data["layers"] = [
+            {
+                "name": layer.name,
+                "type": layer.type,
+                "precision": layer.precision,
+                "traffic_bytes": layer.traffic_bytes,
+                "fused_attention": layer.is_fused_attention,
+                "nodes": list(layer.nodes),
+            }
+            for layer in contents.layers
+        ]
+        listings = (_layer_listing(contents, every),)
+    rows += [("warning", text) for text in found.warnings]
+    return Report(f"inside {found.path}", rows, data, listings)
+
+
+def _manifest_rows(found: Inspection) -> Rows:
+    from cdkd_edge.core.manifest import EngineManifest
+
+    manifest = found.manifest
+    if manifest is None:
+        return []
+    if isinstance(manifest, EngineManifest):
+        rows: Rows = [
+            ("runtime", runtime_text(manifest)),
+            ("precision", f"{manifest.precision}, built from {manifest.graph.file}"),
+            ("attention", attention_text(manifest)),
+            *tensorrt_rows(manifest),
+        ]
+    else:
+        text = f"{manifest.precision}, opset {manifest.opset}, exported from {manifest.checkpoint.file}"
+        rows = [("precision", text)]
+    return [
+        *rows,
+        ("tiles", f"{manifest.batch} x {manifest.tile} x {manifest.tile} px"),
+        ("output", ", ".join(manifest.outputs)),
+        ("size", size(manifest.artefact.bytes)),
+    ]
+
+
+def runtime_text(manifest: EngineManifest) -> str:
+    """What an engine runs on."""
+    compiled_only = manifest.tensorrt is not None and manifest.tensorrt.targets
+    return f"{manifest.runtime}{', ' if compiled_only else ' on '}{manifest.device}"
+
+
+def attention_text(manifest: EngineManifest) -> str:
+    """How many of an engine's attention blocks are fused."""
+    if manifest.tensorrt is not None and not manifest.tensorrt.layers:
+        return f"{manifest.attention_blocks} blocks; whether they are fused is not known"
+    return f"{manifest.attention_fused} of {manifest.attention_blocks} blocks fused"
+
+
+def tensorrt_rows(manifest: EngineManifest) -> Rows:
+    """How TensorRT built an engine; nothing for other runtimes."""
+    build = manifest.tensorrt
+    if build is None:
+        return []
+    typing = "strongly typed" if build.strongly_typed else "weakly typed"
+    limit = f", workspace at most {size(build.workspace_bytes)}" if build.workspace_bytes else ""
+    level = f"optimisation level {build.optimization_level}"
+    rows: Rows = [("build", f"{manifest.runtime} {build.version}, {typing}, {level}{limit}")]
+    if build.layers:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in build.layer_precisions.items())
+        rows.append(("layers", f"{build.layers} ({kinds}), moving {size(build.traffic_bytes)} per run"))
+    memory = [
+        f"{name} {size(count)}"
+        for name, count in (
+            ("scratch", build.scratch_bytes),
+            ("weights", build.weights_bytes),
+            ("input and output", 4 * manifest.batch * manifest.tile**2),  # uint8: three channels in, labels out
+        )
+        if count is not None
+    ]
+    return [*rows, ("memory", ", ".join(memory)), *(("note", note) for note in build.notes)]
+
+
+def _onnx_rows(contents: OnnxContents) -> Rows:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in contents.precisions.items())
+    casts = ", ".join(f"{count} {what}" for what, count in contents.casts.items())
+    constants = ", ".join(f"{kind} {size(count)}" for kind, count in contents.parameter_bytes.items())
+    quantized = f"{contents.quantize_nodes} quantize, {contents.dequantize_nodes} dequantize"
+    return [
+        ("nodes", f"{contents.nodes} ({kinds})"),
+        ("casts", f"{sum(contents.casts.values())}" + (f" ({casts})" if casts else "")),
+        *([("Q/DQ", quantized)] if contents.quantize_nodes or contents.dequantize_nodes else []),
+        ("constants", constants or "none"),
+        ("attention", f"{contents.attention_blocks} blocks, {contents.attention_fused} of them one operator"),
+    ]
+
+
+def _layer_listing(layers: EngineLayers, every: bool) -> Listing:
+    """All layers in the order of execution, or those that move most data."""
+    shown = list(layers.layers)
+    if not every:
+        shown = sorted(shown, key=lambda layer: -layer.traffic_bytes)[:LISTED]
+    total = max(1, layers.traffic_bytes)
+    rows = [
+        (
+            layer.name,
+            layer.type,
+            layer.precision,
+            significant(layer.traffic_bytes / 1e6),
+            percent(layer.traffic_bytes / total),
+            "fused" if layer.is_fused_attention else "",
+        )
+        for layer in shown
+    ]
+    if len(shown) < len(layers.layers):
+        rows.append((f"... {len(layers.layers) - len(shown)} more (--all)", "", "", "", "", ""))
+    return Listing(("layer", "type", "precision", "MB moved", "share", "attention"), tuple(rows))

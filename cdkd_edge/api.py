@@ -303,6 +303,7 @@ def bench(
     *,
     seconds: float | None = None,
     repeats: int | None = None,
+    max_warm_up: float | None = None,
     power: bool | str = False,
     protocol: Literal["default", "paper", "mlperf"] = "default",
     workspace: StrPath = ".",
@@ -314,6 +315,7 @@ def bench(
         folder: a new folder for report and tables. Default: in ``benchmarks/`` of the workspace.
         seconds: of load. Default: the protocol's, 60.
         repeats: idle, warm-up and load so many times. Default: the protocol's, 1.
+        max_warm_up: seconds after which warm-up ends though the engine is not steady. Default: the protocol's, 120.
         power: True: the first source that answers; or the name of one.
         protocol: ``default``, ``paper`` or ``mlperf``.
         workspace: folder with ``benchmarks/``.
@@ -328,7 +330,7 @@ def bench(
     from cdkd_edge.bench.run import BenchOptions, run_benchmark
 
     options = BenchOptions(
-        protocol=protocol_of(protocol, load=seconds, repeats=repeats),
+        protocol=protocol_of(protocol, load=seconds, repeats=repeats, warm_up_cap=max_warm_up),
         power=bool(power),
         power_source=power if isinstance(power, str) else None,
     )

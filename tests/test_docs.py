@@ -6,10 +6,13 @@ import importlib.util
 import itertools
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import typer.main
+from labelled_images import build_data
+from scene_helpers import noise, write_raster
 
 from cdkd_edge import cli
 from cdkd_edge.core import errors
@@ -144,3 +147,22 @@ def test_the_rooms_are_drawn_as_they_are():
         assert path.read_text(encoding="utf-8") == text, path
     packages = {path.parent.name for path in (ROOT / "cdkd_edge").glob("*/__init__.py")}
     assert packages == set(rooms.ROOMS)
+
+
+@pytest.mark.needs_torch
+def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
+    """In one go, from a checkpoint to a measurement, in a folder with a scene and labelled images."""
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "cdkd_edge" / "demo" / "tiny.safetensors", "ckpt.safetensors")
+    write_raster(Path("scene.tif"), noise(90, 120))
+    build_data(Path("data"), {"t1_a": (100, 120)})
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    examples = [content for language, content in blocks(text) if language == "python"]
+    assert len(examples) > 8
+    names = {}
+    for example in examples:
+        exec(compile(example, "docs/python.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "passes" in printed
+    assert names["labels"].shape == (40, 60)

@@ -23,7 +23,7 @@ def main() -> None:
         assert cdkd_edge.__version__ in version, version
         subprocess.run([command, "demo", "--json"], stdout=subprocess.PIPE, check=True)
         demo = Path("cdkd-edge-demo")
-        for found in ("label-map.tif", "engines", "benchmarks"):
+        for found in ("demo_scene_labels.tif", "engines", "benchmarks"):
             assert (demo / found).exists(), found
         answer = subprocess.run([command, "doctor", "--json"], capture_output=True, text=True, check=False)
         assert json.loads(answer.stdout), answer.stderr

@@ -43,15 +43,12 @@ class OnnxContents:
     operators: Mapping[str, Mapping[str, int]]
     """Nodes by operator and precision; the most frequent operators first. A node's precision is ``int8`` if it computes
     on INT8 or UINT8, else the widest float it touches, else ``other``."""
-    casts: Mapping[str, int]
-    """Casts by what they convert, e.g. ``uint8 to fp16``."""
+    casts: Mapping[str, int]  # casts by what they convert, e.g. ``uint8 to fp16``.
     quantize_nodes: int
     dequantize_nodes: int
-    parameter_bytes: Mapping[str, int]
-    """Bytes of constants by type."""
+    parameter_bytes: Mapping[str, int]  # bytes of constants by type
     attention_blocks: int
-    attention_fused: int
-    """Attention blocks that are one operator."""
+    attention_fused: int  # attention blocks that are one operator
 
     @property
     def nodes(self) -> int:
@@ -73,8 +70,7 @@ class Inspection:
 
     path: Path
     manifest: GraphManifest | EngineManifest | None
-    contents: OnnxContents | EngineLayers | None
-    """None if the layers of an engine were not recorded."""
+    contents: OnnxContents | EngineLayers | None  # None if the layers of an engine were not recorded
     warnings: tuple[str, ...]
 
 

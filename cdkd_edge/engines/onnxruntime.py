@@ -36,8 +36,7 @@ MIN_AGREEMENT = 0.9999
 MIN_INT8_AGREEMENT = 0.99
 """The same for INT8: before a quantiser, another order of additions can change a value by a whole step."""
 
-SLOTS = 3
-"""One tile being read, one computed, one written."""
+SLOTS = 3  # one tile being read, one computed, one written
 
 
 def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:

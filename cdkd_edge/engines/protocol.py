@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 UInt8Array = npt.NDArray[np.uint8]
-SPEED_ROUNDS = 7
-"""Timed runs of each engine in :func:`speed_ratio`."""
+SPEED_ROUNDS = 7  # timed runs of each engine in :func:`speed_ratio`
 
 
 class Labeller(Protocol):

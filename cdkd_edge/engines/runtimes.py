@@ -20,34 +20,23 @@ if TYPE_CHECKING:
     from cdkd_edge.engines.tensorrt.layers import EngineLayers
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 
-Note = Callable[[str], None]
-"""Called with what is being done."""
-Log = Callable[[str, str], None]
-"""Called with severity and text of a line that a runtime logs."""
+Note = Callable[[str], None]  # called with what is being done
+Log = Callable[[str, str], None]  # called with severity and text of a line that a runtime logs
 
 
 @dataclass(frozen=True)
 class Runtime:
     """One way to build engines from graphs and to run them."""
 
-    name: str
-    """As ``--runtime`` takes it."""
-    title: str
-    """For messages."""
-    manifest_names: tuple[str, ...]
-    """What the manifests of its engines call it."""
-    suffix: str
-    """How the names of its engines end."""
-    on_cpu: bool
-    """Whether it computes on the CPU, and not on a GPU."""
-    precisions: tuple[str, ...]
-    """What it can run."""
-    fastest_float: str
-    """The precision that an INT8 engine has to be faster than."""
-    has_options: bool
-    """Whether :class:`TensorRTOptions` apply to it, among them targets: GPUs that are not here."""
-    why_not_here: Callable[[], str | None]
-    """Why it cannot run on this machine; None if it can."""
+    name: str  # as ``--runtime`` takes it
+    title: str  # for messages
+    manifest_names: tuple[str, ...]  # what the manifests of its engines call it
+    suffix: str  # how the names of its engines end
+    on_cpu: bool  # whether it computes on the CPU, and not on a GPU
+    precisions: tuple[str, ...]  # what it can run
+    fastest_float: str  # the precision that an INT8 engine has to be faster than
+    has_options: bool  # whether :class:`TensorRTOptions` apply to it, among them targets: GPUs that are not here
+    why_not_here: Callable[[], str | None]  # why it cannot run on this machine; None if it can
     build: Callable[[Path, Path, TensorRTOptions | None, Note, Log], EngineManifest]
     """From graph, destination, options, and where notes and log lines go."""
     load: Callable[[Path, EngineManifest, int | None], Engine]

@@ -37,8 +37,7 @@ from cdkd_edge.model.network import Encoder, SegmentationNetwork
 from cdkd_edge.model.unwrap import find_weights
 
 _Module = TypeVar("_Module", SegmentationNetwork, Encoder)
-OPENMMLAB_SCHEMA = "OpenMMLab meta"
-"""Name of a schema made from OpenMMLab's class names; ``--schema`` overrides it."""
+OPENMMLAB_SCHEMA = "OpenMMLab meta"  # name of a schema made from OpenMMLab's class names; ``--schema`` overrides it
 _MAX_HEADER = 4 << 20
 """Most characters of configuration, schema or training notes as JSON; a number or bracket counts as 16."""
 
@@ -51,17 +50,12 @@ class CheckpointReport:
     layout: str
     config: NetworkConfig
     has_head: bool
-    unwrapped: tuple[str, ...]
-    """Wrapper keys and prefixes that were removed, outermost first."""
+    unwrapped: tuple[str, ...]  # wrapper keys and prefixes that were removed, outermost first
     dropped: tuple[Dropped, ...]
-    notes: tuple[str, ...]
-    """Assumptions and changes a user should know about."""
-    schema: LabelSchema | None = None
-    """The checkpoint's own, or made from the class names in OpenMMLab's files."""
-    averaged: bool = False
-    """Whether the weights are a running mean of the trained ones (EMA, SWA)."""
-    taken: tuple[str, ...] = ()
-    """Which of several sets of weights these are; also in ``notes``."""
+    notes: tuple[str, ...]  # assumptions and changes a user should know about
+    schema: LabelSchema | None = None  # the checkpoint's own, or made from the class names in OpenMMLab's files
+    averaged: bool = False  # whether the weights are a running mean of the trained ones (EMA, SWA)
+    taken: tuple[str, ...] = ()  # which of several sets of weights these are; also in ``notes``
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -6,18 +6,15 @@ from dataclasses import dataclass
 
 from cdkd_edge.core.errors import CheckpointError
 
-HEAD_DIM = 64
-"""Width of an attention head unless given (ViT-S/B/L and the paper's student)."""
+HEAD_DIM = 64  # width of an attention head unless given (ViT-S/B/L and the paper's student)
 
-MAX_GRID = 512
-"""Most patches along a side: attention over more is out of reach, and a typing error likely."""
+MAX_GRID = 512  # most patches along a side: attention over more is out of reach, and a typing error likely
 
 MIN_DEPTH, MAX_DEPTH = 4, 256
 """Transformer blocks: UPerNet taps four; the deepest ViT has 48, and a block takes milliseconds to set up."""
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
-"""RGB statistics on 0..255 that SAM and the Mask-CDKD student are trained with."""
+PIXEL_STD = (58.395, 57.12, 57.375)  # RGB statistics on 0..255 that SAM and the Mask-CDKD student are trained with
 
 
 @dataclass(frozen=True)
@@ -31,10 +28,8 @@ class NetworkConfig:
         CheckpointError: the numbers do not describe a network; names the field.
     """
 
-    tile: int = 1024
-    """Side of a square input, px."""
-    patch: int = 16
-    """Side of a patch, px; also the stride of the logits."""
+    tile: int = 1024  # side of a square input, px
+    patch: int = 16  # side of a patch, px; also the stride of the logits
     embed_dim: int = 384
     depth: int = 12
     heads: int = 6
@@ -43,8 +38,7 @@ class NetworkConfig:
     head_channels: int = 256
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)
     layer_norm_eps: float = 1e-5
-    class_token: bool = False
-    """timm and OpenMMLab encoders carry one; the paper's student does not."""
+    class_token: bool = False  # timm and OpenMMLab encoders carry one; the paper's student does not
 
     def __post_init__(self) -> None:
         for name in ("tile", "patch", "embed_dim", "heads", "mlp_dim", "classes", "head_channels"):

@@ -27,16 +27,11 @@ from cdkd_edge.core.manifest import is_artefact_name
 FORMAT = "cdkd-edge checkpoint"
 FORMAT_VERSION = 1
 
-_MAX_ENTRIES = 100_000
-"""Most files in a torch.save archive, which has one per tensor."""
-_MAX_DIRECTORY = 32 << 20
-"""Most bytes of the pickle in an archive: names, shapes and text."""
-_MAX_NAMES = 8 << 20
-"""Most bytes of a safetensors header, which has some 100 per tensor."""
-_MAX_STEPS = 1_000_000
-"""Most steps of a pickle; a tensor takes 30. torch needs about 2 us and 100 bytes per step."""
-_MAX_KEY = 20_000
-"""Most parts of nested tuples: Python hashes them by recursion and crashes at about 100,000."""
+_MAX_ENTRIES = 100_000  # most files in a torch.save archive, which has one per tensor
+_MAX_DIRECTORY = 32 << 20  # most bytes of the pickle in an archive: names, shapes and text
+_MAX_NAMES = 8 << 20  # most bytes of a safetensors header, which has some 100 per tensor
+_MAX_STEPS = 1_000_000  # most steps of a pickle; a tensor takes 30. torch needs about 2 us and 100 bytes per step.
+_MAX_KEY = 20_000  # most parts of nested tuples: Python hashes them by recursion and crashes at about 100,000
 _UNREAD = (
     "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "builtins.getattr", "numpy.ndarray",
     "numpy.dtype",
@@ -46,8 +41,7 @@ _UNREAD = (
 """Classes of what training scripts save beside the weights (arguments, scores, logs); replaced unread by nothing."""
 _PACKED = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ", "zstd": b"\x28\xb5\x2f\xfd", "7z": b"7z\xbc\xaf"}
 """First bytes of archives."""
-_SPARE = 64 << 20
-"""Bytes that tensors may take beyond the size of their file, because some share their storage."""
+_SPARE = 64 << 20  # bytes that tensors may take beyond the size of their file, because some share their storage
 
 
 class _Nothing:

@@ -57,13 +57,10 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 class Cost:
     """Parameters and MACs of one tile."""
 
-    parameters: int
-    """All parameters, the position embedding included."""
+    parameters: int  # all parameters, the position embedding included
     position_parameters: int
-    conv_linear_macs: int
-    """What the paper's table counts."""
-    attention_macs: int
-    """The query-key and attention-value products."""
+    conv_linear_macs: int  # what the paper's table counts
+    attention_macs: int  # the query-key and attention-value products
 
     @property
     def total_macs(self) -> int:

@@ -55,8 +55,7 @@ class Layout:
     name: str
     rules: tuple[tuple[str, str], ...]
     drops: tuple[tuple[str, str], ...] = ()
-    layer_norm_eps: float = 1e-5
-    """LayerNorm's epsilon in the project behind the layout; no checkpoint stores it."""
+    layer_norm_eps: float = 1e-5  # layerNorm's epsilon in the project behind the layout; no checkpoint stores it
 
 
 OURS = Layout("cdkd-edge", ((r"((?:encoder|head)\..*)", r"\1"),))

@@ -21,10 +21,8 @@ from cdkd_edge.core.errors import CheckpointError
 from cdkd_edge.model.container import text_keys
 from cdkd_edge.model.layouts import Dropped, listed
 
-_MAX_WRAPPERS = 8
-"""A bound, because a pickle can hold a dict that contains itself."""
-_OWN = ""
-"""Name of the group of tensors that are in no other group."""
+_MAX_WRAPPERS = 8  # A bound, because a pickle can hold a dict that contains itself
+_OWN = ""  # name of the group of tensors that are in no other group
 _AVERAGED = {"ema", "swa", "ewa", "averaged", "average", "avg", "polyak", "shadow"}
 _TRAINING = {
     "criterion", "criteria", "loss", "losses", "objective", "optimizer", "optimizers", "optimiser", "optim",
@@ -32,10 +30,8 @@ _TRAINING = {
     "confmat", "lossfn",
 }  # fmt: skip
 """Words in names of what only training needs."""
-_LOSS_WEIGHT = re.compile(r"(?:class|pos|ce)_?weights?")
-"""Names of class weights in a loss."""
-_NOTES = {"meta", "hyper", "hparams", "args", "config", "cfg"}
-"""Words in names of what describes a training run."""
+_LOSS_WEIGHT = re.compile(r"(?:class|pos|ce)_?weights?")  # names of class weights in a loss
+_NOTES = {"meta", "hyper", "hparams", "args", "config", "cfg"}  # words in names of what describes a training run
 _COUNTERS = {
     "step", "steps", "epoch", "epochs", "iter", "iters", "iteration", "iterations", "updates", "averaged", "tracked",
     "decay", "initted", "counter", "ops", "params",
@@ -58,12 +54,10 @@ class Weights:
     """One set of weights of a checkpoint."""
 
     tensors: dict[str, Tensor]
-    unwrapped: tuple[str, ...]
-    """Wrapper keys and prefixes that were removed, outermost first."""
+    unwrapped: tuple[str, ...]  # wrapper keys and prefixes that were removed, outermost first
     dropped: tuple[Dropped, ...]
     averaged: bool
-    notes: tuple[str, ...]
-    """Which set was taken, if there was a choice."""
+    notes: tuple[str, ...]  # which set was taken, if there was a choice
 
 
 def find_weights(document: Mapping[str, Any], path: Path, choice: str | None = None) -> Weights:

@@ -25,39 +25,29 @@ from cdkd_edge.raster.areas import mapped
 from cdkd_edge.raster.open import gdal
 
 _LON_LAT = "OGC:CRS84"
-_STEPS = 64
-"""Points along each side of a box, so that its sides follow a projection's curves."""
+_STEPS = 64  # points along each side of a box, so that its sides follow a projection's curves
 _COARSE, _COARSE_CELLS = 32, 1 << 24
 """Side in pixels of the cells that decide whether a tile is computed at all (larger for more than so many cells)."""
-_MOST_BYTES, _MOST_FEATURES = 64 << 20, 100_000
-"""Largest GeoJSON file, and largest number of features of another file."""
-_SAMPLES = 9
-"""Points along each side of a scene that are placed on Earth."""
-_MARGIN = 0.05
-"""Margin around a scene, relative to its extent: its edges are curves in longitude and latitude."""
+_MOST_BYTES, _MOST_FEATURES = 64 << 20, 100_000  # largest GeoJSON file, and largest number of features of another file
+_SAMPLES = 9  # points along each side of a scene that are placed on Earth
+_MARGIN = 0.05  # margin around a scene, relative to its extent: its edges are curves in longitude and latitude
 _INWARDS = 1e-9
 """Relative to a scene's extent, less than a pixel: a point on the edge of a map may come out at its other end."""
-_HALF_WAY_ROUND = 180 - 1e-7
-"""Degrees, a centimetre less than what may come out at the other end of a map."""
-_SEAM_M = 1e7
-"""Metres; a degree of a meridian or parallel is only longer on a map where the map is cut."""
+_HALF_WAY_ROUND = 180 - 1e-7  # degrees, a centimetre less than what may come out at the other end of a map
+_SEAM_M = 1e7  # metres; a degree of a meridian or parallel is only longer on a map where the map is cut
 
 Ring = list[tuple[float, float]]
-Polygon = list[Ring]
-"""The outline and the holes."""
-Bounds = tuple[float, float, float, float]
-"""West, south, east, north."""
+Polygon = list[Ring]  # the outline and the holes
+Bounds = tuple[float, float, float, float]  # west, south, east, north
 
 
 @dataclass(frozen=True)
 class AreaOfInterest:
     """Polygons, not yet placed on a scene."""
 
-    source: str
-    """The text of ``--aoi``."""
+    source: str  # the text of ``--aoi``
     polygons: tuple[Polygon, ...]
-    crs: str | None
-    """The reference system of the coordinates; None: the scene's."""
+    crs: str | None  # the reference system of the coordinates; None: the scene's
 
     @property
     def identity(self) -> str:

@@ -29,14 +29,11 @@ from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.styles import ClassArea
 
 _M2_PER_HA = 10_000.0
-_STRETCH_WORTH_A_NOTE = 0.001
-"""Relative; a UTM zone stays within it over most of its width."""
+_STRETCH_WORTH_A_NOTE = 0.001  # relative; a UTM zone stays within it over most of its width
 
-_WINDOW_PX = 4 << 20
-"""Pixels read at once."""
+_WINDOW_PX = 4 << 20  # pixels read at once
 
-_AREA_ROWS = 64
-"""Rows whose pixels' areas are computed at once."""
+_AREA_ROWS = 64  # rows whose pixels' areas are computed at once
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,8 @@ class Areas:
 
     classes: tuple[ClassArea, ...]
     no_data: ClassArea
-    method: str | None
-    """``projected`` or ``ellipsoidal``; None if hectares are unknown."""
-    reason: str | None
-    """Why hectares are unknown, if they are."""
+    method: str | None  # ``projected`` or ``ellipsoidal``; None if hectares are unknown
+    reason: str | None  # why hectares are unknown, if they are
     notes: tuple[str, ...] = ()
 
 
@@ -115,8 +110,7 @@ class Ground:
     transform: Any
     pixel_m2: float | None = None
     ellipsoid: Ellipsoid | None = None
-    radians: float = 0.0
-    """Radians in a unit of a geographic CRS."""
+    radians: float = 0.0  # radians in a unit of a geographic CRS
     reason: str | None = None
     notes: tuple[str, ...] = ()
 

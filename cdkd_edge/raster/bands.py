@@ -175,14 +175,12 @@ def _require_real(dataset: Any, path: object, bands: Sequence[int]) -> None:
         raise SceneError(f"{path} holds complex values, not an image")
 
 
-_ON_ITS_SIDE = 5
-"""The first orientation in which rows are stored as columns."""
+_ON_ITS_SIDE = 5  # the first orientation in which rows are stored as columns
 _CACHE_BYTES = 384 << 20
 _ROOM = 32 << 20
 _TAG = 274
 _EXIF_BYTES = 1 << 16
-_CHUNKS = 1 << 16
-"""A PNG may have its EXIF behind the pixels, which may be many chunks."""
+_CHUNKS = 1 << 16  # A PNG may have its EXIF behind the pixels, which may be many chunks
 
 
 class Upright(WarpedVRT):  # type: ignore[misc]

@@ -15,8 +15,7 @@ from itertools import pairwise
 from cdkd_edge.core.errors import UsageError
 
 DEFAULT_OVERLAP = 128
-_MOST_TILES = 1_000_000
-"""Most tiles along an axis."""
+_MOST_TILES = 1_000_000  # most tiles along an axis
 
 
 def default_overlap(tile: int) -> int:

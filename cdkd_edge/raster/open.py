@@ -25,8 +25,7 @@ from rasterio.warp import transform as transformed
 from cdkd_edge.core.errors import SceneError, SystemRefusalError
 from cdkd_edge.raster.bands import Upright, orientation_of
 
-_heard = threading.local()
-"""Per thread, the messages of GDAL that :func:`gdal` collects there."""
+_heard = threading.local()  # per thread, the messages of GDAL that :func:`gdal` collects there
 _GDAL_CLASS = re.compile(r"^CPLE_\w+[: ]+| ?\(this (warning|error) can be turned .*")
 
 
@@ -50,19 +49,16 @@ CACHE_BYTES = 32 << 20
 """Size of GDAL's cache of blocks, which masks and resampling need; other reading and writing goes along blocks. GDAL's
 own default is a share of the memory."""
 
-_PROJJSON = re.compile(r"'\{.*\}'")
-"""A reference system in PROJ's long form, half a page of text."""
+_PROJJSON = re.compile(r"'\{.*\}'")  # A reference system in PROJ's long form, half a page of text
 
 # For all threads of the process. As an option of rasterio.Env it would be reset by whichever thread leaves first; and
 # Env takes bytes, where GDAL's environment variable takes MB.
 if "GDAL_CACHEMAX" not in os.environ:
     set_gdal_config("GDAL_CACHEMAX", CACHE_BYTES)
 
-_KINDS_SHOWN = 3
-"""Kinds of warnings about one scene."""
+_KINDS_SHOWN = 3  # kinds of warnings about one scene
 
-_LITTLE_ROOM = 1 << 20
-"""Bytes."""
+_LITTLE_ROOM = 1 << 20  # bytes
 
 _GDAL_OPTIONS = {
     "GDAL_PAM_ENABLED": "YES",
@@ -209,8 +205,7 @@ def open_scene(path: str | Path, warnings: Warnings | None = None) -> Any:
         raise
 
 
-_OFF = 0.45
-"""Tolerance in pixels, less than half of one: a grid that is off by less still lays each pixel over its own."""
+_OFF = 0.45  # tolerance in pixels, less than half of one: a grid that is off by less still lays each pixel over its own
 
 
 def place_problem(image: Any, labels: Any) -> str | None:

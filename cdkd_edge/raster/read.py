@@ -25,10 +25,8 @@ INVALID_FILL = np.array([124, 116, 104], np.uint8).reshape(3, 1, 1)
 
 _SEQUENTIAL = ("PNG", "JPEG", "GIF")
 
-_MOST_SIDE, _MOST_PIXELS = 10_000_000, 10**12
-"""Largest side and area of a scene, px: those of all land at 10 m."""
-_MOST_BLOCK = 1 << 29
-"""Largest block, bytes; GDAL decodes it as a whole."""
+_MOST_SIDE, _MOST_PIXELS = 10_000_000, 10**12  # largest side and area of a scene, px: those of all land at 10 m
+_MOST_BLOCK = 1 << 29  # largest block, bytes; GDAL decodes it as a whole
 
 
 class SceneReader:

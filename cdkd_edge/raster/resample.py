@@ -17,12 +17,9 @@ from cdkd_edge.core.errors import SceneError, UsageError
 from cdkd_edge.raster.areas import WGS84, to_wgs84
 from cdkd_edge.raster.bands import Validity
 
-_WARP_MB = 32
-"""Memory of GDAL's warper in each reading thread, MB."""
-_SAME = 0.01
-"""Relative difference of equal ground sample distances: a map's scale varies by as much within a scene."""
-_FINEST = 100
-"""Times that pixels may become finer (30 m for a network of 0.3 m); more is a mistake in the unit."""
+_WARP_MB = 32  # memory of GDAL's warper in each reading thread, MB
+_SAME = 0.01  # relative difference of equal ground sample distances: a map's scale varies by as much within a scene
+_FINEST = 100  # times that pixels may become finer (30 m for a network of 0.3 m); more is a mistake in the unit
 _KINDS = {
     "uint8": "Byte",
     "int8": "Int8",

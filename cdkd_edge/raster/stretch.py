@@ -14,20 +14,15 @@ from rasterio.windows import Window
 from cdkd_edge.core.errors import SceneError, UsageError
 from cdkd_edge.raster.bands import Validity
 
-_SAMPLE_SIDE = 1024
-"""Longest side of the reduced scene from which percentiles are taken, px."""
+_SAMPLE_SIDE = 1024  # longest side of the reduced scene from which percentiles are taken, px
 _WHOLE_PIXELS = 8192 * 8192
 """Largest scene without overviews that is reduced as a whole; of a larger one, windows are sampled."""
 _WINDOWS_A_SIDE, _WINDOW, _EVERY = 16, 256, 4
-_STRIP_PIXELS = 1 << 21
-"""Pixels read at once of a file in strips."""
-_ROWS = 32
-"""Rows stretched at once."""
-_ENOUGH = 1000
-"""Valid pixels of a band that make a sample; with fewer, all of the file is read."""
+_STRIP_PIXELS = 1 << 21  # pixels read at once of a file in strips
+_ROWS = 32  # rows stretched at once
+_ENOUGH = 1000  # valid pixels of a band that make a sample; with fewer, all of the file is read
 
-Limits = npt.NDArray[np.float32]
-"""Per band the values that become 0 and 255, ``[3, 2]``."""
+Limits = npt.NDArray[np.float32]  # per band the values that become 0 and 255, ``[3, 2]``
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ class ClassArea:
     label: int
     name: str
     pixels: int
-    hectares: float | None
-    """None if unknown, see :attr:`.areas.Areas.reason`."""
+    hectares: float | None  # None if unknown, see :attr:`.areas.Areas.reason`
 
 
 def sidecar_path(label_map: Path) -> Path:
@@ -109,8 +108,7 @@ def xml_text(root: ElementTree.Element) -> str:
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-_MARK = "cdkd-edge"
-"""Marks styles that were written here; QGIS drops the mark when a user saves a style."""
+_MARK = "cdkd-edge"  # marks styles that were written here; QGIS drops the mark when a user saves a style
 
 
 def style_path(label_map: Path) -> Path:

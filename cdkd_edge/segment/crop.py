@@ -18,8 +18,7 @@ from cdkd_edge.segment.spool import Spool
 Mask = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
 
-NO_CONFIDENCE = 255
-"""The value of a confidence raster where there is no label."""
+NO_CONFIDENCE = 255  # the value of a confidence raster where there is no label
 
 Area = Callable[[int, int, int, int], Mask]
 """Which pixels of a rectangle (top, left, height, width) lie in the area of interest."""
@@ -40,8 +39,7 @@ class CropMerge:
         area: the area of interest. Default: all of the scene.
     """
 
-    blends = False
-    """Whether a tile also adds to pixels that other tiles keep, so that all of it counts."""
+    blends = False  # whether a tile also adds to pixels that other tiles keep, so that all of it counts
 
     def __init__(
         self,

@@ -22,10 +22,8 @@ from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segment.plan import Cell, CellLayout, Cells, PlannedTile, TilePlan, cut_tile, fill_without_data
 
-AHEAD = 4
-"""Batches beyond the engine's slots for which cells are read early."""
-_MOST_PLACES = 1024
-"""Of a batch; reached only far outside an area of interest, where no tile is computed."""
+AHEAD = 4  # batches beyond the engine's slots for which cells are read early
+_MOST_PLACES = 1024  # of a batch; reached only far outside an area of interest, where no tile is computed
 
 Mask = npt.NDArray[np.bool_]
 

@@ -28,8 +28,7 @@ BLOCK = 512
 """Side of the blocks of a label map, px, and the longest side of its smallest overview. Rows are written in multiples
 of it, so that no block is written twice."""
 
-_COUNTED_ROWS = 64
-"""Rows whose labels are counted at once."""
+_COUNTED_ROWS = 64  # rows whose labels are counted at once
 
 
 def palette_of(schema: LabelSchema) -> dict[int, tuple[int, int, int, int]]:

@@ -17,8 +17,7 @@ from cdkd_edge.segment.crop import Area, CropMerge, Mask, Pixels
 from cdkd_edge.segment.plan import PlannedTile, TilePlan
 from cdkd_edge.segment.spool import Spool
 
-_FULL = 255
-"""Weight along one axis in the middle of a tile; at its edge it is 1, so that every pixel has a weight."""
+_FULL = 255  # weight along one axis in the middle of a tile; at its edge it is 1, so that every pixel has a weight
 
 
 def _handed_over(spans: tuple[Span, ...]) -> tuple[Span, ...]:

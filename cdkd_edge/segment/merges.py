@@ -23,10 +23,8 @@ class MergeMode:
     """One choice of ``--merge``."""
 
     help: str
-    needs: str
-    """What the engine must give, one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`."""
-    load: Callable[[], type[CropMerge]]
-    """Imports the class that merges."""
+    needs: str  # what the engine must give, one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`
+    load: Callable[[], type[CropMerge]]  # imports the class that merges
 
 
 def _crop() -> type[CropMerge]:

@@ -40,20 +40,15 @@ class SegmentOptions:
     """Red, green and blue as 1-based band numbers. Default: :func:`cdkd_edge.raster.bands.choose_bands` finds them."""
     stretch: Stretch | None = None
     """How values become 0..255. Default: 8-bit values stay as they are, others are an error."""
-    merge: str = DEFAULT_MERGE
-    """How tiles become one map: a name in :data:`.merges.MERGES`."""
-    confidence: bool = False
-    """Also write ``NAME_confidence.tif``, the probability of the label in per cent."""
+    merge: str = DEFAULT_MERGE  # how tiles become one map: a name in :data:`.merges.MERGES`
+    confidence: bool = False  # also write ``NAME_confidence.tif``, the probability of the label in per cent
     gsd: float | None = None
     """Ground sample distance at which the scene is read, m; the label map has it too. Default: the scene's own."""
     aoi: str | None = None
     """Area of interest, see :func:`cdkd_edge.raster.aoi.read_area`; outside there is no label. Default: all."""
-    palette: Palette = Palette.DISPLAY
-    """The colours of the label map and of what is made of it."""
-    strict: bool = False
-    """Whether a GDAL warning while the scene is read is an error."""
-    readers: int = 2
-    """Reading threads; each opens the scene for itself."""
+    palette: Palette = Palette.DISPLAY  # the colours of the label map and of what is made of it
+    strict: bool = False  # whether a GDAL warning while the scene is read is an error
+    readers: int = 2  # reading threads; each opens the scene for itself
 
     def reading(self) -> dict[str, Any]:
         """The options that say how a raster is read, as arguments of :class:`cdkd_edge.raster.read.SceneReader`."""
@@ -108,23 +103,16 @@ class SegmentResult:
     width: int
     tiles: int
     tiles_without_data: int
-    seconds: float
-    """From opening the scene to the finished file, of this run."""
-    engine_seconds: float
-    """Sum over batches of launch to result, of this run."""
+    seconds: float  # from opening the scene to the finished file, of this run
+    engine_seconds: float  # sum over batches of launch to result, of this run
     class_pixels: dict[str, int]
     no_data_pixels: int
     notes: tuple[str, ...]
-    tiles_resumed: int = 0
-    """Tiles that an earlier, interrupted run had done."""
-    confidence: Path | None = None
-    """The confidence raster, if one was asked for."""
-    stretch_limits: tuple[tuple[float, float], ...] | None = None
-    """Per band the values that became 0 and 255."""
-    stages: dict[str, float] = field(default_factory=dict, compare=False)
-    """Seconds by stage; those of threads added up."""
+    tiles_resumed: int = 0  # tiles that an earlier, interrupted run had done
+    confidence: Path | None = None  # the confidence raster, if one was asked for
+    stretch_limits: tuple[tuple[float, float], ...] | None = None  # per band the values that became 0 and 255
+    stages: dict[str, float] = field(default_factory=dict, compare=False)  # seconds by stage; those of threads added up
     row_class_pixels: npt.NDArray[np.uint32] | None = field(default=None, repr=False, compare=False)
     """Pixels per class in each row, ``[height, K + 1]``; the last column is no label. Where the size of a pixel
     depends on latitude, areas are computed from it."""
-    areas: Areas | None = field(default=None, compare=False)
-    """Pixels and hectares per class."""
+    areas: Areas | None = field(default=None, compare=False)  # pixels and hectares per class

@@ -116,8 +116,7 @@ def require_file_place(*paths: Path, links: bool = False) -> None:
 class PlainRasters:
     """The content of a spool as plain GeoTIFFs, not yet under the names a user knows."""
 
-    label_map: Path
-    """Tiled, with palette; class names in its ``.aux.xml``."""
+    label_map: Path  # tiled, with palette; class names in its ``.aux.xml``
     confidence: Path | None
     row_counts: npt.NDArray[np.uint32]
     """Pixels per label in each row of pixels, ``[height, K + 1]``; the last column is no label."""

@@ -26,14 +26,12 @@ from cdkd_edge.raster.open import is_gdal_name
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segment.options import TAG_OPTIONS
 
-_PIECE, _PIECES = 1 << 16, 64
-"""Bytes of a piece of a file, and pieces, that are hashed."""
+_PIECE, _PIECES = 1 << 16, 64  # bytes of a piece of a file, and pieces, that are hashed
 _WINDOW, _WINDOWS_A_SIDE = 64, 3
 """Side of a window of pixels, and windows along each side, that are hashed where there is no file."""
 _BESIDE = (".aux.xml", ".ovr")
 _FORMAT = 1
-_LARGEST_NOTE = 256 << 20
-"""Bytes of ``run.json``; a virtual raster may have a hundred thousand files."""
+_LARGEST_NOTE = 256 << 20  # bytes of ``run.json``; a virtual raster may have a hundred thousand files
 _KEPT = ("lock", "run.json", "labels.spool")
 _MADE = re.compile(r"lock|run\.json|labels\.spool|finish|\..*\.part.*|\.nfs.*")
 """Names of everything in such a folder: with temporary files, and what NFS keeps of a file removed while open."""

@@ -25,8 +25,7 @@ from cdkd_edge.raster.read import INVALID_FILL, SceneReader, reflected
 
 CELL_ROWS, CELL_COLUMNS = 256, 2048
 _CELL_PIXELS = CELL_ROWS * CELL_COLUMNS
-PANEL_BYTES = 96 << 20
-"""Bound of the pixels of one row of tiles of a panel, bytes."""
+PANEL_BYTES = 96 << 20  # bound of the pixels of one row of tiles of a panel, bytes
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,10 @@ class PlannedTile:
     row: Span
     column: Span
     panel: int
-    band: int
-    """Index of the row of tiles."""
-    emits: bool
-    """Whether its kept part is written; otherwise it is computed only because it adds to its neighbours."""
-    ends_band: bool
-    """Whether it is the last tile of a row of tiles of its panel."""
-    wanted: bool
-    """Whether any of its kept pixels lies in the area of interest."""
+    band: int  # index of the row of tiles
+    emits: bool  # whether its kept part is written; otherwise it is computed only because it adds to its neighbours
+    ends_band: bool  # whether it is the last tile of a row of tiles of its panel
+    wanted: bool  # whether any of its kept pixels lies in the area of interest
 
 
 @dataclass(frozen=True)
@@ -62,8 +57,7 @@ class TilePlan:
     grid: TileGrid
     tile: int
     panels: tuple[Panel, ...]
-    blends: bool
-    """Whether a tile also adds to pixels that other tiles keep, as in the Hann merge."""
+    blends: bool  # whether a tile also adds to pixels that other tiles keep, as in the Hann merge
     wanted: Callable[[Span, Span], bool] = lambda row, column: True
 
     @classmethod
@@ -162,10 +156,8 @@ class CellLayout:
 
     height: int
     width: int
-    rows: int
-    """Rows of a cell, px."""
-    columns: int | None
-    """Columns of a cell, px; None: as wide as the panel, because the file's blocks are as wide."""
+    rows: int  # rows of a cell, px
+    columns: int | None  # columns of a cell, px; None: as wide as the panel, because the file's blocks are as wide
 
     @classmethod
     def of(cls, reader: SceneReader) -> CellLayout:
@@ -191,12 +183,9 @@ class Cell:
     left: int
     height: int
     width: int
-    uses: int
-    """Tiles that still need it."""
-    pixels: npt.NDArray[np.uint8] | None = None
-    """``[3, h, w]`` once it is read."""
-    valid: npt.NDArray[np.bool_] | None = None
-    """``[h, w]``, or None where every pixel is valid."""
+    uses: int  # tiles that still need it
+    pixels: npt.NDArray[np.uint8] | None = None  # ``[3, h, w]`` once it is read
+    valid: npt.NDArray[np.bool_] | None = None  # ``[h, w]``, or None where every pixel is valid
     read: bool = False
 
     def load(self, reader: SceneReader) -> None:

@@ -29,10 +29,8 @@ from cdkd_edge.core.errors import SceneError
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
 from cdkd_edge.segment.geotiff import BLOCK
 
-_BAND = 3
-"""The kind of the record that closes a row of tiles."""
-_CODES = {LABELS: 1, CONFIDENCE: 2}
-"""The kinds of the other records in the file."""
+_BAND = 3  # the kind of the record that closes a row of tiles
+_CODES = {LABELS: 1, CONFIDENCE: 2}  # the kinds of the other records in the file
 
 _MAGIC = b"cdkd-edge spool 1\n"
 _HEADER = struct.Struct("<IIIIIQII")
@@ -42,8 +40,7 @@ _LEVEL = 1
 _FINISHING = 1.5
 """Disk use of the rasters that are made of a spool, over that of the spool. Measured: 2.0, with confidence 1.9 (81 MP
 of synthetic labels); less here, so that there is rarely a warning for nothing."""
-_SMALL_NEED = 16 << 20
-"""Bytes; a smaller need is not worth a warning."""
+_SMALL_NEED = 16 << 20  # bytes; a smaller need is not worth a warning
 _SYNC_EVERY_S = 2.0
 """A power cut may cost this much work, and the current row of tiles; a killed process loses only the latter."""
 

@@ -55,10 +55,8 @@ class DeviceInfo:
     """What an engine has to know about a GPU, and the CUDA it is used through."""
 
     name: str
-    integrated: bool
-    """Whether it shares the CPU's memory, as on a Jetson."""
-    runtime_version: str
-    """The CUDA that the binding was made for, e.g. ``12.6``."""
+    integrated: bool  # whether it shares the CPU's memory, as on a Jetson
+    runtime_version: str  # the CUDA that the binding was made for, e.g. ``12.6``.
 
 
 class CudaDriver(Protocol):
@@ -68,10 +66,8 @@ class CudaDriver(Protocol):
     the calling thread (:meth:`push`). They raise :class:`CudaError`.
     """
 
-    name: str
-    """The binding."""
-    no_graphs: str | None = None
-    """Why this binding has no CUDA graphs; None if it has."""
+    name: str  # the binding
+    no_graphs: str | None = None  # why this binding has no CUDA graphs; None if it has
 
     def info(self) -> DeviceInfo:
         """Describe the device."""

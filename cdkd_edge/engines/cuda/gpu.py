@@ -23,8 +23,7 @@ from cdkd_edge.engines.cuda.bindings import CudaPythonDriver, PyCudaDriver
 from cdkd_edge.engines.cuda.driver import CudaDriver
 from cdkd_edge.engines.protocol import UInt8Array
 
-VARIABLE = "CDKD_EDGE_CUDA_BINDING"
-"""Environment variable that names the binding to use."""
+VARIABLE = "CDKD_EDGE_CUDA_BINDING"  # environment variable that names the binding to use
 
 BINDINGS: dict[str, Callable[[int], CudaDriver]] = {
     CudaPythonDriver.name: CudaPythonDriver,
@@ -97,10 +96,8 @@ def open_gpu(binding: str | None = None, ordinal: int = 0) -> Gpu:
 class Buffer:
     """A uint8 array that the GPU can read and write. Arrays taken from it stay valid after :meth:`close`."""
 
-    array: UInt8Array
-    """The content; empty after :meth:`close`."""
-    pointer: int
-    """Its address for the GPU; 0 after :meth:`close`."""
+    array: UInt8Array  # the content; empty after :meth:`close`
+    pointer: int  # its address for the GPU; 0 after :meth:`close`
 
     def __init__(self, gpu: Gpu, shape: Sequence[int], *, mapped: bool | None = None) -> None:
         """Allocate.

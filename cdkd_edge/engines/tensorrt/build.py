@@ -36,10 +36,8 @@ from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 
 COMMAND = module_command("cdkd_edge.engines.tensorrt.compile")
 
-Note = Callable[[str], None]
-"""Called with what is being done, to show it."""
-Log = Callable[[str, str], None]
-"""Called with severity and text of a line that TensorRT logged."""
+Note = Callable[[str], None]  # called with what is being done, to show it
+Log = Callable[[str, str], None]  # called with severity and text of a line that TensorRT logged
 
 
 def build_tensorrt_engine(

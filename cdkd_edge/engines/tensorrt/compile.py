@@ -39,8 +39,7 @@ _OUT_OF_MEMORY = re.compile(
 )
 """In TensorRT's error lines. It could not "find any implementation" if no kernel fits into the free memory."""
 
-Send = Callable[..., None]
-"""Sends an event to the parent: its name, then its fields by keyword."""
+Send = Callable[..., None]  # sends an event to the parent: its name, then its fields by keyword
 
 
 class BuilderMemoryError(EngineError):

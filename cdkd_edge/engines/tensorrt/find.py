@@ -24,8 +24,7 @@ from cdkd_edge.core.errors import EngineError, ManifestError
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.core.output_kinds import build_options
 
-TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
-"""The two kinds; an engine of one does not load in the other."""
+TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"  # the two kinds; an engine of one does not load in the other
 
 _RTX_LIBRARIES = "onnxruntime_ep_nv_tensorrt_rtx"
 _MODULES = (("tensorrt", TENSORRT), ("tensorrt_rtx", TENSORRT_RTX), ("tensorrt_rtx_bindings", TENSORRT_RTX))
@@ -40,8 +39,7 @@ _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 LogSink = Callable[[str, str], None]
 """Called with a severity (``error``, ``warning``, ``info``, ``verbose``) and a text, perhaps from other threads."""
-LogTo = Callable[[LogSink], AbstractContextManager[None]]
-"""As :func:`log_to`."""
+LogTo = Callable[[LogSink], AbstractContextManager[None]]  # as :func:`log_to`
 
 
 # --- TensorRT -------------------------------------------------------------------------------------
@@ -58,10 +56,8 @@ class TensorRTMissingError(EngineError):
 class TensorRT:
     """A TensorRT that was imported."""
 
-    module: Any
-    """``tensorrt``, or the module of TensorRT-RTX."""
-    kind: str
-    """``tensorrt`` or ``tensorrt-rtx``."""
+    module: Any  # ``tensorrt``, or the module of TensorRT-RTX
+    kind: str  # ``tensorrt`` or ``tensorrt-rtx``
     version: str
 
     @property
@@ -213,14 +209,11 @@ class GpuInfo:
     """What an engine is built for."""
 
     name: str
-    compute_capability: str
-    """e.g. ``8.7``."""
-    integrated: bool
-    """Whether it shares the CPU's memory, as on a Jetson."""
+    compute_capability: str  # e.g. ``8.7``.
+    integrated: bool  # whether it shares the CPU's memory, as on a Jetson
     multiprocessors: int
     memory_bytes: int
-    cuda: str
-    """CUDA version of the driver, e.g. ``12.6``."""
+    cuda: str  # CUDA version of the driver, e.g. ``12.6``.
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ class LayerTensor:
     """A tensor that a layer reads or writes."""
 
     name: str
-    dtype: str
-    """``fp32``, ``fp16``, ``int8``, ...; TensorRT's own word if it is not known here."""
+    dtype: str  # ``fp32``, ``fp16``, ``int8``, ...; TensorRT's own word if it is not known here
     shape: tuple[int, ...]
 
     @property
@@ -50,13 +49,11 @@ class Layer:
     """A layer of an engine: one kernel, or a few."""
 
     name: str
-    type: str
-    """TensorRT's word, e.g. ``gemm``, ``kgen``, ``correlation``."""
+    type: str  # tensorRT's word, e.g. ``gemm``, ``kgen``, ``correlation``.
     inputs: tuple[LayerTensor, ...]
     outputs: tuple[LayerTensor, ...]
     constants: tuple[LayerTensor, ...] = ()
-    nodes: tuple[str, ...] = ()
-    """Names of the ONNX nodes it was made from."""
+    nodes: tuple[str, ...] = ()  # names of the ONNX nodes it was made from
 
     @property
     def traffic_bytes(self) -> int:
@@ -85,8 +82,7 @@ class EngineLayers:
     scratch_bytes: int | None = None
     """The most scratch memory of one layer; to TensorRT, the fused part of a network is one layer."""
     weights_bytes: int | None = None
-    attention_nodes: tuple[str, ...] = ()
-    """Names of the graph's softmaxes, one per attention block."""
+    attention_nodes: tuple[str, ...] = ()  # names of the graph's softmaxes, one per attention block
 
     @property
     def traffic_bytes(self) -> int:

@@ -38,16 +38,14 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 class TensorRTOptions:
     """Options of a TensorRT build; the defaults suit a board."""
 
-    workspace_bytes: int | None = None
-    """Most memory for the builder's workspace. None: :func:`default_workspace`."""
+    workspace_bytes: int | None = None  # most memory for the builder's workspace. None: :func:`default_workspace`.
     optimization_level: int | None = None
     """0 (fast build) to 5 (slow build, more kernels tried). None: TensorRT's own default, 3."""
     timing_cache: bool = True
     """Keep kernel timings in the user's cache folder, so that the next build of a similar network is short."""
     sparse: bool = False
     """Let TensorRT use 2:4 sparse kernels where weights happen to be sparse; it never changes weights."""
-    verbose: bool = False
-    """Pass on everything TensorRT logs, not only warnings and errors."""
+    verbose: bool = False  # pass on everything TensorRT logs, not only warnings and errors
     weakly_typed: bool = False
     """Let TensorRT 10.x choose precisions by builder flags: a fallback for its early versions."""
     targets: tuple[str, ...] = field(default=())

@@ -36,15 +36,11 @@ OPSETS: Mapping[str, int] = {"8.5": 17, "9.2": 19, "10.0": 20, "10.15": 24}
 class ParserComplaint:
     """One error of the parser."""
 
-    node: str
-    """Name of the node; empty if it has none."""
-    operator: str
-    """Empty if the error is not about a node."""
+    node: str  # name of the node; empty if it has none
+    operator: str  # empty if the error is not about a node
     domain: str
-    opset: int
-    """Opset of ONNX's own domain that the graph uses."""
-    text: str
-    """In the parser's words."""
+    opset: int  # opset of ONNX's own domain that the graph uses
+    text: str  # in the parser's words
 
 
 def explain(complaint: ParserComplaint, tensorrt: str) -> tuple[str, str]:

@@ -27,13 +27,10 @@ from cdkd_edge.engines.protocol import NamedOutputs, UInt8Array
 from cdkd_edge.engines.tensorrt import find
 from cdkd_edge.engines.tensorrt.find import ErrorLog, LogTo, rebuild_hint
 
-IMAGE = "image"
-"""Name of an engine's input."""
+IMAGE = "image"  # name of an engine's input
 
-SLOTS = 3
-"""One tile being read, one computed, one written."""
-SCRATCH_SHARE = 0.5
-"""Share of the free GPU memory that the contexts' scratch may take."""
+SLOTS = 3  # one tile being read, one computed, one written
+SCRATCH_SHARE = 0.5  # share of the free GPU memory that the contexts' scratch may take
 
 
 class TensorRTEngine(NamedOutputs):

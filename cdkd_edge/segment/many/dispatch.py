@@ -25,15 +25,12 @@ from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.segment.many.jobs import EngineRef, Failure, Job, JobReport, Reach, decode, encode
 from cdkd_edge.segment.many.worker import do_job
 
-ATTEMPTS = 3
-"""A job that was begun so often without an answer is not tried again: it may be what kills its workers."""
+ATTEMPTS = 3  # A job that was begun so often without an answer is not tried again: it may be what kills its workers
 
-_ENGINE_FAILURES = 2
-"""A worker whose engine fails so often in a row gets no more jobs."""
+_ENGINE_FAILURES = 2  # A worker whose engine fails so often in a row gets no more jobs
 
 _CHECK_EVERY_S = 1.0
-_END_S = 10
-"""How long processes may take to leave their scenes in good order."""
+_END_S = 10  # how long processes may take to leave their scenes in good order
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,7 @@ class Answer:
 
     index: int
     report: JobReport
-    error: Exception | None = None
-    """What was raised, if it was raised in this process."""
+    error: Exception | None = None  # what was raised, if it was raised in this process
 
 
 class RunObserver:
@@ -136,8 +132,7 @@ class Task:
     index: int
     job: Job
     worker: str
-    future: Any
-    """Of the answer, in the form that the pool's workers give it."""
+    future: Any  # of the answer, in the form that the pool's workers give it
 
 
 class WorkerPool(Workers):

@@ -49,8 +49,7 @@ class Ended:
     NOT_YET, COMPLETE, STOPPED, INTERRUPTED = "running", "complete", "stopped", "interrupted"
 
 
-FileState = tuple[int, int, int]
-"""Size, time of change (ns) and inode: they differ after a file was replaced."""
+FileState = tuple[int, int, int]  # size, time of change (ns) and inode: they differ after a file was replaced
 
 
 def file_state(path: Path) -> FileState | None:
@@ -73,11 +72,9 @@ class EngineRef:
     name: str
     precision: str
     runtime: str | None
-    sha256: str | None
-    """Of the engine file; None: each worker has an engine of its own, built from ``graph_sha256``."""
+    sha256: str | None  # of the engine file; None: each worker has an engine of its own, built from ``graph_sha256``
     graph_sha256: str
-    threads: int | None = None
-    """CPU threads for one tile (CPU engines only)."""
+    threads: int | None = None  # CPU threads for one tile (CPU engines only)
     folder: str | None = None
     """Where each worker looks for its own engine; relative to the folder in which the worker was started."""
 
@@ -94,10 +91,8 @@ class Job:
     overwrite: bool = False
     before: FileState | None = None
     """State of ``output`` when the run began. If it is another one now, the label map was finished during the run."""
-    scene_is_file: bool = False
-    """The scene is a file where the job comes from, so the worker must see it as well."""
-    token: str | None = None
-    """A file beside the output. A worker that does not see it would write into another folder."""
+    scene_is_file: bool = False  # the scene is a file where the job comes from, so the worker must see it as well
+    token: str | None = None  # A file beside the output. A worker that does not see it would write into another folder.
     attempt: int = 1
     tool: str = __version__
 
@@ -110,10 +105,8 @@ class Failure:
     message: str
     hint: str | None
     exit_code: int
-    reach: str
-    """One of :class:`Reach`."""
-    traceback: str | None = None
-    """Of faults in this program."""
+    reach: str  # one of :class:`Reach`
+    traceback: str | None = None  # of faults in this program
 
     @classmethod
     def of(cls, error: Exception, reach: str | None = None) -> Failure:
@@ -148,8 +141,7 @@ class KeptMap:
     class_pixels: dict[str, int]
     no_data_pixels: int
     areas: Areas
-    confidence: Path | None = None
-    """The confidence raster, if one was asked for."""
+    confidence: Path | None = None  # the confidence raster, if one was asked for
 
 
 @dataclass(frozen=True)
@@ -158,18 +150,13 @@ class JobReport:
 
     scene: str
     output: str
-    status: str
-    """One of :class:`Status`."""
-    attempts: int = 0
-    """How often it was begun."""
-    seconds: float | None = None
-    """Of the last attempt, products included."""
+    status: str  # one of :class:`Status`
+    attempts: int = 0  # how often it was begun
+    seconds: float | None = None  # of the last attempt, products included
     host: str | None = None
     engine_sha256: str | None = None
-    result: SegmentResult | None = None
-    """Of a label map made in this attempt."""
-    kept: KeptMap | None = None
-    """Of a label map that was there."""
+    result: SegmentResult | None = None  # of a label map made in this attempt
+    kept: KeptMap | None = None  # of a label map that was there
     products: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     error: Failure | None = None
@@ -207,8 +194,7 @@ class JobReport:
         return {**row, **figures, **{name: products.get(name) for name in PRODUCTS}, "error": row["error"]}
 
 
-_NOT_SHOWN = ("output", "row_class_pixels")
-"""Figures of a label map that are not in a row of the report."""
+_NOT_SHOWN = ("output", "row_class_pixels")  # figures of a label map that are not in a row of the report
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -254,13 +240,10 @@ class RunReport:
     engine: EngineRef
     workers: dict[str, Any] = field(default_factory=dict)
     ended: str = Ended.NOT_YET
-    error: Failure | None = None
-    """Why the run was stopped."""
+    error: Failure | None = None  # why the run was stopped
     started: str = field(default_factory=lambda: _now())
-    reports: dict[int, JobReport] = field(default_factory=dict)
-    """By index in :attr:`jobs`."""
-    begun: dict[int, int] = field(default_factory=dict)
-    """Attempts of each job that was begun, by index."""
+    reports: dict[int, JobReport] = field(default_factory=dict)  # by index in :attr:`jobs`
+    begun: dict[int, int] = field(default_factory=dict)  # attempts of each job that was begun, by index
     _clock: float = field(default_factory=time.perf_counter)
 
     def rows(self) -> list[JobReport]:

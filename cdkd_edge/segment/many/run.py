@@ -22,8 +22,7 @@ from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.outputs import label_map_paths, require_file_place
 from cdkd_edge.segment.products import NO_PRODUCTS, ProductOptions, product_paths
 
-_MOST_SCENES = 100_000
-"""In a list; the report alone of so many takes 100 MB."""
+_MOST_SCENES = 100_000  # in a list; the report alone of so many takes 100 MB
 _NAMES_SHOWN = 3
 
 # --- which scenes, and where their label maps go ------------------------------------------------------------------

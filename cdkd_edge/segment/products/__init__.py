@@ -34,20 +34,17 @@ from cdkd_edge.segment.products.polygons import VectorOptions, require_vector, w
 from cdkd_edge.segment.products.preview import write_preview
 from cdkd_edge.segment.products.stac import complete_item, item_for, label_map_of, parse_when, read_item, write_item
 
-_OPTIONS = "OPTIONS"
-"""Key under which a product keeps its options, as JSON."""
+_OPTIONS = "OPTIONS"  # key under which a product keeps its options, as JSON
 
 
 @dataclass(frozen=True)
 class ProductOptions:
     """What to make beside each label map."""
 
-    vector: VectorOptions | None = None
-    """Polygons, if given."""
+    vector: VectorOptions | None = None  # polygons, if given
     preview: bool = False
     stac: bool = False
-    when: str | None = None
-    """Time of the images, as :func:`.stac.parse_when` reads it."""
+    when: str | None = None  # time of the images, as :func:`.stac.parse_when` reads it
 
     def require(self) -> None:
         """Make sure, before hours of segmentation, that the products can be made.

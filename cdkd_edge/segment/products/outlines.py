@@ -107,12 +107,9 @@ class Piece:
     outer ring has positive area in (x, y), holes negative.
     """
 
-    origin: tuple[int, int]
-    """Pixel corner to which the points are relative."""
-    offsets: npt.NDArray[np.unsignedinteger]
-    """Points ``[P, 2]`` relative to the origin."""
-    sizes: npt.NDArray[np.int32]
-    """Points in each ring."""
+    origin: tuple[int, int]  # pixel corner to which the points are relative
+    offsets: npt.NDArray[np.unsignedinteger]  # points ``[P, 2]`` relative to the origin
+    sizes: npt.NDArray[np.int32]  # points in each ring
     border_bits: npt.NDArray[np.uint8]
     """One bit per edge: whether it lies between two tiles. Such edges are one pixel long."""
 

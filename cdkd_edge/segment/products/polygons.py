@@ -28,8 +28,7 @@ from cdkd_edge.segment.products.regions import RegionBatch, trace_regions
 
 LAYER = "classes"
 
-_BATCH, _BATCH_BYTES = 10_000, 4 << 20
-"""Polygons, and bytes of them, that are written at once."""
+_BATCH, _BATCH_BYTES = 10_000, 4 << 20  # polygons, and bytes of them, that are written at once
 
 _MIN_FREE_BYTES = 1 << 20
 
@@ -44,8 +43,7 @@ class VectorOptions:
     minimum_m2: float = 0.0
     """Smaller polygons are left out and smaller holes closed. Small polygons between several larger ones leave gaps.
     For maps whose areas are known."""
-    minimum_px: float = 0.0
-    """The same in pixels, for maps whose areas are not known."""
+    minimum_px: float = 0.0  # the same in pixels, for maps whose areas are not known
     simplify_px: float = 0.0
     """Tolerance of simplification, px; neighbours keep a common border (:func:`.regions.trace_regions`)."""
 

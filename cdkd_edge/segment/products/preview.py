@@ -21,8 +21,7 @@ from cdkd_edge.raster.areas import WGS84, Areas, centre_corners, to_wgs84
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.segment.options import SegmentOptions
 
-LONGEST_SIDE = 1200
-"""Of the scene and of the overlay, px each."""
+LONGEST_SIDE = 1200  # of the scene and of the overlay, px each
 
 _OVERSAMPLED = 2
 """Scene and labels are read at this multiple of the size and averaged, so that thin roads do not break up."""
@@ -34,8 +33,7 @@ value, so that colours over shadow and water look like those of the legend."""
 
 _PAPER, _INK, _QUIET, _NO_DATA = (255, 255, 255), (28, 32, 38), (96, 104, 114), (232, 232, 232)
 _SMALL_HA = 0.1
-_STRIP = 128
-"""Rows coloured at a time: floats take four times the memory of bytes."""
+_STRIP = 128  # rows coloured at a time: floats take four times the memory of bytes
 
 _Picture = npt.NDArray[np.uint8]
 

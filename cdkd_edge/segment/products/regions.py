@@ -22,19 +22,16 @@ from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.machine import hand_memory_back
 from cdkd_edge.segment.products.outlines import Bools, Ints, Outlines, Piece, TilePieces, unite
 
-TILE = 1024
-"""Side of a tile, px: a multiple of the label map's blocks."""
+TILE = 1024  # side of a tile, px: a multiple of the label map's blocks
 
-MAX_VERTICES = 200_000
-"""A region with more vertices comes in parts: joining its pieces takes about 90 bytes per vertex."""
+MAX_VERTICES = 200_000  # A region with more vertices comes in parts: joining its pieces takes about 90 bytes per vertex
 
 MAX_BORDERS = 100_000
 """Pixel edges between labels in one tile. Simplified, each takes up to 1.5 kB; tiles with more are made smaller."""
 
 _SMALLEST_TILE = 64
 
-_ROW_PIXELS = 1 << 25
-"""Pixels in a row of tiles: all pieces that touch the row's borders are in memory."""
+_ROW_PIXELS = 1 << 25  # pixels in a row of tiles: all pieces that touch the row's borders are in memory
 
 _NONE = -1
 
@@ -43,11 +40,9 @@ _NONE = -1
 class RegionBatch:
     """Some finished regions."""
 
-    outlines: Outlines
-    """Their polygons ``[N]`` in pixel corners."""
+    outlines: Outlines  # their polygons ``[N]`` in pixel corners
     labels: npt.NDArray[np.uint8]
-    parts: Bools
-    """Whether each polygon is only a part of its region (:data:`MAX_VERTICES`)."""
+    parts: Bools  # whether each polygon is only a part of its region (:data:`MAX_VERTICES`)
 
 
 @dataclass(slots=True)
@@ -57,8 +52,7 @@ class _OpenRegion:
     label: int
     pieces: list[Piece] = field(default_factory=list)
     vertices: int = 0
-    in_parts: bool = False
-    """Some of it has been handed out."""
+    in_parts: bool = False  # some of it has been handed out
 
 
 def trace_regions(

@@ -60,8 +60,7 @@ class When:
 
     start: datetime
     end: datetime | None = None
-    note: str | None = None
-    """Where the time comes from, if the user did not give it."""
+    note: str | None = None  # where the time comes from, if the user did not give it
 
     @property
     def fields(self) -> list[str | None]:
@@ -106,12 +105,9 @@ def _time_in_tags(scene: str | Path, label_map: Path) -> When | None:
 
 # --- where --------------------------------------------------------------------------------------------------------
 
-_POINTS_PER_SIDE = 16
-"""Straight edges on a map grid are curves in longitude and latitude."""
-_DIGITS = 7
-"""Decimals of a degree: a centimetre."""
-_FULL_TURN = 360 - 1e-6
-"""Degrees of longitude from which a scene counts as going around the Earth."""
+_POINTS_PER_SIDE = 16  # straight edges on a map grid are curves in longitude and latitude
+_DIGITS = 7  # decimals of a degree: a centimetre
+_FULL_TURN = 360 - 1e-6  # degrees of longitude from which a scene counts as going around the Earth
 
 _Point = tuple[float, float]
 
@@ -121,8 +117,7 @@ class Footprint:
     """The outline of a raster on Earth. Without geometry, ``note`` says why."""
 
     geometry: dict[str, Any] | None
-    bbox: list[float] | None
-    """West, south, east, north, degrees; west > east where it crosses the antimeridian."""
+    bbox: list[float] | None  # west, south, east, north, degrees; west > east where it crosses the antimeridian
     note: str | None = None
 
 

@@ -21,8 +21,7 @@ from types import TracebackType
 from cdkd_edge.board.jetson import SYS_CPU, current_mode, gpu_folder, mode_of, read_modes, resolve
 from cdkd_edge.core.errors import printable
 
-_MOST_CPUS = 16
-"""Number of CPUs whose clocks are read: on old x86 kernels each reading may take 10 ms."""
+_MOST_CPUS = 16  # number of CPUs whose clocks are read: on old x86 kernels each reading may take 10 ms
 _CPU_SENSORS = ("coretemp", "k10temp", "zenpower")
 _PLAUSIBLE = (-40.0, 150.0)
 """Range of believable temperatures, degrees Celsius; on a Jetson a sensor that is off reads -256."""
@@ -34,16 +33,14 @@ Probe = Callable[[], "float | None"]
 class Conditions:
     """One reading. A key is missing where its file could not be read."""
 
-    time: float
-    """When reading began, seconds on the clock of ``time.monotonic``."""
+    time: float  # when reading began, seconds on the clock of ``time.monotonic``
     temperatures: Mapping[str, float] = field(default_factory=dict)
     """Degrees Celsius by thermal zone (``tj-thermal``, ``gpu-thermal`` ...) or, on a desktop, sensor."""
     clocks_mhz: Mapping[str, float] = field(default_factory=dict)
     """``gpu``, ``cpu`` (mean of the CPUs), ``emc`` (memory; readable by root)."""
     clock_limits_mhz: Mapping[str, float] = field(default_factory=dict)
     """Highest allowed clock of the same keys, in this power mode."""
-    fan: Mapping[str, float] = field(default_factory=dict)
-    """``percent`` of the full duty cycle, ``rpm``."""
+    fan: Mapping[str, float] = field(default_factory=dict)  # ``percent`` of the full duty cycle, ``rpm``
     throttle_events: Mapping[str, int] = field(default_factory=dict)
     """Counters since the machine started: ``oc1`` ... of a Jetson, ``core_throttle``, ``package_throttle`` of x86."""
     power_mode: str | None = None

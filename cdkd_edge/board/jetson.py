@@ -17,8 +17,7 @@ RELEASE = "/etc/nv_tegra_release"
 CONFIG = "/etc/nvpmodel.conf"
 SYS_CPU = "sys/devices/system/cpu"
 _DEVFREQ = "/sys/class/devfreq"
-_GPUS = ("17000000.gpu", "17000000.ga10b")
-"""Folder of Orin's GPU clock: since JetPack 6, and before."""
+_GPUS = ("17000000.gpu", "17000000.ga10b")  # folder of Orin's GPU clock: since JetPack 6, and before
 _MODE = re.compile(r"^<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>\s*$")
 _DEFAULT = re.compile(r"^<\s*PM_CONFIG\s+DEFAULT=(\d+)\s*>", re.MULTILINE)
 
@@ -31,8 +30,7 @@ class Text:
     """A file's text, or why there is none."""
 
     text: str | None
-    reason: str = ""
-    """Empty where the file does not exist."""
+    reason: str = ""  # empty where the file does not exist
 
     @property
     def number(self) -> int | None:
@@ -112,10 +110,8 @@ class PowerMode:
 class GpuLimits:
     """What a power mode allows the GPU."""
 
-    hertz: int | None = None
-    """Highest clock; None: not limited."""
-    multiprocessors: int | None = None
-    """Multiprocessors that are on; None: not said."""
+    hertz: int | None = None  # highest clock; None: not limited
+    multiprocessors: int | None = None  # multiprocessors that are on; None: not said
 
     def rate(self, top_hz: int | None) -> float:
         """The most the GPU may do, as multiprocessors x Hz; ``top_hz`` is its own highest clock."""
@@ -221,18 +217,14 @@ def _fan_profile(root: Path) -> str | None:
 class BoardIdentity:
     """A board and its settings at one moment: the part of a measurement's record that does not change in a run."""
 
-    model: str | None
-    """From the device tree; None on machines without one."""
+    model: str | None  # from the device tree; None on machines without one
     jetson: bool
-    l4t: str | None
-    """Jetson Linux, e.g. ``R36.4.3``."""
+    l4t: str | None  # Jetson Linux, e.g. ``R36.4.3``
     jetpack: str | None
     """Version of the installed package ``nvidia-jetpack``, else the major number that belongs to Jetson Linux."""
     power_mode: PowerMode | None
-    power_modes: tuple[PowerMode, ...]
-    """All modes of ``/etc/nvpmodel.conf``."""
-    jetson_clocks: bool | None
-    """Whether GPU and CPU are held at their maximum."""
+    power_modes: tuple[PowerMode, ...]  # all modes of ``/etc/nvpmodel.conf``
+    jetson_clocks: bool | None  # whether GPU and CPU are held at their maximum
     fan_profile: str | None
 
 

@@ -32,19 +32,13 @@ _CLOCKS = re.compile(r"clocks-[0-9a-f]{8}\.conf")
 class Change:
     """What a run changes."""
 
-    before: PowerMode | None
-    """Power mode to be put back; None: it is not changed."""
+    before: PowerMode | None  # power mode to be put back; None: it is not changed
     during: PowerMode | None
-    clocks: Path | None
-    """File of ``jetson_clocks --store``; None: clocks are not touched."""
-    maximised: bool
-    """Whether the run calls ``jetson_clocks``."""
-    held_before: bool | None
-    """Whether clocks were held at their maximum already."""
-    since: str = ""
-    """Local time, ISO 8601."""
-    boot: str = ""
-    """The kernel's identifier of this start of the machine."""
+    clocks: Path | None  # file of ``jetson_clocks --store``; None: clocks are not touched
+    maximised: bool  # whether the run calls ``jetson_clocks``
+    held_before: bool | None  # whether clocks were held at their maximum already
+    since: str = ""  # local time, ISO 8601
+    boot: str = ""  # the kernel's identifier of this start of the machine
 
 
 class Journal:

@@ -30,21 +30,18 @@ AS_ROOT = "sudo $(command -v cdkd-edge) bench ... (sudo has a PATH of its own, w
 
 # --- the tools ------------------------------------------------------------------------------------
 
-TIMEOUT = 30.0
-"""Seconds; on a board the tools take one or two."""
+TIMEOUT = 30.0  # seconds; on a board the tools take one or two
 _MOST_OUTPUT = 1 << 20
 _ENDED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
 _ATTEMPTS = 5
-_PLACES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
-"""Where the tools are on a board; a user's PATH need not have them."""
+_PLACES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")  # where the tools are on a board; a user's PATH need not have them
 
 
 @dataclass(frozen=True)
 class Answer:
     """How a board tool ended, and what it wrote."""
 
-    code: int | None
-    """Exit code; None: it was killed, because it took too long or wrote too much."""
+    code: int | None  # exit code; None: it was killed, because it took too long or wrote too much
     text: str = ""
 
     @property
@@ -119,26 +116,19 @@ def _wait(process: subprocess.Popen[bytes], output: int, timeout: float) -> int 
 class BoardChange:
     """How the board is set for the run."""
 
-    before: PowerMode | None = None
-    """Power mode that was there; None: it was not asked for."""
-    mode: PowerMode | None = None
-    """Power mode during the run."""
-    max_clocks: bool = False
-    """Whether GPU and CPU are held at their maximum by this run."""
-    restored: str | None = None
-    """What was put back first, after an earlier run that was killed."""
+    before: PowerMode | None = None  # power mode that was there; None: it was not asked for
+    mode: PowerMode | None = None  # power mode during the run
+    max_clocks: bool = False  # whether GPU and CPU are held at their maximum by this run
+    restored: str | None = None  # what was put back first, after an earlier run that was killed
 
 
 @dataclass(frozen=True)
 class PendingRestore:
     """What a run that was killed has left changed."""
 
-    since: str
-    """When it began, ISO 8601."""
-    mode: PowerMode | None
-    """Power mode to put back; None: none."""
-    clocks: Path | None
-    """File from which ``jetson_clocks`` restores; None: nothing to restore."""
+    since: str  # when it began, ISO 8601
+    mode: PowerMode | None  # power mode to put back; None: none
+    clocks: Path | None  # file from which ``jetson_clocks`` restores; None: nothing to restore
 
     @property
     def commands(self) -> tuple[str, ...]:

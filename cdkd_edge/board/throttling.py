@@ -20,32 +20,26 @@ THERMAL_THROTTLING = "thermal throttling"
 BELOW_MAXIMUM = "below maximum clock"
 OTHER_PROGRAMS = "other programs"
 
-HOT = 95.0
-"""Junction temperature, degrees Celsius, that makes a run invalid; Orin shuts down a few degrees above."""
+HOT = 95.0  # junction temperature, degrees Celsius, that makes a run invalid; Orin shuts down a few degrees above
 OTHERS_SEEN, OTHERS_DISTURB = 0.05, 0.1
 """Shares of the processors' time that other programs use: above the first there is a warning; above the second, figures
 of a CPU engine hold for this run alone."""
-_FULL = 0.98
-"""Share of the highest allowed clock that counts as full."""
+_FULL = 0.98  # share of the highest allowed clock that counts as full
 _EVENTS = {
     "oc1": "under-voltage of the supply",
     "oc2": "mean over-current",
     "oc3": "instantaneous over-current",
-}
-"""Meanings on Orin; other modules have other numbers, but all events are about the supply."""
+}  # meanings on Orin; other modules have other numbers, but all events are about the supply
 
 
 @dataclass(frozen=True)
 class ConditionFinding:
     """Something about the conditions that readers of the figures have to know."""
 
-    kind: str
-    """One of this module's constants."""
-    invalidates: bool
-    """Whether the figures of this run must not be used."""
+    kind: str  # one of this module's constants
+    invalidates: bool  # whether the figures of this run must not be used
     message: str
-    disturbs: bool = False
-    """Whether figures of a CPU engine hold for this run alone."""
+    disturbs: bool = False  # whether figures of a CPU engine hold for this run alone
 
 
 def judge_conditions(readings: Sequence[Conditions], start: float, stop: float) -> tuple[ConditionFinding, ...]:

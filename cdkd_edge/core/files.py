@@ -25,19 +25,14 @@ T = TypeVar("T")
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 """Name of a temporary folder. Its process locks it, and the system releases the lock when the process ends."""
 
-_LOCK_SECONDS = 2.0
-"""How long to wait for the lock of a parent folder, which is normally held for milliseconds."""
+_LOCK_SECONDS = 2.0  # how long to wait for the lock of a parent folder, which is normally held for milliseconds
 
-_READER_SECONDS = 5.0
-"""How long to wait for somebody to read a named pipe."""
+_READER_SECONDS = 5.0  # how long to wait for somebody to read a named pipe
 
-SMALL = 16 << 20
-"""Largest document that is read whole: manifests, schemas, lists, journals; bytes."""
+SMALL = 16 << 20  # largest document that is read whole: manifests, schemas, lists, journals; bytes
 
-_swept: set[Path] = set()
-"""Folders that this process has already swept (:func:`remove_abandoned`)."""
-_held: set[str] = set()
-"""Temporary folders that this process has locked; it must not wait for its own lock."""
+_swept: set[Path] = set()  # folders that this process has already swept (:func:`remove_abandoned`)
+_held: set[str] = set()  # temporary folders that this process has locked; it must not wait for its own lock
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:

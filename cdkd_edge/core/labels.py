@@ -35,13 +35,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-NO_LABEL = 255
-"""Label of pixels that have none; also the nodata value of every label map."""
+NO_LABEL = 255  # label of pixels that have none; also the nodata value of every label map
 
-MAX_CLASSES = NO_LABEL
-"""Labels are uint8 and 255 is taken."""
-MAX_NAME = 200
-"""Characters of a name: names stand in tables, legends and pictures."""
+MAX_CLASSES = NO_LABEL  # labels are uint8 and 255 is taken
+MAX_NAME = 200  # characters of a name: names stand in tables, legends and pictures
 
 RGB = tuple[int, int, int]
 
@@ -50,8 +47,7 @@ class Palette(str, enum.Enum):
     """Which colours of its schema a map shows."""
 
     DISPLAY = "display"
-    DATASET = "dataset"
-    """Those of the dataset's masks."""
+    DATASET = "dataset"  # those of the dataset's masks
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,9 @@ class LandCoverClass:
     """One class of a schema."""
 
     name: str
-    color: RGB
-    """In colour-coded masks."""
-    value: int
-    """In index masks."""
-    display: RGB | None = None
-    """On maps, legends and reports; None: ``color``."""
+    color: RGB  # in colour-coded masks
+    value: int  # in index masks
+    display: RGB | None = None  # on maps, legends and reports; None: ``color``
 
     @property
     def shown(self) -> RGB:

@@ -30,15 +30,12 @@ class Machine:
     """A description of the machine; fields that cannot be read are None."""
 
     cpu: str
-    cores: int
-    """Cores this process may use."""
+    cores: int  # cores this process may use
     memory_bytes: int | None
     os: str
     kernel: str
-    board: str | None
-    """The device tree's model, on boards that have one."""
-    l4t: str | None
-    """Jetson Linux release, e.g. ``R36.4.0``."""
+    board: str | None  # the device tree's model, on boards that have one
+    l4t: str | None  # Jetson Linux release, e.g. ``R36.4.0``
 
 
 def describe_machine() -> Machine:

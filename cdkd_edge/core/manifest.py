@@ -22,12 +22,9 @@ from cdkd_edge.core.output_kinds import LABELS, OUTPUT_KINDS, output_shapes
 
 MANIFEST_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "int8")
-ARTEFACT_SUFFIXES = (".onnx", ".engine")
-"""File names of graphs and engines end like this."""
-ONNXRUNTIME_CPU = "onnxruntime-cpu"
-"""The runtime of a CPU engine, in its manifest."""
-MAX_PIXEL_BYTES = 1 << 31
-"""Largest batch of tiles: two of 16,384 px, or 600 of 1024 px."""
+ARTEFACT_SUFFIXES = (".onnx", ".engine")  # file names of graphs and engines end like this
+ONNXRUNTIME_CPU = "onnxruntime-cpu"  # the runtime of a CPU engine, in its manifest
+MAX_PIXEL_BYTES = 1 << 31  # largest batch of tiles: two of 16,384 px, or 600 of 1024 px
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,7 @@ class GraphCheck:
 
     tiles: int
     max_logit_error: float
-    label_agreement: float
-    """Share of pixels with the same label, 0..1."""
+    label_agreement: float  # share of pixels with the same label, 0..1
     network_runtime: str
     graph_runtime: str
 
@@ -70,10 +66,8 @@ class ConversionCheck:
     """A graph of lower precision against the FP32 graph it was made from, in ONNX Runtime on the CPU."""
 
     tiles: int
-    imagery: str
-    """What the tiles were: ``drawn``, or the name of a calibration set."""
-    label_agreement: float
-    """Share of pixels with the same label, 0..1."""
+    imagery: str  # what the tiles were: ``drawn``, or the name of a calibration set
+    label_agreement: float  # share of pixels with the same label, 0..1
     finite: bool
     """Whether every value is finite in FP16, also on tiles that are all 0, all 255, a checkerboard and noise."""
     runtime: str
@@ -88,10 +82,8 @@ class Refusal:
     """Why no FP16 graph was made of an FP32 graph."""
 
     reason: str
-    out_of_range: bool
-    """A value is too large for FP16, which no other imagery and no INT8 layer changes."""
-    tool: str = f"cdkd-edge {__version__}"
-    """Whose judgement it is; another release may judge otherwise."""
+    out_of_range: bool  # a value is too large for FP16, which no other imagery and no INT8 layer changes
+    tool: str = f"cdkd-edge {__version__}"  # whose judgement it is; another release may judge otherwise
 
     @property
     def holds(self) -> bool:
@@ -130,8 +122,7 @@ class GraphManifest(_Described):
     artefact: FileRecord
     checkpoint: FileRecord
     layout: str
-    labels: dict[str, Any]
-    """The label schema, as :meth:`cdkd_edge.core.labels.LabelSchema.to_document` writes it."""
+    labels: dict[str, Any]  # the label schema, as :meth:`cdkd_edge.core.labels.LabelSchema.to_document` writes it
     preprocessing: Preprocessing
     tile: int
     batch: int
@@ -143,14 +134,12 @@ class GraphManifest(_Described):
     training: dict[str, Any] = field(default_factory=dict)
     parent: FileRecord | None = None
     """The graph this one was made from: of lower precision from FP32, with more outputs from labels alone."""
-    conversion: ConversionCheck | None = None
-    """That graph against its parent."""
+    conversion: ConversionCheck | None = None  # that graph against its parent
     quantization: dict[str, Any] = field(default_factory=dict)
     """How an INT8 graph got its scales, and which layers are INT8."""
     fp16_refused: Refusal | None = None
     """Of an FP32 graph: why `export` or `build` made no FP16 graph of it, so that nobody has to find out again."""
-    output: str = LABELS
-    """What it gives: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`."""
+    output: str = LABELS  # what it gives: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
@@ -184,30 +173,22 @@ class TensorRTBuild:
     """Which TensorRT built an engine, on what, and the result; the engine runs only where this fits."""
 
     version: str
-    gpu: str | None
-    """Name of the GPU it was built on; None if it was compiled for ``targets`` without one."""
-    compute_capability: str | None
-    """Of that GPU, e.g. ``8.7``."""
+    gpu: str | None  # name of the GPU it was built on; None if it was compiled for ``targets`` without one
+    compute_capability: str | None  # of that GPU, e.g. ``8.7``
     targets: tuple[str, ...]
     """Compute capabilities it was compiled for on request, e.g. ``8.6``; empty: the GPU it was built on."""
-    cuda: str | None
-    """CUDA version of the driver."""
+    cuda: str | None  # CUDA version of the driver
     l4t: str | None
     strongly_typed: bool
-    flags: tuple[str, ...]
-    """Builder flags that were set, TensorRT's own defaults included."""
-    workspace_bytes: int | None
-    """Limit of the builder's workspace; None: TensorRT's own."""
+    flags: tuple[str, ...]  # builder flags that were set, TensorRT's own defaults included
+    workspace_bytes: int | None  # limit of the builder's workspace; None: TensorRT's own
     optimization_level: int
     timing_cache: bool
     tensors: tuple[EngineTensor, ...]
-    scratch_bytes: int | None
-    """Largest scratch memory of a layer; None where the compiler did not say."""
+    scratch_bytes: int | None  # largest scratch memory of a layer; None where the compiler did not say
     weights_bytes: int | None
-    layers: int
-    """Layers of the compiled engine; 0 where the compiler did not list them."""
-    traffic_bytes: int
-    """Bytes of all inputs and outputs of all layers, constants left out."""
+    layers: int  # layers of the compiled engine; 0 where the compiler did not list them
+    traffic_bytes: int  # bytes of all inputs and outputs of all layers, constants left out
     layer_precisions: dict[str, int]
     """Layers by precision, as :attr:`cdkd_edge.engines.tensorrt.layers.Layer.precision` tells them apart."""
     notes: tuple[str, ...] = ()
@@ -220,8 +201,7 @@ class EngineManifest(_Described):
     kind: ClassVar[str] = "engine"
 
     name: str
-    runtime: str
-    """``onnxruntime-cpu``, ``tensorrt`` or ``tensorrt-rtx``."""
+    runtime: str  # ``onnxruntime-cpu``, ``tensorrt`` or ``tensorrt-rtx``
     precision: str
     artefact: FileRecord
     graph: FileRecord
@@ -236,10 +216,8 @@ class EngineManifest(_Described):
     graph_check: GraphCheck
     libraries: dict[str, str]
     training: dict[str, Any] = field(default_factory=dict)
-    tensorrt: TensorRTBuild | None = None
-    """Of engines that TensorRT built."""
-    output: str = LABELS
-    """What it gives: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`."""
+    tensorrt: TensorRTBuild | None = None  # of engines that TensorRT built
+    output: str = LABELS  # what it gives: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION

@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 LABELS, CONFIDENCE, PROBABILITIES = "labels", "confidence", "probabilities"
 OUTPUT_KINDS = (LABELS, CONFIDENCE, PROBABILITIES)
 
-PERCENT = 100
-"""A confidence of 1."""
-PROBABILITY_ONE = 255
-"""A probability of 1."""
+PERCENT = 100  # a confidence of 1
+PROBABILITY_ONE = 255  # a probability of 1
 
 
 def provides(kind: str, wanted: str) -> bool:

@@ -21,8 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-_TAIL = 4096
-"""Bytes of a child's stderr that are looked at after it died."""
+_TAIL = 4096  # bytes of a child's stderr that are looked at after it died
 
 
 def module_command(module: str, *arguments: str) -> tuple[str, ...]:

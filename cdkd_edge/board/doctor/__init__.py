@@ -18,11 +18,9 @@ class Finding:
     """One line of the report."""
 
     name: str
-    status: str
-    """:data:`OK`, :data:`WARN` or :data:`FAIL`."""
+    status: str  # :data:`OK`, :data:`WARN` or :data:`FAIL`
     text: str
-    mend: str | None = None
-    """The command that repairs it."""
+    mend: str | None = None  # the command that repairs it
     data: dict[str, Any] = field(default_factory=dict)
 
 

@@ -51,8 +51,7 @@ _MANAGED = 38
 GIB = 1 << 30
 BUILD_BYTES = 4 * GIB
 """Free memory that a build of the paper's network needs on a board with shared memory; an estimate."""
-RUN_BYTES = 1 * GIB
-"""Free memory below which neither a build nor a scene is likely to run."""
+RUN_BYTES = 1 * GIB  # free memory below which neither a build nor a scene is likely to run
 _SWAP = "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && sudo swapon /swapfile"
 
 
@@ -227,8 +226,7 @@ class User:
 
     name: str
     uid: int
-    groups: frozenset[int]
-    """Numbers of the groups of this process."""
+    groups: frozenset[int]  # numbers of the groups of this process
 
 
 def current_user() -> User:

@@ -33,8 +33,7 @@ NEEDED: Mapping[str, tuple[int, ...]] = {
 _OPTIONAL = ("torch", "jetson-stats", "cuda-python", "cuda-bindings", "pycuda", "onnxruntime-gpu")
 _SYSTEM_PYTHON = {36: "3.10", 38: "3.12", 39: "3.12"}
 """Python that JetPack's TensorRT is compiled for, by the major number of Jetson Linux."""
-TIMEOUT = 30.0
-"""Seconds in which a driver, an import or a service must answer."""
+TIMEOUT = 30.0  # seconds in which a driver, an import or a service must answer
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,13 @@ class Software:
     """What this Python has, from the packages' metadata and from child processes."""
 
     python: str
-    packages: Mapping[str, str | None]
-    """Versions; None where a package is not installed."""
+    packages: Mapping[str, str | None]  # versions; None where a package is not installed
     gpu: Mapping[str, Any] = field(default_factory=dict)
     """Answers to :data:`QUESTIONS`; with ``error`` where something does not work."""
     tensorrt: Mapping[str, Any] = field(default_factory=dict)
     cuda: Mapping[str, Any] = field(default_factory=dict)
     jtop: Mapping[str, Any] = field(default_factory=dict)
-    nvpmodel: str | None = None
-    """Answer of ``nvpmodel -q``; None if it gave none."""
+    nvpmodel: str | None = None  # answer of ``nvpmodel -q``; None if it gave none
 
     @property
     def has_gpu(self) -> bool:

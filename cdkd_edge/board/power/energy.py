@@ -32,8 +32,7 @@ from itertools import pairwise
 
 from cdkd_edge.board.power.protocol import WATTS, Sample, SourceInfo
 
-Series = list[tuple[float, float, float]]
-"""Moment, value, uncertainty of each reading."""
+Series = list[tuple[float, float, float]]  # moment, value, uncertainty of each reading
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class Gap:
 
     start: float
     stop: float
-    missed: int
-    """Readings that should have come in it, one in an interval."""
+    missed: int  # readings that should have come in it, one in an interval
 
     @property
     def seconds(self) -> float:
@@ -55,8 +53,7 @@ class Gap:
 class Problem:
     """A fault while sampling."""
 
-    time: float
-    """When it was noticed, s on CLOCK_MONOTONIC."""
+    time: float  # when it was noticed, s on CLOCK_MONOTONIC
     kind: str
     """``rail``, ``unreadable``, ``stalled``, ``interval``, ``lost`` (the source) or ``died`` (the sampling process)."""
     message: str
@@ -69,8 +66,7 @@ class Trace:
     source: SourceInfo
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
-    start: float
-    """When sampling had begun, s on CLOCK_MONOTONIC."""
+    start: float  # when sampling had begun, s on CLOCK_MONOTONIC
     stop: float
 
     @property
@@ -134,16 +130,11 @@ class RailEnergy:
     """Energy of one rail in a window."""
 
     rail: str
-    joules: float
-    """In the covered time."""
-    seconds: float
-    """Length of the window."""
-    covered: float
-    """Seconds of it that lie between readings."""
-    bound: float
-    """Joules that the figure may be wrong by; see the module and :func:`bound_holds`."""
-    readings: int
-    """Readings in the window."""
+    joules: float  # in the covered time
+    seconds: float  # length of the window
+    covered: float  # seconds of it that lie between readings
+    bound: float  # joules that the figure may be wrong by; see the module and :func:`bound_holds`
+    readings: int  # readings in the window
     gaps: tuple[Gap, ...]
 
     @property

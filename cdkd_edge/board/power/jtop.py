@@ -38,14 +38,10 @@ UNROUND = 0.953
 comes from timers and regulators, in round numbers of hertz, and readings in step with a ripple see one phase of it. At
 this rate (10.49 Hz for 10) the phases of all multiples pass by within seconds. A ripple of just this rate still does
 not show; only moments drawn at random are in step with nothing."""
-ATTEMPTS = 3
-"""Attempts to connect: a service that is slow with its first measurement refuses with 'Error connection'."""
-MIN_INTERVAL = 0.02
-"""Seconds; the service breaks at 0.01 s and below."""
-LONGEST_DELAY = 2.0
-"""Largest shortest delay from stamp to arrival, seconds; above it, the stamps are of another clock."""
-STAMP = 0.01
-"""Resolution of /proc/uptime, seconds; it is cut off, not rounded."""
+ATTEMPTS = 3  # attempts to connect: a service that is slow with its first measurement refuses with 'Error connection'
+MIN_INTERVAL = 0.02  # seconds; the service breaks at 0.01 s and below
+LONGEST_DELAY = 2.0  # largest shortest delay from stamp to arrival, seconds; above it, the stamps are of another clock
+STAMP = 0.01  # resolution of /proc/uptime, seconds; it is cut off, not rounded
 
 
 class JtopStream:

@@ -13,13 +13,11 @@ WATTS = "watts"
 JOULES = "joules"
 
 MODULE = "module"
-MODULE_RAILS = "rails of a module"
-"""Some of them, or overlapping ones: they do not add up to the module."""
+MODULE_RAILS = "rails of a module"  # some of them, or overlapping ones: they do not add up to the module
 GPU_BOARD = "GPU board"
 CPU_PACKAGE = "CPU package"
 
-LEFT_OUT = {GPU_BOARD: "CPU", CPU_PACKAGE: "GPU"}
-"""The processor that figures of a scope do not cover."""
+LEFT_OUT = {GPU_BOARD: "CPU", CPU_PACKAGE: "GPU"}  # the processor that figures of a scope do not cover
 
 
 def longest_step(interval: float) -> float:
@@ -44,23 +42,15 @@ class LostSourceError(Exception):
 class SourceInfo:
     """A source that has answered a reading."""
 
-    name: str
-    """A key of :data:`cdkd_edge.board.power.sources.SOURCES`."""
-    scope: str
-    """What the figures cover, as a constant of this module. Figures of different scopes cannot be compared."""
-    covers: str
-    """What the figures cover, in words."""
-    quantity: str
-    """``watts``, or ``joules`` of a counter that never decreases."""
+    name: str  # a key of :data:`cdkd_edge.board.power.sources.SOURCES`
+    scope: str  # what the figures cover, as a constant of this module. Figures of different scopes cannot be compared
+    covers: str  # what the figures cover, in words
+    quantity: str  # ``watts``, or ``joules`` of a counter that never decreases
     rails: tuple[str, ...]
-    total: str | None
-    """The rail that contains the others; None where there is none."""
-    interval: float
-    """Requested seconds between readings; watts may be read more often."""
-    source_interval: float | None = None
-    """Seconds between the source's own updates, where it says so."""
-    random_moments: bool = False
-    """Whether each reading is taken at a moment drawn at random within its step."""
+    total: str | None  # the rail that contains the others; None where there is none
+    interval: float  # requested seconds between readings; watts may be read more often
+    source_interval: float | None = None  # seconds between the source's own updates, where it says so
+    random_moments: bool = False  # whether each reading is taken at a moment drawn at random within its step
     notes: tuple[str, ...] = ()
 
     @property
@@ -84,10 +74,8 @@ class SourceInfo:
 class Sample:
     """One reading of all rails."""
 
-    time: float
-    """Best estimate of the moment, seconds on CLOCK_MONOTONIC (``time.monotonic``, ``time.perf_counter``)."""
-    uncertainty: float
-    """The reading took place within this many seconds of ``time``."""
+    time: float  # best estimate of the moment, seconds on CLOCK_MONOTONIC (``time.monotonic``, ``time.perf_counter``)
+    uncertainty: float  # the reading took place within this many seconds of ``time``
     values: dict[str, float] = field(default_factory=dict)
     """Watts or joules per rail; a rail that could not be read is absent."""
 

@@ -19,10 +19,8 @@ from cdkd_edge.core.errors import PowerError, UsageError
 from cdkd_edge.core.process import end_children, events, last_words, module_command, start_child, tail_of
 
 COMMAND = module_command("cdkd_edge.board.power.sampler_child")
-START_TIMEOUT = 15.0
-"""Seconds in which a source must give a first reading; a stalled jtop service never does."""
-STOP_TIMEOUT = 2.0
-"""Seconds in which the process may end by itself; a stopped (SIGSTOP) one does not."""
+START_TIMEOUT = 15.0  # seconds in which a source must give a first reading; a stalled jtop service never does
+STOP_TIMEOUT = 2.0  # seconds in which the process may end by itself; a stopped (SIGSTOP) one does not
 
 
 class PowerSampler:
@@ -230,15 +228,11 @@ class SourceReport:
     """What a source measured for a moment, or why it cannot be used."""
 
     name: str
-    info: SourceInfo | None
-    """None if it cannot be used."""
-    watts: dict[str, float]
-    """Mean per rail over that time."""
-    rate: float | None
-    """Readings per second that were reached."""
+    info: SourceInfo | None  # None if it cannot be used
+    watts: dict[str, float]  # mean per rail over that time
+    rate: float | None  # readings per second that were reached
     problems: tuple[str, ...] = ()
-    reason: str = ""
-    """Why it cannot be used."""
+    reason: str = ""  # why it cannot be used
     hint: str | None = None
 
 

@@ -29,8 +29,7 @@ from cdkd_edge.board.power.protocol import (
 from cdkd_edge.board.power.sources import SOURCES
 from cdkd_edge.core.process import EventWriter, end_with_stdin, leave
 
-PATIENCE = 5.0
-"""Seconds without a reading after which a polled source is lost."""
+PATIENCE = 5.0  # seconds without a reading after which a polled source is lost
 OVERSAMPLING = 4
 """Readings per interval of a source of watts, each a sample of its own. (A counter counts between readings as well.)"""
 

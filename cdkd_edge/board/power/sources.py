@@ -18,8 +18,7 @@ class PowerSource:
     """A row of the table."""
 
     open: Opener
-    if_silent: str | None = None
-    """What to type if it does not answer in time."""
+    if_silent: str | None = None  # what to type if it does not answer in time
 
 
 def _jtop(interval: float, sys_root: Path) -> Stream:
@@ -57,5 +56,4 @@ SOURCES: Mapping[str, PowerSource] = {
     "ina3221": PowerSource(_ina3221),
     "nvml": PowerSource(_nvml),
     "rapl": PowerSource(_rapl),
-}
-"""By name, in the order in which they are tried."""
+}  # by name, in the order in which they are tried

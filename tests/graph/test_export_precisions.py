@@ -124,7 +124,7 @@ def test_what_an_export_found_is_known_to_the_commands_after_it(tmp_path, loud, 
 def test_a_share_of_labels_may_be_asked_for_instead(tmp_path, sound):
     for options in (("--min-agreement", "0.5"), ("--min-agreement", "101")):
         assert_answer(run("export", sound, *HEADS, *options), 2, "--min-agreement must be above 1")
-    assert_answer(run("export", sound, *HEADS, "--no-fp16", "--min-agreement", "99"), 2, "about the FP16 graph")
+    assert_answer(run("export", sound, *HEADS, "--no-fp16", "--min-agreement", "99"), 2, "no effect with --no-fp16")
     data = json.loads(run("export", sound, *HEADS, "--fp16", "--min-agreement", "99", "--json").stdout)
     assert data["fp16"]["conversion"]["max_logit_error"] is None
 

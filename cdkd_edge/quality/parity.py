@@ -50,8 +50,7 @@ from cdkd_edge.segment.options import SegmentOptions
 
 PARITY_VERSION = 1
 """Version of the document."""
-_ROUNDING = 1e-9
-"""A loss of exactly the tolerance passes, whatever the last bit says."""
+_ROUNDING = 1e-9  # so that a loss of exactly the tolerance passes
 
 SIDES = ("reference", "candidate")
 Sides = tuple[ClassCounts, ClassCounts]
@@ -95,10 +94,8 @@ class ComparedScore:
     def document(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """JSON data: the scores, and their difference."""
         low, high = (self.interval.low, self.interval.high) if self.interval else (None, None)
-        return (
-            {"reference": self.reference, "candidate": self.candidate},
-            {"value": self.delta, "low": low, "high": high},
-        )
+        scores = {"reference": self.reference, "candidate": self.candidate}
+        return scores, {"value": self.delta, "low": low, "high": high}
 
 
 @dataclass(frozen=True)

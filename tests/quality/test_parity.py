@@ -407,7 +407,7 @@ def test_the_picture_shows_who_was_right(data: Dataset, tmp_path: Path) -> None:
     assert shown["other"] >= (differ & (red != truth) & (other != truth)).sum() > 0
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 700), (601, 1301)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 700), (301, 801)])
 def test_one_pixel_is_seen_in_the_picture_of_a_large_image(tmp_path: Path, size: tuple[int, int]) -> None:
     data = build_data(tmp_path / "data", {"t1_a": size})
     image = images_of(data)[0].copy()
@@ -589,7 +589,7 @@ def test_parity_of_the_bundled_network(tmp_path: Path) -> None:
     import cdkd_edge
 
     tiny = Path(cdkd_edge.__file__).parent / "demo/tiny.safetensors"
-    assert run("export", tiny, "--schema", "dubai").exit_code == 0
+    assert run("export", tiny, "--schema", "dubai", "--no-fp16").exit_code == 0
     assert run("build").exit_code == 0
     for part, suffix in (("images", "jpg"), ("masks", "png")):
         (tmp_path / "data" / part).mkdir(parents=True)

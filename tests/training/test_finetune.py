@@ -158,7 +158,7 @@ def test_evaluate_gives_exactly_the_score_of_the_card(finished, data):
 
 
 def test_the_checkpoint_becomes_a_graph_with_the_same_scores(tuned, data, tmp_path):
-    result = run("export", tuned, "-o", tmp_path / "tuned.onnx")
+    result = run("export", tuned, "-o", tmp_path / "tuned.onnx", "--no-fp16")
     assert result.exit_code == 0, result.stderr
     scores = []
     for subject in (tuned, tmp_path / "tuned.onnx"):
@@ -197,9 +197,10 @@ def test_progress_is_on_stderr_one_line_an_epoch_with_the_time_left(finished):
     lines = finished[1].stderr.splitlines()
     assert len(lines) == 2
     assert re.fullmatch(
-        r"epoch 1/2  loss \d\.\d{4}  validation mIoU \d+\.\d\d % \(best \d+\.\d\d %\)  \d+:\d\d min left", lines[0]
+        r"epoch 1/2  loss \d\.\d{3,}  validation mIoU \d+\.\d\d % \(best \S+ %\)  [\d.]+ (ms|s|min).* left",
+        lines[0],
     )
-    assert re.fullmatch(r"epoch 2/2  loss \d\.\d{4}  validation mIoU \S+ % \(best \S+ %\)", lines[1])
+    assert re.fullmatch(r"epoch 2/2  loss \d\.\d{3,}  validation mIoU \S+ % \(best \S+ %\)", lines[1])
 
 
 def test_a_long_line_of_progress_stays_one_line(capsys):
@@ -277,7 +278,7 @@ def test_other_encoders_become_checkpoints(tmp_path, data, make_weights, scale, 
     assert document["training"]["source"]["layout"] == "timm ViT"
     result = run("evaluate", tmp_path / "out.safetensors", "--data", data, "--scenes", "b", "--json")
     assert json.loads(result.stdout)["mean_iou"] == next(iter(report.training["scores"].values()))["mean_iou"]
-    result = run("export", tmp_path / "out.safetensors", "-o", tmp_path / "out.onnx")
+    result = run("export", tmp_path / "out.safetensors", "-o", tmp_path / "out.onnx", "--no-fp16")
     assert result.exit_code == 0, result.stderr
 
 

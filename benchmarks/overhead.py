@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import rasterio
-from common import read_record, run_reporting_errors, shown_command
 from rasterio.transform import from_origin
+from script_tools import read_record, run_reporting_errors, shown_command
 
 from cdkd_edge.core.files import write_text
 from cdkd_edge.core.machine import available_cores, describe_machine, library_versions

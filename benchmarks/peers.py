@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import read_record, run_reporting_errors, shown_command
 from peer_artefacts import prepare, put_checkpoint
 from peer_children import PEERS, REFERENCE, AbsentError, checkpoint_of
 from peer_rounds import ChildPeer, Rounds, measure
 from peer_statistics import agreement, summarise, verdict
 from peer_table import table_of
+from script_tools import read_record, run_reporting_errors, shown_command
 
 from cdkd_edge.core.files import write_text
 from cdkd_edge.core.machine import available_cores, describe_machine, library_versions

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from common import machine_of_run, write_results
 from scene_pipeline import ROWS, TILE, InstantEngine, watched
+from script_tools import machine_of_run, write_results
 
 WIDTH = 100_000
 _SIDE = 2048

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from common import machine_of_run, write_results
 from PIL import Image
+from script_tools import machine_of_run, write_results
 
 from cdkd_edge.engines.protocol import LabelsOnly
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from common import write_results
+from script_tools import write_results
 
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.engines.protocol import Labeller

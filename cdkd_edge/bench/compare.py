@@ -27,10 +27,8 @@ from cdkd_edge.bench.statistics import (
 )
 from cdkd_edge.core.errors import CompareError, UsageError, printable
 
-LEAST_SPEED = 1e-9
-"""Least speed, tiles or megapixels per second, that a ratio is taken of."""
-LEAST_JOULES = 1e-12
-"""Least energy per tile or megapixel that a ratio is taken of."""
+LEAST_SPEED = 1e-9  # least speed, tiles or megapixels per second, that a ratio is taken of
+LEAST_JOULES = 1e-12  # least energy per tile or megapixel that a ratio is taken of
 METHOD = (
     "95 %; ratio of two independent means on its logarithm, Welch's degrees of freedom; over repeats, or over "
     "overlapping blocks of batches where a run has one repeat (these do not show how runs differ from start to start)"
@@ -62,19 +60,15 @@ class Row:
 
     name: str
     folder: str
-    status: str
-    """``valid``, ``invalid`` or ``not_steady``."""
-    verdict: str
-    """``faster``, ``slower``, ``no difference shown``, ``cannot tell``, ``same run``; ``baseline``."""
+    status: str  # ``valid``, ``invalid`` or ``not_steady``
+    verdict: str  # ``faster``, ``slower``, ``no difference shown``, ``cannot tell``, ``same run``; ``baseline``
     energy_verdict: str
     """``less energy``, ``more energy``, or one of the other words of :attr:`verdict`; empty without power."""
     engine: str
-    sha256: str
-    """SHA-256 of the engine."""
+    sha256: str  # SHA-256 of the engine
     runtime: str
     precision: str
-    tile: int
-    """px."""
+    tile: int  # px
     batch: int
     device: str
     power_mode: str | None
@@ -82,40 +76,29 @@ class Row:
     tiles_per_second: Figure
     tiles_per_second_interval: Interval | None
     """95 % interval over repeats, or over blocks of batches if there is one repeat."""
-    interval_basis: str
-    """What the interval was computed from, or why there is none."""
+    interval_basis: str  # what the interval was computed from, or why there is none
     megapixels_per_second: Figure
     latency_ms: Latency
     energy: Energy | None
-    energy_reason: str
-    """Why there is no energy; empty if there is."""
-    mean_iou: float | None
-    """0..1."""
-    modelled_share: float | None
-    """Measured speed divided by the modelled bound."""
-    speed: Ratio | None
-    """Speed relative to the baseline; None for the baseline itself."""
-    gross_energy: Ratio | None
-    """Energy including idle, relative to the baseline; None if one of the two has no power."""
-    net_energy: Ratio | None
-    """Energy without idle, relative to the baseline."""
+    energy_reason: str  # why there is no energy; empty if there is
+    mean_iou: float | None  # 0..1
+    modelled_share: float | None  # measured speed divided by the modelled bound
+    speed: Ratio | None  # speed relative to the baseline; None for the baseline itself
+    gross_energy: Ratio | None  # energy including idle, relative to the baseline; None if one of the two has no power
+    net_energy: Ratio | None  # energy without idle, relative to the baseline
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Runs compared with a baseline."""
 
-    baseline: int
-    """Index of the run that the others are compared with."""
-    unit: Literal["tile", "megapixel"]
-    """Unit of the ratios: megapixels if the runs have tiles of different sides."""
+    baseline: int  # index of the run that the others are compared with
+    unit: Literal["tile", "megapixel"]  # unit of the ratios: megapixels if the runs have tiles of different sides
     rows: tuple[Row, ...]
-    not_comparable: tuple[str, ...]
-    """Why the runs are not comparable; empty unless the comparison was forced."""
+    not_comparable: tuple[str, ...]  # why the runs are not comparable; empty unless the comparison was forced
     notes: tuple[str, ...]
     gates: tuple[RunGate, ...]
-    method: str
-    """How the intervals of the ratios were computed."""
+    method: str  # how the intervals of the ratios were computed
     comparison_version: int = COMPARISON_VERSION
 
 

@@ -120,18 +120,15 @@ def other_differences(names: tuple[str, str], one: BenchSummary, other: BenchSum
     return found + ([f"{pair}: {', '.join(changed)}"] if changed else [])
 
 
-_ROUNDING = 1e-9
-"""A loss of exactly the limit passes in spite of rounding."""
+_ROUNDING = 1e-9  # a loss of exactly the limit passes in spite of rounding
 
 
 @dataclass(frozen=True)
 class Limits:
     """Largest loss that is allowed, relative to the baseline, 0..1; None: no limit."""
 
-    slower: float | None = None
-    """Loss of speed."""
-    hungrier: float | None = None
-    """Increase of gross energy per tile (or megapixel)."""
+    slower: float | None = None  # loss of speed
+    hungrier: float | None = None  # increase of gross energy per tile (or megapixel)
 
 
 @dataclass(frozen=True)
@@ -140,8 +137,7 @@ class RunGate:
 
     run: str
     quantity: Literal["speed", "energy"]
-    limit: float
-    """Allowed loss, 0..1."""
+    limit: float  # allowed loss, 0..1
     outcome: Literal["pass", "fail", "cannot tell"]
     text: str
 
@@ -191,12 +187,9 @@ def require_kept(gates: Sequence[RunGate], *, strict: bool = False) -> None:
 class Score:
     """The mIoU of an artefact."""
 
-    sha256: str
-    """SHA-256 of the artefact."""
-    mean_iou: float
-    """0..1."""
-    data: tuple[Any, ...]
-    """What it was measured on, and how; only scores with the same data are compared."""
+    sha256: str  # SHA-256 of the artefact
+    mean_iou: float  # 0..1
+    data: tuple[Any, ...]  # what it was measured on, and how; only scores with the same data are compared
     file: str
 
 

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 
-WINDOWS = 150
-"""Largest number of windows in a run, about."""
-SHORTEST = 1.0
-"""Least length of a window, s."""
+WINDOWS = 150  # largest number of windows in a run, about
+SHORTEST = 1.0  # least length of a window, s
 
 
 @dataclass(frozen=True)
@@ -34,12 +32,9 @@ class Windows:
 
     repeat: int
     phase: str
-    edges: Floats
-    """``[W + 1]``: s from the start of the run."""
-    tiles_per_second: Floats
-    """``[W]``."""
-    latency_ms: Floats
-    """``[W, 3]``: minimum, median, maximum."""
+    edges: Floats  # ``[W + 1]``: s from the start of the run
+    tiles_per_second: Floats  # ``[W]``
+    latency_ms: Floats  # ``[W, 3]``: minimum, median, maximum
 
 
 def bounds(run: Run) -> tuple[float, float]:

@@ -33,16 +33,14 @@ COMPUTED: Final = {
     "net_joules_per_megapixel": (_LOAD - _IDLE) / _RATE / _MEGAPIXELS,
 }
 """Figures that follow from the printed ones."""
-_BLOCKS: Final = 12
-"""Attention blocks of the paper's network."""
+_BLOCKS: Final = 12  # attention blocks of the paper's network
 
 
 @dataclass(frozen=True)
 class Quantity:
     """A measured quantity: where it is in the record, and how it is shown."""
 
-    path: str
-    """Its attribute in ``Figures`` or ``RailFigures``; the paper's figure has the same name."""
+    path: str  # its attribute in ``Figures`` or ``RailFigures``; the paper's figure has the same name
     title: str
     unit: str
 

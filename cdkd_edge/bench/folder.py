@@ -21,10 +21,8 @@ from cdkd_edge.core.files import read_json, read_small, write_text
 SUMMARY, TILES, TRACE, CONDITIONS = "summary.json", "tiles.csv", "trace.csv", "conditions.csv"
 PICTURE, PAGE = "trace.png", "report.html"
 
-MOST = 1e15
-"""Largest number that is accepted, in any unit."""
-MOST_TABLE = 64 << 20
-"""Largest table that is read, bytes: 1.6 million batches."""
+MOST = 1e15  # largest number that is accepted, in any unit
+MOST_TABLE = 64 << 20  # largest table that is read, bytes: 1.6 million batches
 MOST_COLUMNS = 1000
 
 _UNITS = {WATTS: "w", JOULES: "j"}
@@ -36,10 +34,8 @@ class TimedBatch:
 
     repeat: int
     phase: str
-    start: float
-    """s from the start of the run."""
-    latency: float
-    """s."""
+    start: float  # s from the start of the run
+    latency: float  # s
 
 
 @dataclass(frozen=True)
@@ -59,8 +55,7 @@ class Run:
     tiles: tuple[TimedBatch, ...]
     watts: dict[str, Series]
     """By rail; empty without power. For a counter of joules: the mean watts between two readings, at their middle."""
-    conditions: dict[str, Series]
-    """By column of ``conditions.csv``; names end in their units."""
+    conditions: dict[str, Series]  # by column of ``conditions.csv``; names end in their units
 
 
 def write_summary(folder: Path, summary: BenchSummary) -> None:

@@ -25,10 +25,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 """M. Okabe and K. Ito, Color Universal Design: clear to colour-blind readers. Yellow is left out: too pale on white."""
 MARKERS = "osD^vPX<>"
 _INK, _GREY, _PALE, _ALERT = "#333333", "#767676", "#B8B8B8", "#B00020"
-WIDTH = 7.2
-"""Inches."""
-_WIDE = 12.0
-"""Ratio of largest to smallest value above which an axis is logarithmic."""
+WIDTH = 7.2  # inches
+_WIDE = 12.0  # ratio of largest to smallest value above which an axis is logarithmic
 
 
 @dataclass(frozen=True)

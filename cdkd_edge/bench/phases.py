@@ -36,25 +36,17 @@ than MLPerf Power requires, and three repeats give an interval."""
 MLPERF = replace(DEFAULT, preset="mlperf", idle_seconds=60.0, load_seconds=600.0, warm_up_cap_seconds=600.0)
 """MLPerf Inference runs last at least 600 s; MLPerf Power requires 60 s, measured in the same run."""
 
-WINDOWS = 3
-"""Number of successive windows that must agree for the engine to count as steady."""
-SPEED_TOLERANCE = 0.03
-"""Largest difference between their speeds, as a share of the mean."""
-POWER_TOLERANCE = 0.03
-"""Largest difference between their watts, as a share of the mean."""
-LEAST_WATTS = 0.2
-"""A smaller difference in watts is ignored: a few steps of an INA3221 on 5 V (about 0.04 W each)."""
-TEMPERATURE_TOLERANCE = 1.0
-"""Largest difference between their temperatures, degrees Celsius."""
+WINDOWS = 3  # number of successive windows that must agree for the engine to count as steady
+SPEED_TOLERANCE = 0.03  # largest difference between their speeds, as a share of the mean
+POWER_TOLERANCE = 0.03  # largest difference between their watts, as a share of the mean
+LEAST_WATTS = 0.2  # a smaller difference in watts is ignored: a few steps of an INA3221 on 5 V (about 0.04 W each)
+TEMPERATURE_TOLERANCE = 1.0  # largest difference between their temperatures, degrees Celsius
 
-SETTLE_SECONDS = 2.0
-"""Pause between a load and the idle phase after it, for clocks and regulators to come down."""
-STATUS_EVERY = 0.5
-"""Seconds between two updates of the status line. They cost time in the process that is measured."""
-LONGEST_SILENCE = 5.0
-"""Seconds without a power reading after which the run ends,"""
-LONGEST_SILENCE_SHARE = 0.05
-"""or this share of a load phase if that is longer. So long a gap makes the run invalid in any case."""
+SETTLE_SECONDS = 2.0  # pause between a load and the idle phase after it, for clocks and regulators to come down
+STATUS_EVERY = 0.5  # seconds between two updates of the status line. They cost time in the process that is measured.
+LONGEST_SILENCE, LONGEST_SILENCE_SHARE = 5.0, 0.05
+"""Seconds without a power reading, or share of a load phase if that is longer, after which the run ends: so long a gap
+makes it invalid in any case."""
 
 
 def protocol_of(
@@ -99,11 +91,9 @@ def protocol_of(
 class Window:
     """Means over a part of the warm-up."""
 
-    speed: float
-    """Batches per second."""
+    speed: float  # batches per second
     watts: float | None
-    celsius: float | None
-    """Temperature at the end of the window."""
+    celsius: float | None  # temperature at the end of the window
 
 
 def is_steady(windows: Sequence[Window]) -> bool:
@@ -133,27 +123,20 @@ class LiveStatus:
     repeat: int
     repeats: int
     tiles_per_second: float | None
-    watts: float | None
-    """Power of the total rail, or of the first one."""
-    celsius: float | None
-    """Temperature of the hottest zone; tj on a Jetson."""
-    seconds_left: float | None
-    """Time left in the phase; in a warm-up, the most it can take."""
+    watts: float | None  # power of the total rail, or of the first one
+    celsius: float | None  # temperature of the hottest zone; tj on a Jetson
+    seconds_left: float | None  # time left in the phase; in a warm-up, the most it can take
 
 
 @dataclass
 class Timeline:
     """What happened in a run. Times are seconds from its start."""
 
-    origin: float
-    """Start of the run, s on CLOCK_MONOTONIC."""
-    completed: list[Phase] = field(default_factory=list)
-    """Phases that were completed."""
+    origin: float  # start of the run, s on CLOCK_MONOTONIC
+    completed: list[Phase] = field(default_factory=list)  # phases that were completed
     batches: list[TimedBatch] = field(default_factory=list)
-    steady: list[bool] = field(default_factory=list)
-    """For each repeat, whether its warm-up became steady."""
-    broken_off: str = ""
-    """Why the run ended early; empty if it did not."""
+    steady: list[bool] = field(default_factory=list)  # for each repeat, whether its warm-up became steady
+    broken_off: str = ""  # why the run ended early; empty if it did not
     cut_off: Phase | None = None
     """The phase in which it ended early. It is kept apart because nothing is computed from it."""
 

@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH: Final = 3.5
-"""Inches: a column of a two-column paper."""
+WIDTH: Final = 3.5  # inches: a column of a two-column paper
 DPI: Final = 300
-SVG_COLUMNS: Final = 350
-"""Columns to which curves are thinned in SVG, where every point costs some 20 bytes."""
+SVG_COLUMNS: Final = 350  # columns to which curves are thinned in SVG, where every point costs some 20 bytes
 
 POWER, SPEED, GREY = "#003f6b", "#d55e00", "#595959"
 RAILS: Final = ("#0072b2", "#009e73", "#cc79a7", "#7f6000", "#56b4e9")

@@ -31,8 +31,7 @@ from cdkd_edge.board.throttling import (
     summarise,
 )
 
-LEAST_READINGS = 2
-"""Readings that a phase needs for a mean of watts."""
+LEAST_READINGS = 2  # readings that a phase needs for a mean of watts
 
 
 class NoFigureError(Exception):

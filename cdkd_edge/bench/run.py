@@ -44,13 +44,10 @@ from cdkd_edge.raster.grid import TileGrid, default_overlap
 from cdkd_edge.segment.options import SegmentOptions
 from cdkd_edge.segment.pipeline import segment_scene
 
-PAPER_TILE = 1024
-"""Side of a tile in the Mask-CDKD paper's deployment, px."""
+PAPER_TILE = 1024  # side of a tile in the Mask-CDKD paper's deployment, px
 LIBRARIES = ("onnxruntime", "numpy", "rasterio", "tensorrt", "tensorrt-rtx", "pycuda", "cuda-python", "jetson-stats")
-RESERVED = ".reserved"
-"""File that reserves disk space during the measurement."""
-LEAST_TILES, MOST_TILES = 4, 100
-"""Number of tiles in a drawn scene."""
+RESERVED = ".reserved"  # file that reserves disk space during the measurement
+LEAST_TILES, MOST_TILES = 4, 100  # number of tiles in a drawn scene
 PICTURE_SIDE = 1024
 """Side of the picture that is repeated in a drawn scene, px. Drawing the whole scene would take gigabytes."""
 
@@ -59,24 +56,16 @@ PICTURE_SIDE = 1024
 class BenchOptions:
     """How a run is made."""
 
-    protocol: Protocol = DEFAULT
-    """From :func:`~cdkd_edge.bench.phases.protocol_of`."""
+    protocol: Protocol = DEFAULT  # from ``cdkd_edge.bench.phases.protocol_of``
     power: bool = False
-    power_source: str | None = None
-    """Name of a power source; implies ``power``. Default: the first that answers."""
-    keep_invalid: bool = False
-    """Complete a run that cannot become valid, and give its figures."""
-    scene: Path | None = None
-    """Scene for the end-to-end time. Default: a drawn one."""
+    power_source: str | None = None  # name of a power source; implies ``power``. Default: the first that answers.
+    keep_invalid: bool = False  # complete a run that cannot become valid, and give its figures
+    scene: Path | None = None  # scene for the end-to-end time. Default: a drawn one.
     segment: SegmentOptions = SegmentOptions()
-    device: str | None = None
-    """Device file for the modelled bound. Default: that of this board or GPU."""
-    graphs: tuple[Path, ...] = ()
-    """Folders to look for the engine's graph in."""
-    command: str = ""
-    """The command line, for the record."""
-    root: Path = field(default=Path("/"))
-    """Root of the file tree with ``/sys``, ``/proc`` and ``/etc``."""
+    device: str | None = None  # device file for the modelled bound. Default: that of this board or GPU.
+    graphs: tuple[Path, ...] = ()  # folders to look for the engine's graph in
+    command: str = ""  # the command line, for the record
+    root: Path = field(default=Path("/"))  # root of the file tree with ``/sys``, ``/proc`` and ``/etc``
 
     @property
     def wants_power(self) -> bool:
@@ -165,8 +154,7 @@ class _Measured:
 
     timeline: Timeline
     trace: Trace | None
-    no_source: str
-    """Why there is no trace."""
+    no_source: str  # why there is no trace
     readings: tuple[Conditions, ...]
     board: BoardIdentity
     peak_memory_bytes: int

@@ -14,12 +14,10 @@ from cdkd_edge.board.throttling import ConditionFinding
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.runtimes import runtime_of
 
-LEAST_COVERAGE = 0.98
-"""Least share of a phase that must be covered by readings."""
+LEAST_COVERAGE = 0.98  # least share of a phase that must be covered by readings
 IDLE_DIFFERENCE = 0.1
 """Difference between the idle phases before and after a load, as a share of their mean, that gives a warning."""
-MLPERF_POWER_SECONDS = 60.0
-"""Least load that MLPerf Power requires."""
+MLPERF_POWER_SECONDS = 60.0  # least load that MLPerf Power requires
 PARTS, BATCHES_IN_PART = 5, 2
 """Parts into which a load is divided, and the least number of batches in each; a short load has fewer parts."""
 DRIFT_WARNS, DRIFT_DISTURBS = 0.05, 0.1
@@ -28,13 +26,11 @@ load was not steady."""
 STALL_SECONDS, STALL_FACTOR = 1.0, 10.0
 """A stall (suspended process, swapping) is a step between batches longer than this time and this many times the median.
 The run is invalid if stalls take more of a load than may be without readings."""
-LEAST_WATTS = -0.1
-"""Lowest mean of a rail that is accepted: sensors have an offset."""
+LEAST_WATTS = -0.1  # lowest mean of a rail that is accepted: sensors have an offset
 LEAST_RISE, NO_RISE = 0.01, 1e-6
 """Rise from idle to load, as a share of idle. A valid run needs the first: a stuck sensor, or one of a rail that feeds
 something else, can seem to rise a little through noise. Below the second it is called no rise at all."""
-LATE_SHARE = 0.05
-"""Share of late readings that gives a warning."""
+LATE_SHARE = 0.05  # share of late readings that gives a warning
 
 
 def judge(

@@ -28,8 +28,7 @@ from cdkd_edge.core.files import read_toml
 class Rates:
     """Dense operations per multiprocessor and clock, by precision."""
 
-    fp32: float
-    """Without TF32."""
+    fp32: float  # without TF32
     fp16: float
     int8: float
 
@@ -37,10 +36,8 @@ class Rates:
         _require_positive(self)
 
 
-RATES = tuple(one.name for one in fields(Rates))
-"""Precisions that a device has a rate for."""
-MOST_MODES = 100
-"""Largest number of power modes: all are modelled unless one is chosen."""
+RATES = tuple(one.name for one in fields(Rates))  # precisions that a device has a rate for
+MOST_MODES = 100  # largest number of power modes: all are modelled unless one is chosen
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,7 @@ class PowerMode:
 
     multiprocessors: int
     clock_mhz: float
-    bandwidth_gb_s: float
-    """Memory bandwidth, 10^9 bytes per second."""
+    bandwidth_gb_s: float  # memory bandwidth, 10^9 bytes per second
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -64,10 +60,8 @@ class Device:
     title: str
     rates: Rates
     modes: dict[str, PowerMode]
-    parts: tuple[str, ...] = ()
-    """Part numbers of a Jetson module, as its device tree gives them (``p3767-0000``)."""
-    gpu_names: tuple[str, ...] = ()
-    """Names of the GPU as the CUDA driver gives them."""
+    parts: tuple[str, ...] = ()  # part numbers of a Jetson module, as its device tree gives them (``p3767-0000``)
+    gpu_names: tuple[str, ...] = ()  # names of the GPU as the CUDA driver gives them
     note: str = ""
     name: str = ""
 

@@ -30,20 +30,15 @@ _PRODUCT, _ATTENTION, _LOOSE, _CLOSED = "product", "attention", "other", "closed
 class Kernel:
     """Operators that run as one kernel."""
 
-    name: str
-    """Name of its first operator."""
-    attention: bool
-    """Whether it is a whole attention block."""
-    precision: str
-    """Precision of its products (``int8``, ``fp16``, ``fp32``); ``fp32`` if it has none."""
+    name: str  # name of its first operator
+    attention: bool  # whether it is a whole attention block
+    precision: str  # precision of its products (``int8``, ``fp16``, ``fp32``); ``fp32`` if it has none
     operators: tuple[str, ...]
     product_flop: int
     vector_flop: int
-    read_bytes: int
-    """Activations, without weights."""
+    read_bytes: int  # activations, without weights
     written_bytes: int
-    constant_bytes: int
-    """Weights."""
+    constant_bytes: int  # weights
 
     @property
     def traffic_bytes(self) -> int:

@@ -33,15 +33,11 @@ from cdkd_edge.graph.files import load_graph
 class Efficiencies:
     """Assumed shares of the peak rates; not measured."""
 
-    gemm: float = 0.55
-    """FP16 and FP32 products: linear layers, convolutions, and attention that is not fused."""
-    attention: float = 0.45
-    """Fused attention."""
-    int8: float = 0.45
-    """INT8 products."""
+    gemm: float = 0.55  # FP16 and FP32 products: linear layers, convolutions, and attention that is not fused
+    attention: float = 0.45  # fused attention
+    int8: float = 0.45  # INT8 products
     dram: float = 0.75
-    kernel_seconds: float = 5e-6
-    """Launch time added for every kernel."""
+    kernel_seconds: float = 5e-6  # launch time added for every kernel
 
     def shifted(self, by: float) -> Efficiencies:
         """All shares raised or lowered, at most to 1."""
@@ -52,8 +48,7 @@ class Efficiencies:
 
 
 REALISTIC = Efficiencies()
-SPREAD = 0.1
-"""Difference of the shares at the ends of the range from :data:`REALISTIC`."""
+SPREAD = 0.1  # difference of the shares at the ends of the range from ``REALISTIC``
 PEAK = Efficiencies(1.0, 1.0, 1.0, 1.0, 0.0)
 
 
@@ -83,20 +78,16 @@ class Estimate:
 
     mode: PowerMode
     precision: str
-    attention: str
-    """``fused``, ``unfused``, ``unfused, FP32 softmax``, or ``none``."""
+    attention: str  # ``fused``, ``unfused``, ``unfused, FP32 softmax``, or ``none``
     kernels: int
-    product_flop: int
-    """Per batch."""
-    traffic_bytes: int
-    """Per batch: activations and weights."""
+    product_flop: int  # per batch
+    traffic_bytes: int  # per batch: activations and weights
     arithmetic_bound_fps: float
     bound_fps: float
     fps: float
     low_fps: float
     high_fps: float
-    times: tuple[KernelTime, ...]
-    """At the realistic shares."""
+    times: tuple[KernelTime, ...]  # at the realistic shares
 
 
 @dataclass(frozen=True)
@@ -105,8 +96,7 @@ class Roofline:
 
     path: Path
     device: Device
-    graphs: tuple[GraphCost, ...]
-    """The graph in each precision."""
+    graphs: tuple[GraphCost, ...]  # the graph in each precision
     estimates: tuple[Estimate, ...]
     notes: tuple[str, ...]
 

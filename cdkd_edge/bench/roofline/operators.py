@@ -47,8 +47,7 @@ class Tensor:
     name: str
     elements: int
     item_bytes: int
-    eight_bit: bool
-    """Whether it is INT8 or UINT8."""
+    eight_bit: bool  # whether it is INT8 or UINT8
     constant: bool
 
     @property
@@ -67,14 +66,10 @@ class Operator:
     outputs: tuple[str, ...]
     precision: str
     """Precision of its product: ``int8``, ``fp16``, ``fp32``; for other operators, the type of the output."""
-    product_flop: int
-    """Operations of a product."""
-    vector_flop: int
-    """Operations of any other operator."""
-    constant_bytes: int
-    """Bytes of weights that it reads."""
-    read_bytes: int
-    """All bytes that it reads, including weights."""
+    product_flop: int  # operations of a product
+    vector_flop: int  # operations of any other operator
+    constant_bytes: int  # bytes of weights that it reads
+    read_bytes: int  # all bytes that it reads, including weights
     written_bytes: int
     swaps_last_axes: bool = False
     """Whether it is a Transpose of only the last two axes, which a product can read directly."""
@@ -88,8 +83,7 @@ class GraphCost:
     tensors: Mapping[str, Tensor]
     outputs: frozenset[str]
     batch: int
-    precision: str
-    """``fp32``, ``fp16`` or ``int8``."""
+    precision: str  # ``fp32``, ``fp16`` or ``int8``
     unknown: tuple[str, ...]
     """Types of operators that are not known here; they count one operation per element and a kernel each."""
 

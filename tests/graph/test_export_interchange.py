@@ -81,7 +81,7 @@ def test_a_pixel_size_is_asked_for_before_any_work(checkpoint, tmp_path):
         2,
         r"--gsd must be between 0\.001 and 1000 m, got 50000",
     )
-    assert_wrong_usage(run("export", checkpoint, *HEADS, "--gsd", 0.5), "what --qgis and --stac make")
+    assert_wrong_usage(run("export", checkpoint, *HEADS, "--gsd", 0.5), "without --qgis or --stac")
     assert not (tmp_path / "export").exists()
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    scene: Path | None = typer.Option(None, help="Your own scene. Default: a drawn one of 3000 x 2000 px."),
+    scene: Path | None = typer.Option(None, help="Your own scene. Default: a bundled one of 3000 x 2000 px."),
     bands: str | None = BANDS,
     stretch: bool = STRETCH,
     palette: Palette = PALETTE,

@@ -49,7 +49,7 @@ def _describe(reports: Sequence[SourceReport]) -> Report:
         rows.append((report.name, f"{report.info.scope}: {report.info.covers}; {rate} {asked}"))
         rows += [("", problem) for problem in report.problems]
         for rail in report.info.rails:
-            read = significant(report.watts[rail]) if rail in report.watts else ABSENT
+            read = significant(report.watts[rail], 4) if rail in report.watts else ABSENT
             watts.append((f"{report.name}  {rail}", read, report.info.scope))
     title = f"power: {first.name} would be used" if first else "power: no source answers"
     data = {

@@ -1,7 +1,7 @@
 """``cdkd-edge demo``: every stage with a bundled trained checkpoint, on any machine.
 
-Where PyTorch is, the checkpoint is exported as any other. Where it is not, as on a board, the same graph is written
-from the same weights, without simplification and without the check against PyTorch.
+Where PyTorch is installed, the checkpoint is exported like any other. Elsewhere, as on a board, the same graph is
+written from the same weights, without simplification and without the check against PyTorch.
 """
 
 from __future__ import annotations
@@ -89,15 +89,15 @@ def run_demo(
     workspace: Workspace,
     scene: Path | None = None,
     options: SegmentOptions = SegmentOptions(),
-    progress: Callable[[str], None] = lambda step: None,
+    note: Callable[[str], None] = lambda step: None,
 ) -> DemoResult:
     """Export, build, segment, benchmark.
 
     Args:
         workspace: where everything is written.
-        scene: the user's own scene; default: the bundled picture, drawn, 3000 x 2000 px.
+        scene: the user's own scene. Default: the bundled drawn picture, 3000 x 2000 px.
         options: bands and stretch for ``scene``.
-        progress: called with the name of each step.
+        note: called with the name of each step.
 
     Raises:
         WorkspaceError: the workspace holds files that no demo wrote.
@@ -108,17 +108,17 @@ def run_demo(
     _claim(workspace.root)
     truth = None
     if scene is None:
-        progress("unpacking the bundled scene")
+        note("unpacking the bundled scene")
         scene = workspace.root / "demo_scene.tif"
         truth = _unpack(scene)
     with resources.as_file(resources.files("cdkd_edge.demo") / "tiny.safetensors") as checkpoint:
-        exported = _export(checkpoint, workspace.graphs / "tiny.onnx", progress)
-    progress("building the engine")
+        exported = _export(checkpoint, workspace.graphs / "tiny.onnx", note)
+    note("building the engine")
     engine_path = workspace.engines / "tiny.fp32.cpu.onnx"
     built = build_cpu_engine(exported.path, engine_path)
     engine = load_engine(engine_path)
     try:
-        progress("labelling the scene")
+        note("labelling the scene")
         (output,) = label_map_paths([str(scene)], None, workspace.root)
         result = segment_scene(engine, scene, output, options)
         preview = output.with_name(f"{output.stem}_preview.png")
@@ -136,7 +136,7 @@ def run_demo(
             with rasterio.open(output) as labels:
                 confusion.update(truth, labels.read(1))
             mean_iou = confusion.mean_iou
-        progress("measuring the speed")
+        note("measuring the speed")
         folder = workspace.new_run("demo")
         bench = run_benchmark(engine, folder, BenchOptions(protocol_of(load=4.0, warm_up_cap=4.0)))
     finally:
@@ -144,7 +144,7 @@ def run_demo(
     return DemoResult(exported, built, engine_path, result, preview, mean_iou, bench, folder)
 
 
-def _export(checkpoint: Path, destination: Path, progress: Callable[[str], None]) -> ExportResult | BundledGraph:
+def _export(checkpoint: Path, destination: Path, note: Callable[[str], None]) -> ExportResult | BundledGraph:
     try:
         import torch  # noqa: F401, I001 - the first that is missing is named
         import onnxsim  # noqa: F401
@@ -152,9 +152,9 @@ def _export(checkpoint: Path, destination: Path, progress: Callable[[str], None]
 
         from cdkd_edge.graph.export import export_checkpoint
     except ImportError as error:
-        progress("writing the graph")
+        note("writing the graph")
         return _write_bundled(checkpoint, destination, f"the check against PyTorch, and simplification ({error})")
-    return export_checkpoint(checkpoint, destination, note=progress)
+    return export_checkpoint(checkpoint, destination, note=note)
 
 
 def _write_bundled(checkpoint: Path, destination: Path, skipped: str) -> BundledGraph:
@@ -194,6 +194,7 @@ def _write_bundled(checkpoint: Path, destination: Path, skipped: str) -> Bundled
 
 
 def _claim(folder: Path) -> None:
+    """Make the folder, or take one that an earlier demo wrote."""
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise WorkspaceError(
             f"{folder} is not empty, and the demo writes only into a folder of its own",

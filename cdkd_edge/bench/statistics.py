@@ -20,8 +20,7 @@ CONFIDENCE = 0.95
 BLOCKS = 10
 """Number of blocks that batches are divided into; 10 to 30 are enough (B. Schmeiser, "Batch size effects in the
 analysis of simulation output", Operations Research 30, 1982)."""
-MIN_BATCHES = 2 * BLOCKS
-"""With fewer, a block would hold a single batch, and neighbouring batches are alike."""
+MIN_BATCHES = 2 * BLOCKS  # with fewer, a block would hold a single batch, and neighbouring batches are alike
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class Latency:
     p90: float | None
     p99: float | None
     maximum: float
-    absent: str = ""
-    """Why p90 or p99 is null; empty if both are given."""
+    absent: str = ""  # why p90 or p99 is null; empty if both are given
 
 
 def latency_of(seconds: Sequence[float]) -> Latency:
@@ -87,10 +85,8 @@ class Figure:
     """A measured quantity: its mean over the repeats of a run."""
 
     mean: float
-    values: tuple[float, ...]
-    """One value per repeat, in order."""
-    interval: Interval | None
-    """95 % interval of the mean, by Student's t over repeats; None with fewer than two."""
+    values: tuple[float, ...]  # one value per repeat, in order
+    interval: Interval | None  # 95 % interval of the mean, by Student's t over repeats; None with fewer than two
 
 
 def figure_of(values: Sequence[float], hidden: float = 0.0) -> Figure:
@@ -175,12 +171,9 @@ class Spread:
     """A mean above zero, and how far it would move if it were measured again."""
 
     mean: float
-    variance: float
-    """Variance of the mean, divided by the square of the mean."""
-    freedom: int
-    """Degrees of freedom of the variance."""
-    basis: str
-    """What the variance was computed from, e.g. ``5 repeats``."""
+    variance: float  # variance of the mean, divided by the square of the mean
+    freedom: int  # degrees of freedom of the variance
+    basis: str  # what the variance was computed from, e.g. ``5 repeats``.
 
     @property
     def interval(self) -> Interval:
@@ -194,8 +187,7 @@ class Ratio:
 
     value: float
     interval: Interval | None
-    basis: str
-    """What the interval was computed from, or why there is none."""
+    basis: str  # what the interval was computed from, or why there is none
 
 
 def spread_of_repeats(figure: Figure) -> Spread | None:

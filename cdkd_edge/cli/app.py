@@ -145,8 +145,7 @@ def _as_fault(error: Exception) -> CdkdEdgeError:
     return InternalError(f"this is a fault of cdkd-edge: {printable(reason, 300)}", hint=hint)
 
 
-_MOST_SAID = 1500
-"""Characters of an error's message that are shown."""
+_MOST_SAID = 1500  # characters of an error's message that are shown
 
 
 def _fail(error: CdkdEdgeError) -> NoReturn:

@@ -21,8 +21,7 @@ from rich.text import Text
 
 from cdkd_edge.core.errors import UsageError, printable
 
-LISTED = 15
-"""Layers or kernels shown without ``--all``."""
+LISTED = 15  # layers or kernels shown without ``--all``
 
 
 class Console(rich.console.Console):
@@ -52,8 +51,7 @@ def cell(text: str, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
-Rows = list[tuple[str, ...]]
-"""A name, and its value in the last column."""
+Rows = list[tuple[str, ...]]  # A name, and its value in the last column
 
 
 _STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 
-ABSENT = "–"
-"""Printed for a value that there is not."""
+ABSENT = "–"  # printed for a value that there is not
 
 
 def significant(value: float | None, digits: int = 3) -> str:

@@ -12,8 +12,7 @@ import numpy.typing as npt
 _COLORS = np.array([(189, 181, 170), (78, 92, 60), (99, 94, 95), (22, 36, 38), (207, 198, 182)], np.float32)
 """Land, vegetation, road, water and beach as in the imagery of the ``dubai`` schema."""
 _TEXTURE = np.array([0.06, 0.16, 0.04, 0.10, 0.03], np.float32)
-_LOT, _ROOF = 28, 17
-"""Distance between roofs and side of a roof, px."""
+_LOT, _ROOF = 28, 17  # distance between roofs and side of a roof, px
 
 
 def sample_tiles(tile: int, count: int, seed: int = 7) -> npt.NDArray[np.uint8]:

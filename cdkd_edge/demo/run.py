@@ -66,8 +66,7 @@ class BundledGraph:
 
     path: Path
     manifest: GraphManifest
-    skipped: str
-    """What an export does besides, and why it was not done."""
+    skipped: str  # what an export does besides, and why it was not done
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ class DemoResult:
     engine_path: Path
     segment: SegmentResult
     preview: Path
-    mean_iou: float | None
-    """Against the bundled scene's exact labels, 0..1; None for a user's scene, which has none."""
+    mean_iou: float | None  # against the bundled scene's exact labels, 0..1; None for a user's scene, which has none
     bench: BenchSummary
     bench_folder: Path
 

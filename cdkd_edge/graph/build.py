@@ -23,8 +23,7 @@ from cdkd_edge.graph import fold
 from cdkd_edge.graph.nodes import NodeWriter
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 
-OPSETS = range(17, 21)
-"""17 introduced LayerNormalization; TensorRT 10.3's parser documents operators up to 20."""
+OPSETS = range(17, 21)  # 17 introduced LayerNormalization; TensorRT 10.3's parser documents operators up to 20
 DEFAULT_OPSET = 20
 LOGITS = "logits"
 

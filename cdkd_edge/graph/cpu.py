@@ -29,8 +29,7 @@ from cdkd_edge.core.machine import available_cores
 from cdkd_edge.graph.layers import attention_blocks
 from cdkd_edge.graph.nodes import CONTRIB_DOMAIN, GraphIndex, NodeWriter, attribute_of, copy_of, replace_nodes
 
-_ZERO = 128
-"""The uint8 that stands for 0."""
+_ZERO = 128  # the uint8 that stands for 0
 _END = np.iinfo(np.int64).max
 
 
@@ -174,8 +173,7 @@ class _QuantizedLayer:
     weight: str
     weight_scale: str
     bias: str
-    bias_node: bool
-    """Whether a separate ``Add`` adds the bias."""
+    bias_node: bool  # whether a separate ``Add`` adds the bias
     output: str
 
 

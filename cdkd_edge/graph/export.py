@@ -71,14 +71,10 @@ class ExportOptions:
     """Also write the FP16 graph: True, an error if it fails its check; None, if it passes; False, not."""
     min_agreement: float | None = None
     """Judge FP16 by the share of labels that stay the same, 0..1. Default: see :func:`.fp16.check_fp16`."""
-    qgis: bool = False
-    """Also write the graph for the QGIS plugin Deepness; ``gsd`` must be given."""
-    stac: bool = False
-    """Also write a STAC item."""
-    gsd: float | None = None
-    """Metres per pixel of the imagery that the network was trained on."""
-    weights: str | None = None
-    """``raw``, ``ema`` or a name, where the checkpoint holds several sets of weights."""
+    qgis: bool = False  # also write the graph for the QGIS plugin Deepness; ``gsd`` must be given
+    stac: bool = False  # also write a STAC item
+    gsd: float | None = None  # metres per pixel of the imagery that the network was trained on
+    weights: str | None = None  # ``raw``, ``ema`` or a name, where the checkpoint holds several sets of weights
 
 
 @dataclass(frozen=True)
@@ -88,19 +84,14 @@ class ExportResult:
     path: Path
     manifest: GraphManifest
     report: CheckpointReport
-    nodes_written: int
-    """Nodes before simplification."""
+    nodes_written: int  # nodes before simplification
     seconds: float
-    half: GraphManifest | None = None
-    """Manifest of the FP16 graph beside it."""
-    half_refused: str | None = None
-    """Why there is no FP16 graph, where one was tried."""
+    half: GraphManifest | None = None  # manifest of the FP16 graph beside it
+    half_refused: str | None = None  # why there is no FP16 graph, where one was tried
     outdated: tuple[Path, ...] = ()
     """Files beside it that were made from an earlier graph of that name: FP16, INT8, QGIS, STAC."""
-    qgis: QgisGraph | None = None
-    """The graph for QGIS beside it."""
-    stac: Path | None = None
-    """The STAC item beside it."""
+    qgis: QgisGraph | None = None  # the graph for QGIS beside it
+    stac: Path | None = None  # the STAC item beside it
 
 
 def export_checkpoint(

@@ -23,14 +23,12 @@ from cdkd_edge.core.output_kinds import LABELS
 from cdkd_edge.graph.build import OPSETS
 from cdkd_edge.graph.nodes import Sizes
 
-_MAX_NODES = 20_000
-"""Exported graphs have some hundreds."""
+_MAX_NODES = 20_000  # exported graphs have some hundreds
 _MAX_COMPUTED = 1 << 24
 """Elements that a graph may compute from constants alone; ONNX Runtime computes them when it loads the graph."""
 _MAX_LIST = 1 << 20
 """The same for lists (one dimension); ONNX's shape inference with values takes 100 bytes per element."""
-_MAX_GROWTH = 1000
-"""Elements of a value per element of the image. Attention over patches of 8 px at 1024 px makes 512."""
+_MAX_GROWTH = 1000  # elements of a value per element of the image. Attention over patches of 8 px at 1024 px makes 512.
 _SIZED_BY_VALUES = {"ConstantOfShape": 0, "Range": 0, "Expand": 1, "Tile": 1, "OneHot": 1, "Pad": 1, "Resize": 1}
 """Operators whose output size depends on the values of inputs, and the first of these inputs."""
 _SMALL = 4096

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-OFF = np.float32(-3e4)
-"""A bias after which ReLU gives 0 whatever the activation is; far from the end of FP16's range."""
+OFF = np.float32(-3e4)  # A bias after which ReLU gives 0 whatever the activation is; far from the end of FP16's range
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]

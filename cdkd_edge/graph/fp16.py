@@ -45,11 +45,9 @@ from cdkd_edge.graph.fp16_simulation import (
 from cdkd_edge.graph.layers import logits_of, position_embedding, scores_of
 from cdkd_edge.graph.nodes import batch_of, copy_of, show_values
 
-ROUNDOFF = 2.0**-11
-"""FP16 moves a number by at most this share of it."""
+ROUNDOFF = 2.0**-11  # FP16 moves a number by at most this share of it
 
-SPREADS = 5.0
-"""Standard deviations that a logit may be off, so that none of a million is off by chance."""
+SPREADS = 5.0  # standard deviations that a logit may be off, so that none of a million is off by chance
 
 CHECK_TILES = 2
 

@@ -45,14 +45,11 @@ from cdkd_edge.graph.layers import (
 )
 from cdkd_edge.graph.nodes import NodeWriter, copy_of, opset_of, replace_nodes
 
-ALPHA = 0.5
-"""SmoothQuant's exponent."""
+ALPHA = 0.5  # smoothQuant's exponent
 
-SMOOTHING_TILES = 16
-"""Channel maxima, which smoothing needs, settle long before the tails of histograms do."""
+SMOOTHING_TILES = 16  # channel maxima, which smoothing needs, settle long before the tails of histograms do
 
-MIN_OPSET = 19
-"""The first with FP16 scales."""
+MIN_OPSET = 19  # the first with FP16 scales
 
 
 class Tiles(Protocol):
@@ -71,8 +68,7 @@ class CalibrationOptions:
 
     calibrator: str = "percentile"
     percentile: float = PERCENTILE
-    alpha: float | None = ALPHA
-    """SmoothQuant's exponent, above 0, at most 1; None: no smoothing."""
+    alpha: float | None = ALPHA  # smoothQuant's exponent, above 0, at most 1; None: no smoothing
 
     def __post_init__(self) -> None:
         if self.calibrator not in CALIBRATORS:
@@ -91,13 +87,10 @@ class CalibrationOptions:
 class Calibrated:
     """An FP32 graph ready to be quantised."""
 
-    model: onnx.ModelProto
-    """Smoothed; the same function as the graph it was made from."""
+    model: onnx.ModelProto  # smoothed; the same function as the graph it was made from
     layers: list[QuantizableLayer]
-    scales: dict[str, LayerScales]
-    """Scales of every layer, by name."""
-    smoothed: tuple[str, ...]
-    """Layers whose input was smoothed."""
+    scales: dict[str, LayerScales]  # scales of every layer, by name
+    smoothed: tuple[str, ...]  # layers whose input was smoothed
 
 
 def calibrate(

@@ -36,10 +36,8 @@ _CHUNK = 1 << 20
 class Observation:
     """Statistics of one layer's input over all tiles."""
 
-    channel_max: npt.NDArray[np.float32]
-    """Largest magnitude per channel, ``[K]``."""
-    histogram: npt.NDArray[np.int64]
-    """Number of values per bin of magnitude, ``[BINS]``; see :func:`magnitudes`."""
+    channel_max: npt.NDArray[np.float32]  # largest magnitude per channel, ``[K]``
+    histogram: npt.NDArray[np.int64]  # number of values per bin of magnitude, ``[BINS]``; see :func:`magnitudes`
 
     @property
     def max(self) -> float:
@@ -115,8 +113,7 @@ class LayerScales:
     """The scales of one layer."""
 
     activation: float
-    weight: Array
-    """``[M]``, one per output channel."""
+    weight: Array  # ``[M]``, one per output channel
 
 
 def activation_scale(observation: Observation, calibrator: str, percentile: float = PERCENTILE) -> float:
@@ -180,8 +177,7 @@ def _least_squares(histogram: npt.NDArray[np.int64], largest: float) -> float:
     return float(candidates[int(np.argmin(errors))])
 
 
-NOISELESS = 200.0
-"""dB; a number, because JSON has no infinity."""
+NOISELESS = 200.0  # dB; a number, because JSON has no infinity
 
 
 def signal_to_noise(

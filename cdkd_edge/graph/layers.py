@@ -29,19 +29,13 @@ _BLOCK_LINEAR = re.compile(r"(blocks\.\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.
 class QuantizableLayer:
     """A ``MatMul`` or ``Conv`` of an exported FP32 graph, with constant weights."""
 
-    name: str
-    """Name of the module, e.g. ``blocks.3.mlp.fc1`` or ``fuse``."""
-    node: str
-    """Name of the node."""
+    name: str  # name of the module, e.g. ``blocks.3.mlp.fc1`` or ``fuse``.
+    node: str  # name of the node
     op: str
-    input: str
-    """The value that is quantised: tokens ``[N, L, K]``, or a map ``[N, C, G, G]``."""
-    weight: str
-    """The initialiser: ``[K, M]`` of a MatMul, ``[M, C, 3, 3]`` of a Conv."""
-    product: str
-    """The node's output, ``[N, L, M]`` or ``[N, M, G, G]``."""
-    macs: int
-    """Multiply-accumulates per tile."""
+    input: str  # the value that is quantised: tokens ``[N, L, K]``, or a map ``[N, C, G, G]``
+    weight: str  # the initialiser: ``[K, M]`` of a MatMul, ``[M, C, 3, 3]`` of a Conv
+    product: str  # the node's output, ``[N, L, M]`` or ``[N, M, G, G]``
+    macs: int  # multiply-accumulates per tile
 
     @property
     def output_axis(self) -> int:
@@ -109,12 +103,9 @@ class InputMaker:
     """A constant that scales the channels of a layer's input."""
 
     node: onnx.NodeProto
-    position: int
-    """Which input of the node the constant is."""
-    columns: int
-    """Length of the constant's last axis."""
-    start: int
-    """The first of these columns that makes the layer's input."""
+    position: int  # which input of the node the constant is
+    columns: int  # length of the constant's last axis
+    start: int  # the first of these columns that makes the layer's input
 
 
 def input_makers(
@@ -153,8 +144,7 @@ class AttentionBlock:
     joined: str
     heads: int
     width: int
-    nodes: frozenset[str]
-    """The first outputs of its nodes; they identify nodes, which compare by value."""
+    nodes: frozenset[str]  # the first outputs of its nodes; they identify nodes, which compare by value
 
 
 class _MismatchError(Exception):

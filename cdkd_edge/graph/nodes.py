@@ -13,8 +13,7 @@ CONTRIB_DOMAIN = "com.microsoft"
 """Operators that only ONNX Runtime has
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md)."""
 
-Sizes = Mapping[str, tuple[int, tuple[int, ...]]]
-"""ONNX type and sizes of values by name."""
+Sizes = Mapping[str, tuple[int, tuple[int, ...]]]  # ONNX type and sizes of values by name
 
 Message = TypeVar("Message", onnx.ModelProto, onnx.NodeProto, onnx.TensorProto)
 

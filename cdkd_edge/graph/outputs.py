@@ -44,8 +44,7 @@ from cdkd_edge.graph.files import read_graph, save_derived
 from cdkd_edge.graph.layers import scores_of
 from cdkd_edge.graph.nodes import NodeWriter, copy_of, opset_of, replace_nodes
 
-CHECK_SIDE = 64
-"""Side of the map of random logits on which a new branch is compared with NumPy."""
+CHECK_SIDE = 64  # side of the map of random logits on which a new branch is compared with NumPy
 
 
 def with_output(model: onnx.ModelProto, kind: str, classes: int) -> onnx.ModelProto:
@@ -188,14 +187,12 @@ def expected_output(scores: npt.NDArray[np.floating], kind: str) -> npt.NDArray[
 #
 # Pixels become whole numbers again before the first layer, so the labels are those of the graph for engines.
 
-QGIS_OPSET = 17
-"""The plugin asks for ONNX Runtime 1.12.1 to 1.17; 1.12 ends at this opset."""
+QGIS_OPSET = 17  # the plugin asks for ONNX Runtime 1.12.1 to 1.17; 1.12 ends at this opset
 
 MIN_AGREEMENT = 0.9999
 """Share of pixels with the label of the graph for engines; the rest are classes that are equally likely."""
 
-GSD_RANGE = (0.001, 1000.0)
-"""Metres per pixel that are accepted; beyond, a unit was mixed up."""
+GSD_RANGE = (0.001, 1000.0)  # metres per pixel that are accepted; beyond, a unit was mixed up
 
 
 @dataclass(frozen=True)
@@ -204,10 +201,8 @@ class QgisGraph:
 
     path: Path
     artefact: FileRecord
-    gsd: float
-    """Metres per pixel."""
-    label_agreement: float
-    """Share of a drawn tile's pixels with the label of the graph for engines, 0..1."""
+    gsd: float  # metres per pixel
+    label_agreement: float  # share of a drawn tile's pixels with the label of the graph for engines, 0..1
 
 
 def require_gsd(gsd: float) -> None:

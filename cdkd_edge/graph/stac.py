@@ -25,8 +25,7 @@ from cdkd_edge.core.manifest import FileRecord, GraphManifest, manifest_path
 from cdkd_edge.graph.outputs import QgisGraph
 
 STAC_VERSION = "1.1.0"
-MULTIHASH_SHA256 = "1220"
-"""Function code and length of a SHA-256 digest (https://github.com/multiformats/multihash)."""
+MULTIHASH_SHA256 = "1220"  # function code and length of a SHA-256 digest (https://github.com/multiformats/multihash)
 
 _ONNX = "application/octet-stream; framework=onnx"
 _GENERATOR = "cdkd-edge"

@@ -41,28 +41,20 @@ _TILE_FILE = re.compile(r"(calibration|check)/[0-9]{4,}\.png")
 class TileRecord:
     """One tile: its file, where it came from, and why it was chosen."""
 
-    file: str
-    """Relative to the set's folder, e.g. ``calibration/0000.png``."""
-    sha256: str
-    """SHA-256 of the pixels (:func:`pixels_sha256`), not of the file."""
-    scene: str
-    """Path of the scene as it was typed; an entry of :attr:`SetManifest.scenes`."""
+    file: str  # relative to the set's folder, e.g. ``calibration/0000.png``.
+    sha256: str  # SHA-256 of the pixels (:func:`pixels_sha256`), not of the file
+    scene: str  # path of the scene as it was typed; an entry of :attr:`SetManifest.scenes`
     x: int
-    y: int
-    """Left and upper border in the scene, px; negative where a small scene was padded by reflection."""
+    y: int  # left and upper border in the scene, px; negative where a small scene was padded by reflection
     width: int
     height: int
     role: Role
-    cluster: int
-    """The kind of imagery; 0 is the most frequent."""
-    why: str
-    """``extreme``: farthest from all tiles chosen before it; ``typical``: in the middle of its cluster."""
+    cluster: int  # the kind of imagery; 0 is the most frequent
+    why: str  # ``extreme``: farthest from all tiles chosen before it; ``typical``: in the middle of its cluster
     score: float
     """That distance, in standard deviations of the descriptors; for typical tiles, the distance from the middle."""
-    represents: int
-    """Number of candidates for the same role to which it is the nearest tile, itself included."""
-    stratum: str | None = None
-    """The class for which it was drawn, where label maps were given."""
+    represents: int  # number of candidates for the same role to which it is the nearest tile, itself included
+    stratum: str | None = None  # the class for which it was drawn, where label maps were given
 
 
 @dataclass(frozen=True)
@@ -70,8 +62,7 @@ class SceneRecord:
     """A scene from which tiles come."""
 
     path: str
-    sha256: str | None
-    """SHA-256 of the file; None for a subdataset or a URL."""
+    sha256: str | None  # SHA-256 of the file; None for a subdataset or a URL
     bytes: int | None
     stretch: list[list[float]] | None = None
     """Per channel, the values that became 0 and 255; None for 8-bit scenes, which stay as they are."""
@@ -81,15 +72,11 @@ class SceneRecord:
 class SetManifest:
     """``set.json``."""
 
-    tile: int
-    """Side of every tile, px."""
+    tile: int  # side of every tile, px
     seed: int
-    method: dict[str, Any]
-    """How tiles were described and chosen."""
-    options: dict[str, Any]
-    """The options of `calibrate`."""
-    counts: dict[str, int]
-    """Numbers of scenes and tiles, and of tiles left out by reason."""
+    method: dict[str, Any]  # how tiles were described and chosen
+    options: dict[str, Any]  # the options of `calibrate`
+    counts: dict[str, int]  # numbers of scenes and tiles, and of tiles left out by reason
     scenes: tuple[SceneRecord, ...]
     tiles: tuple[TileRecord, ...]
     notes: tuple[str, ...] = ()
@@ -107,8 +94,7 @@ class CalibrationSet:
 
     folder: Path
     manifest: SetManifest
-    sha256: str
-    """SHA-256 of ``set.json``, which holds that of every tile: it identifies the whole set."""
+    sha256: str  # SHA-256 of ``set.json``, which holds that of every tile: it identifies the whole set
 
     @classmethod
     def load(cls, folder: Path) -> CalibrationSet:

@@ -32,12 +32,10 @@ Note = Callable[[str], None]
 class GraphRequest:
     """How to make an FP16 or INT8 graph."""
 
-    calibration: Path | None = None
-    """Folder of a calibration set. Default: the workspace's only one."""
+    calibration: Path | None = None  # folder of a calibration set. Default: the workspace's only one.
     int8: Int8Options = Int8Options()
     data: LabelledData | None = None
-    again: bool = False
-    """Make the graph even if there is one, or if FP16 is known to break it."""
+    again: bool = False  # make the graph even if there is one, or if FP16 is known to break it
     least: float | None = None
     """Share of labels that must stay the same, 0..1. Default: that of ``int8``; for FP16, see
     :func:`cdkd_edge.graph.fp16.check_fp16`."""
@@ -48,10 +46,8 @@ class PreparedGraph:
     """A graph to build."""
 
     path: Path
-    made: bool = False
-    """Whether it was made just now."""
-    int8: Int8Result | None = None
-    """The result of making it, if it is an INT8 graph that was made just now."""
+    made: bool = False  # whether it was made just now
+    int8: Int8Result | None = None  # the result of making it, if it is an INT8 graph that was made just now
 
 
 def prepare_graph(
@@ -255,10 +251,8 @@ def engine_path(space: Workspace, graph: Path, runtime: Runtime) -> Path:
 class SpeedComparison:
     """An INT8 engine timed against the engine that it has to be faster than."""
 
-    path: Path
-    """The other engine."""
-    ratio: float
-    """Tiles per second of the INT8 engine over those of the other."""
+    path: Path  # the other engine
+    ratio: float  # tiles per second of the INT8 engine over those of the other
 
 
 def compare_speed(engine: Path, manifest: EngineManifest, note: Note = lambda text: None) -> SpeedComparison | None:

@@ -30,8 +30,7 @@ from cdkd_edge.graph.tiles import CalibrationSet, Role
 from cdkd_edge.precision.int8_gate import Int8Gate, Judge, Judgement, LabelledData, require_own_report, write_report
 from cdkd_edge.quality.evaluate import check_dataset, require_same_classes
 
-FIRST_KEPT = 1
-"""Layers that ``--auto`` keeps in FP16 at first; twice as many at each further attempt."""
+FIRST_KEPT = 1  # layers that ``--auto`` keeps in FP16 at first; twice as many at each further attempt
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,8 @@ class Int8Options:
 
     calibration: CalibrationOptions = CalibrationOptions()
     gate: Int8Gate = Int8Gate()
-    auto: bool = False
-    """Keep the worst layers in FP16 until the gate passes."""
-    keep: tuple[str, ...] = ()
-    """Layers to keep in FP16 in any case."""
+    auto: bool = False  # keep the worst layers in FP16 until the gate passes
+    keep: tuple[str, ...] = ()  # layers to keep in FP16 in any case
 
 
 @dataclass(frozen=True)

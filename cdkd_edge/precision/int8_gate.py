@@ -55,21 +55,15 @@ def labelled_data(folder: Path, schema: str | None, scenes: str | None) -> Label
 class Judgement:
     """How an INT8 graph compares with FP32, in ONNX Runtime on this CPU."""
 
-    agreement: float
-    """Share of the check tiles' pixels with the FP32 graph's label, 0..1."""
+    agreement: float  # share of the check tiles' pixels with the FP32 graph's label, 0..1
     mean_iou_to_fp32: float
     """mIoU on the check tiles with the FP32 labels as ground truth, 0..1; it shows the loss of a small class."""
-    worst_tile: float
-    """Agreement on the check tile that agrees least."""
-    seconds: float
-    """Median seconds per tile of the INT8 graph's CPU twin."""
-    fp32_seconds: float
-    """Median seconds per tile of the FP32 graph; the two run in turn."""
-    mean_iou: float | None = None
-    """mIoU on the labelled images, 0..1; None without any."""
+    worst_tile: float  # agreement on the check tile that agrees least
+    seconds: float  # median seconds per tile of the INT8 graph's CPU twin
+    fp32_seconds: float  # median seconds per tile of the FP32 graph; the two run in turn
+    mean_iou: float | None = None  # mIoU on the labelled images, 0..1; None without any
     fp32_mean_iou: float | None = None
-    scores: Mapping[str, Any] = field(default_factory=dict)
-    """Scores of both on the labelled images."""
+    scores: Mapping[str, Any] = field(default_factory=dict)  # scores of both on the labelled images
 
     @property
     def loss(self) -> float | None:
@@ -103,10 +97,8 @@ class Judgement:
 class Int8Gate:
     """What an INT8 graph must reach."""
 
-    agreement: float = 0.98
-    """Share of the check tiles' pixels that must keep the FP32 graph's label."""
-    loss: float = 0.5
-    """Points of mIoU that it may lose on labelled images."""
+    agreement: float = 0.98  # share of the check tiles' pixels that must keep the FP32 graph's label
+    loss: float = 0.5  # points of mIoU that it may lose on labelled images
 
     def __post_init__(self) -> None:
         if not 0.01 < self.agreement <= 1:

@@ -20,15 +20,12 @@ class LoadedArtefact:
     """A checkpoint, graph or engine that is ready to label tiles."""
 
     path: Path
-    kind: str
-    """``checkpoint``, ``graph`` or ``engine``."""
+    kind: str  # ``checkpoint``, ``graph`` or ``engine``
     runtime: str
     precision: str
     labeller: Labeller
-    training: Mapping[str, Any] = field(default_factory=dict)
-    """Its training record."""
-    notes: tuple[str, ...] = ()
-    """Which weights were taken, where a checkpoint holds several sets."""
+    training: Mapping[str, Any] = field(default_factory=dict)  # its training record
+    notes: tuple[str, ...] = ()  # which weights were taken, where a checkpoint holds several sets
 
 
 def open_artefact(

@@ -16,8 +16,7 @@ from cdkd_edge.segment.options import SegmentOptions
 
 UInt8Array = npt.NDArray[np.uint8]
 
-_BITS = 5
-"""Histograms have 2**5 = 32 bins a channel."""
+_BITS = 5  # histograms have 2**5 = 32 bins a channel
 _TILE = 512
 
 

@@ -17,15 +17,11 @@ from cdkd_edge.quality.metrics import ClassCounts, ConfusionMatrix, Floats, rati
 
 Labels = npt.NDArray[np.uint8]
 
-LEVEL = 0.95
-"""Probability with which an interval holds the value."""
+LEVEL = 0.95  # probability with which an interval holds the value
 RESAMPLES = 2000
-MIN_TILES = 5
-"""Fewer labelled tiles give no interval: four tiles have 35 different resamples."""
-FEW_TILES = 30
-"""Fewer labelled tiles give intervals that are too narrow; docs/decisions.md says by how much."""
-_CHUNK = 2_000_000
-"""Random counts in memory at a time, whatever the number of tiles."""
+MIN_TILES = 5  # fewer labelled tiles give no interval: four tiles have 35 different resamples
+FEW_TILES = 30  # fewer labelled tiles give intervals that are too narrow; docs/decisions.md says by how much
+_CHUNK = 2_000_000  # random counts in memory at a time, whatever the number of tiles
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,7 @@ _TRAINING_NAMES, _VALIDATION_NAMES = ("train", "training"), ("val", "valid", "va
 class Pair:
     """An image and its mask."""
 
-    name: str
-    """Unique in the dataset: the image's stem, after its subfolder if there is one (``Train/Urban/1366``)."""
+    name: str  # unique in the dataset: the image's stem, after its subfolder if there is one (``Train/Urban/1366``)
     scene: str
     image: Path
     mask: Path
@@ -53,8 +52,7 @@ class Dataset:
     """The pairs of a folder, in order of name."""
 
     folder: Path
-    layout: str
-    """``folder pair``, ``OpenMMLab``, ``DeepGlobe`` or ``LoveDA``."""
+    layout: str  # ``folder pair``, ``OpenMMLab``, ``DeepGlobe`` or ``LoveDA``
     pairs: tuple[Pair, ...]
 
     def __len__(self) -> int:
@@ -130,8 +128,7 @@ class Split:
 
     training: Dataset
     validation: Dataset
-    rule: str
-    """How it was made, for the model card."""
+    rule: str  # how it was made, for the model card
     notes: tuple[str, ...] = ()
 
 

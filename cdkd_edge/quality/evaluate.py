@@ -41,8 +41,7 @@ class ImageScore:
     width: int
     height: int
     labelled_pixels: int
-    mean_iou: float | None
-    """Over the classes that occur in the image, 0..1; None where no pixel has a label."""
+    mean_iou: float | None  # over the classes that occur in the image, 0..1; None where no pixel has a label
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,9 @@ class Evaluation:
     """Scores of a labeller on a dataset."""
 
     schema: LabelSchema
-    matrix: ConfusionMatrix
-    """Over all pixels of all images: every labelled pixel counts once."""
+    matrix: ConfusionMatrix  # over all pixels of all images: every labelled pixel counts once
     images: tuple[ImageScore, ...]
-    ignored_pixels: int
-    """Pixels without truth; no score counts them."""
+    ignored_pixels: int  # pixels without truth; no score counts them
     tiles: int
     seconds: float
     notes: tuple[str, ...]
@@ -176,8 +173,7 @@ class CheckedImage:
     grid: TileGrid
     height: int
     width: int
-    notes: tuple[str, ...]
-    """How the image and its mask were read."""
+    notes: tuple[str, ...]  # how the image and its mask were read
 
     @contextlib.contextmanager
     def open(self, options: SegmentOptions) -> Iterator[ImageReader]:

@@ -20,16 +20,14 @@ from cdkd_edge.raster.open import gdal, open_scene, place_problem
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segment.options import SegmentOptions
 
-_STRIP = 1024
-"""Rows translated at a time: colours need several times the memory of labels."""
+_STRIP = 1024  # rows translated at a time: colours need several times the memory of labels
 
 
 @dataclass
 class HiddenLabels:
     """Pixels that hold a class but have no label, because the mask file marks them as without data."""
 
-    pixels: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By cause and class."""
+    pixels: Counter[tuple[str, str]] = field(default_factory=Counter)  # by cause and class
     masks: Counter[str] = field(default_factory=Counter)
 
     def add(self, nodata: float | None, counts: npt.NDArray[np.int64], schema: LabelSchema) -> None:

@@ -25,14 +25,10 @@ Counts = npt.NDArray[np.int64] | Floats
 class ClassCounts:
     """Pixels of each class, for one collection of pixels or for many: arrays ``[..., K]``."""
 
-    truth: Counts
-    """Pixels of the class in the truth."""
-    predicted: Counts
-    """Pixels that were given the class."""
-    hit: Counts
-    """Pixels that have the class in both."""
-    scored: npt.NDArray[np.bool_]
-    """Classes that have a score; the others are nan and in no mean."""
+    truth: Counts  # pixels of the class in the truth
+    predicted: Counts  # pixels that were given the class
+    hit: Counts  # pixels that have the class in both
+    scored: npt.NDArray[np.bool_]  # classes that have a score; the others are nan and in no mean
 
 
 def iou(counts: ClassCounts) -> Floats:
@@ -67,10 +63,8 @@ def ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> Floats:
 class Metric:
     """A score in 0..1, which tables show in percent."""
 
-    name: str
-    """In JSON files."""
-    label: str
-    """In tables."""
+    name: str  # in JSON files
+    label: str  # in tables
     score: Callable[[ClassCounts], Floats]
 
 

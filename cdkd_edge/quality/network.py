@@ -17,8 +17,7 @@ from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_
 from cdkd_edge.model.device import autocast, chosen_device
 from cdkd_edge.model.network import SegmentationNetwork
 
-SLOTS = 3
-"""As engines have: one batch being read, one computed, one written."""
+SLOTS = 3  # as engines have: one batch being read, one computed, one written
 Encode = Callable[[Tensor], list[Tensor]]
 """uint8 tiles ``[N, 3, T, T]`` on the network's device to the four feature maps ``[N, D, G, G]`` of its encoder."""
 

@@ -48,8 +48,7 @@ from cdkd_edge.quality.pictures import write_differences
 from cdkd_edge.raster.read import reading_notes
 from cdkd_edge.segment.options import SegmentOptions
 
-PARITY_VERSION = 1
-"""Version of the document."""
+PARITY_VERSION = 1  # version of the document
 _ROUNDING = 1e-9  # so that a loss of exactly the tolerance passes
 
 SIDES = ("reference", "candidate")
@@ -60,10 +59,8 @@ Sides = tuple[ClassCounts, ClassCounts]
 class ParityGate:
     """Limits that a candidate must keep."""
 
-    tolerance: float
-    """Largest loss of mIoU, percentage points. A gain is no loss."""
-    min_agreement: float
-    """Smallest share of pixels with the same label, 0..1."""
+    tolerance: float  # largest loss of mIoU, percentage points. A gain is no loss.
+    min_agreement: float  # smallest share of pixels with the same label, 0..1
 
     @classmethod
     def of(cls, precision: str, tolerance: float | None = None, min_agreement: float | None = None) -> ParityGate:
@@ -81,8 +78,7 @@ class ComparedScore:
 
     reference: float | None
     candidate: float | None
-    interval: ConfidenceInterval | None
-    """Of the difference, percentage points."""
+    interval: ConfidenceInterval | None  # of the difference, percentage points
 
     @property
     def delta(self) -> float | None:
@@ -104,8 +100,7 @@ class ImageParity:
 
     name: str
     tiles: int
-    agreement: float | None
-    """Share of the pixels with data on which both agree, 0..1; None where there are none."""
+    agreement: float | None  # share of the pixels with data on which both agree, 0..1; None where there are none
     reference_mean_iou: float | None
     candidate_mean_iou: float | None
 
@@ -116,23 +111,17 @@ class Parity:
 
     schema: LabelSchema
     gate: ParityGate
-    matrices: tuple[ConfusionMatrix, ConfusionMatrix]
-    """Reference and candidate against the truth."""
+    matrices: tuple[ConfusionMatrix, ConfusionMatrix]  # reference and candidate against the truth
     confusion: npt.NDArray[np.int64]
     """Pixels with data by the reference's label (row) and the candidate's, ``[K + 1, K + 1]``; last: no label."""
     images: tuple[ImageParity, ...]
-    ignored_pixels: int
-    """Pixels without truth; only the agreement counts them."""
-    scores: Mapping[str, ComparedScore]
-    """By the names of :data:`cdkd_edge.quality.metrics.METRICS`."""
+    ignored_pixels: int  # pixels without truth; only the agreement counts them
+    scores: Mapping[str, ComparedScore]  # by the names of :data:`cdkd_edge.quality.metrics.METRICS`
     class_iou: tuple[ComparedScore, ...]
-    agreement: float
-    """Share of the pixels with data on which both agree, 0..1."""
+    agreement: float  # share of the pixels with data on which both agree, 0..1
     agreement_interval: ConfidenceInterval | None
-    labelled_agreement: float | None
-    """The same, of the pixels that also have a truth; None where there are none."""
-    tiles: int
-    """Tiles with data."""
+    labelled_agreement: float | None  # the same, of the pixels that also have a truth; None where there are none
+    tiles: int  # tiles with data
     labelled_tiles: int
     resamples: int
     seed: int

@@ -24,12 +24,10 @@ _NO_DATA = (235, 235, 235)
 _PAPER, _INK, _QUIET = (255, 255, 255), (28, 32, 38), (110, 118, 128)
 _MARGIN, _FONT = 16, 17
 
-_LegendEntry = tuple[tuple[int, int, int], str, str]
-"""Colour, name and figure."""
+_LegendEntry = tuple[tuple[int, int, int], str, str]  # colour, name and figure
 _RIGHT, _WRONG = (214, 222, 214), (200, 40, 40)
 _OTHER, _GAINED = (90, 98, 110), (40, 90, 200)
-_LONGEST_SIDE = 520
-"""Of each picture, px."""
+_LONGEST_SIDE = 520  # of each picture, px
 
 
 def write_comparison(

@@ -64,10 +64,8 @@ class FinetuneOptions:
     """Folder of cached features. Default: ``<stem of the output>.features`` beside the output."""
     remember: bool | None = None
     """Cache features. Default: on a CPU, where computing them again takes longer than reading them."""
-    validate_every: int = 1
-    """Epochs."""
-    half: bool = False
-    """Store weights as float16 (half the file)."""
+    validate_every: int = 1  # epochs
+    half: bool = False  # store weights as float16 (half the file)
     resume: bool = False
     overwrite: bool = False
     command: str = "cdkd-edge finetune"
@@ -96,8 +94,7 @@ class FinetuneResult:
     checkpoint: Path
     card: Path
     record: Mapping[str, Any]
-    evaluation: Evaluation
-    """Of the written checkpoint, on the validation images."""
+    evaluation: Evaluation  # of the written checkpoint, on the validation images
 
 
 def finetune(

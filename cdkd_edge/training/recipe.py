@@ -22,10 +22,8 @@ from cdkd_edge.training.views import Augmentation
 
 SCHEDULES = ("constant", "cosine", "poly")
 _POLY_POWER = 0.9
-DEFAULT_TILE = 1024
-"""Side of the paper's crops, px; for an encoder alone. A network keeps its tile."""
-DEFAULT_PATCH = 16
-"""Side of a patch, px, for encoders whose own patch does not divide the tile (DINOv2's 14)."""
+DEFAULT_TILE = 1024  # side of the paper's crops, px; for an encoder alone. A network keeps its tile.
+DEFAULT_PATCH = 16  # side of a patch, px, for encoders whose own patch does not divide the tile (DINOv2's 14)
 PRESET_PREFIX = "preset:"
 
 
@@ -41,20 +39,16 @@ class Recipe:
     batch: int = 4
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
-    encoder_learning_rate: float = 0.0
-    """0: the encoder is frozen."""
+    encoder_learning_rate: float = 0.0  # 0: the encoder is frozen
     schedule: str = "constant"
     """Of the learning rate: ``constant``; ``cosine`` to zero; ``poly``: (1 - progress) ** 0.9, as OpenMMLab does."""
-    warm_up: int = 0
-    """Steps over which the learning rate rises from zero."""
-    clip_norm: float = 0.0
-    """Largest norm of the gradient; 0: not limited."""
+    warm_up: int = 0  # steps over which the learning rate rises from zero
+    clip_norm: float = 0.0  # largest norm of the gradient; 0: not limited
     mean_decay: float = 0.0
     """Validate and save a running mean of the weights that keeps this share per step; 0: the weights themselves."""
     class_weights: str = "none"
     """``none``, ``sqrt``, ``balanced``, or one number per class with commas; see :func:`class_weights`."""
-    views: int = 8
-    """Fixed views of each place; 0: fresh ones in every epoch."""
+    views: int = 8  # fixed views of each place; 0: fresh ones in every epoch
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: str = "fp32"
     seed: int = 0
@@ -131,10 +125,8 @@ class NetworkSettings:
     layer_norm_eps: float | None = None
     head_channels: int | None = None
     """Channels of a new head. Default: those of the head it replaces, or of the preset, or 256."""
-    new_head: bool = False
-    """Start with a new head even if that of the checkpoint fits."""
-    weights: str | None = None
-    """``raw``, ``ema`` or a name, for a checkpoint with several sets of weights."""
+    new_head: bool = False  # start with a new head even if that of the checkpoint fits
+    weights: str | None = None  # ``raw``, ``ema`` or a name, for a checkpoint with several sets of weights
 
 
 @dataclass(frozen=True)

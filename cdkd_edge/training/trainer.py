@@ -21,26 +21,20 @@ from cdkd_edge.model.network import SegmentationNetwork
 from cdkd_edge.training.recipe import Recipe, class_weights
 from cdkd_edge.training.views import TrainingTiles, draw_view
 
-Batch = tuple[Tensor, Tensor]
-"""uint8 tiles ``[N, 3, T, T]`` and labels ``[N, T, T]``."""
+Batch = tuple[Tensor, Tensor]  # uint8 tiles ``[N, 3, T, T]`` and labels ``[N, T, T]``
 
-_EPOCH, _VIEW, _ORDER = 1, 2, 3
-"""Added to a seed, so that draws for different purposes differ."""
+_EPOCH, _VIEW, _ORDER = 1, 2, 3  # added to a seed, so that draws for different purposes differ
 
 
 @dataclass
 class TrainingProgress:
     """Progress of a run; with the weights and the state of the optimiser, all that resuming needs."""
 
-    epoch: int = 0
-    """Epochs completed."""
-    batch: int = 0
-    """Batches of the current epoch completed."""
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches of the current epoch completed
     step: int = 0
-    loss_sum: float = 0.0
-    """Over the batches of the current epoch."""
-    seconds: float = 0.0
-    """Training and validation so far, in all processes that worked on the run."""
+    loss_sum: float = 0.0  # over the batches of the current epoch
+    seconds: float = 0.0  # training and validation so far, in all processes that worked on the run
     best: float | None = None
     best_epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)

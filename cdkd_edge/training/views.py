@@ -24,11 +24,9 @@ from cdkd_edge.segment.options import SegmentOptions
 
 UInt8Array = npt.NDArray[np.uint8]
 
-ORIENTATIONS = 8
-"""Four quarter turns, each mirrored or not."""
+ORIENTATIONS = 8  # four quarter turns, each mirrored or not
 
-_SHIFT = 0.25
-"""A view is moved by up to this share of a tile, but not beyond the image."""
+_SHIFT = 0.25  # A view is moved by up to this share of a tile, but not beyond the image
 _LABELS_IN_MEMORY = 2 << 30
 
 
@@ -40,12 +38,9 @@ class Augmentation:
         UsageError: a number is out of range.
     """
 
-    flips: bool = True
-    """Quarter turns and mirroring: imagery from above has no preferred direction."""
-    scale: tuple[float, float] = (1.0, 1.0)
-    """Smallest and largest magnification, drawn evenly on a logarithmic scale."""
-    light: float = 0.0
-    """Strength of changes of gamma, gain and tint; 1 is strong."""
+    flips: bool = True  # quarter turns and mirroring: imagery from above has no preferred direction
+    scale: tuple[float, float] = (1.0, 1.0)  # smallest and largest magnification, drawn evenly on a logarithmic scale
+    light: float = 0.0  # strength of changes of gamma, gain and tint; 1 is strong
     texture: float = 0.0
     """Strength of grain in patches, like waves, glint and speckle; 1 is strong. It teaches that the smoothness of a
     surface in one scene does not tell its class."""
@@ -75,12 +70,9 @@ class View:
     quarters: int = 0
     mirrored: bool = False
     scale: float = 1.0
-    shift: tuple[float, float] = (0.0, 0.0)
-    """Rows and columns, as shares of a tile."""
-    light: int | None = None
-    """Seed of a change of light."""
-    texture: int | None = None
-    """Seed of a grain."""
+    shift: tuple[float, float] = (0.0, 0.0)  # rows and columns, as shares of a tile
+    light: int | None = None  # seed of a change of light
+    texture: int | None = None  # seed of a grain
 
 
 def draw_view(augmentation: Augmentation, seed: Sequence[int], index: int | None) -> View:

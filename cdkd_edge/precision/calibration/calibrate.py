@@ -41,14 +41,11 @@ MIN_TILE = 32
 class CalibrateOptions(ScanOptions):
     """Size of the set, and which tiles may be in it."""
 
-    count: int = 64
-    """Tiles for calibration."""
-    check: int = 8
-    """Tiles to check the quantised graph on."""
+    count: int = 64  # tiles for calibration
+    check: int = 8  # tiles to check the quantised graph on
     labels: Path | None = None
     """Folder of label maps, ``NAME_labels.tif``; every class then gets its share of the tiles."""
-    exclude: tuple[str, ...] = ()
-    """Evaluation sets that stay out, see :mod:`.exclusions`."""
+    exclude: tuple[str, ...] = ()  # evaluation sets that stay out, see :mod:`.exclusions`
 
     def __post_init__(self) -> None:
         if self.tile < MIN_TILE:

@@ -24,12 +24,9 @@ from cdkd_edge.precision.calibration.scan import Candidates, LabelMaps
 Points = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-EXTREMES = 0.25
-"""Share of the tiles that are chosen as extremes."""
-MAX_KINDS = 8
-"""Kinds of imagery that the contact sheet tells apart."""
-_CROWDED = 0.5
-"""Two calibration tiles of one scene share at most this part of their pixels."""
+EXTREMES = 0.25  # share of the tiles that are chosen as extremes
+MAX_KINDS = 8  # kinds of imagery that the contact sheet tells apart
+_CROWDED = 0.5  # two calibration tiles of one scene share at most this part of their pixels
 _ROUNDS = 25
 _RANDOM_CHOICES = 5
 
@@ -39,16 +36,11 @@ class ChosenTile:
     """A candidate that becomes a tile of the set."""
 
     index: int
-    why: str
-    """``extreme`` or ``typical``."""
-    score: float
-    """Extreme: distance from the nearest one chosen before. Typical: distance from its centre."""
-    kind: int = 0
-    """Kind of imagery, 0 is the most frequent."""
-    represents: int = 0
-    """Candidates that are nearer to it than to any other tile of its role."""
-    stratum: str | None = None
-    """The class that it was chosen for."""
+    why: str  # ``extreme`` or ``typical``
+    score: float  # extreme: distance from the nearest one chosen before. Typical: distance from its centre.
+    kind: int = 0  # kind of imagery, 0 is the most frequent
+    represents: int = 0  # candidates that are nearer to it than to any other tile of its role
+    stratum: str | None = None  # the class that it was chosen for
 
 
 @dataclass(frozen=True)
@@ -57,8 +49,7 @@ class Choice:
 
     calibration: tuple[ChosenTile, ...]
     check: tuple[ChosenTile, ...]
-    kind_shares: tuple[float, ...]
-    """Share of the candidates that are of each kind."""
+    kind_shares: tuple[float, ...]  # share of the candidates that are of each kind
     method: dict[str, Any]
     notes: tuple[str, ...]
 

@@ -30,8 +30,7 @@ contrast. On 512 px tiles of the Dubai images, JPEG at quality 50 changes at mos
 shift by a hundredth of the tile changes another 10 % of the contrast in the median, by a fiftieth 23 %."""
 _CHUNK = 256
 _CELLS = 8
-_SAMPLE = 128
-"""Percentiles are taken of at most this many pixels a side."""
+_SAMPLE = 128  # percentiles are taken of at most this many pixels a side
 
 Float = npt.NDArray[np.float32]
 

@@ -26,8 +26,7 @@ from cdkd_edge.graph.tiles import SET_FILE, is_calibration_set, read_set_manifes
 from cdkd_edge.quality.datasets import read_list
 from cdkd_edge.raster.find import RASTER_SUFFIXES, scenes_named
 
-PixelWindow = tuple[int, int, int, int]
-"""x, y, width, height; px."""
+PixelWindow = tuple[int, int, int, int]  # x, y, width, height; px
 
 _WINDOW = re.compile(r"(.+?)\s+(-?\d+)[\s,]+(-?\d+)[\s,]+(\d+)[\s,]+(\d+)")
 _MASKS = re.compile(r"masks?(_png)?|labels?|annotations?")
@@ -37,14 +36,11 @@ _MASKS = re.compile(r"masks?(_png)?|labels?|annotations?")
 class Exclusions:
     """All evaluation sets of a run."""
 
-    images: list[Path] = field(default_factory=list)
-    """Rasters of evaluation sets, without masks."""
-    names: dict[str, str] = field(default_factory=dict)
-    """Names and patterns, and the argument that gave them."""
+    images: list[Path] = field(default_factory=list)  # rasters of evaluation sets, without masks
+    names: dict[str, str] = field(default_factory=dict)  # names and patterns, and the argument that gave them
     windows: list[tuple[str, str | None, PixelWindow]] = field(default_factory=list)
     """Name of a scene, SHA-256 of its file if known, excluded part."""
-    pixels: set[str] = field(default_factory=set)
-    """SHA-256 of the pixels of excluded tiles."""
+    pixels: set[str] = field(default_factory=set)  # SHA-256 of the pixels of excluded tiles
     _sizes: dict[int, list[Path]] = field(default_factory=dict)
     _window_sizes: dict[int, set[str]] = field(default_factory=dict)
 

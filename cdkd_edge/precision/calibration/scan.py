@@ -53,17 +53,12 @@ Progress = Callable[[int, int], None]
 class ScanOptions:
     """How scenes are read and which tiles are passed over."""
 
-    tile: int = 1024
-    """Side of a tile, px."""
+    tile: int = 1024  # side of a tile, px
     seed: int = 0
-    candidates: int = 10_000
-    """Tiles looked at in all scenes together."""
-    max_nodata: float = 0.1
-    """Largest share of a tile without data."""
-    reading: SegmentOptions = SegmentOptions()
-    """Bands and stretch of scenes."""
-    skip_broken: bool = False
-    """Continue without scenes that cannot be read."""
+    candidates: int = 10_000  # tiles looked at in all scenes together
+    max_nodata: float = 0.1  # largest share of a tile without data
+    reading: SegmentOptions = SegmentOptions()  # bands and stretch of scenes
+    skip_broken: bool = False  # continue without scenes that cannot be read
 
 
 @dataclass(frozen=True)
@@ -175,15 +170,11 @@ class LabelMaps:
 class ScanReport:
     """Numbers and notes of a scan."""
 
-    scanned: int = 0
-    """Tiles looked at."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Tiles passed over, by reason."""
-    broken: list[str] = field(default_factory=list)
-    """Errors of the scenes that were skipped."""
+    scanned: int = 0  # tiles looked at
+    skipped: Counter[str] = field(default_factory=Counter)  # tiles passed over, by reason
+    broken: list[str] = field(default_factory=list)  # errors of the scenes that were skipped
     without_label_map: list[str] = field(default_factory=list)
-    reading_notes: dict[str, list[str]] = field(default_factory=dict)
-    """How scenes were read, by path."""
+    reading_notes: dict[str, list[str]] = field(default_factory=dict)  # how scenes were read, by path
 
 
 @dataclass(frozen=True)
@@ -191,20 +182,13 @@ class Candidates:
     """Descriptions of the tiles that may be chosen, in order of scene and place."""
 
     scenes: tuple[TiledScene, ...]
-    scene: npt.NDArray[np.int32]
-    """Index of the scene, ``[N]``."""
-    place: npt.NDArray[np.int32]
-    """Left and upper border, px, ``[N, 2]``."""
-    features: npt.NDArray[np.float32]
-    """``[N, 25]``, see :mod:`.descriptors`."""
-    thumbnails: npt.NDArray[np.float16]
-    """``[N, 192]``."""
-    pixels: npt.NDArray[np.object_]
-    """SHA-256 of the pixels of each tile, ``[N]``."""
-    labels: npt.NDArray[np.int64] | None
-    """Pixels per label, ``[N, 255]``, if there are label maps."""
-    limits: dict[int, npt.NDArray[np.float32]]
-    """Stretch of each scene that has one, ``[3, 2]``."""
+    scene: npt.NDArray[np.int32]  # index of the scene, ``[N]``
+    place: npt.NDArray[np.int32]  # left and upper border, px, ``[N, 2]``
+    features: npt.NDArray[np.float32]  # ``[N, 25]``, see :mod:`.descriptors`
+    thumbnails: npt.NDArray[np.float16]  # ``[N, 192]``
+    pixels: npt.NDArray[np.object_]  # SHA-256 of the pixels of each tile, ``[N]``
+    labels: npt.NDArray[np.int64] | None  # pixels per label, ``[N, 255]``, if there are label maps
+    limits: dict[int, npt.NDArray[np.float32]]  # stretch of each scene that has one, ``[3, 2]``
     report: ScanReport
 
     def __len__(self) -> int:

@@ -50,8 +50,7 @@ _CAPTION = 2 * (_SMALL + 4) + 6
 class SheetTile:
     """A tile on the sheet."""
 
-    picture: npt.NDArray[np.uint8]
-    """RGB ``[S, S, 3]``, see :func:`shrink_tile`."""
+    picture: npt.NDArray[np.uint8]  # RGB ``[S, S, 3]``, see :func:`shrink_tile`
     caption: str
     detail: str
     kind: int
@@ -63,10 +62,8 @@ class Sheet:
 
     title: str
     lines: tuple[str, ...]
-    kinds: tuple[tuple[int, str], ...]
-    """Legend: kinds and their texts."""
-    sections: tuple[tuple[str, str, tuple[SheetTile, ...]], ...]
-    """Heading, remark and tiles of each section."""
+    kinds: tuple[tuple[int, str], ...]  # legend: kinds and their texts
+    sections: tuple[tuple[str, str, tuple[SheetTile, ...]], ...]  # heading, remark and tiles of each section
 
 
 def write_set(

@@ -35,7 +35,7 @@ from cdkd_edge.core.machine import available_cores, describe_machine, library_ve
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.segment.pipeline import segment_scene
+from cdkd_edge.segmentation.pipeline import segment_scene
 
 SCHEMA = 1
 TARGET = 1.05
@@ -67,7 +67,7 @@ def measure(engine: Labeller, scene: str | Path, repeats: int) -> dict[str, Any]
 
     Args:
         engine: what labels tiles.
-        scene: what :func:`cdkd_edge.segment.pipeline.segment_scene` takes.
+        scene: what :func:`cdkd_edge.segmentation.pipeline.segment_scene` takes.
         repeats: measured runs; one more warms up.
 
     Raises:

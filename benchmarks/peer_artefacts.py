@@ -30,7 +30,7 @@ from cdkd_edge.precision.int8 import Int8Options, write_int8
 from cdkd_edge.precision.int8_gate import Int8Gate
 from cdkd_edge.raster.find import scenes_named
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 
 CHECK_TILES = 2
 """Kept apart from the calibration tiles, for the INT8 graph's own check."""

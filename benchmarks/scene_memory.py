@@ -52,7 +52,7 @@ class Case:
     """Or ``deflate, strips``."""
     place: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    """Of :class:`cdkd_edge.segment.options.SegmentOptions`."""
+    """Of :class:`cdkd_edge.segmentation.options.SegmentOptions`."""
     products: tuple[str, ...] = ()
     width: int = WIDTH
 
@@ -222,11 +222,11 @@ def child(scene: str, output: str, number: int) -> None:
     """Do the work of `segment` when told to; say when it is done, and stay until the parent has looked."""
     warnings.simplefilter("ignore")
     from cdkd_edge.raster.stretch import Stretch
-    from cdkd_edge.segment.many.jobs import EngineRef, Job
-    from cdkd_edge.segment.many.worker import do_job
-    from cdkd_edge.segment.options import SegmentOptions
-    from cdkd_edge.segment.products import ProductOptions
-    from cdkd_edge.segment.products.polygons import VectorOptions, require_vector
+    from cdkd_edge.segmentation.many.jobs import EngineRef, Job
+    from cdkd_edge.segmentation.many.worker import do_job
+    from cdkd_edge.segmentation.options import SegmentOptions
+    from cdkd_edge.segmentation.products import ProductOptions
+    from cdkd_edge.segmentation.products.polygons import VectorOptions, require_vector
 
     case = CASES[number]
     options = dict(case.options)

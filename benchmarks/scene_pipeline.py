@@ -146,8 +146,8 @@ def child(scene: str, output: str, engine_path: str, readers: int) -> None:
     warnings.simplefilter("ignore")
     import rasterio  # noqa: F401 - libraries belong to the baseline
 
-    from cdkd_edge.segment.options import SegmentOptions
-    from cdkd_edge.segment.pipeline import segment_scene
+    from cdkd_edge.segmentation.options import SegmentOptions
+    from cdkd_edge.segmentation.pipeline import segment_scene
 
     engine: Any
     if engine_path:

@@ -32,8 +32,8 @@ from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.open import open_scene
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.options import SegmentOptions
-from cdkd_edge.segment.pipeline import segment_scene
+from cdkd_edge.segmentation.options import SegmentOptions
+from cdkd_edge.segmentation.pipeline import segment_scene
 
 BIN = 8
 """Width of the bins of distance, px."""

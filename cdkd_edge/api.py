@@ -20,7 +20,7 @@ from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines.protocol import Engine, Labeller
 
 if TYPE_CHECKING:
-    from cdkd_edge.bench.record import BenchSummary
+    from cdkd_edge.benchmark.record import BenchSummary
     from cdkd_edge.board.power.energy import RailEnergy
     from cdkd_edge.board.power.protocol import SourceInfo
     from cdkd_edge.graph.export import ExportResult
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cdkd_edge.model.network import SegmentationNetwork
     from cdkd_edge.quality.evaluate import Evaluation
     from cdkd_edge.quality.parity import Parity
-    from cdkd_edge.segment.options import SegmentResult
+    from cdkd_edge.segmentation.options import SegmentResult
 
 UInt8Array = npt.NDArray[np.uint8]
 StrPath = str | Path
@@ -175,17 +175,17 @@ def segment(
         engine: a loaded engine, or the path of one.
         output: the label map (``.tif``); needed for a file, absent for an array.
         resume: continue what an interrupted run left.
-        options: fields of :class:`cdkd_edge.segment.options.SegmentOptions`, e.g. ``overlap=128``, ``bands=(3, 2, 1)``.
+        options: fields of :class:`cdkd_edge.segmentation.options.SegmentOptions`, e.g. ``overlap=128``.
 
     Returns:
-        For a file a :class:`cdkd_edge.segment.options.SegmentResult`; for an array labels uint8 ``[H, W]``.
+        For a file a :class:`cdkd_edge.segmentation.options.SegmentResult`; for an array labels uint8 ``[H, W]``.
 
     Raises:
         SceneError: the scene cannot be read, or the label map not be written.
         EngineError: the engine failed.
     """
-    from cdkd_edge.segment.options import SegmentOptions
-    from cdkd_edge.segment.pipeline import segment_scene
+    from cdkd_edge.segmentation.options import SegmentOptions
+    from cdkd_edge.segmentation.pipeline import segment_scene
 
     chosen = SegmentOptions(**options)
     with _opened(engine) as labeller:
@@ -203,7 +203,7 @@ def _labels_of(image: UInt8Array, labeller: Labeller, options: Any) -> UInt8Arra
     import rasterio
     from rasterio.io import MemoryFile
 
-    from cdkd_edge.segment.pipeline import label_rows
+    from cdkd_edge.segmentation.pipeline import label_rows
 
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise UsageError(f"an array must be uint8 [3, H, W], RGB; this one is {image.dtype} {list(image.shape)}")
@@ -213,7 +213,7 @@ def _labels_of(image: UInt8Array, labeller: Labeller, options: Any) -> UInt8Arra
         profile = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": height, "width": width}
         with memory.open(**profile, photometric="RGB") as written:
             written.write(image)
-        with rasterio.Env(), options.open(memory.name) as reader:
+        with rasterio.Env(), contextlib.closing(options.open(memory.name)) as reader:
             label_rows(
                 labeller, reader, options.grid_over(reader, labeller.tile), lambda part: rows.append(part.copy())
             )
@@ -326,8 +326,8 @@ def bench(
     Raises:
         EngineError, PowerError, SceneError: nothing could be measured.
     """
-    from cdkd_edge.bench.phases import protocol_of
-    from cdkd_edge.bench.run import BenchOptions, run_benchmark
+    from cdkd_edge.benchmark.phases import protocol_of
+    from cdkd_edge.benchmark.run import BenchOptions, run_benchmark
 
     options = BenchOptions(
         protocol=protocol_of(protocol, load=seconds, repeats=repeats, warm_up_cap=max_warm_up),

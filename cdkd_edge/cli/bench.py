@@ -27,9 +27,9 @@ from cdkd_edge.core.signals import check
 from cdkd_edge.core.workspace import Workspace
 
 if TYPE_CHECKING:
-    from cdkd_edge.bench.phases import LiveStatus
-    from cdkd_edge.bench.record import BenchSummary, Protocol
-    from cdkd_edge.bench.run import BenchOptions
+    from cdkd_edge.benchmark.phases import LiveStatus
+    from cdkd_edge.benchmark.record import BenchSummary, Protocol
+    from cdkd_edge.benchmark.run import BenchOptions
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ProtocolOptions:
 
     def checked(self) -> Protocol:
         """The protocol of these options."""
-        from cdkd_edge.bench.phases import protocol_of
+        from cdkd_edge.benchmark.phases import protocol_of
 
         if self.paper and self.mlperf:
             raise typer.BadParameter("one protocol at a time", param_hint="--paper --mlperf")
@@ -122,8 +122,8 @@ def bench(
     Idle with the engine loaded, warm-up until steady, load, idle again. A run that was throttled, or whose power
     readings have gaps, is invalid: it has no figures, and the command exits with 19.
     """
-    from cdkd_edge.bench.record import INVALID
-    from cdkd_edge.bench.run import BenchOptions
+    from cdkd_edge.benchmark.record import INVALID
+    from cdkd_edge.benchmark.run import BenchOptions
     from cdkd_edge.core.errors import BenchError
 
     space = Workspace(workspace)
@@ -149,7 +149,7 @@ def _run(
     space: Workspace, path: Path, options: BenchOptions, power: PowerOptions, threads: int | None
 ) -> tuple[BenchSummary, Path]:
     """Measure with the board's mode and clocks set, and give the folder of the run to who owns the workspace."""
-    from cdkd_edge.bench.run import run_benchmark
+    from cdkd_edge.benchmark.run import run_benchmark
     from cdkd_edge.board.modes import changed_board, pending_restore
     from cdkd_edge.core.files import remove_abandoned
     from cdkd_edge.engines.runtimes import load_engine
@@ -174,7 +174,7 @@ def _run(
 
 def describe_bench(summary: BenchSummary, folder: Path) -> Report:
     """A finished run; beside the paper's figures where power was measured."""
-    from cdkd_edge.bench.describe import PAPER, PAPER_DEVICE, bench_rows, beside_the_paper
+    from cdkd_edge.benchmark.describe import PAPER, PAPER_DEVICE, bench_rows, beside_the_paper
 
     paper = beside_the_paper(summary)
     listings = (Listing(("", "this run", f"{PAPER_DEVICE}, {PAPER}"), paper),) if paper else ()

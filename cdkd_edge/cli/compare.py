@@ -15,8 +15,8 @@ from cdkd_edge.core.errors import printable
 from cdkd_edge.core.numbers import ABSENT, estimate, percent, significant
 
 if TYPE_CHECKING:
-    from cdkd_edge.bench.compare import Comparison, Row
-    from cdkd_edge.bench.statistics import Ratio
+    from cdkd_edge.benchmark.compare import Comparison, Row
+    from cdkd_edge.benchmark.statistics import Ratio
 
 
 def compare(
@@ -50,8 +50,8 @@ def compare(
 
     Exits with 20 if the runs are not comparable, or if one loses more than allowed.
     """
-    from cdkd_edge.bench.compare import compare_runs
-    from cdkd_edge.bench.compare_checks import Limits, require_kept
+    from cdkd_edge.benchmark.compare import compare_runs
+    from cdkd_edge.benchmark.compare_checks import Limits, require_kept
 
     limits = Limits(
         slower=_share(fail_if_slower, "--fail-if-slower"), hungrier=_share(fail_if_hungrier, "--fail-if-hungrier")
@@ -64,7 +64,7 @@ def compare(
     report = describe_comparison(found)
     with new_folder(output) as place:
         if place:
-            from cdkd_edge.bench.pareto import write_picture
+            from cdkd_edge.benchmark.pareto import write_picture
             from cdkd_edge.core.files import write_text
 
             write_picture(place / "pareto.png", found)
@@ -101,7 +101,7 @@ def _index(text: str, runs: int) -> int:
 
 def describe_comparison(found: Comparison) -> Report:
     """Three tables: speed, energy, what ran."""
-    from cdkd_edge.bench.describe import RAIL_FIGURES
+    from cdkd_edge.benchmark.describe import RAIL_FIGURES
 
     baseline = found.rows[found.baseline]
     rows: Rows = [
@@ -150,7 +150,7 @@ def _speed_row(row: Row, baseline: Row) -> tuple[str, ...]:
 
 
 def _energy_row(row: Row) -> tuple[str, ...]:
-    from cdkd_edge.bench.describe import RAIL_FIGURES
+    from cdkd_edge.benchmark.describe import RAIL_FIGURES
 
     if row.energy is None:
         return (row.name, f"not measured: {row.energy_reason}", *[ABSENT] * (len(RAIL_FIGURES) + 3))

@@ -43,7 +43,7 @@ def demo(
 
 
 def _describe(result: DemoResult) -> Report:
-    from cdkd_edge.bench.describe import bench_rows
+    from cdkd_edge.benchmark.describe import bench_rows
 
     segment, manifest = result.segment, result.export.manifest
     skipped = getattr(result.export, "skipped", None)

@@ -26,7 +26,7 @@ from cdkd_edge.core.labels import BUILTIN_SCHEMAS, Palette
 if TYPE_CHECKING:
     from cdkd_edge.core.workspace import Workspace
     from cdkd_edge.quality.datasets import Dataset
-    from cdkd_edge.segment.options import SegmentOptions
+    from cdkd_edge.segmentation.options import SegmentOptions
 
 WORKSPACE = typer.Option(
     Path(), "--workspace", "-w", help="Folder with export/, engines/ and benchmarks/.", file_okay=False
@@ -75,13 +75,13 @@ class StretchOptions:
     )
 
     def segment_options(self, **more: Any) -> SegmentOptions:
-        """The same, and ``more``, as :class:`~cdkd_edge.segment.options.SegmentOptions`.
+        """The same, and ``more``, as :class:`~cdkd_edge.segmentation.options.SegmentOptions`.
 
         Raises:
             BadParameter: they are malformed or exclude each other.
         """
         from cdkd_edge.raster.stretch import Stretch
-        from cdkd_edge.segment.options import SegmentOptions
+        from cdkd_edge.segmentation.options import SegmentOptions
 
         numbers = None
         if self.bands is not None:

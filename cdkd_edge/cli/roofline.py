@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cdkd_edge.bench.roofline.devices import RATES, device_names
+from cdkd_edge.benchmark.roofline.devices import RATES, device_names
 from cdkd_edge.cli.options import JSON, WORKSPACE
 from cdkd_edge.cli.report import LISTED, Listing, Report, Rows
 from cdkd_edge.core.numbers import percent, significant, size
 from cdkd_edge.core.workspace import Workspace
 
 if TYPE_CHECKING:
-    from cdkd_edge.bench.roofline.model import Estimate, Roofline
-    from cdkd_edge.bench.roofline.operators import GraphCost
+    from cdkd_edge.benchmark.roofline.model import Estimate, Roofline
+    from cdkd_edge.benchmark.roofline.operators import GraphCost
 
 _DOCUMENT_VERSION = 1
 
@@ -39,8 +39,8 @@ def roofline(
     as_json: bool = JSON,
 ) -> None:
     """Model how fast a graph could be on a device, from its operators and data sheets. Runs and measures nothing."""
-    from cdkd_edge.bench.roofline.devices import default_device, load_device
-    from cdkd_edge.bench.roofline.model import roofline as model
+    from cdkd_edge.benchmark.roofline.devices import default_device, load_device
+    from cdkd_edge.benchmark.roofline.model import roofline as model
 
     if precision is not None and precision not in RATES:
         raise typer.BadParameter(f"one of {', '.join(RATES)}", param_hint="--precision")
@@ -53,7 +53,7 @@ def roofline(
 
 def _describe(found: Roofline, *, every: bool) -> Report:
     """All modes, or one with its kernels."""
-    from cdkd_edge.bench.roofline.model import REALISTIC, SPREAD
+    from cdkd_edge.benchmark.roofline.model import REALISTIC, SPREAD
 
     one_mode = len({estimate.mode.name for estimate in found.estimates}) == 1
     assumed = (
@@ -117,7 +117,7 @@ def _kernel_listing(estimate: Estimate, every: bool) -> Listing:
 
 
 def _data(found: Roofline, *, kernels: bool) -> dict[str, Any]:
-    from cdkd_edge.bench.roofline.model import REALISTIC, SPREAD
+    from cdkd_edge.benchmark.roofline.model import REALISTIC, SPREAD
 
     return {
         "roofline_version": _DOCUMENT_VERSION,

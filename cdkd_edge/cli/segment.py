@@ -29,14 +29,14 @@ from cdkd_edge.core.numbers import duration, percent, significant
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
 from cdkd_edge.core.signals import check
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.segment.merges import DEFAULT_MERGE, merge_help, merge_mode
+from cdkd_edge.segmentation.merges import DEFAULT_MERGE, merge_help, merge_mode
 
 if TYPE_CHECKING:
     from cdkd_edge.raster.areas import Areas
-    from cdkd_edge.segment.many.dispatch import RunObserver
-    from cdkd_edge.segment.many.jobs import Job, JobReport
-    from cdkd_edge.segment.options import SegmentResult
-    from cdkd_edge.segment.products import ProductOptions
+    from cdkd_edge.segmentation.many.dispatch import RunObserver
+    from cdkd_edge.segmentation.many.jobs import Job, JobReport
+    from cdkd_edge.segmentation.options import SegmentResult
+    from cdkd_edge.segmentation.products import ProductOptions
 else:
     RunObserver = object  # importing it takes half a second, which --help does not have
 
@@ -89,8 +89,8 @@ class ProductsGroup:
 
     def checked(self) -> ProductOptions:
         """The same, parsed."""
-        from cdkd_edge.segment.products import ProductOptions
-        from cdkd_edge.segment.products.polygons import vector_options
+        from cdkd_edge.segmentation.products import ProductOptions
+        from cdkd_edge.segmentation.products.polygons import vector_options
 
         if (self.min_area or self.simplify) and not self.vector:
             raise typer.BadParameter("they have no effect without --vector", param_hint="--min-area, --simplify")
@@ -157,8 +157,8 @@ def segment(
     A scene that fails does not stop the others; the exit code is then 18. A label map that exists is kept if it is of
     this scene by this engine with these options.
     """
-    from cdkd_edge.segment.many.run import engine_ref, plan_outputs, segment_many, workers_for
-    from cdkd_edge.segment.partial import resume_advice
+    from cdkd_edge.segmentation.many.run import engine_ref, plan_outputs, segment_many, workers_for
+    from cdkd_edge.segmentation.partial import resume_advice
 
     many.require_sense()
     space, made = Workspace(workspace), products.checked()

@@ -21,9 +21,9 @@ import rasterio
 from PIL import Image
 from rasterio.transform import from_origin
 
-from cdkd_edge.bench.phases import protocol_of
-from cdkd_edge.bench.record import BenchSummary
-from cdkd_edge.bench.run import BenchOptions, run_benchmark
+from cdkd_edge.benchmark.phases import protocol_of
+from cdkd_edge.benchmark.record import BenchSummary
+from cdkd_edge.benchmark.run import BenchOptions, run_benchmark
 from cdkd_edge.core.errors import WorkspaceError
 from cdkd_edge.core.files import make_folders, whole_file
 from cdkd_edge.core.labels import schema_from_document
@@ -46,10 +46,10 @@ from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 from cdkd_edge.quality.metrics import ConfusionMatrix
 from cdkd_edge.raster.areas import class_areas
 from cdkd_edge.raster.open import writing
-from cdkd_edge.segment.options import SegmentOptions, SegmentResult
-from cdkd_edge.segment.outputs import label_map_paths
-from cdkd_edge.segment.pipeline import segment_scene
-from cdkd_edge.segment.products.preview import write_preview
+from cdkd_edge.segmentation.options import SegmentOptions, SegmentResult
+from cdkd_edge.segmentation.outputs import label_map_paths
+from cdkd_edge.segmentation.pipeline import segment_scene
+from cdkd_edge.segmentation.products.preview import write_preview
 
 if TYPE_CHECKING:
     from cdkd_edge.graph.export import ExportResult

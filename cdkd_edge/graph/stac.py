@@ -3,7 +3,7 @@
 STAC 1.1 (https://github.com/radiantearth/stac-spec/blob/v1.1.0/item-spec/item-spec.md) with the Machine Learning Model
 extension 1.5.2 (https://github.com/stac-extensions/mlm) and the file, classification and processing extensions that it
 recommends. The item has no geometry, because nobody says where the network was trained; its datetime is the moment of
-export. The items of label maps (:mod:`cdkd_edge.segment.products.stac`) use :func:`href`, :func:`file_fields`,
+export. The items of label maps (:mod:`cdkd_edge.segmentation.products.stac`) use :func:`href`, :func:`file_fields`,
 :func:`utc_text` and :func:`class_names`, too.
 """
 

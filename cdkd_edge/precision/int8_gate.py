@@ -25,7 +25,7 @@ from cdkd_edge.graph.nodes import copy_of
 from cdkd_edge.quality.datasets import Dataset, find_dataset
 from cdkd_edge.quality.evaluate import Evaluation, data_schema, evaluate
 from cdkd_edge.quality.metrics import ConfusionMatrix, number
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from cdkd_edge.quality.datasets import Dataset, Pair
 from cdkd_edge.quality.masks import ImageReader, read_labels
 from cdkd_edge.quality.metrics import ConfusionMatrix
 from cdkd_edge.raster.grid import TileGrid
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 
 UInt8Array = npt.NDArray[np.uint8]
 

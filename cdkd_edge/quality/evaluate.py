@@ -25,9 +25,9 @@ from cdkd_edge.quality.metrics import CLASS_METRICS, ConfusionMatrix, number
 from cdkd_edge.quality.pictures import write_comparison
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import reading_notes
-from cdkd_edge.segment.geotiff import LabelMapWriter
-from cdkd_edge.segment.options import SegmentOptions
-from cdkd_edge.segment.pipeline import label_map_tags, label_rows
+from cdkd_edge.segmentation.geotiff import LabelMapWriter
+from cdkd_edge.segmentation.options import SegmentOptions
+from cdkd_edge.segmentation.pipeline import label_map_tags, label_rows
 
 Labels = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]

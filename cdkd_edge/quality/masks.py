@@ -18,7 +18,7 @@ from cdkd_edge.quality.datasets import Pair
 from cdkd_edge.raster.bands import Upright
 from cdkd_edge.raster.open import gdal, open_scene, place_problem
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 
 _STRIP = 1024  # rows translated at a time: colours need several times the memory of labels
 

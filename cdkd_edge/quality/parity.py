@@ -46,7 +46,7 @@ from cdkd_edge.quality.masks import HiddenLabels, ImageReader, read_labels
 from cdkd_edge.quality.metrics import CLASS_METRICS, METRICS, ClassCounts, ConfusionMatrix, Floats, Metric, number
 from cdkd_edge.quality.pictures import write_differences
 from cdkd_edge.raster.read import reading_notes
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 
 PARITY_VERSION = 1  # version of the document
 _ROUNDING = 1e-9  # so that a loss of exactly the tolerance passes

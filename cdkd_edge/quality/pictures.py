@@ -17,7 +17,7 @@ from cdkd_edge.quality.datasets import Pair
 from cdkd_edge.quality.metrics import ConfusionMatrix
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 
 _NO_DATA = (235, 235, 235)
 

@@ -32,7 +32,7 @@ from cdkd_edge.quality.evaluate import Evaluation, absent_classes, check_dataset
 from cdkd_edge.quality.masks import HiddenLabels, read_labels
 from cdkd_edge.quality.network import NetworkLabeller, load_network
 from cdkd_edge.raster.read import reading_notes
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.training.features import FeatureCache
 from cdkd_edge.training.files import card_path, card_text, load_state, require_free, save_state, scores_of, state_path
 from cdkd_edge.training.recipe import PRESET_PREFIX, NetworkSettings, Recipe, StartingNetwork, starting_network

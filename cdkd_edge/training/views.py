@@ -20,7 +20,7 @@ from cdkd_edge.quality.datasets import Dataset
 from cdkd_edge.quality.masks import HiddenLabels, ImageReader, read_labels
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import reading_notes
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from board import HWMON, NoBoardError, Pattern, Ripple, jtop_missing, running_board, write
 
-from cdkd_edge.bench.folder import read_run
+from cdkd_edge.benchmark.folder import read_run
 from cdkd_edge.board.power.energy import rail_energy
 from cdkd_edge.board.power.sampler import PowerSampler, find_source
 from cdkd_edge.core.errors import PowerError

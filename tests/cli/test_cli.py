@@ -30,7 +30,7 @@ from cdkd_edge import __version__, cli
 from cdkd_edge.core.files import whole_folder
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.segment.pipeline import segment_scene
+from cdkd_edge.segmentation.pipeline import segment_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -834,7 +834,7 @@ def test_what_the_system_refuses(
     def refuse(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("cdkd_edge.segment.pipeline.segment_scene", refuse)
+    monkeypatch.setattr("cdkd_edge.segmentation.pipeline.segment_scene", refuse)
     assert_answer(run("segment", workspace / "scene.tif", "-w", workspace), code, f"^error: {message}")
 
 

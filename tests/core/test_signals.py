@@ -42,8 +42,8 @@ main()
 @pytest.mark.parametrize(
     ("command", "module", "name", "number", "code"),
     [
-        ("bench", "cdkd_edge.bench.run", "fill_inputs", signal.SIGINT, 130),
-        ("segment", "cdkd_edge.segment.many.dispatch", "do_job", signal.SIGTERM, 143),
+        ("bench", "cdkd_edge.benchmark.run", "fill_inputs", signal.SIGINT, 130),
+        ("segment", "cdkd_edge.segmentation.many.dispatch", "do_job", signal.SIGTERM, 143),
     ],
     ids=["bench", "segment"],
 )

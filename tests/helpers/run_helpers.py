@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from scene_helpers import engine_manifest
 
-from cdkd_edge.bench.folder import TimedBatch, write_conditions, write_summary, write_tiles, write_trace
-from cdkd_edge.bench.record import (
+from cdkd_edge.benchmark.folder import TimedBatch, write_conditions, write_summary, write_tiles, write_trace
+from cdkd_edge.benchmark.record import (
     BenchSummary,
     EndToEnd,
     Figures,
@@ -25,8 +25,8 @@ from cdkd_edge.bench.record import (
     Repeat,
     Verdict,
 )
-from cdkd_edge.bench.results import rejected
-from cdkd_edge.bench.statistics import figure_of, latency_of
+from cdkd_edge.benchmark.results import rejected
+from cdkd_edge.benchmark.statistics import figure_of, latency_of
 from cdkd_edge.board.conditions import Conditions
 from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.protocol import MODULE, WATTS, Sample, SourceInfo

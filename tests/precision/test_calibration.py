@@ -30,7 +30,7 @@ from cdkd_edge.precision.calibration import descriptors
 from cdkd_edge.precision.calibration.calibrate import CalibrateOptions, calibrate, default_folder, default_tile
 from cdkd_edge.precision.calibration.write import shrink_tile, thumbnail_side
 from cdkd_edge.raster.read import SceneReader, Stretch
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

@@ -26,7 +26,7 @@ from cdkd_edge.quality.datasets import Dataset, find_dataset
 from cdkd_edge.quality.evaluate import data_schema, evaluate
 from cdkd_edge.raster.grid import TileGrid, default_overlap
 from cdkd_edge.raster.read import Stretch
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

@@ -18,7 +18,7 @@ from scene_helpers import write_raster
 from cdkd_edge.core.errors import DatasetError, SchemaError
 from cdkd_edge.core.labels import LabelSchema, LandCoverClass, Palette, load_schema
 from cdkd_edge.quality.masks import HiddenLabels, open_mask, read_labels
-from cdkd_edge.segment.geotiff import LabelMapWriter
+from cdkd_edge.segmentation.geotiff import LabelMapWriter
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore::rasterio.errors.NotGeoreferencedWarning")
 

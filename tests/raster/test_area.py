@@ -26,8 +26,8 @@ from cdkd_edge.raster.aoi import read_area
 from cdkd_edge.raster.read import SceneReader, Stretch
 from cdkd_edge.raster.resample import ground_sample_distance
 from cdkd_edge.raster.stretch import stretch_limits
-from cdkd_edge.segment.options import SegmentOptions
-from cdkd_edge.segment.pipeline import segment_scene
+from cdkd_edge.segmentation.options import SegmentOptions
+from cdkd_edge.segmentation.pipeline import segment_scene
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
@@ -76,8 +76,8 @@ def test_labels_inside_are_those_of_the_whole_and_outside_there_are_none(
 
 def test_what_lies_outside_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_raster(tmp_path / "scene.tif", noise(600, 800), **UTM, tiled=True, blockxsize=64, blockysize=64)
-    monkeypatch.setattr("cdkd_edge.segment.plan.CELL_ROWS", 64)
-    monkeypatch.setattr("cdkd_edge.segment.plan.CELL_COLUMNS", 64)
+    monkeypatch.setattr("cdkd_edge.segmentation.plan.CELL_ROWS", 64)
+    monkeypatch.setattr("cdkd_edge.segmentation.plan.CELL_COLUMNS", 64)
     seen = np.zeros((600, 800), bool)
     read_window = SceneReader.read_window
 

@@ -13,7 +13,7 @@ from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.quality.datasets import find_dataset
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import SceneReader, Stretch
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.training import views
 from cdkd_edge.training.views import ORIENTATIONS, Augmentation, TilePlace, TrainingTiles, View, draw_view
 

@@ -41,7 +41,7 @@ from cdkd_edge.precision.calibration.descriptors import (
 from cdkd_edge.precision.calibration.exclusions import Exclusions, PixelWindow, overlaps
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.open import gdal, open_scene, place_problem
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 
 _BLANK_STD = 0.5
 _SOLID_SHARE = 0.9

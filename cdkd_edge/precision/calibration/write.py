@@ -32,7 +32,7 @@ from cdkd_edge.graph.tiles import (
 from cdkd_edge.precision.calibration.choose import Choice, ChosenTile
 from cdkd_edge.precision.calibration.scan import Candidates
 from cdkd_edge.raster.grid import Span
-from cdkd_edge.segment.options import SegmentOptions
+from cdkd_edge.segmentation.options import SegmentOptions
 
 KIND_COLORS = (
     (64, 120, 176), (214, 132, 52), (90, 148, 86), (178, 78, 84),

@@ -1,0 +1,303 @@
+"""The record of a benchmark run, ``summary.json``, and its JSON Schema.
+
+All times are seconds from the start of the run, on one clock for phases, tiles, power and conditions. A figure that
+could not be measured is null, and the field beside it says why.
+
+``python -m cdkd_edge.benchmark.record > docs/schemas/summary-2.json`` writes the published schema; its descriptions are the
+docstrings below.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, Final, Literal
+
+from cdkd_edge import __version__
+from cdkd_edge.benchmark import statistics
+from cdkd_edge.benchmark.statistics import Figure, Latency
+from cdkd_edge.core import machine, manifest
+from cdkd_edge.core.machine import Machine
+from cdkd_edge.core.manifest import EngineManifest
+
+SUMMARY_VERSION: Final = 2
+
+VALID: Final = "valid"
+INVALID: Final = "invalid"
+NOT_STEADY: Final = "not_steady"
+
+IDLE: Final = "idle"
+WARM_UP: Final = "warm-up"
+LOAD: Final = "load"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Start and end of a phase. Each repeat has an idle, a warm-up and a load phase; the idle phase after the last load
+    has the next repeat number. In a run that ended early, the last entry is the phase in which it ended.
+    """
+
+    name: Literal["idle", "warm-up", "load"]
+    repeat: int
+    start: float
+    stop: float
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long the phases of a run last, and how often they are repeated."""
+
+    preset: Literal["default", "paper", "mlperf"]
+    idle_seconds: float
+    """Length of each idle phase."""
+    load_seconds: float
+    """Least length of each load phase."""
+    repeats: int
+    window_seconds: float
+    """Least length of the windows that are compared to decide whether the warm-up is over."""
+    warm_up_cap_seconds: float
+    """Longest warm-up; it ends then even if the engine is not steady."""
+    min_batches: int
+    """Least number of batches in a load phase."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the figures may be quoted."""
+
+    status: Literal["valid", "invalid", "not_steady"]
+    reasons: tuple[str, ...]
+    """Why the run is not valid; empty if it is."""
+    warnings: tuple[str, ...] = ()
+    """What a reader should know even if the run is valid."""
+
+
+@dataclass(frozen=True)
+class RailRepeat:
+    """Power of one rail in one repeat."""
+
+    idle_watts: float
+    """Mean of :attr:`idle_before_watts` and :attr:`idle_after_watts`, the idle phases before and after the load."""
+    idle_before_watts: float
+    idle_after_watts: float
+    load_watts: float
+    load_joules: float
+    """Energy over the part of the load phase that is covered by readings."""
+    covered: float
+    """Share of a phase that lies between readings, 0..1, in the worst of the three phases."""
+    bound_joules: float
+    """Largest error of ``load_joules`` through sampling (:mod:`cdkd_edge.board.power.energy`), for the kinds of load
+    that ``figures.power.bound_holds`` names."""
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """One idle, warm-up and load."""
+
+    steady: bool
+    warm_up_seconds: float
+    tiles: int
+    seconds: float
+    """Length of the load phase."""
+    tiles_per_second: float
+    latency_ms: Latency
+    rails: dict[str, RailRepeat] | None
+    """By rail; None where power was not measured."""
+
+
+@dataclass(frozen=True)
+class RejectedRepeat:
+    """A repeat of an invalid run: what helps to find the cause, but no rate, latency or watts that could be quoted."""
+
+    steady: bool
+    warm_up_seconds: float
+    tiles: int
+    seconds: float
+    """Length of the load phase."""
+    covered: dict[str, float] | None
+    """By rail, as in :class:`RailRepeat`; None where power was not measured."""
+
+
+@dataclass(frozen=True)
+class RailFigures:
+    """Power and energy of one rail over all repeats. Net is load minus idle; gross includes idle."""
+
+    idle_watts: Figure
+    load_watts: Figure
+    net_watts: Figure
+    gross_joules_per_tile: Figure
+    net_joules_per_tile: Figure
+    gross_joules_per_megapixel: Figure
+    net_joules_per_megapixel: Figure
+
+
+@dataclass(frozen=True)
+class PowerFigures:
+    """Power over all repeats."""
+
+    source: str
+    scope: str
+    """``module``, ``GPU board`` or ``CPU package``; figures of different scopes cannot be compared."""
+    covers: str
+    total: str | None
+    """The rail that contains all others; None if no rail does."""
+    rails: dict[str, RailFigures]
+    readings_per_second: float
+    late: int
+    """Readings that came more than half an interval late."""
+    gaps: int
+    """Number of stretches without readings in the whole trace."""
+    gap_seconds: float
+    problems: tuple[str, ...]
+    """Problems met while sampling, including those it recovered from."""
+    bound_holds: str = ""
+    """The kinds of load for which ``bound_joules`` holds, and its assumptions; empty: not recorded."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The main figures: the engine alone, with tiles from memory, one batch after the other."""
+
+    tiles_per_second: Figure
+    megapixels_per_second: Figure
+    latency_ms: Latency
+    """Latency per batch, over all load phases."""
+    power: PowerFigures | None
+    power_reason: str
+    """Why there is no power figure; empty if there is one."""
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """Time of a scene from file to finished label map."""
+
+    scene: str
+    width: int
+    height: int
+    tiles: int
+    seconds: float
+    engine_seconds: float
+    tiles_per_second: float
+    megapixels_per_second: float
+    """Pixels of the scene; overlaps and padding take time but do not count."""
+    overhead: float | None
+    """Total time divided by the engine's time; 1 means that reading and writing cost nothing. None: no tile was run."""
+
+
+@dataclass(frozen=True)
+class ModelledBound:
+    """Roofline of the engine's graph on this device: modelled, not measured."""
+
+    device: str
+    mode: str
+    precision: str
+    bound_tiles_per_second: float
+    expected_tiles_per_second: tuple[float, float]
+    """Lowest and highest."""
+    share_of_bound: float | None
+    """Measured speed divided by the bound; None where no speed was measured."""
+
+
+@dataclass(frozen=True)
+class BenchSummary:
+    """A benchmark run, as written to ``summary.json``."""
+
+    verdict: Verdict
+    figures: Figures | None
+    """None if the run is invalid, unless ``--keep-invalid`` was given."""
+    engine: EngineManifest
+    protocol: Protocol
+    phases: tuple[Phase, ...]
+    repeats: tuple[Repeat, ...]
+    """Empty if the run is invalid, unless ``--keep-invalid`` was given."""
+    end_to_end: EndToEnd | None
+    """None as for ``figures``, or if it failed; a warning then says why."""
+    roofline: ModelledBound | None
+    roofline_reason: str
+    """Why there is no modelled bound; empty if there is one."""
+    machine: Machine
+    board: dict[str, Any] | None
+    """On a Jetson: model, L4T, JetPack, power mode, jetson_clocks; None elsewhere."""
+    conditions: dict[str, Any]
+    """Minimum, mean and maximum of clocks, temperatures and fan over the load phases."""
+    libraries: dict[str, str]
+    peak_memory_bytes: int
+    """Largest resident size of the process while the engine was measured. It includes loading the engine where the
+    kernel cannot reset the peak, and excludes the GPU's part where CPU and GPU share memory."""
+    started: str
+    """Start of the run: UTC, ISO 8601."""
+    origin: float
+    """The start on CLOCK_MONOTONIC, s; all other times count from it. Use it to align readings of other meters."""
+    rejected_repeats: tuple[RejectedRepeat, ...] = ()
+    """The repeats of an invalid run; all its tiles and readings are in the tables beside this file."""
+    command: str = ""
+    """The command line; empty if the run was made from Python."""
+    tool: str = field(default=f"cdkd-edge {__version__}")
+    summary_version: Literal[2] = 2
+
+
+def summary_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of ``summary.json``."""
+    import msgspec
+
+    (root,), definitions = msgspec.json.schema_components([BenchSummary], ref_template="#/$defs/{name}")
+    descriptions = _field_descriptions()
+    for name, definition in definitions.items():
+        properties = definition["properties"]
+        definition["description"] = _plain(definition["description"])
+        for field_name, text in descriptions[name].items():
+            properties[field_name]["description"] = text  # 2020-12 allows it beside a reference
+        for one in properties.values():
+            one.pop("default", None)  # every field is written; a default would only name this release
+    definitions[BenchSummary.__name__]["required"].append("summary_version")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:cdkd-edge:summary-{SUMMARY_VERSION}",
+        "title": "Benchmark run of cdkd-edge",
+        **root,
+        "$defs": definitions,
+    }
+
+
+def _field_descriptions() -> dict[str, dict[str, str]]:
+    """By class, the docstrings of its fields. Python does not keep these; the source has them."""
+    found: dict[str, dict[str, str]] = {}
+    for module in (sys.modules[__name__], statistics, manifest, machine):
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.ClassDef) and is_dataclass(getattr(module, node.name)):
+                found[node.name] = dict(_documented(node))
+    return found
+
+
+def _documented(node: ast.ClassDef) -> list[tuple[str, str]]:
+    pairs = []
+    for one, below in zip(node.body, node.body[1:], strict=False):
+        if (
+            isinstance(one, ast.AnnAssign)
+            and isinstance(one.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        ):
+            pairs.append((one.target.id, _plain(below.value.value)))
+    return pairs
+
+
+def _plain(text: str) -> str:
+    """A docstring without markup and line breaks, in the words of JSON."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"\1", inspect.cleandoc(text)).replace("``", "")
+    return " ".join(re.sub(r"\bNone\b", "null", text).split())
+
+
+if __name__ == "__main__":
+    import json
+
+    sys.stdout.write(json.dumps(summary_schema(), indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,293 @@
+"""Model how fast a graph can run on a device: the sum of the rooflines of its kernels.
+
+A kernel takes as long as the slower of its arithmetic and its memory traffic, and kernels run one after the other
+(Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009, applied to each kernel). There are three speeds:
+
+- ``bound``: at the device's peak rates, without launch times; assumes that no cache keeps data between kernels;
+- ``arithmetic bound``: the products alone at the peak rate; nothing is faster at these clocks;
+- ``realistic``: at assumed shares of the peak rates, with a range for lower and higher shares.
+
+All of them are modelled and must never be shown as measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from cdkd_edge.benchmark.record import ModelledBound
+from cdkd_edge.benchmark.roofline.devices import Device, PowerMode, device_tree_parts, find_device, load_device
+from cdkd_edge.benchmark.roofline.kernels import Kernel, attention_modes, kernels_of
+from cdkd_edge.benchmark.roofline.operators import GraphCost, read_operators
+from cdkd_edge.core.errors import CdkdEdgeError, GraphError, UsageError
+from cdkd_edge.core.files import sha256_of
+from cdkd_edge.core.manifest import EngineManifest
+from cdkd_edge.engines.runtimes import runtime_of
+from cdkd_edge.graph.files import load_graph
+
+
+@dataclass(frozen=True)
+class Efficiencies:
+    """Assumed shares of the peak rates; not measured."""
+
+    gemm: float = 0.55  # FP16 and FP32 products: linear layers, convolutions, and attention that is not fused
+    attention: float = 0.45  # fused attention
+    int8: float = 0.45  # INT8 products
+    dram: float = 0.75
+    kernel_seconds: float = 5e-6  # launch time added for every kernel
+
+    def shifted(self, by: float) -> Efficiencies:
+        """All shares raised or lowered, at most to 1."""
+        gemm, attention, int8, dram = (
+            min(1.0, share + by) for share in (self.gemm, self.attention, self.int8, self.dram)
+        )
+        return Efficiencies(gemm, attention, int8, dram, self.kernel_seconds)
+
+
+REALISTIC = Efficiencies()
+SPREAD = 0.1  # difference of the shares at the ends of the range from ``REALISTIC``
+PEAK = Efficiencies(1.0, 1.0, 1.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Modelled seconds of one kernel for one batch."""
+
+    kernel: Kernel
+    arithmetic_seconds: float
+    memory_seconds: float
+    launch_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Modelled duration."""
+        return max(self.arithmetic_seconds, self.memory_seconds) + self.launch_seconds
+
+    @property
+    def bound_by(self) -> str:
+        """What limits it: ``arithmetic`` or ``memory``."""
+        return "arithmetic" if self.arithmetic_seconds > self.memory_seconds else "memory"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Modelled speed (FPS: tiles per second) of a graph in one power mode, with attention run in one way."""
+
+    mode: PowerMode
+    precision: str
+    attention: str  # ``fused``, ``unfused``, ``unfused, FP32 softmax``, or ``none``
+    kernels: int
+    product_flop: int  # per batch
+    traffic_bytes: int  # per batch: activations and weights
+    arithmetic_bound_fps: float
+    bound_fps: float
+    fps: float
+    low_fps: float
+    high_fps: float
+    times: tuple[KernelTime, ...]  # at the realistic shares
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The result of ``cdkd-edge roofline``."""
+
+    path: Path
+    device: Device
+    graphs: tuple[GraphCost, ...]  # the graph in each precision
+    estimates: tuple[Estimate, ...]
+    notes: tuple[str, ...]
+
+
+def roofline(path: Path, device: Device, *, mode: str | None = None, precision: str | None = None) -> Roofline:
+    """Model a graph file on a device.
+
+    An FP32 graph is also modelled in FP16 and INT8, as ``export`` and ``build --int8`` would write it. Other graphs are
+    modelled as they are.
+
+    Args:
+        path: an ONNX graph with static shapes.
+        device: from :func:`~cdkd_edge.benchmark.roofline.devices.load_device`.
+        mode: one power mode. Default: all.
+        precision: one precision. Default: all that the graph can be converted to.
+
+    Raises:
+        GraphError: the file is no ONNX graph with known shapes.
+        UsageError: the device has no such mode, or the graph cannot be converted to that precision.
+    """
+    modes = [device.mode(mode)] if mode is not None else list(device.modes.values())
+    graphs, notes = _graphs(load_graph(path))
+    if precision is not None:
+        graphs = [cost for cost in graphs if cost.precision == precision]
+        if not graphs:
+            raise UsageError(f"{path} cannot be modelled in {precision}", hint="; ".join(notes) or None)
+    for cost in graphs[:1]:
+        if not kernels_of(cost, attention_modes(cost)[0]):
+            raise GraphError(f"{path} computes nothing: there is no kernel to model")
+        if cost.unknown:
+            notes.append(f"counted as one operation per element: {', '.join(cost.unknown)}")
+    if device.note:
+        notes.append(device.note)
+    estimates = tuple(
+        estimate(cost, device, one, attention)
+        for one in modes
+        for cost in graphs
+        for attention in attention_modes(cost)
+    )
+    return Roofline(path, device, tuple(graphs), estimates, tuple(notes))
+
+
+def estimate(
+    cost: GraphCost, device: Device, mode: PowerMode, attention: str, realistic: Efficiencies = REALISTIC
+) -> Estimate:
+    """Model one graph in one power mode with attention run in one way."""
+    kernels = kernels_of(cost, attention)
+
+    def fps(shares: Efficiencies) -> float:
+        return cost.batch / sum(time.seconds for time in kernel_times(kernels, device, mode, shares))
+
+    arithmetic = sum(kernel.product_flop / device.peak(mode, kernel.precision) for kernel in kernels)
+    return Estimate(
+        mode=mode,
+        precision=cost.precision,
+        attention=attention,
+        kernels=len(kernels),
+        product_flop=cost.product_flop,
+        traffic_bytes=sum(kernel.traffic_bytes for kernel in kernels),
+        arithmetic_bound_fps=cost.batch / arithmetic if arithmetic else float("inf"),
+        bound_fps=fps(PEAK),
+        fps=fps(realistic),
+        low_fps=fps(realistic.shifted(-SPREAD)),
+        high_fps=fps(realistic.shifted(SPREAD)),
+        times=kernel_times(kernels, device, mode, realistic),
+    )
+
+
+def kernel_times(
+    kernels: Sequence[Kernel], device: Device, mode: PowerMode, shares: Efficiencies
+) -> tuple[KernelTime, ...]:
+    """Modelled seconds of each kernel."""
+    times = []
+    for kernel in kernels:
+        share = shares.attention if kernel.attention else shares.int8 if kernel.precision == "int8" else shares.gemm
+        arithmetic = kernel.product_flop / (device.peak(mode, kernel.precision) * share)
+        # The rest runs on CUDA cores, mostly while the tensor cores work: the slower of the two counts.
+        arithmetic = max(arithmetic, kernel.vector_flop / device.peak(mode, "fp32"))
+        memory = kernel.traffic_bytes / (mode.bandwidth_gb_s * 1e9 * shares.dram)
+        times.append(KernelTime(kernel, arithmetic, memory, shares.kernel_seconds))
+    return tuple(times)
+
+
+def share_of_bound(measured_fps: float, modelled: Estimate) -> float:
+    """A measured speed as a share of the modelled bound; 0.4 is 40 %.
+
+    A value above 1 means that an assumption is wrong: higher clocks than the power mode's, or data kept in a cache.
+
+    Raises:
+        ValueError: the measured speed is not positive.
+    """
+    if not measured_fps > 0:
+        raise ValueError(f"a measured speed must be above 0 tiles/s, got {measured_fps}")
+    return measured_fps / modelled.bound_fps
+
+
+def modelled_bound(
+    engine: EngineManifest,
+    folders: Sequence[Path],
+    tiles_per_second: float | None,
+    *,
+    device: str | None = None,
+    mode: str | None = None,
+    root: Path = Path("/"),
+) -> tuple[ModelledBound | None, str]:
+    """The bound of an engine's graph on the device it runs on, or None and why there is none.
+
+    Args:
+        engine: manifest of the engine.
+        folders: folders to look for its graph in.
+        tiles_per_second: the measured speed; None if there is none.
+        device: name of a device file. Default: that of this board, or of the GPU the engine was built on.
+        mode: the board's power mode; None: not known.
+        root: root of the file tree with ``proc/device-tree``.
+
+    Raises:
+        UsageError: there is no device file of that name.
+    """
+    chosen = load_device(device) if device is not None else None
+    if runtime_of(engine).on_cpu:
+        return None, "the roofline models GPUs, and this engine runs on the CPU"
+    known = chosen or find_device(part=device_tree_parts(root), gpu=engine.tensorrt.gpu if engine.tensorrt else None)
+    if known is None:
+        gpu = engine.tensorrt.gpu if engine.tensorrt else None
+        return None, f"there is no device file for {gpu or engine.device}; name one with --device"
+    graph = next((folder / engine.graph.file for folder in folders if _is(folder / engine.graph.file, engine)), None)
+    if graph is None:
+        return None, f"its graph {engine.graph.file} is neither beside the engine nor in the workspace"
+    name = _mode_of(known, mode)
+    if name is None:
+        return None, f"{known.title} is in power mode {mode or 'unknown'}, which is not in its device file"
+    try:
+        found = roofline(graph, known, mode=name, precision=engine.precision)
+    except CdkdEdgeError as error:
+        return None, error.message
+    # Attention as the compiler built it: fused if it fused any block.
+    wanted = "fused" if engine.attention_fused else "unfused"
+    fitting = [one for one in found.estimates if one.attention == wanted] or list(found.estimates)
+    best = max(fitting, key=lambda one: one.bound_fps)
+    return (
+        ModelledBound(
+            device=known.name,
+            mode=name,
+            precision=best.precision,
+            bound_tiles_per_second=best.bound_fps,
+            expected_tiles_per_second=(best.low_fps, best.high_fps),
+            share_of_bound=share_of_bound(tiles_per_second, best) if tiles_per_second else None,
+        ),
+        "",
+    )
+
+
+def _mode_of(device: Device, mode: str | None) -> str | None:
+    """The name of the power mode in the device file; the only mode if there is one and the mode is not known."""
+    if mode in device.modes:
+        return mode
+    return next(iter(device.modes)) if mode is None and len(device.modes) == 1 else None
+
+
+def _is(path: Path, engine: EngineManifest) -> bool:
+    return path.is_file() and sha256_of(path) == engine.graph.sha256
+
+
+def _graphs(model: onnx.ModelProto) -> tuple[list[GraphCost], list[str]]:
+    """The graph in every precision it can be converted to, and why not in the others."""
+    from cdkd_edge.graph.fp16 import to_fp16
+
+    own = read_operators(model)
+    if own.precision != "fp32":
+        return [own], [f"the graph is {own.precision}; only an FP32 graph is modelled in every precision"]
+    graphs, notes = [own], []
+    for name, convert in (("fp16", to_fp16), ("int8", _as_int8)):
+        try:
+            graphs.append(read_operators(convert(model)))
+        except (CdkdEdgeError, StopIteration, IndexError) as error:
+            reason = error.message if isinstance(error, CdkdEdgeError) else "it was not written by cdkd-edge"
+            notes.append(f"not modelled in {name}: {reason}")
+    return graphs, notes
+
+
+def _as_int8(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph as ``build --int8`` quantises it, with dummy scales: only shapes matter here."""
+    from cdkd_edge.graph.int8 import int8_graph
+    from cdkd_edge.graph.int8_ranges import LayerScales, weight_scales
+    from cdkd_edge.graph.layers import quantizable_layers, weight_of
+
+    if not model.graph.input or not model.graph.input[0].type.tensor_type.shape.dim:
+        raise GraphError("the graph has no input image")
+    layers = quantizable_layers(model)
+    scales = {
+        layer.name: LayerScales(1.0, weight_scales(weight_of(model, layer.weight), layer.output_axis))
+        for layer in layers
+    }
+    return int8_graph(model, layers, scales)

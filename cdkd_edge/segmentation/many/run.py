@@ -1,0 +1,316 @@
+"""Labels many scenes, each independently of the others, and reports on all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cdkd_edge.core.errors import EngineError, FleetError, SceneError, SystemRefusalError, UsageError
+from cdkd_edge.core.files import read_small
+from cdkd_edge.core.machine import available_cores
+from cdkd_edge.core.manifest import EngineManifest, GraphManifest, kind_of, read_manifest
+from cdkd_edge.raster.find import file_key, rasters_named
+from cdkd_edge.raster.open import is_gdal_name
+from cdkd_edge.raster.styles import sidecar_path
+from cdkd_edge.segmentation.many.dispatch import InProcess, ProcessPool, RunObserver, Workers
+from cdkd_edge.segmentation.many.jobs import (
+    Ended,
+    EngineRef,
+    Failure,
+    Job,
+    Reach,
+    ReportFile,
+    RunReport,
+    Status,
+    file_state,
+)
+from cdkd_edge.segmentation.many.worker import is_label_map
+from cdkd_edge.segmentation.options import SegmentOptions
+from cdkd_edge.segmentation.outputs import label_map_paths, require_file_place
+from cdkd_edge.segmentation.products import NO_PRODUCTS, ProductOptions, product_paths
+
+_MOST_SCENES = 100_000  # in a list; the report alone of so many takes 100 MB
+_NAMES_SHOWN = 3
+
+# --- which scenes, and where their label maps go ------------------------------------------------------------------
+
+
+def scenes_of(arguments: Sequence[str]) -> list[str]:
+    """The scenes that the arguments of ``segment`` name.
+
+    An argument is a raster; a name of GDAL's (``/vsicurl/...``, ``https://...``), which stays as it is; a folder, for
+    the rasters in it; a pattern (also with ``**``); or ``@LIST``, a text file with one of these per line and ``#`` for
+    comments. Files found in folders and by patterns are sorted, without those that ``segment`` wrote.
+
+    Returns:
+        Paths in the order of the arguments. Each file is there once, by its own name rather than a link's. A path that
+        does not exist is among them: that scene will fail, and no other.
+
+    Raises:
+        SceneError: a pattern or a folder gives no scene, or a list cannot be read.
+    """
+    found: dict[str, str] = {}
+    for argument in arguments:
+        is_list = argument.startswith("@") and not Path(argument).exists()
+        for line in _lines(Path(argument[1:])) if is_list else [argument]:
+            for path in _named(line):
+                first = found.setdefault(file_key(path), path)
+                if Path(first).is_symlink() and not Path(path).is_symlink():
+                    found[file_key(path)] = path  # "latest.tif" is another scene's name tomorrow
+    return list(found.values())
+
+
+def _named(argument: str) -> list[str]:
+    if not is_gdal_name(argument) and not Path(argument).exists() and not glob.has_magic(argument):
+        return [argument]  # a file that is gone: opening it will fail
+    return sorted(rasters_named(argument))
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a list of scenes."""
+    try:
+        # File names may hold any bytes; surrogates keep them.
+        text = read_small(path).decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise SceneError(f"the list {path} cannot be read: {error.strerror}") from None
+    if "\0" in text:
+        raise SceneError(f"the list {path} is no text file", hint="a list names a scene on each line")
+    lines = (line.strip() for line in text.splitlines())
+    named = [line for line in lines if line and not line.startswith("#")]
+    if not named:
+        raise SceneError(f"the list {path} names no scene")
+    if len(named) > _MOST_SCENES:
+        raise SceneError(f"the list {path} names {len(named)} scenes; a run takes {_MOST_SCENES}", hint="divide it")
+    return named
+
+
+def plan_outputs(
+    arguments: Sequence[str],
+    output: Path | None,
+    folder: Path,
+    products: ProductOptions = NO_PRODUCTS,
+    *,
+    confidence: bool = False,
+    keep_folders: bool = False,
+    overwrite: bool,
+) -> tuple[list[str], list[Path]]:
+    """Find the scenes, name their label maps, and check that no file is in the way of another.
+
+    Args:
+        arguments: as for :func:`scenes_of`.
+        output, folder, keep_folders: as for :func:`~cdkd_edge.segmentation.outputs.label_map_paths`.
+        products: what is made beside each label map.
+        confidence: whether a confidence raster is made, too.
+        overwrite: whether existing label maps are replaced.
+
+    Returns:
+        Scenes and their label maps. A scene that is the label map of another one (``segment *.tif`` for the second
+        time) is left out.
+
+    Raises:
+        SceneError: two scenes would get one label map, or a scene would be replaced.
+        UsageError: the output is another format, or one file for several scenes.
+        SystemRefusalError: the output folder is a file.
+    """
+    scenes = scenes_of(arguments)
+    planned = label_map_paths(scenes, output, folder, keep_folders=keep_folders)
+    outputs = {file_key(str(path)) for path in planned}
+    pairs = [
+        (scene, path)
+        for scene, path in zip(scenes, planned, strict=True)
+        if len(scenes) == 1 or file_key(scene) not in outputs or not is_label_map(scene)
+    ]
+    sources = {file_key(scene): scene for scene, _ in pairs}
+    for _, path in pairs:
+        _require_folder(path)
+        for place in (path, sidecar_path(path), *product_paths(path, products, confidence=confidence).values()):
+            require_file_place(place, links=True)
+            if overwrite and (scene := sources.get(file_key(str(place)))):
+                raise SceneError(f"{place} would overwrite the scene {scene}", hint="choose another --output")
+    return [scene for scene, _ in pairs], [path for _, path in pairs]
+
+
+def _require_folder(path: Path) -> None:
+    """Make sure that no file is where the folder of a label map goes."""
+    for parent in path.parents:
+        if parent.is_dir():
+            return
+        if parent.exists():
+            raise SystemRefusalError(f"{parent} is a file, not a folder", hint="choose another --output")
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+def segment_many(
+    scenes: Sequence[str],
+    outputs: Sequence[Path],
+    workers: Workers,
+    engine: EngineRef,
+    options: SegmentOptions = SegmentOptions(),
+    products: ProductOptions = NO_PRODUCTS,
+    *,
+    overwrite: bool = False,
+    report_path: Path | None = None,
+    observer: RunObserver | None = None,
+) -> RunReport:
+    """Label scenes. A scene that fails does not keep the others from being labelled.
+
+    Label maps that are there stay if they are of their scene, by this engine, with these options. A failure of the
+    engine or a full disk ends the run, since every other scene would fail as well.
+
+    Args:
+        scenes, outputs: from :func:`plan_outputs`.
+        workers, engine: from :func:`workers_for`.
+        options: how scenes are read and tiled.
+        products: what is made beside each label map.
+        overwrite: replace label maps that are there.
+        report_path: where the report is kept up to date, however the run ends.
+        observer: is told what happens.
+
+    Returns:
+        The report; every scene is done or kept.
+
+    Raises:
+        MissingExtraError: a product needs a package that is not installed.
+        FleetError: several scenes were given and some failed; the report says why.
+        Exception: why the only scene failed, or why the run was stopped.
+    """
+    products.require()
+    observer = observer or RunObserver()
+    jobs = [
+        Job(
+            scene=scene,
+            output=str(output),
+            engine=engine,
+            options=options,
+            products=products,
+            overwrite=overwrite,
+            before=file_state(output),
+            scene_is_file=not is_gdal_name(scene) and Path(scene).is_file(),
+        )
+        for scene, output in zip(scenes, outputs, strict=True)
+    ]
+    report = RunReport(jobs, engine)
+    file = ReportFile(report_path)
+    file.save(report)  # fails now, not after hours of work, if it cannot be written
+    errors: list[Exception] = []
+    try:
+        with workers:
+            report.workers = workers.describe()
+            _collect(workers, report, file, errors, observer)
+        report.ended = Ended.COMPLETE
+    except Exception as error:
+        report.ended, report.error = Ended.STOPPED, Failure.of(error)
+        idle = sum(row.status in (Status.NOT_BEGUN, Status.INTERRUPTED) for row in report.rows())
+        if idle and len(jobs) > 1:
+            observer.note(f"stopped; {idle} of {len(jobs)} scenes were not begun or not finished")
+        raise
+    except BaseException:
+        report.ended = Ended.INTERRUPTED
+        raise
+    finally:
+        with contextlib.suppress(OSError) if report.ended != Ended.COMPLETE else contextlib.nullcontext():
+            file.save(report, now=True)
+    _require_success(report, errors)
+    return report
+
+
+def _collect(
+    workers: Workers, report: RunReport, file: ReportFile, errors: list[Exception], observer: RunObserver
+) -> None:
+    """Enter the answers into the report; raise a failure that affects the other scenes."""
+    with contextlib.closing(workers.answers(report.jobs, _Recorder(report, observer))) as answers:
+        for answer in answers:
+            report.reports[answer.index] = answer.report
+            observer.finished(answer.report)
+            file.save(report)
+            if answer.error is not None:
+                errors.append(answer.error)
+            failure = answer.report.error
+            if failure is not None and failure.reach != Reach.SCENE:
+                raise answer.error or _as_error(failure)
+
+
+class _Recorder(RunObserver):
+    """Enters the jobs that are begun into the report, and passes everything on."""
+
+    def __init__(self, report: RunReport, observer: RunObserver) -> None:
+        self._report, self._observer = report, observer
+        self.tiles = observer.tiles  # type: ignore[method-assign]
+        self.note = observer.note  # type: ignore[method-assign]
+
+    def begun(self, index: int, job: Job) -> None:
+        self._report.begun[index] = job.attempt
+        self._observer.begun(index, job)
+
+
+def _as_error(failure: Failure) -> Exception:
+    """The error behind a failure that another process reported."""
+    kinds = (EngineError, SystemRefusalError, UsageError)
+    kind = next((kind for kind in kinds if kind.exit_code == failure.exit_code), FleetError)
+    return kind(failure.message, hint=failure.hint)
+
+
+def _require_success(report: RunReport, errors: Sequence[Exception]) -> None:
+    rows = [row for row in report.rows() if row.status == Status.FAILED]
+    if not rows:
+        return
+    if len(report.jobs) == 1 and errors:
+        raise errors[0]
+    names = [Path(job.scene).name for job in report.jobs]
+    unique = len(set(names)) == len(names)
+    shown = ", ".join(Path(row.scene).name if unique else row.scene for row in rows[:_NAMES_SHOWN])
+    more = f" and {len(rows) - _NAMES_SHOWN} more" if len(rows) > _NAMES_SHOWN else ""
+    reason = rows[0].error.message if len(report.jobs) == 1 and rows[0].error else f"{shown}{more}"
+    raise FleetError(
+        f"{len(rows)} of {len(report.jobs)} scenes failed: {reason}",
+        hint="correct them and run the same command again; what is finished is kept",
+    )
+
+
+# --- with which engine, and who does it ---------------------------------------------------------------------------
+
+
+def engine_ref(path: Path, *, threads: int | None = None, worker_folder: str | None = None) -> EngineRef:
+    """Identify an engine by its manifest, without loading it.
+
+    Args:
+        path: an engine. With ``worker_folder`` also a graph from which the workers' engines were built.
+        threads, worker_folder: see :class:`.jobs.EngineRef`.
+
+    Raises:
+        ManifestError: there is no such manifest beside it.
+    """
+    if worker_folder is not None and kind_of(path) == GraphManifest.kind:
+        graph = read_manifest(path, GraphManifest, verify=False)
+        sha256 = graph.artefact.sha256
+        return EngineRef(str(path), graph.name, graph.precision, None, None, sha256, threads, worker_folder)
+    manifest = read_manifest(path, EngineManifest, verify=False)  # verified when it is loaded
+    return EngineRef(
+        path=str(path),
+        name=manifest.name,
+        precision=manifest.precision,
+        runtime=manifest.runtime,
+        sha256=manifest.artefact.sha256 if worker_folder is None else None,
+        graph_sha256=manifest.graph.sha256,
+        threads=threads,
+        folder=worker_folder,
+    )
+
+
+def workers_for(engine: EngineRef, scheduler: str | None, processes: int | None) -> tuple[Workers, EngineRef]:
+    """Choose who labels the scenes; returns the engine with the threads that it gets there.
+
+    ``scheduler`` is the address of a dask scheduler, ``processes`` how many to start here; default: this process.
+    """
+    if scheduler is not None:
+        from cdkd_edge.segmentation.many.dask import DaskPool
+
+        return DaskPool(scheduler), engine
+    if processes is None:
+        return InProcess(engine), engine
+    return ProcessPool(processes), replace(engine, threads=engine.threads or max(1, available_cores() // processes))

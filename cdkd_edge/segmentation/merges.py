@@ -1,0 +1,66 @@
+"""The merge modes, the choices of ``--merge``: how tiles become one map.
+
+This module imports nothing heavy, so that the command line can show the choices at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cdkd_edge.core.errors import UsageError
+from cdkd_edge.core.output_kinds import LABELS, PROBABILITIES
+
+if TYPE_CHECKING:
+    from cdkd_edge.segmentation.crop import CropMerge
+
+DEFAULT_MERGE = "crop"
+
+
+@dataclass(frozen=True)
+class MergeMode:
+    """One choice of ``--merge``."""
+
+    help: str
+    needs: str  # what the engine must give, one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`
+    load: Callable[[], type[CropMerge]]  # imports the class that merges
+
+
+def _crop() -> type[CropMerge]:
+    from cdkd_edge.segmentation.crop import CropMerge
+
+    return CropMerge
+
+
+def _hann() -> type[CropMerge]:
+    from cdkd_edge.segmentation.hann import HannMerge
+
+    return HannMerge
+
+
+MERGES = {
+    "crop": MergeMode("each pixel from the tile in which it lies deepest", LABELS, _crop),
+    "hann": MergeMode("probabilities of overlapping tiles blended under a Hann window", PROBABILITIES, _hann),
+}
+"""The merge modes. Each is a :class:`.crop.CropMerge` in a file of its own, and a row here; nothing else names it."""
+
+
+def merge_mode(name: str) -> MergeMode:
+    """The merge mode of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in MERGES:
+        raise UsageError(f"there is no merge {name!r}", hint=merge_help())
+    return MERGES[name]
+
+
+def merge_help() -> str:
+    """The help text of ``--merge``."""
+    needs = {LABELS: "."}
+    return " ".join(
+        f"{name}: {mode.help}" + needs.get(mode.needs, f" (needs an engine with {mode.needs}).")
+        for name, mode in MERGES.items()
+    )

@@ -268,26 +268,27 @@ def summary_schema() -> dict[str, Any]:
 
 
 def _field_descriptions() -> dict[str, dict[str, str]]:
-    """By class, the docstrings of its fields. Python does not keep these; the source has them."""
+    """By class, what its source says of its fields: a comment at the end of the line, or a docstring below it."""
     found: dict[str, dict[str, str]] = {}
     for module in (sys.modules[__name__], statistics, manifest, machine):
-        for node in ast.parse(inspect.getsource(module)).body:
+        source = inspect.getsource(module)
+        lines = source.splitlines()
+        for node in ast.parse(source).body:
             if isinstance(node, ast.ClassDef) and is_dataclass(getattr(module, node.name)):
-                found[node.name] = dict(_documented(node))
+                found[node.name] = dict(_documented(node, lines))
     return found
 
 
-def _documented(node: ast.ClassDef) -> list[tuple[str, str]]:
+def _documented(node: ast.ClassDef, lines: list[str]) -> list[tuple[str, str]]:
     pairs = []
-    for one, below in zip(node.body, node.body[1:], strict=False):
-        if (
-            isinstance(one, ast.AnnAssign)
-            and isinstance(one.target, ast.Name)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-            and isinstance(below.value.value, str)
-        ):
-            pairs.append((one.target.id, _plain(below.value.value)))
+    for one, below in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(one, ast.AnnAssign) or not isinstance(one.target, ast.Name) or one.end_lineno is None:
+            continue
+        comment = lines[one.end_lineno - 1].encode()[one.end_col_offset :].decode().strip()
+        if comment.startswith("# "):
+            pairs.append((one.target.id, _plain(comment[2:])))
+        elif isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            pairs.append((one.target.id, _plain(str(below.value.value))))
     return pairs
 
 

@@ -3,8 +3,8 @@
 All times are seconds from the start of the run, on one clock for phases, tiles, power and conditions. A figure that
 could not be measured is null, and the field beside it says why.
 
-``python -m cdkd_edge.benchmark.record > docs/schemas/summary-2.json`` writes the published schema; its descriptions are the
-docstrings below.
+``python -m cdkd_edge.benchmark.record > docs/schemas/summary-2.json`` writes the published schema; its descriptions are
+the docstrings and comments of the fields below.
 """
 
 from __future__ import annotations
@@ -56,17 +56,12 @@ class Protocol:
     """How long the phases of a run last, and how often they are repeated."""
 
     preset: Literal["default", "paper", "mlperf"]
-    idle_seconds: float
-    """Length of each idle phase."""
-    load_seconds: float
-    """Least length of each load phase."""
+    idle_seconds: float  # length of each idle phase
+    load_seconds: float  # least length of each load phase
     repeats: int
-    window_seconds: float
-    """Least length of the windows that are compared to decide whether the warm-up is over."""
-    warm_up_cap_seconds: float
-    """Longest warm-up; it ends then even if the engine is not steady."""
-    min_batches: int
-    """Least number of batches in a load phase."""
+    window_seconds: float  # least length of the windows that are compared to decide whether the warm-up is over
+    warm_up_cap_seconds: float  # longest warm-up; it ends then even if the engine is not steady
+    min_batches: int  # least number of batches in a load phase
 
 
 @dataclass(frozen=True)
@@ -74,10 +69,8 @@ class Verdict:
     """Whether the figures may be quoted."""
 
     status: Literal["valid", "invalid", "not_steady"]
-    reasons: tuple[str, ...]
-    """Why the run is not valid; empty if it is."""
-    warnings: tuple[str, ...] = ()
-    """What a reader should know even if the run is valid."""
+    reasons: tuple[str, ...]  # why the run is not valid; empty if it is
+    warnings: tuple[str, ...] = ()  # what a reader should know even if the run is valid
 
 
 @dataclass(frozen=True)
@@ -89,10 +82,8 @@ class RailRepeat:
     idle_before_watts: float
     idle_after_watts: float
     load_watts: float
-    load_joules: float
-    """Energy over the part of the load phase that is covered by readings."""
-    covered: float
-    """Share of a phase that lies between readings, 0..1, in the worst of the three phases."""
+    load_joules: float  # energy over the part of the load phase that is covered by readings
+    covered: float  # share of a phase that lies between readings, 0..1, in the worst of the three phases
     bound_joules: float
     """Largest error of ``load_joules`` through sampling (:mod:`cdkd_edge.board.power.energy`), for the kinds of load
     that ``figures.power.bound_holds`` names."""
@@ -105,12 +96,10 @@ class Repeat:
     steady: bool
     warm_up_seconds: float
     tiles: int
-    seconds: float
-    """Length of the load phase."""
+    seconds: float  # length of the load phase
     tiles_per_second: float
     latency_ms: Latency
-    rails: dict[str, RailRepeat] | None
-    """By rail; None where power was not measured."""
+    rails: dict[str, RailRepeat] | None  # by rail; None where power was not measured
 
 
 @dataclass(frozen=True)
@@ -120,10 +109,8 @@ class RejectedRepeat:
     steady: bool
     warm_up_seconds: float
     tiles: int
-    seconds: float
-    """Length of the load phase."""
-    covered: dict[str, float] | None
-    """By rail, as in :class:`RailRepeat`; None where power was not measured."""
+    seconds: float  # length of the load phase
+    covered: dict[str, float] | None  # by rail, as in :class:`RailRepeat`; None where power was not measured
 
 
 @dataclass(frozen=True)
@@ -144,20 +131,15 @@ class PowerFigures:
     """Power over all repeats."""
 
     source: str
-    scope: str
-    """``module``, ``GPU board`` or ``CPU package``; figures of different scopes cannot be compared."""
+    scope: str  # ``module``, ``GPU board`` or ``CPU package``; figures of different scopes cannot be compared
     covers: str
-    total: str | None
-    """The rail that contains all others; None if no rail does."""
+    total: str | None  # the rail that contains all others; None if no rail does
     rails: dict[str, RailFigures]
     readings_per_second: float
-    late: int
-    """Readings that came more than half an interval late."""
-    gaps: int
-    """Number of stretches without readings in the whole trace."""
+    late: int  # readings that came more than half an interval late
+    gaps: int  # number of stretches without readings in the whole trace
     gap_seconds: float
-    problems: tuple[str, ...]
-    """Problems met while sampling, including those it recovered from."""
+    problems: tuple[str, ...]  # problems met while sampling, including those it recovered from
     bound_holds: str = ""
     """The kinds of load for which ``bound_joules`` holds, and its assumptions; empty: not recorded."""
 
@@ -168,11 +150,9 @@ class Figures:
 
     tiles_per_second: Figure
     megapixels_per_second: Figure
-    latency_ms: Latency
-    """Latency per batch, over all load phases."""
+    latency_ms: Latency  # latency per batch, over all load phases
     power: PowerFigures | None
-    power_reason: str
-    """Why there is no power figure; empty if there is one."""
+    power_reason: str  # why there is no power figure; empty if there is one
 
 
 @dataclass(frozen=True)
@@ -186,8 +166,7 @@ class EndToEnd:
     seconds: float
     engine_seconds: float
     tiles_per_second: float
-    megapixels_per_second: float
-    """Pixels of the scene; overlaps and padding take time but do not count."""
+    megapixels_per_second: float  # pixels of the scene; overlaps and padding take time but do not count
     overhead: float | None
     """Total time divided by the engine's time; 1 means that reading and writing cost nothing. None: no tile was run."""
 
@@ -200,10 +179,8 @@ class ModelledBound:
     mode: str
     precision: str
     bound_tiles_per_second: float
-    expected_tiles_per_second: tuple[float, float]
-    """Lowest and highest."""
-    share_of_bound: float | None
-    """Measured speed divided by the bound; None where no speed was measured."""
+    expected_tiles_per_second: tuple[float, float]  # lowest and highest
+    share_of_bound: float | None  # measured speed divided by the bound; None where no speed was measured
 
 
 @dataclass(frozen=True)
@@ -211,35 +188,27 @@ class BenchSummary:
     """A benchmark run, as written to ``summary.json``."""
 
     verdict: Verdict
-    figures: Figures | None
-    """None if the run is invalid, unless ``--keep-invalid`` was given."""
+    figures: Figures | None  # None if the run is invalid, unless ``--keep-invalid`` was given
     engine: EngineManifest
     protocol: Protocol
     phases: tuple[Phase, ...]
-    repeats: tuple[Repeat, ...]
-    """Empty if the run is invalid, unless ``--keep-invalid`` was given."""
-    end_to_end: EndToEnd | None
-    """None as for ``figures``, or if it failed; a warning then says why."""
+    repeats: tuple[Repeat, ...]  # empty if the run is invalid, unless ``--keep-invalid`` was given
+    end_to_end: EndToEnd | None  # None as for ``figures``, or if it failed; a warning then says why
     roofline: ModelledBound | None
-    roofline_reason: str
-    """Why there is no modelled bound; empty if there is one."""
+    roofline_reason: str  # why there is no modelled bound; empty if there is one
     machine: Machine
-    board: dict[str, Any] | None
-    """On a Jetson: model, L4T, JetPack, power mode, jetson_clocks; None elsewhere."""
-    conditions: dict[str, Any]
-    """Minimum, mean and maximum of clocks, temperatures and fan over the load phases."""
+    board: dict[str, Any] | None  # on a Jetson: model, L4T, JetPack, power mode, jetson_clocks; None elsewhere
+    conditions: dict[str, Any]  # minimum, mean and maximum of clocks, temperatures and fan over the load phases
     libraries: dict[str, str]
     peak_memory_bytes: int
     """Largest resident size of the process while the engine was measured. It includes loading the engine where the
     kernel cannot reset the peak, and excludes the GPU's part where CPU and GPU share memory."""
-    started: str
-    """Start of the run: UTC, ISO 8601."""
+    started: str  # start of the run: UTC, ISO 8601
     origin: float
     """The start on CLOCK_MONOTONIC, s; all other times count from it. Use it to align readings of other meters."""
     rejected_repeats: tuple[RejectedRepeat, ...] = ()
     """The repeats of an invalid run; all its tiles and readings are in the tables beside this file."""
-    command: str = ""
-    """The command line; empty if the run was made from Python."""
+    command: str = ""  # the command line; empty if the run was made from Python
     tool: str = field(default=f"cdkd-edge {__version__}")
     summary_version: Literal[2] = 2
 
@@ -295,7 +264,8 @@ def _documented(node: ast.ClassDef, lines: list[str]) -> list[tuple[str, str]]:
 def _plain(text: str) -> str:
     """A docstring without markup and line breaks, in the words of JSON."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"\1", inspect.cleandoc(text)).replace("``", "")
-    return " ".join(re.sub(r"\bNone\b", "null", text).split())
+    sentence = " ".join(re.sub(r"\bNone\b", "null", text).split())
+    return sentence[:1].upper() + sentence[1:]
 
 
 if __name__ == "__main__":

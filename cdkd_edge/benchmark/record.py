@@ -263,9 +263,10 @@ def _documented(node: ast.ClassDef, lines: list[str]) -> list[tuple[str, str]]:
 
 def _plain(text: str) -> str:
     """A docstring without markup and line breaks, in the words of JSON."""
+    first = str if text.startswith("``") else str.upper
     text = re.sub(r":\w+:`~?([^`]+)`", r"\1", inspect.cleandoc(text)).replace("``", "")
     sentence = " ".join(re.sub(r"\bNone\b", "null", text).split())
-    return sentence[:1].upper() + sentence[1:]
+    return first(sentence[:1]) + sentence[1:]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -166,3 +167,24 @@ def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "passes" in printed
     assert names["labels"].shape == (40, 60)
+
+
+@pytest.mark.needs_torch
+def test_the_notebook_runs_and_its_pictures_are_of_today(tmp_path, monkeypatch, capsys):
+    """Cell by cell, as Jupyter does, in an empty folder; what it prints is what is stored, but for last digits."""
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "docs/quickstart.ipynb", "exec"), names)
+            stored = [line for output in cell["outputs"] for line in output.get("text", [])]
+            number = r"\d+\.\d+"
+            printed, wanted = capsys.readouterr().out, "".join(stored)
+            assert re.sub(number, "#", printed) == re.sub(number, "#", wanted)
+            assert [*map(float, re.findall(number, printed))] == pytest.approx(
+                [*map(float, re.findall(number, wanted))], abs=0.02
+            )
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))

@@ -121,6 +121,13 @@ def test_named_files_exist(page):
         assert (ROOT / name).exists(), name
 
 
+def test_the_map_of_the_architecture_leads_to_files():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", text)
+    assert len(names) > 8
+    assert [name for name in names if not (ROOT / "cdkd_edge" / name).exists()] == []
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 

@@ -237,10 +237,7 @@ def _measure(
 
 
 def _run_watched(
-    engine: Engine,
-    options: BenchOptions,
-    note: Callable[[str], None],
-    show_status: Callable[[LiveStatus], None],
+    engine: Engine, options: BenchOptions, note: Callable[[str], None], show_status: Callable[[LiveStatus], None]
 ) -> _Measured:
     """Run the phases while power and conditions are sampled."""
     with ExitStack() as stack:

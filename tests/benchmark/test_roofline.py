@@ -27,7 +27,6 @@ from cdkd_edge.benchmark.roofline.model import (
     estimate,
     kernel_times,
     roofline,
-    share_of_bound,
 )
 from cdkd_edge.benchmark.roofline.operators import GraphCost, read_operators
 from cdkd_edge.core.errors import GraphError, UsageError
@@ -169,10 +168,7 @@ def test_kernels_run_in_an_order_that_is_possible(graph: Path) -> None:
 
 
 def test_unknown_operators_are_named(tmp_path: Path) -> None:
-    nodes = [
-        helper.make_node("Softplus", ["x"], ["a"], name="a"),
-        helper.make_node("Softmax", ["a"], ["y"], name="y"),
-    ]
+    nodes = [helper.make_node("Softplus", ["x"], ["a"], name="a"), helper.make_node("Softmax", ["a"], ["y"], name="y")]
     path = tmp_path / "g.onnx"
     onnx.save(model_of(nodes, {"x": [3, 4]}, "y"), path)
     found = roofline(path, ORIN)
@@ -346,14 +342,6 @@ def test_a_batch_counts_its_tiles(
 def test_shares_of_a_range_stay_shares() -> None:
     assert Efficiencies(gemm=0.95).shifted(0.1).gemm == 1.0
     assert REALISTIC.shifted(-0.1).dram == pytest.approx(0.65)
-
-
-def test_share_of_the_bound(graph: Path) -> None:
-    found = roofline(graph, ORIN, mode="MAXN", precision="fp16").estimates[0]
-    assert share_of_bound(found.bound_fps / 4, found) == pytest.approx(0.25)
-    for wrong in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="must be above 0"):
-            share_of_bound(wrong, found)
 
 
 # --- the paper's network ----------------------------------------------------------------------------

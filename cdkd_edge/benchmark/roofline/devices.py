@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 
 from cdkd_edge.core.errors import UsageError, printable
@@ -36,6 +37,7 @@ class Rates:
         _require_positive(self)
 
 
+_FILES = resources.files("cdkd_edge.benchmark.roofline") / "devices"
 RATES = tuple(one.name for one in fields(Rates))  # precisions that a device has a rate for
 MOST_MODES = 100  # largest number of power modes: all are modelled unless one is chosen
 
@@ -84,8 +86,7 @@ class Device:
 
 def device_names() -> tuple[str, ...]:
     """Names of the devices that come with the package."""
-    folder = resources.files("cdkd_edge.benchmark.roofline") / "devices"
-    return tuple(sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml")))
+    return tuple(sorted(item.name.removesuffix(".toml") for item in _FILES.iterdir() if item.name.endswith(".toml")))
 
 
 def load_device(name: str) -> Device:
@@ -94,35 +95,30 @@ def load_device(name: str) -> Device:
     Raises:
         UsageError: there is no such device, or the file does not describe one.
     """
-    if name.endswith(".toml"):
-        path = Path(name)
-        try:
-            return _device(path.stem, read_toml(path))
-        except OSError as error:
-            raise UsageError(f"{name} is not a device file: {error.strerror or error}") from None
-        except ValueError as error:  # msgspec's validation errors too
-            raise UsageError(f"{name} is not a device file: {error}", hint=f"see {__name__}") from None
-    if name not in device_names():
+    if name in device_names():
+        with resources.as_file(_FILES / f"{name}.toml") as file:
+            return _device(name, read_toml(file))
+    if not name.endswith(".toml"):
         raise UsageError(f"there is no device {name!r}", hint=f"one of {', '.join(device_names())}, or a .toml file")
-    with resources.as_file(resources.files("cdkd_edge.benchmark.roofline") / "devices" / f"{name}.toml") as file:
-        return _device(name, read_toml(file))
+    try:
+        return _device(Path(name).stem, read_toml(Path(name)))
+    except OSError as error:
+        raise UsageError(f"{name} is not a device file: {error.strerror or error}") from None
+    except ValueError as error:  # msgspec's validation errors too
+        raise UsageError(f"{name} is not a device file: {error}", hint=f"see {__name__}") from None
 
 
 def find_device(*, part: str | None = None, gpu: str | None = None) -> Device | None:
-    """The device file of a machine: by its module's part number, else by its GPU's name; None if there is none.
-
-    Args:
-        part: text that holds the part number (:func:`device_tree_parts`).
-        gpu: name of the GPU as the CUDA driver gives it.
+    """The device file of a machine: by the part number of its module in ``part`` (:func:`device_tree_parts`), else by
+    the GPU's name as the CUDA driver gives it; None if there is none.
     """
     devices = [load_device(name) for name in device_names()]
-    for device in devices:
-        if part and any(number in part for number in device.parts):
-            return device
-    return next((device for device in devices if gpu and gpu in device.gpu_names), None)
+    by_part = (device for device in devices if part and any(number in part for number in device.parts))
+    by_gpu = (device for device in devices if gpu in device.gpu_names)
+    return next(chain(by_part, by_gpu), None)
 
 
-def device_tree_parts(root: Path = Path("/")) -> str | None:
+def device_tree_parts(root: Path) -> str | None:
     """What the device tree calls the machine (``/proc/device-tree/compatible``); None if there is no device tree."""
     try:
         return (root / "proc/device-tree/compatible").read_bytes().decode("utf-8", errors="replace")
@@ -136,10 +132,9 @@ def default_device(root: Path = Path("/")) -> Device:
 
 
 def _require_positive(values: Rates | PowerMode) -> None:
-    for one in fields(values):
-        value = getattr(values, one.name)
-        if one.name != "name" and not 1e-6 <= value <= 1e9:
-            raise ValueError(f"{one.name} must be a number from 1e-6 to 1e9, got {value:g}")
+    for name, value in vars(values).items():
+        if name != "name" and not 1e-6 <= value <= 1e9:
+            raise ValueError(f"{name} must be a number from 1e-6 to 1e9, got {value:g}")
 
 
 def _device(name: str, data: Mapping[str, object]) -> Device:
@@ -148,6 +143,6 @@ def _device(name: str, data: Mapping[str, object]) -> Device:
     device = msgspec.convert(data, Device)
     if not 1 <= len(device.modes) <= MOST_MODES:
         raise ValueError(f"it has {len(device.modes)} modes; 1 to {MOST_MODES} are allowed")
-    modes = {printable(key, 60): replace(mode, name=printable(key, 60)) for key, mode in device.modes.items()}
+    modes = {title: replace(mode, name=title) for key, mode in device.modes.items() for title in [printable(key, 60)]}
     title, note = printable(device.title, 100), printable(device.note, 1000)
     return replace(device, name=name, modes=modes, title=title, note=note)

@@ -16,8 +16,7 @@ A kernel reads its inputs from memory and writes what other kernels need; no cac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 from cdkd_edge.benchmark.roofline.operators import POINTWISE, PRODUCTS, VIEWS, GraphCost, Operator
 
@@ -46,12 +45,6 @@ class Kernel:
         return self.read_bytes + self.written_bytes + self.constant_bytes
 
 
-@dataclass
-class _Group:
-    kind: str
-    operators: list[Operator] = field(default_factory=list)
-
-
 def attention_modes(cost: GraphCost) -> tuple[str, ...]:
     """The ways in which the graph's attention can run, fastest first; ``("none",)`` without attention."""
     if not _Grouping(cost, UNFUSED).blocks:
@@ -75,11 +68,10 @@ class _Grouping:
         for operator in cost.operators:
             for name in operator.inputs:
                 self._direct.setdefault(name, []).append(operator)
-        self._shown: dict[str, str] = {}
-        """By name of a view: the value that it shows."""
-        self._users: dict[str, list[Operator]] = {}
-        """By value: the operators that read it, directly or through views."""
+        self._shown: dict[str, str] = {}  # by name of a view: the value that it shows
         self._working = [operator for operator in cost.operators if not self._is_free(operator)]
+        self._leaving = {self._root(name) for name in cost.outputs}
+        self._users: dict[str, list[Operator]] = {}  # by value: what reads it, directly or through views
         for operator in self._working:
             for name in operator.inputs:
                 self._users.setdefault(self._root(name), []).append(operator)
@@ -88,27 +80,25 @@ class _Grouping:
     def kernels(self) -> tuple[Kernel, ...]:
         """All kernels in the order of computation."""
         member = {operator.name: number for number, block in enumerate(self.blocks) for operator in block}
-        groups: list[_Group] = []
-        place: dict[str, int] = {}
-        """By value: the group that makes it."""
-        opened: dict[int, int] = {}
+        groups: list[tuple[str, list[Operator]]] = []  # kind and operators
+        place: dict[str, int] = {}  # by value: the group that makes it
+        opened: dict[int, int] = {}  # by block: its group, if it is one kernel
         for operator in self._working:
             block = member.get(operator.name)
-            if block is None:
-                at = self._joins(operator, groups, place)
-            else:
-                at = opened.get(block) if self._attention == FUSED else None
+            at = self._joins(operator, groups, place) if block is None else opened.get(block)
             if at is None:
                 at = len(groups)
-                groups.append(_Group(self._kind(operator, block)))
-                if block is not None:
+                groups.append((self._kind(operator, block), []))
+                if block is not None and self._attention == FUSED:
                     opened[block] = at
-            groups[at].operators.append(operator)
+            groups[at][1].append(operator)
             place.update(dict.fromkeys(operator.outputs, at))
-        kernels = [self._kernel(group, at, place) for at, group in enumerate(groups)]
+        kernels = [self._kernel(*group, at, place) for at, group in enumerate(groups)]
         if self._attention == UNFUSED_FP32:
             softmaxes = {operator.name for block in self.blocks for operator in block if operator.op == "Softmax"}
-            kernels = [part for kernel in kernels for part in self._widened(kernel, kernel.operators[0] in softmaxes)]
+            kernels = [
+                part for one in kernels for part in (_widened(one) if one.operators[0] in softmaxes else (one,))
+            ]
         return tuple(kernels)
 
     def _kind(self, operator: Operator, block: int | None) -> str:
@@ -118,7 +108,9 @@ class _Grouping:
             return _LOOSE
         return _CLOSED if operator.precision == "int8" else _PRODUCT
 
-    def _joins(self, operator: Operator, groups: list[_Group], place: dict[str, int]) -> int | None:
+    def _joins(
+        self, operator: Operator, groups: list[tuple[str, list[Operator]]], place: dict[str, int]
+    ) -> int | None:
         """The group that an operator joins: the latest it depends on, so that groups do not depend on each other."""
         roots = {self._root(name) for name in operator.inputs}
         made = [(place[root], root) for root in roots if root in place]
@@ -126,55 +118,38 @@ class _Grouping:
             return None
         at, root = max(made)
         alone = len(self._users[root]) == 1
-        joins = {
-            _PRODUCT: alone and operator.op in POINTWISE,
-            _ATTENTION: alone and (operator.op in POINTWISE or operator.op == "Transpose"),
-            _LOOSE: operator.op in POINTWISE or operator.op in ("LayerNormalization", "Transpose"),
-            _CLOSED: False,
+        joins = {  # kind of group: whether only the one reader of its value may join, and which operators
+            _PRODUCT: (True, POINTWISE),
+            _ATTENTION: (True, POINTWISE | {"Transpose"}),
+            _LOOSE: (False, POINTWISE | {"LayerNormalization", "Transpose"}),
+            _CLOSED: (False, frozenset[str]()),
         }
-        return at if joins[groups[at].kind] else None
+        needs_alone, types = joins[groups[at][0]]
+        return at if operator.op in types and (alone or not needs_alone) else None
 
-    def _kernel(self, group: _Group, at: int, place: dict[str, int]) -> Kernel:
+    def _kernel(self, kind: str, operators: list[Operator], at: int, place: dict[str, int]) -> Kernel:
         tensors = self._cost.tensors
-        names = {name for operator in group.operators for name in operator.inputs if name}
+        names = {name for operator in operators for name in operator.inputs if name}
         outside = {name for name in names if place.get(self._root(name)) != at}
         constants = {name for name in outside if tensors[name].constant}
-        inside = {operator.name for operator in group.operators}
+        inside = {operator.name for operator in operators}
         written = [
             name
-            for operator in group.operators
+            for operator in operators
             for name in operator.outputs
             if self._root(name) in self._leaving or any(user.name not in inside for user in self._users.get(name, []))
         ]
-        products = [operator for operator in group.operators if operator.product_flop]
         return Kernel(
-            name=group.operators[0].name,
-            attention=group.kind == _ATTENTION,
-            precision=products[0].precision if products else "fp32",
-            operators=tuple(operator.name for operator in group.operators),
-            product_flop=sum(operator.product_flop for operator in group.operators),
-            vector_flop=sum(operator.vector_flop for operator in group.operators),
+            name=operators[0].name,
+            attention=kind == _ATTENTION,
+            precision=next((operator.precision for operator in operators if operator.product_flop), "fp32"),
+            operators=tuple(operator.name for operator in operators),
+            product_flop=sum(operator.product_flop for operator in operators),
+            vector_flop=sum(operator.vector_flop for operator in operators),
             read_bytes=sum(tensors[name].bytes for name in outside - constants),
             written_bytes=sum(tensors[name].bytes for name in written),
             constant_bytes=sum(tensors[name].bytes for name in constants),
         )
-
-    def _widened(self, softmax: Kernel, is_softmax: bool) -> list[Kernel]:
-        """A softmax kernel together with its casts to FP32 and back; any other kernel unchanged."""
-        if not is_softmax:
-            return [softmax]
-        narrow, wide = softmax.written_bytes, 2 * softmax.written_bytes  # FP16
-        parts = (("to FP32", 0, narrow, wide), ("", softmax.vector_flop, wide, wide), ("from FP32", 0, wide, narrow))
-        return [
-            replace(
-                softmax, name=f"{softmax.name} {what}".strip(), vector_flop=flop, read_bytes=read, written_bytes=out
-            )
-            for what, flop, read, out in parts
-        ]
-
-    @cached_property
-    def _leaving(self) -> set[str]:
-        return {self._root(name) for name in self._cost.outputs}
 
     def _is_free(self, operator: Operator) -> bool:
         """Whether an operator moves no data: constant, a view, a dequantisation, or a transpose read directly."""
@@ -183,10 +158,10 @@ class _Grouping:
             return True
         users = [user for name in outputs for user in self._direct.get(name, [])]
         read_as_it_is = operator.swaps_last_axes and users and all(user.op in PRODUCTS for user in users)
-        if operator.op in VIEWS or operator.op == "DequantizeLinear" or read_as_it_is:
-            self._shown.update(dict.fromkeys(outputs, operator.inputs[0]))
-            return True
-        return False
+        if operator.op not in VIEWS and operator.op != "DequantizeLinear" and not read_as_it_is:
+            return False
+        self._shown.update(dict.fromkeys(outputs, operator.inputs[0]))
+        return True
 
     def _root(self, name: str) -> str:
         while name in self._shown:
@@ -199,19 +174,27 @@ class _Grouping:
             return None
         block = [softmax]
         while block[0].op != "MatMul":
-            before = [self._makers.get(self._root(name)) for name in block[0].inputs]
-            real = [operator for operator in before if operator is not None]
-            if len(real) != 1 or not _is_inner(real[0]):
+            before = [made for name in block[0].inputs if (made := self._makers.get(self._root(name)))]
+            if len(before) != 1 or not _is_inner(before[0]):
                 return None
-            block.insert(0, real[0])
+            block.insert(0, before[0])
         while block[-1] is softmax or block[-1].op != "MatMul":
             after = self._users.get(self._root(block[-1].outputs[0]), [])
             if len(after) != 1 or not _is_inner(after[0]):
                 return None
             block.append(after[0])
-        products = (block[0], block[-1])
-        constant = any(self._cost.tensors[name].constant for product in products for name in product.inputs)
-        return None if constant else block
+        factors = (*block[0].inputs, *block[-1].inputs)
+        return None if any(self._cost.tensors[name].constant for name in factors) else block
+
+
+def _widened(softmax: Kernel) -> list[Kernel]:
+    """A softmax kernel between its casts to FP32 and back."""
+    name, narrow, wide = softmax.name, softmax.written_bytes, 2 * softmax.written_bytes  # FP16
+    return [
+        replace(softmax, name=f"{name} to FP32", vector_flop=0, read_bytes=narrow, written_bytes=wide),
+        replace(softmax, read_bytes=wide, written_bytes=wide),
+        replace(softmax, name=f"{name} from FP32", vector_flop=0, read_bytes=wide, written_bytes=narrow),
+    ]
 
 
 def _is_inner(operator: Operator) -> bool:

@@ -41,10 +41,8 @@ class Efficiencies:
 
     def shifted(self, by: float) -> Efficiencies:
         """All shares raised or lowered, at most to 1."""
-        gemm, attention, int8, dram = (
-            min(1.0, share + by) for share in (self.gemm, self.attention, self.int8, self.dram)
-        )
-        return Efficiencies(gemm, attention, int8, dram, self.kernel_seconds)
+        shares = (min(1.0, share + by) for share in (self.gemm, self.attention, self.int8, self.dram))
+        return Efficiencies(*shares, kernel_seconds=self.kernel_seconds)
 
 
 REALISTIC = Efficiencies()
@@ -105,13 +103,7 @@ def roofline(path: Path, device: Device, *, mode: str | None = None, precision: 
     """Model a graph file on a device.
 
     An FP32 graph is also modelled in FP16 and INT8, as ``export`` and ``build --int8`` would write it. Other graphs are
-    modelled as they are.
-
-    Args:
-        path: an ONNX graph with static shapes.
-        device: from :func:`~cdkd_edge.benchmark.roofline.devices.load_device`.
-        mode: one power mode. Default: all.
-        precision: one precision. Default: all that the graph can be converted to.
+    modelled as they are. Without ``mode`` or ``precision``, all modes and all precisions.
 
     Raises:
         GraphError: the file is no ONNX graph with known shapes.
@@ -123,20 +115,14 @@ def roofline(path: Path, device: Device, *, mode: str | None = None, precision: 
         graphs = [cost for cost in graphs if cost.precision == precision]
         if not graphs:
             raise UsageError(f"{path} cannot be modelled in {precision}", hint="; ".join(notes) or None)
-    for cost in graphs[:1]:
-        if not kernels_of(cost, attention_modes(cost)[0]):
-            raise GraphError(f"{path} computes nothing: there is no kernel to model")
-        if cost.unknown:
-            notes.append(f"counted as one operation per element: {', '.join(cost.unknown)}")
+    if not kernels_of(graphs[0], attention_modes(graphs[0])[0]):
+        raise GraphError(f"{path} computes nothing: there is no kernel to model")
+    if graphs[0].unknown:
+        notes.append(f"counted as one operation per element: {', '.join(graphs[0].unknown)}")
     if device.note:
         notes.append(device.note)
-    estimates = tuple(
-        estimate(cost, device, one, attention)
-        for one in modes
-        for cost in graphs
-        for attention in attention_modes(cost)
-    )
-    return Roofline(path, device, tuple(graphs), estimates, tuple(notes))
+    cases = [(cost, device, one, way) for one in modes for cost in graphs for way in attention_modes(cost)]
+    return Roofline(path, device, tuple(graphs), tuple(estimate(*case) for case in cases), tuple(notes))
 
 
 def estimate(
@@ -180,19 +166,6 @@ def kernel_times(
     return tuple(times)
 
 
-def share_of_bound(measured_fps: float, modelled: Estimate) -> float:
-    """A measured speed as a share of the modelled bound; 0.4 is 40 %.
-
-    A value above 1 means that an assumption is wrong: higher clocks than the power mode's, or data kept in a cache.
-
-    Raises:
-        ValueError: the measured speed is not positive.
-    """
-    if not measured_fps > 0:
-        raise ValueError(f"a measured speed must be above 0 tiles/s, got {measured_fps}")
-    return measured_fps / modelled.bound_fps
-
-
 def modelled_bound(
     engine: EngineManifest,
     folders: Sequence[Path],
@@ -203,6 +176,9 @@ def modelled_bound(
     root: Path = Path("/"),
 ) -> tuple[ModelledBound | None, str]:
     """The bound of an engine's graph on the device it runs on, or None and why there is none.
+
+    A share of the bound above 1 means that an assumption is wrong: higher clocks than the power mode's, or data kept in
+    a cache.
 
     Args:
         engine: manifest of the engine.
@@ -218,15 +194,16 @@ def modelled_bound(
     chosen = load_device(device) if device is not None else None
     if runtime_of(engine).on_cpu:
         return None, "the roofline models GPUs, and this engine runs on the CPU"
-    known = chosen or find_device(part=device_tree_parts(root), gpu=engine.tensorrt.gpu if engine.tensorrt else None)
+    gpu = engine.tensorrt.gpu if engine.tensorrt else None
+    known = chosen or find_device(part=device_tree_parts(root), gpu=gpu)
     if known is None:
-        gpu = engine.tensorrt.gpu if engine.tensorrt else None
         return None, f"there is no device file for {gpu or engine.device}; name one with --device"
-    graph = next((folder / engine.graph.file for folder in folders if _is(folder / engine.graph.file, engine)), None)
+    paths = [folder / engine.graph.file for folder in folders]
+    graph = next((path for path in paths if path.is_file() and sha256_of(path) == engine.graph.sha256), None)
     if graph is None:
         return None, f"its graph {engine.graph.file} is neither beside the engine nor in the workspace"
-    name = _mode_of(known, mode)
-    if name is None:
+    name = next(iter(known.modes)) if mode is None and len(known.modes) == 1 else mode
+    if name not in known.modes:
         return None, f"{known.title} is in power mode {mode or 'unknown'}, which is not in its device file"
     try:
         found = roofline(graph, known, mode=name, precision=engine.precision)
@@ -236,28 +213,9 @@ def modelled_bound(
     wanted = "fused" if engine.attention_fused else "unfused"
     fitting = [one for one in found.estimates if one.attention == wanted] or list(found.estimates)
     best = max(fitting, key=lambda one: one.bound_fps)
-    return (
-        ModelledBound(
-            device=known.name,
-            mode=name,
-            precision=best.precision,
-            bound_tiles_per_second=best.bound_fps,
-            expected_tiles_per_second=(best.low_fps, best.high_fps),
-            share_of_bound=share_of_bound(tiles_per_second, best) if tiles_per_second else None,
-        ),
-        "",
-    )
-
-
-def _mode_of(device: Device, mode: str | None) -> str | None:
-    """The name of the power mode in the device file; the only mode if there is one and the mode is not known."""
-    if mode in device.modes:
-        return mode
-    return next(iter(device.modes)) if mode is None and len(device.modes) == 1 else None
-
-
-def _is(path: Path, engine: EngineManifest) -> bool:
-    return path.is_file() and sha256_of(path) == engine.graph.sha256
+    share = tiles_per_second / best.bound_fps if tiles_per_second else None
+    expected = best.low_fps, best.high_fps
+    return ModelledBound(known.name, best.mode.name, best.precision, best.bound_fps, expected, share), ""
 
 
 def _graphs(model: onnx.ModelProto) -> tuple[list[GraphCost], list[str]]:
@@ -286,8 +244,5 @@ def _as_int8(model: onnx.ModelProto) -> onnx.ModelProto:
     if not model.graph.input or not model.graph.input[0].type.tensor_type.shape.dim:
         raise GraphError("the graph has no input image")
     layers = quantizable_layers(model)
-    scales = {
-        layer.name: LayerScales(1.0, weight_scales(weight_of(model, layer.weight), layer.output_axis))
-        for layer in layers
-    }
-    return int8_graph(model, layers, scales)
+    weights = ((one.name, weight_scales(weight_of(model, one.weight), one.output_axis)) for one in layers)
+    return int8_graph(model, layers, {name: LayerScales(1.0, scales) for name, scales in weights})

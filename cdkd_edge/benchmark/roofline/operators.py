@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 from onnx import TensorProto
@@ -38,6 +38,7 @@ VECTOR_OPERATIONS: Mapping[str, int] = {
     "Transpose": 0, "Concat": 0, "Slice": 0, "Gather": 0, "Expand": 0, "Pad": 0, "ArgMax": 1,
 }  # fmt: skip
 """Operations per output element; 1 for operators that are not listed."""
+KNOWN = PRODUCTS | VIEWS | POINTWISE | VECTOR_OPERATIONS.keys() | {"Constant"}
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,13 @@ class Operator:
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    precision: str
-    """Precision of its product: ``int8``, ``fp16``, ``fp32``; for other operators, the type of the output."""
+    precision: str  # of its product: ``int8``, ``fp16``, ``fp32``; of another operator, the type of the output
     product_flop: int  # operations of a product
     vector_flop: int  # operations of any other operator
     constant_bytes: int  # bytes of weights that it reads
     read_bytes: int  # all bytes that it reads, including weights
     written_bytes: int
-    swaps_last_axes: bool = False
-    """Whether it is a Transpose of only the last two axes, which a product can read directly."""
+    swaps_last_axes: bool  # whether it is a Transpose of only the last two axes, which a product can read directly
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,7 @@ class GraphCost:
     outputs: frozenset[str]
     batch: int
     precision: str  # ``fp32``, ``fp16`` or ``int8``
-    unknown: tuple[str, ...]
-    """Types of operators that are not known here; they count one operation per element and a kernel each."""
+    unknown: tuple[str, ...]  # types not known here: one operation per element and a kernel each
 
     @property
     def product_flop(self) -> int:
@@ -106,7 +104,6 @@ def read_operators(model: onnx.ModelProto) -> GraphCost:
         item = _ITEM_BYTES.get(dtype, 4)
         tensors[name] = Tensor(name, math.prod(sizes), item, dtype in _EIGHT_BIT, name in constants)
     operators, unknown = [], set()
-    sizes_of = {name: sizes for name, (_, sizes) in shapes.items()}
     for node in model.graph.node:
         missing = next((name for name in (*node.input, *node.output) if name not in tensors), None)
         if missing is not None:
@@ -114,19 +111,16 @@ def read_operators(model: onnx.ModelProto) -> GraphCost:
                 f"the shape of {missing!r} (node {node.name!r}, {node.op_type}) is not known",
                 hint="name a graph that `cdkd-edge export` or `build --int8` wrote, in export/",
             )
-        if not _is_known(node):
+        if node.domain not in ("", "ai.onnx") or node.op_type not in KNOWN:
             unknown.add(node.op_type)
         _store_as(node, tensors)
-        operators.append(_cost(node, tensors, sizes_of))
-    first = model.graph.input[0].name if model.graph.input else ""
-    sizes = shapes.get(first, (0, (1,)))[1]
+        operators.append(_cost(node, tensors, shapes))
+    first = shapes[model.graph.input[0].name][1] if model.graph.input else ()
+    precisions = {operator.precision for operator in operators if operator.product_flop}
+    precision = "int8" if "int8" in precisions else "fp16" if precisions == {"fp16"} else "fp32"
+    outputs = frozenset(item.name for item in model.graph.output)
     return GraphCost(
-        tuple(operators),
-        tensors,
-        frozenset(item.name for item in model.graph.output),
-        int(sizes[0]) if sizes else 1,
-        _precision(operators),
-        tuple(sorted(unknown)),
+        tuple(operators), tensors, outputs, int(first[0]) if first else 1, precision, tuple(sorted(unknown))
     )
 
 
@@ -134,20 +128,18 @@ def _store_as(node: onnx.NodeProto, tensors: dict[str, Tensor]) -> None:
     """Correct how the outputs of a node are stored: as its input (views), or as constants."""
     source = tensors[node.input[0]] if node.input else tensors[""]
     for name in node.output:
-        own = tensors[name]
         if node.op_type == "DequantizeLinear" or node.op_type in VIEWS:
-            tensors[name] = Tensor(name, own.elements, source.item_bytes, source.eight_bit, source.constant)
+            tensors[name] = replace(source, name=name, elements=tensors[name].elements)
         elif node.op_type == "Constant" or (node.input and all(tensors[given].constant for given in node.input)):
-            tensors[name] = Tensor(name, own.elements, own.item_bytes, own.eight_bit, True)
+            tensors[name] = replace(tensors[name], constant=True)
 
 
-def _cost(node: onnx.NodeProto, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Operator:
+def _cost(node: onnx.NodeProto, tensors: Mapping[str, Tensor], shapes: Sizes) -> Operator:
     inputs = [tensors[name] for name in node.input if name]
     outputs = [tensors[name] for name in node.output if name]
-    elements = sum(item.elements for item in outputs)
     folded = bool(outputs) and all(item.constant for item in outputs)
     free = folded or node.op_type in VIEWS or node.op_type == "DequantizeLinear"
-    product = 0 if folded else _product_flop(node, shapes)
+    product = 0 if folded or node.op_type not in PRODUCTS else _product_flop(node, shapes)
     per_element = VECTOR_OPERATIONS.get(node.op_type, 1)
     perm = next((list(item.ints) for item in node.attribute if item.name == "perm"), [])
     return Operator(
@@ -157,7 +149,7 @@ def _cost(node: onnx.NodeProto, tensors: Mapping[str, Tensor], shapes: Mapping[s
         outputs=tuple(node.output),
         precision=_operator_precision(node, tensors),
         product_flop=product,
-        vector_flop=0 if free or product else elements * per_element,
+        vector_flop=0 if free or product else sum(item.elements for item in outputs) * per_element,
         constant_bytes=0 if free else sum(item.bytes for item in inputs if item.constant),
         read_bytes=0 if free else sum(item.bytes for item in inputs),
         written_bytes=0 if free else sum(item.bytes for item in outputs),
@@ -165,17 +157,14 @@ def _cost(node: onnx.NodeProto, tensors: Mapping[str, Tensor], shapes: Mapping[s
     )
 
 
-def _product_flop(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    if node.op_type not in PRODUCTS:
-        return 0
-    elements = math.prod(shapes[node.output[0]])
+def _product_flop(node: onnx.NodeProto, shapes: Sizes) -> int:
+    first, second, output = (shapes[name][1] for name in (*node.input[:2], node.output[0]))
     if node.op_type == "Conv":  # weight [M, C / groups, kh, kw]
-        return 2 * elements * math.prod(shapes[node.input[1]][1:])
-    inner = shapes[node.input[0]]
+        return 2 * math.prod(output) * math.prod(second[1:])
     if node.op_type == "ConvTranspose":  # weight [C, M / groups, kh, kw]: each input value meets all but the first
-        return 2 * math.prod(inner) * math.prod(shapes[node.input[1]][1:])
+        return 2 * math.prod(first) * math.prod(second[1:])
     transposed = node.op_type == "Gemm" and any(item.name == "transA" and item.i for item in node.attribute)
-    return 2 * elements * inner[-2 if transposed else -1]
+    return 2 * math.prod(output) * first[-2 if transposed else -1]
 
 
 def _operator_precision(node: onnx.NodeProto, tensors: Mapping[str, Tensor]) -> str:
@@ -190,26 +179,13 @@ def _operator_precision(node: onnx.NodeProto, tensors: Mapping[str, Tensor]) -> 
     return names.get(max(kinds, default=4), "other")
 
 
-def _is_known(node: onnx.NodeProto) -> bool:
-    own = node.domain in ("", "ai.onnx")
-    return own and node.op_type in (*PRODUCTS, *VIEWS, *POINTWISE, *VECTOR_OPERATIONS, "Constant")
-
-
-def _precision(operators: list[Operator]) -> str:
-    products = {operator.precision for operator in operators if operator.product_flop}
-    if "int8" in products:
-        return "int8"
-    return "fp16" if products == {"fp16"} else "fp32"
-
-
 def _shapes(model: onnx.ModelProto) -> Sizes:
     """Type and shape of every value."""
     found = sizes_of(model, "the graph")
     for info in model.graph.input:
         if info.name not in found:
-            raise GraphError(
-                f"input {info.name!r} has no fixed shape", hint="a roofline needs one; export with a static batch"
-            )
+            hint = "a roofline needs one; export with a static batch"
+            raise GraphError(f"input {info.name!r} has no fixed shape", hint=hint)
         if 0 in found[info.name][1]:
             raise GraphError(f"input {info.name!r} is empty: its shape is {list(found[info.name][1])}")
     return found

@@ -225,8 +225,8 @@ def child(scene: str, output: str, number: int) -> None:
     from cdkd_edge.segmentation.many.jobs import EngineRef, Job
     from cdkd_edge.segmentation.many.worker import do_job
     from cdkd_edge.segmentation.options import SegmentOptions
-    from cdkd_edge.segmentation.products import ProductOptions
     from cdkd_edge.segmentation.products.polygons import VectorOptions, require_vector
+    from cdkd_edge.segmentation.products.write import ProductOptions
 
     case = CASES[number]
     options = dict(case.options)

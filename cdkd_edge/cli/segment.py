@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from cdkd_edge.segmentation.many.dispatch import RunObserver
     from cdkd_edge.segmentation.many.jobs import Job, JobReport
     from cdkd_edge.segmentation.options import SegmentResult
-    from cdkd_edge.segmentation.products import ProductOptions
+    from cdkd_edge.segmentation.products.write import ProductOptions
 else:
     RunObserver = object  # importing it takes half a second, which --help does not have
 
@@ -89,8 +89,8 @@ class ProductsGroup:
 
     def checked(self) -> ProductOptions:
         """The same, parsed."""
-        from cdkd_edge.segmentation.products import ProductOptions
         from cdkd_edge.segmentation.products.polygons import vector_options
+        from cdkd_edge.segmentation.products.write import ProductOptions
 
         if (self.min_area or self.simplify) and not self.vector:
             raise typer.BadParameter("they have no effect without --vector", param_hint="--min-area, --simplify")

@@ -827,11 +827,11 @@ def test_a_report_of_many_scenes_has_the_warnings_of_each(tmp_path: Path) -> Non
     path = damaged_jpeg(tmp_path / "scene.jpg")
     engine = FakeEngine(64)
     ref = EngineRef("fake.onnx", "fake", "fp32", None, engine.artefact.sha256, "cd" * 32)
-    row = run_job(engine, Job(str(path), str(tmp_path / "map.tif"), ref, SegmentOptions())).document()
+    row = run_job(engine, Job(str(path), str(tmp_path / "map.tif"), ref, SegmentOptions()))[0].document()
     assert row["status"] == "done"
     assert any("Corrupt JPEG data" in note for note in row["notes"])
     strict = Job(str(path), str(tmp_path / "other.tif"), ref, SegmentOptions(strict=True))
-    row = run_job(engine, strict).document()
+    row = run_job(engine, strict)[0].document()
     assert (row["status"], row["error"]["exit_code"]) == ("failed", 10)
 
 

@@ -28,11 +28,11 @@ from cdkd_edge.segmentation.many import dispatch
 from cdkd_edge.segmentation.many.dispatch import InProcess, ProcessPool, RunObserver
 from cdkd_edge.segmentation.many.jobs import EngineRef, Failure, Job, JobReport, decode, encode, file_state
 from cdkd_edge.segmentation.many.run import engine_ref, plan_outputs, scenes_of, segment_many, workers_for
-from cdkd_edge.segmentation.many.worker import run_job
+from cdkd_edge.segmentation.many.worker import run_job as run_and_catch
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.outputs import label_map_paths
 from cdkd_edge.segmentation.pipeline import segment_scene
-from cdkd_edge.segmentation.products import NO_PRODUCTS, ProductOptions
+from cdkd_edge.segmentation.products.write import NO_PRODUCTS, ProductOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -403,11 +403,7 @@ def change_engine(engine: FakeEngine) -> None:
         (change_engine, SegmentOptions(), "was made by another engine"),
         (None, SegmentOptions(overlap=3), "was made with other options: --overlap was 16 and is 3"),
         (None, SegmentOptions(bands=(3, 2, 1)), "--bands was 1,2,3 and is 3,2,1"),
-        (
-            None,
-            SegmentOptions(stretch=Stretch(0, 100, percentiles=False)),
-            "--stretch was not given and is 0..100",
-        ),
+        (None, SegmentOptions(stretch=Stretch(0, 100, percentiles=False)), "--stretch was not given and is 0..100"),
     ],
 )
 def test_a_map_made_otherwise_is_not_kept(
@@ -474,6 +470,10 @@ def test_products_of_a_kept_map_are_made_if_they_are_missing(scenes: list[str], 
 
 
 # --- jobs as data -----------------------------------------------------------------------------------
+
+
+def run_job(engine: FakeEngine, job: Job) -> JobReport:
+    return run_and_catch(engine, job)[0]
 
 
 def job_of(scene: str, output: str = "map.tif", **changes: Any) -> Job:

@@ -17,7 +17,7 @@ from cdkd_edge.segmentation.many.jobs import EngineRef, Job, file_state
 from cdkd_edge.segmentation.many.worker import do_job
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.pipeline import segment_scene
-from cdkd_edge.segmentation.products import ProductOptions
+from cdkd_edge.segmentation.products.write import ProductOptions
 from cdkd_edge.segmentation.spool import DiskSpaceWatch
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

@@ -27,12 +27,11 @@ from cdkd_edge.core.errors import MissingExtraError, SceneError, UsageError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema, LandCoverClass
 from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.raster.areas import class_areas
-from cdkd_edge.segmentation import products
 from cdkd_edge.segmentation.geotiff import write_cog
 from cdkd_edge.segmentation.many.jobs import EngineRef, Job, file_state
 from cdkd_edge.segmentation.many.worker import do_job
 from cdkd_edge.segmentation.options import SegmentOptions
-from cdkd_edge.segmentation.products import ProductOptions, product_paths, write_products
+from cdkd_edge.segmentation.products import write as products
 from cdkd_edge.segmentation.products.polygons import VectorOptions
 from cdkd_edge.segmentation.products.stac import (
     EXTENSIONS,
@@ -43,6 +42,7 @@ from cdkd_edge.segmentation.products.stac import (
     parse_when,
     write_item,
 )
+from cdkd_edge.segmentation.products.write import ProductOptions, product_paths, write_products
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),

@@ -31,25 +31,18 @@ _STOP_S = 5
 
 
 class DaskPool(WorkerPool):
-    """Workers of dask.distributed.
-
-    Args:
-        address: of a scheduler, e.g. ``tcp://10.0.0.1:8786``.
-        patience: seconds to wait for a worker when there is none.
-    """
+    """Workers of the dask.distributed scheduler at an address, e.g. ``tcp://10.0.0.1:8786``."""
 
     def __init__(self, address: str, patience: float = 60.0) -> None:
-        super().__init__(patience)
-        self._address = address
         self._run = f"cdkd-edge-{secrets.token_hex(6)}"
+        super().__init__({"kind": "dask", "scheduler": address, "workers": 0, "run": self._run}, patience)
+        self._address = address
         self._client: Any = None
 
     def __enter__(self) -> DaskPool:
         """Connect to the scheduler.
 
-        Raises:
-            MissingExtraError: dask.distributed is not installed.
-            FleetError: no scheduler answers.
+        Raises MissingExtraError if dask.distributed is not installed, FleetError if no scheduler answers.
         """
         try:
             distributed: Any = importlib.import_module("distributed")
@@ -66,6 +59,7 @@ class DaskPool(WorkerPool):
                 f"no dask scheduler answers at {self._address}: {str(error) or 'timed out'}",
                 hint="start one: dask scheduler",
             ) from None
+        self.description |= {"scheduler": self._client.scheduler.address, "workers": len(self._living())}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -73,37 +67,20 @@ class DaskPool(WorkerPool):
         with contextlib.suppress(Exception):  # the scheduler may be gone
             self._client.close()
 
-    def describe(self) -> dict[str, Any]:
-        """See :meth:`.dispatch.Workers.describe`."""
-        scheduler = self._client.scheduler.address
-        return {"kind": "dask", "scheduler": scheduler, "workers": len(self._living()), "run": self._run}
-
     def answers(self, jobs: Sequence[Job], observer: RunObserver) -> Generator[Answer, None, None]:
-        """See :meth:`.dispatch.Workers.answers`.
-
-        Raises:
-            FleetError: there is no worker, or the scheduler is gone.
-            EngineError: none of the workers can do the jobs.
-        """
+        """See :meth:`.dispatch.WorkerPool.answers`; also raises FleetError if the scheduler is gone."""
         self._client.subscribe_topic(self._run, lambda event: self._events.put(event[1]))
         with _tokens(jobs) as tokens:
             try:
-                for answer in self._serve([_for_worker(job, tokens) for job in jobs], observer):
-                    yield replace(answer, report=_with_given_paths(answer.report, jobs[answer.index]))
+                for answer in super().answers([_for_worker(job, tokens) for job in jobs], observer):
+                    yield answer._replace(report=_with_given_paths(answer.report, jobs[answer.job]))
             finally:
                 self._stop()
 
     def _submit(self, index: int, job: Job, worker: str) -> Task:
-        future = self._client.submit(
-            do_remotely,
-            self._run,
-            index,
-            encode(job),
-            key=f"{self._run}-{index}-{job.attempt}",
-            workers=[worker],
-            allow_other_workers=False,
-            pure=False,
-        )
+        key = f"{self._run}-{index}-{job.attempt}"
+        where = {"workers": [worker], "allow_other_workers": False}
+        future = self._client.submit(do_remotely, self._run, index, encode(job), key=key, pure=False, **where)
         task = Task(index, job, worker, future)
         future.add_done_callback(lambda _: self._events.put(task))
         return task
@@ -118,7 +95,7 @@ class DaskPool(WorkerPool):
                 return None
             # Most likely the package is not installed there.
             answer = FleetError(f"{task.worker}: {type(error).__name__}: {error}")
-            return JobReport.failed(task.job, answer, reach=Reach.WORKER, host=None)
+            return JobReport.failed(task.job, answer, Reach.WORKER, host=None)
 
     def _living(self) -> dict[str, str]:
         try:

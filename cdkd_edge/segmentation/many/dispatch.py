@@ -14,30 +14,27 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cdkd_edge.core.errors import EngineError, FleetError
 from cdkd_edge.core.process import end_children, events, module_command, start_child
 from cdkd_edge.core.signals import check
-from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.segmentation.many.jobs import EngineRef, Failure, Job, JobReport, Reach, decode, encode
-from cdkd_edge.segmentation.many.worker import do_job
+from cdkd_edge.segmentation.many.worker import run_job
 
-ATTEMPTS = 3  # A job that was begun so often without an answer is not tried again: it may be what kills its workers
-
-_ENGINE_FAILURES = 2  # A worker whose engine fails so often in a row gets no more jobs
-
+ATTEMPTS = 3  # a job that was begun so often without an answer is not tried again: it may be what kills its workers
+_ENGINE_FAILURES = 2  # a worker whose engine fails so often in a row gets no more jobs
 _CHECK_EVERY_S = 1.0
 _END_S = 10  # how long processes may take to leave their scenes in good order
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The report of a job, by the job's index."""
+class Answer(NamedTuple):
+    """The report of a job."""
 
-    index: int
+    job: int  # its index
     report: JobReport
     error: Exception | None = None  # what was raised, if it was raised in this process
 
@@ -61,68 +58,39 @@ class RunObserver:
 class Workers(contextlib.AbstractContextManager["Workers"]):
     """Whatever does jobs; a context manager that gets ready on entry, which may fail."""
 
+    def __init__(self, description: dict[str, Any]) -> None:
+        self.description = description  # who works, for the report
+        self.begun: dict[int, int] = {}  # attempts of each job that was begun, by its index
+
     def __exit__(self, *error: object) -> None:
         """End what was started."""
-
-    def describe(self) -> dict[str, Any]:
-        """Who works, for the report."""
-        raise NotImplementedError
 
     def answers(self, jobs: Sequence[Job], observer: RunObserver) -> Generator[Answer, None, None]:
         """Do all jobs and yield the answer of each exactly once, as soon as it is there, in any order.
 
-        The run ends early if the caller stops iterating; jobs in progress are then stopped.
-
-        Raises:
-            CdkdEdgeError: no job can be done any more.
+        The run ends early if the caller stops iterating; jobs in progress are then stopped. Raises a CdkdEdgeError if
+        no job can be done any more.
         """
         raise NotImplementedError
+
+    def _begin(self, index: int, job: Job, observer: RunObserver) -> None:
+        self.begun[index] = job.attempt
+        observer.begun(index, job)
 
 
 class InProcess(Workers):
     """This process, with one engine."""
 
     def __init__(self, engine: EngineRef) -> None:
-        self._ref = engine
-        self._engine: Labeller | None = None
-
-    def __enter__(self) -> InProcess:
-        """Load the engine.
-
-        Raises:
-            ManifestError: the engine is not what its manifest says.
-            EngineError: it does not run here.
-        """
-        self._engine = load_engine(Path(self._ref.path), threads=self._ref.threads)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close the engine."""
-        if self._engine is not None:
-            self._engine.close()
-
-    def describe(self) -> dict[str, Any]:
-        """See :meth:`Workers.describe`."""
-        return {"kind": "local"}
+        super().__init__({"kind": "local"})
+        self._engine = engine
 
     def answers(self, jobs: Sequence[Job], observer: RunObserver) -> Generator[Answer, None, None]:
-        """See :meth:`Workers.answers`."""
-        assert self._engine is not None, "used outside its with block"
-        for index, job in enumerate(jobs):
-            observer.begun(index, job)
-            started = time.perf_counter()
-
-            def progress(done: int, total: int, index: int = index) -> None:
-                observer.tiles(index, done, total)
-
-            error: Exception | None = None
-            try:
-                report = do_job(self._engine, job, progress, observer.note)
-            except Exception as caught:
-                error = caught
-                seconds, sha256 = time.perf_counter() - started, self._engine.artefact.sha256
-                report = JobReport.failed(job, caught, seconds=seconds, engine_sha256=sha256)
-            yield Answer(index, report, error)
+        """See :meth:`Workers.answers`; raises ManifestError or EngineError if the engine cannot be loaded."""
+        with contextlib.closing(load_engine(Path(self._engine.path), threads=self._engine.threads)) as engine:
+            for index, job in enumerate(jobs):
+                self._begin(index, job, observer)
+                yield Answer(index, *run_job(engine, job, partial(observer.tiles, index), observer.note))
 
 
 @dataclass
@@ -138,27 +106,21 @@ class Task:
 class WorkerPool(Workers):
     """Several workers, known by name: gives jobs to them and handles their answers, failures and deaths.
 
-    Args:
-        patience: seconds to wait for a worker when there is none.
+    ``patience``: seconds to wait for a worker when there is none.
     """
 
-    def __init__(self, patience: float = 60.0) -> None:
+    def __init__(self, description: dict[str, Any], patience: float = 60.0) -> None:
+        super().__init__(description)
         self._patience = patience
         self._waiting: deque[tuple[int, Job]] = deque()
-        self._busy: dict[str, Task] = {}
-        """The task of each worker that has one."""
+        self._busy: dict[str, Task] = {}  # the task of each worker that has one
+        # Tasks that are answered, and tiles that are done (index, attempt, done, total).
         self._events: queue.SimpleQueue[Task | dict[str, Any]] = queue.SimpleQueue()
-        """Tasks that are answered, and tiles that are done (index, attempt, done, total)."""
-        self._refused: dict[str, Failure] = {}
-        """Workers that get no more jobs, and why."""
+        self._refused: dict[str, Failure] = {}  # workers that get no more jobs, and why
         self._engine_failures: dict[str, int] = {}
 
     def _living(self) -> dict[str, str]:
-        """The state of each worker; only those that are ``running`` take jobs.
-
-        Raises:
-            FleetError: it cannot be found out.
-        """
+        """The state of each worker; only those that are ``running`` take jobs. Raises FleetError if it is unknown."""
         raise NotImplementedError
 
     def _submit(self, index: int, job: Job, worker: str) -> Task:
@@ -169,12 +131,10 @@ class WorkerPool(Workers):
         """The answer to a task; None if the worker was lost."""
         raise NotImplementedError
 
-    def _serve(self, jobs: Sequence[Job], observer: RunObserver) -> Iterator[Answer]:
-        """Give the jobs to workers and yield the answers.
+    def answers(self, jobs: Sequence[Job], observer: RunObserver) -> Generator[Answer, None, None]:
+        """See :meth:`Workers.answers`.
 
-        Raises:
-            FleetError: there has been no worker for some time.
-            EngineError: there are workers, but none of them can do the jobs.
+        Raises FleetError if there has been no worker for some time, EngineError if none of them can do the jobs.
         """
         self._waiting.extend(enumerate(jobs))
         seen_worker = time.monotonic()
@@ -188,7 +148,7 @@ class WorkerPool(Workers):
                 else:
                     task.future.cancel()
                     observer.note(f"lost the worker {task.worker} while it labelled {task.job.scene}")
-                    yield from self._retry(task, _lost(task))
+                    yield from self._retry(task)
             usable = [name for name, state in living.items() if state == "running" and name not in self._refused]
             if usable or self._busy:
                 seen_worker = time.monotonic()
@@ -204,7 +164,7 @@ class WorkerPool(Workers):
                 if self._waiting and worker not in self._busy:
                     index, job = self._waiting.popleft()
                     self._busy[worker] = self._submit(index, job, worker)
-                    observer.begun(index, job)
+                    self._begin(index, job, observer)
             yield from self._wait(observer)
 
     def _wait(self, observer: RunObserver) -> Iterator[Answer]:
@@ -223,67 +183,47 @@ class WorkerPool(Workers):
     def _handle(self, task: Task, observer: RunObserver) -> Iterator[Answer]:
         """Yield the answer to a task, or give its job to another worker."""
         report = self._report(task)
+        error = report.error if report else None
         if report is None:
-            yield from self._retry(task, _lost(task))
-            return
-        error = report.error
-        if error is None or error.reach not in (Reach.ENGINE, Reach.WORKER):
+            yield from self._retry(task)
+        elif error is None or error.reach not in (Reach.ENGINE, Reach.WORKER):
             self._engine_failures.pop(task.worker, None)
             yield Answer(task.index, report)
-            return
-        self._engine_failures[task.worker] = self._engine_failures.get(task.worker, 0) + 1
-        if error.reach == Reach.WORKER or self._engine_failures[task.worker] >= _ENGINE_FAILURES:
-            self._refused[task.worker] = error
-            observer.note(f"no more scenes for the worker {task.worker}: {error.message}")
-        if error.reach == Reach.WORKER:  # the job was not begun, so this is no attempt
-            self._waiting.appendleft((task.index, task.job))
         else:
-            yield from self._retry(task, report)
+            self._engine_failures[task.worker] = self._engine_failures.get(task.worker, 0) + 1
+            if error.reach == Reach.WORKER or self._engine_failures[task.worker] >= _ENGINE_FAILURES:
+                self._refused[task.worker] = error
+                observer.note(f"no more scenes for the worker {task.worker}: {error.message}")
+            if error.reach == Reach.WORKER:  # the job was not begun, so this is no attempt
+                self._waiting.appendleft((task.index, task.job))
+            else:
+                yield from self._retry(task, report)
 
-    def _retry(self, task: Task, report: JobReport) -> Iterator[Answer]:
-        """Put a job back for another attempt, or yield its report after the last one."""
+    def _retry(self, task: Task, report: JobReport | None = None) -> Iterator[Answer]:
+        """Put a job back for another attempt; after the last one yield its report (None: its worker was lost)."""
         if task.job.attempt < ATTEMPTS:
             self._waiting.appendleft((task.index, replace(task.job, attempt=task.job.attempt + 1)))
-        elif report.error:
-            yield Answer(task.index, replace(report, error=replace(report.error, reach=Reach.SCENE)))
-
-
-def _lost(task: Task) -> JobReport:
-    error = FleetError(
-        f"{ATTEMPTS} workers were lost while they labelled it, the last one at {task.worker}",
-        hint="the system may have killed them for lack of memory: try fewer workers on a machine",
-    )
-    return JobReport.failed(task.job, error, host=None)
+            return
+        lost = FleetError(
+            f"{ATTEMPTS} workers were lost while they labelled it, the last one at {task.worker}",
+            hint="the system may have killed them for lack of memory: try fewer workers on a machine",
+        )
+        report = report or JobReport.failed(task.job, lost, host=None)
+        assert report.error is not None
+        yield Answer(task.index, replace(report, error=replace(report.error, reach=Reach.SCENE)))
 
 
 class ProcessPool(WorkerPool):
-    """Processes on this machine, each with its own engine. One that dies is replaced.
-
-    Args:
-        workers: how many.
-    """
+    """So many processes on this machine, each with its own engine. One that dies is replaced."""
 
     def __init__(self, workers: int) -> None:
-        super().__init__()
+        super().__init__({"kind": "workers", "workers": workers})
         self._count = workers
         self._workers: dict[str, _Process] = {}
 
     def __exit__(self, *error: object) -> None:
         """End the processes."""
         end_children([worker.process for worker in self._workers.values()], _END_S)
-
-    def describe(self) -> dict[str, Any]:
-        """See :meth:`Workers.describe`."""
-        return {"kind": "workers", "workers": self._count}
-
-    def answers(self, jobs: Sequence[Job], observer: RunObserver) -> Generator[Answer, None, None]:
-        """See :meth:`Workers.answers`.
-
-        Raises:
-            EngineError: none of the processes can do the jobs.
-            OSError: no process can be started.
-        """
-        yield from self._serve(jobs, observer)
 
     def _living(self) -> dict[str, str]:
         self._workers = {name: worker for name, worker in self._workers.items() if worker.process.poll() is None}

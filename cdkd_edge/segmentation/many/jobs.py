@@ -26,7 +26,7 @@ from cdkd_edge.core.errors import EngineError, SystemRefusalError, UsageError, a
 from cdkd_edge.core.files import is_stream, write_text
 from cdkd_edge.raster.areas import Areas
 from cdkd_edge.segmentation.options import SegmentOptions, SegmentResult
-from cdkd_edge.segmentation.products import NO_PRODUCTS, PRODUCTS, ProductOptions
+from cdkd_edge.segmentation.products.write import NO_PRODUCTS, PRODUCTS, ProductOptions
 
 REPORT_VERSION = 1
 
@@ -75,8 +75,7 @@ class EngineRef:
     sha256: str | None  # of the engine file; None: each worker has an engine of its own, built from ``graph_sha256``
     graph_sha256: str
     threads: int | None = None  # CPU threads for one tile (CPU engines only)
-    folder: str | None = None
-    """Where each worker looks for its own engine; relative to the folder in which the worker was started."""
+    folder: str | None = None  # where each worker looks for its own engine; relative to where the worker was started
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,9 @@ class Job:
     options: SegmentOptions = field(default_factory=SegmentOptions)
     products: ProductOptions = NO_PRODUCTS
     overwrite: bool = False
-    before: FileState | None = None
-    """State of ``output`` when the run began. If it is another one now, the label map was finished during the run."""
-    scene_is_file: bool = False  # the scene is a file where the job comes from, so the worker must see it as well
-    token: str | None = None  # A file beside the output. A worker that does not see it would write into another folder.
+    before: FileState | None = None  # of ``output`` when the run began; another one now: it was finished in the run
+    scene_is_file: bool = False  # where the job comes from, so that the worker must see it as well
+    token: str | None = None  # a file beside the output; a worker that does not see it would write into another folder
     attempt: int = 1
     tool: str = __version__
 
@@ -166,17 +164,13 @@ class JobReport:
         cls,
         job: Job,
         error: Exception,
-        *,
-        seconds: float | None = None,
-        engine_sha256: str | None = None,
         reach: str | None = None,
         host: str | None = platform.node(),
+        **known: Any,
     ) -> JobReport:
-        """The report of a job that did not succeed."""
-        return cls(
-            job.scene, job.output, Status.FAILED, job.attempt, seconds, host, engine_sha256,
-            error=Failure.of(error, reach),
-        )  # fmt: skip
+        """The report of a job that did not succeed; ``known``: further fields."""
+        failure = Failure.of(error, reach)
+        return cls(job.scene, job.output, Status.FAILED, job.attempt, host=host, error=failure, **known)
 
     @property
     def pixels(self) -> dict[str, int]:
@@ -208,11 +202,7 @@ def encode(document: Job | JobReport) -> str:
 
 
 def decode(text: str, kind: type[Document]) -> Document:
-    """Read what :func:`encode` wrote.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Read what :func:`encode` wrote; raises ValueError if it is something else."""
 
     def path_from(kind: type[Any], value: Any) -> Any:
         if kind is Path:
@@ -230,21 +220,24 @@ def to_plain(value: Any) -> Any:
 # --- the report of a run ------------------------------------------------------------------------------------------
 
 _SAVE_EVERY_S = 10.0
+_BEGINNING = b'{\n  "report_version": '
 
 
 @dataclass
 class RunReport:
-    """What came of every scene of a run."""
+    """What came of every scene of a run; kept in a file, complete at every moment and at most ten seconds old."""
 
     jobs: Sequence[Job]
     engine: EngineRef
+    begun: dict[int, int]  # attempts of each job that was begun, by index in :attr:`jobs`
+    path: Path | None = None
     workers: dict[str, Any] = field(default_factory=dict)
     ended: str = Ended.NOT_YET
     error: Failure | None = None  # why the run was stopped
     started: str = field(default_factory=lambda: _now())
     reports: dict[int, JobReport] = field(default_factory=dict)  # by index in :attr:`jobs`
-    begun: dict[int, int] = field(default_factory=dict)  # attempts of each job that was begun, by index
     _clock: float = field(default_factory=time.perf_counter)
+    _saved: float = -_SAVE_EVERY_S
 
     def rows(self) -> list[JobReport]:
         """One report per scene, in order; jobs without an answer are interrupted or not begun."""
@@ -260,6 +253,7 @@ class RunReport:
         seconds = time.perf_counter() - self._clock
         rows = self.rows()
         done = [row.result for row in rows if row.result is not None]
+        tiles = sum(result.tiles for result in done)
         pixels: Counter[str] = Counter()
         for row in rows:
             pixels.update(row.pixels)
@@ -281,41 +275,28 @@ class RunReport:
             "totals": {
                 "scenes": len(rows),
                 **{name.replace(" ", "_"): counts[name] for name in Status.ALL},
-                "tiles": sum(result.tiles for result in done),
-                "tiles_per_second": sum(result.tiles for result in done) / seconds if done else None,
+                "tiles": tiles,
+                "tiles_per_second": tiles / seconds if done else None,
                 "engine_seconds": sum(result.engine_seconds for result in done) if done else None,
                 "class_pixels": dict(pixels),
             },
             "scenes": [row.document() for row in rows],
         }
 
+    def save(self, *, now: bool = False) -> None:
+        """Write the file if ten seconds have passed, or ``now``.
 
-class ReportFile:
-    """Keeps the report of a run on disk: complete at every moment, and at most ten seconds old."""
-
-    _BEGINNING = b'{\n  "report_version": '
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._saved = -_SAVE_EVERY_S
-
-    def save(self, report: RunReport, *, now: bool = False) -> None:
-        """Write the report if ten seconds have passed, or ``now``.
-
-        Raises:
-            OSError: it cannot be written, or the file that is there is not a report: a scene, say.
+        Raises OSError if it cannot be written, or if the file that is there is not a report: a scene, say.
         """
-        clock = time.monotonic()
-        if self._path is None or not (now or clock - self._saved >= _SAVE_EVERY_S):
+        if self.path is None or not (now or time.monotonic() - self._saved >= _SAVE_EVERY_S):
             return
-        if self._path.is_file() and not is_stream(self._path):
-            with open(self._path, "rb") as file:
-                start = file.read(len(self._BEGINNING))
-            if start not in (b"", self._BEGINNING):
-                reason = "is no report, and would be replaced by one; name another file with --report"
-                raise FileExistsError(errno.EEXIST, reason, str(self._path))
-        write_text(self._path, json.dumps(report.document(), indent=2) + "\n")
-        self._saved = clock
+        if self.path.is_file() and not is_stream(self.path):
+            with open(self.path, "rb") as file:
+                if file.read(len(_BEGINNING)) not in (b"", _BEGINNING):
+                    reason = "is no report, and would be replaced by one; name another file with --report"
+                    raise FileExistsError(errno.EEXIST, reason, str(self.path))
+        write_text(self.path, json.dumps(self.document(), indent=2) + "\n")
+        self._saved = time.monotonic()
 
 
 def _now() -> str:

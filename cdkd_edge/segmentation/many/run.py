@@ -22,7 +22,6 @@ from cdkd_edge.segmentation.many.jobs import (
     Failure,
     Job,
     Reach,
-    ReportFile,
     RunReport,
     Status,
     file_state,
@@ -30,7 +29,7 @@ from cdkd_edge.segmentation.many.jobs import (
 from cdkd_edge.segmentation.many.worker import is_label_map
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.outputs import label_map_paths, require_file_place
-from cdkd_edge.segmentation.products import NO_PRODUCTS, ProductOptions, product_paths
+from cdkd_edge.segmentation.products.write import NO_PRODUCTS, ProductOptions, product_paths
 
 _MOST_SCENES = 100_000  # in a list; the report alone of so many takes 100 MB
 _NAMES_SHOWN = 3
@@ -45,12 +44,9 @@ def scenes_of(arguments: Sequence[str]) -> list[str]:
     the rasters in it; a pattern (also with ``**``); or ``@LIST``, a text file with one of these per line and ``#`` for
     comments. Files found in folders and by patterns are sorted, without those that ``segment`` wrote.
 
-    Returns:
-        Paths in the order of the arguments. Each file is there once, by its own name rather than a link's. A path that
-        does not exist is among them: that scene will fail, and no other.
-
-    Raises:
-        SceneError: a pattern or a folder gives no scene, or a list cannot be read.
+    Returns paths in the order of the arguments, each file once, by its own name rather than a link's. A path that does
+    not exist is among them: that scene will fail, and no other. Raises SceneError if a pattern or a folder gives no
+    scene, or a list cannot be read.
     """
     found: dict[str, str] = {}
     for argument in arguments:
@@ -99,16 +95,14 @@ def plan_outputs(
 ) -> tuple[list[str], list[Path]]:
     """Find the scenes, name their label maps, and check that no file is in the way of another.
 
+    Returns scenes and their label maps. A scene that is the label map of another one (``segment *.tif`` for the second
+    time) is left out.
+
     Args:
         arguments: as for :func:`scenes_of`.
         output, folder, keep_folders: as for :func:`~cdkd_edge.segmentation.outputs.label_map_paths`.
-        products: what is made beside each label map.
-        confidence: whether a confidence raster is made, too.
+        products, confidence: what is made beside each label map.
         overwrite: whether existing label maps are replaced.
-
-    Returns:
-        Scenes and their label maps. A scene that is the label map of another one (``segment *.tif`` for the second
-        time) is left out.
 
     Raises:
         SceneError: two scenes would get one label map, or a scene would be replaced.
@@ -165,8 +159,7 @@ def segment_many(
     Args:
         scenes, outputs: from :func:`plan_outputs`.
         workers, engine: from :func:`workers_for`.
-        options: how scenes are read and tiled.
-        products: what is made beside each label map.
+        options, products: how scenes are read and tiled, and what is made beside each label map.
         overwrite: replace label maps that are there.
         report_path: where the report is kept up to date, however the run ends.
         observer: is told what happens.
@@ -194,17 +187,21 @@ def segment_many(
         )
         for scene, output in zip(scenes, outputs, strict=True)
     ]
-    report = RunReport(jobs, engine)
-    file = ReportFile(report_path)
-    file.save(report)  # fails now, not after hours of work, if it cannot be written
-    errors: list[Exception] = []
+    report = RunReport(jobs, engine, workers.begun, report_path)
+    report.save()  # fails now, not after hours of work, if it cannot be written
+    error: Exception | None = None
     try:
-        with workers:
-            report.workers = workers.describe()
-            _collect(workers, report, file, errors, observer)
+        with workers, contextlib.closing(workers.answers(jobs, observer)) as answers:
+            report.workers = workers.description
+            for index, row, error in answers:
+                report.reports[index] = row
+                observer.finished(row)
+                report.save()
+                if row.error is not None and row.error.reach != Reach.SCENE:  # the other scenes would fail as well
+                    raise error or _as_error(row.error)
         report.ended = Ended.COMPLETE
-    except Exception as error:
-        report.ended, report.error = Ended.STOPPED, Failure.of(error)
+    except Exception as stopped:
+        report.ended, report.error = Ended.STOPPED, Failure.of(stopped)
         idle = sum(row.status in (Status.NOT_BEGUN, Status.INTERRUPTED) for row in report.rows())
         if idle and len(jobs) > 1:
             observer.note(f"stopped; {idle} of {len(jobs)} scenes were not begun or not finished")
@@ -214,38 +211,11 @@ def segment_many(
         raise
     finally:
         with contextlib.suppress(OSError) if report.ended != Ended.COMPLETE else contextlib.nullcontext():
-            file.save(report, now=True)
-    _require_success(report, errors)
+            report.save(now=True)
+    if error is not None and len(jobs) == 1:
+        raise error
+    _require_success(report)
     return report
-
-
-def _collect(
-    workers: Workers, report: RunReport, file: ReportFile, errors: list[Exception], observer: RunObserver
-) -> None:
-    """Enter the answers into the report; raise a failure that affects the other scenes."""
-    with contextlib.closing(workers.answers(report.jobs, _Recorder(report, observer))) as answers:
-        for answer in answers:
-            report.reports[answer.index] = answer.report
-            observer.finished(answer.report)
-            file.save(report)
-            if answer.error is not None:
-                errors.append(answer.error)
-            failure = answer.report.error
-            if failure is not None and failure.reach != Reach.SCENE:
-                raise answer.error or _as_error(failure)
-
-
-class _Recorder(RunObserver):
-    """Enters the jobs that are begun into the report, and passes everything on."""
-
-    def __init__(self, report: RunReport, observer: RunObserver) -> None:
-        self._report, self._observer = report, observer
-        self.tiles = observer.tiles  # type: ignore[method-assign]
-        self.note = observer.note  # type: ignore[method-assign]
-
-    def begun(self, index: int, job: Job) -> None:
-        self._report.begun[index] = job.attempt
-        self._observer.begun(index, job)
 
 
 def _as_error(failure: Failure) -> Exception:
@@ -255,12 +225,10 @@ def _as_error(failure: Failure) -> Exception:
     return kind(failure.message, hint=failure.hint)
 
 
-def _require_success(report: RunReport, errors: Sequence[Exception]) -> None:
+def _require_success(report: RunReport) -> None:
     rows = [row for row in report.rows() if row.status == Status.FAILED]
     if not rows:
         return
-    if len(report.jobs) == 1 and errors:
-        raise errors[0]
     names = [Path(job.scene).name for job in report.jobs]
     unique = len(set(names)) == len(names)
     shown = ", ".join(Path(row.scene).name if unique else row.scene for row in rows[:_NAMES_SHOWN])
@@ -276,14 +244,10 @@ def _require_success(report: RunReport, errors: Sequence[Exception]) -> None:
 
 
 def engine_ref(path: Path, *, threads: int | None = None, worker_folder: str | None = None) -> EngineRef:
-    """Identify an engine by its manifest, without loading it.
+    """Identify an engine by its manifest, without loading it; raises ManifestError if there is none beside it.
 
-    Args:
-        path: an engine. With ``worker_folder`` also a graph from which the workers' engines were built.
-        threads, worker_folder: see :class:`.jobs.EngineRef`.
-
-    Raises:
-        ManifestError: there is no such manifest beside it.
+    With ``worker_folder``, ``path`` may also be a graph from which the workers' engines were built. That and
+    ``threads``: see :class:`.jobs.EngineRef`.
     """
     if worker_folder is not None and kind_of(path) == GraphManifest.kind:
         graph = read_manifest(path, GraphManifest, verify=False)

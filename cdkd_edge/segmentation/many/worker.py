@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import queue
@@ -28,14 +29,7 @@ from cdkd_edge.engines.protocol import Engine, Labeller
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.raster.areas import class_areas
 from cdkd_edge.raster.open import gdal, is_gdal_name, open_scene
-from cdkd_edge.raster.styles import (
-    describes,
-    is_users_style,
-    label_map_style,
-    label_map_xml,
-    sidecar_path,
-    style_path,
-)
+from cdkd_edge.raster.styles import describes, is_users_style, label_map_style, label_map_xml, sidecar_path, style_path
 from cdkd_edge.segmentation import pipeline
 from cdkd_edge.segmentation.many.jobs import (
     EngineRef,
@@ -48,7 +42,6 @@ from cdkd_edge.segmentation.many.jobs import (
     encode,
     file_state,
 )
-from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.outputs import confidence_path
 from cdkd_edge.segmentation.partial import (
     continues_replacing,
@@ -57,21 +50,26 @@ from cdkd_edge.segmentation.partial import (
     scene_identity,
     was_finishing,
 )
-from cdkd_edge.segmentation.products import mismatch, product_paths, source_of, write_products
+from cdkd_edge.segmentation.products.write import mismatch, product_paths, source_of, write_products
 
 Progress = Callable[[int, int], None]
 
 # --- one job ------------------------------------------------------------------------------------------------------
 
 
-def run_job(engine: Labeller, job: Job, progress: Progress = lambda done, total: None) -> JobReport:
-    """Do a job and report failures of any kind; only interruptions (Ctrl-C, a signal) are raised."""
+def run_job(
+    engine: Labeller,
+    job: Job,
+    progress: Progress = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[JobReport, Exception | None]:
+    """Do a job and report failures of any kind, with the error; only interruptions (Ctrl-C, a signal) are raised."""
     started = time.perf_counter()
     try:
-        return do_job(engine, job, progress)
+        return do_job(engine, job, progress, note), None
     except Exception as error:
         seconds, sha256 = time.perf_counter() - started, engine.artefact.sha256
-        return JobReport.failed(job, error, seconds=seconds, engine_sha256=sha256)
+        return JobReport.failed(job, error, seconds=seconds, engine_sha256=sha256), error
 
 
 def do_job(
@@ -122,11 +120,16 @@ def do_job(
     )
 
 
+# --- is the label map that is there the one that would be made? ---------------------------------------------------
+
+# Tags that may differ, or are compared in another way. (Other releases make the same labels, or say so in notes.)
+_NOT_COMPARED = ("CDKD_EDGE", "ENGINE", "GRAPH", "SCENE_SAMPLE")
+
+
 def _existing_map(engine: Labeller, job: Job, *, overwrite: bool) -> KeptMap | None:
     """The label map that is there, if it stays; None: one is to be made.
 
-    Raises:
-        SceneError: the file that is there is not the label map of this job, and may not be overwritten.
+    Raises SceneError if the file that is there is not the label map of this job, and may not be overwritten.
     """
     output = Path(job.output)
     now = file_state(output)
@@ -137,60 +140,47 @@ def _existing_map(engine: Labeller, job: Job, *, overwrite: bool) -> KeptMap | N
                 raise occupied(path, SceneError)
     elif now != job.before or not overwrite:
         try:
-            return require_same_map(output, engine, job.scene, job.options, same_graph=job.engine.sha256 is None)
+            return _same_map(engine, job)
         except CdkdEdgeError:
             if not overwrite:
                 raise
     return None
 
 
-# --- is the label map that is there the one that would be made? ---------------------------------------------------
+def _same_map(engine: Labeller, job: Job) -> KeptMap:
+    """Read a label map that is of this scene, by this engine (or one of the same graph), with these options.
 
-_NOT_COMPARED = ("CDKD_EDGE", "ENGINE", "GRAPH", "SCENE_SAMPLE")
-"""Tags that may differ, or are compared in another way. (Other releases make the same labels, or say so in notes.)"""
-
-
-def require_same_map(
-    output: Path, engine: Labeller, scene: str, options: SegmentOptions, *, same_graph: bool = False
-) -> KeptMap:
-    """Make sure that a label map is of this scene, by this engine, with these options, and can be read.
-
-    With ``same_graph``, any engine that was built from the same graph will do.
-
-    Raises:
-        SceneError: it is not, and why; or the scene cannot be read.
+    Raises SceneError if it is not, and says why; or if the scene cannot be read.
     """
-    reader = dataclasses.replace(options, strict=False).open(scene)
-    try:
+    output, options, scene = Path(job.output), job.options, job.scene
+    other = functools.partial(occupied, output, SceneError)
+    with contextlib.closing(dataclasses.replace(options, strict=False).open(scene)) as reader:
         tiles = len(options.grid_over(reader, engine.tile))
         wanted = pipeline.label_map_tags(engine, reader, options, scene_identity(reader))
         height, width = reader.height, reader.width
-    finally:
-        reader.close()
     try:
         dataset = open_scene(output)
     except SceneError as error:
-        raise occupied(output, SceneError, f"is no label map: {error.message}") from None
+        raise other(f"is no label map: {error.message}") from None
     with dataset:
         with gdal(f"reading {output}"):
             tags = dataset.tags()
         sample = wanted["SCENE_SAMPLE"]
-        if (reason := _difference(wanted, tags, "GRAPH" if same_graph else "ENGINE")) is not None:
-            raise occupied(output, SceneError, reason)
+        if (reason := _difference(wanted, tags, "GRAPH" if job.engine.sha256 is None else "ENGINE")) is not None:
+            raise other(reason)
         if (dataset.height, dataset.width) != (height, width):
-            reason = f"has {dataset.width} x {dataset.height} px; the scene has {width} x {height}"
-            raise occupied(output, SceneError, reason)
+            raise other(f"has {dataset.width} x {dataset.height} px; the scene has {width} x {height}")
         if tags.get("SCENE_SAMPLE", sample) != sample:  # earlier releases have no sample
-            raise occupied(output, SceneError, f"was made of another scene named {Path(scene).name}")
+            raise other(f"was made of another scene named {Path(scene).name}")
         if not is_gdal_name(scene) and output.stat().st_mtime_ns < Path(scene).stat().st_mtime_ns:
-            raise occupied(output, SceneError, f"is older than {scene}")
+            raise other(f"is older than {scene}")
     try:
         areas = class_areas(output, engine.schema)  # reads all of it
     except SceneError as error:
-        raise occupied(output, SceneError, f"is damaged: {error.message}") from None
+        raise other(f"is damaged: {error.message}") from None
     confidence = confidence_path(output) if options.confidence else None
     if confidence is not None and (reason := mismatch("confidence", confidence, source_of(output))) is not None:
-        raise occupied(output, SceneError, f"{confidence.name} {reason}")
+        raise other(f"{confidence.name} {reason}")
     pixels = {area.name: area.pixels for area in areas.classes}
     return KeptMap(output, height, width, tiles, pixels, areas.no_data.pixels, areas, confidence)
 
@@ -208,17 +198,13 @@ def _difference(wanted: Mapping[str, str], tags: Mapping[str, str], identity: st
     """How a label map differs from the one that would be made, by its tags; None: not at all."""
     if "CDKD_EDGE" not in tags:
         return "is no label map of cdkd-edge"
-    if _sha256(tags.get(identity, "")) != _sha256(wanted.get(identity, "")):
+    if tags.get(identity, "").rpartition("sha256:")[2] != wanted.get(identity, "").rpartition("sha256:")[2]:
         return f"was made by another {identity.lower()} ({tags.get(identity, 'unknown').partition(' ')[0]})"
     ignored = {*_NOT_COMPARED, *(name for name in tags if name == "AREA_OR_POINT" or name.startswith("TIFFTAG_"))}
     # GDAL drops the blanks at the beginning of a value, such as a scene's name.
     was, now = ({name: value.lstrip() for name, value in one.items() if name not in ignored} for one in (tags, wanted))
     changes = differences(was, now)
     return f"was made with other options: {'; '.join(changes)}" if changes else None
-
-
-def _sha256(tag: str) -> str:
-    return tag.rpartition("sha256:")[2]
 
 
 def _complete_sidecars(kept: KeptMap, schema: LabelSchema) -> None:
@@ -244,17 +230,15 @@ class WorkerEngine:
     """The engine of a worker, loaded once. There is never a second one: on a board two would not fit into memory."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        """Held during a job, so that a worker with several threads does one at a time."""
+        self.lock = threading.Lock()  # held during a job, so that a worker with several threads does one at a time
         self._key: tuple[EngineRef, str] | None = None
         self._engine: Engine | None = None
 
     def load(self, ref: EngineRef) -> Engine:
         """The engine of a job; the one of the job before if it is the same.
 
-        Raises:
-            ManifestError: it is not what its manifest says.
-            EngineError: there is none, it is another one, or it does not run here.
+        Raises ManifestError if it is not what its manifest says; EngineError if there is none, it is another one, or
+        it does not run here.
         """
         path = engine_path(ref)
         key = (ref, read_manifest(path, EngineManifest, verify=False).artefact.sha256)
@@ -274,7 +258,7 @@ class WorkerEngine:
 
     def release(self) -> None:
         """Close the engine: it failed, or another one is needed."""
-        engine, self._engine, self._key = self._engine, None, None
+        engine, self._engine = self._engine, None
         if engine is not None:
             with contextlib.suppress(Exception):  # closing a broken engine may fail, too
                 engine.close()
@@ -285,19 +269,15 @@ class WorkerEngine:
             _require_same_place(job)
             engine = self.load(job.engine)
         except (CdkdEdgeError, OSError, MemoryError) as error:
-            return encode(JobReport.failed(job, error, reach=Reach.WORKER))
-        report = run_job(engine, job, progress)
+            return encode(JobReport.failed(job, error, Reach.WORKER))
+        report, _ = run_job(engine, job, progress)
         if report.error is not None and report.error.reach == Reach.ENGINE:
             self.release()
-        return encode(dataclasses.replace(report, host=platform.node()))
+        return encode(report)
 
 
 def engine_path(ref: EngineRef) -> Path:
-    """Where the engine of a job lies on this machine.
-
-    Raises:
-        EngineError: there is none, or more than one.
-    """
+    """Where the engine of a job lies on this machine; raises EngineError if there is none, or more than one."""
     if ref.folder is None:
         return Path(ref.path)
     folder = Path(ref.folder).absolute()

@@ -61,11 +61,6 @@ class Outlines:
         """The polygon of each ring."""
         return np.repeat(np.arange(len(self)), np.diff(self.polygons))
 
-    @property
-    def vertices(self) -> Ints:
-        """Number of points of each polygon, repeated ones included."""
-        return np.diff(self.rings[self.polygons])
-
     def select(self, polygons: Bools, rings: Bools | None = None) -> Outlines:
         """Keep the chosen polygons, and of their rings the chosen ones (default: all)."""
         owners = self.owners
@@ -110,8 +105,7 @@ class Piece:
     origin: tuple[int, int]  # pixel corner to which the points are relative
     offsets: npt.NDArray[np.unsignedinteger]  # points ``[P, 2]`` relative to the origin
     sizes: npt.NDArray[np.int32]  # points in each ring
-    border_bits: npt.NDArray[np.uint8]
-    """One bit per edge: whether it lies between two tiles. Such edges are one pixel long."""
+    border_bits: npt.NDArray[np.uint8]  # one per edge: whether it lies between two tiles (then it is one pixel long)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -128,11 +122,9 @@ class Piece:
 
 
 class TilePieces:
-    """The polygons of one tile, with their edges on borders to other tiles split at every pixel.
+    """The polygons ``[N]`` of one tile, with their edges on borders to other tiles split at every pixel.
 
-    Args:
-        outlines: the polygons ``[N]``, in pixel corners.
-        lines: the borders as (axis, c); axis 0 is the line x = c, axis 1 the line y = c.
+    ``lines`` are the borders as (axis, c): axis 0 is the line x = c, axis 1 the line y = c.
     """
 
     def __init__(self, outlines: Outlines, lines: list[tuple[int, int]]) -> None:

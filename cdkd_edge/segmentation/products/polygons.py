@@ -29,23 +29,35 @@ from cdkd_edge.segmentation.products.regions import RegionBatch, trace_regions
 LAYER = "classes"
 
 _BATCH, _BATCH_BYTES = 10_000, 4 << 20  # polygons, and bytes of them, that are written at once
-
 _MIN_FREE_BYTES = 1 << 20
-
-_EPOCH = "1970-01-01T00:00:00.000Z"
-"""Time of change in the file, always the same, so that the same map gives the same bytes."""
+_EPOCH = "1970-01-01T00:00:00.000Z"  # time of change in the file, so that the same map gives the same bytes
+# The table "layer_styles", in which QGIS finds a layer's style.
+_STYLE_FIELDS = [
+    "f_table_catalog",
+    "f_table_schema",
+    "f_table_name",
+    "f_geometry_column",
+    "styleName",
+    "styleQML",
+    "styleSLD",
+    "useAsDefault",
+    "description",
+    "owner",
+    "ui",
+    "update_time",
+]
+_M2 = {"m2": 1.0, "ha": 1e4, "km2": 1e6}
+_AREA = re.compile(r"(\d+\.?\d*|\.\d+)\s*(m2|ha|km2|px)")
 
 
 @dataclass(frozen=True)
 class VectorOptions:
     """Which polygons are written, and how smooth they are."""
 
-    minimum_m2: float = 0.0
-    """Smaller polygons are left out and smaller holes closed. Small polygons between several larger ones leave gaps.
-    For maps whose areas are known."""
-    minimum_px: float = 0.0  # the same in pixels, for maps whose areas are not known
-    simplify_px: float = 0.0
-    """Tolerance of simplification, px; neighbours keep a common border (:func:`.regions.trace_regions`)."""
+    # Smaller polygons are left out and smaller holes closed. Small polygons between several larger ones leave gaps.
+    minimum_m2: float = 0.0  # for maps whose areas are known
+    minimum_px: float = 0.0  # for the others
+    simplify_px: float = 0.0  # tolerance; neighbours keep a common border (:func:`.regions.trace_regions`)
 
     def __post_init__(self) -> None:
         for name, value in (("--min-area", self.minimum_m2 + self.minimum_px), ("--simplify", self.simplify_px)):
@@ -55,16 +67,8 @@ class VectorOptions:
             raise SceneError("give the smallest area in m2 or in pixels, not in both")
 
 
-_AREA = re.compile(r"(\d+\.?\d*|\.\d+)\s*(m2|ha|km2|px)")
-_M2 = {"m2": 1.0, "ha": 1e4, "km2": 1e6}
-
-
 def vector_options(min_area: str | None = None, simplify_px: float = 0.0) -> VectorOptions:
-    """Read ``--min-area`` as a user types it: ``100m2``, ``0.5ha``, ``1km2`` or ``20px``.
-
-    Raises:
-        UsageError: it is not an area.
-    """
+    """Read ``--min-area`` as a user types it: ``100m2``, ``0.5ha``, ``1km2`` or ``20px``."""
     if min_area is None:
         return VectorOptions(simplify_px=simplify_px)
     match = _AREA.fullmatch(min_area.strip())
@@ -129,13 +133,10 @@ def require_vector() -> None:
 def large_enough(
     outlines: Outlines, ground: Ground, minimum_m2: float = 0.0, minimum_px: float = 0.0
 ) -> tuple[Outlines, Floats, Bools]:
-    """Keep polygons of at least a minimum area, and close holes below it.
+    """Keep polygons of at least a minimum area (in one of the two units; 0: all), and close holes below it.
 
-    The minimum is in one of the two units; 0 keeps everything.
-
-    Returns:
-        The polygons that are kept; the area of each, m2 (pixels where the ground is not known); and whether each of
-        the given polygons is kept.
+    Returns the polygons that are kept; the area of each, m2 (pixels where the ground is not known); and whether each
+    of the given polygons is kept.
     """
     areas = outlines.ring_areas(_equal_area(outlines.points, ground))
     measure, smallest = (outlines.ring_areas(outlines.points), minimum_px) if minimum_px else (areas, minimum_m2)
@@ -160,27 +161,8 @@ def _equal_area(points: Floats, ground: Ground) -> Floats:
 
 def _on_map(points: Floats, transform: Any) -> Floats:
     """Map coordinates of pixel corners ``[P, 2]``."""
-    x, y = points.T
-    t = transform
+    (x, y), t = points.T, transform
     return np.stack([t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f], axis=1)
-
-
-def style_row(schema: LabelSchema) -> dict[str, str | bool]:
-    """The row of the table ``layer_styles`` in which QGIS finds the layer's style."""
-    return {
-        "f_table_catalog": "",
-        "f_table_schema": "",
-        "f_table_name": LAYER,
-        "f_geometry_column": "geom",
-        "styleName": "classes",
-        "styleQML": polygon_style(schema),
-        "styleSLD": "",
-        "useAsDefault": True,
-        "description": "colours of the label schema",
-        "owner": "",
-        "ui": "",
-        "update_time": _EPOCH,
-    }
 
 
 @contextlib.contextmanager
@@ -245,12 +227,14 @@ class _GeoPackage:
             self._flush()
 
     def finish(self) -> None:
-        """Write the waiting polygons and the style."""
+        """Write the waiting polygons (an empty layer if there are none) and the style."""
         if self._waiting or not self._created:
             self._flush()
-        row = style_row(self._schema)
-        values = [np.array([value], object if isinstance(value, str) else None) for value in row.values()]
-        self._write(None, values, list(row), layer="layer_styles", geometry_type=None)
+        style = polygon_style(self._schema)
+        about = "colours of the label schema"
+        row = ["", "", LAYER, "geom", "classes", style, "", True, about, "", "", _EPOCH]
+        values = [np.array([value], object if isinstance(value, str) else None) for value in row]
+        self._write(None, values, _STYLE_FIELDS, layer="layer_styles", geometry_type=None)
         if self._in_parts:
             self.notes.insert(0, "regions of more than 200,000 vertices are in parts")
 
@@ -271,8 +255,7 @@ class _GeoPackage:
             crs=self._crs,
             nan_as_null=True,
             dataset_metadata=None if self._created else self._metadata,
-            # Newer versions bring nothing needed here, and make older GDAL and QGIS warn.
-            dataset_options=None if self._created else {"VERSION": "1.2"},
+            dataset_options=None if self._created else {"VERSION": "1.2"},  # older GDAL and QGIS warn of newer ones
         )
         self._created = True
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +23,11 @@ from cdkd_edge.segmentation.options import SegmentOptions
 
 LONGEST_SIDE = 1200  # of the scene and of the overlay, px each
 
-_OVERSAMPLED = 2
-"""Scene and labels are read at this multiple of the size and averaged, so that thin roads do not break up."""
-
+_OVERSAMPLED = 2  # scene and labels are read at this multiple of the size and averaged: thin roads do not break up
 _OPACITY, _BORDER_OPACITY = 0.5, 0.9
+# Below the labels the scene is half grey, so that its colours are not taken for classes, and black becomes this grey
+# value, so that colours over shadow and water look like those of the legend.
 _GREY_SHARE, _BLACK_LEVEL = 0.5, 70
-"""Below the labels the scene is half grey, so that its colours are not taken for classes, and black becomes this grey
-value, so that colours over shadow and water look like those of the legend."""
-
 _PAPER, _INK, _QUIET, _NO_DATA = (255, 255, 255), (28, 32, 38), (96, 104, 114), (232, 232, 232)
 _SMALL_HA = 0.1
 _STRIP = 128  # rows coloured at a time: floats take four times the memory of bytes
@@ -57,7 +54,7 @@ def write_preview(
 
     The legend names every class that occurs, with its share of the labelled area and its hectares. The scale bar is
     measured on the ellipsoid along the middle row; without a map grid there is neither bar nor north arrow. Overviews
-    of the scene and the label map are used where they exist.
+    of the scene and the label map are used where they exist. Raises SceneError if one of the two cannot be read.
 
     Args:
         scene, label_map, schema, areas: what was labelled, its label map, classes and what they cover.
@@ -65,17 +62,10 @@ def write_preview(
         options: bands and stretch, as in the run.
         longest_side: of the scene and of the overlay, px each.
         metadata: stored in the file's text chunks.
-
-    Raises:
-        SceneError: scene or label map cannot be read.
     """
-    reader = dataclasses.replace(options, gsd=None, strict=False).open(scene)
-    try:
+    with contextlib.closing(dataclasses.replace(options, gsd=None, strict=False).open(scene)) as reader:
         image = reader.overview(longest_side * _OVERSAMPLED)
-    finally:
-        reader.close()
-    dataset = open_scene(label_map)
-    with dataset, gdal(f"reading {label_map}"):
+    with open_scene(label_map) as dataset, gdal(f"reading {label_map}"):
         shown = _reduced_size(dataset.height, dataset.width, longest_side)
         labels = dataset.read(1, out_shape=image.shape[:2])
         bar = _metres_along_row(dataset)
@@ -205,8 +195,7 @@ def _draw_plate(picture: Image.Image, box: tuple[int, int, int, int], *, ellipse
     picture.paste(_PAPER, (0, 0), mask)
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     color: tuple[int, int, int]
     name: str
     share: str
@@ -239,12 +228,10 @@ def _composed(panels: Sequence[Image.Image], legend: Sequence[_Entry], size: int
     across, along = (width, height * 2 + size) if stacked else (width * 2 + size, height)
     table, measure = _font(size), ImageDraw.Draw(panels[0])
     swatch, gap = round(size * 1.1), size // 2
-    cells = [
-        [round(measure.textlength(text, font=table)) for text in (entry.name, entry.share, entry.area)]
-        for entry in legend
-    ]
     # Columns of one width, so that numbers are aligned.
-    name, share, area = (max((cell[i] for cell in cells), default=0) for i in range(3))
+    name, share, area = (
+        max((round(measure.textlength(entry[i], font=table)) for entry in legend), default=0) for i in (1, 2, 3)
+    )
     cell = swatch + gap + name + 2 * gap + share + (2 * gap + area if area else 0)
     columns = max(1, min(len(legend), (across + 3 * gap) // (cell + 3 * gap)))
     rows = -(-len(legend) // columns)

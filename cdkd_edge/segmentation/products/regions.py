@@ -7,7 +7,6 @@ is complete. All coordinates are integers (pixel corners, x to the right, y down
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,16 +22,11 @@ from cdkd_edge.core.machine import hand_memory_back
 from cdkd_edge.segmentation.products.outlines import Bools, Ints, Outlines, Piece, TilePieces, unite
 
 TILE = 1024  # side of a tile, px: a multiple of the label map's blocks
-
-MAX_VERTICES = 200_000  # A region with more vertices comes in parts: joining its pieces takes about 90 bytes per vertex
-
+MAX_VERTICES = 200_000  # a region with more vertices comes in parts: joining its pieces takes about 90 bytes per vertex
+# Pixel edges between labels in one tile. Simplified, each takes up to 1.5 kB; tiles with more are made smaller.
 MAX_BORDERS = 100_000
-"""Pixel edges between labels in one tile. Simplified, each takes up to 1.5 kB; tiles with more are made smaller."""
-
 _SMALLEST_TILE = 64
-
 _ROW_PIXELS = 1 << 25  # pixels in a row of tiles: all pieces that touch the row's borders are in memory
-
 _NONE = -1
 
 
@@ -160,8 +154,9 @@ class _Joiner:
         labelled = labels != NO_LABEL
         touching = tile.touching & labelled
         ids = np.full(len(labels) + 1, _NONE, np.int64)  # the last entry stands for "no polygon"
+        vertices = np.diff(outlines.rings[outlines.polygons])
         for index in np.flatnonzero(touching).tolist():
-            ids[index] = self._open_region(tile.piece(index), int(labels[index]), int(outlines.vertices[index]))
+            ids[index] = self._open_region(tile.piece(index), int(labels[index]), int(vertices[index]))
         above, beside, below, right = (
             ids[tile.along(line, *((left, width) if line[0] else (top, height)))] if there else None
             for line, there in zip(lines, neighbours, strict=True)
@@ -226,22 +221,18 @@ class _Joiner:
     def _join(self, one: Ints, other: Ints) -> None:
         """Merge the regions of pieces that face each other across a border and have the same label."""
         both = (one != _NONE) & (other != _NONE)
-        facing: dict[int, set[int]] = defaultdict(set)
         for first, second in np.unique(np.stack([one[both], other[both]]), axis=1).T.tolist():
-            facing[first].add(second)
-        for first, seconds in facing.items():
-            for second in sorted(seconds):
-                a, b = sorted((self._root(first), self._root(second)))
-                if a == b or self._open[a].label != self._open[b].label:
-                    continue
-                self._parents[b] = a
-                merged, kept = self._open.pop(b), self._open[a]
-                kept.pieces += merged.pieces
-                kept.vertices += merged.vertices
-                kept.in_parts |= merged.in_parts
-                self._large.discard(b)
-                if kept.vertices > self._max_vertices:
-                    self._large.add(a)
+            a, b = sorted((self._root(first), self._root(second)))
+            if a == b or self._open[a].label != self._open[b].label:
+                continue
+            self._parents[b] = a
+            merged, kept = self._open.pop(b), self._open[a]
+            kept.pieces += merged.pieces
+            kept.vertices += merged.vertices
+            kept.in_parts |= merged.in_parts
+            self._large.discard(b)
+            if kept.vertices > self._max_vertices:
+                self._large.add(a)
 
     def _root(self, piece: int) -> int:
         root = piece

@@ -71,11 +71,7 @@ class When:
 
 
 def parse_when(text: str) -> When:
-    """Read a moment or an interval ``START/END`` in ISO 8601; UTC if it has no offset, a day is its beginning.
-
-    Raises:
-        UsageError: it is neither.
-    """
+    """Read a moment or an interval ``START/END`` in ISO 8601; UTC if it has no offset, a day is its beginning."""
     moments = []
     for part in text.split("/"):
         try:
@@ -160,8 +156,9 @@ def _footprint(longitudes: list[float], latitudes: list[float], note: str | None
         return _all_around(south, north, note)
     parts = []
     for offset in (0.0, 360.0, -360.0):
-        clipped = _clipped([(x + offset, y) for x, y in ring], -180.0, keep_above=True)
-        clipped = _clipped(clipped, 180.0, keep_above=False)
+        clipped = [(x + offset, y) for x, y in ring]
+        for meridian, side in ((-180.0, 1), (180.0, -1)):
+            clipped = _clipped(clipped, meridian, side)
         if len(clipped) >= 3 and _signed_area(clipped) != 0:
             parts.append([_geojson_ring(clipped)])
     kind, coordinates = ("Polygon", parts[0]) if len(parts) == 1 else ("MultiPolygon", parts)
@@ -180,11 +177,11 @@ def _nearest_turn(longitude: float, reference: float) -> float:
     return reference + (longitude - reference + 180) % 360 - 180
 
 
-def _clipped(ring: list[_Point], at: float, *, keep_above: bool) -> list[_Point]:
-    """The part of a ring on one side of a meridian (Sutherland and Hodgman, 1974)."""
+def _clipped(ring: list[_Point], at: float, side: int) -> list[_Point]:
+    """The part of a ring east (1) or west (-1) of a meridian (Sutherland and Hodgman, 1974)."""
     kept: list[_Point] = []
     for (x0, y0), (x1, y1) in zip([ring[-1], *ring[:-1]] if ring else [], ring, strict=True):
-        inside0, inside1 = ((x >= at) == keep_above or x == at for x in (x0, x1))
+        inside0, inside1 = (side * (x - at) >= 0 for x in (x0, x1))
         if inside0 != inside1:
             kept.append((at, y0 + (y1 - y0) * (at - x0) / (x1 - x0)))
         if inside1:
@@ -220,9 +217,7 @@ def item_for(
     """Describe a finished label map as a STAC Item (plain data). Links are relative to the label map's folder.
 
     Args:
-        label_map: the file; its SHA-256 is computed.
-        scene: what was labelled.
-        schema, areas: classes and what they cover.
+        label_map, scene, schema, areas: the file, what was labelled, the classes and what they cover.
         engine: the file that made it.
         when: the time of the image. Default: ``TIFFTAG_DATETIME`` of the scene or label map, taken as UTC; else the
             time of creation. The item says which.
@@ -233,8 +228,7 @@ def item_for(
         SceneError: the label map cannot be read.
     """
     created = (created or datetime.now(timezone.utc)).replace(microsecond=0)
-    dataset = open_scene(label_map)
-    with dataset, gdal(f"reading {label_map}"):
+    with open_scene(label_map) as dataset, gdal(f"reading {label_map}"):
         footprint = footprint_of(dataset)
         projection = _projection(dataset)
         overviews = bool(dataset.overviews(1)) or dataset.tags(ns="IMAGE_STRUCTURE").get("LAYOUT") == "COG"
@@ -257,19 +251,13 @@ def item_for(
         properties |= {"cdkd-edge:engine": engine.file, "cdkd-edge:engine_sha256": engine.sha256}
     if notes := [note for note in (when.note, footprint.note, areas.reason, *areas.notes) if note]:
         properties["cdkd-edge:notes"] = notes
-    band = {
-        "name": "labels",
-        "data_type": "uint8",
-        "nodata": NO_LABEL,
-        "raster:sampling": "area",
-        "classification:classes": _classes(schema, areas),
-    }
+    band = {"name": "labels", "data_type": "uint8", "nodata": NO_LABEL, "raster:sampling": "area"}
     labels = {
         "href": _link(label_map, label_map.parent),
         "type": _COG if overviews else "image/tiff; application=geotiff",
         "title": "Label map",
         "roles": ["data"],
-        "bands": [band],
+        "bands": [{**band, "classification:classes": _classes(schema, areas)}],
         **file_fields(FileRecord.of(label_map)),
     }
     source = {"rel": "derived_from", "href": _link(scene, label_map.parent), "title": "the scene"}
@@ -296,8 +284,7 @@ def write_item(path: Path, item: Mapping[str, Any]) -> None:
 def read_item(path: Path) -> dict[str, Any]:
     """Read an item that :func:`write_item` wrote; others may have added to it.
 
-    Raises:
-        OSError, ValueError: it cannot be read, or is something else.
+    Raises OSError or ValueError if it cannot be read or is something else.
     """
     try:
         item = read_json(path)
@@ -317,10 +304,8 @@ def label_map_of(item: Mapping[str, Any]) -> str:
 def complete_item(path: Path, label_map: Path, assets: Mapping[str, Path]) -> bool:
     """Add files to an item that does not list them, or lists older ones; the rest of the item stays.
 
-    Returns whether the item was changed. ``assets`` as for :func:`item_for`.
-
-    Raises:
-        OSError, ValueError: the item cannot be read or written, or is not one of a label map.
+    ``assets`` are those of :func:`item_for`. Returns whether the item was changed. Raises OSError or ValueError if it
+    cannot be read or written, or is not one of a label map.
     """
     item = read_item(path)
     found = _further_assets(label_map, assets)

@@ -241,13 +241,7 @@ def _labels(writer: _NetworkWriter, logits: str, config: NetworkConfig) -> None:
     """Bilinear up-sampling to pixels and argmax."""
     scales = writer.constant("upsampling", np.array([1, 1, config.patch, config.patch], np.float32))
     scores = writer.add(
-        "Resize",
-        "scores",
-        logits,
-        "",
-        scales,
-        mode="linear",
-        coordinate_transformation_mode="half_pixel",
+        "Resize", "scores", logits, "", scales, mode="linear", coordinate_transformation_mode="half_pixel"
     )
     best = writer.add("ArgMax", "best", scores, axis=1, keepdims=0)
     writer.add("Cast", "labels", best, to=TensorProto.UINT8)

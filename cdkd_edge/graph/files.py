@@ -12,13 +12,7 @@ from onnx import TensorProto, helper
 
 from cdkd_edge.core.errors import GraphError, ManifestError
 from cdkd_edge.core.files import whole_file
-from cdkd_edge.core.manifest import (
-    EngineManifest,
-    FileRecord,
-    GraphManifest,
-    read_manifest,
-    write_manifest,
-)
+from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest, read_manifest, write_manifest
 from cdkd_edge.core.output_kinds import LABELS
 from cdkd_edge.graph.build import OPSETS
 from cdkd_edge.graph.nodes import Sizes
@@ -255,8 +249,7 @@ def _require_contract(
         image = ()
     if len(image) != 4 or 0 in image or found[LABELS][1] != (image[0], image[2], image[2]):
         raise GraphError(
-            f"{path} has {actual}; it must have image uint8 [N,3,T,T] and labels uint8 [N,T,T]",
-            hint=_AGAIN,
+            f"{path} has {actual}; it must have image uint8 [N,3,T,T] and labels uint8 [N,T,T]", hint=_AGAIN
         )
     expected = {"image": (manifest.batch, 3, manifest.tile, manifest.tile), **manifest.outputs}
     if {name: shape for name, (_, shape) in found.items()} != expected:

@@ -143,8 +143,7 @@ def _rounded(item: onnx.TensorProto) -> np.ndarray:
     largest = float(np.abs(values).max()) if values.size else 0.0
     if not largest <= FP16_MAX:
         raise WeightRangeError(
-            f"weight {item.name} holds {largest:.3g}; FP16 ends at {FP16_MAX:.0f}",
-            hint="deploy this network in FP32",
+            f"weight {item.name} holds {largest:.3g}; FP16 ends at {FP16_MAX:.0f}", hint="deploy this network in FP32"
         )
     return values.astype(np.float16)
 

@@ -185,11 +185,7 @@ def _graph(calibrated: Calibrated, kept: tuple[str, ...]) -> onnx.ModelProto:
 
 
 def _attempts(
-    calibrated: Calibrated,
-    noise: dict[str, float],
-    judge: Judge,
-    options: Int8Options,
-    note: Callable[[str], None],
+    calibrated: Calibrated, noise: dict[str, float], judge: Judge, options: Int8Options, note: Callable[[str], None]
 ) -> list[Attempt]:
     """Judge the graph; with ``auto``, until it passes, with more and more of the noisiest layers in FP16."""
     worst = [name for name in sorted(noise, key=lambda name: noise[name]) if name not in options.keep]

@@ -67,10 +67,7 @@ def complaints(validators, item):
     found = []
     for address in item["stac_extensions"]:
         found += [error.message for error in validators[address].iter_errors(item)]
-    for part in [
-        *item["properties"].get("mlm:input", []),
-        *item["properties"].get("mlm:output", []),
-    ]:
+    for part in [*item["properties"].get("mlm:input", []), *item["properties"].get("mlm:output", [])]:
         tensor = part.get("input") or part["result"]
         if len(tensor["shape"]) != len(tensor["dim_order"]):
             found.append("shape and dim_order differ in length")
@@ -135,10 +132,7 @@ def test_the_schemas_find_what_is_wrong(validators, item, change):
     """So that the test above can fail."""
     wrong = copy.deepcopy(item)
     change(wrong)
-    assert [
-        *complaints(validators, wrong),
-        *(["not declared"] if stac.MLM not in wrong["stac_extensions"] else []),
-    ]
+    assert [*complaints(validators, wrong), *(["not declared"] if stac.MLM not in wrong["stac_extensions"] else [])]
 
 
 def test_the_core_of_an_item(item):

@@ -99,10 +99,7 @@ def test_a_rare_population_is_covered(tmp_path: Path) -> None:
     """One tile in fifty is bright and rough; random choices of eight mostly miss it."""
     common = picture(64 * 7, 64 * 14, contrast=10, base=90, grain=3)
     rare = picture(64, 64 * 2, seed=1, contrast=60, base=200, grain=30)
-    paths = [
-        str(write_raster(tmp_path / "common.tif", common)),
-        str(write_raster(tmp_path / "rare.tif", rare)),
-    ]
+    paths = [str(write_raster(tmp_path / "common.tif", common)), str(write_raster(tmp_path / "rare.tif", rare))]
     result = make(paths, tmp_path / "set", count=8, check=0)
     assert sum(tile.scene == paths[1] for tile in result.manifest.tiles) >= 1
     generator = np.random.default_rng(0)

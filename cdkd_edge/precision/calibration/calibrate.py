@@ -20,14 +20,7 @@ from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.graph.tiles import CalibrationSet, SetManifest, is_calibration_set
 from cdkd_edge.precision.calibration.choose import Choice, choose_tiles
 from cdkd_edge.precision.calibration.exclusions import Exclusions
-from cdkd_edge.precision.calibration.scan import (
-    Candidates,
-    LabelMaps,
-    Progress,
-    ScanOptions,
-    TiledScene,
-    scan_scenes,
-)
+from cdkd_edge.precision.calibration.scan import Candidates, LabelMaps, Progress, ScanOptions, TiledScene, scan_scenes
 from cdkd_edge.precision.calibration.write import write_set
 from cdkd_edge.quality.datasets import listed
 from cdkd_edge.raster.find import file_key, scenes_named

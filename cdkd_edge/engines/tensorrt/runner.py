@@ -22,7 +22,8 @@ from cdkd_edge.core.errors import EngineError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.core.output_kinds import LABELS
-from cdkd_edge.engines.cuda.gpu import Buffer, Gpu, Stream
+from cdkd_edge.engines.cuda.gpu import Gpu
+from cdkd_edge.engines.cuda.memory import Buffer, Stream
 from cdkd_edge.engines.protocol import NamedOutputs, UInt8Array
 from cdkd_edge.engines.tensorrt import find
 from cdkd_edge.engines.tensorrt.find import ErrorLog, LogTo, rebuild_hint
@@ -98,7 +99,7 @@ class TensorRTEngine(NamedOutputs):
         loaded = self._loaded
         assert loaded is not None
         loaded.load()
-        free, _ = self.gpu.driver.memory()
+        free, _ = self.gpu.memory()
         for _ in range(affordable_slots(slots, loaded.scratch_bytes, free)):
             self._slots.append(_Slot(self.gpu, self.manifest, self._errors))
             self._slots[-1].prepare(loaded)
@@ -112,7 +113,7 @@ class TensorRTEngine(NamedOutputs):
 
     def _capture(self) -> None:
         if self.no_graph is None:
-            self.no_graph = self.gpu.driver.no_graphs
+            self.no_graph = self.gpu.no_graphs
         if self.no_graph is not None:
             return
         try:

@@ -12,7 +12,6 @@ import onnxruntime
 
 from cdkd_edge.core.errors import EngineError, NumericalCheckError, SystemRefusalError
 from cdkd_edge.core.files import whole_file
-from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.machine import describe_machine, library_versions
 from cdkd_edge.core.manifest import (
     ONNXRUNTIME_CPU,
@@ -25,7 +24,7 @@ from cdkd_edge.core.manifest import (
 )
 from cdkd_edge.core.output_kinds import LABELS, build_options
 from cdkd_edge.core.sample import sample_tiles
-from cdkd_edge.engines.protocol import NamedOutputs, UInt8Array
+from cdkd_edge.engines.protocol import ArtefactLabeller, UInt8Array, blank_value
 from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, open_session, session_options, signed_weights_are_exact
 from cdkd_edge.graph.files import read_graph
 from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
@@ -99,7 +98,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
     return manifest
 
 
-class OnnxLabeller(NamedOutputs):
+class OnnxLabeller(ArtefactLabeller):
     """An ONNX file in ONNX Runtime on the CPU. See :class:`cdkd_edge.engines.protocol.Labeller`."""
 
     def __init__(
@@ -120,14 +119,11 @@ class OnnxLabeller(NamedOutputs):
         Raises:
             EngineError: ONNX Runtime refuses it.
         """
+        super().__init__(manifest)
         self.slots = SLOTS
-        self.tile, self.batch = manifest.tile, manifest.batch
-        self.schema, self.artefact = manifest.schema, manifest.artefact
         options = engine_options(manifest.precision, threads)
         self._session = _session(model or str(path), options, f"loading {path.name}")
-        n, tile = self.batch, self.tile
-        self.output_kind = manifest.output
-        self._inputs = [np.zeros((n, 3, tile, tile), np.uint8) for _ in range(SLOTS)]
+        self._inputs = [np.zeros((self.batch, 3, self.tile, self.tile), np.uint8) for _ in range(SLOTS)]
         self._outputs = [
             {name: np.zeros(shape, np.uint8) for name, shape in manifest.outputs.items()} for _ in range(SLOTS)
         ]
@@ -155,7 +151,7 @@ class OnnxLabeller(NamedOutputs):
     def _clear(self, slot: int) -> None:
         """Reset the outputs: no labels, confidence 0."""
         for name, array in self._outputs[slot].items():
-            array.fill(NO_LABEL if name == LABELS else 0)
+            array.fill(blank_value(name))
 
     def launch(self, slot: int) -> None:
         """Compute the slot; returns when it is done."""

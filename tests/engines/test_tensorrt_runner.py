@@ -553,15 +553,7 @@ def test_fewer_slots_where_memory_is_short(tmp_path):
 def installed(discrete, monkeypatch):
     """A TensorRT and a CUDA binding that are 'installed'; what the check before loading was given."""
     asked = []
-
-    @contextlib.contextmanager
-    def log_to(sink):
-        discrete.trt.sink = sink
-        yield
-        discrete.trt.sink = None
-
     monkeypatch.setattr(find, "find_tensorrt", lambda: discrete.trt)
-    monkeypatch.setattr(find, "log_to", log_to)
     monkeypatch.setattr(find, "find_gpu", lambda: "this GPU")
     monkeypatch.setattr(find, "require_loadable", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(cuda_gpu, "BINDINGS", {"cuda-python": lambda ordinal: discrete.gpu})
@@ -610,7 +602,7 @@ def test_what_tensorrt_logs_becomes_the_message(discrete, installed):
 
     def refuse(stream):
         for line in said:
-            discrete.trt.sink(*line)
+            find._sink(*line)
         return False
 
     discrete.trt.refuse = refuse
@@ -619,7 +611,7 @@ def test_what_tensorrt_logs_becomes_the_message(discrete, installed):
     with pytest.raises(EngineError) as caught:
         engine.launch(0)
     assert str(caught.value) == "TensorRT failed on a tile: IExecutionContext::enqueueV3: Error Code 1: Cask"
-    assert discrete.trt.sink is None
+    assert find._sink is None
     engine.close()
 
 

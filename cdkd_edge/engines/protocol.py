@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 UInt8Array = npt.NDArray[np.uint8]
+Note = Callable[[str], None]  # called with what is being done
+Log = Callable[[str, str], None]
+"""Called with a severity (``error``, ``warning``, ``info``, ``verbose``) and a text, perhaps from other threads."""
 SPEED_ROUNDS = 7  # timed runs of each engine in :func:`speed_ratio`
 
 

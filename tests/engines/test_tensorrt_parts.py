@@ -304,10 +304,10 @@ def test_where_timings_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert options.cache_folder() == tmp_path / "me" / ".cache" / "cdkd-edge"
 
 
-def test_different_devices_and_releases_have_different_files(tmp_path: Path) -> None:
+def test_different_devices_and_releases_have_different_files() -> None:
     other = dataclasses.replace(ORIN, compute_capability="8.6")
     paths = {
-        options.cache_path(kind, version, gpu, tmp_path)
+        options.cache_path(kind, version, gpu)
         for kind in ("tensorrt", "tensorrt-rtx")
         for version in ("10.3.0", "10.16.0")
         for gpu in (ORIN, other)

@@ -97,10 +97,6 @@ class Gpu:
         """
         raise NotImplementedError
 
-    def handle(self, stream: Any) -> int:
-        """The ``cudaStream_t`` of a stream."""
-        raise NotImplementedError
-
     def begin_capture(self, stream: Any) -> None:
         """Record what this thread puts into a stream, instead of running it (thread-local mode)."""
         raise CudaError("CUDA_ERROR_NOT_SUPPORTED", str(self.no_graphs), "recording a CUDA graph")
@@ -153,11 +149,7 @@ class CudaPythonGpu(Gpu):
     binding = "cuda-python"
 
     def __init__(self, ordinal: int = 0, module: Any = None) -> None:
-        """Open a device.
-
-        Args:
-            ordinal: number of the device.
-            module: the driver API. Default: cuda-python's.
+        """Open the device of that number; ``module`` stands in for cuda-python's driver API in tests.
 
         Raises:
             ImportError: cuda-python is not installed.
@@ -181,10 +173,6 @@ class CudaPythonGpu(Gpu):
             raise CudaError(getattr(code, "name", str(code)), _text(text), doing)
         return values[0] if len(values) == 1 else tuple(values)
 
-    def handle(self, stream: Any) -> int:
-        """See :meth:`Gpu.handle`."""
-        return int(stream)
-
     def begin_capture(self, stream: Any) -> None:
         """See :meth:`Gpu.begin_capture`."""
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -204,12 +192,7 @@ class PyCudaGpu(Gpu):
     no_graphs = "PyCUDA has no CUDA graphs"
 
     def __init__(self, ordinal: int = 0, module: Any = None, error_names: Mapping[str, str] | None = None) -> None:
-        """Open a device.
-
-        Args:
-            ordinal: number of the device.
-            module: ``pycuda.driver``. Default: the installed one.
-            error_names: CUDA's error names by their texts. Default: asked of the driver when needed.
+        """Open the device of that number; tests give ``pycuda.driver`` and CUDA's error names by their texts.
 
         Raises:
             ImportError: PyCUDA is not installed, or does not find the CUDA driver.
@@ -261,10 +244,6 @@ class PyCudaGpu(Gpu):
         text = match[1] if match else message
         names = _names_by_text() if self._error_names is None else self._error_names
         return CudaError(names.get(text, "CUDA error"), text, doing)
-
-    def handle(self, stream: Any) -> int:
-        """See :meth:`Gpu.handle`."""
-        return int(stream.handle)
 
 
 class _PageLocked:

@@ -102,7 +102,7 @@ class Stream:
     @property
     def handle(self) -> int:
         """The ``cudaStream_t``, for libraries."""
-        return self._gpu.handle(self.raw)
+        return int(getattr(self.raw, "handle", self.raw))  # PyCUDA's objects have it as an attribute
 
     def mark(self) -> None:
         """Record the event that :meth:`wait` waits for, after all work that is in the stream now."""

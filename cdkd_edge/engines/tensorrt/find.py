@@ -11,16 +11,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cdkd_edge.core.errors import EngineError, ManifestError
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.core.output_kinds import build_options
+
+if TYPE_CHECKING:
+    from cdkd_edge.engines.protocol import Log
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"  # the two kinds; an engine of one does not load in the other
 
@@ -34,9 +37,6 @@ _INSTALL = (
 # CUdevice_attribute and CUresult in cuda.h.
 _MULTIPROCESSORS, _INTEGRATED, _MAJOR, _MINOR = 16, 18, 75, 76
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
-
-LogSink = Callable[[str, str], None]
-"""Called with a severity (``error``, ``warning``, ``info``, ``verbose``) and a text, perhaps from other threads."""
 
 
 # --- TensorRT -------------------------------------------------------------------------------------
@@ -126,12 +126,12 @@ def _load_rtx_libraries() -> None:
 
 # --- its log --------------------------------------------------------------------------------------
 
-_sink: LogSink | None = None
+_sink: Log | None = None
 _logger: Any = None
 
 
 @contextlib.contextmanager
-def log_to(sink: LogSink) -> Iterator[None]:
+def log_to(sink: Log) -> Iterator[None]:
     """Send the lines of TensorRT's log to ``sink`` while the block runs.
 
     TensorRT keeps the first logger it is given for the whole process, so there is one logger, and its target changes.

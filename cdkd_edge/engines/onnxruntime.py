@@ -12,7 +12,6 @@ import onnxruntime
 
 from cdkd_edge.core.errors import EngineError, NumericalCheckError, SystemRefusalError
 from cdkd_edge.core.files import whole_file
-from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.machine import describe_machine, library_versions
 from cdkd_edge.core.manifest import (
     ONNXRUNTIME_CPU,
@@ -25,17 +24,14 @@ from cdkd_edge.core.manifest import (
 )
 from cdkd_edge.core.output_kinds import LABELS, build_options
 from cdkd_edge.core.sample import sample_tiles
-from cdkd_edge.engines.protocol import NamedOutputs, UInt8Array
+from cdkd_edge.engines.protocol import ArtefactLabeller, UInt8Array, blank_value
 from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, open_session, session_options, signed_weights_are_exact
 from cdkd_edge.graph.files import read_graph
 from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
 
-MIN_AGREEMENT = 0.9999
-"""Share of pixels on which engine and graph must agree; additions in another order change the rest."""
-
-MIN_INT8_AGREEMENT = 0.99
-"""The same for INT8: before a quantiser, another order of additions can change a value by a whole step."""
-
+# Share of pixels on which engine and graph must agree: additions in another order change the rest; before a quantiser
+# they can change a value by a whole step.
+MIN_AGREEMENT, MIN_INT8_AGREEMENT = 0.9999, 0.99
 SLOTS = 3  # one tile being read, one computed, one written
 
 
@@ -99,7 +95,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
     return manifest
 
 
-class OnnxLabeller(NamedOutputs):
+class OnnxLabeller(ArtefactLabeller):
     """An ONNX file in ONNX Runtime on the CPU. See :class:`cdkd_edge.engines.protocol.Labeller`."""
 
     def __init__(
@@ -120,29 +116,27 @@ class OnnxLabeller(NamedOutputs):
         Raises:
             EngineError: ONNX Runtime refuses it.
         """
+        super().__init__(manifest)
         self.slots = SLOTS
-        self.tile, self.batch = manifest.tile, manifest.batch
-        self.schema, self.artefact = manifest.schema, manifest.artefact
-        options = engine_options(manifest.precision, threads)
+        options = session_options(threads)
+        if manifest.precision == "int8" and not signed_weights_are_exact():
+            # Where signed products saturate, ONNX Runtime makes signed weights unsigned.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         self._session = _session(model or str(path), options, f"loading {path.name}")
-        n, tile = self.batch, self.tile
-        self.output_kind = manifest.output
-        self._inputs = [np.zeros((n, 3, tile, tile), np.uint8) for _ in range(SLOTS)]
+        self._inputs = [np.zeros((self.batch, 3, self.tile, self.tile), np.uint8) for _ in range(SLOTS)]
         self._outputs = [
             {name: np.zeros(shape, np.uint8) for name, shape in manifest.outputs.items()} for _ in range(SLOTS)
         ]
         for slot in range(SLOTS):
             self._clear(slot)
-        self._bindings = [self._bind(slot) for slot in range(SLOTS)]
-
-    def _bind(self, slot: int) -> Any:
-        """Let ONNX Runtime read and write the slot's buffers: no copy and no allocation per tile."""
-        binding = self._session.io_binding()
-        image = self._inputs[slot]
-        binding.bind_input("image", "cpu", 0, np.uint8, image.shape, image.ctypes.data)
-        for name, array in self._outputs[slot].items():
-            binding.bind_output(name, "cpu", 0, np.uint8, array.shape, array.ctypes.data)
-        return binding
+        self._bindings = []
+        for image, outputs in zip(self._inputs, self._outputs, strict=True):
+            # ONNX Runtime reads and writes the buffers: no copy and no allocation per tile.
+            binding = self._session.io_binding()
+            binding.bind_input("image", "cpu", 0, np.uint8, image.shape, image.ctypes.data)
+            for name, array in outputs.items():
+                binding.bind_output(name, "cpu", 0, np.uint8, array.shape, array.ctypes.data)
+            self._bindings.append(binding)
 
     def input(self, slot: int) -> UInt8Array:
         """See :meth:`cdkd_edge.engines.protocol.Labeller.input`."""
@@ -155,7 +149,7 @@ class OnnxLabeller(NamedOutputs):
     def _clear(self, slot: int) -> None:
         """Reset the outputs: no labels, confidence 0."""
         for name, array in self._outputs[slot].items():
-            array.fill(NO_LABEL if name == LABELS else 0)
+            array.fill(blank_value(name))
 
     def launch(self, slot: int) -> None:
         """Compute the slot; returns when it is done."""
@@ -164,7 +158,7 @@ class OnnxLabeller(NamedOutputs):
             self._session.run_with_iobinding(self._bindings[slot])
         except Exception as error:  # ONNX Runtime's own types share no base but Exception
             self._clear(slot)
-            raise EngineError(f"the engine failed on a tile: {_one_line(error)}") from None
+            raise EngineError(f"the engine failed on a tile: {' '.join(str(error).split())[:300]}") from None
 
     def wait(self, slot: int) -> None:
         """Return at once: :meth:`launch` has waited."""
@@ -180,11 +174,6 @@ def graph_labeller(path: Path, manifest: GraphManifest, threads: int | None = No
 
     An FP32 graph runs as it was exported; of an FP16 graph every value is rounded as an FP16 engine stores it
     (:func:`cdkd_edge.graph.fp16_simulation.fp16_on_cpu`); of an INT8 graph the twin runs (:mod:`cdkd_edge.graph.cpu`).
-
-    Args:
-        path: the graph.
-        manifest: its manifest.
-        threads: as for :class:`OnnxLabeller`.
 
     Raises:
         GraphError: it is no graph, or not one of its precision.
@@ -212,7 +201,7 @@ class CpuEngine(OnnxLabeller):
             EngineError: it was built with another release of ONNX Runtime, or this one refuses it.
         """
         built_with = manifest.libraries.get("onnxruntime", "an unknown release")
-        if _minor(built_with) != _minor(onnxruntime.__version__):
+        if built_with.split(".")[:2] != onnxruntime.__version__.split(".")[:2]:
             raise EngineError(
                 f"{path} was built with onnxruntime {built_with}; this is {onnxruntime.__version__}",
                 hint=f"build it again from {manifest.graph.file}: cdkd-edge build "
@@ -241,24 +230,5 @@ def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
             )
 
 
-def engine_options(precision: str, threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Options for loading an engine.
-
-    An INT8 engine may have signed weights. On a CPU whose signed products saturate, ONNX Runtime makes them unsigned.
-    """
-    options = session_options(threads)
-    if precision == "int8" and not signed_weights_are_exact():
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
-
-
 def _session(model: str | bytes, options: onnxruntime.SessionOptions, doing: str) -> Any:
     return open_session(model, options, lambda reason: EngineError(f"{doing} failed in ONNX Runtime: {reason}"))
-
-
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

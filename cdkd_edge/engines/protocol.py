@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.core.errors import EngineError
-from cdkd_edge.core.labels import LabelSchema
-from cdkd_edge.core.manifest import EngineManifest, FileRecord
+from cdkd_edge.core.labels import NO_LABEL, LabelSchema
+from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest
 from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, confidence_of, missing_output
 from cdkd_edge.core.sample import sample_tiles
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 UInt8Array = npt.NDArray[np.uint8]
+Note = Callable[[str], None]  # called with what is being done
+Log = Callable[[str, str], None]
+"""Called with a severity (``error``, ``warning``, ``info``, ``verbose``) and a text, perhaps from other threads."""
 SPEED_ROUNDS = 7  # timed runs of each engine in :func:`speed_ratio`
 
 
@@ -30,7 +34,9 @@ class Labeller(Protocol):
     One thread launches and waits; other threads may fill inputs and read outputs of other slots.
     """
 
-    slots: int
+    @property
+    def slots(self) -> int:
+        """Batches that can be under way."""
 
     @property
     def tile(self) -> int:
@@ -96,8 +102,11 @@ class Labeller(Protocol):
         """Release the network or engine, and its buffers."""
 
 
-class Closing:
-    """Closes itself at the end of a ``with`` block."""
+class BaseLabeller:
+    """What labellers have in common: ``with`` blocks, and outputs by name."""
+
+    artefact: FileRecord
+    output_kind: str = LABELS
 
     def __enter__(self) -> Self:
         return self
@@ -106,36 +115,10 @@ class Closing:
         self.close()
 
     def close(self) -> None:
-        """Free what is held."""
-
-
-class LabelsOnly(Closing):
-    """The methods of :class:`Labeller` for other outputs, for a labeller that gives labels alone."""
-
-    artefact: FileRecord
-
-    @property
-    def output_kind(self) -> str:
-        """See :attr:`Labeller.output_kind`."""
-        return LABELS
-
-    def confidence(self, slot: int) -> UInt8Array:
-        """See :meth:`Labeller.confidence`."""
-        raise missing_output(LABELS, CONFIDENCE, self.artefact.file)
-
-    def probabilities(self, slot: int) -> UInt8Array:
-        """See :meth:`Labeller.probabilities`."""
-        raise missing_output(LABELS, PROBABILITIES, self.artefact.file)
-
-
-class NamedOutputs(Closing):
-    """The methods of :class:`Labeller` for outputs, for a labeller that keeps them by name."""
-
-    artefact: FileRecord
-    output_kind: str
+        """See :meth:`Labeller.close`."""
 
     def named_output(self, slot: int, name: str) -> UInt8Array:
-        """An output of the slot that the engine has: ``labels``, ``confidence`` or ``probabilities``."""
+        """An output of the slot that the labeller has: ``labels``, ``confidence`` or ``probabilities``."""
         raise NotImplementedError
 
     def output(self, slot: int) -> UInt8Array:
@@ -156,6 +139,19 @@ class NamedOutputs(Closing):
         if self.output_kind != name:
             raise missing_output(self.output_kind, name, self.artefact.file)
         return self.named_output(slot, name)
+
+
+class ArtefactLabeller(BaseLabeller):
+    """A labeller that runs a graph or an engine."""
+
+    def __init__(self, manifest: GraphManifest | EngineManifest) -> None:
+        self.tile, self.batch = manifest.tile, manifest.batch
+        self.schema, self.artefact, self.output_kind = manifest.schema, manifest.artefact, manifest.output
+
+
+def blank_value(name: str) -> int:
+    """The value of an output where nothing was computed."""
+    return NO_LABEL if name == LABELS else 0
 
 
 class Engine(Labeller, Protocol):
@@ -190,12 +186,12 @@ def speed_ratio(engine: Engine, other: Engine) -> float:
     tile = sample_tiles(engine.tile, 1)[0]
     for one in (engine, other):
         one.input(0)[:] = tile
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for count in range(SPEED_ROUNDS + 1):
-        for one, times in ((engine, seconds[0]), (other, seconds[1])):
+    ours: list[float] = []
+    theirs: list[float] = []
+    for _ in range(SPEED_ROUNDS + 1):
+        for one, times in ((engine, ours), (other, theirs)):
             started = time.perf_counter()
             one.launch(0)
             one.wait(0)
-            if count:
-                times.append((time.perf_counter() - started) / one.batch)
-    return statistics.median(seconds[1]) / statistics.median(seconds[0])
+            times.append((time.perf_counter() - started) / one.batch)
+    return statistics.median(theirs[1:]) / statistics.median(ours[1:])

@@ -16,12 +16,9 @@ from cdkd_edge.core.output_kinds import build_options
 from cdkd_edge.engines.tensorrt.find import TENSORRT, TENSORRT_RTX, NoGpu, find_gpu, tensorrt_is_installed
 
 if TYPE_CHECKING:
-    from cdkd_edge.engines.protocol import Engine
+    from cdkd_edge.engines.protocol import Engine, Log, Note
     from cdkd_edge.engines.tensorrt.layers import EngineLayers
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions
-
-Note = Callable[[str], None]  # called with what is being done
-Log = Callable[[str, str], None]  # called with severity and text of a line that a runtime logs
 
 
 @dataclass(frozen=True)
@@ -116,15 +113,11 @@ _ROWS = (
     ),
 )
 RUNTIMES = {row.name: row for row in _ROWS}
-"""By the name that ``--runtime`` takes; ``auto`` takes the first that can run here."""
+"""By the name that ``--runtime`` takes; the preferred one first."""
 
 
 def choose_runtime(name: str, *, targets: tuple[str, ...] = ()) -> Runtime:
-    """The runtime of that name.
-
-    Args:
-        name: one of :data:`RUNTIMES`, or ``auto``: the first of them that can run here.
-        targets: compute capabilities to compile for without their GPU.
+    """The runtime of that name; ``auto`` is the first that can run here, or that can compile for ``targets``.
 
     Raises:
         UsageError: there is no such runtime.
@@ -147,17 +140,14 @@ def runtime_of(manifest: EngineManifest) -> Runtime:
     for runtime in RUNTIMES.values():
         if manifest.runtime in runtime.manifest_names:
             return runtime
-    raise EngineError(
-        f"{manifest.artefact.file} needs the runtime {manifest.runtime!r}, which this release does not have"
-    )
+    file = manifest.artefact.file
+    raise EngineError(f"{file} needs the runtime {manifest.runtime!r}, which this release does not have")
 
 
 def load_engine(path: Path, *, threads: int | None = None) -> Engine:
     """Load an engine after its manifest has been checked against the file and this machine.
 
-    Args:
-        path: an engine file with its manifest beside it.
-        threads: CPU threads for one tile (CPU engines only).
+    ``threads`` are CPU threads for one tile (CPU engines only).
 
     Raises:
         ManifestError: no manifest, or the file is not the one it describes.
@@ -175,15 +165,7 @@ def build_engine(
     note: Note = lambda text: None,
     log: Log = lambda severity, text: None,
 ) -> EngineManifest:
-    """Build the engine of a graph.
-
-    Args:
-        graph: an exported graph with its manifest; its precision becomes the engine's.
-        destination: the engine file.
-        runtime: what it is for.
-        options: for runtimes that have some. Default: their defaults.
-        note: called with what is being done.
-        log: called with severity and text of what the runtime logs.
+    """Build the engine of an exported graph with its manifest, in the graph's precision.
 
     Raises:
         EngineError: the runtime cannot run the graph's precision, or refuses the graph.
@@ -194,12 +176,7 @@ def build_engine(
 
 
 def require_precision(runtime: Runtime, precision: str, graph: Path) -> None:
-    """Make sure that a runtime can run a precision.
-
-    Args:
-        runtime: the runtime.
-        precision: what an engine is asked for in.
-        graph: the graph to build it from, or to make that graph from; with its manifest.
+    """Make sure that a runtime can run a precision, before an engine is built from a graph (or one made from it).
 
     Raises:
         EngineError: it cannot; says what can, and what is missing here for that.

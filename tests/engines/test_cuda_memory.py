@@ -7,12 +7,12 @@ import threading
 
 import numpy as np
 import pytest
-from cuda_fakes import SHAPES, CUresult, World, driver_over
+from cuda_fakes import SHAPES, CUresult, World, gpu_over
 
 from cdkd_edge.core.errors import EngineError, MissingExtraError, UsageError
 from cdkd_edge.engines.cuda import gpu as cuda_gpu
-from cdkd_edge.engines.cuda.driver import CudaError
-from cdkd_edge.engines.cuda.gpu import Buffer, Gpu, Stream
+from cdkd_edge.engines.cuda.gpu import CudaError
+from cdkd_edge.engines.cuda.memory import Buffer, Stream
 
 
 @pytest.fixture(params=SHAPES)
@@ -28,12 +28,12 @@ def world():
 
 @pytest.fixture
 def gpu(world, shape):
-    return Gpu(driver_over(world, shape))
+    return gpu_over(world, shape)
 
 
 def over(shape, **world):
     world = World(**world)
-    return world, Gpu(driver_over(world, shape))
+    return world, gpu_over(world, shape)
 
 
 def assert_clean(world):
@@ -49,7 +49,7 @@ def assert_clean(world):
 def test_what_a_device_says_of_itself(gpu, shape):
     assert (gpu.info.name, gpu.info.integrated, gpu.info.runtime_version) == ("Simulated", False, "12.6")
     assert gpu.memory() == (4 << 30, 8 << 30)
-    assert gpu.driver.name == shape
+    assert gpu.binding == shape
 
 
 def test_the_primary_context_is_retained_once_and_only_then(world, gpu):
@@ -242,7 +242,7 @@ def test_work_that_cannot_be_recorded_leaves_the_stream_usable():
 def test_pycuda_says_that_it_has_no_graphs():
     _, gpu = over("pycuda")
     stream = Stream(gpu)
-    assert gpu.driver.no_graphs
+    assert gpu.no_graphs
     with gpu.current(), pytest.raises(CudaError, match=r"no CUDA graphs"):
         stream.capture(lambda: None)
     stream.close()
@@ -250,7 +250,7 @@ def test_pycuda_says_that_it_has_no_graphs():
 
 @pytest.mark.parametrize("function", ["cuEventDestroy", "cuStreamDestroy"])
 def test_closing_goes_on_after_an_error(world, function):
-    gpu = Gpu(driver_over(world, "cuda-python"))
+    gpu = gpu_over(world, "cuda-python")
     stream = Stream(gpu)
     world.fail(function, CUresult.CUDA_ERROR_INVALID_HANDLE)
     with pytest.raises(CudaError, match=r"CUDA_ERROR_INVALID_HANDLE"):
@@ -303,10 +303,10 @@ def test_a_lost_context_says_so(world, gpu):
 
 def test_no_such_device(world, shape):
     with pytest.raises(CudaError, match=r"finding GPU 3 failed: CUDA_ERROR_INVALID_DEVICE"):
-        driver_over(world, shape, 3)
+        gpu_over(world, shape, 3)
     world.fail("cuInit", CUresult.CUDA_ERROR_NO_DEVICE)
     with pytest.raises(CudaError, match=r"CUDA_ERROR_NO_DEVICE") as caught:
-        driver_over(world, shape)
+        gpu_over(world, shape)
     assert "--gpus all" in caught.value.hint
 
 
@@ -314,20 +314,20 @@ def test_a_missing_driver_library_is_an_answer():
     """As cuda-python says it: RuntimeError at the first call, of whatever class."""
     from cuda_fakes import CudaPythonShape
 
-    from cdkd_edge.engines.cuda.bindings import CudaPythonDriver
+    from cdkd_edge.engines.cuda.gpu import CudaPythonGpu
 
     module = CudaPythonShape(World())
     module.cuInit = lambda flags: (_ for _ in ()).throw(RuntimeError("Failed to dlopen libcuda.so.1"))
     with pytest.raises(EngineError, match=r"starting CUDA failed: no CUDA driver .*dlopen"):
-        CudaPythonDriver(module=module)
+        CudaPythonGpu(module=module)
 
 
 def test_pycudas_texts_get_their_names_even_with_details():
     from cuda_fakes import PyCudaShape
 
-    from cdkd_edge.engines.cuda.bindings import PyCudaDriver
+    from cdkd_edge.engines.cuda.gpu import PyCudaGpu
 
-    driver = PyCudaDriver(module=PyCudaShape(World()), error_names={"out of memory": "CUDA_ERROR_OUT_OF_MEMORY"})
+    driver = PyCudaGpu(module=PyCudaShape(World()), error_names={"out of memory": "CUDA_ERROR_OUT_OF_MEMORY"})
     for message in ("cuMemAlloc failed: out of memory", "cuMemAlloc failed: out of memory - it was\n all used"):
         assert driver._error(message, "x").name == "CUDA_ERROR_OUT_OF_MEMORY"
     assert str(driver._error("something else", "x")) == "x failed: CUDA error (something else)"
@@ -340,7 +340,7 @@ def test_pycudas_texts_get_their_names_even_with_details():
 def bindings(monkeypatch):
     """Both bindings 'installed' over one simulated device; entries can be replaced."""
     world = World()
-    table = {name: lambda ordinal, name=name: driver_over(world, name) for name in SHAPES}
+    table = {name: lambda ordinal, name=name: gpu_over(world, name) for name in SHAPES}
     monkeypatch.setattr(cuda_gpu, "BINDINGS", table)
     monkeypatch.setattr(cuda_gpu, "_open", {})
     monkeypatch.delenv(cuda_gpu.VARIABLE, raising=False)
@@ -348,11 +348,11 @@ def bindings(monkeypatch):
 
 
 def test_cuda_python_is_preferred_and_either_can_be_forced(bindings, monkeypatch):
-    assert cuda_gpu.open_gpu().driver.name == "cuda-python"
-    assert cuda_gpu.open_gpu("pycuda").driver.name == "pycuda"
+    assert cuda_gpu.open_gpu().binding == "cuda-python"
+    assert cuda_gpu.open_gpu("pycuda").binding == "pycuda"
     monkeypatch.setenv(cuda_gpu.VARIABLE, "pycuda")
-    assert cuda_gpu.open_gpu().driver.name == "pycuda"
-    assert cuda_gpu.open_gpu("cuda-python").driver.name == "cuda-python"
+    assert cuda_gpu.open_gpu().binding == "pycuda"
+    assert cuda_gpu.open_gpu("cuda-python").binding == "cuda-python"
     assert cuda_gpu.open_gpu() is cuda_gpu.open_gpu()
 
 
@@ -365,7 +365,7 @@ def absent(error):
 
 def test_the_other_is_taken_where_one_is_missing(bindings):
     bindings["cuda-python"] = absent(ModuleNotFoundError("No module named 'cuda'"))
-    assert cuda_gpu.open_gpu().driver.name == "pycuda"
+    assert cuda_gpu.open_gpu().binding == "pycuda"
     bindings["pycuda"] = absent(ModuleNotFoundError("No module named 'pycuda'"))
     cuda_gpu._open.clear()
     with pytest.raises(MissingExtraError, match=r"cuda-python or pycuda") as caught:
@@ -378,7 +378,7 @@ def test_the_other_is_taken_where_one_is_missing(bindings):
 
 def test_a_broken_installation_is_named(bindings):
     bindings["cuda-python"] = absent(ImportError("libnvrtc.so.12: cannot open\nshared object file"))
-    assert cuda_gpu.open_gpu().driver.name == "pycuda"
+    assert cuda_gpu.open_gpu().binding == "pycuda"
     with pytest.raises(EngineError, match=r"cuda-python cannot be imported: libnvrtc.so.12: cannot open shared"):
         cuda_gpu.open_gpu("cuda-python")
 

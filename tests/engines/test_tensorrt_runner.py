@@ -11,13 +11,13 @@ import tracemalloc
 import cuda_fakes
 import numpy as np
 import pytest
-from cuda_fakes import SHAPES, CUresult, FakeTensorRT, World, driver_over
+from cuda_fakes import SHAPES, CUresult, FakeTensorRT, World, gpu_over
 
 from cdkd_edge.core.errors import EngineError, ManifestError
 from cdkd_edge.core.labels import NO_LABEL, load_schema
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing, write_manifest
 from cdkd_edge.engines.cuda import gpu as cuda_gpu
-from cdkd_edge.engines.cuda.gpu import Gpu
+from cdkd_edge.engines.cuda.memory import Stream
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.engines.tensorrt import find
@@ -52,7 +52,7 @@ class Bench:
     def __init__(self, folder, shape, **world):
         self.world = World(**world)
         self.shape = shape
-        self.gpu = Gpu(driver_over(self.world, shape))
+        self.gpu = gpu_over(self.world, shape)
         self.trt = FakeTensorRT(self.world)
         self.path = folder / "small.fp16.engine"
         self.path.write_bytes(b"an engine")
@@ -249,7 +249,7 @@ def test_a_thousand_tiles_do_not_grow(bench, engine):
     gc.collect()
     growth = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert growth < 20_000
+    assert growth < 40_000  # an object per tile would be more
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -374,11 +374,11 @@ def test_an_interrupted_wait_leaves_255(tmp_path, monkeypatch, shape, eager):
     run(engine, 0, tiles_of(1))
     assert not (held == NO_LABEL).any()
 
-    def interrupted(event):
+    def interrupted(stream):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.gpu.driver, "event_synchronize", interrupted)
+        patch.setattr(Stream, "wait", interrupted)
         engine.launch(0)
         with pytest.raises(KeyboardInterrupt):
             engine.wait(0)
@@ -409,9 +409,9 @@ def test_an_interrupted_launch_leaves_255(discrete, monkeypatch, drained):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(discrete.gpu.driver, "event_record", interrupted)
+        patch.setattr(Stream, "mark", interrupted)
         if not drained:
-            patch.setattr(discrete.gpu.driver, "stream_synchronize", interrupted)
+            patch.setattr(Stream, "drain", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.launch(0)
     assert blank(engine)
@@ -553,18 +553,10 @@ def test_fewer_slots_where_memory_is_short(tmp_path):
 def installed(discrete, monkeypatch):
     """A TensorRT and a CUDA binding that are 'installed'; what the check before loading was given."""
     asked = []
-
-    @contextlib.contextmanager
-    def log_to(sink):
-        discrete.trt.sink = sink
-        yield
-        discrete.trt.sink = None
-
     monkeypatch.setattr(find, "find_tensorrt", lambda: discrete.trt)
-    monkeypatch.setattr(find, "log_to", log_to)
     monkeypatch.setattr(find, "find_gpu", lambda: "this GPU")
     monkeypatch.setattr(find, "require_loadable", lambda *arguments: asked.append(arguments))
-    monkeypatch.setattr(cuda_gpu, "BINDINGS", {"cuda-python": lambda ordinal: discrete.gpu.driver})
+    monkeypatch.setattr(cuda_gpu, "BINDINGS", {"cuda-python": lambda ordinal: discrete.gpu})
     monkeypatch.setattr(cuda_gpu, "_open", {})
     monkeypatch.delenv(cuda_gpu.VARIABLE, raising=False)
     return asked
@@ -610,7 +602,7 @@ def test_what_tensorrt_logs_becomes_the_message(discrete, installed):
 
     def refuse(stream):
         for line in said:
-            discrete.trt.sink(*line)
+            find._sink(*line)
         return False
 
     discrete.trt.refuse = refuse
@@ -619,7 +611,7 @@ def test_what_tensorrt_logs_becomes_the_message(discrete, installed):
     with pytest.raises(EngineError) as caught:
         engine.launch(0)
     assert str(caught.value) == "TensorRT failed on a tile: IExecutionContext::enqueueV3: Error Code 1: Cask"
-    assert discrete.trt.sink is None
+    assert find._sink is None
     engine.close()
 
 

@@ -185,13 +185,13 @@ def test_an_interrupted_run_shows_255(load, tiles, monkeypatch):
     labels_of(engine, tiles[:1])
     assert not (held == 255).any()
 
-    def interrupted(event):
+    def interrupted(stream):
         raise KeyboardInterrupt
 
     engine.launch(0)
     assert (engine.output(0) == 255).all()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.gpu.driver, "event_synchronize", interrupted)
+        patch.setattr("cdkd_edge.engines.cuda.memory.Stream.wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.wait(0)
     assert (engine.output(0) == 255).all()
@@ -253,7 +253,7 @@ print("fine")
 @pytest.mark.parametrize("first", ["torch", "engine"])
 def test_beside_torch_in_both_orders(build, gpu, torch_cuda, first):
     """In a process of its own, where nothing has been initialised."""
-    line = [sys.executable, "-c", ORDERS, str(build("fp16")), first, gpu.driver.name]
+    line = [sys.executable, "-c", ORDERS, str(build("fp16")), first, gpu.binding]
     answer = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
     assert answer.stdout.strip().endswith("fine"), answer.stderr
 
@@ -265,7 +265,7 @@ def test_the_speed_of_the_engine(load, precision, tiles, timings, tensorrt):
         if cuda_graph and engine.no_graph:
             continue
         graph = "CUDA graph" if cuda_graph else "no graph"
-        what = f"{tensorrt.name} {precision.upper()}, {engine.gpu.driver.name}, {graph}"
+        what = f"{tensorrt.name} {precision.upper()}, {engine.gpu.binding}, {graph}"
         timings.append(timed_labeller(what, engine, tiles))
 
 

@@ -17,7 +17,7 @@ BYTES = 1024 * 1024 + 13
 @pytest.fixture(params=[False, True], ids=["copied", "mapped"])
 def pair(gpu, request):
     """A buffer of either kind and a stream."""
-    from cdkd_edge.engines.cuda.gpu import Buffer, Stream
+    from cdkd_edge.engines.cuda.memory import Buffer, Stream
 
     buffer, stream = Buffer(gpu, (BYTES,), mapped=request.param), Stream(gpu)
     yield buffer, stream
@@ -30,7 +30,7 @@ def pair(gpu, request):
 
 def test_the_device_describes_itself(gpu, capsys):
     with capsys.disabled():
-        print(f"\n{gpu.driver.name}: {gpu.info}")
+        print(f"\n{gpu.binding}: {gpu.info}")
     assert gpu.info.name
     free, total = gpu.memory()
     assert 0 < free <= total
@@ -56,7 +56,7 @@ def test_the_device_writes(gpu, pair):
     buffer, stream = pair
     buffer.array.fill(1)
     with gpu.current():
-        gpu.driver.fill(buffer.pointer, 255, BYTES, stream.raw)
+        gpu.call("filling", "cuMemsetD8Async", buffer.pointer, 255, BYTES, stream.raw)
         buffer.download(stream)
         stream.mark()
         stream.wait()
@@ -64,10 +64,10 @@ def test_the_device_writes(gpu, pair):
 
 
 def test_a_graph_of_copies(gpu):
-    from cdkd_edge.engines.cuda.gpu import Buffer, Stream
+    from cdkd_edge.engines.cuda.memory import Buffer, Stream
 
-    if gpu.driver.no_graphs:
-        pytest.skip(gpu.driver.no_graphs)
+    if gpu.no_graphs:
+        pytest.skip(gpu.no_graphs)
     buffer, stream = Buffer(gpu, (BYTES,), mapped=False), Stream(gpu)
     with gpu.current():
         stream.capture(lambda: (buffer.upload(stream), buffer.download(stream)))
@@ -102,16 +102,16 @@ def test_other_threads(gpu, pair):
 
 
 def test_an_impossible_allocation_is_an_answer(gpu):
-    from cdkd_edge.engines.cuda.driver import CudaError
+    from cdkd_edge.engines.cuda.gpu import CudaError
 
     before = gpu.memory()[0]
     with gpu.current(), pytest.raises(CudaError, match=r"CUDA_ERROR_OUT_OF_MEMORY"):
-        gpu.driver.device_alloc(1 << 50)
+        gpu.call("allocating", "cuMemAlloc", 1 << 50)
     assert gpu.memory()[0] >= before - (64 << 20)
 
 
 def test_memory_is_given_back(gpu):
-    from cdkd_edge.engines.cuda.gpu import Buffer, Stream
+    from cdkd_edge.engines.cuda.memory import Buffer, Stream
 
     def once():
         buffer, stream = Buffer(gpu, (64 << 20,), mapped=False), Stream(gpu)
@@ -136,7 +136,7 @@ import numpy as np
 
 def ours():
     from cdkd_edge.engines.cuda.gpu import open_gpu
-    from cdkd_edge.engines.cuda.gpu import Buffer, Stream
+    from cdkd_edge.engines.cuda.memory import Buffer, Stream
     gpu = open_gpu(sys.argv[2])
     buffer, stream = Buffer(gpu, (1000,), mapped=False), Stream(gpu)
     buffer.array.fill(3)
@@ -168,7 +168,7 @@ print("fine")
 @pytest.mark.parametrize("first", ["ours", "torch"])
 def test_beside_torch_in_both_orders(gpu, torch_cuda, first):
     """In a process of its own, where nothing has been initialised."""
-    command = [sys.executable, "-c", ORDERS, first, gpu.driver.name]
+    command = [sys.executable, "-c", ORDERS, first, gpu.binding]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert answer.stdout.strip() == "fine", answer.stderr
 

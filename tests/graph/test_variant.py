@@ -18,7 +18,7 @@ from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.manifest import FileRecord, GraphManifest, manifest_path, output_of, read_manifest, write_manifest
 from cdkd_edge.core.output_kinds import confidence_of, output_shapes, provides
 from cdkd_edge.engines.onnxruntime import CpuEngine, build_cpu_engine, graph_labeller
-from cdkd_edge.engines.protocol import LabelsOnly, segment_tiles
+from cdkd_edge.engines.protocol import BaseLabeller, segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.graph import outputs as variant
 from cdkd_edge.graph.cpu import cpu_session, cpu_twin
@@ -320,7 +320,7 @@ def test_an_engine_with_labels_alone_says_what_to_build(small_engine_path):
 
 
 def test_what_gives_labels_alone_says_so():
-    class Labeller(LabelsOnly):
+    class Labeller(BaseLabeller):
         artefact = FileRecord("some.pt", "", 0)
 
     assert Labeller().output_kind == "labels"

@@ -19,8 +19,8 @@ def main(binding, library):
     if binding == "pycuda":
         sys.setdlopenflags(os.RTLD_LAZY)  # it is linked to hundreds of functions; the library has those in use
 
-    from cdkd_edge.engines.cuda.driver import CudaError
-    from cdkd_edge.engines.cuda.gpu import Buffer, Stream, open_gpu
+    from cdkd_edge.engines.cuda.gpu import CudaError, open_gpu
+    from cdkd_edge.engines.cuda.memory import Buffer, Stream
 
     gpu = open_gpu(binding)
     assert gpu is open_gpu(binding)
@@ -46,7 +46,7 @@ def main(binding, library):
             buffer.download(stream)
             stream.drain()
             assert mapped or (buffer.array == 255).all()
-            if gpu.driver.no_graphs is None and not mapped:
+            if gpu.no_graphs is None and not mapped:
                 stream.capture(lambda: (buffer.clear(7, stream), buffer.download(stream)))
                 assert (buffer.array == 255).all()
                 stream.replay()

@@ -681,10 +681,10 @@ class _Context(_Living):
 SHAPES = ("cuda-python", "pycuda")
 
 
-def driver_over(world, shape, ordinal=0):
-    """The package's driver over a simulated device."""
-    from cdkd_edge.engines.cuda.bindings import CudaPythonDriver, PyCudaDriver
+def gpu_over(world, shape, ordinal=0):
+    """The package's GPU over a simulated device."""
+    from cdkd_edge.engines.cuda.gpu import CudaPythonGpu, PyCudaGpu
 
     if shape == "cuda-python":
-        return CudaPythonDriver(ordinal, CudaPythonShape(world))
-    return PyCudaDriver(ordinal, PyCudaShape(world), ERROR_NAMES)
+        return CudaPythonGpu(ordinal, CudaPythonShape(world))
+    return PyCudaGpu(ordinal, PyCudaShape(world), ERROR_NAMES)

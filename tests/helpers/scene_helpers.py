@@ -19,7 +19,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from cdkd_edge.core.labels import NO_LABEL, load_schema
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing
 from cdkd_edge.core.output_kinds import PROBABILITIES
-from cdkd_edge.engines.protocol import LabelsOnly
+from cdkd_edge.engines.protocol import BaseLabeller
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -96,7 +96,7 @@ def red_probabilities(tiles: UInt8Array) -> UInt8Array:
     return given
 
 
-class FakeEngine(LabelsOnly):
+class FakeEngine(BaseLabeller):
     """An engine in Python that keeps the protocol's promises and checks that its user keeps them too.
 
     Args:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,13 @@ from cdkd_edge.core.manifest import (
     require_replaceable,
     write_manifest,
 )
-from cdkd_edge.core.process import events, last_words, module_command, start_child, tail_of
+from cdkd_edge.core.process import end_children, events, last_words, module_command, start_child, tail_of
+from cdkd_edge.engines.protocol import Log, Note
 from cdkd_edge.engines.tensorrt.compile import BuilderMemoryError, BuildRequest
 from cdkd_edge.engines.tensorrt.layers import EngineLayers, layers_of_inspector, layers_of_log, write_layers
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 
 COMMAND = module_command("cdkd_edge.engines.tensorrt.compile")
-
-Note = Callable[[str], None]  # called with what is being done, to show it
-Log = Callable[[str, str], None]  # called with severity and text of a line that TensorRT logged
 
 
 def build_tensorrt_engine(
@@ -86,7 +84,7 @@ def build_tensorrt_engine(
     with whole_file(destination) as temporary:
         request = _request(graph, temporary, source.precision, options)
         try:
-            facts.update(run_builder(request, receive, note, log, command))
+            run_builder(request, receive, note, log, command)
         except BuilderMemoryError as error:
             raise BuilderMemoryError(error.message, hint=_memory_hint(facts, source)) from None
         except SystemRefusalError as error:  # the child only knows the temporary name
@@ -107,7 +105,7 @@ def compile_layers(graph: Path, options: TensorRTOptions) -> EngineLayers:
     facts: dict[str, Any] = {}
     with scratch_folder() as folder:
         request = _request(graph, folder / "engine", precision_of(graph) or "fp32", options)
-        facts.update(run_builder(request, facts.update, lambda text: None, lambda severity, text: None))
+        run_builder(request, facts.update, lambda text: None, lambda severity, text: None)
     return _layers(facts)
 
 
@@ -215,12 +213,12 @@ def run_builder(
     note: Note,
     log: Log,
     command: tuple[str, ...] = COMMAND,
-) -> dict[str, Any]:
-    """Build in a child process; returns the fields of its ``finished`` event.
+) -> None:
+    """Build in a child process.
 
     Args:
         request: what to build.
-        receive: called with the events ``started`` and ``parsed``; an exception from it ends the child.
+        receive: called with the events ``started``, ``parsed``, ``finished``; an exception from it ends the child.
         note: called with what is being done.
         log: called with what TensorRT logs.
         command: the child, for tests.
@@ -231,52 +229,37 @@ def run_builder(
         SystemRefusalError: the engine could not be written.
     """
     progress = _Progress(note)
-    with tempfile.TemporaryFile() as errors:
-        child = start_child(command, errors)
+    with tempfile.TemporaryFile() as errors, start_child(command, errors) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
         try:
-            for event in _exchange(child, request):
+            with contextlib.suppress(BrokenPipeError):  # it died at once; its exit code says more
+                child.stdin.write(msgspec.json.encode(request))
+                child.stdin.close()
+            for event in events(child.stdout):
                 kind = event.get("event")
-                if kind in ("finished", "failed"):
-                    child.wait()
-                    if kind == "finished":
-                        return event
+                if kind == "failed":
                     raise _failure(event)
                 if kind == "log":
-                    log(str(event.get("severity")), str(event.get("text")))
-                elif kind in ("started", "parsed"):
+                    log(event["severity"], event["text"])
+                elif kind in ("phase", "step"):
+                    progress.show(event)
+                elif kind in ("started", "parsed", "finished"):
                     receive(event)
-                else:
-                    progress.update(event)
+                if kind == "finished":
+                    child.wait()
+                    return
             raise _crash(child.wait(), tail_of(errors))
         finally:
-            child.kill()
-            child.wait()
-            for stream in (child.stdin, child.stdout):
-                if stream is not None:
-                    stream.close()
-
-
-def _exchange(child: subprocess.Popen[bytes], request: BuildRequest) -> Iterator[dict[str, Any]]:
-    """Send the request; yields the child's events."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    try:
-        child.stdin.write(msgspec.json.encode(request))
-        child.stdin.flush()
-        child.stdin.close()
-    except BrokenPipeError:  # it died at once; its exit code says more
-        return
-    yield from events(child.stdout)
+            end_children((child,), 0)
 
 
 def _failure(event: dict[str, Any]) -> EngineError | SystemRefusalError:
     """The error of a ``failed`` event."""
-    message, hint = str(event.get("message")), event.get("hint")
-    if event.get("reason") == "memory":
+    if event["reason"] == "memory":
         return BuilderMemoryError("out of memory while building")
-    if event.get("reason") == "system":
-        return SystemRefusalError(message, hint=hint)
-    return EngineError(message, hint=hint)
+    kind = SystemRefusalError if event["reason"] == "system" else EngineError
+    return kind(event["message"], hint=event["hint"])
 
 
 def _crash(code: int, said: str) -> EngineError:
@@ -296,23 +279,16 @@ class _Progress:
     def __init__(self, note: Note) -> None:
         self._note = note
         self._steps: dict[str, int] = {}
-        self._done: dict[str, int] = {}
+        self._texts: dict[str, str] = {}
         self._outer = ""
 
-    def update(self, event: dict[str, Any]) -> None:
+    def show(self, event: dict[str, Any]) -> None:
         """Take a ``phase`` or ``step`` event and show the line."""
-        name = str(event.get("name"))
-        if event.get("event") == "phase":
-            self._steps[name], self._done[name] = int(event.get("steps") or 0), 0
-            if not event.get("parent"):
-                self._outer = name
-        elif event.get("event") == "step":
-            self._done[name] = int(event.get("done") or 0)
-        else:
-            return
-        parts = [self._outer] if name == self._outer else [self._outer, name]
-        self._note(": ".join(self._text(part) for part in parts if part))
-
-    def _text(self, name: str) -> str:
+        name = event["name"]
+        if event["event"] == "phase":
+            self._steps[name] = event["steps"]
+            self._outer = self._outer if event["parent"] else name
         total = self._steps.get(name, 0)
-        return f"{name} {self._done.get(name, 0)}/{total}" if total > 1 else name
+        self._texts[name] = f"{name} {event.get('done', 0)}/{total}" if total > 1 else name
+        shown = [self._outer, name] if self._outer not in ("", name) else [name]
+        self._note(": ".join(self._texts[part] for part in shown))

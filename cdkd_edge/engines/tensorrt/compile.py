@@ -98,13 +98,8 @@ def compile_engine(request: BuildRequest, send: Send) -> dict[str, Any]:
         config = builder.create_builder_config()
         _set_targets(api, config, options.targets, gpu)
         workspace = _configure(api, config, request, gpu)
-        send(
-            "started",
-            kind=api.kind,
-            version=api.version,
-            gpu=None if isinstance(gpu, NoGpu) else dataclasses.asdict(gpu),
-            workspace_bytes=workspace,
-        )
+        facts = None if isinstance(gpu, NoGpu) else dataclasses.asdict(gpu)
+        send("started", kind=api.kind, version=api.version, gpu=facts, workspace_bytes=workspace)
         _parse(api, network, Path(request.graph))
         send("parsed", tensors=_tensors(network), attention_nodes=_attention_nodes(api, network))
         monitor = _monitor(api, send)
@@ -201,10 +196,9 @@ def _configure(api: TensorRT, config: trt.IBuilderConfig, request: BuildRequest,
         config.set_flag(flag.SPARSE_WEIGHTS)
     if request.precision == "fp32" and hasattr(flag, "TF32"):
         config.clear_flag(flag.TF32)  # on by default; its mantissa has FP16's 10 bits, and FP32 is the reference
-    if options.weakly_typed and request.precision in ("fp16", "int8"):
-        config.set_flag(flag.FP16)
-    if options.weakly_typed and request.precision == "int8":
-        config.set_flag(flag.INT8)
+    if options.weakly_typed:
+        for name in {"fp16": ("FP16",), "int8": ("FP16", "INT8")}.get(request.precision, ()):
+            config.set_flag(getattr(flag, name))
     workspace = options.workspace_bytes
     if workspace is None and isinstance(gpu, GpuInfo) and not options.targets:
         workspace = default_workspace(gpu, Path(request.graph).stat().st_size)
@@ -221,28 +215,23 @@ def _parse(api: TensorRT, network: trt.INetworkDefinition, graph: Path) -> None:
         return
     error: Any = parser.get_error(0) if parser.num_errors else None
     # Not every release has all of them.
-    said = {name: str(getattr(error, name, lambda: "")()) for name in ("node_name", "node_operator", "desc")}
-    complaint = ParserComplaint(
-        node=said["node_name"],
-        operator=said["node_operator"],
-        text=said["desc"] or "its parser does not say why",
-        **_origin(graph, said["node_operator"]),
-    )
+    node, operator, text = (str(getattr(error, name, lambda: "")()) for name in ("node_name", "node_operator", "desc"))
+    domain, opset = _origin(graph, operator)
+    complaint = ParserComplaint(node, operator, domain, opset, text or "its parser does not say why")
     message, hint = explain(complaint, api.name)
     raise EngineError(message, hint=hint)
 
 
-def _origin(graph: Path, operator: str) -> dict[str, Any]:
+def _origin(graph: Path, operator: str) -> tuple[str, int]:
     """Domain of an operator and opset of the graph, which the parser's errors do not name."""
     import onnx
 
     try:
         model = onnx.load(graph, load_external_data=False)
     except Exception:  # protobuf's own types: it is no graph, as the parser's error says
-        return {"domain": "", "opset": 0}
-    domains = [node.domain for node in model.graph.node if node.op_type == operator]
-    opsets = [item.version for item in model.opset_import if item.domain in ("", "ai.onnx")]
-    return {"domain": domains[0] if domains else "", "opset": opsets[0] if opsets else 0}
+        return "", 0
+    domain = next((node.domain for node in model.graph.node if node.op_type == operator), "")
+    return domain, next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
 
 
 def _tensors(network: trt.INetworkDefinition) -> list[dict[str, Any]]:
@@ -250,11 +239,7 @@ def _tensors(network: trt.INetworkDefinition) -> list[dict[str, Any]]:
     found = [network.get_input(index) for index in range(network.num_inputs)]
     found += [network.get_output(index) for index in range(network.num_outputs)]
     return [
-        {
-            "name": item.name,
-            "dtype": item.dtype.name.lower(),
-            "shape": [item.shape[index] for index in range(len(item.shape))],
-        }
+        {"name": item.name, "dtype": item.dtype.name.lower(), "shape": [item.shape[i] for i in range(len(item.shape))]}
         for item in found
     ]
 

@@ -1,10 +1,9 @@
 """The TensorRT and the GPU of this machine, and whether an engine fits them.
 
 NVIDIA's ``tensorrt`` (10.3 to 11.x) and TensorRT-RTX have the same Python API with small differences. Where one
-matters, the code asks for the attribute (``hasattr``) and does not compare versions.
-
-TensorRT-RTX is either ``tensorrt_rtx``, with its libraries, or the bindings alone (``tensorrt_rtx_bindings``). The
-libraries of the latter are taken from ONNX Runtime's plug-in for TensorRT-RTX, without importing that.
+matters, the code asks for the attribute (``hasattr``) and does not compare versions. TensorRT-RTX is ``tensorrt_rtx``
+with its libraries, or the bindings alone (``tensorrt_rtx_bindings``) with the libraries of ONNX Runtime's plug-in for
+TensorRT-RTX, which is not imported.
 """
 
 from __future__ import annotations
@@ -12,22 +11,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cdkd_edge.core.errors import EngineError, ManifestError
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.core.output_kinds import build_options
 
+if TYPE_CHECKING:
+    from cdkd_edge.engines.protocol import Log
+
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"  # the two kinds; an engine of one does not load in the other
 
-_RTX_LIBRARIES = "onnxruntime_ep_nv_tensorrt_rtx"
-_MODULES = (("tensorrt", TENSORRT), ("tensorrt_rtx", TENSORRT_RTX), ("tensorrt_rtx_bindings", TENSORRT_RTX))
+_RTX_BINDINGS, _RTX_LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"
+_MODULES = {"tensorrt": TENSORRT, "tensorrt_rtx": TENSORRT_RTX, _RTX_BINDINGS: TENSORRT_RTX}
 _INSTALL = (
     "on a Jetson TensorRT comes with JetPack: apt install python3-libnvinfer, and a virtual environment made with "
     "--system-site-packages; on a desktop: pip install tensorrt"
@@ -36,10 +37,6 @@ _INSTALL = (
 # CUdevice_attribute and CUresult in cuda.h.
 _MULTIPROCESSORS, _INTEGRATED, _MAJOR, _MINOR = 16, 18, 75, 76
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
-
-LogSink = Callable[[str, str], None]
-"""Called with a severity (``error``, ``warning``, ``info``, ``verbose``) and a text, perhaps from other threads."""
-LogTo = Callable[[LogSink], AbstractContextManager[None]]  # as :func:`log_to`
 
 
 # --- TensorRT -------------------------------------------------------------------------------------
@@ -73,7 +70,7 @@ class TensorRT:
 
 def tensorrt_is_installed() -> bool:
     """Whether :func:`find_tensorrt` would find something to import. Imports nothing."""
-    return any(_is_there(name) for name in ("tensorrt", "tensorrt_rtx")) or _bindings_are_there()
+    return any(map(_is_there, _MODULES))
 
 
 def find_tensorrt() -> TensorRT:
@@ -83,26 +80,58 @@ def find_tensorrt() -> TensorRT:
         TensorRTMissingError: neither is installed, or what is installed cannot be loaded.
     """
     failures = []
-    for name, kind in _MODULES:
-        bindings_alone = name == "tensorrt_rtx_bindings"
-        if not _is_there(name) or (bindings_alone and not _bindings_are_there()):
-            continue
+    for name in filter(_is_there, _MODULES):
         try:
-            if bindings_alone:
+            if name == _RTX_BINDINGS:
                 _load_rtx_libraries()
             module = import_module(name)
         except (ImportError, OSError, RuntimeError) as error:
             failures.append(f"{name}: {' '.join(str(error).split())[:200]}")
             continue
         if hasattr(module, "Builder"):  # not type stubs, nor another package of that name
-            return TensorRT(module, kind, str(module.__version__))
+            return TensorRT(module, _MODULES[name], str(module.__version__))
     if failures:
         raise TensorRTMissingError(f"TensorRT is installed but cannot be imported ({'; '.join(failures)})")
     raise TensorRTMissingError
 
 
+def _is_there(name: str) -> bool:
+    """Whether a module can be imported; the bindings of TensorRT-RTX need libraries as well."""
+    if name == _RTX_BINDINGS and not (_origin("tensorrt_rtx_libs") or _origin(_RTX_LIBRARIES)):
+        return False
+    return _origin(name) is not None
+
+
+def _origin(name: str) -> Path | None:
+    """The file of a module, found without importing it. Type stubs leave a folder without one."""
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+def _load_rtx_libraries() -> None:
+    """Load the plug-in's libraries for the bindings, which search no path."""
+    plugin = _origin(_RTX_LIBRARIES)
+    if plugin is None or _origin("tensorrt_rtx_libs"):
+        return
+    for stem in ("libtensorrt_rtx", "libtensorrt_onnxparser_rtx"):
+        found = [*plugin.parent.glob(f"{stem}.so*")]
+        if not found:
+            raise ImportError(f"no {stem}.so in {_RTX_LIBRARIES}")
+        # The newest; of one version the longest name is the file itself, the others are links to it.
+        ctypes.CDLL(str(max(found, key=lambda path: [*map(int, re.findall(r"\d+", path.name))])), ctypes.RTLD_GLOBAL)
+
+
+# --- its log --------------------------------------------------------------------------------------
+
+_sink: Log | None = None
+_logger: Any = None
+
+
 @contextlib.contextmanager
-def log_to(sink: LogSink) -> Iterator[None]:
+def log_to(sink: Log) -> Iterator[None]:
     """Send the lines of TensorRT's log to ``sink`` while the block runs.
 
     TensorRT keeps the first logger it is given for the whole process, so there is one logger, and its target changes.
@@ -115,44 +144,31 @@ def log_to(sink: LogSink) -> Iterator[None]:
         _sink = before
 
 
-class ErrorLog:
-    """Keeps the last errors that TensorRT logged inside ``with``: its functions return no reasons. Reusable."""
+class Errors(list[str]):
+    """Errors of TensorRT. As text the last two of them, ``: what; it said``, for the end of a message."""
 
-    def __init__(self, log_to: LogTo | None) -> None:
-        self._log_to = log_to
-        self._errors: list[str] = []
-        self._stack = contextlib.ExitStack()
+    def __str__(self) -> str:
+        return f": {'; '.join(self[-2:])}" if self else ""
 
-    def __enter__(self) -> ErrorLog:
-        self._errors.clear()
-        if self._log_to is not None:
-            self._stack.enter_context(self._log_to(self._keep))
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+@contextlib.contextmanager
+def errors_said() -> Iterator[Errors]:
+    """The errors that TensorRT logs while the block runs: its functions return no reasons."""
+    errors = Errors()
 
-    def _keep(self, severity: str, text: str) -> None:
+    def keep(severity: str, text: str) -> None:
         if severity == "error":
-            del self._errors[:-1]
-            self._errors.append(" ".join(text.split())[:300])
+            errors.append(" ".join(text.split())[:300])
 
-    def reason(self) -> str:
-        """``: what it said``, for the end of a message; empty if it said nothing."""
-        return f": {'; '.join(self._errors)}" if self._errors else ""
-
-
-_sink: LogSink | None = None
-_logger: Any = None
+    with log_to(keep):
+        yield errors
 
 
 def _process_logger(trt: Any) -> Any:
     global _logger
     if _logger is None:
-        severities = {
-            int(getattr(trt.ILogger.Severity, name)): name.lower()
-            for name in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
-        }
+        names = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
+        severities = {int(getattr(trt.ILogger.Severity, name)): name.lower().replace("internal_", "") for name in names}
 
         class Forwarding(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -160,45 +176,10 @@ def _process_logger(trt: Any) -> Any:
 
             def log(self, severity: Any, message: str) -> None:
                 if _sink is not None:
-                    _sink(severities[int(severity)].replace("internal_", ""), message)
+                    _sink(severities[int(severity)], message)
 
         _logger = Forwarding()
     return _logger
-
-
-def _is_there(name: str) -> bool:
-    """Whether a package can be imported. Type stubs leave a folder without code, which cannot."""
-    try:
-        spec = find_spec(name)
-    except (ImportError, ValueError):
-        return False
-    return spec is not None and spec.origin is not None
-
-
-def _bindings_are_there() -> bool:
-    return _is_there("tensorrt_rtx_bindings") and (_is_there("tensorrt_rtx_libs") or _rtx_folder() is not None)
-
-
-def _rtx_folder() -> Path | None:
-    spec = find_spec(_RTX_LIBRARIES)  # found without importing: the plug-in must not register with ONNX Runtime here
-    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
-
-
-def _load_rtx_libraries() -> None:
-    """Load the plug-in's libraries for the bindings, which search no path."""
-    folder = _rtx_folder()
-    if _is_there("tensorrt_rtx_libs") or folder is None:
-        return
-    for stem in ("libtensorrt_rtx", "libtensorrt_onnxparser_rtx"):
-        candidates = sorted(folder.glob(f"{stem}.so*"), key=_so_version, reverse=True)
-        if not candidates:
-            raise ImportError(f"no {stem}.so in {_RTX_LIBRARIES}")
-        ctypes.CDLL(str(candidates[0]), ctypes.RTLD_GLOBAL)
-
-
-def _so_version(path: Path) -> tuple[int, ...]:
-    """The version in a library's file name; the longest is the file itself, the others are links to it."""
-    return tuple(int(part) for part in re.findall(r"\d+", path.name.partition(".so")[2]))
 
 
 # --- the GPU, asked of the CUDA driver: needs no CUDA package and no torch ------------------------
@@ -209,11 +190,11 @@ class GpuInfo:
     """What an engine is built for."""
 
     name: str
-    compute_capability: str  # e.g. ``8.7``.
+    compute_capability: str  # e.g. ``8.7``
     integrated: bool  # whether it shares the CPU's memory, as on a Jetson
     multiprocessors: int
     memory_bytes: int
-    cuda: str  # CUDA version of the driver, e.g. ``12.6``.
+    cuda: str  # CUDA version of the driver, e.g. ``12.6``
 
 
 @dataclass(frozen=True)
@@ -223,42 +204,40 @@ class NoGpu:
     reason: str
 
 
-def find_gpu(ordinal: int = 0) -> GpuInfo | NoGpu:
+def find_gpu() -> GpuInfo | NoGpu:
     """The GPU that TensorRT would use, or why there is none. Makes no CUDA context."""
     driver = _driver()
     if isinstance(driver, NoGpu):
         return driver
-    count = ctypes.c_int()
-    if driver.cuDeviceGetCount(ctypes.byref(count)) or count.value <= ordinal:
+    count, device, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         return NoGpu("the CUDA driver sees no GPU")
-    device, name, memory, version = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t(), ctypes.c_int()
+    name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
+    attributes = {number: ctypes.c_int() for number in (_MAJOR, _MINOR, _INTEGRATED, _MULTIPROCESSORS)}
     failed = (
-        driver.cuDeviceGet(ctypes.byref(device), ordinal)
+        driver.cuDeviceGet(ctypes.byref(device), 0)
         or driver.cuDeviceGetName(name, len(name), device)
         or driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
         or driver.cuDriverGetVersion(ctypes.byref(version))
+        or any(driver.cuDeviceGetAttribute(ctypes.byref(into), number, device) for number, into in attributes.items())
     )
-    values = [_attribute(driver, device, number) for number in (_MAJOR, _MINOR, _INTEGRATED, _MULTIPROCESSORS)]
-    if failed or None in values:
+    if failed:
         return NoGpu("the CUDA driver does not describe its GPU")
-    major, minor, integrated, multiprocessors = (int(value or 0) for value in values)
     return GpuInfo(
         name=name.value.decode(errors="replace"),
-        compute_capability=f"{major}.{minor}",
-        integrated=bool(integrated),
-        multiprocessors=multiprocessors,
+        compute_capability=f"{attributes[_MAJOR].value}.{attributes[_MINOR].value}",
+        integrated=bool(attributes[_INTEGRATED].value),
+        multiprocessors=attributes[_MULTIPROCESSORS].value,
         memory_bytes=memory.value,
         cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
     )
 
 
-def free_gpu_memory(ordinal: int = 0) -> int | None:
-    """Bytes free on a GPU now; None if the driver does not say. Uses the primary context, then releases it."""
+def free_gpu_memory() -> int | None:
+    """Bytes free on the GPU now; None if the driver does not say. Uses the primary context, then releases it."""
     driver = _driver()
-    if isinstance(driver, NoGpu):
-        return None
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    if driver.cuDeviceGet(ctypes.byref(device), ordinal):
+    if isinstance(driver, NoGpu) or driver.cuDeviceGet(ctypes.byref(device), 0):
         return None
     if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
         return None
@@ -283,11 +262,6 @@ def _driver() -> Any:
     if code == _NO_DEVICE:  # also if CUDA_VISIBLE_DEVICES hides them
         return NoGpu("the CUDA driver sees no GPU")
     return NoGpu(f"the CUDA driver does not start (cuInit: {code})") if code else driver
-
-
-def _attribute(driver: Any, device: ctypes.c_int, number: int) -> int | None:
-    value = ctypes.c_int()
-    return None if driver.cuDeviceGetAttribute(ctypes.byref(value), number, device) else value.value
 
 
 # --- does an engine fit? --------------------------------------------------------------------------

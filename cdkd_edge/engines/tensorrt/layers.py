@@ -1,8 +1,7 @@
 """The layers of a compiled engine: what was fused, in which precision, how many bytes they move.
 
-TensorRT lists them in two ways: its engine inspector gives JSON, but only of an engine that was loaded, which
-needs the GPU; the builder's verbose log ends with the same list as text, also if an engine is compiled
-without a GPU. Both are read into :class:`Layer` and kept in ``NAME.PRECISION.layers.json``.
+TensorRT's engine inspector lists them as JSON, but only of a loaded engine, which needs the GPU. The builder's verbose
+log ends with the same list as text, also without a GPU. Both are kept in ``NAME.PRECISION.layers.json``.
 """
 
 from __future__ import annotations
@@ -79,8 +78,7 @@ class EngineLayers:
     """All layers of an engine, and the memory the compiler planned."""
 
     layers: tuple[Layer, ...]
-    scratch_bytes: int | None = None
-    """The most scratch memory of one layer; to TensorRT, the fused part of a network is one layer."""
+    scratch_bytes: int | None = None  # the most of one layer; to TensorRT, the fused part of a network is one layer
     weights_bytes: int | None = None
     attention_nodes: tuple[str, ...] = ()  # names of the graph's softmaxes, one per attention block
 
@@ -109,17 +107,10 @@ class EngineLayers:
 
 def layers_of_log(lines: Iterable[str]) -> EngineLayers:
     """The layer list and the memory figures of a builder's verbose log."""
-    layers: list[Layer] = []
-    scratch = weights = None
-    for message in lines:
-        for line in message.splitlines():
-            if re.match(r"Name: .*LayerType:", line):
-                layers.append(_layer_of_line(line))
-            elif match := re.search(r"Max Scratch Memory: (\d+)", line):
-                scratch = int(match[1])
-            elif match := re.search(r"Total Weights Memory: (\d+)", line):
-                weights = int(match[1])
-    return EngineLayers(tuple(layers), scratch, weights)
+    text = "\n".join(lines)
+    layers = tuple(_layer_of_line(line) for line in text.splitlines() if re.match(r"Name: .*LayerType:", line))
+    sizes = {what: int(size) for what, size in re.findall(r"(Max Scratch|Total Weights) Memory: (\d+)", text)}
+    return EngineLayers(layers, sizes.get("Max Scratch"), sizes.get("Total Weights"))
 
 
 def layers_of_inspector(text: str) -> tuple[Layer, ...]:
@@ -128,19 +119,8 @@ def layers_of_inspector(text: str) -> tuple[Layer, ...]:
         items = json.loads(text).get("Layers", [])
     except (ValueError, AttributeError):
         return ()
-    found = tuple(
-        Layer(
-            str(item.get("Name", "")),
-            str(item.get("LayerType", "")),
-            tuple(map(_tensor, item.get("Inputs") or ())),
-            tuple(map(_tensor, item.get("Outputs") or ())),
-            tuple(map(_tensor, item.get("Constants") or ())),
-            _nodes(str(item.get("Metadata", ""))),
-        )
-        for item in items
-        if isinstance(item, dict)
-    )
-    return () if any("ForeignNode[" in layer.name for layer in found) else found
+    found = [_layer(item) for item in items if isinstance(item, dict)]
+    return () if any("ForeignNode[" in layer.name for layer in found) else tuple(found)
 
 
 def layers_path(engine: Path) -> Path:
@@ -149,13 +129,7 @@ def layers_path(engine: Path) -> Path:
 
 
 def write_layers(engine: Path, sha256: str, compiled: EngineLayers) -> None:
-    """Write the layers of an engine beside it (atomically), one layer per line so that they can be searched.
-
-    Args:
-        engine: the engine's path.
-        sha256: of the engine.
-        compiled: its layers.
-    """
+    """Write the layers of an engine of that SHA-256 beside it, one layer per line so that they can be searched."""
     document = {"kind": "layers", "engine_sha256": sha256, **msgspec.to_builtins(compiled)}
     layers = ",\n".join(json.dumps(layer) for layer in document["layers"])
     head = json.dumps({**document, "layers": []}, indent=1)
@@ -182,21 +156,22 @@ def read_layers(engine: Path, sha256: str) -> EngineLayers | None:
     return compiled
 
 
+def _layer(item: dict[str, Any]) -> Layer:
+    inputs, outputs, constants = (
+        tuple(map(_tensor, item.get(role) or ())) for role in ("Inputs", "Outputs", "Constants")
+    )
+    nodes = _nodes(str(item.get("Metadata", "")))
+    return Layer(str(item.get("Name", "")), str(item.get("LayerType", "")), inputs, outputs, constants, nodes)
+
+
 def _layer_of_line(line: str) -> Layer:
     """``Name: ..., LayerType: ..., Inputs: [ {...}, ...], Constants: [...], Outputs: [...], TacticName: ...``."""
     head, _, rest = line.partition("Inputs:")
-    name, _, kind = head.partition(", LayerType:")
-    inputs, _, rest = rest.partition("Outputs:")
-    # Constants stand before the outputs; what follows the outputs holds no braces with dimensions.
+    name, _, kind = head.removeprefix("Name:").partition(", LayerType:")
+    inputs, _, outputs = rest.partition("Outputs:")  # what follows the outputs holds no braces with dimensions
     inputs, _, constants = inputs.partition("Constants:")
-    return Layer(
-        name.removeprefix("Name:").strip(),
-        kind.strip(" ,"),
-        _tensors(inputs),
-        _tensors(rest),
-        _tensors(constants),
-        _nodes(line.rpartition("Metadata:")[2]),
-    )
+    nodes = _nodes(line.rpartition("Metadata:")[2])
+    return Layer(name.strip(), kind.strip(" ,"), _tensors(inputs), _tensors(outputs), _tensors(constants), nodes)
 
 
 def _tensors(text: str) -> tuple[LayerTensor, ...]:

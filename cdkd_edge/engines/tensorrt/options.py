@@ -11,12 +11,10 @@ less a reserve, and is at least 64 MiB:
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,18 +36,13 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 class TensorRTOptions:
     """Options of a TensorRT build; the defaults suit a board."""
 
-    workspace_bytes: int | None = None  # most memory for the builder's workspace. None: :func:`default_workspace`.
-    optimization_level: int | None = None
-    """0 (fast build) to 5 (slow build, more kernels tried). None: TensorRT's own default, 3."""
-    timing_cache: bool = True
-    """Keep kernel timings in the user's cache folder, so that the next build of a similar network is short."""
-    sparse: bool = False
-    """Let TensorRT use 2:4 sparse kernels where weights happen to be sparse; it never changes weights."""
+    workspace_bytes: int | None = None  # most memory for the builder's workspace. None: :func:`default_workspace`
+    optimization_level: int | None = None  # 0 (fast build) to 5 (slow, more kernels tried). None: TensorRT's own, 3
+    timing_cache: bool = True  # keep kernel timings in the user's cache folder, for short builds of similar networks
+    sparse: bool = False  # let TensorRT use 2:4 sparse kernels where weights are sparse; it never changes weights
     verbose: bool = False  # pass on everything TensorRT logs, not only warnings and errors
-    weakly_typed: bool = False
-    """Let TensorRT 10.x choose precisions by builder flags: a fallback for its early versions."""
-    targets: tuple[str, ...] = field(default=())
-    """Compute capabilities to compile for without their GPU, e.g. ``8.6`` (TensorRT-RTX only)."""
+    weakly_typed: bool = False  # let TensorRT 10.x choose precisions by builder flags: a fallback for early versions
+    targets: tuple[str, ...] = ()  # compute capabilities to compile for without their GPU, e.g. ``8.6`` (TensorRT-RTX)
 
     def __post_init__(self) -> None:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
@@ -112,9 +105,9 @@ class TimingCache:
 
     def __init__(self, api: TensorRT, config: trt.IBuilderConfig, gpu: GpuInfo | NoGpu) -> None:
         self.notes: list[str] = []
-        self.used = False
         self._config = config
-        if api.kind == TENSORRT_RTX or isinstance(gpu, NoGpu):  # TensorRT-RTX times nothing when it builds
+        self.used = api.kind != TENSORRT_RTX and isinstance(gpu, GpuInfo)  # TensorRT-RTX times nothing when it builds
+        if not isinstance(gpu, GpuInfo) or not self.used:
             return
         self._path = cache_path(api.kind, api.version, gpu)
         try:
@@ -125,7 +118,6 @@ class TimingCache:
         if not self._adopt(content):
             self.notes.append(f"{self._path} is damaged or of another device; it is ignored and replaced")
             self._adopt(b"")
-        self.used = True
 
     def keep(self) -> None:
         """Merge the build's timings into the file."""
@@ -154,10 +146,10 @@ class TimingCache:
         return bytes(ours.serialize())
 
 
-def cache_path(kind: str, version: str, gpu: GpuInfo, folder: Path | None = None) -> Path:
+def cache_path(kind: str, version: str, gpu: GpuInfo) -> Path:
     """The file for a TensorRT and a GPU: timings of others do not apply."""
     name = f"{kind}-{version}-{gpu.name}-sm{gpu.compute_capability.replace('.', '')}"
-    return (folder or cache_folder() / "timing") / (re.sub(r"[^\w.-]+", "_", name) + ".cache")
+    return cache_folder() / "timing" / (re.sub(r"[^\w.-]+", "_", name) + ".cache")
 
 
 def read_cache(path: Path) -> bytes:
@@ -175,18 +167,9 @@ def update_cache(path: Path, merge: Callable[[bytes], bytes]) -> None:
         OSError: the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(f".{path.name}.lock")):
+    # A file of its own is locked: a lock on the cache would be lost when that is replaced.
+    with path.with_name(f".{path.name}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         content = merge(read_cache(path))
         with whole_file(path) as temporary:
             temporary.write_bytes(content)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file of its own: a lock on the cache would be lost when that is replaced."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)  # and release the lock

@@ -107,6 +107,12 @@ def make_tree(root: Path, watts: Sequence[float] = (6.0, 1.5, 1.0)) -> Path:
     return root
 
 
+def set_watts(tree: Path, *watts: float) -> None:
+    """Of VDD_IN, VDD_CPU_GPU_CV and VDD_SOC, in this order; fewer leave the others."""
+    for channel, power in enumerate(watts, 1):
+        write(tree / HWMON / f"curr{channel}_input", round(power / VOLTS * 1000))
+
+
 class Board:
     """An emulated board, and its jtop service."""
 
@@ -225,8 +231,7 @@ class Board:
 
     def set_watts(self, *watts: float) -> None:
         """Of VDD_IN, VDD_CPU_GPU_CV and VDD_SOC, in this order; fewer leave the others."""
-        for channel, power in enumerate(watts, 1):
-            write(self.sys / HWMON / f"curr{channel}_input", round(power / VOLTS * 1000))
+        set_watts(self.sys, *watts)
 
     def close(self) -> None:
         """End everything."""
@@ -263,10 +268,10 @@ def jtop_missing() -> str:
 class Pattern(threading.Thread):
     """Changes VDD_IN in known steps and remembers when; what it remembers is the truth."""
 
-    def __init__(self, board: Board, steps: Sequence[tuple[float, float]]) -> None:
-        """``steps`` are (seconds, watts)."""
+    def __init__(self, tree: Path, steps: Sequence[tuple[float, float]]) -> None:
+        """``steps`` are (seconds, watts) of the ``/sys`` at ``tree``."""
         super().__init__(name="pattern", daemon=True)
-        self._board, self._steps = board, steps
+        self._tree, self._steps = tree, steps
         self.times: list[float] = []
         self.watts: list[float] = []
         self.slowest = 0.0
@@ -277,7 +282,7 @@ class Pattern(threading.Thread):
     def run(self) -> None:
         for seconds, watts in self._steps:
             before = time.monotonic()
-            self._board.set_watts(watts)
+            set_watts(self._tree, watts)
             now = time.monotonic()
             self.slowest = max(self.slowest, now - before)
             self.times.append(now)
@@ -297,7 +302,7 @@ class Pattern(threading.Thread):
 class Ripple(Pattern):
     """VDD_IN as 15 W with a ripple of 6 W, in step with a round frequency for as long as it lasts."""
 
-    def __init__(self, board: Board, hertz: float, shape: str, seconds: float) -> None:
+    def __init__(self, tree: Path, hertz: float, shape: str, seconds: float) -> None:
         """``shape`` is ``square``, or ``sine`` in 10 or 20 steps."""
         parts = 2 if shape == "square" else 20 if hertz <= 20 else 10
         turns = [(part + 0.5) / parts for part in range(parts)]
@@ -305,14 +310,14 @@ class Ripple(Pattern):
         if shape == "sine":
             heights = [math.sin(2 * math.pi * turn) for turn in turns]
         count = round(seconds * hertz)
-        super().__init__(board, [(1 / hertz / parts, 15 + 6 * height) for height in heights] * count)
+        super().__init__(tree, [(1 / hertz / parts, 15 + 6 * height) for height in heights] * count)
 
     def run(self) -> None:
         """As a pattern, but nothing that is late makes what follows late."""
         due = time.monotonic()
         for seconds, watts in self._steps:
             time.sleep(max(0.0, due - time.monotonic()))
-            self._board.set_watts(watts)
+            set_watts(self._tree, watts)
             self.times.append(time.monotonic())
             self.watts.append(round(watts / VOLTS * 1000) * VOLTS / 1000)
             due += seconds

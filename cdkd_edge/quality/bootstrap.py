@@ -66,11 +66,7 @@ class TileTable:
         self.confusion += np.bincount(pairs, minlength=(k + 1) ** 2).reshape(k + 1, k + 1)
 
     def add(
-        self,
-        image: str,
-        reference: ConfusionMatrix,
-        candidate: ConfusionMatrix,
-        agreement: tuple[int, int, int, int],
+        self, image: str, reference: ConfusionMatrix, candidate: ConfusionMatrix, agreement: tuple[int, int, int, int]
     ) -> None:
         """Add a tile of an image.
 

@@ -26,13 +26,11 @@ from cdkd_edge.raster.open import gdal
 
 _LON_LAT = "OGC:CRS84"
 _STEPS = 64  # points along each side of a box, so that its sides follow a projection's curves
-_COARSE, _COARSE_CELLS = 32, 1 << 24
-"""Side in pixels of the cells that decide whether a tile is computed at all (larger for more than so many cells)."""
+_COARSE, _COARSE_CELLS = 32, 1 << 24  # px a side of cells that decide if a tile is computed; larger beyond so many
 _MOST_BYTES, _MOST_FEATURES = 64 << 20, 100_000  # largest GeoJSON file, and largest number of features of another file
 _SAMPLES = 9  # points along each side of a scene that are placed on Earth
 _MARGIN = 0.05  # margin around a scene, relative to its extent: its edges are curves in longitude and latitude
-_INWARDS = 1e-9
-"""Relative to a scene's extent, less than a pixel: a point on the edge of a map may come out at its other end."""
+_INWARDS = 1e-9  # of a scene's extent, less than a pixel: a point on the edge of a map may come out at its other end
 _HALF_WAY_ROUND = 180 - 1e-7  # degrees, a centimetre less than what may come out at the other end of a map
 _SEAM_M = 1e7  # metres; a degree of a meridian or parallel is only longer on a map where the map is cut
 
@@ -63,29 +61,21 @@ def read_area(text: str) -> AreaOfInterest:
     latitude if all of them can be, otherwise the scene's; a box with minx > maxx crosses the antimeridian.
 
     Raises:
-        SceneError: it is neither, or holds no polygon.
-        MissingExtraError: reading the file needs pyogrio.
+        SceneError, MissingExtraError: it is neither, or holds no polygon; reading the file needs pyogrio.
     """
-    numbers = _numbers(text)
-    if numbers is not None:
-        return _box(text, numbers)
+    if box := _box(text):
+        return box
     path = Path(text)
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist, and is not a box of four numbers"
-        raise SceneError(
-            f"area of interest {text} {what}",
-            hint="give minx,miny,maxx,maxy, or a GeoJSON file, a GeoPackage or a Shapefile",
-        )
+        hint = "give minx,miny,maxx,maxy, or a GeoJSON file, a GeoPackage or a Shapefile"
+        raise SceneError(f"area of interest {text} {what}", hint=hint)
     with open(path, "rb") as file:
         begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if begins and begins not in b'{["':
         geometries, crs = _vector_file(path)
     else:
-        try:
-            document = read_json(path, _MOST_BYTES)
-        except ValueError as error:
-            raise SceneError(f"area of interest {text} is not GeoJSON: {error}") from None
-        geometries, crs = [document], _named_crs(document) or _LON_LAT
+        geometries, crs = _geojson_file(path)
     try:
         polygons = [polygon for geometry in geometries for polygon in _polygons_of(geometry)]
     except (TypeError, KeyError, AttributeError, ValueError, RecursionError):
@@ -96,12 +86,7 @@ def read_area(text: str) -> AreaOfInterest:
 
 
 class AreaOnScene:
-    """An area of interest on a scene; a pixel belongs to it if its centre does.
-
-    Args:
-        area: the polygons.
-        crs, transform: of the scene.
-        height, width: of the scene, px.
+    """An area of interest on a scene of ``height x width`` px; a pixel belongs to it if its centre does.
 
     Raises:
         SceneError: the scene has no place on Earth, or the area holds no pixel of it.
@@ -113,29 +98,28 @@ class AreaOnScene:
                 "an area of interest needs a scene with a reference system and a transform",
                 hint="georeference it first, e.g. with gdalwarp",
             )
-        self._transform, self._height, self._width = transform, height, width
+        self._transform = transform
+        self._step = step = max(_COARSE, math.ceil(math.sqrt(height * width / _COARSE_CELLS)))
+        self._coarse = np.zeros((-(-height // step), -(-width // step)), bool)
+        columns, rows = np.meshgrid(np.linspace(0, width, _SAMPLES), np.linspace(0, height, _SAMPLES))
+        sampled = mapped(transform, [width / 2, *columns.flat], [height / 2, *rows.flat])  # the first is the middle
         with gdal(f"placing the area of interest {area.source}"):
             try:
                 own = crs if area.crs is None else CRS.from_user_input(area.crs)
             except CRSError as error:
                 raise SceneError(f"area of interest {area.source}: {error}") from None
-            self._polygons = [
-                {"type": "Polygon", "coordinates": polygon}
-                for polygon in _on_scene(area, own, crs, _sampled(transform, height, width))
-            ]
-            self._step = max(_COARSE, math.ceil(math.sqrt(height * width / _COARSE_CELLS)))
-            self._coarse = np.zeros((-(-height // self._step), -(-width // self._step)), bool)
-            if self._polygons:
-                coarse = transform * Affine.scale(self._step, self._step)
-                self._coarse = self._masked(coarse, *self._coarse.shape, touched=True)
-            if not self._holds_a_pixel():
+            placed = _on_scene(area, own, crs, sampled)
+            self._polygons = [{"type": "Polygon", "coordinates": polygon} for polygon in placed]
+            if placed:
+                self._coarse = self._masked(transform * Affine.scale(step, step), *self._coarse.shape, touched=True)
+            if not any(
+                self.inside(row, column, min(step, height - row), min(step, width - column)).any()
+                for row, column in (np.argwhere(self._coarse) * step).tolist()
+            ):
                 what = "longitude and latitude" if area.crs == _LON_LAT else area.crs or "the scene's reference system"
-                raise SceneError(
-                    f"the area of interest {area.source} does not meet the scene"
-                    if not self._coarse.any()
-                    else f"the area of interest {area.source} holds no pixel's centre",
-                    hint=f"its coordinates are taken as {what}",
-                )
+                how = "holds no pixel's centre" if self._coarse.any() else "does not meet the scene"
+                hint = f"its coordinates are taken as {what}"
+                raise SceneError(f"the area of interest {area.source} {how}", hint=hint)
 
     def touches(self, top: int, left: int, bottom: int, right: int) -> bool:
         """Whether a rectangle may hold a pixel of the area."""
@@ -150,27 +134,18 @@ class AreaOnScene:
         with gdal("placing the area of interest"):
             return self._masked(self._transform * Affine.translation(left, top), height, width, touched=False)
 
-    def _holds_a_pixel(self) -> bool:
-        step = self._step
-        return any(
-            self.inside(row, column, min(step, self._height - row), min(step, self._width - column)).any()
-            for row, column in (np.argwhere(self._coarse) * step).tolist()
-        )
-
     def _masked(self, transform: Affine, height: int, width: int, *, touched: bool) -> npt.NDArray[np.bool_]:
         return np.asarray(geometry_mask(self._polygons, (height, width), transform, all_touched=touched, invert=True))
 
 
-def _numbers(text: str) -> list[float] | None:
+def _box(text: str) -> AreaOfInterest | None:
+    """The box that four numbers describe; None where the text is something else."""
     try:
-        numbers = [float(part) for part in text.split(",")]
+        left, bottom, right, top = numbers = [float(part) for part in text.split(",")]
     except ValueError:
         return None
-    return numbers if len(numbers) == 4 and all(map(math.isfinite, numbers)) else None
-
-
-def _box(text: str, numbers: list[float]) -> AreaOfInterest:
-    left, bottom, right, top = numbers
+    if not all(map(math.isfinite, numbers)):
+        return None
     on_globe = max(abs(left), abs(right)) <= 180 and max(abs(bottom), abs(top)) <= 90
     if on_globe and right < left and left - right > 180:
         right += 360  # as in RFC 7946: across the antimeridian
@@ -179,14 +154,26 @@ def _box(text: str, numbers: list[float]) -> AreaOfInterest:
             f"the box {text} is empty",
             hint="the order is minx,miny,maxx,maxy; minx may be larger only in longitudes across the antimeridian",
         )
-    across = [left + (right - left) * step / _STEPS for step in range(_STEPS + 1)]
-    up = [bottom + (top - bottom) * step / _STEPS for step in range(_STEPS + 1)]
+    across, up = np.linspace(left, right, _STEPS + 1).tolist(), np.linspace(bottom, top, _STEPS + 1).tolist()
     ring = [(x, bottom) for x in across] + [(right, y) for y in up] + [(x, top) for x in reversed(across)]
     ring += [(left, y) for y in reversed(up)]
     return AreaOfInterest(text, ([ring],), _LON_LAT if on_globe else None)
 
 
-def _vector_file(path: Path) -> tuple[list[dict[str, Any]], str]:
+def _geojson_file(path: Path) -> tuple[list[Any], str]:
+    """The content of a GeoJSON file, and its reference system."""
+    try:
+        document = read_json(path, _MOST_BYTES)
+    except ValueError as error:
+        raise SceneError(f"area of interest {path} is not GeoJSON: {error}") from None
+    named = document.get("crs") if isinstance(document, dict) else None
+    try:
+        return [document], str(named["properties"]["name"]) if named else _LON_LAT
+    except (KeyError, TypeError):
+        raise SceneError("the area of interest has a crs member without a name") from None
+
+
+def _vector_file(path: Path) -> tuple[list[Any], str]:
     """The geometries of a file that is not GeoJSON, and their reference system."""
     try:
         import pyogrio
@@ -233,25 +220,6 @@ def _ring(points: Any) -> Ring:
     if len(ring) < 4 or not all(map(math.isfinite, (value for point in ring for value in point))):
         raise ValueError("a ring has at least four finite points")
     return ring
-
-
-def _named_crs(document: Any) -> str | None:
-    name = document.get("crs") if isinstance(document, dict) else None
-    if not name:
-        return None
-    try:
-        return str(name["properties"]["name"])
-    except (KeyError, TypeError):
-        raise SceneError("the area of interest has a crs member without a name") from None
-
-
-def _sampled(transform: Affine, height: int, width: int) -> tuple[list[float], list[float]]:
-    """Points spread over a scene, in its coordinates; the first one is its middle."""
-    places = [
-        (i / (_SAMPLES - 1) * width, j / (_SAMPLES - 1) * height) for i in range(_SAMPLES) for j in range(_SAMPLES)
-    ]
-    columns, rows = zip((width / 2, height / 2), *places, strict=True)
-    return mapped(transform, columns, rows)
 
 
 class _SeamError(SceneError):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,7 @@ from cdkd_edge.raster.styles import ClassArea
 
 _M2_PER_HA = 10_000.0
 _STRETCH_WORTH_A_NOTE = 0.001  # relative; a UTM zone stays within it over most of its width
-
 _WINDOW_PX = 4 << 20  # pixels read at once
-
-_AREA_ROWS = 64  # rows whose pixels' areas are computed at once
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,10 @@ class Areas:
 
 @dataclass(frozen=True)
 class Ellipsoid:
-    """Semi-major axis in metres, and flattening (0 for a sphere)."""
+    """The shape of the Earth."""
 
-    semi_major: float
-    flattening: float
+    semi_major: float  # m
+    flattening: float  # 0 for a sphere
 
     @property
     def eccentricity2(self) -> float:
@@ -60,10 +57,7 @@ class Ellipsoid:
         return self.flattening * (2 - self.flattening)
 
     def area_to_parallel(self, latitude: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Area between the equator and a parallel per radian of longitude, m2; negative in the south.
-
-        ``latitude`` is in radians; it is clipped at the poles.
-        """
+        """Area from the equator to a latitude (radians, clipped at the poles) per radian of longitude, m2; south < 0."""
         sine = np.sin(np.clip(np.asarray(latitude, np.float64), -math.pi / 2, math.pi / 2))
         squared = self.eccentricity2
         if squared <= 0:
@@ -87,11 +81,7 @@ _ELLIPSOID = re.compile(r'(?:SPHEROID|ELLIPSOID)\["[^"]*",\s*([-+\d.eE]+),\s*([-
 
 
 def ellipsoid_of(crs: Any) -> Ellipsoid:
-    """The ellipsoid of a CRS, from its WKT.
-
-    Raises:
-        SceneError: the CRS names none.
-    """
+    """The ellipsoid of a CRS, from its WKT; SceneError if it names none."""
     found = _ELLIPSOID.search(crs.to_wkt())
     if found is None:
         raise SceneError("the coordinate reference system names no ellipsoid")
@@ -101,17 +91,13 @@ def ellipsoid_of(crs: Any) -> Ellipsoid:
 
 @dataclass(frozen=True)
 class Ground:
-    """The area of a raster's pixels on the ground.
-
-    Known is either ``pixel_m2``, the same for all pixels (projected), or ``ellipsoid`` (geographic), or neither, and
-    ``reason`` says why.
-    """
+    """The area of a raster's pixels on the ground; known is ``pixel_m2``, or ``ellipsoid``, or neither."""
 
     transform: Any
-    pixel_m2: float | None = None
-    ellipsoid: Ellipsoid | None = None
+    pixel_m2: float | None = None  # of a projected CRS: the same for all pixels
+    ellipsoid: Ellipsoid | None = None  # of a geographic CRS
     radians: float = 0.0  # radians in a unit of a geographic CRS
-    reason: str | None = None
+    reason: str | None = None  # why neither is known
     notes: tuple[str, ...] = ()
 
     @property
@@ -137,13 +123,11 @@ class Ground:
         width = abs(self.transform.a) * self.radians
         return np.asarray(np.abs(np.diff(self.ellipsoid.area_to_parallel(edges * self.radians))) * width)
 
-    def pixel_areas(self, window: Window) -> npt.NDArray[np.float64]:
-        """Area of every pixel of a window of a geographic raster, m2 ``[h, w]``."""
+    def pixel_areas(self, row: int, left: int, count: int) -> npt.NDArray[np.float64]:
+        """Areas of ``count`` pixels of a row of a geographic raster, from a column on, m2 ``[count]``."""
         assert self.ellipsoid is not None
-        rows, columns = int(window.height), int(window.width)
-        row = window.row_off + np.arange(rows)[:, None] + 0.5
-        column = window.col_off + np.arange(columns)[None, :] + 0.5
-        latitude = (self.transform.f + self.transform.d * column + self.transform.e * row) * self.radians
+        column = left + np.arange(count) + 0.5
+        latitude = (self.transform.f + self.transform.d * column + self.transform.e * (row + 0.5)) * self.radians
         squared = self.ellipsoid.eccentricity2
         density = self.ellipsoid.semi_major**2 * (1 - squared) * np.cos(latitude)
         density /= (1 - squared * np.sin(latitude) ** 2) ** 2
@@ -167,16 +151,13 @@ def ground_of(dataset: Any) -> Ground:
         return Ground(transform, ellipsoid=ellipsoid, radians=float(crs.units_factor[1]))
     if not crs.is_projected:
         return Ground(transform, reason="the coordinate reference system is neither projected nor geographic")
-    unit = float(crs.linear_units_factor[1])
-    ground = Ground(transform, pixel_m2=abs(transform.determinant) * unit**2)
+    ground = Ground(transform, pixel_m2=abs(transform.determinant) * float(crs.linear_units_factor[1]) ** 2)
     stretch = areal_stretch(dataset, ground)
     if stretch is None or abs(stretch - 1) < _STRETCH_WORTH_A_NOTE:
         return ground
-    note = (
-        f"areas are those of the map grid; at the scene's centre it shows {abs(stretch - 1):.2%} "
-        f"{'more' if stretch > 1 else 'less'} than there is on the ground"
-    )
-    return Ground(transform, pixel_m2=ground.pixel_m2, notes=(note,))
+    more = f"{abs(stretch - 1):.2%} {'more' if stretch > 1 else 'less'}"
+    note = f"areas are those of the map grid; at the scene's centre it shows {more} than there is on the ground"
+    return replace(ground, notes=(note,))
 
 
 def _instead_of_grid(dataset: Any) -> str:
@@ -187,8 +168,7 @@ def _instead_of_grid(dataset: Any) -> str:
 
 def areal_stretch(dataset: Any, ground: Ground) -> float | None:
     """Grid area over ground area at the centre of a projected raster; None if PROJ cannot place it."""
-    x, y = centre_corners(dataset)
-    placed = to_wgs84(dataset.crs, x, y)
+    placed = to_wgs84(dataset.crs, *centre_corners(dataset))
     if placed is None or ground.pixel_m2 is None:
         return None
     corner, right, below = WGS84.positions(*placed)
@@ -220,19 +200,17 @@ def to_wgs84(crs: Any, x: Sequence[float], y: Sequence[float]) -> tuple[list[flo
 
 
 def class_areas(label_map: Path, schema: LabelSchema, row_counts: npt.NDArray[np.integer[Any]] | None = None) -> Areas:
-    """Pixels and hectares per class of a label map.
+    """Pixels and hectares per class of a label map, a uint8 raster of one band.
 
     Args:
-        label_map: a uint8 raster of one band.
-        schema: its classes.
+        label_map, schema: the map and its classes.
         row_counts: pixels of each of the K classes, and of no class, in each row, ``[height, K + 1]``. Saves reading
             the map, unless pixels of one row differ in size.
 
     Raises:
         SceneError: the map cannot be read or holds labels that are not in the schema, or the counts do not fit it.
     """
-    dataset = open_scene(label_map)
-    with dataset, gdal(f"reading {label_map}"):
+    with open_scene(label_map) as dataset, gdal(f"reading {label_map}"):
         ground = ground_of(dataset)
         if row_counts is not None:
             _require_fit(row_counts, dataset, schema, label_map)
@@ -241,10 +219,10 @@ def class_areas(label_map: Path, schema: LabelSchema, row_counts: npt.NDArray[np
         else:
             pixels = row_counts.sum(axis=0, dtype=np.int64)
             m2 = ground.row_areas(len(row_counts)) @ row_counts.astype(np.float64)
-    hectares = [float(area) / _M2_PER_HA if ground.known else None for area in m2]
+    names = [*enumerate(schema.class_names), (NO_LABEL, "no data")]
     found = [
-        ClassArea(label, name, int(pixels[index]), hectares[index])
-        for index, (label, name) in enumerate([*enumerate(schema.class_names), (NO_LABEL, "no data")])
+        ClassArea(label, name, int(count), float(area) / _M2_PER_HA if ground.known else None)
+        for (label, name), count, area in zip(names, pixels, m2, strict=True)
     ]
     return Areas(tuple(found[:-1]), found[-1], ground.method, ground.reason, ground.notes)
 
@@ -263,20 +241,15 @@ def _summed(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Pixels and m2 per class, and of no label, read from the map."""
     pixels, m2 = np.zeros(256, np.int64), np.zeros(256)
-    row_areas = ground.row_areas(dataset.height) if ground.known and ground.same_in_a_row else None
+    row_areas = ground.row_areas(dataset.height) if ground.same_in_a_row else None
     for window in _windows(dataset):
-        labels = dataset.read(1, window=window)
-        for start in range(0, len(labels), _AREA_ROWS):  # areas of single pixels take eight times the room of labels
-            some = labels[start : start + _AREA_ROWS]
-            part = Window(window.col_off, window.row_off + start, window.width, len(some))
-            areas = None if ground.same_in_a_row else ground.pixel_areas(part)
-            for index, row in enumerate(some):
-                count = np.bincount(row, minlength=256)
-                pixels += count
-                if areas is not None:
-                    m2 += np.bincount(row, areas[index], 256)
-                elif row_areas is not None:
-                    m2 += count * row_areas[part.row_off + index]
+        for index, labels in enumerate(dataset.read(1, window=window), window.row_off):
+            count = np.bincount(labels, minlength=256)
+            pixels += count
+            if row_areas is not None:
+                m2 += count * row_areas[index]
+            else:
+                m2 += np.bincount(labels, ground.pixel_areas(index, window.col_off, labels.size), 256)
     unknown = np.flatnonzero(pixels[len(schema) : NO_LABEL])
     if unknown.size:
         raise SceneError(f"{path} holds the label {len(schema) + unknown[0]}; its schema has {len(schema)} classes")

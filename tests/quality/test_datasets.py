@@ -266,14 +266,7 @@ def test_a_list_takes_names_file_names_and_paths(tmp_path: Path) -> None:
     dataset = find_dataset(folder_pair(tmp_path, "a_1", "b.v2", "c 3", "d", "e"))
     chosen = dataset.of_list(
         listing(
-            tmp_path,
-            "d.png  # the mask's name will do",
-            "",
-            "# a whole line",
-            "  a_1",
-            "b.v2",
-            "images/c 3.jpg\t",
-            "",
+            tmp_path, "d.png  # the mask's name will do", "", "# a whole line", "  a_1", "b.v2", "images/c 3.jpg\t", ""
         )
     )
     assert names(chosen) == ["a_1", "b.v2", "c 3", "d"], "in order of name, whatever the order of lines"

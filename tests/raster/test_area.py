@@ -143,10 +143,7 @@ def labelled(tmp_path: Path, place: dict[str, Any], area: Any) -> Any:
     return read_labels(tmp_path / "map.tif") != NO_LABEL
 
 
-SPLIT = {
-    "type": "MultiPolygon",
-    "coordinates": [rectangle(179.95, -1, 180, 1), rectangle(-180, -1, -179.95, 1)],
-}
+SPLIT = {"type": "MultiPolygon", "coordinates": [rectangle(179.95, -1, 180, 1), rectangle(-180, -1, -179.95, 1)]}
 BEYOND = {"type": "Polygon", "coordinates": rectangle(-180.05, -1, -179.95, 1)}
 
 

@@ -30,10 +30,7 @@ from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.training import finetune as module  # noqa: E402
 from cdkd_edge.training.recipe import NetworkSettings, starting_network  # noqa: E402
 
-pytestmark = [
-    pytest.mark.needs_torch,
-    pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
-]
+pytestmark = [pytest.mark.needs_torch, pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")]
 
 SMALL = ("--device", "cpu", "--tile", 64, "--head-channels", 16, "--batch", 3, "--epochs", 2, "--lr", 0.01)
 HEADS = ("--heads", 2)
@@ -197,8 +194,7 @@ def test_progress_is_on_stderr_one_line_an_epoch_with_the_time_left(finished):
     lines = finished[1].stderr.splitlines()
     assert len(lines) == 2
     assert re.fullmatch(
-        r"epoch 1/2  loss \d\.\d{3,}  validation mIoU \d+\.\d\d % \(best \S+ %\)  [\d.]+ (ms|s|min).* left",
-        lines[0],
+        r"epoch 1/2  loss \d\.\d{3,}  validation mIoU \d+\.\d\d % \(best \S+ %\)  [\d.]+ (ms|s|min).* left", lines[0]
     )
     assert re.fullmatch(r"epoch 2/2  loss \d\.\d{3,}  validation mIoU \S+ % \(best \S+ %\)", lines[1])
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from cdkd_edge.benchmark.folder import TimedBatch
 from cdkd_edge.benchmark.record import IDLE, LOAD, WARM_UP, Phase, Protocol
@@ -22,19 +22,14 @@ from cdkd_edge.core.errors import UsageError
 from cdkd_edge.engines.protocol import Engine
 
 DEFAULT = Protocol(
-    preset="default",
-    idle_seconds=10.0,
-    load_seconds=60.0,
-    repeats=1,
-    window_seconds=5.0,
-    warm_up_cap_seconds=120.0,
+    "default", idle_seconds=10.0, load_seconds=60.0, repeats=1, window_seconds=5.0, warm_up_cap_seconds=120.0,
     min_batches=8,
-)
+)  # fmt: skip
+# The Mask-CDKD paper: tiles of 1024 px, one at a time. It does not say how long it measured; these times are longer
+# than MLPerf Power requires, and three repeats give an interval.
 PAPER = replace(DEFAULT, preset="paper", idle_seconds=60.0, load_seconds=120.0, repeats=3, warm_up_cap_seconds=600.0)
-"""The Mask-CDKD paper: tiles of 1024 px, one at a time. It does not say how long it measured; these times are longer
-than MLPerf Power requires, and three repeats give an interval."""
+# MLPerf Inference runs last at least 600 s; MLPerf Power requires 60 s, measured in the same run.
 MLPERF = replace(DEFAULT, preset="mlperf", idle_seconds=60.0, load_seconds=600.0, warm_up_cap_seconds=600.0)
-"""MLPerf Inference runs last at least 600 s; MLPerf Power requires 60 s, measured in the same run."""
 
 WINDOWS = 3  # number of successive windows that must agree for the engine to count as steady
 SPEED_TOLERANCE = 0.03  # largest difference between their speeds, as a share of the mean
@@ -44,9 +39,9 @@ TEMPERATURE_TOLERANCE = 1.0  # largest difference between their temperatures, de
 
 SETTLE_SECONDS = 2.0  # pause between a load and the idle phase after it, for clocks and regulators to come down
 STATUS_EVERY = 0.5  # seconds between two updates of the status line. They cost time in the process that is measured.
+# Seconds without a power reading, or share of a load phase if that is longer, after which the run ends: so long a gap
+# makes it invalid in any case.
 LONGEST_SILENCE, LONGEST_SILENCE_SHARE = 5.0, 0.05
-"""Seconds without a power reading, or share of a load phase if that is longer, after which the run ends: so long a gap
-makes it invalid in any case."""
 
 
 def protocol_of(
@@ -63,13 +58,9 @@ def protocol_of(
         UsageError: a value is out of range, or lower than the preset allows.
     """
     base = {"default": DEFAULT, "paper": PAPER, "mlperf": MLPERF}[preset]
-    chosen = replace(
-        base,
-        idle_seconds=base.idle_seconds if idle is None else idle,
-        load_seconds=base.load_seconds if load is None else load,
-        warm_up_cap_seconds=base.warm_up_cap_seconds if warm_up_cap is None else warm_up_cap,
-        repeats=base.repeats if repeats is None else repeats,
-    )
+    given = {"idle_seconds": idle, "load_seconds": load, "warm_up_cap_seconds": warm_up_cap, "repeats": repeats}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    chosen = replace(base, **changes)
     for option, seconds in (("--idle", chosen.idle_seconds), ("--duration", chosen.load_seconds)):
         if not 0 < seconds < math.inf:
             raise UsageError(f"{option} must be a number of seconds above 0, got {seconds:g}")
@@ -79,10 +70,9 @@ def protocol_of(
         raise UsageError(f"--repeat must be at least 1, got {chosen.repeats}")
     if preset != "default":
         for name, option in (("idle_seconds", "--idle"), ("load_seconds", "--duration"), ("repeats", "--repeat")):
-            if getattr(chosen, name) < getattr(base, name):
-                raise UsageError(
-                    f"--{preset} needs {option} of at least {getattr(base, name):g}, got {getattr(chosen, name):g}"
-                )
+            value, least = getattr(chosen, name), getattr(base, name)
+            if value < least:
+                raise UsageError(f"--{preset} needs {option} of at least {least:g}, got {value:g}")
     # The three windows must fit into the warm-up.
     return replace(chosen, window_seconds=min(base.window_seconds, max(chosen.warm_up_cap_seconds / 6, 0.01)))
 
@@ -101,18 +91,16 @@ def is_steady(windows: Sequence[Window]) -> bool:
     last = windows[-WINDOWS:]
     if len(last) < WINDOWS:
         return False
-    speeds = [window.speed for window in last]
-    watts = [window.watts for window in last if window.watts is not None]
-    celsius = [window.celsius for window in last if window.celsius is not None]
-    if _range(speeds) > SPEED_TOLERANCE * sum(speeds) / WINDOWS:
-        return False
-    if len(watts) == WINDOWS and _range(watts) > max(LEAST_WATTS, POWER_TOLERANCE * sum(watts) / WINDOWS):
-        return False
-    return len(celsius) < WINDOWS or _range(celsius) <= TEMPERATURE_TOLERANCE
-
-
-def _range(values: Sequence[float]) -> float:
-    return max(values) - min(values)
+    # Quantity, its absolute tolerance, and its tolerance as a share of the mean: the larger of the two counts.
+    for name, absolute, share in (
+        ("speed", 0.0, SPEED_TOLERANCE),
+        ("watts", LEAST_WATTS, POWER_TOLERANCE),
+        ("celsius", TEMPERATURE_TOLERANCE, 0.0),
+    ):
+        values = [getattr(window, name) for window in last]
+        if None not in values and max(values) - min(values) > max(absolute, share * sum(values) / WINDOWS):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -137,8 +125,7 @@ class Timeline:
     batches: list[TimedBatch] = field(default_factory=list)
     steady: list[bool] = field(default_factory=list)  # for each repeat, whether its warm-up became steady
     broken_off: str = ""  # why the run ended early; empty if it did not
-    cut_off: Phase | None = None
-    """The phase in which it ended early. It is kept apart because nothing is computed from it."""
+    cut_off: Phase | None = None  # the phase in which it ended early, kept apart: nothing is computed from it
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -146,15 +133,9 @@ class Timeline:
         return (*self.completed, self.cut_off) if self.cut_off else tuple(self.completed)
 
     def phase(self, name: str, repeat: int) -> Phase:
-        """A completed phase of a repeat.
-
-        Raises:
-            KeyError: it did not take place.
-        """
-        for phase in self.completed:
-            if (phase.name, phase.repeat) == (name, repeat):
-                return phase
-        raise KeyError(name)
+        """A completed phase of a repeat; KeyError if it did not take place."""
+        found: dict[tuple[str, int], Phase] = {(phase.name, phase.repeat): phase for phase in self.completed}
+        return found[name, repeat]
 
     @property
     def loads(self) -> list[Phase]:
@@ -199,22 +180,17 @@ class _PowerLostError(Exception):
     """The power source stopped answering."""
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        engine: Engine,
-        protocol: Protocol,
-        sampler: PowerSampler | None,
-        monitor: ConditionsMonitor,
-        show_status: Callable[[LiveStatus], None],
-        go_on: bool,
-    ) -> None:
-        self.engine, self.protocol, self.sampler, self.monitor = engine, protocol, sampler, monitor
-        self.show_status, self.go_on = show_status, go_on
-        self.timeline = Timeline(time.monotonic())
-        self._begun: tuple[Literal["idle", "warm-up", "load"], int, float] | None = None
-        self._shown = 0.0
-        self._batch = 0
+    engine: Engine
+    protocol: Protocol
+    sampler: PowerSampler | None
+    monitor: ConditionsMonitor
+    show_status: Callable[[LiveStatus], None]
+    go_on: bool
+    timeline: Timeline = field(default_factory=lambda: Timeline(time.monotonic()))
+    begun: tuple[Literal["idle", "warm-up", "load"], int, float] | None = None  # the phase that is going on
+    shown: float = 0.0  # when the status line was updated, s on CLOCK_MONOTONIC
 
     def run(self) -> Timeline:
         self._await_readings()  # some before the first phase
@@ -229,8 +205,8 @@ class _Run:
             self._await_readings()  # some after the last phase
         except _PowerLostError as lost:
             self.timeline.broken_off = str(lost)
-            if self._begun is not None:
-                self.timeline.cut_off = Phase(*self._begun, self._now())
+            if self.begun is not None:
+                self.timeline.cut_off = Phase(*self.begun, self._now())
         return self.timeline
 
     def _await_readings(self) -> None:
@@ -242,20 +218,20 @@ class _Run:
         return time.monotonic() - self.timeline.origin
 
     def _begin(self, name: Literal["idle", "warm-up", "load"], repeat: int) -> float:
-        self._begun = (name, repeat, self._now())
-        return self._begun[-1]
+        self.begun = (name, repeat, self._now())
+        return self.begun[-1]
 
-    def _end(self, stop: float) -> None:
-        assert self._begun is not None
-        self.timeline.completed.append(Phase(*self._begun, stop))
-        self._begun = None
+    def _end(self, stop: float | None = None) -> None:
+        assert self.begun is not None
+        self.timeline.completed.append(Phase(*self.begun, self._now() if stop is None else stop))
+        self.begun = None
 
     def _idle(self, repeat: int) -> None:
         if repeat:
             self._wait(SETTLE_SECONDS, repeat)
         self._begin(IDLE, repeat)
         self._wait(self.protocol.idle_seconds, repeat)
-        self._end(self._now())
+        self._end()
 
     def _wait(self, seconds: float, repeat: int) -> None:
         end = self._now() + seconds
@@ -265,24 +241,22 @@ class _Run:
 
     def _warm_up(self, repeat: int) -> None:
         windows: list[Window] = []
-        cap = self._begin(WARM_UP, repeat) + self.protocol.warm_up_cap_seconds
-        while not is_steady(windows) and (not windows or self._now() < cap):
-            windows.append(self._window(repeat, cap))
-        self._end(self._now())
+        start = self._begin(WARM_UP, repeat)
+        cap = start + self.protocol.warm_up_cap_seconds
+        least = 2 if self.protocol.warm_up_cap_seconds else 1  # batches in a window
+        while not is_steady(windows) and (not windows or start < cap):
+            count = self._run_batches(WARM_UP, repeat, start + self.protocol.window_seconds, least, cap)
+            stop = self._now()
+            windows.append(Window(count / (stop - start), self._watts(start, stop), self._celsius()))
+            start = self._now()
+        self._end()
         self.timeline.steady.append(is_steady(windows))
 
-    def _window(self, repeat: int, cap: float) -> Window:
-        """Run batches for the length of a window, at least two."""
-        start = self._now()
-        least = 2 if self.protocol.warm_up_cap_seconds else 1
-        count = self._run_batches(WARM_UP, repeat, start + self.protocol.window_seconds, least, cap)
-        stop = self._now()
-        watts = None
-        if self.sampler is not None and (rail := self._rail()):
-            origin = self.timeline.origin
-            energy = rail_energy(self.sampler.trace(), rail, origin + start, origin + stop)
-            watts = energy.watts if energy else None
-        return Window(count / (stop - start), watts, self._celsius())
+    def _watts(self, start: float, stop: float) -> float | None:
+        if self.sampler is None or not (rail := self._rail()):
+            return None
+        energy = rail_energy(self.sampler.trace(), rail, self.timeline.origin + start, self.timeline.origin + stop)
+        return energy.watts if energy else None
 
     def _load(self, repeat: int) -> None:
         end = self._begin(LOAD, repeat) + self.protocol.load_seconds
@@ -297,21 +271,20 @@ class _Run:
         done = origin + began
         # The end of the last batch decides. Reading the clock again would count the status update as measured time.
         while count < at_least or done - origin < until:
-            slot = self._batch % engine.slots
+            slot = len(batches) % engine.slots
             begin = time.monotonic()
             engine.launch(slot)
             engine.wait(slot)
             done = time.monotonic()
             batches.append(TimedBatch(repeat, phase, begin - origin, done - begin))
             count += 1
-            self._batch += 1
-            if done - self._shown > STATUS_EVERY:
+            if done - self.shown > STATUS_EVERY:
                 rate = count * engine.batch / (done - origin - began)
                 self._update(phase, repeat, rate, max(0.0, shown_end - (done - origin)))
         return count
 
     def _update(self, phase: str, repeat: int, rate: float | None, left: float | None) -> None:
-        self._shown = time.monotonic()
+        self.shown = time.monotonic()
         watts = None
         if self.sampler is not None:
             self._require_power()
@@ -321,14 +294,17 @@ class _Run:
     def _require_power(self) -> None:
         """End a run that cannot become valid because power readings are missing."""
         assert self.sampler is not None
+        assert self.sampler.info is not None
         lost, rail = self.sampler.lost(), self._rail()
-        longest = max(LONGEST_SILENCE, LONGEST_SILENCE_SHARE * self.protocol.load_seconds)
-        if self.sampler.info is not None:  # another client may have set a long interval
-            longest = max(longest, 3 * self.sampler.info.nominal_interval)
+        longest = max(  # another client may have set a long interval
+            LONGEST_SILENCE,
+            LONGEST_SILENCE_SHARE * self.protocol.load_seconds,
+            3 * self.sampler.info.nominal_interval,
+        )
         if not lost and (silence := self.sampler.silence(rail)) > longest:
             # Either no readings at all, or none of this rail: the last one tells which.
             lacking = self.sampler.samples[-1:] and rail not in self.sampler.samples[-1].values
-            lost = f"no reading of {rail} for {silence:.1f} s" if lacking else f"no reading for {silence:.1f} s"
+            lost = f"no reading{f' of {rail}' if lacking else ''} for {silence:.1f} s"
         if lost and not self.go_on:
             raise _PowerLostError(f"{self.sampler.source} stopped answering: {lost}")
 

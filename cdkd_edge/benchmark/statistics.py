@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 CONFIDENCE = 0.95
 
+# Blocks that batches are divided into; 10 to 30 are enough (B. Schmeiser, "Batch size effects in the analysis of
+# simulation output", Operations Research 30, 1982).
 BLOCKS = 10
-"""Number of blocks that batches are divided into; 10 to 30 are enough (B. Schmeiser, "Batch size effects in the
-analysis of simulation output", Operations Research 30, 1982)."""
 MIN_BATCHES = 2 * BLOCKS  # with fewer, a block would hold a single batch, and neighbouring batches are alike
 
 
@@ -41,35 +40,24 @@ class Latency:
 
 
 def latency_of(seconds: Sequence[float]) -> Latency:
-    """Percentiles of latencies that are given in seconds.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Percentiles of at least one latency in seconds."""
     if not seconds:
         raise ValueError("no latency was measured")
-    milliseconds = np.asarray(seconds) * 1e3
-    found = {
-        share: float(np.percentile(milliseconds, share, method="inverted_cdf"))
-        for share in (50, 90, 99)
-        if share == 50 or len(seconds) >= samples_for(share)
-    }
-    absent = [f"p{share} needs {samples_for(share)} batches" for share in (90, 99) if share not in found]
+    found = np.asarray(seconds) * 1e3
+    p50, p90, p99 = (float(one) for one in np.percentile(found, (50, 90, 99), method="inverted_cdf"))
+    # So many samples that the largest lies above the true percentile with 95 % confidence.
+    needed = {share: math.ceil(math.log(1 - CONFIDENCE) / math.log(share / 100)) for share in (90, 99)}
+    absent = [f"p{share} needs {least} batches" for share, least in needed.items() if len(seconds) < least]
     return Latency(
         samples=len(seconds),
-        mean=float(milliseconds.mean()),
-        minimum=float(milliseconds.min()),
-        p50=found[50],
-        p90=found.get(90),
-        p99=found.get(99),
-        maximum=float(milliseconds.max()),
+        mean=float(found.mean()),
+        minimum=float(found.min()),
+        p50=p50,
+        p90=p90 if len(seconds) >= needed[90] else None,
+        p99=p99 if len(seconds) >= needed[99] else None,
+        maximum=float(found.max()),
         absent=f"{' and '.join(absent)}, there are {len(seconds)}" if absent else "",
     )
-
-
-def samples_for(percentile: float) -> int:
-    """Number of samples of which the largest lies above the true percentile with 95 % confidence."""
-    return math.ceil(math.log(1 - CONFIDENCE) / math.log(percentile / 100))
 
 
 @dataclass(frozen=True)
@@ -93,15 +81,7 @@ def figure_of(values: Sequence[float], hidden: float = 0.0) -> Figure:
     """Mean and 95 % t-interval of repeats.
 
     Assumes that repeats are independent draws from a normal distribution: W. S. Gosset, "The probable error of a mean",
-    Biometrika 6 (1908).
-
-    Args:
-        values: one per repeat.
-        hidden: variance of the mean that the scatter of the repeats does not show, because neighbours share a part
-            (:func:`variance_hidden_by_sharing`).
-
-    Raises:
-        ValueError: there are none.
+    Biometrika 6 (1908). ``hidden`` is added to the variance of the mean (:func:`variance_hidden_by_sharing`).
     """
     if not values:
         raise ValueError("no repeat was measured")
@@ -117,9 +97,6 @@ def variance_hidden_by_sharing(levels: Sequence[float]) -> float:
 
     Repeat i uses (x[i] + x[i + 1]) / 2 of n + 1 levels x (here: idle power before and after a load). If the levels have
     variance V, the mean of the repeats has variance (n - 1/2) V / n^2, while the repeats' scatter shows V / 2n less.
-
-    Args:
-        levels: one more than there are repeats.
     """
     return _variance(levels) / (2 * (len(levels) - 1)) if len(levels) > 2 else 0.0
 
@@ -132,14 +109,7 @@ def _variance(values: Sequence[float]) -> float:
 def t_quantile(freedom: int, probability: float = 0.975) -> float:
     """Quantile of Student's t distribution, by bisection on its distribution function (boards have no SciPy).
 
-    For whole degrees of freedom the function is elementary: Abramowitz and Stegun, 26.7.3 and 26.7.4.
-
-    Args:
-        freedom: degrees of freedom, at least 1.
-        probability: above 0.5.
-
-    Raises:
-        ValueError: an argument is outside its range.
+    For whole degrees of freedom (1 or more) the function is elementary: Abramowitz and Stegun, 26.7.3 and 26.7.4.
     """
     if freedom < 1 or not 0.5 < probability < 1:
         raise ValueError(f"need freedom >= 1 and 0.5 < probability < 1, got {freedom} and {probability}")
@@ -173,7 +143,7 @@ class Spread:
     mean: float
     variance: float  # variance of the mean, divided by the square of the mean
     freedom: int  # degrees of freedom of the variance
-    basis: str  # what the variance was computed from, e.g. ``5 repeats``.
+    basis: str  # what the variance was computed from, e.g. ``5 repeats``
 
     @property
     def interval(self) -> Interval:
@@ -222,25 +192,17 @@ def spread_of_batches(rate: float, starts: Sequence[float]) -> Spread | None:
     periods = np.diff(sorted(starts))
     if not periods.any():
         return None
-    length = count // BLOCKS
-    variance = _variance_of_dependent_mean(periods / periods.mean(), length)
+    length, n = count // BLOCKS, len(periods)
+    sums = np.concatenate([[0.0], np.cumsum(periods / periods.mean())])
+    means = (sums[length:] - sums[:-length]) / length  # of all blocks
+    variance = float(((means - 1) ** 2).sum() * length / ((n - length + 1) * (n - length)))
     return Spread(rate, variance, count // length - 1, f"blocks of {length} of {count} batches")
 
 
-def _variance_of_dependent_mean(values: npt.NDArray[np.float64], length: int) -> float:
-    """Variance of the mean of values that depend on their neighbours, from means of all blocks of ``length``."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    means, n = (sums[length:] - sums[:-length]) / length, len(values)
-    return float(((means - values.mean()) ** 2).sum() * length / ((n - length + 1) * (n - length)))
-
-
 def ratio_of(value: float, spread: Spread | None, other: float, other_spread: Spread | None, why_not: str) -> Ratio:
-    """The ratio of two independent means.
+    """The ratio of the run's mean to the baseline's, ``other``, which is above zero; both are independent.
 
-    Args:
-        value, spread: the run's mean and its spread.
-        other, other_spread: those of the baseline; ``other`` is above zero.
-        why_not: why there is no interval if a spread is missing.
+    ``why_not`` says why there is no interval, if a spread is missing.
     """
     ratio = value / other
     if spread is None or other_spread is None:
@@ -256,6 +218,5 @@ def ratio_of(value: float, spread: Spread | None, other: float, other_spread: Sp
 
 
 def _interval(center: float, variance: float, freedom: int) -> Interval:
-    half = t_quantile(freedom) * math.sqrt(variance)
-    # Capped, so that a huge spread does not overflow.
-    return Interval(center * math.exp(-min(half, 300.0)), center * math.exp(min(half, 300.0)))
+    half = min(t_quantile(freedom) * math.sqrt(variance), 300.0)  # capped, so that a huge spread does not overflow
+    return Interval(center * math.exp(-half), center * math.exp(half))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 
@@ -15,21 +15,18 @@ from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.runtimes import runtime_of
 
 LEAST_COVERAGE = 0.98  # least share of a phase that must be covered by readings
-IDLE_DIFFERENCE = 0.1
-"""Difference between the idle phases before and after a load, as a share of their mean, that gives a warning."""
+IDLE_DIFFERENCE = 0.1  # between the idle phases before and after a load, as a share of their mean, gives a warning
 MLPERF_POWER_SECONDS = 60.0  # least load that MLPerf Power requires
-PARTS, BATCHES_IN_PART = 5, 2
-"""Parts into which a load is divided, and the least number of batches in each; a short load has fewer parts."""
+PARTS, BATCHES_IN_PART = 5, 2  # of a load, and least batches in each part; a short load has fewer parts
+# Difference between the speeds of the parts, as a share of the mean: a warning, and a load that was not steady.
 DRIFT_WARNS, DRIFT_DISTURBS = 0.05, 0.1
-"""Difference between the speeds of the parts, as a share of the mean: the first gives a warning, with the second the
-load was not steady."""
+# A stall (suspended process, swapping) is a step between batches longer than this time and this many times the median.
+# The run is invalid if stalls take more of a load than may be without readings.
 STALL_SECONDS, STALL_FACTOR = 1.0, 10.0
-"""A stall (suspended process, swapping) is a step between batches longer than this time and this many times the median.
-The run is invalid if stalls take more of a load than may be without readings."""
 LEAST_WATTS = -0.1  # lowest mean of a rail that is accepted: sensors have an offset
+# Rise from idle to load, as a share of idle. A valid run needs the first: a stuck sensor, or one of a rail that feeds
+# something else, can seem to rise a little through noise. Below the second it is called no rise at all.
 LEAST_RISE, NO_RISE = 0.01, 1e-6
-"""Rise from idle to load, as a share of idle. A valid run needs the first: a stuck sensor, or one of a rail that feeds
-something else, can seem to rise a little through noise. Below the second it is called no rise at all."""
 LATE_SHARE = 0.05  # share of late readings that gives a warning
 
 
@@ -40,7 +37,7 @@ def judge(
     engine: EngineManifest,
     trace: Trace | None,
     power_reason: str,
-    conditions: Iterable[ConditionFinding],
+    conditions: Sequence[ConditionFinding],
     *,
     power_wanted: bool,
 ) -> Verdict:
@@ -56,9 +53,8 @@ def judge(
         conditions: what the board's monitor found during the loads.
         power_wanted: whether power was asked for.
     """
-    findings = tuple(conditions)
-    reasons = [finding.message for finding in findings if finding.invalidates]
-    warnings = [finding.message for finding in findings if not finding.invalidates]
+    reasons = [finding.message for finding in conditions if finding.invalidates]
+    warnings = [finding.message for finding in conditions if not finding.invalidates]
     if timeline.broken_off:
         reasons.append(timeline.broken_off)
     if trace is not None:
@@ -66,18 +62,19 @@ def judge(
         warnings += _power_warnings(repeats, trace)
     elif power_wanted:
         warnings.append(f"power was asked for and not measured: {power_reason}")
-    stood_still, paused = _stalls(timeline)
-    reasons += stood_still
-    warnings += paused
-    drifts, drifted = _drifts(timeline)
-    warnings += drifted
-    disturbed = [finding.message for finding in findings if finding.disturbs and runtime_of(engine).on_cpu]
-    loads = [phase.seconds for phase in timeline.completed if phase.name == LOAD]
-    if power_wanted and loads and min(loads) < MLPERF_POWER_SECONDS:
-        warnings.append(f"the load lasted {min(loads):.0f} s; MLPerf Power requires {MLPERF_POWER_SECONDS:.0f} s")
+    drifts: list[str] = []  # why the run is not steady
+    loads = [phase for phase in timeline.completed if phase.name == LOAD]
+    for load in loads:
+        if starts := [one.start for one in timeline.batches_of(load)]:
+            _find_stall(load, starts, reasons, warnings)
+            _find_drift(load, starts, drifts, warnings)
+    disturbed = [finding.message for finding in conditions if finding.disturbs and runtime_of(engine).on_cpu]
+    shortest = min((load.seconds for load in loads), default=MLPERF_POWER_SECONDS)
+    if power_wanted and shortest < MLPERF_POWER_SECONDS:
+        warnings.append(f"the load lasted {shortest:.0f} s; MLPerf Power requires {MLPERF_POWER_SECONDS:.0f} s")
     if reasons:
         return Verdict(INVALID, tuple(dict.fromkeys(reasons)), (*warnings, *drifts))
-    restless = [str(number + 1) for number, repeat in enumerate(repeats) if not repeat.steady]
+    restless = [str(number) for number, repeat in enumerate(repeats, 1) if not repeat.steady]
     if restless:
         which = "" if protocol.repeats == 1 else f" of repeat {', '.join(restless)}"
         drifts.insert(0, f"the warm-up{which} was not steady after {protocol.warm_up_cap_seconds:g} s")
@@ -87,54 +84,40 @@ def judge(
     return Verdict(VALID, (), tuple(warnings))
 
 
-def _loads(timeline: Timeline) -> list[tuple[Phase, list[float]]]:
-    """The load phases with at least one batch, and when the batches began."""
-    loads = [phase for phase in timeline.completed if phase.name == LOAD]
-    found = [(load, [one.start for one in timeline.batches_of(load)]) for load in loads]
-    return [(load, starts) for load, starts in found if starts]
+def _find_stall(load: Phase, starts: list[float], reasons: list[str], warnings: list[str]) -> None:
+    """Add a reason or a warning if no batch of the load ended for a while."""
+    steps = [b - a for a, b in pairwise([*starts, load.stop])]
+    usual = median(steps)
+    lost = sum(step - usual for step in steps if step > max(STALL_SECONDS, STALL_FACTOR * usual))
+    if lost:
+        text = f"load {load.repeat + 1}: no batch ended for {lost:.1f} s of {load.seconds:.1f} s"
+        (reasons if lost > (1 - LEAST_COVERAGE) * load.seconds else warnings).append(text)
 
 
-def _stalls(timeline: Timeline) -> tuple[list[str], list[str]]:
-    """Loads in which no batch ended for a while: reasons against the run, and warnings."""
-    reasons: list[str] = []
-    warnings: list[str] = []
-    for load, starts in _loads(timeline):
-        steps = [b - a for a, b in pairwise([*starts, load.stop])]
-        usual = median(steps)
-        lost = sum(step - usual for step in steps if step > max(STALL_SECONDS, STALL_FACTOR * usual))
-        if lost:
-            text = f"load {load.repeat + 1}: no batch ended for {lost:.1f} s of {load.seconds:.1f} s"
-            (reasons if lost > (1 - LEAST_COVERAGE) * load.seconds else warnings).append(text)
-    return reasons, warnings
-
-
-def _drifts(timeline: Timeline) -> tuple[list[str], list[str]]:
-    """Loads whose speed changed: reasons why the run is not steady, and warnings."""
-    reasons: list[str] = []
-    warnings: list[str] = []
-    for load, starts in _loads(timeline):
-        parts = min(PARTS, len(starts) // BATCHES_IN_PART)
-        if parts < 2:
-            count = f"{len(starts)} batch is" if len(starts) == 1 else f"{len(starts)} batches are"
-            reasons.append(f"load {load.repeat + 1}: {count} too few to tell whether the speed was steady")
-            continue
-        edges = [len(starts) * part // parts for part in range(parts + 1)]
-        moments = [*starts, load.stop]
-        speeds = [(b - a) / (moments[b] - moments[a]) for a, b in pairwise(edges)]
-        change = (max(speeds) - min(speeds)) * load.seconds / len(starts)
-        # The text gives no speeds: an invalid run must not show any.
+def _find_drift(load: Phase, starts: list[float], reasons: list[str], warnings: list[str]) -> None:
+    """Add a reason or a warning if the speed changed during the load."""
+    count = len(starts)
+    parts = min(PARTS, count // BATCHES_IN_PART)
+    if parts < 2:
+        batches = "1 batch is" if count == 1 else f"{count} batches are"
+        reasons.append(f"load {load.repeat + 1}: {batches} too few to tell whether the speed was steady")
+        return
+    edges = [count * part // parts for part in range(parts + 1)]
+    moments = [*starts, load.stop]
+    speeds = [(b - a) / (moments[b] - moments[a]) for a, b in pairwise(edges)]
+    change = (max(speeds) - min(speeds)) * load.seconds / count
+    if change > DRIFT_WARNS:  # the text gives no speeds: an invalid run must not show any
         text = f"load {load.repeat + 1}: the speed changed by {change:.0%} of its mean between {parts} parts"
-        if change > DRIFT_WARNS:
-            (reasons if change > DRIFT_DISTURBS else warnings).append(text)
-    return reasons, warnings
+        (reasons if change > DRIFT_DISTURBS else warnings).append(text)
 
 
 def _power_reasons(
     repeats: tuple[Repeat, ...], engine: EngineManifest, trace: Trace, power_reason: str, timeline: Timeline
 ) -> list[str]:
     source, reasons = trace.source, []
-    if (wrong := _wrong_source(source, engine)) is not None:
-        reasons.append(wrong)
+    processor = "CPU" if runtime_of(engine).on_cpu else "GPU"
+    if LEFT_OUT.get(source.scope) == processor:
+        reasons.append(f"{source.name} measures the {source.scope}, but this engine runs on the {processor}")
     ended = [problem.message for problem in trace.problems if problem.kind in ("lost", "died")]
     if ended and not timeline.broken_off:
         reasons.append(f"{source.name} stopped answering: {ended[0]}")
@@ -144,9 +127,8 @@ def _power_reasons(
         for rail, one in (repeat.rails or {}).items():
             if one.covered < LEAST_COVERAGE:
                 why = "".join(f"; {problem.message}" for problem in trace.problems)
-                reasons.append(
-                    f"{source.name}: readings of {rail} are missing for {1 - one.covered:.0%} of a phase{why}"
-                )
+                share = f"{1 - one.covered:.0%}"
+                reasons.append(f"{source.name}: readings of {rail} are missing for {share} of a phase{why}")
             least = min(one.idle_before_watts, one.idle_after_watts, one.load_watts)
             if least < LEAST_WATTS:
                 reasons.append(f"{source.name}: the mean of {rail} over a phase is negative: {least:.2f} W")
@@ -167,14 +149,6 @@ def _no_rise(repeat: Repeat, source: SourceInfo) -> list[str]:
         f"{what} {much} higher under load ({load:.2f} W) than idle ({idle:.2f} W): "
         "it does not supply what the engine runs on, or something else was running"
     ]
-
-
-def _wrong_source(source: SourceInfo, engine: EngineManifest) -> str | None:
-    """Why the source does not measure what the engine runs on; None if it does."""
-    processor = "CPU" if runtime_of(engine).on_cpu else "GPU"
-    if LEFT_OUT.get(source.scope) == processor:
-        return f"{source.name} measures the {source.scope}, but this engine runs on the {processor}"
-    return None
 
 
 def _power_warnings(repeats: tuple[Repeat, ...], trace: Trace) -> list[str]:

@@ -13,7 +13,7 @@ All of them are modelled and must never be shown as measurements.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -41,8 +41,8 @@ class Efficiencies:
 
     def shifted(self, by: float) -> Efficiencies:
         """All shares raised or lowered, at most to 1."""
-        shares = (min(1.0, share + by) for share in (self.gemm, self.attention, self.int8, self.dram))
-        return Efficiencies(*shares, kernel_seconds=self.kernel_seconds)
+        names = ("gemm", "attention", "int8", "dram")
+        return replace(self, **{name: min(1.0, getattr(self, name) + by) for name in names})
 
 
 REALISTIC = Efficiencies()

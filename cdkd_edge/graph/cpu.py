@@ -34,11 +34,7 @@ _END = np.iinfo(np.int64).max
 
 
 def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Options of every session.
-
-    Args:
-        threads: threads for one run. Default: the cores this process may use.
-    """
+    """Options of every session; ``threads`` for one run are by default the cores this process may use."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors arrive as exceptions; the log would repeat them on stderr
     # ONNX Runtime would count the cores of the machine, not those of the container.
@@ -56,24 +52,19 @@ def open_session(
     Args:
         model: a serialised graph, or the path of a file.
         options: default: those of every session.
-        refused: makes the error of ONNX Runtime's reason.
-
-    Raises:
-        CdkdEdgeError: ONNX Runtime refuses the graph.
+        refused: makes the error that is raised from ONNX Runtime's reason.
     """
-    options = options or session_options()
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options or session_options(), providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own types share no base but Exception
         raise refused(" ".join(str(error).split())[:300]) from None
 
 
-def cpu_session(model: onnx.ModelProto, *, arena: bool = False, in_order: bool = False) -> Any:
-    """A session for reading values out of a graph, on all cores this process may use.
+def cpu_session(model: onnx.ModelProto, *, in_order: bool = False) -> Any:
+    """A session for reading values out of a graph of at most 2 GB, on all cores this process may use.
 
     Args:
-        model: at most 2 GB.
-        arena: keep freed memory for the next run. Off by default: large outputs would never be given back.
+        model: the graph.
         in_order: run nodes in the order of the graph. ONNX Runtime's own order leaves side branches for the end and
             keeps their inputs until then.
 
@@ -81,27 +72,21 @@ def cpu_session(model: onnx.ModelProto, *, arena: bool = False, in_order: bool =
         GraphError: ONNX Runtime refuses the graph.
     """
     options = session_options()
-    options.enable_cpu_mem_arena = arena
-    options.enable_mem_pattern = arena
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # they would never give back large outputs
     if in_order:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     return open_session(model.SerializeToString(), options)
 
 
 def fuse_attention(model: onnx.ModelProto) -> tuple[int, int]:
-    """Write every attention of the known form as one operator, in place.
-
-    Returns:
-        The number of attention blocks that were fused, and of all attention blocks (softmax nodes).
-    """
-    graph = model.graph
+    """Write every attention of the known form as one operator, in place; returns how many, and of how many."""
     found = attention_blocks(model)
     blocks = [block for block in found if block is not None]
     if not blocks:
         return 0, len(found)
     block_of = {name: block for block in blocks for name in block.nodes}
     writer = NodeWriter()
-    for node in graph.node:
+    for node in model.graph.node:
         block = block_of.get(node.output[0])
         if block is None:
             writer.nodes.append(node)
@@ -112,8 +97,7 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[int, int]:
             writer.add("Split", name, block.qkv, sizes, outputs=parts, axis=2)
             # The query scale is folded into the projection; the default scale, 0, would apply it again.
             writer.add("MultiHeadAttention", name, *parts, domain=CONTRIB_DOMAIN, num_heads=block.heads, scale=1.0)
-    replace_nodes(graph, writer.nodes)
-    graph.initializer.extend(writer.constants.values())
+    writer.replace_nodes(model)
     _import_contrib(model)
     return len(blocks), len(found)
 
@@ -132,10 +116,7 @@ def to_fp32(half: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def cpu_twin(int8: onnx.ModelProto) -> onnx.ModelProto:
-    """What ONNX Runtime computes on a CPU in place of an INT8 graph.
-
-    Args:
-        int8: a graph that :mod:`cdkd_edge.graph.int8` wrote; it is not changed.
+    """What ONNX Runtime computes on a CPU in place of an INT8 graph of :mod:`.int8`, which is not changed.
 
     Raises:
         GraphError: it has no quantised layer.
@@ -188,25 +169,26 @@ def _quantized_layer(index: GraphIndex, node: onnx.NodeProto) -> _QuantizedLayer
     if quantized is None or quantized.op_type != "QuantizeLinear" or weight.input[0] not in index.constants:
         return None
     parts = quantized.input[0], quantized.input[1], weight.input[0], weight.input[1]
-    output = node.output[0]
     if node.op_type == "Conv":
-        if list(index.constants[weight.input[0]].dims[2:]) != [3, 3] or not _keeps_size(node):
+        # Only a 3x3 convolution that is zero-padded, dense, of one group and without a stride
+        plain = all(set(np.ravel(attribute_of(node, name, 1))) == {1} for name in ("strides", "dilations", "group"))
+        sides = list(index.constants[weight.input[0]].dims[2:])
+        if sides != [3, 3] or not plain or attribute_of(node, "pads") != [1, 1, 1, 1]:
             return None
-        return _QuantizedLayer(*parts, node.input[2] if len(node.input) > 2 else "", False, output)
-    addition = index.only_user(output)
+        return _QuantizedLayer(*parts, node.input[2] if len(node.input) > 2 else "", False, node.output[0])
+    addition = index.only_user(node.output[0])
     if addition is not None and addition.op_type == "Add":
-        found = [name for name in addition.input if name in index.constants]
-        if found:
-            return _QuantizedLayer(*parts, found[0], True, addition.output[0])
-    return _QuantizedLayer(*parts, "", False, output)
+        for name in addition.input:
+            if name in index.constants:
+                return _QuantizedLayer(*parts, name, True, addition.output[0])
+    return _QuantizedLayer(*parts, "", False, node.output[0])
 
 
 class _TwinWriter(NodeWriter):
     """Writes quantised layers in integer operators."""
 
     def __init__(self, constants: dict[str, onnx.TensorProto]) -> None:
-        super().__init__()
-        self.constants = constants
+        super().__init__(constants)
         self.constant("uint8_zero", np.array(_ZERO, np.uint8))
 
     def linear(self, layer: _QuantizedLayer) -> None:
@@ -224,12 +206,11 @@ class _TwinWriter(NodeWriter):
         padded = self.add("Pad", f"{name}.padded", last, pads, "uint8_zero")  # [N, G + 2, G + 2, C]
         axes = self.constant("map_axes", np.array([1, 2], np.int64))
         taps = []
-        for down in range(3):
-            for right in range(3):
-                first = self.constant(f"tap_{down}_{right}", np.array([down, right], np.int64))
-                ends = [_END if start == 2 else start - 2 for start in (down, right)]
-                end = self.constant(f"tap_end_{down}_{right}", np.array(ends, np.int64))
-                taps.append(self.add("Slice", f"{name}.tap_{down}_{right}", padded, first, end, axes))
+        for down, right in np.ndindex(3, 3):
+            first = self.constant(f"tap_{down}_{right}", np.array([down, right], np.int64))
+            ends = [_END if start == 2 else start - 2 for start in (down, right)]
+            end = self.constant(f"tap_end_{down}_{right}", np.array(ends, np.int64))
+            taps.append(self.add("Slice", f"{name}.tap_{down}_{right}", padded, first, end, axes))
         shifted = self.add("Concat", f"{name}.taps", *taps, axis=3)  # [N, G, G, 9 C]
         product = f"{name}.product"
         self._product(shifted, weight, layer, product)
@@ -258,12 +239,6 @@ def _needed(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodePr
     return kept[::-1]
 
 
-def _keeps_size(node: onnx.NodeProto) -> bool:
-    """Whether a 3x3 convolution is zero-padded, dense, of one group and without a stride."""
-    plain = all(set(np.ravel(attribute_of(node, name, 1))) == {1} for name in ("strides", "dilations", "group"))
-    return plain and attribute_of(node, "pads") == [1, 1, 1, 1]
-
-
 def _import_contrib(model: onnx.ModelProto) -> None:
     if all(entry.domain != CONTRIB_DOMAIN for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
@@ -281,16 +256,16 @@ def signed_weights_are_exact() -> bool:
     """
     size = 64
     writer = NodeWriter()
-    inputs = (
-        "x",
-        writer.constant("weight", np.full((size, size), 127, np.int8)),
-        writer.constant("one", np.array(1, np.float32)),
-        writer.constant("ones", np.ones(size, np.float32)),
-        writer.constant("zero", np.array(0, np.uint8)),
-    )
-    writer.add("MatMulIntegerToFloat", "y", *inputs, domain=CONTRIB_DOMAIN)
-    pixels = {"x": (TensorProto.UINT8, (size, size))}
-    model = writer.model("product", pixels, {"y": (TensorProto.FLOAT, (size, size))}, opset=19)
+    constants: dict[str, np.ndarray] = {
+        "weight": np.full((size, size), 127, np.int8),
+        "one": np.array(1, np.float32),
+        "ones": np.ones(size, np.float32),
+        "zero": np.array(0, np.uint8),
+    }
+    inputs = [writer.constant(name, value) for name, value in constants.items()]
+    writer.add("MatMulIntegerToFloat", "y", "x", *inputs, domain=CONTRIB_DOMAIN)
+    shape = (size, size)
+    model = writer.model("product", {"x": (TensorProto.UINT8, shape)}, {"y": (TensorProto.FLOAT, shape)}, opset=19)
     _import_contrib(model)
     (product,) = open_session(model.SerializeToString()).run(["y"], {"x": np.full((size, size), 255, np.uint8)})
     return bool((product == size * 255 * 127).all())

@@ -47,14 +47,22 @@ from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD
 from cdkd_edge.model.network import SegmentationNetwork
 
-MIN_AGREEMENT = 0.9999
-"""Share of pixels that must get the same label. The rest is rounding at the border of two classes."""
-
+MIN_AGREEMENT = (
+    0.9999  # share of pixels that must get the same label; the rest is rounding at the border of two classes
+)
+# Largest difference of a logit, as a share of the largest logit; FP32 rounding stays far below. Labels alone prove
+# nothing for a network that sees one class everywhere.
 MAX_LOGIT_ERROR = 1e-4
-"""Largest difference of a logit, as a share of the largest logit; FP32 rounding stays far below. Labels alone prove
-nothing for a network that sees one class everywhere."""
-
 CHECK_TILES = 2
+# TensorRT and ONNX Runtime both run [N, L, D] tokens fastest as MatMul + Add. onnxsim would turn them into rank-2
+# Gemms between Reshapes: more nodes, and a form that TensorRT compiles worse in FP16.
+SKIPPED_PASSES = (
+    "fuse_matmul_add_bias_into_gemm",
+    "fuse_matmul_add_bias_into_gemm_batched",
+    "fuse_transpose_into_gemm",
+    "fuse_qkv",
+)
+_REPORT = "please report this checkpoint's layout; no graph was written"
 
 
 @dataclass(frozen=True)
@@ -67,10 +75,10 @@ class ExportOptions:
     schema: str | None = None
     heads: int | None = None
     layer_norm_eps: float | None = None
-    fp16: bool | None = False
-    """Also write the FP16 graph: True, an error if it fails its check; None, if it passes; False, not."""
-    min_agreement: float | None = None
-    """Judge FP16 by the share of labels that stay the same, 0..1. Default: see :func:`.fp16.check_fp16`."""
+    fp16: bool | None = False  # also write the FP16 graph: True, an error if it fails its check; None, if it passes
+    min_agreement: float | None = (
+        None  # of FP16: share of labels that stay the same, 0..1; see :func:`.fp16.check_fp16`
+    )
     qgis: bool = False  # also write the graph for the QGIS plugin Deepness; ``gsd`` must be given
     stac: bool = False  # also write a STAC item
     gsd: float | None = None  # metres per pixel of the imagery that the network was trained on
@@ -88,8 +96,7 @@ class ExportResult:
     seconds: float
     half: GraphManifest | None = None  # manifest of the FP16 graph beside it
     half_refused: str | None = None  # why there is no FP16 graph, where one was tried
-    outdated: tuple[Path, ...] = ()
-    """Files beside it that were made from an earlier graph of that name: FP16, INT8, QGIS, STAC."""
+    outdated: tuple[Path, ...] = ()  # FP16, INT8, QGIS, STAC beside it that were made from an earlier graph of its name
     qgis: QgisGraph | None = None  # the graph for QGIS beside it
     stac: Path | None = None  # the STAC item beside it
 
@@ -112,8 +119,7 @@ def export_checkpoint(
         CheckpointError, SchemaError, GraphError: the input cannot be exported.
         UsageError: the ground sample distance is implausible, or missing.
         ManifestError: a destination exists and no export wrote it.
-        NumericalCheckError: graph and network disagree on more than 1 pixel in 10,000, or a logit differs by
-            more than rounding.
+        NumericalCheckError: graph and network disagree on more than 1 pixel in 10,000, or by more than rounding.
     """
     started = time.perf_counter()
     _check_early(options, destination)
@@ -125,7 +131,13 @@ def export_checkpoint(
         layer_norm_eps=options.layer_norm_eps,
         weights=options.weights,
     )
-    schema = _schema(options.schema, report)
+    classes = report.config.classes
+    schema = load_schema(options.schema) if options.schema else report.schema or numbered_schema(classes)
+    if len(schema) != classes:
+        raise SchemaError(
+            f"label schema {schema.name!r} has {len(schema)} classes, the network {classes}",
+            hint="give the schema the network was trained with (--schema)",
+        )
     manifest, nodes_written = _write_plain(network, report, schema, checkpoint, destination, options, note)
     half, refused = _write_half(destination, options, note)
     qgis, item = None, None
@@ -159,17 +171,6 @@ def _check_early(options: ExportOptions, destination: Path) -> None:
         require_own_qgis(derived_path(destination, "qgis"))
     if options.stac:
         require_own_stac(stac_path(destination))
-
-
-def _schema(name: str | None, report: CheckpointReport) -> LabelSchema:
-    classes = report.config.classes
-    schema = load_schema(name) if name else report.schema or numbered_schema(classes)
-    if len(schema) != classes:
-        raise SchemaError(
-            f"label schema {schema.name!r} has {len(schema)} classes, the network {classes}",
-            hint="give the schema the network was trained with (--schema)",
-        )
-    return schema
 
 
 def _weights(network: SegmentationNetwork) -> dict[str, npt.NDArray[np.float32]]:
@@ -206,7 +207,7 @@ def _write_plain(
             raise NumericalCheckError(
                 f"the graph gives another label than PyTorch on {1 - check.label_agreement:.3%} of the pixels "
                 f"(at most {1 - MIN_AGREEMENT:.2%} is rounding); largest logit difference {check.max_logit_error:.2g}",
-                hint="please report this checkpoint's layout; no graph was written",
+                hint=_REPORT,
             )
         manifest = GraphManifest(
             name=destination.stem,
@@ -246,10 +247,7 @@ def _write_half(
 def _outdated(plain: Path, manifest: GraphManifest, *, qgis: bool, stac: bool) -> tuple[Path, ...]:
     """Files beside a new FP32 graph that were made from an earlier graph of its name.
 
-    Args:
-        plain: the FP32 graph.
-        manifest: its manifest.
-        qgis, stac: whether a graph for QGIS or a STAC item beside it is an earlier one.
+    ``qgis`` and ``stac`` say whether a graph for QGIS or a STAC item beside it is an earlier one.
     """
     found = []
     for path in (derived_path(plain, "fp16"), derived_path(plain, "int8")):
@@ -259,28 +257,12 @@ def _outdated(plain: Path, manifest: GraphManifest, *, qgis: bool, stac: bool) -
             continue
         if parent is not None and parent.sha256 != manifest.artefact.sha256:
             found.append(path)
-    if qgis and derived_path(plain, "qgis").exists():
-        found.append(derived_path(plain, "qgis"))
-    if stac and stac_path(plain).exists():
-        found.append(stac_path(plain))
-    return tuple(found)
-
-
-# TensorRT and ONNX Runtime both run [N, L, D] tokens fastest as MatMul + Add. onnxsim would turn them into rank-2
-# Gemms between Reshapes: more nodes, and a form that TensorRT compiles worse in FP16.
-SKIPPED_PASSES = (
-    "fuse_matmul_add_bias_into_gemm",
-    "fuse_matmul_add_bias_into_gemm_batched",
-    "fuse_transpose_into_gemm",
-    "fuse_qkv",
-)
+    others = [derived_path(plain, "qgis")] * qgis + [stac_path(plain)] * stac
+    return (*found, *(path for path in others if path.exists()))
 
 
 def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Remove dead ends, no-ops and duplicate constants; check the result.
-
-    Returns:
-        The simplified graph, or ``model`` itself if simplification made it larger.
+    """A graph without dead ends, no-ops and duplicate constants, or ``model`` itself if that has fewer nodes.
 
     Raises:
         MissingExtraError: onnxsim is not installed.
@@ -307,11 +289,10 @@ def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def check_graph(graph: Path, network: SegmentationNetwork, tiles: npt.NDArray[np.uint8], batch: int = 1) -> GraphCheck:
-    """Run the graph in ONNX Runtime and the network in PyTorch on the same tiles.
+    """Run an FP32 graph in ONNX Runtime and its network (in evaluation mode) in PyTorch on the same tiles.
 
     Args:
-        graph: an exported FP32 graph.
-        network: the network it was made from, in evaluation mode.
+        graph, network: these.
         tiles: uint8 ``[M, 3, T, T]``, M a multiple of ``batch``.
         batch: the graph's static batch.
 
@@ -337,7 +318,7 @@ def check_graph(graph: Path, network: SegmentationNetwork, tiles: npt.NDArray[np
     if not worst <= MAX_LOGIT_ERROR * largest:
         raise NumericalCheckError(
             f"the graph's logits differ from PyTorch's by up to {worst:.2g}, where the largest is {largest:.2g}",
-            hint="please report this checkpoint's layout; no graph was written",
+            hint=_REPORT,
         )
     return GraphCheck(
         tiles=len(tiles),

@@ -18,17 +18,16 @@ from cdkd_edge.graph.build import OPSETS
 from cdkd_edge.graph.nodes import Sizes
 
 _MAX_NODES = 20_000  # exported graphs have some hundreds
-_MAX_COMPUTED = 1 << 24
-"""Elements that a graph may compute from constants alone; ONNX Runtime computes them when it loads the graph."""
-_MAX_LIST = 1 << 20
-"""The same for lists (one dimension); ONNX's shape inference with values takes 100 bytes per element."""
+_MAX_COMPUTED = 1 << 24  # elements that a graph may compute from constants alone, as ONNX Runtime does on loading it
+_MAX_LIST = 1 << 20  # the same for one dimension: ONNX's shape inference with values takes 100 bytes per element
 _MAX_GROWTH = 1000  # elements of a value per element of the image. Attention over patches of 8 px at 1024 px makes 512.
+# Operators whose output size depends on the values of inputs, and the first of these inputs
 _SIZED_BY_VALUES = {"ConstantOfShape": 0, "Range": 0, "Expand": 1, "Tile": 1, "OneHot": 1, "Pad": 1, "Resize": 1}
-"""Operators whose output size depends on the values of inputs, and the first of these inputs."""
-_SMALL = 4096
-"""Bytes up to which a constant takes part in shape inference; shapes and axes are small, weights would be copied."""
+_SMALL = 4096  # bytes up to which a constant (a shape, axes) takes part in shape inference; weights would be copied
+# Bytes that an ONNX file can begin with: the tags of ModelProto's fields 1 to 8 and 14
 _MODEL_FIELDS = (0x08, 0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72)
-"""Bytes that an ONNX file can begin with: the tags of ModelProto's fields 1 to 8 and 14."""
+_AGAIN = "name a graph that `cdkd-edge export` or `build` wrote, or make it again"
+_BOTH = "copy the file and its .json again, or make them again"
 
 
 def derived_path(graph: Path, kind: str) -> Path:
@@ -52,12 +51,10 @@ def save_derived(
     before: Callable[[GraphManifest], None] = lambda manifest: None,
     **changes: Any,
 ) -> GraphManifest:
-    """Write a graph made from another one, and its manifest.
+    """Write a graph made from another one, whose manifest is ``source``, and its own manifest.
 
     Args:
-        model: the graph.
-        destination: its final path.
-        source: the manifest of the graph it was made from.
+        model, destination, source: these.
         before: called with the manifest before the graph appears under its name.
         changes: fields of the manifest that differ from the source's.
     """
@@ -73,8 +70,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
     """Load an ONNX file. Only its format is checked; weights in other files are not read.
 
     Raises:
-        GraphError: it is not an ONNX file, or has no nodes.
-        OSError: it cannot be read.
+        GraphError, OSError: it is not an ONNX file, or has no nodes; it cannot be read.
     """
     if not path.is_file():
         raise GraphError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
@@ -100,14 +96,11 @@ def read_graph(path: Path, manifest: GraphManifest | EngineManifest) -> onnx.Mod
     it takes time or memory.
 
     Raises:
-        GraphError: it is invalid or unbounded (see :func:`sizes_of`), or its input and outputs are not uint8 images and
-            labels.
+        GraphError: see :func:`load_graph` and :func:`sizes_of`; or it does not turn uint8 images into uint8 labels.
         ManifestError: the manifest gives other sizes, outputs or classes.
-        OSError: it cannot be read.
     """
     model = load_graph(path)
-    sizes = sizes_of(model, str(path))
-    _require_contract(path, model, manifest, sizes)
+    _require_contract(path, model, manifest, sizes_of(model, str(path)))
     return model
 
 
@@ -117,12 +110,8 @@ def sizes_of(model: onnx.ModelProto, name: str) -> Sizes:
     Refused are graphs that could run endlessly or take unlimited memory: graphs inside nodes (Loop, If, Scan),
     functions, and values far larger than the image; also weights outside the file and constants without data.
 
-    Args:
-        model: the graph; it is not changed.
-        name: for messages.
-
     Raises:
-        GraphError: it is not valid ONNX, or not bounded.
+        GraphError: it is not valid ONNX, or not bounded; the message calls it ``name``.
     """
     graph = model.graph
     if len(graph.node) > _MAX_NODES:
@@ -138,11 +127,8 @@ def sizes_of(model: onnx.ModelProto, name: str) -> Sizes:
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g") or attribute.graphs:
-                raise GraphError(
-                    f"{name} holds a graph inside a node ({node.op_type} {node.name!r}), whose run time and memory are "
-                    "not known",
-                    hint=_AGAIN,
-                )
+                what = f"a graph inside a node ({node.op_type} {node.name!r}), whose run time and memory are not known"
+                raise GraphError(f"{name} holds {what}", hint=_AGAIN)
             tensors += [attribute.t] if attribute.HasField("t") else attribute.tensors
     for tensor in tensors:
         _require_data(tensor, name)
@@ -248,9 +234,8 @@ def _require_contract(
     if [*found][:2] != ["image", LABELS] or {kind for kind, _ in found.values()} != {TensorProto.UINT8}:
         image = ()
     if len(image) != 4 or 0 in image or found[LABELS][1] != (image[0], image[2], image[2]):
-        raise GraphError(
-            f"{path} has {actual}; it must have image uint8 [N,3,T,T] and labels uint8 [N,T,T]", hint=_AGAIN
-        )
+        wanted = "image uint8 [N,3,T,T] and labels uint8 [N,T,T]"
+        raise GraphError(f"{path} has {actual}; it must have {wanted}", hint=_AGAIN)
     expected = {"image": (manifest.batch, 3, manifest.tile, manifest.tile), **manifest.outputs}
     if {name: shape for name, (_, shape) in found.items()} != expected:
         wanted = ", ".join(f"{name} {_written(TensorProto.UINT8, shape)}" for name, shape in expected.items())
@@ -267,7 +252,3 @@ def _written(kind: int, sizes: tuple[int, ...]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-_AGAIN = "name a graph that `cdkd-edge export` or `build` wrote, or make it again"
-_BOTH = "copy the file and its .json again, or make them again"

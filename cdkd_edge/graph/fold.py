@@ -1,7 +1,6 @@
 """Exact rewrites of constant linear maps, computed in FP64 and rounded once to FP32.
 
-Normalisation, batch norm, the query scale, average pooling and bilinear up-sampling are linear maps with constants.
-They can be merged into a neighbour or written as one matrix: the same function in fewer operations.
+Linear maps with constants are merged into a neighbour or written as one matrix: the same function in fewer operations.
 """
 
 from __future__ import annotations
@@ -19,15 +18,10 @@ Weights = Mapping[str, Array]
 
 
 def fold_normalisation(weight: Array, bias: Array, mean: Sequence[float], std: Sequence[float]) -> tuple[Array, Array]:
-    """Convolution of normalised pixels as a convolution of raw ones.
+    """Convolution of normalised pixels (mean and std on 0..255) as a convolution of raw ones.
 
     conv(W, (x - mean) / std) + b = conv(W / std, x) + (b - sum W mean / std); exact because the patch
     embedding has no padding, so every output sees the same number of pixels.
-
-    Args:
-        weight: ``[D, 3, p, p]``.
-        bias: ``[D]``.
-        mean, std: per channel, on 0..255.
     """
     scaled = weight.astype(np.float64) / np.asarray(std).reshape(1, 3, 1, 1)
     shift = (scaled * np.asarray(mean).reshape(1, 3, 1, 1)).sum(axis=(1, 2, 3))
@@ -48,12 +42,7 @@ def fold_batch_norm(weights: Weights, unit: str, eps: float = 1e-5) -> tuple[Arr
 
 
 def fold_query_scale(weight: Array, bias: Array, heads: int) -> tuple[Array, Array]:
-    """The qkv projection with 1/sqrt(head width) applied to the query rows.
-
-    Args:
-        weight: ``[3 D, D]``, rows q, k, v.
-        bias: ``[3 D]``.
-    """
+    """The qkv projection ``[3 D, D]`` with 1/sqrt(head width) applied to the query rows, which come first."""
     dim = weight.shape[1]
     scale = np.ones(3 * dim)
     scale[:dim] = 1 / math.sqrt(dim // heads)
@@ -97,10 +86,7 @@ def upsampling_matrix(grid: int, scales: Sequence[int]) -> Array:
 
 
 def kernel_taps(kernel: Array) -> Array:
-    """A 3x3 convolution's weights as a matrix that makes the share of each of its nine taps.
-
-    Args:
-        kernel: ``[C, I, 3, 3]``.
+    """A 3x3 convolution's weights ``[C, I, 3, 3]`` as a matrix that makes the share of each of its nine taps.
 
     Returns:
         ``[I, 9 C]``, columns ordered tap by tap (row by row of the kernel), C within a tap.
@@ -128,16 +114,9 @@ def spreading_matrix(grid: int, scales: Sequence[int]) -> Array:
 
 
 def scale_mask(scales: Sequence[int], channels: int) -> Array:
-    """1 where a pooled cell belongs to the scale that a block of channels stands for.
+    """1 where a pooled cell belongs to the scale of a block of channels, ``[sum s*s, len(scales) * channels]``.
 
     All scales go through one matrix product; this keeps each scale's own cells.
-
-    Returns:
-        ``[sum s*s, len(scales) * channels]``.
     """
-    mask = np.zeros((sum(s * s for s in scales), len(scales) * channels), np.float32)
-    row = 0
-    for index, scale in enumerate(scales):
-        mask[row : row + scale * scale, index * channels : (index + 1) * channels] = 1
-        row += scale * scale
-    return mask
+    own = np.repeat(np.eye(len(scales), dtype=np.float32), np.square(scales), axis=0)
+    return np.repeat(own, channels, axis=1)

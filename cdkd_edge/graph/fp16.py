@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from cdkd_edge.graph.cpu import cpu_session, fuse_attention
 from cdkd_edge.graph.files import read_graph, save_derived, sizes_of
 from cdkd_edge.graph.fp16_simulation import (
     FP16_MAX,
+    IN_FP32,
     OutOfRangeError,
     RangeWatch,
     UInt8Array,
@@ -46,10 +47,10 @@ from cdkd_edge.graph.layers import logits_of, position_embedding, scores_of
 from cdkd_edge.graph.nodes import batch_of, copy_of, show_values
 
 ROUNDOFF = 2.0**-11  # FP16 moves a number by at most this share of it
-
 SPREADS = 5.0  # standard deviations that a logit may be off, so that none of a million is off by chance
-
 CHECK_TILES = 2
+_BEST = "best_two"
+_INSTEAD = "deploy it in FP32, or say which share of labels must stay the same (--min-agreement 99)"
 
 
 class WeightRangeError(GraphError):
@@ -70,10 +71,7 @@ def write_fp16(
     Args:
         plain: the FP32 graph with its manifest.
         destination: final path of the FP16 graph.
-        tiles: uint8 ``[3, T, T]`` tiles to compare labels on. Default: two drawn ones.
-        imagery: what they are.
-        least: share of labels that must stay the same, in place of the default check; see :func:`check_fp16`.
-        note: called with the name of each step.
+        tiles, imagery, least, note: as for :func:`check_fp16`. Default: two drawn tiles.
 
     Raises:
         ManifestError: the graph is not what its manifest says, or the destination is not ours to replace.
@@ -108,10 +106,7 @@ def _record_refusal(plain: Path, source: GraphManifest, refusal: Refusal | None)
 
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """An FP32 graph of :mod:`cdkd_edge.graph.build` in FP16; inputs, outputs and names stay the same.
-
-    Returns:
-        A new graph; ``model`` is not changed.
+    """A copy of an FP32 graph of :mod:`.build` in FP16; inputs, outputs and names stay the same.
 
     Raises:
         GraphError: a weight does not fit FP16, or this is not an exported FP32 graph.
@@ -128,24 +123,19 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     scales = {node.input[2] for node in graph.node if node.op_type == "Resize" and len(node.input) > 2}
     _move_bias_rounding_to_positions(graph)
     for item in graph.initializer:
-        if item.data_type == TensorProto.FLOAT and item.name not in scales:
-            item.CopyFrom(numpy_helper.from_array(_rounded(item), item.name))
+        if item.data_type != TensorProto.FLOAT or item.name in scales:
+            continue
+        values = numpy_helper.to_array(item)
+        largest = float(np.abs(values).max()) if values.size else 0.0
+        if not largest <= FP16_MAX:
+            raise WeightRangeError(f"weight {item.name} holds {largest:.3g}; FP16 ends at {FP16_MAX:.0f}", hint=IN_FP32)
+        item.CopyFrom(numpy_helper.from_array(values.astype(np.float16), item.name))
     for node in graph.node:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
                 attribute.i = TensorProto.FLOAT16
     del graph.value_info[:]
     return half
-
-
-def _rounded(item: onnx.TensorProto) -> np.ndarray:
-    values = numpy_helper.to_array(item)
-    largest = float(np.abs(values).max()) if values.size else 0.0
-    if not largest <= FP16_MAX:
-        raise WeightRangeError(
-            f"weight {item.name} holds {largest:.3g}; FP16 ends at {FP16_MAX:.0f}", hint="deploy this network in FP32"
-        )
-    return values.astype(np.float16)
 
 
 def _move_bias_rounding_to_positions(graph: onnx.GraphProto) -> None:
@@ -169,16 +159,12 @@ def _move_bias_rounding_to_positions(graph: onnx.GraphProto) -> None:
 
 
 def logit_tolerance(roundings: int, largest: float) -> float:
-    """How far FP16 may move a logit.
+    """How far FP16 may move a logit, if the largest has the magnitude ``largest``.
 
     Each of the n values that are rounded one after the other moves by up to u = 2^-11 of itself, with a standard
     deviation of u / sqrt(3) if all errors up to u are equally likely. Errors are independent, so n of them have sqrt(n)
     times that: 5 sqrt(n / 3) u of the largest logit is allowed. For the paper's network (n = 134) that is 1.6 %;
     networks with random and with trained weights were off by 0.05 to 0.3 % of the largest logit.
-
-    Args:
-        roundings: n.
-        largest: the largest magnitude of a logit.
     """
     return SPREADS * ROUNDOFF * math.sqrt(roundings / 3) * largest
 
@@ -194,9 +180,9 @@ def check_fp16(
 ) -> ConversionCheck:
     """Compare an FP16 graph, with or without INT8 layers, with the FP32 graph it was made from.
 
-    FP16 breaks a network if a value leaves its range, if a logit moves by more than rounding explains
-    (:func:`logit_tolerance`), or if a label changes where FP32's best score is ahead by more than twice that. A label
-    that changes where the lead is smaller is a tie: it is counted, but no fault.
+    FP16 breaks a network if a value leaves its range, also on tiles that are all 0, all 255, a checkerboard and noise;
+    if a logit moves by more than rounding explains (:func:`logit_tolerance`); or if a label changes where FP32's best
+    score is ahead by more than twice that. Where the lead is smaller, it is a tie: counted, but no fault.
 
     Args:
         plain: the FP32 graph.
@@ -207,23 +193,23 @@ def check_fp16(
         least: judge labels by the share of pixels that must keep theirs, in place of logits and ties, as INT8 needs.
 
     Raises:
-        NumericalCheckError: FP16 breaks the network, or fewer pixels keep their label. The range is also checked on
-            tiles that are all 0, all 255, a checkerboard and noise.
-        GraphError: ONNX Runtime does not run it.
-        ValueError: there is no tile.
+        NumericalCheckError: FP16 breaks the network, or fewer pixels keep their label.
+        GraphError, ValueError: ONNX Runtime does not run it; there is no tile.
     """
     shown = list(tiles)
     if not shown:
         raise ValueError("there is no tile to check FP16 on")
     model = onnx.load(plain)
     size, side = batch_of(model), shown[0].shape[-1]
-    batches = list(_batches(shown, size))
+    padded = shown + [shown[-1]] * (-len(shown) % size)
+    batches = [np.stack(padded[start : start + size]) for start in range(0, len(padded), size)]
     logits = [] if least is not None else [_add_best_scores(model)]
     fuse_attention(model)
     note("labels of the FP32 graph")
     session = cpu_session(model, in_order=True)
     del model
-    expected = [run_session(session, ["labels", *logits, *([_BEST] if logits else [])], batch) for batch in batches]
+    wanted = ["labels", *logits, _BEST] if logits else ["labels"]
+    expected = [run_session(session, wanted, batch) for batch in batches]
     del session
 
     simulation = fp16_on_cpu(half)
@@ -234,27 +220,25 @@ def check_fp16(
 
     note("labels in FP16")
     agreeing, left = 0, len(shown)
-    worst: float | None = None
-    tolerance: float | None = None
+    moved: list[tuple[float, float]] = []
     for batch, exact in zip(batches, expected, strict=True):
         found = watch.run(["labels", *logits], batch, "the imagery")
         agreeing += int(np.count_nonzero((found[0] == exact[0])[:left]))
         left -= len(batch)
         if logits:
-            error, allowed = _require_near(found, exact, roundings, imagery)
-            worst, tolerance = max(worst or 0.0, error), max(tolerance or 0.0, allowed)
+            moved.append(_require_near(found, exact, roundings, imagery))
     note("extreme tiles in FP16")
     for name, tile in extreme_tiles(side).items():
         watch.run(["labels"], np.repeat(tile[None], size, axis=0), name)
     agreement = agreeing / (len(shown) * side**2)
     if least is not None and agreement < least:
-        quantised = any(node.op_type == "QuantizeLinear" for node in half.graph.node)
+        hint = "deploy it in FP32, or allow more with --min-agreement"
+        if any(node.op_type == "QuantizeLinear" for node in half.graph.node):
+            hint = "keep more layers in FP16 (--auto with a higher --min-agreement), or build --fp16"
         raise NumericalCheckError(
             f"in lower precision the network gives another label on {1 - agreement:.2%} of the pixels of {imagery} "
             f"tiles (at most {1 - least:.1%} is allowed)",
-            hint="keep more layers in FP16 (--auto with a higher --min-agreement), or build --fp16"
-            if quantised
-            else "deploy it in FP32, or allow more with --min-agreement",
+            hint=hint,
         )
     return ConversionCheck(
         tiles=len(shown),
@@ -262,12 +246,9 @@ def check_fp16(
         label_agreement=agreement,
         finite=True,
         runtime=f"onnxruntime {onnxruntime.__version__}, values rounded to FP16",
-        max_logit_error=worst,
-        logit_tolerance=tolerance,
+        max_logit_error=max((error for error, _ in moved), default=None),
+        logit_tolerance=max((allowed for _, allowed in moved), default=None),
     )
-
-
-_BEST = "best_two"
 
 
 def _add_best_scores(model: onnx.ModelProto) -> str:
@@ -276,9 +257,8 @@ def _add_best_scores(model: onnx.ModelProto) -> str:
     scores, logits = scores_of(model), logits_of(model)
     count = min(2, sizes_of(model, "the graph")[scores][1][1])
     graph.initializer.append(helper.make_tensor(f"{_BEST}.count", TensorProto.INT64, [1], [count]))
-    graph.node.append(
-        helper.make_node("TopK", [scores, f"{_BEST}.count"], [_BEST, f"{_BEST}.labels"], axis=1)  # [N, 2, T, T]
-    )
+    # values and labels ``[N, 2, T, T]``
+    graph.node.append(helper.make_node("TopK", [scores, f"{_BEST}.count"], [_BEST, f"{_BEST}.labels"], axis=1))
     show_values(model, (logits, _BEST))
     return logits
 
@@ -289,8 +269,7 @@ def _require_near(found: list[Any], exact: list[Any], roundings: int, imagery: s
     Args:
         found: labels ``[N, T, T]`` and logits ``[N, K, G, G]`` in FP16.
         exact: the same in FP32, and its two best scores ``[N, 2, T, T]``.
-        roundings: as for :func:`logit_tolerance`.
-        imagery: what the tiles are.
+        roundings, imagery: as for :func:`logit_tolerance` and :func:`check_fp16`.
 
     Returns:
         The largest difference of a logit, and the tolerance.
@@ -313,13 +292,3 @@ def _require_near(found: list[Any], exact: list[Any], roundings: int, imagery: s
             hint=_INSTEAD,
         )
     return worst, allowed
-
-
-_INSTEAD = "deploy it in FP32, or say which share of labels must stay the same (--min-agreement 99)"
-
-
-def _batches(tiles: list[UInt8Array], size: int) -> Iterator[UInt8Array]:
-    """Tiles in batches; the last tile fills up the last batch."""
-    for start in range(0, len(tiles), size):
-        batch = tiles[start : start + size]
-        yield np.stack(batch + [batch[-1]] * (size - len(batch)))

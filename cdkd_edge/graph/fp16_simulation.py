@@ -22,12 +22,17 @@ from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, attribute_of, copy_of,
 UInt8Array = npt.NDArray[np.uint8]
 
 FP16_MAX = 65504.0
+IN_FP32 = "deploy this network in FP32"
 
-_MOVES_ONLY = frozenset({"Reshape", "Transpose", "Split", "Concat", "Slice", "Relu"})
-"""Operators whose outputs need no rounding if their inputs were rounded."""
-
-_NOT_FP16 = frozenset({"Cast", "ArgMax", "QuantizeLinear", "DequantizeLinear"})
-"""Operators whose outputs are integers, or integers times a scale, which products take as they are."""
+_NOT_ROUNDED = {
+    *("Reshape", "Transpose", "Split", "Concat", "Slice", "Relu"),  # rounded, if their inputs were
+    *(
+        "Cast",
+        "ArgMax",
+        "QuantizeLinear",
+        "DequantizeLinear",
+    ),  # integers (times a scale); products take them as they are
+}
 
 
 class OutOfRangeError(NumericalCheckError):
@@ -50,15 +55,13 @@ def fp16_on_cpu(half: onnx.ModelProto) -> onnx.ModelProto:
     index = GraphIndex(model.graph)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        copy = copy_of(node)
+        copy, name = copy_of(node), node.output[0]
         nodes.append(copy)
-        if node.output[0] in wide or not _is_stored(node, index):
-            continue
-        name = node.output[0]
-        exact, half_name = f"{name}.exact", f"{name}.half"
-        copy.output[0] = exact
-        nodes.append(helper.make_node("Cast", [exact], [half_name], name=f"{name}/Round", to=TensorProto.FLOAT16))
-        nodes.append(helper.make_node("Cast", [half_name], [name], name=f"{name}/Widen", to=TensorProto.FLOAT))
+        if name not in wide and _is_stored(node, index):
+            exact, rounded = f"{name}.exact", f"{name}.half"
+            copy.output[0] = exact
+            nodes.append(helper.make_node("Cast", [exact], [rounded], name=f"{name}/Round", to=TensorProto.FLOAT16))
+            nodes.append(helper.make_node("Cast", [rounded], [name], name=f"{name}/Widen", to=TensorProto.FLOAT))
     replace_nodes(model.graph, nodes)
     return model
 
@@ -100,14 +103,15 @@ class RangeWatch:
 
     def __init__(self, simulation: onnx.ModelProto) -> None:
         """Add the watched outputs to a graph, which is changed, and load it."""
-        graph = simulation.graph
-        self._sums: dict[str, str] = {}
-        """By name of the output, the value that it is the sum of."""
-        self._bounds: dict[str, str] = {}
-        """By name of the output, the attention whose scores it bounds."""
-        watched = self._watched(simulation)
+        self._sums: dict[str, str] = {}  # by name of the output, the value that it is the sum of
+        self._bounds: dict[str, str] = {}  # by name of the output, the attention whose scores it bounds
+        index = GraphIndex(simulation.graph)
+        watched = set()
+        for name in rounded_values(simulation):
+            user = index.only_user(name)
+            watched.add(user.output[0] if user is not None and user.op_type == "Relu" else name)
         writer = NodeWriter()
-        for node in graph.node:
+        for node in simulation.graph.node:
             if node.op_type == "MultiHeadAttention":
                 bound = _add_score_bound(writer, node, opset_of(simulation))
                 self._bounds[bound] = node.output[0].removesuffix(".exact")
@@ -115,19 +119,13 @@ class RangeWatch:
             if node.output[0] in watched:
                 total = writer.add("ReduceSum", f"{node.output[0]}.sum_of_all", node.output[0], keepdims=0)
                 self._sums[total] = node.output[0]
-        replace_nodes(graph, writer.nodes)
-        graph.initializer.extend(writer.constants.values())
+        writer.replace_nodes(simulation)
         show_values(simulation, (*self._sums, *self._bounds))
         # ONNX Runtime's own order would run the sums last and keep what they need until then.
         self._session = cpu_session(simulation, in_order=True)
 
     def run(self, outputs: list[str], batch: UInt8Array, what: str) -> list[npt.NDArray[Any]]:
-        """Outputs of a batch.
-
-        Args:
-            outputs: their names.
-            batch: uint8 ``[N, 3, T, T]``.
-            what: what the batch is, for messages.
+        """Outputs of a batch, uint8 ``[N, 3, T, T]``; messages call it ``what``.
 
         Raises:
             OutOfRangeError: a value leaves FP16's range.
@@ -137,31 +135,18 @@ class RangeWatch:
         sums = found[len(outputs) : len(outputs) + len(self._sums)]
         for name, value in zip(self._sums.values(), sums, strict=True):
             if not np.isfinite(value):
-                raise OutOfRangeError(f"on {what} {name} leaves FP16's range", hint="deploy this network in FP32")
+                raise OutOfRangeError(f"on {what} {name} leaves FP16's range", hint=IN_FP32)
         for name, value in zip(self._bounds.values(), found[len(outputs) + len(sums) :], strict=True):
             if not (value <= FP16_MAX).all():
                 raise OutOfRangeError(
                     f"on {what} attention scores ({name}) may reach {value.max():.3g}, beyond FP16's {FP16_MAX:.0f}",
-                    hint="deploy this network in FP32",
+                    hint=IN_FP32,
                 )
         return found[: len(outputs)]
 
-    @staticmethod
-    def _watched(simulation: onnx.ModelProto) -> set[str]:
-        index = GraphIndex(simulation.graph)
-        watched = set()
-        for name in rounded_values(simulation):
-            user = index.only_user(name)
-            watched.add(user.output[0] if user is not None and user.op_type == "Relu" else name)
-        return watched
-
 
 def run_session(session: Any, outputs: list[str], batch: UInt8Array) -> list[npt.NDArray[Any]]:
-    """Run a session on a batch of tiles.
-
-    Raises:
-        GraphError: ONNX Runtime does not run the graph.
-    """
+    """Run a session on a batch of tiles; GraphError if ONNX Runtime does not."""
     try:
         values: list[npt.NDArray[Any]] = session.run(outputs, {"image": batch})
     except Exception as error:  # ONNX Runtime's own types share no base but Exception
@@ -171,7 +156,7 @@ def run_session(session: Any, outputs: list[str], batch: UInt8Array) -> list[npt
 
 def _is_stored(node: onnx.NodeProto, index: GraphIndex) -> bool:
     """Whether an engine writes the node's output to memory as a value that may need rounding."""
-    if node.op_type in _MOVES_ONLY or node.op_type in _NOT_FP16:
+    if node.op_type in _NOT_ROUNDED:
         return False
     user = index.only_user(node.output[0])
     if node.op_type == "MatMul" and user is not None and user.op_type == "Add":
@@ -183,20 +168,14 @@ def _fp32_values(graph: onnx.GraphProto) -> set[str]:
     """The values that an FP16 graph computes in FP32: those behind a cast to it, such as confidence."""
     wide: set[str] = set()
     for node in graph.node:  # in the order of computation
-        if node.op_type == "Cast":
-            starts = attribute_of(node, "to") == TensorProto.FLOAT
-        else:
-            starts = bool(wide & set(node.input))
-        if starts:
-            wide |= set(node.output)
+        is_cast = node.op_type == "Cast"
+        if attribute_of(node, "to") == TensorProto.FLOAT if is_cast else not wide.isdisjoint(node.input):
+            wide.update(node.output)
     return wide
 
 
 def _add_score_bound(writer: NodeWriter, attention: onnx.NodeProto, opset: int) -> str:
-    """Bound the scores of fused attention, one float per head.
-
-    No score of a head exceeds its longest query times its longest key (Cauchy-Schwarz).
-    """
+    """Bound the scores of fused attention by longest query times longest key of a head (Cauchy-Schwarz)."""
     heads = attribute_of(attention, "num_heads")
 
     def reduce(op: str, name: str, value: str, axes: list[int]) -> str:

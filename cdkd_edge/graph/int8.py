@@ -1,11 +1,5 @@
 """The INT8 graph: smooth the FP32 graph, choose scales on calibration tiles, write Q/DQ.
 
-SmoothQuant (Xiao et al., ICML 2023, https://arxiv.org/abs/2211.10438, eq. 4) moves outliers from activations, where one
-scale serves all channels, into weights: channel j of a layer's input is divided by
-s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), row j of its weight multiplied by it. The division is free where a constant
-makes the channel: LayerNorm before qkv and fc1 and, beyond the paper, the value rows of qkv before proj. The graph
-computes the same function, node for node.
-
 Precision is in the graph (FP16 with Q/DQ), so that TensorRT 10.3 and 11 compile the same arithmetic. Q/DQ are on inputs
 and weights only, because Q/DQ on outputs keep epilogues from being fused; biases are floating point, because the parser
 takes no others. The CPU's version is made from the same file (:func:`cdkd_edge.graph.cpu.cpu_twin`).
@@ -30,6 +24,7 @@ from cdkd_edge.graph.int8_ranges import (
     PERCENTILE,
     LayerScales,
     Observation,
+    UInt8Array,
     activation_scale,
     observe,
     quantize_weight,
@@ -45,10 +40,8 @@ from cdkd_edge.graph.layers import (
 )
 from cdkd_edge.graph.nodes import NodeWriter, copy_of, opset_of, replace_nodes
 
-ALPHA = 0.5  # smoothQuant's exponent
-
+ALPHA = 0.5  # SmoothQuant's exponent
 SMOOTHING_TILES = 16  # channel maxima, which smoothing needs, settle long before the tails of histograms do
-
 MIN_OPSET = 19  # the first with FP16 scales
 
 
@@ -58,7 +51,7 @@ class Tiles(Protocol):
     def __len__(self) -> int:
         """The number of tiles."""
 
-    def __iter__(self) -> Iterator[npt.NDArray[np.uint8]]:
+    def __iter__(self) -> Iterator[UInt8Array]:
         """uint8 ``[3, T, T]``."""
 
 
@@ -68,7 +61,7 @@ class CalibrationOptions:
 
     calibrator: str = "percentile"
     percentile: float = PERCENTILE
-    alpha: float | None = ALPHA  # smoothQuant's exponent, above 0, at most 1; None: no smoothing
+    alpha: float | None = ALPHA  # SmoothQuant's exponent, above 0, at most 1; None: no smoothing
 
     def __post_init__(self) -> None:
         if self.calibrator not in CALIBRATORS:
@@ -99,31 +92,29 @@ def calibrate(
     options: CalibrationOptions = CalibrationOptions(),
     note: Callable[[str], None] = lambda text: None,
 ) -> Calibrated:
-    """Smooth a graph and choose the scales of every quantisable layer.
+    """Smooth a graph, which is not changed, and choose the scales of every quantisable layer.
 
-    Memory does not grow with the number of tiles: they are read one at a time, and only channel maxima and histograms
-    are kept.
-
-    Args:
-        plain: the exported FP32 graph; it is not changed.
-        tiles: the calibration tiles.
-        options: how ranges are chosen.
-        note: called with each tile done.
+    Tiles are read one at a time, and only channel maxima and histograms are kept. ``note`` is called after each.
 
     Raises:
-        GraphError: the graph has no layers that INT8 is for.
-        ValueError: there are no tiles.
+        GraphError, ValueError: the graph has no layers that INT8 is for; there are no tiles.
     """
+
+    def counted(tiles: Iterable[UInt8Array], total: int, what: str) -> Iterator[UInt8Array]:
+        for done, tile in enumerate(tiles, start=1):
+            yield tile
+            note(f"{what}: tile {done} of {total}")
+
     model = copy_of(plain)
     layers = quantizable_layers(model)
     smoothed: tuple[str, ...] = ()
     if options.alpha is not None:
         step = max(len(tiles) // SMOOTHING_TILES, 1)
         spread = (tile for index, tile in enumerate(tiles) if index % step == 0)
-        seen = observe(model, layers, _counted(spread, -(-len(tiles) // step), "channel maxima", note))
+        seen = observe(model, layers, counted(spread, -(-len(tiles) // step), "channel maxima"))
         smoothed = tuple(smooth(model, layers, seen, options.alpha))
         layers = quantizable_layers(model)
-    seen = observe(model, layers, _counted(tiles, len(tiles), "ranges", note))
+    seen = observe(model, layers, counted(tiles, len(tiles), "ranges"))
     scales = {
         layer.name: LayerScales(
             activation_scale(seen[layer.name], options.calibrator, options.percentile),
@@ -134,22 +125,18 @@ def calibrate(
     return Calibrated(model, layers, scales, smoothed)
 
 
-def _counted(
-    tiles: Iterable[npt.NDArray[np.uint8]], total: int, what: str, note: Callable[[str], None]
-) -> Iterator[npt.NDArray[np.uint8]]:
-    """The tiles; ``note`` is called after each."""
-    for done, tile in enumerate(tiles, start=1):
-        yield tile
-        note(f"{what}: tile {done} of {total}")
-
-
 def smooth(
     model: onnx.ModelProto,
     layers: Sequence[QuantizableLayer],
     observations: Mapping[str, Observation],
     alpha: float = ALPHA,
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Fold SmoothQuant's factors into the weights of an FP32 graph, in place.
+    """Fold SmoothQuant's factors into the weights of an FP32 graph, in place: the same function, node for node.
+
+    SmoothQuant (Xiao et al., ICML 2023, https://arxiv.org/abs/2211.10438, eq. 4) moves outliers from activations, where
+    one scale serves all channels, into weights: channel j of a layer's input is divided by
+    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), row j of its weight multiplied by it. The division is free where a
+    constant makes the channel: LayerNorm before qkv and fc1 and, beyond the paper, the value rows of qkv before proj.
 
     Returns:
         The factors ``[K]`` by which each smoothed layer's input is now smaller.
@@ -221,53 +208,41 @@ def int8_graph(
             f"INT8 needs a graph of opset {MIN_OPSET} or newer; this one has opset {opset}",
             hint="export the checkpoint again with --opset 20",
         )
-    edit = _QuantizeEdit(to_fp16(model))
-    for layer in layers:
-        if layer.name in scales:
-            weight, own = weight_of(model, layer.weight), scales[layer.name]
-            edit.quantize_input(layer.node, layer.name, layer.input, own.activation)
-            edit.quantize_weight(layer.node, layer.name, weight, own.weight, layer.output_axis)
-    for node, name in weight_only_layers(model):
-        weight = weight_of(model, name)
-        edit.quantize_weight(node, node.rsplit("/", 1)[0], weight, weight_scales(weight, 1), 1)
-    return edit.finish()
+    half = to_fp16(model)
+    nodes = {node.name: node for node in half.graph.node}
+    constants: dict[str, onnx.TensorProto] = {}
+    before = {name: NodeWriter(constants) for name in nodes}  # what to insert before each node
 
-
-class _QuantizeEdit:
-    """Collects Q/DQ nodes to insert; drops constants that are no longer used in the end."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = model
-        self._before: dict[str, NodeWriter] = {node.name: NodeWriter() for node in model.graph.node}
-        self._nodes = {node.name: node for node in model.graph.node}
-        self._constants = NodeWriter()
-
-    def quantize_input(self, node: str, name: str, value: str, scale: float) -> None:
-        """Put ``Q -> DQ`` before a node's first input."""
+    def quantize_input(layer: QuantizableLayer, scale: float) -> None:
+        """Put ``Q -> DQ`` before a layer's input."""
         # A scale per tensor has no dimension. With one of size 1 it would count as per axis, and compilers would
         # compute the layer in FP16.
-        zero = self._constants.constant("int8_zero", np.zeros((), np.int8))
-        stored = self._constants.constant(f"{name}.input_scale", np.array(scale, np.float16))
-        before = self._before[node]
-        integers = before.add("QuantizeLinear", f"{name}.input_int8", value, stored, zero)
-        self._nodes[node].input[0] = before.add("DequantizeLinear", f"{name}.input", integers, stored, zero)
+        writer, name = before[layer.node], layer.name
+        zero = writer.constant("int8_zero", np.zeros((), np.int8))
+        stored = writer.constant(f"{name}.input_scale", np.array(scale, np.float16))
+        integers = writer.add("QuantizeLinear", f"{name}.input_int8", layer.input, stored, zero)
+        nodes[layer.node].input[0] = writer.add("DequantizeLinear", f"{name}.input", integers, stored, zero)
 
-    def quantize_weight(self, node: str, name: str, weight: np.ndarray, scales: np.ndarray, axis: int) -> None:
+    def use_integers(node: str, name: str, weight: Array, scales: Array, axis: int) -> None:
         """Put ``DQ`` of integers in place of a node's weight."""
+        writer = before[node]
         inputs = (
-            self._constants.constant(f"{name}.weight_int8", quantize_weight(weight, scales, axis)),
-            self._constants.constant(f"{name}.weight_scale", scales.astype(np.float16)),
-            self._constants.constant(f"int8_zeros_{len(scales)}", np.zeros(len(scales), np.int8)),
+            writer.constant(f"{name}.weight_int8", quantize_weight(weight, scales, axis)),
+            writer.constant(f"{name}.weight_scale", scales.astype(np.float16)),
+            writer.constant(f"int8_zeros_{len(scales)}", np.zeros(len(scales), np.int8)),
         )
-        real = self._before[node].add("DequantizeLinear", f"{name}.weight_real", *inputs, axis=axis)
-        self._nodes[node].input[1] = real
+        nodes[node].input[1] = writer.add("DequantizeLinear", f"{name}.weight_real", *inputs, axis=axis)
 
-    def finish(self) -> onnx.ModelProto:
-        """The edited graph."""
-        graph = self._model.graph
-        nodes = [one for node in graph.node for one in (*self._before[node.name].nodes, node)]
-        used = {name for node in nodes for name in node.input}
-        constants = (*graph.initializer, *self._constants.constants.values())
-        replace_nodes(graph, nodes, [item for item in constants if item.name in used])
-        del graph.value_info[:]
-        return self._model
+    for layer in layers:
+        if own := scales.get(layer.name):
+            quantize_input(layer, own.activation)
+            use_integers(layer.node, layer.name, weight_of(model, layer.weight), own.weight, layer.output_axis)
+    for node, name in weight_only_layers(model):
+        weight = weight_of(model, name)
+        use_integers(node, node.rsplit("/", 1)[0], weight, weight_scales(weight, 1), 1)
+    edited = [one for name, node in nodes.items() for one in (*before[name].nodes, node)]
+    used = {name for node in edited for name in node.input}
+    kept = [item for item in (*half.graph.initializer, *constants.values()) if item.name in used]
+    replace_nodes(half.graph, edited, kept)
+    del half.graph.value_info[:]
+    return half

@@ -17,19 +17,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
 
 from cdkd_edge.graph.cpu import cpu_session, fuse_attention
 from cdkd_edge.graph.layers import Array, QuantizableLayer, weight_of
-from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, batch_of, copy_of, replace_nodes, show_values
+from cdkd_edge.graph.nodes import NodeWriter, batch_of, copy_of, show_values
 
 UInt8Array = npt.NDArray[np.uint8]
 
+# One bin per upper half of an FP32 number without its sign: 8 bits of exponent, 7 of mantissa. Bins are 0.8 % wide at
+# any magnitude, so no range has to be known beforehand and histograms of tiles can be added.
 BINS = 1 << 15
-"""One bin per upper half of an FP32 number without its sign: 8 bits of exponent, 7 of mantissa. Bins are 0.8 % wide at
-any magnitude, so no range has to be known beforehand and histograms of tiles can be added."""
-
 _CHUNK = 1 << 20
+CALIBRATORS = ("max", "percentile", "mse")
+PERCENTILE = 99.999
+NOISELESS = 200.0  # dB; a number, because JSON has no infinity
+_LARGEST = 127
+_MIN_SCALE = float(np.finfo(np.float16).tiny)  # the smallest with FP16's full precision
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,7 @@ def magnitudes() -> npt.NDArray[np.float64]:
 def observe(
     model: onnx.ModelProto, layers: Sequence[QuantizableLayer], tiles: Iterable[UInt8Array]
 ) -> dict[str, Observation]:
-    """Run the FP32 graph on every tile and collect statistics of the inputs of ``layers``.
-
-    Args:
-        model: the FP32 graph.
-        layers: the layers.
-        tiles: uint8 ``[3, T, T]``, one at a time.
-
-    Returns:
-        An observation per layer name.
+    """Run the FP32 graph on every tile ``[3, T, T]``; returns statistics of the inputs of ``layers``, by name.
 
     Raises:
         ValueError: there is no tile.
@@ -89,23 +84,12 @@ def observe(
             axes = (0, 1) if channels_last[name] else (0, 2, 3)
             largest = np.maximum(value.max(axis=axes), -value.min(axis=axes))
             channel_max[name] = np.maximum(channel_max[name], largest) if name in channel_max else largest
-            _count(value, histograms[name])
+            upper = np.ascontiguousarray(value).ravel().view(np.uint16)[1::2]  # supported machines are little-endian
+            for start in range(0, len(upper), _CHUNK):
+                histograms[name] += np.bincount(upper[start : start + _CHUNK] & (BINS - 1), minlength=BINS)
     if not channel_max:
         raise ValueError("there is no tile to observe")
     return {layer.name: Observation(channel_max[layer.input], histograms[layer.input]) for layer in layers}
-
-
-def _count(value: npt.NDArray[np.float32], histogram: npt.NDArray[np.int64]) -> None:
-    upper = np.ascontiguousarray(value).ravel().view(np.uint16)[1::2]  # little-endian, as all supported machines are
-    for start in range(0, len(upper), _CHUNK):
-        histogram += np.bincount(upper[start : start + _CHUNK] & (BINS - 1), minlength=BINS)
-
-
-CALIBRATORS = ("max", "percentile", "mse")
-PERCENTILE = 99.999
-
-_LARGEST = 127
-_MIN_SCALE = float(np.finfo(np.float16).tiny)  # the smallest with FP16's full precision
 
 
 @dataclass(frozen=True)
@@ -117,16 +101,11 @@ class LayerScales:
 
 
 def activation_scale(observation: Observation, calibrator: str, percentile: float = PERCENTILE) -> float:
-    """The scale of a layer's input.
-
-    Args:
-        observation: statistics of the input.
-        calibrator: one of :data:`CALIBRATORS`.
-        percentile: share of magnitudes to keep, for ``percentile``, in per cent.
-    """
+    """The scale of a layer's input, by one of :data:`CALIBRATORS`; ``percentile`` is what it keeps, in per cent."""
     largest = observation.max
     if calibrator == "percentile":
-        largest = min(largest, _percentile(observation.histogram, percentile))
+        counts = observation.histogram.cumsum()
+        largest = min(largest, float(magnitudes()[np.searchsorted(counts, percentile / 100 * counts[-1])]))
     elif calibrator == "mse":
         largest = min(largest, _least_squares(observation.histogram, largest))
     return _fp16(largest / _LARGEST)
@@ -155,12 +134,6 @@ def _fp16(scale: float) -> float:
     return float(half)
 
 
-def _percentile(histogram: npt.NDArray[np.int64], percentile: float) -> float:
-    counts = histogram.cumsum()
-    index = int(np.searchsorted(counts, percentile / 100 * counts[-1]))
-    return float(magnitudes()[index])
-
-
 def _least_squares(histogram: npt.NDArray[np.int64], largest: float) -> float:
     """The range with the least mean squared error: s^2 / 12 from rounding inside it, and clipping outside."""
     value = magnitudes()
@@ -177,46 +150,33 @@ def _least_squares(histogram: npt.NDArray[np.int64], largest: float) -> float:
     return float(candidates[int(np.argmin(errors))])
 
 
-NOISELESS = 200.0  # dB; a number, because JSON has no infinity
-
-
 def signal_to_noise(
     model: onnx.ModelProto,
     layers: Sequence[QuantizableLayer],
     scales: Mapping[str, LayerScales],
     tiles: Iterable[UInt8Array],
 ) -> dict[str, float]:
-    """The signal-to-noise ratio of every layer that has scales, dB, with everything before it in FP32.
+    """The signal-to-noise ratio of every layer of a (smoothed) FP32 graph that has scales, dB; all in one pass.
 
     Each layer is computed twice on the same FP32 input, plain and quantised. The ratio is 10 log10 of the sum of
-    squares of the layer's product (its output without the bias) over that of the difference, over all tiles; at most
-    :data:`NOISELESS`. All layers take one pass.
-
-    Args:
-        model: the (smoothed) FP32 graph.
-        layers: its quantisable layers.
-        scales: scales of those that become INT8, by name.
-        tiles: uint8 ``[3, T, T]``.
+    squares of the layer's product (its output without the bias) over that of the difference, over all tiles
+    ``[3, T, T]``; at most :data:`NOISELESS`.
     """
     probe = copy_of(model)
     fuse_attention(probe)
-    graph = probe.graph
-    index = GraphIndex(graph)
     measured = {layer.product: layer for layer in layers if layer.name in scales}
     writer = NodeWriter()
     outputs: list[str] = []
-    for node in graph.node:
+    for node in probe.graph.node:
         writer.nodes.append(node)
         if layer := measured.get(node.output[0]):
-            weight = weight_of(model, layer.weight)
-            outputs += _add_quantized_copy(writer, index, layer, node, weight, scales[layer.name])
-    replace_nodes(graph, writer.nodes)
-    graph.initializer.extend(writer.constants.values())
+            outputs += _add_quantized_copy(writer, model, layer, node, scales[layer.name])
+    writer.replace_nodes(probe)
     batch = batch_of(probe)
-    del graph.output[:]
+    del probe.graph.output[:]
     show_values(probe, outputs)
     session = cpu_session(probe, in_order=True)
-    del probe, graph, index, writer
+    del probe, writer
 
     totals = np.zeros(len(outputs))
     for tile in tiles:
@@ -231,16 +191,11 @@ def signal_to_noise(
 
 
 def _add_quantized_copy(
-    writer: NodeWriter,
-    index: GraphIndex,
-    layer: QuantizableLayer,
-    node: onnx.NodeProto,
-    weight: Array,
-    scales: LayerScales,
+    writer: NodeWriter, model: onnx.ModelProto, layer: QuantizableLayer, node: onnx.NodeProto, scales: LayerScales
 ) -> tuple[str, str]:
     """Compute a layer in INT8, too; returns the names of the sums of squares of signal and noise."""
     name = f"{layer.name}.quantized"
-    integers = quantize_weight(weight, scales.weight, layer.output_axis)
+    integers = quantize_weight(weight_of(model, layer.weight), scales.weight, layer.output_axis)
     # q + 128: ONNX Runtime has its fast kernel for unsigned inputs only, and unsigned weights never saturate.
     grid = (
         writer.constant(f"{name}.scale", np.array(scales.activation, np.float32)),
@@ -260,8 +215,8 @@ def _add_quantized_copy(
     writer.nodes.append(quantized)
     signal = layer.product
     if layer.op == "Conv" and len(node.input) > 2:  # a large bias would make noise look small
-        bias = numpy_helper.to_array(index.constants[node.input[2]]).reshape(-1, 1, 1)
-        signal = writer.add("Sub", f"{name}.without_bias", signal, writer.constant(f"{name}.bias", bias))
+        bias = writer.constant(f"{name}.bias", weight_of(model, node.input[2]).reshape(-1, 1, 1))
+        signal = writer.add("Sub", f"{name}.without_bias", signal, bias)
     difference = writer.add("Sub", f"{name}.difference", layer.product, quantized.output[0])
     return (
         writer.add("ReduceSumSquare", f"{name}.signal", signal, keepdims=0),

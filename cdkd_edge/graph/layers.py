@@ -1,12 +1,12 @@
-"""Which nodes of a graph are which layers of the network: the one place that knows their names and forms.
+"""Which nodes of a graph are which layers of the network: the one place that knows names and forms of :mod:`.build`.
 
-:mod:`cdkd_edge.graph.build` names every node after the module it comes from. Whoever changes the operators there
-changes here how attention, linears, convolutions and logits are found. INT8, FP16, the CPU's fused attention, further
-outputs and the roofline ask these functions.
+Whoever changes the operators there changes here how attention, linears, convolutions and logits are found. INT8, FP16,
+the CPU's fused attention, further outputs and the roofline ask these functions.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from cdkd_edge.graph.nodes import GraphIndex, attribute_of
 
 Array = npt.NDArray[np.float32]
 
+_AGAIN = "export the checkpoint again with this release"
 _BLOCK_LINEAR = re.compile(r"(blocks\.\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$")
 
 
@@ -29,7 +30,7 @@ _BLOCK_LINEAR = re.compile(r"(blocks\.\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.
 class QuantizableLayer:
     """A ``MatMul`` or ``Conv`` of an exported FP32 graph, with constant weights."""
 
-    name: str  # name of the module, e.g. ``blocks.3.mlp.fc1`` or ``fuse``.
+    name: str  # of the module, e.g. ``blocks.3.mlp.fc1`` or ``fuse``
     node: str  # name of the node
     op: str
     input: str  # the value that is quantised: tokens ``[N, L, K]``, or a map ``[N, C, G, G]``
@@ -54,7 +55,11 @@ def quantizable_layers(model: onnx.ModelProto) -> list[QuantizableLayer]:
         GraphError: the graph has none; :mod:`cdkd_edge.graph.build` did not write it.
     """
     constants = {item.name: item for item in model.graph.initializer}
-    grid = _grid(model)
+    patch_embedding = next((node for node in model.graph.node if node.op_type == "Conv"), None)
+    if patch_embedding is None:
+        raise GraphError("the graph has no patch embedding", hint=_AGAIN)
+    tile = model.graph.input[0].type.tensor_type.shape.dim[-1].dim_value
+    cells = (tile // attribute_of(patch_embedding, "kernel_shape")[0]) ** 2
     layers = []
     for node in model.graph.node:
         if node.op_type not in ("MatMul", "Conv") or node.input[1] not in constants:
@@ -67,14 +72,10 @@ def quantizable_layers(model: onnx.ModelProto) -> list[QuantizableLayer]:
             quantizable = list(weight.dims[2:]) == [3, 3]
             name = name.removesuffix(".conv")
         if quantizable:
-            macs = grid * grid * int(np.prod(weight.dims))
-            layers.append(
-                QuantizableLayer(name, node.name, node.op_type, node.input[0], node.input[1], node.output[0], macs)
-            )
+            values = (node.input[0], node.input[1], node.output[0])
+            layers.append(QuantizableLayer(name, node.name, node.op_type, *values, cells * math.prod(weight.dims)))
     if not layers:
-        raise GraphError(
-            "the graph has no layer that INT8 is for", hint="export the checkpoint again with this release"
-        )
+        raise GraphError("the graph has no layer that INT8 is for", hint=_AGAIN)
     return layers
 
 
@@ -85,11 +86,8 @@ def weight_only_layers(model: onnx.ModelProto) -> list[tuple[str, str]]:
     INT8 arithmetic would gain nothing there, but the file becomes 2.4 MB smaller.
     """
     constants = {item.name for item in model.graph.initializer}
-    return [
-        (node.name, node.input[1])
-        for node in model.graph.node
-        if node.op_type == "MatMul" and node.name.startswith("context.taps/") and node.input[1] in constants
-    ]
+    taps = [node for node in model.graph.node if node.op_type == "MatMul" and node.name.startswith("context.taps/")]
+    return [(node.name, node.input[1]) for node in taps if node.input[1] in constants]
 
 
 def weight_of(model: onnx.ModelProto, name: str) -> Array:
@@ -113,8 +111,7 @@ def input_makers(
 ) -> list[InputMaker]:
     """The constants by which SmoothQuant divides a layer's input; empty where no constant makes it.
 
-    For qkv and fc1 these are LayerNorm's scale and shift; for proj the value rows of qkv (attention mixes tokens, not
-    channels).
+    For qkv and fc1: LayerNorm's scale and shift. For proj: qkv's value rows, because attention mixes tokens only.
     """
     found = _BLOCK_LINEAR.match(layer.name)
     if not found or found[2] == "mlp.fc2":
@@ -164,12 +161,23 @@ def attention_blocks(model: onnx.ModelProto) -> list[AttentionBlock | None]:
     return found
 
 
+def _require(condition: bool) -> None:
+    if not condition:
+        raise _MismatchError
+
+
 def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBlock:
+    def of_form(node: onnx.NodeProto | None, op: str, attributes: dict[str, object]) -> onnx.NodeProto:
+        if node is None or node.op_type != op:
+            raise _MismatchError
+        _require(all(attribute_of(node, name) == value for name, value in attributes.items()))
+        return node
+
     def maker(value: str, op: str, **attributes: object) -> onnx.NodeProto:
-        return _require_op(index.maker.get(value), op, attributes)
+        return of_form(index.maker.get(value), op, attributes)
 
     def user(node: onnx.NodeProto, op: str, **attributes: object) -> onnx.NodeProto:
-        return _require_op(index.only_user(node.output[0]), op, attributes)
+        return of_form(index.only_user(node.output[0]), op, attributes)
 
     def sizes(node: onnx.NodeProto, count: int) -> list[int]:
         """The constant sizes that are a node's second input: ``count`` positive numbers."""
@@ -200,18 +208,6 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
     _require(sizes(split, 3) == [heads] * 3)
     _require(sizes(joined, 3) == [batch, length, heads * width])
     return AttentionBlock(heads_shape.input[0], joined.output[0], heads, heads * width, nodes)
-
-
-def _require(condition: bool) -> None:
-    if not condition:
-        raise _MismatchError
-
-
-def _require_op(node: onnx.NodeProto | None, op: str, attributes: dict[str, object]) -> onnx.NodeProto:
-    if node is None or node.op_type != op:
-        raise _MismatchError
-    _require(all(attribute_of(node, name) == value for name, value in attributes.items()))
-    return node
 
 
 def scores_of(model: onnx.ModelProto) -> str:
@@ -253,12 +249,3 @@ def position_embedding(graph: onnx.GraphProto) -> tuple[onnx.TensorProto, onnx.T
         return None
     class_token = any(node.op_type == "Concat" and "cls_token" in node.input for node in graph.node)
     return constants["patch_embed.bias"], constants["pos_embed"], int(class_token)
-
-
-def _grid(model: onnx.ModelProto) -> int:
-    """Patches along a tile's side."""
-    tile = model.graph.input[0].type.tensor_type.shape.dim[-1].dim_value
-    patch_embedding = next((node for node in model.graph.node if node.op_type == "Conv"), None)
-    if patch_embedding is None:
-        raise GraphError("the graph has no patch embedding", hint="export the checkpoint again with this release")
-    return int(tile) // int(attribute_of(patch_embedding, "kernel_shape")[0])

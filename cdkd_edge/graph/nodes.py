@@ -9,9 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+# Operators that only ONNX Runtime has: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 CONTRIB_DOMAIN = "com.microsoft"
-"""Operators that only ONNX Runtime has
-(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md)."""
 
 Sizes = Mapping[str, tuple[int, tuple[int, ...]]]  # ONNX type and sizes of values by name
 
@@ -19,11 +18,11 @@ Message = TypeVar("Message", onnx.ModelProto, onnx.NodeProto, onnx.TensorProto)
 
 
 class NodeWriter:
-    """Collects nodes and constants."""
+    """Collects nodes, and constants in a dictionary that may be shared."""
 
-    def __init__(self) -> None:
+    def __init__(self, constants: dict[str, onnx.TensorProto] | None = None) -> None:
         self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, onnx.TensorProto] = {}
+        self.constants = {} if constants is None else constants
 
     def add(self, op: str, name: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
         """Append a node; its (first) output is called ``name`` unless ``outputs`` says otherwise."""
@@ -39,15 +38,17 @@ class NodeWriter:
 
     def model(self, name: str, inputs: Sizes, outputs: Sizes, opset: int) -> onnx.ModelProto:
         """A graph of these nodes and constants."""
-        graph = helper.make_graph(
-            self.nodes,
-            name,
-            [helper.make_tensor_value_info(value, *kind) for value, kind in inputs.items()],
-            [helper.make_tensor_value_info(value, *kind) for value, kind in outputs.items()],
-            initializer=list(self.constants.values()),
+        given, made = (
+            [helper.make_tensor_value_info(value, *kind) for value, kind in ends.items()] for ends in (inputs, outputs)
         )
+        graph = helper.make_graph(self.nodes, name, given, made, initializer=list(self.constants.values()))
         opsets = [helper.make_opsetid("", opset)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
+
+    def replace_nodes(self, model: onnx.ModelProto) -> None:
+        """Put these nodes in place of a graph's, and these constants beside its own."""
+        replace_nodes(model.graph, self.nodes)
+        model.graph.initializer.extend(self.constants.values())
 
 
 class GraphIndex:
@@ -55,8 +56,7 @@ class GraphIndex:
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.maker = {output: node for node in graph.node for output in node.output}
-        self.users: dict[str, list[onnx.NodeProto]] = {}
-        """A node that uses a value twice is listed twice."""
+        self.users: dict[str, list[onnx.NodeProto]] = {}  # a node that uses a value twice is listed twice
         for node in graph.node:
             for name in node.input:
                 self.users.setdefault(name, []).append(node)

@@ -48,19 +48,17 @@ CHECK_SIDE = 64  # side of the map of random logits on which a new branch is com
 
 
 def with_output(model: onnx.ModelProto, kind: str, classes: int) -> onnx.ModelProto:
-    """A graph that also gives ``confidence`` or ``probabilities``, both uint8.
+    """A copy of a graph of any precision that gives labels alone, which also gives ``kind``, uint8.
 
     Args:
-        model: a graph of this package in FP32, FP16 or INT8 that gives labels alone; it is not changed.
-        kind: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`; for ``labels`` the result is a copy.
+        model: the graph.
+        kind: ``confidence`` or ``probabilities``.
         classes: K.
 
     Raises:
         GraphError: it is not such a graph.
     """
     grown = copy_of(model)
-    if kind == LABELS:
-        return grown
     graph = grown.graph
     half = any(item.data_type == TensorProto.FLOAT16 for item in graph.initializer)
     branch = output_branch(scores_of(grown), kind, opset_of(grown), half=half)
@@ -73,14 +71,7 @@ def with_output(model: onnx.ModelProto, kind: str, classes: int) -> onnx.ModelPr
 
 
 def output_branch(scores: str, kind: str, opset: int, *, half: bool) -> NodeWriter:
-    """The nodes and constants from the logits to a uint8 output called ``kind``.
-
-    Args:
-        scores: name of the logits ``[N, K, T, T]``.
-        kind: ``confidence`` or ``probabilities``.
-        opset: the graph's; from 18 on, ReduceMax takes its axes as an input.
-        half: the logits are FP16.
-    """
+    """The nodes and constants from the logits ``[N, K, T, T]`` (``half``: in FP16) to a uint8 output called ``kind``."""
     writer = NodeWriter()
 
     def add(op: str, name: str, *inputs: str, **attributes: Any) -> str:
@@ -91,7 +82,7 @@ def output_branch(scores: str, kind: str, opset: int, *, half: bool) -> NodeWrit
 
     wide = add("Cast", "wide", scores, to=TensorProto.FLOAT) if half else scores
     axes = constant("classes", [1], np.int64)
-    if opset >= 18:
+    if opset >= 18:  # before, axes are an attribute
         largest = add("ReduceMax", "largest", wide, axes, keepdims=1)
     else:
         largest = add("ReduceMax", "largest", wide, axes=[1], keepdims=1)
@@ -113,9 +104,7 @@ def write_variant(
     """Write the graph with ``confidence`` or ``probabilities`` of a graph that gives labels alone, and its manifest.
 
     Args:
-        source: a graph of any precision, with its manifest.
-        destination: final path of the new graph.
-        kind: what it gives besides the labels.
+        source, destination, kind: the graph, the path of the new one, and what it gives besides the labels.
         note: called with the name of each step.
 
     Raises:
@@ -149,13 +138,11 @@ def check_branch(kind: str, classes: int, opset: int, *, half: bool) -> float:
     """
     kinds = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     branch = output_branch("scores", kind, opset, half=half)
-    side = CHECK_SIDE
-    given = {"scores": (kinds, (1, classes, side, side))}
-    wanted = {kind: (TensorProto.UINT8, output_shapes(kind, 1, side, classes)[kind])}
-    model = branch.model("branch", given, wanted, opset)
-    rng = np.random.default_rng(0)
+    shape = (1, classes, CHECK_SIDE, CHECK_SIDE)
+    wanted = {kind: (TensorProto.UINT8, output_shapes(kind, 1, CHECK_SIDE, classes)[kind])}
+    model = branch.model("branch", {"scores": (kinds, shape)}, wanted, opset)
     # From classes that are equally likely to one beyond doubt, and one logit far from all others.
-    scores = rng.standard_normal((1, classes, side, side)) * np.geomspace(1e-2, 30, side)
+    scores = np.random.default_rng(0).standard_normal(shape) * np.geomspace(1e-2, 30, CHECK_SIDE)
     scores[0, 0, 0] = 1e3
     scores = scores.astype(np.float16 if half else np.float32)
     (found,) = cpu_session(model).run([kind], {"scores": scores})
@@ -188,10 +175,7 @@ def expected_output(scores: npt.NDArray[np.floating], kind: str) -> npt.NDArray[
 # Pixels become whole numbers again before the first layer, so the labels are those of the graph for engines.
 
 QGIS_OPSET = 17  # the plugin asks for ONNX Runtime 1.12.1 to 1.17; 1.12 ends at this opset
-
-MIN_AGREEMENT = 0.9999
-"""Share of pixels with the label of the graph for engines; the rest are classes that are equally likely."""
-
+MIN_AGREEMENT = 0.9999  # share of pixels with the label of the graph for engines; the rest are equally likely classes
 GSD_RANGE = (0.001, 1000.0)  # metres per pixel that are accepted; beyond, a unit was mixed up
 
 
@@ -206,11 +190,7 @@ class QgisGraph:
 
 
 def require_gsd(gsd: float) -> None:
-    """Make sure that a ground sample distance is plausible.
-
-    Raises:
-        UsageError: it is not.
-    """
+    """Make sure that a ground sample distance is plausible; UsageError if it is not."""
     least, most = GSD_RANGE
     if not least <= gsd <= most:
         raise UsageError(
@@ -221,10 +201,7 @@ def require_gsd(gsd: float) -> None:
 def deepness_metadata(schema: LabelSchema, tile: int, gsd: float) -> dict[str, str]:
     """The plugin's settings by key; every value is JSON.
 
-    Args:
-        schema: class names.
-        tile: S, px.
-        gsd: metres per pixel of the imagery that the network was trained on; the plugin resamples to it.
+    ``gsd`` is metres per pixel of the imagery that the network was trained on; the plugin resamples to it.
     """
     values: dict[str, Any] = {
         "model_type": "Segmentor",
@@ -249,11 +226,7 @@ def overlap_percent(tile: int) -> int:
 
 
 def qgis_graph(model: onnx.ModelProto, schema: LabelSchema, tile: int, gsd: float) -> onnx.ModelProto:
-    """Turn an FP32 graph with labels into one with float pixels and probabilities; changed in place and returned.
-
-    Args:
-        model: of batch 1.
-        schema, tile, gsd: see :func:`deepness_metadata`.
+    """Turn an FP32 graph of batch 1 into one with float pixels and probabilities; changed in place and returned.
 
     Raises:
         GraphError: it does not end as graphs of this package do.
@@ -283,12 +256,11 @@ def qgis_graph(model: onnx.ModelProto, schema: LabelSchema, tile: int, gsd: floa
 def write_qgis(
     model: onnx.ModelProto, destination: Path, plain: Path, schema: LabelSchema, tile: int, gsd: float
 ) -> QgisGraph:
-    """Write the graph for the plugin if its labels are those of the graph for engines.
+    """Write the graph for the plugin if its labels are those of ``plain``, the graph for engines.
 
     Args:
         model: the FP32 graph, of batch 1 and :data:`QGIS_OPSET`; it is changed.
-        destination: final path.
-        plain: the exported graph, to compare with.
+        destination, plain: final path, and the exported graph.
         schema, tile, gsd: see :func:`deepness_metadata`.
 
     Raises:
@@ -311,11 +283,7 @@ def write_qgis(
 
 
 def require_own_qgis(path: Path) -> None:
-    """Make sure that a graph for QGIS replaces nothing but an earlier one.
-
-    Raises:
-        ManifestError: it would.
-    """
+    """Make sure that a graph for QGIS replaces nothing but an earlier one; ManifestError if it would."""
 
     def is_own(path: Path) -> bool:
         model = onnx.load(path, load_external_data=False)
@@ -325,7 +293,7 @@ def require_own_qgis(path: Path) -> None:
 
 
 def _qgis_agreement(graph: Path, plain: Path, tile: int) -> float:
-    """Share of the pixels of one drawn tile that get the same label when the tile is handed over as the plugin does."""
+    """Share of the pixels of a drawn tile that get the same label when it is handed over as the plugin does."""
     pixels = sample_tiles(tile, 1)[0]
     (probabilities,) = open_session(str(graph)).run(None, {"image": np.float32(pixels[None] * 1.0 / 255.0)})
     labels = probabilities[0].argmax(axis=0)

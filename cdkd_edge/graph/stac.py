@@ -2,9 +2,7 @@
 
 STAC 1.1 (https://github.com/radiantearth/stac-spec/blob/v1.1.0/item-spec/item-spec.md) with the Machine Learning Model
 extension 1.5.2 (https://github.com/stac-extensions/mlm) and the file, classification and processing extensions that it
-recommends. The item has no geometry, because nobody says where the network was trained; its datetime is the moment of
-export. The items of label maps (:mod:`cdkd_edge.segmentation.products.stac`) use :func:`href`, :func:`file_fields`,
-:func:`utc_text` and :func:`class_names`, too.
+recommends. The item has no geometry, because nobody says where the network was trained; its datetime is that of export.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from urllib.parse import quote
 
 from cdkd_edge import __version__
 from cdkd_edge.core.files import require_own, write_text
-from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.manifest import FileRecord, GraphManifest, manifest_path
 from cdkd_edge.graph.outputs import QgisGraph
 
@@ -29,6 +26,8 @@ MULTIHASH_SHA256 = "1220"  # function code and length of a SHA-256 digest (https
 
 _ONNX = "application/octet-stream; framework=onnx"
 _GENERATOR = "cdkd-edge"
+_COLORS = ["red", "green", "blue"]
+_BANDS = [{"name": color, "description": f"{color}, 8 bits"} for color in _COLORS]
 
 
 def extension(name: str) -> str:
@@ -36,9 +35,8 @@ def extension(name: str) -> str:
     return f"https://stac-extensions.github.io/{name}/schema.json"
 
 
-MLM, FILE, CLASSIFICATION, PROCESSING = EXTENSIONS = tuple(
-    map(extension, ("mlm/v1.5.2", "file/v2.1.0", "classification/v2.0.0", "processing/v1.1.0"))
-)
+MLM, FILE = extension("mlm/v1.5.2"), extension("file/v2.1.0")
+CLASSIFICATION, PROCESSING = extension("classification/v2.0.0"), extension("processing/v1.1.0")
 
 
 def href(relative: str) -> str:
@@ -82,14 +80,13 @@ def stac_item(
     """The item of an exported FP32 graph and the files beside it.
 
     Args:
-        graph: the graph's manifest.
+        graph, half, qgis: the graph's manifest, that of the FP16 graph beside it, and the graph for QGIS beside it.
         parameters: number of the network's parameters.
-        half: manifest of the FP16 graph beside it.
-        qgis: the graph for QGIS beside it.
         gsd: metres per pixel of the training imagery, if known.
     """
     name = model_name(graph.name)
     schema = graph.schema
+    shorts = class_names(schema.class_names)
     created = utc_text(datetime.fromisoformat(graph.created))
     properties: dict[str, Any] = {
         "title": f"Land-cover segmentation: {graph.name}",
@@ -98,15 +95,41 @@ def stac_item(
         "datetime": created,
         "created": created,
         "processing:software": {_GENERATOR: __version__},
-        "bands": _bands(),
+        "bands": _BANDS,
         "mlm:name": name,
         "mlm:architecture": "Vision Transformer, UPerNet",
         "mlm:tasks": ["semantic-segmentation"],
         "mlm:framework": "PyTorch",
         "mlm:total_parameters": parameters,
         "mlm:batch_size_suggestion": graph.batch,
-        "mlm:input": [_input(graph)],
-        "mlm:output": [_output(graph, schema)],
+        "mlm:input": [
+            {
+                "name": "image",
+                "description": "RGB tiles, 8 bits, as they are: normalisation is the graph's first step.",
+                "bands": _COLORS,
+                "input": _array([graph.batch, 3, graph.tile, graph.tile], "batch", "bands", "height", "width"),
+                "value_scaling": None,
+                "resize_type": None,
+                "pre_processing_function": None,
+            }
+        ],
+        "mlm:output": [
+            {
+                "name": "labels",
+                "tasks": ["semantic-segmentation"],
+                "result": _array([graph.batch, graph.tile, graph.tile], "batch", "height", "width"),
+                "classification:classes": [
+                    {
+                        "value": label,
+                        "name": short,
+                        "description": cls.name,  # stac-model, the extension's own package, refuses a title
+                        "color_hint": "".join(f"{part:02X}" for part in cls.shown),
+                    }
+                    for label, (short, cls) in enumerate(zip(shorts, schema.classes, strict=True))
+                ],
+                "post_processing_function": None,
+            }
+        ],
         "mlm:hyperparameters": dict(graph.network),
     }
     if gsd is not None:
@@ -135,7 +158,7 @@ def stac_item(
     return {
         "type": "Feature",
         "stac_version": STAC_VERSION,
-        "stac_extensions": list(EXTENSIONS),
+        "stac_extensions": [MLM, FILE, CLASSIFICATION, PROCESSING],
         "id": re.sub(r"\s+", "-", name),
         "geometry": None,
         "properties": properties,
@@ -155,11 +178,7 @@ def write_stac(item: dict[str, Any], destination: Path) -> None:
 
 
 def require_own_stac(path: Path) -> None:
-    """Make sure that an item replaces nothing but an earlier one.
-
-    Raises:
-        ManifestError: it would.
-    """
+    """Make sure that an item replaces nothing but an earlier one; ManifestError if it would."""
 
     def is_own(path: Path) -> bool:
         return _GENERATOR in json.loads(path.read_text(encoding="utf-8"))["properties"]["processing:software"]
@@ -180,47 +199,8 @@ def _ascii(text: str) -> str:
     return "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
 
 
-def _bands() -> list[dict[str, str]]:
-    return [{"name": color, "description": f"{color}, 8 bits"} for color in ("red", "green", "blue")]
-
-
-def _input(graph: GraphManifest) -> dict[str, Any]:
-    return {
-        "name": "image",
-        "description": "RGB tiles, 8 bits, as they are: normalisation is the graph's first step.",
-        "bands": ["red", "green", "blue"],
-        "input": {
-            "shape": [graph.batch, 3, graph.tile, graph.tile],
-            "dim_order": ["batch", "bands", "height", "width"],
-            "data_type": "uint8",
-        },
-        "value_scaling": None,
-        "resize_type": None,
-        "pre_processing_function": None,
-    }
-
-
-def _output(graph: GraphManifest, schema: LabelSchema) -> dict[str, Any]:
-    classes = [
-        {
-            "value": label,
-            "name": short,
-            "description": cls.name,  # no title: the extension's own package, stac-model, refuses classes that have one
-            "color_hint": "".join(f"{part:02X}" for part in cls.shown),
-        }
-        for label, (short, cls) in enumerate(zip(class_names(schema.class_names), schema.classes, strict=True))
-    ]
-    return {
-        "name": "labels",
-        "tasks": ["semantic-segmentation"],
-        "result": {
-            "shape": [graph.batch, graph.tile, graph.tile],
-            "dim_order": ["batch", "height", "width"],
-            "data_type": "uint8",
-        },
-        "classification:classes": classes,
-        "post_processing_function": None,
-    }
+def _array(shape: list[int], *order: str) -> dict[str, Any]:
+    return {"shape": shape, "dim_order": list(order), "data_type": "uint8"}
 
 
 def _model(title: str, graph: GraphManifest) -> dict[str, Any]:
@@ -230,7 +210,7 @@ def _model(title: str, graph: GraphManifest) -> dict[str, Any]:
         "title": title,
         "description": f"opset {graph.opset}; runs in ONNX Runtime, and is what `cdkd-edge build` makes engines from",
         "roles": ["mlm:model", "mlm:weights", "data"],
-        "bands": _bands(),  # MLM wants them in the properties, where STAC allows them only if an asset has them
+        "bands": _BANDS,  # MLM wants them in the properties, where STAC allows them only if an asset has them
         "mlm:artifact_type": "onnx",
         "mlm:framework": "ONNX",
         **file_fields(graph.artefact),

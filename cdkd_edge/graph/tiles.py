@@ -41,7 +41,7 @@ _TILE_FILE = re.compile(r"(calibration|check)/[0-9]{4,}\.png")
 class TileRecord:
     """One tile: its file, where it came from, and why it was chosen."""
 
-    file: str  # relative to the set's folder, e.g. ``calibration/0000.png``.
+    file: str  # relative to the set's folder, e.g. ``calibration/0000.png``
     sha256: str  # SHA-256 of the pixels (:func:`pixels_sha256`), not of the file
     scene: str  # path of the scene as it was typed; an entry of :attr:`SetManifest.scenes`
     x: int
@@ -51,8 +51,7 @@ class TileRecord:
     role: Role
     cluster: int  # the kind of imagery; 0 is the most frequent
     why: str  # ``extreme``: farthest from all tiles chosen before it; ``typical``: in the middle of its cluster
-    score: float
-    """That distance, in standard deviations of the descriptors; for typical tiles, the distance from the middle."""
+    score: float  # that distance, in standard deviations of the descriptors; typical: the distance from the middle
     represents: int  # number of candidates for the same role to which it is the nearest tile, itself included
     stratum: str | None = None  # the class for which it was drawn, where label maps were given
 
@@ -64,8 +63,7 @@ class SceneRecord:
     path: str
     sha256: str | None  # SHA-256 of the file; None for a subdataset or a URL
     bytes: int | None
-    stretch: list[list[float]] | None = None
-    """Per channel, the values that became 0 and 255; None for 8-bit scenes, which stay as they are."""
+    stretch: list[list[float]] | None = None  # per channel, what became 0 and 255; None: 8-bit, left as it is
 
 
 @dataclass(frozen=True)
@@ -98,12 +96,7 @@ class CalibrationSet:
 
     @classmethod
     def load(cls, folder: Path) -> CalibrationSet:
-        """Open a set and check its manifest.
-
-        Raises:
-            ManifestError: the manifest is missing, damaged or of another version, or a tile is missing.
-        """
-        folder = Path(folder)
+        """Open a set; ManifestError as :func:`read_set_manifest`, or if a tile is missing."""
         manifest = read_set_manifest(folder)
         missing = [tile.file for tile in manifest.tiles if not (folder / tile.file).is_file()]
         if missing:
@@ -143,20 +136,16 @@ class CalibrationSet:
     def _read(self, record: TileRecord) -> npt.NDArray[np.uint8]:
         from PIL import Image
 
-        path = self.folder / record.file
-        side = self.manifest.tile
+        path, side = self.folder / record.file, self.tile
         try:
             with Image.open(path, formats=("PNG",)) as picture:
-                if (picture.mode, picture.size) != ("RGB", (side, side)):
-                    raise ManifestError(
-                        f"{path} is {picture.mode}, {picture.width} x {picture.height} px; tiles of this set are RGB, "
-                        f"{side} x {side} px"
-                    )
-                pixels = np.asarray(picture)
+                found = f"{picture.mode}, {picture.width} x {picture.height} px"
+                # Sizes are checked before pixels are read
+                pixels = np.asarray(picture) if found == f"RGB, {side} x {side} px" else None
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            if isinstance(error, ManifestError):
-                raise
             raise ManifestError(f"tile {path} cannot be read: {error}") from None
+        if pixels is None:
+            raise ManifestError(f"{path} is {found}; tiles of this set are RGB, {side} x {side} px")
         tile: npt.NDArray[np.uint8] = np.ascontiguousarray(pixels.transpose(2, 0, 1))
         if pixels_sha256(tile) != record.sha256:
             raise ManifestError(
@@ -197,11 +186,7 @@ def write_set_manifest(folder: Path, manifest: SetManifest) -> None:
 
 
 def read_set_manifest(folder: Path) -> SetManifest:
-    """Read and check ``set.json``; tiles are not read.
-
-    Raises:
-        ManifestError: it is missing, damaged, of another kind or another version.
-    """
+    """Read and check ``set.json``; ManifestError if it is missing, damaged, of another kind or another version."""
     import msgspec
 
     path = folder / SET_FILE

@@ -101,7 +101,7 @@ def refused(error, graph, *arguments, match=None, **options):
 def labels_on(model, images):
     """As the judgement computes them: attention fused, and ONNX Runtime's own optimisations."""
     fuse_attention(model)
-    session = cpu_session(model, arena=True)
+    session = cpu_session(model)
     return np.concatenate([session.run(["labels"], {"image": image[None]})[0] for image in images])
 
 

@@ -28,15 +28,18 @@ from onnx import TensorProto, helper, numpy_helper
 from cdkd_edge.core.errors import GraphError, NumericalCheckError, UsageError
 from cdkd_edge.core.files import require_own, whole_file
 from cdkd_edge.core.labels import LabelSchema
-from cdkd_edge.core.manifest import FileRecord, GraphManifest, read_manifest, require_replaceable
-from cdkd_edge.core.output_kinds import (
+from cdkd_edge.core.manifest import (
     CONFIDENCE,
     LABELS,
     OUTPUT_KINDS,
     PERCENT,
     PROBABILITIES,
     PROBABILITY_ONE,
+    FileRecord,
+    GraphManifest,
     output_shapes,
+    read_manifest,
+    require_replaceable,
 )
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.graph.cpu import cpu_session, open_session
@@ -52,7 +55,7 @@ def with_output(model: onnx.ModelProto, kind: str, classes: int) -> onnx.ModelPr
 
     Args:
         model: a graph of this package in FP32, FP16 or INT8 that gives labels alone; it is not changed.
-        kind: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`; for ``labels`` the result is a copy.
+        kind: one of :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`; for ``labels`` the result is a copy.
         classes: K.
 
     Raises:

@@ -96,9 +96,7 @@ class _Grouping:
         kernels = [self._kernel(*group, at, place) for at, group in enumerate(groups)]
         if self._attention == UNFUSED_FP32:
             softmaxes = {operator.name for block in self.blocks for operator in block if operator.op == "Softmax"}
-            kernels = [
-                part for one in kernels for part in (_widened(one) if one.operators[0] in softmaxes else (one,))
-            ]
+            kernels = [part for one in kernels for part in (_widened(one) if one.operators[0] in softmaxes else (one,))]
         return tuple(kernels)
 
     def _kind(self, operator: Operator, block: int | None) -> str:
@@ -108,9 +106,7 @@ class _Grouping:
             return _LOOSE
         return _CLOSED if operator.precision == "int8" else _PRODUCT
 
-    def _joins(
-        self, operator: Operator, groups: list[tuple[str, list[Operator]]], place: dict[str, int]
-    ) -> int | None:
+    def _joins(self, operator: Operator, groups: list[tuple[str, list[Operator]]], place: dict[str, int]) -> int | None:
         """The group that an operator joins: the latest it depends on, so that groups do not depend on each other."""
         roots = {self._root(name) for name in operator.inputs}
         made = [(place[root], root) for root in roots if root in place]

@@ -12,8 +12,8 @@ from cdkd_edge.cli.inspect import attention_text, runtime_text, tensorrt_rows
 from cdkd_edge.cli.options import JSON, SCENES, SCHEMA, WORKSPACE
 from cdkd_edge.cli.progress import steps
 from cdkd_edge.cli.report import Report, Rows, plain, say
+from cdkd_edge.core.manifest import CONFIDENCE, PROBABILITIES
 from cdkd_edge.core.numbers import duration, percent, significant, size
-from cdkd_edge.core.output_kinds import CONFIDENCE, PROBABILITIES
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines.runtimes import RUNTIMES, Runtime, build_engine, choose_runtime
 

@@ -25,8 +25,8 @@ from cdkd_edge.cli.options import (
 from cdkd_edge.cli.progress import bar, lines, plain_tile_bar
 from cdkd_edge.cli.report import Console, Report, Rows, in_brackets, plain, print_json, say
 from cdkd_edge.core.labels import NAME_THEM, Palette, nameless
+from cdkd_edge.core.manifest import CONFIDENCE, LABELS
 from cdkd_edge.core.numbers import duration, percent, significant
-from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
 from cdkd_edge.core.signals import check
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.segmentation.merges import DEFAULT_MERGE, merge_help, merge_mode

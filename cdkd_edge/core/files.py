@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +23,8 @@ T = TypeVar("T")
 
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 """Name of a temporary folder. Its process locks it, and the system releases the lock when the process ends."""
-
 _LOCK_SECONDS = 2.0  # how long to wait for the lock of a parent folder, which is normally held for milliseconds
-
 _READER_SECONDS = 5.0  # how long to wait for somebody to read a named pipe
-
 SMALL = 16 << 20  # largest document that is read whole: manifests, schemas, lists, journals; bytes
 
 _swept: set[Path] = set()  # folders that this process has already swept (:func:`remove_abandoned`)
@@ -54,33 +50,31 @@ def read_json(path: Path, limit: int = SMALL) -> Any:
     """The data of a JSON file.
 
     Raises:
-        OSError: as from :func:`read_small`.
-        ValueError: it is no JSON, or nested too deeply.
+        OSError, ValueError: as from :func:`read_small`; it is no JSON, or nested too deeply.
     """
     import msgspec
 
-    try:
-        return msgspec.json.decode(read_small(path, limit).removeprefix(b"\xef\xbb\xbf"))
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(str(error)) from None
+    return _decoded(msgspec.json.decode, read_small(path, limit).removeprefix(b"\xef\xbb\xbf"))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file of at most 1 MiB.
 
     Raises:
-        OSError: as from :func:`read_small`.
-        ValueError: it is no TOML, or nested too deeply.
+        OSError, ValueError: as from :func:`read_small`; it is no TOML, or nested too deeply.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    import msgspec
+
+    return _decoded(msgspec.toml.decode, read_small(path, 1 << 20))
+
+
+def _decoded(decode: Callable[[bytes], T], content: bytes) -> T:
+    import msgspec
 
     try:
-        return tomllib.loads(read_small(path, 1 << 20).decode("utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+        return decode(content)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def converted(document: Any, kind: type[T]) -> T:
@@ -182,24 +176,17 @@ def scratch_folder() -> Iterator[Path]:
 def being_made(path: Path) -> bool:
     """Whether :func:`whole_folder` is making this folder now, in any process."""
     for part in path.parent.glob(f"{glob.escape(_part_prefix(path))}*.part"):
-        try:
-            with _opened(part) as descriptor:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # gone by now; or a file system that cannot
-            continue
+        with contextlib.suppress(OSError), _opened(part) as descriptor:  # gone by now; or a file system that cannot
+            if not _locked(descriptor):
+                return True
     return False
 
 
 def remove_abandoned(parent: Path) -> tuple[Path, ...]:
-    """Remove what :func:`whole_file` and :func:`whole_folder` left in ``parent`` when their process was killed.
+    """Remove, and return, what :func:`whole_file` and :func:`whole_folder` left in ``parent`` when they were killed.
 
     Both call this, once per process and folder. Folders in use are locked by their process. Where folders cannot be
     locked (NFS), nothing is removed.
-
-    Returns:
-        What was removed.
     """
     removed = []
     with contextlib.suppress(OSError), _opened(parent) as lock:
@@ -208,9 +195,9 @@ def remove_abandoned(parent: Path) -> tuple[Path, ...]:
             if not _PART.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
                 continue
             with contextlib.suppress(OSError), _opened(folder) as descriptor:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-                removed.append(folder)
+                if _locked(descriptor):
+                    shutil.rmtree(folder)
+                    removed.append(folder)
     return tuple(removed)
 
 
@@ -239,9 +226,8 @@ def require_own(path: Path, is_own: Callable[[Path], bool]) -> None:
     except Exception:  # whatever a parser throws at a file of the user's
         own = False
     if not own:
-        raise ManifestError(
-            f"{path} exists and is not cdkd-edge's to replace", hint="choose another --output, or move it away"
-        )
+        text = f"{path} exists and is not cdkd-edge's to replace"
+        raise ManifestError(text, hint="choose another --output, or move it away")
 
 
 def occupied(path: Path, error: type[CdkdEdgeError], reason: str = "") -> CdkdEdgeError:
@@ -353,16 +339,18 @@ def _stream(path: Path) -> int:
 def _lock(descriptor: int) -> None:
     """Lock a folder; go on without if its file system cannot, or somebody else holds the lock for long."""
     until = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < until:
-                time.sleep(0.01)
-                continue
-        except OSError:
-            pass
-        return
+    with contextlib.suppress(OSError):
+        while not _locked(descriptor) and time.monotonic() < until:
+            time.sleep(0.01)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a folder now; False if another process has. Raises OSError where the file system cannot."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

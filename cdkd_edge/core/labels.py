@@ -1,22 +1,9 @@
 """Label schemas: the classes of a land-cover map, their colours, and how masks encode them.
 
-A *label* is the index of a class in its schema, 0 .. K-1; 255 is "no label" everywhere (ignored in
-masks, no data in label maps). A *mask* is what a dataset ships: RGB colours or index values, which a
-schema translates to labels. Maps, legends and reports show classes in their *display* colours; a class
-without one is shown in its mask colour.
-
-Built-in schemas: ``deepglobe`` (Demir et al., CVPRW 2018), ``loveda`` (Wang et al., NeurIPS D&B 2021)
-and ``dubai`` (MBRSC / Humans in the Loop, CC0). A user's own is a TOML file::
-
-    name = "my-city"
-    ignore_colors = [[0, 0, 0]]
-    ignore_values = [0]
-
-    [[classes]]
-    name = "building"
-    color = [60, 16, 152]     # in the masks; RGB, 0..255
-    display = [180, 66, 86]   # on maps; default: color
-    value = 1                 # pixel value in index masks; default: the class's position
+A *label* is the index of a class in its schema, 0 .. K-1; 255 is "no label" everywhere. A *mask* is what a dataset
+ships: RGB colours or index values, which a schema translates to labels. Maps, legends and reports show *display*
+colours. Built in: ``deepglobe`` (Demir et al., CVPRW 2018), ``loveda`` (Wang et al., NeurIPS D&B 2021), ``dubai``
+(MBRSC / Humans in the Loop, CC0). docs/getting-started.md shows a schema of one's own, a TOML file.
 """
 
 from __future__ import annotations
@@ -73,8 +60,7 @@ class LabelSchema:
     classes: tuple[LandCoverClass, ...]
     ignore_colors: tuple[RGB, ...] = ()
     ignore_values: tuple[int, ...] = ()
-    binarize_colors: bool = False
-    """Threshold each mask channel at 128 first (DeepGlobe's masks are not exactly 0 or 255)."""
+    binarize_colors: bool = False  # threshold each channel at 128 first: DeepGlobe's masks are not exactly 0 or 255
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.classes) <= MAX_CLASSES:
@@ -102,12 +88,8 @@ class LabelSchema:
         return {
             "name": self.name,
             "classes": [
-                {
-                    "name": c.name,
-                    "color": list(c.color),
-                    "value": c.value,
-                    **({"display": list(c.display)} if c.display else {}),
-                }
+                {"name": c.name, "color": list(c.color), "value": c.value}
+                | ({"display": list(c.display)} if c.display else {})
                 for c in self.classes
             ],
             "ignore_colors": [list(color) for color in self.ignore_colors],
@@ -133,59 +115,50 @@ class LabelSchema:
     def encode(
         self, mask: npt.NDArray[np.uint8], source: str = "mask", *, strict: bool = True
     ) -> npt.NDArray[np.uint8]:
-        """Turn a dataset's mask into labels.
+        """Turn a dataset's mask into labels, uint8 ``[H, W]``; 255 where the schema says "ignore".
 
         Args:
             mask: uint8, ``[H, W, 3]`` RGB colours or ``[H, W]`` index values.
             source: what to call the mask in an error message.
             strict: False: a colour or value that the schema does not know becomes "no label".
 
-        Returns:
-            uint8 ``[H, W]`` labels; 255 where the schema says "ignore".
-
         Raises:
-            SchemaError: the mask holds a colour or value that the schema does not know, or has
-                another type or shape.
+            SchemaError: the mask holds a colour or value that the schema does not know, or has another type or shape.
         """
         import numpy as np
 
         if mask.dtype != np.uint8:
             raise SchemaError(f"{source} is {mask.dtype}; expected uint8")
         if mask.ndim == 2:
+            known: dict[Any, int] = {c.value: label for label, c in enumerate(self.classes)}
+            known |= dict.fromkeys(self.ignore_values, NO_LABEL)
             lookup = np.full(256, -1, np.int16)
-            for label, cls in enumerate(self.classes):
-                lookup[cls.value] = label
-            lookup[[*self.ignore_values]] = NO_LABEL
+            lookup[[*known]] = [*known.values()]
             labels = lookup[mask]
-            if strict and (labels < 0).any():
-                wrong = labels < 0
-                known = sorted([*(cls.value for cls in self.classes), *self.ignore_values])
-                raise SchemaError(
-                    f"{source} holds the value {int(mask[wrong][0])}, which schema {self.name!r} does not define "
-                    f"({np.count_nonzero(wrong)} of {wrong.size} are not of the schema)",
-                    hint=f"it defines {', '.join(map(str, known))}",
-                )
-            return labels.astype(np.uint8)  # -1 becomes 255
-        if mask.ndim != 3 or mask.shape[2] != 3:
+        elif mask.ndim == 3 and mask.shape[2] == 3:
+            known = {c.color: label for label, c in enumerate(self.classes)}
+            known |= dict.fromkeys(self.ignore_colors, NO_LABEL)
+            if self.binarize_colors:
+                mask = np.where(mask >= 128, 255, 0).astype(np.uint8)
+            codes = mask[..., 0].astype(np.int32) << 16 | mask[..., 1].astype(np.int32) << 8 | mask[..., 2]
+            labels = np.full(codes.shape, -1, np.int16)
+            for (red, green, blue), label in known.items():
+                labels[codes == red << 16 | green << 8 | blue] = label
+        else:
             raise SchemaError(f"{source} has shape {mask.shape}; expected [H, W] or [H, W, 3]")
-        if self.binarize_colors:
-            mask = np.where(mask >= 128, 255, 0).astype(np.uint8)
-        codes = mask[..., 0].astype(np.int32) << 16 | mask[..., 1].astype(np.int32) << 8 | mask[..., 2]
-        labels = np.full(codes.shape, -1, np.int16)
-        for label, cls in enumerate(self.classes):
-            labels[codes == _code(cls.color)] = label
-        for color in self.ignore_colors:
-            labels[codes == _code(color)] = NO_LABEL
         if strict and (labels < 0).any():
             wrong = labels < 0
-            red, green, blue = (int(v) for v in mask[wrong][0])
-            known_colors = ", ".join(str(c) for c in (*(cls.color for cls in self.classes), *self.ignore_colors))
+            first = mask[wrong][0].tolist()
+            found, listed, more = f"value {first}", sorted(known), ""
+            if mask.ndim == 3:
+                found, listed = f"color {tuple(first)}", [*known]
+                more = "; a mask must be stored without loss, not as JPEG"
             raise SchemaError(
-                f"{source} holds the color ({red}, {green}, {blue}), which schema {self.name!r} does not define "
+                f"{source} holds the {found}, which schema {self.name!r} does not define "
                 f"({np.count_nonzero(wrong)} of {wrong.size} are not of the schema)",
-                hint=f"it defines {known_colors}; a mask must be stored without loss, not as JPEG",
+                hint=f"it defines {', '.join(map(str, listed))}{more}",
             )
-        return labels.astype(np.uint8)
+        return labels.astype(np.uint8)  # -1 becomes 255
 
 
 NAME_THEM = "the classes have no names; export --schema gives them (deepglobe, loveda, dubai, or a .toml file)"
@@ -206,10 +179,8 @@ def load_schema(name_or_path: str | Path) -> LabelSchema:
     if name in BUILTIN_SCHEMAS:
         return BUILTIN_SCHEMAS[name]
     if not name.endswith(".toml"):
-        raise SchemaError(
-            f"unknown label schema {name!r}",
-            hint=f"use one of {', '.join(BUILTIN_SCHEMAS)}, or the path of a .toml file",
-        )
+        hint = f"use one of {', '.join(BUILTIN_SCHEMAS)}, or the path of a .toml file"
+        raise SchemaError(f"unknown label schema {name!r}", hint=hint)
     try:
         document = read_toml(Path(name))
     except FileNotFoundError:
@@ -292,9 +263,8 @@ def schema_from_document(document: Any, source: str) -> LabelSchema:
         LandCoverClass(c.name, c.color, label if c.value is None else c.value, c.display)
         for label, c in enumerate(read.classes)
     )
-    return LabelSchema(
-        name, _displayed(classes), tuple(read.ignore_colors), tuple(read.ignore_values), read.binarize_colors
-    )
+    ignored = tuple(read.ignore_colors), tuple(read.ignore_values)
+    return LabelSchema(name, _displayed(classes), *ignored, read.binarize_colors)
 
 
 def _displayed(classes: tuple[LandCoverClass, ...]) -> tuple[LandCoverClass, ...]:
@@ -307,29 +277,12 @@ def _displayed(classes: tuple[LandCoverClass, ...]) -> tuple[LandCoverClass, ...
     return classes
 
 
-def _code(color: RGB) -> int:
-    return color[0] << 16 | color[1] << 8 | color[2]
-
-
 def _require_unique(schema: str, what: str, values: Iterable[object]) -> None:
     seen: set[object] = set()
     for value in values:
         if value in seen:
             raise SchemaError(f"schema {schema!r} uses the {what} {value!r} twice")
         seen.add(value)
-
-
-def _builtin(
-    name: str,
-    classes: list[tuple[str, RGB]],
-    *,
-    first_value: int = 0,
-    ignore_colors: tuple[RGB, ...] = (),
-    ignore_values: tuple[int, ...] = (),
-    binarize_colors: bool = False,
-) -> LabelSchema:
-    members = tuple(LandCoverClass(n, color, first_value + i, _DISPLAY[n]) for i, (n, color) in enumerate(classes))
-    return LabelSchema(name, members, ignore_colors, ignore_values, binarize_colors)
 
 
 _RED, _OCHRE, _GREY, _DARK_GREEN, _BLUE = (180, 66, 86), (237, 188, 67), (164, 164, 164), (2, 77, 0), (39, 132, 228)
@@ -341,48 +294,27 @@ _DISPLAY: dict[str, RGB] = {
 }  # fmt: skip
 """Display colours of the built-in schemas, told apart with any colour vision (tests/core/test_labels.py)."""
 
+
+def _classes(colors: dict[str, RGB], first_value: int = 0) -> tuple[LandCoverClass, ...]:
+    """The classes of a built-in schema, by name and mask colour; values count from ``first_value``."""
+    return tuple(LandCoverClass(n, c, value, _DISPLAY[n]) for value, (n, c) in enumerate(colors.items(), first_value))
+
+
+_DEEPGLOBE = _classes({
+    "urban": (0, 255, 255), "agriculture": (255, 255, 0), "rangeland": (255, 0, 255), "forest": (0, 255, 0),
+    "water": (0, 0, 255), "barren": (255, 255, 255),
+})  # fmt: skip
+_LOVEDA = _classes({
+    "background": (255, 255, 255), "building": (255, 0, 0), "road": (255, 255, 0), "water": (0, 0, 255),
+    "barren": (159, 129, 183), "forest": (0, 255, 0), "agriculture": (255, 195, 128),
+}, first_value=1)  # fmt: skip
+_DUBAI = _classes({
+    "building": (60, 16, 152), "land": (132, 41, 246), "road": (110, 193, 228), "vegetation": (254, 221, 58),
+    "water": (226, 169, 41),
+})  # fmt: skip
+
 BUILTIN_SCHEMAS: dict[str, LabelSchema] = {
-    schema.name: schema
-    for schema in (
-        _builtin(
-            "deepglobe",
-            [
-                ("urban", (0, 255, 255)),
-                ("agriculture", (255, 255, 0)),
-                ("rangeland", (255, 0, 255)),
-                ("forest", (0, 255, 0)),
-                ("water", (0, 0, 255)),
-                ("barren", (255, 255, 255)),
-            ],
-            ignore_colors=((0, 0, 0),),
-            ignore_values=(NO_LABEL,),
-            binarize_colors=True,
-        ),
-        _builtin(
-            "loveda",
-            [
-                ("background", (255, 255, 255)),
-                ("building", (255, 0, 0)),
-                ("road", (255, 255, 0)),
-                ("water", (0, 0, 255)),
-                ("barren", (159, 129, 183)),
-                ("forest", (0, 255, 0)),
-                ("agriculture", (255, 195, 128)),
-            ],
-            first_value=1,
-            ignore_values=(0,),
-        ),
-        _builtin(
-            "dubai",
-            [
-                ("building", (60, 16, 152)),
-                ("land", (132, 41, 246)),
-                ("road", (110, 193, 228)),
-                ("vegetation", (254, 221, 58)),
-                ("water", (226, 169, 41)),
-            ],
-            ignore_colors=((155, 155, 155), (0, 0, 0)),
-            ignore_values=(NO_LABEL,),
-        ),
-    )
+    "deepglobe": LabelSchema("deepglobe", _DEEPGLOBE, ((0, 0, 0),), (NO_LABEL,), binarize_colors=True),
+    "loveda": LabelSchema("loveda", _LOVEDA, ignore_values=(0,)),
+    "dubai": LabelSchema("dubai", _DUBAI, ((155, 155, 155), (0, 0, 0)), (NO_LABEL,)),
 }

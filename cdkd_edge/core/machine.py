@@ -41,11 +41,13 @@ class Machine:
 def describe_machine() -> Machine:
     """Describe the machine that this process runs on."""
     release = jetson_linux(_text("/etc/nv_tegra_release") or "")
+    cpu = _found(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo")
+    memory = _found(r"^MemTotal:\s*(\d+) kB", "/proc/meminfo")
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu.strip() if cpu else platform.processor() or platform.machine(),
         cores=available_cores(),
-        memory_bytes=_memory_bytes(),
-        os=_os_name(),
+        memory_bytes=int(memory) * 1024 if memory else None,
+        os=_found(r'^PRETTY_NAME="?([^"\n]+)', "/etc/os-release") or platform.system(),
         kernel=platform.release(),
         board=_text("/proc/device-tree/model"),
         l4t=release[1] if release else None,
@@ -59,8 +61,8 @@ def available_cores() -> int:
 
 def peak_memory() -> int:
     """Largest resident size of this process since :func:`forget_peak_memory`, or since it began; bytes."""
-    match = re.search(r"^VmHWM:\s*(\d+) kB", _text("/proc/self/status") or "", re.MULTILINE)
-    return (int(match[1]) if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+    peak = _found(r"^VmHWM:\s*(\d+) kB", "/proc/self/status")
+    return (int(peak) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 def forget_peak_memory() -> bool:
@@ -73,11 +75,7 @@ def forget_peak_memory() -> bool:
 
 
 def hand_memory_back() -> None:
-    """Return freed memory to the system.
-
-    glibc caches freed blocks for requests of the same size, 80 to 150 MB after a wide scene; later stages need other
-    sizes.
-    """
+    """Return freed memory to the system: glibc keeps 80 to 150 MB after a wide scene, in sizes that nobody needs."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -93,26 +91,16 @@ def library_versions(packages: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def _cpu_name() -> str:
-    text = _text("/proc/cpuinfo") or ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    match = re.search(r"^MemTotal:\s*(\d+) kB", _text("/proc/meminfo") or "", re.MULTILINE)
-    return int(match[1]) * 1024 if match else None
-
-
-def _os_name() -> str:
-    match = re.search(r'^PRETTY_NAME="?([^"\n]+)', _text("/etc/os-release") or "", re.MULTILINE)
-    return match[1] if match else platform.system()
-
-
 def jetson_linux(release: str) -> tuple[int, str] | None:
     """Major number and name (``R36.4.3``) of Jetson Linux, by the text of ``/etc/nv_tegra_release``."""
     match = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release)
     return (int(match[1]), f"R{match[1]}.{match[2]}") if match else None
+
+
+def _found(pattern: str, path: str) -> str | None:
+    """The group of a pattern in a file of the system."""
+    match = re.search(pattern, _text(path) or "", re.MULTILINE)
+    return match[1] if match else None
 
 
 def _text(path: str) -> str | None:

@@ -11,20 +11,76 @@ import datetime
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from cdkd_edge import __version__
-from cdkd_edge.core.errors import ManifestError, SchemaError
+from cdkd_edge.core.errors import EngineError, ManifestError, SchemaError
 from cdkd_edge.core.files import converted, read_json, require_own, sha256_of, write_text
 from cdkd_edge.core.labels import LabelSchema, schema_from_document
 from cdkd_edge.core.machine import library_versions
-from cdkd_edge.core.output_kinds import LABELS, OUTPUT_KINDS, output_shapes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MANIFEST_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "int8")
 ARTEFACT_SUFFIXES = (".onnx", ".engine")  # file names of graphs and engines end like this
 ONNXRUNTIME_CPU = "onnxruntime-cpu"  # the runtime of a CPU engine, in its manifest
 MAX_PIXEL_BYTES = 1 << 31  # largest batch of tiles: two of 16,384 px, or 600 of 1024 px
+
+
+# --- kinds of output ------------------------------------------------------------------------------
+
+LABELS, CONFIDENCE, PROBABILITIES = "labels", "confidence", "probabilities"
+OUTPUT_KINDS = (LABELS, CONFIDENCE, PROBABILITIES)
+PERCENT = 100  # a confidence of 1
+PROBABILITY_ONE = 255  # a probability of 1
+
+
+def output_shapes(kind: str, batch: int, tile: int, classes: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the uint8 outputs of a kind by name: always labels, first; confidence in per cent; ``round(255 p)``.
+
+    Probabilities are the softmax of the logits at full resolution, as the network was trained; they are not calibrated.
+    """
+    shapes: dict[str, tuple[int, ...]] = {LABELS: (batch, tile, tile)}
+    if kind == CONFIDENCE:
+        shapes[CONFIDENCE] = (batch, tile, tile)
+    elif kind == PROBABILITIES:
+        shapes[PROBABILITIES] = (batch, classes, tile, tile)
+    return shapes
+
+
+def provides(kind: str, wanted: str) -> bool:
+    """Whether an artefact of ``kind`` can give ``wanted``; confidence follows from probabilities."""
+    return wanted in (LABELS, kind) or (kind, wanted) == (PROBABILITIES, CONFIDENCE)
+
+
+def confidence_of(probabilities: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Confidence ``[N, T, T]`` in per cent from probabilities ``[N, K, T, T]``.
+
+    Within one per cent of what a graph of kind ``confidence`` gives, which rounds once.
+    """
+    import numpy as np
+
+    largest = probabilities.max(axis=1).astype(np.uint16)
+    # In integers, because a float image would take four times the memory. No value lies halfway between two.
+    return np.asarray((largest * (2 * PERCENT) + PROBABILITY_ONE) // (2 * PROBABILITY_ONE), np.uint8)
+
+
+def missing_output(kind: str, wanted: str, artefact: str) -> EngineError:
+    """The error for an output that an artefact does not have."""
+    gives = "labels alone" if kind == LABELS else kind
+    hint = f"build one that does: cdkd-edge build --{wanted}"
+    return EngineError(f"{artefact} gives {gives}, not {wanted}", hint=hint)
+
+
+def build_options(precision: str, kind: str) -> str:
+    """What to type after ``cdkd-edge build`` for an engine like this."""
+    return f"--{precision}" if kind == LABELS else f"--{precision} --{kind}"
+
+
+# --- what a manifest holds ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -68,11 +124,9 @@ class ConversionCheck:
     tiles: int
     imagery: str  # what the tiles were: ``drawn``, or the name of a calibration set
     label_agreement: float  # share of pixels with the same label, 0..1
-    finite: bool
-    """Whether every value is finite in FP16, also on tiles that are all 0, all 255, a checkerboard and noise."""
+    finite: bool  # every value in FP16, also on tiles that are all 0, all 255, a checkerboard and noise
     runtime: str
-    max_logit_error: float | None = None
-    """Largest difference of a logit; None where the share of labels alone was judged."""
+    max_logit_error: float | None = None  # None where the share of labels alone was judged
     logit_tolerance: float | None = None
     """What rounding explains of it. Labels that differ are ties: FP32's best scores are nearer than twice this."""
 
@@ -132,31 +186,20 @@ class GraphManifest(_Described):
     check: GraphCheck
     libraries: dict[str, str]
     training: dict[str, Any] = field(default_factory=dict)
-    parent: FileRecord | None = None
-    """The graph this one was made from: of lower precision from FP32, with more outputs from labels alone."""
-    conversion: ConversionCheck | None = None  # that graph against its parent
-    quantization: dict[str, Any] = field(default_factory=dict)
-    """How an INT8 graph got its scales, and which layers are INT8."""
-    fp16_refused: Refusal | None = None
-    """Of an FP32 graph: why `export` or `build` made no FP16 graph of it, so that nobody has to find out again."""
-    output: str = LABELS  # what it gives: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`
+    parent: FileRecord | None = None  # of lower precision it was made from FP32, with more outputs from labels alone
+    conversion: ConversionCheck | None = None  # this graph against its parent
+    quantization: dict[str, Any] = field(default_factory=dict)  # how an INT8 graph got its scales, where it is INT8
+    fp16_refused: Refusal | None = None  # why `export` or `build` made no FP16 graph of this FP32 graph
+    output: str = LABELS  # what it gives: one of :data:`OUTPUT_KINDS`
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
 
     def derived(self, artefact: FileRecord, nodes: int, **changes: Any) -> GraphManifest:
         """The manifest of a graph that is made from this one; ``changes`` are further fields that differ."""
-        return dataclasses.replace(
-            self,
-            artefact=artefact,
-            nodes=nodes,
-            parent=self.artefact,
-            fp16_refused=None,
-            libraries=library_versions(("onnx", "onnxruntime", "numpy")),
-            created=_now(),
-            tool=GraphManifest.tool,
-            **changes,
-        )
+        changes |= {"libraries": library_versions(("onnx", "onnxruntime", "numpy")), "tool": GraphManifest.tool}
+        changes |= {"parent": self.artefact, "fp16_refused": None, "created": _now()}
+        return dataclasses.replace(self, artefact=artefact, nodes=nodes, **changes)
 
 
 @dataclass(frozen=True)
@@ -175,8 +218,7 @@ class TensorRTBuild:
     version: str
     gpu: str | None  # name of the GPU it was built on; None if it was compiled for ``targets`` without one
     compute_capability: str | None  # of that GPU, e.g. ``8.7``
-    targets: tuple[str, ...]
-    """Compute capabilities it was compiled for on request, e.g. ``8.6``; empty: the GPU it was built on."""
+    targets: tuple[str, ...]  # compute capabilities it was compiled for on request; empty: the GPU it was built on
     cuda: str | None  # CUDA version of the driver
     l4t: str | None
     strongly_typed: bool
@@ -189,8 +231,7 @@ class TensorRTBuild:
     weights_bytes: int | None
     layers: int  # layers of the compiled engine; 0 where the compiler did not list them
     traffic_bytes: int  # bytes of all inputs and outputs of all layers, constants left out
-    layer_precisions: dict[str, int]
-    """Layers by precision, as :attr:`cdkd_edge.engines.tensorrt.layers.Layer.precision` tells them apart."""
+    layer_precisions: dict[str, int]  # layers by :attr:`cdkd_edge.engines.tensorrt.layers.Layer.precision`
     notes: tuple[str, ...] = ()
 
 
@@ -217,7 +258,7 @@ class EngineManifest(_Described):
     libraries: dict[str, str]
     training: dict[str, Any] = field(default_factory=dict)
     tensorrt: TensorRTBuild | None = None  # of engines that TensorRT built
-    output: str = LABELS  # what it gives: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`
+    output: str = LABELS  # what it gives: one of :data:`OUTPUT_KINDS`
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
@@ -225,22 +266,15 @@ class EngineManifest(_Described):
     @classmethod
     def of_graph(cls, source: GraphManifest, **fields: Any) -> EngineManifest:
         """The manifest of an engine built from the graph of ``source``; ``fields`` are those that it does not have."""
-        return cls(
-            name=source.name,
-            precision=source.precision,
-            graph=source.artefact,
-            labels=source.labels,
-            preprocessing=source.preprocessing,
-            tile=source.tile,
-            batch=source.batch,
-            graph_check=source.check,
-            training=source.training,
-            output=source.output,
-            **fields,
-        )
+        names = ("name", "precision", "labels", "preprocessing", "tile", "batch", "training", "output")
+        shared = {name: getattr(source, name) for name in names}
+        return cls(graph=source.artefact, graph_check=source.check, **shared, **fields)
 
 
 AnyManifest = TypeVar("AnyManifest", GraphManifest, EngineManifest)
+
+
+# --- reading and writing --------------------------------------------------------------------------
 
 
 def manifest_path(artefact: Path) -> Path:
@@ -306,12 +340,7 @@ def write_manifest(artefact: Path, manifest: GraphManifest | EngineManifest) -> 
 
 
 def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = True) -> AnyManifest:
-    """Read and check the manifest of ``artefact``.
-
-    Args:
-        artefact: the graph or engine.
-        kind: the expected class of manifest.
-        verify: also compare the file's SHA-256 with the manifest's.
+    """Read the manifest of ``artefact`` and check it; ``verify``: also the file's SHA-256.
 
     Raises:
         ManifestError: there is none, it is damaged, of another kind or version, or not about this file.
@@ -319,22 +348,18 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
     path = manifest_path(artefact)
     if not artefact.is_file():
         there = sorted(str(p) for p in artefact.glob("*.*") if is_artefact_name(p) and kind_of(p) == kind.kind)
-        raise ManifestError(
-            f"{kind.kind} {artefact} " + ("is a folder, not a file" if artefact.is_dir() else "does not exist"),
-            hint=f"name one of {', '.join(there[:4])}" if there else None,
-        )
+        fault = "is a folder, not a file" if artefact.is_dir() else "does not exist"
+        hint = f"name one of {', '.join(there[:4])}" if there else None
+        raise ManifestError(f"{kind.kind} {artefact} {fault}", hint=hint)
     try:
         document = read_json(path)
     except FileNotFoundError:
+        fault = f"has no manifest ({path.name}) beside it"
+        hint = "copy both files together, or make them again with `cdkd-edge export` and `cdkd-edge build`"
         if not is_artefact_name(artefact):
-            raise ManifestError(
-                f"{artefact} is no {kind.kind}: its name ends neither in .onnx nor in .engine",
-                hint="`cdkd-edge export` makes a graph of a checkpoint, `cdkd-edge build` an engine of a graph",
-            ) from None
-        raise ManifestError(
-            f"{artefact} has no manifest ({path.name}) beside it",
-            hint="copy both files together, or make them again with `cdkd-edge export` and `cdkd-edge build`",
-        ) from None
+            fault = f"is no {kind.kind}: its name ends neither in .onnx nor in .engine"
+            hint = "`cdkd-edge export` makes a graph of a checkpoint, `cdkd-edge build` an engine of a graph"
+        raise ManifestError(f"{artefact} {fault}", hint=hint) from None
     except (OSError, ValueError) as error:
         raise ManifestError(f"manifest {path} cannot be read: {error}") from None
     found = document.pop("kind", None) if isinstance(document, dict) else None
@@ -354,10 +379,8 @@ def read_manifest(artefact: Path, kind: type[AnyManifest], *, verify: bool = Tru
     if manifest.tile < 1 or manifest.batch < 1 or 3 * manifest.batch * manifest.tile**2 > MAX_PIXEL_BYTES:
         raise ManifestError(f"manifest {path} is damaged: {manifest.batch} tiles of {manifest.tile} px")
     if verify and sha256_of(artefact) != manifest.artefact.sha256:
-        raise ManifestError(
-            f"{artefact} is not the file its manifest describes (SHA-256 differs)",
-            hint="the file or the manifest was replaced or damaged; make it again",
-        )
+        hint = "the file or the manifest was replaced or damaged; make it again"
+        raise ManifestError(f"{artefact} is not the file its manifest describes (SHA-256 differs)", hint=hint)
     return manifest
 
 

@@ -1,9 +1,8 @@
 """Child processes: work that may crash, hang or be killed without taking its caller along.
 
-Most children run a module of this package, read their task from stdin and answer on stdout with JSON lines, one event
-per line. A child ends with its parent, however the parent ended. There are two ways, for two situations:
-:func:`end_with_parent` asks the kernel, which works while a library holds Python's lock for minutes;
-:func:`end_with_stdin` watches stdin, which works when the thread that started the child ends before the parent does.
+Most run a module of this package, read their task from stdin and answer on stdout with JSON lines, one event per line.
+A child ends with its parent: :func:`end_with_parent` also works while a library holds Python's lock for minutes,
+:func:`end_with_stdin` also when the thread that started the child ends before the parent does.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-_TAIL = 4096  # bytes of a child's stderr that are looked at after it died
-
 
 def module_command(module: str, *arguments: str) -> tuple[str, ...]:
     """The command that runs a module of this package in a new Python."""
@@ -37,22 +34,12 @@ def child_environment() -> dict[str, str]:
 
 
 def start_child(command: Iterable[str], stderr: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """Start a child with pipes to its stdin and from its stdout.
+    """Start a child with pipes to its stdin and from its stdout; its stderr goes to a file, for :func:`tail_of`.
 
     It gets a session of its own: Ctrl-C reaches this process alone, which then ends the child.
-
-    Args:
-        command: see :func:`module_command`.
-        stderr: a file that keeps what the child writes there, for :func:`last_words`. Default: this process's stderr.
     """
-    return subprocess.Popen(
-        [*command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        env=child_environment(),
-        start_new_session=True,
-    )
+    pipe, environment = subprocess.PIPE, child_environment()
+    return subprocess.Popen([*command], stdin=pipe, stdout=pipe, stderr=stderr, env=environment, start_new_session=True)
 
 
 def events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
@@ -92,25 +79,20 @@ def kill_session(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def how_it_ended(code: int | None) -> str:
-    """An exit code in words: ``exit code 3``, or the name of the signal that ended the process."""
-    if code is None or code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
-
-
 def tail_of(errors: IO[bytes]) -> str:
     """The end of what a child wrote to its stderr file."""
-    errors.seek(max(0, errors.seek(0, os.SEEK_END) - _TAIL))
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
     return errors.read().decode(errors="replace").strip()
 
 
 def last_words(code: int | None, said: str) -> str:
-    """How a child ended and the last line of its stderr: ``SIGSEGV: line``."""
-    how = how_it_ended(code)
+    """How a child ended and the last line of its stderr: ``SIGSEGV: line``, ``exit code 3: line``."""
+    how = f"exit code {code}"
+    if code is not None and code < 0:
+        try:
+            how = signal.Signals(-code).name
+        except ValueError:
+            how = f"signal {-code}"
     lines = said.splitlines()
     return f"{how}: {' '.join(lines[-1].split())[:300]}" if lines else how
 
@@ -119,7 +101,6 @@ class EventWriter:
     """JSON lines from a child to its parent; may be used from any thread."""
 
     def __init__(self, stream: TextIO) -> None:
-        """Write to ``stream``; :meth:`to_parent` is what a child uses."""
         self._stream, self._lock = stream, threading.Lock()
 
     @classmethod

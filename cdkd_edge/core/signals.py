@@ -9,19 +9,13 @@ progress report, and the exit code follows from :func:`received`.
 from __future__ import annotations
 
 import sys
-from _signal import (  # type: ignore[import-not-found]  # signal.py takes 10 ms, in which Ctrl-C is a traceback
-    SIG_DFL,
-    SIG_IGN,
-    SIGHUP,
-    SIGINT,
-    SIGTERM,
-    getsignal,
-    signal,
-)
+
+# Not `signal`, whose import takes 10 ms in which Ctrl-C is a traceback.
+from _signal import SIG_DFL, SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal  # type: ignore[import-not-found]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from types import FrameType
     from typing import Any, NoReturn
 
 NUMBERS = (SIGINT, SIGTERM, SIGHUP)
@@ -105,37 +99,24 @@ class HeldSignals:
                     signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, before in self._before.items():
             signal(number, before)
-        self.holding = False
         if kind is None:  # an exception ends the program anyway
-            self._pass_kept()
+            self.release()
 
     def release(self) -> None:
         """Let signals through again, first the one that was held back."""
         self.holding = False
-        self._pass_kept()
-
-    def _pass_kept(self) -> None:
         number, self._kept = self._kept, None
         if number is not None:
-            self._pass(number, None)
+            self._receive(number, None)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        before = self._before[number]
         if self.holding:
             self._kept = self._kept or number
-        else:
-            self._pass(number, frame)
-
-    def _pass(self, number: int, frame: FrameType | None) -> None:
-        before = self._before[number]
-        if callable(before):
+        elif callable(before):
             before(number, frame)
-        # The default action would end the process at once, with nothing put back.
-        elif number == SIGINT:
-            raise KeyboardInterrupt
-        else:
-            raise SystemExit(128 + number)
+        else:  # the default action would end the process at once, with nothing put back
+            _raise(number)

@@ -16,8 +16,15 @@ from pathlib import Path
 
 from cdkd_edge.core.errors import WorkspaceError
 from cdkd_edge.core.files import being_made
-from cdkd_edge.core.manifest import ARTEFACT_SUFFIXES, fp16_refusal, manifest_path, output_of, precision_of
-from cdkd_edge.core.output_kinds import LABELS, provides
+from cdkd_edge.core.manifest import (
+    ARTEFACT_SUFFIXES,
+    LABELS,
+    fp16_refusal,
+    manifest_path,
+    output_of,
+    precision_of,
+    provides,
+)
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,7 @@ class Workspace:
         return self.root / "benchmarks"
 
     def graphs_of(self, precision: str, output: str = LABELS) -> list[Path]:
-        """Exported graphs of a precision (``fp32``, ``fp16``, ``int8``), and those whose manifest names none.
-
-        Args:
-            precision: of the graph.
-            output: what it gives; see :mod:`cdkd_edge.core.output_kinds`.
-        """
+        """Exported graphs of a precision and kind of output, and those whose manifest names no precision."""
         return [
             path
             for path in _artefacts(self.graphs, (".onnx",))
@@ -65,14 +67,11 @@ class Workspace:
         return _only(self.graphs_of(precision, output), what, self.graphs, command, "cdkd-edge export CKPT")
 
     def only_engine(self, command: str, output: str = LABELS, typed: str = "") -> Path:
-        """The only engine.
-
-        Engines that give exactly ``output`` are preferred to those that give more, so that an engine with confidence
-        beside the plain one is no ambiguity.
+        """The only engine that gives ``output``; those that give exactly that are preferred to those that give more.
 
         Args:
             command: what to type before an engine's name, for the error.
-            output: what it must give; see :mod:`cdkd_edge.core.output_kinds`.
+            output: one of :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`.
             typed: the whole command, to repeat once there is an engine.
 
         Raises:
@@ -102,8 +101,7 @@ class Workspace:
         """
         label = re.sub(r"[^\w.-]+", "_", label)
         stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-        path = self.benchmarks / f"{stamp}-{label}"
-        attempt = 1
+        path, attempt = self.benchmarks / f"{stamp}-{label}", 1
         while path.exists() or being_made(path):
             attempt += 1
             path = self.benchmarks / f"{stamp}-{label}-{attempt}"
@@ -123,16 +121,8 @@ class Workspace:
 
 
 def _artefacts(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in suffixes
-        and not path.name.startswith(".")
-        and path.is_file()
-        and manifest_path(path).is_file()
-    )
+    paths = sorted(folder.glob("[!.]*")) if folder.is_dir() else []
+    return [path for path in paths if path.suffix in suffixes and path.is_file() and manifest_path(path).is_file()]
 
 
 def _only(candidates: list[Path], what: str, folder: Path, command: str, first: str) -> Path:
@@ -140,8 +130,6 @@ def _only(candidates: list[Path], what: str, folder: Path, command: str, first: 
         raise WorkspaceError(f"there is no {what} in {folder}", hint=f"make one: {first}")
     if len(candidates) > 1:
         names = ", ".join(path.name for path in candidates)
-        raise WorkspaceError(
-            f"there are {len(candidates)} candidates for the {what} in {folder}: {names}",
-            hint="say which: " + "  or  ".join(f"{command} {shlex.quote(str(path))}" for path in candidates[:4]),
-        )
+        hint = "say which: " + "  or  ".join(f"{command} {shlex.quote(str(path))}" for path in candidates[:4])
+        raise WorkspaceError(f"there are {len(candidates)} candidates for the {what} in {folder}: {names}", hint=hint)
     return candidates[0]

@@ -14,15 +14,16 @@ from cdkd_edge.core.errors import EngineError, NumericalCheckError, SystemRefusa
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.machine import describe_machine, library_versions
 from cdkd_edge.core.manifest import (
+    LABELS,
     ONNXRUNTIME_CPU,
     EngineManifest,
     FileRecord,
     GraphManifest,
+    build_options,
     read_manifest,
     require_replaceable,
     write_manifest,
 )
-from cdkd_edge.core.output_kinds import LABELS, build_options
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines.protocol import ArtefactLabeller, UInt8Array, blank_value
 from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, open_session, session_options, signed_weights_are_exact

@@ -12,8 +12,16 @@ import numpy.typing as npt
 
 from cdkd_edge.core.errors import EngineError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema
-from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest
-from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS, PROBABILITIES, confidence_of, missing_output
+from cdkd_edge.core.manifest import (
+    CONFIDENCE,
+    LABELS,
+    PROBABILITIES,
+    EngineManifest,
+    FileRecord,
+    GraphManifest,
+    confidence_of,
+    missing_output,
+)
 from cdkd_edge.core.sample import sample_tiles
 
 if TYPE_CHECKING:
@@ -56,7 +64,7 @@ class Labeller(Protocol):
 
     @property
     def output_kind(self) -> str:
-        """The kind of output: one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`."""
+        """The kind of output: one of :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`."""
 
     def input(self, slot: int) -> UInt8Array:
         """The slot's tiles, ``[N, 3, T, T]`` RGB, to be written in place."""

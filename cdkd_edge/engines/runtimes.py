@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdkd_edge.core.errors import EngineError, UsageError
-from cdkd_edge.core.manifest import ONNXRUNTIME_CPU, EngineManifest, GraphManifest, precision_of, read_manifest
-from cdkd_edge.core.output_kinds import build_options
+from cdkd_edge.core.manifest import (
+    ONNXRUNTIME_CPU,
+    EngineManifest,
+    GraphManifest,
+    build_options,
+    precision_of,
+    read_manifest,
+)
 from cdkd_edge.engines.tensorrt.find import TENSORRT, TENSORRT_RTX, NoGpu, find_gpu, tensorrt_is_installed
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from onnx import TensorProto, helper
 
 from cdkd_edge.core.errors import GraphError, ManifestError
 from cdkd_edge.core.files import whole_file
-from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest, read_manifest, write_manifest
-from cdkd_edge.core.output_kinds import LABELS
+from cdkd_edge.core.manifest import LABELS, EngineManifest, FileRecord, GraphManifest, read_manifest, write_manifest
 from cdkd_edge.graph.build import OPSETS
 from cdkd_edge.graph.nodes import Sizes
 

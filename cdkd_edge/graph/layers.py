@@ -17,7 +17,7 @@ import onnx
 from onnx import numpy_helper
 
 from cdkd_edge.core.errors import GraphError
-from cdkd_edge.core.output_kinds import LABELS
+from cdkd_edge.core.manifest import LABELS
 from cdkd_edge.graph.nodes import GraphIndex, attribute_of
 
 Array = npt.NDArray[np.float32]

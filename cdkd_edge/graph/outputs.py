@@ -28,15 +28,18 @@ from onnx import TensorProto, helper, numpy_helper
 from cdkd_edge.core.errors import GraphError, NumericalCheckError, UsageError
 from cdkd_edge.core.files import require_own, whole_file
 from cdkd_edge.core.labels import LabelSchema
-from cdkd_edge.core.manifest import FileRecord, GraphManifest, read_manifest, require_replaceable
-from cdkd_edge.core.output_kinds import (
+from cdkd_edge.core.manifest import (
     CONFIDENCE,
     LABELS,
     OUTPUT_KINDS,
     PERCENT,
     PROBABILITIES,
     PROBABILITY_ONE,
+    FileRecord,
+    GraphManifest,
     output_shapes,
+    read_manifest,
+    require_replaceable,
 )
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.graph.cpu import cpu_session, open_session

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdkd_edge.core.errors import EngineError, ManifestError, NumericalCheckError, UsageError, WorkspaceError
-from cdkd_edge.core.manifest import EngineManifest, GraphManifest, output_of, precision_of, read_manifest
-from cdkd_edge.core.output_kinds import LABELS
+from cdkd_edge.core.manifest import LABELS, EngineManifest, GraphManifest, output_of, precision_of, read_manifest
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines.protocol import Engine, speed_ratio
 from cdkd_edge.engines.runtimes import Runtime, load_engine, require_precision, runtime_of
@@ -71,7 +70,7 @@ def prepare_graph(
         precision: ``fp32``, ``fp16``, ``int8``. Default: that of the named graph, or ``fp32``.
         request: how to make it.
         note: called with the name of each step.
-        output: what it gives (:mod:`cdkd_edge.core.output_kinds`). Default: what the named graph gives, or labels.
+        output: one of :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`. Default: what the named graph gives, or labels.
         runtime: what the engine is for: no FP16 graph is made for the CPU, which cannot run it.
 
     Raises:

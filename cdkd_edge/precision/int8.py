@@ -18,8 +18,7 @@ import onnx
 
 from cdkd_edge.core.errors import GraphError, NumericalCheckError, UsageError
 from cdkd_edge.core.files import scratch_folder
-from cdkd_edge.core.manifest import GraphManifest, read_manifest, require_replaceable
-from cdkd_edge.core.output_kinds import LABELS
+from cdkd_edge.core.manifest import LABELS, GraphManifest, read_manifest, require_replaceable
 from cdkd_edge.graph.cpu import cpu_twin
 from cdkd_edge.graph.files import read_graph, save_derived
 from cdkd_edge.graph.fp16 import check_fp16

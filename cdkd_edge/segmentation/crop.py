@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.core.labels import NO_LABEL
-from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
+from cdkd_edge.core.manifest import CONFIDENCE, LABELS
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.segmentation.plan import PlannedTile, TilePlan

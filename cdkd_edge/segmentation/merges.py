@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cdkd_edge.core.errors import UsageError
-from cdkd_edge.core.output_kinds import LABELS, PROBABILITIES
+from cdkd_edge.core.manifest import LABELS, PROBABILITIES
 
 if TYPE_CHECKING:
     from cdkd_edge.segmentation.crop import CropMerge
@@ -23,7 +23,7 @@ class MergeMode:
     """One choice of ``--merge``."""
 
     help: str
-    needs: str  # what the engine must give, one of :data:`cdkd_edge.core.output_kinds.OUTPUT_KINDS`
+    needs: str  # what the engine must give, one of :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`
     load: Callable[[], type[CropMerge]]  # imports the class that merges
 
 

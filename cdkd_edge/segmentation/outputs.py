@@ -21,7 +21,7 @@ import numpy.typing as npt
 from cdkd_edge.core.errors import SceneError, UsageError
 from cdkd_edge.core.files import sha256_of
 from cdkd_edge.core.labels import LabelSchema
-from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
+from cdkd_edge.core.manifest import CONFIDENCE, LABELS
 from cdkd_edge.raster.areas import Areas, class_areas
 from cdkd_edge.raster.open import is_gdal_name
 from cdkd_edge.raster.styles import is_users_style, label_map_style, sidecar_path, style_path

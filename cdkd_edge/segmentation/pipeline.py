@@ -21,8 +21,7 @@ from rasterio.transform import Affine
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import SceneError, SystemRefusalError
 from cdkd_edge.core.machine import hand_memory_back
-from cdkd_edge.core.manifest import EngineManifest
-from cdkd_edge.core.output_kinds import CONFIDENCE, missing_output, provides
+from cdkd_edge.core.manifest import CONFIDENCE, EngineManifest, missing_output, provides
 from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.aoi import AreaOnScene, read_area
 from cdkd_edge.raster.grid import Span, TileGrid

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from cdkd_edge.core import numbers
 from cdkd_edge.core.errors import SceneError
-from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
+from cdkd_edge.core.manifest import CONFIDENCE, LABELS
 from cdkd_edge.segmentation.geotiff import BLOCK
 
 _BAND = 3  # the kind of the record that closes a row of tiles
@@ -93,7 +93,7 @@ class Spool:
         """Append a rectangle of labels or confidence.
 
         Args:
-            kind: ``labels`` or ``confidence``, see :mod:`cdkd_edge.core.output_kinds`.
+            kind: ``labels`` or ``confidence``, see :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`.
             row, column: its place in the label map, px.
             values: ``[h, w]``, or one value for all of it.
             shape: ``h, w``.

@@ -15,8 +15,17 @@ from tensorrt_helpers import half_graph, int8_variant
 
 from cdkd_edge.core.errors import EngineError, GraphError, ManifestError, NumericalCheckError
 from cdkd_edge.core.labels import NO_LABEL
-from cdkd_edge.core.manifest import FileRecord, GraphManifest, manifest_path, output_of, read_manifest, write_manifest
-from cdkd_edge.core.output_kinds import confidence_of, output_shapes, provides
+from cdkd_edge.core.manifest import (
+    FileRecord,
+    GraphManifest,
+    confidence_of,
+    manifest_path,
+    output_of,
+    output_shapes,
+    provides,
+    read_manifest,
+    write_manifest,
+)
 from cdkd_edge.engines.onnxruntime import CpuEngine, build_cpu_engine, graph_labeller
 from cdkd_edge.engines.protocol import BaseLabeller, segment_tiles
 from cdkd_edge.engines.runtimes import load_engine

@@ -17,8 +17,7 @@ from hypothesis import settings
 from rasterio.errors import NotGeoreferencedWarning
 
 from cdkd_edge.core.labels import NO_LABEL, load_schema
-from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing
-from cdkd_edge.core.output_kinds import PROBABILITIES
+from cdkd_edge.core.manifest import PROBABILITIES, EngineManifest, FileRecord, GraphCheck, Preprocessing
 from cdkd_edge.engines.protocol import BaseLabeller
 
 UInt8Array = npt.NDArray[np.uint8]

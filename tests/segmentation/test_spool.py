@@ -15,7 +15,7 @@ from scene_helpers import relaxed
 
 from cdkd_edge.core.errors import SceneError
 from cdkd_edge.core.labels import NO_LABEL
-from cdkd_edge.core.output_kinds import CONFIDENCE, LABELS
+from cdkd_edge.core.manifest import CONFIDENCE, LABELS
 from cdkd_edge.segmentation.spool import Spool
 
 

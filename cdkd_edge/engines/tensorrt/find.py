@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdkd_edge.core.errors import EngineError, ManifestError
-from cdkd_edge.core.manifest import EngineManifest
-from cdkd_edge.core.output_kinds import build_options
+from cdkd_edge.core.manifest import EngineManifest, build_options
 
 if TYPE_CHECKING:
     from cdkd_edge.engines.protocol import Log

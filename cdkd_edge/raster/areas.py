@@ -57,7 +57,7 @@ class Ellipsoid:
         return self.flattening * (2 - self.flattening)
 
     def area_to_parallel(self, latitude: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Area from the equator to a latitude (radians, clipped at the poles) per radian of longitude, m2; south < 0."""
+        """Area from the equator to a latitude (radians, clipped at the poles), m2 per radian; negative in the south."""
         sine = np.sin(np.clip(np.asarray(latitude, np.float64), -math.pi / 2, math.pi / 2))
         squared = self.eccentricity2
         if squared <= 0:

@@ -24,21 +24,16 @@ from cdkd_edge.core.errors import SceneError
 Bands = tuple[int, int, int]
 
 _RGB = ("red", "green", "blue")
-_NAMES = (*_RGB, "nir")
-"""Known band names (GDAL's descriptions). Others, such as B4, mean another colour on each satellite."""
-_NOTHING_SAID = ("undefined", "gray", "alpha")
-"""Colour tags that say nothing: GDAL tags the first band of a file without tags gray."""
+_NAMES = (*_RGB, "nir")  # known band names (GDAL's descriptions); B4, say, is another colour on each satellite
+_NOTHING_SAID = ("undefined", "gray", "alpha")  # GDAL tags the first band of a file without tags gray
 _SHOWN = 8
 
 
 def choose_bands(dataset: Any, path: object, asked: Sequence[int] | None) -> tuple[Bands, str | None]:
-    """Choose red, green and blue of an open raster, 1-based.
+    """Choose red, green and blue of an open raster, 1-based; how is told unless the first three are tagged so.
 
     The first of these decides: ``asked``; colour tags and band names; three untagged bands are red, green, blue, and
     four are blue, green, red, near infrared, as in the original project. Bands tagged alpha do not count.
-
-    Returns:
-        The bands, and a sentence on how they were chosen unless the first three are tagged red, green and blue.
 
     Raises:
         SceneError: the file has no usable bands, or does not tell which they are.
@@ -76,12 +71,11 @@ def choose_bands(dataset: Any, path: object, asked: Sequence[int] | None) -> tup
         _refuse(path, known, dataset)
     called = f" ({', '.join(names)})" if all(names) else ""
     if len(plain) == 3:
-        shown = ",".join(map(str, plain))
-        text = f"bands {shown} without color tags{called} taken as red, green, blue (else: --bands)"
-        return (plain[0], plain[1], plain[2]), text
+        how = f"bands {','.join(map(str, plain))} without color tags{called} taken as red, green, blue"
+        return (plain[0], plain[1], plain[2]), f"{how} (else: --bands)"
     if len(plain) == 4:
-        text = f"4 bands without color tags{called} taken as B, G, R, NIR, as upstream does (else: --bands)"
-        return (plain[2], plain[1], plain[0]), text
+        how = f"4 bands without color tags{called} taken as B, G, R, NIR, as upstream does"
+        return (plain[2], plain[1], plain[0]), f"{how} (else: --bands)"
     raise SceneError(
         f"{path} has {count} band{'s' if count > 1 else ''}{called} and no color tags; red, green, blue are needed",
         hint="say which they are, e.g. --bands 3,2,1" if len(plain) > 3 else "a grey image works with --bands 1,1,1",
@@ -89,41 +83,28 @@ def choose_bands(dataset: Any, path: object, asked: Sequence[int] | None) -> tup
 
 
 class Validity:
-    """Tells which pixels of an open raster have data.
+    """Tells which pixels of an open raster have data, of the used bands (1-based).
 
     A pixel has no data if all used bands with a nodata value hold nodata, if the file's mask leaves it out, or if it is
     fully transparent in any band tagged alpha. Other bands do not count: an infrared value of 0 is dark. (GDAL's own
     mask, and rasterio's, ask all bands for nodata, and take alpha only as the last of two or four, and not of floats.)
-
-    Args:
-        dataset: the raster.
-        bands: the used bands, 1-based.
     """
 
     def __init__(self, dataset: Any, bands: Sequence[int]) -> None:
-        flags = dataset.mask_flag_enums
-        self.masked = tuple(
-            band for band in sorted(set(bands)) if not {MaskFlags.all_valid, MaskFlags.alpha} & set(flags[band - 1])
-        )
-        """Bands with a nodata value or mask."""
+        flags, unmasked = dataset.mask_flag_enums, {MaskFlags.all_valid, MaskFlags.alpha}
+        self.masked = [band for band in sorted(set(bands)) if not unmasked & set(flags[band - 1])]  # nodata or a mask
         if self.masked and MaskFlags.per_dataset in flags[self.masked[0] - 1]:
             self.masked = self.masked[:1]
-        tagged = enumerate(zip(_tags(dataset), _names(dataset), strict=True), 1)
-        self.alpha = tuple(
-            band for band, (tag, name) in tagged if tag == "alpha" and name not in _NAMES and band not in bands
-        )
-        """Bands of transparency."""
+        clear = [
+            tag == "alpha" and name not in _NAMES for tag, name in zip(_tags(dataset), _names(dataset), strict=True)
+        ]
+        self.alpha = [band for band, is_clear in enumerate(clear, 1) if is_clear and band not in bands]
 
     def __bool__(self) -> bool:
         return bool(self.masked or self.alpha)
 
     def read(self, dataset: Any, **where: Any) -> npt.NDArray[np.bool_] | None:
-        """Read the validity of a part of the raster, ``[h, w]``; None: every pixel is valid.
-
-        Args:
-            dataset: the raster.
-            where: ``window`` and ``out_shape`` (rows, columns), as rasterio takes them.
-        """
+        """Validity of a part of the raster (rasterio's ``window``, ``out_shape``), ``[h, w]``; None: all is valid."""
         valid: npt.NDArray[np.bool_] | None = None
         for band in self.masked:
             mask = dataset.read_masks(band, **where) != 0
@@ -176,11 +157,10 @@ def _require_real(dataset: Any, path: object, bands: Sequence[int]) -> None:
 
 
 _ON_ITS_SIDE = 5  # the first orientation in which rows are stored as columns
-_CACHE_BYTES = 384 << 20
-_ROOM = 32 << 20
-_TAG = 274
+_CACHE_BYTES, _ROOM = 384 << 20, 32 << 20
+_TAG = 274  # of the orientation
 _EXIF_BYTES = 1 << 16
-_CHUNKS = 1 << 16  # A PNG may have its EXIF behind the pixels, which may be many chunks
+_CHUNKS = 1 << 16  # a PNG may have its EXIF behind the pixels, which may be many chunks
 
 
 class Upright(WarpedVRT):  # type: ignore[misc]

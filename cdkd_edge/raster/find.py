@@ -10,41 +10,31 @@ from pathlib import Path
 from cdkd_edge.core.errors import SceneError
 from cdkd_edge.raster.open import is_gdal_name
 
+# Suffixes that count in folders and for patterns; a scene that is named itself may be anything GDAL opens.
 RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt", ".img")
-"""Suffixes that count in folders and for patterns; a scene that is named itself may be anything GDAL opens."""
-
-_RESULTS = ("_labels.tif", "_confidence.tif", "_preview.png", "_quicklook.png")
-"""Endings of the files that `segment` writes beside scenes."""
+_RESULTS = ("_labels.tif", "_confidence.tif", "_preview.png", "_quicklook.png")  # `segment` writes them beside scenes
 
 
 def rasters_named(argument: str) -> list[str]:
     """The rasters that an argument names, in any order: itself, those in a folder, or those that match a pattern.
 
     Folders in a folder are not searched, so that masks are not taken for images; patterns may hold ``**``. Only
-    :data:`RASTER_SUFFIXES` count, without hidden files and the files that `segment` wrote.
-
-    Raises:
-        SceneError: it names nothing.
+    :data:`RASTER_SUFFIXES` count, without hidden files and the files that `segment` wrote. SceneError: nothing found.
     """
     place = Path(argument)
     if is_gdal_name(argument) or place.is_file():
         return [argument]
     if place.is_dir():
         return _in_folder(place)
-    if glob.has_magic(argument):
-        matches = [path for path in _matching(argument) if _is_raster(Path(path))]
-        if not matches:
-            raise SceneError(f"no raster matches {argument}")
+    if not glob.has_magic(argument):
+        raise SceneError(f"scene {argument} does not exist")
+    if matches := [path for path in _matching(argument) if _is_raster(Path(path))]:
         return matches
-    raise SceneError(f"scene {argument} does not exist")
+    raise SceneError(f"no raster matches {argument}")
 
 
 def scenes_named(arguments: Sequence[str]) -> list[str]:
-    """Rasters that arguments name (:func:`rasters_named`): paths as they were given, sorted; the same file once.
-
-    Raises:
-        SceneError: an argument names nothing.
-    """
+    """Rasters that arguments name (:func:`rasters_named`): paths as they were given, sorted; the same file once."""
     found: dict[str, str] = {}
     for argument in arguments:
         for path in rasters_named(argument):
@@ -82,16 +72,11 @@ def _matching(pattern: str) -> Iterator[str]:
 
 
 def _in_folder(folder: Path) -> list[str]:
-    rasters = [str(path) for path in folder.iterdir() if _is_raster(path)]
-    if not rasters:
-        below = sorted(
-            str(place) for place in folder.iterdir() if place.is_dir() and any(map(_is_raster, place.iterdir()))
-        )
-        raise SceneError(
-            f"{folder} holds no raster ({', '.join(RASTER_SUFFIXES)})",
-            hint=f"there are some in {', '.join(below[:4])}" if below else f"for all below it: '{folder}/**/*.tif'",
-        )
-    return rasters
+    if rasters := [str(path) for path in folder.iterdir() if _is_raster(path)]:
+        return rasters
+    below = sorted(str(place) for place in folder.iterdir() if place.is_dir() and any(map(_is_raster, place.iterdir())))
+    hint = f"there are some in {', '.join(below[:4])}" if below else f"for all below it: '{folder}/**/*.tif'"
+    raise SceneError(f"{folder} holds no raster ({', '.join(RASTER_SUFFIXES)})", hint=hint)
 
 
 def _is_raster(path: Path) -> bool:

@@ -8,6 +8,7 @@ then more overlap. No tile is spent on padding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,25 +39,20 @@ class Span:
 
 
 def tile_axis(size: int, tile: int, overlap: int) -> list[Span]:
-    """Place tiles along an axis of ``size`` px.
-
-    Returns:
-        Spans whose kept parts partition ``0 .. size - 1`` in order.
+    """Place tiles along an axis of ``size`` px; their kept parts partition ``0 .. size - 1`` in order.
 
     Raises:
         UsageError: the overlap is negative, leaves a tile no pixel of its own, or makes more than a million tiles.
     """
     if not 0 <= overlap < tile:
-        raise UsageError(
-            f"an overlap of {overlap} px does not fit tiles of {tile} px", hint=f"choose --overlap below {tile}"
-        )
+        problem = f"an overlap of {overlap} px does not fit tiles of {tile} px"
+        raise UsageError(problem, hint=f"choose --overlap below {tile}")
     if size <= tile:
         return [Span(-((tile - size) // 2), 0, size)]
     count = -(-(size - overlap) // (tile - overlap))
     if count > _MOST_TILES:
-        raise UsageError(
-            f"an overlap of {overlap} px makes {count:,} tiles of {size:,} px", hint="choose a smaller one"
-        )
+        problem = f"an overlap of {overlap} px makes {count:,} tiles of {size:,} px"
+        raise UsageError(problem, hint="choose a smaller one")
     spare = count * tile - (count - 1) * overlap - size
     margin = min(spare, overlap)
     first_start, last_start = -(margin // 2), size + margin - margin // 2 - tile
@@ -81,6 +77,4 @@ class TileGrid:
         return len(self.rows) * len(self.columns)
 
     def __iter__(self) -> Iterator[tuple[Span, Span]]:
-        for row in self.rows:
-            for column in self.columns:
-                yield row, column
+        return itertools.product(self.rows, self.columns)

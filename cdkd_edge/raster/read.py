@@ -20,9 +20,7 @@ from cdkd_edge.raster.resample import resampled
 from cdkd_edge.raster.stretch import Stretch as Stretch
 from cdkd_edge.raster.stretch import stretch_limits, stretched
 
-INVALID_FILL = np.array([124, 116, 104], np.uint8).reshape(3, 1, 1)
-"""The value of pixels without data: the network's mean colour, which is zero after normalisation."""
-
+INVALID_FILL = np.array([124, 116, 104], np.uint8).reshape(3, 1, 1)  # no data: the mean colour, 0 once normalised
 _SEQUENTIAL = ("PNG", "JPEG", "GIF")
 
 _MOST_SIDE, _MOST_PIXELS = 10_000_000, 10**12  # largest side and area of a scene, px: those of all land at 10 m
@@ -41,8 +39,7 @@ class SceneReader:
         strict: whether a GDAL warning is an error.
 
     Raises:
-        SceneError: the file is no raster, has no usable bands, is too large, or holds values other than 0..255
-            and no stretch is given.
+        SceneError: the file is no raster, has no usable bands, is too large, or needs a stretch and none is given.
     """
 
     def __init__(
@@ -55,48 +52,38 @@ class SceneReader:
         gsd: float | None = None,
         strict: bool = False,
     ) -> None:
-        self.path = path
-        self.gsd = gsd
+        self.path, self.gsd = path, gsd
         self._warnings = Warnings(strict=strict)
         self._values: npt.NDArray[Any] | None = None
         self._source: Any = open_scene(path, self._warnings)
         self._dataset = self._source
         self._notes: list[str] = [self._source.note] if isinstance(self._source, Upright) else []
         try:
-            self._prepare(bands, stretch, limits, gsd)
+            with self._gdal("opening"):
+                self.bands, how = choose_bands(self._source, path, bands)
+                self._notes += [how] if how else []
+                self._indexes: tuple[int, ...] = self.bands
+                self._float = any(np.dtype(self._source.dtypes[band - 1]).kind == "f" for band in self.bands)
+                self._validity = Validity(self._source, self.bands)
+                self._require_bounded(self._source)
+                if not all(map(math.isfinite, self._source.transform)):
+                    note = "its geotransform is not finite and is ignored: the label map has no place on Earth"
+                    self._notes.append(note)
+            self.limits = self._stretch_limits(stretch) if limits is None else limits
+            if gsd is not None:
+                with self._gdal("resampling"):
+                    self._dataset, how = resampled(self._source, gsd, self.bands, self._validity)
+                    self._notes.append(how)
+                    self._require_bounded(self._dataset)
+                    if self._dataset is not self._source:
+                        self._indexes = (1, 2, 3)
+                        self._validity = Validity(self._dataset, self._indexes)
         except BaseException as error:
             self.close()
-            if isinstance(error, (ValueError, KeyError, IndexError, OverflowError)) and not isinstance(
-                error, CdkdEdgeError
-            ):
+            if isinstance(error, ValueError | LookupError | OverflowError) and not isinstance(error, CdkdEdgeError):
                 raise SceneError(f"{path} has a header that makes no sense: {error}") from None
             raise
-
-    def _prepare(
-        self,
-        bands: Sequence[int] | None,
-        stretch: Stretch | None,
-        limits: npt.NDArray[np.float32] | None,
-        gsd: float | None,
-    ) -> None:
-        with self._gdal("opening"):
-            self.bands, how = choose_bands(self._source, self.path, bands)
-            self._notes += [how] if how else []
-            self._indexes: tuple[int, ...] = self.bands
-            self._float = any(np.dtype(self._source.dtypes[band - 1]).kind == "f" for band in self.bands)
-            self._validity = Validity(self._source, self.bands)
-            self._require_bounded(self._source)
-            if not all(map(math.isfinite, self._source.transform)):
-                self._notes.append("its geotransform is not finite and is ignored: the label map has no place on Earth")
-        self.limits = self._stretch_limits(stretch) if limits is None else limits
-        if gsd is not None:
-            with self._gdal("resampling"):
-                self._dataset, how = resampled(self._source, gsd, self.bands, self._validity)
-                self._notes.append(how)
-                self._require_bounded(self._dataset)
-                if self._dataset is not self._source:
-                    self._indexes = (1, 2, 3)
-                    self._validity = Validity(self._dataset, self._indexes)
+        self.height, self.width = int(self._dataset.height), int(self._dataset.width)
 
     def _gdal(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return gdal(f"{doing} {self.path}", self._warnings)
@@ -129,16 +116,6 @@ class SceneReader:
         return self._warnings.notes
 
     @property
-    def height(self) -> int:
-        """Rows, px."""
-        return int(self._dataset.height)
-
-    @property
-    def width(self) -> int:
-        """Columns, px."""
-        return int(self._dataset.width)
-
-    @property
     def files(self) -> list[str]:
         """The names of its files, with sidecars and the files of a VRT."""
         with gdal(f"opening {self.path}"):
@@ -152,8 +129,7 @@ class SceneReader:
 
     @property
     def pixel_bytes(self) -> int:
-        """Memory of a pixel, bytes: red, green, blue, validity if any pixel may have no data, and floats
-        before they are stretched."""
+        """Memory of a pixel, bytes: red, green, blue, validity if any may have no data, floats before the stretch."""
         return 3 + (self._float or bool(self._validity)) + 4 * self._float
 
     @property
@@ -195,9 +171,6 @@ class SceneReader:
 
         Returns:
             Validity ``[T, T]``, or None where every pixel is valid.
-
-        Raises:
-            SceneError: the file cannot be read there.
         """
         tile = out.shape[1]
         top, left = max(row.start, 0), max(column.start, 0)
@@ -214,20 +187,10 @@ class SceneReader:
     def read_window(
         self, top: int, left: int, height: int, width: int
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]:
-        """Read a rectangle of the scene.
-
-        Args:
-            top, left, height, width: the rectangle, px; it lies within the scene.
-
-        Returns:
-            RGB ``[3, h, w]``, and validity ``[h, w]`` or None if every pixel is valid.
-
-        Raises:
-            SceneError: the file cannot be read there.
-        """
+        """Read a rectangle within the scene, px: RGB ``[3, h, w]``, and validity ``[h, w]`` or None if all is valid."""
         window = Window(left, top, width, height)
         with self._gdal("reading"):
-            out = None if self.limits is None else self._place_for((3, height, width))
+            out = None if self.limits is None else self._place_for(height, width)
             pixels: npt.NDArray[Any] = self._dataset.read(self._indexes, window=window, out=out)
             valid = self._validity.read(self._dataset, window=window)
         if self._float:
@@ -240,16 +203,15 @@ class SceneReader:
         np.copyto(pixels, INVALID_FILL, where=~valid)
         return pixels, valid
 
-    def _place_for(self, shape: tuple[int, int, int]) -> npt.NDArray[Any] | None:
-        """A reused array for values before they are stretched, because freed arrays of this size would fragment the
-        heap; None where the bands have several types."""
+    def _place_for(self, height: int, width: int) -> npt.NDArray[Any] | None:
+        """A reused array for values before the stretch (freed ones would fragment the heap); None for mixed types."""
         kinds = {self._dataset.dtypes[band - 1] for band in self.bands}
         if len(kinds) > 1:
             return None
-        size = math.prod(shape)
+        size = 3 * height * width
         if self._values is None or self._values.size < size:
             self._values = np.empty(size, kinds.pop())
-        return self._values[:size].reshape(shape)
+        return self._values[:size].reshape(3, height, width)
 
     def another(self) -> SceneReader:
         """The same scene opened once more, for another thread."""
@@ -269,32 +231,25 @@ class SceneReader:
 
     def _stretch_limits(self, stretch: Stretch | None) -> npt.NDArray[np.float32] | None:
         """Per band ``[3, 2]`` the values that become 0 and 255; None: 8-bit data stays as it is."""
-        if stretch is None:
-            kinds = {self._kind_of(band) for band in self.bands}
-            if kinds != {"uint8"}:
-                raise SceneError(
-                    f"{self.path} holds {' and '.join(sorted(kinds))} values; the network takes 0..255",
-                    hint="choose how they become 0..255: --stretch (percentiles 2..98 of the scene), "
-                    "--stretch-percentiles LOW HIGH or --stretch-range LOW HIGH",
-                )
-            return None
-        with self._gdal("reading"):
-            return stretch_limits(self._source, self.bands, stretch, self.path, self._validity)
-
-    def _kind_of(self, band: int) -> str:
-        kind: str = self._source.dtypes[band - 1]
-        bits = self._source.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", "8")
-        return f"{bits}-bit" if kind == "uint8" and bits != "8" else kind
+        if stretch is not None:
+            with self._gdal("reading"):
+                return stretch_limits(self._source, self.bands, stretch, self.path, self._validity)
+        kinds = set()
+        for band in self.bands:
+            kind, bits = self._source.dtypes[band - 1], self._source.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", "8")
+            kinds.add(f"{bits}-bit" if kind == "uint8" and bits != "8" else kind)
+        if kinds != {"uint8"}:
+            raise SceneError(
+                f"{self.path} holds {' and '.join(sorted(kinds))} values; the network takes 0..255",
+                hint="choose how they become 0..255: --stretch (percentiles 2..98 of the scene), "
+                "--stretch-percentiles LOW HIGH or --stretch-range LOW HIGH",
+            )
+        return None
 
 
 def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
-    """Indices ``start .. start + length - 1`` mirrored into ``0 .. size - 1``, without repeating border pixels.
-
-    They may lie any distance outside. An axis of one pixel repeats it.
-    """
-    if size == 1:
-        return np.zeros(length, np.intp)
-    period = 2 * (size - 1)
+    """Indices ``start .. start + length - 1``, however far out, mirrored into ``0 .. size - 1``; borders count once."""
+    period = max(1, 2 * (size - 1))
     position = np.arange(start, start + length) % period
     return np.where(position < size, position, period - position).astype(np.intp)
 
@@ -305,7 +260,5 @@ def reading_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
     for name, about in notes.items():
         for note in about:
             names.setdefault(note, []).append(name)
-    return [
-        f"{', '.join(who[:3])}{f' and {len(who) - 3} more' if len(who) > 3 else ''}: {note}"
-        for note, who in names.items()
-    ]
+    more = {note: f" and {len(who) - 3} more" if len(who) > 3 else "" for note, who in names.items()}
+    return [f"{', '.join(who[:3])}{more[note]}: {note}" for note, who in names.items()]

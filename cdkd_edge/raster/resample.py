@@ -9,6 +9,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 import rasterio
+from rasterio.dtypes import dtype_rev, typename_fwd  # GDAL's names of NumPy's types
 from rasterio.enums import Resampling
 from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
@@ -20,19 +21,6 @@ from cdkd_edge.raster.bands import Validity
 _WARP_MB = 32  # memory of GDAL's warper in each reading thread, MB
 _SAME = 0.01  # relative difference of equal ground sample distances: a map's scale varies by as much within a scene
 _FINEST = 100  # times that pixels may become finer (30 m for a network of 0.3 m); more is a mistake in the unit
-_KINDS = {
-    "uint8": "Byte",
-    "int8": "Int8",
-    "uint16": "UInt16",
-    "int16": "Int16",
-    "uint32": "UInt32",
-    "int32": "Int32",
-    "uint64": "UInt64",
-    "int64": "Int64",
-    "float32": "Float32",
-    "float64": "Float64",
-}
-"""GDAL's names of NumPy types."""
 _NOT_TOLD = "the scene's reference system does not tell its ground sample distance"
 
 
@@ -55,21 +43,14 @@ def ground_sample_distance(dataset: Any) -> tuple[float, float]:
         raise SceneError(_NOT_TOLD)
     steps = []
     x, y = dataset.width / 2, dataset.height / 2
-    for dx, dy in ((1, 0), (0, 1)):
-        far = (place * (x - 5 * dx, y - 5 * dy)), (place * (x + 5 * dx, y + 5 * dy))
-        placed = to_wgs84(crs, *zip(*far, strict=True))
-        if placed is None:
+    for dx, dy in ((5, 0), (0, 5)):
+        ends = place * (x - dx, y - dy), place * (x + dx, y + dy)
+        placed = to_wgs84(crs, *zip(*ends, strict=True))
+        on_ground = math.dist(*WGS84.positions(*placed)) / 10 if placed else 0.0
+        if not 0 < on_ground < math.inf:
             raise SceneError(_NOT_TOLD)
-        on_ground = math.dist(*WGS84.positions(*placed)) / 10
-        nominal = math.hypot(far[1][0] - far[0][0], far[1][1] - far[0][1]) / 10
-        if not on_ground > 0:
-            raise SceneError(_NOT_TOLD)
-        if crs.is_projected:
-            nominal *= crs.linear_units_factor[1]
-            on_ground = nominal if abs(nominal / on_ground - 1) < _SAME else on_ground
-        if not (math.isfinite(on_ground) and on_ground > 0):
-            raise SceneError(_NOT_TOLD)
-        steps.append(on_ground)
+        nominal = math.dist(*ends) / 10 * crs.linear_units_factor[1] if crs.is_projected else on_ground
+        steps.append(nominal if abs(nominal / on_ground - 1) < _SAME else on_ground)
     return steps[0], steps[1]
 
 
@@ -84,8 +65,7 @@ def resampled(dataset: Any, metres: float, bands: Sequence[int], validity: Valid
         may have no data, alpha), and a sentence on what was done.
 
     Raises:
-        UsageError: ``metres`` is no distance.
-        SceneError: the scene has no place on Earth, or would not be a pixel large, or out of all proportion.
+        UsageError, SceneError: no distance; no place on Earth, less than a pixel left, or out of all proportion.
     """
     if not (math.isfinite(metres) and metres > 0):
         raise UsageError(f"--gsd must be a positive number of metres, got {metres:g}")
@@ -94,16 +74,13 @@ def resampled(dataset: Any, metres: float, bands: Sequence[int], validity: Valid
     if all(abs(ratio - 1) < _SAME for ratio in ratios):
         return dataset, f"its pixels are {own[0]:.3g} m already"
     if min(ratios) < 1 / _FINEST:
-        raise SceneError(
-            f"--gsd {metres:g} is {1 / min(ratios):.3g} times finer than the scene's {max(own):.3g} m; at most "
-            f"{_FINEST} times is possible"
-        )
-    width, height = (round(size / ratio) for size, ratio in zip((dataset.width, dataset.height), ratios, strict=True))
+        times = f"{1 / min(ratios):.3g} times finer than the scene's {max(own):.3g} m"
+        raise SceneError(f"--gsd {metres:g} is {times}; at most {_FINEST} times is possible")
+    width, height = round(dataset.width / ratios[0]), round(dataset.height / ratios[1])
     if width < 1 or height < 1:
         raise SceneError(f"--gsd {metres:g} would leave less than a pixel of {dataset.width} x {dataset.height} px")
-    options: dict[str, Any] = {}
-    if any(np.dtype(dataset.dtypes[band - 1]).kind == "f" for band in bands):
-        options.update(src_nodata=math.nan, nodata=math.nan)
+    is_float = any(np.dtype(dataset.dtypes[band - 1]).kind == "f" for band in bands)
+    options = {"src_nodata": math.nan, "nodata": math.nan} if is_float else {}
     shrinks = max(ratios) > 1
     vrt = WarpedVRT(
         rasterio.open(_of_bands(dataset, bands, validity)),
@@ -131,9 +108,10 @@ def _of_bands(dataset: Any, bands: Sequence[int], validity: Validity) -> str:
         file = f'<SourceFilename relativeToVRT="0" shared="0">{escape(dataset.name)}</SourceFilename>'
         return f"<{kind}>{file}<SourceBand>{band}</SourceBand>{then}</{kind}>"
 
+    kinds = [typename_fwd[dtype_rev[dataset.dtypes[band - 1]]] for band in bands]
     parts = [
-        f'<VRTRasterBand dataType="{_KINDS[dataset.dtypes[band - 1]]}" band="{number}">{source(band)}</VRTRasterBand>'
-        for number, band in enumerate(bands, 1)
+        f'<VRTRasterBand dataType="{kind}" band="{number}">{source(band)}</VRTRasterBand>'
+        for number, (band, kind) in enumerate(zip(bands, kinds, strict=True), 1)
     ]
     # A sum above 0 is valid: masks add 255, and alpha of 0 takes more away than all masks can add.
     table = "<LUT>0:-10000,1e-9:0</LUT>" if validity.masked else "<LUT>0:-10000,1e-9:255</LUT>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,7 @@ from cdkd_edge.core.errors import SceneError, UsageError
 from cdkd_edge.raster.bands import Validity
 
 _SAMPLE_SIDE = 1024  # longest side of the reduced scene from which percentiles are taken, px
-_WHOLE_PIXELS = 8192 * 8192
-"""Largest scene without overviews that is reduced as a whole; of a larger one, windows are sampled."""
+_WHOLE_PIXELS = 8192 * 8192  # largest scene without overviews that is reduced as a whole; a larger one is sampled
 _WINDOWS_A_SIDE, _WINDOW, _EVERY = 16, 256, 4
 _STRIP_PIXELS = 1 << 21  # pixels read at once of a file in strips
 _ROWS = 32  # rows stretched at once
@@ -40,9 +39,7 @@ class Stretch:
             raise UsageError(f"percentiles must lie within 0..100, got {self.low:g} and {self.high:g}")
 
 
-def stretch_limits(
-    dataset: Any, bands: Sequence[int], stretch: Stretch, name: object, validity: Validity | None = None
-) -> Limits:
+def stretch_limits(dataset: Any, bands: Sequence[int], stretch: Stretch, name: object, validity: Validity) -> Limits:
     """The limits of a stretch on an open dataset.
 
     Percentiles are those of the valid, finite pixels of a sample: the scene reduced to 1024 px a side or, of a large
@@ -51,13 +48,12 @@ def stretch_limits(
     read.
 
     Raises:
-        SceneError: there is no valid pixel.
-        RasterioError: the file cannot be read.
+        SceneError, RasterioError: there is no valid pixel; the file cannot be read.
     """
     if not stretch.percentiles:
         return np.array([[stretch.low, stretch.high]] * len(bands), np.float32)
     limits = []
-    for pixels in _sample(_Masked(dataset, bands, validity or Validity(dataset, bands))):
+    for pixels in _sample(dataset, bands, validity):
         if pixels.size == 0:
             raise SceneError(f"{name} has no valid pixel to take percentiles from")
         low, high = np.percentile(pixels, [stretch.low, stretch.high])
@@ -65,58 +61,34 @@ def stretch_limits(
     return np.array(limits, np.float32)
 
 
-@dataclass(frozen=True)
-class _Masked:
-    """Bands of a raster, with the validity of their pixels."""
+def _sample(dataset: Any, bands: Sequence[int], validity: Validity) -> list[npt.NDArray[np.float32]]:
+    """Valid, finite pixels of each band."""
+    found: list[list[npt.NDArray[np.float32]]] = [[] for _ in bands]
 
-    dataset: Any
-    bands: Sequence[int]
-    validity: Validity
+    def take(window: Window | None, shape: tuple[int, int] | None, steps: tuple[int, int]) -> None:
+        """Add every so-many-th row and column of a window, or all of the raster reduced to a shape."""
+        every = np.s_[..., :: steps[0], :: steps[1]]
+        pixels = dataset.read(bands, window=window, out_shape=shape and (len(bands), *shape))[every].astype(np.float32)
+        known = np.isfinite(pixels)
+        if (valid := validity.read(dataset, window=window, out_shape=shape)) is not None:
+            known &= valid[every]
+        for values, band, where in zip(found, pixels, known, strict=True):
+            values.append(band[where])
 
-    def read(self, window: Window, step: tuple[int, int]) -> Any:
-        """Every ``step``-th row and column of a window as a masked array ``[bands, h, w]``."""
-        every = np.s_[..., :: step[0], :: step[1]]
-        pixels = self.dataset.read(self.bands, window=window)[every]
-        valid = self.validity.read(self.dataset, window=window)
-        return _masked(pixels, None if valid is None else valid[every])
-
-    def reduced(self, height: int, width: int) -> Any:
-        """All of it as a masked array ``[bands, height, width]``."""
-        pixels = self.dataset.read(self.bands, out_shape=(len(self.bands), height, width))
-        return _masked(pixels, self.validity.read(self.dataset, out_shape=(height, width)))
-
-
-def _masked(pixels: npt.NDArray[Any], valid: npt.NDArray[np.bool_] | None) -> Any:
-    return np.ma.MaskedArray(pixels, False if valid is None else np.broadcast_to(~valid, pixels.shape))
-
-
-def _sample(source: _Masked) -> list[npt.NDArray[np.float32]]:
-    """Valid pixels of each band."""
-    dataset, count = source.dataset, len(source.bands)
     height, width = dataset.height, dataset.width
-    small = height * width <= _WHOLE_PIXELS
-    if not small and not all(dataset.overviews(band) for band in source.bands):
-        found = _valid(_windows(source), count)
-        if all(pixels.size >= _ENOUGH for pixels in found):
-            return found
-    scale = min(1.0, _SAMPLE_SIDE / max(height, width))
-    return _valid([source.reduced(max(1, round(height * scale)), max(1, round(width * scale)))], count)
+    if height * width > _WHOLE_PIXELS and not all(dataset.overviews(band) for band in bands):
+        for window, steps in _windows(dataset, bands[0]):
+            take(window, None, steps)
+    if any(sum(part.size for part in parts) < _ENOUGH for parts in found):
+        found = [[] for _ in bands]
+        scale = min(1.0, _SAMPLE_SIDE / max(height, width))
+        take(None, (max(1, round(height * scale)), max(1, round(width * scale))), (1, 1))
+    return [np.concatenate(parts) for parts in found]
 
 
-def _valid(samples: Iterable[Any], count: int) -> list[npt.NDArray[np.float32]]:
-    """The finite, unmasked pixels of samples ``[bands, h, w]``, band by band."""
-    found: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(count)]
-    for sample in samples:
-        for values, band in zip(found, sample, strict=True):
-            some = band.compressed().astype(np.float32)
-            values.append(some[np.isfinite(some)])
-    return [np.concatenate(values) for values in found]
-
-
-def _windows(source: _Masked) -> Iterator[Any]:
-    """Samples along the file's blocks, from top to bottom, so that each decodes few of them."""
-    dataset = source.dataset
-    block_height, block_width = dataset.block_shapes[source.bands[0] - 1]
+def _windows(dataset: Any, band: int) -> Iterator[tuple[Window, tuple[int, int]]]:
+    """Windows along the file's blocks, from top to bottom, so that each decodes few of them; their steps."""
+    block_height, block_width = dataset.block_shapes[band - 1]
     height, width = min(_WINDOW, dataset.height), min(_WINDOW, dataset.width)
     tops = _spread(dataset.height, height, block_height)
     if block_width >= dataset.width > _WINDOW:
@@ -124,12 +96,11 @@ def _windows(source: _Masked) -> Iterator[Any]:
         columns = max(1, dataset.width * _EVERY // (_WINDOWS_A_SIDE * _WINDOW))
         rows = max(1, min(block_height, _STRIP_PIXELS // dataset.width))
         for row in (row for top in tops for row in range(top, top + height, max(block_height, _EVERY))):
-            window = Window(0, row, dataset.width, min(rows, dataset.height - row))
-            yield source.read(window, (_EVERY, columns))
+            yield Window(0, row, dataset.width, min(rows, dataset.height - row)), (_EVERY, columns)
         return
     for top in tops:
         for left in _spread(dataset.width, width, block_width):
-            yield source.read(Window(left, top, width, height), (_EVERY, _EVERY))
+            yield Window(left, top, width, height), (_EVERY, _EVERY)
 
 
 def _spread(size: int, window: int, block: int) -> list[int]:

@@ -23,11 +23,14 @@ from scene_helpers import FakeEngine, ProbabilityEngine, noise, read_labels, red
 from cdkd_edge.core.errors import MissingExtraError, SceneError, UsageError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.aoi import read_area
+from cdkd_edge.raster.bands import Validity
 from cdkd_edge.raster.read import SceneReader, Stretch
 from cdkd_edge.raster.resample import ground_sample_distance
 from cdkd_edge.raster.stretch import stretch_limits
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.pipeline import segment_scene
+
+BANDS, PERCENTILES = (1, 2, 3), Stretch(2, 98, percentiles=True)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
@@ -481,7 +484,7 @@ def test_percentiles_of_strips_take_each_row_once(tmp_path: Path, monkeypatch: p
     path = write_raster(tmp_path / "scene.tif", scene, blockysize=strip)
     with rasterio.open(path) as dataset:
         recorded = Recorded(dataset)
-        limits = stretch_limits(recorded, (1, 2, 3), Stretch(2, 98, percentiles=True), path)
+        limits = stretch_limits(recorded, BANDS, PERCENTILES, path, Validity(recorded, BANDS))
     assert limits == pytest.approx(np.array([[198, 4902]] * 3), abs=60)
     rows = [row for window in recorded.windows for row in range(window.row_off, window.row_off + window.height)]
     assert len(rows) == len(set(rows))
@@ -495,7 +498,7 @@ def test_percentiles_of_a_large_file_hold_a_sample_only(tmp_path: Path, kind: ty
     rasterio.open(path, "w", driver="GTiff", height=9000, width=9000, **profile).close()
     with rasterio.open(path) as dataset:
         tracemalloc.start()
-        stretch_limits(dataset, (1, 2, 3), Stretch(2, 98, percentiles=True), path)
+        stretch_limits(dataset, BANDS, PERCENTILES, path, Validity(dataset, BANDS))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 60e6  # a window for each sample would be 150 MB and more
@@ -511,7 +514,7 @@ def test_windows_that_hold_nothing_but_nan_are_not_the_last_word(
     scene[:, 190:210, 190:210] = 500
     path = write_raster(tmp_path / "scene.tif", scene)
     with rasterio.open(path) as dataset:
-        limits = stretch_limits(dataset, (1, 2, 3), Stretch(2, 98, percentiles=True), path)
+        limits = stretch_limits(dataset, BANDS, PERCENTILES, path, Validity(dataset, BANDS))
     assert limits[0].tolist() == [500, 501]
 
 

@@ -10,21 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from cdkd_edge.benchmark import compare_checks as checks
+from cdkd_edge.benchmark import statistics
 from cdkd_edge.benchmark.compare_checks import Limits, RunGate, Score, judge_limit, scores_by_engine
 from cdkd_edge.benchmark.describe import device_of, status_words
-from cdkd_edge.benchmark.folder import SUMMARY, Run, read_summary, read_tiles
+from cdkd_edge.benchmark.folder import SUMMARY, Run, read_run
 from cdkd_edge.benchmark.record import LOAD, Figures, RailFigures
-from cdkd_edge.benchmark.statistics import (
-    MIN_BATCHES,
-    Figure,
-    Interval,
-    Latency,
-    Ratio,
-    Spread,
-    ratio_of,
-    spread_of_batches,
-    spread_of_repeats,
-)
+from cdkd_edge.benchmark.statistics import Figure, Interval, Latency, Ratio, Spread
 from cdkd_edge.core.errors import CompareError, UsageError, printable
 
 LEAST_SPEED = 1e-9  # least speed, tiles or megapixels per second, that a ratio is taken of
@@ -34,14 +25,9 @@ METHOD = (
     "overlapping blocks of batches where a run has one repeat (these do not show how runs differ from start to start)"
 )
 ONE_REPEAT = "one repeat has one integral of energy: its readings share the sensor's error and the idle level"
-
-
 COMPARISON_VERSION = 1
-
-BASELINE = "baseline"
-SAME_RUN = "same run"
-NO_DIFFERENCE = "no difference shown"
-CANNOT_TELL = "cannot tell"
+BASELINE, SAME_RUN, NO_DIFFERENCE, CANNOT_TELL = "baseline", "same run", "no difference shown", "cannot tell"
+Unit = Literal["tile", "megapixel"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +48,7 @@ class Row:
     folder: str
     status: str  # ``valid``, ``invalid`` or ``not_steady``
     verdict: str  # ``faster``, ``slower``, ``no difference shown``, ``cannot tell``, ``same run``; ``baseline``
-    energy_verdict: str
-    """``less energy``, ``more energy``, or one of the other words of :attr:`verdict`; empty without power."""
+    energy_verdict: str  # ``less energy``, ``more energy``, or another of those words; empty without power
     engine: str
     sha256: str  # SHA-256 of the engine
     runtime: str
@@ -74,8 +59,7 @@ class Row:
     power_mode: str | None
     repeats: int
     tiles_per_second: Figure
-    tiles_per_second_interval: Interval | None
-    """95 % interval over repeats, or over blocks of batches if there is one repeat."""
+    tiles_per_second_interval: Interval | None  # 95 %, over repeats, or over blocks of batches of a single repeat
     interval_basis: str  # what the interval was computed from, or why there is none
     megapixels_per_second: Figure
     latency_ms: Latency
@@ -93,7 +77,7 @@ class Comparison:
     """Runs compared with a baseline."""
 
     baseline: int  # index of the run that the others are compared with
-    unit: Literal["tile", "megapixel"]  # unit of the ratios: megapixels if the runs have tiles of different sides
+    unit: Unit  # of the ratios: megapixels if the runs have tiles of different sides
     rows: tuple[Row, ...]
     not_comparable: tuple[str, ...]  # why the runs are not comparable; empty unless the comparison was forced
     notes: tuple[str, ...]
@@ -133,37 +117,40 @@ def compare_runs(
         )
     if not 0 <= baseline < len(folders):
         raise CompareError(f"there is no run {baseline + 1}: {len(folders)} runs were given")
-    runs = [_read(folder.parent if folder.name == SUMMARY else folder) for folder in folders]
+    runs = [read_run(folder.parent if folder.name == SUMMARY else folder, curves=False) for folder in folders]
     names = _names([run.folder for run in runs])
-    for name, run in zip(names, runs, strict=True):
+    named = list(zip(names, runs, strict=True))
+    for name, run in named:
         _require_figures(name, run)
     scores, unmatched = scores_by_engine(list(evaluations), {run.summary.engine.artefact.sha256 for run in runs})
-    reasons, notes = _differences(names, runs, baseline)
-    reasons += _scores_on_other_data(names, runs, scores)
+    reasons = [text for name, run in named for text in checks.why_not_quotable(name, run.summary)]
+    notes = []
+    for name, run in named:
+        notes += [f"{name}: {warning}" for warning in run.summary.verdict.warnings]
+        if run is not runs[baseline]:
+            pair = (names[baseline], name), runs[baseline].summary, run.summary
+            reasons += checks.why_not_comparable(*pair)
+            notes += checks.other_differences(*pair)
+    own_scores = [scores.get(run.summary.engine.artefact.sha256) for run in runs]
+    reasons += _scores_on_other_data([(name, own) for name, own in zip(names, own_scores, strict=True) if own])
     notes += [f"{file} is about another engine than these (by SHA-256)" for file in unmatched]
     if reasons and not force:
         raise CompareError(
             f"not comparable: {'; '.join(reasons)}",
             hint="measure again under the same conditions, or show them side by side with --force",
         )
-    unit: Literal["tile", "megapixel"] = "tile"
+    unit: Unit = "tile"
     if len({run.summary.engine.tile for run in runs}) > 1:
         unit = "megapixel"
         notes.append(
             "tiles have different sides, so ratios are per megapixel; overlaps cost small tiles more than large ones"
         )
     rows = [
-        _row(name, run, None if index == baseline else runs[baseline], unit, scores)
-        for index, (name, run) in enumerate(zip(names, runs, strict=True))
+        _row(name, run, None if run is runs[baseline] else runs[baseline], unit, score)
+        for (name, run), score in zip(named, own_scores, strict=True)
     ]
     gates = [gate for row in rows if row.verdict != BASELINE for gate in _gates(row, limits)]
     return Comparison(baseline, unit, tuple(rows), tuple(reasons), tuple(notes), tuple(gates), METHOD)
-
-
-def _read(folder: Path) -> Run:
-    """A run without the curves, which are not needed here."""
-    summary = read_summary(folder)
-    return Run(folder, summary, read_tiles(folder, summary), {}, {})
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -188,38 +175,15 @@ def _require_figures(name: str, run: Run) -> None:
         raise CompareError(f"{name} has a speed of 0 tiles/s", hint="measure again with `cdkd-edge bench`")
 
 
-def _differences(names: Sequence[str], runs: Sequence[Run], baseline: int) -> tuple[list[str], list[str]]:
-    """Why the runs are not comparable with the baseline, and other differences to know."""
-    reasons = [
-        text for name, run in zip(names, runs, strict=True) for text in checks.why_not_quotable(name, run.summary)
-    ]
-    notes = []
-    for index, run in enumerate(runs):
-        for warning in run.summary.verdict.warnings:
-            notes.append(f"{names[index]}: {warning}")
-        if index != baseline:
-            pair = (names[baseline], names[index])
-            reasons += checks.why_not_comparable(pair, runs[baseline].summary, run.summary)
-            notes += checks.other_differences(pair, runs[baseline].summary, run.summary)
-    return reasons, notes
-
-
-def _scores_on_other_data(names: Sequence[str], runs: Sequence[Run], scores: dict[str, Score]) -> list[str]:
-    known = [
-        (name, scores[sha])
-        for name, sha in zip(names, (run.summary.engine.artefact.sha256 for run in runs), strict=True)
-        if sha in scores
-    ]
+def _scores_on_other_data(scores: Sequence[tuple[str, Score]]) -> list[str]:
     return [
-        f"mIoU of {known[0][0]} and {name} were measured on different data ({known[0][1].file}, {score.file})"
-        for name, score in known[1:]
-        if score.data != known[0][1].data
+        f"mIoU of {scores[0][0]} and {name} were measured on different data ({scores[0][1].file}, {score.file})"
+        for name, score in scores[1:]
+        if score.data != scores[0][1].data
     ]
 
 
-def _row(
-    name: str, run: Run, baseline: Run | None, unit: Literal["tile", "megapixel"], scores: dict[str, Score]
-) -> Row:
+def _row(name: str, run: Run, baseline: Run | None, unit: Unit, score: Score | None) -> Row:
     summary, figures = run.summary, _figures(run)
     engine, bound = summary.engine, summary.roofline
     spread, why_not = _speed_spread(run)
@@ -233,8 +197,8 @@ def _row(
         energy_verdict = _word(gross, ("less energy", "more energy")) if gross else ""
         if checks.same_run(summary, baseline.summary):
             verdict, energy_verdict = SAME_RUN, SAME_RUN if gross else ""
+    energy = Energy(power.source, power.scope, power.total, power.rails[power.total]) if power and power.total else None
     no_total = "there is no total rail" if figures.power else figures.power_reason
-    score = scores.get(engine.artefact.sha256)
     return Row(
         name=name,
         folder=str(run.folder),
@@ -255,10 +219,8 @@ def _row(
         interval_basis=spread.basis if spread else why_not,
         megapixels_per_second=figures.megapixels_per_second,
         latency_ms=figures.latency_ms,
-        energy=Energy(power.source, power.scope, power.total, power.rails[power.total])
-        if power and power.total
-        else None,
-        energy_reason="" if power else no_total,
+        energy=energy,
+        energy_reason="" if energy else no_total,
         mean_iou=score.mean_iou if score else None,
         modelled_share=bound.share_of_bound if bound else None,
         speed=speed,
@@ -277,30 +239,28 @@ def _speed_spread(run: Run) -> tuple[Spread | None, str]:
     """Spread of the speed, and why there is none."""
     rates = _figures(run).tiles_per_second
     if len(rates.values) > 1:
-        return spread_of_repeats(rates), "a speed of 0 tiles/s"
+        return statistics.spread_of_repeats(rates), "a speed of 0 tiles/s"
     batches = [batch for batch in run.tiles if batch.phase == LOAD]
     if len(batches) * run.summary.engine.batch != sum(repeat.tiles for repeat in run.summary.repeats):
         return None, "tiles.csv and summary.json do not belong to the same run"
-    why_not = f"one repeat of {len(batches)} batches; {MIN_BATCHES} are needed"
-    return spread_of_batches(rates.mean, [batch.start for batch in batches]), why_not
+    why_not = f"one repeat of {len(batches)} batches; {statistics.MIN_BATCHES} are needed"
+    return statistics.spread_of_batches(rates.mean, [batch.start for batch in batches]), why_not
 
 
 def _speed_ratio(run: Run, baseline: Run) -> Ratio:
     """Ratio of megapixels per second; with equal tiles it is that of tiles per second."""
     (spread, why_not), (other, other_why_not) = _speed_spread(run), _speed_spread(baseline)
     value, against = (_figures(one).megapixels_per_second.mean for one in (run, baseline))
-    return ratio_of(value, spread, against, other, other_why_not if spread else why_not)
+    return statistics.ratio_of(value, spread, against, other, other_why_not if spread else why_not)
 
 
 def _energy_ratio(run: Run, baseline: Run, quantity: str) -> Ratio | None:
     powers = [checks.power_of(one.summary) for one in (run, baseline)]
-    if not powers[0] or not powers[1]:
-        return None
     found: list[Figure] = [getattr(power.rails[power.total], quantity) for power in powers if power and power.total]
-    if min(figure.mean for figure in found) < LEAST_JOULES:
+    if len(found) < 2 or min(figure.mean for figure in found) < LEAST_JOULES:
         return None  # a net energy near zero: its sign is noise
-    spreads = [spread_of_repeats(figure) for figure in found]
-    return ratio_of(found[0].mean, spreads[0], found[1].mean, spreads[1], ONE_REPEAT)
+    one, other = ((figure.mean, statistics.spread_of_repeats(figure)) for figure in found)
+    return statistics.ratio_of(*one, *other, ONE_REPEAT)
 
 
 def _word(ratio: Ratio, words: tuple[str, str]) -> str:
@@ -315,14 +275,14 @@ def _gates(row: Row, limits: Limits) -> list[RunGate]:
     asked = limits.slower is not None or limits.hungrier is not None
     if asked and row.verdict == SAME_RUN:
         raise CompareError(f"{row.name} is the baseline's own run: no limit can be judged", hint="name another run")
+    if limits.hungrier is not None and row.gross_energy is None:
+        raise CompareError(
+            f"{row.name} has no energy to judge by a limit: {row.energy_reason or 'the baseline has none'}",
+            hint="measure both with `cdkd-edge bench --power-trace`",
+        )
     found = []
     if limits.slower is not None and row.speed:
         found.append(judge_limit(row.name, "speed", limits.slower, row.speed))
-    if limits.hungrier is not None:
-        if row.gross_energy is None:
-            raise CompareError(
-                f"{row.name} has no energy to judge by a limit: {row.energy_reason or 'the baseline has none'}",
-                hint="measure both with `cdkd-edge bench --power-trace`",
-            )
+    if limits.hungrier is not None and row.gross_energy:
         found.append(judge_limit(row.name, "energy", limits.hungrier, row.gross_energy))
     return found

@@ -47,10 +47,8 @@ def power_of(summary: BenchSummary) -> PowerFigures | None:
 
 def why_not_quotable(name: str, summary: BenchSummary) -> list[str]:
     """Why the figures of a run may not be quoted."""
-    verdict = summary.verdict
-    if verdict.status == VALID:
-        return []
-    return [f"{name} is {status_words(summary)}" + (f": {'; '.join(verdict.reasons)}" if verdict.reasons else "")]
+    why = ": ".join(filter(None, (status_words(summary), "; ".join(summary.verdict.reasons))))
+    return [] if summary.verdict.status == VALID else [f"{name} is {why}"]
 
 
 def why_not_comparable(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
@@ -60,37 +58,24 @@ def why_not_comparable(names: tuple[str, str], one: BenchSummary, other: BenchSu
     if classes[0] != classes[1]:
         lists = " and ".join(", ".join(map(str, one)) or "none" for one in classes)
         found.append(f"{names[0]} and {names[1]} have different classes: {lists}")
-    found += _different_settings(names, one, other)
-    powers = power_of(one), power_of(other)
-    if powers[0] and powers[1]:
-        for what in ("scope", "total"):
-            values = [str(getattr(power, what)) for power in powers]
-            if values[0] != values[1]:
-                title = {"scope": "power is that of the", "total": "the total rail is"}
-                found.append(f"{title[what]} {values[0]} in {names[0]} and {values[1]} in {names[1]}")
-                break  # with another scope, the rails differ anyway
-    return found
+    compared: list[tuple[str, str, str]] = []  # what, and the text of each run
+    # On another kind of board, a power mode means something else.
+    if one.board is not None and other.board is not None and device_of(one) == device_of(other):
+        compared.append(("power mode is", power_mode_of(one) or UNKNOWN, power_mode_of(other) or UNKNOWN))
+        words = {True: "on", False: "off", None: UNKNOWN}
+        compared.append(("jetson_clocks is", words[clocks_of(one)], words[clocks_of(other)]))
+    power, against = power_of(one), power_of(other)
+    if power and against:
+        compared.append(("power is that of the", power.scope, against.scope))
+        if power.scope == against.scope:  # with another scope, the rails differ anyway
+            compared.append(("the total rail is", str(power.total), str(against.total)))
+    return found + [f"{what} {a} in {names[0]} and {b} in {names[1]}" for what, a, b in compared if a != b]
 
 
 def _class_names(classes: Any) -> list[Any]:
     """Names of the classes in a manifest's labels, which may hold anything."""
-    if not isinstance(classes, list):
-        return []
-    return [item.get("name") if isinstance(item, dict) else item for item in classes]
-
-
-def _different_settings(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
-    """Different power modes or clocks on the same kind of board; on another board a mode means something else."""
-    if one.board is None or other.board is None or device_of(one) != device_of(other):
-        return []
-    found = []
-    modes = [power_mode_of(run) for run in (one, other)]
-    if modes[0] != modes[1]:
-        found.append(f"power mode is {modes[0] or UNKNOWN} in {names[0]} and {modes[1] or UNKNOWN} in {names[1]}")
-    held = [{True: "on", False: "off", None: UNKNOWN}[clocks_of(run)] for run in (one, other)]
-    if held[0] != held[1]:
-        found.append(f"jetson_clocks is {held[0]} in {names[0]} and {held[1]} in {names[1]}")
-    return found
+    given = classes if isinstance(classes, list) else []
+    return [item.get("name") if isinstance(item, dict) else item for item in given]
 
 
 def other_differences(names: tuple[str, str], one: BenchSummary, other: BenchSummary) -> list[str]:
@@ -103,9 +88,9 @@ def other_differences(names: tuple[str, str], one: BenchSummary, other: BenchSum
         found.append(f"{pair}: another machine")
     elif one.machine.cores != other.machine.cores:
         found.append(f"{pair}: {other.machine.cores} cores instead of {one.machine.cores}")
-    powers = power_of(one), power_of(other)
-    if powers[0] and powers[1] and powers[0].source != powers[1].source:  # jtop and INA3221 read the same sensor
-        found.append(f"{pair}: power from {powers[1].source} instead of {powers[0].source}")
+    power, against = power_of(one), power_of(other)
+    if power and against and power.source != against.source:  # jtop and INA3221 read the same sensor
+        found.append(f"{pair}: power from {against.source} instead of {power.source}")
     if one.engine.batch != other.engine.batch:
         found.append(f"{pair}: latencies are of batches of {other.engine.batch} tiles instead of {one.engine.batch}")
     if one.protocol.preset != other.protocol.preset:
@@ -154,10 +139,9 @@ def judge_limit(run: str, quantity: Literal["speed", "energy"], limit: float, ra
             hint="measure both runs with --repeat 3 or more",
         )
     low, high = ratio.interval.low, ratio.interval.high
-    if quantity == "speed":
-        loss, least, most, word = 1 - ratio.value, 1 - high, 1 - low, "slower"
-    else:
-        loss, least, most, word = ratio.value - 1, low - 1, high - 1, "hungrier"
+    sign, word = (-1, "slower") if quantity == "speed" else (1, "hungrier")
+    loss = sign * (ratio.value - 1)
+    least, most = sorted(sign * (edge - 1) for edge in (low, high))
     allowed = f"{100 * limit:.3g} %"
     outcome: Literal["pass", "fail", "cannot tell"]
     if most <= limit + _ROUNDING:
@@ -173,13 +157,8 @@ def judge_limit(run: str, quantity: Literal["speed", "energy"], limit: float, ra
 
 
 def require_kept(gates: Sequence[RunGate], *, strict: bool = False) -> None:
-    """Require that no limit failed, and with ``strict`` that every one passed.
-
-    Raises:
-        CompareError: a limit failed, or could not be decided with ``strict``.
-    """
-    failed = [gate.text for gate in gates if gate.outcome == "fail" or (strict and gate.outcome == "cannot tell")]
-    if failed:
+    """Raise CompareError if a limit failed or, with ``strict``, could not be decided."""
+    if failed := [gate.text for gate in gates if gate.outcome != "pass" and (strict or gate.outcome == "fail")]:
         raise CompareError("; ".join(failed))
 
 
@@ -205,9 +184,7 @@ class _Class:
 
 
 @dataclass(frozen=True)
-class _Evaluation:
-    """The part of ``accuracy.json`` that is needed."""
-
+class _Evaluation:  # what is needed of ``accuracy.json``
     subject: _Subject
     mean_iou: float
     classes: tuple[_Class, ...]
@@ -225,9 +202,7 @@ class _Scores:
 
 
 @dataclass(frozen=True)
-class _Parity:
-    """The part of ``parity.json`` that is needed."""
-
+class _Parity:  # what is needed of ``parity.json``
     reference: _Subject
     candidate: _Subject
     scores: _Scores
@@ -259,16 +234,13 @@ def read_scores(path: Path) -> list[Score]:
     # If a class has no truth, evaluate and parity take the mean over different classes.
     data = (*truth, of_two and any(not pixels for _, pixels in truth))
     if isinstance(found, _Evaluation):
-        scores = [Score(found.subject.sha256, found.mean_iou, data, str(path))]
+        pairs = [(found.subject, found.mean_iou)]
     else:
         values = found.scores.mean_iou
-        scores = [
-            Score(found.reference.sha256, values.reference, data, str(path)),
-            Score(found.candidate.sha256, values.candidate, data, str(path)),
-        ]
-    if not all(0 <= score.mean_iou <= 1 for score in scores):
+        pairs = [(found.reference, values.reference), (found.candidate, values.candidate)]
+    if not all(0 <= value <= 1 for _, value in pairs):
         raise CompareError(f"{path}: an mIoU must be between 0 and 1", hint=_HINT)
-    return scores
+    return [Score(subject.sha256, value, data, str(path)) for subject, value in pairs]
 
 
 _HINT = "name a file that `cdkd-edge evaluate ENGINE --data DATA -o FOLDER` or `cdkd-edge parity` wrote"
@@ -289,8 +261,6 @@ def scores_by_engine(files: list[Path], engines: set[str]) -> tuple[dict[str, Sc
         for score in own:
             known = found.setdefault(score.sha256, score)
             if known.data != score.data or abs(known.mean_iou - score.mean_iou) > 1e-12:
-                raise CompareError(
-                    f"{known.file} and {score.file} contradict each other about the same engine",
-                    hint="name one of them",
-                )
+                what = f"{known.file} and {score.file} contradict each other about the same engine"
+                raise CompareError(what, hint="name one of them")
     return found, unmatched

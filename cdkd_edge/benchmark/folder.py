@@ -53,8 +53,8 @@ class Run:
     folder: Path
     summary: BenchSummary
     tiles: tuple[TimedBatch, ...]
+    # By rail; empty without power. For a counter of joules: the mean watts between two readings, at their middle.
     watts: dict[str, Series]
-    """By rail; empty without power. For a counter of joules: the mean watts between two readings, at their middle."""
     conditions: dict[str, Series]  # by column of ``conditions.csv``; names end in their units
 
 
@@ -97,18 +97,13 @@ def write_tiles(folder: Path, batches: Iterable[TimedBatch]) -> None:
 def write_trace(folder: Path, trace: Trace, phases: Sequence[Phase], origin: float) -> None:
     """Write ``trace.csv``: every power reading, in watts or joules as the source gives them.
 
-    Args:
-        folder: folder of the run.
-        trace: the readings.
-        phases: phases of the run; for a reading outside all of them, repeat and phase are empty.
-        origin: start of the run, s on CLOCK_MONOTONIC.
+    ``origin`` is the start of the run, s on CLOCK_MONOTONIC. Outside all phases, repeat and phase are empty.
     """
     rails, unit = trace.source.rails, _UNITS[trace.source.quantity]
     rows = []
     for sample in trace.samples:
         time = sample.time - origin
-        phase = next((phase for phase in phases if phase.start <= time < phase.stop), None)
-        place = (phase.repeat, phase.name) if phase else ("", "")
+        place = next(((one.repeat, one.name) for one in phases if one.start <= time < one.stop), ("", ""))
         values = (f"{sample.values[rail]:.6f}" if rail in sample.values else "" for rail in rails)
         rows.append((f"{time:.6f}", f"{sample.uncertainty:.6f}", *place, *values))
     _write(folder / TRACE, ("time_s", "uncertainty_s", "repeat", "phase", *(f"{rail}_{unit}" for rail in rails)), rows)
@@ -155,49 +150,38 @@ def read_summary(folder: Path) -> BenchSummary:
         for where, number in _numbers(document, "summary"):
             if not abs(number) <= MOST:
                 raise ValueError(f"{where} is {number:.3g}")
-        _require_values(document, "summary")
         return msgspec.convert(document, BenchSummary)
     except (msgspec.ValidationError, ValueError) as error:
         raise BenchError(f"{path} is damaged: {error}") from None
 
 
-def _require_values(value: Any, where: str) -> None:
-    """Refuse figures without values, and intervals of a single one."""
-    if isinstance(value, dict):
-        if value.keys() >= {"mean", "values", "interval"}:
-            values, interval = value["values"], value["interval"]
-            if isinstance(values, list) and len(values) < (2 if interval else 1):
-                raise ValueError(f"{where} has {len(values)} values" + (" and an interval" if interval else ""))
-        for name, one in value.items():
-            _require_values(one, f"{where}.{name}")
-
-
-def read_run(folder: Path, *, bounded: bool = True) -> Run:
+def read_run(folder: Path, *, curves: bool = True, bounded: bool = True) -> Run:
     """Read the folder of a run with its tables.
 
     Args:
         folder: folder of the run.
+        curves: read power and conditions too, not only the batches.
         bounded: refuse tables that are larger than a run of this length writes.
 
     Raises:
         BenchError: a file is missing or damaged.
     """
     summary = read_summary(folder)
-    tiles = read_tiles(folder, summary, bounded=bounded)
+    seconds = max((phase.stop for phase in summary.phases), default=0.0)
+    # 25,000 batches a second in rows of 40 bytes, and a margin.
+    most = int(min(MOST_TABLE, 4e6 + 1e6 * max(0.0, seconds))) if bounded else None
+    tiles = _read_tiles(folder / TILES, most)
     watts: dict[str, Series] = {}
-    most = _most_bytes(summary) if bounded else None
-    if (folder / TRACE).exists():
+    if curves and (folder / TRACE).exists():
         for name, series in _columns(folder / TRACE, ("uncertainty_s", "repeat", "phase"), most).items():
             rail, _, unit = name.rpartition("_")
             watts[rail] = _steps(series) if unit == _UNITS[JOULES] else series
-    conditions = _columns(folder / CONDITIONS, (), most) if (folder / CONDITIONS).exists() else {}
+    conditions = _columns(folder / CONDITIONS, (), most) if curves and (folder / CONDITIONS).exists() else {}
     return Run(folder, summary, tiles, watts, conditions)
 
 
-def read_tiles(folder: Path, summary: BenchSummary, *, bounded: bool = True) -> tuple[TimedBatch, ...]:
-    """Read only ``tiles.csv``; arguments and errors as in :func:`read_run`."""
-    path, tiles = folder / TILES, []
-    most = _most_bytes(summary) if bounded else None
+def _read_tiles(path: Path, most: int | None) -> tuple[TimedBatch, ...]:
+    tiles = []
     for row in _rows(path, ("repeat", "phase", "start_s", "latency_ms"), most):
         try:
             repeat, phase = int(row["repeat"]), sys.intern(row["phase"])
@@ -210,50 +194,33 @@ def read_tiles(folder: Path, summary: BenchSummary, *, bounded: bool = True) -> 
     return tuple(tiles)
 
 
-def _most_bytes(summary: BenchSummary) -> int:
-    """Largest size of a table: 25,000 batches a second in rows of 40 bytes, and a margin."""
-    seconds = max((phase.stop for phase in summary.phases), default=0.0)
-    return int(min(MOST_TABLE, 4e6 + 1e6 * max(0.0, seconds)))
-
-
 def _steps(counter: Series) -> Series:
     """Mean watts between two readings of a counter of joules, except where it was reset."""
-    steps = [
-        ((t1 + t2) / 2, (v2 - v1) / (t2 - t1))
-        for (t1, v1), (t2, v2) in pairwise(zip(counter.times, counter.values, strict=True))
-        if t2 > t1 and v2 >= v1
-    ]
-    return Series(tuple(time for time, _ in steps), tuple(watts for _, watts in steps))
+    pairs = pairwise(zip(counter.times, counter.values, strict=True))
+    kept = [(t1, v1, t2, v2) for (t1, v1), (t2, v2) in pairs if t2 > t1 and v2 >= v1]
+    watts = tuple((v2 - v1) / (t2 - t1) for t1, v1, t2, v2 in kept)
+    return Series(tuple((t1 + t2) / 2 for t1, _, t2, _ in kept), watts)
 
 
 def _columns(path: Path, others: Sequence[str], most: int | None) -> dict[str, Series]:
     """The columns of a table with ``time_s``, except ``others``."""
-    columns: dict[str, tuple[list[float], list[float]]] = {}
+    columns: dict[str, list[tuple[float, float]]] = {}
     for row in _rows(path, ("time_s", *others), most):
-        for name, text in row.items():
-            if name == "time_s" or name in others:
-                continue
-            times, values = columns.setdefault(name, ([], []))
+        for name in (name for name in row if name not in ("time_s", *others)):
             try:
-                time, value = _number(row["time_s"]), _number(text)
+                time, value = _number(row["time_s"]), _number(row[name])
             except ValueError:
                 raise BenchError(f"{path} is damaged") from None
+            points = columns.setdefault(name, [])
             if time is not None and value is not None:
-                times.append(time)
-                values.append(value)
-    return {name: Series(tuple(times), tuple(values)) for name, (times, values) in columns.items()}
+                points.append((time, value))
+    return {name: Series(*zip(*points, strict=True)) if points else Series((), ()) for name, points in columns.items()}
 
 
 def _number(text: str | None) -> float | None:
-    """The number in a cell; None if the cell is empty.
-
-    Raises:
-        ValueError: the text is not a possible number.
-    """
-    if not text:
-        return None
-    number = float(text)
-    if not abs(number) <= MOST:
+    """The number in a cell; None if the cell is empty; ValueError if it is not a possible number."""
+    number = float(text) if text else None
+    if number is not None and not abs(number) <= MOST:
         raise ValueError(text)
     return number
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdkd_edge.benchmark import statistics
 from cdkd_edge.benchmark.compare import Comparison, Row
 from cdkd_edge.benchmark.statistics import Interval
 from cdkd_edge.core.files import whole_file
@@ -41,11 +42,7 @@ class Point:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points of the Pareto front, sorted by cost.
-
-    Args:
-        points: (cost, gain): a low cost and a high gain are good.
-    """
+    """Indices of the points (cost, gain) of the Pareto front, sorted by cost."""
 
     def beaten(one: tuple[float, float]) -> bool:
         return any(cost <= one[0] and gain >= one[1] and (cost, gain) != one for cost, gain in points)
@@ -72,63 +69,44 @@ def draw_picture(found: Comparison) -> Figure:
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_INK)
-    with_energy = [row for row in found.rows if row.energy]
-    with_score = [row for row in found.rows if row.mean_iou is not None]
-    if len(with_energy) > 1:
-        shown = _draw_energy(axes, found, with_energy)
-    elif len(with_score) > 1:
-        shown = _draw_scores(axes, found, with_score)
+    unit, rate = ("tile", "tiles/s") if found.unit == "tile" else ("MP", "MP/s")
+    speeds = [(row, *_speed(row, found.unit)) for row in found.rows]
+    by_energy: list[Point] = []
+    for row, speed, interval in speeds:
+        if row.energy:
+            joules: statistics.Figure = getattr(row.energy.figures, f"gross_joules_per_{found.unit}")
+            by_energy.append(Point(row, joules.mean, speed, joules.interval, interval))
+    by_score = [Point(row, x, 100 * row.mean_iou, bar, None) for row, x, bar in speeds if row.mean_iou is not None]
+    points = by_energy if len(by_energy) > 1 else by_score
+    if len(by_energy) > 1:  # speed against gross energy, over lines of equal power
+        rails = sorted({f"{row.energy.rail}, {row.energy.scope}" for row in found.rows if row.energy})
+        axes.set(xlabel=f"energy, J/{unit} gross ({'; '.join(rails)})", ylabel=f"speed, {rate}")
+        _scale_axes(axes, points)
+        _draw_power_lines(axes, points)
+        _draw_points(axes, points, front([(p.x, p.y) for p in points]))
+    elif len(by_score) > 1:  # mIoU against speed
+        axes.set(xlabel=f"speed, {rate}", ylabel="mIoU, %")
+        _scale_axes(axes, points)
+        low, high = min(p.y for p in points), max(p.y for p in points)
+        margin = max(0.5, 0.25 * (high - low))
+        axes.set_ylim(max(0.0, low - margin), min(100.0, high + margin))
+        _draw_points(axes, points, front([(-p.x, p.y) for p in points]))
     else:
-        shown = list(found.rows)
-        figure.set_size_inches(WIDTH, 1.0 + 0.42 * len(shown))
-        _draw_bars(axes, found)
-    _draw_texts(figure, axes, found, [row.name for row in found.rows if row not in shown])
+        figure.set_size_inches(WIDTH, 1.0 + 0.42 * len(speeds))
+        axes.set_xlabel(f"speed, {rate}")
+        _draw_bars(axes, speeds, found.rows[found.baseline])
+    shown = [p.row for p in points] if len(points) > 1 else list(found.rows)
+    below = ["whiskers: 95 % intervals"] if any(interval for _, _, interval in speeds) else []
+    if len(shown) < len(speeds):
+        below.append(f"not in the picture: {', '.join(_cut(row.name) for row in found.rows if row not in shown)}")
+    _draw_texts(figure, axes, "; ".join(below), found.not_comparable)
     return figure
 
 
-def _draw_energy(axes: Axes, found: Comparison, rows: Sequence[Row]) -> list[Row]:
-    """Speed against gross energy, over lines of equal power."""
-    points = []
-    for row in rows:
-        assert row.energy is not None
-        rail = row.energy.figures
-        joules = rail.gross_joules_per_tile if found.unit == "tile" else rail.gross_joules_per_megapixel
-        speed, interval = _speed(row, found.unit)
-        points.append(Point(row, joules.mean, speed, joules.interval, interval))
-    rails = sorted({f"{row.energy.rail}, {row.energy.scope}" for row in rows if row.energy})
-    axes.set_xlabel(f"energy, J/{_short(found)} gross ({'; '.join(rails)})")
-    axes.set_ylabel(f"speed, {_rate(found)}")
-    _scale_axes(axes, points)
-    _draw_power_lines(axes, points)
-    _draw_front(axes, points, front([(p.x, p.y) for p in points]))
-    _draw_points(axes, points)
-    return list(rows)
-
-
-def _draw_scores(axes: Axes, found: Comparison, rows: Sequence[Row]) -> list[Row]:
-    """mIoU against speed."""
-    points = []
-    for row in rows:
-        speed, interval = _speed(row, found.unit)
-        points.append(Point(row, speed, 100 * (row.mean_iou or 0.0), interval, None))
-    axes.set_xlabel(f"speed, {_rate(found)}")
-    axes.set_ylabel("mIoU, %")
-    _scale_axes(axes, points)
-    low, high = min(p.y for p in points), max(p.y for p in points)
-    margin = max(0.5, 0.25 * (high - low))
-    axes.set_ylim(max(0.0, low - margin), min(100.0, high + margin))
-    _draw_front(axes, points, front([(-p.x, p.y) for p in points]))
-    _draw_points(axes, points)
-    return list(rows)
-
-
-def _draw_bars(axes: Axes, found: Comparison) -> None:
-    """Speed alone."""
-    rows = found.rows[::-1]  # the first one is on top
-    for position, row in enumerate(rows):
-        speed, interval = _speed(row, found.unit)
-        color = COLORS[0] if row is found.rows[found.baseline] else _PALE
-        axes.barh(position, speed, color=color, height=0.6)
+def _draw_bars(axes: Axes, speeds: Sequence[tuple[Row, float, Interval | None]], baseline: Row) -> None:
+    """Draw speed alone, the first run on top."""
+    for position, (row, speed, interval) in enumerate(reversed(speeds)):
+        axes.barh(position, speed, color=COLORS[0] if row is baseline else _PALE, height=0.6)
         if interval:
             axes.errorbar(speed, position, xerr=_whiskers(speed, interval), color=_INK, capsize=3, linewidth=1.2)
         edge = max(speed, interval.high if interval else 0.0)
@@ -136,14 +114,10 @@ def _draw_bars(axes: Axes, found: Comparison) -> None:
         axes.annotate(
             f"{speed:.{digits}f}", (edge, position), (5, 0), textcoords="offset points", va="center", color=_INK
         )
-    axes.set_yticks(
-        range(len(rows)),
-        [_cut(row.name) + (" (baseline)" if row is found.rows[found.baseline] else "") for row in rows],
-        parse_math=False,
-    )
-    axes.set_xlabel(f"speed, {_rate(found)}")
+    names = [_cut(row.name) + (" (baseline)" if row is baseline else "") for row, _, _ in reversed(speeds)]
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.margins(x=0.12)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_ylim(-0.6, len(names) - 0.4)
 
 
 def _speed(row: Row, unit: str) -> tuple[float, Interval | None]:
@@ -154,24 +128,14 @@ def _speed(row: Row, unit: str) -> tuple[float, Interval | None]:
     return speed, Interval(*(edge * speed / rate for edge in (interval.low, interval.high))) if interval else None
 
 
-def _rate(found: Comparison) -> str:
-    return "tiles/s" if found.unit == "tile" else "MP/s"
-
-
-def _short(found: Comparison) -> str:
-    return "tile" if found.unit == "tile" else "MP"
-
-
 def _scale_axes(axes: Axes, points: Sequence[Point]) -> None:
     """Start the axes at zero, or make them logarithmic if they span too much."""
     for name, values in (("x", [p.x for p in points]), ("y", [p.y for p in points])):
         if max(values) <= _WIDE * min(values):
-            getattr(axes, f"set_{name}lim")(0, 1.22 * max(values))
+            axes.set(**{f"{name}lim": (0, 1.22 * max(values))})
             continue
-        getattr(axes, f"set_{name}scale")("log")
-        getattr(axes, f"set_{name}lim")(min(values) / 1.8, max(values) * 2.2)
-        axis: Any = getattr(axes, f"{name}axis")
-        axis.set_major_formatter("{x:g}")
+        axes.set(**{f"{name}scale": "log", f"{name}lim": (min(values) / 1.8, max(values) * 2.2)})
+        getattr(axes, f"{name}axis").set_major_formatter("{x:g}")
 
 
 def _draw_power_lines(axes: Axes, points: Sequence[Point]) -> None:
@@ -204,55 +168,41 @@ def _round_numbers(low: float, high: float) -> list[float]:
     return [number for power in powers for number in (step * 10.0**power for step in steps) if low <= number <= high]
 
 
-def _draw_front(axes: Axes, points: Sequence[Point], best: Sequence[int]) -> None:
-    """Draw stairs through the points of the front."""
-    chosen = [points[index] for index in best]
-    if len(chosen) > 1:
-        axes.step([p.x for p in chosen], [p.y for p in chosen], where="post", color=_INK, linewidth=1.0, zorder=2)
-    axes.plot(
-        [p.x for p in chosen], [p.y for p in chosen], "o", markersize=15, markerfacecolor="none", markeredgecolor=_INK,
-        markeredgewidth=1.0, zorder=2,
-    )  # fmt: skip
-    axes.plot([], [], "o", markersize=8, markerfacecolor="none", markeredgecolor=_INK, label="Pareto front")
-
-
-def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
+def _draw_points(axes: Axes, points: Sequence[Point], best: Sequence[int]) -> None:
+    """Draw the points, and stairs through those of the front."""
+    xs, ys = [points[index].x for index in best], [points[index].y for index in best]
+    if len(best) > 1:
+        axes.step(xs, ys, where="post", color=_INK, linewidth=1.0, zorder=2)
+    ring: dict[str, Any] = {"marker": "o", "linestyle": "none", "markerfacecolor": "none", "markeredgecolor": _INK}
+    axes.plot(xs, ys, markersize=15, markeredgewidth=1.0, zorder=2, **ring)
+    axes.plot([], [], markersize=8, label="Pareto front", **ring)
     for index, point in enumerate(points):
-        label = _cut(point.row.name)
-        if point.row.mean_iou is not None:
-            label += f": mIoU {100 * point.row.mean_iou:.1f} %"
-        color = COLORS[index % len(COLORS)]
+        score = point.row.mean_iou
+        label = _cut(point.row.name) + ("" if score is None else f": mIoU {100 * score:.1f} %")
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
         x, y = _whiskers(point.x, point.x_interval), _whiskers(point.y, point.y_interval)
         axes.errorbar(point.x, point.y, xerr=x, yerr=y, fmt="none", ecolor=color, capsize=3, elinewidth=1.2, zorder=4)
-        marker = MARKERS[index % len(MARKERS)]
         axes.plot(point.x, point.y, marker, color=color, markersize=6.5, zorder=5, label=label)
 
 
 def _whiskers(center: float, interval: Interval | None) -> list[list[float]] | None:
-    if interval is None:
-        return None
-    return [[max(0.0, center - interval.low)], [max(0.0, interval.high - center)]]
+    return [[max(0.0, center - interval.low)], [max(0.0, interval.high - center)]] if interval else None
 
 
-def _draw_texts(figure: Any, axes: Axes, found: Comparison, missing: Sequence[str]) -> None:
+def _draw_texts(figure: Any, axes: Axes, below: str, not_comparable: Sequence[str]) -> None:
     """Draw the legend and the remarks, and make the figure higher by as much."""
     higher, legend = 0.0, None
-    labels = axes.get_legend_handles_labels()[1]
-    if labels:
+    if labels := axes.get_legend_handles_labels()[1]:
         columns = 2 if max(map(len, labels)) <= 44 and not any(map(_is_wide, labels)) else 1
         legend = figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5)
         for text in legend.get_texts():
             text.set_parse_math(False)
         higher += 0.18 * math.ceil(len(labels) / columns)
-    below = ["whiskers: 95 % intervals"] if any(_speed(row, found.unit)[1] for row in found.rows) else []
-    if missing:
-        below.append(f"not in the picture: {', '.join(map(_cut, missing))}")
-    lines = textwrap.wrap("; ".join(below), 110, max_lines=4, placeholder=" …")
+    lines = textwrap.wrap(below, 110, max_lines=4, placeholder=" …")
     figure.supxlabel("\n".join(lines), fontsize=7.5, color=_GREY, x=0.99, ha="right", parse_math=False)
     higher += 0.12 * (len(lines) - 1)
-    if found.not_comparable:
-        text = "NOT COMPARABLE: " + "; ".join(found.not_comparable)
-        lines = textwrap.wrap(text, 90, max_lines=6, placeholder=" …")
+    if not_comparable:
+        lines = textwrap.wrap("NOT COMPARABLE: " + "; ".join(not_comparable), 90, max_lines=6, placeholder=" …")
         # Over the whole width: beside long names the axes are too narrow.
         if legend:
             legend.set_title("\n".join(lines), prop={"size": 8.5})

@@ -5,31 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cdkd_edge.benchmark import record
 from cdkd_edge.benchmark.phases import Timeline
-from cdkd_edge.benchmark.record import (
-    IDLE,
-    LOAD,
-    WARM_UP,
-    Figures,
-    Phase,
-    PowerFigures,
-    Protocol,
-    RailFigures,
-    RailRepeat,
-    RejectedRepeat,
-    Repeat,
-)
 from cdkd_edge.benchmark.statistics import figure_of, latency_of, variance_hidden_by_sharing
+from cdkd_edge.board import throttling
 from cdkd_edge.board.conditions import Conditions
 from cdkd_edge.board.power.energy import RailEnergy, Trace, bound_holds, rail_energy
-from cdkd_edge.board.throttling import (
-    ConditionFinding,
-    judge_conditions,
-    judge_other_programs,
-    judge_power_mode,
-    others_share,
-    summarise,
-)
 
 LEAST_READINGS = 2  # readings that a phase needs for a mean of watts
 
@@ -38,14 +19,10 @@ class NoFigureError(Exception):
     """Power was sampled, but a phase has too few readings; the message says which."""
 
 
-def repeats_of(timeline: Timeline, protocol: Protocol, batch: int, trace: Trace | None) -> tuple[Repeat, ...]:
-    """The results of every repeat that was completed.
-
-    Args:
-        timeline: what happened.
-        protocol: of the run.
-        batch: tiles per batch.
-        trace: power readings; None: without power.
+def repeats_of(
+    timeline: Timeline, protocol: record.Protocol, batch: int, trace: Trace | None
+) -> tuple[record.Repeat, ...]:
+    """The results of every repeat that was completed; without power if there is no trace.
 
     Raises:
         NoFigureError: a rail has too few readings in a phase.
@@ -53,49 +30,33 @@ def repeats_of(timeline: Timeline, protocol: Protocol, batch: int, trace: Trace 
     found = []
     for repeat in range(protocol.repeats):
         try:
-            load, warm_up = timeline.phase(LOAD, repeat), timeline.phase(WARM_UP, repeat)
-            idles = (timeline.phase(IDLE, repeat), timeline.phase(IDLE, repeat + 1)) if trace else None
+            load, warm_up = timeline.phase(record.LOAD, repeat), timeline.phase(record.WARM_UP, repeat)
+            idles = [timeline.phase(record.IDLE, number) for number in (repeat, repeat + 1)] if trace else []
         except KeyError:  # the run ended earlier
             break
         latencies = [one.latency for one in timeline.batches_of(load)]
-        tiles = len(latencies) * batch
+        tiles, speed = len(latencies) * batch, len(latencies) * batch / load.seconds
         rails = None
-        if trace is not None and idles is not None:
-            rails = {rail: _rail(trace, rail, timeline.origin, *idles, load) for rail in trace.source.rails}
-        found.append(
-            Repeat(
-                steady=timeline.steady[repeat],
-                warm_up_seconds=warm_up.seconds,
-                tiles=tiles,
-                seconds=load.seconds,
-                tiles_per_second=tiles / load.seconds,
-                latency_ms=latency_of(latencies),
-                rails=rails,
-            )
-        )
+        if trace:
+            rails = {rail: _rail(trace, rail, timeline.origin, (*idles, load)) for rail in trace.source.rails}
+        steady, seconds = timeline.steady[repeat], load.seconds
+        found.append(record.Repeat(steady, warm_up.seconds, tiles, seconds, speed, latency_of(latencies), rails))
     return tuple(found)
 
 
-def rejected(repeat: Repeat) -> RejectedRepeat:
+def rejected(repeat: record.Repeat) -> record.RejectedRepeat:
     """A repeat without the figures that could be quoted."""
     covered = None if repeat.rails is None else {name: rail.covered for name, rail in repeat.rails.items()}
-    return RejectedRepeat(repeat.steady, repeat.warm_up_seconds, repeat.tiles, repeat.seconds, covered)
+    return record.RejectedRepeat(repeat.steady, repeat.warm_up_seconds, repeat.tiles, repeat.seconds, covered)
 
 
-def _rail(trace: Trace, rail: str, origin: float, before: Phase, after: Phase, load: Phase) -> RailRepeat:
-    first, last, loaded = (_energy(trace, rail, origin, phase) for phase in (before, after, load))
-    return RailRepeat(
-        idle_watts=(first.watts + last.watts) / 2,
-        idle_before_watts=first.watts,
-        idle_after_watts=last.watts,
-        load_watts=loaded.watts,
-        load_joules=loaded.joules,
-        covered=min(energy.coverage for energy in (first, last, loaded)),
-        bound_joules=loaded.bound,
-    )
+def _rail(trace: Trace, rail: str, origin: float, phases: Sequence[record.Phase]) -> record.RailRepeat:
+    first, last, loaded = (_energy(trace, rail, origin, phase) for phase in phases)  # idle before, idle after, load
+    covered, idle = min(one.coverage for one in (first, last, loaded)), (first.watts + last.watts) / 2
+    return record.RailRepeat(idle, first.watts, last.watts, loaded.watts, loaded.joules, covered, loaded.bound)
 
 
-def _energy(trace: Trace, rail: str, origin: float, phase: Phase) -> RailEnergy:
+def _energy(trace: Trace, rail: str, origin: float, phase: record.Phase) -> RailEnergy:
     energy = rail_energy(trace, rail, origin + phase.start, origin + phase.stop)
     if energy is None or energy.readings < LEAST_READINGS:
         count = energy.readings if energy else 0
@@ -104,12 +65,12 @@ def _energy(trace: Trace, rail: str, origin: float, phase: Phase) -> RailEnergy:
 
 
 def figures_of(
-    repeats: tuple[Repeat, ...], timeline: Timeline, tile: int, trace: Trace | None, power_reason: str
-) -> Figures:
-    """The figures over all repeats.
+    repeats: tuple[record.Repeat, ...], timeline: Timeline, tile: int, trace: Trace | None, power_reason: str
+) -> record.Figures:
+    """The figures over all repeats, at least one.
 
     Args:
-        repeats: from :func:`repeats_of`, at least one.
+        repeats: from :func:`repeats_of`.
         timeline: what happened.
         tile: side of a tile, px.
         trace: power readings; None: without power.
@@ -117,8 +78,8 @@ def figures_of(
     """
     megapixels = tile * tile / 1e6
     rates = [repeat.tiles_per_second for repeat in repeats]
-    loads = [one.latency for one in timeline.batches if one.phase == LOAD and one.repeat < len(repeats)]
-    return Figures(
+    loads = [one.latency for one in timeline.batches if one.phase == record.LOAD and one.repeat < len(repeats)]
+    return record.Figures(
         tiles_per_second=figure_of(rates),
         megapixels_per_second=figure_of([rate * megapixels for rate in rates]),
         latency_ms=latency_of(loads),
@@ -127,34 +88,18 @@ def figures_of(
     )
 
 
-def _power(repeats: tuple[Repeat, ...], timeline: Timeline, megapixels: float, trace: Trace) -> PowerFigures:
-    rails = {}
-    for rail in trace.source.rails:
-        of_rail = [(repeat.tiles_per_second, repeat.rails[rail]) for repeat in repeats if repeat.rails]
-        # Assumes the same watts where readings are missing; a run with many missing is invalid.
-        gross = [one.load_watts / rate for rate, one in of_rail]
-        net = [(one.load_watts - one.idle_watts) / rate for rate, one in of_rail]
-        # Two successive loads share the idle phase between them.
-        hidden = variance_hidden_by_sharing(
-            [one.idle_before_watts for _, one in of_rail[:1]] + [one.idle_after_watts for _, one in of_rail]
-        )
-        per_tile = hidden * (sum(1 / rate for rate, _ in of_rail) / len(of_rail)) ** 2
-        rails[rail] = RailFigures(
-            idle_watts=figure_of([one.idle_watts for _, one in of_rail], hidden),
-            load_watts=figure_of([one.load_watts for _, one in of_rail]),
-            net_watts=figure_of([one.load_watts - one.idle_watts for _, one in of_rail], hidden),
-            gross_joules_per_tile=figure_of(gross),
-            net_joules_per_tile=figure_of(net, per_tile),
-            gross_joules_per_megapixel=figure_of([joules / megapixels for joules in gross]),
-            net_joules_per_megapixel=figure_of([joules / megapixels for joules in net], per_tile / megapixels**2),
-        )
-    origin = timeline.origin
-    gaps = trace.gaps(
-        start=origin + min(phase.start for phase in timeline.completed),
-        stop=origin + max(phase.stop for phase in timeline.completed),
-    )
+def _power(
+    repeats: tuple[record.Repeat, ...], timeline: Timeline, megapixels: float, trace: Trace
+) -> record.PowerFigures:
+    times = [repeat.seconds / repeat.tiles for repeat in repeats]  # of a tile
+    rails = {
+        rail: _rail_figures([repeat.rails[rail] for repeat in repeats if repeat.rails], times, megapixels)
+        for rail in trace.source.rails
+    }
+    clock = [timeline.clock(phase) for phase in timeline.completed]
+    gaps = trace.gaps(start=min(start for start, _ in clock), stop=max(stop for _, stop in clock))
     source = trace.source
-    return PowerFigures(
+    return record.PowerFigures(
         source=source.name,
         scope=source.scope,
         covers=source.covers,
@@ -169,17 +114,38 @@ def _power(repeats: tuple[Repeat, ...], timeline: Timeline, megapixels: float, t
     )
 
 
-def condition_findings(timeline: Timeline, readings: Sequence[Conditions]) -> list[ConditionFinding]:
+def _rail_figures(found: Sequence[record.RailRepeat], times: Sequence[float], megapixels: float) -> record.RailFigures:
+    """The figures of a rail, from its repeats and their seconds per tile."""
+    net = [one.load_watts - one.idle_watts for one in found]
+    # Assumes the same watts where readings are missing; a run with many missing is invalid.
+    gross_joules = [one.load_watts * time for one, time in zip(found, times, strict=True)]
+    net_joules = [watts * time for watts, time in zip(net, times, strict=True)]
+    # Two successive loads share the idle phase between them.
+    hidden = variance_hidden_by_sharing([found[0].idle_before_watts, *(one.idle_after_watts for one in found)])
+    per_tile = hidden * (sum(times) / len(times)) ** 2
+    return record.RailFigures(
+        idle_watts=figure_of([one.idle_watts for one in found], hidden),
+        load_watts=figure_of([one.load_watts for one in found]),
+        net_watts=figure_of(net, hidden),
+        gross_joules_per_tile=figure_of(gross_joules),
+        net_joules_per_tile=figure_of(net_joules, per_tile),
+        gross_joules_per_megapixel=figure_of([joules / megapixels for joules in gross_joules]),
+        net_joules_per_megapixel=figure_of([joules / megapixels for joules in net_joules], per_tile / megapixels**2),
+    )
+
+
+def condition_findings(timeline: Timeline, readings: Sequence[Conditions]) -> list[throttling.ConditionFinding]:
     """What the monitor found: throttling during loads, other programs, and a change of the power mode."""
     loads = timeline.loads
-    found = [finding for load in loads for finding in judge_conditions(readings, *timeline.clock(load))]
+    found = [finding for load in loads for finding in throttling.judge_conditions(readings, *timeline.clock(load))]
     for phase in timeline.completed:
         # Other programs may also be why a warm-up did not become steady.
-        if phase.name == LOAD or (phase.name == WARM_UP and not timeline.steady[phase.repeat]):
-            found += judge_other_programs(readings, *timeline.clock(phase), f"{phase.name} {phase.repeat + 1}")
+        if phase.name == record.LOAD or (phase.name == record.WARM_UP and not timeline.steady[phase.repeat]):
+            what = f"{phase.name} {phase.repeat + 1}"
+            found += throttling.judge_other_programs(readings, *timeline.clock(phase), what)
     if loads:  # net power compares idle with load, so the mode must not change in between
-        first, last = timeline.phases[0], timeline.phases[-1]
-        found += judge_power_mode(readings, timeline.clock(first)[0], timeline.clock(last)[1])
+        start, stop = timeline.clock(timeline.phases[0])[0], timeline.clock(timeline.phases[-1])[1]
+        found += throttling.judge_power_mode(readings, start, stop)
     return found
 
 
@@ -189,10 +155,10 @@ def load_conditions(timeline: Timeline, readings: Sequence[Conditions]) -> dict[
     if not loads:
         return {}
     within = [one for one in readings if any(start <= one.time <= stop for start, stop in loads)]
-    found = summarise(within, loads[0][0], loads[-1][1])
+    found = throttling.summarise(within, loads[0][0], loads[-1][1])
     # Counters as the verdict compares them: from the last reading before a load to the first one after it.
-    risen = [summarise(readings, *load)["throttle_events"] for load in loads]
+    risen = [throttling.summarise(readings, *load)["throttle_events"] for load in loads]
     found["throttle_events"] = {name: sum(one.get(name, 0) for one in risen) for name in sorted(set().union(*risen))}
-    shares = [share for load in loads if (share := others_share(readings, *load)) is not None]
+    shares = [share for load in loads if (share := throttling.others_share(readings, *load)) is not None]
     found["other_programs_percent"] = 100 * max(shares) if shares else None
     return found

@@ -76,6 +76,10 @@ class Figure:
     values: tuple[float, ...]  # one value per repeat, in order
     interval: Interval | None  # 95 % interval of the mean, by Student's t over repeats; None with fewer than two
 
+    def __post_init__(self) -> None:
+        if len(self.values) < (2 if self.interval else 1):
+            raise ValueError(f"{len(self.values)} values" + (" and an interval" if self.interval else ""))
+
 
 def figure_of(values: Sequence[float], hidden: float = 0.0) -> Figure:
     """Mean and 95 % t-interval of repeats.
@@ -83,9 +87,7 @@ def figure_of(values: Sequence[float], hidden: float = 0.0) -> Figure:
     Assumes that repeats are independent draws from a normal distribution: W. S. Gosset, "The probable error of a mean",
     Biometrika 6 (1908). ``hidden`` is added to the variance of the mean (:func:`variance_hidden_by_sharing`).
     """
-    if not values:
-        raise ValueError("no repeat was measured")
-    mean = math.fsum(values) / len(values)
+    mean = math.fsum(values) / max(1, len(values))
     if len(values) < 2:
         return Figure(mean, tuple(values), None)
     half = t_quantile(len(values) - 1) * math.sqrt(_variance(values) / len(values) + hidden)

@@ -111,7 +111,7 @@ def test_figures_of_nothing_are_damage(tmp_path):
     document = json.loads((tmp_path / "run/summary.json").read_text())
     document["figures"]["tiles_per_second"]["values"] = []
     (tmp_path / "run/summary.json").write_text(json.dumps(document))
-    with pytest.raises(BenchError, match=r"figures.tiles_per_second has 0 values and an interval"):
+    with pytest.raises(BenchError, match=r"0 values and an interval - at `\$\.figures\.tiles_per_second`"):
         read_summary(tmp_path / "run")
 
 

@@ -28,17 +28,11 @@ from cdkd_edge.raster.aoi import AreaOnScene, read_area
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.raster.styles import sidecar_path
-from cdkd_edge.segmentation.crop import CropMerge, RowMerge
 from cdkd_edge.segmentation.flow import Flow, RunTotals
-from cdkd_edge.segmentation.merges import merge_mode
+from cdkd_edge.segmentation.merge import RowMerge
+from cdkd_edge.segmentation.merge_modes import merge_mode
 from cdkd_edge.segmentation.options import SegmentOptions, SegmentResult
-from cdkd_edge.segmentation.outputs import (
-    RasterAssembler,
-    confidence_path,
-    publish,
-    require_file_place,
-    require_writable_name,
-)
+from cdkd_edge.segmentation.outputs import RasterAssembler, confidence_path, require_file_place, require_gdal_name
 from cdkd_edge.segmentation.partial import Partial, scene_identity, scene_sample, times_of_change
 from cdkd_edge.segmentation.plan import PANEL_BYTES, CellLayout, TilePlan
 from cdkd_edge.segmentation.spool import DiskSpaceWatch, Spool
@@ -72,8 +66,7 @@ def segment_scene(
         SceneError: the scene cannot be read or the label map cannot be written; another run is writing it; or an
             interrupted run had another scene, engine or options.
         EngineError: the engine failed.
-        SystemRefusalError: the disk is full; finished tiles are kept.
-        OSError: the system refused to write.
+        SystemRefusalError, OSError: the disk is full (finished tiles are kept), or the system refused to write.
     """
     started = time.perf_counter()
     output = Path(os.path.normpath(output))
@@ -84,7 +77,11 @@ def segment_scene(
     with contextlib.ExitStack() as stack:
         readers = _opened(stack, scene, options)
         reader, times = readers[0], times_of_change(readers[0])
-        area = _area(reader, options)
+        place = reader.georeference
+        area = None
+        if options.aoi is not None:
+            transform = place.get("transform", Affine.identity())
+            area = AreaOnScene(read_area(options.aoi), place.get("crs"), transform, reader.height, reader.width)
         plan = _plan(engine, reader, options, area)
         fingerprint = scene_identity(reader)
         tags = label_map_tags(engine, reader, options, fingerprint)
@@ -97,7 +94,7 @@ def segment_scene(
             warn(f"{spool.path} is damaged; its first {resumed} rows of tiles are good, the others are computed again")
         partial.worth_keeping = resumed > 0
         rasters = stack.enter_context(
-            RasterAssembler(spool, schema, reader.georeference, tags, partial.folder, confidence=options.confidence)
+            RasterAssembler(spool, schema, place, tags, partial.folder, confidence=options.confidence)
         )
         rasters.advance(plan.rows_done(resumed))
         totals = RunTotals()
@@ -109,7 +106,9 @@ def segment_scene(
                 rasters.advance(plan.rows_done(spool.bands))
                 space.check(spool.path, plan.tiles_in(spool.bands) / len(plan.grid))
 
-            merge = _merge(engine, spool, plan, options, area)
+            inside, overlap = None if area is None else area.inside, options.overlap_of(engine.tile)
+            kind = merge_mode(options.merge).load()
+            merge = kind(engine, spool, plan, overlap, confidence=options.confidence, area=inside)
             merge.on_band = on_band
             totals = Flow(engine, readers, plan, merge, start=resumed, progress=progress).run()
             del merge
@@ -117,11 +116,9 @@ def segment_scene(
         if times_of_change(reader) != times:
             raise SceneError(f"{scene} changed while it was read", hint="start anew with --overwrite")
         finishing = time.perf_counter()
-        finished = rasters.result()
-        areas = publish(finished, output, schema, confidence, on_whole=partial.finishing)
+        areas = rasters.publish(output, confidence, partial.finishing)
         totals.stages["finish"] = time.perf_counter() - finishing
         partial.finished = True
-    limits = None if reader.limits is None else tuple((float(low), float(high)) for low, high in reader.limits)
     return SegmentResult(
         output=output,
         height=spool.height,
@@ -135,9 +132,9 @@ def segment_scene(
         notes=tuple(reader.notes),
         tiles_resumed=plan.tiles_in(resumed),
         confidence=confidence,
-        stretch_limits=limits,
+        stretch_limits=_limits(reader),
         stages={name: round(seconds, 6) for name, seconds in totals.stages.items()},
-        row_class_pixels=finished.row_counts,
+        row_class_pixels=rasters.row_counts,
         areas=areas,
     )
 
@@ -171,15 +168,9 @@ def label_rows(
 ) -> RunTotals:
     """Label an open scene row by row, in the same way as label maps are made.
 
-    Args:
-        engine: labels the tiles.
-        reader: the scene.
-        grid: its tiles, as :meth:`.options.SegmentOptions.grid_over` places them.
-        sink: receives rows of labels ``[h, width]`` from top to bottom, in another thread; it must not keep the array.
-        progress: called with tiles done and tiles in all.
-
-    Raises:
-        SceneError, EngineError: reading or computing failed; and whatever ``sink`` raises.
+    ``grid`` comes from :meth:`.options.SegmentOptions.grid_over`. ``sink`` receives rows of labels ``[h, width]`` from
+    top to bottom, in another thread; it must not keep the array. ``progress`` is called with tiles done and in all.
+    Raises SceneError or EngineError if reading or computing failed, and whatever ``sink`` raises.
     """
     plan = TilePlan.over(grid, engine.tile, panel_bytes=None)
     merge = RowMerge(engine, reader.width, len(grid.columns), sink)
@@ -191,7 +182,7 @@ def _require_place(scene: str | Path, output: Path, confidence: Path | None) -> 
     with contextlib.suppress(OSError):
         if output.exists() and Path(str(scene)).samefile(output):
             raise SceneError(f"the label map would overwrite the scene {scene}", hint="choose another --output")
-    require_writable_name(output)
+    require_gdal_name(output)
     require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
 
 
@@ -217,14 +208,6 @@ def _opened(stack: contextlib.ExitStack, scene: str | Path, options: SegmentOpti
     return readers
 
 
-def _area(reader: SceneReader, options: SegmentOptions) -> AreaOnScene | None:
-    if options.aoi is None:
-        return None
-    place = reader.georeference
-    transform = place.get("transform", Affine.identity())
-    return AreaOnScene(read_area(options.aoi), place.get("crs"), transform, reader.height, reader.width)
-
-
 def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: AreaOnScene | None) -> TilePlan:
     grid, tile = options.grid_over(reader, engine.tile), engine.tile
     merge = merge_mode(options.merge).load()
@@ -248,31 +231,21 @@ def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: 
     )
 
 
-def _merge(
-    engine: Labeller, spool: Spool, plan: TilePlan, options: SegmentOptions, area: AreaOnScene | None
-) -> CropMerge:
-    return merge_mode(options.merge).load()(
-        engine,
-        spool,
-        plan,
-        options.overlap_of(engine.tile),
-        confidence=options.confidence,
-        area=None if area is None else area.inside,
-    )
-
-
 def _identity(
     engine: Labeller, reader: SceneReader, tags: dict[str, str], scene: dict[str, Any], *, confidence: bool
 ) -> dict[str, Any]:
     """Everything that decides about the labels: a run resumes only from one with the same identity."""
-    limits = None if reader.limits is None else [[float(low), float(high)] for low, high in reader.limits]
     options = {key: value for key, value in tags.items() if key not in ("SCENE", "SCENE_SAMPLE", "ENGINE")}
     return {
         "scene": scene,
         "engine": {"file": engine.artefact.file, "sha256": engine.artefact.sha256},
-        "options": {**options, "BANDS": list(reader.bands), "LIMITS": limits},
+        "options": {**options, "BANDS": list(reader.bands), "LIMITS": _limits(reader)},
         "confidence": confidence,
     }
+
+
+def _limits(reader: SceneReader) -> tuple[tuple[float, float], ...] | None:
+    return None if reader.limits is None else tuple((float(low), float(high)) for low, high in reader.limits)
 
 
 @contextlib.contextmanager

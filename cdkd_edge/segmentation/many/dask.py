@@ -125,9 +125,6 @@ class DaskPool(WorkerPool):
                 task.future.cancel()
 
 
-# --- paths --------------------------------------------------------------------------------------------------------
-
-
 def _absolute(path: str) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - links stay as they are
 
@@ -182,8 +179,6 @@ def _tokens(jobs: Sequence[Job]) -> Iterator[dict[str, str]]:
             with contextlib.suppress(OSError):
                 place.rmdir()  # if nothing came into it
 
-
-# --- on a worker --------------------------------------------------------------------------------------------------
 
 _engine_lock = threading.Lock()
 _stopped_runs: set[str] = set()

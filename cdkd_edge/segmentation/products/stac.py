@@ -28,7 +28,7 @@ from cdkd_edge.graph.stac import MULTIHASH_SHA256, STAC_VERSION, class_names, ex
 from cdkd_edge.raster.areas import Areas, mapped, to_wgs84
 from cdkd_edge.raster.open import gdal, is_gdal_name, open_scene
 from cdkd_edge.raster.styles import sidecar_path, style_path
-from cdkd_edge.segmentation.crop import NO_CONFIDENCE
+from cdkd_edge.segmentation.merge import NO_CONFIDENCE
 
 _USED = ("projection/v2.0.0", "raster/v2.0.0", "classification/v2.0.0", "file/v2.1.0", "processing/v1.2.0")
 EXTENSIONS = tuple(map(extension, _USED))
@@ -49,9 +49,6 @@ _ASSETS: dict[str, dict[str, Any]] = {
     "preview": {"type": "image/png", "title": "The label map over the scene", "roles": ["overview"]},
 }
 _TIFF_TIME = re.compile(r"(\d{4}):(\d\d):(\d\d) (\d\d):(\d\d):(\d\d)")
-
-
-# --- when ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,6 @@ def _time_in_tags(scene: str | Path, label_map: Path) -> When | None:
         return When(moment, note="the time of the image is its TIFFTAG_DATETIME, taken as UTC")
     return None
 
-
-# --- where --------------------------------------------------------------------------------------------------------
 
 _POINTS_PER_SIDE = 16  # straight edges on a map grid are curves in longitude and latitude
 _DIGITS = 7  # decimals of a degree: a centimetre
@@ -200,9 +195,6 @@ def _geojson_ring(ring: list[_Point]) -> list[list[float]]:
     return [*points, points[0]]
 
 
-# --- the item -----------------------------------------------------------------------------------------------------
-
-
 def item_for(
     label_map: Path,
     scene: str | Path,
@@ -216,16 +208,15 @@ def item_for(
 ) -> dict[str, Any]:
     """Describe a finished label map as a STAC Item (plain data). Links are relative to the label map's folder.
 
+    Raises SceneError if the label map cannot be read.
+
     Args:
-        label_map, scene, schema, areas: the file, what was labelled, the classes and what they cover.
+        scene, schema, areas: what was labelled, the classes and what they cover.
         engine: the file that made it.
         when: the time of the image. Default: ``TIFFTAG_DATETIME`` of the scene or label map, taken as UTC; else the
             time of creation. The item says which.
         assets: further files by key: ``confidence`` (GeoTIFF), ``vector`` (GeoPackage), ``preview`` (PNG).
         created: the time of creation. Default: now.
-
-    Raises:
-        SceneError: the label map cannot be read.
     """
     created = (created or datetime.now(timezone.utc)).replace(microsecond=0)
     with open_scene(label_map) as dataset, gdal(f"reading {label_map}"):

@@ -90,22 +90,16 @@ def write_products(
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Make the products of a finished label map. Each file appears only when it is complete, the STAC Item last.
 
-    Products of an earlier label map that are not made again are removed: they would be taken for this one's.
+    Products of an earlier label map that are not made again are removed: they would be taken for this one's. Returns
+    the path of each product, and notes for the user. Raises MissingExtraError if polygons are asked for and the extra
+    ``vector`` is not installed; SceneError if another run is making the products, if one that is there is not of this
+    map, or if a file is unreadable; SystemRefusalError or OSError if writing failed.
 
     Args:
         scene, label_map, areas, engine: what was labelled, the map, its pixels and hectares, and what made it.
-        options: what to make.
         scene_options: how the scene was read: the preview shows the same bands and stretch.
         kept: the map was there before; then products that are of it stay, too.
         overwrite: replace products of another map or with other options.
-
-    Returns:
-        The path of each product, and notes for the user.
-
-    Raises:
-        MissingExtraError: polygons are asked for and the extra ``vector`` is not installed.
-        SceneError: another run is making the products; one that is there is not of this map; or a file is unreadable.
-        SystemRefusalError, OSError: the disk is full, or the folder cannot be written.
     """
     options.require()
     schema = engine.schema.in_palette(scene_options.palette)
@@ -198,9 +192,6 @@ def _remove_outdated(label_map: Path, wanted: Mapping[str, Path], source: str) -
             sidecar_path(path).unlink(missing_ok=True)  # GDAL's statistics of it
             removed.append(path.name)
     return [f"removed {', '.join(removed)}: made of the label map that was here before"] if removed else []
-
-
-# --- what a product says about its making; reading it also checks the whole file -----------------------------------
 
 
 def _read_raster(path: Path) -> dict[str, str]:

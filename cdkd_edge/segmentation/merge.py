@@ -132,17 +132,8 @@ class HannMerge(CropMerge):
 
     blends = True
 
-    def __init__(
-        self,
-        engine: Labeller,
-        spool: Spool,
-        plan: TilePlan,
-        overlap: int,
-        *,
-        confidence: bool,
-        area: Area | None = None,
-    ) -> None:
-        super().__init__(engine, spool, plan, overlap, confidence=confidence, area=area)
+    def __init__(self, engine: Labeller, spool: Spool, plan: TilePlan, overlap: int, **options: Any) -> None:
+        super().__init__(engine, spool, plan, overlap, **options)
         if 2 * overlap > plan.tile:
             most = plan.tile // 2
             raise UsageError(f"--merge hann takes an --overlap of at most half a tile, {most} px, not {overlap}")

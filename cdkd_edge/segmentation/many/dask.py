@@ -134,14 +134,9 @@ def _for_worker(job: Job, tokens: dict[str, str]) -> Job:
     options = job.options
     if options.aoi is not None and Path(options.aoi).exists():  # else it is a box
         options = replace(options, aoi=_absolute(options.aoi))
-    return replace(
-        job,
-        scene=job.scene if is_gdal_name(job.scene) else _absolute(job.scene),
-        output=_absolute(job.output),
-        engine=replace(job.engine, path=_absolute(job.engine.path)),
-        options=options,
-        token=tokens.get(str(Path(job.output).parent)),
-    )
+    scene = job.scene if is_gdal_name(job.scene) else _absolute(job.scene)
+    engine, token = replace(job.engine, path=_absolute(job.engine.path)), tokens.get(str(Path(job.output).parent))
+    return replace(job, scene=scene, output=_absolute(job.output), engine=engine, options=options, token=token)
 
 
 def _with_given_paths(report: JobReport, job: Job) -> JobReport:
@@ -184,10 +179,6 @@ _engine_lock = threading.Lock()
 _stopped_runs: set[str] = set()
 
 
-class RunStoppedError(FleetError):
-    """The run was stopped; nobody waits for the result of the job."""
-
-
 def do_remotely(run: str, index: int, payload: str) -> str:
     """Do a job (JSON): the task that the scheduler gives to a worker. Returns the report as JSON, failures included.
 
@@ -216,6 +207,6 @@ def stop_run(run: str) -> None:
 
 
 def require_running(run: str) -> None:
-    """Raise :class:`RunStoppedError` if the run was stopped."""
+    """Raise :class:`FleetError` if the run was stopped; nobody waits for the result of the job."""
     if run in _stopped_runs:
-        raise RunStoppedError("the run was stopped")
+        raise FleetError("the run was stopped")

@@ -93,23 +93,19 @@ def overlaid(image: _Picture, labels: _Picture, schema: LabelSchema, line: int =
         border[:-shift] |= down
         border[:, shift:] |= right
         border[:, :-shift] |= right
+    palette = schema.palette().astype(np.float32)
     result = np.empty_like(image)
     for start in range(0, len(image), _STRIP):
         rows = slice(start, start + _STRIP)
-        result[rows] = _tinted(image[rows], labels[rows], border[rows], schema)
+        labelled = (labels[rows] != NO_LABEL)[..., None]
+        pixels = image[rows].astype(np.float32)
+        grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+        faded = pixels + _GREY_SHARE * (grey[..., None] - pixels)
+        pixels = np.where(labelled, _BLACK_LEVEL + faded * np.float32((255 - _BLACK_LEVEL) / 255), pixels)
+        opacity = np.where(border[rows], np.float32(_BORDER_OPACITY), np.float32(_OPACITY))[..., None] * labelled
+        tint = palette[labels[rows]] * np.where(border[rows], np.float32(0.75), np.float32(1))[..., None]
+        result[rows] = np.rint(pixels * (1 - opacity) + tint * opacity).astype(np.uint8)
     return result
-
-
-def _tinted(image: _Picture, labels: _Picture, border: npt.NDArray[np.bool_], schema: LabelSchema) -> _Picture:
-    labelled = (labels != NO_LABEL)[..., None]
-    pixels = image.astype(np.float32)
-    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-    faded = pixels + _GREY_SHARE * (grey[..., None] - pixels)
-    pixels = np.where(labelled, _BLACK_LEVEL + faded * np.float32((255 - _BLACK_LEVEL) / 255), pixels)
-    opacity = np.where(border, np.float32(_BORDER_OPACITY), np.float32(_OPACITY))[..., None] * labelled
-    tint = schema.palette().astype(np.float32)[labels] * np.where(border, np.float32(0.75), np.float32(1))[..., None]
-    tinted: _Picture = np.rint(pixels * (1 - opacity) + tint * opacity).astype(np.uint8)
-    return tinted
 
 
 def _reduced_size(height: int, width: int, longest: int) -> tuple[int, int]:

@@ -108,8 +108,8 @@ def write_products(
         source = source_of(label_map)
         stamp = {LABEL_MAP: source}
         notes = [] if kept else _remove_outdated(label_map, paths, source)
-        there = _reusable(paths, source, options, overwrite=overwrite) if kept else set()
-        making = [name for name in PRODUCTS if name in paths and name not in there]
+        wanted = [name for name in PRODUCTS if name in paths]
+        making = [one for one in wanted if not (kept and _stays(one, paths[one], source, options, overwrite))]
         if making:
             hand_memory_back()
             notes += areas.notes
@@ -130,8 +130,7 @@ def write_products(
             write_item(paths["stac"], item)
         elif "stac" in paths and complete_item(paths["stac"], label_map, assets):
             notes.append(f"{paths['stac'].name} was there; what it did not list was added")
-    made = {name: str(paths[name]) for name in PRODUCTS if name in paths}
-    return made, tuple(dict.fromkeys(notes))
+    return {name: str(paths[name]) for name in wanted}, tuple(dict.fromkeys(notes))
 
 
 def source_of(label_map: Path) -> str:
@@ -164,17 +163,14 @@ def mismatch(name: str, path: Path, source: str, options: ProductOptions = NO_PR
     return None
 
 
-def _reusable(paths: Mapping[str, Path], source: str, options: ProductOptions, *, overwrite: bool) -> set[str]:
-    """The products that are there and can stay; refuses others unless they may be overwritten."""
-    fitting = set()
-    for name in PRODUCTS:
-        if name in paths and paths[name].exists():
-            reason = mismatch(name, paths[name], source, options)
-            if reason is None:
-                fitting.add(name)
-            elif not overwrite:
-                raise occupied(paths[name], SceneError, reason)
-    return fitting
+def _stays(name: str, path: Path, source: str, options: ProductOptions, overwrite: bool) -> bool:
+    """Whether a product is there and can stay; refuses another one unless it may be overwritten."""
+    if not path.exists():
+        return False
+    reason = mismatch(name, path, source, options)
+    if reason is not None and not overwrite:
+        raise occupied(path, SceneError, reason)
+    return reason is None
 
 
 def _remove_outdated(label_map: Path, wanted: Mapping[str, Path], source: str) -> list[str]:

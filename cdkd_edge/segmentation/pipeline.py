@@ -71,7 +71,11 @@ def segment_scene(
     started = time.perf_counter()
     output = Path(os.path.normpath(output))
     confidence = confidence_path(output) if options.confidence else None
-    _require_place(scene, output, confidence)
+    with contextlib.suppress(OSError):
+        if output.exists() and Path(str(scene)).samefile(output):
+            raise SceneError(f"the label map would overwrite the scene {scene}", hint="choose another --output")
+    require_gdal_name(output)
+    require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
     _require_output(engine, options)
     schema = engine.schema.in_palette(options.palette)
     with contextlib.ExitStack() as stack:
@@ -177,15 +181,6 @@ def label_rows(
     return Flow(engine, [reader], plan, merge, progress=progress).run()
 
 
-def _require_place(scene: str | Path, output: Path, confidence: Path | None) -> None:
-    """Make sure that the outputs may be written, and do not replace the scene."""
-    with contextlib.suppress(OSError):
-        if output.exists() and Path(str(scene)).samefile(output):
-            raise SceneError(f"the label map would overwrite the scene {scene}", hint="choose another --output")
-    require_gdal_name(output)
-    require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
-
-
 def _require_output(engine: Labeller, options: SegmentOptions) -> None:
     """Make sure that the engine gives what the merge and the confidence raster need."""
     needed = {merge_mode(options.merge).needs: f"--merge {options.merge}"}
@@ -199,13 +194,9 @@ def _require_output(engine: Labeller, options: SegmentOptions) -> None:
 
 def _opened(stack: contextlib.ExitStack, scene: str | Path, options: SegmentOptions) -> list[SceneReader]:
     """The scene once for each reading thread."""
-    first = options.open(scene)
-    readers = [first]
-    stack.callback(first.close)
-    for _ in range(1, 1 if first.sequential else options.readers):
-        readers.append(first.another())
-        stack.callback(readers[-1].close)
-    return readers
+    first = stack.enter_context(contextlib.closing(options.open(scene)))
+    more = 0 if first.sequential else options.readers - 1
+    return [first, *(stack.enter_context(contextlib.closing(first.another())) for _ in range(more))]
 
 
 def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: AreaOnScene | None) -> TilePlan:
@@ -235,13 +226,12 @@ def _identity(
     engine: Labeller, reader: SceneReader, tags: dict[str, str], scene: dict[str, Any], *, confidence: bool
 ) -> dict[str, Any]:
     """Everything that decides about the labels: a run resumes only from one with the same identity."""
-    options = {key: value for key, value in tags.items() if key not in ("SCENE", "SCENE_SAMPLE", "ENGINE")}
-    return {
-        "scene": scene,
-        "engine": {"file": engine.artefact.file, "sha256": engine.artefact.sha256},
-        "options": {**options, "BANDS": list(reader.bands), "LIMITS": _limits(reader)},
-        "confidence": confidence,
+    options: dict[str, Any] = {
+        key: value for key, value in tags.items() if key not in ("SCENE", "SCENE_SAMPLE", "ENGINE")
     }
+    options |= {"BANDS": list(reader.bands), "LIMITS": _limits(reader)}
+    made_by = {"file": engine.artefact.file, "sha256": engine.artefact.sha256}
+    return {"scene": scene, "engine": made_by, "options": options, "confidence": confidence}
 
 
 def _limits(reader: SceneReader) -> tuple[tuple[float, float], ...] | None:

@@ -86,12 +86,10 @@ class Outlines:
 
     def ring_areas(self, plane: Floats) -> Floats:
         """Area inside every ring; ``plane`` holds the points ``[P, 2]`` in an equal-area plane."""
-        origin = np.repeat(plane[self.rings[:-1]], np.diff(self.rings), axis=0)
-        x, y = (plane - origin).T  # small numbers keep more digits
-        products = np.zeros(len(plane))
-        products[:-1] = x[:-1] * y[1:] - x[1:] * y[:-1]
-        products[self.rings[1:] - 1] = 0  # no edge leads from one ring to the next
-        return np.asarray(np.abs(np.add.reduceat(products, self.rings[:-1])) / 2)
+        import shapely
+
+        ring = np.repeat(np.arange(len(self.rings) - 1), np.diff(self.rings))
+        return np.asarray(shapely.area(shapely.polygons(shapely.linearrings(plane, indices=ring))))
 
 
 @dataclass(slots=True)

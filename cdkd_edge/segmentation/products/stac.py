@@ -30,23 +30,21 @@ from cdkd_edge.graph.stac import MULTIHASH_SHA256, STAC_VERSION, class_names, ex
 from cdkd_edge.raster.areas import Areas, mapped, to_wgs84
 from cdkd_edge.raster.open import gdal, is_gdal_name, open_scene
 from cdkd_edge.raster.styles import sidecar_path, style_path
-from cdkd_edge.segmentation.merge import NO_CONFIDENCE
 
 _USED = ("projection/v2.0.0", "raster/v2.0.0", "classification/v2.0.0", "file/v2.1.0", "processing/v1.2.0")
 EXTENSIONS = tuple(map(extension, _USED))
 _COG = "image/tiff; application=geotiff; profile=cloud-optimized"
-_CONFIDENCE_BAND = {
-    "name": "confidence",
-    "description": "Softmax probability of the label, not calibrated",
-    "data_type": "uint8",
-    "nodata": NO_CONFIDENCE,
-    "unit": "%",
-    "raster:sampling": "area",
-}
+_BAND = {"data_type": "uint8", "nodata": NO_LABEL, "raster:sampling": "area"}  # of labels and confidence
+_CONFIDENCE = {"name": "confidence", "description": "Softmax probability of the label, not calibrated", "unit": "%"}
 _ASSETS: dict[str, dict[str, Any]] = {
     "attributes": {"type": "application/xml", "title": "Class names and areas for GDAL, QGIS", "roles": ["metadata"]},
     "style": {"type": "application/xml", "title": "Names and colours for QGIS", "roles": ["metadata"]},
-    "confidence": {"type": _COG, "title": "Probability of the label", "roles": ["data"], "bands": [_CONFIDENCE_BAND]},
+    "confidence": {
+        "type": _COG,
+        "title": "Probability of the label",
+        "roles": ["data"],
+        "bands": [{**_CONFIDENCE, **_BAND}],
+    },
     "vector": {"type": "application/geopackage+sqlite3", "title": "Polygons per class", "roles": ["data"]},
     "preview": {"type": "image/png", "title": "The label map over the scene", "roles": ["overview"]},
 }
@@ -223,13 +221,12 @@ def item_for(
         properties |= {"cdkd-edge:engine": engine.file, "cdkd-edge:engine_sha256": engine.sha256}
     if notes := [note for note in (when.note, footprint.note, areas.reason, *areas.notes) if note]:
         properties["cdkd-edge:notes"] = notes
-    band = {"name": "labels", "data_type": "uint8", "nodata": NO_LABEL, "raster:sampling": "area"}
     labels = {
         "href": _link(label_map, label_map.parent),
         "type": _COG if overviews else "image/tiff; application=geotiff",
         "title": "Label map",
         "roles": ["data"],
-        "bands": [{**band, "classification:classes": _classes(schema, areas)}],
+        "bands": [{"name": "labels", **_BAND, "classification:classes": _classes(schema, areas)}],
         **file_fields(FileRecord.of(label_map)),
     }
     source = {"rel": "derived_from", "href": _link(scene, label_map.parent), "title": "the scene"}

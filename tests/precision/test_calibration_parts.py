@@ -245,7 +245,7 @@ def test_sheets_of_any_size(tmp_path: Path, count: int, checks: int) -> None:
     sheet = Sheet(
         "A title " * 40,
         ("a line " * 50,),
-        tuple((kind, f"kind {kind}") for kind in range(8)),
+        tuple(f"kind {kind}" for kind in range(8)),
         (("tiles", "remark " * 40, tiles[:count]), ("to check on", "", tiles[count:])),
     )
     write_sheet(tmp_path / "sheet.png", sheet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -128,22 +129,16 @@ class Judge:
         self._manifest, self._tiles, self._data = manifest, tiles, data
         self._scratch, self._note = scratch, note
         self._plain = self._labeller(plain, "fp32")
-        self._fp32_scores: Evaluation | None = None
 
     def __call__(self, twin: onnx.ModelProto) -> Judgement:
         """Judge the CPU twin of an INT8 graph."""
         labeller = self._labeller(twin, "int8")
         try:
-            judgement = self._on_tiles(labeller)
-            if self._data is None:
-                return judgement
-            if self._fp32_scores is None:
-                self._note("scores of the FP32 graph")
-                self._fp32_scores = self._evaluate(self._plain, self._data)
-            self._note("scores of the INT8 graph")
-            scores, plain = self._evaluate(labeller, self._data), self._fp32_scores
+            judgement, plain, scores = self._on_tiles(labeller), self._fp32_scores, self._scores(labeller, "INT8")
         finally:
             labeller.close()
+        if scores is None or plain is None:
+            return judgement
         documents = {"fp32": plain.document(), "int8": scores.document()}
         means = {"mean_iou": scores.matrix.mean_iou, "fp32_mean_iou": plain.matrix.mean_iou}
         return dataclasses.replace(judgement, **means, scores=documents)
@@ -160,8 +155,14 @@ class Judge:
         seconds, plain_seconds = median(times), median(plain_times)
         return Judgement(fmean(agreements), matrix.mean_iou, min(agreements), seconds, plain_seconds)
 
-    @staticmethod
-    def _evaluate(labeller: OnnxLabeller, data: LabelledData) -> Evaluation:
+    @functools.cached_property
+    def _fp32_scores(self) -> Evaluation | None:
+        return self._scores(self._plain, "FP32")
+
+    def _scores(self, labeller: OnnxLabeller, name: str) -> Evaluation | None:
+        if (data := self._data) is None:
+            return None
+        self._note(f"scores of the {name} graph")
         return evaluate(labeller, data.dataset, data.schema, options=data.options)
 
     def _labeller(self, model: onnx.ModelProto, name: str) -> OnnxLabeller:

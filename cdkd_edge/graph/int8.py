@@ -126,10 +126,7 @@ def calibrate(
 
 
 def smooth(
-    model: onnx.ModelProto,
-    layers: Sequence[QuantizableLayer],
-    observations: Mapping[str, Observation],
-    alpha: float = ALPHA,
+    model: onnx.ModelProto, layers: Sequence[QuantizableLayer], observations: Mapping[str, Observation], alpha: float
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Fold SmoothQuant's factors into the weights of an FP32 graph, in place: the same function, node for node.
 
@@ -150,10 +147,8 @@ def smooth(
             continue
         scale = _factors(observations[layer.name].channel_max, weight_of(model, nodes[layer.node].input[1]), alpha)
         _multiply(model, users, nodes[layer.node], 1, scale[:, None])
-        for maker in makers:  # divide the columns that make this layer's input
-            after = maker.columns - maker.start - len(scale)
-            divisor = np.pad(1 / scale, (maker.start, after), constant_values=1)
-            _multiply(model, users, maker.node, maker.position, divisor)
+        for node, position, before in makers:  # divide the columns that make this layer's input, which are the last
+            _multiply(model, users, node, position, np.concatenate([np.ones(before), 1 / scale]))
         factors[layer.name] = scale
     return factors
 

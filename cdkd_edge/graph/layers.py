@@ -96,32 +96,24 @@ def weight_of(model: onnx.ModelProto, name: str) -> Array:
     return numpy_helper.to_array(item).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class InputMaker:
-    """A constant that scales the channels of a layer's input."""
-
-    node: onnx.NodeProto
-    position: int  # which input of the node the constant is
-    columns: int  # length of the constant's last axis
-    start: int  # the first of these columns that makes the layer's input
-
-
 def input_makers(
     model: onnx.ModelProto, layer: QuantizableLayer, layers: Sequence[QuantizableLayer]
-) -> list[InputMaker]:
+) -> list[tuple[onnx.NodeProto, int, int]]:
     """The constants by which SmoothQuant divides a layer's input; empty where no constant makes it.
 
     For qkv and fc1: LayerNorm's scale and shift. For proj: qkv's value rows, because attention mixes tokens only.
+
+    Returns:
+        Of each the node, which of its inputs it is, and how many columns come before those that make the input.
     """
     found = _BLOCK_LINEAR.match(layer.name)
     if not found or found[2] == "mlp.fc2":
         return []
     index = GraphIndex(model.graph)
 
-    def makers(node: onnx.NodeProto, share: float) -> list[InputMaker]:
-        """The constants of a node; of their columns, those behind ``share`` make the input."""
+    def makers(node: onnx.NodeProto, before: float) -> list[tuple[onnx.NodeProto, int, int]]:
         found = [(at, index.constants[name].dims[-1]) for at, name in enumerate(node.input) if name in index.constants]
-        return [InputMaker(node, at, columns, round(columns * share)) for at, columns in found]
+        return [(node, at, round(columns * before)) for at, columns in found]
 
     if found[2] != "attn.proj":
         norm = index.maker.get(layer.input)

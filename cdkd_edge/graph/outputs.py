@@ -74,7 +74,7 @@ def with_output(model: onnx.ModelProto, kind: str, classes: int) -> onnx.ModelPr
 
 
 def output_branch(scores: str, kind: str, opset: int, *, half: bool) -> NodeWriter:
-    """The nodes and constants from the logits ``[N, K, T, T]`` (``half``: in FP16) to a uint8 output called ``kind``."""
+    """The nodes and constants from logits ``[N, K, T, T]``, in FP16 if ``half``, to a uint8 output called ``kind``."""
     writer = NodeWriter()
 
     def add(op: str, name: str, *inputs: str, **attributes: Any) -> str:

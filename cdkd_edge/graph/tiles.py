@@ -139,13 +139,13 @@ class CalibrationSet:
         path, side = self.folder / record.file, self.tile
         try:
             with Image.open(path, formats=("PNG",)) as picture:
-                found = f"{picture.mode}, {picture.width} x {picture.height} px"
-                # Sizes are checked before pixels are read
-                pixels = np.asarray(picture) if found == f"RGB, {side} x {side} px" else None
+                kind = (picture.mode, *picture.size)
+                pixels = np.asarray(picture) if kind == ("RGB", side, side) else None
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise ManifestError(f"tile {path} cannot be read: {error}") from None
         if pixels is None:
-            raise ManifestError(f"{path} is {found}; tiles of this set are RGB, {side} x {side} px")
+            shown = "{}, {} x {} px".format(*kind)
+            raise ManifestError(f"{path} is {shown}; tiles of this set are RGB, {side} x {side} px")
         tile: npt.NDArray[np.uint8] = np.ascontiguousarray(pixels.transpose(2, 0, 1))
         if pixels_sha256(tile) != record.sha256:
             raise ManifestError(

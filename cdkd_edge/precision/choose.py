@@ -1,9 +1,4 @@
-"""What `build` builds: from which graph, into which file, and whether INT8 is faster.
-
-The command has four steps: choose the runtime (:func:`cdkd_edge.engines.runtimes.choose_runtime`), find or make the
-graph (:func:`prepare_graph`), name the engine (:func:`engine_path`) and build it
-(:func:`cdkd_edge.engines.runtimes.build_engine`). :func:`compare_speed` then times an INT8 engine.
-"""
+"""What `build` builds: from which graph (:func:`prepare_graph`), into which file, and whether INT8 is faster."""
 
 from __future__ import annotations
 
@@ -35,9 +30,8 @@ class GraphRequest:
     int8: Int8Options = Int8Options()
     data: LabelledData | None = None
     again: bool = False  # make the graph even if there is one, or if FP16 is known to break it
+    # Share of labels that must stay the same, 0..1. Default: that of ``int8``; for FP16, see :func:`.fp16.check_fp16`
     least: float | None = None
-    """Share of labels that must stay the same, 0..1. Default: that of ``int8``; for FP16, see
-    :func:`cdkd_edge.graph.fp16.check_fp16`."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +93,10 @@ def prepare_graph(
         return _as_it_is(space.only_graph(wanted, f"cdkd-edge build --{output}", output), request)
     labels = _labels_graph(space, graph, precision, request, note, runtime)
     destination = derived_path(labels.path, output)
-    if is_derived_from(destination, labels.path, output):
-        return dataclasses.replace(labels, path=destination)
-    write_variant(labels.path, destination, output, note)
-    return dataclasses.replace(labels, path=destination, made=True)
+    there = is_derived_from(destination, labels.path, output)
+    if not there:
+        write_variant(labels.path, destination, output, note)
+    return dataclasses.replace(labels, path=destination, made=labels.made or not there)
 
 
 def _labels_graph(
@@ -127,8 +121,14 @@ def _labels_graph(
     if wanted == "fp16":
         if runtime is not None:
             require_precision(runtime, wanted, found)
-        return _make_fp16(found, destination, source, request, note)
-    tiles = CalibrationSet.load(request.calibration or only_calibration_set(space))
+        check, imagery = None, "drawn"
+        if request.calibration is not None:
+            tiles = CalibrationSet.load(request.calibration)
+            require_fitting(tiles, source, "check")
+            check, imagery = tiles.tiles("check"), tiles.name
+        write_fp16(found, destination, tiles=check, imagery=imagery, least=request.least, note=note)
+        return PreparedGraph(destination, made=True)
+    tiles = CalibrationSet.load(request.calibration or _only_calibration_set(space))
     options = request.int8
     if request.least is not None:
         options = dataclasses.replace(options, gate=Int8Gate(request.least, options.gate.loss))
@@ -159,19 +159,6 @@ def _find(space: Workspace, graph: Path | None, precision: str) -> tuple[Path, b
     return space.only_graph("fp32", f"cdkd-edge build --{precision}"), False
 
 
-def _make_fp16(
-    plain: Path, destination: Path, source: GraphManifest, request: GraphRequest, note: Note
-) -> PreparedGraph:
-    if request.calibration is None:
-        write_fp16(plain, destination, least=request.least, note=note)
-    else:
-        tiles = CalibrationSet.load(request.calibration)
-        require_fitting(tiles, source, "check")
-        check = tiles.tiles("check")
-        write_fp16(plain, destination, tiles=check, imagery=tiles.name, least=request.least, note=note)
-    return PreparedGraph(destination, made=True)
-
-
 def _as_it_is(graph: Path, request: GraphRequest) -> PreparedGraph:
     """A graph that is not made here; options about its making are an error."""
     if request != GraphRequest():
@@ -182,12 +169,7 @@ def _as_it_is(graph: Path, request: GraphRequest) -> PreparedGraph:
     return PreparedGraph(graph)
 
 
-def only_calibration_set(space: Workspace) -> Path:
-    """The workspace's calibration set.
-
-    Raises:
-        WorkspaceError: there is none, or more than one.
-    """
+def _only_calibration_set(space: Workspace) -> Path:
     folder = space.engines / "calibration"
     found = sorted(path for path in folder.iterdir() if is_calibration_set(path)) if folder.is_dir() else []
     if not found:
@@ -236,10 +218,7 @@ def _require_not_refused(graph: Path, source: GraphManifest, precision: str, req
 
 
 def engine_path(space: Workspace, graph: Path, runtime: Runtime) -> Path:
-    """Where the engine of a graph goes: ``engines/NAME.PRECISION.engine``, ``engines/NAME.PRECISION.cpu.onnx``.
-
-    What it gives besides labels follows the precision: ``engines/NAME.fp16.confidence.engine``.
-    """
+    """Where the engine of a graph goes: ``engines/NAME.fp32.cpu.onnx``, ``engines/NAME.fp16.confidence.engine``."""
     precision = precision_of(graph) or "fp32"
     kind = _kind_suffix(output_of(graph))
     name = graph.stem.removesuffix(kind).removesuffix(f".{precision}")
@@ -255,22 +234,15 @@ class SpeedComparison:
 
 
 def compare_speed(engine: Path, manifest: EngineManifest, note: Note = lambda text: None) -> SpeedComparison | None:
-    """Time a new INT8 engine against the FP16 engine beside it (on a CPU: FP32) of the same network.
-
-    INT8 can be slower than FP16 on vision transformers.
+    """Time a new INT8 engine against the FP16 engine beside it (on a CPU: FP32); on ViTs, INT8 can be slower.
 
     Returns:
         None for other precisions, where there is no such engine, and where one of the two cannot run here.
     """
-    if manifest.precision != "int8":
-        return None
-    kind = _kind_suffix(manifest.output)
-    runtime = runtime_of(manifest)
+    kind, runtime = _kind_suffix(manifest.output), runtime_of(manifest)
     suffix = f".int8{kind}{runtime.suffix}"
-    if not engine.name.endswith(suffix):
-        return None
     path = engine.with_name(f"{engine.name.removesuffix(suffix)}.{runtime.fastest_float}{kind}{runtime.suffix}")
-    if not path.is_file():
+    if manifest.precision != "int8" or not engine.name.endswith(suffix) or not path.is_file():
         return None
     note(f"timing against {path.name}")
     loaded: list[Engine] = []

@@ -1,13 +1,9 @@
-"""Make an INT8 graph: quantise, judge, keep layers in FP16 if the gate fails, write the graph and its report.
-
-The CPU twin of the graph, with the integer arithmetic of an engine, is compared with the FP32 graph on the check tiles
-of the calibration set, and on a labelled dataset where there is one (:mod:`cdkd_edge.precision.int8_gate`).
-"""
+"""Make an INT8 graph: quantise, judge its CPU twin, keep layers in FP16 if the gate fails, write graph and report."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,12 +90,10 @@ def write_int8(
         note: called with the name of each step.
 
     Raises:
-        UsageError: the set's tiles have another size than the graph's, or the set has no check tiles; or all layers
-            are to be kept in FP16.
+        UsageError: the set does not fit (:func:`require_fitting`), or all layers are to be kept in FP16.
         GraphError: it is not an FP32 graph of this package, or has no layer of a name in ``keep``.
         DatasetError, SchemaError: the labelled data cannot be read, or have other classes.
-        ManifestError: graph or tiles are not what their manifests say, or the graph or its report would replace a file
-            of the user's.
+        ManifestError: graph or tiles are not what their manifests say, or a file of the user's would be replaced.
         NumericalCheckError: the graph fails the gate, with ``auto`` even when nothing is left in INT8.
     """
     report = destination.with_suffix(".md")
@@ -115,7 +109,11 @@ def write_int8(
         require_same_classes(source.schema, data.schema)
         check_dataset(data.dataset, source.tile, data.options)
     model = read_graph(plain, source)
-    require_layers(model, options.keep)
+    names = [layer.name for layer in quantizable_layers(model)]
+    if unknown := sorted(set(options.keep) - set(names)):
+        raise GraphError(f"the graph has no layer {unknown[0]!r}", hint=f"layers are {', '.join(names[:5])}, ...")
+    if set(options.keep) == set(names):
+        raise UsageError(f"with all {len(names)} layers kept in FP16, none is left for INT8", hint="build --fp16")
     checks = SetTiles(tiles, "check")
     calibrated = calibrate(model, SetTiles(tiles, "calibration"), options.calibration, note)
     note("noise of every layer")
@@ -127,11 +125,9 @@ def write_int8(
         del judge
     last = attempts[-1]
     if last.failures:
+        advice = "build the network in FP16" if options.auto else "--auto keeps the worst layers in FP16"
         raise NumericalCheckError(
-            f"INT8 misses its gate: {'; '.join(last.failures)}",
-            hint="no graph was written; build the network in FP16"
-            if options.auto
-            else "no graph was written; --auto keeps the worst layers in FP16",
+            f"INT8 misses its gate: {'; '.join(last.failures)}", hint=f"no graph was written; {advice}"
         )
     graph = _graph(calibrated, last.kept)
     note("the graph as TensorRT will compute it")
@@ -149,11 +145,7 @@ def write_int8(
 
 
 def require_fitting(tiles: CalibrationSet, source: GraphManifest, *roles: Role) -> None:
-    """Make sure that a calibration set is of a graph's tile size and has tiles of these roles.
-
-    Raises:
-        UsageError: it is not, or has none.
-    """
+    """Make sure that a calibration set is of a graph's tile size and has tiles of these roles, or raise UsageError."""
     if tiles.tile != source.tile:
         raise UsageError(
             f"the tiles of {tiles.name} are {tiles.tile} px wide, those of {source.artefact.file} {source.tile} px",
@@ -162,20 +154,6 @@ def require_fitting(tiles: CalibrationSet, source: GraphManifest, *roles: Role) 
     for role in roles:
         if not tiles.count(role):
             raise UsageError(f"{tiles.name} has no {role} tiles", hint="make it again: cdkd-edge calibrate")
-
-
-def require_layers(model: onnx.ModelProto, keep: Sequence[str]) -> None:
-    """Make sure that the layers to be kept in FP16 exist, and that others are left.
-
-    Raises:
-        GraphError: there is no such layer.
-        UsageError: no layer would be INT8.
-    """
-    names = [layer.name for layer in quantizable_layers(model)]
-    if unknown := sorted(set(keep) - set(names)):
-        raise GraphError(f"the graph has no layer {unknown[0]!r}", hint=f"layers are {', '.join(names[:5])}, ...")
-    if set(keep) == set(names):
-        raise UsageError(f"with all {len(names)} layers kept in FP16, none is left for INT8", hint="build --fp16")
 
 
 def _graph(calibrated: Calibrated, kept: tuple[str, ...]) -> onnx.ModelProto:
@@ -190,16 +168,15 @@ def _attempts(
     worst = [name for name in sorted(noise, key=lambda name: noise[name]) if name not in options.keep]
     attempts: list[Attempt] = []
     more = 0
-    while True:
+    while more == 0 or more < len(worst):  # a graph without a single INT8 layer is the FP16 graph
         kept = (*dict.fromkeys(options.keep), *worst[:more])
         note(f"judging INT8 with {len(kept)} layers in FP16" if kept else "judging INT8")
         judgement = judge(cpu_twin(_graph(calibrated, kept)))
         attempts.append(Attempt(kept, judgement, options.gate.failures(judgement)))
         if not attempts[-1].failures or not options.auto:
-            return attempts
+            break
         more = max(FIRST_KEPT, 2 * more)
-        if more >= len(worst):  # a graph without a single INT8 layer is the FP16 graph
-            return attempts
+    return attempts
 
 
 def _record(

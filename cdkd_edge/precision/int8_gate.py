@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -38,13 +39,7 @@ class LabelledData:
 
 
 def labelled_data(folder: Path, schema: str | None, scenes: str | None) -> LabelledData:
-    """Open labelled images as `evaluate` does.
-
-    Args:
-        folder: the dataset.
-        schema: how its masks are read. Default: what the data says.
-        scenes: names of scenes with commas. Default: every image.
-    """
+    """Open labelled images as `evaluate` does; ``scenes`` are names with commas. Default: what the data says; all."""
     dataset = find_dataset(folder)
     if scenes:
         dataset = dataset.of_scenes(tuple(name.strip() for name in scenes.split(",") if name.strip()))
@@ -56,8 +51,7 @@ class Judgement:
     """How an INT8 graph compares with FP32, in ONNX Runtime on this CPU."""
 
     agreement: float  # share of the check tiles' pixels with the FP32 graph's label, 0..1
-    mean_iou_to_fp32: float
-    """mIoU on the check tiles with the FP32 labels as ground truth, 0..1; it shows the loss of a small class."""
+    mean_iou_to_fp32: float  # mIoU on the check tiles with FP32 as ground truth, 0..1: shows the loss of a small class
     worst_tile: float  # agreement on the check tile that agrees least
     seconds: float  # median seconds per tile of the INT8 graph's CPU twin
     fp32_seconds: float  # median seconds per tile of the FP32 graph; the two run in turn
@@ -131,64 +125,44 @@ class Judge:
         scratch: Path,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Load the FP32 graph.
-
-        Args:
-            plain: the FP32 graph.
-            manifest: its manifest.
-            tiles: check tiles, uint8 ``[3, T, T]``.
-            data: labelled images.
-            scratch: a folder for temporary files.
-            note: called with the name of each step.
-        """
+        """Load the FP32 graph ``plain``. ``tiles`` are check tiles ``[3, T, T]``; ``scratch``: for temporary files."""
         self._manifest, self._tiles, self._data = manifest, tiles, data
         self._scratch, self._note = scratch, note
         self._plain = self._labeller(plain, "fp32")
-        self._fp32_scores: Evaluation | None = None
 
     def __call__(self, twin: onnx.ModelProto) -> Judgement:
         """Judge the CPU twin of an INT8 graph."""
         labeller = self._labeller(twin, "int8")
         try:
-            judgement = self._on_tiles(labeller)
-            if self._data is None:
-                return judgement
-            if self._fp32_scores is None:
-                self._note("scores of the FP32 graph")
-                self._fp32_scores = self._evaluate(self._plain, self._data)
-            self._note("scores of the INT8 graph")
-            scores = self._evaluate(labeller, self._data)
+            judgement, plain, scores = self._on_tiles(labeller), self._fp32_scores, self._scores(labeller, "INT8")
         finally:
             labeller.close()
-        return dataclasses.replace(
-            judgement,
-            mean_iou=scores.matrix.mean_iou,
-            fp32_mean_iou=self._fp32_scores.matrix.mean_iou,
-            scores={"fp32": self._fp32_scores.document(), "int8": scores.document()},
-        )
+        if scores is None or plain is None:
+            return judgement
+        documents = {"fp32": plain.document(), "int8": scores.document()}
+        means = {"mean_iou": scores.matrix.mean_iou, "fp32_mean_iou": plain.matrix.mean_iou}
+        return dataclasses.replace(judgement, **means, scores=documents)
 
     def _on_tiles(self, labeller: OnnxLabeller) -> Judgement:
         matrix = ConfusionMatrix(len(self._manifest.schema))
-        agreements: list[float] = []
-        plain_times: list[float] = []
-        times: list[float] = []
+        rows: list[tuple[float, float, float]] = []
         for tile in self._tiles:
-            expected, seconds = _label(self._plain, tile)
-            plain_times.append(seconds)
+            expected, plain_seconds = _label(self._plain, tile)
             found, seconds = _label(labeller, tile)
-            times.append(seconds)
             matrix.update(expected, found)
-            agreements.append(float((expected == found).mean()))
-        return Judgement(
-            agreement=statistics.fmean(agreements),
-            mean_iou_to_fp32=matrix.mean_iou,
-            worst_tile=min(agreements),
-            seconds=statistics.median(times),
-            fp32_seconds=statistics.median(plain_times),
-        )
+            rows.append((float((expected == found).mean()), seconds, plain_seconds))
+        agreements, times, plain_times = zip(*rows, strict=True)
+        seconds, plain_seconds = median(times), median(plain_times)
+        return Judgement(fmean(agreements), matrix.mean_iou, min(agreements), seconds, plain_seconds)
 
-    @staticmethod
-    def _evaluate(labeller: OnnxLabeller, data: LabelledData) -> Evaluation:
+    @functools.cached_property
+    def _fp32_scores(self) -> Evaluation | None:
+        return self._scores(self._plain, "FP32")
+
+    def _scores(self, labeller: OnnxLabeller, name: str) -> Evaluation | None:
+        if (data := self._data) is None:
+            return None
+        self._note(f"scores of the {name} graph")
         return evaluate(labeller, data.dataset, data.schema, options=data.options)
 
     def _labeller(self, model: onnx.ModelProto, name: str) -> OnnxLabeller:
@@ -212,26 +186,18 @@ def _label(labeller: OnnxLabeller, tile: UInt8Array) -> tuple[npt.NDArray[np.uin
 def write_report(path: Path, manifest: GraphManifest) -> None:
     """Write the report of an INT8 graph as Markdown, from its manifest."""
     record = manifest.quantization
-    lines = [_title(manifest.artefact.file), "", *_summary(manifest), "", *_layer_table(record), *_attempts(record)]
+    lines = [f"# {manifest.artefact.file}", "", *_summary(manifest), "", *_layer_table(record), *_attempts(record)]
     write_text(path, "\n".join(lines) + "\n")
 
 
 def require_own_report(path: Path, graph: str) -> None:
-    """Make sure that a report replaces nothing but an earlier report of the graph of that name.
-
-    Raises:
-        ManifestError: there is another file of that name.
-    """
-    require_own(path, lambda path: path.read_text(encoding="utf-8").startswith(_title(graph)))
+    """Make sure that a report replaces nothing but an earlier one of the graph of that name, or raise ManifestError."""
+    require_own(path, lambda path: path.read_text(encoding="utf-8").startswith(f"# {graph}"))
 
 
 def worst_layers(record: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """The layers with the least signal-to-noise ratio, worst first."""
     return sorted(record["layers"], key=lambda layer: float(layer["snr_db"]))[:count]
-
-
-def _title(graph: str) -> str:
-    return f"# {graph}"
 
 
 def _summary(manifest: GraphManifest) -> Iterator[str]:
@@ -251,19 +217,17 @@ def _summary(manifest: GraphManifest) -> Iterator[str]:
     yield f"| seconds per tile, this CPU, in turn | {seconds} | {judgement['cpu_fp32_seconds_per_tile']:.2f} |"
     if judgement["mean_iou"] is not None:
         yield f"| mIoU on labelled images | {judgement['mean_iou']:.2%} | {judgement['fp32_mean_iou']:.2%} |"
-    to_fp32 = judgement["mean_iou_to_fp32"]
+    to_fp32, loss = judgement["mean_iou_to_fp32"], judgement["mean_iou_loss_points"]
+    loss_gate = ". mIoU was not measured: no labelled images were given."
+    if loss is not None:
+        loss_gate = f", mIoU loss at most {gate['loss']} points; loss {loss:.2f}."
     yield from (
         "",
         f"On {record['check_tiles']} check tiles of `{record['calibration_set']['name']}`, which set no ranges, "
         f"{judgement['label_agreement']:.2%} of the pixels keep the FP32 label (worst tile "
         f"{judgement['worst_tile_agreement']:.2%}); mIoU with FP32's labels as ground truth is "
         f"{'not defined' if to_fp32 is None else f'{to_fp32:.2%}'}.",
-        f"Gate: agreement at least {gate['agreement']:.2%}"
-        + (
-            f", mIoU loss at most {gate['loss']} points; loss {judgement['mean_iou_loss_points']:.2f}."
-            if judgement["mean_iou_loss_points"] is not None
-            else ". mIoU was not measured: no labelled images were given."
-        ),
+        f"Gate: agreement at least {gate['agreement']:.2%}{loss_gate}",
         "These figures are ONNX Runtime's on this CPU. Speed on a GPU or a board has to be measured there.",
         "",
         "As TensorRT computes it (INT8 layers, the rest rounded to FP16), "

@@ -468,7 +468,7 @@ def test_smoothing_without_qkv_to_fold_into(plain):
     """A layer list without qkv: proj then stays as it is."""
     model = copy_of(plain)
     layers = [layer for layer in quantizable_layers(model) if not layer.name.endswith("qkv")]
-    factors = smooth(model, layers, observe(model, layers, tiles_of(2)))
+    factors = smooth(model, layers, observe(model, layers, tiles_of(2)), 0.5)
     assert not any(name.endswith(("proj", "qkv")) for name in factors)
     assert_same_function(plain, model)
 

@@ -152,7 +152,9 @@ def test_the_nearest_centre_is_the_nearest() -> None:
     generator = np.random.default_rng(0)
     points, centres = generator.normal(size=(200, 5)).astype(np.float32), generator.normal(size=(9, 5))
     every = np.linalg.norm(points[:, None] - centres, axis=2)
-    assert (nearest_of(points, centres.astype(np.float32)) == every.argmin(axis=1)).all()
+    nearest, distance = nearest_of(points, centres.astype(np.float32))
+    assert (nearest == every.argmin(axis=1)).all()
+    assert distance == pytest.approx(every.min(axis=1), rel=1e-5)
     assert distances(points, centres[3].astype(np.float32)) == pytest.approx(every[:, 3], rel=1e-5)
 
 
@@ -243,7 +245,7 @@ def test_sheets_of_any_size(tmp_path: Path, count: int, checks: int) -> None:
     sheet = Sheet(
         "A title " * 40,
         ("a line " * 50,),
-        tuple((kind, f"kind {kind}") for kind in range(8)),
+        tuple(f"kind {kind}" for kind in range(8)),
         (("tiles", "remark " * 40, tiles[:count]), ("to check on", "", tiles[count:])),
     )
     write_sheet(tmp_path / "sheet.png", sheet)

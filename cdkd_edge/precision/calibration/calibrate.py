@@ -20,7 +20,7 @@ from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.graph.tiles import CalibrationSet, SetManifest, is_calibration_set
 from cdkd_edge.precision.calibration.choose import Choice, choose_tiles
 from cdkd_edge.precision.calibration.exclusions import Exclusions
-from cdkd_edge.precision.calibration.scan import Candidates, LabelMaps, Progress, ScanOptions, TiledScene, scan_scenes
+from cdkd_edge.precision.calibration.scan import SKIP_BROKEN, LabelMaps, Progress, ScanOptions, TiledScene, scan_scenes
 from cdkd_edge.precision.calibration.write import write_set
 from cdkd_edge.quality.datasets import listed
 from cdkd_edge.raster.find import file_key, scenes_named
@@ -36,8 +36,7 @@ class CalibrateOptions(ScanOptions):
 
     count: int = 64  # tiles for calibration
     check: int = 8  # tiles to check the quantised graph on
-    labels: Path | None = None
-    """Folder of label maps, ``NAME_labels.tif``; every class then gets its share of the tiles."""
+    labels: Path | None = None  # folder of label maps, ``NAME_labels.tif``: every class gets its share of the tiles
     exclude: tuple[str, ...] = ()  # evaluation sets that stay out, see :mod:`.exclusions`
 
     def __post_init__(self) -> None:
@@ -62,17 +61,13 @@ class CalibrateResult:
 
 
 def default_tile(workspace: Workspace) -> int:
-    """The tile side of the workspace's exported graphs, px; 1024 if there is none or they differ.
-
-    Raises:
-        ManifestError: a graph's manifest is damaged.
-    """
+    """The tile side of the workspace's exported graphs, px; 1024 if there is none or they differ."""
     sides = tile_sides(workspace)
     return sides.pop() if len(sides) == 1 else DEFAULT_TILE
 
 
 def tile_sides(workspace: Workspace) -> set[int]:
-    """The tile sides of the workspace's exported graphs, px; see :func:`default_tile`."""
+    """The tile sides of the workspace's exported graphs, px."""
     return {read_manifest(path, GraphManifest, verify=False).tile for path in workspace.graphs_of("fp32")}
 
 
@@ -96,6 +91,7 @@ def calibrate(
 
     The result depends on the content of the scenes, their paths as given, options and seed; not on their order, the
     number of threads, the time or the name of the folder.
+
     Args:
         scenes: rasters, folders of rasters, patterns (:func:`cdkd_edge.raster.find.scenes_named`).
         folder: where the set is written; it must not exist, or be empty.
@@ -121,20 +117,30 @@ def calibrate(
         evaluation = _evaluation_thumbnails(exclusions, options, notes, progress)
         candidates = scan_scenes(tiled, options, exclusions, label_maps, progress).without_duplicates(evaluation)
         report = candidates.report
-        counts.update(tiles_seen=report.scanned, candidates=len(candidates))
-        counts.update({reason: count for reason, count in sorted(report.skipped.items()) if count})
-        counts["scenes_broken"] += len(report.broken)
-        _require_candidates(candidates)
+        skipped = {reason: count for reason, count in sorted(report.skipped.items()) if count}
+        counts.update(
+            tiles_seen=report.scanned, candidates=len(candidates), scenes_broken=len(report.broken), **skipped
+        )
+        if report.broken and not report.scanned:
+            raise SceneError(f"no scene can be read; the first: {report.broken[0]}")
+        if not len(candidates):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+            raise DatasetError(
+                f"none of {report.scanned} tiles can be used: {reasons}",
+                hint="--max-nodata allows tiles with more pixels without data" if "nodata" in skipped else None,
+            )
         notes += [f"skipped: {problem}" for problem in report.broken]
-        notes += [*_label_map_notes(report.without_label_map), *reading_notes(report.reading_notes)]
+        if unlabelled := report.without_label_map:
+            first = unlabelled[0]
+            more = len(unlabelled) > 1
+            notes.append(
+                f"{len(unlabelled)} scenes have no label map, e.g. {first}" if more else f"{first} has no label map"
+            )
+        notes += reading_notes(report.reading_notes)
         choice = choose_tiles(candidates, options.count, options.check, options.seed, label_maps)
+        description = _description(options, choice, counts, notes)
         manifest = write_set(
-            place,
-            Path(os.path.realpath(folder)).name,
-            candidates,
-            choice,
-            options.reading,
-            _description(options, choice, counts, notes),
+            place, Path(os.path.realpath(folder)).name, candidates, choice, options.reading, description
         )
     return CalibrateResult(folder, manifest)
 
@@ -160,10 +166,8 @@ def _open_scenes(
     paths: list[str], exclusions: Exclusions, options: CalibrateOptions
 ) -> tuple[list[TiledScene], list[str], Counter[str]]:
     """The scenes to choose from, notes on the others, and their numbers."""
-    notes: list[str] = []
-    counts: Counter[str] = Counter(scenes=len(paths), scenes_excluded=0, scenes_broken=0)
     scenes, left_out = [], []
-    first_error: SceneError | None = None
+    broken: list[SceneError] = []
     for path in paths:
         if reason := exclusions.reason(path):
             left_out.append(f"{path} ({reason})")
@@ -172,21 +176,18 @@ def _open_scenes(
             scenes.append(TiledScene.open(path, options.tile))
         except SceneError as error:
             if not options.skip_broken:
-                raise SceneError(
-                    error.message, hint=error.hint or "leave it out, or skip what cannot be read with --skip-broken"
-                ) from None
-            first_error = first_error or error
-            counts["scenes_broken"] += 1
-            notes.append(f"skipped: {error.message}")
-    counts["scenes_excluded"] = len(left_out)
+                raise SceneError(error.message, hint=error.hint or SKIP_BROKEN) from None
+            broken.append(error)
+    notes = [f"skipped: {error.message}" for error in broken]
     if left_out:
         notes.append(f"{len(left_out)} of {len(paths)} scenes are of an evaluation set: {listed(left_out, 4)}")
-    if not scenes and first_error is None:
+    if not scenes and broken:
+        raise SceneError(f"no scene can be read; the first: {broken[0].message}", hint=broken[0].hint)
+    if not scenes:
         raise DatasetError(
             f"nothing is left to calibrate on: {notes[-1]}", hint="give scenes that nothing is judged on"
         )
-    if not scenes and first_error is not None:
-        raise SceneError(f"no scene can be read; the first: {first_error.message}", hint=first_error.hint)
+    counts = Counter(scenes=len(paths), scenes_excluded=len(left_out), scenes_broken=len(broken))
     return scenes, notes, counts
 
 
@@ -212,19 +213,6 @@ def _evaluation_thumbnails(
     return seen.thumbnails
 
 
-def _require_candidates(candidates: Candidates) -> None:
-    report = candidates.report
-    if len(candidates):
-        return
-    if report.broken and not report.scanned:
-        raise SceneError(f"no scene can be read; the first: {report.broken[0]}")
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.skipped.items()) if count)
-    raise DatasetError(
-        f"none of {report.scanned} tiles can be used: {reasons}",
-        hint="--max-nodata allows tiles with more pixels without data" if report.skipped["nodata"] else None,
-    )
-
-
 def _description(options: CalibrateOptions, choice: Choice, counts: Counter[str], notes: list[str]) -> dict[str, Any]:
     """The fields of the manifest about the whole set."""
     bands, stretch = options.reading.bands, options.reading.stretch
@@ -238,9 +226,7 @@ def _description(options: CalibrateOptions, choice: Choice, counts: Counter[str]
             "candidates": options.candidates,
             "max_nodata": options.max_nodata,
             "bands": None if bands is None else list(bands),
-            "stretch": None
-            if stretch is None
-            else {"low": stretch.low, "high": stretch.high, "percentiles": stretch.percentiles},
+            "stretch": None if stretch is None else dataclasses.asdict(stretch),
             "labels": None if options.labels is None else str(options.labels),
             "exclude": list(options.exclude),
             "skip_broken": options.skip_broken,
@@ -248,9 +234,3 @@ def _description(options: CalibrateOptions, choice: Choice, counts: Counter[str]
         "counts": dict(counts),
         "notes": (*notes, *choice.notes),
     }
-
-
-def _label_map_notes(scenes: list[str]) -> list[str]:
-    if len(scenes) > 1:
-        return [f"{len(scenes)} scenes have no label map, e.g. {scenes[0]}"]
-    return [f"{scene} has no label map" for scene in scenes]

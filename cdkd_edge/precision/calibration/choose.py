@@ -23,6 +23,7 @@ from cdkd_edge.precision.calibration.scan import Candidates, LabelMaps
 
 Points = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+Crowds = Callable[[int], Mask]  # from a candidate to those near it, itself included
 
 EXTREMES = 0.25  # share of the tiles that are chosen as extremes
 MAX_KINDS = 8  # kinds of imagery that the contact sheet tells apart
@@ -63,12 +64,16 @@ def choose_tiles(
     """
     points = standardise(candidates.features)
     strata_of = np.full(len(candidates), -1) if candidates.labels is None else strata(candidates.labels)
-    wanted, wanted_check, notes = _shares(len(candidates), count, check)
-    crowds = _neighbours(candidates, _CROWDED)
-    touches = _neighbours(candidates, 0.0)
-    everything = np.ones(len(candidates), bool)
-    calibration = _stratified(points, wanted, everything, seed, crowds, strata_of)
-    free = everything.copy()
+    available, notes = len(candidates), []
+    wanted, wanted_check = count, check
+    if available < count + check:
+        wanted_check = available * check // (count + check)
+        wanted = available - wanted_check
+        asked = f"{count} tiles for calibration and {check} to check on were asked for"
+        notes.append(f"there are {available} candidates; {asked}")
+    crowds, touches = _neighbours(candidates, _CROWDED), _neighbours(candidates, 0.0)
+    free = np.ones(available, bool)
+    calibration = _stratified(points, wanted, free, seed, crowds, strata_of)
     for tile in calibration:
         free &= ~touches(tile.index)
     checks = _stratified(points, wanted_check, free, seed, touches, strata_of)
@@ -89,11 +94,12 @@ def choose_tiles(
         return None if label_maps is None else "unlabelled" if label < 0 else label_maps.name(label)
 
     def described(chosen: list[ChosenTile]) -> tuple[ChosenTile, ...]:
-        indices = [tile.index for tile in chosen]
-        represents = np.bincount(nearest_of(points, points[indices]), minlength=len(chosen))[: len(chosen)]
+        nearest, _ = nearest_of(points, points[[tile.index for tile in chosen]])
         tiles = [
-            replace(tile, kind=int(kinds[tile.index]), represents=int(count), stratum=stratum(tile.index))
-            for tile, count in zip(chosen, represents, strict=True)
+            replace(
+                tile, kind=int(kinds[tile.index]), represents=int((nearest == at).sum()), stratum=stratum(tile.index)
+            )
+            for at, tile in enumerate(chosen)
         ]
         return tuple(sorted(tiles, key=lambda tile: (tile.kind, -tile.represents, tile.index)))
 
@@ -104,25 +110,11 @@ def choose_tiles(
     return Choice(described(calibration), described(checks), shares, method, tuple(notes))
 
 
-def _shares(available: int, count: int, check: int) -> tuple[int, int, list[str]]:
-    """Tiles for calibration and to check on; fewer than asked for if there are not enough candidates."""
-    if available >= count + check:
-        return count, check, []
-    checks = available * check // (count + check)
-    note = f"there are {available} candidates; {count} tiles for calibration and {check} to check on were asked for"
-    return available - checks, checks, [note]
-
-
 def strata(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
     """The class that each tile is chosen for: the one whose share in it is largest, compared with the whole archive.
 
-    Rare classes (roads, water in a desert) prevail in no tile, but some tile is always richest in them.
-
-    Args:
-        counts: pixels per tile and label, ``[N, 255]``.
-
-    Returns:
-        Label per tile, ``[N]``; -1 where no pixel has one.
+    Rare classes (roads, water in a desert) prevail in no tile, but some tile is always richest in them. From pixels per
+    tile and label, ``[N, 255]``, a label per tile, ``[N]``; -1 where no pixel has one.
     """
     total = counts.sum(axis=1, keepdims=True)
     share = counts / np.maximum(total, 1)
@@ -132,12 +124,7 @@ def strata(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
 
 
 def _stratified(
-    points: npt.NDArray[np.float32],
-    count: int,
-    usable: Mask,
-    seed: int,
-    crowds: Callable[[int], Mask],
-    strata_of: npt.NDArray[np.intp],
+    points: Points, count: int, usable: Mask, seed: int, crowds: Crowds, strata_of: npt.NDArray[np.intp]
 ) -> list[ChosenTile]:
     """Choose as many tiles in each stratum; strata that have fewer leave theirs to the others, rarest first.
 
@@ -158,7 +145,7 @@ def _stratified(
     return chosen
 
 
-def _neighbours(candidates: Candidates, share: float) -> Callable[[int], Mask]:
+def _neighbours(candidates: Candidates, share: float) -> Crowds:
     """A function from a candidate to those, itself included, that share more than ``share`` of their pixels with it."""
     x, y = candidates.place.astype(np.int64).T
     side = candidates.scenes[0].tile
@@ -171,10 +158,9 @@ def _neighbours(candidates: Candidates, share: float) -> Callable[[int], Mask]:
     return neighbours
 
 
-def _kinds(points: npt.NDArray[np.float32], count: int, seed: int) -> tuple[npt.NDArray[np.intp], tuple[float, ...]]:
+def _kinds(points: Points, count: int, seed: int) -> tuple[npt.NDArray[np.intp], tuple[float, ...]]:
     """Divide candidates roughly into kinds of imagery, most frequent first: kind per candidate, share per kind."""
-    nothing = np.empty((0, points.shape[1]), np.float32)
-    assigned = nearest_of(points, k_means(points, nothing, count, seed))
+    assigned, _ = nearest_of(points, k_means(points, points[:0], count, seed))
     sizes = np.bincount(assigned, minlength=count)
     order = np.argsort(-sizes, kind="stable")
     rank = np.empty(count, np.intp)
@@ -182,15 +168,12 @@ def _kinds(points: npt.NDArray[np.float32], count: int, seed: int) -> tuple[npt.
     return rank[assigned], tuple(round(float(size) / len(points), 4) for size in sizes[order])
 
 
-def _method(points: npt.NDArray[np.float32], chosen: list[int], seed: int, *, stratified: bool) -> dict[str, Any]:
+def _method(points: Points, chosen: list[int], seed: int, *, stratified: bool) -> dict[str, Any]:
     """How tiles were chosen, and how well they cover the candidates, compared with random choices."""
-    largest, mean = coverage_radius(points, points[chosen])
     generator = np.random.default_rng(seed)
-    draws = [
-        coverage_radius(points, points[generator.choice(len(points), len(chosen), replace=False)])
-        for _ in range(_RANDOM_CHOICES)
-    ]
-    random_largest, random_mean = np.median(draws, axis=0)
+    draws = [generator.choice(len(points), len(chosen), replace=False) for _ in range(_RANDOM_CHOICES)]
+    largest, mean = coverage_radius(points, points[chosen])
+    random_largest, random_mean = np.median([coverage_radius(points, points[draw]) for draw in draws], axis=0)
     return {
         "descriptor": f"opponent colour and Haar texture, {FEATURES} numbers",
         "selection": f"farthest points ({EXTREMES:.0%}), k-means medoids",
@@ -205,12 +188,7 @@ def _method(points: npt.NDArray[np.float32], chosen: list[int], seed: int, *, st
 
 
 def choose(
-    points: Points,
-    count: int,
-    usable: Mask,
-    seed: int,
-    crowds: Callable[[int], Mask] | None = None,
-    extremes: float = EXTREMES,
+    points: Points, count: int, usable: Mask, seed: int, crowds: Crowds | None = None, extremes: float = EXTREMES
 ) -> list[ChosenTile]:
     """Choose candidates that cover all usable ones (see the module).
 
@@ -219,7 +197,7 @@ def choose(
         count: how many to choose; fewer are chosen when fewer are usable.
         usable: which may be chosen, ``[N]``.
         seed: of k-means++.
-        crowds: from an index to the candidates ``[N]`` that it rules out once it is chosen, itself included.
+        crowds: the candidates that a chosen one rules out.
         extremes: share that is chosen by farthest points.
 
     Returns:
@@ -244,42 +222,33 @@ def choose(
         nonlocal nearest
         while len(chosen) < wanted and usable.any():
             index = int(np.argmax(np.where(usable, nearest, -1.0)))
-            score = float(nearest[index])
-            take(index, "extreme", score)
+            take(index, "extreme", float(nearest[index]))
             nearest = np.minimum(nearest, distances(points, points[index]))
 
     take_farthest(round(extremes * count))
     fixed = points[[tile.index for tile in chosen]]
     centres = k_means(points[members], fixed, count - len(chosen), seed)
-    sizes = np.bincount(nearest_of(points[members], np.concatenate([fixed, centres])), minlength=count)[len(fixed) :]
-    for position in np.argsort(-sizes[: len(centres)], kind="stable"):
+    assigned, _ = nearest_of(points[members], np.concatenate([fixed, centres]))
+    sizes = np.bincount(assigned, minlength=len(fixed) + len(centres))[len(fixed) :]
+    for position in np.argsort(-sizes, kind="stable"):
         if not usable.any():
             break
         distance = np.where(usable, distances(points, centres[position]), np.inf)
         index = int(np.argmin(distance))
         take(index, "typical", float(distance[index]))
-    for tile in chosen:
-        nearest = np.minimum(nearest, distances(points, points[tile.index]))
+    nearest = np.minimum(nearest, nearest_of(points, points[[tile.index for tile in chosen]])[1])
     take_farthest(count)
     return chosen
 
 
 def k_means(points: Points, fixed: Points, count: int, seed: int) -> Points:
-    """k-means with some fixed centres: ``count`` moving centres, seeded by k-means++.
-
-    Args:
-        points: ``[N, D]``.
-        fixed: centres that do not move, ``[F, D]``.
-        count: moving centres wanted.
-        seed: of the seeding.
+    """k-means of points ``[N, D]`` with some fixed centres ``[F, D]``, seeded by k-means++.
 
     Returns:
         The moving centres ``[count, D]``, fewer if there are fewer different points.
     """
     generator = np.random.default_rng(seed)
-    nearest = np.full(len(points), np.inf)
-    for centre in fixed:
-        nearest = np.minimum(nearest, distances(points, centre))
+    _, nearest = nearest_of(points, fixed)
     seeds: list[Points] = []
     while len(seeds) < count:
         weights = np.square(nearest) if len(fixed) + len(seeds) else np.ones(len(points))
@@ -292,7 +261,7 @@ def k_means(points: Points, fixed: Points, count: int, seed: int) -> Points:
     centres = np.array(seeds, np.float32).reshape(-1, points.shape[1])
     before = None
     for _ in range(_ROUNDS):
-        assigned = nearest_of(points, np.concatenate([fixed, centres]))
+        assigned, _ = nearest_of(points, np.concatenate([fixed, centres]))
         if before is not None and (assigned == before).all():
             break
         before = assigned
@@ -309,8 +278,8 @@ def distances(points: Points, centre: Points) -> npt.NDArray[np.float64]:
     return np.sqrt(squares)
 
 
-def nearest_of(points: Points, centres: Points) -> npt.NDArray[np.intp]:
-    """For each point the nearest centre, the first of equals, ``[N]``."""
+def nearest_of(points: Points, centres: Points) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """For each point the nearest centre, the first of equals, ``[N]``, and its distance (infinite without centres)."""
     best = np.full(len(points), np.inf)
     index = np.zeros(len(points), np.intp)
     for position, centre in enumerate(centres):
@@ -318,12 +287,10 @@ def nearest_of(points: Points, centres: Points) -> npt.NDArray[np.intp]:
         closer = distance < best
         best[closer] = distance[closer]
         index[closer] = position
-    return index
+    return index, best
 
 
 def coverage_radius(points: Points, centres: Points) -> tuple[float, float]:
-    """Distances of points from centres: the largest and the mean distance of a point from its nearest centre."""
-    nearest = np.full(len(points), np.inf)
-    for centre in centres:
-        nearest = np.minimum(nearest, distances(points, centre))
+    """The largest and the mean distance of a point from its nearest centre."""
+    _, nearest = nearest_of(points, centres)
     return float(nearest.max()), float(nearest.mean())

@@ -1,4 +1,5 @@
 """Describes tiles: 25 numbers for what a tile looks like, and a thumbnail to find near-duplicates by.
+
 Colour is described in Ohta's opponent axes (Ohta, Kanade, Sakai 1980), which are close to the principal axes of
 natural colour images: lightness ``(R+G+B)/3``, ``(R-B)/2`` and ``(2G-R-B)/4``. Of each: mean, standard deviation,
 2nd and 98th percentile.
@@ -7,6 +8,7 @@ Texture is the energy of Haar wavelet bands: with ``L0`` an opponent plane and `
 ``b`` has the energy ``mean(Lb^2) - mean(Lb+1^2)``. The descriptor has the logarithms of the amplitudes of six bands of
 lightness, and of three of each colour axis from half resolution on. Its last number says whether fine texture is the
 same all over the tile, or one half is water and the other a town.
+
 Numbers are rounded: processors add in different orders, and the choice of tiles must not depend on that.
 """
 
@@ -24,10 +26,10 @@ FEATURES = COLOUR_FEATURES + TEXTURE_FEATURES
 
 THUMBNAIL_SIDE = 8
 THUMBNAIL = 3 * THUMBNAIL_SIDE**2
+# Tiles are near-duplicates if their thumbnails differ, root mean square, by at most half a grey level + 15 % of their
+# contrast. On 512 px tiles of the Dubai images, JPEG at quality 50 changes at most half a grey level (median 0.34); a
+# shift by a hundredth of the tile changes another 10 % of the contrast in the median, by a fiftieth 23 %.
 _SAME_FLOOR, _SAME_SHARE = 0.5, 0.15
-"""Tiles are near-duplicates if their thumbnails differ, root mean square, by at most half a grey level + 15 % of their
-contrast. On 512 px tiles of the Dubai images, JPEG at quality 50 changes at most half a grey level (median 0.34); a
-shift by a hundredth of the tile changes another 10 % of the contrast in the median, by a fiftieth 23 %."""
 _CHUNK = 256
 _CELLS = 8
 _SAMPLE = 128  # percentiles are taken of at most this many pixels a side
@@ -36,13 +38,7 @@ Float = npt.NDArray[np.float32]
 
 
 def describe_tile(tile: npt.NDArray[np.uint8]) -> Float:
-    """Compute the descriptor of a tile.
-    Args:
-        tile: RGB uint8 ``[3, T, T]``, T >= 32.
-
-    Returns:
-        float32 ``[25]``: colour (12), in grey levels; texture (13), logarithms of grey levels.
-    """
+    """The descriptor ``[25]`` of an RGB tile ``[3, T, T]``, T >= 32: colour, in grey levels; texture, in logarithms."""
     side = tile.shape[1] // 2 * 2
     # Most compressed imagery stores colour at half resolution.
     halved = _pairs(tile[:, :side, :side].astype(np.uint16)).astype(np.float32) / 4

@@ -38,8 +38,8 @@ class Exclusions:
 
     images: list[Path] = field(default_factory=list)  # rasters of evaluation sets, without masks
     names: dict[str, str] = field(default_factory=dict)  # names and patterns, and the argument that gave them
+    # Name of a scene, SHA-256 of its file if known, excluded part
     windows: list[tuple[str, str | None, PixelWindow]] = field(default_factory=list)
-    """Name of a scene, SHA-256 of its file if known, excluded part."""
     pixels: set[str] = field(default_factory=set)  # SHA-256 of the pixels of excluded tiles
     _sizes: dict[int, list[Path]] = field(default_factory=dict)
     _window_sizes: dict[int, set[str]] = field(default_factory=dict)
@@ -47,10 +47,9 @@ class Exclusions:
     @classmethod
     def of(cls, arguments: Sequence[str]) -> Exclusions:
         """Read the evaluation sets that the arguments name.
+
         Raises:
-            DatasetError: one of them names nothing, or cannot be read.
-            SceneError: a pattern matches nothing.
-            ManifestError: a calibration set is damaged.
+            DatasetError, SceneError, ManifestError: an argument, a pattern names nothing; a calibration set is damaged.
         """
         exclusions = cls()
         for argument in arguments:
@@ -90,7 +89,7 @@ class Exclusions:
             if is_calibration_set(place):
                 self._add_set(place)
             else:
-                self._add_images(_images_below(place), argument)
+                self._add_images(sorted(filter(_is_image, place.rglob("*"))), argument)
         elif not place.exists():
             if not any(char in argument for char in "*?["):
                 raise DatasetError(f"evaluation set {argument} does not exist")
@@ -134,12 +133,8 @@ class Exclusions:
 
 def overlaps(one: PixelWindow, other: PixelWindow) -> bool:
     """Whether two windows share a pixel."""
-    return (
-        one[0] < other[0] + other[2]
-        and other[0] < one[0] + one[2]
-        and one[1] < other[1] + other[3]
-        and other[1] < one[1] + one[3]
-    )
+    (x, y, width, height), (left, top, across, down) = one, other
+    return x < left + across and left < x + width and y < top + down and top < y + height
 
 
 def escape_pattern(name: str) -> str:
@@ -151,13 +146,7 @@ def _without_suffix(name: str) -> str:
     return str(Path(name).with_suffix("")) if Path(name).suffix.lower() in RASTER_SUFFIXES else name
 
 
-def _images_below(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in RASTER_SUFFIXES
-        and not path.name.startswith(".")
-        and not _MASKS.fullmatch(path.parent.name.lower())
-        and not path.stem.endswith("_mask")
-        and path.is_file()
-    )
+def _is_image(path: Path) -> bool:
+    """Whether a file is a raster and no mask."""
+    is_mask = path.stem.endswith("_mask") or _MASKS.fullmatch(path.parent.name.lower())
+    return path.suffix.lower() in RASTER_SUFFIXES and not path.name.startswith(".") and not is_mask and path.is_file()

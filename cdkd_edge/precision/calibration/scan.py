@@ -1,16 +1,9 @@
 """Looks at the tiles of all scenes once and keeps a description of each that may be chosen.
 
-A description takes some 600 bytes, and the number of tiles looked at is limited: scenes share a budget, those with few
-tiles leave their part to the others, and scenes with more tiles than their part are sampled at random. So neither a
-thousand scenes nor one of 100000 x 100000 px takes more memory, or more time than the budget allows.
-
-A tile is passed over, and counted, if it is
-
-* ``nodata``: it has more pixels without data than allowed,
-* ``blank``: no channel varies by half a grey level, or nine tenths of it are pure black or pure white (borders of
-  scenes whose nodata value is not declared),
-* ``excluded``: part of an evaluation set, or a near-duplicate of a tile of one,
-* ``near_duplicate``: a near-duplicate of an earlier candidate.
+A description takes some 600 bytes, and scenes share a budget of tiles (:func:`fair_limit`), so neither a thousand
+scenes nor one of 100000 x 100000 px takes more memory or time. A tile is passed over, and counted, as ``nodata``, with
+more pixels without data than allowed; ``blank`` (:func:`_is_blank`); ``excluded``, part of an evaluation set or a
+near-duplicate of a tile of one; ``near_duplicate``, of an earlier candidate.
 """
 
 from __future__ import annotations
@@ -43,8 +36,7 @@ from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.open import gdal, open_scene, place_problem
 from cdkd_edge.segmentation.options import SegmentOptions
 
-_BLANK_STD = 0.5
-_SOLID_SHARE = 0.9
+SKIP_BROKEN = "leave it out, or skip what cannot be read with --skip-broken"
 
 Progress = Callable[[int, int], None]
 
@@ -72,11 +64,7 @@ class TiledScene:
 
     @classmethod
     def open(cls, path: str, tile: int) -> TiledScene:
-        """Read the size of a scene.
-
-        Raises:
-            SceneError: it cannot be opened.
-        """
+        """Read the size of a scene; SceneError if it cannot be opened."""
         with open_scene(path) as dataset:
             return cls(path, int(dataset.height), int(dataset.width), tile)
 
@@ -86,10 +74,7 @@ class TiledScene:
         return TileGrid.over(self.height, self.width, self.tile, 0)
 
     def sample(self, limit: int, seed: int) -> Iterator[tuple[Span, Span]]:
-        """The tiles row by row, as rows and columns; a random choice if there are more than ``limit``.
-
-        The choice depends on the seed and the scene's name, not on other scenes.
-        """
+        """The tiles row by row; if there are more than ``limit``, a random choice by the seed and the scene's name."""
         grid = self.grid
         chosen: Iterable[int] = range(len(grid))
         if len(grid) > limit:
@@ -101,7 +86,10 @@ class TiledScene:
 
 
 def fair_limit(sizes: Sequence[int], budget: int) -> int:
-    """The most tiles that a scene may give, so that all together give at most ``budget``; at least 1."""
+    """The most tiles that a scene may give, so that all together give at most ``budget``; at least 1.
+
+    Scenes with few tiles leave their part to the others.
+    """
     limit, left, scenes = 0, budget, len(sizes)
     for size in sorted(sizes):
         if size > left // scenes:
@@ -111,16 +99,11 @@ def fair_limit(sizes: Sequence[int], budget: int) -> int:
 
 
 class LabelMaps:
-    """The label maps ``NAME_labels.tif`` of a folder, found by the names of scenes.
-
-    Raises:
-        DatasetError: the folder holds none.
-    """
+    """The label maps ``NAME_labels.tif`` of a folder, found by the names of scenes; DatasetError if it holds none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.class_names: tuple[str, ...] = ()
-        """Class names of the first map that has them."""
+        self.class_names: tuple[str, ...] = ()  # of the first map that has them
         if not folder.is_dir():
             raise DatasetError(f"label maps {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
         if not any(folder.glob("*_labels.tif")):
@@ -234,51 +217,35 @@ def scan_scenes(
     limit = fair_limit([len(scene.grid) for scene in scenes], options.candidates) if scenes else 0
     total, done = sum(min(limit, len(scene.grid)) for scene in scenes), 0
     scanner = _Scanner(options, exclusions or Exclusions(), label_maps)
-    rows: list[tuple[int, _Tile]] = []
+    kept: list[tuple[Any, ...]] = []
     for index, scene in enumerate(scenes):
-        tiles: list[_Tile] = []
-        skipped: Counter[str] = Counter()
-        before = done
+        found: list[tuple[Any, ...] | str] = []
         try:
             for tile in scanner.tiles(scene, index, limit):
-                if isinstance(tile, str):
-                    skipped[tile] += 1
-                else:
-                    tiles.append(tile)
-                done += 1
-                progress(done, total)
+                found.append(tile)
+                progress(done + len(found), total)
         except SceneError as error:
             if not options.skip_broken:
                 named = error.message if scene.path in error.message else f"{scene.path}: {error.message}"
-                hint = error.hint or "leave it out, or skip what cannot be read with --skip-broken"
-                raise SceneError(named, hint=hint) from None
+                raise SceneError(named, hint=error.hint or SKIP_BROKEN) from None
             scanner.report.broken.append(error.message)
-            done = before + min(limit, len(scene.grid))
-            continue
-        rows += [(index, tile) for tile in tiles]
-        scanner.report.skipped += skipped
-        scanner.report.scanned += len(tiles) + skipped.total()
-    count = len(rows)
+        else:
+            kept += [tile for tile in found if not isinstance(tile, str)]
+            scanner.report.skipped.update(tile for tile in found if isinstance(tile, str))
+            scanner.report.scanned += len(found)
+        done += min(limit, len(scene.grid))
+    index_of, places, features, thumbnails, pixels, labels = zip(*kept, strict=True) if kept else ((),) * 6
     return Candidates(
         tuple(scenes),
-        np.array([index for index, _ in rows], np.int32),
-        np.array([tile.place for _, tile in rows], np.int32).reshape(count, 2),
-        np.array([tile.features for _, tile in rows], np.float32).reshape(count, FEATURES),
-        np.array([tile.thumbnail for _, tile in rows], np.float16).reshape(count, THUMBNAIL),
-        np.array([tile.pixels for _, tile in rows], object),
-        None if label_maps is None else np.array([tile.labels for _, tile in rows]).reshape(count, NO_LABEL),
+        np.array(index_of, np.int32),
+        np.array(places, np.int32).reshape(-1, 2),
+        np.array(features, np.float32).reshape(-1, FEATURES),
+        np.array(thumbnails, np.float16).reshape(-1, THUMBNAIL),
+        np.array(pixels, object),
+        None if label_maps is None else np.array(labels, np.int64).reshape(-1, NO_LABEL),
         scanner.limits,
         scanner.report,
     )
-
-
-@dataclass(frozen=True)
-class _Tile:
-    place: tuple[int, int]
-    features: npt.NDArray[np.float32]
-    thumbnail: npt.NDArray[np.float16]
-    pixels: str
-    labels: npt.NDArray[np.int64] | None
 
 
 class _Scanner:
@@ -287,8 +254,8 @@ class _Scanner:
         self.report = ScanReport()
         self.limits: dict[int, npt.NDArray[np.float32]] = {}
 
-    def tiles(self, scene: TiledScene, index: int, limit: int) -> Iterator[_Tile | str]:
-        """Descriptions of a scene's tiles; for a tile that is passed over, the reason."""
+    def tiles(self, scene: TiledScene, index: int, limit: int) -> Iterator[tuple[Any, ...] | str]:
+        """Descriptions of a scene's tiles, as :class:`Candidates` has them; for a tile that is passed over, why."""
         options = self._options
         reader = options.reading.open(scene.path)
         label_map = None
@@ -315,7 +282,7 @@ class _Scanner:
                     yield "excluded"
                 else:
                     counts = None if self._label_maps is None else _count_labels(label_map, place, options.tile)
-                    yield _Tile(place, describe_tile(pixels), make_thumbnail(pixels), sha256, counts)
+                    yield index, place, describe_tile(pixels), make_thumbnail(pixels), sha256, counts
         finally:
             self.report.reading_notes[scene.path] = reader.notes
             reader.close()
@@ -338,14 +305,16 @@ def _count_labels(label_map: Any, place: tuple[int, int], tile: int) -> npt.NDAr
 
 
 def _is_blank(pixels: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_] | None) -> bool:
+    """Whether no channel varies by half a grey level, or nine tenths are pure black or white.
+
+    Such are the borders of scenes whose nodata value is not declared.
+    """
+
+    def blank(seen: npt.NDArray[np.uint8], least: float) -> bool:
+        solid = any((seen == value).all(axis=0).mean() > 0.9 for value in (0, 255))
+        return bool(solid or seen.std(axis=1).max() < least)
+
     # Every fourth pixel first: a picture is seldom blank there and not elsewhere.
-    if valid is None:
-        sample = pixels[:, ::4, ::4]
-        if sample.reshape(3, -1).std(axis=1).max() >= 2 and not _is_solid(sample):
-            return False
-    seen = pixels.reshape(3, -1) if valid is None else pixels[:, valid]
-    return bool(seen.std(axis=1).max() < _BLANK_STD or _is_solid(seen))
-
-
-def _is_solid(pixels: npt.NDArray[np.uint8]) -> bool:
-    return any((pixels == value).all(axis=0).mean() > _SOLID_SHARE for value in (0, 255))
+    if valid is None and not blank(pixels[:, ::4, ::4].reshape(3, -1), 2):
+        return False
+    return blank(pixels.reshape(3, -1) if valid is None else pixels[:, valid], 0.5)

@@ -1,7 +1,4 @@
-"""Writes a calibration set: the chosen tiles, a manifest, and a contact sheet that shows them.
-
-Tiles are read again, and compared with what was scanned.
-"""
+"""Writes a calibration set: the chosen tiles, a manifest, and a contact sheet that shows them."""
 
 from __future__ import annotations
 
@@ -34,11 +31,11 @@ from cdkd_edge.precision.calibration.scan import Candidates
 from cdkd_edge.raster.grid import Span
 from cdkd_edge.segmentation.options import SegmentOptions
 
+# One for each of :data:`.choose.MAX_KINDS`; in a grey print they still differ from the paper
 KIND_COLORS = (
     (64, 120, 176), (214, 132, 52), (90, 148, 86), (178, 78, 84),
     (132, 104, 168), (150, 118, 92), (70, 160, 160), (190, 164, 52),
 )  # fmt: skip
-"""One for each of :data:`.choose.MAX_KINDS`; in a grey print they still differ from the paper."""
 
 _PAPER, _INK, _QUIET, _RULE = (255, 255, 255), (28, 32, 38), (110, 118, 128), (222, 226, 230)
 _MARGIN, _GAP, _STRIP = 28, 14, 6
@@ -62,7 +59,7 @@ class Sheet:
 
     title: str
     lines: tuple[str, ...]
-    kinds: tuple[tuple[int, str], ...]  # legend: kinds and their texts
+    kinds: tuple[str, ...]  # legend: the text of each kind
     sections: tuple[tuple[str, str, tuple[SheetTile, ...]], ...]  # heading, remark and tiles of each section
 
 
@@ -74,19 +71,15 @@ def write_set(
     reading: SegmentOptions,
     description: dict[str, Any],
 ) -> SetManifest:
-    """Write a set into an empty folder.
+    """Write a set called ``name`` into an empty folder. Tiles are read again, and compared with what was scanned.
 
     Args:
-        folder: where the files go.
-        name: of the set, for the sheet.
-        candidates: all candidates.
-        choice: the tiles chosen from them.
+        folder, name, candidates, choice: these.
         reading: bands and stretch, as in the scan.
         description: the manifest's fields about the whole set.
 
     Raises:
         SceneError: a scene cannot be read again, or changed meanwhile.
-        OSError: the system refused to write.
     """
     side = thumbnail_side(len(choice.calibration) + len(choice.check))
     records: dict[int, TileRecord] = {}
@@ -114,52 +107,27 @@ def write_set(
         finally:
             reader.close()
         path = Path(tiled.path)
-        is_file = path.is_file()
-        scenes.append(
-            SceneRecord(
-                tiled.path,
-                sha256_of(path) if is_file else None,
-                path.stat().st_size if is_file else None,
-                None if limits is None else [[float(low), float(high)] for low, high in limits],
-            )
-        )
-    manifest = SetManifest(
-        scenes=tuple(scenes),
-        tiles=tuple(records[tile.index] for tiles in roles.values() for tile in tiles),
-        **description,
-    )
+        sha256, size = (sha256_of(path), path.stat().st_size) if path.is_file() else (None, None)
+        scenes.append(SceneRecord(tiled.path, sha256, size, None if limits is None else limits.tolist()))
+    in_order = tuple(records[tile.index] for tiles in roles.values() for tile in tiles)
+    manifest = SetManifest(scenes=tuple(scenes), tiles=in_order, **description)
     write_set_manifest(folder, manifest)
     write_sheet(folder / SHEET_FILE, _sheet(name, manifest, choice, pictures))
     return manifest
 
 
 def _record(candidates: Candidates, tile: ChosenTile, role: Role, number: int) -> TileRecord:
+    sha256, scene = str(candidates.pixels[tile.index]), candidates.scenes[int(candidates.scene[tile.index])].path
     x, y, width, height = candidates.window(tile.index)
-    return TileRecord(
-        file=f"{role}/{number:04}.png",
-        sha256=str(candidates.pixels[tile.index]),
-        scene=candidates.scenes[int(candidates.scene[tile.index])].path,
-        x=x,
-        y=y,
-        width=width,
-        height=height,
-        role=role,
-        cluster=tile.kind,
-        why=tile.why,
-        score=tile.score,
-        represents=tile.represents,
-        stratum=tile.stratum,
-    )
+    chosen = (tile.kind, tile.why, tile.score, tile.represents, tile.stratum)
+    return TileRecord(f"{role}/{number:04}.png", sha256, scene, x, y, width, height, role, *chosen)
 
 
 def _sheet(name: str, manifest: SetManifest, choice: Choice, pictures: dict[int, npt.NDArray[np.uint8]]) -> Sheet:
     counts, coverage = manifest.counts, manifest.method["coverage"]
     calibration, check = manifest.of_role("calibration"), manifest.of_role("check")
-    left_out = "".join(
-        f", {counts[reason]} {reason.replace('_', ' ')}"
-        for reason in ("nodata", "blank", "excluded", "near_duplicate")
-        if counts.get(reason)
-    )
+    reasons = [reason for reason in ("nodata", "blank", "excluded", "near_duplicate") if counts.get(reason)]
+    left_out = "".join(f", {counts[reason]} {reason.replace('_', ' ')}" for reason in reasons)
     seen = counts["scenes"] - counts["scenes_excluded"] - counts["scenes_broken"]
     lines = (
         f"{manifest.tile} x {manifest.tile} px, seed {manifest.seed}; from {counts['candidates']} candidates "
@@ -170,28 +138,17 @@ def _sheet(name: str, manifest: SetManifest, choice: Choice, pictures: dict[int,
     )
 
     def drawn(chosen: tuple[ChosenTile, ...], records: tuple[TileRecord, ...]) -> tuple[SheetTile, ...]:
-        return tuple(
-            SheetTile(pictures[tile.index], Path(record.scene).stem, _detail(record), record.cluster)
-            for tile, record in zip(chosen, records, strict=True)
-        )
+        tiles = []
+        for tile, record in zip(chosen, records, strict=True):
+            detail = f"{record.x}, {record.y}   {record.stratum or record.why} {record.represents}"
+            tiles.append(SheetTile(pictures[tile.index], Path(record.scene).stem, detail, record.cluster))
+        return tuple(tiles)
 
-    return Sheet(
-        title=f"Calibration set {name}",
-        lines=lines,
-        kinds=tuple((kind, f"kind {kind}: {share:.0%}") for kind, share in enumerate(choice.kind_shares)),
-        sections=(
-            (
-                f"{len(calibration)} tiles for calibration",
-                "number: candidates like it",
-                drawn(choice.calibration, calibration),
-            ),
-            (f"{len(check)} tiles to check on", "never used for calibration", drawn(choice.check, check)),
-        ),
-    )
-
-
-def _detail(record: TileRecord) -> str:
-    return f"{record.x}, {record.y}   {record.stratum or record.why} {record.represents}"
+    first = (f"{len(calibration)} tiles for calibration", "number: candidates like it")
+    second = (f"{len(check)} tiles to check on", "never used for calibration")
+    kinds = tuple(f"kind {kind}: {share:.0%}" for kind, share in enumerate(choice.kind_shares))
+    sections = ((*first, drawn(choice.calibration, calibration)), (*second, drawn(choice.check, check)))
+    return Sheet(f"Calibration set {name}", lines, kinds, sections)
 
 
 def thumbnail_side(count: int) -> int:
@@ -210,34 +167,38 @@ def write_sheet(path: Path, sheet: Sheet) -> None:
     side = max((len(tile.picture) for *_, tiles in sheet.sections for tile in tiles), default=160)
     most = max((len(tiles) for *_, tiles in sheet.sections), default=1)
     columns = min(max(5, most), 8 if side >= 160 else 12 if side >= 112 else 18)
-    width = 2 * _MARGIN + columns * (side + _GAP) - _GAP
+    room = columns * (side + _GAP) - _GAP
+    width = room + 2 * _MARGIN
     cell = side + _STRIP + _CAPTION + _GAP
-    legend = _legend_rows(sheet.kinds, width - 2 * _MARGIN)
+    legend = _legend_rows(sheet.kinds, room)
     header = _MARGIN + _TITLE + 14 + len(sheet.lines) * (_TEXT + 7) + 12 + len(legend) * (_TEXT + 12)
     heights = [_TEXT + 34 + -(-len(tiles) // columns) * cell for *_, tiles in sheet.sections if tiles]
     picture = Image.new("RGB", (width, header + sum(heights) + _MARGIN - _GAP), _PAPER)
     draw = ImageDraw.Draw(picture)
+
+    def write(x: float, y: int, text: str, size: int, color: tuple[int, int, int], room: int) -> None:
+        draw.text((x, y), _fitting(text, room, size), fill=color, font=_font(size))
+
     y = _MARGIN - 6
-    draw.text((_MARGIN, y), _fitting(sheet.title, width - 2 * _MARGIN, _TITLE), fill=_INK, font=_font(_TITLE))
+    write(_MARGIN, y, sheet.title, _TITLE, _INK, room)
     y += _TITLE + 14
     for line in sheet.lines:
-        draw.text((_MARGIN, y), _fitting(line, width - 2 * _MARGIN, _TEXT), fill=_QUIET, font=_font(_TEXT))
+        write(_MARGIN, y, line, _TEXT, _QUIET, room)
         y += _TEXT + 7
     y += 8
     for row in legend:
         for x, kind, text in row:
             draw.rectangle((_MARGIN + x, y + 2, _MARGIN + x + 14, y + 16), fill=KIND_COLORS[kind % len(KIND_COLORS)])
-            draw.text((_MARGIN + x + 22, y), text, fill=_INK, font=_font(_TEXT))
+            write(_MARGIN + x + 22, y, text, _TEXT, _INK, room)
         y += _TEXT + 12
     for heading, remark, tiles in sheet.sections:
         if not tiles:
             continue
         draw.line((_MARGIN, y + 6, width - _MARGIN, y + 6), fill=_RULE, width=1)
         y += 16
-        draw.text((_MARGIN, y), heading, fill=_INK, font=_font(_TEXT + 2))
+        write(_MARGIN, y, heading, _TEXT + 2, _INK, room)
         offset = draw.textlength(heading + "   ", font=_font(_TEXT + 2))
-        room = int(width - 2 * _MARGIN - offset)
-        draw.text((_MARGIN + offset, y + 2), _fitting(remark, room, _TEXT), fill=_QUIET, font=_font(_TEXT))
+        write(_MARGIN + offset, y + 2, remark, _TEXT, _QUIET, int(room - offset))
         y += _TEXT + 18
         for position, tile in enumerate(tiles):
             left = _MARGIN + position % columns * (side + _GAP)
@@ -246,19 +207,18 @@ def write_sheet(path: Path, sheet: Sheet) -> None:
             strip = (left, top + side, left + side - 1, top + side + _STRIP - 1)
             draw.rectangle(strip, fill=KIND_COLORS[tile.kind % len(KIND_COLORS)])
             below = top + side + _STRIP + 4
-            draw.text((left, below), _fitting(tile.caption, side, _SMALL), fill=_INK, font=_font(_SMALL))
-            detail = _fitting(tile.detail, side, _SMALL)
-            draw.text((left, below + _SMALL + 4), detail, fill=_QUIET, font=_font(_SMALL))
+            write(left, below, tile.caption, _SMALL, _INK, side)
+            write(left, below + _SMALL + 4, tile.detail, _SMALL, _QUIET, side)
         y += -(-len(tiles) // columns) * cell
     with whole_file(path) as temporary:
         picture.save(temporary, format="PNG")
 
 
-def _legend_rows(kinds: Sequence[tuple[int, str]], width: int) -> list[list[tuple[int, int, str]]]:
+def _legend_rows(kinds: Sequence[str], width: int) -> list[list[tuple[int, int, str]]]:
     """Legend entries as (x, kind, text), broken into rows."""
     rows: list[list[tuple[int, int, str]]] = [[]]
     x = 0
-    for kind, text in kinds:
+    for kind, text in enumerate(kinds):
         length = 22 + int(_font(_TEXT).getlength(text)) + 26
         if x and x + length > width:
             rows.append([])

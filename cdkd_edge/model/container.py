@@ -205,7 +205,7 @@ def _require_bounded(path: Path, stream: IO[bytes]) -> None:
             if step == _MAX_STEPS:
                 raise CheckpointError(f"{path} holds more than a checkpoint: its pickle takes over {_MAX_STEPS} steps")
             name = opcode.name
-            taken = []
+            taken: list[Any] = []
             if marked := pickletools.markobject in opcode.stack_before:
                 taken += iter(stack.pop, None)
             if below := len(opcode.stack_before) - 2 * marked:  # the mark, and what lies above it

@@ -25,7 +25,7 @@ from cdkd_edge.core.manifest import (
     write_manifest,
 )
 from cdkd_edge.core.sample import sample_tiles
-from cdkd_edge.engines.protocol import ArtefactLabeller, UInt8Array, blank_value
+from cdkd_edge.engines.protocol import ArtefactLabeller, Engine, UInt8Array, blank_value
 from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, open_session, session_options, signed_weights_are_exact
 from cdkd_edge.graph.files import read_graph
 from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
@@ -187,7 +187,7 @@ def graph_labeller(path: Path, manifest: GraphManifest, threads: int | None = No
     return OnnxLabeller(path, manifest, threads, model.SerializeToString())
 
 
-class CpuEngine(OnnxLabeller):
+class CpuEngine(OnnxLabeller, Engine):
     """An engine file. See :class:`cdkd_edge.engines.protocol.Engine`."""
 
     def __init__(self, path: Path, manifest: EngineManifest, threads: int | None = None) -> None:

@@ -189,7 +189,7 @@ def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Pa
         raise CheckpointError(
             f"{path} is a version {header.get('version')} checkpoint; this release reads {FORMAT_VERSION}"
         )
-    stored = header.get("config") or {}
+    stored = {**dataclasses.asdict(NetworkConfig()), **(header.get("config") or {})}
     try:
         heads, scales = stored["heads"], tuple(stored["pool_scales"])  # with eps, all that no tensor shows
         if any(type(number) is not int for number in (heads, *scales)):
@@ -198,8 +198,8 @@ def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Pa
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a damaged configuration: {str(error)[:200]}") from None
     weights_say = dataclasses.asdict(config)
-    for name in sorted(stored.keys() | weights_say.keys(), key=str):
-        said, is_ = json.dumps(stored.get(name)), json.dumps(weights_say.get(name))  # 128.0 is not 128
+    for name, value in stored.items():
+        said, is_ = json.dumps(value), json.dumps(weights_say.get(name))  # 128.0 is not 128
         if said != is_:
             raise CheckpointError(f"{path} has a damaged configuration: {name} is {said[:99]}, its weights say {is_}")
     return config

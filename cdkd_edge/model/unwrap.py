@@ -121,6 +121,13 @@ class _Search:
         """The sets of weights at one level, without what only training needs."""
         groups: dict[str, dict[str, Any]] = {}
         own: dict[str, Tensor] = {}
+        if isinstance(callbacks := level.get("callbacks"), Mapping):  # Lightning's: only averaged weights count
+            averaging = {
+                name: state
+                for name, state in text_keys(callbacks).items()
+                if any(_role(f"{name}.{part}") == "ema" for part, _ in _tensors_in(state))
+            }
+            level = {**level, "callbacks": averaging}
         for name, value in level.items():
             role = _role(name.partition(".")[0], value)
             if isinstance(value, Tensor) and _is_counter(name, value):

@@ -490,7 +490,10 @@ BESIDE = {
     "mmengine": lambda raw, mean: {"state_dict": mean, "ema_state_dict": averaged_model(raw), **SWAPPED_BY_MMENGINE},
     "Lightning's callback": lambda raw, mean: {
         "state_dict": prefixed("net.", raw),
-        "callbacks": {"EMACallback{'decay': 0.9}": {"ema_state_dict": prefixed("net.", mean)}, "Other": {"a": 1}},
+        "callbacks": {
+            "EMACallback{'decay': 0.9}": {"ema_state_dict": prefixed("net.", mean)},
+            "Other": {"a": 1, "seen": torch.ones(2, 2)},
+        },
     },
     "Lightning's WeightAveraging": lambda raw, mean: {
         "state_dict": prefixed("net.", mean),

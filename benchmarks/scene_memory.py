@@ -94,10 +94,7 @@ CASES = (
 class AnyEngine(InstantEngine):
     """An instant engine that gives everything."""
 
-    @property
-    def output_kind(self) -> str:
-        """All of it."""
-        return "probabilities"
+    output_kind = "probabilities"
 
     def __init__(self, tile: int) -> None:
         super().__init__(tile)

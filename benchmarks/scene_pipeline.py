@@ -32,7 +32,7 @@ import numpy.typing as npt
 from PIL import Image
 from script_tools import machine_of_run, write_results
 
-from cdkd_edge.engines.protocol import BaseLabeller
+from cdkd_edge.engines.protocol import Labeller
 
 TILE = 1024
 WIDTHS = (2_000, 10_000, 50_000, 100_000)
@@ -40,7 +40,7 @@ ROWS = 3
 TALL = 100_000
 
 
-class InstantEngine(BaseLabeller):
+class InstantEngine(Labeller):
     """An engine whose labels are there before they are asked for."""
 
     def __init__(self, tile: int, slots: int = 3) -> None:

@@ -32,8 +32,15 @@ _NAMES = {
 }  # fmt: skip
 _FLOATS = ("fp64", "fp32", "bf16", "fp16")
 _ITEM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "uint8": 1, "int32": 4, "int64": 8, "bool": 1}
-_INDEX_OPS = frozenset(("ArgMax", "ArgMin", "NonZero", "Shape", "Size"))
-_INTEGER_OPS = frozenset(("ConvInteger", "MatMulInteger"))
+_OUTPUTS = {  # types of outputs that are always the same
+    **dict.fromkeys(("ArgMax", "ArgMin", "NonZero", "Shape", "Size"), "int64"),
+    **dict.fromkeys(("ConvInteger", "MatMulInteger"), "int32"),
+}
+_OUTPUT_LIKE = {
+    "QuantizeLinear": (2, "uint8"), "DynamicQuantizeLinear": (2, "uint8"), "DequantizeLinear": (1, "fp32"),
+    "QLinearConv": (7, "other"), "QLinearMatMul": (7, "other"),
+}  # fmt: skip
+"""Operators whose outputs have the type of an input: its number, and the type if there is no such input."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,9 @@ class OnnxContents:
     """The content of an ONNX file: a graph, or an engine for the CPU."""
 
     operators: Mapping[str, Mapping[str, int]]
-    """Nodes by operator and precision; the most frequent operators first. A node's precision is ``int8`` if it computes
-    on INT8 or UINT8, else the widest float it touches, else ``other``."""
-    casts: Mapping[str, int]  # casts by what they convert, e.g. ``uint8 to fp16``.
+    """Nodes by operator, the most frequent first, and precision: ``int8`` if it computes on INT8 or UINT8, else the
+    widest float it touches, else ``other``."""
+    casts: Mapping[str, int]  # by what they convert, e.g. ``uint8 to fp16``
     quantize_nodes: int
     dequantize_nodes: int
     parameter_bytes: Mapping[str, int]  # bytes of constants by type
@@ -79,8 +86,7 @@ def inspect_artefact(path: Path) -> Inspection:
 
     Raises:
         ManifestError: the file does not exist, has a manifest that is not its own, or needs one and has none.
-        GraphError: it is not ONNX.
-        EngineError: it is neither ONNX nor an engine that cdkd-edge built.
+        EngineError, GraphError: it is neither ONNX nor an engine that cdkd-edge built.
     """
     if not path.is_file():
         raise ManifestError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
@@ -89,27 +95,17 @@ def inspect_artefact(path: Path) -> Inspection:
             f"{path} is neither a graph (.onnx) nor an engine (.engine, .cpu.onnx)",
             hint="for a checkpoint: `cdkd-edge info`",
         )
-    if path.suffix != ".onnx":
-        return _inspect_engine(path, read_manifest(path, EngineManifest))
-    if not manifest_path(path).exists():
+    if path.suffix == ".onnx" and not manifest_path(path).exists():
         warning = "there is no manifest beside it: what it was made from and whether it was checked is not known"
         return Inspection(path, None, read_onnx(path), (warning,))
-    if kind_of(path) == EngineManifest.kind:
-        return _inspect_engine(path, read_manifest(path, EngineManifest))
-    return Inspection(path, read_manifest(path, GraphManifest), read_onnx(path), ())
-
-
-def _inspect_engine(path: Path, manifest: EngineManifest) -> Inspection:
-    warnings = []
-    contents: OnnxContents | EngineLayers | None
+    if path.suffix == ".onnx" and kind_of(path) != EngineManifest.kind:
+        return Inspection(path, read_manifest(path, GraphManifest), read_onnx(path), ())
+    manifest = read_manifest(path, EngineManifest)
     read_layers = runtime_of(manifest).read_layers
-    if read_layers is None:
-        contents = read_onnx(path)
-    else:
-        contents = read_layers(path, manifest)
-        if contents is None:
-            warnings.append("its layers are not recorded beside it (.layers.json); build it again to see them")
-        warnings += manifest.tensorrt.notes if manifest.tensorrt else ()
+    contents = read_layers(path, manifest) if read_layers else read_onnx(path)
+    warnings = list(manifest.tensorrt.notes) if manifest.tensorrt else []
+    if contents is None:
+        warnings.insert(0, "its layers are not recorded beside it (.layers.json); build it again to see them")
     warnings += attention_warnings(manifest, contents if isinstance(contents, EngineLayers) else None)
     return Inspection(path, manifest, contents, tuple(warnings))
 
@@ -121,11 +117,10 @@ def attention_warnings(manifest: EngineManifest, layers: EngineLayers | None = N
         return []
     unfused = layers.unfused_attention if layers else ()
     which = f" ({', '.join(unfused[:4])}{', ...' if len(unfused) > 4 else ''})" if 0 < len(unfused) < blocks else ""
-    advice = "; TensorRT fuses it in FP16: cdkd-edge build --fp16" if manifest.precision == "fp32" else ""
-    where = advice if manifest.tensorrt else ""
+    helps = manifest.tensorrt is not None and manifest.precision == "fp32"
     return [
         f"attention is not fused in {blocks - fused} of {blocks} blocks{which}: their scores are written to memory, "
-        f"which costs time and memory{where}"
+        f"which costs time and memory{'; TensorRT fuses it in FP16: cdkd-edge build --fp16' if helps else ''}"
     ]
 
 
@@ -142,12 +137,11 @@ def read_onnx(path: Path) -> OnnxContents:
     casts: Counter[str] = Counter()
     for node in graph.node:
         output = _output_dtype(node, dtypes)
-        for name in node.output:
-            dtypes[name] = output
+        dtypes |= dict.fromkeys(node.output, output)
         operators.setdefault(node.op_type, Counter())[_node_precision(node, dtypes, output)] += 1
         if node.op_type == "Cast":
             casts[f"{dtypes.get(next(iter(node.input), ''), 'other')} to {output}"] += 1
-    ordered = sorted(operators.items(), key=lambda item: (-sum(item[1].values()), item[0]))
+    counts = {name: sum(row.values()) for name, row in operators.items()}
     fused = sum(
         node.op_type in ("Attention", "MultiHeadAttention", "PackedMultiHeadAttention")
         and node.domain in ("", CONTRIB_DOMAIN)
@@ -158,12 +152,12 @@ def read_onnx(path: Path) -> OnnxContents:
         kind = _NAMES.get(item.data_type, "other")
         parameters[kind] += math.prod(max(0, size) for size in item.dims) * _ITEM_BYTES.get(kind, 0)
     return OnnxContents(
-        operators={name: dict(row.most_common()) for name, row in ordered},
+        operators={name: dict(operators[name].most_common()) for name in sorted(counts, key=lambda n: (-counts[n], n))},
         casts=dict(casts.most_common()),
-        quantize_nodes=sum(operators.get("QuantizeLinear", Counter()).values()),
-        dequantize_nodes=sum(operators.get("DequantizeLinear", Counter()).values()),
+        quantize_nodes=counts.get("QuantizeLinear", 0),
+        dequantize_nodes=counts.get("DequantizeLinear", 0),
         parameter_bytes=dict(parameters.most_common()),
-        attention_blocks=fused + sum(operators.get("Softmax", Counter()).values()),
+        attention_blocks=fused + counts.get("Softmax", 0),
         attention_fused=fused,
     )
 
@@ -177,16 +171,11 @@ def _output_dtype(node: onnx.NodeProto, dtypes: Mapping[str, str]) -> str:
     if node.op_type == "Constant":
         value = attributes.get("value")
         return _NAMES.get(value.t.data_type, "other") if value is not None else "fp32"
-    if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
-        return inputs[2] if len(inputs) > 2 else "uint8"
-    if node.op_type == "DequantizeLinear":
-        return inputs[1] if len(inputs) > 1 else "fp32"
-    if node.op_type in ("QLinearConv", "QLinearMatMul"):
-        return inputs[7] if len(inputs) > 7 else "other"
-    if node.op_type in _INDEX_OPS:
-        return "int64"
-    if node.op_type in _INTEGER_OPS:
-        return "int32"
+    if node.op_type in _OUTPUT_LIKE:
+        number, otherwise = _OUTPUT_LIKE[node.op_type]
+        return inputs[number] if len(inputs) > number else otherwise
+    if node.op_type in _OUTPUTS:
+        return _OUTPUTS[node.op_type]
     return next((kind for kind in inputs if kind in _FLOATS), inputs[0] if inputs else "other")
 
 

@@ -25,7 +25,7 @@ from cdkd_edge.core.manifest import (
     write_manifest,
 )
 from cdkd_edge.core.sample import sample_tiles
-from cdkd_edge.engines.protocol import ArtefactLabeller, UInt8Array, blank_value
+from cdkd_edge.engines.protocol import ArtefactLabeller, Engine, UInt8Array, blank_value
 from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, open_session, session_options, signed_weights_are_exact
 from cdkd_edge.graph.files import read_graph
 from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
@@ -39,13 +39,8 @@ SLOTS = 3  # one tile being read, one computed, one written
 def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
     """Optimise a graph for ONNX Runtime's CPU kernels, compare the result with the graph, and write it.
 
-    The file holds the optimisations that any CPU can run. Those that depend on the CPU (blocked convolution
-    layouts) are applied when it is loaded.
-
-    Args:
-        graph: an exported FP32 graph with its manifest, or an INT8 graph, of which the engine is the twin
-            (:mod:`cdkd_edge.graph.cpu`).
-        destination: final path of the engine (``.onnx``).
+    The file holds the optimisations that any CPU can run. Those that depend on the CPU (blocked convolution layouts)
+    are applied when it is loaded. The engine of an INT8 graph is its twin (:mod:`cdkd_edge.graph.cpu`).
 
     Raises:
         ManifestError: the graph is not what its manifest says, or the destination is a file that no build wrote.
@@ -112,7 +107,7 @@ class OnnxLabeller(ArtefactLabeller):
             path: the file.
             manifest: its manifest.
             threads: threads for one tile. Default: the cores this process may use.
-            model: run this instead of the file: the same function in operators that a CPU has.
+            model: runs instead of the file: the same function in operators that a CPU has.
 
         Raises:
             EngineError: ONNX Runtime refuses it.
@@ -192,7 +187,7 @@ def graph_labeller(path: Path, manifest: GraphManifest, threads: int | None = No
     return OnnxLabeller(path, manifest, threads, model.SerializeToString())
 
 
-class CpuEngine(OnnxLabeller):
+class CpuEngine(OnnxLabeller, Engine):
     """An engine file. See :class:`cdkd_edge.engines.protocol.Engine`."""
 
     def __init__(self, path: Path, manifest: EngineManifest, threads: int | None = None) -> None:

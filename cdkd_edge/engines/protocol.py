@@ -1,11 +1,11 @@
-"""What labels tiles: the interface of networks, graphs and engines, so that callers need not know which one runs."""
+"""What labels tiles: the base class of networks, graphs and engines, so that callers need not know which one runs."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -34,43 +34,41 @@ Log = Callable[[str, str], None]
 SPEED_ROUNDS = 7  # timed runs of each engine in :func:`speed_ratio`
 
 
-class Labeller(Protocol):
+class Labeller:
     """Takes batches of N uint8 tiles of T x T px and gives uint8 labels, some also confidence or probabilities.
 
     A slot holds one batch: write tiles to ``input(slot)``, call ``launch(slot)`` and ``wait(slot)``, read
     ``output(slot)``. Buffers are allocated once; several slots let reading, computing and writing overlap.
     One thread launches and waits; other threads may fill inputs and read outputs of other slots.
+    A subclass gives ``input``, ``launch``, ``wait``, and ``named_output`` or, for labels alone, ``output``.
     """
 
-    @property
-    def slots(self) -> int:
-        """Batches that can be under way."""
-
-    @property
-    def tile(self) -> int:
-        """Side of a tile, T px."""
-
-    @property
-    def batch(self) -> int:
-        """Tiles per run, N."""
-
-    @property
-    def schema(self) -> LabelSchema:
-        """What the labels mean."""
-
-    @property
-    def artefact(self) -> FileRecord:
-        """The file that gives the labels."""
-
-    @property
-    def output_kind(self) -> str:
-        """The kind of output: one of :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`."""
+    slots: int  # batches that can be under way
+    tile: int  # side of a tile, T px
+    batch: int  # tiles per run, N
+    schema: LabelSchema  # what the labels mean
+    artefact: FileRecord  # the file that gives the labels
+    output_kind: str = LABELS  # one of :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`
 
     def input(self, slot: int) -> UInt8Array:
         """The slot's tiles, ``[N, 3, T, T]`` RGB, to be written in place."""
+        raise NotImplementedError
+
+    def launch(self, slot: int) -> None:
+        """Start computing the slot; may return before it is done. Raises an EngineError if the engine fails."""
+        raise NotImplementedError
+
+    def wait(self, slot: int) -> None:
+        """Wait until the slot's outputs are there. Raises an EngineError if the engine fails."""
+        raise NotImplementedError
+
+    def named_output(self, slot: int, name: str) -> UInt8Array:
+        """An output of the slot that the labeller has: ``labels``, ``confidence`` or ``probabilities``."""
+        raise NotImplementedError
 
     def output(self, slot: int) -> UInt8Array:
         """The slot's labels, ``[N, T, T]``; 255 everywhere unless the last run of the slot succeeded."""
+        return self.named_output(slot, LABELS)
 
     def confidence(self, slot: int) -> UInt8Array:
         """Probability of the slot's labels in per cent, ``[N, T, T]``; 0 where the label is 255.
@@ -80,6 +78,9 @@ class Labeller(Protocol):
         Raises:
             EngineError: the labeller does not give it.
         """
+        if self.output_kind == PROBABILITIES:
+            return confidence_of(self.named_output(slot, PROBABILITIES))
+        return self._extra(slot, CONFIDENCE)
 
     def probabilities(self, slot: int) -> UInt8Array:
         """255 times the probability of each class, ``[N, K, T, T]``; 0 where the label is 255.
@@ -87,34 +88,12 @@ class Labeller(Protocol):
         Raises:
             EngineError: the labeller does not give them.
         """
+        return self._extra(slot, PROBABILITIES)
 
-    def launch(self, slot: int) -> None:
-        """Start computing the slot; may return before it is done.
-
-        Raises:
-            EngineError: the engine failed.
-        """
-
-    def wait(self, slot: int) -> None:
-        """Wait until the slot's outputs are there.
-
-        Raises:
-            EngineError: the engine failed.
-        """
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def close(self) -> None:
-        """Release the network or engine, and its buffers."""
-
-
-class BaseLabeller:
-    """What labellers have in common: ``with`` blocks, and outputs by name."""
-
-    artefact: FileRecord
-    output_kind: str = LABELS
+    def _extra(self, slot: int, name: str) -> UInt8Array:
+        if self.output_kind != name:
+            raise missing_output(self.output_kind, name, self.artefact.file)
+        return self.named_output(slot, name)
 
     def __enter__(self) -> Self:
         return self
@@ -123,33 +102,10 @@ class BaseLabeller:
         self.close()
 
     def close(self) -> None:
-        """See :meth:`Labeller.close`."""
-
-    def named_output(self, slot: int, name: str) -> UInt8Array:
-        """An output of the slot that the labeller has: ``labels``, ``confidence`` or ``probabilities``."""
-        raise NotImplementedError
-
-    def output(self, slot: int) -> UInt8Array:
-        """See :meth:`Labeller.output`."""
-        return self.named_output(slot, LABELS)
-
-    def confidence(self, slot: int) -> UInt8Array:
-        """See :meth:`Labeller.confidence`."""
-        if self.output_kind == PROBABILITIES:
-            return confidence_of(self.named_output(slot, PROBABILITIES))
-        return self._extra(slot, CONFIDENCE)
-
-    def probabilities(self, slot: int) -> UInt8Array:
-        """See :meth:`Labeller.probabilities`."""
-        return self._extra(slot, PROBABILITIES)
-
-    def _extra(self, slot: int, name: str) -> UInt8Array:
-        if self.output_kind != name:
-            raise missing_output(self.output_kind, name, self.artefact.file)
-        return self.named_output(slot, name)
+        """Release the network or engine, and its buffers."""
 
 
-class ArtefactLabeller(BaseLabeller):
+class ArtefactLabeller(Labeller):
     """A labeller that runs a graph or an engine."""
 
     def __init__(self, manifest: GraphManifest | EngineManifest) -> None:
@@ -162,7 +118,7 @@ def blank_value(name: str) -> int:
     return NO_LABEL if name == LABELS else 0
 
 
-class Engine(Labeller, Protocol):
+class Engine(Labeller):
     """A labeller built for a machine."""
 
     manifest: EngineManifest

@@ -38,8 +38,7 @@ from cdkd_edge.model.unwrap import find_weights
 
 _Module = TypeVar("_Module", SegmentationNetwork, Encoder)
 OPENMMLAB_SCHEMA = "OpenMMLab meta"  # name of a schema made from OpenMMLab's class names; ``--schema`` overrides it
-_MAX_HEADER = 4 << 20
-"""Most characters of configuration, schema or training notes as JSON; a number or bracket counts as 16."""
+_MAX_HEADER = 4 << 20  # most characters of a part of the header as JSON; a number or bracket counts as 16
 
 
 @dataclass(frozen=True)
@@ -59,32 +58,18 @@ class CheckpointReport:
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def load_checkpoint(
-    path: str | Path,
-    *,
-    tile: int | None = None,
-    patch: int | None = None,
-    heads: int | None = None,
-    layer_norm_eps: float | None = None,
-    weights: str | None = None,
-) -> tuple[SegmentationNetwork, CheckpointReport]:
+def load_checkpoint(path: str | Path, **reading: Any) -> tuple[SegmentationNetwork, CheckpointReport]:
     """Load a segmentation network in evaluation mode, FP32, on the CPU.
 
     Args:
         path: a file of ``torch.save`` or safetensors in any layout of :mod:`cdkd_edge.model.layouts`.
-        tile: side of the input tiles, px; the position embedding is resampled to it. Default: the
-            tile the checkpoint was trained with.
-        patch: side of the patches, px; the patch embedding is resampled to it. Default: the checkpoint's.
-        heads: attention heads, if the checkpoint does not say. Default: heads of width 64.
-        layer_norm_eps: LayerNorm's epsilon, if the checkpoint does not say. Default: that of the layout's project.
-        weights: ``raw``, ``ema`` (averaged) or the name of one of several sets in the file. Default: averaged
-            weights if there are any.
+        reading: see :func:`read_checkpoint`.
 
     Raises:
         EncoderOnlyError: there is an encoder but no segmentation head.
         CheckpointError: the file cannot be read safely, or holds no network of a known layout.
     """
-    config, state, report = _read(Path(path), tile, patch, heads, layer_norm_eps, weights)
+    config, state, report = read_checkpoint(Path(path), **reading)
     if not report.has_head:
         raise EncoderOnlyError(
             f"{path} holds an encoder ({report.layout} layout) but no segmentation head, so it cannot label anything",
@@ -93,17 +78,9 @@ def load_checkpoint(
     return _filled(SegmentationNetwork, config, state, report), report
 
 
-def load_encoder(
-    path: str | Path,
-    *,
-    tile: int | None = None,
-    patch: int | None = None,
-    heads: int | None = None,
-    layer_norm_eps: float | None = None,
-    weights: str | None = None,
-) -> tuple[Encoder, CheckpointReport]:
+def load_encoder(path: str | Path, **reading: Any) -> tuple[Encoder, CheckpointReport]:
     """Load the encoder alone, from a checkpoint with or without a head. See :func:`load_checkpoint`."""
-    config, state, report = _read(Path(path), tile, patch, heads, layer_norm_eps, weights)
+    config, state, report = read_checkpoint(Path(path), **reading)
     state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     return _filled(Encoder, config, state, report), report
 
@@ -142,17 +119,29 @@ def save_checkpoint(
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def _read(
+def read_checkpoint(
     path: Path,
-    tile: int | None,
-    patch: int | None,
-    heads: int | None,
-    layer_norm_eps: float | None,
-    weights: str | None,
+    *,
+    tile: int | None = None,
+    patch: int | None = None,
+    heads: int | None = None,
+    layer_norm_eps: float | None = None,
+    weights: str | None = None,
 ) -> tuple[NetworkConfig, dict[str, Tensor], CheckpointReport]:
+    """Configuration and weights of a checkpoint, under this package's names.
+
+    Args:
+        path: the file.
+        tile: side of the input tiles, px; the position embedding is resampled to it. Default: the checkpoint's.
+        patch: side of the patches, px; the patch embedding is resampled to it. Default: the checkpoint's.
+        heads: attention heads, if the checkpoint does not say. Default: heads of width 64.
+        layer_norm_eps: LayerNorm's epsilon, if the checkpoint does not say. Default: that of the layout's project.
+        weights: ``raw``, ``ema`` (averaged) or the name of one of several sets in the file. Default: averaged weights
+            if there are any.
+    """
     document, header = read_container(path)
-    for part in ("version", "config", "schema", "training"):
-        if part in header and not _is_plain(header[part], dict if part != "version" else int):
+    for part, kind in {"version": int, "config": dict, "schema": dict, "training": dict}.items():
+        if not _is_plain(header.get(part), kind):
             raise CheckpointError(f"{path} has a damaged header: its {part} is not plain data")
     found = find_weights(document, path, weights)
     layout = recognise(list(found.tensors))
@@ -162,57 +151,58 @@ def _read(
     notes = list(found.notes)
     fold_layer_scale(state, notes)
     add_missing_qkv_bias(state, notes)
-    config = _stored_config(header, state, path) if layout is OURS and header else None
-    if config is None:
+    if layout is OURS and header:
+        config = _stored_config(header, state, path)
+        own_eps = config.layer_norm_eps
+        if (heads or config.heads, layer_norm_eps or own_eps) != (config.heads, own_eps):
+            raise CheckpointError(f"{path} states {config.heads} heads and LayerNorm eps {own_eps:g} itself")
+    else:
         config = inferred_config(state, layout, heads, layer_norm_eps, notes)
-    elif (heads and heads != config.heads) or (layer_norm_eps and layer_norm_eps != config.layer_norm_eps):
-        raise CheckpointError(f"{path} states {config.heads} heads and LayerNorm eps {config.layer_norm_eps:g} itself")
     config = _resampled(state, config, tile, patch, notes)
-    training = header.get("training") or {}
+    has_head = any(key.startswith("head.") for key in state)
     schema = None
     if header.get("schema"):
         schema = schema_from_document(header["schema"], source=str(path))
-    elif "head.classifier.weight" in state:
+        if has_head and (said := len(schema)) != config.classes:
+            raise CheckpointError(f"{path}: its label schema has {said} classes, its classifier {config.classes}")
+    elif has_head:
         schema = _schema_of_openmmlab(document.get("meta"), config.classes, notes)
     report = CheckpointReport(
         path=path,
         layout=layout.name,
         config=config,
-        has_head=any(key.startswith("head.") for key in state),
+        has_head=has_head,
         unwrapped=found.unwrapped,
         dropped=(*found.dropped, *dropped),
         notes=tuple(notes),
         schema=schema,
         averaged=found.averaged,
         taken=found.notes,
-        training=training,
+        training=header.get("training") or {},
     )
-    if schema and report.has_head and len(schema) != config.classes:
-        raise CheckpointError(f"{path}: its label schema has {len(schema)} classes, its classifier {config.classes}")
     return config, state, report
 
 
 def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Path) -> NetworkConfig:
-    """The configuration in the header of this package's checkpoints, compared with the weights."""
+    """The configuration in the header of this package's checkpoints, which has to be what the weights say."""
     if header.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} is a version {header.get('version')} checkpoint; this release reads {FORMAT_VERSION}"
         )
+    stored = {**dataclasses.asdict(NetworkConfig()), **(header.get("config") or {})}
     try:
-        values = dict(header["config"])
-        stored = NetworkConfig(**{**values, "pool_scales": tuple(values["pool_scales"])})
+        heads, scales = stored["heads"], tuple(stored["pool_scales"])  # with eps, all that no tensor shows
+        if any(type(number) is not int for number in (heads, *scales)):
+            raise TypeError("heads and pool_scales are whole numbers")
+        config = inferred_config(state, OURS, heads, stored["layer_norm_eps"], [], scales)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a damaged configuration: {str(error)[:200]}") from None
-    if any(type(number) is not int for number in (stored.heads, *stored.pool_scales)):
-        raise CheckpointError(f"{path} has a damaged configuration: heads and pool_scales are whole numbers")
-    # Compared before anything of that size is allocated.
-    sizes = ("tile", "patch", "embed_dim", "depth", "mlp_dim", "classes", "head_channels", "class_token")
-    found = inferred_config(state, OURS, stored.heads, stored.layer_norm_eps, [], stored.pool_scales)
-    for size in sizes:
-        said, is_ = getattr(stored, size), getattr(found, size)
-        if said != is_ or type(said) is not type(is_):
-            raise CheckpointError(f"{path} has a damaged configuration: {size} is {said!r}, its weights say {is_!r}")
-    return stored
+    weights_say = dataclasses.asdict(config)
+    for name, value in stored.items():
+        said, is_ = json.dumps(value), json.dumps(weights_say.get(name))  # 128.0 is not 128
+        if said != is_:
+            raise CheckpointError(f"{path} has a damaged configuration: {name} is {said[:99]}, its weights say {is_}")
+    return config
 
 
 def _schema_of_openmmlab(meta: object, classes: int, notes: list[str]) -> LabelSchema | None:
@@ -249,12 +239,10 @@ def _resampled(
     if resized.grid != config.grid:
         key = "encoder.pos_embed"
         state[key] = resample_position(state[key], resized.grid, config.class_token)
-        notes.append(
-            f"position embedding resampled (bicubic) from {config.tile} to {resized.tile} px tiles"
-            if patch == config.patch
-            else f"position embedding resampled (bicubic) from {config.grid} x {config.grid} to "
-            f"{resized.grid} x {resized.grid} patches"
-        )
+        change = f"from {config.tile} to {resized.tile} px tiles"
+        if patch != config.patch:
+            change = f"from {config.grid} x {config.grid} to {resized.grid} x {resized.grid} patches"
+        notes.append(f"position embedding resampled (bicubic) {change}")
     return resized
 
 
@@ -275,38 +263,25 @@ def _filled(
     kind: type[_Module], config: NetworkConfig, state: Mapping[str, Tensor], report: CheckpointReport
 ) -> _Module:
     """A network with these weights in evaluation mode; an error names missing, unexpected and misshapen tensors."""
-    blocks = sum(".norm1.weight" in key for key in state)
-    if blocks < config.depth:
-        raise CheckpointError(f"{report.path} has norm1.weight for {blocks} of its {config.depth} transformer blocks")
     with torch.device("meta"):  # allocates nothing
         plan = kind(config).state_dict()
     expected = {key: tensor for key, tensor in plan.items() if not key.endswith("num_batches_tracked")}
-    problems = []
-    if missing := sorted(expected.keys() - state.keys()):
-        problems.append(f"missing: {listed(missing)}")
-    if unexpected := sorted(state.keys() - expected.keys()):
-        problems.append(f"unexpected: {listed(unexpected)}")
-    if misshapen := [
-        f"{key} is {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & state.keys())
-        if state[key].shape != expected[key].shape
-    ]:
-        problems.append(listed(misshapen))
+    misshapen = [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    wrong = {"missing: ": expected.keys() - state.keys(), "unexpected: ": state.keys() - expected.keys(), "": misshapen}
+    problems = "; ".join(what + listed(sorted(names)) for what, names in wrong.items() if names)
     if problems:
-        raise CheckpointError(f"{report.path} ({report.layout} layout) does not fit the network: {'; '.join(problems)}")
+        raise CheckpointError(f"{report.path} ({report.layout} layout) does not fit the network: {problems}")
     module = kind(config)
     module.load_state_dict(dict(state), strict=False)
     return module.eval()
 
 
 def resample_position(position: Tensor, grid: int, class_token: bool) -> Tensor:
-    """Resample a learned position embedding to another token grid (bicubic; the class token's row is kept).
-
-    Args:
-        position: ``[1, (1 +) g*g, D]``.
-        grid: the new side; the result is ``[1, (1 +) grid*grid, D]``.
-        class_token: whether there is one.
-    """
+    """Resample a position embedding ``[1, (1 +) g*g, D]`` to ``grid`` (bicubic; the class token's row is kept)."""
     prefix, cells = position[:, : int(class_token)], position[:, int(class_token) :]
     side = math.isqrt(cells.shape[1])
     maps = cells.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, g, g]
@@ -315,14 +290,10 @@ def resample_position(position: Tensor, grid: int, class_token: bool) -> Tensor:
 
 
 def resample_patches(kernel: Tensor, patch: int) -> Tensor:
-    """Resample a patch embedding to another patch size by FlexiViT's pseudo-inverse resize.
+    """Resample a patch embedding ``[D, C, p, p]`` to another patch size by FlexiViT's pseudo-inverse resize.
 
     A patch that is enlarged (bicubic, anti-aliased) then keeps its inner product with the kernel, as far as the new
     size allows (Beyer et al., CVPR 2023, section 3.4).
-
-    Args:
-        kernel: ``[D, C, p, p]``.
-        patch: the new side; the result is ``[D, C, patch, patch]``.
     """
     side = kernel.shape[-1]
     basis = torch.eye(side * side, dtype=torch.float64).reshape(side * side, 1, side, side)

@@ -39,19 +39,19 @@ _UNREAD = (
     "mmengine.logging.history_buffer.HistoryBuffer",
 )  # fmt: skip
 """Classes of what training scripts save beside the weights (arguments, scores, logs); replaced unread by nothing."""
-_PACKED = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ", "zstd": b"\x28\xb5\x2f\xfd", "7z": b"7z\xbc\xaf"}
-"""First bytes of archives."""
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}
+_ALLOCATORS = r"(builtins|__builtin__) bytearray|torch(\.\w+)* \w*(Tensor|Storage)"
+"""Functions that torch lets pickles call and that can allocate any amount from a number or a list."""
 _SPARE = 64 << 20  # bytes that tensors may take beyond the size of their file, because some share their storage
 
 
 class _Nothing:
-    """Replaces an object of a class that is never imported."""
+    """Replaces an object of a class that is never imported; ignores its content."""
 
     def __new__(cls, *_: object, **__: object) -> _Nothing:
         return super().__new__(cls)
 
-    def __setstate__(self, state: object) -> None:
-        """Ignore the object's content."""
+    def __setstate__(self, state: object) -> None: ...
 
 
 _STAND_INS: list[Any] = [
@@ -86,16 +86,11 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not zipped and not start.startswith(b"\x80"):
         raise _no_checkpoint(path, start)
     try:
-        if zipped:
-            _require_archive(path)
-        else:
-            _require_pickles(path)
-        with warnings.catch_warnings():
-            # torch's warnings (TorchScript, pickle protocols): the errors here say the same.
-            warnings.simplefilter("ignore")
-            with torch.serialization.safe_globals(_STAND_INS):
-                # Mapped, so that a large teacher beside the student is not read into memory.
-                document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        (_require_archive if zipped else _require_pickles)(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
+            warnings.simplefilter("ignore")  # of TorchScript and pickle protocols: the errors here say the same
+            # Mapped, so that a large teacher beside the student is not read into memory.
+            document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except CheckpointError:
         raise
     except Exception as error:  # torch and zipfile raise half a dozen unrelated types for damaged files
@@ -116,53 +111,44 @@ def text_keys(document: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _no_checkpoint(path: Path, start: bytes) -> CheckpointError:
     """The error for a file that is neither of ``torch.save`` nor safetensors; says what it is instead."""
-    packed = "tar" if start[257:262] == b"ustar" else None
-    packed = next((name for name, first in _PACKED.items() if start.startswith(first)), packed)
-    if packed:
-        return CheckpointError(f"{path} is a {packed} archive, not a checkpoint", hint="unpack it first")
+    packed = next((name for first, name in _PACKED.items() if start.startswith(first)), None)
+    if packed or start[257:262] == b"ustar":
+        return CheckpointError(f"{path} is a {packed or 'tar'} archive, not a checkpoint", hint="unpack it first")
     if start.startswith(b"version https://git-lfs"):
         return CheckpointError(f"{path} is a pointer of Git LFS, not the file itself", hint="fetch it: git lfs pull")
     if path.suffix.lower() == ".safetensors":
         return CheckpointError(f"{path} is damaged or not a safetensors file")
-    other = is_artefact_name(path)
     return CheckpointError(
         f"{path} is damaged or not a PyTorch checkpoint: it begins neither as torch.save's files nor as .safetensors",
-        hint="for graphs and engines: `cdkd-edge inspect`" if other else None,
+        hint="for graphs and engines: `cdkd-edge inspect`" if is_artefact_name(path) else None,
     )
 
 
 def _read_safetensors(path: Path, header_bytes: int) -> tuple[dict[str, Any], dict[str, Any]]:
     if header_bytes > min(_MAX_NAMES, path.stat().st_size):
         raise CheckpointError(f"{path} is damaged or not a safetensors file: its header claims {header_bytes} bytes")
-    safetensors = safetensors_torch()
+    safetensors_torch()
     from safetensors import SafetensorError, safe_open
 
     try:
-        document = safetensors.load_file(path)
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        header = json.loads(metadata.get("cdkd-edge", "{}"))
+            document = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- it is no mapping
+            header = json.loads((file.metadata() or {}).get("cdkd-edge", "{}"))
     except (SafetensorError, ValueError, OSError, RecursionError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {str(error)[:200]}") from None
-    return dict(document), header if isinstance(header, dict) else {}
+    return document, header if isinstance(header, dict) else {}
 
 
 def _require_archive(path: Path) -> None:
-    """Refuse an archive that torch.save did not write, or whose content is larger than the file.
-
-    torch.save never compresses, so the sizes in the archive's directory can be compared with the file's.
-    """
-    size = path.stat().st_size
+    """Refuse an archive that torch.save, which never compresses, did not write, or that claims to be larger inside."""
     if _entries_claimed(path) > _MAX_ENTRIES:
         raise CheckpointError(f"{path} claims more than {_MAX_ENTRIES} entries; a checkpoint has one per tensor")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         pickled = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
         if not pickled:
-            held = ", ".join(entry.filename for entry in entries[:3])
-            raise CheckpointError(
-                f"{path} is a zip archive that torch.save did not write ({held})", hint="unpack it first"
-            )
+            held = f"{path} is a zip archive that torch.save did not write"
+            raise CheckpointError(f"{held} ({', '.join(e.filename for e in entries[:3])})", hint="unpack it first")
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
             raise CheckpointError(f"{path} is a TorchScript archive, not a state dict", hint="save model.state_dict()")
         packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
@@ -172,7 +158,7 @@ def _require_archive(path: Path) -> None:
                 f"{packed.compress_size} to {packed.file_size} bytes",
                 hint="if you trust it, save it again: torch.save(torch.load(FILE), NEW)",
             )
-        if sum(entry.file_size for entry in entries) > size:
+        if sum(entry.file_size for entry in entries) > (size := path.stat().st_size):
             raise CheckpointError(f"{path} is damaged: its entries claim more bytes than the file has ({size})")
         for entry in pickled:
             if entry.file_size > _MAX_DIRECTORY:
@@ -219,10 +205,9 @@ def _require_bounded(path: Path, stream: IO[bytes]) -> None:
             if step == _MAX_STEPS:
                 raise CheckpointError(f"{path} holds more than a checkpoint: its pickle takes over {_MAX_STEPS} steps")
             name = opcode.name
-            taken = []
+            taken: list[Any] = []
             if marked := pickletools.markobject in opcode.stack_before:
-                while (one := stack.pop()) is not None:
-                    taken.append(one)
+                taken += iter(stack.pop, None)
             if below := len(opcode.stack_before) - 2 * marked:  # the mark, and what lies above it
                 taken += stack[-below:]
                 del stack[-below:]
@@ -238,10 +223,9 @@ def _require_bounded(path: Path, stream: IO[bytes]) -> None:
                 stack.append(1 + sum(one if isinstance(one, int) else 1 for one in taken))
                 if stack[-1] > _MAX_KEY:
                     raise CheckpointError(f"{path} is refused: a tuple in it has more than {_MAX_KEY} parts")
-            elif name in ("REDUCE", "NEWOBJ") and _allocates(taken[0]):
-                raise CheckpointError(
-                    f"{path} is refused: it calls {taken[0].replace(' ', '.')}, which can allocate any amount of memory"
-                )
+            elif name in ("REDUCE", "NEWOBJ") and re.fullmatch(_ALLOCATORS, str(taken[0])):
+                called = taken[0].replace(" ", ".")
+                raise CheckpointError(f"{path} is refused: it calls {called}, which can allocate any amount of memory")
             else:
                 stack += [1] * len(opcode.stack_after)
     except CheckpointError:
@@ -250,13 +234,6 @@ def _require_bounded(path: Path, stream: IO[bytes]) -> None:
         raise CheckpointError(
             f"{path} is damaged or not a PyTorch checkpoint", hint="other pickles are never loaded"
         ) from None
-
-
-def _allocates(function: object) -> bool:
-    """Whether a function that torch lets pickles call can allocate any amount from a number or a list."""
-    return isinstance(function, str) and bool(
-        re.fullmatch(r"(builtins|__builtin__) bytearray|torch(\.\w+)* \w*(Tensor|Storage)", function)
-    )
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -304,11 +281,7 @@ def save_tensors(path: Path, document: Mapping[str, Any], metadata: Mapping[str,
 
 
 def require_in_file(tensors: Iterable[Tensor], path: Path) -> None:
-    """Refuse tensors that are larger than their file: expanded over a small storage, or many over one.
-
-    Raises:
-        CheckpointError: they are larger.
-    """
+    """Refuse tensors that are larger than their file: expanded over a small storage, or many over one."""
     dense = [tensor for tensor in tensors if tensor.layout is torch.strided and not tensor.is_nested]
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in dense if not tensor.is_meta)
     if claimed > path.stat().st_size + _SPARE:

@@ -1,8 +1,8 @@
 """Where and how precisely PyTorch computes, and what a network costs there.
 
-Cost is parameters and multiply-accumulates (MACs; one is two floating-point operations), counted on the real
-modules. The paper's "119.76 GFLOPs" is the MACs of convolutions and linear layers alone. The attention products
-(query-key and attention-value) are counted apart: at 4096 tokens they are more than half of the work.
+Cost is parameters and multiply-accumulates (MACs; one is two floating-point operations). The paper's "119.76 GFLOPs" is
+the MACs of convolutions and linear layers alone. The attention products (query-key and attention-value) are counted
+apart: at 4096 tokens they are more than half of the work.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from cdkd_edge.core.errors import UsageError
 from cdkd_edge.model.network import Attention, Encoder, SegmentationNetwork
 
-PRECISIONS = ("fp32", "bf16", "fp16")
-
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", *_AUTOCAST)
 
 
 def chosen_device(name: str = "auto") -> torch.device:
@@ -70,16 +69,14 @@ class Cost:
 
 def network_cost(network: SegmentationNetwork | Encoder) -> Cost:
     """Count parameters, and the MACs of one tile by running the modules on shapes alone (device "meta")."""
-    macs = {"conv_linear": 0, "attention": 0}
+    conv_linear, attention = [], []
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            macs["conv_linear"] += output.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.Linear):
-            macs["conv_linear"] += output.numel() * module.in_features
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            conv_linear.append(output.numel() * module.weight[0].numel())
         elif isinstance(module, Attention):
             n, length, dim = inputs[0].shape
-            macs["attention"] += 2 * n * length * length * dim
+            attention.append(2 * n * length * length * dim)
 
     shapes_only = copy.deepcopy(network).to("meta").eval()
     for module in shapes_only.modules():
@@ -92,6 +89,6 @@ def network_cost(network: SegmentationNetwork | Encoder) -> Cost:
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),
         position_parameters=encoder.pos_embed.numel(),
-        conv_linear_macs=macs["conv_linear"],
-        attention_macs=macs["attention"],
+        conv_linear_macs=sum(conv_linear),
+        attention_macs=sum(attention),
     )

@@ -79,6 +79,11 @@ class Dropped:
     example: str
 
 
+def dropped_parts(keys_by_part: Mapping[str, list[str]]) -> tuple[Dropped, ...]:
+    """The parts of the checkpoint that were dropped, from the keys of their tensors."""
+    return tuple(Dropped(what, len(keys), keys[0]) for what, keys in keys_by_part.items())
+
+
 def listed(names: Iterable[str], limit: int = 12) -> str:
     """The first of many names, and their number."""
     names = list(names)
@@ -101,9 +106,8 @@ def recognise(keys: list[str]) -> Layout:
     if any_starts("backbone.blocks.", "backbone.layers."):
         return OPENMMLAB
     if any_starts("blocks."):
-        if any_starts("decoder_embed.", "pos_embed_decoder") and not any_starts("cls_token"):
-            return STUDENT
-        return TIMM if any_starts("cls_token", "norm.", "fc_norm.") else STUDENT
+        autoencoder = any_starts("decoder_embed.", "pos_embed_decoder")
+        return TIMM if any_starts("cls_token") or (any_starts("norm.", "fc_norm.") and not autoencoder) else STUDENT
     raise CheckpointError(
         f"the checkpoint's layout is not known; it holds {len(keys)} tensors: {listed(keys, 6)}",
         hint="known layouts: cdkd-edge, Mask-CDKD student, timm ViT names, OpenMMLab backbone. + decode_head.",
@@ -120,12 +124,11 @@ def translate(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Te
     dropped: dict[str, list[str]] = {}
     unknown: list[str] = []
     for key, tensor in state.items():
-        target = _first_match(key, layout.rules)
-        if target is not None:
+        if target := _first_match(key, layout.rules):
             if target in renamed:
                 raise CheckpointError(f"two tensors of the checkpoint both mean {target}; one is {key}")
             renamed[target] = tensor
-        elif reason := next((why for pattern, why in layout.drops if re.fullmatch(pattern, key)), None):
+        elif reason := _first_match(key, layout.drops):
             dropped.setdefault(reason, []).append(key)
         else:
             unknown.append(key)
@@ -134,14 +137,11 @@ def translate(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Te
             f"{layout.name} layout: {len(unknown)} unexpected tensors: {listed(unknown)}",
             hint="ignoring them would change the result; remove them only if the network was trained without them",
         )
-    return renamed, tuple(Dropped(why, len(keys), keys[0]) for why, keys in dropped.items())
+    return renamed, dropped_parts(dropped)
 
 
 def _first_match(key: str, rules: tuple[tuple[str, str], ...]) -> str | None:
-    for pattern, replacement in rules:
-        if match := re.fullmatch(pattern, key):
-            return match.expand(replacement)
-    return None
+    return next((match.expand(text) for pattern, text in rules if (match := re.fullmatch(pattern, key))), None)
 
 
 def inferred_config(
@@ -208,17 +208,9 @@ def inferred_config(
         if layout is not OURS:
             notes.append(f"pyramid pooling to {', '.join(map(str, pool_scales))} cells assumed (not stored)")
     return NetworkConfig(
-        tile=grid * patch,
-        patch=patch,
-        embed_dim=dim,
-        depth=len(blocks),
-        heads=heads,
-        mlp_dim=hidden.shape[0],
-        pool_scales=pool_scales,
-        layer_norm_eps=layer_norm_eps,
-        class_token=class_token,
-        **shapes,
-    )
+        tile=grid * patch, patch=patch, embed_dim=dim, depth=len(blocks), heads=heads, mlp_dim=hidden.shape[0],
+        pool_scales=pool_scales, layer_norm_eps=layer_norm_eps, class_token=class_token, **shapes,
+    )  # fmt: skip
 
 
 def _need(state: Mapping[str, Tensor], key: str, rank: int) -> Tensor:

@@ -86,22 +86,14 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
         self.patch_embed = PatchEmbedding(config.patch, config.embed_dim)
-        prefix = int(config.class_token)
         if config.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, prefix + config.grid**2, config.embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.class_token + config.grid**2, config.embed_dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Tapped features of RGB images.
-
-        Args:
-            image: ``[N, 3, T, T]``, values 0..255, any real dtype.
-
-        Returns:
-            Four maps ``[N, D, G, G]``, from the shallowest tap to the last block.
-        """
+        """Four maps ``[N, D, G, G]``, the shallowest first, of RGB images ``[N, 3, T, T]``, 0..255, any real dtype."""
         config = self.config
         tokens = self.patch_embed((image.to(self.mean.dtype) - self.mean) / self.std)  # [N, L, D]
         if config.class_token:
@@ -130,11 +122,7 @@ class ConvNormReLU(nn.Module):
 
 
 class UPerHead(nn.Module):
-    """UPerNet over four maps of one size.
-
-    Pyramid pooling enriches the deepest map; a top-down path adds it to the shallower ones; all
-    four are fused at full stride-``patch`` resolution and classified per cell.
-    """
+    """UPerNet: pyramid pooling of the deepest map, added to the shallower ones; all four are fused and classified."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -175,14 +163,7 @@ class SegmentationNetwork(nn.Module):
         self.head = UPerHead(config)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Class logits.
-
-        Args:
-            image: RGB ``[N, 3, T, T]``, values 0..255; normalisation happens inside.
-
-        Returns:
-            Logits ``[N, K, G, G]``.
-        """
+        """Logits ``[N, K, G, G]`` of RGB images ``[N, 3, T, T]``, 0..255; normalisation happens inside."""
         return self.head(self.encoder(image))  # type: ignore[no-any-return]
 
     def upsample(self, logits: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cdkd_edge.core.errors import CheckpointError
 from cdkd_edge.model.container import text_keys
-from cdkd_edge.model.layouts import Dropped, listed
+from cdkd_edge.model.layouts import Dropped, dropped_parts, listed
 
 _MAX_WRAPPERS = 8  # A bound, because a pickle can hold a dict that contains itself
 _OWN = ""  # name of the group of tensors that are in no other group
@@ -46,7 +46,7 @@ _WRAPPED = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
 """Modules that torch and similar libraries put around others, at any depth."""
-_TEACHER = "teacher beside the student"
+_LEFT = {"ema": "averaged weights", "raw": "other weights", "teacher": "teacher beside the student"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def find_weights(document: Mapping[str, Any], path: Path, choice: str | None = N
     search = _Search(path, choice)
     tensors = search.descend(document)
     search.require_choice_met()
-    dropped = tuple(Dropped(what, len(keys), keys[0]) for what, keys in search.dropped.items())
+    dropped = dropped_parts(search.dropped)
     return Weights(tensors, tuple(search.unwrapped), dropped, search.averaged, tuple(search.taken()))
 
 
@@ -98,9 +98,8 @@ class _Search:
             level = text_keys(level)
             groups = self._groups(level)
             if not groups:
-                raise CheckpointError(
-                    f"{self.path} holds no state dict; its top level is: {listed(level, 6) or 'nothing'}"
-                )
+                held = listed(level, 6) or "nothing"
+                raise CheckpointError(f"{self.path} holds no state dict; its top level is: {held}")
             if list(groups) != [_OWN]:
                 name = self._choose(groups, _roles(groups, level))
                 self.unwrapped += [name] if name else []
@@ -122,8 +121,15 @@ class _Search:
         """The sets of weights at one level, without what only training needs."""
         groups: dict[str, dict[str, Any]] = {}
         own: dict[str, Tensor] = {}
-        for name, value in _with_callbacks(level):
-            role = _role(name.partition(".")[0])
+        if isinstance(callbacks := level.get("callbacks"), Mapping):  # Lightning's: only averaged weights count
+            averaging = {
+                name: state
+                for name, state in text_keys(callbacks).items()
+                if any(_role(f"{name}.{part}") == "ema" for part, _ in _tensors_in(state))
+            }
+            level = {**level, "callbacks": averaging}
+        for name, value in level.items():
+            role = _role(name.partition(".")[0], value)
             if isinstance(value, Tensor) and _is_counter(name, value):
                 self.averaged |= name == "n_averaged" and not self._settled
                 self._drop("training counters", [name])
@@ -131,11 +137,8 @@ class _Search:
                 self._drop("used only in training", _names(name, _tensors_in(value)))
             elif not isinstance(value, Tensor):
                 inside = list(_tensors_in(value))
-                if (
-                    isinstance(value, Mapping)
-                    and not _words(name) & _NOTES
-                    and any(role != "raw" or tensor.ndim > 1 for _, tensor in inside)
-                ):
+                named = isinstance(value, Mapping) and not _words(name) & _NOTES
+                if named and any(role != "raw" or tensor.ndim > 1 for _, tensor in inside):
                     groups[name] = dict(value)
                 elif role == "ema" and any(tensor.ndim for _, tensor in inside):
                     groups[name] = {}
@@ -164,7 +167,7 @@ class _Search:
             [name for name in groups if roles[name] == role] for role in ("ema", "raw", "teacher")
         )
         if teachers and len(raw) == 1:
-            if _shapes(self.path, groups[teachers[0]]) == _shapes(self.path, groups[raw[0]]):
+            if self._shapes(groups[teachers[0]]) == self._shapes(groups[raw[0]]):
                 if self.choice is None:
                     self._ask(groups, "a teacher with the student's shapes, perhaps its running mean")
                 averaged += teachers
@@ -185,15 +188,19 @@ class _Search:
             if len(raw) == 1:
                 self._raw = groups[raw[0]]
             if not groups[name]:
-                raise CheckpointError(
-                    f"{self.path} holds averaged weights without names ({name})",
-                    hint="--weights raw takes the raw ones" if self._raw else "save them with the names of the network",
-                )
-        what = {"ema": "averaged weights", "raw": "other weights", "teacher": _TEACHER}
+                hint = "--weights raw takes the raw ones" if self._raw else "save them with the names of the network"
+                raise CheckpointError(f"{self.path} holds averaged weights without names ({name})", hint=hint)
         for other in groups:
             if other != name:
-                self._drop(what[roles[other]], _names(other, _tensors_in(groups[other])))
+                self._drop(_LEFT[roles[other]], _names(other, _tensors_in(groups[other])))
         return name
+
+    def _shapes(self, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+        """Names and shapes of a set of weights; None if it is none."""
+        try:
+            return {key: tuple(tensor.shape) for key, tensor in _Search(self.path, None).descend(group).items()}
+        except CheckpointError:
+            return None
 
     def _ask(self, groups: Iterable[str], what: str) -> NoReturn:
         names = [name or "raw" for name in groups]
@@ -256,18 +263,15 @@ class _Search:
         if self.choice is None or self._chosen:
             return
         if self.choice not in ("raw", "ema"):
-            raise CheckpointError(
-                f"{self.path} holds no weights {self.choice!r}", hint=f"it holds {listed(self._offered) or 'one set'}"
-            )
+            held = listed(self._offered) or "one set"
+            raise CheckpointError(f"{self.path} holds no weights {self.choice!r}", hint=f"it holds {held}")
         if self.averaged != (self.choice == "ema"):
-            raise CheckpointError(
-                f"{self.path} holds {'averaged weights alone' if self.averaged else 'no averaged weights'}",
-                hint="leave --weights out",
-            )
+            held = "averaged weights alone" if self.averaged else "no averaged weights"
+            raise CheckpointError(f"{self.path} holds {held}", hint="leave --weights out")
 
 
-def _roles(groups: Iterable[str], level: Mapping[str, Any]) -> dict[str, str]:
-    roles = {name: _role(name) for name in groups}
+def _roles(groups: Mapping[str, dict[str, Any]], level: Mapping[str, Any]) -> dict[str, str]:
+    roles = {name: _role(name, group) for name, group in groups.items()}
     meta, averages = level.get("meta"), level.get("ema_state_dict")
     mmengine = (isinstance(meta, Mapping) and "mmengine_version" in meta) or "message_hub" in level
     mmengine |= isinstance(averages, Mapping) and "steps" in averages
@@ -278,10 +282,13 @@ def _roles(groups: Iterable[str], level: Mapping[str, Any]) -> dict[str, str]:
     return roles
 
 
-def _role(name: str) -> str:
-    """``ema``, ``teacher`` or ``raw``, by a name."""
+def _role(name: str, value: Any = None) -> str:
+    """``ema``, ``teacher`` or ``raw``, by a name; ``ema`` also if all that is inside has such a name."""
     words = _words(name)
-    return "ema" if words & _AVERAGED else "teacher" if "teacher" in words else "raw"
+    inside = [part for part, tensor in _tensors_in(value) if tensor.ndim > 1] if isinstance(value, Mapping) else []
+    if words & _AVERAGED or (inside and all(_words(part) & _AVERAGED for part in inside)):
+        return "ema"
+    return "teacher" if "teacher" in words else "raw"
 
 
 def _words(name: str) -> set[str]:
@@ -292,19 +299,6 @@ def _words(name: str) -> set[str]:
 def _is_counter(name: str, tensor: Tensor) -> bool:
     last = re.split(r"[._]", name[-50:])[-1].lower()
     return last in _COUNTERS and tensor.ndim < 2 and tensor.numel() == 1
-
-
-def _with_callbacks(level: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The entries of one level; of Lightning's callbacks only those with averaged weights."""
-    for name, value in level.items():
-        if name != "callbacks" or not isinstance(value, Mapping):
-            yield name, value
-            continue
-        for callback, state in text_keys(value).items():
-            parts = text_keys(state).items() if isinstance(state, Mapping) else ()
-            inner = [(key, part) for key, part in parts if isinstance(part, Mapping) and _role(key) == "ema"]
-            if inner or _role(callback) == "ema":
-                yield from ((f"callbacks.{callback}.{key}", part) for key, part in inner or [("", state)])
 
 
 def _tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -324,11 +318,3 @@ def _tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
 def _names(prefix: str, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     start = prefix.rstrip(".")
     return [f"{start}.{name}" if start and name else start or name for name, _ in tensors]
-
-
-def _shapes(path: Path, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of a set of weights; None if it is none."""
-    try:
-        return {key: tuple(tensor.shape) for key, tensor in _Search(path, None).descend(group).items()}
-    except CheckpointError:
-        return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from cdkd_edge.core.errors import EngineError, SchemaError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema, load_schema, numbered_schema
 from cdkd_edge.core.manifest import FileRecord
-from cdkd_edge.engines.protocol import BaseLabeller, UInt8Array
+from cdkd_edge.engines.protocol import Labeller, UInt8Array
 from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_checkpoint
 from cdkd_edge.model.device import autocast, chosen_device
 from cdkd_edge.model.network import SegmentationNetwork
@@ -22,7 +22,7 @@ Encode = Callable[[Tensor], list[Tensor]]
 """uint8 tiles ``[N, 3, T, T]`` on the network's device to the four feature maps ``[N, D, G, G]`` of its encoder."""
 
 
-class NetworkLabeller(BaseLabeller):
+class NetworkLabeller(Labeller):
     """A network on a device. See :class:`cdkd_edge.engines.protocol.Labeller`."""
 
     def __init__(

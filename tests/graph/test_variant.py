@@ -27,7 +27,7 @@ from cdkd_edge.core.manifest import (
     write_manifest,
 )
 from cdkd_edge.engines.onnxruntime import CpuEngine, build_cpu_engine, graph_labeller
-from cdkd_edge.engines.protocol import BaseLabeller, segment_tiles
+from cdkd_edge.engines.protocol import Labeller, segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.graph import outputs as variant
 from cdkd_edge.graph.cpu import cpu_session, cpu_twin
@@ -329,13 +329,13 @@ def test_an_engine_with_labels_alone_says_what_to_build(small_engine_path):
 
 
 def test_what_gives_labels_alone_says_so():
-    class Labeller(BaseLabeller):
+    class LabelsOnly(Labeller):
         artefact = FileRecord("some.pt", "", 0)
 
-    assert Labeller().output_kind == "labels"
+    assert LabelsOnly().output_kind == "labels"
     for wanted in KINDS:
         with pytest.raises(EngineError, match=f"some.pt gives labels alone, not {wanted}"):
-            getattr(Labeller(), wanted)(0)
+            getattr(LabelsOnly(), wanted)(0)
 
 
 def test_after_a_failure_nothing_is_known(engine_paths, small_tiles, monkeypatch):

@@ -18,7 +18,7 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from cdkd_edge.core.labels import NO_LABEL, load_schema
 from cdkd_edge.core.manifest import PROBABILITIES, EngineManifest, FileRecord, GraphCheck, Preprocessing
-from cdkd_edge.engines.protocol import BaseLabeller
+from cdkd_edge.engines.protocol import Labeller
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -95,7 +95,7 @@ def red_probabilities(tiles: UInt8Array) -> UInt8Array:
     return given
 
 
-class FakeEngine(BaseLabeller):
+class FakeEngine(Labeller):
     """An engine in Python that keeps the protocol's promises and checks that its user keeps them too.
 
     Args:

@@ -490,7 +490,10 @@ BESIDE = {
     "mmengine": lambda raw, mean: {"state_dict": mean, "ema_state_dict": averaged_model(raw), **SWAPPED_BY_MMENGINE},
     "Lightning's callback": lambda raw, mean: {
         "state_dict": prefixed("net.", raw),
-        "callbacks": {"EMACallback{'decay': 0.9}": {"ema_state_dict": prefixed("net.", mean)}, "Other": {"a": 1}},
+        "callbacks": {
+            "EMACallback{'decay': 0.9}": {"ema_state_dict": prefixed("net.", mean)},
+            "Other": {"a": 1, "seen": torch.ones(2, 2)},
+        },
     },
     "Lightning's WeightAveraging": lambda raw, mean: {
         "state_dict": prefixed("net.", mean),
@@ -652,10 +655,7 @@ def test_what_only_training_needs_is_dropped_by_name(tmp_path, raw_and_mean):
     name, report = taken_from(saved(tmp_path / "x.pt", document), raw, mean)
     assert name == "raw"
     dropped = {part.what: (part.tensors, part.example) for part in report.dropped}
-    assert dropped == {
-        "used only in training": (9, "lr_scheduler.x"),
-        "training counters": (2, "global_step"),
-    }
+    assert dropped == {"used only in training": (9, "lr_scheduler.x"), "training counters": (2, "global_step")}
 
 
 def test_a_rate_of_averaging_is_no_set_of_weights(tmp_path, raw_and_mean):

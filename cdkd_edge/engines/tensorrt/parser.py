@@ -44,12 +44,7 @@ class ParserComplaint:
 
 
 def explain(complaint: ParserComplaint, tensorrt: str) -> tuple[str, str]:
-    """Message and hint for the user.
-
-    Args:
-        complaint: the parser's first error.
-        tensorrt: name and version of the TensorRT.
-    """
+    """Message and hint for the parser's first error; ``tensorrt`` is its name and version."""
     said = " ".join(complaint.text.split())[:240]
     if not complaint.operator:
         return f"{tensorrt} cannot read the graph: {said}", "export it again"
@@ -59,16 +54,12 @@ def explain(complaint: ParserComplaint, tensorrt: str) -> tuple[str, str]:
             f"{tensorrt} does not take {node}, a {complaint.domain}.{complaint.operator}: {said}",
             "ONNX Runtime alone has this operator, so the file may be a CPU engine: build from the graph in export/",
         )
-    message = f"{tensorrt} does not take {node}, an ONNX {complaint.operator}"
-    return f"{message} ({_since(complaint.operator)}): {said}", _advice(complaint)
-
-
-def _since(operator: str) -> str:
-    if operator in SINCE:
-        return f"in TensorRT's parser since {SINCE[operator]}"
-    if operator in UNSUPPORTED:
-        return "not in TensorRT's parser as of 10.15"
-    return "not known since which release TensorRT's parser has it"
+    since = "not known since which release TensorRT's parser has it"
+    if complaint.operator in SINCE:
+        since = f"in TensorRT's parser since {SINCE[complaint.operator]}"
+    elif complaint.operator in UNSUPPORTED:
+        since = "not in TensorRT's parser as of 10.15"
+    return f"{tensorrt} does not take {node}, an ONNX {complaint.operator} ({since}): {said}", _advice(complaint)
 
 
 def _advice(complaint: ParserComplaint) -> str:

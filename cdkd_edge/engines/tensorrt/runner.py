@@ -20,7 +20,7 @@ from cdkd_edge.core.errors import EngineError
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.cuda.gpu import Gpu, open_gpu
 from cdkd_edge.engines.cuda.memory import Buffer, Stream
-from cdkd_edge.engines.protocol import ArtefactLabeller, UInt8Array, blank_value
+from cdkd_edge.engines.protocol import ArtefactLabeller, Engine, UInt8Array, blank_value
 from cdkd_edge.engines.tensorrt import find
 from cdkd_edge.engines.tensorrt.find import errors_said, rebuild_hint
 
@@ -29,7 +29,7 @@ SLOTS = 3  # one tile being read, one computed, one written
 SCRATCH_SHARE = 0.5  # share of the free GPU memory that the contexts' scratch may take
 
 
-class TensorRTEngine(ArtefactLabeller):
+class TensorRTEngine(ArtefactLabeller, Engine):
     """An engine file on a GPU. See :class:`cdkd_edge.engines.protocol.Engine`.
 
     ``output(slot)`` has labels only after the slot's ``wait``: between ``launch`` and ``wait`` it is a constant array
@@ -63,6 +63,7 @@ class TensorRTEngine(ArtefactLabeller):
         """
         super().__init__(manifest)
         self.manifest = manifest
+        self.slots = 0  # until it is loaded, and after :meth:`close`
         self.no_graph = None if cuda_graph else "not asked for"  # why tiles are launched one call at a time
         self._slots: list[_Slot] = []
         self._held = contextlib.ExitStack()  # frees what was allocated, the last first
@@ -80,14 +81,10 @@ class TensorRTEngine(ArtefactLabeller):
                 self._read(path)
                 self._make_slots(path)
                 self._record_graphs()
+            self.slots = len(self._slots)
         except BaseException:
             self.close()
             raise
-
-    @property
-    def slots(self) -> int:
-        """Batches that can be under way; 0 after :meth:`close`."""
-        return len(self._slots)
 
     def _read(self, path: Path) -> None:
         serialised = path.read_bytes()
@@ -192,7 +189,7 @@ class TensorRTEngine(ArtefactLabeller):
     def close(self) -> None:
         """Release everything on the GPU, also after a failure. Idempotent. Arrays handed out before stay valid."""
         slots, self._slots = self._slots, []
-        held = self._held.pop_all()
+        self.slots, held = 0, self._held.pop_all()
         if self._runtime is None:
             return
         # After an error that lost the context nothing can be freed, and every call raises that error again.

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cdkd_edge.board.power.ina3221 import COVERS, MOST_WATTS, TOTAL
-from cdkd_edge.board.power.protocol import (
+from cdkd_edge.board.power.sources import (
     MODULE,
     WATTS,
     LostSourceError,

@@ -22,7 +22,7 @@ from cdkd_edge.engines.protocol import Engine, Labeller
 if TYPE_CHECKING:
     from cdkd_edge.benchmark.record import BenchSummary
     from cdkd_edge.board.power.energy import RailEnergy
-    from cdkd_edge.board.power.protocol import SourceInfo
+    from cdkd_edge.board.power.sources import SourceInfo
     from cdkd_edge.graph.export import ExportResult
     from cdkd_edge.model.checkpoint import CheckpointReport
     from cdkd_edge.model.network import SegmentationNetwork
@@ -372,7 +372,7 @@ def power_window(source: str | None = None, interval: float = 0.1) -> Iterator[P
         print(window.joules, window.rails)
 
     Args:
-        source: ``jtop``, ``ina3221``, ``nvml`` or ``rapl``. Default: the first that answers.
+        source: a key of :data:`cdkd_edge.board.power.sources.SOURCES`. Default: the first that answers.
         interval: seconds between readings to ask for.
 
     Raises:

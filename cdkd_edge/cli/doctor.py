@@ -21,7 +21,7 @@ def doctor(workspace: Path = WORKSPACE, as_json: bool = JSON) -> None:
 
     Exits with 15 if something failed, else with 0; warnings do not count.
     """
-    from cdkd_edge.board.doctor.examine import examine
+    from cdkd_edge.board.doctor import examine
 
     diagnosis = examine(workspace)
     _describe(diagnosis).show(as_json)

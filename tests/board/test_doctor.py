@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from commands import assert_answer, finish, run, start
 
-from cdkd_edge.board.doctor import FAIL, OK, WARN, Diagnosis, Finding, software
-from cdkd_edge.board.doctor import examine as probes
-from cdkd_edge.board.doctor.examine import User, examine
-from cdkd_edge.board.doctor.software import Software
+from cdkd_edge.board import doctor as probes
+from cdkd_edge.board import software
+from cdkd_edge.board.doctor import Diagnosis, User, examine
 from cdkd_edge.board.jetson import GpuLimits, PowerMode, Text, default_mode, parse_modes, read
+from cdkd_edge.board.software import FAIL, OK, WARN, Finding, Software
 from cdkd_edge.core.errors import printable
 
 CONF = """\
@@ -425,7 +425,7 @@ def test_children_that_hang_crash_or_chatter() -> None:
 
 
 def test_a_child_says_what_is_wrong() -> None:
-    command = {"jtop": [sys.executable, "-m", "cdkd_edge.board.doctor.software", "jtop"]}
+    command = {"jtop": [sys.executable, "-m", "cdkd_edge.board.software", "jtop"]}
     answer = software._answer(software._run_all(command, 30)["jtop"], 30)
     assert "error" in answer or "rail" in answer
 
@@ -468,7 +468,7 @@ def test_the_exit_code(monkeypatch: pytest.MonkeyPatch, orin: Path, tmp_path: Pa
     (orin / "var/lib/nvpmodel/status").write_text("pmode:0003")
     changed = dataclasses.replace(SOFTWARE, tensorrt={"error": "gone \x1b[31m"}) if broken else SOFTWARE
     diagnosis = examine(tmp_path, root=orin, software=changed, user=PILOT)
-    monkeypatch.setattr("cdkd_edge.board.doctor.examine.examine", lambda _: diagnosis)
+    monkeypatch.setattr("cdkd_edge.board.doctor.examine", lambda _: diagnosis)
     result = run("doctor")
     assert "repair: sudo nvpmodel -m 0" in result.stdout
     if broken:
@@ -484,7 +484,7 @@ def test_nothing_heavy_is_imported_here(tmp_path: Path) -> None:
     """jtop would change how processes start; the others are large."""
     before = multiprocessing.get_start_method(allow_none=True)
     probe = (
-        "import sys, pathlib; before = set(sys.modules); from cdkd_edge.board.doctor.examine import examine;"
+        "import sys, pathlib; before = set(sys.modules); from cdkd_edge.board.doctor import examine;"
         "examine(pathlib.Path('.'));"
         "print(sorted({'jtop', 'tensorrt', 'tensorrt_rtx_bindings', 'torch', 'onnxruntime', 'numpy', 'cuda', 'pycuda'}"
         " & (set(sys.modules) - before)))"

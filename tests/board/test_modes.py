@@ -20,8 +20,7 @@ from pathlib import Path
 import pytest
 from board import REPOSITORY, make_tree, write
 
-from cdkd_edge.board.doctor import OK, WARN
-from cdkd_edge.board.doctor.examine import probe_restore
+from cdkd_edge.board.doctor import OK, WARN, probe_restore
 from cdkd_edge.board.jetson import PowerMode, clocks_held
 from cdkd_edge.board.journal import Change, Journal
 from cdkd_edge.board.modes import (

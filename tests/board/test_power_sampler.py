@@ -322,9 +322,9 @@ def test_what_a_library_prints_is_no_line(tree, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("")
     code = (
         "import sys, os\nfrom cdkd_edge.board.power import sampler_child, ina3221\n"
-        "probe = ina3221.Ina3221Reader.probe\n"
-        "def loud(root):\n    print('loud'); os.write(1, b'louder\\n'); return probe(root)\n"
-        "ina3221.Ina3221Reader.probe = loud\n"
+        "quiet = ina3221.Ina3221Reader\n"
+        "def loud(root):\n    print('loud'); os.write(1, b'louder\\n'); return quiet(root)\n"
+        "ina3221.Ina3221Reader = loud\n"
         f"sampler_child.main(['--source', 'ina3221', '--interval', '0.02', '--sys', {str(tree)!r}])\n"
     )
     process = subprocess.Popen(

@@ -21,8 +21,17 @@ from cdkd_edge.board.power.energy import Trace, rail_energy
 from cdkd_edge.board.power.ina3221 import Ina3221Reader
 from cdkd_edge.board.power.jtop import JtopStream, StampClock, rails_of
 from cdkd_edge.board.power.nvml import NvmlReader
-from cdkd_edge.board.power.protocol import LostSourceError, Sample, UnusableSourceError
 from cdkd_edge.board.power.sampler_child import PolledStream, open_stream
+from cdkd_edge.board.power.sources import LostSourceError, Sample, UnusableSourceError
+
+
+def probed(kind, *arguments):
+    """A reader and no reason, or none and why."""
+    try:
+        return kind(*arguments), ""
+    except UnusableSourceError as error:
+        return None, error.reason
+
 
 # --- INA3221 --------------------------------------------------------------------------------------
 
@@ -33,7 +42,7 @@ def tree(tmp_path):
 
 
 def test_rails_by_label(tree):
-    reader, reason = Ina3221Reader.probe(tree)
+    reader, reason = probed(Ina3221Reader, tree)
     assert reason == ""
     assert (reader.scope, reader.quantity, reader.total) == ("module", "watts", "VDD_IN")
     assert reader.read() == {"VDD_IN": 18.95, "VDD_CPU_GPU_CV": 9.5, "VDD_SOC": 3.25}
@@ -42,18 +51,18 @@ def test_rails_by_label(tree):
 def test_channels_in_another_order(tree):
     for channel, label in enumerate(("VDD_SOC", "VDD_IN", "NC"), 1):
         write(tree / HWMON / f"in{channel}_label", label)
-    assert Ina3221Reader.probe(tree)[0].read() == {"VDD_SOC": 18.95, "VDD_IN": 9.5}
+    assert probed(Ina3221Reader, tree)[0].read() == {"VDD_SOC": 18.95, "VDD_IN": 9.5}
 
 
 def test_a_channel_that_is_switched_off(tree):
     write(tree / HWMON / "in3_enable", 0)
     write(tree / HWMON / "in1_enable", 1)
-    assert list(Ina3221Reader.probe(tree)[0].read()) == ["VDD_IN", "VDD_CPU_GPU_CV"]
+    assert list(probed(Ina3221Reader, tree)[0].read()) == ["VDD_IN", "VDD_CPU_GPU_CV"]
 
 
 def test_without_vdd_in_nothing_is_summed_up(tree):
     write(tree / HWMON / "in1_label", "VDD_GPU_SOC")
-    reader, reason = Ina3221Reader.probe(tree)
+    reader, reason = probed(Ina3221Reader, tree)
     assert reader is None
     assert "no VDD_IN, only VDD_GPU_SOC, VDD_CPU_GPU_CV, VDD_SOC" in reason
 
@@ -75,7 +84,7 @@ def agx_orin(tmp_path):
 
 
 def test_an_agx_orin_has_rails_and_no_total(agx_orin):
-    reader, reason = Ina3221Reader.probe(agx_orin)
+    reader, reason = probed(Ina3221Reader, agx_orin)
     assert reason == ""
     assert reader.total is None
     assert reader.scope == "rails of a module", "never compared with VDD_IN"
@@ -88,22 +97,22 @@ def test_an_agx_orin_has_rails_and_no_total(agx_orin):
 def test_an_agx_orin_without_one_of_its_rails(agx_orin):
     chip = agx_orin / "bus/i2c/drivers/ina3221/1-0041/hwmon/hwmon1"
     (chip / "curr2_input").write_text("")
-    assert Ina3221Reader.probe(agx_orin) == (None, "VDDQ_VDD2_1V8AO cannot be read")
+    assert probed(Ina3221Reader, agx_orin) == (None, "VDDQ_VDD2_1V8AO cannot be read")
     write(chip / "in2_label", "NC")
-    assert "no VDD_IN, only VDD_GPU_SOC, VDD_CPU_CV, VIN_SYS_5V0" in Ina3221Reader.probe(agx_orin)[1]
+    assert "no VDD_IN, only VDD_GPU_SOC, VDD_CPU_CV, VIN_SYS_5V0" in probed(Ina3221Reader, agx_orin)[1]
 
 
 @pytest.mark.parametrize("text", ["", "nonsense"])
 @pytest.mark.parametrize("file", ["in1_input", "curr1_input"])
 def test_probed_by_a_reading(tree, file, text):
     (tree / HWMON / file).write_text(text)
-    reader, reason = Ina3221Reader.probe(tree)
+    reader, reason = probed(Ina3221Reader, tree)
     assert reader is None
     assert reason == "VDD_IN cannot be read"
 
 
 def test_more_than_the_chip_can_read_is_no_reading(tree):
-    reader, _ = Ina3221Reader.probe(tree)
+    reader, _ = probed(Ina3221Reader, tree)
     write(tree / HWMON / "curr1_input", 10**9)
     assert reader.read() == {"VDD_CPU_GPU_CV": 9.5, "VDD_SOC": 3.25}
     write(tree / HWMON / "curr1_input", -4)
@@ -115,13 +124,13 @@ def test_more_than_the_chip_can_read_is_no_reading(tree):
 
 
 def test_no_chip(tmp_path):
-    assert Ina3221Reader.probe(tmp_path)[0] is None
-    assert "no INA3221" in Ina3221Reader.probe(tmp_path)[1]
-    assert "no INA3221" in Ina3221Reader.probe(tmp_path / "absent")[1]
+    assert probed(Ina3221Reader, tmp_path)[0] is None
+    assert "no INA3221" in probed(Ina3221Reader, tmp_path)[1]
+    assert "no INA3221" in probed(Ina3221Reader, tmp_path / "absent")[1]
 
 
 def test_a_rail_that_disappears_is_absent(tree):
-    reader, _ = Ina3221Reader.probe(tree)
+    reader, _ = probed(Ina3221Reader, tree)
     (tree / HWMON / "curr2_input").unlink()
     (tree / HWMON / "in3_input").write_text("")  # as it is while a file is written in place
     assert reader.read() == {"VDD_IN": 18.95}
@@ -136,7 +145,7 @@ def test_two_chips_with_the_same_label(tree):
     write(second / "hwmon/hwmon4/in1_input", 1000)
     write(second / "hwmon/hwmon4/curr1_input", 1000)
     (tree / "bus/i2c/drivers/ina3221/1-0041").symlink_to("../../devices/1-0041")
-    assert Ina3221Reader.probe(tree)[0].read()["VDD_SOC (1-0041)"] == 1.0
+    assert probed(Ina3221Reader, tree)[0].read()["VDD_SOC (1-0041)"] == 1.0
 
 
 # --- NVML -----------------------------------------------------------------------------------------
@@ -174,44 +183,50 @@ def nvml(energy=(5000,), power=(30_000,), init=None):
     )
 
 
+def probed_nvml(module):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pynvml", module)
+        return probed(NvmlReader)
+
+
 def test_nvml_energy_comes_first():
-    reader, _ = NvmlReader.probe(nvml((5000, 7500), (1, 1)))
+    reader, _ = probed_nvml(nvml((5000, 7500), (1, 1)))
     assert (reader.scope, reader.quantity) == ("GPU board", "joules")
     assert reader.read() == {"GPU 0 L4": 5.0, "GPU 1 H200": 7.5}
 
 
 def test_nvml_power_where_there_is_no_counter():
-    reader, _ = NvmlReader.probe(nvml((NvmlError("Not Supported"),)))
+    reader, _ = probed_nvml(nvml((NvmlError("Not Supported"),)))
     assert (reader.quantity, reader.read()) == ("watts", {"GPU 0 L4": 30.0})
 
 
 def test_nvml_on_a_jetson_initialises_and_supports_nothing():
-    reader, reason = NvmlReader.probe(nvml((NvmlError("Not Supported"),), (NvmlError("Not Supported"),)))
+    reader, reason = probed_nvml(nvml((NvmlError("Not Supported"),), (NvmlError("Not Supported"),)))
     assert reader is None
     assert reason == "NVML: energy: Not Supported; power: Not Supported"
 
 
 def test_nvml_that_answers_zero_is_no_source():
-    assert NvmlReader.probe(nvml((0,), (NvmlError("Not Supported"),)))[0] is None
+    assert probed_nvml(nvml((0,), (NvmlError("Not Supported"),)))[0] is None
 
 
 @pytest.mark.parametrize(
     ("module", "said"), [(nvml(init=NvmlError("Driver Not Loaded")), "Driver"), (nvml((), ()), "no GPU")]
 )
 def test_nvml_without_a_gpu(module, said):
-    reader, reason = NvmlReader.probe(module)
+    reader, reason = probed_nvml(module)
     assert reader is None
     assert said in reason
 
 
 def test_nvml_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert NvmlReader.probe() == (None, "NVML: nvidia-ml-py is not installed")
+    assert probed(NvmlReader) == (None, "NVML: nvidia-ml-py is not installed")
 
 
 def test_a_board_that_stops_answering():
     energy = [5000, 7500]
-    reader, _ = NvmlReader.probe(nvml(energy, (1, 1)))
+    reader, _ = probed_nvml(nvml(energy, (1, 1)))
     energy[0] = NvmlError("GPU is lost")
     assert reader.read() == {"GPU 1 H200": 7.5}
     energy[1] = NvmlError("GPU is lost")

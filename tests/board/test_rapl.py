@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cdkd_edge.board.power.rapl import RaplReader
+from cdkd_edge.board.power.sources import UnusableSourceError
 
 RANGE = 262_143_328_850
 
@@ -41,9 +42,7 @@ def powercap(tmp_path: Path) -> Path:
 
 
 def test_packages_are_found_and_counted_from_the_first_reading(powercap: Path) -> None:
-    source, reason = RaplReader.probe(powercap)
-    assert source is not None
-    assert reason == ""
+    source = RaplReader(powercap)
     assert (source.name, source.scope) == ("RAPL", "CPU package")
     assert source.read() == {"package-0": 0.0, "package-1": 0.0}
     (powercap / "intel-rapl:0/energy_uj").write_text("3500000\n")
@@ -55,8 +54,7 @@ def test_packages_are_found_and_counted_from_the_first_reading(powercap: Path) -
 def test_wrap_around_is_undone(powercap: Path) -> None:
     counter = powercap / "intel-rapl:0/energy_uj"
     counter.write_text(f"{RANGE - 1_000_000}\n")
-    source, _ = RaplReader.probe(powercap)
-    assert source is not None
+    source = RaplReader(powercap)
     for lap in range(1, 4):
         counter.write_text("500000\n")  # 1 J to the end and 0.5 J from 0
         assert source.read()["package-0"] == pytest.approx(lap * 1.5 + (lap - 1) * (RANGE / 1e6 - 1.5))
@@ -66,23 +64,20 @@ def test_wrap_around_is_undone(powercap: Path) -> None:
 
 def test_amd_calls_it_the_same(tmp_path: Path) -> None:
     zone(tmp_path, "amd-rapl:0", "package-0", 1)
-    assert RaplReader.probe(tmp_path)[0] is not None
+    assert list(RaplReader(tmp_path).read()) == ["package-0"]
 
 
 @pytest.mark.parametrize("file", ["energy_uj", "max_energy_range_uj"])
 @pytest.mark.parametrize("harm", [make_unreadable, Path.unlink, lambda path: path.write_text("no number\n")])
 def test_a_counter_that_cannot_be_read_is_no_source(powercap: Path, file: str, harm: Callable[[Path], object]) -> None:
     harm(powercap / "intel-rapl:1" / file)
-    source, reason = RaplReader.probe(powercap)
-    assert source is None
-    assert reason.startswith("RAPL: ")
-    assert "root" in reason
+    with pytest.raises(UnusableSourceError, match=r"^RAPL: .*root"):
+        RaplReader(powercap)
 
 
 def test_a_zone_without_a_name_is_passed_over(powercap: Path) -> None:
     make_unreadable(powercap / "intel-rapl:1/name")
-    source, _ = RaplReader.probe(powercap)
-    assert source is not None
+    source = RaplReader(powercap)
     assert list(source.read()) == ["package-0"]
 
 
@@ -91,4 +86,5 @@ def test_no_counter_has_a_reason(tmp_path: Path, there: bool) -> None:
     root = tmp_path / "powercap"
     if there:
         zone(root, "intel-rapl:0:0", "core", 5)
-    assert RaplReader.probe(root) == (None, f"RAPL: no CPU package under {root}")
+    with pytest.raises(UnusableSourceError, match=f"^RAPL: no CPU package under {root}$"):
+        RaplReader(root)

@@ -629,7 +629,7 @@ def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     def broken(*arguments: object, **options: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("cdkd_edge.board.doctor.examine.examine", broken)
+    monkeypatch.setattr("cdkd_edge.board.doctor.examine", broken)
     assert_answer(run("doctor"), 12, "Broken pipe")
 
 

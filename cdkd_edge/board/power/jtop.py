@@ -24,14 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cdkd_edge.board.power.ina3221 import COVERS, MOST_WATTS, TOTAL
-from cdkd_edge.board.power.protocol import (
-    MODULE,
-    WATTS,
-    LostSourceError,
-    Sample,
-    SourceInfo,
-    UnusableSourceError,
-)
+from cdkd_edge.board.power.sources import MODULE, WATTS, LostSourceError, Sample, SourceInfo, UnusableSourceError
 
 UNROUND = 0.953
 """Share of the interval that the service is asked for, so that readings are not in step with the load: what ripples
@@ -76,8 +69,7 @@ class JtopStream:
         self._began = time.monotonic()
         self._first: Sample | None = None
         self._client = self._connect(jtop, interval * UNROUND)
-        first = self._first_sample(max(first_reading, 5 * self._client.interval))
-        self._first = first
+        self._first = first = self._first_sample(max(first_reading, 5 * self._client.interval))
         own = float(self._client.interval)
         notes: tuple[str, ...] = ()
         if own > interval * 1.5:
@@ -109,19 +101,16 @@ class JtopStream:
                 received, uptime, power = self._arrived.get(timeout=max(0.0, min(0.2, deadline - time.monotonic())))
             except queue.Empty:
                 self._check()
-                if time.monotonic() >= deadline:
-                    return None
-                continue
-            if uptime == self._last_stamp:  # the same data again
-                if time.monotonic() >= deadline:
-                    return None
-                continue
-            first, self._last_stamp = self._last_stamp == -math.inf, uptime
-            if first and self._clock.stamped(uptime) < self._began:  # measured for an earlier client
-                continue
-            moment, uncertainty = self._clock.moment(uptime, received)
-            values = rails_of(power)
-            return values if isinstance(values, str) else Sample(moment, uncertainty, values)
+            else:
+                first, again = self._last_stamp == -math.inf, uptime == self._last_stamp
+                self._last_stamp = uptime
+                earlier = first and self._clock.stamped(uptime) < self._began  # measured for an earlier client
+                if not again and not earlier:
+                    moment, uncertainty = self._clock.moment(uptime, received)
+                    values = rails_of(power)
+                    return values if isinstance(values, str) else Sample(moment, uncertainty, values)
+            if time.monotonic() >= deadline:
+                return None
 
     def close(self) -> None:
         """Disconnect from the service."""
@@ -129,17 +118,16 @@ class JtopStream:
             self._client.close()
 
     def _connect(self, jtop: Callable[..., Any], interval: float) -> Any:
-        for attempt in range(ATTEMPTS):
-            client = jtop(interval=interval)
+        left = ATTEMPTS
+        while True:
+            client, left = jtop(interval=interval), left - 1
             client.attach(self._observe)
             try:
                 client.start()
                 return client
             except (self._failure, OSError, EOFError) as error:
-                if "Error connection" in str(error) and attempt + 1 < ATTEMPTS:
-                    continue
-                raise _refusal(error) from None
-        raise AssertionError
+                if "Error connection" not in str(error) or not left:
+                    raise _refusal(error) from None
 
     def _observe(self, client: Any) -> None:
         """Keep what the client has fetched; called by its thread."""
@@ -201,12 +189,7 @@ class StampClock:
         self._shortest = math.inf
 
     def moment(self, uptime: float, received: float) -> tuple[float, float]:
-        """Best estimate and uncertainty, seconds on CLOCK_MONOTONIC.
-
-        Args:
-            uptime: the service's stamp.
-            received: moment of arrival on CLOCK_MONOTONIC.
-        """
+        """Best estimate and uncertainty, by the service's stamp and the arrival; seconds, on CLOCK_MONOTONIC."""
         stamped = self.stamped(uptime)
         self._shortest = min(self._shortest, received - uptime)
         self._delay = min(self._delay, received - stamped)
@@ -226,21 +209,18 @@ def _monotonic_minus_uptime() -> float:
 
 
 def _refusal(error: BaseException) -> UnusableSourceError:
-    text = _line(error)
+    text, hint = _line(error) or type(error).__name__, "sudo systemctl restart jtop"
     if "not active" in text:
+        text = "the service is not active"
         if not _group_exists():
-            return UnusableSourceError(
-                "jtop: the service is not active; the group jtop does not exist",
-                "sudo groupadd jtop, sudo usermod -aG jtop $USER, log in again, sudo systemctl restart jtop",
-            )
-        return UnusableSourceError("jtop: the service is not active", "sudo systemctl restart jtop")
-    if "can't access" in text or isinstance(error, PermissionError):
-        return UnusableSourceError(
-            "jtop: this user may not talk to the service (group jtop)", "sudo usermod -aG jtop $USER, then log in again"
-        )
-    if "ismatch" in text:
-        return UnusableSourceError(f"jtop: {text}", "install the same jetson-stats for the service and for this Python")
-    return UnusableSourceError(f"jtop: {text or type(error).__name__}", "sudo systemctl restart jtop")
+            text += "; the group jtop does not exist"
+            hint = f"sudo groupadd jtop, sudo usermod -aG jtop $USER, log in again, {hint}"
+    elif "can't access" in text or isinstance(error, PermissionError):
+        text = "this user may not talk to the service (group jtop)"
+        hint = "sudo usermod -aG jtop $USER, then log in again"
+    elif "ismatch" in text:
+        hint = "install the same jetson-stats for the service and for this Python"
+    return UnusableSourceError(f"jtop: {text}", hint)
 
 
 def _group_exists() -> bool:

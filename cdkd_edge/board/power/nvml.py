@@ -1,6 +1,6 @@
 """Desktop and server GPUs, through NVIDIA's management library (package ``nvidia-ml-py``, optional).
 
-On a Jetson NVML initialises and then answers every power query with NotSupported: ``probe`` takes an actual reading.
+On a Jetson NVML initialises and then answers every power query with NotSupported: only an actual reading tells.
 Source: https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from cdkd_edge.board.power.protocol import GPU_BOARD, JOULES, WATTS
+from cdkd_edge.board.power.sources import GPU_BOARD, JOULES, WATTS, UnusableSourceError
 
 
 class NvmlReader:
@@ -20,48 +20,37 @@ class NvmlReader:
     covers = "the GPU board with its memory, without the host"
     total: str | None = None
 
-    def __init__(self, nvml: Any, handles: dict[str, Any], quantity: str) -> None:
-        """Use ``probe`` instead."""
-        self._nvml, self._handles = nvml, handles
-        self.quantity = quantity
+    def __init__(self) -> None:
+        """Find GPUs and take a first reading.
 
-    @classmethod
-    def probe(cls, nvml: Any = None) -> tuple[NvmlReader | None, str]:
-        """Find GPUs by an actual reading.
-
-        Args:
-            nvml: the module, for tests. Default: ``pynvml`` of nvidia-ml-py.
-
-        Returns:
-            The reader and an empty string, or None and the reason.
+        Raises:
+            UnusableSourceError: there is none, or none that tells energy or power.
         """
-        if nvml is None:
-            try:
-                import pynvml
-            except ImportError:
-                return None, "NVML: nvidia-ml-py is not installed"
-            nvml = pynvml
         try:
-            nvml.nvmlInit()
-            handles = {}
-            for index in range(nvml.nvmlDeviceGetCount()):
-                handle = nvml.nvmlDeviceGetHandleByIndex(index)
-                name = nvml.nvmlDeviceGetName(handle)
-                handles[f"GPU {index} {name.decode() if isinstance(name, bytes) else name}"] = handle
-        except nvml.NVMLError as error:
-            return None, f"NVML: {error}"
-        if not handles:
-            return None, "NVML: no GPU"
+            import pynvml
+        except ImportError:
+            raise UnusableSourceError("NVML: nvidia-ml-py is not installed") from None
+        self._nvml, self._handles = pynvml, dict[str, Any]()
+        try:
+            pynvml.nvmlInit()
+            for index in range(pynvml.nvmlDeviceGetCount()):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                name = pynvml.nvmlDeviceGetName(handle)
+                self._handles[f"GPU {index} {name.decode() if isinstance(name, bytes) else name}"] = handle
+        except pynvml.NVMLError as error:
+            raise UnusableSourceError(f"NVML: {error}") from None
+        if not self._handles:
+            raise UnusableSourceError("NVML: no GPU")
         reasons = []
-        for quantity in (JOULES, WATTS):
-            reader = cls(nvml, handles, quantity)
+        for quantity, word in ((JOULES, "energy"), (WATTS, "power")):
+            self.quantity = quantity
             try:
-                for handle in handles.values():
-                    reader._one(handle)
-                return reader, ""
-            except (nvml.NVMLError, ValueError) as error:
-                reasons.append(f"{'energy' if quantity == JOULES else 'power'}: {error}")
-        return None, f"NVML: {'; '.join(reasons)}"
+                for handle in self._handles.values():
+                    self._one(handle)
+                return
+            except (pynvml.NVMLError, ValueError) as error:
+                reasons.append(f"{word}: {error}")
+        raise UnusableSourceError(f"NVML: {'; '.join(reasons)}")
 
     def read(self) -> dict[str, float]:
         """Joules since the driver was loaded, or watts, per board. A board that does not answer is absent.

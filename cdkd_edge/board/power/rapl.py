@@ -1,17 +1,15 @@
 """Intel/AMD running average power limit counters, through Linux's powercap tree.
 
-``/sys/class/powercap/intel-rapl:N/energy_uj`` counts microjoules and wraps at
-``max_energy_range_uj``; since Linux 5.10 only root may read it.
-Source: https://docs.kernel.org/power/powercap/powercap.html
+``/sys/class/powercap/intel-rapl:N/energy_uj`` counts microjoules and wraps at ``max_energy_range_uj``; since Linux 5.10
+only root may read it. Source: https://docs.kernel.org/power/powercap/powercap.html
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from cdkd_edge.board.power.protocol import CPU_PACKAGE, JOULES
-
-POWERCAP = Path("/sys/class/powercap")
+from cdkd_edge.board.power.sources import CPU_PACKAGE, JOULES, UnusableSourceError
 
 
 class RaplReader:
@@ -23,36 +21,27 @@ class RaplReader:
     quantity = JOULES
     total: str | None = None
 
-    def __init__(self, zones: dict[str, Path]) -> None:
-        """Use ``probe`` instead; ``zones`` maps a rail's name to its powercap folder."""
-        self._zones = zones
-        self._range = {rail: _integer(zone / "max_energy_range_uj") for rail, zone in zones.items()}
-        self._last: dict[str, int] = {}
-        self._total = dict.fromkeys(zones, 0)
+    def __init__(self, root: Path) -> None:
+        """Find packages below ``root`` and take a first reading.
 
-    @classmethod
-    def probe(cls, root: Path = POWERCAP) -> tuple[RaplReader | None, str]:
-        """Find packages by an actual reading.
-
-        Returns:
-            The source and an empty string, or None and the reason.
+        Raises:
+            UnusableSourceError: there is none, or it cannot be read.
         """
-        zones = {}
-        for zone in sorted(root.glob("*-rapl:*")) if root.is_dir() else []:
-            try:
+        self._zones: dict[str, Path] = {}
+        for zone in sorted(root.glob("*-rapl:*")):
+            with contextlib.suppress(OSError):
                 name = (zone / "name").read_text().strip()
-            except OSError:
-                continue
-            if name.startswith("package"):
-                zones[name] = zone
-        if not zones:
-            return None, f"RAPL: no CPU package under {root}"
+                if name.startswith("package"):
+                    self._zones[name] = zone
+        if not self._zones:
+            raise UnusableSourceError(f"RAPL: no CPU package under {root}")
+        self._last: dict[str, int] = {}
+        self._total = dict.fromkeys(self._zones, 0)
         try:
-            source = cls(zones)
-            source.read()
+            self._range = {rail: _integer(zone / "max_energy_range_uj") for rail, zone in self._zones.items()}
+            self.read()
         except (OSError, ValueError) as error:
-            return None, f"RAPL: {error} (readable by root only on current kernels)"
-        return source, ""
+            raise UnusableSourceError(f"RAPL: {error} (readable by root only on current kernels)") from None
 
     def read(self) -> dict[str, float]:
         """Joules per package since the first reading, corrected for wrap-arounds.
@@ -63,10 +52,8 @@ class RaplReader:
         for rail, zone in self._zones.items():
             now = _integer(zone / "energy_uj")
             step = now - self._last.get(rail, now)
-            if step < 0:
-                step += self._range[rail]
             self._last[rail] = now
-            self._total[rail] += step
+            self._total[rail] += step if step >= 0 else step + self._range[rail]
         return {rail: total / 1e6 for rail, total in self._total.items()}
 
     def close(self) -> None:

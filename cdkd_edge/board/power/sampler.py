@@ -9,12 +9,10 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from cdkd_edge.board.power.energy import Problem, Trace
-from cdkd_edge.board.power.protocol import WATTS, Sample, SourceInfo
-from cdkd_edge.board.power.sources import SOURCES
+from cdkd_edge.board.power.sources import SOURCES, WATTS, Sample, SourceInfo
 from cdkd_edge.core.errors import PowerError, UsageError
 from cdkd_edge.core.process import end_children, events, last_words, module_command, start_child, tail_of
 
@@ -41,18 +39,14 @@ class PowerSampler:
 
         Args:
             source: a key of :data:`cdkd_edge.board.power.sources.SOURCES`.
-            interval: seconds between samples.
+            interval: seconds between samples; positive, else :class:`UsageError`.
             sys_root: where ``/sys`` is, for sources that read files.
-            command: the process, for tests.
-
-        Raises:
-            UsageError: the interval is not positive.
+            command: the sampling process.
         """
         if not 0 < interval < math.inf:
             raise UsageError(f"--interval must be a positive number of seconds, not {interval:g}")
         self.source = source
-        self.info: SourceInfo | None = None
-        """The source, once started."""
+        self.info: SourceInfo | None = None  # the source, once started
         self._command = (*command, "--source", source, "--interval", str(interval), "--sys", str(sys_root))
         self._samples: list[Sample] = []
         self._problems: list[Problem] = []
@@ -70,17 +64,11 @@ class PowerSampler:
             self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def start(self, timeout: float = START_TIMEOUT) -> SourceInfo:
-        """Start sampling and wait for a first reading.
-
-        Raises:
-            PowerError: the source cannot be used, or did not answer in time.
-        """
+        """Start sampling and wait for a first reading; errors as from :meth:`wait_until_started`."""
         self.launch()
         return self.wait_until_started(timeout)
 
@@ -95,7 +83,7 @@ class PowerSampler:
         """Wait for the first reading of a launched process.
 
         Raises:
-            PowerError: as ``start``; the process is ended.
+            PowerError: the source cannot be used, or did not answer in time; the process is ended.
         """
         try:
             answered = self._answered.wait(timeout)
@@ -121,10 +109,8 @@ class PowerSampler:
     def health(self) -> tuple[str, ...]:
         """Faults so far, one sentence each."""
         troubles = [problem.message for problem in self._problems]
-        if self.info is not None and not self._stopping:
-            silence = self.silence()
-            if silence > self.info.longest_step:
-                troubles.append(f"no sample for {silence:.1f} s")
+        if self.info and not self._stopping and (silence := self.silence()) > self.info.longest_step:
+            troubles.append(f"no sample for {silence:.1f} s")
         return tuple(troubles)
 
     def lost(self) -> str:
@@ -142,18 +128,12 @@ class PowerSampler:
         """Watts per rail in the latest sample; of a counter, between the last two."""
         if self.info is None or not self._samples:
             return {}
-        last = self._samples[-1]
+        last, before = self._samples[-1], self._samples[-2:][0]
         if self.info.quantity == WATTS:
             return dict(last.values)
-        if len(self._samples) < 2:
-            return {}
-        before = self._samples[-2]
+        steps = {rail: value - before.values[rail] for rail, value in last.values.items() if rail in before.values}
         seconds = last.time - before.time
-        return {
-            rail: (value - before.values[rail]) / seconds
-            for rail, value in last.values.items()
-            if rail in before.values and value >= before.values[rail]
-        }
+        return {rail: step / seconds for rail, step in steps.items() if step >= 0 and seconds > 0}
 
     def stop(self, patience: float = STOP_TIMEOUT) -> None:
         """End sampling. May be called again, whatever state the process is in."""
@@ -175,13 +155,8 @@ class PowerSampler:
         """
         if self.info is None:
             raise PowerError(f"{self.source}: nothing was sampled")
-        return Trace(
-            source=self.info,
-            samples=tuple(self._samples),
-            problems=tuple(self._problems),
-            start=self._began,
-            stop=self._ended or time.monotonic(),
-        )
+        stop = self._ended or time.monotonic()
+        return Trace(self.info, tuple(self._samples), tuple(self._problems), self._began, stop)
 
     def _listen(self) -> None:
         process = self._process
@@ -192,10 +167,9 @@ class PowerSampler:
                 self._handle(event)
         if self.info is not None and not self._stopping:
             process.wait()
-            if not any(problem.kind == "lost" for problem in self._problems):
-                self._problems.append(
-                    Problem(time.monotonic(), "died", f"the sampling process died ({self._last_words()})")
-                )
+            if not self.lost():
+                message = f"the sampling process died ({self._last_words()})"
+                self._problems.append(Problem(time.monotonic(), "died", message))
         self._answered.set()
 
     def _handle(self, event: dict[str, Any]) -> None:
@@ -212,10 +186,8 @@ class PowerSampler:
         elif kind == "refused":
             self._refusal = event
             self._answered.set()
-        elif kind == "problem":
-            self._problems.append(Problem(event["time"], event["kind"], event["message"]))
-        elif kind == "lost":
-            self._problems.append(Problem(event["time"], "lost", event["message"]))
+        elif kind in ("problem", "lost"):
+            self._problems.append(Problem(event["time"], event.get("kind", "lost"), event["message"]))
 
     def _last_words(self) -> str:
         assert self._process is not None
@@ -250,8 +222,8 @@ def find_source(
         forced: the only source to try.
         interval: seconds between samples.
         timeout: seconds for each source to answer.
-        sys_root: where ``/sys`` is.
-        command: the sampling process, for tests.
+        sys_root: as of :class:`PowerSampler`.
+        command: likewise.
 
     Raises:
         PowerError: none answers, with the reason of each.
@@ -285,8 +257,8 @@ def list_sources(
         seconds: how long to measure.
         interval: seconds between samples to ask for.
         timeout: seconds for sources to answer.
-        sys_root: where ``/sys`` is.
-        command: the sampling process, for tests.
+        sys_root: as of :class:`PowerSampler`.
+        command: likewise.
 
     Raises:
         UsageError: there is no source of that name, or a time is not one.
@@ -301,23 +273,20 @@ def list_sources(
             sampler.launch()
         running = []
         for sampler in samplers:
+            name = sampler.source
             try:
                 sampler.wait_until_started(max(0.0, deadline - time.monotonic()))
                 running.append(sampler)
             except PowerError as error:
-                reports[sampler.source] = SourceReport(
-                    sampler.source, None, {}, None, reason=error.message, hint=error.hint
-                )
+                reports[name] = SourceReport(name, None, {}, None, reason=error.message, hint=error.hint)
         time.sleep(seconds if running else 0)
         for sampler in running:
-            trace = sampler.trace()
+            trace, name = sampler.trace(), sampler.source
             # At an interval that another client has set, there may be too few readings yet.
             while len(trace.samples) < 2 and time.monotonic() - trace.start < 3 * trace.source.nominal_interval:
                 time.sleep(0.05)
                 trace = sampler.trace()
-            reports[sampler.source] = SourceReport(
-                sampler.source, sampler.info, mean_watts(trace), trace.rate, sampler.health()
-            )
+            reports[name] = SourceReport(name, sampler.info, mean_watts(trace), trace.rate, sampler.health())
     finally:
         for sampler in samplers:
             sampler.stop()

@@ -1,7 +1,7 @@
 """The sampling process: reads one source and writes JSON lines, until its parent ends.
 
 ``python -m cdkd_edge.board.power.sampler_child --source NAME --interval SECONDS``. Lines: ``started`` (the fields of
-:class:`~cdkd_edge.board.power.protocol.SourceInfo`) or ``refused`` (``reason``, ``hint``); then ``sample`` (``time``,
+:class:`~cdkd_edge.board.power.sources.SourceInfo`) or ``refused`` (``reason``, ``hint``); then ``sample`` (``time``,
 ``uncertainty``, ``values``) and ``problem`` (``time``, ``kind``, ``message``); and ``lost`` (``message``) if the source
 has gone. The process ends when its stdin does. A rail that could not be read is absent; nothing is filled in.
 """
@@ -13,11 +13,11 @@ import contextlib
 import dataclasses
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
-from cdkd_edge.board.power.protocol import (
+from cdkd_edge.board.power.sources import (
+    SOURCES,
     WATTS,
     LostSourceError,
     Reader,
@@ -26,7 +26,6 @@ from cdkd_edge.board.power.protocol import (
     Stream,
     UnusableSourceError,
 )
-from cdkd_edge.board.power.sources import SOURCES
 from cdkd_edge.core.process import EventWriter, end_with_stdin, leave
 
 PATIENCE = 5.0  # seconds without a reading after which a polled source is lost
@@ -43,11 +42,7 @@ class PolledStream:
     """
 
     def __init__(self, reader: Reader, interval: float) -> None:
-        """Take a first reading.
-
-        Raises:
-            UnusableSourceError: it failed.
-        """
+        """Take a first reading; if it fails, raise UnusableSourceError."""
         self._reader = reader
         self._random = reader.quantity == WATTS
         self._step = interval / OVERSAMPLING if self._random else interval
@@ -107,16 +102,7 @@ class PolledStream:
 
 
 def open_stream(source: str, interval: float, sys_root: Path) -> Stream:
-    """Open a source by name.
-
-    Args:
-        source: a key of ``SOURCES``.
-        interval: seconds between samples.
-        sys_root: where ``/sys`` is, for sources that read files.
-
-    Raises:
-        UnusableSourceError: it cannot be used.
-    """
+    """Open a source by name, or raise UnusableSourceError; ``sys_root`` is where ``/sys`` is."""
     if source not in SOURCES:
         raise UnusableSourceError(f"there is no source named {source}")
     opened = SOURCES[source].open(interval, sys_root)
@@ -150,7 +136,7 @@ def sample_forever(stream: Stream, out: EventWriter) -> None:
         out.write(event="lost", time=time.monotonic(), message=str(error))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     """Entry point of the process."""
     parser = argparse.ArgumentParser(prog="sampler_child")
     parser.add_argument("--source", required=True)
@@ -169,7 +155,6 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(BrokenPipeError):
         sample_forever(stream, out)
     leave(4)
-    return 4
 
 
 def _take_precedence() -> None:
@@ -186,4 +171,4 @@ def _take_precedence() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,7 @@
-"""Python, packages, TensorRT, CUDA: what is installed, and whether it works.
+"""The doctor's findings about Python, packages, TensorRT and CUDA: what is installed, and whether it works.
 
-What only an import can tell is asked in a child process, ``python -m cdkd_edge.board.doctor.software gpu``: a driver
-may crash or hang, TensorRT is large, and importing jtop changes multiprocessing for the whole process.
+What only an import can tell is asked in a child process, ``python -m cdkd_edge.board.software gpu``: a driver may crash
+or hang, TensorRT is large, and importing jtop changes multiprocessing for the whole process.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.board.doctor import FAIL, OK, WARN, Finding
 from cdkd_edge.board.jetson import is_jetson, jetson_linux, read
 from cdkd_edge.core.errors import printable
 from cdkd_edge.core.process import child_environment, kill_session, module_command
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+"""``warn``: works, but less well or less measurably. ``fail``: something that is needed here does not work."""
 
 NEEDED: Mapping[str, tuple[int, ...]] = {
     "msgspec": (0, 18), "numpy": (1, 26), "onnx": (1, 17), "onnxruntime": (1, 22), "pillow": (10, 1),
@@ -31,9 +33,19 @@ NEEDED: Mapping[str, tuple[int, ...]] = {
 }  # fmt: skip
 """Lowest versions, as in pyproject.toml."""
 _OPTIONAL = ("torch", "jetson-stats", "cuda-python", "cuda-bindings", "pycuda", "onnxruntime-gpu")
-_SYSTEM_PYTHON = {36: "3.10", 38: "3.12", 39: "3.12"}
-"""Python that JetPack's TensorRT is compiled for, by the major number of Jetson Linux."""
+_SYSTEM_PYTHON = {36: "3.10", 38: "3.12", 39: "3.12"}  # that JetPack's TensorRT is compiled for, by Jetson Linux
 TIMEOUT = 30.0  # seconds in which a driver, an import or a service must answer
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    name: str
+    status: str  # :data:`OK`, :data:`WARN` or :data:`FAIL`
+    text: str
+    mend: str | None = None  # the command that repairs it
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,8 +54,8 @@ class Software:
 
     python: str
     packages: Mapping[str, str | None]  # versions; None where a package is not installed
+    # Answers to :data:`QUESTIONS`, with ``error`` where something does not work:
     gpu: Mapping[str, Any] = field(default_factory=dict)
-    """Answers to :data:`QUESTIONS`; with ``error`` where something does not work."""
     tensorrt: Mapping[str, Any] = field(default_factory=dict)
     cuda: Mapping[str, Any] = field(default_factory=dict)
     jtop: Mapping[str, Any] = field(default_factory=dict)
@@ -58,7 +70,7 @@ class Software:
 def read_software(*, ask_jtop: bool, timeout: float = TIMEOUT) -> Software:
     """Find out what this Python has, without importing it here; ``ask_jtop``: also connect to the jtop service."""
     questions = ["gpu", "tensorrt", "cuda", *(["jtop"] if ask_jtop else [])]
-    commands = {name: module_command("cdkd_edge.board.doctor.software", name) for name in questions}
+    commands = {name: module_command("cdkd_edge.board.software", name) for name in questions}
     nvpmodel = shutil.which("nvpmodel")
     if nvpmodel:
         commands["nvpmodel"] = (nvpmodel, "-q")
@@ -72,14 +84,29 @@ def read_software(*, ask_jtop: bool, timeout: float = TIMEOUT) -> Software:
     )
 
 
+def examine_software(root: Path, software: Software) -> tuple[Finding, ...]:
+    """What this module can say."""
+    return (
+        probe_python(root, software),
+        probe_packages(software),
+        probe_gpu(root, software),
+        probe_cuda(root, software),
+        probe_tensorrt(root, software),
+        probe_binding(software),
+    )
+
+
+def _numbers(version: str, count: int) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:count])
+
+
 def probe_python(root: Path, software: Software) -> Finding:
     """Python; on a Jetson it must be the one that JetPack's TensorRT is compiled for."""
-    own = tuple(int(part) for part in re.findall(r"\d+", software.python)[:2])
+    own = _numbers(software.python, 2)
     data = {"version": software.python, "executable": sys.executable}
     if own < (3, 10):
-        return Finding(
-            "Python", FAIL, f"{software.python}: 3.10 or newer is needed", "sudo apt install python3.10", data
-        )
+        text = f"{software.python}: 3.10 or newer is needed"
+        return Finding("Python", FAIL, text, "sudo apt install python3.10", data)
     release = jetson_linux(root)
     wanted = _SYSTEM_PYTHON.get(release[0]) if release else None
     if wanted and ".".join(map(str, own)) != wanted:
@@ -97,7 +124,7 @@ def probe_packages(software: Software) -> Finding:
             version = software.packages.get("onnxruntime-gpu")
         if version is None:
             faults.append(f"{name} is missing")
-        elif tuple(int(part) for part in re.findall(r"\d+", version)[: len(least)]) < least:
+        elif _numbers(version, len(least)) < least:
             faults.append(f"{name} {version} is older than {'.'.join(map(str, least))}")
     data = {"versions": dict(software.packages)}
     if faults:
@@ -112,16 +139,15 @@ def probe_gpu(root: Path, software: Software) -> Finding:
     """The GPU, according to the CUDA driver."""
     gpu = software.gpu
     if software.has_gpu:
-        text = (
-            f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['multiprocessors']} multiprocessors"
-        )
-        return Finding("GPU", OK, printable(f"{text}, {gpu['memory_bytes'] / (1 << 30):.1f} GiB"), data=dict(gpu))
+        kind = f"compute capability {gpu['compute_capability']}, {gpu['multiprocessors']} multiprocessors"
+        text = printable(f"{gpu['name']}, {kind}, {gpu['memory_bytes'] / (1 << 30):.1f} GiB")
+        return Finding("GPU", OK, text, data=gpu)
     reason = str(gpu.get("error", "was not asked"))
     if is_jetson(root):
-        return Finding("GPU", FAIL, reason, "in a container: docker run --runtime nvidia ...; else reboot", dict(gpu))
+        return Finding("GPU", FAIL, reason, "in a container: docker run --runtime nvidia ...; else reboot", gpu)
     if "does not start" in reason:
-        return Finding("GPU", WARN, reason, "nvidia-smi, and restart the machine after an update", dict(gpu))
-    return Finding("GPU", OK, f"none ({reason}): engines run on the CPU", data=dict(gpu))
+        return Finding("GPU", WARN, reason, "nvidia-smi, and restart the machine after an update", gpu)
+    return Finding("GPU", OK, f"none ({reason}): engines run on the CPU", data=gpu)
 
 
 def probe_cuda(root: Path, software: Software) -> Finding:
@@ -131,13 +157,12 @@ def probe_cuda(root: Path, software: Software) -> Finding:
     data = {"driver": driver, "toolkit": toolkit}
     parts = [f"driver for CUDA {driver}"] if driver else []
     parts += [f"toolkit {toolkit}"] if toolkit else []
-    if not driver and not is_jetson(root):
-        return Finding("CUDA", OK, ", ".join(["no driver: not needed on the CPU", *parts]), data=data)
-    if not driver:
-        return Finding(
-            "CUDA", FAIL, ", ".join(["no driver that answers", *parts]), "sudo apt install nvidia-jetpack", data
-        )
-    return Finding("CUDA", OK, ", ".join(parts), data=data)
+    if driver:
+        return Finding("CUDA", OK, ", ".join(parts), data=data)
+    if is_jetson(root):
+        text = ", ".join(["no driver that answers", *parts])
+        return Finding("CUDA", FAIL, text, "sudo apt install nvidia-jetpack", data)
+    return Finding("CUDA", OK, ", ".join(["no driver: not needed on the CPU", *parts]), data=data)
 
 
 def probe_tensorrt(root: Path, software: Software) -> Finding:
@@ -147,26 +172,22 @@ def probe_tensorrt(root: Path, software: Software) -> Finding:
         reason = str(found.get("error", "was not asked"))
         if is_jetson(root):
             mend = "sudo apt install python3-libnvinfer; python3 -m venv --system-site-packages .venv"
-            return Finding("TensorRT", FAIL, reason, mend, dict(found))
+            return Finding("TensorRT", FAIL, reason, mend, found)
         if software.has_gpu:
-            return Finding("TensorRT", WARN, f"{reason}: the GPU is not used", "pip install tensorrt", dict(found))
-        return Finding("TensorRT", OK, "none: not needed on the CPU", data=dict(found))
-    version = tuple(int(part) for part in re.findall(r"\d+", str(found["version"]))[:2])
-    if found["kind"] == "tensorrt" and version < (10, 3):
+            return Finding("TensorRT", WARN, f"{reason}: the GPU is not used", "pip install tensorrt", found)
+        return Finding("TensorRT", OK, "none: not needed on the CPU", data=found)
+    if found["kind"] == "tensorrt" and _numbers(str(found["version"]), 2) < (10, 3):
         text = f"{found['name']} is older than 10.3"
-        return Finding("TensorRT", FAIL, text, "update JetPack, or pip install --upgrade tensorrt", dict(found))
+        return Finding("TensorRT", FAIL, text, "update JetPack, or pip install --upgrade tensorrt", found)
     idle = "" if software.has_gpu else ", which compiles only: there is no GPU to run on"
-    return Finding("TensorRT", OK, printable(f"{found['name']}{idle}"), data=dict(found))
+    return Finding("TensorRT", OK, printable(f"{found['name']}{idle}"), data=found)
 
 
 def probe_binding(software: Software) -> Finding:
     """cuda-python or PyCUDA, through which engines reach the GPU's memory."""
     name = "CUDA binding"
-    packages = [
-        f"{package} {version}"
-        for package in ("cuda-python", "cuda-bindings", "pycuda")
-        if (version := software.packages.get(package))
-    ]
+    names = ("cuda-python", "cuda-bindings", "pycuda")
+    packages = [f"{one} {version}" for one in names if (version := software.packages.get(one))]
     data = {"packages": packages, **software.cuda}
     listed = ", ".join(packages) or "neither cuda-python nor PyCUDA"
     if not software.has_gpu:
@@ -193,15 +214,9 @@ def _version(name: str) -> str | None:
 
 def _run_all(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str, str | None]:
     """Run commands side by side; what each printed, or None where one did not end in time."""
+    null, pipe, environment = subprocess.DEVNULL, subprocess.PIPE, child_environment()
     running = {
-        name: subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=child_environment(),
-            start_new_session=True,
-        )
+        name: subprocess.Popen(command, stdin=null, stdout=pipe, stderr=null, env=environment, start_new_session=True)
         for name, command in commands.items()
     }
     deadline = time.monotonic() + timeout

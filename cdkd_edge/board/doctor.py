@@ -1,4 +1,4 @@
-"""The examination of a machine: board, packages, power service, memory and disk."""
+"""The doctor: what works on this machine, and how to repair what does not. A probe returns a :class:`Finding`."""
 
 from __future__ import annotations
 
@@ -6,41 +6,15 @@ import os
 import pwd
 import re
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdkd_edge.board.doctor import FAIL, OK, WARN, Diagnosis, Finding
-from cdkd_edge.board.doctor.software import (
-    Software,
-    probe_binding,
-    probe_cuda,
-    probe_gpu,
-    probe_packages,
-    probe_python,
-    probe_tensorrt,
-    read_software,
-)
-from cdkd_edge.board.jetson import (
-    CONFIG,
-    MODEL,
-    RELEASE,
-    GpuLimits,
-    Text,
-    current_mode,
-    default_mode,
-    generation,
-    gpu_clock,
-    gpu_folder,
-    installed_jetpack,
-    is_jetson,
-    jetson_linux,
-    mode_of,
-    parse_modes,
-    read,
-    resolve,
-)
+from cdkd_edge.board import jetson
+from cdkd_edge.board.jetson import is_jetson, read
 from cdkd_edge.board.modes import pending_restore
+from cdkd_edge.board.software import FAIL, OK, WARN, Finding, Software, examine_software, read_software
 from cdkd_edge.core.errors import BoardError, printable
 
 JETPACK_HINT = "flash JetPack 6.1 or newer (NVIDIA SDK Manager): it has TensorRT 10.3"
@@ -49,10 +23,27 @@ _MANAGED = 38
 """First Jetson Linux on Ubuntu 24.04, where pip needs ``--break-system-packages`` to install into the system's Python
 (PEP 668); the pip of JetPack 6 does not know the option."""
 GIB = 1 << 30
-BUILD_BYTES = 4 * GIB
-"""Free memory that a build of the paper's network needs on a board with shared memory; an estimate."""
+BUILD_BYTES = 4 * GIB  # free memory that a build of the paper's network needs on a board; an estimate
 RUN_BYTES = 1 * GIB  # free memory below which neither a build nor a scene is likely to run
 _SWAP = "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && sudo swapon /swapfile"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        """What does not work."""
+        return tuple(finding for finding in self.findings if finding.status == FAIL)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Findings by status."""
+        counted = Counter(finding.status for finding in self.findings)
+        return {status: counted[status] for status in (OK, WARN, FAIL)}
 
 
 def examine(
@@ -66,29 +57,21 @@ def examine(
         software: what is installed. Default: that of this Python.
         user: who asks. Default: the user of this process.
     """
-    asks_jtop = socket_exists(root)
-    software = software or read_software(ask_jtop=asks_jtop)
-    user = user or current_user()
-    return Diagnosis(
-        (
-            probe_board(root),
-            probe_jetpack(root),
-            probe_python(root, software),
-            probe_packages(software),
-            probe_gpu(root, software),
-            probe_cuda(root, software),
-            probe_tensorrt(root, software),
-            probe_binding(software),
-            probe_jtop_service(root, software),
-            probe_jtop_group(root, user),
-            probe_power_mode(root, software.nvpmodel),
-            probe_clocks(root),
-            probe_restore(root),
-            probe_memory(root),
-            probe_swap(root),
-            probe_disk(workspace),
-        )
+    software = software or read_software(ask_jtop=socket_exists(root))
+    findings = (
+        probe_board(root),
+        probe_jetpack(root),
+        *examine_software(root, software),
+        probe_jtop_service(root, software),
+        probe_jtop_group(root, user or current_user()),
+        probe_power_mode(root, software.nvpmodel),
+        probe_clocks(root),
+        probe_restore(root),
+        probe_memory(root),
+        probe_swap(root),
+        probe_disk(workspace),
     )
+    return Diagnosis(findings)
 
 
 # --- the board ------------------------------------------------------------------------------------
@@ -96,15 +79,14 @@ def examine(
 
 def probe_board(root: Path) -> Finding:
     """Which machine it is."""
-    model = read(root, MODEL)
+    model, known = read(root, jetson.MODEL), is_jetson(root)
     if model.text:
-        return Finding(
-            "board", OK, printable(model.text), data={"model": printable(model.text), "jetson": is_jetson(root)}
-        )
+        text = printable(model.text)
+        return Finding("board", OK, text, data={"model": text, "jetson": known})
     if model.reason:
-        return Finding("board", WARN, f"{MODEL} cannot be read: {model.reason}", data={"jetson": is_jetson(root)})
-    text = "a Jetson whose device tree is not visible" if is_jetson(root) else "no device tree: not a Jetson"
-    return Finding("board", OK, text, data={"model": None, "jetson": is_jetson(root)})
+        return Finding("board", WARN, f"{jetson.MODEL} cannot be read: {model.reason}", data={"jetson": known})
+    text = "a Jetson whose device tree is not visible" if known else "no device tree: not a Jetson"
+    return Finding("board", OK, text, data={"model": None, "jetson": known})
 
 
 def probe_jetpack(root: Path) -> Finding:
@@ -112,49 +94,49 @@ def probe_jetpack(root: Path) -> Finding:
     name = "JetPack"
     if not is_jetson(root):
         return Finding(name, OK, "not a Jetson: not needed", data={"l4t": None})
-    release = jetson_linux(root)
+    release = jetson.jetson_linux(root)
     if release is None:
-        file = read(root, RELEASE)
+        file = read(root, jetson.RELEASE)
         said = file.reason or ("says no release" if file.text is not None else "does not exist")
-        mend = f"in a container: docker run -v {RELEASE}:{RELEASE}:ro ..." if file.text is None else JETPACK_HINT
-        return Finding(name, WARN, f"{RELEASE}: {said}", mend, {"l4t": None})
+        mend = (
+            f"in a container: docker run -v {jetson.RELEASE}:{jetson.RELEASE}:ro ..."
+            if file.text is None
+            else JETPACK_HINT
+        )
+        return Finding(name, WARN, f"{jetson.RELEASE}: {said}", mend, {"l4t": None})
     major, l4t = release
-    jetpack = installed_jetpack(root)
+    jetpack = jetson.installed_jetpack(root)
     data = {"l4t": l4t, "jetpack": jetpack}
-    text = f"Jetson Linux {l4t}, " + (f"nvidia-jetpack {jetpack}" if jetpack else f"of JetPack {generation(major)}")
-    if _numbers(l4t) < (36, 4):
+    text = f"Jetson Linux {l4t}, " + (
+        f"nvidia-jetpack {jetpack}" if jetpack else f"of JetPack {jetson.generation(major)}"
+    )
+    if tuple(int(part) for part in re.findall(r"\d+", l4t)) < (36, 4):
         return Finding(name, FAIL, f"{text}: its TensorRT is older than 10.3", JETPACK_HINT, data)
     return Finding(name, OK, text, data=data)
 
 
 def probe_power_mode(root: Path, asked: str | None = None) -> Finding:
-    """The power mode, and whether another one lets the GPU do more.
-
-    Args:
-        root: of the tree.
-        asked: the answer of ``nvpmodel -q``. Default: its status file is read.
-    """
-    name = "power mode"
+    """The power mode, by the answer of ``nvpmodel -q`` or its status file, and whether another lets the GPU do more."""
+    name, mend = "power mode", "sudo apt install --reinstall nvidia-l4t-nvpmodel"
     if not is_jetson(root):
         return Finding(name, OK, "not a Jetson: none")
-    config = read(root, CONFIG)
+    config = read(root, jetson.CONFIG)
     if config.text is None:
-        said = config.reason or "does not exist"
-        return Finding(name, WARN, f"/etc/nvpmodel.conf: {said}", "sudo apt install --reinstall nvidia-l4t-nvpmodel")
-    modes = parse_modes(config.text)
+        return Finding(name, WARN, f"/etc/nvpmodel.conf: {config.reason or 'does not exist'}", mend)
+    modes = jetson.parse_modes(config.text)
     data: dict[str, Any] = {
         "modes": [{"id": mode.id, "name": mode.name} for mode in modes],
-        "default": default_mode(config.text),
+        "default": jetson.default_mode(config.text),
     }
     if not modes:
-        mend = "sudo apt install --reinstall nvidia-l4t-nvpmodel"
         return Finding(name, WARN, "/etc/nvpmodel.conf names no power mode", mend, data)
-    number = current_mode(root, asked)
-    current = mode_of(tuple(modes), number)
+    number = jetson.current_mode(root, asked)
+    current = jetson.mode_of(tuple(modes), number)
     if current is None:
         said = "is not known" if number is None else f"{number} is not in /etc/nvpmodel.conf"
         return Finding(name, WARN, f"the current mode {said}", "sudo nvpmodel -q", data)
-    top = _highest(read(root, f"{gpu_folder(root)}/available_frequencies"))
+    frequencies = read(root, f"{jetson.gpu_folder(root)}/available_frequencies").text or ""
+    top = max((int(word) for word in frequencies.split() if word.isdigit()), default=None)
     best = max(modes, key=lambda mode: modes[mode].rate(top))
     data |= {"id": current.id, "mode": current.name}
     text = f"{current}{_gpu_text(modes[current])}"
@@ -169,7 +151,7 @@ def probe_clocks(root: Path) -> Finding:
     name = "clocks"
     if not is_jetson(root):
         return Finding(name, OK, "not a Jetson: set by the driver")
-    folder, files = gpu_folder(root), gpu_clock(root)
+    folder, files = jetson.gpu_folder(root), jetson.gpu_clock(root)
     hertz = {key: file.number for key, file in files.items()}
     data = {f"{key}_hz": value for key, value in hertz.items()}
     low, now, high = hertz["min"], hertz["cur"], hertz["max"]
@@ -202,16 +184,7 @@ def probe_restore(root: Path) -> Finding:
     return Finding(name, WARN, printable(str(left)), " && ".join(left.commands), data)
 
 
-def _numbers(l4t: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", l4t))
-
-
-def _highest(frequencies: Text) -> int | None:
-    numbers = [int(word) for word in (frequencies.text or "").split() if word.isdigit()]
-    return max(numbers, default=None)
-
-
-def _gpu_text(limits: GpuLimits) -> str:
+def _gpu_text(limits: jetson.GpuLimits) -> str:
     parts = [f"{limits.multiprocessors} multiprocessors"] if limits.multiprocessors else []
     parts += [f"GPU at most {limits.hertz / 1e6:.0f} MHz"] if limits.hertz else []
     return f", {', '.join(parts)}" if parts else ""
@@ -242,7 +215,7 @@ def current_user() -> User:
 def socket_exists(root: Path) -> bool:
     """Whether the jtop service has opened its socket."""
     try:
-        return resolve(root, SOCKET).exists()
+        return jetson.resolve(root, SOCKET).exists()
     except OSError:
         return False
 
@@ -258,18 +231,13 @@ def probe_jtop_service(root: Path, software: Software) -> Finding:
         missing = "" if version else ", jetson-stats is not installed in this Python"
         return Finding(name, WARN, f"does not run ({SOCKET} is not there){missing}", mend, data)
     if version is None:
-        return Finding(
-            name,
-            WARN,
-            "runs, but jetson-stats is not installed in this Python",
-            "pip install 'cdkd-edge[jetson]'",
-            data,
-        )
+        text = "runs, but jetson-stats is not installed in this Python"
+        return Finding(name, WARN, text, "pip install 'cdkd-edge[jetson]'", data)
     if "error" in software.jtop or not software.jtop:
         said = printable(str(software.jtop.get("error", "was not asked")))
         return Finding(name, WARN, f"jetson-stats {version} does not get an answer: {said}", _install(root), data)
     rail = software.jtop.get("rail")
-    if rail != "VDD_IN" and "AGX Orin" in (read(root, MODEL).text or ""):
+    if rail != "VDD_IN" and "AGX Orin" in (read(root, jetson.MODEL).text or ""):
         text = f"jetson-stats {version} answers; an AGX Orin has no VDD_IN, its power is read from its INA3221 chips"
         return Finding(name, OK, text, data=data)
     if rail != "VDD_IN":
@@ -302,7 +270,7 @@ def probe_jtop_group(root: Path, user: User) -> Finding:
 
 
 def _install(root: Path) -> str:
-    release = jetson_linux(root)
+    release = jetson.jetson_linux(root)
     option = "--break-system-packages " if release and release[0] >= _MANAGED else ""
     return f"sudo pip3 install {option}-U jetson-stats && sudo systemctl restart jtop.service"
 
@@ -339,9 +307,8 @@ def probe_swap(root: Path) -> Finding:
     swaps = read(root, "/proc/swaps")
     if swaps.text is None:
         return Finding("swap", WARN, f"/proc/swaps: {swaps.reason or 'does not exist'}", "swapon --show")
-    sizes = [
-        int(words[2]) for line in swaps.text.splitlines()[1:] if len(words := line.split()) >= 5 and words[2].isdigit()
-    ]
+    rows = [line.split() for line in swaps.text.splitlines()[1:]]
+    sizes = [int(row[2]) for row in rows if len(row) >= 5 and row[2].isdigit()]
     total = sum(sizes) * 1024
     memory = _kilobytes(read(root, "/proc/meminfo").text or "", "MemTotal") or 0
     data = {"bytes": total, "areas": len(sizes)}

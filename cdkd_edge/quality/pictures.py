@@ -70,10 +70,10 @@ def write_differences(
     path: Path,
     pair: Pair,
     reader: SceneReader,
+    schema: LabelSchema,
     truth: npt.NDArray[np.uint8],
     reference: npt.NDArray[np.uint8],
     candidate: npt.NDArray[np.uint8],
-    schema: LabelSchema,
 ) -> None:
     """Draw a PNG of two label maps ``[H, W]``: image, reference, candidate, and their differences.
 

@@ -9,7 +9,7 @@ occurs neither in the truth nor in the prediction has no score (nan) and is left
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,18 +75,13 @@ class Metric:
     score: Callable[[ClassCounts], Floats]
 
 
-METRICS = {
-    metric.name: metric
-    for metric in (
-        Metric("mean_iou", "mIoU", lambda counts: mean(iou(counts))),
-        Metric("overall_accuracy", "OA", overall_accuracy),
-        Metric("mean_f1", "mF1", lambda counts: mean(f1(counts))),
-    )
-}
-"""Scores of all classes together, ``[...]``."""
-
-CLASS_METRICS = {metric.name: metric for metric in (Metric("iou", "IoU", iou), Metric("f1", "F1", f1))}
-"""Scores of each class, ``[..., K]``."""
+_METRICS = (
+    Metric("mean_iou", "mIoU", lambda counts: mean(iou(counts))),
+    Metric("overall_accuracy", "OA", overall_accuracy),
+    Metric("mean_f1", "mF1", lambda counts: mean(f1(counts))),
+)
+METRICS = {metric.name: metric for metric in _METRICS}  # scores of all classes together, ``[...]``
+CLASS_METRICS = {"iou": Metric("iou", "IoU", iou), "f1": Metric("f1", "F1", f1)}  # scores of each class, ``[..., K]``
 
 
 def number(value: float) -> float | None:
@@ -97,8 +92,7 @@ def number(value: float) -> float | None:
 class ConfusionMatrix:
     """Pixel counts by true and predicted class. They are int64: exact over any number of scenes, and can be added."""
 
-    counts: npt.NDArray[np.int64]
-    """``[K, K + 1]``: row = truth, column = prediction; the last column counts "no label" predictions."""
+    counts: npt.NDArray[np.int64]  # ``[K, K + 1]``: row = truth, column = prediction; last: predicted as "no label"
 
     def __init__(self, classes: int) -> None:
         if not 1 <= classes <= MAX_CLASSES:
@@ -107,15 +101,9 @@ class ConfusionMatrix:
         self.counts = np.zeros((classes, classes + 1), np.int64)
 
     def update(self, truth: npt.NDArray[np.uint8], prediction: npt.NDArray[np.uint8]) -> None:
-        """Count a piece.
+        """Count uint8 labels of any one shape, else ValueError.
 
-        Args:
-            truth: uint8 labels of any shape; 255 is ignored.
-            prediction: uint8 labels of the same shape. 255 where there is a truth is a miss for the
-                true class (a false negative) and a false alarm for none.
-
-        Raises:
-            ValueError: the shapes differ, an array is not uint8, or a label is neither below K nor 255.
+        A truth of 255 is ignored; a prediction of 255 is a miss of the true class and a false alarm for none.
         """
         if truth.shape != prediction.shape:
             raise ValueError(f"truth has shape {truth.shape} and prediction {prediction.shape}; they must agree")
@@ -133,7 +121,6 @@ class ConfusionMatrix:
         self.counts[:, -1] += table[: self.classes, NO_LABEL]
 
     def __iadd__(self, other: ConfusionMatrix) -> ConfusionMatrix:
-        """Add the counts of another matrix with the same classes."""
         if other.classes != self.classes:
             raise ValueError(f"cannot add a matrix of {other.classes} classes to one of {self.classes}")
         self.counts += other.counts
@@ -191,38 +178,29 @@ class TileTable:
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
-        self.matrices = (ConfusionMatrix(classes), ConfusionMatrix(classes))
-        """Reference and candidate against the truth."""
+        self.matrices = (ConfusionMatrix(classes), ConfusionMatrix(classes))  # reference and candidate, with the truth
+        # Pixels with data by the reference's label (row) and the candidate's; last: no label.
         self.confusion = np.zeros((classes + 1, classes + 1), np.int64)
-        """Pixels with data by the reference's label (row) and the candidate's, ``[K + 1, K + 1]``; last: no label."""
         self._images: dict[str, list[npt.NDArray[np.uint32]]] = {}
 
     def count(self, image: str, truth: Labels, reference: Labels, candidate: Labels) -> None:
         """Count and add a tile of an image; labels ``[H, W]``."""
-        own = []
-        for total, labels in zip(self.matrices, (reference, candidate), strict=True):
-            matrix = ConfusionMatrix(self.classes)
+        own = ConfusionMatrix(self.classes), ConfusionMatrix(self.classes)
+        for total, matrix, labels in zip(self.matrices, own, (reference, candidate), strict=True):
             matrix.update(truth, labels)
             total += matrix
-            own.append(matrix)
         # Where the image has no data, the stitcher took the label of both maps. If only one has none, they differ.
         valid = (reference != NO_LABEL) | (candidate != NO_LABEL)
         same, known = valid & (reference == candidate), valid & (truth != NO_LABEL)
-        counts = [int(np.count_nonzero(where)) for where in (valid, same, known, known & same)]
-        self.add(image, own[0], own[1], (counts[0], counts[1], counts[2], counts[3]))
+        self.add(image, *own, [int(np.count_nonzero(where)) for where in (valid, same, known, known & same)])
         k = self.classes
         pairs = np.minimum(reference[valid], k).astype(np.int64) * (k + 1) + np.minimum(candidate[valid], k)
         self.confusion += np.bincount(pairs, minlength=(k + 1) ** 2).reshape(k + 1, k + 1)
 
-    def add(
-        self, image: str, reference: ConfusionMatrix, candidate: ConfusionMatrix, agreement: tuple[int, int, int, int]
-    ) -> None:
-        """Add a tile of an image.
+    def add(self, image: str, reference: ConfusionMatrix, candidate: ConfusionMatrix, agreement: Sequence[int]) -> None:
+        """Add a tile of an image; images may come in any order.
 
-        Args:
-            image: its name. Images may come in any order, the tiles of one in that of the grid.
-            reference, candidate: counts of the pixels that the tile contributes to the label map.
-            agreement: pixels with data, those of them with the same label, and both for pixels that have a truth.
+        ``agreement``: pixels with data, those of them with the same label, and both for pixels that have a truth.
         """
         row = [reference.counts.sum(axis=1)]
         for matrix in (reference, candidate):
@@ -256,11 +234,7 @@ class TileTable:
 
 
 def resample(rows: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """Draw as many rows ``[n, C]`` as there are, with replacement, and add them; ``resamples`` times.
-
-    Returns:
-        The sums, ``[resamples, C]``. The same seed gives the same sums.
-    """
+    """Draw as many rows ``[n, C]`` as there are, with replacement, and add them: sums ``[resamples, C]``."""
     random, n = np.random.default_rng(seed), len(rows)
     sums = np.empty((resamples, rows.shape[1]))
     step = max(1, _CHUNK // n)

@@ -42,18 +42,26 @@ def open_artefact(
 
     Args:
         path: the file; graphs and engines with their manifest beside them.
-        schema: class names for a checkpoint that has none.
-        tile: side of the tiles of a checkpoint, px. Default: its own.
-        device, precision: for a checkpoint; see :func:`cdkd_edge.quality.network.load_network`.
+        schema, tile, device, precision, weights: of a checkpoint, see :func:`cdkd_edge.quality.network.load_network`.
         threads: CPU threads for a graph or a CPU engine.
-        weights: ``raw``, ``ema`` or a name, for a checkpoint with several sets of weights.
 
     Raises:
-        UsageError: an option for checkpoints, and the file is none.
-        CdkdEdgeError: as the loaders do.
+        UsageError, CdkdEdgeError: an option for checkpoints, and the file is none; as the loaders do.
     """
     if _is_checkpoint(path):
-        return _open_checkpoint(path, schema, tile, device, precision, weights)
+        try:
+            import torch
+
+            from cdkd_edge.quality.network import load_network
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise MissingExtraError("torch", "export", "judging a checkpoint") from None
+        network, report = load_network(
+            path, schema=schema, tile=tile, device=device, precision=precision, weights=weights
+        )
+        runtime = f"torch {torch.__version__} on {network.device}"
+        return LoadedArtefact(path, "checkpoint", runtime, precision, network, report.training, report.taken)
     if precision != "fp32" or device not in ("auto", "cpu") or tile is not None or weights:
         raise UsageError(
             f"{path.name} has its own tile, precision and device, and one set of weights; "
@@ -73,52 +81,23 @@ def open_artefact(
 def open_artefacts(
     reference: Path, candidate: Path, *, threads: int | None = None, schema: str | None = None, **network: Any
 ) -> Iterator[tuple[LoadedArtefact, LoadedArtefact]]:
-    """Open two artefacts to be compared; both are closed when the block ends.
+    """Open two artefacts as :func:`open_artefact` does, to be compared; both are closed when the block ends.
 
-    A checkpoint gets the tile of the other one, if that is a graph or an engine.
-
-    Args:
-        reference, candidate: the files.
-        threads, schema: see :func:`open_artefact`.
-        network: ``device``, ``precision`` and ``weights`` of checkpoints; wrong where there is none.
-
-    Raises:
-        CdkdEdgeError: as :func:`open_artefact` does.
+    A checkpoint gets the tile of the other one, if that is a graph or an engine. ``network`` is the ``device``,
+    ``precision`` and ``weights`` of checkpoints, and wrong where there is none.
     """
-    paths = (reference, candidate)
-    order = sorted((0, 1), key=lambda index: _is_checkpoint(paths[index]))  # checkpoints take the other's tile
-    has_checkpoint = any(map(_is_checkpoint, paths))
-    tile = None
+    paths, tile = (reference, candidate), None
+    checkpoints = [_is_checkpoint(path) for path in paths]
     with contextlib.ExitStack() as stack:
         opened: dict[int, LoadedArtefact] = {}
-        for index in order:
-            path = paths[index]
-            if _is_checkpoint(path):
-                artefact = open_artefact(path, threads=threads, schema=schema, tile=tile, **network)
-            else:
-                artefact = open_artefact(path, threads=threads, **({} if has_checkpoint else network))
-            stack.callback(artefact.labeller.close)
-            tile = artefact.labeller.tile
-            opened[index] = artefact
+        for index in sorted((0, 1), key=checkpoints.__getitem__):  # checkpoints come last
+            own = {**network, "schema": schema, "tile": tile} if checkpoints[index] else network
+            own = own if checkpoints[index] or not any(checkpoints) else {}
+            opened[index] = open_artefact(paths[index], threads=threads, **own)
+            tile = stack.enter_context(opened[index].labeller).tile
         yield opened[0], opened[1]
 
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether a file is read as a checkpoint; its content then says which kind."""
     return not is_artefact_name(path) and not path.is_dir()
-
-
-def _open_checkpoint(
-    path: Path, schema: str | None, tile: int | None, device: str, precision: str, weights: str | None
-) -> LoadedArtefact:
-    try:
-        import torch
-
-        from cdkd_edge.quality.network import load_network
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise MissingExtraError("torch", "export", "judging a checkpoint") from None
-    labeller, report = load_network(path, schema=schema, tile=tile, device=device, precision=precision, weights=weights)
-    runtime = f"torch {torch.__version__} on {labeller.device}"
-    return LoadedArtefact(path, "checkpoint", runtime, precision, labeller, report.training, report.taken)

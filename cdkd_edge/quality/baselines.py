@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +29,7 @@ def score_color_rules(
     options: SegmentOptions = SegmentOptions(),
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, ConfusionMatrix]:
-    """Learn both rules of :meth:`ColorCounts.rules` from one dataset and score them on another.
-
-    Raises:
-        DatasetError, SchemaError: as :func:`cdkd_edge.quality.evaluate.evaluate` does.
-    """
+    """Learn both rules of :meth:`ColorCounts.rules` from one dataset and score them on another."""
     seen = ColorCounts(len(schema))
     for index, pair in enumerate(training, 1):
         note(f"counting the colours of {pair.name} ({index} of {len(training)})")
@@ -71,7 +68,9 @@ class ColorCounts:
         """
         pixels = self.counts.sum(axis=1)
         means = self.sums / np.maximum(pixels, 1)[:, None]
-        distance = ((_centers()[:, None, :] - means) ** 2).sum(axis=-1)  # [colours, K]
+        bins = np.stack(np.unravel_index(np.arange(1 << 3 * _BITS), (1 << _BITS,) * 3), axis=-1)
+        centers = (bins + 0.5) * (1 << 8 - _BITS)  # the colour in the middle of every bin
+        distance = ((centers[:, None, :] - means) ** 2).sum(axis=-1)  # [colours, K]
         distance[:, pixels == 0] = np.inf
         nearest = distance.argmin(axis=1).astype(np.uint8)
         frequent = np.where(self.counts.sum(axis=0) > 0, self.counts.argmax(axis=0), nearest).astype(np.uint8)
@@ -82,19 +81,14 @@ def _tiles(
     pair: Pair, schema: LabelSchema, options: SegmentOptions
 ) -> Iterator[tuple[UInt8Array, UInt8Array, npt.NDArray[np.bool_]]]:
     """An image in pieces that do not overlap: RGB ``[3, H, W]``, labels, and where it has data ``[H, W]``."""
-    labels = read_labels(pair.mask, schema)
-    reader = ImageReader(pair, options)
-    try:
+    labels, tile = read_labels(pair.mask, schema), np.empty((3, _TILE, _TILE), np.uint8)
+    with closing(ImageReader(pair, options)) as reader:
         reader.require_fitting_mask()
-        tile = np.empty((3, _TILE, _TILE), np.uint8)
         for row, column in TileGrid.over(reader.height, reader.width, _TILE, 0):
             valid = reader.read_tile(row, column, tile)
-            if valid is None:
-                valid = np.ones((_TILE, _TILE), bool)
+            valid = np.ones((_TILE, _TILE), bool) if valid is None else valid
             truth = labels[row.first : row.last, column.first : column.last]
             yield tile[:, row.kept, column.kept], truth, valid[row.kept, column.kept]
-    finally:
-        reader.close()
 
 
 def _codes(image: UInt8Array) -> npt.NDArray[np.int32]:
@@ -102,11 +96,3 @@ def _codes(image: UInt8Array) -> npt.NDArray[np.int32]:
     bins = (image >> (8 - _BITS)).astype(np.int32)
     codes: npt.NDArray[np.int32] = bins[0] << 2 * _BITS | bins[1] << _BITS | bins[2]
     return codes
-
-
-def _centers() -> npt.NDArray[np.float64]:
-    """The colour in the middle of every bin, ``[colours, 3]``."""
-    codes = np.arange(1 << 3 * _BITS)
-    mask = (1 << _BITS) - 1
-    bins = np.stack([codes >> 2 * _BITS, codes >> _BITS & mask, codes & mask], axis=-1)
-    return (bins + 0.5) * (1 << 8 - _BITS)

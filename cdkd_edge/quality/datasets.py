@@ -9,11 +9,10 @@ These layouts are recognised by what lies in the folder:
 * *LoveDA* (Wang et al., NeurIPS D&B 2021): ``{Train,Val}/{Urban,Rural}/{images_png,masks_png}``, or one of
   the two parts.
 
-Every image belongs to a *scene*. Images of one scene may touch, so a split should not divide scenes. In folder
-pairs the scene is the file name up to the first underscore (``tile5_003.jpg`` belongs to ``tile5``), or the
-subfolder; in DeepGlobe each image is a scene; in LoveDA and OpenMMLab it is the part (``Train``, ``val``).
-Where names differ by an ending that all images or all masks share (``NAME_leftImg8bit.png`` and
-``NAME_gtFine_labelTrainIds.png``), the ending is not part of the name.
+Every image belongs to a *scene*. Images of one scene may touch, so a split should not divide scenes. In folder pairs
+the scene is the file name up to the first underscore (``tile5`` of ``tile5_003.jpg``), or the subfolder; in DeepGlobe
+each image is a scene; in LoveDA and OpenMMLab it is the part (``Train``, ``val``). An ending that all images or all
+masks share (``NAME_leftImg8bit.png``, ``NAME_gtFine_labelTrainIds.png``) is not part of the name.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cdkd_edge.core.errors import DatasetError
@@ -35,6 +34,8 @@ SCHEMA_FILE = "schema.toml"
 _LOVEDA_PLACES = ("Urban", "Rural")
 _OPENMMLAB = (("img_dir", "ann_dir"), ("images", "annotations"))
 _TRAINING_NAMES, _VALIDATION_NAMES = ("train", "training"), ("val", "valid", "validation")
+
+Part = tuple[Path, Path, str, str]  # images, masks, prefix of names, scene (empty: by the file's name)
 
 
 @dataclass(frozen=True)
@@ -74,24 +75,18 @@ class Dataset:
         return {"DeepGlobe": "deepglobe", "LoveDA": "loveda"}.get(self.layout)
 
     def of_scenes(self, scenes: Iterable[str]) -> Dataset:
-        """The pairs of some scenes.
-
-        Raises:
-            DatasetError: a scene that the dataset does not have.
-        """
+        """The pairs of some scenes; DatasetError if one is unknown."""
         wanted = set(scenes)
         if unknown := sorted(wanted - set(self.scenes)):
-            raise DatasetError(
-                f"{self.folder} has no scene {listed(unknown)}", hint=f"its scenes are {listed(self.scenes, 12)}"
-            )
-        return Dataset(self.folder, self.layout, tuple(pair for pair in self.pairs if pair.scene in wanted))
+            hint = f"its scenes are {listed(self.scenes, 12)}"
+            raise DatasetError(f"{self.folder} has no scene {listed(unknown)}", hint=hint)
+        return replace(self, pairs=tuple(pair for pair in self.pairs if pair.scene in wanted))
 
     def of_list(self, file: Path) -> Dataset:
         """The pairs that a text file names (:func:`read_list`): a name, a file name, or a path that ends in one.
 
         Raises:
-            DatasetError: the file cannot be read or is empty, or it names an image twice, or a name that no image or
-                more than one has.
+            DatasetError: the file cannot be read or is empty, or a name is there twice, unknown, or of several images.
         """
         by_name: dict[str, list[Pair]] = {}
         for pair in self.pairs:
@@ -101,25 +96,19 @@ class Dataset:
                 by_name.setdefault(name, []).append(pair)
         chosen: list[Pair] = []
         for entry in read_list(file):
-            found = self._named(entry, by_name)
+            parts, found = Path(entry).parts, list[Pair]()
+            for first in range(len(parts)):  # the longest end of the path that matches decides
+                tail = "/".join(parts[first:])
+                suffix = Path(tail).suffix if Path(tail).suffix.lower() in IMAGE_SUFFIXES else ""
+                if found := by_name.get(tail) or by_name.get(tail.removesuffix(suffix)) or []:
+                    break
             if len(found) != 1:
                 problem = "is not in" if not found else f"could be {len(found)} images of"
                 raise DatasetError(f"{file} names {entry}, which {problem} {self.folder}")
             if found[0] in chosen:
                 raise DatasetError(f"{file} names {entry} twice")
             chosen += found
-        return Dataset(self.folder, self.layout, tuple(sorted(chosen, key=lambda pair: pair.name)))
-
-    @staticmethod
-    def _named(entry: str, by_name: dict[str, list[Pair]]) -> list[Pair]:
-        """The pairs that a line of a list may mean: the longest matching end of its path decides."""
-        parts = Path(entry).parts
-        for keep in range(len(parts), 0, -1):
-            tail = "/".join(parts[-keep:])
-            stem = tail.removesuffix(Path(tail).suffix) if Path(tail).suffix.lower() in IMAGE_SUFFIXES else tail
-            if found := by_name.get(tail) or by_name.get(stem):
-                return found
-        return []
+        return replace(self, pairs=tuple(sorted(chosen, key=lambda pair: pair.name)))
 
 
 @dataclass(frozen=True)
@@ -140,28 +129,11 @@ def find_dataset(folder: Path) -> Dataset:
     """
     if not folder.is_dir():
         raise DatasetError(f"dataset {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
-    loveda_parts = {part: folder / part for part in ("Train", "Val") if _has_loveda(folder / part)}
-    deepglobe = next((place for place in (folder, folder / "train") if _has(place, "*_sat.*")), None)
-    below = [
-        place
-        for place in sorted(folder.iterdir())
-        if (place / "images").is_dir() and (place / "masks").is_dir() and not place.name.startswith(".")
-    ]
-    if loveda_parts:
-        layout, pairs = "LoveDA", [p for part, place in loveda_parts.items() for p in _loveda(place, f"{part}/", part)]
-    elif _has_loveda(folder):
-        layout, pairs = "LoveDA", _loveda(folder, "", None)
-    elif not (folder / "masks").is_dir() and (parts := _openmmlab(folder)):
-        layout, pairs = "OpenMMLab", [p for images, masks, part in parts for p in _matched(images, masks, *part)]
-    elif (folder / "images").is_dir():
-        layout, pairs = "folder pair", _matched(folder / "images", folder / "masks", "", None)
-    elif below:
-        layout, pairs = (
-            "folder pair",
-            [p for place in below for p in _matched(place / "images", place / "masks", f"{place.name}/", place.name)],
-        )
-    elif deepglobe:
-        layout, pairs = "DeepGlobe", _deepglobe(deepglobe)
+    layout, parts = _layout(folder)
+    if layout == "DeepGlobe":
+        pairs = _deepglobe(folder if _has_deepglobe(folder) else folder / "train")
+    elif layout:
+        pairs = [pair for part in parts for pair in _matched(*part)]
     else:
         raise DatasetError(
             f"{folder} holds no labelled images in a known layout",
@@ -171,6 +143,31 @@ def find_dataset(folder: Path) -> Dataset:
     if not pairs:
         raise DatasetError(f"{folder} ({layout} layout) has no images")
     return Dataset(folder, layout, tuple(sorted(pairs, key=lambda pair: pair.name)))
+
+
+def _layout(folder: Path) -> tuple[str, list[Part]]:
+    """The layout of a folder (empty: unknown), and where its images and masks are."""
+
+    def has_loveda(place: Path) -> bool:
+        return any((place / kind / "images_png").is_dir() for kind in _LOVEDA_PLACES)
+
+    tops = [(folder / part, f"{part}/", part) for part in ("Train", "Val") if has_loveda(folder / part)]
+    if tops or has_loveda(folder):
+        return "LoveDA", [
+            (top / kind / "images_png", top / kind / "masks_png", f"{prefix}{kind}/", scene or kind)
+            for top, prefix, scene in tops or [(folder, "", "")]
+            for kind in _LOVEDA_PLACES
+            if (top / kind).is_dir()
+        ]
+    if not (folder / "masks").is_dir() and (parts := _openmmlab(folder)):
+        return "OpenMMLab", parts
+    if (folder / "images").is_dir():
+        return "folder pair", [(folder / "images", folder / "masks", "", "")]
+    below = [place for place in sorted(folder.iterdir()) if not place.name.startswith(".")]
+    below = [place for place in below if (place / "images").is_dir() and (place / "masks").is_dir()]
+    if below:
+        return "folder pair", [(it / "images", it / "masks", f"{it.name}/", it.name) for it in below]
+    return "DeepGlobe" if _has_deepglobe(folder) or _has_deepglobe(folder / "train") else "", []
 
 
 def split_dataset(
@@ -185,35 +182,42 @@ def split_dataset(
 
     If scenes or a list are given for one side only, the other side is the rest. If none are given: ``train.txt`` and
     ``val.txt`` in the folder, or its subfolders ``train`` and ``val`` (LoveDA: ``Train`` and ``Val``).
+
     Raises:
         DatasetError: no split is known, one side is empty, or an image is on both sides.
     """
-    notes: list[str] = []
     if (training_scenes and training_list) or (validation_scenes and validation_list):
         raise DatasetError(
             "one side of the split is given by scenes and by a list",
             hint="give --train-scenes or --train-list, --val-scenes or --val-list",
         )
-    if not (training_scenes or validation_scenes or training_list or validation_list):
+    sides: dict[str, Dataset] = {}
+    rules = []
+    for side, scenes, file in (
+        ("training", training_scenes, training_list),
+        ("validation", validation_scenes, validation_list),
+    ):
+        if scenes:
+            sides[side] = dataset.of_scenes(scenes)
+            rules.append(f"{side} by scene {listed(sorted(scenes), 12)}")
+        elif file:
+            sides[side] = dataset.of_list(file)
+            rules.append(f"{side} by {_list_named(file, sides[side])}")
+    if not sides:
         return _own_split(dataset)
-    training = _side(dataset, training_scenes, training_list)
-    validation = _side(dataset, validation_scenes, validation_list)
-    if training is None and validation is not None:
-        training = _rest(dataset, validation)
-    elif validation is None and training is not None:
-        validation = _rest(dataset, training)
-    assert training is not None
-    assert validation is not None
-    rule = "; ".join(
-        f"{side} by {_list_named(file, chosen) if file else f'scene {listed(sorted(scenes), 12)}'}"
-        for side, scenes, file, chosen in (
-            ("training", training_scenes, training_list, training),
-            ("validation", validation_scenes, validation_list, validation),
-        )
-        if scenes or file
-    )
-    _check_sides(training, validation, notes)
-    return Split(training, validation, rule, tuple(notes))
+    taken = {pair for side in sides.values() for pair in side}
+    rest = replace(dataset, pairs=tuple(pair for pair in dataset if pair not in taken))
+    training, validation = sides.get("training", rest), sides.get("validation", rest)
+    for name, chosen in (("training", training), ("validation", validation)):
+        if not len(chosen):
+            raise DatasetError(f"the split leaves nothing for {name}: all {chosen.folder} images are on the other side")
+    if both := sorted({pair.name for pair in training} & {pair.name for pair in validation}):
+        raise DatasetError(f"{len(both)} images are in training and in validation: {listed(both)}")
+    notes: tuple[str, ...] = ()
+    if shared := sorted(set(training.scenes) & set(validation.scenes)):
+        which = f"the scene{'s' if len(shared) > 1 else ''} {listed(shared)}"
+        notes = (f"training and validation share {which}; where parts of a scene touch, the score is too high",)
+    return Split(training, validation, "; ".join(rules), notes)
 
 
 def _list_named(file: Path, chosen: Dataset) -> str:
@@ -229,14 +233,13 @@ def _own_split(dataset: Dataset) -> Split:
     lists = dataset.folder / "train.txt", dataset.folder / "val.txt"
     if all(file.is_file() for file in lists):
         split = split_dataset(dataset, training_list=lists[0], validation_list=lists[1])
-        return Split(split.training, split.validation, "train.txt and val.txt of the dataset", split.notes)
+        return replace(split, rule="train.txt and val.txt of the dataset")
     named = {scene.lower(): scene for scene in dataset.scenes}
     training = next((named[name] for name in _TRAINING_NAMES if name in named), None)
     validation = next((named[name] for name in _VALIDATION_NAMES if name in named), None)
     if training and validation:
-        return Split(
-            dataset.of_scenes([training]), dataset.of_scenes([validation]), f"folders {training} and {validation}"
-        )
+        rule = f"folders {training} and {validation}"
+        return Split(dataset.of_scenes([training]), dataset.of_scenes([validation]), rule)
     raise DatasetError(
         f"{dataset.folder} has no split into training and validation",
         hint=f"name whole scenes (--val-scenes; there are {listed(dataset.scenes, 12)}), give text files "
@@ -244,30 +247,7 @@ def _own_split(dataset: Dataset) -> Split:
     )
 
 
-def _side(dataset: Dataset, scenes: Sequence[str], file: Path | None) -> Dataset | None:
-    if scenes:
-        return dataset.of_scenes(scenes)
-    return dataset.of_list(file) if file else None
-
-
-def _rest(dataset: Dataset, taken: Dataset) -> Dataset:
-    return Dataset(dataset.folder, dataset.layout, tuple(pair for pair in dataset if pair not in set(taken)))
-
-
-def _check_sides(training: Dataset, validation: Dataset, notes: list[str]) -> None:
-    for name, side in (("training", training), ("validation", validation)):
-        if not len(side):
-            raise DatasetError(f"the split leaves nothing for {name}: all {side.folder} images are on the other side")
-    if both := sorted({pair.name for pair in training} & {pair.name for pair in validation}):
-        raise DatasetError(f"{len(both)} images are in training and in validation: {listed(both)}")
-    if shared := sorted(set(training.scenes) & set(validation.scenes)):
-        notes.append(
-            f"training and validation share the scene{'s' if len(shared) > 1 else ''} {listed(shared)}; where parts "
-            "of a scene touch, the score is too high"
-        )
-
-
-def _matched(images: Path, masks: Path, prefix: str, scene: str | None) -> list[Pair]:
+def _matched(images: Path, masks: Path, prefix: str, scene: str) -> list[Pair]:
     """Pairs of two folders by stem."""
     if not masks.is_dir():
         raise DatasetError(f"{images} has no folder {masks.name}/ beside it")
@@ -292,15 +272,14 @@ def _without_ending(by_stem: dict[str, Path]) -> dict[str, Path]:
     return {stem.removesuffix(ending): path for stem, path in by_stem.items()}
 
 
-def _openmmlab(folder: Path) -> list[tuple[Path, Path, tuple[str, str | None]]]:
-    """Folders of images and of their masks, with the prefix of names and the scene."""
+def _openmmlab(folder: Path) -> list[Part]:
     for images, masks in ((folder / one, folder / other) for one, other in _OPENMMLAB):
         if images.is_dir() and masks.is_dir():
             names = sorted(part.name for part in images.iterdir() if part.is_dir() and not part.name.startswith("."))
             if not names:
-                return [(images, masks, ("", None))]
+                return [(images, masks, "", "")]
             return [
-                (images / name, masks / name, (f"{name}/", name))
+                (images / name, masks / name, f"{name}/", name)
                 for name in names
                 if (masks / name).is_dir() or not name.lower().startswith("test")
             ]
@@ -314,35 +293,16 @@ def _deepglobe(folder: Path) -> list[Pair]:
     return [Pair(name, name, image, masks[name]) for name, image in images.items()]
 
 
-def _has_loveda(folder: Path) -> bool:
-    return any((folder / place / "images_png").is_dir() for place in _LOVEDA_PLACES)
-
-
-def _loveda(folder: Path, prefix: str, scene: str | None) -> list[Pair]:
-    return [
-        pair
-        for place in _LOVEDA_PLACES
-        if (folder / place).is_dir()
-        for pair in _matched(
-            folder / place / "images_png", folder / place / "masks_png", f"{prefix}{place}/", scene or place
-        )
-    ]
-
-
-def _has(folder: Path, pattern: str) -> bool:
-    return folder.is_dir() and any(folder.glob(pattern))
-
-
-def _files(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
-    return sorted(
-        path for path in folder.glob(pattern) if path.suffix.lower() in suffixes and not path.name.startswith(".")
-    )
+def _has_deepglobe(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.glob("*_sat.*"))
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...], ending: str = "") -> dict[str, Path]:
     """Files whose stem has this ending, by the stem without it."""
     found: dict[str, Path] = {}
-    for path in _files(folder, f"*{ending}.*", suffixes):
+    for path in sorted(folder.glob(f"*{ending}.*")):
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+            continue
         name = path.stem.removesuffix(ending)
         if name in found:
             raise DatasetError(f"{folder} holds both {found[name].name} and {path.name}")
@@ -353,14 +313,12 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...], ending: str = "") -> dict[
 def _require_counterparts(images: Iterable[str], masks: Iterable[str], images_in: Path, masks_in: Path) -> None:
     image_names, mask_names = set(images), set(masks)
     if lonely := sorted(image_names - mask_names):
-        raise DatasetError(
-            f"{len(lonely)} of {len(image_names)} images in {images_in} have no mask in {masks_in}: {listed(lonely)}",
-            hint=f"a mask has its image's name and ends in {', '.join(MASK_SUFFIXES)}",
-        )
+        problem = f"images in {images_in} have no mask in {masks_in}: {listed(lonely)}"
+        hint = f"a mask has its image's name and ends in {', '.join(MASK_SUFFIXES)}"
+        raise DatasetError(f"{len(lonely)} of {len(image_names)} {problem}", hint=hint)
     if lonely := sorted(mask_names - image_names):
-        raise DatasetError(
-            f"{len(lonely)} of {len(mask_names)} masks in {masks_in} have no image in {images_in}: {listed(lonely)}"
-        )
+        problem = f"masks in {masks_in} have no image in {images_in}: {listed(lonely)}"
+        raise DatasetError(f"{len(lonely)} of {len(mask_names)} {problem}")
 
 
 def listed(names: Sequence[str], shown: int = 5) -> str:
@@ -369,11 +327,7 @@ def listed(names: Sequence[str], shown: int = 5) -> str:
 
 
 def read_list(file: Path) -> list[str]:
-    """The lines of a text file that names images, without empty lines and without what follows ``#``.
-
-    Raises:
-        DatasetError: it cannot be read, or holds no name.
-    """
+    """The lines of a text file that names images, without empty lines and without what follows ``#``."""
     try:
         text = read_small(file).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -60,18 +60,17 @@ class Evaluation:
         """JSON data; scores in 0..1, None for a class that occurs neither in truth nor in prediction."""
         matrix = self.matrix
         scores = {metric: matrix.class_scores(metric) for metric in CLASS_METRICS}
-        classes = [
-            {
-                "name": name,
-                **{metric: number(values[label]) for metric, values in scores.items()},
-                "truth_pixels": int(matrix.counts[label].sum()),
-                "predicted_pixels": int(matrix.counts[:, label].sum()),
-            }
-            for label, name in enumerate(self.schema.class_names)
-        ]
         return {
             **matrix.scores(),
-            "classes": classes,
+            "classes": [
+                {
+                    "name": name,
+                    **{metric: number(values[label]) for metric, values in scores.items()},
+                    "truth_pixels": int(matrix.counts[label].sum()),
+                    "predicted_pixels": int(matrix.counts[:, label].sum()),
+                }
+                for label, name in enumerate(self.schema.class_names)
+            ],
             "labelled_pixels": matrix.pixels,
             "ignored_pixels": self.ignored_pixels,
             "pixels_without_prediction": int(matrix.counts[:, -1].sum()),
@@ -96,8 +95,7 @@ def evaluate(
     """Label every image of a dataset and score the labels.
 
     Args:
-        labeller: checkpoint, graph or engine.
-        dataset: labelled images.
+        labeller, dataset: what is judged, and on what.
         schema: how masks are read; it must have the classes of the labeller.
         options: overlap, bands and stretch, as for a label map.
         maps: folder for a label map and a picture of each image. Default: none are written.
@@ -107,7 +105,7 @@ def evaluate(
     Raises:
         DatasetError: an image or mask cannot be read, they differ in size, or no pixel has a label.
         SchemaError: a mask holds something that the schema does not define, or the labeller has other classes.
-        EngineError: the labeller failed.
+        EngineError: the labeller failed, or gave a label that is no class.
     """
     started = time.perf_counter()
     require_same_classes(labeller.schema, schema)
@@ -119,7 +117,13 @@ def evaluate(
     for image in images:
         truth = read_labels(image.pair.mask, schema, hidden)
         label_map = None if maps is None else maps / f"{image.pair.name}_labels.tif"
-        own = _score_image(labeller, image, truth, options, label_map, offset_progress(progress, done, total))
+        own = ConfusionMatrix(len(schema))
+
+        def count(first: int, rows: Labels, truth: Labels = truth, own: ConfusionMatrix = own) -> None:
+            own.update(truth[first : first + len(rows)], rows)  # so only the truth is in memory as a whole
+
+        with image.open(options) as reader:
+            label_image(labeller, reader, image, options, count, label_map, offset_progress(progress, done, total))
         if label_map is not None:
             write_comparison(image.pair, truth, label_map, schema, own, options)
         matrix += own
@@ -137,29 +141,6 @@ def evaluate(
     notes += training_notes(dataset, trained_on or {})
     seconds = time.perf_counter() - started
     return Evaluation(schema, matrix, tuple(scores), ignored, total, seconds, tuple(dict.fromkeys(notes)))
-
-
-def _score_image(
-    labeller: Labeller,
-    image: CheckedImage,
-    truth: Labels,
-    options: SegmentOptions,
-    label_map: Path | None,
-    progress: Progress,
-) -> ConfusionMatrix:
-    """Label an image and count its pixels row by row, so that only the truth is in memory as a whole."""
-    matrix = ConfusionMatrix(len(labeller.schema))
-    done = 0
-
-    def count(rows: Labels) -> None:
-        nonlocal done
-        require_valid_labels(rows, labeller)
-        matrix.update(truth[done : done + len(rows)], rows)
-        done += len(rows)
-
-    with image.open(options) as reader:
-        label_image(labeller, reader, image, options, count, label_map, progress)
-    return matrix
 
 
 # --- shared with parity ---------------------------------------------------------------------------
@@ -187,25 +168,14 @@ class CheckedImage:
 
 
 def check_image(pair: Pair, tile: int, options: SegmentOptions) -> CheckedImage:
-    """Check that image and mask can be read and fit, before anything is computed.
-
-    Raises:
-        DatasetError: image or mask cannot be read, or they differ in size or place.
-    """
-    reader = ImageReader(pair, options)
-    try:
+    """Check that image and mask can be read and fit (else DatasetError), before anything is computed."""
+    with contextlib.closing(ImageReader(pair, options)) as reader:
         reader.require_fitting_mask()
         return CheckedImage(pair, options.grid_over(reader, tile), reader.height, reader.width, tuple(reader.notes))
-    finally:
-        reader.close()
 
 
 def check_dataset(dataset: Dataset, tile: int, options: SegmentOptions) -> list[str]:
-    """Check every image and mask as :func:`evaluate` does before it computes; returns notes on how they are read.
-
-    Raises:
-        DatasetError: an image or mask cannot be read, or they differ in size or place.
-    """
+    """Check every image and mask as :func:`evaluate` does before it computes; returns notes on how they are read."""
     return reading_notes({pair.name: check_image(pair, tile, options).notes for pair in dataset})
 
 
@@ -214,45 +184,41 @@ def label_image(
     reader: ImageReader,
     image: CheckedImage,
     options: SegmentOptions,
-    take: Callable[[Labels], None],
+    take: Callable[[int, Labels], None],
     label_map: Path | None,
     progress: Progress,
 ) -> None:
-    """Label an image tile by tile; ``take`` gets its rows from top to bottom, and ``label_map`` is written if given."""
-    if label_map is None:
-        label_rows(labeller, reader, image.grid, take, progress)
-        return
-    tags = label_map_tags(labeller, reader, options)
-    size = image.height, image.width
-    with LabelMapWriter(label_map, *size, labeller.schema, reader.georeference, tags) as writer:
+    """Label an image tile by tile; ``take`` gets a row's number and the rows from it on, from top to bottom.
 
-        def take_and_write(rows: Labels) -> None:
-            take(rows)
-            writer.write_rows(rows)
-
-        label_rows(labeller, reader, image.grid, take_and_write, progress)
-
-
-def require_valid_labels(labels: Labels, labeller: Labeller) -> None:
-    """Make sure that every label is a class or "no label"; a broken engine may give any number.
-
-    Raises:
-        EngineError: it gave another.
+    ``label_map`` is written if given. A label that is no class is an EngineError: a broken engine may give any number.
     """
-    wrong = labels[(labels >= len(labeller.schema)) & (labels != NO_LABEL)]
-    if wrong.size:
-        raise EngineError(
-            f"{labeller.artefact.file} gave the label {wrong[0]}; there are {len(labeller.schema)} classes",
-            hint="build the engine again",
-        )
+    done, classes = 0, len(labeller.schema)
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if label_map is not None:
+            tags, place = label_map_tags(labeller, reader, options), reader.georeference
+            writer = stack.enter_context(
+                LabelMapWriter(label_map, image.height, image.width, labeller.schema, place, tags)
+            )
+
+        def check_and_take(rows: Labels) -> None:
+            nonlocal done
+            wrong = rows[(rows >= classes) & (rows != NO_LABEL)]
+            if wrong.size:
+                raise EngineError(
+                    f"{labeller.artefact.file} gave the label {wrong[0]}; there are {classes} classes",
+                    hint="build the engine again",
+                )
+            take(done, rows)
+            done += len(rows)
+            if writer is not None:
+                writer.write_rows(rows)
+
+        label_rows(labeller, reader, image.grid, check_and_take, progress)
 
 
 def require_same_classes(ours: LabelSchema, data: LabelSchema) -> None:
-    """Make sure that a label means the same to a labeller and to its data.
-
-    Raises:
-        SchemaError: other classes, or another order. (Numbered classes are nameless and match any.)
-    """
+    """Make sure that a label means the same to a labeller and to its data, else SchemaError; numbers match any name."""
     if len(ours) != len(data):
         raise SchemaError(
             f"the network has {len(ours)} classes ({', '.join(ours.class_names)}), "
@@ -268,11 +234,7 @@ def require_same_classes(ours: LabelSchema, data: LabelSchema) -> None:
 
 
 def data_schema(dataset: Dataset, named: str | None, fallback: LabelSchema | None) -> LabelSchema:
-    """The schema of a dataset's masks: the one named, else the data's own, else the labeller's.
-
-    Raises:
-        SchemaError: there is none of them.
-    """
+    """The schema of a dataset's masks: the one named, else the data's own, else the labeller's, else SchemaError."""
     if name := named or dataset.schema_name:
         return load_schema(name)
     if fallback is None or fallback.numbered:
@@ -302,16 +264,11 @@ def offset_progress(progress: Progress, before: int, total: int) -> Progress:
 def training_notes(dataset: Dataset, trained_on: Mapping[str, Any]) -> list[str]:
     """A note if a training record names images of the dataset, in this folder layout or in another."""
     known = trained_on.get("training_images")
-    if not isinstance(known, list):
-        return []
-    known = [name for name in known if isinstance(name, str)]
-    whole, ends = set(known), {end for name in known for end in _ends(name)}
-    if seen := [pair for pair in dataset if pair.name in ends or not whole.isdisjoint(_ends(pair.name))]:
-        return [
-            f"{len(seen)} of the {len(dataset)} images have the names of images that the network was trained on "
-            f"({seen[0].name}, ...)"
-        ]
-    return []
+    whole = {name for name in known if isinstance(name, str)} if isinstance(known, list) else set()
+    ends = {end for name in whole for end in _ends(name)}
+    seen = [pair.name for pair in dataset if pair.name in ends or not whole.isdisjoint(_ends(pair.name))]
+    how_many = f"{len(seen)} of the {len(dataset)} images have the names of images that the network was trained on"
+    return [f"{how_many} ({seen[0]}, ...)"] if seen else []
 
 
 def _ends(name: str) -> list[str]:

@@ -50,14 +50,14 @@ class HiddenLabels:
 
 def read_labels(path: Path, schema: LabelSchema, hidden: HiddenLabels | None = None) -> npt.NDArray[np.uint8]:
     """Read a mask as labels uint8 ``[H, W]``, 255 where there is none.
+
     One band holds index values, three RGB colours; one more may be alpha, which is 255 where there is a label. A
     palette counts as colours, unless it is the ramp of greys in which colour and index are the same number; where index
-    values are possible too and disagree, colours must be exactly the schema's.
-    The file's own nodata value or mask and transparent palette entries mean "no label"; ``hidden`` counts the
-    pixels of each class that they hide.
+    values are possible too and disagree, colours must be exactly the schema's. The file's own nodata value or mask and
+    transparent palette entries mean "no label"; ``hidden`` counts the pixels of each class that they hide.
+
     Raises:
-        SchemaError: the mask holds a colour or value that the schema does not define.
-        DatasetError: it cannot be read, or has other bands than these.
+        SchemaError, DatasetError: an unknown colour or value; it cannot be read, or has other bands than these.
     """
     with open_mask(path) as dataset:
         with_alpha = dataset.count == 2 and dataset.colorinterp[1] == ColorInterp.alpha
@@ -88,10 +88,7 @@ def read_labels(path: Path, schema: LabelSchema, hidden: HiddenLabels | None = N
 
 
 def open_mask(path: Path) -> Any:
-    """Open a mask.
-    Raises:
-        DatasetError: it cannot be read.
-    """
+    """Open a mask; DatasetError if it cannot be read."""
     try:
         return open_scene(path)
     except SceneError as error:
@@ -122,10 +119,7 @@ def _read(
 
 
 def _palette(dataset: Any, schema: LabelSchema) -> npt.NDArray[np.uint8] | None:
-    """RGBA by index value, uint8 ``[256, 4]``, or None where the band has no palette.
-
-    The palette of a label map that shows the schema's display colours is turned into mask colours.
-    """
+    """RGBA by index value, uint8 ``[256, 4]``, or None without a palette; a schema's display colours become its own."""
     if dataset.colorinterp[0] != ColorInterp.palette:
         return None
     table = np.zeros((256, 4), np.uint8)
@@ -141,8 +135,7 @@ def _palette(dataset: Any, schema: LabelSchema) -> npt.NDArray[np.uint8] | None:
 def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSchema, path: Path) -> bool:
     """Whether the colours of a paletted mask mean classes: the schema knows every colour that its pixels use.
 
-    Raises:
-        SchemaError: its colours are not the schema's, or its index values are valid too and give other classes.
+    SchemaError if its colours are not the schema's, or its index values are valid too and give other classes.
     """
     used = np.zeros(256, bool)
     for top in range(0, dataset.height, _STRIP):
@@ -177,8 +170,6 @@ def _encode(
     mask: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_], schema: LabelSchema, path: Path
 ) -> npt.NDArray[np.uint8]:
     """Labels of a strip; pixels that are not ``known`` may hold any value and get no label."""
-    if known.all():
-        return schema.encode(mask, str(path))
     labels = np.full(known.shape, NO_LABEL, np.uint8)
     if known.any():
         labels[known] = schema.encode(mask[known][None], str(path))[0]
@@ -186,9 +177,10 @@ def _encode(
 
 
 _CUT = "rio warp MASK FITTED.tif --like IMAGE --src-nodata 255 --dst-nodata 255"
-_MEND_PLACE = (
-    f"cut the mask to the image: {_CUT}; or, if only its grid is wrong: "
-    "rio edit-info MASK --like IMAGE --crs like --transform like"
+_MEND = "rio edit-info MASK --like IMAGE --crs like --transform like"
+_TURNED = (
+    "the image is turned by its EXIF orientation; if the mask fits the pixels as they are stored, remove the "
+    "orientation: exiftool -Orientation= IMAGE"
 )
 
 
@@ -214,22 +206,19 @@ class ImageReader(SceneReader):
     def require_fitting_mask(self) -> None:
         """Make sure that the mask has the image's size and, if both are georeferenced, its place; reads headers only.
 
-        Raises:
-            DatasetError: it differs, or cannot be read.
+        DatasetError if it differs, or cannot be read.
         """
         with open_mask(self.mask) as mask:
             height, width = mask.height, mask.width
             if (height, width) != (self.height, self.width):
                 as_stored = isinstance(self._source, Upright) and (width, height) == (self.height, self.width)
+                fit = "masks are compared pixel by pixel and never resized; make them fit first; "
                 raise DatasetError(
                     f"{self.path} is {self.width} x {self.height} px, its mask {self.mask.name} {width} x {height}",
-                    hint="the image is turned by its EXIF orientation; if the mask fits the pixels as they are stored, "
-                    "remove the orientation: exiftool -Orientation= IMAGE"
-                    if as_stored
-                    else "masks are compared pixel by pixel and never resized; make them fit first; "
-                    f"if both are georeferenced: {_CUT}",
+                    hint=_TURNED if as_stored else f"{fit}if both are georeferenced: {_CUT}",
                 )
             if problem := place_problem(self._source, mask):
-                raise DatasetError(f"mask {self.mask} {problem} ({self.path})", hint=_MEND_PLACE)
+                hint = f"cut the mask to the image: {_CUT}; or, if only its grid is wrong: {_MEND}"
+                raise DatasetError(f"mask {self.mask} {problem} ({self.path})", hint=hint)
             if isinstance(mask, Upright):
                 self._notes.append(f"its mask was {mask.note}")

@@ -18,12 +18,19 @@ from cdkd_edge.model.device import autocast, chosen_device
 from cdkd_edge.model.network import SegmentationNetwork
 
 SLOTS = 3  # as engines have: one batch being read, one computed, one written
+# uint8 tiles ``[N, 3, T, T]`` on the network's device to the four feature maps ``[N, D, G, G]`` of its encoder
 Encode = Callable[[Tensor], list[Tensor]]
-"""uint8 tiles ``[N, 3, T, T]`` on the network's device to the four feature maps ``[N, D, G, G]`` of its encoder."""
 
 
 class NetworkLabeller(Labeller):
-    """A network on a device. See :class:`cdkd_edge.engines.protocol.Labeller`."""
+    """A network on the device it is on, put into evaluation mode when it runs.
+
+    Args:
+        network, artefact, schema: the network, its checkpoint, and what its labels mean.
+        precision: ``fp32``, or ``bf16``/``fp16`` under autocast.
+        batch: tiles per run.
+        encode: replaces the network's encoder, for example by one that caches its features.
+    """
 
     def __init__(
         self,
@@ -35,26 +42,12 @@ class NetworkLabeller(Labeller):
         batch: int = 1,
         encode: Encode | None = None,
     ) -> None:
-        """Use a network on the device it is on.
-
-        Args:
-            network: it is put into evaluation mode when it runs.
-            schema: what its labels mean.
-            artefact: the checkpoint.
-            precision: ``fp32``, or ``bf16``/``fp16`` under autocast.
-            batch: tiles per run.
-            encode: replaces the network's encoder, for example by one that caches its features.
-        """
-        self.network = network
-        self.schema, self.artefact, self.batch = schema, artefact, batch
-        self.tile = network.config.tile
-        self.slots = SLOTS
+        self.network, self.schema, self.artefact = network, schema, artefact
+        self.batch, self.tile, self.slots = batch, network.config.tile, SLOTS
         self.device = next(network.parameters()).device
-        self._precision = precision
-        self._encode = encode or network.encoder
-        shape = (batch, 3, self.tile, self.tile)
-        self._inputs = [np.zeros(shape, np.uint8) for _ in range(SLOTS)]
-        self._outputs = [np.full((batch, *shape[2:]), NO_LABEL, np.uint8) for _ in range(SLOTS)]
+        self._precision, self._encode = precision, encode or network.encoder
+        self._inputs = [np.zeros((batch, 3, self.tile, self.tile), np.uint8) for _ in range(SLOTS)]
+        self._outputs = [np.full((batch, self.tile, self.tile), NO_LABEL, np.uint8) for _ in range(SLOTS)]
 
     def input(self, slot: int) -> UInt8Array:
         """See :meth:`cdkd_edge.engines.protocol.Labeller.input`."""
@@ -66,11 +59,7 @@ class NetworkLabeller(Labeller):
 
     @torch.inference_mode()
     def launch(self, slot: int) -> None:
-        """Compute the labels of the slot, and wait for them.
-
-        Raises:
-            EngineError: PyTorch failed, for lack of memory for example.
-        """
+        """Compute the labels of the slot, and wait for them; EngineError if PyTorch fails (no memory, say)."""
         self._outputs[slot].fill(NO_LABEL)
         self.network.eval()
         try:
@@ -98,19 +87,17 @@ def load_network(
     precision: str = "fp32",
     weights: str | None = None,
 ) -> tuple[NetworkLabeller, CheckpointReport]:
-    """Load a checkpoint as a labeller.
+    """Load a checkpoint that has a head as a labeller.
 
     Args:
-        path: any checkpoint with a head.
+        path, weights: see :func:`cdkd_edge.model.checkpoint.load_checkpoint`.
         schema: names for classes where the checkpoint has none.
         tile: side of the tiles, px. Default: the checkpoint's.
         device: ``auto`` (CUDA if there is one), or torch's name of a device.
         precision: see :class:`NetworkLabeller`.
-        weights: see :func:`cdkd_edge.model.checkpoint.load_checkpoint`.
 
     Raises:
-        CheckpointError, SchemaError: as their loaders do.
-        UsageError: there is no such device or precision.
+        CheckpointError, SchemaError, UsageError: as their loaders do; there is no such device or precision.
     """
     where = chosen_device(device)
     autocast(where, precision)  # refuses a wrong precision before a large file is read
@@ -118,9 +105,7 @@ def load_network(
     names = report.schema
     if names is None or (schema and names.name == OPENMMLAB_SCHEMA):
         names = load_schema(schema) if schema else numbered_schema(network.config.classes)
-        if len(names) != network.config.classes:
-            raise SchemaError(
-                f"label schema {names.name!r} has {len(names)} classes, {path.name} {network.config.classes}"
-            )
+        if (classes := network.config.classes) != len(names):
+            raise SchemaError(f"label schema {names.name!r} has {len(names)} classes, {path.name} {classes}")
     network.to(where)
     return NetworkLabeller(network, names, FileRecord.of(path), precision=precision), report

@@ -8,7 +8,7 @@ largest image (its truth and two label maps, 3 bytes a pixel) and about 150 byte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,9 @@ import numpy.typing as npt
 from cdkd_edge.core.errors import DatasetError, UsageError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.quality.bootstrap import (
-    FEW_TILES,
-    LEVEL,
-    MIN_TILES,
-    RESAMPLES,
-    ConfidenceInterval,
-    TileTable,
-    confidence_interval,
-    resample,
-)
+from cdkd_edge.quality import metrics
 from cdkd_edge.quality.datasets import Dataset
 from cdkd_edge.quality.evaluate import (
-    CheckedImage,
     Labels,
     absent_classes,
     check_image,
@@ -39,11 +29,9 @@ from cdkd_edge.quality.evaluate import (
     no_labels,
     offset_progress,
     require_same_classes,
-    require_valid_labels,
     training_notes,
 )
-from cdkd_edge.quality.masks import HiddenLabels, ImageReader, read_labels
-from cdkd_edge.quality.metrics import CLASS_METRICS, METRICS, ClassCounts, ConfusionMatrix, Floats, Metric, number
+from cdkd_edge.quality.masks import HiddenLabels, read_labels
 from cdkd_edge.quality.pictures import write_differences
 from cdkd_edge.raster.read import reading_notes
 from cdkd_edge.segmentation.options import SegmentOptions
@@ -52,7 +40,7 @@ PARITY_VERSION = 1  # version of the document
 _ROUNDING = 1e-9  # so that a loss of exactly the tolerance passes
 
 SIDES = ("reference", "candidate")
-Sides = tuple[ClassCounts, ClassCounts]
+Sides = tuple[metrics.ClassCounts, metrics.ClassCounts]
 
 
 @dataclass(frozen=True)
@@ -78,7 +66,7 @@ class ComparedScore:
 
     reference: float | None
     candidate: float | None
-    interval: ConfidenceInterval | None  # of the difference, percentage points
+    interval: metrics.ConfidenceInterval | None  # of the difference, percentage points
 
     @property
     def delta(self) -> float | None:
@@ -111,7 +99,7 @@ class Parity:
 
     schema: LabelSchema
     gate: ParityGate
-    matrices: tuple[ConfusionMatrix, ConfusionMatrix]  # reference and candidate against the truth
+    matrices: tuple[metrics.ConfusionMatrix, metrics.ConfusionMatrix]  # reference and candidate against the truth
     confusion: npt.NDArray[np.int64]
     """Pixels with data by the reference's label (row) and the candidate's, ``[K + 1, K + 1]``; last: no label."""
     images: tuple[ImageParity, ...]
@@ -119,7 +107,7 @@ class Parity:
     scores: Mapping[str, ComparedScore]  # by the names of :data:`cdkd_edge.quality.metrics.METRICS`
     class_iou: tuple[ComparedScore, ...]
     agreement: float  # share of the pixels with data on which both agree, 0..1
-    agreement_interval: ConfidenceInterval | None
+    agreement_interval: metrics.ConfidenceInterval | None
     labelled_agreement: float | None  # the same, of the pixels that also have a truth; None where there are none
     tiles: int  # tiles with data
     labelled_tiles: int
@@ -201,7 +189,7 @@ class Parity:
                 "labelled_tiles": self.labelled_tiles,
                 "resamples": self.resamples,
                 "seed": self.seed,
-                "level": LEVEL,
+                "level": metrics.LEVEL,
             },
             "pixels": int(self.confusion.sum()),
             "labelled_pixels": self.matrices[0].pixels,
@@ -227,28 +215,20 @@ def measure_parity(
     options: SegmentOptions = SegmentOptions(),
     maps: Path | None = None,
     trained_on: Mapping[str, Any] | None = None,
-    resamples: int = RESAMPLES,
+    resamples: int = metrics.RESAMPLES,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Parity:
     """Label every image of a dataset with both labellers and compare.
 
     Args:
-        reference, candidate: with tiles of the same side. Batches may differ: tiles are independent.
-        dataset: labelled images.
-        schema: how masks are read; it must have the classes of both.
+        reference, candidate: with tiles of the same side (else UsageError) and, as batches do not matter, of any batch.
         gate: the limits that the candidate must keep.
-        options: overlap, bands and stretch, as for a label map.
         maps: folder for both label maps and a picture of their differences, per image. Default: none are written.
-        trained_on: training record of the reference; a note tells which of its images are in the dataset.
+        trained_on: training record of the reference.
         resamples, seed: of the bootstrap.
         progress: called with tiles done and tiles in all; every tile counts twice.
-
-    Raises:
-        UsageError: the tiles differ.
-        DatasetError: an image or mask cannot be read, they differ in size, or no pixel has a label.
-        SchemaError: a mask holds something that the schema does not define, or the classes differ.
-        EngineError: a labeller failed, or gave a label that is no class.
+        dataset, schema, options: see :func:`cdkd_edge.quality.evaluate.evaluate`, also for errors.
     """
     started = time.perf_counter()
     if reference.tile != candidate.tile:
@@ -263,127 +243,76 @@ def measure_parity(
     images = [check_image(pair, reference.tile, options) for pair in dataset]
     if not images:
         raise DatasetError(f"{dataset.folder}: there is no image to compare on")
-    total, done = 2 * sum(len(image.grid) for image in images), 0
-    comparison, hidden = _Comparison(schema), HiddenLabels()
+    total, done, ignored = 2 * sum(len(image.grid) for image in images), 0, 0
+    table, hidden, compared = metrics.TileTable(len(schema)), HiddenLabels(), []
     for image in images:
-        truth = read_labels(image.pair.mask, schema, hidden)
+        name, truth = image.pair.name, read_labels(image.pair.mask, schema, hidden)
+        found = [np.empty((image.height, image.width), np.uint8) for _ in labellers]
         with image.open(options) as reader:
-            found: list[Labels] = []
-            for side, labeller in zip(SIDES, labellers, strict=True):
-                path = None if maps is None else maps / f"{image.pair.name}_{side}.tif"
-                found.append(_labels(labeller, reader, image, options, path, offset_progress(progress, done, total)))
+            for side, labeller, labels in zip(SIDES, labellers, found, strict=True):
+
+                def take(first: int, rows: Labels, labels: Labels = labels) -> None:
+                    labels[first : first + len(rows)] = rows
+
+                path = None if maps is None else maps / f"{name}_{side}.tif"
+                label_image(labeller, reader, image, options, take, path, offset_progress(progress, done, total))
                 done += len(image.grid)
-            for labels, labeller in zip(found, labellers, strict=True):
-                require_valid_labels(labels, labeller)
-            ours, theirs = found
-            comparison.add(image, truth, ours, theirs)
             if maps is not None:
-                path = maps / f"{image.pair.name}_difference.png"
-                write_differences(path, image.pair, reader, truth, ours, theirs, schema)
-    notes = [*hidden.notes(), *reading_notes({image.pair.name: image.notes for image in images})]
-    if not comparison.table.matrices[0].pixels:
-        raise no_labels(f"the {len(images)} masks of {dataset.folder}", hidden)
-    if not len(comparison.table.rows()):
-        raise DatasetError(f"no pixel of the {len(images)} images of {dataset.folder} has data")
-    notes += [*comparison.notes(), *training_notes(dataset, trained_on or {})]
-    return comparison.result(gate, resamples, seed, notes, started)
-
-
-def _labels(
-    labeller: Labeller,
-    reader: ImageReader,
-    image: CheckedImage,
-    options: SegmentOptions,
-    path: Path | None,
-    progress: Callable[[int, int], None],
-) -> Labels:
-    """The label map of an image, ``[H, W]``; also written to ``path`` if there is one."""
-    labels = np.empty((image.height, image.width), np.uint8)
-    done = 0
-
-    def keep(rows: Labels) -> None:
-        nonlocal done
-        labels[done : done + len(rows)] = rows
-        done += len(rows)
-
-    label_image(labeller, reader, image, options, keep, path, progress)
-    return labels
-
-
-class _Comparison:
-    """Sums up images; gives the result at the end."""
-
-    def __init__(self, schema: LabelSchema) -> None:
-        self.schema = schema
-        self.table = TileTable(len(schema))
-        self._images: list[ImageParity] = []
-        self._ignored = 0
-
-    def add(self, image: CheckedImage, truth: Labels, reference: Labels, candidate: Labels) -> None:
-        """Count an image tile by tile."""
-        name = image.pair.name
+                write_differences(maps / f"{name}_difference.png", image.pair, reader, schema, truth, *found)
         for row, column in image.grid:
-            part = slice(row.first, row.last), slice(column.first, column.last)
-            self.table.count(name, truth[part], reference[part], candidate[part])
-        self._ignored += int(np.count_nonzero(truth == NO_LABEL))
-        sums = self.table.rows(name).sum(axis=0)
-        ours, theirs = (number(float(METRICS["mean_iou"].score(side))) for side in self.table.class_counts(sums))
-        agreement, _ = self.table.agreement(sums)
-        self._images.append(ImageParity(name, len(image.grid), number(float(agreement)), ours, theirs))
-
-    def notes(self) -> list[str]:
-        """What limits the scores and their intervals."""
-        notes = []
-        if absent := absent_classes(self.schema, self.table.matrices[0].counts.sum(axis=1)):
-            notes.append(f"no pixel of the truth is {absent}: such a class is in no mean here")
-        if self.labelled_tiles < MIN_TILES:
-            notes.append(f"{self.labelled_tiles} labelled tiles are too few for an interval")
-        elif self.labelled_tiles < FEW_TILES:
-            notes.append(f"{self.labelled_tiles} labelled tiles are few: the true intervals may be wider")
-        return notes
-
-    @property
-    def labelled_tiles(self) -> int:
-        """Tiles with data in which some pixel has a truth."""
-        return int(np.count_nonzero(self.table.rows()[:, : len(self.schema)].sum(axis=1)))
-
-    def result(self, gate: ParityGate, resamples: int, seed: int, notes: Sequence[str], started: float) -> Parity:
-        """Scores of the sums, and intervals by resampling tiles."""
-        rows, k = self.table.rows(), len(self.schema)
-        total, labelled = rows.sum(axis=0), self.labelled_tiles
-        draws = resample(rows, resamples, seed) if labelled >= MIN_TILES else None
-        sides = self.table.class_counts(total)
-        spread = None if draws is None else self.table.class_counts(draws)
-        agreement, labelled_agreement = (float(value) for value in self.table.agreement(total))
-        return Parity(
-            schema=self.schema,
-            gate=gate,
-            matrices=self.table.matrices,
-            confusion=self.table.confusion,
-            images=tuple(self._images),
-            ignored_pixels=self._ignored,
-            scores={name: _compared(metric, sides, spread) for name, metric in METRICS.items()},
-            class_iou=tuple(_compared(CLASS_METRICS["iou"], sides, spread, label) for label in range(k)),
-            agreement=agreement,
-            agreement_interval=None if draws is None else confidence_interval(self.table.agreement(draws)[0]),
-            labelled_agreement=number(labelled_agreement),
-            tiles=len(rows),
-            labelled_tiles=labelled,
-            resamples=resamples,
-            seed=seed,
-            seconds=time.perf_counter() - started,
-            notes=tuple(notes),
-        )
+            part = np.s_[row.first : row.last, column.first : column.last]
+            table.count(name, truth[part], *(labels[part] for labels in found))
+        ignored += int(np.count_nonzero(truth == NO_LABEL))
+        sums = table.rows(name).sum(axis=0)
+        agreement = metrics.number(float(table.agreement(sums)[0]))
+        scores = [metrics.number(float(metrics.METRICS["mean_iou"].score(side))) for side in table.class_counts(sums)]
+        compared.append(ImageParity(name, len(image.grid), agreement, *scores))
+    if not table.matrices[0].pixels:
+        raise no_labels(f"the {len(images)} masks of {dataset.folder}", hidden)
+    rows, k = table.rows(), len(schema)
+    if not len(rows):
+        raise DatasetError(f"no pixel of the {len(images)} images of {dataset.folder} has data")
+    labelled = int(np.count_nonzero(rows[:, :k].sum(axis=1)))
+    notes = [*hidden.notes(), *reading_notes({image.pair.name: image.notes for image in images})]
+    if absent := absent_classes(schema, table.matrices[0].counts.sum(axis=1)):
+        notes.append(f"no pixel of the truth is {absent}: such a class is in no mean here")
+    if labelled < metrics.MIN_TILES:
+        notes.append(f"{labelled} labelled tiles are too few for an interval")
+    elif labelled < metrics.FEW_TILES:
+        notes.append(f"{labelled} labelled tiles are few: the true intervals may be wider")
+    draws = metrics.resample(rows, resamples, seed) if labelled >= metrics.MIN_TILES else None
+    sides = table.class_counts(rows.sum(axis=0))
+    spread = None if draws is None else table.class_counts(draws)
+    agreement, labelled_agreement = (float(value) for value in table.agreement(rows.sum(axis=0)))
+    return Parity(
+        schema=schema,
+        gate=gate,
+        matrices=table.matrices,
+        confusion=table.confusion,
+        images=tuple(compared),
+        ignored_pixels=ignored,
+        scores={name: _compared(metric, sides, spread) for name, metric in metrics.METRICS.items()},
+        class_iou=tuple(_compared(metrics.CLASS_METRICS["iou"], sides, spread, label) for label in range(k)),
+        agreement=agreement,
+        agreement_interval=None if draws is None else metrics.confidence_interval(table.agreement(draws)[0]),
+        labelled_agreement=metrics.number(labelled_agreement),
+        tiles=len(rows),
+        labelled_tiles=labelled,
+        resamples=resamples,
+        seed=seed,
+        seconds=time.perf_counter() - started,
+        notes=(*notes, *training_notes(dataset, trained_on or {})),
+    )
 
 
-def _compared(metric: Metric, sides: Sides, spread: Sides | None, label: int | None = None) -> ComparedScore:
+def _compared(metric: metrics.Metric, sides: Sides, spread: Sides | None, label: int | None = None) -> ComparedScore:
     """A score of the sums and its interval by the resamples; of one class if there is a label."""
 
-    def scores(sides: Sides) -> list[Floats]:
+    def scores(sides: Sides) -> list[metrics.Floats]:
         return [metric.score(side) if label is None else metric.score(side)[..., label] for side in sides]
 
-    reference, candidate = (number(float(score)) for score in scores(sides))
+    reference, candidate = (metrics.number(float(score)) for score in scores(sides))
     if spread is None:
         return ComparedScore(reference, candidate, None)
     before, after = scores(spread)
-    return ComparedScore(reference, candidate, confidence_interval(100 * (after - before)))
+    return ComparedScore(reference, candidate, metrics.confidence_interval(100 * (after - before)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,12 @@ from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segmentation.options import SegmentOptions
 
-_NO_DATA = (235, 235, 235)
-
-_PAPER, _INK, _QUIET = (255, 255, 255), (28, 32, 38), (110, 118, 128)
+_PAPER, _INK, _QUIET, _NO_DATA = (255, 255, 255), (28, 32, 38), (110, 118, 128), (235, 235, 235)
+_RIGHT, _WRONG, _OTHER, _GAINED = (214, 222, 214), (200, 40, 40), (90, 98, 110), (40, 90, 200)
 _MARGIN, _FONT = 16, 17
+_LONGEST_SIDE = 520  # of each picture, px
 
 _LegendEntry = tuple[tuple[int, int, int], str, str]  # colour, name and figure
-_RIGHT, _WRONG = (214, 222, 214), (200, 40, 40)
-_OTHER, _GAINED = (90, 98, 110), (40, 90, 200)
-_LONGEST_SIDE = 520  # of each picture, px
 
 
 def write_comparison(
@@ -39,41 +37,32 @@ def write_comparison(
     options: SegmentOptions = SegmentOptions(),
 ) -> None:
     """Draw a PNG beside a label map: image, truth ``[H, W]``, prediction, errors (red), and the IoU of each class."""
-    reader = dataclasses.replace(options, strict=False).open(pair.image)
-    try:
+    with closing(dataclasses.replace(options, strict=False).open(pair.image)) as reader:
         image = reader.overview(_LONGEST_SIDE)
-    finally:
-        reader.close()
     height, width = image.shape[:2]
     with gdal(f"reading {label_map}"), open_scene(label_map) as dataset:
         predicted = dataset.read(1, out_shape=(height, width))
-    small = np.asarray(Image.fromarray(truth).resize((width, height), Image.Resampling.NEAREST))
+    small = _reduced(truth, height, width)
     errors = np.full((height, width, 3), _NO_DATA, np.uint8)
     errors[small != NO_LABEL] = _RIGHT
     errors[(small != NO_LABEL) & (small != predicted)] = _WRONG
     pictures = [image, _colored(small, schema), _colored(predicted, schema), errors]
     mean = "no label" if math.isnan(score.mean_iou) else f"mIoU {score.mean_iou:.1%}"
-    titles = [pair.name, "truth", f"prediction, {mean}", f"errors, {1 - score.score('overall_accuracy'):.1%}"]
-    if not score.pixels:
-        titles[3] = "errors"
-    entries = [
-        (cls.shown, cls.name, f"IoU {iou:.1%}")
-        for cls, iou in zip(schema.classes, score.class_scores("iou"), strict=True)
-        if not math.isnan(iou)
-    ]
-    picture = _in_a_row(pictures, titles)
-    with whole_file(label_map.with_name(f"{label_map.stem}.png")) as temporary:
-        (_with_legend(picture, entries) if entries else picture).save(temporary, format="PNG", optimize=True)
+    share = f", {1 - score.score('overall_accuracy'):.1%}" if score.pixels else ""
+    titles = [pair.name, "truth", f"prediction, {mean}", f"errors{share}"]
+    scores = zip(schema.classes, score.class_scores("iou"), strict=True)
+    entries = [(cls.shown, cls.name, f"IoU {iou:.1%}") for cls, iou in scores if not math.isnan(iou)]
+    _write(label_map.with_suffix(".png"), pictures, titles, entries)
 
 
 def write_differences(
     path: Path,
     pair: Pair,
     reader: SceneReader,
+    schema: LabelSchema,
     truth: npt.NDArray[np.uint8],
     reference: npt.NDArray[np.uint8],
     candidate: npt.NDArray[np.uint8],
-    schema: LabelSchema,
 ) -> None:
     """Draw a PNG of two label maps ``[H, W]``: image, reference, candidate, and their differences.
 
@@ -89,22 +78,21 @@ def write_differences(
     pixels = [int(count) for count in np.bincount(kinds.ravel(), minlength=4)]
     rows, columns = (np.arange(n) * size // n for n, size in ((height, kinds.shape[0]), (width, kinds.shape[1])))
     small = np.maximum.reduceat(np.maximum.reduceat(kinds, rows, axis=0), columns, axis=1)
-    labels = [
-        np.asarray(Image.fromarray(one).resize((width, height), Image.Resampling.NEAREST))
-        for one in (reference, candidate)
-    ]
+    labels = [_reduced(one, height, width) for one in (reference, candidate)]
     differences = np.array([_RIGHT, _OTHER, _GAINED, _WRONG], np.uint8)[small]
     differences[(small == 0) & (labels[0] == NO_LABEL)] = _NO_DATA
     titles = [pair.name, "reference", "candidate", f"differences, {sum(pixels[1:])} px"]
-    picture = _in_a_row([image, *(_colored(one, schema) for one in labels), differences], titles)
     entries = [(cls.shown, cls.name, "") for cls in schema.classes]
     entries += [
         (_WRONG, "reference was right", f"{pixels[3]} px"),
         (_GAINED, "candidate is right", f"{pixels[2]} px"),
         (_OTHER, "neither, or no truth", f"{pixels[1]} px"),
     ]
-    with whole_file(path) as temporary:
-        _with_legend(picture, entries).save(temporary, format="PNG", optimize=True)
+    _write(path, [image, *(_colored(one, schema) for one in labels), differences], titles, entries)
+
+
+def _reduced(labels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
 
 
 def _colored(labels: npt.NDArray[np.uint8], schema: LabelSchema) -> npt.NDArray[np.uint8]:
@@ -114,38 +102,30 @@ def _colored(labels: npt.NDArray[np.uint8], schema: LabelSchema) -> npt.NDArray[
     return palette[labels]
 
 
-def _in_a_row(pictures: Sequence[npt.NDArray[np.uint8]], titles: Sequence[str]) -> Image.Image:
-    """RGB pictures ``[H, W, 3]`` of one size beside each other, each under its title."""
+def _write(
+    path: Path, pictures: Sequence[npt.NDArray[np.uint8]], titles: Sequence[str], entries: Sequence[_LegendEntry]
+) -> None:
+    """RGB pictures ``[H, W, 3]`` of one size beside each other, each under its title; the legend below."""
+    font, swatch, gap, line = ImageFont.load_default(_FONT), _FONT, 8, _FONT + 14
     height, width = pictures[0].shape[:2]
-    top = _MARGIN + _FONT + 8
-    picture = Image.new("RGB", (len(pictures) * (width + _MARGIN) + _MARGIN, height + top + _MARGIN), _PAPER)
+    top, across = _MARGIN + _FONT + 8, len(pictures) * (width + _MARGIN) + _MARGIN
+    bottom = top + height + _MARGIN
+    places, x, row = [], float(_MARGIN), 0
+    for _, name, share in entries:
+        needed = swatch + gap + font.getlength(f"{name}  {share}") + 28
+        if x + needed > across - _MARGIN and x > _MARGIN:
+            x, row = float(_MARGIN), row + 1
+        places.append((x, bottom + row * line - 4))
+        x += needed
+    picture = Image.new("RGB", (across, bottom + ((row + 1) * line + 4 if entries else 0)), _PAPER)
     draw = ImageDraw.Draw(picture)
     for index, (pixels, title) in enumerate(zip(pictures, titles, strict=True)):
         left = _MARGIN + index * (width + _MARGIN)
         picture.paste(Image.fromarray(pixels), (left, top))
-        draw.text((left, _MARGIN - 2), title, fill=_INK, font=ImageFont.load_default(_FONT))
-    return picture
-
-
-def _with_legend(picture: Image.Image, entries: Sequence[_LegendEntry]) -> Image.Image:
-    """The picture with a legend below, in as many lines as it needs."""
-    font = ImageFont.load_default(_FONT)
-    swatch, gap, line = _FONT, 8, _FONT + 14
-    measure = ImageDraw.Draw(picture)
-    widths = [swatch + gap + measure.textlength(f"{name}  {share}", font=font) + 28 for _, name, share in entries]
-    positions, x, row = [], float(_MARGIN), 0
-    for width in widths:
-        if x + width > picture.width - _MARGIN and x > _MARGIN:
-            x, row = float(_MARGIN), row + 1
-        positions.append((x, row))
-        x += width
-    canvas = Image.new("RGB", (picture.width, picture.height + (row + 1) * line + 4), _PAPER)
-    canvas.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(canvas)
-    for (x, row), (color, name, share) in zip(positions, entries, strict=True):
-        y = picture.height + row * line - 4
+        draw.text((left, _MARGIN - 2), title, fill=_INK, font=font)
+    for (x, y), (color, name, share) in zip(places, entries, strict=True):
         draw.rectangle((x, y, x + swatch, y + swatch), fill=color, outline=_QUIET)
         draw.text((x + swatch + gap, y - 1), name, fill=_INK, font=font)
-        offset = draw.textlength(f"{name}  ", font=font)
-        draw.text((x + swatch + gap + offset, y - 1), share, fill=_QUIET, font=font)
-    return canvas
+        draw.text((x + swatch + gap + font.getlength(f"{name}  "), y - 1), share, fill=_QUIET, font=font)
+    with whole_file(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)

@@ -183,10 +183,9 @@ def _vector_file(path: Path) -> tuple[list[Any], str]:
     try:
         layers = [str(name) for name, kind in pyogrio.list_layers(path) if kind is not None]
         if len(layers) != 1:
-            raise SceneError(
-                f"area of interest {path} has {len(layers)} layers with geometry: {', '.join(layers[:8])}",
-                hint=f"extract one: ogr2ogr area.geojson {path} LAYER" if layers else None,
-            )
+            hint = f"extract one: ogr2ogr area.geojson {path} LAYER" if layers else None
+            problem = f"has {len(layers)} layers with geometry: {', '.join(layers[:8])}"
+            raise SceneError(f"area of interest {path} {problem}", hint=hint)
         count = pyogrio.read_info(path, layer=layers[0])["features"]
         if count > _MOST_FEATURES:
             raise SceneError(f"area of interest {path} has {count} features; at most {_MOST_FEATURES} are possible")
@@ -227,10 +226,9 @@ class _SeamError(SceneError):
 
 
 def _on_scene(area: AreaOfInterest, own: CRS, crs: CRS, sampled: tuple[list[float], list[float]]) -> list[Polygon]:
-    """The polygons of an area in a scene's coordinates.
+    """The polygons of an area in a scene's coordinates, on either side of the antimeridian.
 
-    Parts of longitude-latitude polygons that are far from the scene are cut off, because its projection may not be able
-    to show them; parts near it are kept on either side of the antimeridian.
+    Longitude-latitude polygons are cut off far from the scene, where its projection may not be able to show them.
     """
     found = area.polygons
     if not own.is_geographic:
@@ -259,9 +257,8 @@ def _transformed(polygon: Polygon, own: CRS, crs: CRS, area: AreaOfInterest) -> 
         if not all(map(math.isfinite, [*x, *y])):
             raise SceneError(f"the area of interest {area.source} reaches beyond the scene's projection")
         if crs.is_geographic:  # PROJ gives longitudes within 180 degrees
-            near = [point[0] for point in ring] if own.is_geographic else None
             for i in range(len(x)):
-                beside = near[i] if near else x[max(i - 1, 0)]
+                beside = ring[i][0] if own.is_geographic else x[max(i - 1, 0)]
                 x[i] += 360 * round((beside - x[i]) / 360)
         elif own.is_geographic and crs.is_projected:
             limit = _SEAM_M / crs.linear_units_factor[1]
@@ -322,10 +319,9 @@ def _whole(polygon: Polygon, area: AreaOfInterest) -> Polygon:
 
 def _pieces(polygon: Polygon, near: Bounds) -> Iterator[Polygon]:
     """The parts of a polygon near a scene, after any number of turns around the Earth, with a point each degree."""
-    west, east = min(x for x, _ in polygon[0]), max(x for x, _ in polygon[0])
+    west, east = min(polygon[0])[0], max(polygon[0])[0]
     for turn in range(math.ceil((near[0] - east) / 360), math.floor((near[2] - west) / 360) + 1):
-        turned = [[(x + 360 * turn, y) for x, y in ring] for ring in polygon]
-        rings = [_dense(_clipped(ring, near)) for ring in turned]
+        rings = [_dense(_clipped([(x + 360 * turn, y) for x, y in ring], near)) for ring in polygon]
         if rings[0]:
             yield [ring for ring in rings if ring]
 

@@ -1,12 +1,9 @@
 """Measures how much of the ground each class covers, in hectares.
 
-Pixels of a geographic grid have another size in every row: that of cells between meridians and parallels on the
-ellipsoid of the CRS, exact up to rounding; in a rotated or sheared grid, the determinant of the transform times the
-area per square radian at the pixel's centre. Pixels of a projected grid count as units squared; by how much the
-projection stretches areas is told for the scene's centre.
-
-Source: the area between the equator and a parallel, Snyder, Map Projections - A Working Manual, USGS Professional
-Paper 1395 (1987), equation 3-12 (q), as used for the Albers and the cylindrical equal-area projections.
+Pixels of a geographic grid are cells between meridians and parallels on the ellipsoid of the CRS (Snyder, Map
+Projections - A Working Manual, USGS Professional Paper 1395, 1987, equation 3-12); if it is rotated or sheared, the
+determinant of the transform times the area per square radian at the pixel's centre. Pixels of a projected grid count as
+units squared; by how much the projection stretches areas is told for the scene's centre.
 """
 
 from __future__ import annotations
@@ -108,7 +105,7 @@ class Ground:
     @property
     def method(self) -> str | None:
         """``projected``, ``ellipsoidal`` or None."""
-        return None if not self.known else "projected" if self.ellipsoid is None else "ellipsoidal"
+        return None if self.reason else "projected" if self.ellipsoid is None else "ellipsoidal"
 
     @property
     def same_in_a_row(self) -> bool:
@@ -138,17 +135,18 @@ def ground_of(dataset: Any) -> Ground:
     """The ground that the pixels of an open raster cover."""
     crs, transform = dataset.crs, dataset.transform
     if crs is None:
-        return Ground(transform, reason=f"the scene has {_instead_of_grid(dataset)}")
+        has = "rational polynomials, no map grid" if dataset.tags(ns="RPC") else "no coordinate reference system"
+        has = "ground control points, no map grid" if dataset.gcps[0] else has
+        return Ground(transform, reason=f"the scene has {has}")
     if transform.is_identity:
         return Ground(transform, reason="the scene has no geotransform")
     if transform.determinant == 0:
         return Ground(transform, reason="the scene's geotransform is degenerate")
     if crs.is_geographic:
         try:
-            ellipsoid = ellipsoid_of(crs)
+            return Ground(transform, ellipsoid=ellipsoid_of(crs), radians=float(crs.units_factor[1]))
         except SceneError as error:
             return Ground(transform, reason=error.message)
-        return Ground(transform, ellipsoid=ellipsoid, radians=float(crs.units_factor[1]))
     if not crs.is_projected:
         return Ground(transform, reason="the coordinate reference system is neither projected nor geographic")
     ground = Ground(transform, pixel_m2=abs(transform.determinant) * float(crs.linear_units_factor[1]) ** 2)
@@ -158,12 +156,6 @@ def ground_of(dataset: Any) -> Ground:
     more = f"{abs(stretch - 1):.2%} {'more' if stretch > 1 else 'less'}"
     note = f"areas are those of the map grid; at the scene's centre it shows {more} than there is on the ground"
     return replace(ground, notes=(note,))
-
-
-def _instead_of_grid(dataset: Any) -> str:
-    if dataset.gcps[0]:
-        return "ground control points, no map grid"
-    return "rational polynomials, no map grid" if dataset.tags(ns="RPC") else "no coordinate reference system"
 
 
 def areal_stretch(dataset: Any, ground: Ground) -> float | None:
@@ -195,8 +187,7 @@ def to_wgs84(crs: Any, x: Sequence[float], y: Sequence[float]) -> tuple[list[flo
             longitude, latitude = warp_points(crs, "EPSG:4326", list(x), list(y))
     except SceneError:
         return None
-    finite = all(map(math.isfinite, [*longitude, *latitude]))
-    return (list(longitude), list(latitude)) if finite else None
+    return (longitude, latitude) if all(map(math.isfinite, [*longitude, *latitude])) else None
 
 
 def class_areas(label_map: Path, schema: LabelSchema, row_counts: npt.NDArray[np.integer[Any]] | None = None) -> Areas:

@@ -95,10 +95,9 @@ class Validity:
         self.masked = [band for band in sorted(set(bands)) if not unmasked & set(flags[band - 1])]  # nodata or a mask
         if self.masked and MaskFlags.per_dataset in flags[self.masked[0] - 1]:
             self.masked = self.masked[:1]
-        clear = [
-            tag == "alpha" and name not in _NAMES for tag, name in zip(_tags(dataset), _names(dataset), strict=True)
-        ]
-        self.alpha = [band for band, is_clear in enumerate(clear, 1) if is_clear and band not in bands]
+        tags, names = _tags(dataset), _names(dataset)
+        others = [band for band in range(1, dataset.count + 1) if band not in bands]
+        self.alpha = [band for band in others if tags[band - 1] == "alpha" and names[band - 1] not in _NAMES]
 
     def __bool__(self) -> bool:
         return bool(self.masked or self.alpha)

@@ -18,7 +18,7 @@ import rasterio
 from affine import Affine
 from rasterio._err import CPLE_BaseError  # rasterio.shutil and .warp let GDAL's own errors through
 from rasterio.env import set_gdal_config
-from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, RasterioError
 from rasterio.transform import from_gcps
 from rasterio.warp import transform as transformed
 
@@ -40,26 +40,19 @@ class _GdalLog(logging.Handler):
 
 # Users see GDAL's messages once, as the text of our errors and notes, and not also through logging's last resort.
 logging.getLogger("rasterio").addHandler(_GdalLog(logging.WARNING))
-# Scenes without georeference are welcome; their label maps have none either. (A filter set once: the
-# context manager in warnings is not safe in threads.)
-warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+# Set once: the context manager in warnings is not safe in threads.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # such scenes are welcome
 warnings.filterwarnings("ignore", category=NodataShadowWarning)  # alpha counts as well, see .bands.Validity
 
+# GDAL's cache of blocks, which masks and resampling need, for all threads; its own default is a share of the memory. As
+# an option of rasterio.Env it would be reset by whichever thread leaves first. Env takes bytes, the variable takes MB.
 CACHE_BYTES = 32 << 20
-"""Size of GDAL's cache of blocks, which masks and resampling need; other reading and writing goes along blocks. GDAL's
-own default is a share of the memory."""
-
-_PROJJSON = re.compile(r"'\{.*\}'")  # A reference system in PROJ's long form, half a page of text
-
-# For all threads of the process. As an option of rasterio.Env it would be reset by whichever thread leaves first; and
-# Env takes bytes, where GDAL's environment variable takes MB.
 if "GDAL_CACHEMAX" not in os.environ:
     set_gdal_config("GDAL_CACHEMAX", CACHE_BYTES)
 
+_PROJJSON = re.compile(r"'\{.*\}'")  # a reference system in PROJ's long form, half a page of text
 _KINDS_SHOWN = 3  # kinds of warnings about one scene
-
 _LITTLE_ROOM = 1 << 20  # bytes
-
 _GDAL_OPTIONS = {
     "GDAL_PAM_ENABLED": "YES",
     # Reading a truncated PNG at once yields its compressed bytes as pixels, and no error (GDAL 3.10).
@@ -70,9 +63,9 @@ _GDAL_OPTIONS = {
 _GDAL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:|/vsi")
 
 _DAMAGED = "the file may be damaged or cut off; `gdalinfo -checksum` reads all of it"
+_NO_RANGES = "this server sends whole files only; download the file, or use a server that answers range requests"
 _HINTS = {
-    "Range downloading": "this server sends whole files only; download the file, or use a server that answers range "
-    "requests",
+    "Range downloading": _NO_RANGES,
     "opened in a cascaded way|Recursion detected": "a VRT seems to refer to itself",
     "IReadBlock|TIFFRead|TIFFFill|[Rr]ead error|corrupt|decompress": _DAMAGED,
 }
@@ -84,13 +77,10 @@ class Warnings:
     """GDAL's warnings while a scene is read, each kind once; shared by the threads that read it.
 
     A JPEG with wrong bytes in its middle, for example, is decoded with a warning, and wrong from there on.
-
-    Args:
-        strict: whether a warning is an error.
     """
 
     def __init__(self, *, strict: bool = False) -> None:
-        self._strict = strict
+        self._strict = strict  # whether a warning is an error
         self._kinds: dict[str, str] = {}
 
     @property
@@ -104,21 +94,17 @@ class Warnings:
     def take(self, doing: str, texts: Sequence[str]) -> None:
         """Take the warnings while ``doing`` something; with ``strict``, raise :class:`SceneError` if there are any."""
         if self._strict and texts:
-            raise SceneError(
-                f"{doing}: GDAL warns: {texts[0]}", hint=f"{_DAMAGED}; without --strict this is only a note"
-            )
+            hint = f"{_DAMAGED}; without --strict this is only a note"
+            raise SceneError(f"{doing}: GDAL warns: {texts[0]}", hint=hint)
         for text in texts:
             self._kinds.setdefault(re.sub(r"[\d.]+", "0", text), text)
 
 
 @contextlib.contextmanager
 def gdal(doing: str, warnings: Warnings | None = None, *, check_log: bool = False) -> Iterator[None]:
-    """A GDAL environment in which errors become :class:`SceneError`: "``doing`` failed: why".
+    """A GDAL environment in which errors become :class:`SceneError`: "``doing`` (e.g. "reading FILE") failed: why".
 
-    Args:
-        doing: what the block does, e.g. "reading FILE".
-        warnings: takes GDAL's warnings. Default: they are dropped.
-        check_log: raise also the errors that rasterio only logs.
+    ``warnings`` takes GDAL's warnings; ``check_log`` raises also the errors that rasterio only logs.
     """
     outer, messages = getattr(_heard, "messages", None), list[tuple[int, str]]()
     with rasterio.Env(**_GDAL_OPTIONS):
@@ -130,7 +116,7 @@ def gdal(doing: str, warnings: Warnings | None = None, *, check_log: bool = Fals
             errors = [text for level, text in messages if level >= logging.ERROR]
             if check_log and errors:
                 raise SceneError(f"{doing} failed: {errors[0]}")
-        except (RasterioError, RasterioIOError, CPLE_BaseError) as error:  # before rasterio 1.4 no subclass
+        except (RasterioError, CPLE_BaseError) as error:
             reason = _reason_of(error)
             hint = next((hint for pattern, hint in _HINTS.items() if re.search(pattern, reason)), None)
             raise SceneError(f"{doing} failed: {reason}", hint=hint) from None
@@ -158,8 +144,7 @@ def writing(doing: str, folder: Path, room: int = _LITTLE_ROOM) -> Iterator[None
     An error with less than ``room`` bytes free is taken for a full disk. (Some drivers remove what they began.)
 
     Raises:
-        SceneError: GDAL cannot write.
-        SystemRefusalError: the disk is full.
+        SceneError, SystemRefusalError: GDAL cannot write; the disk is full.
     """
     try:
         with gdal(doing, check_log=True):
@@ -175,18 +160,8 @@ def is_gdal_name(name: str) -> bool:
     return _GDAL_NAME.match(name) is not None
 
 
-def _way_into(name: str) -> str | None:
-    """A hint on how to name a file inside an archive."""
-    way = _ARCHIVES.get(Path(name).suffix.lower())
-    if way is None or is_gdal_name(name):
-        return None
-    return f"name the file in it: {way}{name}" + ("" if way == "/vsigzip/" else "/SCENE.tif")
-
-
 def open_scene(path: str | Path, warnings: Warnings | None = None) -> Any:
     """Open a raster for reading; a picture that is stored turned is shown upright (:class:`.bands.Upright`).
-
-    ``warnings`` takes GDAL's warnings.
 
     Raises:
         SceneError: there is no such file, or GDAL does not know its format.
@@ -200,9 +175,11 @@ def open_scene(path: str | Path, warnings: Warnings | None = None) -> Any:
             orientation = orientation_of(dataset, name)
             return dataset if orientation == 1 else Upright(dataset, orientation)
     except SceneError as error:
-        if "not recognized" in error.message:
-            raise SceneError(f"{name} is not a raster that GDAL can read", hint=_way_into(name)) from None
-        raise
+        if "not recognized" not in error.message:
+            raise
+        way = None if is_gdal_name(name) else _ARCHIVES.get(Path(name).suffix.lower())
+        hint = f"name the file in it: {way}{name}{'' if way == '/vsigzip/' else '/SCENE.tif'}" if way else None
+        raise SceneError(f"{name} is not a raster that GDAL can read", hint=hint) from None
 
 
 _OFF = 0.45  # tolerance in pixels, less than half of one: a grid that is off by less still lays each pixel over its own
@@ -214,12 +191,10 @@ def place_problem(image: Any, labels: Any) -> str | None:
     The corners of both grids are compared, in pixels of the image; with ground control points, of the grid that fits
     them best. The text is the end of a sentence that begins with the labels' name.
     """
-    ours, theirs = _grid(image), _grid(labels)
-    if ours is None or theirs is None:
+    (here, our_crs), (there, their_crs) = _grid(image), _grid(labels)
+    if here is None or there is None:
         return None
-    (here, our_crs), (there, their_crs) = ours, theirs
-    height, width = labels.height, labels.width
-    corners = [(0, 0), (width, 0), (0, height), (width, height)]
+    corners = [(0, 0), (labels.width, 0), (0, labels.height), (labels.width, labels.height)]
     xs, ys = zip(*(there * corner for corner in corners), strict=True)
     if our_crs and their_crs and our_crs != their_crs:
         try:
@@ -230,23 +205,24 @@ def place_problem(image: Any, labels: Any) -> str | None:
     if not here.determinant:
         return None
     found = [~here * point for point in zip(xs, ys, strict=True)]
-    off = max(math.dist(corner, point) for corner, point in zip(corners, found, strict=True))
+    off = max(map(math.dist, corners, found))
     if off <= _OFF:
         return None
     shifts = {(round(x - column, 1), round(y - row, 1)) for (column, row), (x, y) in zip(corners, found, strict=True)}
-    if len(shifts) > 1 or not math.isfinite(off):
-        return f"is not where its image is: a corner is {off:.3g} px off, by the grids of both files"
-    right, down = shifts.pop()
-    across = f"{abs(right):g} px to the {'right' if right > 0 else 'left'}" if right else ""
-    along = f"{abs(down):g} px {'down' if down > 0 else 'up'}" if down else ""
-    return f"is not where its image is: {' and '.join(filter(None, (across, along)))}, by the grids of both files"
+    where = f"a corner is {off:.3g} px off"
+    if len(shifts) == 1 and math.isfinite(off):
+        right, down = shifts.pop()
+        across = f"{abs(right):g} px to the {'right' if right > 0 else 'left'}" if right else ""
+        along = f"{abs(down):g} px {'down' if down > 0 else 'up'}" if down else ""
+        where = " and ".join(filter(None, (across, along)))
+    return f"is not where its image is: {where}, by the grids of both files"
 
 
-def _grid(dataset: Any) -> tuple[Affine, Any] | None:
-    """The transform from pixels to the map, and its reference system; None without a place on Earth."""
+def _grid(dataset: Any) -> tuple[Affine | None, Any]:
+    """The transform from pixels to the map (None: no place on Earth), and its reference system."""
     if not dataset.transform.is_identity:
         return dataset.transform, dataset.crs
     points, crs = dataset.gcps
     with contextlib.suppress(ValueError, RasterioError, CPLE_BaseError):
-        return (from_gcps(points), crs) if len(points) > 2 else None
-    return None
+        return from_gcps(points) if len(points) > 2 else None, crs
+    return None, crs

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
+from xml.etree.ElementTree import Element, SubElement
 
 from cdkd_edge.core.labels import LabelSchema
 
-_INTEGER, _REAL, _STRING = "0", "1", "2"
-_GENERIC, _PIXEL_COUNT, _NAME, _VALUE, _RED, _GREEN, _BLUE = "0", "1", "2", "5", "6", "7", "8"
-"""GDALRATFieldType and GDALRATFieldUsage."""
+_INTEGER, _REAL, _STRING = "0", "1", "2"  # GDALRATFieldType
+_GENERIC, _PIXEL_COUNT, _NAME, _VALUE, _RED, _GREEN, _BLUE = "0", "1", "2", "5", "6", "7", "8"  # GDALRATFieldUsage
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ def describes(sidecar: Path, schema: LabelSchema, areas: Sequence[ClassArea]) ->
     columns = [one.text for one in table.iterfind("FieldDefn/Name")]
     if "Pixels" not in columns:
         return True
-    place = columns.index("Pixels")
-    cells = [row.findall("F")[place : place + 1] for row in table.iterfind("Row")]
-    return [cell[0].text if cell else None for cell in cells] == [str(area.pixels) for area in areas]
+    pixels = [row.findtext(f"F[{columns.index('Pixels') + 1}]") for row in table.iterfind("Row")]
+    return pixels == [str(area.pixels) for area in areas]
 
 
 def label_map_xml(schema: LabelSchema, areas: Sequence[ClassArea] = (), *, extra: str | None = None) -> str:
@@ -64,42 +63,42 @@ def label_map_xml(schema: LabelSchema, areas: Sequence[ClassArea] = (), *, extra
         areas: pixels and hectares of every class, in schema order, as columns of the table.
         extra: the sidecar that GDAL itself wrote (for an unusual CRS), which is kept.
     """
-    root = ElementTree.Element("PAMDataset")
+    root = Element("PAMDataset")
     if extra is not None:
         root.extend(item for item in ElementTree.fromstring(extra) if item.tag != "PAMRasterBand")
-    band = ElementTree.SubElement(root, "PAMRasterBand", band="1")
-    categories = ElementTree.SubElement(band, "CategoryNames")
+    band = SubElement(root, "PAMRasterBand", band="1")
+    categories = SubElement(band, "CategoryNames")
     for name in schema.class_names:
-        ElementTree.SubElement(categories, "Category").text = name
-    table = ElementTree.SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
+        SubElement(categories, "Category").text = name
+    table = SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
+    red, green, blue = zip(*(cls.shown for cls in schema.classes), strict=True)
     columns: list[tuple[str, str, str, Sequence[object]]] = [
         ("Value", _INTEGER, _VALUE, range(len(schema))),
         ("Class", _STRING, _NAME, schema.class_names),
-        *(
-            (name, _INTEGER, usage, [cls.shown[channel] for cls in schema.classes])
-            for channel, (name, usage) in enumerate((("Red", _RED), ("Green", _GREEN), ("Blue", _BLUE)))
-        ),
+        ("Red", _INTEGER, _RED, red),
+        ("Green", _INTEGER, _GREEN, green),
+        ("Blue", _INTEGER, _BLUE, blue),
     ]
     if areas:  # real numbers: GDAL keeps integers in 32 bits, and a scene may have more pixels of a class
         columns.append(("Pixels", _REAL, _PIXEL_COUNT, [area.pixels for area in areas]))
         if all(area.hectares is not None for area in areas):
             columns.append(("Area_ha", _REAL, _GENERIC, [area.hectares for area in areas]))
     for index, (name, kind, usage, _) in enumerate(columns):
-        definition = ElementTree.SubElement(table, "FieldDefn", index=str(index))
+        definition = SubElement(table, "FieldDefn", index=str(index))
         for tag, value in (("Name", name), ("Type", kind), ("Usage", usage)):
-            ElementTree.SubElement(definition, tag).text = value
+            SubElement(definition, tag).text = value
     for label in range(len(schema)):
-        row = ElementTree.SubElement(table, "Row", index=str(label))
+        row = SubElement(table, "Row", index=str(label))
         for *_, values in columns:
-            ElementTree.SubElement(row, "F").text = str(values[label])
+            SubElement(row, "F").text = str(values[label])
     return xml_text(root)
 
 
+# Characters that XML 1.0 (section 2.2) cannot hold, not even escaped.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that XML 1.0 (section 2.2) cannot hold, not even escaped."""
 
 
-def xml_text(root: ElementTree.Element) -> str:
+def xml_text(root: Element) -> str:
     """A document as text; characters that XML cannot hold become U+FFFD."""
     for element in root.iter():
         element.text, element.tail = (part and _NOT_XML.sub("\ufffd", part) for part in (element.text, element.tail))
@@ -118,37 +117,26 @@ def style_path(label_map: Path) -> Path:
 
 def label_map_style(schema: LabelSchema) -> str:
     """The text of ``<name>.qml``: the classes with their names and colours, and nothing for no label."""
-    root = ElementTree.Element("qgis", version="3.22.0", styleCategories="Symbology", made=_MARK)
-    renderer = ElementTree.SubElement(
-        ElementTree.SubElement(root, "pipe"),
-        "rasterrenderer",
-        type="paletted",
-        band="1",
-        opacity="1",
-        alphaBand="-1",
-        nodataColor="",
-    )
-    palette = ElementTree.SubElement(renderer, "colorPalette")
+    root = Element("qgis", version="3.22.0", styleCategories="Symbology", made=_MARK)
+    look = {"type": "paletted", "band": "1", "opacity": "1", "alphaBand": "-1", "nodataColor": ""}
+    palette = SubElement(SubElement(SubElement(root, "pipe"), "rasterrenderer", look), "colorPalette")
     for label, cls in enumerate(schema.classes):
         color = "#{:02x}{:02x}{:02x}".format(*cls.shown)
-        ElementTree.SubElement(palette, "paletteEntry", value=str(label), label=cls.name, color=color, alpha="255")
+        SubElement(palette, "paletteEntry", value=str(label), label=cls.name, color=color, alpha="255")
     return _qml(root)
 
 
 def polygon_style(schema: LabelSchema) -> str:
     """The text of a style for polygons: the fill follows the field ``class_id``."""
-    root = ElementTree.Element("qgis", version="3.22.0", styleCategories="Symbology")
-    renderer = ElementTree.SubElement(
-        root, "renderer-v2", type="categorizedSymbol", attr="class_id", enableorderby="0", forceraster="0"
-    )
-    categories = ElementTree.SubElement(renderer, "categories")
-    symbols = ElementTree.SubElement(renderer, "symbols")
+    root = Element("qgis", version="3.22.0", styleCategories="Symbology")
+    look = {"type": "categorizedSymbol", "attr": "class_id", "enableorderby": "0", "forceraster": "0"}
+    renderer = SubElement(root, "renderer-v2", look)
+    categories, symbols = SubElement(renderer, "categories"), SubElement(renderer, "symbols")
     for label, cls in enumerate(schema.classes):
-        ElementTree.SubElement(
-            categories, "category", value=str(label), type="integer", label=cls.name, symbol=str(label), render="true"
-        )
-        symbol = ElementTree.SubElement(symbols, "symbol", name=str(label), type="fill", alpha="1", clip_to_extent="1")
-        fill = ElementTree.SubElement(symbol, "layer", {"class": "SimpleFill", "enabled": "1", "pass": "0"})
+        number = str(label)
+        SubElement(categories, "category", value=number, type="integer", label=cls.name, symbol=number, render="true")
+        symbol = SubElement(symbols, "symbol", name=number, type="fill", alpha="1", clip_to_extent="1")
+        fill = SubElement(symbol, "layer", {"class": "SimpleFill", "enabled": "1", "pass": "0"})
         red, green, blue = cls.shown
         look = {
             "color": f"{red},{green},{blue},178",
@@ -158,16 +146,15 @@ def polygon_style(schema: LabelSchema) -> str:
             "outline_width": "0.1",
             "outline_width_unit": "MM",
         }
-        options = ElementTree.SubElement(fill, "Option", type="Map")
+        options = SubElement(fill, "Option", type="Map")
         for name, value in look.items():
-            ElementTree.SubElement(options, "Option", name=name, value=value, type="QString")
+            SubElement(options, "Option", name=name, value=value, type="QString")
         for name, value in look.items():  # QGIS before 3.22
-            ElementTree.SubElement(fill, "prop", k=name, v=value)
+            SubElement(fill, "prop", k=name, v=value)
     return _qml(root)
 
 
-def _qml(root: ElementTree.Element) -> str:
-    """The text of a style."""
+def _qml(root: Element) -> str:
     return "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n" + xml_text(root)
 
 

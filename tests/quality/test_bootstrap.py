@@ -6,8 +6,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cdkd_edge.quality.bootstrap import LEVEL, TileTable, confidence_interval, resample
-from cdkd_edge.quality.metrics import CLASS_METRICS, METRICS, ConfusionMatrix
+from cdkd_edge.quality.metrics import (
+    CLASS_METRICS,
+    LEVEL,
+    METRICS,
+    ConfusionMatrix,
+    TileTable,
+    confidence_interval,
+    resample,
+)
 
 Ints = npt.NDArray[np.int64]
 mean_iou = METRICS["mean_iou"].score
@@ -86,7 +93,7 @@ def test_the_seed_decides() -> None:
 def test_many_tiles_are_resampled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(0).uniform(size=(20, 3))
     whole = resample(rows, 50)
-    monkeypatch.setattr("cdkd_edge.quality.bootstrap._CHUNK", 70)
+    monkeypatch.setattr("cdkd_edge.quality.metrics._CHUNK", 70)
     assert resample(rows, 50) == pytest.approx(whole)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from cdkd_edge.cli.inspect import attention_text, runtime_text, tensorrt_rows
 from cdkd_edge.cli.options import JSON, SCENES, SCHEMA, WORKSPACE
@@ -28,16 +28,12 @@ if TYPE_CHECKING:
 class KindOptions:
     """Which engine is built."""
 
-    fp32: bool = typer.Option(False, "--fp32", help="Build the FP32 graph (default).")
-    fp16: bool = typer.Option(False, "--fp16", help="Build the FP16 graph.")
-    int8: bool = typer.Option(False, "--int8", help="Build the INT8 graph.")
-    confidence: bool = typer.Option(
-        False, "--confidence", help="The engine also gives the probability of each label, in per cent."
-    )
-    probabilities: bool = typer.Option(
-        False, "--probabilities", help="The engine also gives the probability of each class."
-    )
-    runtime: str = typer.Option(
+    fp32: bool = Option(False, help="Build the FP32 graph (default).")
+    fp16: bool = Option(False, help="Build the FP16 graph.")
+    int8: bool = Option(False, help="Build the INT8 graph.")
+    confidence: bool = Option(False, help="The engine also gives the probability of each label, in per cent.")
+    probabilities: bool = Option(False, help="The engine also gives the probability of each class.")
+    runtime: str = Option(
         "auto", help=f"{', '.join(RUNTIMES)}, or auto: the first of them that can run here.", metavar="RUNTIME"
     )
 
@@ -45,13 +41,13 @@ class KindOptions:
         """The precision that was named."""
         named = [name for name in ("fp32", "fp16", "int8") if getattr(self, name)]
         if len(named) > 1:
-            raise typer.BadParameter("one precision at a time", param_hint=" ".join(f"--{name}" for name in named))
+            raise BadParameter("one precision at a time", param_hint=" ".join(f"--{name}" for name in named))
         return named[0] if named else None
 
     def output(self) -> str | None:
         """What the engine is to give besides labels."""
         if self.confidence and self.probabilities:
-            raise typer.BadParameter("probabilities include confidence", param_hint="--confidence --probabilities")
+            raise BadParameter("probabilities include confidence", param_hint="--confidence --probabilities")
         return CONFIDENCE if self.confidence else PROBABILITIES if self.probabilities else None
 
 
@@ -61,29 +57,25 @@ class BuilderOptions:
 
     PANEL: ClassVar[str] = "TensorRT"
 
-    workspace_size: str | None = typer.Option(
+    workspace_size: str | None = Option(
         None,
         help="Most memory for the builder's scratch, e.g. 512M or 2G. Default: less than is free now.",
         metavar="SIZE",
     )
-    opt_level: int | None = typer.Option(
+    opt_level: int | None = Option(
         None, help="0 (fast build) to 5 (tries more kernels). Default: TensorRT's own, 3.", min=0, max=5
     )
-    timing_cache: bool = typer.Option(
+    timing_cache: bool = Option(
         True, help="Keep kernel timings in the user's cache folder, so that the next build is faster."
     )
-    sparse: bool = typer.Option(
-        False, "--sparse", help="Allow 2:4 sparse kernels where the weights are sparse already."
-    )
-    weakly_typed: bool = typer.Option(
-        False, "--weakly-typed", help="Set precisions by builder flags: a fallback for early TensorRT 10."
-    )
-    target: list[str] | None = typer.Option(
+    sparse: bool = Option(False, help="Allow 2:4 sparse kernels where the weights are sparse already.")
+    weakly_typed: bool = Option(False, help="Set precisions by builder flags: a fallback for early TensorRT 10.")
+    target: list[str] | None = Option(
         None,
         help="Compile for this compute capability (e.g. sm86) without its GPU; repeatable. TensorRT-RTX only.",
         metavar="SM",
     )
-    verbose: bool = typer.Option(False, "--verbose", help="Show everything that TensorRT logs.")
+    verbose: bool = Option(False, help="Show everything that TensorRT logs.")
 
     def checked(self) -> TensorRTOptions:
         """The same, parsed."""
@@ -106,28 +98,24 @@ class LowerPrecisionOptions:
 
     PANEL: ClassVar[str] = "Making the FP16 or INT8 graph"
 
-    calibration: Path | None = typer.Option(
-        None,
-        help="Calibration set (see calibrate). Default: for INT8 the workspace's only one, for FP16 sample tiles.",
-        file_okay=False,
+    calibration: Path | None = Option(
+        None, help="Calibration set. Default: INT8: the workspace's only one, FP16: sample tiles.", file_okay=False
     )
-    calibrator: str = typer.Option("percentile", help="How ranges of activations are found: percentile, max or mse.")
-    percentile: float = typer.Option(99.999, help="Per cent of the magnitudes that --calibrator percentile keeps.")
-    alpha: float = typer.Option(0.5, help="SmoothQuant's exponent; 0 leaves activations as they are.")
-    auto: bool = typer.Option(False, "--auto", help="Keep the noisiest layers in FP16 until the limits below are met.")
-    keep: list[str] | None = typer.Option(
+    calibrator: str = Option("percentile", help="How ranges of activations are found: percentile, max or mse.")
+    percentile: float = Option(99.999, help="Per cent of the magnitudes that --calibrator percentile keeps.")
+    alpha: float = Option(0.5, help="SmoothQuant's exponent; 0 leaves activations as they are.")
+    auto: bool = Option(False, help="Keep the noisiest layers in FP16 until the limits below are met.")
+    keep: list[str] | None = Option(
         None, help="Keep this layer in FP16, e.g. blocks.0.mlp.fc2; repeatable.", metavar="LAYER"
     )
-    min_agreement: float | None = typer.Option(
-        None,
-        help="Smallest share of the check tiles' pixels that keep their label, per cent. Default: 98 for INT8, all "
-        "except ties for FP16.",
+    min_agreement: float | None = Option(
+        None, help="Smallest share of pixels that keep their label, per cent. Default: INT8 98, FP16 all but ties."
     )
-    max_loss: float = typer.Option(0.5, help="Largest loss of mIoU on --data, percentage points.")
-    data: Path | None = typer.Option(None, help="Labelled images to measure mIoU on, laid out as for evaluate.")
+    max_loss: float = Option(0.5, help="Largest loss of mIoU on --data, percentage points.")
+    data: Path | None = Option(None, help="Labelled images to measure mIoU on, laid out as for evaluate.")
     schema: str | None = SCHEMA
     scenes: str | None = SCENES
-    again: bool = typer.Option(False, "--again", help="Make the graph again, even if there is one.")
+    again: bool = Option(False, help="Make the graph again, even if there is one.")
 
     def request(self) -> GraphRequest:
         """The same for :func:`cdkd_edge.precision.choose.prepare_graph`."""
@@ -137,7 +125,7 @@ class LowerPrecisionOptions:
         from cdkd_edge.precision.int8_gate import Int8Gate, labelled_data
 
         if (self.schema or self.scenes) and not self.data:
-            raise typer.BadParameter("they say how to read --data", param_hint="--schema, --scenes")
+            raise BadParameter("they say how to read --data", param_hint="--schema, --scenes")
         ranges = CalibrationOptions(self.calibrator, self.percentile, self.alpha or None)
         return GraphRequest(
             self.calibration,
@@ -149,11 +137,11 @@ class LowerPrecisionOptions:
 
 
 def build(
-    graph: Path | None = typer.Argument(
+    graph: Path | None = Argument(
         None, help="Exported graph (.onnx). Default: the only one of that precision in the workspace."
     ),
     *,
-    output: Path | None = typer.Option(
+    output: Path | None = Option(
         None, "--output", "-o", help="The engine. Default: engines/NAME.PRECISION.engine, or .cpu.onnx for the CPU."
     ),
     kind: KindOptions,
@@ -173,7 +161,7 @@ def build(
     runtime = choose_runtime(kind.runtime, targets=options.targets)
     if not runtime.has_options and options != TensorRTOptions():
         wrong = f"{runtime.title} has none of TensorRT's options"
-        raise typer.BadParameter(wrong, param_hint=f"--runtime {runtime.name}")
+        raise BadParameter(wrong, param_hint=f"--runtime {runtime.name}")
     space = Workspace(workspace)
     with steps() as step:
         prepared = prepare_graph(space, graph, precision, request, step, gives, runtime)
@@ -189,9 +177,9 @@ def build(
 def _require_engine_file(destination: Path, graph: Path, runtime: Runtime) -> None:
     suffix = "." + runtime.suffix.rpartition(".")[2]
     if destination.suffix != suffix:
-        raise typer.BadParameter(f"an engine for {runtime.title} is an {suffix} file", param_hint="--output")
+        raise BadParameter(f"an engine for {runtime.title} is an {suffix} file", param_hint="--output")
     if destination.exists() and graph.exists() and destination.samefile(graph):
-        raise typer.BadParameter("the engine would overwrite its graph", param_hint="--output")
+        raise BadParameter("the engine would overwrite its graph", param_hint="--output")
 
 
 def _show_log(severity: str, text: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Argument, Option
 
-from cdkd_edge.cli.options import ENGINE, JSON, WORKSPACE, command_line, named_engine
+from cdkd_edge.cli.options import ENGINE, JSON, WORKSPACE, chosen_engine
 from cdkd_edge.cli.report import LISTED, Listing, Report, Rows, plain
 from cdkd_edge.core.numbers import percent, significant, size
 from cdkd_edge.core.workspace import Workspace
@@ -19,19 +19,18 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    artefact: Path | None = typer.Argument(
+    artefact: Path | None = Argument(
         None, help="Engine (.engine, .cpu.onnx) or graph (.onnx). Default: the only engine in the workspace."
     ),
     engine: Path | None = ENGINE,
-    every: bool = typer.Option(False, "--all", help=f"List every layer, not only the {LISTED} that move most data."),
+    every: bool = Option(False, "--all", help=f"List every layer, not only the {LISTED} that move most data."),
     workspace: Path = WORKSPACE,
     as_json: bool = JSON,
 ) -> None:
     """Show what is inside a graph or an engine: layers, precisions, memory, fused attention. Runs nothing."""
     from cdkd_edge.engines.inspect import inspect_artefact
 
-    space = Workspace(workspace)
-    path = named_engine(artefact, engine) or space.only_engine("cdkd-edge inspect", typed=command_line())
+    path = chosen_engine(Workspace(workspace), "cdkd-edge inspect", artefact, engine)
     _describe(inspect_artefact(path), every=every).show(as_json)
 
 

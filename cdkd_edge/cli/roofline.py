@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from cdkd_edge.benchmark.roofline.devices import RATES, device_names
 from cdkd_edge.cli.options import JSON, WORKSPACE
@@ -22,19 +22,17 @@ _DOCUMENT_VERSION = 1
 
 
 def roofline(
-    graph: Path | None = typer.Argument(
-        None, help="Exported graph (.onnx). Default: the only FP32 graph in the workspace."
-    ),
-    device: str | None = typer.Option(
+    graph: Path | None = Argument(None, help="Exported graph (.onnx). Default: the only FP32 graph in the workspace."),
+    device: str | None = Option(
         None,
         help=f"{', '.join(device_names())}, or a .toml file. Default: this board, else orin-nx-16gb.",
         metavar="DEVICE",
     ),
-    mode: str | None = typer.Option(
+    mode: str | None = Option(
         None, help="Power mode, e.g. MAXN; its kernels are listed too. Default: all modes, no kernels.", metavar="MODE"
     ),
-    precision: str | None = typer.Option(None, help=f"{', '.join(RATES)}. Default: all that can be made of the graph."),
-    every: bool = typer.Option(False, "--all", help=f"List every kernel, not only the {LISTED} that take longest."),
+    precision: str | None = Option(None, help=f"{', '.join(RATES)}. Default: all that can be made of the graph."),
+    every: bool = Option(False, "--all", help=f"List every kernel, not only the {LISTED} that take longest."),
     workspace: Path = WORKSPACE,
     as_json: bool = JSON,
 ) -> None:
@@ -43,7 +41,7 @@ def roofline(
     from cdkd_edge.benchmark.roofline.model import roofline as model
 
     if precision is not None and precision not in RATES:
-        raise typer.BadParameter(f"one of {', '.join(RATES)}", param_hint="--precision")
+        raise BadParameter(f"one of {', '.join(RATES)}", param_hint="--precision")
     chosen = load_device(device) if device is not None else default_device()
     if mode is not None:
         chosen.mode(mode)

@@ -48,12 +48,8 @@ class ProtocolOptions:
     max_warm_up: float | None = Option(
         None, help="Longest warm-up, s; it ends when speed, power and temperature are steady. Default: 120.", min=0
     )
-    repeat: int | None = Option(
-        None, help="Times to go through idle, warm-up and load; several give intervals. Default: 1.", min=1
-    )
-    paper: bool = Option(
-        False, help="As in the paper: one tile of 1024 px at a time; 60 s idle, 120 s load, 3 repeats."
-    )
+    repeat: int | None = Option(None, help="Rounds of idle, warm-up, load; several give intervals. Default: 1.", min=1)
+    paper: bool = Option(False, help="As in the paper: tiles of 1024 px one by one; 60 s idle, 120 s load, 3 repeats.")
     mlperf: bool = Option(False, help="600 s of load, 60 s idle.")
     keep_invalid: bool = Option(False, help="Give the figures of an invalid run too, and exit with 0.")
 
@@ -81,9 +77,7 @@ class SceneGroup(StretchOptions):
 
 
 def bench(
-    artefact: Path | None = Argument(
-        None, metavar="ENGINE", help="Engine file. Default: the only one in the workspace."
-    ),
+    artefact: Path | None = Argument(None, metavar="ENGINE", help="Engine file. Default: the workspace's only one."),
     *,
     engine: Path | None = ENGINE,
     power: PowerOptions,

@@ -26,17 +26,13 @@ def calibrate(
     ),
     count: int = Option(64, help="Tiles for calibration.", min=1),
     check: int = Option(8, help="Further tiles, to judge the quantised graph on.", min=0),
-    tile: int | None = Option(
-        None, help="Side of a tile, px. Default: that of the workspace's graph, else 1024.", min=32
-    ),
+    tile: int | None = Option(None, help="Side of a tile, px. Default: the workspace's graph's, else 1024.", min=32),
     exclude: list[str] | None = Option(
         None,
         help="Evaluation set that must not be used: folder of images, calibration set, or list (.txt). Repeatable.",
         metavar="SET",
     ),
-    labels: Path | None = Option(
-        None, help="Folder of label maps (NAME_labels.tif, as segment writes them), to cover every class."
-    ),
+    labels: Path | None = Option(None, help="Folder of segment's label maps, to cover every class."),
     seed: int = Option(0, help="The same scenes, options and seed give the same set.", min=0),
     candidates: int = Option(10_000, help="Tiles to choose from, in all scenes together.", min=1),
     max_nodata: float = Option(0.1, help="Largest share of a tile that may have no data, 0 to 1.", min=0.0, max=1.0),

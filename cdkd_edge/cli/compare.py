@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 def compare(
     runs: list[Path] = Argument(..., metavar="RUN RUN...", help="Folders that `cdkd-edge bench` wrote."),
-    baseline: str = Option(
-        "first", help="The run that ratios are taken against: first, or its number from 1.", metavar="N"
-    ),
+    baseline: str = Option("first", help="The run to compare with: first, or its number from 1.", metavar="N"),
     force: bool = Option(False, help="Show runs that are not comparable; all output then says why not."),
     fail_if_slower: str | None = Option(
         None, help="Exit with 20 if a run is slower by more than this, e.g. 5%.", metavar="SHARE"
@@ -37,9 +35,7 @@ def compare(
         help="Folder of `evaluate -o` or `parity -o`, or the JSON file in it, for mIoU. Repeatable.",
         metavar="FILE",
     ),
-    output: Path | None = Option(
-        None, "--output", "-o", help="Folder for comparison.json, comparison.md and pareto.png. Default: none."
-    ),
+    output: Path | None = Option(None, "--output", "-o", help="Folder for comparison.json, .md and pareto.png."),
     as_json: bool = JSON,
 ) -> None:
     """Compare benchmark runs: speed, energy, mIoU, ratios with 95 % intervals.

@@ -23,9 +23,7 @@ def demo(
     bands: str | None = BANDS,
     stretch: bool = STRETCH,
     palette: Palette = PALETTE,
-    workspace: Path = Option(
-        Path("cdkd-edge-demo"), "--workspace", "-w", help="Folder for all files.", file_okay=False
-    ),
+    workspace: Path = Option(Path("cdkd-edge-demo"), "--workspace", "-w", help="Where all files go.", file_okay=False),
     as_json: bool = JSON,
 ) -> None:
     """Run the whole chain with a small bundled network: export, build, segment, bench.

@@ -25,9 +25,7 @@ _SCHEMAS = ", ".join(f"{name} ({len(schema)})" for name, schema in BUILTIN_SCHEM
 class GraphOptions:
     """The fields of :class:`~cdkd_edge.graph.export.ExportOptions` about the graph."""
 
-    schema: str | None = Option(
-        None, help=f"Names and colours of the classes: {_SCHEMAS}, or a .toml file. Default: the checkpoint's."
-    )
+    schema: str | None = Option(None, help=f"Classes: {_SCHEMAS}, or a .toml file. Default: the checkpoint's.")
     tile: int | None = Option(None, help="Side of a tile, px. Default: the checkpoint's.", min=1)
     batch: int = Option(1, help="Tiles per run; the graph takes exactly so many.", min=1)
     opset: int = Option(20, help="ONNX opset.", min=17, max=20)
@@ -40,17 +38,13 @@ class GraphOptions:
 class CompanionOptions:
     """What is written beside the graph."""
 
-    fp16: bool | None = Option(
-        None, "--fp16/--no-fp16", help="Also write NAME.fp16.onnx. Default: if it passes its check."
-    )
+    fp16: bool | None = Option(None, "--fp16/--no-fp16", help="Also NAME.fp16.onnx. Default: if it passes its check.")
     min_agreement: float | None = Option(
         None, help="Smallest share of pixels that keep their label in FP16, per cent. Default: all but ties."
     )
     qgis: bool = Option(False, help="Also write NAME.qgis.onnx for the QGIS plugin Deepness; needs --gsd.")
     stac: bool = Option(False, help="Also write NAME.stac.json: a STAC item with the MLM extension.")
-    gsd: float | None = Option(
-        None, help="Pixel size of the training imagery in metres, for --qgis and --stac.", metavar="METRES"
-    )
+    gsd: float | None = Option(None, help="Pixel size of training images, for --qgis and --stac.", metavar="METRES")
 
     def require_sense(self) -> None:
         """Refuse options that have no effect."""
@@ -63,9 +57,7 @@ class CompanionOptions:
 def export(
     checkpoint: Path = CHECKPOINT,
     *,
-    output: Path | None = Option(
-        None, "--output", "-o", help="The graph (.onnx). Default: export/NAME.onnx, after the checkpoint."
-    ),
+    output: Path | None = Option(None, "--output", "-o", help="The graph. Default: export/CHECKPOINT.onnx."),
     graph: GraphOptions,
     beside: CompanionOptions,
     workspace: Path = WORKSPACE,

@@ -69,13 +69,9 @@ class ViewOptions:
 
     PANEL: ClassVar[str] = "Views of a crop"
 
-    views: int = Option(
-        8, help="Fixed views of each crop, encoded once (8: all turns and mirrorings); 0: new random ones each epoch."
-    )
+    views: int = Option(8, help="Fixed views of a crop (8: all turns and mirrorings); 0: new random ones each epoch.")
     no_flips: bool = Option(False, help="Do not turn or mirror crops.")
-    scale: tuple[float, float] = Option(
-        (1.0, 1.0), help="Range of random magnification, e.g. 0.5 2.", metavar="LOW HIGH"
-    )
+    scale: tuple[float, float] = Option((1.0, 1.0), help="Range of random scaling, e.g. 0.5 2.", metavar="LOW HIGH")
     light: float = Option(0.0, help="Strength of random changes of gamma, gain and tint, 0 to 1.")
     texture: float = Option(0.0, help="Strength of random grain in patches (waves, glint), 0 to 1.")
 
@@ -86,9 +82,7 @@ class NetworkOptions:
 
     PANEL: ClassVar[str] = "Network"
 
-    tile: int | None = Option(
-        None, help="Side of crops and tiles, px. Default: a network's own, 1024 for an encoder.", min=1
-    )
+    tile: int | None = Option(None, help="Side of tiles, px. Default: a network's own, 1024 for an encoder.", min=1)
     patch: int | None = Option(
         None, help="Side of a patch, px. Default: the encoder's, or 16 if that does not divide the tile.", min=1
     )
@@ -104,9 +98,7 @@ class FeatureOptions:
 
     PANEL: ClassVar[str] = "Features of a frozen encoder"
 
-    features: Path | None = Option(
-        None, help="Folder for stored features. Default: beside the output.", file_okay=False
-    )
+    features: Path | None = Option(None, help="Folder for features. Default: beside the output.", file_okay=False)
     remember: bool | None = Option(
         None, "--remember/--no-remember", help="Store the features of fixed views on disk. Default: only on a CPU."
     )

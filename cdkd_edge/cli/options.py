@@ -30,19 +30,15 @@ if TYPE_CHECKING:
 WORKSPACE = Option(Path(), "--workspace", "-w", help="Folder with export/, engines/ and benchmarks/.", file_okay=False)
 JSON = Option(False, "--json", help="Print the result as JSON.")
 CHECKPOINT = Argument(..., help="Checkpoint written by torch.save, or a safetensors file.")
-ENGINE = Option(None, "--engine", "-e", help="Engine file. Default: the only one in the workspace.")
+ENGINE = Option(None, "--engine", "-e", help="Engine file. Default: the workspace's only one.")
 BANDS = Option(None, help="Bands to read as red, green and blue, counted from 1, e.g. 3,2,1.", metavar="R,G,B")
 STRETCH = Option(False, help="Stretch percentiles 2 to 98 of the scene to 0..255 (for 16-bit and float scenes).")
 PALETTE = Option(Palette.DISPLAY, help="Colours of maps: the schema's for display, or those of the dataset's masks.")
 OVERLAP = Option(None, help="Overlap of neighbouring tiles, px. Default: 128, or a quarter of a small tile.", min=0)
 DATA = Option(..., help="Labelled images: images/ and masks/, or a folder as of OpenMMLab, DeepGlobe or LoveDA.")
-SCHEMA = Option(
-    None, help=f"How masks encode classes: {', '.join(BUILTIN_SCHEMAS)}, or a .toml file. Default: what the data says."
-)
+SCHEMA = Option(None, help=f"Schema of masks: {', '.join(BUILTIN_SCHEMAS)}, or a .toml file. Default: the data's.")
 SCENES = Option(None, help="Use only these scenes of --data, e.g. tile5 or Val. Default: all.", metavar="A,B")
-WEIGHTS = Option(
-    None, help="Which weights of a checkpoint. Default: averaged ones, if it has them.", metavar="raw|ema|NAME"
-)
+WEIGHTS = Option(None, help="Which weights to take. Default: averaged ones, if any.", metavar="raw|ema|NAME")
 HEADS = Option(None, help="Attention heads. Default: one per 64 of the width.", min=1)
 NORM_EPS = Option(None, "--norm-eps", help="LayerNorm's epsilon. Default: that of the layout.")
 THREADS = Option(None, help="CPU threads for the engine. Default: one per core.", min=1)

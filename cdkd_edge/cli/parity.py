@@ -60,9 +60,7 @@ class LimitOptions:
 
 
 def parity(
-    reference: Path = Argument(
-        ..., metavar="CKPT", help="What gives the expected labels: a checkpoint, graph or engine."
-    ),
+    reference: Path = Argument(..., metavar="CKPT", help="Gives the expected labels: checkpoint, graph or engine."),
     artefact: Path | None = Argument(
         None,
         metavar="ENGINE",

@@ -38,9 +38,7 @@ class MapOptions:
     overlap: int | None = OVERLAP
     merge: str = Option(DEFAULT_MERGE, help=merge_help())
     confidence: bool = Option(False, help="Also write NAME_confidence.tif: the label's probability, per cent.")
-    gsd: float | None = Option(
-        None, help="Resample scenes to pixels of this size, metres. Default: their own.", metavar="METRES"
-    )
+    gsd: float | None = Option(None, help="Resample to this pixel size. Default: the scene's own.", metavar="METRES")
     aoi: str | None = Option(
         None,
         help="Label only polygons of a file, or a box MINX,MINY,MAXX,MAXY in lon/lat or the scene's coordinates.",
@@ -90,9 +88,7 @@ class ManyOptions:
     PANEL: ClassVar[str] = "Many scenes"
 
     keep_folders: bool = Option(False, help="Keep the folders of the scenes below the output folder.")
-    report: Path | None = Option(
-        None, help="Keep a report of all scenes in this JSON file. Default: none.", dir_okay=False
-    )
+    report: Path | None = Option(None, help="Keep a report of all scenes in this JSON file.", dir_okay=False)
     workers: int | None = Option(None, help="Label so many scenes at a time, each in a process. Default: one.", min=1)
     dask: str | None = Option(None, help="Spread scenes over the workers of this dask scheduler.", metavar="ADDRESS")
     worker_engines: str | None = Option(
@@ -108,9 +104,7 @@ class ManyOptions:
 
 
 def segment(
-    scenes: list[str] = Argument(
-        ..., help="Rasters that GDAL can read, folders of them, patterns ('scenes/**/*.tif'), @LIST.txt."
-    ),
+    scenes: list[str] = Argument(..., help="Rasters, folders of them, patterns ('scenes/**/*.tif'), @LIST.txt."),
     *,
     output: Path | None = Option(
         None,

@@ -1,6 +1,7 @@
 """The Python API, offered by :mod:`cdkd_edge` itself: what the commands do, as functions.
 
-Functions raise :class:`cdkd_edge.core.errors.CdkdEdgeError`, whose message and ``hint`` are those of the command line.
+Paths may be strings. ``workspace`` is the folder with ``export/``, ``engines/`` and ``benchmarks/``. Functions raise
+:class:`cdkd_edge.core.errors.CdkdEdgeError`, whose message and ``hint`` are those of the command line.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     from cdkd_edge.benchmark.record import BenchSummary
     from cdkd_edge.board.power.energy import RailEnergy
     from cdkd_edge.board.power.sources import SourceInfo
+    from cdkd_edge.core.labels import LabelSchema
     from cdkd_edge.graph.export import ExportResult
     from cdkd_edge.model.checkpoint import CheckpointReport
     from cdkd_edge.model.network import SegmentationNetwork
+    from cdkd_edge.quality.datasets import Dataset
     from cdkd_edge.quality.evaluate import Evaluation
     from cdkd_edge.quality.parity import Parity
-    from cdkd_edge.segmentation.options import SegmentResult
+    from cdkd_edge.segmentation.options import SegmentOptions, SegmentResult
 
 UInt8Array = npt.NDArray[np.uint8]
 StrPath = str | Path
@@ -83,14 +86,11 @@ def export(
     """Write the ONNX graph of a checkpoint, checked against PyTorch.
 
     Args:
-        checkpoint: as for :func:`load_checkpoint`.
+        checkpoint, tile, weights: as for :func:`load_checkpoint`.
         output: the graph (``.onnx``). Default: ``export/NAME.onnx`` in the workspace.
         schema: class names: a built-in schema or a ``.toml`` file. Default: the checkpoint's.
-        tile: side of the tiles, px. Default: the checkpoint's.
         batch: tiles per run.
         fp16: also write the FP16 graph: True, False, or None: if it passes its check.
-        weights: as for :func:`load_checkpoint`.
-        workspace: folder with ``export/``, ``engines/`` and ``benchmarks/``.
 
     Raises:
         CheckpointError, SchemaError, GraphError, NumericalCheckError: it cannot be exported.
@@ -127,7 +127,6 @@ def build(
         calibration: calibration set for INT8. Default: the workspace's only one.
         data: labelled images on which an INT8 graph is judged.
         schema: how the masks of ``data`` are read.
-        workspace: folder with ``export/``, ``engines/`` and ``benchmarks/``.
 
     Raises:
         WorkspaceError, GraphError, NumericalCheckError, EngineError: it cannot be built.
@@ -138,17 +137,12 @@ def build(
 
     space, chosen = Workspace(Path(workspace)), choose_runtime(runtime)
     request = GraphRequest(
-        calibration=None if calibration is None else Path(calibration),
-        data=None if data is None else labelled_data(Path(data), schema, None),
+        calibration=Path(calibration) if calibration else None,
+        data=labelled_data(Path(data), schema, None) if data else None,
     )
-    source = prepare_graph(
-        space,
-        None if graph is None else Path(graph),
-        precision,
-        request,
-        output=None if outputs == "labels" else outputs,
-        runtime=chosen,
-    ).path
+    extra = None if outputs == "labels" else outputs
+    given = Path(graph) if graph else None
+    source = prepare_graph(space, given, precision, request, output=extra, runtime=chosen).path
     destination = Path(output) if output else engine_path(space, source, chosen)
     build_engine(source, destination, chosen)
     return destination
@@ -181,8 +175,7 @@ def segment(
         For a file a :class:`cdkd_edge.segmentation.options.SegmentResult`; for an array labels uint8 ``[H, W]``.
 
     Raises:
-        SceneError: the scene cannot be read, or the label map not be written.
-        EngineError: the engine failed.
+        SceneError, EngineError: the scene cannot be read, the label map not be written, or the engine failed.
     """
     from cdkd_edge.segmentation.options import SegmentOptions
     from cdkd_edge.segmentation.pipeline import segment_scene
@@ -198,7 +191,7 @@ def segment(
         return segment_scene(labeller, scene, Path(output), chosen, resume=resume)
 
 
-def _labels_of(image: UInt8Array, labeller: Labeller, options: Any) -> UInt8Array:
+def _labels_of(image: UInt8Array, labeller: Labeller, options: SegmentOptions) -> UInt8Array:
     """Labels ``[H, W]`` of an image ``[3, H, W]``, by the path that makes label maps."""
     import rasterio
     from rasterio.io import MemoryFile
@@ -207,16 +200,14 @@ def _labels_of(image: UInt8Array, labeller: Labeller, options: Any) -> UInt8Arra
 
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise UsageError(f"an array must be uint8 [3, H, W], RGB; this one is {image.dtype} {list(image.shape)}")
-    _, height, width = image.shape
     rows: list[UInt8Array] = []
     with MemoryFile() as memory:
-        profile = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": height, "width": width}
+        profile = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": image.shape[1], "width": image.shape[2]}
         with memory.open(**profile, photometric="RGB") as written:
             written.write(image)
         with rasterio.Env(), contextlib.closing(options.open(memory.name)) as reader:
-            label_rows(
-                labeller, reader, options.grid_over(reader, labeller.tile), lambda part: rows.append(part.copy())
-            )
+            grid = options.grid_over(reader, labeller.tile)
+            label_rows(labeller, reader, grid, lambda part: rows.append(part.copy()))
     return np.concatenate(rows)
 
 
@@ -241,16 +232,11 @@ def evaluate(
         DatasetError, SchemaError, EngineError: it cannot be judged.
     """
     from cdkd_edge.quality.artefacts import open_artefact
-    from cdkd_edge.quality.datasets import find_dataset
-    from cdkd_edge.quality.evaluate import data_schema
     from cdkd_edge.quality.evaluate import evaluate as judge
 
-    dataset = find_dataset(Path(data))
-    dataset = dataset.of_scenes(scenes) if scenes else dataset
     opened = open_artefact(Path(artefact), tile=tile)
     with opened.labeller as labeller:
-        named = None if labeller.schema.numbered else labeller.schema
-        return judge(labeller, dataset, data_schema(dataset, schema, named), trained_on=opened.training)
+        return judge(labeller, *_labelled(data, scenes, schema, labeller), trained_on=opened.training)
 
 
 def parity(
@@ -279,22 +265,26 @@ def parity(
         DatasetError, SchemaError, EngineError: nothing could be decided.
     """
     from cdkd_edge.quality.artefacts import open_artefacts
+    from cdkd_edge.quality.parity import ParityGate, measure_parity
+
+    with open_artefacts(Path(reference), Path(candidate)) as (ours, theirs):
+        dataset, classes = _labelled(data, scenes, schema, theirs.labeller, ours.labeller)
+        gate = ParityGate.of(theirs.precision, tolerance, min_agreement)
+        trained_on = ours.training or theirs.training
+        return measure_parity(ours.labeller, theirs.labeller, dataset, classes, gate, trained_on=trained_on)
+
+
+def _labelled(
+    data: StrPath, scenes: tuple[str, ...], schema: str | None, *labellers: Labeller
+) -> tuple[Dataset, LabelSchema]:
+    """Labelled images, and how their masks are read: by the first labeller whose classes have names, at the latest."""
     from cdkd_edge.quality.datasets import find_dataset
     from cdkd_edge.quality.evaluate import data_schema
-    from cdkd_edge.quality.parity import ParityGate, measure_parity
 
     dataset = find_dataset(Path(data))
     dataset = dataset.of_scenes(scenes) if scenes else dataset
-    with open_artefacts(Path(reference), Path(candidate)) as (ours, theirs):
-        named = next((one.labeller.schema for one in (theirs, ours) if not one.labeller.schema.numbered), None)
-        return measure_parity(
-            ours.labeller,
-            theirs.labeller,
-            dataset,
-            data_schema(dataset, schema, named),
-            ParityGate.of(theirs.precision, tolerance, min_agreement),
-            trained_on=ours.training or theirs.training,
-        )
+    named = next((one.schema for one in labellers if not one.schema.numbered), None)
+    return dataset, data_schema(dataset, schema, named)
 
 
 def bench(
@@ -318,7 +308,6 @@ def bench(
         max_warm_up: seconds after which warm-up ends though the engine is not steady. Default: the protocol's, 120.
         power: True: the first source that answers; or the name of one.
         protocol: ``default``, ``paper`` or ``mlperf``.
-        workspace: folder with ``benchmarks/``.
 
     Returns:
         What ``summary.json`` holds. Look at ``verdict`` first: an invalid run has no figures.

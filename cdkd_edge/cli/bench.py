@@ -6,21 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from cdkd_edge.board.power.sources import SOURCES
-from cdkd_edge.cli.options import (
-    ENGINE,
-    JSON,
-    OVERLAP,
-    THREADS,
-    WORKSPACE,
-    StretchOptions,
-    command_line,
-    named_engine,
-)
+from cdkd_edge.cli.options import ENGINE, JSON, OVERLAP, THREADS, WORKSPACE, StretchOptions, chosen_engine, command_line
 from cdkd_edge.cli.progress import lines, saying_what_is_kept
 from cdkd_edge.cli.report import Console, Listing, Report, cell, plain, say
 from cdkd_edge.core.signals import check
@@ -38,18 +29,12 @@ class PowerOptions:
 
     PANEL: ClassVar[str] = "Power and clocks"
 
-    power_trace: bool = typer.Option(
-        False, "--power-trace", help="Measure idle and load power, where there is a source."
+    power_trace: bool = Option(False, help="Measure idle and load power, where there is a source.")
+    power_source: str | None = Option(None, help=f"Measure power, with this source only: {', '.join(SOURCES)}.")
+    set_mode: str | None = Option(
+        None, help="Power mode (nvpmodel) for the run, by name or number; then set back. Needs root.", metavar="MODE"
     )
-    power_source: str | None = typer.Option(None, help=f"Measure power, with this source only: {', '.join(SOURCES)}.")
-    set_mode: str | None = typer.Option(
-        None,
-        help="nvpmodel's power mode for the run, by name or number; set back afterwards. Needs root.",
-        metavar="MODE",
-    )
-    max_clocks: bool = typer.Option(
-        False, "--max-clocks", help="Run jetson_clocks for the run; set back afterwards. Needs root."
-    )
+    max_clocks: bool = Option(False, help="Run jetson_clocks for the run; set back afterwards. Needs root.")
 
 
 @dataclass(frozen=True)
@@ -58,37 +43,27 @@ class ProtocolOptions:
 
     PANEL: ClassVar[str] = "Protocol"
 
-    duration: float | None = typer.Option(None, help="Time under load, seconds. Default: 60.", min=0.1)
-    idle: float | None = typer.Option(None, help="Time of each idle phase (with power), seconds. Default: 10.", min=0.1)
-    max_warm_up: float | None = typer.Option(
-        None,
-        help="Longest warm-up, seconds; it ends when speed, power and temperature are steady. Default: 120.",
-        min=0,
+    duration: float | None = Option(None, help="Time under load, seconds. Default: 60.", min=0.1)
+    idle: float | None = Option(None, help="Time of each idle phase (with power), seconds. Default: 10.", min=0.1)
+    max_warm_up: float | None = Option(
+        None, help="Longest warm-up, s; it ends when speed, power and temperature are steady. Default: 120.", min=0
     )
-    repeat: int | None = typer.Option(
-        None, help="Times to go through idle, warm-up and load; several give intervals. Default: 1.", min=1
-    )
-    paper: bool = typer.Option(
-        False, "--paper", help="As in the paper: one tile of 1024 px at a time; 60 s idle, 120 s load, 3 repeats."
-    )
-    mlperf: bool = typer.Option(False, "--mlperf", help="600 s of load, 60 s idle.")
-    keep_invalid: bool = typer.Option(
-        False, "--keep-invalid", help="Give the figures of an invalid run too, and exit with 0."
-    )
+    repeat: int | None = Option(None, help="Rounds of idle, warm-up, load; several give intervals. Default: 1.", min=1)
+    paper: bool = Option(False, help="As in the paper: tiles of 1024 px one by one; 60 s idle, 120 s load, 3 repeats.")
+    mlperf: bool = Option(False, help="600 s of load, 60 s idle.")
+    keep_invalid: bool = Option(False, help="Give the figures of an invalid run too, and exit with 0.")
 
     def checked(self) -> Protocol:
         """The protocol of these options."""
         from cdkd_edge.benchmark.phases import protocol_of
 
         if self.paper and self.mlperf:
-            raise typer.BadParameter("one protocol at a time", param_hint="--paper --mlperf")
-        return protocol_of(
-            "paper" if self.paper else "mlperf" if self.mlperf else "default",
-            idle=self.idle,
-            load=self.duration,
-            warm_up_cap=self.max_warm_up,
-            repeats=self.repeat,
+            raise BadParameter("one protocol at a time", param_hint="--paper --mlperf")
+        preset: Literal["paper", "mlperf", "default"] = (
+            "paper" if self.paper else "mlperf" if self.mlperf else "default"
         )
+        longest, repeats = self.max_warm_up, self.repeat
+        return protocol_of(preset, idle=self.idle, load=self.duration, warm_up_cap=longest, repeats=repeats)
 
 
 @dataclass(frozen=True)
@@ -97,22 +72,18 @@ class SceneGroup(StretchOptions):
 
     PANEL: ClassVar[str] = "The scene of the end-to-end figure"
 
-    scene: Path | None = typer.Option(None, help="A scene of your own. Default: sample tiles, repeated.")
+    scene: Path | None = Option(None, help="A scene of your own. Default: sample tiles, repeated.")
     overlap: int | None = OVERLAP
 
 
 def bench(
-    artefact: Path | None = typer.Argument(
-        None, metavar="ENGINE", help="Engine file. Default: the only one in the workspace."
-    ),
+    artefact: Path | None = Argument(None, metavar="ENGINE", help="Engine file. Default: the workspace's only one."),
     *,
     engine: Path | None = ENGINE,
     power: PowerOptions,
     protocol: ProtocolOptions,
     scene: SceneGroup,
-    device: str | None = typer.Option(
-        None, help="Device of the modelled bound (see roofline). Default: this board or GPU."
-    ),
+    device: str | None = Option(None, help="Device of the modelled bound (see roofline). Default: this board or GPU."),
     threads: int | None = THREADS,
     workspace: Path = WORKSPACE,
     as_json: bool = JSON,
@@ -127,7 +98,7 @@ def bench(
     from cdkd_edge.core.errors import BenchError
 
     space = Workspace(workspace)
-    path = named_engine(artefact, engine) or space.only_engine("cdkd-edge bench", typed=command_line())
+    path = chosen_engine(space, "cdkd-edge bench", artefact, engine)
     options = BenchOptions(
         protocol=protocol.checked(),
         power=power.power_trace,
@@ -159,16 +130,13 @@ def _run(
     with changed_board(power.set_mode, power.max_clocks) as change:
         if change.restored:
             say(f"set back first: {change.restored}")
-        engine = load_engine(path, threads=threads)
-        try:
+        with load_engine(path, threads=threads) as engine:
             for left in remove_abandoned(space.benchmarks):
                 say(f"removed {left}, which a killed run had left")
             with saying_what_is_kept(), _live_line() as (note, show):
                 folder = space.new_run(engine.manifest.name)
                 summary = run_benchmark(engine, folder, options, note, show)
             space.hand_over(folder)
-        finally:
-            engine.close()
     return summary, folder
 
 
@@ -185,15 +153,14 @@ def describe_bench(summary: BenchSummary, folder: Path) -> Report:
 @contextlib.contextmanager
 def _live_line() -> Iterator[tuple[Callable[[str], None], Callable[[LiveStatus], None]]]:
     """A line on stderr that says what is being measured; drawn only when told, so that it takes no time meanwhile."""
+    from rich.live import Live
+
     console = Console(stderr=True)
     if not console.is_terminal:
         with lines(console) as note:
             yield note, lambda live: note(live_text(live))
         return
-
-    from rich.live import Live as LiveLine
-
-    with LiveLine(console=console, auto_refresh=False, transient=True) as line:
+    with Live(console=console, auto_refresh=False, transient=True) as line:
 
         def draw(text: str) -> None:
             check()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import typer
+from typer import Argument, BadParameter, Option
 
-from cdkd_edge.cli.inspect import attention_text, runtime_text, tensorrt_rows
+from cdkd_edge.cli.inspect import engine_rows
 from cdkd_edge.cli.options import JSON, SCENES, SCHEMA, WORKSPACE
 from cdkd_edge.cli.progress import steps
 from cdkd_edge.cli.report import Report, Rows, plain, say
@@ -24,34 +24,31 @@ if TYPE_CHECKING:
     from cdkd_edge.precision.int8 import Int8Result
 
 
+_SUFFIXES = " or ".join(f"{runtime.suffix} ({name})" for name, runtime in RUNTIMES.items())
+
+
 @dataclass(frozen=True)
 class KindOptions:
     """Which engine is built."""
 
-    fp32: bool = typer.Option(False, "--fp32", help="Build the FP32 graph (default).")
-    fp16: bool = typer.Option(False, "--fp16", help="Build the FP16 graph.")
-    int8: bool = typer.Option(False, "--int8", help="Build the INT8 graph.")
-    confidence: bool = typer.Option(
-        False, "--confidence", help="The engine also gives the probability of each label, in per cent."
-    )
-    probabilities: bool = typer.Option(
-        False, "--probabilities", help="The engine also gives the probability of each class."
-    )
-    runtime: str = typer.Option(
-        "auto", help=f"{', '.join(RUNTIMES)}, or auto: the first of them that can run here.", metavar="RUNTIME"
-    )
+    fp32: bool = Option(False, help="Build the FP32 graph (default).")
+    fp16: bool = Option(False, help="Build the FP16 graph.")
+    int8: bool = Option(False, help="Build the INT8 graph.")
+    confidence: bool = Option(False, help="The engine also gives the probability of each label, in per cent.")
+    probabilities: bool = Option(False, help="The engine also gives the probability of each class.")
+    runtime: str = Option("auto", help=f"{', '.join(RUNTIMES)}, or auto: the first of them that can run here.")
 
     def precision(self) -> str | None:
         """The precision that was named."""
         named = [name for name in ("fp32", "fp16", "int8") if getattr(self, name)]
         if len(named) > 1:
-            raise typer.BadParameter("one precision at a time", param_hint=" ".join(f"--{name}" for name in named))
+            raise BadParameter("one precision at a time", param_hint=" ".join(f"--{name}" for name in named))
         return named[0] if named else None
 
     def output(self) -> str | None:
         """What the engine is to give besides labels."""
         if self.confidence and self.probabilities:
-            raise typer.BadParameter("probabilities include confidence", param_hint="--confidence --probabilities")
+            raise BadParameter("probabilities include confidence", param_hint="--confidence --probabilities")
         return CONFIDENCE if self.confidence else PROBABILITIES if self.probabilities else None
 
 
@@ -61,29 +58,21 @@ class BuilderOptions:
 
     PANEL: ClassVar[str] = "TensorRT"
 
-    workspace_size: str | None = typer.Option(
+    workspace_size: str | None = Option(
         None,
         help="Most memory for the builder's scratch, e.g. 512M or 2G. Default: less than is free now.",
         metavar="SIZE",
     )
-    opt_level: int | None = typer.Option(
-        None, help="0 (fast build) to 5 (tries more kernels). Default: TensorRT's own, 3.", min=0, max=5
-    )
-    timing_cache: bool = typer.Option(
-        True, help="Keep kernel timings in the user's cache folder, so that the next build is faster."
-    )
-    sparse: bool = typer.Option(
-        False, "--sparse", help="Allow 2:4 sparse kernels where the weights are sparse already."
-    )
-    weakly_typed: bool = typer.Option(
-        False, "--weakly-typed", help="Set precisions by builder flags: a fallback for early TensorRT 10."
-    )
-    target: list[str] | None = typer.Option(
+    opt_level: int | None = Option(None, help="0 (fast) to 5 (more kernels). Default: TensorRT's, 3.", min=0, max=5)
+    timing_cache: bool = Option(True, help="Keep kernel timings in the user's cache folder for the next build.")
+    sparse: bool = Option(False, help="Allow 2:4 sparse kernels where the weights are sparse already.")
+    weakly_typed: bool = Option(False, help="Set precisions by builder flags: a fallback for early TensorRT 10.")
+    target: list[str] | None = Option(
         None,
         help="Compile for this compute capability (e.g. sm86) without its GPU; repeatable. TensorRT-RTX only.",
         metavar="SM",
     )
-    verbose: bool = typer.Option(False, "--verbose", help="Show everything that TensorRT logs.")
+    verbose: bool = Option(False, help="Show everything that TensorRT logs.")
 
     def checked(self) -> TensorRTOptions:
         """The same, parsed."""
@@ -106,28 +95,22 @@ class LowerPrecisionOptions:
 
     PANEL: ClassVar[str] = "Making the FP16 or INT8 graph"
 
-    calibration: Path | None = typer.Option(
-        None,
-        help="Calibration set (see calibrate). Default: for INT8 the workspace's only one, for FP16 sample tiles.",
-        file_okay=False,
+    calibration: Path | None = Option(
+        None, help="Calibration set. Default: INT8: the workspace's only one, FP16: sample tiles.", file_okay=False
     )
-    calibrator: str = typer.Option("percentile", help="How ranges of activations are found: percentile, max or mse.")
-    percentile: float = typer.Option(99.999, help="Per cent of the magnitudes that --calibrator percentile keeps.")
-    alpha: float = typer.Option(0.5, help="SmoothQuant's exponent; 0 leaves activations as they are.")
-    auto: bool = typer.Option(False, "--auto", help="Keep the noisiest layers in FP16 until the limits below are met.")
-    keep: list[str] | None = typer.Option(
-        None, help="Keep this layer in FP16, e.g. blocks.0.mlp.fc2; repeatable.", metavar="LAYER"
+    calibrator: str = Option("percentile", help="How ranges of activations are found: percentile, max or mse.")
+    percentile: float = Option(99.999, help="Per cent of the magnitudes that --calibrator percentile keeps.")
+    alpha: float = Option(0.5, help="SmoothQuant's exponent; 0 leaves activations as they are.")
+    auto: bool = Option(False, help="Keep the noisiest layers in FP16 until the limits below are met.")
+    keep: list[str] | None = Option(None, help="Layer to keep in FP16, e.g. fuse; repeatable.", metavar="LAYER")
+    min_agreement: float | None = Option(
+        None, help="Smallest share of pixels that keep their label, per cent. Default: INT8 98, FP16 all but ties."
     )
-    min_agreement: float | None = typer.Option(
-        None,
-        help="Smallest share of the check tiles' pixels that keep their label, per cent. Default: 98 for INT8, all "
-        "except ties for FP16.",
-    )
-    max_loss: float = typer.Option(0.5, help="Largest loss of mIoU on --data, percentage points.")
-    data: Path | None = typer.Option(None, help="Labelled images to measure mIoU on, laid out as for evaluate.")
+    max_loss: float = Option(0.5, help="Largest loss of mIoU on --data, percentage points.")
+    data: Path | None = Option(None, help="Labelled images to measure mIoU on, laid out as for evaluate.")
     schema: str | None = SCHEMA
     scenes: str | None = SCENES
-    again: bool = typer.Option(False, "--again", help="Make the graph again, even if there is one.")
+    again: bool = Option(False, help="Make the graph again, even if there is one.")
 
     def request(self) -> GraphRequest:
         """The same for :func:`cdkd_edge.precision.choose.prepare_graph`."""
@@ -137,7 +120,7 @@ class LowerPrecisionOptions:
         from cdkd_edge.precision.int8_gate import Int8Gate, labelled_data
 
         if (self.schema or self.scenes) and not self.data:
-            raise typer.BadParameter("they say how to read --data", param_hint="--schema, --scenes")
+            raise BadParameter("they say how to read --data", param_hint="--schema, --scenes")
         ranges = CalibrationOptions(self.calibrator, self.percentile, self.alpha or None)
         return GraphRequest(
             self.calibration,
@@ -149,12 +132,10 @@ class LowerPrecisionOptions:
 
 
 def build(
-    graph: Path | None = typer.Argument(
-        None, help="Exported graph (.onnx). Default: the only one of that precision in the workspace."
-    ),
+    graph: Path | None = Argument(None, help="Graph (.onnx). Default: the workspace's only one of that precision."),
     *,
-    output: Path | None = typer.Option(
-        None, "--output", "-o", help="The engine. Default: engines/NAME.PRECISION.engine, or .cpu.onnx for the CPU."
+    output: Path | None = Option(
+        None, "--output", "-o", help=f"The engine. Default: engines/NAME.PRECISION with {_SUFFIXES}."
     ),
     kind: KindOptions,
     builder: BuilderOptions,
@@ -173,25 +154,25 @@ def build(
     runtime = choose_runtime(kind.runtime, targets=options.targets)
     if not runtime.has_options and options != TensorRTOptions():
         wrong = f"{runtime.title} has none of TensorRT's options"
-        raise typer.BadParameter(wrong, param_hint=f"--runtime {runtime.name}")
+        raise BadParameter(wrong, param_hint=f"--runtime {runtime.name}")
     space = Workspace(workspace)
     with steps() as step:
         prepared = prepare_graph(space, graph, precision, request, step, gives, runtime)
         destination = output or engine_path(space, prepared.path, runtime)
         _require_engine_file(destination, prepared.path, runtime)
         step(f"building from {prepared.path.name}")
-        log = _show_log if builder.verbose else _ignore_log
+        log = _show_log if builder.verbose else lambda severity, text: None
         manifest = build_engine(prepared.path, destination, runtime, options, step, log)
         speed = compare_speed(destination, manifest, step)
-    _describe(destination, manifest, prepared, speed).show(as_json)
+    describe_engine(destination, manifest, prepared, speed).show(as_json)
 
 
 def _require_engine_file(destination: Path, graph: Path, runtime: Runtime) -> None:
     suffix = "." + runtime.suffix.rpartition(".")[2]
     if destination.suffix != suffix:
-        raise typer.BadParameter(f"an engine for {runtime.title} is an {suffix} file", param_hint="--output")
+        raise BadParameter(f"an engine for {runtime.title} is an {suffix} file", param_hint="--output")
     if destination.exists() and graph.exists() and destination.samefile(graph):
-        raise typer.BadParameter("the engine would overwrite its graph", param_hint="--output")
+        raise BadParameter("the engine would overwrite its graph", param_hint="--output")
 
 
 def _show_log(severity: str, text: str) -> None:
@@ -199,48 +180,35 @@ def _show_log(severity: str, text: str) -> None:
         say(f"{severity}: {line}")
 
 
-def _ignore_log(severity: str, text: str) -> None:
-    pass
+def describe_engine(
+    path: Path, manifest: EngineManifest, prepared: PreparedGraph, speed: SpeedComparison | None = None
+) -> Report:
+    """An engine that was just built, and the graph that was made for it."""
+    from cdkd_edge.engines.inspect import attention_warnings
 
-
-def _describe(path: Path, manifest: EngineManifest, prepared: PreparedGraph, speed: SpeedComparison | None) -> Report:
-    """The engine, and the graph that was made for it."""
-    report = describe_engine(path, manifest)
-    rows = [*report.rows]
-    if prepared.made:
-        rows.append(("graph", str(prepared.path)))
-    if prepared.int8:
-        rows += _int8_rows(prepared.int8)
+    rows: Rows = [
+        *engine_rows(manifest, manifest.precision),
+        ("output", ", ".join(manifest.outputs)),
+        ("size", size(manifest.artefact.bytes)),
+        ("time", duration(manifest.build_seconds)),
+        *(("warning", text) for text in attention_warnings(manifest)),
+        *([("graph", str(prepared.path))] if prepared.made else []),
+        *(_int8_rows(prepared.int8) if prepared.int8 else []),
+    ]
     if speed:
         times = significant(speed.ratio)
         rows.append(("speed", f"{times} x the tiles/s of {speed.path.name}, in turn on this machine"))
         if speed.ratio <= 1:
             rows.append(("warning", f"INT8 is not faster than {speed.path.name} here; prefer that engine"))
     data = {
-        **report.data,
+        "path": str(path),
+        "manifest": plain(manifest),
         "graph": str(prepared.path),
         "graph_made": prepared.made,
         "quantization": prepared.int8.manifest.quantization if prepared.int8 else None,
         "speed": {"against": str(speed.path), "ratio": speed.ratio} if speed else None,
     }
-    return Report(report.title, rows, data)
-
-
-def describe_engine(path: Path, manifest: EngineManifest) -> Report:
-    """An engine that was just built."""
-    from cdkd_edge.engines.inspect import attention_warnings
-
-    rows: Rows = [
-        ("runtime", runtime_text(manifest)),
-        ("precision", manifest.precision),
-        ("output", ", ".join(manifest.outputs)),
-        ("attention", attention_text(manifest)),
-        *tensorrt_rows(manifest),
-        ("size", size(manifest.artefact.bytes)),
-        ("time", duration(manifest.build_seconds)),
-        *(("warning", text) for text in attention_warnings(manifest)),
-    ]
-    return Report(f"engine {path}", rows, {"path": str(path), "manifest": plain(manifest)})
+    return Report(f"engine {path}", rows, data)
 
 
 def _int8_rows(result: Int8Result) -> Rows:
@@ -249,26 +217,24 @@ def _int8_rows(result: Int8Result) -> Rows:
     record = result.manifest.quantization
     judgement = result.attempts[-1].judgement
     kept, layers = record["kept_in_fp16"], len(record["layers"])
+    same = percent(judgement.agreement, 2)
     accuracy = "not measured; --data gives labelled images"
     if judgement.loss is not None:
         before, after = percent(judgement.fp32_mean_iou, 2), percent(judgement.mean_iou, 2)
         accuracy = f"{after}, FP32 {before}, loss {judgement.loss:.2f} points"
     worst = ", ".join(f"{layer['name']} {layer['snr_db']:.0f} dB" for layer in worst_layers(record, 3))
-    rows: Rows = [
+    return [
         ("INT8 layers", f"{layers - len(kept)} of {layers}"),
-        (
-            "labels",
-            f"{percent(judgement.agreement, 2)} of the pixels of {record['check_tiles']} check tiles keep theirs",
-        ),
+        ("labels", f"{same} of the pixels of {record['check_tiles']} check tiles keep theirs"),
         ("mIoU", accuracy),
         ("graph size", f"{percent(record['size_over_fp32'])} of the FP32 graph"),
         ("CPU twin", f"{significant(judgement.speed_up)} x FP32's tiles/s on this CPU, check tiles in turn"),
         ("noisiest", worst),
+        *(
+            ("missed", f"with {len(one.kept)} layers in FP16: {'; '.join(one.failures)}")
+            for one in result.attempts[:-1]
+        ),
+        *([("in FP16", ", ".join(kept))] if kept else []),
+        *([("warning", "INT8 is not faster than FP32 on this CPU")] if judgement.speed_up <= 1 else []),
+        ("report", str(result.report)),
     ]
-    for attempt in result.attempts[:-1]:
-        rows.append(("missed", f"with {len(attempt.kept)} layers in FP16: {'; '.join(attempt.failures)}"))
-    if kept:
-        rows.append(("in FP16", ", ".join(kept)))
-    if judgement.speed_up <= 1:
-        rows.append(("warning", "INT8 is not faster than FP32 on this CPU"))
-    return [*rows, ("report", str(result.report))]

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from typer import Argument, Option
 
 from cdkd_edge.cli.options import JSON, WORKSPACE, ReadingOptions
 from cdkd_edge.cli.progress import tile_bar
@@ -19,32 +19,26 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    scenes: list[str] = typer.Argument(..., help="Rasters, folders of rasters, or patterns in quotes."),
+    scenes: list[str] = Argument(..., help="Rasters, folders of rasters, or patterns in quotes."),
     *,
-    output: Path | None = typer.Option(
+    output: Path | None = Option(
         None, "--output", "-o", help="Folder of the set. Default: engines/calibration/NAME, after the scene or folder."
     ),
-    count: int = typer.Option(64, help="Tiles for calibration.", min=1),
-    check: int = typer.Option(8, help="Further tiles, to judge the quantised graph on.", min=0),
-    tile: int | None = typer.Option(
-        None, help="Side of a tile, px. Default: that of the workspace's graph, else 1024.", min=32
-    ),
-    exclude: list[str] | None = typer.Option(
+    count: int = Option(64, help="Tiles for calibration.", min=1),
+    check: int = Option(8, help="Further tiles, to judge the quantised graph on.", min=0),
+    tile: int | None = Option(None, help="Side of a tile, px. Default: the workspace's graph's, else 1024.", min=32),
+    exclude: list[str] | None = Option(
         None,
         help="Evaluation set that must not be used: folder of images, calibration set, or list (.txt). Repeatable.",
         metavar="SET",
     ),
-    labels: Path | None = typer.Option(
-        None, help="Folder of label maps (NAME_labels.tif, as segment writes them), to cover every class."
-    ),
-    seed: int = typer.Option(0, help="The same scenes, options and seed give the same set.", min=0),
-    candidates: int = typer.Option(10_000, help="Tiles to choose from, in all scenes together.", min=1),
-    max_nodata: float = typer.Option(
-        0.1, help="Largest share of a tile that may have no data, 0 to 1.", min=0.0, max=1.0
-    ),
+    labels: Path | None = Option(None, help="Folder of segment's label maps, to cover every class."),
+    seed: int = Option(0, help="The same scenes, options and seed give the same set.", min=0),
+    candidates: int = Option(10_000, help="Tiles to choose from, in all scenes together.", min=1),
+    max_nodata: float = Option(0.1, help="Largest share of a tile that may have no data, 0 to 1.", min=0.0, max=1.0),
     reading: ReadingOptions,
-    skip_broken: bool = typer.Option(False, "--skip-broken", help="Skip scenes that cannot be read."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing calibration set."),
+    skip_broken: bool = Option(False, help="Skip scenes that cannot be read."),
+    overwrite: bool = Option(False, help="Replace an existing calibration set."),
     workspace: Path = WORKSPACE,
     as_json: bool = JSON,
 ) -> None:

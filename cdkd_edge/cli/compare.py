@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from cdkd_edge.cli.options import JSON
 from cdkd_edge.cli.report import Listing, Report, Rows, new_folder, plain, say, write_json
@@ -20,30 +20,22 @@ if TYPE_CHECKING:
 
 
 def compare(
-    runs: list[Path] = typer.Argument(..., metavar="RUN RUN...", help="Folders that `cdkd-edge bench` wrote."),
-    baseline: str = typer.Option(
-        "first", help="The run that ratios are taken against: first, or its number from 1.", metavar="N"
-    ),
-    force: bool = typer.Option(
-        False, "--force", help="Show runs that are not comparable; all output then says why not."
-    ),
-    fail_if_slower: str | None = typer.Option(
+    runs: list[Path] = Argument(..., metavar="RUN RUN...", help="Folders that `cdkd-edge bench` wrote."),
+    baseline: str = Option("first", help="The run to compare with: first, or its number from 1.", metavar="N"),
+    force: bool = Option(False, help="Show runs that are not comparable; all output then says why not."),
+    fail_if_slower: str | None = Option(
         None, help="Exit with 20 if a run is slower by more than this, e.g. 5%.", metavar="SHARE"
     ),
-    fail_if_hungrier: str | None = typer.Option(
+    fail_if_hungrier: str | None = Option(
         None, help="Exit with 20 if a run needs this much more gross energy per tile, e.g. 5%.", metavar="SHARE"
     ),
-    strict: bool = typer.Option(
-        False, "--strict", help="Fail also where the intervals neither show nor exclude such a loss."
-    ),
-    evaluation: list[Path] | None = typer.Option(
+    strict: bool = Option(False, help="Fail also where the intervals neither show nor exclude such a loss."),
+    evaluation: list[Path] | None = Option(
         None,
         help="Folder of `evaluate -o` or `parity -o`, or the JSON file in it, for mIoU. Repeatable.",
         metavar="FILE",
     ),
-    output: Path | None = typer.Option(
-        None, "--output", "-o", help="Folder for comparison.json, comparison.md and pareto.png. Default: none."
-    ),
+    output: Path | None = Option(None, "--output", "-o", help="Folder for comparison.json, .md and pareto.png."),
     as_json: bool = JSON,
 ) -> None:
     """Compare benchmark runs: speed, energy, mIoU, ratios with 95 % intervals.
@@ -57,7 +49,7 @@ def compare(
         slower=_share(fail_if_slower, "--fail-if-slower"), hungrier=_share(fail_if_hungrier, "--fail-if-hungrier")
     )
     if strict and limits == Limits():
-        raise typer.BadParameter("a limit is needed: --fail-if-slower or --fail-if-hungrier", param_hint="--strict")
+        raise BadParameter("a limit is needed: --fail-if-slower or --fail-if-hungrier", param_hint="--strict")
     found = compare_runs(
         runs, baseline=_index(baseline, len(runs)), force=force, limits=limits, evaluations=evaluation or ()
     )
@@ -87,7 +79,7 @@ def _share(text: str | None, option: str) -> float | None:
     except ValueError:
         value = math.nan
     if not 0 <= value < 1:
-        raise typer.BadParameter("per cent or a share below 1, e.g. 5% or 0.05", param_hint=option)
+        raise BadParameter("per cent or a share below 1, e.g. 5% or 0.05", param_hint=option)
     return value
 
 
@@ -95,7 +87,7 @@ def _index(text: str, runs: int) -> int:
     """An index from ``first`` or a number that begins at 1."""
     number = 1 if text == "first" else int(text) if text.isdecimal() else 0
     if not 1 <= number <= runs:
-        raise typer.BadParameter(f"first, or a number from 1 to {runs}", param_hint="--baseline")
+        raise BadParameter(f"first, or a number from 1 to {runs}", param_hint="--baseline")
     return number - 1
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from typer import Option
 
 from cdkd_edge.cli.options import BANDS, JSON, PALETTE, STRETCH, StretchOptions
 from cdkd_edge.cli.progress import steps
 from cdkd_edge.cli.report import Report, Rows, plain
-from cdkd_edge.cli.segment import segment_data
 from cdkd_edge.core.labels import Palette
 from cdkd_edge.core.numbers import duration, percent
 from cdkd_edge.core.workspace import Workspace
@@ -21,13 +19,11 @@ if TYPE_CHECKING:
 
 
 def demo(
-    scene: Path | None = typer.Option(None, help="Your own scene. Default: a bundled one of 3000 x 2000 px."),
+    scene: Path | None = Option(None, help="Your own scene. Default: a bundled one of 3000 x 2000 px."),
     bands: str | None = BANDS,
     stretch: bool = STRETCH,
     palette: Palette = PALETTE,
-    workspace: Path = typer.Option(
-        Path("cdkd-edge-demo"), "--workspace", "-w", help="Folder for all files.", file_okay=False
-    ),
+    workspace: Path = Option(Path("cdkd-edge-demo"), "--workspace", "-w", help="Where all files go.", file_okay=False),
     as_json: bool = JSON,
 ) -> None:
     """Run the whole chain with a small bundled network: export, build, segment, bench.
@@ -60,5 +56,6 @@ def _describe(result: DemoResult) -> Report:
         *bench_rows(result.bench),
         ("results", str(result.bench_folder)),
     ]
-    data = plain(dataclasses.replace(result, segment=dataclasses.replace(segment, row_class_pixels=None)))
-    return Report("cdkd-edge demo", rows, {**data, "segment": segment_data(segment)})
+    data = plain(result)
+    del data["segment"]["row_class_pixels"]  # counts of every row of pixels
+    return Report("cdkd-edge demo", rows, data)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Argument, Option
 
 from cdkd_edge.cli.options import (
     DATA,
@@ -16,8 +16,7 @@ from cdkd_edge.cli.options import (
     AccuracyOptions,
     ReadingOptions,
     TorchOptions,
-    command_line,
-    named_engine,
+    chosen_engine,
     stem_of,
 )
 from cdkd_edge.cli.progress import tile_bar
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    artefact: Path | None = typer.Argument(
+    artefact: Path | None = Argument(
         None,
         metavar="CKPT|GRAPH|ENGINE",
         help="Checkpoint, exported graph (.onnx) or engine. Default: the only engine in the workspace.",
@@ -41,7 +40,7 @@ def evaluate(
     *,
     data: Path = DATA,
     engine: Path | None = ENGINE,
-    tile: int | None = typer.Option(None, help="Side of a checkpoint's tiles, px. Default: its own.", min=1),
+    tile: int | None = Option(None, help="Side of a checkpoint's tiles, px. Default: its own.", min=1),
     accuracy: AccuracyOptions,
     reading: ReadingOptions,
     torch: TorchOptions,
@@ -57,30 +56,25 @@ def evaluate(
     from cdkd_edge.quality.evaluate import evaluate as measure
 
     space = Workspace(workspace)
-    path = named_engine(artefact, engine) or space.only_engine("cdkd-edge evaluate", typed=command_line())
+    path = chosen_engine(space, "cdkd-edge evaluate", artefact, engine)
     options = reading.segment_options(overlap=accuracy.overlap)
     dataset = accuracy.dataset(data)
     folder = accuracy.folder(space, f"{stem_of(path)}-accuracy")
-    subject = open_artefact(
-        path, schema=accuracy.schema, tile=tile, threads=accuracy.threads, **dataclasses.asdict(torch)
-    )
-    try:
-        classes = data_schema(dataset, accuracy.schema, subject.labeller.schema)
-        with new_folder(folder) as place, tile_bar(path.name) as progress:
-            result = measure(
-                subject.labeller,
-                dataset,
-                classes,
-                options=options,
-                maps=place / "maps" if place and accuracy.save_maps else None,
-                trained_on=subject.training,
-                progress=progress,
-            )
-            report = _describe(subject, dataset, result, folder)
-            if place:
-                write_json(place / "accuracy.json", report.data)
-    finally:
-        subject.labeller.close()
+    wanted: dict[str, Any] = {"schema": accuracy.schema, "tile": tile, "threads": accuracy.threads}
+    subject = open_artefact(path, **wanted, **dataclasses.asdict(torch))
+    with subject.labeller as labeller, new_folder(folder) as place, tile_bar(path.name) as progress:
+        result = measure(
+            labeller,
+            dataset,
+            data_schema(dataset, accuracy.schema, labeller.schema),
+            options=options,
+            maps=place / "maps" if place and accuracy.save_maps else None,
+            trained_on=subject.training,
+            progress=progress,
+        )
+        report = _describe(subject, dataset, result, folder)
+        if place:
+            write_json(place / "accuracy.json", report.data)
     report.show(as_json)
 
 
@@ -88,26 +82,25 @@ def _describe(subject: LoadedArtefact, dataset: Dataset, result: Evaluation, fol
     from cdkd_edge.quality.metrics import CLASS_METRICS, METRICS
 
     matrix, document = result.matrix, result.document()
+    scores = {
+        row["name"]: [f"{metric.label} {percent(row[name], 2)}" for name, metric in CLASS_METRICS.items()]
+        for row in document["classes"]
+    }
     rows: Rows = [
         (subject.kind, f"{subject.path}, {subject.precision}, {subject.runtime}"),
         ("data", data_text(dataset, result.schema)),
         *(("note", note) for note in (*subject.notes, *result.notes)),
-    ]
-    for row in document["classes"]:
-        scores = [f"{metric.label} {percent(row[name], 2)}" for name, metric in CLASS_METRICS.items()]
-        rows.append((row["name"], "   ".join([*scores, f"{row['truth_pixels']} px"])))
-    rows += [
+        *(
+            (row["name"], "   ".join([*scores[row["name"]], f"{row['truth_pixels']} px"]))
+            for row in document["classes"]
+        ),
         *((metric.label, percent(matrix.score(name), 2)) for name, metric in METRICS.items()),
         ("pixels", f"{matrix.pixels} labelled" + in_brackets(result.ignored_pixels, "without label, not counted")),
         ("time", f"{result.tiles} tiles in {duration(result.seconds)}"),
         *([("results", str(folder))] if folder else []),
     ]
-    data = {
-        "subject": subject_data(subject),
-        "data": data_of(dataset, result.schema),
-        **document,
-        "folder": str(folder) if folder else None,
-    }
+    about = {"subject": subject_data(subject), "data": data_of(dataset, result.schema)}
+    data = {**about, **document, "folder": str(folder) if folder else None}
     return Report(f"accuracy of {subject.path.name}", rows, data)
 
 
@@ -123,12 +116,13 @@ def data_of(dataset: Dataset, schema: LabelSchema) -> dict[str, str]:
 
 def subject_data(subject: LoadedArtefact) -> dict[str, Any]:
     """What was measured, for a program."""
+    labeller = subject.labeller
     return {
         "path": str(subject.path),
         "kind": subject.kind,
         "precision": subject.precision,
         "runtime": subject.runtime,
-        "sha256": subject.labeller.artefact.sha256,
-        "tile": subject.labeller.tile,
+        "sha256": labeller.artefact.sha256,
+        "tile": labeller.tile,
         "notes": list(subject.notes),
     }

@@ -6,18 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from typer import BadParameter, Option
 
-from cdkd_edge.cli.options import (
-    CHECKPOINT,
-    HEADS,
-    JSON,
-    NORM_EPS,
-    WEIGHTS,
-    WORKSPACE,
-    require_package,
-    stem_of,
-)
+from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, NORM_EPS, WEIGHTS, WORKSPACE, require_package, stem_of
 from cdkd_edge.cli.progress import steps
 from cdkd_edge.cli.report import Report, Rows, plain, plural
 from cdkd_edge.core.labels import BUILTIN_SCHEMAS, NAME_THEM, nameless
@@ -32,16 +23,14 @@ _SCHEMAS = ", ".join(f"{name} ({len(schema)})" for name, schema in BUILTIN_SCHEM
 
 @dataclasses.dataclass(frozen=True)
 class GraphOptions:
-    """What the graph is to be."""
+    """The fields of :class:`~cdkd_edge.graph.export.ExportOptions` about the graph."""
 
-    schema: str | None = typer.Option(
-        None, help=f"Names and colours of the classes: {_SCHEMAS}, or a .toml file. Default: the checkpoint's."
-    )
-    tile: int | None = typer.Option(None, help="Side of a tile, px. Default: the checkpoint's.", min=1)
-    batch: int = typer.Option(1, help="Tiles per run; the graph takes exactly so many.", min=1)
-    opset: int = typer.Option(20, help="ONNX opset.", min=17, max=20)
+    schema: str | None = Option(None, help=f"Classes: {_SCHEMAS}, or a .toml file. Default: the checkpoint's.")
+    tile: int | None = Option(None, help="Side of a tile, px. Default: the checkpoint's.", min=1)
+    batch: int = Option(1, help="Tiles per run; the graph takes exactly so many.", min=1)
+    opset: int = Option(20, help="ONNX opset.", min=17, max=20)
     heads: int | None = HEADS
-    norm_eps: float | None = NORM_EPS
+    layer_norm_eps: float | None = NORM_EPS
     weights: str | None = WEIGHTS
 
 
@@ -49,36 +38,26 @@ class GraphOptions:
 class CompanionOptions:
     """What is written beside the graph."""
 
-    fp16: bool | None = typer.Option(
-        None, "--fp16/--no-fp16", help="Also write NAME.fp16.onnx. Default: if it passes its check."
+    fp16: bool | None = Option(None, "--fp16/--no-fp16", help="Also NAME.fp16.onnx. Default: if it passes its check.")
+    min_agreement: float | None = Option(
+        None, help="Smallest share of pixels that keep their label in FP16, per cent. Default: all but ties."
     )
-    min_agreement: float | None = typer.Option(
-        None,
-        help="Smallest share of pixels that keep their label in FP16, per cent. Default: all except ties within "
-        "what rounding explains.",
-    )
-    qgis: bool = typer.Option(
-        False, "--qgis", help="Also write NAME.qgis.onnx for the QGIS plugin Deepness; needs --gsd."
-    )
-    stac: bool = typer.Option(False, "--stac", help="Also write NAME.stac.json: a STAC item with the MLM extension.")
-    gsd: float | None = typer.Option(
-        None, help="Pixel size of the training imagery in metres, for --qgis and --stac.", metavar="METRES"
-    )
+    qgis: bool = Option(False, help="Also write NAME.qgis.onnx for the QGIS plugin Deepness; needs --gsd.")
+    stac: bool = Option(False, help="Also write NAME.stac.json: a STAC item with the MLM extension.")
+    gsd: float | None = Option(None, help="Pixel size of training images, for --qgis and --stac.", metavar="METRES")
 
     def require_sense(self) -> None:
         """Refuse options that have no effect."""
         if self.gsd is not None and not (self.qgis or self.stac):
-            raise typer.BadParameter("it has no effect without --qgis or --stac", param_hint="--gsd")
+            raise BadParameter("it has no effect without --qgis or --stac", param_hint="--gsd")
         if self.min_agreement is not None and self.fp16 is False:
-            raise typer.BadParameter("it has no effect with --no-fp16", param_hint="--min-agreement")
+            raise BadParameter("it has no effect with --no-fp16", param_hint="--min-agreement")
 
 
 def export(
     checkpoint: Path = CHECKPOINT,
     *,
-    output: Path | None = typer.Option(
-        None, "--output", "-o", help="The graph (.onnx). Default: export/NAME.onnx, after the checkpoint."
-    ),
+    output: Path | None = Option(None, "--output", "-o", help="The graph. Default: export/CHECKPOINT.onnx."),
     graph: GraphOptions,
     beside: CompanionOptions,
     workspace: Path = WORKSPACE,
@@ -94,22 +73,10 @@ def export(
 
     destination = output or Workspace(workspace).graphs / f"{stem_of(checkpoint)}.onnx"
     if destination.suffix != ".onnx":
-        raise typer.BadParameter("a graph is an .onnx file", param_hint="--output")
+        raise BadParameter("a graph is an .onnx file", param_hint="--output")
     beside.require_sense()
-    options = ExportOptions(
-        tile=graph.tile,
-        batch=graph.batch,
-        opset=graph.opset,
-        schema=graph.schema,
-        heads=graph.heads,
-        layer_norm_eps=graph.norm_eps,
-        fp16=beside.fp16,
-        min_agreement=None if beside.min_agreement is None else Int8Gate(beside.min_agreement / 100).agreement,
-        qgis=beside.qgis,
-        stac=beside.stac,
-        gsd=beside.gsd,
-        weights=graph.weights,
-    )
+    least = None if beside.min_agreement is None else Int8Gate(beside.min_agreement / 100).agreement
+    options = ExportOptions(**dataclasses.asdict(graph), **{**dataclasses.asdict(beside), "min_agreement": least})
     with steps() as step:
         result = export_checkpoint(checkpoint, destination, options, step)
     _describe(result).show(as_json)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import typer
+from typer import Argument, Option
 
 from cdkd_edge.cli.options import (
     DATA,
@@ -36,36 +37,30 @@ class SplitOptions:
 
     PANEL: ClassVar[str] = "What is validated on"
 
-    val_scenes: str | None = typer.Option(None, help="Validate on these scenes and train on the others.", metavar="A,B")
-    train_scenes: str | None = typer.Option(None, help="Train on these scenes. Default: all others.", metavar="A,B")
-    val_list: Path | None = typer.Option(None, help="Validate on the images that this text file names, one per line.")
-    train_list: Path | None = typer.Option(
-        None, help="Train on the images that this text file names. Default: all others."
-    )
+    val_scenes: str | None = Option(None, help="Validate on these scenes and train on the others.", metavar="A,B")
+    train_scenes: str | None = Option(None, help="Train on these scenes. Default: all others.", metavar="A,B")
+    val_list: Path | None = Option(None, help="Validate on the images that this text file names, one per line.")
+    train_list: Path | None = Option(None, help="Train on the images that this text file names. Default: all others.")
+    validate_every: int = Option(1, help="Epochs between validations.", min=1)
 
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """How it is trained."""
+    """The fields of :class:`~cdkd_edge.training.recipe.Recipe` about training."""
 
     PANEL: ClassVar[str] = "Recipe (defaults: the paper's)"
 
-    epochs: int = typer.Option(30, help="Passes over the data.")
-    batch: int = typer.Option(4, help="Crops per step.")
-    lr: float = typer.Option(1e-4, help="AdamW's learning rate for the head.")
-    weight_decay: float = typer.Option(0.01, help="AdamW's weight decay.")
-    encoder_lr: float = typer.Option(0.0, help="Learning rate of the encoder; 0 freezes it.")
-    schedule: str = typer.Option("constant", help="Course of the learning rate: constant, cosine or poly.")
-    warm_up: int = typer.Option(0, help="Steps over which the learning rate rises to its value.")
-    clip_norm: float = typer.Option(0.0, help="Largest norm of the gradient; 0: no limit.")
-    mean_decay: float = typer.Option(
-        0.0, help="Decay of a running mean of the weights, which is saved, e.g. 0.99; 0: no mean."
-    )
-    class_weights: str = typer.Option(
-        "none", help="Weights of classes in the loss: none, sqrt, balanced, or numbers with commas."
-    )
-    validate_every: int = typer.Option(1, help="Epochs between validations.", min=1)
-    seed: int = typer.Option(0, help="The same seed on the same machine gives the same weights.")
+    epochs: int = Option(30, help="Passes over the data.")
+    batch: int = Option(4, help="Crops per step.")
+    learning_rate: float = Option(1e-4, "--lr", help="AdamW's learning rate for the head.")
+    weight_decay: float = Option(0.01, help="AdamW's weight decay.")
+    encoder_learning_rate: float = Option(0.0, "--encoder-lr", help="Learning rate of the encoder; 0 freezes it.")
+    schedule: str = Option("constant", help="Course of the learning rate: constant, cosine or poly.")
+    warm_up: int = Option(0, help="Steps over which the learning rate rises to its value.")
+    clip_norm: float = Option(0.0, help="Largest norm of the gradient; 0: no limit.")
+    mean_decay: float = Option(0.0, help="Save a running mean of the weights with this decay, e.g. 0.99; 0: no mean.")
+    class_weights: str = Option("none", help="Class weights in the loss: none, sqrt, balanced, or numbers with commas.")
+    seed: int = Option(0, help="The same seed on the same machine gives the same weights.")
 
 
 @dataclass(frozen=True)
@@ -74,38 +69,27 @@ class ViewOptions:
 
     PANEL: ClassVar[str] = "Views of a crop"
 
-    views: int = typer.Option(
-        8,
-        help="Fixed views of each crop, encoded once and stored: 8 for all turns and mirrorings, 1 for the crop as "
-        "it is. 0: new random views in every epoch.",
-    )
-    no_flips: bool = typer.Option(False, "--no-flips", help="Do not turn or mirror crops.")
-    scale: tuple[float, float] = typer.Option(
-        (1.0, 1.0), help="Range of random magnification, e.g. 0.5 2.", metavar="LOW HIGH"
-    )
-    light: float = typer.Option(0.0, help="Strength of random changes of gamma, gain and tint, 0 to 1.")
-    texture: float = typer.Option(0.0, help="Strength of random grain in patches (waves, glint), 0 to 1.")
+    views: int = Option(8, help="Fixed views of a crop (8: all turns and mirrorings); 0: new random ones each epoch.")
+    no_flips: bool = Option(False, help="Do not turn or mirror crops.")
+    scale: tuple[float, float] = Option((1.0, 1.0), help="Range of random scaling, e.g. 0.5 2.", metavar="LOW HIGH")
+    light: float = Option(0.0, help="Strength of random changes of gamma, gain and tint, 0 to 1.")
+    texture: float = Option(0.0, help="Strength of random grain in patches (waves, glint), 0 to 1.")
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """The network that is trained."""
+    """The fields of :class:`~cdkd_edge.training.recipe.NetworkSettings`, but for the weights."""
 
     PANEL: ClassVar[str] = "Network"
 
-    tile: int | None = typer.Option(
-        None, help="Side of crops and tiles, px. Default: a network's own, 1024 for an encoder.", min=1
-    )
-    patch: int | None = typer.Option(
+    tile: int | None = Option(None, help="Side of tiles, px. Default: a network's own, 1024 for an encoder.", min=1)
+    patch: int | None = Option(
         None, help="Side of a patch, px. Default: the encoder's, or 16 if that does not divide the tile.", min=1
     )
     heads: int | None = HEADS
-    norm_eps: float | None = NORM_EPS
-    head_channels: int | None = typer.Option(
-        None, help="Channels of a new head. Default: those of the head that it replaces, or 256.", min=1
-    )
-    new_head: bool = typer.Option(False, "--new-head", help="Replace the checkpoint's head.")
-    half: bool = typer.Option(False, "--half", help="Store weights as float16.")
+    layer_norm_eps: float | None = NORM_EPS
+    head_channels: int | None = Option(None, help="Channels of a new head. Default: those of the old, or 256.", min=1)
+    new_head: bool = Option(False, help="Replace the checkpoint's head.")
 
 
 @dataclass(frozen=True)
@@ -114,21 +98,17 @@ class FeatureOptions:
 
     PANEL: ClassVar[str] = "Features of a frozen encoder"
 
-    features: Path | None = typer.Option(
-        None, help="Folder for stored features. Default: beside the output.", file_okay=False
-    )
-    remember: bool | None = typer.Option(
+    features: Path | None = Option(None, help="Folder for features. Default: beside the output.", file_okay=False)
+    remember: bool | None = Option(
         None, "--remember/--no-remember", help="Store the features of fixed views on disk. Default: only on a CPU."
     )
 
 
 def finetune(
-    source: str = typer.Argument(
-        ..., metavar="ENCODER|CKPT", help="Encoder or whole network; or preset:paper, preset:tiny."
-    ),
+    source: str = Argument(..., metavar="ENCODER|CKPT", help="Encoder or whole network; or preset:paper, preset:tiny."),
     *,
     data: Path = DATA,
-    output: Path = typer.Option(..., "--output", "-o", help="The checkpoint (.pt, .pth, .safetensors)."),
+    output: Path = Option(..., "--output", "-o", help="The checkpoint (.pt, .pth, .safetensors)."),
     schema: str | None = SCHEMA,
     split: SplitOptions,
     recipe: RecipeOptions,
@@ -137,8 +117,9 @@ def finetune(
     torch: TorchOptions,
     features: FeatureOptions,
     reading: ReadingOptions,
-    resume: bool = typer.Option(False, "--resume", help="Continue a run that was interrupted."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing checkpoint."),
+    half: bool = Option(False, help="Store weights as float16."),
+    resume: bool = Option(False, help="Continue a run that was interrupted."),
+    overwrite: bool = Option(False, help="Replace an existing checkpoint."),
     as_json: bool = JSON,
 ) -> None:
     """Train a decoder on labelled images, by the paper's protocol. Writes a checkpoint and its model card."""
@@ -146,19 +127,15 @@ def finetune(
     from cdkd_edge.training.files import interruption_notice
     from cdkd_edge.training.finetune import FinetuneOptions
     from cdkd_edge.training.finetune import finetune as train
-    from cdkd_edge.training.recipe import NetworkSettings
+    from cdkd_edge.training.recipe import NetworkSettings, Recipe
+    from cdkd_edge.training.views import Augmentation
 
+    augmentation = Augmentation(not views.no_flips, views.scale, views.light, views.texture)
     options = FinetuneOptions(
-        recipe=_recipe(recipe, views, torch.precision),
-        network=NetworkSettings(
-            network.tile,
-            network.patch,
-            network.heads,
-            network.norm_eps,
-            network.head_channels,
-            network.new_head,
-            torch.weights,
+        recipe=Recipe(
+            **dataclasses.asdict(recipe), views=views.views, augmentation=augmentation, precision=torch.precision
         ),
+        network=NetworkSettings(**dataclasses.asdict(network), weights=torch.weights),
         schema=schema,
         training_scenes=split_names(split.train_scenes),
         validation_scenes=split_names(split.val_scenes),
@@ -168,8 +145,8 @@ def finetune(
         device=torch.device,
         features=features.features,
         remember=features.remember,
-        validate_every=recipe.validate_every,
-        half=network.half,
+        validate_every=split.validate_every,
+        half=half,
         resume=resume,
         overwrite=overwrite,
         command=command_line(),
@@ -177,28 +154,6 @@ def finetune(
     with saying_what_is_kept(lambda: interruption_notice(output)), live_training() as listener:
         result = train(source, data, output, options, listener)
     _describe(result).show(as_json)
-
-
-def _recipe(options: RecipeOptions, views: ViewOptions, precision: str) -> Any:
-    from cdkd_edge.training.recipe import Recipe
-    from cdkd_edge.training.views import Augmentation
-
-    return Recipe(
-        epochs=options.epochs,
-        batch=options.batch,
-        learning_rate=options.lr,
-        weight_decay=options.weight_decay,
-        encoder_learning_rate=options.encoder_lr,
-        schedule=options.schedule,
-        warm_up=options.warm_up,
-        clip_norm=options.clip_norm,
-        mean_decay=options.mean_decay,
-        class_weights=options.class_weights,
-        views=views.views,
-        augmentation=Augmentation(not views.no_flips, views.scale, views.light, views.texture),
-        precision=precision,
-        seed=options.seed,
-    )
 
 
 def _describe(result: FinetuneResult) -> Report:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Option
 
 from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, WEIGHTS, require_package
 from cdkd_edge.cli.report import Report, Rows, plural
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def info(
     checkpoint: Path = CHECKPOINT,
-    tile: int | None = typer.Option(None, help="Count for tiles of this side, px. Default: the checkpoint's.", min=1),
+    tile: int | None = Option(None, help="Count for tiles of this side, px. Default: the checkpoint's.", min=1),
     heads: int | None = HEADS,
     weights: str | None = WEIGHTS,
     as_json: bool = JSON,

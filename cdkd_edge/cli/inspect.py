@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Argument, Option
 
-from cdkd_edge.cli.options import ENGINE, JSON, WORKSPACE, command_line, named_engine
-from cdkd_edge.cli.report import LISTED, Listing, Report, Rows, plain
+from cdkd_edge.cli.options import ENGINE, JSON, WORKSPACE, chosen_engine
+from cdkd_edge.cli.report import LISTED, Listing, Report, Rows, fields_of, plain
 from cdkd_edge.core.numbers import percent, significant, size
 from cdkd_edge.core.workspace import Workspace
 
@@ -19,19 +19,16 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    artefact: Path | None = typer.Argument(
-        None, help="Engine (.engine, .cpu.onnx) or graph (.onnx). Default: the only engine in the workspace."
-    ),
+    artefact: Path | None = Argument(None, help="Engine or graph. Default: the workspace's only engine."),
     engine: Path | None = ENGINE,
-    every: bool = typer.Option(False, "--all", help=f"List every layer, not only the {LISTED} that move most data."),
+    every: bool = Option(False, "--all", help=f"List every layer, not only the {LISTED} that move most data."),
     workspace: Path = WORKSPACE,
     as_json: bool = JSON,
 ) -> None:
     """Show what is inside a graph or an engine: layers, precisions, memory, fused attention. Runs nothing."""
     from cdkd_edge.engines.inspect import inspect_artefact
 
-    space = Workspace(workspace)
-    path = named_engine(artefact, engine) or space.only_engine("cdkd-edge inspect", typed=command_line())
+    path = chosen_engine(Workspace(workspace), "cdkd-edge inspect", artefact, engine)
     _describe(inspect_artefact(path), every=every).show(as_json)
 
 
@@ -59,12 +56,8 @@ def _describe(found: Inspection, *, every: bool) -> Report:
         data["unfused_attention"] = list(contents.unfused_attention)
         data["layers"] = [
             {
-                "name": layer.name,
-                "type": layer.type,
-                "precision": layer.precision,
-                "traffic_bytes": layer.traffic_bytes,
+                **fields_of(layer, "name", "type", "precision", "traffic_bytes", "nodes"),
                 "fused_attention": layer.is_fused_attention,
-                "nodes": list(layer.nodes),
             }
             for layer in contents.layers
         ]
@@ -80,15 +73,11 @@ def _manifest_rows(found: Inspection) -> Rows:
     if manifest is None:
         return []
     if isinstance(manifest, EngineManifest):
-        rows: Rows = [
-            ("runtime", runtime_text(manifest)),
-            ("precision", f"{manifest.precision}, built from {manifest.graph.file}"),
-            ("attention", attention_text(manifest)),
-            *tensorrt_rows(manifest),
-        ]
+        rows = engine_rows(manifest, f"{manifest.precision}, built from {manifest.graph.file}")
     else:
-        text = f"{manifest.precision}, opset {manifest.opset}, exported from {manifest.checkpoint.file}"
-        rows = [("precision", text)]
+        rows = [
+            ("precision", f"{manifest.precision}, opset {manifest.opset}, exported from {manifest.checkpoint.file}")
+        ]
     return [
         *rows,
         ("tiles", f"{manifest.batch} x {manifest.tile} x {manifest.tile} px"),
@@ -97,41 +86,31 @@ def _manifest_rows(found: Inspection) -> Rows:
     ]
 
 
-def runtime_text(manifest: EngineManifest) -> str:
-    """What an engine runs on."""
-    compiled_only = manifest.tensorrt is not None and manifest.tensorrt.targets
-    return f"{manifest.runtime}{', ' if compiled_only else ' on '}{manifest.device}"
-
-
-def attention_text(manifest: EngineManifest) -> str:
-    """How many of an engine's attention blocks are fused."""
-    if manifest.tensorrt is not None and not manifest.tensorrt.layers:
-        return f"{manifest.attention_blocks} blocks; whether they are fused is not known"
-    return f"{manifest.attention_fused} of {manifest.attention_blocks} blocks fused"
-
-
-def tensorrt_rows(manifest: EngineManifest) -> Rows:
-    """How TensorRT built an engine; nothing for other runtimes."""
+def engine_rows(manifest: EngineManifest, precision: str) -> Rows:
+    """What an engine runs on, how many attention blocks are fused, and how TensorRT built it."""
     build = manifest.tensorrt
+    here = ", " if build is not None and build.targets else " on "  # compiled for another GPU than the one here
+    fused = f"{manifest.attention_fused} of {manifest.attention_blocks} blocks fused"
+    if build is not None and not build.layers:
+        fused = f"{manifest.attention_blocks} blocks; whether they are fused is not known"
+    rows: Rows = [
+        ("runtime", f"{manifest.runtime}{here}{manifest.device}"),
+        ("precision", precision),
+        ("attention", fused),
+    ]
     if build is None:
-        return []
+        return rows
     typing = "strongly typed" if build.strongly_typed else "weakly typed"
     limit = f", workspace at most {size(build.workspace_bytes)}" if build.workspace_bytes else ""
     level = f"optimisation level {build.optimization_level}"
-    rows: Rows = [("build", f"{manifest.runtime} {build.version}, {typing}, {level}{limit}")]
+    rows.append(("build", f"{manifest.runtime} {build.version}, {typing}, {level}{limit}"))
     if build.layers:
         kinds = ", ".join(f"{count} {kind}" for kind, count in build.layer_precisions.items())
         rows.append(("layers", f"{build.layers} ({kinds}), moving {size(build.traffic_bytes)} per run"))
-    memory = [
-        f"{name} {size(count)}"
-        for name, count in (
-            ("scratch", build.scratch_bytes),
-            ("weights", build.weights_bytes),
-            ("input and output", 4 * manifest.batch * manifest.tile**2),  # uint8: three channels in, labels out
-        )
-        if count is not None
-    ]
-    return [*rows, ("memory", ", ".join(memory)), *(("note", note) for note in build.notes)]
+    buffers = 4 * manifest.batch * manifest.tile**2  # uint8: three channels in, labels out
+    memory = {"scratch": build.scratch_bytes, "weights": build.weights_bytes, "input and output": buffers}
+    rows.append(("memory", ", ".join(f"{name} {size(count)}" for name, count in memory.items() if count is not None)))
+    return [*rows, *(("note", note) for note in build.notes)]
 
 
 def _onnx_rows(contents: OnnxContents) -> Rows:
@@ -154,17 +133,10 @@ def _layer_listing(layers: EngineLayers, every: bool) -> Listing:
     if not every:
         shown = sorted(shown, key=lambda layer: -layer.traffic_bytes)[:LISTED]
     total = max(1, layers.traffic_bytes)
-    rows = [
-        (
-            layer.name,
-            layer.type,
-            layer.precision,
-            significant(layer.traffic_bytes / 1e6),
-            percent(layer.traffic_bytes / total),
-            "fused" if layer.is_fused_attention else "",
-        )
-        for layer in shown
-    ]
+    rows = []
+    for layer in shown:
+        moved = significant(layer.traffic_bytes / 1e6), percent(layer.traffic_bytes / total)
+        rows.append((layer.name, layer.type, layer.precision, *moved, "fused" if layer.is_fused_attention else ""))
     if len(shown) < len(layers.layers):
-        rows.append((f"... {len(layers.layers) - len(shown)} more (--all)", "", "", "", "", ""))
+        rows.append((f"... {len(layers.layers) - len(shown)} more (--all)", *[""] * 5))
     return Listing(("layer", "type", "precision", "MB moved", "share", "attention"), tuple(rows))

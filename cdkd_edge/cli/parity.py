@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from cdkd_edge.cli.evaluate import data_of, data_text, subject_data
 from cdkd_edge.cli.options import (
@@ -18,8 +18,7 @@ from cdkd_edge.cli.options import (
     AccuracyOptions,
     ReadingOptions,
     TorchOptions,
-    command_line,
-    named_engine,
+    chosen_engine,
     stem_of,
 )
 from cdkd_edge.cli.progress import tile_bar
@@ -37,10 +36,10 @@ if TYPE_CHECKING:
 class LimitOptions:
     """What the verdict depends on."""
 
-    tolerance: float | None = typer.Option(
+    tolerance: float | None = Option(
         None, help="Largest loss of mIoU, percentage points. Default: 0.02; 0.5 for an INT8 candidate.", min=0, max=100
     )
-    min_agreement: float | None = typer.Option(
+    min_agreement: float | None = Option(
         None,
         help="Smallest share of pixels with the same label, per cent. Default: 99.9; 98 for an INT8 candidate.",
         min=0,
@@ -50,7 +49,7 @@ class LimitOptions:
     def require_sense(self) -> None:
         """Refuse a share of 1 where per cent are meant."""
         if self.min_agreement is not None and 0 < self.min_agreement <= 1:
-            raise typer.BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")
+            raise BadParameter("a share in per cent, e.g. 98", param_hint="--min-agreement")
 
     def gate(self, precision: str) -> ParityGate:
         """The limits for a candidate of this precision."""
@@ -61,10 +60,8 @@ class LimitOptions:
 
 
 def parity(
-    reference: Path = typer.Argument(
-        ..., metavar="CKPT", help="What gives the expected labels: a checkpoint, graph or engine."
-    ),
-    artefact: Path | None = typer.Argument(
+    reference: Path = Argument(..., metavar="CKPT", help="Gives the expected labels: checkpoint, graph or engine."),
+    artefact: Path | None = Argument(
         None,
         metavar="ENGINE",
         help="What is compared with it: an engine, graph or checkpoint. Default: the only engine in the workspace.",
@@ -91,14 +88,11 @@ def parity(
     limits.require_sense()
     options = reading.segment_options(overlap=accuracy.overlap)
     space = Workspace(workspace)
-    candidate = named_engine(artefact, engine) or space.only_engine(
-        f"cdkd-edge parity {reference}", typed=command_line()
-    )
+    candidate = chosen_engine(space, f"cdkd-edge parity {reference}", artefact, engine)
     dataset = accuracy.dataset(data)
     folder = accuracy.folder(space, f"{stem_of(candidate)}-parity")
-    pair = open_artefacts(
-        reference, candidate, schema=accuracy.schema, threads=accuracy.threads, **dataclasses.asdict(torch)
-    )
+    wanted: dict[str, Any] = {"schema": accuracy.schema, "threads": accuracy.threads}
+    pair = open_artefacts(reference, candidate, **wanted, **dataclasses.asdict(torch))
     with pair as (ours, theirs), new_folder(folder) as place, tile_bar(candidate.name) as progress:
         named = next((one.labeller.schema for one in (theirs, ours) if not one.labeller.schema.numbered), None)
         result = measure_parity(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import typer
+from typer import Option
 
 from cdkd_edge.board.power.sources import SOURCES
 from cdkd_edge.cli.options import JSON
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def power(
-    source: str | None = typer.Option(None, help=f"Only this one: {', '.join(SOURCES)}. Default: all."),
-    seconds: float = typer.Option(2.0, help="How long to read, seconds.", min=0.2, max=3600),
-    interval: float = typer.Option(0.1, help="Time between readings to ask for, seconds.", min=0.02, max=60),
+    source: str | None = Option(None, help=f"Only this one: {', '.join(SOURCES)}. Default: all."),
+    seconds: float = Option(2.0, help="How long to read, seconds.", min=0.2, max=3600),
+    interval: float = Option(0.1, help="Time between readings to ask for, seconds.", min=0.02, max=60),
     as_json: bool = JSON,
 ) -> None:
     """Show which sources of power answer here: what they cover, watts now, readings per second; or why none does.

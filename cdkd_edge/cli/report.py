@@ -158,6 +158,11 @@ def in_brackets(count: int, text: str) -> str:
     return f" ({count} {text})" if count else ""
 
 
+def fields_of(value: Any, *names: str) -> dict[str, Any]:
+    """Some of an object's attributes, by name."""
+    return {name: getattr(value, name) for name in names}
+
+
 def plain(value: Any) -> Any:
     """Dataclasses as JSON data; paths as text."""
     import msgspec

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from cdkd_edge.benchmark.roofline.devices import RATES, device_names
 from cdkd_edge.cli.options import JSON, WORKSPACE
-from cdkd_edge.cli.report import LISTED, Listing, Report, Rows
+from cdkd_edge.cli.report import LISTED, Listing, Report, Rows, fields_of, plain
 from cdkd_edge.core.numbers import percent, significant, size
 from cdkd_edge.core.workspace import Workspace
 
@@ -22,19 +22,15 @@ _DOCUMENT_VERSION = 1
 
 
 def roofline(
-    graph: Path | None = typer.Argument(
-        None, help="Exported graph (.onnx). Default: the only FP32 graph in the workspace."
-    ),
-    device: str | None = typer.Option(
+    graph: Path | None = Argument(None, help="Exported graph (.onnx). Default: the only FP32 graph in the workspace."),
+    device: str | None = Option(
         None,
         help=f"{', '.join(device_names())}, or a .toml file. Default: this board, else orin-nx-16gb.",
         metavar="DEVICE",
     ),
-    mode: str | None = typer.Option(
-        None, help="Power mode, e.g. MAXN; its kernels are listed too. Default: all modes, no kernels.", metavar="MODE"
-    ),
-    precision: str | None = typer.Option(None, help=f"{', '.join(RATES)}. Default: all that can be made of the graph."),
-    every: bool = typer.Option(False, "--all", help=f"List every kernel, not only the {LISTED} that take longest."),
+    mode: str | None = Option(None, help="Power mode, e.g. MAXN; lists its kernels too. Default: all modes."),
+    precision: str | None = Option(None, help=f"{', '.join(RATES)}. Default: all that can be made of the graph."),
+    every: bool = Option(False, "--all", help=f"List every kernel, not only the {LISTED} that take longest."),
     workspace: Path = WORKSPACE,
     as_json: bool = JSON,
 ) -> None:
@@ -43,7 +39,7 @@ def roofline(
     from cdkd_edge.benchmark.roofline.model import roofline as model
 
     if precision is not None and precision not in RATES:
-        raise typer.BadParameter(f"one of {', '.join(RATES)}", param_hint="--precision")
+        raise BadParameter(f"one of {', '.join(RATES)}", param_hint="--precision")
     chosen = load_device(device) if device is not None else default_device()
     if mode is not None:
         chosen.mode(mode)
@@ -55,6 +51,15 @@ def _describe(found: Roofline, *, every: bool) -> Report:
     """All modes, or one with its kernels."""
     from cdkd_edge.benchmark.roofline.model import REALISTIC, SPREAD
 
+    def graph_text(cost: GraphCost) -> str:
+        weights = size(sum(operator.constant_bytes for operator in cost.operators))
+        return f"{significant(cost.product_flop / 1e9)} GFLOP in products per batch of {cost.batch}, weights {weights}"
+
+    def estimate_row(estimate: Estimate) -> tuple[str, ...]:
+        figures = map(significant, (estimate.traffic_bytes / 1e9, estimate.bound_fps, estimate.fps))
+        span = f"{significant(estimate.low_fps)} .. {significant(estimate.high_fps)}"
+        return (estimate.mode.name, estimate.precision, estimate.attention, *figures, span)
+
     one_mode = len({estimate.mode.name for estimate in found.estimates}) == 1
     assumed = (
         f"assumed: GEMM {REALISTIC.gemm:g}, attention {REALISTIC.attention:g}, INT8 {REALISTIC.int8:g}, DRAM "
@@ -62,53 +67,29 @@ def _describe(found: Roofline, *, every: bool) -> Report:
     )
     rows: Rows = [
         ("device", found.device.title),
-        *((f"{cost.precision} graph", _graph_text(cost)) for cost in found.graphs),
+        *((f"{cost.precision} graph", graph_text(cost)) for cost in found.graphs),
         ("bound", "every kernel at peak rate, nothing kept in a cache between kernels"),
         ("realistic", assumed),
         *(("note", note) for note in found.notes),
     ]
     columns = ("mode", "precision", "attention", "GB moved", "bound FPS", "realistic FPS", "range")
-    listings = [Listing(columns, tuple(map(_estimate_row, found.estimates)))]
+    listings = [Listing(columns, tuple(map(estimate_row, found.estimates)))]
     if one_mode:
         listings.append(_kernel_listing(max(found.estimates, key=lambda estimate: estimate.fps), every))
     title = f"MODELLED, not measured: {found.path} on {found.device.title}, tiles per second (FPS)"
     return Report(title, rows, _data(found, kernels=one_mode), tuple(listings))
 
 
-def _graph_text(cost: GraphCost) -> str:
-    weights = sum(operator.constant_bytes for operator in cost.operators)
-    return (
-        f"{significant(cost.product_flop / 1e9)} GFLOP in products per batch of {cost.batch}, weights {size(weights)}"
-    )
-
-
-def _estimate_row(estimate: Estimate) -> tuple[str, ...]:
-    return (
-        estimate.mode.name,
-        estimate.precision,
-        estimate.attention,
-        significant(estimate.traffic_bytes / 1e9),
-        significant(estimate.bound_fps),
-        significant(estimate.fps),
-        f"{significant(estimate.low_fps)} .. {significant(estimate.high_fps)}",
-    )
-
-
 def _kernel_listing(estimate: Estimate, every: bool) -> Listing:
     total = sum(time.seconds for time in estimate.times)
     shown = list(estimate.times) if every else sorted(estimate.times, key=lambda time: -time.seconds)[:LISTED]
-    rows: list[tuple[str, ...]] = [
-        (
-            time.kernel.name + (f" + {len(time.kernel.operators) - 1}" if len(time.kernel.operators) > 1 else ""),
-            time.kernel.precision if time.kernel.product_flop else "",
-            significant((time.kernel.product_flop + time.kernel.vector_flop) / 1e9),
-            significant(time.kernel.traffic_bytes / 1e6),
-            significant(time.seconds * 1e3),
-            percent(time.seconds / total),
-            time.bound_by,
-        )
-        for time in shown
-    ]
+    rows: list[tuple[str, ...]] = []
+    for time in shown:
+        kernel, others = time.kernel, len(time.kernel.operators) - 1
+        name = kernel.name + (f" + {others}" if others else "")
+        sizes = ((kernel.product_flop + kernel.vector_flop) / 1e9, kernel.traffic_bytes / 1e6, time.seconds * 1e3)
+        precision = kernel.precision if kernel.product_flop else ""
+        rows.append((name, precision, *map(significant, sizes), percent(time.seconds / total), time.bound_by))
     if len(shown) < len(estimate.times):
         rows.append((f"... {len(estimate.times) - len(shown)} more (--all)", *[""] * 6))
     columns = ("operator + what runs with it", "products", "GFLOP", "MB moved", "ms modelled", "share", "bound by")
@@ -119,16 +100,16 @@ def _kernel_listing(estimate: Estimate, every: bool) -> Listing:
 def _data(found: Roofline, *, kernels: bool) -> dict[str, Any]:
     from cdkd_edge.benchmark.roofline.model import REALISTIC, SPREAD
 
+    device = {
+        **fields_of(found.device, "name", "title"),
+        "operations_per_multiprocessor_and_clock": dataclasses.asdict(found.device.rates),
+        "modes": plain(found.device.modes),
+    }
     return {
         "roofline_version": _DOCUMENT_VERSION,
         "kind": "modelled",
         "path": str(found.path),
-        "device": {
-            "name": found.device.name,
-            "title": found.device.title,
-            "operations_per_multiprocessor_and_clock": dataclasses.asdict(found.device.rates),
-            "modes": {name: dataclasses.asdict(mode) for name, mode in found.device.modes.items()},
-        },
+        "device": device,
         "assumptions": {**dataclasses.asdict(REALISTIC), "range": SPREAD},
         "graphs": [_graph_data(cost) for cost in found.graphs],
         "estimates": [_estimate_data(estimate, kernels=kernels) for estimate in found.estimates],
@@ -137,30 +118,22 @@ def _data(found: Roofline, *, kernels: bool) -> dict[str, Any]:
 
 
 def _graph_data(cost: GraphCost) -> dict[str, Any]:
-    return {
-        "precision": cost.precision,
-        "batch": cost.batch,
-        "product_flop": cost.product_flop,
-        "operators": [
-            {
-                "name": operator.name,
-                "operator": operator.op,
-                "precision": operator.precision,
-                "flop": operator.product_flop + operator.vector_flop,
-                "read_bytes": operator.read_bytes,
-                "written_bytes": operator.written_bytes,
-                "weight_bytes": operator.constant_bytes,
-            }
-            for operator in cost.operators
-        ],
-    }
+    operators = [
+        {
+            **fields_of(operator, "name", "precision", "read_bytes", "written_bytes"),
+            "operator": operator.op,
+            "flop": operator.product_flop + operator.vector_flop,
+            "weight_bytes": operator.constant_bytes,
+        }
+        for operator in cost.operators
+    ]
+    return {**fields_of(cost, "precision", "batch", "product_flop"), "operators": operators}
 
 
 def _estimate_data(estimate: Estimate, *, kernels: bool) -> dict[str, Any]:
     data: dict[str, Any] = {
         "mode": estimate.mode.name,
-        "precision": estimate.precision,
-        "attention": estimate.attention,
+        **fields_of(estimate, "precision", "attention"),
         "modelled_kernels": estimate.kernels,
         "modelled_traffic_bytes": estimate.traffic_bytes,
         "modelled_arithmetic_bound_fps": estimate.arithmetic_bound_fps if estimate.product_flop else None,
@@ -171,10 +144,8 @@ def _estimate_data(estimate: Estimate, *, kernels: bool) -> dict[str, Any]:
     if kernels:
         data["kernels"] = [
             {
-                "name": time.kernel.name,
-                "operators": list(time.kernel.operators),
+                **fields_of(time.kernel, "name", "operators", "traffic_bytes"),
                 "flop": time.kernel.product_flop + time.kernel.vector_flop,
-                "traffic_bytes": time.kernel.traffic_bytes,
                 "modelled_seconds": time.seconds,
                 "bound_by": time.bound_by,
             }

@@ -5,25 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import typer
+from typer import Argument, BadParameter, Option
 
-from cdkd_edge.cli.options import (
-    ENGINE,
-    JSON,
-    OVERLAP,
-    PALETTE,
-    THREADS,
-    WORKSPACE,
-    ReadingOptions,
-    command_line,
-)
+from cdkd_edge.cli.options import ENGINE, JSON, OVERLAP, PALETTE, THREADS, WORKSPACE, ReadingOptions, command_line
 from cdkd_edge.cli.progress import bar, lines, plain_tile_bar
-from cdkd_edge.cli.report import Console, Report, Rows, in_brackets, plain, print_json, say
+from cdkd_edge.cli.report import Console, Report, Rows, in_brackets, print_json, say
 from cdkd_edge.core.labels import NAME_THEM, Palette, nameless
 from cdkd_edge.core.manifest import CONFIDENCE, LABELS
 from cdkd_edge.core.numbers import duration, percent, significant
@@ -35,7 +26,6 @@ if TYPE_CHECKING:
     from cdkd_edge.raster.areas import Areas
     from cdkd_edge.segmentation.many.dispatch import RunObserver
     from cdkd_edge.segmentation.many.jobs import Job, JobReport
-    from cdkd_edge.segmentation.options import SegmentResult
     from cdkd_edge.segmentation.products.write import ProductOptions
 else:
     RunObserver = object  # importing it takes half a second, which --help does not have
@@ -46,21 +36,16 @@ class MapOptions:
     """How the label map is made."""
 
     overlap: int | None = OVERLAP
-    merge: str = typer.Option(DEFAULT_MERGE, help=merge_help())
-    confidence: bool = typer.Option(
-        False, "--confidence", help="Also write NAME_confidence.tif: the label's probability, per cent."
-    )
-    gsd: float | None = typer.Option(
-        None, help="Resample scenes to pixels of this size, metres. Default: their own.", metavar="METRES"
-    )
-    aoi: str | None = typer.Option(
+    merge: str = Option(DEFAULT_MERGE, help=merge_help())
+    confidence: bool = Option(False, help="Also write NAME_confidence.tif: the label's probability, per cent.")
+    gsd: float | None = Option(None, help="Resample to this pixel size. Default: the scene's own.", metavar="METRES")
+    aoi: str | None = Option(
         None,
-        help="Label only an area: a file of polygons (GeoJSON, GeoPackage, Shapefile), or a box "
-        "MINX,MINY,MAXX,MAXY in lon/lat (or the scene's coordinates).",
+        help="Label only polygons of a file, or a box MINX,MINY,MAXX,MAXY in lon/lat or the scene's coordinates.",
         metavar="FILE|BOX",
     )
     palette: Palette = PALETTE
-    readers: int = typer.Option(2, help="Threads that read the scene.", min=1, max=16)
+    readers: int = Option(2, help="Threads that read the scene.", min=1, max=16)
 
     def engine_kind(self) -> str:
         """What the engine must give."""
@@ -74,16 +59,12 @@ class ProductsGroup:
 
     PANEL: ClassVar[str] = "What is written besides"
 
-    preview: bool = typer.Option(
-        False, "--preview", help="Also write NAME_preview.png: the map over the scene, with a legend."
-    )
-    vector: bool = typer.Option(False, "--vector", help="Also write NAME.gpkg: polygons of each class.")
-    min_area: str | None = typer.Option(
-        None, help="Leave smaller polygons out, e.g. 100m2, 0.5ha or 20px.", metavar="AREA"
-    )
-    simplify: float = typer.Option(0.0, help="Simplify polygons by up to so many px.", min=0)
-    stac: bool = typer.Option(False, "--stac", help="Also write NAME.stac.json, a STAC Item.")
-    when: str | None = typer.Option(
+    preview: bool = Option(False, help="Also write NAME_preview.png: the map over the scene, with a legend.")
+    vector: bool = Option(False, help="Also write NAME.gpkg: polygons of each class.")
+    min_area: str | None = Option(None, help="Leave smaller polygons out, e.g. 100m2, 0.5ha or 20px.", metavar="AREA")
+    simplify: float = Option(0.0, help="Simplify polygons by up to so many px.", min=0)
+    stac: bool = Option(False, help="Also write NAME.stac.json, a STAC Item.")
+    when: str | None = Option(
         None, "--datetime", help="Time of the images for STAC, e.g. 2026-05-04T10:30:00Z, or START/END.", metavar="TIME"
     )
 
@@ -93,9 +74,9 @@ class ProductsGroup:
         from cdkd_edge.segmentation.products.write import ProductOptions
 
         if (self.min_area or self.simplify) and not self.vector:
-            raise typer.BadParameter("they have no effect without --vector", param_hint="--min-area, --simplify")
+            raise BadParameter("they have no effect without --vector", param_hint="--min-area, --simplify")
         if self.when and not self.stac:
-            raise typer.BadParameter("it has no effect without --stac", param_hint="--datetime")
+            raise BadParameter("it has no effect without --stac", param_hint="--datetime")
         polygons = vector_options(self.min_area, self.simplify) if self.vector else None
         return ProductOptions(vector=polygons, preview=self.preview, stac=self.stac, when=self.when)
 
@@ -106,36 +87,26 @@ class ManyOptions:
 
     PANEL: ClassVar[str] = "Many scenes"
 
-    keep_folders: bool = typer.Option(
-        False, "--keep-folders", help="Keep the folders of the scenes below the output folder."
-    )
-    report: Path | None = typer.Option(
-        None, help="Keep a report of all scenes in this JSON file. Default: none.", dir_okay=False
-    )
-    workers: int | None = typer.Option(
-        None, help="Label so many scenes at a time, each in a process. Default: one.", min=1
-    )
-    dask: str | None = typer.Option(
-        None, help="Spread scenes over the workers of this dask scheduler.", metavar="ADDRESS"
-    )
-    worker_engines: str | None = typer.Option(
+    keep_folders: bool = Option(False, help="Keep the folders of the scenes below the output folder.")
+    report: Path | None = Option(None, help="Keep a report of all scenes in this JSON file.", dir_okay=False)
+    workers: int | None = Option(None, help="Label so many scenes at a time, each in a process. Default: one.", min=1)
+    dask: str | None = Option(None, help="Spread scenes over the workers of this dask scheduler.", metavar="ADDRESS")
+    worker_engines: str | None = Option(
         None, help="With --dask: each worker takes the engine of the same graph from its own DIR.", metavar="DIR"
     )
 
     def require_sense(self) -> None:
         """Refuse options that exclude each other."""
         if self.dask and self.workers:
-            raise typer.BadParameter("choose --dask or --workers", param_hint="--workers")
+            raise BadParameter("choose --dask or --workers", param_hint="--workers")
         if self.worker_engines and not self.dask:
-            raise typer.BadParameter("it has no effect without --dask", param_hint="--worker-engines")
+            raise BadParameter("it has no effect without --dask", param_hint="--worker-engines")
 
 
 def segment(
-    scenes: list[str] = typer.Argument(
-        ..., help="Rasters that GDAL can read, folders of them, patterns ('scenes/**/*.tif'), @LIST.txt."
-    ),
+    scenes: list[str] = Argument(..., help="Rasters, folders of them, patterns ('scenes/**/*.tif'), @LIST.txt."),
     *,
-    output: Path | None = typer.Option(
+    output: Path | None = Option(
         None,
         *("--output", "--out", "-o"),
         help="Label map (.tif), or a folder. Default: SCENE_labels.tif in this folder.",
@@ -146,9 +117,7 @@ def segment(
     reading: ReadingOptions,
     products: ProductsGroup,
     many: ManyOptions,
-    overwrite: bool = typer.Option(
-        False, "--overwrite", help="Replace existing label maps, and drop what an interrupted run left."
-    ),
+    overwrite: bool = Option(False, help="Replace existing label maps, and drop what an interrupted run left."),
     workspace: Path = WORKSPACE,
     as_json: bool = JSON,
 ) -> None:
@@ -189,22 +158,20 @@ def segment(
 @contextlib.contextmanager
 def _observer(scenes: list[str], as_json: bool) -> Iterator[SceneLines]:
     """Results on stdout as they come; progress and what failed on stderr."""
+    console = Console(stderr=True)
     if len(scenes) == 1:
         with plain_tile_bar(Path(scenes[0]).name) as progress:
             yield SceneLines(as_json, progress=progress)
-        return
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    elif not console.is_terminal:
         with lines(console) as note:
             yield SceneLines(as_json, len(scenes), summary=lambda text, _: note(f"scenes {text}"))
-        return
+    else:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("scenes"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with bar(console, columns, total=len(scenes)) as update:
-        summary = lambda text, done: update(completed=done, description=text)  # noqa: E731
-        yield SceneLines(as_json, len(scenes), console=console, summary=summary)
+        columns = (TextColumn("scenes"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with bar(console, columns, total=len(scenes)) as update:
+            summary = lambda text, done: update(completed=done, description=text)  # noqa: E731
+            yield SceneLines(as_json, len(scenes), console=console, summary=summary)
 
 
 class SceneLines(RunObserver):
@@ -223,8 +190,7 @@ class SceneLines(RunObserver):
         self._as_json, self._scenes, self._console = as_json, scenes, console or Console(stderr=True)
         self._progress, self._summary = progress, summary
         self._started = time.monotonic()
-        self._tiles: dict[int, tuple[int, int]] = {}
-        """Tiles done and in all, of every scene that was begun."""
+        self._tiles: dict[int, tuple[int, int]] = {}  # tiles done and in all, of every scene that was begun
 
     def begun(self, index: int, job: Job) -> None:
         """A scene is being worked on."""
@@ -243,7 +209,7 @@ class SceneLines(RunObserver):
         """A scene has its label map, or failed."""
         self.reports.append(report)
         if report.error is None and not self._as_json:
-            _describe_job(report).print()
+            _describe(report).print()
         if report.error is not None and self._scenes > 1:  # of one scene the error itself says it
             hint = f" — {report.error.hint}" if report.error.hint else ""
             named = "" if str(report.scene) in report.error.message else f"{report.scene}: "
@@ -262,44 +228,31 @@ class SceneLines(RunObserver):
         self._summary(text, len(self.reports) + min(under_way, 1.0))
 
 
-def _describe_job(job: JobReport) -> Report:
+def _describe(job: JobReport) -> Report:
     """A scene that did not fail: a new label map, or one that was there."""
-    result, kept = job.result, job.kept
+    result, found = job.result, job.result or job.kept
+    assert found is not None, "a failed scene is an error, not a result"
+    total = max(1, found.height * found.width)
+    made: Rows = []
     if result is not None:
-        rows = [*_result_rows(job.scene, result, job.products), *(("note", note) for note in job.notes)]
-        return Report(f"label map {result.output}", rows, job.document())
-    assert kept is not None, "a failed scene is an error, not a result"
-    total = max(1, kept.height * kept.width)
+        empty = in_brackets(result.tiles_without_data, "without data, not computed")
+        resumed = in_brackets(result.tiles_resumed, "done by an earlier run")
+        speed = f"{significant(total / result.seconds / 1e6)} MP/s"
+        made = [
+            ("tiles", f"{result.tiles}{empty}{resumed}"),
+            ("time", f"{duration(result.seconds)}, engine {duration(result.engine_seconds)}, {speed}"),
+        ]
     rows = [
-        ("scene", f"{job.scene}, {kept.width} x {kept.height} px"),
-        *(("note", note) for note in job.notes),
-        *class_rows(kept.areas, total),
-        ("no data", percent(kept.no_data_pixels / total)),
-        *([("confidence", str(kept.confidence))] if kept.confidence else []),
+        ("scene", f"{job.scene}, {found.width} x {found.height} px"),
+        *(("note", note) for note in (*(result.notes if result else ()), *job.notes)),
+        *class_rows(found.areas, total),
+        ("no data", percent(found.no_data_pixels / total)),
+        *made,
+        *([("confidence", str(found.confidence))] if found.confidence else []),
         *job.products.items(),
     ]
-    was_there = "" if job.status == "done" else ", kept: it was there"
+    was_there = ", kept: it was there" if result is None and job.status != "done" else ""
     return Report(f"label map {job.output}{was_there}", rows, job.document())
-
-
-def _result_rows(scene: str, result: SegmentResult, products: Mapping[str, str]) -> Rows:
-    total = max(1, result.height * result.width)
-    tiles = (
-        f"{result.tiles}"
-        + in_brackets(result.tiles_without_data, "without data, not computed")
-        + in_brackets(result.tiles_resumed, "done by an earlier run")
-    )
-    speed = significant(total / result.seconds / 1e6)
-    return [
-        ("scene", f"{scene}, {result.width} x {result.height} px"),
-        *(("note", note) for note in result.notes),
-        *class_rows(result.areas, total),
-        ("no data", percent(result.no_data_pixels / total)),
-        ("tiles", tiles),
-        ("time", f"{duration(result.seconds)}, engine {duration(result.engine_seconds)}, {speed} MP/s"),
-        *([("confidence", str(result.confidence))] if result.confidence else []),
-        *products.items(),
-    ]
 
 
 def class_rows(areas: Areas | None, total: int) -> Rows:
@@ -315,10 +268,3 @@ def class_rows(areas: Areas | None, total: int) -> Rows:
     if nameless([area.name for area in areas.classes]):
         rows.append(("note", NAME_THEM))
     return rows if areas.reason is None else [*rows, ("no hectares", areas.reason)]
-
-
-def segment_data(result: SegmentResult) -> dict[str, Any]:
-    """A result as JSON data, without the counts of every row of pixels."""
-    data: dict[str, Any] = plain(dataclasses.replace(result, row_class_pixels=None))
-    del data["row_class_pixels"]
-    return data

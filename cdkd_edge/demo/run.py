@@ -121,12 +121,7 @@ def run_demo(
         result = segment_scene(engine, scene, output, options)
         preview = output.with_name(f"{output.stem}_preview.png")
         write_preview(
-            scene,
-            output,
-            built.schema.in_palette(options.palette),
-            class_areas(output, built.schema),
-            preview,
-            options,
+            scene, output, built.schema.in_palette(options.palette), class_areas(output, built.schema), preview, options
         )
         mean_iou = None
         if truth is not None:

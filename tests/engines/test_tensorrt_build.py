@@ -30,6 +30,7 @@ from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine, compile_laye
 from cdkd_edge.engines.tensorrt.compile import BuilderMemoryError, BuildRequest
 from cdkd_edge.engines.tensorrt.find import NoGpu, TensorRT, TensorRTMissingError
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+from cdkd_edge.precision.choose import PreparedGraph
 
 SM86 = TensorRTOptions(targets=("8.6",))
 REQUEST = BuildRequest("g.onnx", "e.engine", "fp16", TensorRTOptions())
@@ -255,7 +256,7 @@ def test_what_the_manifest_takes_from_the_process(small_graph: Path, tmp_path: P
     assert (build.workspace_bytes, build.scratch_bytes, build.timing_cache) == (5 << 30, 123, True)
     assert manifest.attention_blocks == 2
     assert "did not list the engine's layers" in build.notes[0]
-    report = describe_engine(tmp_path / "e.engine", manifest)
+    report = describe_engine(tmp_path / "e.engine", manifest, PreparedGraph(small_graph))
     assert ("attention", "2 blocks; whether they are fused is not known") in report.rows
     assert "warning" not in dict(report.rows)
 

@@ -11,7 +11,7 @@ from cdkd_edge.cli.options import BANDS, JSON, PALETTE, STRETCH, StretchOptions
 from cdkd_edge.cli.progress import steps
 from cdkd_edge.cli.report import Report, Rows, plain
 from cdkd_edge.core.labels import Palette
-from cdkd_edge.core.numbers import duration, percent
+from cdkd_edge.core.numbers import duration, percent, significant
 from cdkd_edge.core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ def demo(
 
 
 def _describe(result: DemoResult) -> Report:
-    from cdkd_edge.benchmark.describe import bench_rows
-
     segment, manifest = result.segment, result.export.manifest
     skipped = getattr(result.export, "skipped", None)
     total = max(1, segment.height * segment.width)
+    figures = result.bench.figures
+    speed = f"{significant(figures.tiles_per_second.mean)} tiles/s" if figures else "not measured"
     same = percent(manifest.check.label_agreement, 2)
     rows: Rows = [
         ("graph", f"{result.export.path}  ({manifest.nodes} nodes)"),
@@ -53,8 +53,8 @@ def _describe(result: DemoResult) -> Report:
         ("classes", ", ".join(f"{name} {percent(count / total)}" for name, count in segment.class_pixels.items())),
         *([("accuracy", f"mIoU {percent(result.mean_iou)} on the drawn scene")] if result.mean_iou is not None else []),
         ("picture", str(result.preview)),
-        *bench_rows(result.bench),
-        ("results", str(result.bench_folder)),
+        ("speed", f"{speed}; a quick look, `cdkd-edge bench` measures"),
+        ("report", str(result.bench_folder / "report.html")),
     ]
     data = plain(result)
     del data["segment"]["row_class_pixels"]  # counts of every row of pixels

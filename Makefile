@@ -15,11 +15,11 @@ demo: $(VENV)/.package
 
 # Lint, types and the whole suite.
 test: lint types
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 # Without the paper-size network.
 test-fast: $(VENV)/.tests
-	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # On an NVIDIA GPU; without one everything is skipped and says why, and nothing has passed. Optional: DATA=labelled-folder
 # SCHEMA=name CHECKPOINT=file GRAPHS=folder. GPU_PYTHON=python3 runs it in an environment of your own: on a Jetson, or
@@ -33,7 +33,7 @@ test-gpu: $(if $(filter $(VENV)/%,$(GPU_PYTHON)),$(VENV)/.gpu)
 # BOARD_VERSIONS=lowest (that pyproject.toml allows) or newest (of everything).
 test-board: $(BOARD_VENV)/.tests
 	$(BOARD_VENV)/bin/pip install --quiet --no-deps --force-reinstall .
-	$(BOARD_VENV)/bin/pytest -n 2
+	$(BOARD_VENV)/bin/pytest -n 2 --dist worksteal
 
 # The board's tests at both ends of what pyproject.toml allows.
 test-floors:

@@ -133,7 +133,7 @@ def _layer_listing(layers: EngineLayers, every: bool) -> Listing:
     if not every:
         shown = sorted(shown, key=lambda layer: -layer.traffic_bytes)[:LISTED]
     total = max(1, layers.traffic_bytes)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for layer in shown:
         moved = significant(layer.traffic_bytes / 1e6), percent(layer.traffic_bytes / total)
         rows.append((layer.name, layer.type, layer.precision, *moved, "fused" if layer.is_fused_attention else ""))

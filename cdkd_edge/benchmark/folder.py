@@ -45,6 +45,11 @@ class Series:
     times: tuple[float, ...]
     values: tuple[float, ...]
 
+    def within(self, phase: Phase) -> tuple[float, ...]:
+        """The values that were read in a phase."""
+        points = zip(self.times, self.values, strict=True)
+        return tuple(value for time, value in points if phase.start <= time < phase.stop)
+
 
 @dataclass(frozen=True)
 class Run:

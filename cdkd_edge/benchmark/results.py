@@ -60,7 +60,8 @@ def _energy(trace: Trace, rail: str, origin: float, phase: record.Phase) -> Rail
     energy = rail_energy(trace, rail, origin + phase.start, origin + phase.stop)
     if energy is None or energy.readings < LEAST_READINGS:
         count = energy.readings if energy else 0
-        raise NoFigureError(f"too few readings of {rail}: {count} in {phase.seconds:.1f} s of {phase.name}")
+        seconds, source = phase.seconds, trace.source.name
+        raise NoFigureError(f"{source}: too few readings of {rail}: {count} in {seconds:.1f} s of {phase.name}")
     return energy
 
 

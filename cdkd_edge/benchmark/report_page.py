@@ -45,34 +45,20 @@ def write_report_page(run: Run, path: Path) -> None:
     names = {phase.name for phase in summary.phases}
     histogram = histogram_svg(latencies, figures.latency_ms) if figures and len(latencies) else ""
     page = environment.get_template("report.html").render(
-        summary=summary,
-        verdict=summary.verdict,
-        engine=summary.engine,
-        protocol=summary.protocol,
-        power=figures.power if figures else None,
-        status=describe.status_words(summary),
-        device=describe.device_of(summary),
-        has_idle=IDLE in names,
-        has_load=LOAD in names,
-        paper=describe.PAPER,
-        paper_device=describe.PAPER_DEVICE,
+        summary=summary, verdict=summary.verdict, engine=summary.engine, protocol=summary.protocol,
+        power=figures.power if figures else None, status=describe.status_words(summary),
+        device=describe.device_of(summary), has_idle=IDLE in names, has_load=LOAD in names,
+        paper=describe.PAPER, paper_device=describe.PAPER_DEVICE, computed=describe.COMPUTED,
         main_figures=describe.main_figures(figures) if figures else [],
-        computed=describe.COMPUTED,
         total=describe.total_rail(figures) if figures else None,
-        differences=describe.differences(summary),
-        no_power=curves.why_no_power(run),
-        trace=Markup(trace_svg(run)),  # matplotlib escapes texts
-        histogram=Markup(histogram),
-        repeats=repeat_table(summary),
-        rail_header=["rail", *(one.heading for one in describe.RAIL_FIGURES)],
-        rail_rows=rail_rows(figures),
-        scene_rows=describe.scene_rows(summary),
-        condition_rows=condition_rows(summary),
-        setting_rows=setting_rows(summary),
-        engine_rows=engine_rows(summary.engine),
-        machine_rows=machine_rows(summary),
+        differences=describe.differences(summary), no_power=curves.why_no_power(run),
+        trace=Markup(trace_svg(run)), histogram=Markup(histogram),  # matplotlib escapes texts
+        repeats=repeat_table(summary), rail_header=["rail", *(one.heading for one in describe.RAIL_FIGURES)],
+        rail_rows=rail_rows(figures), scene_rows=describe.scene_rows(summary),
+        condition_rows=condition_rows(summary), setting_rows=setting_rows(summary),
+        engine_rows=engine_rows(summary.engine), machine_rows=machine_rows(summary),
         files=[(name, text) for name, text in FILES.items() if (path.parent / name).exists()],
-    )
+    )  # fmt: skip
     write_text(path, re.sub(r"\n\s*\n", "\n", page).strip() + "\n")
 
 

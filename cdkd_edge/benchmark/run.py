@@ -17,7 +17,7 @@ from rasterio.windows import Window
 
 from cdkd_edge.benchmark import folder as files
 from cdkd_edge.benchmark import results
-from cdkd_edge.benchmark.phases import DEFAULT, LiveStatus, run_phases
+from cdkd_edge.benchmark.phases import DEFAULT, LiveStatus, PhaseRunner
 from cdkd_edge.benchmark.record import INVALID, BenchSummary, EndToEnd, Figures, Protocol
 from cdkd_edge.benchmark.roofline.devices import load_device
 from cdkd_edge.benchmark.roofline.model import modelled_bound
@@ -151,7 +151,7 @@ def _measure(
         monitor = stack.enter_context(ConditionsMonitor(options.root))
         board = describe_board(options.root)
         forget_peak_memory()  # preparing may take more than the engine does
-        timeline = run_phases(engine, protocol, sampler, monitor, show_status, go_on=options.keep_invalid)
+        timeline = PhaseRunner(engine, protocol, sampler, monitor, show_status, options.keep_invalid).run()
         memory = peak_memory()
     trace, readings = sampler.trace() if sampler else None, monitor.readings()
     try:
@@ -174,34 +174,22 @@ def _measure(
             text = error.message if isinstance(error, SceneError) else str(error.__cause__ or error)
             warning = f"the end-to-end time of a scene is missing: {text} (written to {tempfile.gettempdir()})"
             verdict = replace(verdict, warnings=(*verdict.warnings, warning))
-    bound, no_bound = modelled_bound(
-        manifest,
-        options.graphs,
+    speed, mode = (
         figures.tiles_per_second.mean if figures else None,
-        device=options.device,
-        mode=board.power_mode.name if board.power_mode else None,
-        root=options.root,
+        board.power_mode.name if board.power_mode else None,
+    )
+    bound, no_bound = modelled_bound(
+        manifest, options.graphs, speed, device=options.device, mode=mode, root=options.root
     )
     summary = BenchSummary(
-        verdict=verdict,
-        figures=figures,
-        engine=manifest,
-        protocol=protocol,
-        phases=timeline.phases,
+        verdict=verdict, figures=figures, engine=manifest, protocol=protocol, phases=timeline.phases,
         repeats=repeats if quotable else (),
         rejected_repeats=() if quotable else tuple(map(results.rejected, repeats)),
-        end_to_end=scene,
-        roofline=bound,
-        roofline_reason=no_bound,
-        machine=describe_machine(),
+        end_to_end=scene, roofline=bound, roofline_reason=no_bound, machine=describe_machine(),
         board=msgspec.to_builtins(board) if board.jetson else None,
-        conditions=results.load_conditions(timeline, readings),
-        libraries=library_versions(LIBRARIES),
-        peak_memory_bytes=memory,
-        started=started,
-        origin=timeline.origin,
-        command=options.command,
-    )
+        conditions=results.load_conditions(timeline, readings), libraries=library_versions(LIBRARIES),
+        peak_memory_bytes=memory, started=started, origin=timeline.origin, command=options.command,
+    )  # fmt: skip
     (folder / RESERVED).unlink()
     files.write_tiles(folder, timeline.batches)
     if trace is not None:

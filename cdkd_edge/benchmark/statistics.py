@@ -49,15 +49,10 @@ def latency_of(seconds: Sequence[float]) -> Latency:
     needed = {share: math.ceil(math.log(1 - CONFIDENCE) / math.log(share / 100)) for share in (90, 99)}
     absent = [f"p{share} needs {least} batches" for share, least in needed.items() if len(seconds) < least]
     return Latency(
-        samples=len(seconds),
-        mean=float(found.mean()),
-        minimum=float(found.min()),
-        p50=p50,
-        p90=p90 if len(seconds) >= needed[90] else None,
-        p99=p99 if len(seconds) >= needed[99] else None,
-        maximum=float(found.max()),
-        absent=f"{' and '.join(absent)}, there are {len(seconds)}" if absent else "",
-    )
+        samples=len(seconds), mean=float(found.mean()), minimum=float(found.min()), p50=p50,
+        p90=p90 if len(seconds) >= needed[90] else None, p99=p99 if len(seconds) >= needed[99] else None,
+        maximum=float(found.max()), absent=f"{' and '.join(absent)}, there are {len(seconds)}" if absent else "",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -136,19 +136,12 @@ def estimate(
 
     arithmetic = sum(kernel.product_flop / device.peak(mode, kernel.precision) for kernel in kernels)
     return Estimate(
-        mode=mode,
-        precision=cost.precision,
-        attention=attention,
-        kernels=len(kernels),
-        product_flop=cost.product_flop,
-        traffic_bytes=sum(kernel.traffic_bytes for kernel in kernels),
-        arithmetic_bound_fps=cost.batch / arithmetic if arithmetic else float("inf"),
-        bound_fps=fps(PEAK),
-        fps=fps(realistic),
-        low_fps=fps(realistic.shifted(-SPREAD)),
-        high_fps=fps(realistic.shifted(SPREAD)),
+        mode=mode, precision=cost.precision, attention=attention, kernels=len(kernels),
+        product_flop=cost.product_flop, traffic_bytes=sum(kernel.traffic_bytes for kernel in kernels),
+        arithmetic_bound_fps=cost.batch / arithmetic if arithmetic else float("inf"), bound_fps=fps(PEAK),
+        fps=fps(realistic), low_fps=fps(realistic.shifted(-SPREAD)), high_fps=fps(realistic.shifted(SPREAD)),
         times=kernel_times(kernels, device, mode, realistic),
-    )
+    )  # fmt: skip
 
 
 def kernel_times(

@@ -112,7 +112,7 @@ def device_of(summary: BenchSummary) -> str:
 
 def differences(summary: BenchSummary) -> tuple[str, ...]:
     """How a run differs from the paper's measurement, a phrase each; empty if nothing recorded differs."""
-    engine, tile = summary.engine, summary.engine.tile
+    engine, tile, blocks = summary.engine, summary.engine.tile, summary.engine.attention_blocks
     device = str((summary.board or {}).get("model") or summary.machine.board or summary.machine.cpu)
     scope = summary.figures.power.scope if summary.figures and summary.figures.power else MODULE
     pixels = "attention grows with the square of the pixels, so figures per megapixel differ too"
@@ -122,10 +122,7 @@ def differences(summary: BenchSummary) -> tuple[str, ...]:
         (engine.runtime == "tensorrt", f"another runtime: {engine.runtime}, not TensorRT"),
         (engine.precision == "fp16", f"another precision: {engine.precision.upper()}, not FP16"),
         (tile == _TILE, f"another tile: {tile} x {tile} px, not {_TILE} x {_TILE} ({pixels})"),
-        (
-            engine.attention_blocks == _BLOCKS,
-            f"another network: {engine.attention_blocks} attention blocks, not {_BLOCKS}",
-        ),
+        (blocks == _BLOCKS, f"another network: {blocks} attention blocks, not {_BLOCKS}"),
         (engine.batch == 1, f"{engine.batch} tiles per batch, not 1"),
         (scope == MODULE, f"another scope of power: {scope}, not the module"),
     )

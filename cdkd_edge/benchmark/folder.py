@@ -64,11 +64,7 @@ class Run:
 
 
 def write_summary(folder: Path, summary: BenchSummary) -> None:
-    """Write ``summary.json``.
-
-    Raises:
-        ValueError: a number is infinite or NaN, which would silently become null in JSON.
-    """
+    """Write ``summary.json``; ValueError if a number is infinite or NaN, which would silently become null in JSON."""
     import msgspec
 
     for where, number in _numbers(msgspec.to_builtins(summary), "summary"):
@@ -161,12 +157,9 @@ def read_summary(folder: Path) -> BenchSummary:
 
 
 def read_run(folder: Path, *, curves: bool = True, bounded: bool = True) -> Run:
-    """Read the folder of a run with its tables.
+    """Read the folder of a run; without ``curves``, only its summary and batches.
 
-    Args:
-        folder: folder of the run.
-        curves: read power and conditions too, not only the batches.
-        bounded: refuse tables that are larger than a run of this length writes.
+    ``bounded`` refuses tables that are larger than a run of this length writes.
 
     Raises:
         BenchError: a file is missing or damaged.

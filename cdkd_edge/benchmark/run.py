@@ -174,13 +174,9 @@ def _measure(
             text = error.message if isinstance(error, SceneError) else str(error.__cause__ or error)
             warning = f"the end-to-end time of a scene is missing: {text} (written to {tempfile.gettempdir()})"
             verdict = replace(verdict, warnings=(*verdict.warnings, warning))
-    speed, mode = (
-        figures.tiles_per_second.mean if figures else None,
-        board.power_mode.name if board.power_mode else None,
-    )
-    bound, no_bound = modelled_bound(
-        manifest, options.graphs, speed, device=options.device, mode=mode, root=options.root
-    )
+    speed = figures.tiles_per_second.mean if figures else None
+    mode, root = board.power_mode.name if board.power_mode else None, options.root
+    bound, no_bound = modelled_bound(manifest, options.graphs, speed, device=options.device, mode=mode, root=root)
     summary = BenchSummary(
         verdict=verdict, figures=figures, engine=manifest, protocol=protocol, phases=timeline.phases,
         repeats=repeats if quotable else (),
@@ -237,16 +233,11 @@ def time_scene(engine: Engine, scene: Path | None, options: SegmentOptions, tile
         result = segment_scene(engine, path, temporary / "labels.tif", options)
     computed = result.tiles - result.tiles_without_data
     return EndToEnd(
-        scene=scene.name if scene else "drawn",
-        width=result.width,
-        height=result.height,
-        tiles=result.tiles,
-        seconds=result.seconds,
-        engine_seconds=result.engine_seconds,
-        tiles_per_second=computed / result.seconds,
+        scene=scene.name if scene else "drawn", width=result.width, height=result.height, tiles=result.tiles,
+        seconds=result.seconds, engine_seconds=result.engine_seconds, tiles_per_second=computed / result.seconds,
         megapixels_per_second=result.width * result.height / result.seconds / 1e6,
         overhead=result.seconds / result.engine_seconds if result.engine_seconds else None,
-    )
+    )  # fmt: skip
 
 
 def _draw_scene(path: Path, side: int) -> None:

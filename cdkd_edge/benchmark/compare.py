@@ -200,33 +200,18 @@ def _row(name: str, run: Run, baseline: Run | None, unit: Unit, score: Score | N
     energy = Energy(power.source, power.scope, power.total, power.rails[power.total]) if power and power.total else None
     no_total = "there is no total rail" if figures.power else figures.power_reason
     return Row(
-        name=name,
-        folder=str(run.folder),
-        status=summary.verdict.status,
-        verdict=verdict,
-        energy_verdict=energy_verdict,
-        engine=engine.name,
-        sha256=engine.artefact.sha256,
-        runtime=engine.runtime,
-        precision=engine.precision,
-        tile=engine.tile,
-        batch=engine.batch,
-        device=device_of(summary),
-        power_mode=checks.power_mode_of(summary),
-        repeats=len(figures.tiles_per_second.values),
+        name=name, folder=str(run.folder), status=summary.verdict.status, verdict=verdict,
+        energy_verdict=energy_verdict, engine=engine.name, sha256=engine.artefact.sha256, runtime=engine.runtime,
+        precision=engine.precision, tile=engine.tile, batch=engine.batch, device=device_of(summary),
+        power_mode=checks.power_mode_of(summary), repeats=len(figures.tiles_per_second.values),
         tiles_per_second=figures.tiles_per_second,
         tiles_per_second_interval=figures.tiles_per_second.interval or (spread.interval if spread else None),
         interval_basis=spread.basis if spread else why_not,
-        megapixels_per_second=figures.megapixels_per_second,
-        latency_ms=figures.latency_ms,
-        energy=energy,
-        energy_reason="" if energy else no_total,
-        mean_iou=score.mean_iou if score else None,
-        modelled_share=bound.share_of_bound if bound else None,
-        speed=speed,
-        gross_energy=gross,
-        net_energy=net,
-    )
+        megapixels_per_second=figures.megapixels_per_second, latency_ms=figures.latency_ms,
+        energy=energy, energy_reason="" if energy else no_total,
+        mean_iou=score.mean_iou if score else None, modelled_share=bound.share_of_bound if bound else None,
+        speed=speed, gross_energy=gross, net_energy=net,
+    )  # fmt: skip
 
 
 def _figures(run: Run) -> Figures:

@@ -128,11 +128,7 @@ class RunGate:
 
 
 def judge_limit(run: str, quantity: Literal["speed", "energy"], limit: float, ratio: Ratio) -> RunGate:
-    """Judge a ratio by a limit.
-
-    Raises:
-        CompareError: the ratio has no interval.
-    """
+    """Judge a ratio by a limit; CompareError if it has no interval."""
     if ratio.interval is None:
         raise CompareError(
             f"{run}: a limit for {quantity} needs an interval, and there is none: {ratio.basis}",

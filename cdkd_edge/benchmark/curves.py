@@ -6,19 +6,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.figure import Figure
 
 from cdkd_edge.benchmark.folder import Run, Series
 from cdkd_edge.benchmark.record import LOAD, WARM_UP
 from cdkd_edge.benchmark.statistics import Latency
 from cdkd_edge.board.power.ina3221 import TOTAL
 from cdkd_edge.board.power.sources import longest_step
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Floats = npt.NDArray[np.float64]
 
@@ -48,12 +45,6 @@ def bounds(run: Run) -> tuple[float, float]:
     return start, max(stop, start + 1e-3)
 
 
-def window_seconds(run: Run) -> float:
-    """Least length of the windows of a run."""
-    start, stop = bounds(run)
-    return max(SHORTEST, (stop - start) / WINDOWS)
-
-
 def typical_window(found: Sequence[Windows]) -> float:
     """Median length of windows, s; where a batch takes longer than a window, it is the batch's."""
     lengths = np.concatenate([np.diff(one.edges) for one in found]) if found else np.zeros(1)
@@ -65,30 +56,23 @@ def windows(run: Run) -> tuple[Windows, ...]:
     groups: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for batch in run.tiles:
         groups.setdefault((batch.repeat, batch.phase), []).append((batch.start, batch.latency))
-    length = window_seconds(run)
-    return tuple(
-        _windows(repeat, phase, np.asarray(sorted(group)), length, run.summary.engine.batch)
-        for (repeat, phase), group in groups.items()
-    )
+    start, stop = bounds(run)
+    length, tiles = max(SHORTEST, (stop - start) / WINDOWS), run.summary.engine.batch
+    return tuple(_windows(*place, np.asarray(sorted(group)), length, tiles) for place, group in groups.items())
 
 
 def _windows(repeat: int, phase: str, batches: Floats, length: float, tiles: int) -> Windows:
-    starts, latencies = batches[:, 0], batches[:, 1]
+    starts, latencies = batches.T
     firsts = [0]
-    while True:
-        following = int(np.searchsorted(starts, starts[firsts[-1]] + length - 1e-9))
-        if following >= len(starts):
-            break
+    while (following := int(np.searchsorted(starts, starts[firsts[-1]] + length - 1e-9))) < len(starts):
         firsts.append(following)
     stop = starts[-1] + latencies[-1]
     if len(firsts) > 1 and stop - starts[firsts[-1]] < length / 2:
         firsts.pop()  # a last window of one or two batches would be noise
     edges = np.append(starts[firsts], stop)
     counts = np.diff([*firsts, len(starts)])
-    seconds = np.maximum(np.diff(edges), 1e-9)
-    pieces = np.split(latencies * 1e3, firsts[1:])
-    spread = np.asarray([(piece.min(), np.median(piece), piece.max()) for piece in pieces])
-    return Windows(repeat, phase, edges, counts * tiles / seconds, spread)
+    spread = [(piece.min(), np.median(piece), piece.max()) for piece in np.split(latencies * 1e3, firsts[1:])]
+    return Windows(repeat, phase, edges, counts * tiles / np.maximum(np.diff(edges), 1e-9), np.asarray(spread))
 
 
 def gap_seconds(series: Series) -> float:
@@ -100,20 +84,16 @@ def gap_seconds(series: Series) -> float:
 
 def pieces(series: Series) -> list[tuple[Floats, Floats]]:
     """Times and values between gaps; a piece may be a single reading."""
-    if not series.times:
-        return []
     order = np.argsort(series.times, kind="stable")
     times, values = np.asarray(series.times)[order], np.asarray(series.values)[order]
     cuts = np.flatnonzero(np.diff(times) > gap_seconds(series)) + 1
-    return list(zip(np.split(times, cuts), np.split(values, cuts), strict=True))
+    return list(zip(np.split(times, cuts), np.split(values, cuts), strict=True)) if series.times else []
 
 
 def gaps(series: Series, start: float, stop: float) -> list[tuple[float, float]]:
     """Stretches without readings between ``start`` and ``stop``."""
-    parts, limit = pieces(series), gap_seconds(series)
-    if not parts:
-        return [(start, stop)]
-    moments = [start, *(float(end) for times, _ in parts for end in (times[0], times[-1])), stop]
+    limit = gap_seconds(series) if series.times else 0.0
+    moments = [start, *(float(end) for times, _ in pieces(series) for end in (times[0], times[-1])), stop]
     return [(a, b) for a, b in zip(moments[::2], moments[1::2], strict=True) if b - a > limit]
 
 
@@ -152,14 +132,9 @@ def throughput_top(found: Sequence[Windows], occupied: Sequence[float] | None = 
 
 def levels(run: Run, top: float) -> list[float]:
     """Heights at which power is drawn on an axis up to ``top`` W: the medians of each rail in idle and load phases."""
-    found = []
-    for series in run.watts.values():
-        times, values = np.asarray(series.times), np.asarray(series.values)
-        for phase in run.summary.phases:
-            inside = values[(times >= phase.start) & (times < phase.stop)]
-            if phase.name != WARM_UP and len(inside):
-                found.append(float(np.median(inside)) / top)
-    return found
+    phases = [phase for phase in run.summary.phases if phase.name != WARM_UP]
+    inside = [series.within(phase) for series in run.watts.values() for phase in phases]
+    return [float(np.median(values)) / top for values in inside if values]
 
 
 def temperature(run: Run) -> tuple[str, Series] | None:
@@ -194,12 +169,9 @@ def why_no_power(run: Run) -> str:
 
 def mean_watts(run: Run) -> dict[str, tuple[float, float]]:
     """Mean watts, idle and load, of the main rails; empty for an invalid run."""
-    figures: Any = run.summary.figures.power.rails if run.summary.figures and run.summary.figures.power else {}
-    return {
-        rail: (figures[rail].idle_watts.mean, figures[rail].load_watts.mean)
-        for rail in main_rails(run)
-        if rail in figures
-    }
+    power = run.summary.figures.power if run.summary.figures else None
+    rails = {name: power.rails[name] for name in main_rails(run) if name in power.rails} if power else {}
+    return {name: (rail.idle_watts.mean, rail.load_watts.mean) for name, rail in rails.items()}
 
 
 def histogram(latencies: Floats) -> tuple[Floats, Floats, int]:
@@ -219,8 +191,6 @@ def histogram(latencies: Floats) -> tuple[Floats, Floats, int]:
 
 def draw_histogram(latencies: Floats, latency: Latency) -> Figure:
     """Bars of how often each latency (ms) occurred, with lines at the percentiles."""
-    from matplotlib.figure import Figure
-
     counts, edges, above = histogram(latencies)
     low, high = float(edges[0]), float(edges[-1])
     right = high + (0.16 if above else 0.02) * (high - low)
@@ -235,17 +205,19 @@ def draw_histogram(latencies: Floats, latency: Latency) -> Figure:
         place = high + 0.1 * (high - low)
         axes.bar(place, above, 0.05 * (high - low), color="#595959")
         axes.text(place, above, str(above), ha="center", va="bottom", fontsize=6)
-        axes.text(
-            place, -0.02, f"> {high:.3g}", ha="center", va="top", fontsize=6, transform=axes.get_xaxis_transform()
-        )
+        transform = axes.get_xaxis_transform()
+        axes.text(place, -0.02, f"> {high:.3g}", ha="center", va="top", fontsize=6, transform=transform)
         axes.set_xticks([tick for tick in axes.get_xticks() if low <= tick <= high - 0.05 * (high - low)])
-    marks = [(f"p{share}", value) for share in (50, 90, 99) if (value := getattr(latency, f"p{share}")) is not None]
-    row = 0
-    for number, (name, value) in enumerate(marks):
-        close = number and min(value, high) - min(marks[number - 1][1], high) < 0.09 * (right - low)
-        row = row + 1 if close else 0  # labels that would overlap are stacked
+    row, before = 0, float("-inf")
+    for name in ("p50", "p90", "p99"):
+        if (value := getattr(latency, name)) is None:
+            continue
         x = min(value, high)
+        row = row + 1 if x - before < 0.09 * (right - low) else 0  # labels that would overlap are stacked
+        before = x
         axes.axvline(x, color="#d55e00", linewidth=0.8, linestyle=(0, (3, 2)))
-        style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 6}
-        axes.annotate(name, (x, 1), (0, 1.5 + 7 * row), xycoords=axes.get_xaxis_transform(), **style)
+        axes.annotate(
+            name, (x, 1), (0, 1.5 + 7 * row), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+            ha="center", va="bottom", fontsize=6,
+        )  # fmt: skip
     return figure

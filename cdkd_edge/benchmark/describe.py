@@ -6,25 +6,24 @@ To add a figure: a field in :mod:`.record`, its computation in :mod:`.results` (
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
 
-from cdkd_edge.benchmark.record import VALID, BenchSummary, Figures, RailFigures
+from cdkd_edge.benchmark.record import IDLE, VALID, WARM_UP, BenchSummary, Figures, RailFigures
 from cdkd_edge.benchmark.statistics import Figure
 from cdkd_edge.board.power.sources import MODULE
 from cdkd_edge.core.numbers import ABSENT, estimate, percent, significant, size
 
 PAPER: Final = "Mask-CDKD, ISPRS 2026"
-
-
 PAPER_DEVICE: Final = "Orin NX"
+# As the paper prints them: side of a tile in px, images/s, W idle, W under load; TensorRT, FP16.
 _TILE, _RATE, _IDLE, _LOAD = 1024, 2.5, 5.74, 18.95
-"""As the paper prints them: side of a tile in px, images/s, W idle, W under load; TensorRT, FP16."""
+_BLOCKS = 12  # attention blocks of the paper's network
 _MEGAPIXELS = _TILE**2 / 1e6
+# The paper's figures, and those that follow from them, by the names of :class:`Quantity`.
 PRINTED: Final = {"tiles_per_second": _RATE, "idle_watts": _IDLE, "load_watts": _LOAD, "net_watts": _LOAD - _IDLE}
-"""The paper's figures, by the names of :class:`Quantity`."""
 COMPUTED: Final = {
     "megapixels_per_second": _RATE * _MEGAPIXELS,
     "gross_joules_per_tile": _LOAD / _RATE,
@@ -32,8 +31,6 @@ COMPUTED: Final = {
     "gross_joules_per_megapixel": _LOAD / _RATE / _MEGAPIXELS,
     "net_joules_per_megapixel": (_LOAD - _IDLE) / _RATE / _MEGAPIXELS,
 }
-"""Figures that follow from the printed ones."""
-_BLOCKS: Final = 12  # attention blocks of the paper's network
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,10 @@ class Quantity:
     def show(self, source: Figures | RailFigures) -> str:
         """Its value, with the 95 % interval if there is one."""
         value: Figure | float | None = attrgetter(self.path)(source)
-        if not isinstance(value, Figure):
-            return significant(value, 4)
-        span = value.interval
-        if span is None or span.high - span.low < 1e-9 * abs(value.mean):  # equal repeats, but for rounding
-            return significant(value.mean, 4)
-        return estimate(value.mean, span.low, span.high, digits=4)
+        mean, span = (value.mean, value.interval) if isinstance(value, Figure) else (value, None)
+        if mean is None or span is None or span.high - span.low < 1e-9 * abs(mean):  # equal repeats, but for rounding
+            return significant(mean, 4)
+        return estimate(mean, span.low, span.high, digits=4)
 
 
 SPEEDS: Final = (
@@ -84,19 +79,19 @@ RAIL_FIGURES: Final = (
     Quantity("gross_joules_per_megapixel", "gross", "J/MP"),
     Quantity("net_joules_per_megapixel", "net", "J/MP"),
 )
+# Other facts about the measurement: name, and how to print it.
 FACTS: Final[tuple[tuple[str, Callable[[BenchSummary], str]], ...]] = (
     ("peak memory", lambda summary: size(summary.peak_memory_bytes)),
 )
-"""Other facts about the measurement: name, and how to print it."""
 
 
 def total_rail(figures: Figures) -> str | None:
     """The rail that contains all others, or the only one; None without power or without a total."""
-    power = figures.power
-    if power is None:
+    if figures.power is None:
         return None
-    rail = power.total or (next(iter(power.rails)) if len(power.rails) == 1 else None)
-    return rail if rail in power.rails else None
+    rails = figures.power.rails
+    rail = figures.power.total or (next(iter(rails)) if len(rails) == 1 else None)
+    return rail if rail in rails else None
 
 
 def main_figures(figures: Figures) -> list[tuple[Quantity, str]]:
@@ -117,30 +112,21 @@ def device_of(summary: BenchSummary) -> str:
 
 def differences(summary: BenchSummary) -> tuple[str, ...]:
     """How a run differs from the paper's measurement, a phrase each; empty if nothing recorded differs."""
-    engine = summary.engine
-    found = []
-    if summary.verdict.status != VALID:
-        found.append(f"this run is {status_words(summary)}")
-    device = (summary.board or {}).get("model") or summary.machine.board
-    if not isinstance(device, str) or PAPER_DEVICE.lower() not in device.lower():
-        found.append(f"another device: {device or summary.machine.cpu}, not an {PAPER_DEVICE}")
-    if engine.runtime != "tensorrt":
-        found.append(f"another runtime: {engine.runtime}, not TensorRT")
-    if engine.precision != "fp16":
-        found.append(f"another precision: {engine.precision.upper()}, not FP16")
-    if engine.tile != _TILE:
-        found.append(
-            f"another tile: {engine.tile} x {engine.tile} px, not {_TILE} x {_TILE} (attention grows with "
-            "the square of the pixels, so figures per megapixel differ too)"
-        )
-    if engine.attention_blocks != _BLOCKS:
-        found.append(f"another network: {engine.attention_blocks} attention blocks, not {_BLOCKS}")
-    if engine.batch != 1:
-        found.append(f"{engine.batch} tiles per batch, not 1")
-    power = summary.figures.power if summary.figures else None
-    if power is not None and power.scope != MODULE:
-        found.append(f"another scope of power: {power.scope}, not the module")
-    return tuple(found)
+    engine, tile, blocks = summary.engine, summary.engine.tile, summary.engine.attention_blocks
+    device = str((summary.board or {}).get("model") or summary.machine.board or summary.machine.cpu)
+    scope = summary.figures.power.scope if summary.figures and summary.figures.power else MODULE
+    pixels = "attention grows with the square of the pixels, so figures per megapixel differ too"
+    facts = (  # whether it is the same, and what to say if not
+        (summary.verdict.status == VALID, f"this run is {status_words(summary)}"),
+        (PAPER_DEVICE.lower() in device.lower(), f"another device: {device}, not an {PAPER_DEVICE}"),
+        (engine.runtime == "tensorrt", f"another runtime: {engine.runtime}, not TensorRT"),
+        (engine.precision == "fp16", f"another precision: {engine.precision.upper()}, not FP16"),
+        (tile == _TILE, f"another tile: {tile} x {tile} px, not {_TILE} x {_TILE} ({pixels})"),
+        (blocks == _BLOCKS, f"another network: {blocks} attention blocks, not {_BLOCKS}"),
+        (engine.batch == 1, f"{engine.batch} tiles per batch, not 1"),
+        (scope == MODULE, f"another scope of power: {scope}, not the module"),
+    )
+    return tuple(text for same, text in facts if not same)
 
 
 def status_words(summary: BenchSummary) -> str:
@@ -151,12 +137,12 @@ def status_words(summary: BenchSummary) -> str:
 def bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
     """A run as rows of name and value."""
     verdict, protocol, engine = summary.verdict, summary.protocol, summary.engine
-    idle = f"{protocol.idle_seconds:g} s idle, " if any(phase.name == "idle" for phase in summary.phases) else ""
-    warm_ups = [f"{phase.seconds:.0f}" for phase in summary.phases if phase.name == "warm-up"]
+    idle = f"{protocol.idle_seconds:g} s idle, " if any(phase.name == IDLE for phase in summary.phases) else ""
+    warm_ups = [f"{phase.seconds:.0f}" for phase in summary.phases if phase.name == WARM_UP]
     times = f", {protocol.repeats} times" if protocol.repeats > 1 else ""
+    words = status_words(summary)
     rows = [
-        ("verdict", status_words(summary).upper() if verdict.reasons else status_words(summary)),
-        *(("", reason) for reason in verdict.reasons),
+        *_titled("verdict", [words.upper() if verdict.reasons else words, *verdict.reasons]),
         *(("note", warning) for warning in verdict.warnings),
         ("machine", f"{summary.machine.board or summary.machine.cpu}, {summary.machine.cores} cores" + _mode(summary)),
         ("engine", f"{engine.artefact.file}, {engine.precision}, {engine.batch} x {engine.tile} px, {engine.runtime}"),
@@ -173,14 +159,16 @@ def bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
         ("engine only", ", ".join(f"{one.show(figures)} {one.unit}" for one in SPEEDS)),
         ("latency", f"{shown} ms over {latency.samples} batches{absent}"),
         *_power_rows(summary, figures),
-        *(("end to end" if not number else "", text) for number, (_, text) in enumerate(scene_rows(summary))),
-        *_bound_rows(summary),
+        *_titled("end to end", [text for _, text in scene_rows(summary)]),
+        ("roofline", _bound_text(summary)),
         *((name, show(summary)) for name, show in FACTS),
-        *(
-            ("unlike the paper" if not number else "", text)
-            for number, text in enumerate(differences(summary) if figures.power else ())
-        ),
+        *_titled("unlike the paper", differences(summary) if figures.power else ()),
     ]
+
+
+def _titled(title: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Rows of which the first has the title."""
+    return [("" if number else title, text) for number, text in enumerate(texts)]
 
 
 def _mode(summary: BenchSummary) -> str:
@@ -222,25 +210,19 @@ def scene_rows(summary: BenchSummary) -> list[tuple[str, str]]:
     ]
 
 
-def _bound_rows(summary: BenchSummary) -> list[tuple[str, str]]:
+def _bound_text(summary: BenchSummary) -> str:
     bound = summary.roofline
     if bound is None:
-        return [("roofline", f"none: {summary.roofline_reason}")]
+        return f"none: {summary.roofline_reason}"
     low, high = bound.expected_tiles_per_second
     share = "" if bound.share_of_bound is None else f"{percent(bound.share_of_bound)} of "
-    return [
-        (
-            "roofline",
-            f"{share}{significant(bound.bound_tiles_per_second)} tiles/s, MODELLED ({bound.device}, {bound.mode}, "
-            f"{bound.precision}; expected {significant(low)} .. {significant(high)})",
-        )
-    ]
+    return (
+        f"{share}{significant(bound.bound_tiles_per_second)} tiles/s, MODELLED ({bound.device}, {bound.mode}, "
+        f"{bound.precision}; expected {significant(low)} .. {significant(high)})"
+    )
 
 
 def beside_the_paper(summary: BenchSummary) -> tuple[tuple[str, str, str], ...]:
     """The run's figures beside the paper's: heading, value, published value; empty without a total rail."""
-    figures = summary.figures
-    if figures is None or total_rail(figures) is None:
-        return ()
-    rows = ((one.heading, value, one.published) for one, value in main_figures(figures))
-    return tuple(row for row in rows if row[2] != ABSENT)
+    found = main_figures(summary.figures) if summary.figures and total_rail(summary.figures) else []
+    return tuple((one.heading, value, one.published) for one, value in found if one.published != ABSENT)

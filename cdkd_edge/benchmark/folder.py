@@ -45,6 +45,11 @@ class Series:
     times: tuple[float, ...]
     values: tuple[float, ...]
 
+    def within(self, phase: Phase) -> tuple[float, ...]:
+        """The values that were read in a phase."""
+        points = zip(self.times, self.values, strict=True)
+        return tuple(value for time, value in points if phase.start <= time < phase.stop)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -59,11 +64,7 @@ class Run:
 
 
 def write_summary(folder: Path, summary: BenchSummary) -> None:
-    """Write ``summary.json``.
-
-    Raises:
-        ValueError: a number is infinite or NaN, which would silently become null in JSON.
-    """
+    """Write ``summary.json``; ValueError if a number is infinite or NaN, which would silently become null in JSON."""
     import msgspec
 
     for where, number in _numbers(msgspec.to_builtins(summary), "summary"):
@@ -156,12 +157,9 @@ def read_summary(folder: Path) -> BenchSummary:
 
 
 def read_run(folder: Path, *, curves: bool = True, bounded: bool = True) -> Run:
-    """Read the folder of a run with its tables.
+    """Read the folder of a run; without ``curves``, only its summary and batches.
 
-    Args:
-        folder: folder of the run.
-        curves: read power and conditions too, not only the batches.
-        bounded: refuse tables that are larger than a run of this length writes.
+    ``bounded`` refuses tables that are larger than a run of this length writes.
 
     Raises:
         BenchError: a file is missing or damaged.

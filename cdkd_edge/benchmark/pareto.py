@@ -11,16 +11,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from cdkd_edge.benchmark import statistics
 from cdkd_edge.benchmark.compare import Comparison, Row
 from cdkd_edge.benchmark.statistics import Interval
 from cdkd_edge.core.files import whole_file
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """M. Okabe and K. Ito, Color Universal Design: clear to colour-blind readers. Yellow is left out: too pale on white."""
@@ -62,8 +61,6 @@ def write_picture(path: Path, found: Comparison) -> None:
 
 def draw_picture(found: Comparison) -> Figure:
     """The figure of :func:`write_picture`; its height grows with the legend and the remarks."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(WIDTH, 4.4), dpi=200, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr,call-arg]
     axes = figure.add_subplot()

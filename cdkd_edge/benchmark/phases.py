@@ -92,11 +92,8 @@ def is_steady(windows: Sequence[Window]) -> bool:
     if len(last) < WINDOWS:
         return False
     # Quantity, its absolute tolerance, and its tolerance as a share of the mean: the larger of the two counts.
-    for name, absolute, share in (
-        ("speed", 0.0, SPEED_TOLERANCE),
-        ("watts", LEAST_WATTS, POWER_TOLERANCE),
-        ("celsius", TEMPERATURE_TOLERANCE, 0.0),
-    ):
+    watts, celsius = ("watts", LEAST_WATTS, POWER_TOLERANCE), ("celsius", TEMPERATURE_TOLERANCE, 0.0)
+    for name, absolute, share in (("speed", 0.0, SPEED_TOLERANCE), watts, celsius):
         values = [getattr(window, name) for window in last]
         if None not in values and max(values) - min(values) > max(absolute, share * sum(values) / WINDOWS):
             return False
@@ -151,48 +148,26 @@ class Timeline:
         return [one for one in self.batches if (one.phase, one.repeat) == (phase.name, phase.repeat)]
 
 
-def run_phases(
-    engine: Engine,
-    protocol: Protocol,
-    sampler: PowerSampler | None,
-    monitor: ConditionsMonitor,
-    show_status: Callable[[LiveStatus], None] = lambda status: None,
-    *,
-    go_on: bool = False,
-) -> Timeline:
-    """Run idle, warm-up and load as often as the protocol says.
-
-    Args:
-        engine: loaded, with its inputs filled.
-        protocol: times and repeats.
-        sampler: a running power sampler; None: without power.
-        monitor: a running monitor of clocks and temperatures.
-        show_status: called about twice a second.
-        go_on: continue when the power source stops answering, although the run is then invalid.
-
-    Raises:
-        EngineError: the engine failed.
-    """
-    return _Run(engine, protocol, sampler, monitor, show_status, go_on).run()
-
-
 class _PowerLostError(Exception):
     """The power source stopped answering."""
 
 
 @dataclass
-class _Run:
-    engine: Engine
+class PhaseRunner:
+    """Runs idle, warm-up and load as often as the protocol says."""
+
+    engine: Engine  # loaded, with its inputs filled
     protocol: Protocol
-    sampler: PowerSampler | None
-    monitor: ConditionsMonitor
-    show_status: Callable[[LiveStatus], None]
-    go_on: bool
+    sampler: PowerSampler | None  # running; None: without power
+    monitor: ConditionsMonitor  # running
+    show_status: Callable[[LiveStatus], None]  # called about twice a second
+    go_on: bool  # continue when the power source stops answering, although the run is then invalid
     timeline: Timeline = field(default_factory=lambda: Timeline(time.monotonic()))
     begun: tuple[Literal["idle", "warm-up", "load"], int, float] | None = None  # the phase that is going on
     shown: float = 0.0  # when the status line was updated, s on CLOCK_MONOTONIC
 
     def run(self) -> Timeline:
+        """Run all phases; EngineError if the engine fails."""
         self._await_readings()  # some before the first phase
         try:
             for repeat in range(self.protocol.repeats):
@@ -296,11 +271,8 @@ class _Run:
         assert self.sampler is not None
         assert self.sampler.info is not None
         lost, rail = self.sampler.lost(), self._rail()
-        longest = max(  # another client may have set a long interval
-            LONGEST_SILENCE,
-            LONGEST_SILENCE_SHARE * self.protocol.load_seconds,
-            3 * self.sampler.info.nominal_interval,
-        )
+        interval = self.sampler.info.nominal_interval  # another client may have set a long one
+        longest = max(LONGEST_SILENCE, LONGEST_SILENCE_SHARE * self.protocol.load_seconds, 3 * interval)
         if not lost and (silence := self.sampler.silence(rail)) > longest:
             # Either no readings at all, or none of this rail: the last one tells which.
             lacking = self.sampler.samples[-1:] and rail not in self.sampler.samples[-1].values

@@ -11,7 +11,17 @@ import textwrap
 import unicodedata
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from cdkd_edge.benchmark import curves
 from cdkd_edge.benchmark.folder import Run, Series
@@ -19,40 +29,26 @@ from cdkd_edge.benchmark.record import IDLE, INVALID, LOAD, VALID, WARM_UP
 from cdkd_edge.benchmark.statistics import Latency
 from cdkd_edge.core.files import whole_file
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 WIDTH: Final = 3.5  # inches: a column of a two-column paper
 DPI: Final = 300
 SVG_COLUMNS: Final = 350  # columns to which curves are thinned in SVG, where every point costs some 20 bytes
 
+# From Okabe and Ito's palette, which is clear to colour-blind readers; dashes help in greyscale.
 POWER, SPEED, GREY = "#003f6b", "#d55e00", "#595959"
 RAILS: Final = ("#0072b2", "#009e73", "#cc79a7", "#7f6000", "#56b4e9")
-"""From Okabe and Ito's palette, which is clear to colour-blind readers; dashes help in greyscale."""
 DASHES: Final = ("-", "--", ":")
 SHADES: Final = {IDLE: "#ffffff", WARM_UP: "#f4f4f4", LOAD: "#e6e6e6"}
 TRACK: Final = {IDLE: "#ffffff", WARM_UP: "#dcdcdc", LOAD: "#b0b0b0"}
 
 STYLE: Final = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 6.5,
-    "axes.labelsize": 6.5,
-    "axes.linewidth": 0.5,
-    "axes.spines.top": False,
-    "hatch.linewidth": 0.4,
-    "legend.fontsize": 6,
-    "lines.linewidth": 0.7,
+    "font.size": 6.5, "axes.labelsize": 6.5, "legend.fontsize": 6, "xtick.labelsize": 6, "ytick.labelsize": 6,
+    "axes.linewidth": 0.5, "hatch.linewidth": 0.4, "lines.linewidth": 0.7, "axes.spines.top": False,
+    "xtick.major.width": 0.5, "ytick.major.width": 0.5, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
     "svg.fonttype": "none",  # letters stay letters
     "svg.hashsalt": "cdkd-edge",  # the same names in every run
     "text.parse_math": False,  # names of engines and rails may contain dollar signs
-    "xtick.labelsize": 6,
-    "ytick.labelsize": 6,
-    "xtick.major.width": 0.5,
-    "ytick.major.width": 0.5,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-}
+}  # fmt: skip
 
 
 def write_trace_picture(run: Run, path: Path) -> None:
@@ -60,9 +56,6 @@ def write_trace_picture(run: Run, path: Path) -> None:
 
     The main rail is drawn strong, others thin. Times without readings are hatched, and no line crosses them. Means are
     drawn only if the run's figures may be quoted. Without power, the picture shows tiles/s, latency and the reason.
-
-    Raises:
-        OSError: the picture cannot be written.
     """
     with _style():
         figure, bottom = TracePicture(run, int(WIDTH * DPI)).draw()
@@ -79,23 +72,17 @@ def trace_svg(run: Run) -> str:
 def histogram_svg(latencies: curves.Floats, latency: Latency) -> str:
     """A histogram of latencies (ms) as inline SVG. Nothing is left out: far outliers are counted in the last bar."""
     with _style():
-        return _svg(
-            curves.draw_histogram(latencies, latency), 0.0, "histogram", f"Histogram of {len(latencies)} latencies"
-        )
+        title = f"Histogram of {len(latencies)} latencies"
+        return _svg(curves.draw_histogram(latencies, latency), 0.0, "histogram", title)
 
 
 def _style() -> Any:
     """Our style, whatever the user's matplotlibrc says; undone afterwards."""
-    from matplotlib import style
-
     return style.context(["default", STYLE])
 
 
 def _save(figure: Figure, file: Any, form: str, bottom: float, metadata: dict[str, Any]) -> None:
-    from matplotlib.transforms import Bbox
-
-    width, height = figure.get_size_inches()
-    crop = Bbox.from_extents(0, bottom, width, height)
+    crop = Bbox.from_extents(0, bottom, *figure.get_size_inches())
     figure.savefig(file, dpi=DPI, format=form, bbox_inches=crop, metadata=metadata)
 
 
@@ -115,15 +102,12 @@ def banner_lines(run: Run) -> list[str]:
     verdict = run.summary.verdict
     if verdict.status == VALID:
         return []
-    word = verdict.status.upper().replace("_", " ")
-    words = drawable(f"{word}: {'; '.join(verdict.reasons)}" if verdict.reasons else word)
-    return textwrap.wrap(words, 48, max_lines=3, placeholder=" …")
+    words = [verdict.status.upper().replace("_", " "), "; ".join(verdict.reasons)]
+    return textwrap.wrap(drawable(": ".join(filter(None, words))), 48, max_lines=3, placeholder=" …")
 
 
 def drawable(text: str, length: int = 200) -> str:
     """A text on one line, with the letters that the font has."""
-    from matplotlib.font_manager import findfont, get_font
-
     known = get_font(findfont("DejaVu Sans")).get_charmap()
     text = "".join(one for one in " ".join(text.split()) if unicodedata.category(one) not in ("Cc", "Cf"))
     text = "".join(letter if ord(letter) in known else "?" for letter in text)
@@ -149,64 +133,46 @@ class TracePicture:
 
     def draw(self) -> tuple[Figure, float]:
         """The figure, and the height of its lower edge, in inches; below it there is nothing."""
-        from matplotlib.figure import Figure
-
         banner = banner_lines(self.run)
-        rows = [("banner", 0.06 + 0.125 * len(banner) if banner else 0.0), ("caption", 0.17), ("track", 0.13)]
-        rows += [("main", 1.45)]
+        head, caption, track, gap, axis = 0.06 + 0.125 * len(banner) if banner else 0.0, 0.17, 0.13, 0.1, 0.28
+        panels = [(self._draw_main, 1.45)]
         if self.no_power:
-            rows += [("space", 0.1), ("latency", 0.7)]
+            panels.append((self._draw_latency, 0.7))
         if self.heat:
-            rows += [("space", 0.1), ("heat", 0.42)]
-        entries = len(self.run.watts) + 6
-        rows += [("axis", 0.28), ("legend", 0.08 + 0.12 * (1 + entries // self.legend_columns))]
-        self.height = top = sum(size for _, size in rows)
+            panels.append((self._draw_heat, 0.42))
+        legend = 0.08 + 0.12 * (1 + (len(self.run.watts) + 6) // self.legend_columns)
+        body = sum(size for _, size in panels) + gap * (len(panels) - 1)
+        self.height = head + caption + track + body + axis + legend
         self.figure = Figure(figsize=(WIDTH, self.height), dpi=DPI)
-        panels: list[Axes] = []
-        for name, size in rows:
-            top -= size
-            if name == "banner" and banner:
-                self._draw_banner(banner, top, size)
-            elif name == "caption":
-                self._draw_caption(top)
-            elif name == "track":
-                self._draw_track(self._axes(top, size))
-            elif name in ("main", "latency", "heat"):
-                panels.append(self._axes(top, size))
-                self._shade(panels[-1])
-                getattr(self, f"_draw_{name}")(panels[-1])
-        for panel in panels[:-1]:
-            panel.tick_params(labelbottom=False)
-        panels[-1].set_xlabel("Time (s)", labelpad=1.5)
-        return self.figure, self._draw_legend(rows[-1][1])
+        if banner:
+            self._draw_banner(banner, self.height - head, head)
+        top = self.height - head - caption
+        self._draw_caption(top)
+        top -= track
+        self._draw_track(self._axes(top, track))
+        for number, (draw, size) in enumerate(panels):
+            top -= size + (gap if number else 0.0)
+            axes = self._axes(top, size)
+            axes.spines["right"].set_visible(False)
+            axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 3, 5, 6, 10]))
+            axes.tick_params(labelbottom=number == len(panels) - 1)
+            for phase in self.run.summary.phases:
+                axes.axvspan(phase.start, phase.stop, color=SHADES[phase.name], linewidth=0, zorder=0)
+            draw(axes)
+        axes.set_xlabel("Time (s)", labelpad=1.5)
+        return self.figure, self._draw_legend(legend)
 
     def _axes(self, bottom: float, height: float) -> Axes:
         box = (self.left / WIDTH, bottom / self.height, 1 - (self.left + self.right) / WIDTH, height / self.height)
-        axes = self.figure.add_axes(box)
-        axes.set_xlim(self.start, self.stop)
-        return axes
-
-    def _shade(self, axes: Axes) -> None:
-        """Shade the phases."""
-        from matplotlib.ticker import MaxNLocator
-
-        axes.spines["right"].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 3, 5, 6, 10]))
-        for phase in self.run.summary.phases:
-            axes.axvspan(phase.start, phase.stop, color=SHADES[phase.name], linewidth=0, zorder=0)
+        return self.figure.add_axes(box, xlim=(self.start, self.stop))
 
     def _draw_banner(self, lines: list[str], bottom: float, size: float) -> None:
-        from matplotlib.patches import Rectangle
-
-        invalid = self.run.summary.verdict.status == INVALID
-        box = Rectangle(
-            (0, bottom / self.height), 1, size / self.height, color="#a50000" if invalid else "#f5c242",
-            transform=self.figure.transFigure, linewidth=0,
-        )  # fmt: skip
-        self.figure.add_artist(box)
+        paper, ink = ("#a50000", "white") if self.run.summary.verdict.status == INVALID else ("#f5c242", "black")
+        box = (0, bottom / self.height), 1, size / self.height
+        self.figure.add_artist(Rectangle(*box, color=paper, transform=self.figure.transFigure, linewidth=0))
         self.figure.text(
             0.5, (bottom + size / 2) / self.height, "\n".join(lines), ha="center", va="center", linespacing=1.15,
-            color="white" if invalid else "black", weight="bold", fontsize=7.5,
+            color=ink, weight="bold", fontsize=7.5,
         )  # fmt: skip
 
     def _draw_caption(self, bottom: float) -> None:
@@ -228,10 +194,7 @@ class TracePicture:
 
     def renderer(self) -> Any:
         """What measures texts."""
-        from matplotlib.backends.backend_agg import RendererAgg
-
-        agg: Any = RendererAgg
-        return agg(int(WIDTH * DPI), int(self.height * DPI), DPI)
+        return RendererAgg(int(WIDTH * DPI), int(self.height * DPI), DPI)  # type: ignore[no-untyped-call]
 
     def _draw_track(self, axes: Axes) -> None:
         """A strip with the names of the phases, where they fit."""
@@ -275,7 +238,7 @@ class TracePicture:
             line = self._draw_series(axes, self.run.watts[rail], colour, dash, 0.9 if strong else 0.5, 3 - (not strong))
             line.set_label(drawable(rail, 22) + (" (total)" if strong and len(self.run.watts) > 1 else ""))
             self.handles.append(line)
-        self._draw_gaps(axes, main)
+        self._draw_gaps(axes, self.run.watts[main[0]])
         for rail, (idle, load) in curves.mean_watts(self.run).items() if len(main) == 1 else ():
             low = self._draw_mean(axes, f"{IDLE} {idle:.2f} W", idle, self.run.watts[rail], above=False)
             high = self._draw_mean(axes, f"{LOAD} {load:.2f} W", load, self.run.watts[rail], above=True)
@@ -287,8 +250,6 @@ class TracePicture:
         return top
 
     def _draw_series(self, axes: Axes, series: Series, colour: str, dash: Any, width: float, order: int = 2) -> Any:
-        from matplotlib.lines import Line2D
-
         for times, values in curves.pieces(series):
             if len(times) == 1:
                 axes.plot(times, values, color=colour, marker=".", markersize=1.5, linestyle="none", zorder=order)
@@ -297,15 +258,13 @@ class TracePicture:
             axes.plot(times, values, color=colour, linestyle=dash, linewidth=width, zorder=order)
         return Line2D([], [], color=colour, linestyle=dash, linewidth=max(width, 0.8))
 
-    def _draw_gaps(self, axes: Axes, rails: tuple[str, ...]) -> None:
-        from matplotlib.patches import Patch
-
-        missing = {gap for rail in rails[:1] for gap in curves.gaps(self.run.watts[rail], self.start, self.stop)}
-        style: dict[str, Any] = {"facecolor": "none", "edgecolor": "#a0a0a0", "hatch": "//////", "linewidth": 0.4}
+    def _draw_gaps(self, axes: Axes, series: Series) -> None:
+        look: dict[str, Any] = {"facecolor": "none", "edgecolor": "#a0a0a0", "hatch": "//////", "linewidth": 0.4}
+        missing = curves.gaps(series, self.start, self.stop)
         for start, stop in missing:
-            axes.axvspan(start, stop, zorder=1, **style)
+            axes.axvspan(start, stop, zorder=1, **look)
         if missing:
-            self.handles.append(Patch(label="no readings", **style))
+            self.handles.append(Patch(label="no readings", **look))
 
     def _draw_mean(self, axes: Axes, words: str, watts: float, series: Series, *, above: bool) -> Any:
         """A dashed line at a mean, with its value; returns the text, or None if there was no load."""
@@ -316,11 +275,8 @@ class TracePicture:
         if not loads:
             return None
         widest = max(loads, key=lambda phase: phase.seconds)
-        inside = [
-            value for time, value in zip(series.times, series.values, strict=True) if widest.start <= time < widest.stop
-        ]
         # The load's value is written above the trace; the idle one on its line, where the load leaves room.
-        height = max([watts, *inside]) if above else watts
+        height = max(watts, *series.within(widest)) if above else watts
         text = axes.annotate(
             words, ((widest.start + widest.stop) / 2, height), (0, 1.5), textcoords="offset points", ha="center",
             va="bottom", fontsize=6, zorder=6, bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6},
@@ -332,9 +288,6 @@ class TracePicture:
 
     def _draw_speed(self, axes: Axes, watts: float | None) -> None:
         """Tiles/s; if ``watts`` is given, the top of the power axis, at a height where power is not."""
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import EngFormatter
-
         top = curves.throughput_top(self.windows, curves.levels(self.run, watts) if watts else None)
         axes.set_ylim(0, top)
         if top >= 10_000:  # written 12k: there is no room for more digits
@@ -349,9 +302,6 @@ class TracePicture:
         self.handles.append(Line2D([], [], color=SPEED, linestyle=dash, linewidth=1.1, label=label))
 
     def _draw_latency(self, axes: Axes) -> None:
-        from matplotlib.patches import Patch
-        from matplotlib.ticker import EngFormatter, NullLocator
-
         highest = usual = 0.0
         for one in self.windows:
             low, middle, high = one.latency_ms.T
@@ -381,17 +331,13 @@ class TracePicture:
 
     def _draw_legend(self, room: float) -> float:
         """Draw the legend row by row below the panels, in ``room`` inches; return the height that is left."""
-        from matplotlib.patches import Patch
-
-        handles = list(self.handles)
-        if self.labels_dropped:
-            had = {phase.name for phase in self.run.summary.phases}
-            names = [name for name in (IDLE, WARM_UP, LOAD) if name in had]
-            handles += [Patch(facecolor=TRACK[name], edgecolor=GREY, linewidth=0.3, label=name) for name in names]
+        had = {phase.name for phase in self.run.summary.phases} if self.labels_dropped else ()
+        handles = [Patch(fc=TRACK[name], ec=GREY, linewidth=0.3, label=name) for name in TRACK if name in had]
+        handles = [*self.handles, *handles]
         columns = min(self.legend_columns, len(handles))
         legend = self.figure.legend(
-            handles=[handle for first in range(columns) for handle in handles[first::columns]],
-            loc="upper center", bbox_to_anchor=(0.5, room / self.height), ncols=columns, frameon=False, borderpad=0,
-            borderaxespad=0.6, handlelength=2.2, columnspacing=1.2, labelspacing=0.25, handletextpad=0.5,
+            handles=[handle for first in range(columns) for handle in handles[first::columns]], frameon=False,
+            loc="upper center", bbox_to_anchor=(0.5, room / self.height), ncols=columns, borderpad=0, borderaxespad=0.6,
+            handlelength=2.2, columnspacing=1.2, labelspacing=0.25, handletextpad=0.5,
         )  # fmt: skip
         return float(legend.get_window_extent(self.renderer()).y0) / DPI - 0.05

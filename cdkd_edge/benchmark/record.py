@@ -14,6 +14,7 @@ import inspect
 import re
 import sys
 from dataclasses import dataclass, field, is_dataclass
+from itertools import zip_longest
 from typing import Any, Final, Literal
 
 from cdkd_edge import __version__
@@ -28,7 +29,6 @@ SUMMARY_VERSION: Final = 2
 VALID: Final = "valid"
 INVALID: Final = "invalid"
 NOT_STEADY: Final = "not_steady"
-
 IDLE: Final = "idle"
 WARM_UP: Final = "warm-up"
 LOAD: Final = "load"
@@ -77,16 +77,13 @@ class Verdict:
 class RailRepeat:
     """Power of one rail in one repeat."""
 
-    idle_watts: float
-    """Mean of :attr:`idle_before_watts` and :attr:`idle_after_watts`, the idle phases before and after the load."""
+    idle_watts: float  # mean of ``idle_before_watts`` and ``idle_after_watts``
     idle_before_watts: float
     idle_after_watts: float
     load_watts: float
     load_joules: float  # energy over the part of the load phase that is covered by readings
     covered: float  # share of a phase that lies between readings, 0..1, in the worst of the three phases
-    bound_joules: float
-    """Largest error of ``load_joules`` through sampling (:mod:`cdkd_edge.board.power.energy`), for the kinds of load
-    that ``figures.power.bound_holds`` names."""
+    bound_joules: float  # largest error of ``load_joules`` through sampling, for the loads that ``bound_holds`` names
 
 
 @dataclass(frozen=True)
@@ -140,8 +137,7 @@ class PowerFigures:
     gaps: int  # number of stretches without readings in the whole trace
     gap_seconds: float
     problems: tuple[str, ...]  # problems met while sampling, including those it recovered from
-    bound_holds: str = ""
-    """The kinds of load for which ``bound_joules`` holds, and its assumptions; empty: not recorded."""
+    bound_holds: str = ""  # the loads for which ``bound_joules`` holds, and its assumptions; empty: not recorded
 
 
 @dataclass(frozen=True)
@@ -167,8 +163,7 @@ class EndToEnd:
     engine_seconds: float
     tiles_per_second: float
     megapixels_per_second: float  # pixels of the scene; overlaps and padding take time but do not count
-    overhead: float | None
-    """Total time divided by the engine's time; 1 means that reading and writing cost nothing. None: no tile was run."""
+    overhead: float | None  # total time divided by the engine's; 1: reading and writing cost nothing; None: no tile ran
 
 
 @dataclass(frozen=True)
@@ -204,10 +199,8 @@ class BenchSummary:
     """Largest resident size of the process while the engine was measured. It includes loading the engine where the
     kernel cannot reset the peak, and excludes the GPU's part where CPU and GPU share memory."""
     started: str  # start of the run: UTC, ISO 8601
-    origin: float
-    """The start on CLOCK_MONOTONIC, s; all other times count from it. Use it to align readings of other meters."""
-    rejected_repeats: tuple[RejectedRepeat, ...] = ()
-    """The repeats of an invalid run; all its tiles and readings are in the tables beside this file."""
+    origin: float  # the start on CLOCK_MONOTONIC, s; all other times count from it. It aligns readings of other meters.
+    rejected_repeats: tuple[RejectedRepeat, ...] = ()  # of an invalid run; its tiles and readings are in the tables
     command: str = ""  # the command line; empty if the run was made from Python
     tool: str = field(default=f"cdkd-edge {__version__}")
     summary_version: Literal[2] = 2
@@ -243,22 +236,18 @@ def _field_descriptions() -> dict[str, dict[str, str]]:
         source = inspect.getsource(module)
         lines = source.splitlines()
         for node in ast.parse(source).body:
-            if isinstance(node, ast.ClassDef) and is_dataclass(getattr(module, node.name)):
-                found[node.name] = dict(_documented(node, lines))
+            if not isinstance(node, ast.ClassDef) or not is_dataclass(getattr(module, node.name)):
+                continue
+            texts = found[node.name] = {}
+            for one, below in zip_longest(node.body, node.body[1:]):
+                if not isinstance(one, ast.AnnAssign) or not isinstance(one.target, ast.Name) or not one.end_lineno:
+                    continue
+                comment = lines[one.end_lineno - 1].encode()[one.end_col_offset :].decode().strip()
+                if comment.startswith("# "):
+                    texts[one.target.id] = _plain(comment[2:])
+                elif isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                    texts[one.target.id] = _plain(str(below.value.value))
     return found
-
-
-def _documented(node: ast.ClassDef, lines: list[str]) -> list[tuple[str, str]]:
-    pairs = []
-    for one, below in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(one, ast.AnnAssign) or not isinstance(one.target, ast.Name) or one.end_lineno is None:
-            continue
-        comment = lines[one.end_lineno - 1].encode()[one.end_col_offset :].decode().strip()
-        if comment.startswith("# "):
-            pairs.append((one.target.id, _plain(comment[2:])))
-        elif isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            pairs.append((one.target.id, _plain(str(below.value.value))))
-    return pairs
 
 
 def _plain(text: str) -> str:

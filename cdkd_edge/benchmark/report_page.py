@@ -11,20 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from cdkd_edge.benchmark import curves
-from cdkd_edge.benchmark.describe import (
-    COMPUTED,
-    FACTS,
-    PAPER,
-    PAPER_DEVICE,
-    RAIL_FIGURES,
-    device_of,
-    differences,
-    main_figures,
-    scene_rows,
-    status_words,
-    total_rail,
-)
+from cdkd_edge.benchmark import curves, describe
 from cdkd_edge.benchmark.folder import CONDITIONS, PICTURE, SUMMARY, TILES, TRACE, Run
 from cdkd_edge.benchmark.picture import histogram_svg, trace_svg
 from cdkd_edge.benchmark.record import IDLE, LOAD, BenchSummary, Figures, RejectedRepeat, Repeat
@@ -44,54 +31,34 @@ Rows = list[tuple[str, ...]]
 
 
 def write_report_page(run: Run, path: Path) -> None:
-    """Write a run as one HTML file; it links the other files of the run that are in the same folder.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a run as one HTML file; it links the other files of the run that are in the same folder."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
+    texts = PackageLoader("cdkd_edge.benchmark", "templates")
     environment = Environment(
-        loader=PackageLoader("cdkd_edge.benchmark", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=visible,
-        lstrip_blocks=True,
+        loader=texts, autoescape=True, undefined=StrictUndefined, finalize=visible, lstrip_blocks=True
     )
     environment.filters.update(number=lambda value, digits=4: significant(value, digits), percent=percent)
     latencies = curves.load_latencies_ms(run)
     figures, summary = run.summary.figures, run.summary
+    names = {phase.name for phase in summary.phases}
     histogram = histogram_svg(latencies, figures.latency_ms) if figures and len(latencies) else ""
     page = environment.get_template("report.html").render(
-        summary=summary,
-        verdict=summary.verdict,
-        engine=summary.engine,
-        protocol=summary.protocol,
-        power=figures.power if figures else None,
-        status=status_words(summary),
-        device=device_of(summary),
-        has_idle=any(phase.name == IDLE for phase in summary.phases),
-        has_load=any(phase.name == LOAD for phase in summary.phases),
-        paper=PAPER,
-        paper_device=PAPER_DEVICE,
-        main_figures=main_figures(figures) if figures else [],
-        computed=COMPUTED,
-        total=total_rail(figures) if figures else None,
-        differences=differences(summary),
-        no_power=curves.why_no_power(run),
-        trace=Markup(trace_svg(run)),  # matplotlib escapes texts
-        histogram=Markup(histogram),
-        repeats=repeat_table(summary),
-        rail_header=["rail", *(one.heading for one in RAIL_FIGURES)],
-        rail_rows=rail_rows(figures),
-        scene_rows=scene_rows(summary),
-        condition_rows=condition_rows(summary),
-        setting_rows=setting_rows(summary),
-        engine_rows=engine_rows(summary.engine),
-        machine_rows=machine_rows(summary),
+        summary=summary, verdict=summary.verdict, engine=summary.engine, protocol=summary.protocol,
+        power=figures.power if figures else None, status=describe.status_words(summary),
+        device=describe.device_of(summary), has_idle=IDLE in names, has_load=LOAD in names,
+        paper=describe.PAPER, paper_device=describe.PAPER_DEVICE, computed=describe.COMPUTED,
+        main_figures=describe.main_figures(figures) if figures else [],
+        total=describe.total_rail(figures) if figures else None,
+        differences=describe.differences(summary), no_power=curves.why_no_power(run),
+        trace=Markup(trace_svg(run)), histogram=Markup(histogram),  # matplotlib escapes texts
+        repeats=repeat_table(summary), rail_header=["rail", *(one.heading for one in describe.RAIL_FIGURES)],
+        rail_rows=rail_rows(figures), scene_rows=describe.scene_rows(summary),
+        condition_rows=condition_rows(summary), setting_rows=setting_rows(summary),
+        engine_rows=engine_rows(summary.engine), machine_rows=machine_rows(summary),
         files=[(name, text) for name, text in FILES.items() if (path.parent / name).exists()],
-    )
+    )  # fmt: skip
     write_text(path, re.sub(r"\n\s*\n", "\n", page).strip() + "\n")
 
 
@@ -105,12 +72,12 @@ def visible(value: Any) -> Any:
 
 def rail_rows(figures: Figures | None) -> Rows:
     """The figures of every rail."""
-    power = figures.power if figures else None
-    if power is None:
+    if figures is None or figures.power is None:
         return []
+    titles = {figures.power.total: f"{figures.power.total} (total)"}
     return [
-        (f"{name} (total)" if name == power.total else name, *(one.show(rail) for one in RAIL_FIGURES))
-        for name, rail in power.rails.items()
+        (titles.get(name, name), *(one.show(rail) for one in describe.RAIL_FIGURES))
+        for name, rail in figures.power.rails.items()
     ]
 
 
@@ -120,12 +87,12 @@ def repeat_table(summary: BenchSummary) -> tuple[str, list[str], Rows]:
     if summary.figures is None:
         rejected = summary.rejected_repeats
         rail = next((next(iter(one.covered)) for one in rejected if one.covered), None)
-        rows = [
-            (*_course(number, one), *([percent((one.covered or {}).get(rail))] if rail else []))
-            for number, one in enumerate(rejected)
-        ]
-        caption = f"{_repeats(len(rows))}; rates, latencies and watts of an invalid run are left out"
-        return caption, header + (["covered"] if rail else []), rows
+        rows = [_course(number, one) for number, one in enumerate(rejected)]
+        if rail:
+            header.append("covered")
+            shares = [percent((one.covered or {}).get(rail)) for one in rejected]
+            rows = [(*row, share) for row, share in zip(rows, shares, strict=True)]
+        return f"{_repeats(len(rows))}; rates, latencies and watts of an invalid run are left out", header, rows
     total = summary.figures.power.total if summary.figures.power else None
     rails = next((one.rails for one in summary.repeats if one.rails), {})
     rail = total if total in rails else next(iter(rails), None)
@@ -134,16 +101,13 @@ def repeat_table(summary: BenchSummary) -> tuple[str, list[str], Rows]:
         header += ["idle before, W", "idle after, W", "load, W", "load, J", "± J", "covered"]
     rows = []
     for number, one in enumerate(summary.repeats):
-        values = (one.tiles_per_second, one.latency_ms.p50, one.latency_ms.p99)
-        row = [*_course(number, one), *(significant(value, 4) for value in values)]
+        values = [one.tiles_per_second, one.latency_ms.p50, one.latency_ms.p99]
         power = (one.rails or {}).get(rail or "")
         if power:
-            watts = (power.idle_before_watts, power.idle_after_watts, power.load_watts, power.load_joules)
-            row += [*(significant(value, 4) for value in watts), significant(power.bound_joules, 2)]
-            row.append(percent(power.covered))
-        elif rail:
-            row += [ABSENT] * 6
-        rows.append(tuple(row))
+            values += [power.idle_before_watts, power.idle_after_watts, power.load_watts, power.load_joules]
+        row = (*_course(number, one), *(significant(value, 4) for value in values))
+        more = (significant(power.bound_joules, 2), percent(power.covered)) if power else ()
+        rows.append((*row, *more, *[ABSENT] * (len(header) - len(row) - len(more))))
     caption = f"Power of {rail}; ± is the largest error through sampling, see Protocol" if rail else _repeats(len(rows))
     return caption, header, rows
 
@@ -186,8 +150,8 @@ def setting_rows(summary: BenchSummary) -> list[tuple[str, str]]:
         if section in _NOT_IN_TABLE:
             rows += _event_rows(section, value)
         elif isinstance(value, dict):
-            rest = {name: one for name, one in value.items() if not _is_spread(one)}
-            rows += [pair for name, one in rest.items() for pair in _flat(f"{section} {name}", one)]
+            for name, one in value.items():
+                rows += [] if _is_spread(one) else _flat(f"{section} {name}", one)
         else:
             rows += _flat(section, value)
     return rows
@@ -223,9 +187,8 @@ def _mode_names(value: Any) -> Any:
     """Power modes as their names and numbers, also within a list."""
     if isinstance(value, list | tuple):
         return [_mode_names(one) for one in value]
-    if isinstance(value, dict) and value.keys() == {"id", "name"}:
-        return f"{value['name']} (id {value['id']})"
-    return value
+    is_mode = isinstance(value, dict) and value.keys() == {"id", "name"}
+    return f"{value['name']} (id {value['id']})" if is_mode else value
 
 
 def _text(value: Any) -> str:
@@ -258,9 +221,11 @@ def engine_rows(engine: EngineManifest) -> list[tuple[str, str]]:
     check = engine.graph_check
     classes = engine.labels.get("classes") or ()
     names = [str(one.get("name", one) if isinstance(one, dict) else one) for one in classes]
-    checked = f"{percent(check.label_agreement)} of labels the same on {check.tiles} tiles "
-    checked += f"({check.graph_runtime}, {check.network_runtime})"
-    rows = [
+    checked = (
+        f"{percent(check.label_agreement)} of labels the same on {check.tiles} tiles ({check.graph_runtime}, "
+        f"{check.network_runtime})"
+    )
+    return [
         ("name", engine.name),
         ("runtime, precision", f"{engine.runtime}, {engine.precision.upper()}"),
         ("input", f"{engine.batch} x {engine.tile} x {engine.tile} px, {engine.preprocessing.channels}, uint8"),
@@ -270,14 +235,10 @@ def engine_rows(engine: EngineManifest) -> list[tuple[str, str]]:
         ("attention", f"{engine.attention_fused} of {engine.attention_blocks} blocks fused"),
         ("build", f"{significant(engine.build_seconds)} s, {engine.created}, {engine.tool}"),
         ("graph against network", checked if check.tiles else "not checked"),
+        *([("classes", f"{len(names)}: {', '.join(names)}")] if names else []),
+        *(_tensorrt_rows(engine.tensorrt) if engine.tensorrt else []),
+        *([("libraries at build", _versions(engine.libraries))] if engine.libraries else []),
     ]
-    if names:
-        rows.append(("classes", f"{len(names)}: {', '.join(names)}"))
-    if engine.tensorrt:
-        rows += _tensorrt_rows(engine.tensorrt)
-    if engine.libraries:
-        rows.append(("libraries at build", _versions(engine.libraries)))
-    return rows
 
 
 def _file(record: FileRecord) -> str:
@@ -287,15 +248,14 @@ def _file(record: FileRecord) -> str:
 def _tensorrt_rows(build: TensorRTBuild) -> list[tuple[str, str]]:
     where = f"{build.gpu}, sm {build.compute_capability}" if build.gpu else f"compiled for {', '.join(build.targets)}"
     kinds = ", ".join(f"{count} {name}" for name, count in build.layer_precisions.items())
-    builder = f"level {build.optimization_level}, flags {', '.join(build.flags) or 'none'}, workspace "
-    builder += f"{size(build.workspace_bytes)}, timing cache {'used' if build.timing_cache else 'not used'}"
-    memory = f"weights {size(build.weights_bytes)}, scratch {size(build.scratch_bytes)}, layer traffic "
+    flags, cache = ", ".join(build.flags) or "none", "used" if build.timing_cache else "not used"
+    workspace, weights, scratch = size(build.workspace_bytes), size(build.weights_bytes), size(build.scratch_bytes)
     return [
         ("TensorRT", f"{build.version}, {where}, CUDA {build.cuda or 'not known'}, L4T {build.l4t or 'not known'}"),
         ("typing", "strong" if build.strongly_typed else "weak"),
-        ("builder", builder),
+        ("builder", f"level {build.optimization_level}, flags {flags}, workspace {workspace}, timing cache {cache}"),
         ("layers", f"{build.layers}" + (f" ({kinds})" if kinds else "")),
-        ("memory", memory + f"{size(build.traffic_bytes)} per batch"),
+        ("memory", f"weights {weights}, scratch {scratch}, layer traffic {size(build.traffic_bytes)} per batch"),
         *(("note", note) for note in build.notes),
     ]
 
@@ -309,7 +269,7 @@ def machine_rows(summary: BenchSummary) -> list[tuple[str, str]]:
         ("memory", size(one.memory_bytes)),
         ("system", f"{one.os}, kernel {one.kernel}" + (f", L4T {one.l4t}" if one.l4t else "")),
         ("libraries", _versions(summary.libraries)),
-        *((name, show(summary)) for name, show in FACTS),
+        *((name, show(summary)) for name, show in describe.FACTS),
     ]
 
 

@@ -60,21 +60,17 @@ def _energy(trace: Trace, rail: str, origin: float, phase: record.Phase) -> Rail
     energy = rail_energy(trace, rail, origin + phase.start, origin + phase.stop)
     if energy is None or energy.readings < LEAST_READINGS:
         count = energy.readings if energy else 0
-        raise NoFigureError(f"too few readings of {rail}: {count} in {phase.seconds:.1f} s of {phase.name}")
+        seconds, source = phase.seconds, trace.source.name
+        raise NoFigureError(f"{source}: too few readings of {rail}: {count} in {seconds:.1f} s of {phase.name}")
     return energy
 
 
 def figures_of(
     repeats: tuple[record.Repeat, ...], timeline: Timeline, tile: int, trace: Trace | None, power_reason: str
 ) -> record.Figures:
-    """The figures over all repeats, at least one.
+    """The figures over all repeats, at least one, with tiles of ``tile`` x ``tile`` px.
 
-    Args:
-        repeats: from :func:`repeats_of`.
-        timeline: what happened.
-        tile: side of a tile, px.
-        trace: power readings; None: without power.
-        power_reason: why there is no power figure; empty if there is one.
+    ``power_reason`` says why there is no power figure; it is empty if there is one.
     """
     megapixels = tile * tile / 1e6
     rates = [repeat.tiles_per_second for repeat in repeats]
@@ -100,18 +96,11 @@ def _power(
     gaps = trace.gaps(start=min(start for start, _ in clock), stop=max(stop for _, stop in clock))
     source = trace.source
     return record.PowerFigures(
-        source=source.name,
-        scope=source.scope,
-        covers=source.covers,
-        total=source.total,
-        rails=rails,
-        readings_per_second=trace.rate or 0.0,
-        late=trace.late,
-        gaps=len(gaps),
-        gap_seconds=sum(gap.seconds for gap in gaps),
-        problems=tuple(problem.message for problem in trace.problems),
+        source=source.name, scope=source.scope, covers=source.covers, total=source.total, rails=rails,
+        readings_per_second=trace.rate or 0.0, late=trace.late, gaps=len(gaps),
+        gap_seconds=sum(gap.seconds for gap in gaps), problems=tuple(problem.message for problem in trace.problems),
         bound_holds=bound_holds(source),
-    )
+    )  # fmt: skip
 
 
 def _rail_figures(found: Sequence[record.RailRepeat], times: Sequence[float], megapixels: float) -> record.RailFigures:

@@ -49,15 +49,10 @@ def latency_of(seconds: Sequence[float]) -> Latency:
     needed = {share: math.ceil(math.log(1 - CONFIDENCE) / math.log(share / 100)) for share in (90, 99)}
     absent = [f"p{share} needs {least} batches" for share, least in needed.items() if len(seconds) < least]
     return Latency(
-        samples=len(seconds),
-        mean=float(found.mean()),
-        minimum=float(found.min()),
-        p50=p50,
-        p90=p90 if len(seconds) >= needed[90] else None,
-        p99=p99 if len(seconds) >= needed[99] else None,
-        maximum=float(found.max()),
-        absent=f"{' and '.join(absent)}, there are {len(seconds)}" if absent else "",
-    )
+        samples=len(seconds), mean=float(found.mean()), minimum=float(found.min()), p50=p50,
+        p90=p90 if len(seconds) >= needed[90] else None, p99=p99 if len(seconds) >= needed[99] else None,
+        maximum=float(found.max()), absent=f"{' and '.join(absent)}, there are {len(seconds)}" if absent else "",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -178,14 +173,8 @@ def spread_of_batches(rate: float, starts: Sequence[float]) -> Spread | None:
     B. Schmeiser, "Overlapping batch means: something for nothing?", Winter Simulation Conference (1984). It equals the
     variance of a moving-block bootstrap (H. R. Kuensch, "The jackknife and the bootstrap for general stationary
     observations", Annals of Statistics 17, 1989). The degrees of freedom are those of blocks that do not overlap. A
-    block holds a tenth of the batches.
-
-    Args:
-        rate: tiles/s of the phase.
-        starts: when each batch of the phase began, s.
-
-    Returns:
-        None with fewer than :data:`MIN_BATCHES` batches, with a rate of zero, or if all batches began at once.
+    block holds a tenth of the batches. None with fewer than :data:`MIN_BATCHES` batches, with a rate of zero, or if all
+    batches began at once.
     """
     count = len(starts)
     if count < MIN_BATCHES or rate <= 0:

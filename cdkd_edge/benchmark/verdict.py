@@ -41,14 +41,9 @@ def judge(
     *,
     power_wanted: bool,
 ) -> Verdict:
-    """Judge a run.
+    """Judge a run, from the repeats that were completed.
 
     Args:
-        timeline: what happened.
-        protocol: of the run.
-        repeats: those that were completed.
-        engine: manifest of the engine that was measured.
-        trace: power readings; None: without power.
         power_reason: why there is no power figure although there was a source; empty if there is one.
         conditions: what the board's monitor found during the loads.
         power_wanted: whether power was asked for.

@@ -81,7 +81,7 @@ def test_silence_is_told_of_the_rail_only_where_others_go_on(monkeypatch, values
     sampler._began = sampler._last_arrival - 10
     sampler._samples = [Sample(sampler._last_arrival - 0.1, 0.0, values)] if values else []
     protocol = replace(DEFAULT, load_seconds=1.0)
-    run = phases._Run(None, protocol, sampler, None, lambda live: None, False)
+    run = phases.PhaseRunner(None, protocol, sampler, None, lambda live: None, False)
     with pytest.raises(phases._PowerLostError) as lost:
         run._require_power()
     assert re.fullmatch(reason, str(lost.value))

@@ -182,10 +182,10 @@ def test_the_users_matplotlib_is_neither_used_nor_changed(run, tmp_path):
 
 def test_pyplot_is_not_imported(run, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from cdkd_edge.benchmark.folder import read_run\n"
-        "from cdkd_edge.benchmark.picture import write_trace_picture\n"
+        "import sys; from pathlib import Path; from cdkd_edge.benchmark.run import files\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "write_trace_picture(read_run(Path(sys.argv[1])), Path(sys.argv[2]))\n"
+        "from cdkd_edge.benchmark.picture import write_trace_picture\n"
+        "write_trace_picture(files.read_run(Path(sys.argv[1])), Path(sys.argv[2]))\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, run.folder, tmp_path / "trace.png"], check=True)

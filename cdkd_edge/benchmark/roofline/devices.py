@@ -68,11 +68,7 @@ class Device:
     name: str = ""
 
     def mode(self, name: str) -> PowerMode:
-        """A power mode by its name; case does not matter.
-
-        Raises:
-            UsageError: the device has no such mode.
-        """
+        """A power mode by its name, in capital or small letters; UsageError if there is none."""
         for key, mode in self.modes.items():
             if key.casefold() == name.casefold():
                 return mode

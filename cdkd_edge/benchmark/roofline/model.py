@@ -106,8 +106,7 @@ def roofline(path: Path, device: Device, *, mode: str | None = None, precision: 
     modelled as they are. Without ``mode`` or ``precision``, all modes and all precisions.
 
     Raises:
-        GraphError: the file is no ONNX graph with known shapes.
-        UsageError: the device has no such mode, or the graph cannot be converted to that precision.
+        GraphError, UsageError: no ONNX graph with known shapes; no such mode, or not convertible to that precision.
     """
     modes = [device.mode(mode)] if mode is not None else list(device.modes.values())
     graphs, notes = _graphs(load_graph(path))
@@ -136,19 +135,12 @@ def estimate(
 
     arithmetic = sum(kernel.product_flop / device.peak(mode, kernel.precision) for kernel in kernels)
     return Estimate(
-        mode=mode,
-        precision=cost.precision,
-        attention=attention,
-        kernels=len(kernels),
-        product_flop=cost.product_flop,
-        traffic_bytes=sum(kernel.traffic_bytes for kernel in kernels),
-        arithmetic_bound_fps=cost.batch / arithmetic if arithmetic else float("inf"),
-        bound_fps=fps(PEAK),
-        fps=fps(realistic),
-        low_fps=fps(realistic.shifted(-SPREAD)),
-        high_fps=fps(realistic.shifted(SPREAD)),
+        mode=mode, precision=cost.precision, attention=attention, kernels=len(kernels),
+        product_flop=cost.product_flop, traffic_bytes=sum(kernel.traffic_bytes for kernel in kernels),
+        arithmetic_bound_fps=cost.batch / arithmetic if arithmetic else float("inf"), bound_fps=fps(PEAK),
+        fps=fps(realistic), low_fps=fps(realistic.shifted(-SPREAD)), high_fps=fps(realistic.shifted(SPREAD)),
         times=kernel_times(kernels, device, mode, realistic),
-    )
+    )  # fmt: skip
 
 
 def kernel_times(
@@ -181,7 +173,6 @@ def modelled_bound(
     a cache.
 
     Args:
-        engine: manifest of the engine.
         folders: folders to look for its graph in.
         tiles_per_second: the measured speed; None if there is none.
         device: name of a device file. Default: that of this board, or of the GPU the engine was built on.

@@ -143,18 +143,15 @@ def _cost(node: onnx.NodeProto, tensors: Mapping[str, Tensor], shapes: Sizes) ->
     per_element = VECTOR_OPERATIONS.get(node.op_type, 1)
     perm = next((list(item.ints) for item in node.attribute if item.name == "perm"), [])
     return Operator(
-        name=node.name or (node.output[0] if node.output else node.op_type),
-        op=node.op_type,
-        inputs=tuple(node.input),
-        outputs=tuple(node.output),
-        precision=_operator_precision(node, tensors),
+        name=node.name or (node.output[0] if node.output else node.op_type), op=node.op_type,
+        inputs=tuple(node.input), outputs=tuple(node.output), precision=_operator_precision(node, tensors),
         product_flop=product,
         vector_flop=0 if free or product else sum(item.elements for item in outputs) * per_element,
         constant_bytes=0 if free else sum(item.bytes for item in inputs if item.constant),
         read_bytes=0 if free else sum(item.bytes for item in inputs),
         written_bytes=0 if free else sum(item.bytes for item in outputs),
         swaps_last_axes=len(perm) > 1 and perm == [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2],
-    )
+    )  # fmt: skip
 
 
 def _product_flop(node: onnx.NodeProto, shapes: Sizes) -> int:

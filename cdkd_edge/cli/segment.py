@@ -29,7 +29,7 @@ from cdkd_edge.core.manifest import CONFIDENCE, LABELS
 from cdkd_edge.core.numbers import duration, percent, significant
 from cdkd_edge.core.signals import check
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.segmentation.merges import DEFAULT_MERGE, merge_help, merge_mode
+from cdkd_edge.segmentation.merge_modes import DEFAULT_MERGE, merge_help, merge_mode
 
 if TYPE_CHECKING:
     from cdkd_edge.raster.areas import Areas

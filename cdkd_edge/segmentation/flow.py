@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.engines.protocol import Labeller
-from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segmentation.plan import Cell, CellLayout, Cells, PlannedTile, TilePlan, cut_tile, fill_without_data
+from cdkd_edge.raster.read import INVALID_FILL, SceneReader
+from cdkd_edge.segmentation.plan import Cell, CellLayout, Cells, PlannedTile, TilePlan, cut_tile
 
 AHEAD = 4  # batches beyond the engine's slots for which cells are read early
 _MOST_PLACES = 1024  # of a batch; reached only far outside an area of interest, where no tile is computed
@@ -31,16 +31,12 @@ Mask = npt.NDArray[np.bool_]
 class Merge(Protocol):
     """Takes the computed tiles, in the writing thread and in the order of the plan."""
 
-    blends: bool
-    """Whether all of a tile counts, not only its kept part (then it is computed if any of its pixels is valid)."""
+    blends: bool  # whether all of a tile counts, so that it is computed if any pixel is valid, not only a kept one
 
     def add(self, place: PlannedTile, slot: int | None, index: int, valid: Mask | None) -> None:
-        """Take a tile.
+        """Take a tile, which the engine holds at ``slot`` and ``index``; slot None: not computed, without valid pixel.
 
-        Args:
-            place: where it lies.
-            slot, index: where the engine holds it; slot None: it was not computed, having no valid pixel.
-            valid: ``[T, T]``, or None where every pixel is valid.
+        ``valid`` is ``[T, T]``, or None where every pixel is valid.
         """
 
 
@@ -50,8 +46,8 @@ class RunTotals:
 
     tiles_without_data: int = 0
     engine_seconds: float = 0.0
+    # Seconds by part of the work, added over threads.
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "cut", "merge"), 0.0))
-    """Seconds by part of the work, added over threads."""
 
 
 @dataclass
@@ -73,8 +69,7 @@ class ThreadGroup:
     """Threads that wait for one another on one condition, and stop together at the first error."""
 
     def __init__(self) -> None:
-        self.turn = threading.Condition()
-        """Guards what the threads share; notified when any of it changes."""
+        self.turn = threading.Condition()  # guards what the threads share; notified when any of it changes
         self._threads: list[threading.Thread] = []
         self._ended = 0
         self._stopped = False
@@ -150,13 +145,8 @@ class ThreadGroup:
 class Flow:
     """One pass over a plan.
 
-    Args:
-        engine: labels the tiles.
-        readers: the scene, opened once for each reading thread.
-        plan: its tiles.
-        merge: takes the labels.
-        start: rows of tiles of the plan that are already done.
-        progress: called with tiles done and tiles in all, from the writing thread.
+    ``readers`` are the scene, opened once for each reading thread; ``start`` rows of tiles of the plan are already
+    done. ``progress`` is called with tiles done and tiles in all, from the writing thread.
     """
 
     def __init__(
@@ -188,14 +178,6 @@ class Flow:
         self._threads.run(self._label)
         return self.totals
 
-    def _label(self) -> None:
-        for reader in self._readers:
-            self._threads.start("read", self._read, reader)
-        self._threads.start("write", self._write)
-        self._infer()
-
-    # --- the list of jobs ---------------------------------------------------------------------------
-
     def _job_list(self) -> Iterator[Cell | _Batch]:
         waiting: deque[_Batch] = deque()
         for batch in self._grouped():
@@ -220,9 +202,8 @@ class Flow:
         if batch.places:
             yield batch
 
-    # --- reading threads ----------------------------------------------------------------------------
-
     def _read(self, reader: SceneReader) -> None:
+        """The work of a reading thread."""
         while True:
             with self._turn:
                 self._threads.require_running()
@@ -242,11 +223,10 @@ class Flow:
 
     def _cut(self, batch: _Batch) -> None:
         slots = self._engine.slots
+        cells_under = [cell for cells in batch.cells for cell in cells]
         with self._turn:
             self._threads.wait_until(
-                lambda: (
-                    batch.number - slots < self._released and all(cell.read for cells in batch.cells for cell in cells)
-                )
+                lambda: batch.number - slots < self._released and all(cell.read for cell in cells_under)
             )
         started = time.perf_counter()
         tiles = self._engine.input(batch.number % slots) if any(p.wanted for p in batch.places) else None
@@ -262,19 +242,19 @@ class Flow:
             batch.empty.append(valid is not None and not valid[part].any())
             index += 1
         if tiles is not None:
-            for rest in range(index, len(tiles)):
-                fill_without_data(tiles[rest])
+            tiles[index:] = INVALID_FILL
+        batch.cells = []
         with self._turn:
-            for cells in batch.cells:
-                self._cells.release(cells)
-            batch.cells = []
+            self._cells.release(cells_under)
             self._filled[batch.number] = batch
             self.totals.stages["cut"] += time.perf_counter() - started
             self._turn.notify_all()
 
-    # --- the engine ---------------------------------------------------------------------------------
-
-    def _infer(self) -> None:
+    def _label(self) -> None:
+        """The work of the calling thread."""
+        for reader in self._readers:
+            self._threads.start("read", self._read, reader)
+        self._threads.start("write", self._write)
         number = 0
         while (batch := self._next_filled(number)) is not None:
             if not all(batch.empty):
@@ -298,9 +278,8 @@ class Flow:
             )
             return self._filled.pop(number, None)
 
-    # --- the writing thread -------------------------------------------------------------------------
-
     def _write(self) -> None:
+        """The work of the writing thread."""
         done, total = self._plan.tiles_in(self._start), len(self._plan.grid)
         while (batch := self._next_computed()) is not None:
             started = time.perf_counter()

@@ -24,10 +24,9 @@ from cdkd_edge.core.labels import NO_LABEL, LabelSchema
 from cdkd_edge.raster.open import gdal, open_scene, writing
 from cdkd_edge.raster.styles import ClassArea, label_map_xml, sidecar_path
 
+# Side of the blocks of a label map, px, and the longest side of its smallest overview. Rows are written in multiples of
+# it, so that no block is written twice.
 BLOCK = 512
-"""Side of the blocks of a label map, px, and the longest side of its smallest overview. Rows are written in multiples
-of it, so that no block is written twice."""
-
 _COUNTED_ROWS = 64  # rows whose labels are counted at once
 
 
@@ -40,20 +39,14 @@ def palette_of(schema: LabelSchema) -> dict[int, tuple[int, int, int, int]]:
 class LabelMapWriter:
     """Writes a label map from top to bottom; it gets its final name only when whole.
 
-    Use as a context manager. After an exception inside the block nothing is left behind.
+    Use as a context manager. After an exception inside the block nothing is left behind. Raises SceneError if GDAL
+    cannot write the file, SystemRefusalError if the disk is full, OSError if the folder cannot be written.
 
     Args:
-        path: the file (``.tif``).
-        height, width: px.
         schema: class names and colours; None: a raster of numbers without either.
         georeference: keyword arguments that place the raster (:attr:`.read.SceneReader.georeference`).
         tags: provenance, stored as TIFF metadata.
         quick: compress it quickly rather than well.
-
-    Raises:
-        SceneError: GDAL cannot write the file.
-        SystemRefusalError: the disk is full.
-        OSError: the folder cannot be written.
     """
 
     def __init__(
@@ -68,25 +61,16 @@ class LabelMapWriter:
         quick: bool = False,
     ) -> None:
         self.path = path
+        # Pixels per label in each row, [height, K + 1]; the last column is no label.
         self.row_counts = np.zeros((height, len(schema) + 1 if schema else 0), np.uint32)
-        """Pixels per label in each row, ``[height, K + 1]``; the last column is no label."""
-        self._schema = schema
+        self._schema, self._tags = schema, tags
         self._height, self._width = height, width
         self._pending = np.empty((0, width), np.uint8)
         self._next_row = 0
-        self._tags = dict(tags)
-        self._profile = {
-            "driver": "GTiff",
-            "height": height,
-            "width": width,
-            "count": 1,
-            "dtype": "uint8",
-            "nodata": NO_LABEL,
-            "compress": "deflate",
-            **({"zlevel": 1} if quick else {}),
-            "BIGTIFF": "IF_SAFER",
-            **georeference,
-        }
+        self._profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": "uint8"}
+        self._profile |= {"nodata": NO_LABEL, "compress": "deflate", "BIGTIFF": "IF_SAFER", **georeference}
+        if quick:
+            self._profile["zlevel"] = 1
         if min(height, width) >= BLOCK:
             self._profile.update(tiled=True, blockxsize=BLOCK, blockysize=BLOCK)
 
@@ -103,10 +87,13 @@ class LabelMapWriter:
         """The file while it is written, and what becomes of it at the end."""
         with contextlib.ExitStack() as stack:
             temporary = stack.enter_context(whole_file(self.path))
-            # GDAL writes beside it what GeoTIFF cannot hold, such as an unusual CRS.
-            extra = sidecar_path(temporary)
+            extra = sidecar_path(temporary)  # what GeoTIFF cannot hold, such as an unusual CRS
             stack.callback(extra.unlink, missing_ok=True)
-            self._dataset = self._created(temporary)
+            with gdal(f"creating {self.path}"):
+                self._dataset = rasterio.open(temporary, "w", **self._profile)
+                if self._schema is not None:
+                    self._dataset.write_colormap(1, palette_of(self._schema))
+                self._dataset.update_tags(**self._tags)
             try:
                 yield
             except BaseException:
@@ -116,19 +103,7 @@ class LabelMapWriter:
             self._close()
             if self._next_row != self._height:
                 raise SceneError(f"{self.path}: {self._next_row} of {self._height} rows were written")
-            text = extra.read_text(encoding="utf-8") if extra.exists() else None
-            if self._schema is not None:
-                text = label_map_xml(self._schema, extra=text)
-            if text is not None:
-                stack.enter_context(whole_file(sidecar_path(self.path))).write_text(text, encoding="utf-8")
-
-    def _created(self, temporary: Path) -> Any:
-        with gdal(f"creating {self.path}"):
-            dataset = rasterio.open(temporary, "w", **self._profile)
-            if self._schema is not None:
-                dataset.write_colormap(1, palette_of(self._schema))
-            dataset.update_tags(**self._tags)
-        return dataset
+            _write_sidecar(stack, temporary, self.path, self._schema)
 
     def _close(self) -> None:
         # GDAL flushes here; a full disk may show only now, and only in its log.
@@ -160,6 +135,18 @@ class LabelMapWriter:
                 rows[:, column] = (part == label).sum(axis=1, dtype=np.uint32)
 
 
+def _write_sidecar(
+    stack: contextlib.ExitStack, written: Path, path: Path, schema: LabelSchema | None, areas: Sequence[ClassArea] = ()
+) -> None:
+    """Write class names, areas and what GDAL wrote beside the file ``written``; it appears when the stack is left."""
+    extra = sidecar_path(written)
+    text = extra.read_text(encoding="utf-8") if extra.exists() else None
+    if schema is not None:
+        text = label_map_xml(schema, areas, extra=text)
+    if text is not None:
+        stack.enter_context(whole_file(sidecar_path(path))).write_text(text, encoding="utf-8")
+
+
 def write_cog(
     source: Path,
     destination: Path,
@@ -175,52 +162,28 @@ def write_cog(
     control points too) and tags are those of the source; palette and nodata are those of the schema. Maps larger than
     512 px get overviews: of a label map, a pixel has the most frequent class of the pixels below it that have one, and
     no class only where none has (GDAL's MODE resampling leaves nodata out); of a raster of numbers, the nearest pixel.
-    The same input gives the same bytes, whatever ``threads`` is.
+    The same input gives the same bytes, whatever ``threads`` is (default: all processors). Raises the errors of
+    :class:`LabelMapWriter`, and SceneError if the source is no label map.
 
     Args:
-        source: uint8 raster of one band, nodata 255; tiled, or reading it costs more.
-        destination: the file to write (``.tif``); may be ``source``.
+        source: uint8 raster of one band, nodata 255; tiled, or reading it costs more. ``destination`` may be the same.
         schema: class names and colours; None: a raster of numbers, and no sidecar unless GDAL needs one.
         tags: TIFF metadata in addition to the source's.
         areas: pixels and hectares per class for the attribute table.
-        threads: that compress. Default: all processors.
-
-    Raises:
-        SceneError: the source is no label map, or GDAL cannot write the file.
-        SystemRefusalError: the disk is full.
-        OSError: the folder cannot be written.
     """
-    source, destination = Path(source), Path(destination)
+    with open_scene(source) as dataset:
+        shape = dataset.height, dataset.width
+        if dataset.count != 1 or dataset.dtypes[0] != "uint8":
+            kinds = f"{dataset.count} band{'s' * (dataset.count != 1)} of {', '.join(sorted(set(dataset.dtypes)))}"
+            raise SceneError(f"{source} is not a label map: it has {kinds}, not one of uint8")
+    room = (1 << 20) + source.stat().st_size
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(whole_file(destination))
-        try:
-            _copy(source, temporary, destination, schema, tags, threads)
-            extra = sidecar_path(temporary)
-            text = extra.read_text(encoding="utf-8") if extra.exists() else None
-            if schema is not None:
-                text = label_map_xml(schema, areas, extra=text)
-            if text is not None:
-                stack.enter_context(whole_file(sidecar_path(destination))).write_text(text, encoding="utf-8")
-        finally:
-            # GDAL's own companions: an unusual CRS beside it, overviews while it works.
-            for suffix in (".aux.xml", ".ovr.tmp", ".msk.ovr.tmp"):
-                temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
-
-
-def _copy(
-    source: Path,
-    temporary: Path,
-    destination: Path,
-    schema: LabelSchema | None,
-    tags: Mapping[str, str],
-    threads: int | None,
-) -> None:
-    with open_scene(source) as dataset:
-        shape = _require_label_map(dataset, source)
-    room = (1 << 20) + source.stat().st_size
-    with writing(f"writing {destination}", destination.parent, room):
+        # GDAL's own companions: an unusual CRS beside it, overviews while it works.
+        for suffix in (".aux.xml", ".ovr.tmp", ".msk.ovr.tmp"):
+            stack.callback(temporary.with_name(temporary.name + suffix).unlink, missing_ok=True)
         # The COG driver copies what its source says of itself; a virtual dataset can say more than the file does.
-        with MemoryFile(ext=".vrt") as description:
+        with writing(f"writing {destination}", destination.parent, room), MemoryFile(ext=".vrt") as description:
             rasterio.shutil.copy(str(source.resolve()), description.name, driver="VRT")
             with rasterio.open(description.name, "r+") as virtual:
                 virtual.nodata = NO_LABEL
@@ -241,24 +204,16 @@ def _copy(
                 OVERVIEW_PREDICTOR="NO",
                 NUM_THREADS=threads or "ALL_CPUS",
             )
-        _require_whole(temporary, shape, destination)
-
-
-def _require_label_map(dataset: Any, path: Path) -> tuple[int, int]:
-    if dataset.count != 1 or dataset.dtypes[0] != "uint8":
-        kinds = f"{dataset.count} band{'s' * (dataset.count != 1)} of {', '.join(sorted(set(dataset.dtypes)))}"
-        raise SceneError(f"{path} is not a label map: it has {kinds}, not one of uint8")
-    return int(dataset.height), int(dataset.width)
+            _require_whole(temporary, shape, destination)
+        _write_sidecar(stack, temporary, destination, schema, areas)
 
 
 def _require_whole(path: Path, shape: tuple[int, int], destination: Path) -> None:
     """Check the last block of the full resolution, which the driver writes last: it must lie in the file and open."""
     with rasterio.open(path) as dataset:
         row, column = ((side - 1) // BLOCK for side in shape)
-        place = [
-            dataset.get_tag_item(f"BLOCK_{what}_{column}_{row}", "TIFF", bidx=1) or 0 for what in ("OFFSET", "SIZE")
-        ]
-        # A block without any data may be left out; then it has no place.
-        if (dataset.height, dataset.width) != shape or sum(map(int, place)) > path.stat().st_size:
+        place = (dataset.get_tag_item(f"BLOCK_{one}_{column}_{row}", "TIFF", bidx=1) for one in ("OFFSET", "SIZE"))
+        end = sum(int(one or 0) for one in place)  # a block without any data may be left out; then it has no place
+        if (dataset.height, dataset.width) != shape or end > path.stat().st_size:
             raise SceneError(f"writing {destination} failed: the file is not whole")
         dataset.read(1, window=((shape[0] - 1, shape[0]), (shape[1] - 1, shape[1])))

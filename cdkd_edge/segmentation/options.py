@@ -16,36 +16,24 @@ from cdkd_edge.raster.areas import Areas
 from cdkd_edge.raster.grid import TileGrid, default_overlap
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.raster.stretch import Limits, Stretch
-from cdkd_edge.segmentation.merges import DEFAULT_MERGE
+from cdkd_edge.segmentation.merge_modes import DEFAULT_MERGE
 
-TAG_OPTIONS = {
-    "OVERLAP_PX": "--overlap",
-    "BANDS": "--bands",
-    "MERGE": "--merge",
-    "PALETTE": "--palette",
-    "GSD_M": "--gsd",
-    "STRETCH": "--stretch",
-    "AREA_OF_INTEREST": "--aoi",
-}
-"""The command-line option behind each tag of :meth:`SegmentOptions.tags`."""
+# The command-line option behind each tag of :meth:`SegmentOptions.tags`.
+TAG_OPTIONS = {"OVERLAP_PX": "--overlap", "BANDS": "--bands", "MERGE": "--merge", "PALETTE": "--palette"}
+TAG_OPTIONS |= {"GSD_M": "--gsd", "STRETCH": "--stretch", "AREA_OF_INTEREST": "--aoi"}
 
 
 @dataclass(frozen=True)
 class SegmentOptions:
     """How a scene is read, tiled and put together again."""
 
-    overlap: int | None = None
-    """Overlap of neighbouring tiles, px. Default: :func:`cdkd_edge.raster.grid.default_overlap`."""
-    bands: Sequence[int] | None = None
-    """Red, green and blue as 1-based band numbers. Default: :func:`cdkd_edge.raster.bands.choose_bands` finds them."""
-    stretch: Stretch | None = None
-    """How values become 0..255. Default: 8-bit values stay as they are, others are an error."""
-    merge: str = DEFAULT_MERGE  # how tiles become one map: a name in :data:`.merges.MERGES`
+    overlap: int | None = None  # of neighbouring tiles, px. Default: :func:`cdkd_edge.raster.grid.default_overlap`
+    bands: Sequence[int] | None = None  # 1-based red, green, blue. Default: :func:`cdkd_edge.raster.bands.choose_bands`
+    stretch: Stretch | None = None  # how values become 0..255. Default: 8-bit values stay, others are an error
+    merge: str = DEFAULT_MERGE  # how tiles become one map: a name in :data:`.merge_modes.MERGES`
     confidence: bool = False  # also write ``NAME_confidence.tif``, the probability of the label in per cent
-    gsd: float | None = None
-    """Ground sample distance at which the scene is read, m; the label map has it too. Default: the scene's own."""
-    aoi: str | None = None
-    """Area of interest, see :func:`cdkd_edge.raster.aoi.read_area`; outside there is no label. Default: all."""
+    gsd: float | None = None  # ground sample distance of reading and of the label map, m. Default: the scene's own
+    aoi: str | None = None  # the area that gets labels, see :func:`cdkd_edge.raster.aoi.read_area`. Default: all
     palette: Palette = Palette.DISPLAY  # the colours of the label map and of what is made of it
     strict: bool = False  # whether a GDAL warning while the scene is read is an error
     readers: int = 2  # reading threads; each opens the scene for itself
@@ -55,14 +43,9 @@ class SegmentOptions:
         return {"bands": self.bands, "stretch": self.stretch, "gsd": self.gsd, "strict": self.strict}
 
     def open(self, scene: str | Path, limits: Limits | None = None) -> SceneReader:
-        """Open a scene.
+        """Open a scene; raises SceneError if it cannot be read with these options.
 
-        Args:
-            scene: anything GDAL opens.
-            limits: of an earlier reader of the same scene; saves reading all of it again for percentiles.
-
-        Raises:
-            SceneError: it cannot be read with these options.
+        ``limits``: of an earlier reader of the same scene; saves reading all of it again for percentiles.
         """
         return SceneReader(scene, limits=limits, **self.reading())
 
@@ -71,11 +54,7 @@ class SegmentOptions:
         return default_overlap(tile) if self.overlap is None else self.overlap
 
     def grid_over(self, reader: SceneReader, tile: int) -> TileGrid:
-        """The tiles of an open scene.
-
-        Raises:
-            UsageError: the overlap does not fit the tile.
-        """
+        """The tiles of an open scene. Raises UsageError if the overlap does not fit the tile."""
         return TileGrid.over(reader.height, reader.width, tile, self.overlap_of(tile))
 
     def tags(self, reader: SceneReader, tile: int) -> dict[str, str]:
@@ -112,7 +91,7 @@ class SegmentResult:
     confidence: Path | None = None  # the confidence raster, if one was asked for
     stretch_limits: tuple[tuple[float, float], ...] | None = None  # per band the values that became 0 and 255
     stages: dict[str, float] = field(default_factory=dict, compare=False)  # seconds by stage; those of threads added up
+    # Pixels per class in each row, [height, K + 1]; the last column is no label. Where the size of a pixel depends on
+    # latitude, areas are computed from it.
     row_class_pixels: npt.NDArray[np.uint32] | None = field(default=None, repr=False, compare=False)
-    """Pixels per class in each row, ``[height, K + 1]``; the last column is no label. Where the size of a pixel
-    depends on latitude, areas are computed from it."""
     areas: Areas | None = field(default=None, compare=False)  # pixels and hectares per class

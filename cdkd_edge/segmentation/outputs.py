@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,15 @@ from cdkd_edge.core.manifest import CONFIDENCE, LABELS
 from cdkd_edge.raster.areas import Areas, class_areas
 from cdkd_edge.raster.open import is_gdal_name
 from cdkd_edge.raster.styles import is_users_style, label_map_style, sidecar_path, style_path
-from cdkd_edge.segmentation.crop import NO_CONFIDENCE
 from cdkd_edge.segmentation.flow import ThreadGroup
 from cdkd_edge.segmentation.geotiff import BLOCK, LabelMapWriter, write_cog
+from cdkd_edge.segmentation.merge import NO_CONFIDENCE
 from cdkd_edge.segmentation.spool import Spool
 
+# The tag of a file beside a label map that names the label map it was made of: "sha256:" and the hash.
 LABEL_MAP = "LABEL_MAP"
-"""The tag of a file beside a label map that names the label map it was made of: ``sha256:`` and the hash."""
-
+# Characters that XML cannot hold; GDAL copies label maps by way of XML.
 _NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-"""Characters that XML cannot hold; GDAL copies label maps by way of XML."""
-
 _OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".jp2", ".img", ".vrt", ".gpkg", ".nc"}
 
 
@@ -44,15 +41,14 @@ def label_map_paths(
 ) -> list[Path]:
     """The path of the label map of each scene.
 
+    Raises UsageError if ``output`` is another format or one file for several scenes, SceneError if two scenes would get
+    the same label map.
+
     Args:
         scenes: the rasters.
         output: a ``.tif`` for a single scene, or a directory. Default: ``folder``.
         folder: where ``<scene>_labels.tif`` goes by default.
         keep_folders: keep the folders in a scene's name below the output directory, as ``cp --parents`` does.
-
-    Raises:
-        UsageError: ``output`` is another format, or one file for several scenes.
-        SceneError: two scenes would get the same label map.
     """
     if output is not None:
         # "missing/../scene.tif" does not exist until missing/ is made on the way to it.
@@ -92,7 +88,7 @@ def confidence_path(label_map: Path) -> Path:
     return label_map.with_name(f"{label_map.stem}_confidence.tif")
 
 
-def require_writable_name(path: Path) -> None:
+def require_gdal_name(path: Path) -> None:
     """Raise :class:`SceneError` if GDAL cannot write a file of this name."""
     if _NOT_XML.search(str(path.absolute())):
         raise SceneError(
@@ -112,28 +108,11 @@ def require_file_place(*paths: Path, links: bool = False) -> None:
             raise SceneError(f"{path} is a device or a pipe, not a file", hint="choose another --output")
 
 
-@dataclass(frozen=True)
-class PlainRasters:
-    """The content of a spool as plain GeoTIFFs, not yet under the names a user knows."""
-
-    label_map: Path  # tiled, with palette; class names in its ``.aux.xml``
-    confidence: Path | None
-    row_counts: npt.NDArray[np.uint32]
-    """Pixels per label in each row of pixels, ``[height, K + 1]``; the last column is no label."""
-
-
 class RasterAssembler:
-    """Writes plain rasters from a spool while it fills, in a thread of its own.
+    """Writes plain GeoTIFFs from a spool while it fills, in a thread of its own, and publishes them.
 
-    Use as a context manager; the rasters are removed when it is left.
-
-    Args:
-        spool: where finished rows of tiles are.
-        schema: class names and colours.
-        georeference: keyword arguments that place the raster.
-        tags: provenance, stored as TIFF metadata.
-        folder: where to make a folder ``finish`` with the files.
-        confidence: whether the spool holds confidence too.
+    Use as a context manager; what is not published is removed when it is left. ``georeference`` and ``tags`` are those
+    of :class:`.geotiff.LabelMapWriter`; the files go into ``folder/finish``.
     """
 
     def __init__(
@@ -146,19 +125,20 @@ class RasterAssembler:
         *,
         confidence: bool,
     ) -> None:
-        self._spool = spool
-        self._folder = folder = folder / "finish"
+        self._spool, self._schema = spool, schema
+        self._folder = folder / "finish"
         self._threads = ThreadGroup()
         self._rows = 0
-        shape = spool.height, spool.width
-        self._writers = {
-            LABELS: LabelMapWriter(folder / "label_map.tif", *shape, schema, georeference, tags, quick=True)
-        }
+        self._writers = {LABELS: self._writer("label_map.tif", schema, georeference, tags)}
         if confidence:
             tags = {**tags, "UNIT": f"per cent, {NO_CONFIDENCE} where there is no label"}
-            self._writers[CONFIDENCE] = LabelMapWriter(
-                folder / "confidence.tif", *shape, None, georeference, tags, quick=True
-            )
+            self._writers[CONFIDENCE] = self._writer("confidence.tif", None, georeference, tags)
+
+    def _writer(
+        self, name: str, schema: LabelSchema | None, georeference: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> LabelMapWriter:
+        shape = self._spool.height, self._spool.width
+        return LabelMapWriter(self._folder / name, *shape, schema, georeference, tags, quick=True)
 
     def __enter__(self) -> RasterAssembler:
         shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
@@ -172,28 +152,40 @@ class RasterAssembler:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def advance(self, rows: int) -> None:
-        """Say that the spool holds so many rows of pixels from the top.
-
-        Raises:
-            SceneError, SystemRefusalError, OSError: writing failed.
-        """
+        """Say that the spool holds so many rows of pixels from the top; raises the error if writing failed."""
         with self._threads.turn:
             self._threads.raise_error()
             self._rows = rows
             self._threads.turn.notify_all()
 
-    def result(self) -> PlainRasters:
-        """Wait for the rasters, once the spool holds all rows.
+    @property
+    def row_counts(self) -> npt.NDArray[np.uint32]:
+        """Pixels per label in each row, see :attr:`.geotiff.LabelMapWriter.row_counts`."""
+        return self._writers[LABELS].row_counts
 
-        Raises:
-            SceneError: GDAL cannot write, or the spool is damaged.
-            SystemRefusalError, OSError: the system refused to write.
+    def publish(self, destination: Path, confidence: Path | None, on_whole: Callable[[], None]) -> Areas:
+        """Once the spool holds all rows, make Cloud-optimised GeoTIFFs and give them the names a user knows.
+
+        ``destination`` is the label map (``.tif``), with class names and areas in ``.aux.xml`` and a style for QGIS
+        beside it; ``on_whole`` is called when all is written and nothing has its final name yet. Returns pixels and
+        hectares of the classes. Raises SceneError if GDAL cannot write or the spool is damaged, otherwise what the
+        system refused.
         """
         self._threads.join()
         self._threads.raise_error()
-        labels = self._writers[LABELS]
-        confidence = self._writers[CONFIDENCE].path if CONFIDENCE in self._writers else None
-        return PlainRasters(labels.path, confidence, labels.row_counts)
+        label_map = self._writers[LABELS].path
+        areas = class_areas(label_map, self._schema, self.row_counts)
+        write_cog(label_map, label_map, self._schema, {}, areas=areas.classes)
+        style_path(label_map).write_text(label_map_style(self._schema), encoding="utf-8")
+        if confidence is not None:
+            raster = self._writers[CONFIDENCE].path
+            write_cog(raster, raster, None, {LABEL_MAP: f"sha256:{sha256_of(label_map)}"})
+        on_whole()
+        if confidence is not None:
+            _publish(raster, confidence, sidecar_path)
+        style = [] if is_users_style(style_path(destination), self._schema) else [style_path]
+        _publish(label_map, destination, sidecar_path, *style)
+        return areas
 
     def _write(self) -> None:
         height = self._spool.height
@@ -208,46 +200,6 @@ class RasterAssembler:
     def _wait_for(self, rows: int) -> None:
         with self._threads.turn:
             self._threads.wait_until(lambda: self._rows >= rows)
-
-
-def publish(
-    plain: PlainRasters,
-    destination: Path,
-    schema: LabelSchema,
-    confidence: Path | None = None,
-    *,
-    on_whole: Callable[[], None] = lambda: None,
-) -> Areas:
-    """Make the rasters Cloud-optimised GeoTIFFs, and give them the names a user knows.
-
-    Args:
-        plain: the rasters, on the same file system.
-        destination: the label map (``.tif``); beside it class names and areas in ``.aux.xml``, and a style for QGIS.
-        schema: its classes.
-        confidence: where the confidence raster goes, if there is one.
-        on_whole: called when all is written and nothing has its final name yet.
-
-    Returns:
-        Pixels and hectares of the classes.
-
-    Raises:
-        SceneError: GDAL cannot write.
-        SystemRefusalError, OSError: the system refused.
-    """
-    areas = class_areas(plain.label_map, schema, plain.row_counts)
-    write_cog(plain.label_map, plain.label_map, schema, {}, areas=areas.classes)
-    style_path(plain.label_map).write_text(label_map_style(schema), encoding="utf-8")
-    if confidence is not None and plain.confidence is not None:
-        made_of = {LABEL_MAP: f"sha256:{sha256_of(plain.label_map)}"}
-        write_cog(plain.confidence, plain.confidence, None, made_of)
-    on_whole()
-    if confidence is not None and plain.confidence is not None:
-        _publish(plain.confidence, confidence, sidecar_path)
-    if is_users_style(style_path(destination), schema):
-        _publish(plain.label_map, destination, sidecar_path)
-    else:
-        _publish(plain.label_map, destination, sidecar_path, style_path)
-    return areas
 
 
 def _publish(source: Path, destination: Path, *companions: Callable[[Path], Path]) -> None:

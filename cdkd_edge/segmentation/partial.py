@@ -1,10 +1,8 @@
 """The folder ``NAME.tif.partial`` beside a label map, from which an interrupted run is resumed.
 
 It holds ``run.json`` (scene, engine and options), ``labels.spool`` and ``lock``. A run that ends early, for whatever
-reason, leaves it, and the same command resumes from it. A folder of another scene, engine or options is never resumed,
-and never removed unless asked: it may hold hours of work. A folder of this name that was not made here is left alone.
-
-A scene is recognised by a fingerprint, so that a resumed run refuses a scene that changed.
+reason, leaves it, and the same command resumes from it. A folder of another scene (known by a fingerprint), engine or
+options is never resumed, and never removed unless asked: it may hold hours of work. Nor is a folder not made here.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,14 +26,13 @@ from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segmentation.options import TAG_OPTIONS
 
 _PIECE, _PIECES = 1 << 16, 64  # bytes of a piece of a file, and pieces, that are hashed
-_WINDOW, _WINDOWS_A_SIDE = 64, 3
-"""Side of a window of pixels, and windows along each side, that are hashed where there is no file."""
+_WINDOW, _STEPS = 64, 2  # where there is no file: side of a window of pixels, steps between windows along each side
 _BESIDE = (".aux.xml", ".ovr")
 _FORMAT = 1
 _LARGEST_NOTE = 256 << 20  # bytes of ``run.json``; a virtual raster may have a hundred thousand files
 _KEPT = ("lock", "run.json", "labels.spool")
+# Names of everything in such a folder: with temporary files, and what NFS keeps of a file removed while open.
 _MADE = re.compile(r"lock|run\.json|labels\.spool|finish|\..*\.part.*|\.nfs.*")
-"""Names of everything in such a folder: with temporary files, and what NFS keeps of a file removed while open."""
 
 
 def scene_identity(reader: SceneReader) -> dict[str, Any]:
@@ -43,9 +41,6 @@ def scene_identity(reader: SceneReader) -> dict[str, Any]:
     For every file of the scene (also sidecars, masks, overviews and the files of a VRT): size, time of change, and a
     SHA-256 of 64 pieces of 64 KB spread over it, so that a scene of 100 GB takes a moment. For a scene without local
     files (``/vsi...``, URLs): a SHA-256 of nine windows of 64 px spread over it.
-
-    Raises:
-        SceneError, OSError: the scene cannot be read.
     """
     files = [name for name in reader.files if not is_gdal_name(name) and Path(name).is_file()]
     remote = len(files) < max(1, len(reader.files))
@@ -53,7 +48,7 @@ def scene_identity(reader: SceneReader) -> dict[str, Any]:
         "name": Path(str(reader.path)).name,
         "height": reader.height,
         "width": reader.width,
-        "files": [file_identity(Path(name)) for name in files],
+        "files": [_file_identity(Path(name)) for name in files],
         "pixels": _pixels(reader) if remote else None,
     }
 
@@ -67,7 +62,7 @@ def scene_sample(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([files, identity["pixels"]]).encode()).hexdigest()
 
 
-def file_identity(path: Path) -> dict[str, Any]:
+def _file_identity(path: Path) -> dict[str, Any]:
     """Name, size, time of change (ns) and a SHA-256 of pieces of a file."""
     status = path.stat()
     digest = hashlib.sha256()
@@ -95,13 +90,11 @@ def _pixels(reader: SceneReader) -> str:
     """SHA-256 of windows spread over a scene."""
     digest = hashlib.sha256()
     height, width = min(_WINDOW, reader.height), min(_WINDOW, reader.width)
-    for i in range(_WINDOWS_A_SIDE):
-        for j in range(_WINDOWS_A_SIDE):
-            top = i * (reader.height - height) // (_WINDOWS_A_SIDE - 1)
-            left = j * (reader.width - width) // (_WINDOWS_A_SIDE - 1)
-            pixels, valid = reader.read_window(top, left, height, width)
-            digest.update(pixels.tobytes())
-            digest.update(b"" if valid is None else valid.tobytes())
+    for i, j in itertools.product(range(_STEPS + 1), repeat=2):
+        top, left = i * (reader.height - height) // _STEPS, j * (reader.width - width) // _STEPS
+        pixels, valid = reader.read_window(top, left, height, width)
+        digest.update(pixels.tobytes())
+        digest.update(b"" if valid is None else valid.tobytes())
     return digest.hexdigest()
 
 
@@ -140,21 +133,16 @@ def resume_advice(output: Path) -> str | None:
 
 
 class Partial:
-    """The folder of one run, locked against all others.
+    """The folder of one run, locked against all others; a context manager.
 
-    Use as a context manager. The folder is removed at the end, unless the spool holds something (``worth_keeping``) and
-    the label map is not ``finished``.
+    It is removed at the end, unless the spool holds something (``worth_keeping``) and the map is not ``finished``.
+    Raises OSError if it cannot be made, SceneError if another run is writing the label map, if the folder was not made
+    by this package, or if an earlier run had another scene, engine or options, or does not say which.
 
     Args:
-        output: the label map.
         identity: scene, engine and options of the run as JSON data, compared with those of an earlier run.
         resume: resume an earlier run; otherwise drop what it left.
         replaces: whether the label map exists and is to be replaced.
-
-    Raises:
-        SceneError: another run is writing the label map; the earlier run had another scene, engine or options, or does
-            not say which; or the folder was not made by this package.
-        OSError: the folder cannot be made.
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], *, resume: bool = True, replaces: bool = False) -> None:
@@ -226,29 +214,30 @@ class Partial:
         found = _document(self.folder)
         if resume and self.spool.exists():
             self.worth_keeping = True
-            earlier = found.get("identity")
-            if not earlier:
-                raise SceneError(
-                    f"{self.folder / 'run.json'} is damaged, so it is unknown which scene {self.spool} is of",
-                    hint="restore it, or start anew with --overwrite",
-                )
-            if isinstance(earlier, dict) and earlier.get("confidence") and not identity.get("confidence"):
-                earlier = {**earlier, "confidence": False}  # the spool holds more than is needed
-            differing = differences(earlier, identity)
-            if len(differing) == 1 and differing[0].startswith("confidence "):
-                raise SceneError(
-                    f"{self.folder} holds an unfinished label map without --confidence",
-                    hint="finish it without --confidence, or start anew with --overwrite",
-                )
-            if differing:
-                raise SceneError(
-                    f"{self.folder} holds an unfinished label map of another run: {'; '.join(differing)}",
-                    hint="start anew with --overwrite, or choose another --output",
-                )
+            self._require_same(found.get("identity"), identity)
             replaces = replaces or bool(found.get("replaces"))
         self._tidy(_KEPT if self.worth_keeping else ("lock",))
         self._note = {"identity": identity, "replaces": replaces}
         write_text(self.folder / "run.json", json.dumps(self._note, indent=1) + "\n")
+
+    def _require_same(self, earlier: Any, identity: dict[str, Any]) -> None:
+        """Raise :class:`SceneError` unless an earlier run made the spool of the same scene in the same way."""
+        if not earlier:
+            raise SceneError(
+                f"{self.folder / 'run.json'} is damaged, so it is unknown which scene {self.spool} is of",
+                hint="restore it, or start anew with --overwrite",
+            )
+        if isinstance(earlier, dict) and earlier.get("confidence") and not identity.get("confidence"):
+            earlier = {**earlier, "confidence": False}  # the spool holds more than is needed
+        differing = differences(earlier, identity)
+        what, hint = (
+            f"of another run: {'; '.join(differing)}",
+            "start anew with --overwrite, or choose another --output",
+        )
+        if len(differing) == 1 and differing[0].startswith("confidence "):
+            what, hint = "without --confidence", "finish it without --confidence, or start anew with --overwrite"
+        if differing:
+            raise SceneError(f"{self.folder} holds an unfinished label map {what}", hint=hint)
 
     def _tidy(self, kept: tuple[str, ...]) -> None:
         """Remove the other files that a killed run left, such as half a GeoTIFF."""
@@ -292,7 +281,7 @@ def _remove(folder: Path) -> None:
 
 
 def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    """The differences of two JSON documents, one phrase per value; options are named as a user types them."""
+    """The differences of two JSON documents, a phrase for each value; options are named as a user types them."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = sorted({*found, *wanted})
         names = {key: TAG_OPTIONS.get(key, f"{name} {key}".strip()) for key in keys}

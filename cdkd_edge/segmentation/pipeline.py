@@ -27,17 +27,11 @@ from cdkd_edge.raster.aoi import AreaOnScene, read_area
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.raster.styles import sidecar_path
-from cdkd_edge.segmentation.crop import CropMerge, RowMerge
 from cdkd_edge.segmentation.flow import Flow, RunTotals
-from cdkd_edge.segmentation.merges import merge_mode
+from cdkd_edge.segmentation.merge import RowMerge
+from cdkd_edge.segmentation.merge_modes import merge_mode
 from cdkd_edge.segmentation.options import SegmentOptions, SegmentResult
-from cdkd_edge.segmentation.outputs import (
-    RasterAssembler,
-    confidence_path,
-    publish,
-    require_file_place,
-    require_writable_name,
-)
+from cdkd_edge.segmentation.outputs import RasterAssembler, confidence_path, require_file_place, require_gdal_name
 from cdkd_edge.segmentation.partial import Partial, scene_identity, scene_sample, times_of_change
 from cdkd_edge.segmentation.plan import PANEL_BYTES, CellLayout, TilePlan
 from cdkd_edge.segmentation.spool import DiskSpaceWatch, Spool
@@ -71,19 +65,26 @@ def segment_scene(
         SceneError: the scene cannot be read or the label map cannot be written; another run is writing it; or an
             interrupted run had another scene, engine or options.
         EngineError: the engine failed.
-        SystemRefusalError: the disk is full; finished tiles are kept.
-        OSError: the system refused to write.
+        SystemRefusalError, OSError: the disk is full (finished tiles are kept), or the system refused to write.
     """
     started = time.perf_counter()
     output = Path(os.path.normpath(output))
     confidence = confidence_path(output) if options.confidence else None
-    _require_place(scene, output, confidence)
+    with contextlib.suppress(OSError):
+        if output.exists() and Path(str(scene)).samefile(output):
+            raise SceneError(f"the label map would overwrite the scene {scene}", hint="choose another --output")
+    require_gdal_name(output)
+    require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
     _require_output(engine, options)
     schema = engine.schema.in_palette(options.palette)
     with contextlib.ExitStack() as stack:
         readers = _opened(stack, scene, options)
         reader, times = readers[0], times_of_change(readers[0])
-        area = _area(reader, options)
+        place = reader.georeference
+        area = None
+        if options.aoi is not None:
+            transform = place.get("transform", Affine.identity())
+            area = AreaOnScene(read_area(options.aoi), place.get("crs"), transform, reader.height, reader.width)
         plan = _plan(engine, reader, options, area)
         fingerprint = scene_identity(reader)
         tags = label_map_tags(engine, reader, options, fingerprint)
@@ -96,7 +97,7 @@ def segment_scene(
             warn(f"{spool.path} is damaged; its first {resumed} rows of tiles are good, the others are computed again")
         partial.worth_keeping = resumed > 0
         rasters = stack.enter_context(
-            RasterAssembler(spool, schema, reader.georeference, tags, partial.folder, confidence=options.confidence)
+            RasterAssembler(spool, schema, place, tags, partial.folder, confidence=options.confidence)
         )
         rasters.advance(plan.rows_done(resumed))
         totals = RunTotals()
@@ -108,7 +109,9 @@ def segment_scene(
                 rasters.advance(plan.rows_done(spool.bands))
                 space.check(spool.path, plan.tiles_in(spool.bands) / len(plan.grid))
 
-            merge = _merge(engine, spool, plan, options, area)
+            inside, overlap = None if area is None else area.inside, options.overlap_of(engine.tile)
+            kind = merge_mode(options.merge).load()
+            merge = kind(engine, spool, plan, overlap, confidence=options.confidence, area=inside)
             merge.on_band = on_band
             totals = Flow(engine, readers, plan, merge, start=resumed, progress=progress).run()
             del merge
@@ -116,11 +119,9 @@ def segment_scene(
         if times_of_change(reader) != times:
             raise SceneError(f"{scene} changed while it was read", hint="start anew with --overwrite")
         finishing = time.perf_counter()
-        finished = rasters.result()
-        areas = publish(finished, output, schema, confidence, on_whole=partial.finishing)
+        areas = rasters.publish(output, confidence, partial.finishing)
         totals.stages["finish"] = time.perf_counter() - finishing
         partial.finished = True
-    limits = None if reader.limits is None else tuple((float(low), float(high)) for low, high in reader.limits)
     return SegmentResult(
         output=output,
         height=spool.height,
@@ -134,9 +135,9 @@ def segment_scene(
         notes=tuple(reader.notes),
         tiles_resumed=plan.tiles_in(resumed),
         confidence=confidence,
-        stretch_limits=limits,
+        stretch_limits=_limits(reader),
         stages={name: round(seconds, 6) for name, seconds in totals.stages.items()},
-        row_class_pixels=finished.row_counts,
+        row_class_pixels=rasters.row_counts,
         areas=areas,
     )
 
@@ -170,28 +171,13 @@ def label_rows(
 ) -> RunTotals:
     """Label an open scene row by row, in the same way as label maps are made.
 
-    Args:
-        engine: labels the tiles.
-        reader: the scene.
-        grid: its tiles, as :meth:`.options.SegmentOptions.grid_over` places them.
-        sink: receives rows of labels ``[h, width]`` from top to bottom, in another thread; it must not keep the array.
-        progress: called with tiles done and tiles in all.
-
-    Raises:
-        SceneError, EngineError: reading or computing failed; and whatever ``sink`` raises.
+    ``grid`` comes from :meth:`.options.SegmentOptions.grid_over`. ``sink`` receives rows of labels ``[h, width]`` from
+    top to bottom, in another thread; it must not keep the array. ``progress`` is called with tiles done and in all.
+    Raises SceneError or EngineError if reading or computing failed, and whatever ``sink`` raises.
     """
     plan = TilePlan.over(grid, engine.tile, panel_bytes=None)
     merge = RowMerge(engine, reader.width, len(grid.columns), sink)
     return Flow(engine, [reader], plan, merge, progress=progress).run()
-
-
-def _require_place(scene: str | Path, output: Path, confidence: Path | None) -> None:
-    """Make sure that the outputs may be written, and do not replace the scene."""
-    with contextlib.suppress(OSError):
-        if output.exists() and Path(str(scene)).samefile(output):
-            raise SceneError(f"the label map would overwrite the scene {scene}", hint="choose another --output")
-    require_writable_name(output)
-    require_file_place(output, sidecar_path(output), *([confidence] if confidence else []))
 
 
 def _require_output(engine: Labeller, options: SegmentOptions) -> None:
@@ -207,21 +193,9 @@ def _require_output(engine: Labeller, options: SegmentOptions) -> None:
 
 def _opened(stack: contextlib.ExitStack, scene: str | Path, options: SegmentOptions) -> list[SceneReader]:
     """The scene once for each reading thread."""
-    first = options.open(scene)
-    readers = [first]
-    stack.callback(first.close)
-    for _ in range(1, 1 if first.sequential else options.readers):
-        readers.append(first.another())
-        stack.callback(readers[-1].close)
-    return readers
-
-
-def _area(reader: SceneReader, options: SegmentOptions) -> AreaOnScene | None:
-    if options.aoi is None:
-        return None
-    place = reader.georeference
-    transform = place.get("transform", Affine.identity())
-    return AreaOnScene(read_area(options.aoi), place.get("crs"), transform, reader.height, reader.width)
+    first = stack.enter_context(contextlib.closing(options.open(scene)))
+    more = 0 if first.sequential else options.readers - 1
+    return [first, *(stack.enter_context(contextlib.closing(first.another())) for _ in range(more))]
 
 
 def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: AreaOnScene | None) -> TilePlan:
@@ -247,31 +221,20 @@ def _plan(engine: Labeller, reader: SceneReader, options: SegmentOptions, area: 
     )
 
 
-def _merge(
-    engine: Labeller, spool: Spool, plan: TilePlan, options: SegmentOptions, area: AreaOnScene | None
-) -> CropMerge:
-    return merge_mode(options.merge).load()(
-        engine,
-        spool,
-        plan,
-        options.overlap_of(engine.tile),
-        confidence=options.confidence,
-        area=None if area is None else area.inside,
-    )
-
-
 def _identity(
     engine: Labeller, reader: SceneReader, tags: dict[str, str], scene: dict[str, Any], *, confidence: bool
 ) -> dict[str, Any]:
     """Everything that decides about the labels: a run resumes only from one with the same identity."""
-    limits = None if reader.limits is None else [[float(low), float(high)] for low, high in reader.limits]
-    options = {key: value for key, value in tags.items() if key not in ("SCENE", "SCENE_SAMPLE", "ENGINE")}
-    return {
-        "scene": scene,
-        "engine": {"file": engine.artefact.file, "sha256": engine.artefact.sha256},
-        "options": {**options, "BANDS": list(reader.bands), "LIMITS": limits},
-        "confidence": confidence,
+    options: dict[str, Any] = {
+        key: value for key, value in tags.items() if key not in ("SCENE", "SCENE_SAMPLE", "ENGINE")
     }
+    options |= {"BANDS": list(reader.bands), "LIMITS": _limits(reader)}
+    made_by = {"file": engine.artefact.file, "sha256": engine.artefact.sha256}
+    return {"scene": scene, "engine": made_by, "options": options, "confidence": confidence}
+
+
+def _limits(reader: SceneReader) -> tuple[tuple[float, float], ...] | None:
+    return None if reader.limits is None else tuple((float(low), float(high)) for low, high in reader.limits)
 
 
 @contextlib.contextmanager

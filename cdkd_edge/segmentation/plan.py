@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdkd_edge.raster.grid import Span, TileGrid
-from cdkd_edge.raster.read import INVALID_FILL, SceneReader, reflected
+from cdkd_edge.raster.read import SceneReader, reflected
 
 CELL_ROWS, CELL_COLUMNS = 256, 2048
 _CELL_PIXELS = CELL_ROWS * CELL_COLUMNS
@@ -58,7 +58,7 @@ class TilePlan:
     tile: int
     panels: tuple[Panel, ...]
     blends: bool  # whether a tile also adds to pixels that other tiles keep, as in the Hann merge
-    wanted: Callable[[Span, Span], bool] = lambda row, column: True
+    wanted: Callable[[Span, Span], bool] = lambda row, column: True  # whether a tile is to be computed
 
     @classmethod
     def over(
@@ -72,16 +72,10 @@ class TilePlan:
         pixel_bytes: int = 3,
         wanted: Callable[[Span, Span], bool] = lambda row, column: True,
     ) -> TilePlan:
-        """Plan the tiles of a grid.
+        """Plan tiles of side ``tile``, px; ``pixel_bytes`` is the memory of a pixel with its validity.
 
-        Args:
-            grid: the tiles.
-            tile: their side, px.
-            slack_rows: rows of pixels held besides a row of tiles, because files are read in blocks.
-            blends: see :attr:`blends`.
-            panel_bytes: bound of the pixels held at a time; None: a single panel, so that labels come row by row.
-            pixel_bytes: memory of a pixel with its validity.
-            wanted: whether a tile is to be computed.
+        The pixels held at a time are bounded by ``panel_bytes`` (None: a single panel, so that labels come row by row);
+        these are a row of tiles and ``slack_rows`` rows more, because files are read in blocks.
         """
         columns = grid.columns
         count = 1
@@ -228,13 +222,11 @@ class Cells:
     def _divided(
         self, panel: int, rows: range, columns: range
     ) -> Iterator[tuple[tuple[int, int, int], int, int, int, int]]:
+        """Key, top, bottom, left and right of the cells under a rectangle."""
         extent = self._extent(panel)
-        height, width = self.layout.rows, self.layout.columns
+        height, width = self.layout.rows, self.layout.columns or self.layout.width
         for i in range(rows.start // height, (rows.stop - 1) // height + 1):
             top, bottom = i * height, min((i + 1) * height, self.layout.height)
-            if width is None:
-                yield (panel, i, 0), top, bottom, extent.start, extent.stop
-                continue
             for j in range(columns.start // width, (columns.stop - 1) // width + 1):
                 left, right = max(j * width, extent.start), min((j + 1) * width, extent.stop)
                 yield (panel, i, j), top, bottom, left, right
@@ -260,62 +252,29 @@ class Cells:
 def cut_tile(
     place: PlannedTile, cells: list[Cell], layout: CellLayout, out: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.bool_] | None:
-    """Copy a tile out of its cells, and reflect the scene beyond its borders.
+    """Copy a tile out of its cells, all of them read, and reflect the scene beyond its borders.
 
-    Args:
-        place: the tile.
-        cells: all cells under it, read.
-        layout: of the cells.
-        out: uint8 ``[3, T, T]``, written in place.
-
-    Returns:
-        Validity ``[T, T]``, or None where every pixel is valid.
+    Writes ``out``, uint8 ``[3, T, T]``, in place. Returns validity ``[T, T]``, or None where every pixel is valid.
     """
-    tile = out.shape[1]
+    tile, row, column = out.shape[1], place.row.start, place.column.start
     rows, columns = _inside(place.row, tile, layout.height), _inside(place.column, tile, layout.width)
-    # Where the scene begins in the tile.
-    down, across = rows.start - place.row.start, columns.start - place.column.start
     valid = np.ones((tile, tile), bool) if any(cell.valid is not None for cell in cells) else None
     for cell in cells:
         if cell.pixels is None:
             raise AssertionError("a tile was cut from a cell that was not read")
         top, bottom = max(cell.top, rows.start), min(cell.top + cell.height, rows.stop)
         left, right = max(cell.left, columns.start), min(cell.left + cell.width, columns.stop)
-        here = np.s_[
-            ...,
-            top - rows.start + down : bottom - rows.start + down,
-            left - columns.start + across : right - columns.start + across,
-        ]
+        here = np.s_[..., top - row : bottom - row, left - column : right - column]
         there = np.s_[..., top - cell.top : bottom - cell.top, left - cell.left : right - cell.left]
         out[here] = cell.pixels[there]
         if valid is not None and cell.valid is not None:
             valid[here] = cell.valid[there]
-    y = reflected(place.row.start, tile, layout.height) - place.row.start
-    x = reflected(place.column.start, tile, layout.width) - place.column.start
-    for array in (out,) if valid is None else (out, valid):
-        _reflect(array, y, x, down, across, len(rows), len(columns))
+    if len(rows) < tile or len(columns) < tile:
+        y, x = reflected(row, tile, layout.height) - row, reflected(column, tile, layout.width) - column
+        arrays: tuple[npt.NDArray[Any], ...] = (out,) if valid is None else (out, valid)
+        for array in arrays:
+            array[:] = array[..., y[:, None], x]
     return None if valid is None or valid.all() else valid
-
-
-def _reflect(
-    array: npt.NDArray[Any],
-    y: npt.NDArray[np.intp],
-    x: npt.NDArray[np.intp],
-    down: int,
-    across: int,
-    height: int,
-    width: int,
-) -> None:
-    """Fill the margins of a tile ``[..., T, T]`` beside the scene, then above and below it."""
-    for margin in (slice(0, across), slice(across + width, None)):
-        array[..., down : down + height, margin] = array[..., down : down + height, x[margin]]
-    for margin in (slice(0, down), slice(down + height, None)):
-        array[..., margin, :] = array[..., y[margin], :]
-
-
-def fill_without_data(out: npt.NDArray[np.uint8]) -> None:
-    """Fill an unused tile of a batch with the colour of pixels without data."""
-    out[:] = INVALID_FILL
 
 
 def _inside(span: Span, tile: int, size: int) -> range:

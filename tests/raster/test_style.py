@@ -15,7 +15,6 @@ from scene_helpers import SCHEMA, FakeEngine, names_in, noise, read_labels, writ
 
 from cdkd_edge.core.labels import LabelSchema, LandCoverClass, load_schema
 from cdkd_edge.raster.styles import is_users_style, label_map_style, label_map_xml, polygon_style, style_path
-from cdkd_edge.segmentation.outputs import publish
 from cdkd_edge.segmentation.pipeline import segment_scene
 from cdkd_edge.segmentation.products.polygons import VectorOptions, write_vector
 
@@ -101,7 +100,7 @@ def test_a_label_map_that_fails_leaves_no_style(tmp_path: Path, scene: Path, mon
             raise OSError(5, "Input/output error", str(destination))
         replace(source, destination)
 
-    monkeypatch.setattr(f"{publish.__module__}.os.replace", refusing)
+    monkeypatch.setattr("cdkd_edge.segmentation.outputs.os.replace", refusing)
     with pytest.raises(OSError, match="Input/output"):
         segment_scene(FakeEngine(64), scene, tmp_path / "map.tif")
     assert not style_path(tmp_path / "map.tif").exists()

@@ -16,7 +16,7 @@ from cdkd_edge.core.errors import SceneError, UsageError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import SceneReader
-from cdkd_edge.segmentation.hann import HannMerge, hann_weights
+from cdkd_edge.segmentation.merge import HannMerge, hann_weights
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.pipeline import segment_scene
 

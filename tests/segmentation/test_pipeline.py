@@ -37,8 +37,8 @@ from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.raster.grid import TileGrid
 from cdkd_edge.raster.read import SceneReader, Stretch
-from cdkd_edge.segmentation.crop import CropMerge
 from cdkd_edge.segmentation.geotiff import LabelMapWriter
+from cdkd_edge.segmentation.merge import CropMerge
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.partial import partial_folder
 from cdkd_edge.segmentation.pipeline import segment_scene

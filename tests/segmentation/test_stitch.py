@@ -13,7 +13,7 @@ from scene_helpers import FakeEngine, relaxed
 
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.grid import Span, TileGrid
-from cdkd_edge.segmentation.crop import RowMerge
+from cdkd_edge.segmentation.merge import RowMerge
 
 TILE = 16
 

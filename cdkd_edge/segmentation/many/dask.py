@@ -125,9 +125,6 @@ class DaskPool(WorkerPool):
                 task.future.cancel()
 
 
-# --- paths --------------------------------------------------------------------------------------------------------
-
-
 def _absolute(path: str) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - links stay as they are
 
@@ -137,14 +134,9 @@ def _for_worker(job: Job, tokens: dict[str, str]) -> Job:
     options = job.options
     if options.aoi is not None and Path(options.aoi).exists():  # else it is a box
         options = replace(options, aoi=_absolute(options.aoi))
-    return replace(
-        job,
-        scene=job.scene if is_gdal_name(job.scene) else _absolute(job.scene),
-        output=_absolute(job.output),
-        engine=replace(job.engine, path=_absolute(job.engine.path)),
-        options=options,
-        token=tokens.get(str(Path(job.output).parent)),
-    )
+    scene = job.scene if is_gdal_name(job.scene) else _absolute(job.scene)
+    engine, token = replace(job.engine, path=_absolute(job.engine.path)), tokens.get(str(Path(job.output).parent))
+    return replace(job, scene=scene, output=_absolute(job.output), engine=engine, options=options, token=token)
 
 
 def _with_given_paths(report: JobReport, job: Job) -> JobReport:
@@ -183,14 +175,8 @@ def _tokens(jobs: Sequence[Job]) -> Iterator[dict[str, str]]:
                 place.rmdir()  # if nothing came into it
 
 
-# --- on a worker --------------------------------------------------------------------------------------------------
-
 _engine_lock = threading.Lock()
 _stopped_runs: set[str] = set()
-
-
-class RunStoppedError(FleetError):
-    """The run was stopped; nobody waits for the result of the job."""
 
 
 def do_remotely(run: str, index: int, payload: str) -> str:
@@ -221,6 +207,6 @@ def stop_run(run: str) -> None:
 
 
 def require_running(run: str) -> None:
-    """Raise :class:`RunStoppedError` if the run was stopped."""
+    """Raise :class:`FleetError` if the run was stopped; nobody waits for the result of the job."""
     if run in _stopped_runs:
-        raise RunStoppedError("the run was stopped")
+        raise FleetError("the run was stopped")

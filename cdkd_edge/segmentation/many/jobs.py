@@ -61,9 +61,6 @@ def file_state(path: Path) -> FileState | None:
     return info.st_size, info.st_mtime_ns, info.st_ino
 
 
-# --- jobs ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class EngineRef:
     """The engine that labels the scenes, by its path and its content."""
@@ -182,16 +179,12 @@ class JobReport:
         """The report as one flat JSON object."""
         row = to_plain(self)
         result, kept, products, notes = (row.pop(name) for name in ("result", "kept", "products", "notes"))
-        figures = {name: value for name, value in (result or kept or {}).items() if name not in _NOT_SHOWN}
+        not_shown = ("output", "row_class_pixels")
+        figures = {name: value for name, value in (result or kept or {}).items() if name not in not_shown}
         figures["notes"] = [*figures.get("notes", ()), *notes]
         row["job_seconds"] = row.pop("seconds")  # "seconds" are the label map's own
         return {**row, **figures, **{name: products.get(name) for name in PRODUCTS}, "error": row["error"]}
 
-
-_NOT_SHOWN = ("output", "row_class_pixels")  # figures of a label map that are not in a row of the report
-
-
-# --- JSON ---------------------------------------------------------------------------------------------------------
 
 Document = TypeVar("Document", Job, JobReport)
 
@@ -216,8 +209,6 @@ def to_plain(value: Any) -> Any:
     """Dicts, lists, strings and numbers. Arrays are left out: they are used up on the worker that made them."""
     return msgspec.to_builtins(value, enc_hook=lambda other: None if isinstance(other, np.ndarray) else str(other))
 
-
-# --- the report of a run ------------------------------------------------------------------------------------------
 
 _SAVE_EVERY_S = 10.0
 _BEGINNING = b'{\n  "report_version": '

@@ -34,8 +34,6 @@ from cdkd_edge.segmentation.products.write import NO_PRODUCTS, ProductOptions, p
 _MOST_SCENES = 100_000  # in a list; the report alone of so many takes 100 MB
 _NAMES_SHOWN = 3
 
-# --- which scenes, and where their label maps go ------------------------------------------------------------------
-
 
 def scenes_of(arguments: Sequence[str]) -> list[str]:
     """The scenes that the arguments of ``segment`` name.
@@ -52,17 +50,12 @@ def scenes_of(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         is_list = argument.startswith("@") and not Path(argument).exists()
         for line in _lines(Path(argument[1:])) if is_list else [argument]:
-            for path in _named(line):
+            gone = not is_gdal_name(line) and not Path(line).exists() and not glob.has_magic(line)
+            for path in [line] if gone else sorted(rasters_named(line)):  # opening a file that is gone will fail
                 first = found.setdefault(file_key(path), path)
                 if Path(first).is_symlink() and not Path(path).is_symlink():
                     found[file_key(path)] = path  # "latest.tif" is another scene's name tomorrow
     return list(found.values())
-
-
-def _named(argument: str) -> list[str]:
-    if not is_gdal_name(argument) and not Path(argument).exists() and not glob.has_magic(argument):
-        return [argument]  # a file that is gone: opening it will fail
-    return sorted(rasters_named(argument))
 
 
 def _lines(path: Path) -> list[str]:
@@ -96,18 +89,10 @@ def plan_outputs(
     """Find the scenes, name their label maps, and check that no file is in the way of another.
 
     Returns scenes and their label maps. A scene that is the label map of another one (``segment *.tif`` for the second
-    time) is left out.
-
-    Args:
-        arguments: as for :func:`scenes_of`.
-        output, folder, keep_folders: as for :func:`~cdkd_edge.segmentation.outputs.label_map_paths`.
-        products, confidence: what is made beside each label map.
-        overwrite: whether existing label maps are replaced.
-
-    Raises:
-        SceneError: two scenes would get one label map, or a scene would be replaced.
-        UsageError: the output is another format, or one file for several scenes.
-        SystemRefusalError: the output folder is a file.
+    time) is left out. Arguments are those of :func:`scenes_of` and :func:`.outputs.label_map_paths`; ``products`` and
+    ``confidence`` say what else is written. Raises SceneError if two scenes would get one label map, or a scene would
+    be replaced; UsageError if the output is another format, or one file for several scenes; SystemRefusalError if the
+    output folder is a file.
     """
     scenes = scenes_of(arguments)
     planned = label_map_paths(scenes, output, folder, keep_folders=keep_folders)
@@ -136,9 +121,6 @@ def _require_folder(path: Path) -> None:
             raise SystemRefusalError(f"{parent} is a file, not a folder", hint="choose another --output")
 
 
-# --- the run ------------------------------------------------------------------------------------------------------
-
-
 def segment_many(
     scenes: Sequence[str],
     outputs: Sequence[Path],
@@ -164,29 +146,15 @@ def segment_many(
         report_path: where the report is kept up to date, however the run ends.
         observer: is told what happens.
 
-    Returns:
-        The report; every scene is done or kept.
-
-    Raises:
-        MissingExtraError: a product needs a package that is not installed.
-        FleetError: several scenes were given and some failed; the report says why.
-        Exception: why the only scene failed, or why the run was stopped.
+    Returns the report; every scene is done or kept. Raises FleetError if there were several scenes and some failed, or
+    the error for which the only scene failed or the run was stopped (also MissingExtraError, before it begins).
     """
     products.require()
     observer = observer or RunObserver()
-    jobs = [
-        Job(
-            scene=scene,
-            output=str(output),
-            engine=engine,
-            options=options,
-            products=products,
-            overwrite=overwrite,
-            before=file_state(output),
-            scene_is_file=not is_gdal_name(scene) and Path(scene).is_file(),
-        )
-        for scene, output in zip(scenes, outputs, strict=True)
-    ]
+    jobs = []
+    for scene, output in zip(scenes, outputs, strict=True):
+        before, is_file = file_state(output), not is_gdal_name(scene) and Path(scene).is_file()
+        jobs.append(Job(scene, str(output), engine, options, products, overwrite, before, is_file))
     report = RunReport(jobs, engine, workers.begun, report_path)
     report.save()  # fails now, not after hours of work, if it cannot be written
     error: Exception | None = None
@@ -240,9 +208,6 @@ def _require_success(report: RunReport) -> None:
     )
 
 
-# --- with which engine, and who does it ---------------------------------------------------------------------------
-
-
 def engine_ref(path: Path, *, threads: int | None = None, worker_folder: str | None = None) -> EngineRef:
     """Identify an engine by its manifest, without loading it; raises ManifestError if there is none beside it.
 
@@ -253,17 +218,10 @@ def engine_ref(path: Path, *, threads: int | None = None, worker_folder: str | N
         graph = read_manifest(path, GraphManifest, verify=False)
         sha256 = graph.artefact.sha256
         return EngineRef(str(path), graph.name, graph.precision, None, None, sha256, threads, worker_folder)
-    manifest = read_manifest(path, EngineManifest, verify=False)  # verified when it is loaded
-    return EngineRef(
-        path=str(path),
-        name=manifest.name,
-        precision=manifest.precision,
-        runtime=manifest.runtime,
-        sha256=manifest.artefact.sha256 if worker_folder is None else None,
-        graph_sha256=manifest.graph.sha256,
-        threads=threads,
-        folder=worker_folder,
-    )
+    found = read_manifest(path, EngineManifest, verify=False)  # verified when it is loaded
+    own, graph_sha256 = found.artefact.sha256 if worker_folder is None else None, found.graph.sha256
+    about = str(path), found.name, found.precision, found.runtime
+    return EngineRef(*about, own, graph_sha256, threads, worker_folder)
 
 
 def workers_for(engine: EngineRef, scheduler: str | None, processes: int | None) -> tuple[Workers, EngineRef]:

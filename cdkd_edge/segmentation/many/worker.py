@@ -30,7 +30,7 @@ from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.raster.areas import class_areas
 from cdkd_edge.raster.open import gdal, is_gdal_name, open_scene
 from cdkd_edge.raster.styles import describes, is_users_style, label_map_style, label_map_xml, sidecar_path, style_path
-from cdkd_edge.segmentation import pipeline
+from cdkd_edge.segmentation import partial, pipeline
 from cdkd_edge.segmentation.many.jobs import (
     EngineRef,
     Job,
@@ -43,18 +43,9 @@ from cdkd_edge.segmentation.many.jobs import (
     file_state,
 )
 from cdkd_edge.segmentation.outputs import confidence_path
-from cdkd_edge.segmentation.partial import (
-    continues_replacing,
-    differences,
-    drop_finished,
-    scene_identity,
-    was_finishing,
-)
 from cdkd_edge.segmentation.products.write import mismatch, product_paths, source_of, write_products
 
 Progress = Callable[[int, int], None]
-
-# --- one job ------------------------------------------------------------------------------------------------------
 
 
 def run_job(
@@ -80,14 +71,13 @@ def do_job(
 ) -> JobReport:
     """Make a label map and its products, unless they are there.
 
-    Raises:
-        SceneError: the scene cannot be read, or another file is in the label map's place.
-        EngineError, OSError: the engine failed, or the system refused.
+    Raises SceneError if the scene cannot be read, or another file is in the label map's place; EngineError, OSError if
+    the engine failed, or the system refused.
     """
     started = time.perf_counter()
     output = Path(job.output)
     # A run that was interrupted while it replaced the map may go on without --overwrite.
-    overwrite = job.overwrite or continues_replacing(output)
+    overwrite = job.overwrite or partial.continues_replacing(output)
     kept = _existing_map(engine, job, overwrite=overwrite)
     status, notes, result = Status.DONE, list[str](), None
     if kept is None:
@@ -96,7 +86,7 @@ def do_job(
         result = pipeline.segment_scene(engine, job.scene, output, job.options, progress, resume=resume, warn=note)
     elif file_state(output) == job.before:
         status = Status.KEPT
-        drop_finished(output)
+        partial.drop_finished(output)
         _complete_sidecars(kept, engine.schema.in_palette(job.options.palette))
     else:
         notes.append("finished by an earlier attempt, whose answer was lost")
@@ -120,8 +110,6 @@ def do_job(
     )
 
 
-# --- is the label map that is there the one that would be made? ---------------------------------------------------
-
 # Tags that may differ, or are compared in another way. (Other releases make the same labels, or say so in notes.)
 _NOT_COMPARED = ("CDKD_EDGE", "ENGINE", "GRAPH", "SCENE_SAMPLE")
 
@@ -136,7 +124,7 @@ def _existing_map(engine: Labeller, job: Job, *, overwrite: bool) -> KeptMap | N
     if now is None:
         for name, path in product_paths(output, job.products, confidence=job.options.confidence).items():
             # A run that was killed while it finished may have put the confidence raster in place already.
-            if (name != "confidence" or not was_finishing(output)) and path.exists() and not overwrite:
+            if (name != "confidence" or not partial.was_finishing(output)) and path.exists() and not overwrite:
                 raise occupied(path, SceneError)
     elif now != job.before or not overwrite:
         try:
@@ -156,7 +144,7 @@ def _same_map(engine: Labeller, job: Job) -> KeptMap:
     other = functools.partial(occupied, output, SceneError)
     with contextlib.closing(dataclasses.replace(options, strict=False).open(scene)) as reader:
         tiles = len(options.grid_over(reader, engine.tile))
-        wanted = pipeline.label_map_tags(engine, reader, options, scene_identity(reader))
+        wanted = pipeline.label_map_tags(engine, reader, options, partial.scene_identity(reader))
         height, width = reader.height, reader.width
     try:
         dataset = open_scene(output)
@@ -203,7 +191,7 @@ def _difference(wanted: Mapping[str, str], tags: Mapping[str, str], identity: st
     ignored = {*_NOT_COMPARED, *(name for name in tags if name == "AREA_OR_POINT" or name.startswith("TIFFTAG_"))}
     # GDAL drops the blanks at the beginning of a value, such as a scene's name.
     was, now = ({name: value.lstrip() for name, value in one.items() if name not in ignored} for one in (tags, wanted))
-    changes = differences(was, now)
+    changes = partial.differences(was, now)
     return f"was made with other options: {'; '.join(changes)}" if changes else None
 
 
@@ -221,9 +209,6 @@ def _complete_sidecars(kept: KeptMap, schema: LabelSchema) -> None:
             wanted = label_map_style(schema)
             if not style.exists() or style.read_bytes() != wanted.encode():
                 write_text(style, wanted)
-
-
-# --- on a worker --------------------------------------------------------------------------------------------------
 
 
 class WorkerEngine:

@@ -86,12 +86,10 @@ class Outlines:
 
     def ring_areas(self, plane: Floats) -> Floats:
         """Area inside every ring; ``plane`` holds the points ``[P, 2]`` in an equal-area plane."""
-        origin = np.repeat(plane[self.rings[:-1]], np.diff(self.rings), axis=0)
-        x, y = (plane - origin).T  # small numbers keep more digits
-        products = np.zeros(len(plane))
-        products[:-1] = x[:-1] * y[1:] - x[1:] * y[:-1]
-        products[self.rings[1:] - 1] = 0  # no edge leads from one ring to the next
-        return np.asarray(np.abs(np.add.reduceat(products, self.rings[:-1])) / 2)
+        import shapely
+
+        ring = np.repeat(np.arange(len(self.rings) - 1), np.diff(self.rings))
+        return np.asarray(shapely.area(shapely.polygons(shapely.linearrings(plane, indices=ring))))
 
 
 @dataclass(slots=True)
@@ -222,19 +220,20 @@ def _shared_edges(points: npt.NDArray[np.int32], after: Ints, edges: Ints, regio
     return edges[:-1][same], edges[1:][same]
 
 
+def root_of(parents: dict[int, int] | list[int], node: int) -> int:
+    """The representative of a node's set in a union-find forest, whose paths are halved on the way."""
+    while parents[node] != node:
+        parents[node] = node = parents[parents[node]]
+    return node
+
+
 def _components(count: int, one: Ints, other: Ints) -> Ints:
     """The smallest index in the connected component of each of ``count`` nodes; ``one[i]``-``other[i]`` are edges."""
     parents = list(range(count))
-
-    def root(node: int) -> int:
-        while parents[node] != node:
-            parents[node] = node = parents[parents[node]]
-        return node
-
     for pair in np.unique(one * count + other).tolist():
-        a, b = sorted((root(pair // count), root(pair % count)))
+        a, b = sorted((root_of(parents, pair // count), root_of(parents, pair % count)))
         parents[b] = a
-    return np.array([root(node) for node in range(count)], np.int64)
+    return np.array([root_of(parents, node) for node in range(count)], np.int64)
 
 
 def _next_runs(points: npt.NDArray[np.int32], after: Ints, place: Ints, owners: Ints, starts: Ints, ends: Ints) -> Ints:

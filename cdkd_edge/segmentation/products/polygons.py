@@ -33,19 +33,9 @@ _MIN_FREE_BYTES = 1 << 20
 _EPOCH = "1970-01-01T00:00:00.000Z"  # time of change in the file, so that the same map gives the same bytes
 # The table "layer_styles", in which QGIS finds a layer's style.
 _STYLE_FIELDS = [
-    "f_table_catalog",
-    "f_table_schema",
-    "f_table_name",
-    "f_geometry_column",
-    "styleName",
-    "styleQML",
-    "styleSLD",
-    "useAsDefault",
-    "description",
-    "owner",
-    "ui",
-    "update_time",
-]
+    "f_table_catalog", "f_table_schema", "f_table_name", "f_geometry_column", "styleName", "styleQML", "styleSLD",
+    "useAsDefault", "description", "owner", "ui", "update_time",
+]  # fmt: skip
 _M2 = {"m2": 1.0, "ha": 1e4, "km2": 1e6}
 _AREA = re.compile(r"(\d+\.?\d*|\.\d+)\s*(m2|ha|km2|px)")
 
@@ -92,12 +82,9 @@ def write_vector(
     Fields: ``class_id``, ``class``, ``color`` (#rrggbb), ``area_ha`` (of the polygon as drawn, on the ellipsoid for
     geographic grids; null where unknown). Pixels connected by an edge make one polygon; regions of more than 200,000
     vertices come in parts. Without georeference, x is the column and y the negative row, where QGIS puts such rasters.
-    The file appears only when it is complete. ``metadata`` is stored in it. Returns notes for the user.
-
-    Raises:
-        MissingExtraError: pyogrio or Shapely is not installed.
-        SceneError: the map cannot be read, or a minimum in m2 is asked for where areas are unknown.
-        SystemRefusalError, OSError: the disk is full, or the folder cannot be written.
+    The file appears only when it is complete; ``metadata`` is stored in it. Returns notes for the user. Raises
+    MissingExtraError without pyogrio or Shapely; SceneError if the map cannot be read, or a minimum in m2 is asked for
+    where areas are unknown; SystemRefusalError or OSError if writing failed.
     """
     require_vector()
     dataset = open_scene(label_map)

@@ -56,12 +56,8 @@ def write_preview(
     measured on the ellipsoid along the middle row; without a map grid there is neither bar nor north arrow. Overviews
     of the scene and the label map are used where they exist. Raises SceneError if one of the two cannot be read.
 
-    Args:
-        scene, label_map, schema, areas: what was labelled, its label map, classes and what they cover.
-        output: the picture (``.png``).
-        options: bands and stretch, as in the run.
-        longest_side: of the scene and of the overlay, px each.
-        metadata: stored in the file's text chunks.
+    ``options`` are the run's, for bands and stretch; ``longest_side`` is of the scene and of the overlay, px each;
+    ``metadata`` is stored in the file's text chunks.
     """
     with contextlib.closing(dataclasses.replace(options, gsd=None, strict=False).open(scene)) as reader:
         image = reader.overview(longest_side * _OVERSAMPLED)
@@ -97,23 +93,19 @@ def overlaid(image: _Picture, labels: _Picture, schema: LabelSchema, line: int =
         border[:-shift] |= down
         border[:, shift:] |= right
         border[:, :-shift] |= right
+    palette = schema.palette().astype(np.float32)
     result = np.empty_like(image)
     for start in range(0, len(image), _STRIP):
         rows = slice(start, start + _STRIP)
-        result[rows] = _tinted(image[rows], labels[rows], border[rows], schema)
+        labelled = (labels[rows] != NO_LABEL)[..., None]
+        pixels = image[rows].astype(np.float32)
+        grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+        faded = pixels + _GREY_SHARE * (grey[..., None] - pixels)
+        pixels = np.where(labelled, _BLACK_LEVEL + faded * np.float32((255 - _BLACK_LEVEL) / 255), pixels)
+        opacity = np.where(border[rows], np.float32(_BORDER_OPACITY), np.float32(_OPACITY))[..., None] * labelled
+        tint = palette[labels[rows]] * np.where(border[rows], np.float32(0.75), np.float32(1))[..., None]
+        result[rows] = np.rint(pixels * (1 - opacity) + tint * opacity).astype(np.uint8)
     return result
-
-
-def _tinted(image: _Picture, labels: _Picture, border: npt.NDArray[np.bool_], schema: LabelSchema) -> _Picture:
-    labelled = (labels != NO_LABEL)[..., None]
-    pixels = image.astype(np.float32)
-    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-    faded = pixels + _GREY_SHARE * (grey[..., None] - pixels)
-    pixels = np.where(labelled, _BLACK_LEVEL + faded * np.float32((255 - _BLACK_LEVEL) / 255), pixels)
-    opacity = np.where(border, np.float32(_BORDER_OPACITY), np.float32(_OPACITY))[..., None] * labelled
-    tint = schema.palette().astype(np.float32)[labels] * np.where(border, np.float32(0.75), np.float32(1))[..., None]
-    tinted: _Picture = np.rint(pixels * (1 - opacity) + tint * opacity).astype(np.uint8)
-    return tinted
 
 
 def _reduced_size(height: int, width: int, longest: int) -> tuple[int, int]:
@@ -229,8 +221,9 @@ def _composed(panels: Sequence[Image.Image], legend: Sequence[_Entry], size: int
     table, measure = _font(size), ImageDraw.Draw(panels[0])
     swatch, gap = round(size * 1.1), size // 2
     # Columns of one width, so that numbers are aligned.
+    texts = [[entry.name for entry in legend], [entry.share for entry in legend], [entry.area for entry in legend]]
     name, share, area = (
-        max((round(measure.textlength(entry[i], font=table)) for entry in legend), default=0) for i in (1, 2, 3)
+        max((round(measure.textlength(one, font=table)) for one in column), default=0) for column in texts
     )
     cell = swatch + gap + name + 2 * gap + share + (2 * gap + area if area else 0)
     columns = max(1, min(len(legend), (across + 3 * gap) // (cell + 3 * gap)))

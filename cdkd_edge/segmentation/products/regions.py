@@ -19,7 +19,7 @@ from rasterio.windows import Window
 
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.machine import hand_memory_back
-from cdkd_edge.segmentation.products.outlines import Bools, Ints, Outlines, Piece, TilePieces, unite
+from cdkd_edge.segmentation.products.outlines import Bools, Ints, Outlines, Piece, TilePieces, root_of, unite
 
 TILE = 1024  # side of a tile, px: a multiple of the label map's blocks
 MAX_VERTICES = 200_000  # a region with more vertices comes in parts: joining its pieces takes about 90 bytes per vertex
@@ -178,14 +178,14 @@ class _Joiner:
 
     def finish_row(self, *, last: bool) -> Iterator[RegionBatch]:
         """Hand out the regions that no later tile can touch."""
-        waiting = set() if last else {self._root(int(piece)) for piece in np.unique(self._below) if piece != _NONE}
+        below = [] if last else np.unique(self._below[self._below != _NONE]).tolist()
+        waiting = {root_of(self._parents, piece) for piece in below}
         done = {root: region for root, region in self._open.items() if root not in waiting}
         for root in done:
             del self._open[root]
         self._above, self._below = self._below, np.full_like(self._below, _NONE)
         # Only pieces on the border are looked up again; forget the others.
-        self._parents = {int(p): self._root(int(p)) for p in np.unique(self._above) if p != _NONE}
-        self._parents.update({root: root for root in self._open})
+        self._parents = {piece: root_of(self._parents, piece) for piece in below} | {root: root for root in self._open}
         batch: list[_OpenRegion] = []  # small, because whoever takes it copies it into other forms
         vertices = 0
         for region in done.values():
@@ -222,7 +222,7 @@ class _Joiner:
         """Merge the regions of pieces that face each other across a border and have the same label."""
         both = (one != _NONE) & (other != _NONE)
         for first, second in np.unique(np.stack([one[both], other[both]]), axis=1).T.tolist():
-            a, b = sorted((self._root(first), self._root(second)))
+            a, b = sorted((root_of(self._parents, first), root_of(self._parents, second)))
             if a == b or self._open[a].label != self._open[b].label:
                 continue
             self._parents[b] = a
@@ -233,11 +233,3 @@ class _Joiner:
             self._large.discard(b)
             if kept.vertices > self._max_vertices:
                 self._large.add(a)
-
-    def _root(self, piece: int) -> int:
-        root = piece
-        while self._parents[root] != root:
-            root = self._parents[root]
-        while self._parents[piece] != root:
-            self._parents[piece], piece = root, self._parents[piece]
-        return root

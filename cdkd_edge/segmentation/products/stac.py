@@ -14,9 +14,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rasterio.transform import from_gcps
 
 from cdkd_edge import __version__
@@ -28,30 +30,29 @@ from cdkd_edge.graph.stac import MULTIHASH_SHA256, STAC_VERSION, class_names, ex
 from cdkd_edge.raster.areas import Areas, mapped, to_wgs84
 from cdkd_edge.raster.open import gdal, is_gdal_name, open_scene
 from cdkd_edge.raster.styles import sidecar_path, style_path
-from cdkd_edge.segmentation.crop import NO_CONFIDENCE
 
 _USED = ("projection/v2.0.0", "raster/v2.0.0", "classification/v2.0.0", "file/v2.1.0", "processing/v1.2.0")
 EXTENSIONS = tuple(map(extension, _USED))
 _COG = "image/tiff; application=geotiff; profile=cloud-optimized"
-_CONFIDENCE_BAND = {
-    "name": "confidence",
-    "description": "Softmax probability of the label, not calibrated",
-    "data_type": "uint8",
-    "nodata": NO_CONFIDENCE,
-    "unit": "%",
-    "raster:sampling": "area",
-}
+_BAND = {"data_type": "uint8", "nodata": NO_LABEL, "raster:sampling": "area"}  # of labels and confidence
+_CONFIDENCE = {"name": "confidence", "description": "Softmax probability of the label, not calibrated", "unit": "%"}
 _ASSETS: dict[str, dict[str, Any]] = {
     "attributes": {"type": "application/xml", "title": "Class names and areas for GDAL, QGIS", "roles": ["metadata"]},
     "style": {"type": "application/xml", "title": "Names and colours for QGIS", "roles": ["metadata"]},
-    "confidence": {"type": _COG, "title": "Probability of the label", "roles": ["data"], "bands": [_CONFIDENCE_BAND]},
+    "confidence": {
+        "type": _COG,
+        "title": "Probability of the label",
+        "roles": ["data"],
+        "bands": [{**_CONFIDENCE, **_BAND}],
+    },
     "vector": {"type": "application/geopackage+sqlite3", "title": "Polygons per class", "roles": ["data"]},
     "preview": {"type": "image/png", "title": "The label map over the scene", "roles": ["overview"]},
 }
-_TIFF_TIME = re.compile(r"(\d{4}):(\d\d):(\d\d) (\d\d):(\d\d):(\d\d)")
+_POINTS_PER_SIDE = 16  # straight edges on a map grid are curves in longitude and latitude
+_DIGITS = 7  # decimals of a degree: a centimetre
+_FULL_TURN = 360 - 1e-6  # degrees of longitude from which a scene counts as going around the Earth
 
-
-# --- when ---------------------------------------------------------------------------------------------------------
+_Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -90,22 +91,12 @@ def _time_in_tags(scene: str | Path, label_map: Path) -> When | None:
     for path in (scene, label_map):
         try:
             with open_scene(path) as dataset:
-                found = _TIFF_TIME.fullmatch(dataset.tags().get("TIFFTAG_DATETIME", "").strip())
-            year, month, day, hour, minute, second = map(int, found.groups()) if found else (0,) * 6
-            moment = datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc)
+                moment = datetime.strptime(dataset.tags().get("TIFFTAG_DATETIME", "").strip(), "%Y:%m:%d %H:%M:%S")
         except (SceneError, ValueError):  # the scene was moved away; no such time, such as 0000:00:00
             continue
+        moment = moment.replace(tzinfo=timezone.utc)
         return When(moment, note="the time of the image is its TIFFTAG_DATETIME, taken as UTC")
     return None
-
-
-# --- where --------------------------------------------------------------------------------------------------------
-
-_POINTS_PER_SIDE = 16  # straight edges on a map grid are curves in longitude and latitude
-_DIGITS = 7  # decimals of a degree: a centimetre
-_FULL_TURN = 360 - 1e-6  # degrees of longitude from which a scene counts as going around the Earth
-
-_Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -125,56 +116,39 @@ def footprint_of(dataset: Any) -> Footprint:
         note = "the footprint is approximate, from ground control points"
     if crs is None or transform.is_identity:
         return Footprint(None, None, "the scene has no place on Earth that is known")
-    corners = [(0, 0), (0, dataset.height), (dataset.width, dataset.height), (dataset.width, 0)]
+    corners = np.array([(0, 0), (0, dataset.height), (dataset.width, dataset.height), (dataset.width, 0), (0, 0)])
     # Edges of a geographic raster are straight already; wide ones need points between to know which way round they go.
     straight = crs.is_geographic and dataset.width * math.hypot(transform.a, transform.d) * crs.units_factor[1] < 1
-    steps = [0.0] if straight else [step / _POINTS_PER_SIDE for step in range(_POINTS_PER_SIDE)]
-    pixels = [
-        (x0 + (x1 - x0) * step, y0 + (y1 - y0) * step)
-        for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]], strict=True)
-        for step in steps
-    ]
-    placed = to_wgs84(crs, *mapped(transform, *zip(*pixels, strict=True)))
+    points = 1 if straight else _POINTS_PER_SIDE
+    pixels = np.concatenate([np.linspace(a, b, points, endpoint=False) for a, b in pairwise(corners)])
+    placed = to_wgs84(crs, *mapped(transform, *pixels.T.tolist()))
     if placed is None:
         return Footprint(None, None, "the scene's coordinates have no longitude and latitude on WGS 84")
-    return _footprint(list(placed[0]), [max(-90.0, min(90.0, latitude)) for latitude in placed[1]], note)
+    return _footprint(*placed, note)
 
 
 def _footprint(longitudes: list[float], latitudes: list[float], note: str | None) -> Footprint:
     """From the corners of an open ring, as one polygon or as the two sides of the antimeridian."""
-    for index in range(1, len(longitudes)):  # no jumps at the antimeridian
-        longitudes[index] = _nearest_turn(longitudes[index], longitudes[index - 1])
-    south, north = min(latitudes), max(latitudes)
-    if abs(_nearest_turn(longitudes[0], longitudes[-1]) - longitudes[0]) > 180:
-        south, north = (-90.0, north) if sum(latitudes) < 0 else (south, 90.0)
-        return _all_around(south, north, "the scene lies around a pole; its footprint is the cap that holds it")
-    # Move by whole turns until the middle lies in -180..180.
-    shift = -360.0 * math.floor(((min(longitudes) + max(longitudes)) / 2 + 180) / 360)
-    ring = [(longitude + shift, latitude) for longitude, latitude in zip(longitudes, latitudes, strict=True)]
-    west, east = min(x for x, _ in ring), max(x for x, _ in ring)
-    if east - west > _FULL_TURN:
-        return _all_around(south, north, note)
+    closed, y = np.unwrap([*longitudes, longitudes[0]], period=360), np.clip(latitudes, -90.0, 90.0)
+    south, north = float(y.min()), float(y.max())
+    around_pole = abs(closed[-1] - closed[0]) > 180
+    if around_pole:
+        south, north = (-90.0, north) if y.sum() < 0 else (south, 90.0)
+        note = "the scene lies around a pole; its footprint is the cap that holds it"
+    x = closed[:-1] - 360 * np.floor((closed[:-1].min() + closed[:-1].max() + 360) / 720)  # the middle in -180..180
+    if around_pole or np.ptp(x) > _FULL_TURN:
+        x, y = np.array([-180.0, 180.0, 180.0, -180.0]), np.array([south, south, north, north])
     parts = []
-    for offset in (0.0, 360.0, -360.0):
-        clipped = [(x + offset, y) for x, y in ring]
+    for offset in (0, 360, -360):
+        ring: list[_Point] = list(zip((x + offset).tolist(), y.tolist(), strict=True))
         for meridian, side in ((-180.0, 1), (180.0, -1)):
-            clipped = _clipped(clipped, meridian, side)
-        if len(clipped) >= 3 and _signed_area(clipped) != 0:
-            parts.append([_geojson_ring(clipped)])
+            ring = _clipped(ring, meridian, side)
+        if len(ring) >= 3 and _signed_area(ring) != 0:
+            parts.append([_geojson_ring(ring)])
     kind, coordinates = ("Polygon", parts[0]) if len(parts) == 1 else ("MultiPolygon", parts)
+    west, east = float(x.min()), float(x.max())
     box = [west + 360 if west < -180 else west, south, east - 360 if east > 180 else east, north]
     return Footprint({"type": kind, "coordinates": coordinates}, [round(value, _DIGITS) for value in box], note)
-
-
-def _all_around(south: float, north: float, note: str | None) -> Footprint:
-    south, north = round(south, _DIGITS), round(north, _DIGITS)
-    ring = [[-180.0, south], [180.0, south], [180.0, north], [-180.0, north], [-180.0, south]]
-    return Footprint({"type": "Polygon", "coordinates": [ring]}, [-180.0, south, 180.0, north], note)
-
-
-def _nearest_turn(longitude: float, reference: float) -> float:
-    """The longitude, moved by whole turns to within 180 degrees of another one."""
-    return reference + (longitude - reference + 180) % 360 - 180
 
 
 def _clipped(ring: list[_Point], at: float, side: int) -> list[_Point]:
@@ -200,9 +174,6 @@ def _geojson_ring(ring: list[_Point]) -> list[list[float]]:
     return [*points, points[0]]
 
 
-# --- the item -----------------------------------------------------------------------------------------------------
-
-
 def item_for(
     label_map: Path,
     scene: str | Path,
@@ -216,16 +187,15 @@ def item_for(
 ) -> dict[str, Any]:
     """Describe a finished label map as a STAC Item (plain data). Links are relative to the label map's folder.
 
+    Raises SceneError if the label map cannot be read.
+
     Args:
-        label_map, scene, schema, areas: the file, what was labelled, the classes and what they cover.
+        scene, schema, areas: what was labelled, the classes and what they cover.
         engine: the file that made it.
         when: the time of the image. Default: ``TIFFTAG_DATETIME`` of the scene or label map, taken as UTC; else the
             time of creation. The item says which.
         assets: further files by key: ``confidence`` (GeoTIFF), ``vector`` (GeoPackage), ``preview`` (PNG).
         created: the time of creation. Default: now.
-
-    Raises:
-        SceneError: the label map cannot be read.
     """
     created = (created or datetime.now(timezone.utc)).replace(microsecond=0)
     with open_scene(label_map) as dataset, gdal(f"reading {label_map}"):
@@ -251,13 +221,12 @@ def item_for(
         properties |= {"cdkd-edge:engine": engine.file, "cdkd-edge:engine_sha256": engine.sha256}
     if notes := [note for note in (when.note, footprint.note, areas.reason, *areas.notes) if note]:
         properties["cdkd-edge:notes"] = notes
-    band = {"name": "labels", "data_type": "uint8", "nodata": NO_LABEL, "raster:sampling": "area"}
     labels = {
         "href": _link(label_map, label_map.parent),
         "type": _COG if overviews else "image/tiff; application=geotiff",
         "title": "Label map",
         "roles": ["data"],
-        "bands": [{**band, "classification:classes": _classes(schema, areas)}],
+        "bands": [{"name": "labels", **_BAND, "classification:classes": _classes(schema, areas)}],
         **file_fields(FileRecord.of(label_map)),
     }
     source = {"rel": "derived_from", "href": _link(scene, label_map.parent), "title": "the scene"}

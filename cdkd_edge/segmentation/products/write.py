@@ -90,22 +90,16 @@ def write_products(
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Make the products of a finished label map. Each file appears only when it is complete, the STAC Item last.
 
-    Products of an earlier label map that are not made again are removed: they would be taken for this one's.
+    Products of an earlier label map that are not made again are removed: they would be taken for this one's. Returns
+    the path of each product, and notes for the user. Raises MissingExtraError if polygons are asked for and the extra
+    ``vector`` is not installed; SceneError if another run is making the products, if one that is there is not of this
+    map, or if a file is unreadable; SystemRefusalError or OSError if writing failed.
 
     Args:
         scene, label_map, areas, engine: what was labelled, the map, its pixels and hectares, and what made it.
-        options: what to make.
         scene_options: how the scene was read: the preview shows the same bands and stretch.
         kept: the map was there before; then products that are of it stay, too.
         overwrite: replace products of another map or with other options.
-
-    Returns:
-        The path of each product, and notes for the user.
-
-    Raises:
-        MissingExtraError: polygons are asked for and the extra ``vector`` is not installed.
-        SceneError: another run is making the products; one that is there is not of this map; or a file is unreadable.
-        SystemRefusalError, OSError: the disk is full, or the folder cannot be written.
     """
     options.require()
     schema = engine.schema.in_palette(scene_options.palette)
@@ -114,8 +108,8 @@ def write_products(
         source = source_of(label_map)
         stamp = {LABEL_MAP: source}
         notes = [] if kept else _remove_outdated(label_map, paths, source)
-        there = _reusable(paths, source, options, overwrite=overwrite) if kept else set()
-        making = [name for name in PRODUCTS if name in paths and name not in there]
+        wanted = [name for name in PRODUCTS if name in paths]
+        making = [one for one in wanted if not (kept and _stays(one, paths[one], source, options, overwrite))]
         if making:
             hand_memory_back()
             notes += areas.notes
@@ -136,8 +130,7 @@ def write_products(
             write_item(paths["stac"], item)
         elif "stac" in paths and complete_item(paths["stac"], label_map, assets):
             notes.append(f"{paths['stac'].name} was there; what it did not list was added")
-    made = {name: str(paths[name]) for name in PRODUCTS if name in paths}
-    return made, tuple(dict.fromkeys(notes))
+    return {name: str(paths[name]) for name in wanted}, tuple(dict.fromkeys(notes))
 
 
 def source_of(label_map: Path) -> str:
@@ -170,17 +163,14 @@ def mismatch(name: str, path: Path, source: str, options: ProductOptions = NO_PR
     return None
 
 
-def _reusable(paths: Mapping[str, Path], source: str, options: ProductOptions, *, overwrite: bool) -> set[str]:
-    """The products that are there and can stay; refuses others unless they may be overwritten."""
-    fitting = set()
-    for name in PRODUCTS:
-        if name in paths and paths[name].exists():
-            reason = mismatch(name, paths[name], source, options)
-            if reason is None:
-                fitting.add(name)
-            elif not overwrite:
-                raise occupied(paths[name], SceneError, reason)
-    return fitting
+def _stays(name: str, path: Path, source: str, options: ProductOptions, overwrite: bool) -> bool:
+    """Whether a product is there and can stay; refuses another one unless it may be overwritten."""
+    if not path.exists():
+        return False
+    reason = mismatch(name, path, source, options)
+    if reason is not None and not overwrite:
+        raise occupied(path, SceneError, reason)
+    return reason is None
 
 
 def _remove_outdated(label_map: Path, wanted: Mapping[str, Path], source: str) -> list[str]:
@@ -198,9 +188,6 @@ def _remove_outdated(label_map: Path, wanted: Mapping[str, Path], source: str) -
             sidecar_path(path).unlink(missing_ok=True)  # GDAL's statistics of it
             removed.append(path.name)
     return [f"removed {', '.join(removed)}: made of the label map that was here before"] if removed else []
-
-
-# --- what a product says about its making; reading it also checks the whole file -----------------------------------
 
 
 def _read_raster(path: Path) -> dict[str, str]:

@@ -5,7 +5,6 @@ This module imports nothing heavy, so that the command line can show the choices
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.manifest import LABELS, PROBABILITIES
 
 if TYPE_CHECKING:
-    from cdkd_edge.segmentation.crop import CropMerge
+    from cdkd_edge.segmentation.merge import CropMerge
 
 DEFAULT_MERGE = "crop"
 
@@ -24,34 +23,25 @@ class MergeMode:
 
     help: str
     needs: str  # what the engine must give, one of :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`
-    load: Callable[[], type[CropMerge]]  # imports the class that merges
+    name: str  # of the class in :mod:`.merge` that merges
+
+    def load(self) -> type[CropMerge]:
+        """Import the class that merges."""
+        from cdkd_edge.segmentation import merge
+
+        kind: type[CropMerge] = getattr(merge, self.name)
+        return kind
 
 
-def _crop() -> type[CropMerge]:
-    from cdkd_edge.segmentation.crop import CropMerge
-
-    return CropMerge
-
-
-def _hann() -> type[CropMerge]:
-    from cdkd_edge.segmentation.hann import HannMerge
-
-    return HannMerge
-
-
+# Each is a :class:`.merge.CropMerge` and a row here; nothing else names it.
 MERGES = {
-    "crop": MergeMode("each pixel from the tile in which it lies deepest", LABELS, _crop),
-    "hann": MergeMode("probabilities of overlapping tiles blended under a Hann window", PROBABILITIES, _hann),
+    "crop": MergeMode("each pixel from the tile in which it lies deepest", LABELS, "CropMerge"),
+    "hann": MergeMode("probabilities of overlapping tiles blended under a Hann window", PROBABILITIES, "HannMerge"),
 }
-"""The merge modes. Each is a :class:`.crop.CropMerge` in a file of its own, and a row here; nothing else names it."""
 
 
 def merge_mode(name: str) -> MergeMode:
-    """The merge mode of this name.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The merge mode of this name. Raises UsageError if there is none."""
     if name not in MERGES:
         raise UsageError(f"there is no merge {name!r}", hint=merge_help())
     return MERGES[name]

@@ -49,8 +49,5 @@ def merge_mode(name: str) -> MergeMode:
 
 def merge_help() -> str:
     """The help text of ``--merge``."""
-    needs = {LABELS: "."}
-    return " ".join(
-        f"{name}: {mode.help}" + needs.get(mode.needs, f" (needs an engine with {mode.needs}).")
-        for name, mode in MERGES.items()
-    )
+    needs = {PROBABILITIES: f" (needs an engine with {PROBABILITIES})"}
+    return " ".join(f"{name}: {mode.help}{needs.get(mode.needs, '')}." for name, mode in MERGES.items())

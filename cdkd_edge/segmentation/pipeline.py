@@ -225,10 +225,9 @@ def _identity(
     engine: Labeller, reader: SceneReader, tags: dict[str, str], scene: dict[str, Any], *, confidence: bool
 ) -> dict[str, Any]:
     """Everything that decides about the labels: a run resumes only from one with the same identity."""
-    options: dict[str, Any] = {
-        key: value for key, value in tags.items() if key not in ("SCENE", "SCENE_SAMPLE", "ENGINE")
-    }
-    options |= {"BANDS": list(reader.bands), "LIMITS": _limits(reader)}
+    options = {**tags, "BANDS": list(reader.bands), "LIMITS": _limits(reader)}
+    for name in ("SCENE", "SCENE_SAMPLE", "ENGINE"):  # the other entries tell these
+        del options[name]
     made_by = {"file": engine.artefact.file, "sha256": engine.artefact.sha256}
     return {"scene": scene, "engine": made_by, "options": options, "confidence": confidence}
 

@@ -158,12 +158,7 @@ class JobReport:
 
     @classmethod
     def failed(
-        cls,
-        job: Job,
-        error: Exception,
-        reach: str | None = None,
-        host: str | None = platform.node(),
-        **known: Any,
+        cls, job: Job, error: Exception, reach: str | None = None, host: str | None = platform.node(), **known: Any
     ) -> JobReport:
         """The report of a job that did not succeed; ``known``: further fields."""
         failure = Failure.of(error, reach)

@@ -16,16 +16,7 @@ from cdkd_edge.raster.find import file_key, rasters_named
 from cdkd_edge.raster.open import is_gdal_name
 from cdkd_edge.raster.styles import sidecar_path
 from cdkd_edge.segmentation.many.dispatch import InProcess, ProcessPool, RunObserver, Workers
-from cdkd_edge.segmentation.many.jobs import (
-    Ended,
-    EngineRef,
-    Failure,
-    Job,
-    Reach,
-    RunReport,
-    Status,
-    file_state,
-)
+from cdkd_edge.segmentation.many.jobs import Ended, EngineRef, Failure, Job, Reach, RunReport, Status, file_state
 from cdkd_edge.segmentation.many.worker import is_label_map
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.outputs import label_map_paths, require_file_place

@@ -34,17 +34,13 @@ from cdkd_edge.raster.styles import sidecar_path, style_path
 _USED = ("projection/v2.0.0", "raster/v2.0.0", "classification/v2.0.0", "file/v2.1.0", "processing/v1.2.0")
 EXTENSIONS = tuple(map(extension, _USED))
 _COG = "image/tiff; application=geotiff; profile=cloud-optimized"
-_BAND = {"data_type": "uint8", "nodata": NO_LABEL, "raster:sampling": "area"}  # of labels and confidence
-_CONFIDENCE = {"name": "confidence", "description": "Softmax probability of the label, not calibrated", "unit": "%"}
+_BAND: dict[str, Any] = {"data_type": "uint8", "nodata": NO_LABEL, "raster:sampling": "area"}
+_ABOUT_CONFIDENCE = "Softmax probability of the label, not calibrated"
+_CONFIDENCE = {"name": "confidence", "description": _ABOUT_CONFIDENCE, "unit": "%", **_BAND}
 _ASSETS: dict[str, dict[str, Any]] = {
     "attributes": {"type": "application/xml", "title": "Class names and areas for GDAL, QGIS", "roles": ["metadata"]},
     "style": {"type": "application/xml", "title": "Names and colours for QGIS", "roles": ["metadata"]},
-    "confidence": {
-        "type": _COG,
-        "title": "Probability of the label",
-        "roles": ["data"],
-        "bands": [{**_CONFIDENCE, **_BAND}],
-    },
+    "confidence": {"type": _COG, "title": "Probability of the label", "roles": ["data"], "bands": [_CONFIDENCE]},
     "vector": {"type": "application/geopackage+sqlite3", "title": "Polygons per class", "roles": ["data"]},
     "preview": {"type": "image/png", "title": "The label map over the scene", "roles": ["overview"]},
 }

@@ -63,13 +63,8 @@ def open_session(
 def cpu_session(model: onnx.ModelProto, *, in_order: bool = False) -> Any:
     """A session for reading values out of a graph of at most 2 GB, on all cores this process may use.
 
-    Args:
-        model: the graph.
-        in_order: run nodes in the order of the graph. ONNX Runtime's own order leaves side branches for the end and
-            keeps their inputs until then.
-
-    Raises:
-        GraphError: ONNX Runtime refuses the graph.
+    ``in_order`` runs nodes as the graph lists them. ONNX Runtime's own order leaves side branches for the end and keeps
+    their inputs until then.
     """
     options = session_options()
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # they would never give back large outputs
@@ -116,11 +111,7 @@ def to_fp32(half: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def cpu_twin(int8: onnx.ModelProto) -> onnx.ModelProto:
-    """What ONNX Runtime computes on a CPU in place of an INT8 graph of :mod:`.int8`, which is not changed.
-
-    Raises:
-        GraphError: it has no quantised layer.
-    """
+    """What ONNX Runtime computes on a CPU in place of an INT8 graph of :mod:`.int8`, which is not changed."""
     twin = to_fp32(int8)
     graph = twin.graph
     index = GraphIndex(graph)
@@ -251,8 +242,7 @@ def signed_weights_are_exact() -> bool:
     x86-64 CPUs without VNNI add pairs of uint8 x int8 products in 16 bits, which saturate at 32767; two of 255 x 127
     are 64770. Labels would be wrong without any error. Products of uint8 and uint8 are exact on every CPU, but take
     more than twice as long where there is VNNI.
-    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html ("U8S8 can suffer from saturation
-    issues")
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html ("saturation issues")
     """
     size = 64
     writer = NodeWriter()

@@ -1,9 +1,7 @@
-"""The FP16 graph: convert the FP32 graph, check it on a CPU, write it. Needs neither torch nor a GPU.
+"""The FP16 graph: convert the FP32 graph, check it on a CPU (:mod:`.fp16_simulation`), write it.
 
-:func:`to_fp16` turns every weight and activation into FP16. Two casts remain: uint8 pixels become FP16 at the input,
-ArgMax's int64 becomes uint8 at the output. LayerNorm stays one operator and softmax stays inside attention, so that
-compilers keep their sums in FP32. :func:`check_fp16` compares labels and logits with FP32, in the arithmetic of
-:mod:`cdkd_edge.graph.fp16_simulation`.
+Every weight and activation becomes FP16. Two casts remain: uint8 pixels become FP16 at the input, ArgMax's int64 uint8
+at the output. LayerNorm stays one operator and softmax inside attention, so that compilers keep their sums in FP32.
 """
 
 from __future__ import annotations
@@ -76,8 +74,7 @@ def write_fp16(
     Raises:
         ManifestError: the graph is not what its manifest says, or the destination is not ours to replace.
         GraphError: it is not an FP32 graph, or a weight does not fit FP16.
-        NumericalCheckError: FP16 breaks the network. If a value is too large, or the default check failed, the FP32
-            graph's manifest records it.
+        NumericalCheckError: FP16 breaks the network. The FP32 graph's manifest records what holds for every request.
     """
     require_replaceable(destination)
     source = read_manifest(plain, GraphManifest)
@@ -185,8 +182,7 @@ def check_fp16(
     score is ahead by more than twice that. Where the lead is smaller, it is a tie: counted, but no fault.
 
     Args:
-        plain: the FP32 graph.
-        half: the FP16 graph.
+        plain, half: the FP32 and the FP16 graph.
         tiles: uint8 ``[3, T, T]`` tiles; each takes a few seconds at 1024 px.
         imagery: what they are, for the manifest.
         note: called with the name of each step.

@@ -40,14 +40,11 @@ class OutOfRangeError(NumericalCheckError):
 
 
 def fp16_on_cpu(half: onnx.ModelProto) -> onnx.ModelProto:
-    """A graph in FP32 that computes on a CPU what an FP16 engine computes.
+    """A graph in FP32 that computes on a CPU what an engine of an FP16 graph, with or without INT8 layers, computes.
 
-    Weights are those of the FP16 graph. Every value that an engine stores is rounded to FP16, beyond 65504 to infinity.
-    What kernels hold in FP32 is not rounded: the product before a bias, and what is inside normalisation, softmax and
-    fused attention; nor is what the graph itself computes in FP32.
-
-    Args:
-        half: an FP16 graph, with or without INT8 layers; their Q/DQ are computed as they stand.
+    Every value that an engine stores is rounded to FP16, beyond 65504 to infinity. What kernels hold in FP32 is not:
+    the product before a bias, what is inside normalisation, softmax and fused attention, what the graph itself computes
+    in FP32. Q/DQ stay as they are.
     """
     wide = _fp32_values(half.graph)
     model = to_fp32(half)
@@ -125,12 +122,7 @@ class RangeWatch:
         self._session = cpu_session(simulation, in_order=True)
 
     def run(self, outputs: list[str], batch: UInt8Array, what: str) -> list[npt.NDArray[Any]]:
-        """Outputs of a batch, uint8 ``[N, 3, T, T]``; messages call it ``what``.
-
-        Raises:
-            OutOfRangeError: a value leaves FP16's range.
-            GraphError: ONNX Runtime does not run the graph.
-        """
+        """Outputs of a batch ``[N, 3, T, T]``; OutOfRangeError that names ``what`` if a value leaves FP16's range."""
         found = run_session(self._session, [*outputs, *self._sums, *self._bounds], batch)
         sums = found[len(outputs) : len(outputs) + len(self._sums)]
         for name, value in zip(self._sums.values(), sums, strict=True):

@@ -187,12 +187,7 @@ def _multiply(
 def int8_graph(
     model: onnx.ModelProto, layers: Sequence[QuantizableLayer], scales: Mapping[str, LayerScales]
 ) -> onnx.ModelProto:
-    """Quantise an FP32 graph.
-
-    Args:
-        model: the (smoothed) FP32 graph; it is not changed.
-        layers: its quantisable layers.
-        scales: scales of those that become INT8, by name; the others stay FP16.
+    """Quantise a (smoothed) FP32 graph, which is not changed; layers without ``scales`` stay FP16.
 
     Raises:
         GraphError: the graph's opset has no FP16 scales.

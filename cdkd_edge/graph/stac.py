@@ -77,13 +77,7 @@ def stac_item(
     qgis: QgisGraph | None = None,
     gsd: float | None = None,
 ) -> dict[str, Any]:
-    """The item of an exported FP32 graph and the files beside it.
-
-    Args:
-        graph, half, qgis: the graph's manifest, that of the FP16 graph beside it, and the graph for QGIS beside it.
-        parameters: number of the network's parameters.
-        gsd: metres per pixel of the training imagery, if known.
-    """
+    """The item of an exported FP32 graph and the files beside it; ``gsd`` is metres per pixel of training imagery."""
     name = model_name(graph.name)
     schema = graph.schema
     shorts = class_names(schema.class_names)
@@ -168,11 +162,7 @@ def stac_item(
 
 
 def write_stac(item: dict[str, Any], destination: Path) -> None:
-    """Write an item.
-
-    Raises:
-        ManifestError: the destination exists and is not an item that cdkd-edge wrote.
-    """
+    """Write an item in place of nothing or an earlier one (:func:`require_own_stac`)."""
     require_own_stac(destination)
     write_text(destination, json.dumps(item, indent=2, ensure_ascii=False) + "\n")
 

@@ -125,11 +125,7 @@ class CalibrationSet:
         return len(self.manifest.of_role(role))
 
     def tiles(self, role: Role = "calibration") -> Iterator[npt.NDArray[np.uint8]]:
-        """The tiles of a role, RGB uint8 ``[3, T, T]``, one at a time.
-
-        Raises:
-            ManifestError: a tile cannot be read, or is not the one that the manifest describes.
-        """
+        """The tiles of a role, RGB ``[3, T, T]``, one at a time; ManifestError if one is not what the manifest says."""
         for record in self.manifest.of_role(role):
             yield self._read(record)
 

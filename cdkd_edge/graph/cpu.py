@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cdkd_edge.core.errors import CdkdEdgeError, GraphError
 from cdkd_edge.core.machine import available_cores
 from cdkd_edge.graph.layers import attention_blocks
-from cdkd_edge.graph.nodes import CONTRIB_DOMAIN, GraphIndex, NodeWriter, attribute_of, copy_of, replace_nodes
+from cdkd_edge.graph.nodes import CONTRIB_DOMAIN, GraphIndex, NodeWriter, attribute_of, copy_of, replace_nodes, retype
 
 _ZERO = 128  # the uint8 that stands for 0
 _END = np.iinfo(np.int64).max
@@ -47,12 +47,9 @@ def open_session(
     options: onnxruntime.SessionOptions | None = None,
     refused: Callable[[str], CdkdEdgeError] = lambda reason: GraphError(f"ONNX Runtime refuses the graph: {reason}"),
 ) -> Any:
-    """A session on the CPU. No other function makes one.
+    """A session on the CPU for a serialised graph or the path of a file. No other function makes one.
 
-    Args:
-        model: a serialised graph, or the path of a file.
-        options: default: those of every session.
-        refused: makes the error that is raised from ONNX Runtime's reason.
+    ``refused`` makes the error that is raised from ONNX Runtime's reason.
     """
     try:
         return onnxruntime.InferenceSession(model, options or session_options(), providers=["CPUExecutionProvider"])
@@ -100,13 +97,7 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[int, int]:
 def to_fp32(half: onnx.ModelProto) -> onnx.ModelProto:
     """An FP16 graph with its constants and casts widened to FP32."""
     model = copy_of(half)
-    for item in model.graph.initializer:
-        if item.data_type == TensorProto.FLOAT16:
-            item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float32), item.name))
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
-                attribute.i = TensorProto.FLOAT
+    retype(model.graph, TensorProto.FLOAT16, TensorProto.FLOAT)
     return model
 
 
@@ -129,9 +120,12 @@ def cpu_twin(int8: onnx.ModelProto) -> onnx.ModelProto:
             writer.linear(layer)
         else:
             writer.convolution(layer)
-    needed = _needed(writer.nodes, [output.name for output in graph.output])
-    used = {name for node in needed for name in node.input}
-    replace_nodes(graph, needed, [item for name, item in writer.constants.items() if name in used])
+    used, needed = {output.name for output in graph.output}, []
+    for node in reversed(writer.nodes):  # those that contribute to the outputs
+        if not used.isdisjoint(node.output):
+            used.update(node.input)
+            needed.append(node)
+    replace_nodes(graph, reversed(needed), [item for name, item in writer.constants.items() if name in used])
     _import_contrib(twin)
     return twin
 
@@ -218,16 +212,6 @@ class _TwinWriter(NodeWriter):
         inputs = [integers, weight, layer.input_scale, layer.weight_scale, "uint8_zero", zero]
         inputs += [layer.bias] if layer.bias else []
         self.add("MatMulIntegerToFloat", output, *inputs, domain=CONTRIB_DOMAIN)
-
-
-def _needed(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodeProto]:
-    """The nodes that contribute to the outputs, in order."""
-    used, kept = set(outputs), []
-    for node in reversed(nodes):
-        if used & set(node.output):
-            used |= set(node.input)
-            kept.append(node)
-    return kept[::-1]
 
 
 def _import_contrib(model: onnx.ModelProto) -> None:

@@ -42,7 +42,7 @@ from cdkd_edge.graph.fp16_simulation import (
     run_session,
 )
 from cdkd_edge.graph.layers import logits_of, position_embedding, scores_of
-from cdkd_edge.graph.nodes import batch_of, copy_of, show_values
+from cdkd_edge.graph.nodes import batch_of, copy_of, retype, show_values
 
 ROUNDOFF = 2.0**-11  # FP16 moves a number by at most this share of it
 SPREADS = 5.0  # standard deviations that a logit may be off, so that none of a million is off by chance
@@ -120,17 +120,12 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     scales = {node.input[2] for node in graph.node if node.op_type == "Resize" and len(node.input) > 2}
     _move_bias_rounding_to_positions(graph)
     for item in graph.initializer:
-        if item.data_type != TensorProto.FLOAT or item.name in scales:
-            continue
-        values = numpy_helper.to_array(item)
-        largest = float(np.abs(values).max()) if values.size else 0.0
-        if not largest <= FP16_MAX:
-            raise WeightRangeError(f"weight {item.name} holds {largest:.3g}; FP16 ends at {FP16_MAX:.0f}", hint=IN_FP32)
-        item.CopyFrom(numpy_helper.from_array(values.astype(np.float16), item.name))
-    for node in graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
-                attribute.i = TensorProto.FLOAT16
+        if item.data_type == TensorProto.FLOAT and item.name not in scales:
+            largest = np.abs(numpy_helper.to_array(item)).max(initial=0)
+            if not largest <= FP16_MAX:
+                what = f"weight {item.name} holds {largest:.3g}; FP16 ends at {FP16_MAX:.0f}"
+                raise WeightRangeError(what, hint=IN_FP32)
+    retype(graph, TensorProto.FLOAT, TensorProto.FLOAT16, keep=scales)
     del graph.value_info[:]
     return half
 

@@ -24,15 +24,9 @@ UInt8Array = npt.NDArray[np.uint8]
 FP16_MAX = 65504.0
 IN_FP32 = "deploy this network in FP32"
 
-_NOT_ROUNDED = {
-    *("Reshape", "Transpose", "Split", "Concat", "Slice", "Relu"),  # rounded, if their inputs were
-    *(
-        "Cast",
-        "ArgMax",
-        "QuantizeLinear",
-        "DequantizeLinear",
-    ),  # integers (times a scale); products take them as they are
-}
+_MOVES_ONLY = {"Reshape", "Transpose", "Split", "Concat", "Slice", "Relu"}  # their inputs were rounded
+# Their outputs are integers, or integers times a scale, which products take as they are
+_NOT_FP16 = {"Cast", "ArgMax", "QuantizeLinear", "DequantizeLinear"}
 
 
 class OutOfRangeError(NumericalCheckError):
@@ -123,18 +117,16 @@ class RangeWatch:
 
     def run(self, outputs: list[str], batch: UInt8Array, what: str) -> list[npt.NDArray[Any]]:
         """Outputs of a batch ``[N, 3, T, T]``; OutOfRangeError that names ``what`` if a value leaves FP16's range."""
-        found = run_session(self._session, [*outputs, *self._sums, *self._bounds], batch)
-        sums = found[len(outputs) : len(outputs) + len(self._sums)]
-        for name, value in zip(self._sums.values(), sums, strict=True):
-            if not np.isfinite(value):
+        names = [*outputs, *self._sums, *self._bounds]
+        found = dict(zip(names, run_session(self._session, names, batch), strict=True))
+        for output, name in self._sums.items():
+            if not np.isfinite(found[output]):
                 raise OutOfRangeError(f"on {what} {name} leaves FP16's range", hint=IN_FP32)
-        for name, value in zip(self._bounds.values(), found[len(outputs) + len(sums) :], strict=True):
-            if not (value <= FP16_MAX).all():
-                raise OutOfRangeError(
-                    f"on {what} attention scores ({name}) may reach {value.max():.3g}, beyond FP16's {FP16_MAX:.0f}",
-                    hint=IN_FP32,
-                )
-        return found[: len(outputs)]
+        for output, name in self._bounds.items():
+            if not (largest := found[output].max()) <= FP16_MAX:
+                reach = f"may reach {largest:.3g}, beyond FP16's {FP16_MAX:.0f}"
+                raise OutOfRangeError(f"on {what} attention scores ({name}) {reach}", hint=IN_FP32)
+        return [found[name] for name in outputs]
 
 
 def run_session(session: Any, outputs: list[str], batch: UInt8Array) -> list[npt.NDArray[Any]]:
@@ -148,7 +140,7 @@ def run_session(session: Any, outputs: list[str], batch: UInt8Array) -> list[npt
 
 def _is_stored(node: onnx.NodeProto, index: GraphIndex) -> bool:
     """Whether an engine writes the node's output to memory as a value that may need rounding."""
-    if node.op_type in _NOT_ROUNDED:
+    if node.op_type in _MOVES_ONLY | _NOT_FP16:
         return False
     user = index.only_user(node.output[0])
     if node.op_type == "MatMul" and user is not None and user.op_type == "Add":

@@ -116,10 +116,6 @@ class CalibrationSet:
         """Side of the tiles, px."""
         return self.manifest.tile
 
-    def __len__(self) -> int:
-        """The number of tiles of both roles."""
-        return len(self.manifest.tiles)
-
     def count(self, role: Role = "calibration") -> int:
         """The number of tiles of a role."""
         return len(self.manifest.of_role(role))

@@ -38,7 +38,7 @@ def edit(folder: Path, change: Any) -> None:
 
 def test_tiles_are_those_of_the_scenes(made: Path) -> None:
     opened = CalibrationSet.load(made)
-    assert (opened.name, opened.tile, len(opened)) == ("set", TILE, 10)
+    assert (opened.name, opened.tile, len(opened.manifest.tiles)) == ("set", TILE, 10)
     assert (opened.count(), opened.count("check")) == (8, 2)
     for role in ("calibration", "check"):
         records = opened.manifest.of_role(role)

@@ -487,7 +487,7 @@ def test_only_a_set_is_replaced(scenes: list[str], tmp_path: Path) -> None:
         make(scenes, tmp_path / "set", seed=1)
     assert contents(tmp_path / "set") == before
     make(scenes, tmp_path / "set", seed=1, count=3, overwrite=True)
-    assert len(CalibrationSet.load(tmp_path / "set")) == 5
+    assert len(CalibrationSet.load(tmp_path / "set").manifest.tiles) == 5
     assert not (tmp_path / "set" / "calibration" / "0005.png").exists()
     (tmp_path / "other").mkdir()
     make(scenes, tmp_path / "other")  # an empty folder is as good as none
@@ -511,7 +511,7 @@ def test_folders_that_cannot_be_meant(scenes: list[str], tmp_path: Path, monkeyp
     (tmp_path / "link").symlink_to("set")
     make(scenes, Path("link"), overwrite=True, count=3)
     assert (tmp_path / "link").is_symlink()
-    assert len(CalibrationSet.load(tmp_path / "set")) == 5
+    assert len(CalibrationSet.load(tmp_path / "set").manifest.tiles) == 5
     assert {path.name for path in tmp_path.iterdir()} == {"set", "link"}
 
 

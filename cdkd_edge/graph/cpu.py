@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cdkd_edge.core.errors import CdkdEdgeError, GraphError
 from cdkd_edge.core.machine import available_cores
 from cdkd_edge.graph.layers import attention_blocks
-from cdkd_edge.graph.nodes import CONTRIB_DOMAIN, GraphIndex, NodeWriter, attribute_of, copy_of, replace_nodes
+from cdkd_edge.graph.nodes import CONTRIB_DOMAIN, GraphIndex, NodeWriter, attribute_of, copy_of, replace_nodes, retype
 
 _ZERO = 128  # the uint8 that stands for 0
 _END = np.iinfo(np.int64).max
@@ -47,12 +47,9 @@ def open_session(
     options: onnxruntime.SessionOptions | None = None,
     refused: Callable[[str], CdkdEdgeError] = lambda reason: GraphError(f"ONNX Runtime refuses the graph: {reason}"),
 ) -> Any:
-    """A session on the CPU. No other function makes one.
+    """A session on the CPU for a serialised graph or the path of a file. No other function makes one.
 
-    Args:
-        model: a serialised graph, or the path of a file.
-        options: default: those of every session.
-        refused: makes the error that is raised from ONNX Runtime's reason.
+    ``refused`` makes the error that is raised from ONNX Runtime's reason.
     """
     try:
         return onnxruntime.InferenceSession(model, options or session_options(), providers=["CPUExecutionProvider"])
@@ -63,13 +60,8 @@ def open_session(
 def cpu_session(model: onnx.ModelProto, *, in_order: bool = False) -> Any:
     """A session for reading values out of a graph of at most 2 GB, on all cores this process may use.
 
-    Args:
-        model: the graph.
-        in_order: run nodes in the order of the graph. ONNX Runtime's own order leaves side branches for the end and
-            keeps their inputs until then.
-
-    Raises:
-        GraphError: ONNX Runtime refuses the graph.
+    ``in_order`` runs nodes as the graph lists them. ONNX Runtime's own order leaves side branches for the end and keeps
+    their inputs until then.
     """
     options = session_options()
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # they would never give back large outputs
@@ -105,22 +97,12 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[int, int]:
 def to_fp32(half: onnx.ModelProto) -> onnx.ModelProto:
     """An FP16 graph with its constants and casts widened to FP32."""
     model = copy_of(half)
-    for item in model.graph.initializer:
-        if item.data_type == TensorProto.FLOAT16:
-            item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float32), item.name))
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
-                attribute.i = TensorProto.FLOAT
+    retype(model.graph, TensorProto.FLOAT16, TensorProto.FLOAT)
     return model
 
 
 def cpu_twin(int8: onnx.ModelProto) -> onnx.ModelProto:
-    """What ONNX Runtime computes on a CPU in place of an INT8 graph of :mod:`.int8`, which is not changed.
-
-    Raises:
-        GraphError: it has no quantised layer.
-    """
+    """What ONNX Runtime computes on a CPU in place of an INT8 graph of :mod:`.int8`, which is not changed."""
     twin = to_fp32(int8)
     graph = twin.graph
     index = GraphIndex(graph)
@@ -138,9 +120,12 @@ def cpu_twin(int8: onnx.ModelProto) -> onnx.ModelProto:
             writer.linear(layer)
         else:
             writer.convolution(layer)
-    needed = _needed(writer.nodes, [output.name for output in graph.output])
-    used = {name for node in needed for name in node.input}
-    replace_nodes(graph, needed, [item for name, item in writer.constants.items() if name in used])
+    used, needed = {output.name for output in graph.output}, []
+    for node in reversed(writer.nodes):  # those that contribute to the outputs
+        if not used.isdisjoint(node.output):
+            used.update(node.input)
+            needed.append(node)
+    replace_nodes(graph, reversed(needed), [item for name, item in writer.constants.items() if name in used])
     _import_contrib(twin)
     return twin
 
@@ -229,16 +214,6 @@ class _TwinWriter(NodeWriter):
         self.add("MatMulIntegerToFloat", output, *inputs, domain=CONTRIB_DOMAIN)
 
 
-def _needed(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodeProto]:
-    """The nodes that contribute to the outputs, in order."""
-    used, kept = set(outputs), []
-    for node in reversed(nodes):
-        if used & set(node.output):
-            used |= set(node.input)
-            kept.append(node)
-    return kept[::-1]
-
-
 def _import_contrib(model: onnx.ModelProto) -> None:
     if all(entry.domain != CONTRIB_DOMAIN for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
@@ -251,8 +226,7 @@ def signed_weights_are_exact() -> bool:
     x86-64 CPUs without VNNI add pairs of uint8 x int8 products in 16 bits, which saturate at 32767; two of 255 x 127
     are 64770. Labels would be wrong without any error. Products of uint8 and uint8 are exact on every CPU, but take
     more than twice as long where there is VNNI.
-    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html ("U8S8 can suffer from saturation
-    issues")
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html ("saturation issues")
     """
     size = 64
     writer = NodeWriter()

@@ -245,10 +245,7 @@ def _write_half(
 
 
 def _outdated(plain: Path, manifest: GraphManifest, *, qgis: bool, stac: bool) -> tuple[Path, ...]:
-    """Files beside a new FP32 graph that were made from an earlier graph of its name.
-
-    ``qgis`` and ``stac`` say whether a graph for QGIS or a STAC item beside it is an earlier one.
-    """
+    """Files beside a new FP32 graph that were made from an earlier one of its name: FP16, INT8, ``qgis``, ``stac``."""
     found = []
     for path in (derived_path(plain, "fp16"), derived_path(plain, "int8")):
         try:
@@ -265,8 +262,7 @@ def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     """A graph without dead ends, no-ops and duplicate constants, or ``model`` itself if that has fewer nodes.
 
     Raises:
-        MissingExtraError: onnxsim is not installed.
-        GraphError: the simplified graph is not valid ONNX.
+        MissingExtraError, GraphError: onnxsim is not installed; the simplified graph is not valid ONNX.
     """
     try:
         import onnxsim
@@ -289,12 +285,7 @@ def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def check_graph(graph: Path, network: SegmentationNetwork, tiles: npt.NDArray[np.uint8], batch: int = 1) -> GraphCheck:
-    """Run an FP32 graph in ONNX Runtime and its network (in evaluation mode) in PyTorch on the same tiles.
-
-    Args:
-        graph, network: these.
-        tiles: uint8 ``[M, 3, T, T]``, M a multiple of ``batch``.
-        batch: the graph's static batch.
+    """Run an FP32 graph in ONNX Runtime, its network in PyTorch on tiles ``[M, 3, T, T]``, M a multiple of ``batch``.
 
     Raises:
         NumericalCheckError: a logit differs by more than rounding.

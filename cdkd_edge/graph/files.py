@@ -50,12 +50,9 @@ def save_derived(
     before: Callable[[GraphManifest], None] = lambda manifest: None,
     **changes: Any,
 ) -> GraphManifest:
-    """Write a graph made from another one, whose manifest is ``source``, and its own manifest.
+    """Write a graph made from another one, and its manifest: ``source`` with ``changes``.
 
-    Args:
-        model, destination, source: these.
-        before: called with the manifest before the graph appears under its name.
-        changes: fields of the manifest that differ from the source's.
+    ``before`` is called with the manifest before the graph appears under its name.
     """
     with whole_file(destination) as temporary:
         onnx.save(model, temporary)

@@ -1,9 +1,7 @@
-"""The FP16 graph: convert the FP32 graph, check it on a CPU, write it. Needs neither torch nor a GPU.
+"""The FP16 graph: convert the FP32 graph, check it on a CPU (:mod:`.fp16_simulation`), write it.
 
-:func:`to_fp16` turns every weight and activation into FP16. Two casts remain: uint8 pixels become FP16 at the input,
-ArgMax's int64 becomes uint8 at the output. LayerNorm stays one operator and softmax stays inside attention, so that
-compilers keep their sums in FP32. :func:`check_fp16` compares labels and logits with FP32, in the arithmetic of
-:mod:`cdkd_edge.graph.fp16_simulation`.
+Every weight and activation becomes FP16. Two casts remain: uint8 pixels become FP16 at the input, ArgMax's int64 uint8
+at the output. LayerNorm stays one operator and softmax inside attention, so that compilers keep their sums in FP32.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ from cdkd_edge.graph.fp16_simulation import (
     run_session,
 )
 from cdkd_edge.graph.layers import logits_of, position_embedding, scores_of
-from cdkd_edge.graph.nodes import batch_of, copy_of, show_values
+from cdkd_edge.graph.nodes import batch_of, copy_of, retype, show_values
 
 ROUNDOFF = 2.0**-11  # FP16 moves a number by at most this share of it
 SPREADS = 5.0  # standard deviations that a logit may be off, so that none of a million is off by chance
@@ -76,8 +74,7 @@ def write_fp16(
     Raises:
         ManifestError: the graph is not what its manifest says, or the destination is not ours to replace.
         GraphError: it is not an FP32 graph, or a weight does not fit FP16.
-        NumericalCheckError: FP16 breaks the network. If a value is too large, or the default check failed, the FP32
-            graph's manifest records it.
+        NumericalCheckError: FP16 breaks the network. The FP32 graph's manifest records what holds for every request.
     """
     require_replaceable(destination)
     source = read_manifest(plain, GraphManifest)
@@ -123,17 +120,12 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     scales = {node.input[2] for node in graph.node if node.op_type == "Resize" and len(node.input) > 2}
     _move_bias_rounding_to_positions(graph)
     for item in graph.initializer:
-        if item.data_type != TensorProto.FLOAT or item.name in scales:
-            continue
-        values = numpy_helper.to_array(item)
-        largest = float(np.abs(values).max()) if values.size else 0.0
-        if not largest <= FP16_MAX:
-            raise WeightRangeError(f"weight {item.name} holds {largest:.3g}; FP16 ends at {FP16_MAX:.0f}", hint=IN_FP32)
-        item.CopyFrom(numpy_helper.from_array(values.astype(np.float16), item.name))
-    for node in graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
-                attribute.i = TensorProto.FLOAT16
+        if item.data_type == TensorProto.FLOAT and item.name not in scales:
+            largest = np.abs(numpy_helper.to_array(item)).max(initial=0)
+            if not largest <= FP16_MAX:
+                what = f"weight {item.name} holds {largest:.3g}; FP16 ends at {FP16_MAX:.0f}"
+                raise WeightRangeError(what, hint=IN_FP32)
+    retype(graph, TensorProto.FLOAT, TensorProto.FLOAT16, keep=scales)
     del graph.value_info[:]
     return half
 
@@ -185,8 +177,7 @@ def check_fp16(
     score is ahead by more than twice that. Where the lead is smaller, it is a tie: counted, but no fault.
 
     Args:
-        plain: the FP32 graph.
-        half: the FP16 graph.
+        plain, half: the FP32 and the FP16 graph.
         tiles: uint8 ``[3, T, T]`` tiles; each takes a few seconds at 1024 px.
         imagery: what they are, for the manifest.
         note: called with the name of each step.

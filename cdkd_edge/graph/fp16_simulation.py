@@ -24,15 +24,9 @@ UInt8Array = npt.NDArray[np.uint8]
 FP16_MAX = 65504.0
 IN_FP32 = "deploy this network in FP32"
 
-_NOT_ROUNDED = {
-    *("Reshape", "Transpose", "Split", "Concat", "Slice", "Relu"),  # rounded, if their inputs were
-    *(
-        "Cast",
-        "ArgMax",
-        "QuantizeLinear",
-        "DequantizeLinear",
-    ),  # integers (times a scale); products take them as they are
-}
+_MOVES_ONLY = {"Reshape", "Transpose", "Split", "Concat", "Slice", "Relu"}  # their inputs were rounded
+# Their outputs are integers, or integers times a scale, which products take as they are
+_NOT_FP16 = {"Cast", "ArgMax", "QuantizeLinear", "DequantizeLinear"}
 
 
 class OutOfRangeError(NumericalCheckError):
@@ -40,14 +34,11 @@ class OutOfRangeError(NumericalCheckError):
 
 
 def fp16_on_cpu(half: onnx.ModelProto) -> onnx.ModelProto:
-    """A graph in FP32 that computes on a CPU what an FP16 engine computes.
+    """A graph in FP32 that computes on a CPU what an engine of an FP16 graph, with or without INT8 layers, computes.
 
-    Weights are those of the FP16 graph. Every value that an engine stores is rounded to FP16, beyond 65504 to infinity.
-    What kernels hold in FP32 is not rounded: the product before a bias, and what is inside normalisation, softmax and
-    fused attention; nor is what the graph itself computes in FP32.
-
-    Args:
-        half: an FP16 graph, with or without INT8 layers; their Q/DQ are computed as they stand.
+    Every value that an engine stores is rounded to FP16, beyond 65504 to infinity. What kernels hold in FP32 is not:
+    the product before a bias, what is inside normalisation, softmax and fused attention, what the graph itself computes
+    in FP32. Q/DQ stay as they are.
     """
     wide = _fp32_values(half.graph)
     model = to_fp32(half)
@@ -125,24 +116,17 @@ class RangeWatch:
         self._session = cpu_session(simulation, in_order=True)
 
     def run(self, outputs: list[str], batch: UInt8Array, what: str) -> list[npt.NDArray[Any]]:
-        """Outputs of a batch, uint8 ``[N, 3, T, T]``; messages call it ``what``.
-
-        Raises:
-            OutOfRangeError: a value leaves FP16's range.
-            GraphError: ONNX Runtime does not run the graph.
-        """
-        found = run_session(self._session, [*outputs, *self._sums, *self._bounds], batch)
-        sums = found[len(outputs) : len(outputs) + len(self._sums)]
-        for name, value in zip(self._sums.values(), sums, strict=True):
-            if not np.isfinite(value):
+        """Outputs of a batch ``[N, 3, T, T]``; OutOfRangeError that names ``what`` if a value leaves FP16's range."""
+        names = [*outputs, *self._sums, *self._bounds]
+        found = dict(zip(names, run_session(self._session, names, batch), strict=True))
+        for output, name in self._sums.items():
+            if not np.isfinite(found[output]):
                 raise OutOfRangeError(f"on {what} {name} leaves FP16's range", hint=IN_FP32)
-        for name, value in zip(self._bounds.values(), found[len(outputs) + len(sums) :], strict=True):
-            if not (value <= FP16_MAX).all():
-                raise OutOfRangeError(
-                    f"on {what} attention scores ({name}) may reach {value.max():.3g}, beyond FP16's {FP16_MAX:.0f}",
-                    hint=IN_FP32,
-                )
-        return found[: len(outputs)]
+        for output, name in self._bounds.items():
+            if not (largest := found[output].max()) <= FP16_MAX:
+                reach = f"may reach {largest:.3g}, beyond FP16's {FP16_MAX:.0f}"
+                raise OutOfRangeError(f"on {what} attention scores ({name}) {reach}", hint=IN_FP32)
+        return [found[name] for name in outputs]
 
 
 def run_session(session: Any, outputs: list[str], batch: UInt8Array) -> list[npt.NDArray[Any]]:
@@ -156,7 +140,7 @@ def run_session(session: Any, outputs: list[str], batch: UInt8Array) -> list[npt
 
 def _is_stored(node: onnx.NodeProto, index: GraphIndex) -> bool:
     """Whether an engine writes the node's output to memory as a value that may need rounding."""
-    if node.op_type in _NOT_ROUNDED:
+    if node.op_type in _MOVES_ONLY | _NOT_FP16:
         return False
     user = index.only_user(node.output[0])
     if node.op_type == "MatMul" and user is not None and user.op_type == "Add":

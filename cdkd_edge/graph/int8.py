@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,20 +38,11 @@ from cdkd_edge.graph.layers import (
     weight_only_layers,
 )
 from cdkd_edge.graph.nodes import NodeWriter, copy_of, opset_of, replace_nodes
+from cdkd_edge.graph.tiles import SetTiles
 
 ALPHA = 0.5  # SmoothQuant's exponent
 SMOOTHING_TILES = 16  # channel maxima, which smoothing needs, settle long before the tails of histograms do
 MIN_OPSET = 19  # the first with FP16 scales
-
-
-class Tiles(Protocol):
-    """A source of tiles that can be read again and again, one tile at a time."""
-
-    def __len__(self) -> int:
-        """The number of tiles."""
-
-    def __iter__(self) -> Iterator[UInt8Array]:
-        """uint8 ``[3, T, T]``."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ class Calibrated:
 
 def calibrate(
     plain: onnx.ModelProto,
-    tiles: Tiles,
+    tiles: SetTiles,
     options: CalibrationOptions = CalibrationOptions(),
     note: Callable[[str], None] = lambda text: None,
 ) -> Calibrated:
@@ -187,12 +177,7 @@ def _multiply(
 def int8_graph(
     model: onnx.ModelProto, layers: Sequence[QuantizableLayer], scales: Mapping[str, LayerScales]
 ) -> onnx.ModelProto:
-    """Quantise an FP32 graph.
-
-    Args:
-        model: the (smoothed) FP32 graph; it is not changed.
-        layers: its quantisable layers.
-        scales: scales of those that become INT8, by name; the others stay FP16.
+    """Quantise a (smoothed) FP32 graph, which is not changed; layers without ``scales`` stay FP16.
 
     Raises:
         GraphError: the graph's opset has no FP16 scales.

@@ -136,10 +136,6 @@ class AttentionBlock:
     nodes: frozenset[str]  # the first outputs of its nodes; they identify nodes, which compare by value
 
 
-class _MismatchError(Exception):
-    """The softmax is not in an attention of the known form."""
-
-
 def attention_blocks(model: onnx.ModelProto) -> list[AttentionBlock | None]:
     """One entry per softmax: the attention around it, or None if it has another form."""
     index = GraphIndex(model.graph)
@@ -151,6 +147,10 @@ def attention_blocks(model: onnx.ModelProto) -> list[AttentionBlock | None]:
             except _MismatchError:
                 found.append(None)
     return found
+
+
+class _MismatchError(Exception):
+    """The softmax is not in an attention of the known form."""
 
 
 def _require(condition: bool) -> None:
@@ -203,11 +203,7 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
 
 
 def scores_of(model: onnx.ModelProto) -> str:
-    """The name of the logits at full resolution, ``[N, K, T, T]``.
-
-    Raises:
-        GraphError: the graph does not end in ArgMax over them and a cast to uint8 labels, its only output.
-    """
+    """The name of the logits at full resolution, ``[N, K, T, T]``, if the graph ends in ArgMax over them and a cast."""
     makers = GraphIndex(model.graph).maker
     cast = makers.get(LABELS)
     best = makers.get(cast.input[0]) if cast is not None and cast.op_type == "Cast" else None
@@ -220,11 +216,7 @@ def scores_of(model: onnx.ModelProto) -> str:
 
 
 def logits_of(model: onnx.ModelProto) -> str:
-    """The name of the logits as the network computes them, ``[N, K, G, G]``.
-
-    Raises:
-        GraphError: the graph does not end in their up-sampling and ArgMax.
-    """
+    """The name of the logits as the network computes them, ``[N, K, G, G]``, if the graph up-samples these."""
     resize = GraphIndex(model.graph).maker.get(scores_of(model))
     if resize is None or resize.op_type != "Resize":
         raise GraphError("the graph does not end in up-sampled logits", hint="export the checkpoint again")
@@ -234,10 +226,9 @@ def logits_of(model: onnx.ModelProto) -> str:
 def position_embedding(graph: onnx.GraphProto) -> tuple[onnx.TensorProto, onnx.TensorProto, int] | None:
     """The patch embedding's bias, the position embedding, and the first token that gets both; None if not found."""
     constants = {item.name: item for item in graph.initializer}
-    if not {"patch_embed.bias", "pos_embed"} <= constants.keys():
-        return None
+    bias, positions = constants.get("patch_embed.bias"), constants.get("pos_embed")
     convolution = next((node for node in graph.node if node.op_type == "Conv"), None)
-    if convolution is None or list(convolution.input[2:]) != ["patch_embed.bias"]:
+    if not bias or not positions or not convolution or list(convolution.input[2:]) != [bias.name]:
         return None
     class_token = any(node.op_type == "Concat" and "cls_token" in node.input for node in graph.node)
-    return constants["patch_embed.bias"], constants["pos_embed"], int(class_token)
+    return bias, positions, int(class_token)

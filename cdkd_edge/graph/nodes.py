@@ -89,6 +89,18 @@ def replace_nodes(
         graph.initializer.extend(kept)
 
 
+def retype(graph: onnx.GraphProto, old: int, new: int, keep: Iterable[str] = ()) -> None:
+    """Turn constants of one ONNX type, except those to ``keep``, and casts to it into another type."""
+    for item in graph.initializer:
+        if item.data_type == old and item.name not in keep:
+            value = numpy_helper.to_array(item).astype(helper.tensor_dtype_to_np_dtype(new))
+            item.CopyFrom(numpy_helper.from_array(value, item.name))
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == old:
+                attribute.i = new
+
+
 def show_values(model: onnx.ModelProto, names: Iterable[str]) -> None:
     """Make FP32 values inside a graph outputs of it, beside those it has."""
     model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)

@@ -1,7 +1,6 @@
 """Graphs that give more than labels: confidence, probabilities, and the graph for QGIS.
 
-Only the end of the graph changes. The nodes that lead to the labels stay, so the labels are the same; a branch is added
-from the logits at full resolution ``[N, K, T, T]``::
+The nodes that lead to the labels stay; a branch is added from the logits at full resolution ``[N, K, T, T]``::
 
     scores -> (FP32) - max -> exp -> e    confidence    = round(100 / sum(e))
                                           probabilities = round(255 e / sum(e))
@@ -51,16 +50,7 @@ CHECK_SIDE = 64  # side of the map of random logits on which a new branch is com
 
 
 def with_output(model: onnx.ModelProto, kind: str, classes: int) -> onnx.ModelProto:
-    """A copy of a graph of any precision that gives labels alone, which also gives ``kind``, uint8.
-
-    Args:
-        model: the graph.
-        kind: ``confidence`` or ``probabilities``.
-        classes: K.
-
-    Raises:
-        GraphError: it is not such a graph.
-    """
+    """A copy of a graph of any precision that gives labels alone (or GraphError), which also gives ``kind``, uint8."""
     grown = copy_of(model)
     graph = grown.graph
     half = any(item.data_type == TensorProto.FLOAT16 for item in graph.initializer)
@@ -106,10 +96,6 @@ def write_variant(
 ) -> GraphManifest:
     """Write the graph with ``confidence`` or ``probabilities`` of a graph that gives labels alone, and its manifest.
 
-    Args:
-        source, destination, kind: the graph, the path of the new one, and what it gives besides the labels.
-        note: called with the name of each step.
-
     Raises:
         ManifestError: the source is not what its manifest says, or the destination is not ours to replace.
         GraphError: the source is not a graph of this package, or gives more than labels already.
@@ -129,9 +115,7 @@ def write_variant(
 
 
 def check_branch(kind: str, classes: int, opset: int, *, half: bool) -> float:
-    """Run a branch alone in ONNX Runtime on random logits and compare it with softmax in NumPy and FP64.
-
-    The rest of the graph is the same as before, so nothing else needs a check.
+    """Run a branch alone on random logits and compare it with :func:`expected_output`.
 
     Returns:
         Share of values that differ, each by one step: FP32 rounds to the other side of a half.
@@ -229,11 +213,7 @@ def overlap_percent(tile: int) -> int:
 
 
 def qgis_graph(model: onnx.ModelProto, schema: LabelSchema, tile: int, gsd: float) -> onnx.ModelProto:
-    """Turn an FP32 graph of batch 1 into one with float pixels and probabilities; changed in place and returned.
-
-    Raises:
-        GraphError: it does not end as graphs of this package do.
-    """
+    """Turn an FP32 graph of batch 1 into one with float pixels and probabilities; changed in place and returned."""
     graph = model.graph
     scores = scores_of(model)
     cast = next(node for node in graph.node if node.op_type == "Cast" and node.input[0] == "image")
@@ -261,10 +241,7 @@ def write_qgis(
 ) -> QgisGraph:
     """Write the graph for the plugin if its labels are those of ``plain``, the graph for engines.
 
-    Args:
-        model: the FP32 graph, of batch 1 and :data:`QGIS_OPSET`; it is changed.
-        destination, plain: final path, and the exported graph.
-        schema, tile, gsd: see :func:`deepness_metadata`.
+    ``model`` is the FP32 graph, of batch 1 and :data:`QGIS_OPSET`; it is changed.
 
     Raises:
         ManifestError: the destination exists and is not a graph for QGIS that cdkd-edge wrote.

@@ -77,13 +77,7 @@ def stac_item(
     qgis: QgisGraph | None = None,
     gsd: float | None = None,
 ) -> dict[str, Any]:
-    """The item of an exported FP32 graph and the files beside it.
-
-    Args:
-        graph, half, qgis: the graph's manifest, that of the FP16 graph beside it, and the graph for QGIS beside it.
-        parameters: number of the network's parameters.
-        gsd: metres per pixel of the training imagery, if known.
-    """
+    """The item of an exported FP32 graph and the files beside it; ``gsd`` is metres per pixel of training imagery."""
     name = model_name(graph.name)
     schema = graph.schema
     shorts = class_names(schema.class_names)
@@ -134,27 +128,17 @@ def stac_item(
     }
     if gsd is not None:
         properties["gsd"] = gsd
+    manifest = manifest_path(Path(graph.artefact.file)).name
     assets = {
         "model": _model("ONNX graph in FP32", graph),
-        "manifest": {
-            "href": href(manifest_path(Path(graph.artefact.file)).name),
-            "type": "application/json",
-            "title": "Manifest of the graph",
-            "roles": ["metadata"],
-        },
+        "manifest": _asset(manifest, "application/json", "Manifest of the graph", "metadata"),
     }
     if half is not None:
-        assets["model-fp16"] = _model("ONNX graph in FP16, for TensorRT", half)
-        assets["model-fp16"]["mlm:accelerator"] = "cuda"
+        assets["model-fp16"] = {**_model("ONNX graph in FP16, for TensorRT", half), "mlm:accelerator": "cuda"}
     if qgis is not None:
         # It takes and gives floats, so it is not what mlm:input and mlm:output describe.
-        assets["qgis"] = {
-            "href": href(qgis.artefact.file),
-            "type": _ONNX,
-            "title": "ONNX graph for the QGIS plugin Deepness",
-            "roles": ["data"],
-            **file_fields(qgis.artefact),
-        }
+        asset = _asset(qgis.artefact.file, _ONNX, "ONNX graph for the QGIS plugin Deepness", "data")
+        assets["qgis"] = asset | file_fields(qgis.artefact)
     return {
         "type": "Feature",
         "stac_version": STAC_VERSION,
@@ -168,11 +152,7 @@ def stac_item(
 
 
 def write_stac(item: dict[str, Any], destination: Path) -> None:
-    """Write an item.
-
-    Raises:
-        ManifestError: the destination exists and is not an item that cdkd-edge wrote.
-    """
+    """Write an item in place of nothing or an earlier one (:func:`require_own_stac`)."""
     require_own_stac(destination)
     write_text(destination, json.dumps(item, indent=2, ensure_ascii=False) + "\n")
 
@@ -203,13 +183,15 @@ def _array(shape: list[int], *order: str) -> dict[str, Any]:
     return {"shape": shape, "dim_order": list(order), "data_type": "uint8"}
 
 
+def _asset(file: str, media: str, title: str, *roles: str, **more: Any) -> dict[str, Any]:
+    return {"href": href(file), "type": media, "title": title, **more, "roles": list(roles)}
+
+
 def _model(title: str, graph: GraphManifest) -> dict[str, Any]:
+    text = f"opset {graph.opset}; runs in ONNX Runtime, and is what `cdkd-edge build` makes engines from"
+    roles = ("mlm:model", "mlm:weights", "data")
     return {
-        "href": href(graph.artefact.file),
-        "type": _ONNX,
-        "title": title,
-        "description": f"opset {graph.opset}; runs in ONNX Runtime, and is what `cdkd-edge build` makes engines from",
-        "roles": ["mlm:model", "mlm:weights", "data"],
+        **_asset(graph.artefact.file, _ONNX, title, *roles, description=text),
         "bands": _BANDS,  # MLM wants them in the properties, where STAC allows them only if an asset has them
         "mlm:artifact_type": "onnx",
         "mlm:framework": "ONNX",

@@ -87,8 +87,47 @@ class SetManifest:
 
 
 @dataclass(frozen=True)
+class SetTiles:
+    """The tiles of a role, RGB ``[3, T, T]``, read one at a time and checked, again and again.
+
+    Raises:
+        ManifestError: a tile cannot be read, or is not what the manifest says.
+    """
+
+    folder: Path
+    records: tuple[TileRecord, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.uint8]]:
+        return map(self._read, self.records)
+
+    def _read(self, record: TileRecord) -> npt.NDArray[np.uint8]:
+        from PIL import Image
+
+        path, side = self.folder / record.file, record.width
+        try:
+            with Image.open(path, formats=("PNG",)) as picture:
+                kind = (picture.mode, *picture.size)
+                pixels = np.asarray(picture) if kind == ("RGB", side, side) else None
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise ManifestError(f"tile {path} cannot be read: {error}") from None
+        if pixels is None:
+            shown = "{}, {} x {} px".format(*kind)
+            raise ManifestError(f"{path} is {shown}; tiles of this set are RGB, {side} x {side} px")
+        tile: npt.NDArray[np.uint8] = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        if pixels_sha256(tile) != record.sha256:
+            raise ManifestError(
+                f"{path} is not the tile that its set describes (SHA-256 of its pixels differs)",
+                hint="it was edited or damaged; make the set again with `cdkd-edge calibrate`",
+            )
+        return tile
+
+
+@dataclass(frozen=True)
 class CalibrationSet:
-    """An open calibration set. Tiles are read one at a time and checked as they are read."""
+    """An open calibration set."""
 
     folder: Path
     manifest: SetManifest
@@ -116,43 +155,9 @@ class CalibrationSet:
         """Side of the tiles, px."""
         return self.manifest.tile
 
-    def __len__(self) -> int:
-        """The number of tiles of both roles."""
-        return len(self.manifest.tiles)
-
-    def count(self, role: Role = "calibration") -> int:
-        """The number of tiles of a role."""
-        return len(self.manifest.of_role(role))
-
-    def tiles(self, role: Role = "calibration") -> Iterator[npt.NDArray[np.uint8]]:
-        """The tiles of a role, RGB uint8 ``[3, T, T]``, one at a time.
-
-        Raises:
-            ManifestError: a tile cannot be read, or is not the one that the manifest describes.
-        """
-        for record in self.manifest.of_role(role):
-            yield self._read(record)
-
-    def _read(self, record: TileRecord) -> npt.NDArray[np.uint8]:
-        from PIL import Image
-
-        path, side = self.folder / record.file, self.tile
-        try:
-            with Image.open(path, formats=("PNG",)) as picture:
-                kind = (picture.mode, *picture.size)
-                pixels = np.asarray(picture) if kind == ("RGB", side, side) else None
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            raise ManifestError(f"tile {path} cannot be read: {error}") from None
-        if pixels is None:
-            shown = "{}, {} x {} px".format(*kind)
-            raise ManifestError(f"{path} is {shown}; tiles of this set are RGB, {side} x {side} px")
-        tile: npt.NDArray[np.uint8] = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        if pixels_sha256(tile) != record.sha256:
-            raise ManifestError(
-                f"{path} is not the tile that its set describes (SHA-256 of its pixels differs)",
-                hint="it was edited or damaged; make the set again with `cdkd-edge calibrate`",
-            )
-        return tile
+    def tiles(self, role: Role = "calibration") -> SetTiles:
+        """The tiles of a role."""
+        return SetTiles(self.folder, self.manifest.of_role(role))
 
 
 def pixels_sha256(tile: npt.NDArray[np.uint8]) -> str:

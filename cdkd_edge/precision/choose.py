@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from cdkd_edge.core.errors import EngineError, ManifestError, NumericalCheckError, UsageError, WorkspaceError
 from cdkd_edge.core.manifest import LABELS, EngineManifest, GraphManifest, output_of, precision_of, read_manifest
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.engines.protocol import Engine, speed_ratio
+from cdkd_edge.engines.protocol import speed_ratio
 from cdkd_edge.engines.runtimes import Runtime, load_engine, require_precision, runtime_of
 from cdkd_edge.graph.files import derived_path, is_derived_from
 from cdkd_edge.graph.fp16 import write_fp16
@@ -69,8 +70,8 @@ def prepare_graph(
 
     Raises:
         WorkspaceError: no graph is named, and the workspace has none or more than one; the same for calibration sets.
-        UsageError: the named graph has another precision and is not FP32; it gives something else than asked for, and
-            more than labels; or the request says how to make a graph that can only be taken as it is.
+        UsageError: the named graph is not FP32 and not what is asked for; or it can only be taken as it is, and the
+            request says how to make it.
         NumericalCheckError: FP16 is known to break the network; ``request.again`` tries it again.
         EngineError: an FP16 graph would have to be made, and this machine cannot build an engine from it.
         CdkdEdgeError: as :func:`write_fp16`, :func:`write_int8` and :func:`write_variant` do.
@@ -204,17 +205,14 @@ def _require_not_refused(graph: Path, source: GraphManifest, precision: str, req
     refusal = source.fp16_refused
     if refusal is None or not refusal.holds or request.again:
         return
-    if precision == "fp16" and (refusal.out_of_range or (request.calibration is None and request.least is None)):
-        asked = "FP16" if refusal.out_of_range else "FP16 (without --calibration or --min-agreement)"
-        raise NumericalCheckError(
-            f"{asked} is not for {graph.name}, as was found before: {refusal.reason}",
-            hint="build it in FP32: cdkd-edge build; --again checks it once more",
-        )
-    if precision == "int8" and refusal.out_of_range:
-        raise NumericalCheckError(
-            f"INT8 keeps parts of {graph.name} in FP16, and was found before: {refusal.reason}",
-            hint="build it in FP32: cdkd-edge build; --again tries it all the same",
-        )
+    if not refusal.out_of_range and (precision == "int8" or request.calibration or request.least is not None):
+        return
+    asked = "FP16" if refusal.out_of_range else "FP16 (without --calibration or --min-agreement)"
+    found = f"{asked} is not for {graph.name}, as was found before"
+    if precision == "int8":
+        found = f"INT8 keeps parts of {graph.name} in FP16, and was found before"
+    advice = "build it in FP32: cdkd-edge build; --again checks it once more"
+    raise NumericalCheckError(f"{found}: {refusal.reason}", hint=advice)
 
 
 def engine_path(space: Workspace, graph: Path, runtime: Runtime) -> Path:
@@ -245,16 +243,11 @@ def compare_speed(engine: Path, manifest: EngineManifest, note: Note = lambda te
     if manifest.precision != "int8" or not engine.name.endswith(suffix) or not path.is_file():
         return None
     note(f"timing against {path.name}")
-    loaded: list[Engine] = []
     try:
-        for file in (engine, path):
-            loaded.append(load_engine(file))
-        return SpeedComparison(path, speed_ratio(loaded[0], loaded[1]))
+        with contextlib.closing(load_engine(engine)) as new, contextlib.closing(load_engine(path)) as other:
+            return SpeedComparison(path, speed_ratio(new, other))
     except (EngineError, ManifestError):
         return None  # compiled for another machine, for example
-    finally:
-        for one in loaded:
-            one.close()
 
 
 def _kind_suffix(kind: str) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 
 from cdkd_edge.core.errors import GraphError, NumericalCheckError, UsageError
@@ -57,20 +55,6 @@ class Int8Result:
     attempts: list[Attempt] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class SetTiles:
-    """The tiles of one role of a calibration set; can be iterated again and again."""
-
-    source: CalibrationSet
-    role: Role
-
-    def __len__(self) -> int:
-        return self.source.count(self.role)
-
-    def __iter__(self) -> Iterator[npt.NDArray[np.uint8]]:
-        return self.source.tiles(self.role)
-
-
 def write_int8(
     plain: Path,
     destination: Path,
@@ -114,8 +98,8 @@ def write_int8(
         raise GraphError(f"the graph has no layer {unknown[0]!r}", hint=f"layers are {', '.join(names[:5])}, ...")
     if set(options.keep) == set(names):
         raise UsageError(f"with all {len(names)} layers kept in FP16, none is left for INT8", hint="build --fp16")
-    checks = SetTiles(tiles, "check")
-    calibrated = calibrate(model, SetTiles(tiles, "calibration"), options.calibration, note)
+    checks = tiles.tiles("check")
+    calibrated = calibrate(model, tiles.tiles("calibration"), options.calibration, note)
     note("noise of every layer")
     noise = signal_to_noise(calibrated.model, calibrated.layers, calibrated.scales, checks)
     with scratch_folder() as scratch:
@@ -132,15 +116,11 @@ def write_int8(
     graph = _graph(calibrated, last.kept)
     note("the graph as TensorRT will compute it")
     conversion = check_fp16(plain, graph, checks, tiles.name, note, least=options.gate.agreement)
-    manifest = save_derived(
-        graph,
-        destination,
-        source,
-        before=lambda manifest: write_report(report, manifest),  # a graph that is there is not made again
-        precision="int8",
-        conversion=conversion,
-        quantization=_record(calibrated, noise, tiles, options, attempts, graph.ByteSize() / source.artefact.bytes),
-    )
+    record = _record(calibrated, noise, tiles, options, attempts)
+    record["size_over_fp32"] = graph.ByteSize() / source.artefact.bytes
+    made = {"precision": "int8", "conversion": conversion, "quantization": record}
+    # The report comes before the graph, because a graph that is there is not made again.
+    manifest = save_derived(graph, destination, source, lambda manifest: write_report(report, manifest), **made)
     return Int8Result(destination, report, manifest, attempts)
 
 
@@ -152,7 +132,7 @@ def require_fitting(tiles: CalibrationSet, source: GraphManifest, *roles: Role) 
             hint=f"cdkd-edge calibrate SCENES --tile {source.tile}",
         )
     for role in roles:
-        if not tiles.count(role):
+        if not tiles.tiles(role):
             raise UsageError(f"{tiles.name} has no {role} tiles", hint="make it again: cdkd-edge calibrate")
 
 
@@ -185,21 +165,19 @@ def _record(
     tiles: CalibrationSet,
     options: Int8Options,
     attempts: list[Attempt],
-    size: float,
 ) -> dict[str, Any]:
     """The manifest's ``quantization``."""
     last = attempts[-1]
     return {
         "calibration_set": {"name": tiles.name, "sha256": tiles.sha256},
-        "calibration_tiles": tiles.count("calibration"),
-        "check_tiles": tiles.count("check"),
+        "calibration_tiles": len(tiles.tiles("calibration")),
+        "check_tiles": len(tiles.tiles("check")),
         "calibrator": options.calibration.calibrator,
         "percentile": options.calibration.percentile if options.calibration.calibrator == "percentile" else None,
         "smoothquant_alpha": options.calibration.alpha,
         "smoothed_layers": len(calibrated.smoothed),
         "gate": dataclasses.asdict(options.gate),
         "judgement": last.judgement.document(),
-        "size_over_fp32": size,
         "kept_in_fp16": list(last.kept),
         "attempts": [
             {"kept_in_fp16": list(attempt.kept), "failures": attempt.failures, **attempt.judgement.document()}

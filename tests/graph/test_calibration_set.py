@@ -38,8 +38,8 @@ def edit(folder: Path, change: Any) -> None:
 
 def test_tiles_are_those_of_the_scenes(made: Path) -> None:
     opened = CalibrationSet.load(made)
-    assert (opened.name, opened.tile, len(opened)) == ("set", TILE, 10)
-    assert (opened.count(), opened.count("check")) == (8, 2)
+    assert (opened.name, opened.tile, len(opened.manifest.tiles)) == ("set", TILE, 10)
+    assert (len(opened.tiles()), len(opened.tiles("check"))) == (8, 2)
     for role in ("calibration", "check"):
         records = opened.manifest.of_role(role)
         tiles = list(opened.tiles(role))
@@ -58,7 +58,7 @@ def test_the_digest_stands_for_the_whole_set(made: Path, copy: Path) -> None:
 
 def test_tiles_are_read_one_at_a_time(copy: Path) -> None:
     (copy / "calibration" / "0003.png").write_bytes(b"")
-    tiles = CalibrationSet.load(copy).tiles()
+    tiles = iter(CalibrationSet.load(copy).tiles())
     for _ in range(3):
         next(tiles)
     with pytest.raises(ManifestError, match=r"0003\.png"):

@@ -232,8 +232,8 @@ class _NoTiles:
     def __init__(self, tile):
         self.tile = tile
 
-    def count(self, role):
-        return 1
+    def tiles(self, role):
+        return [role]
 
 
 @pytest.mark.parametrize("kind", ["labels", "logits", ""])

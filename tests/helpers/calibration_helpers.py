@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scene_helpers import UInt8Array, write_raster
 
+from cdkd_edge.graph.tiles import CalibrationSet
 from cdkd_edge.precision.calibration.calibrate import CalibrateOptions, CalibrateResult, calibrate
 
 TILE = 64
@@ -34,6 +35,10 @@ def make(scenes: list[str], folder: Path, **options: Any) -> CalibrateResult:
     overwrite = options.pop("overwrite", False)
     chosen = {"tile": TILE, "count": 8, "check": 2, **options}
     return calibrate(scenes, folder, CalibrateOptions(**chosen), overwrite=overwrite)
+
+
+def opened(result: CalibrateResult) -> CalibrationSet:
+    return CalibrationSet.load(result.folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

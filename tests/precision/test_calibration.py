@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from calibration_helpers import TILE, archive, contents, crop, make, picture
+from calibration_helpers import TILE, archive, contents, crop, make, opened, picture
 from PIL import Image
 from scene_helpers import names_in, sparse_raster, write_raster
 
@@ -63,7 +63,7 @@ def test_the_same_again_to_the_byte(scenes: list[str], tmp_path: Path) -> None:
 
 
 def test_the_number_of_threads_does_not_matter(scenes: list[str], tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[3])}
     for threads in ("1", "2"):
         arguments = ["--tile", str(TILE), "--count", "12", "-o", str(tmp_path / threads / "set"), *scenes]
         subprocess.run(
@@ -133,7 +133,7 @@ def test_a_single_tile(tmp_path: Path) -> None:
     result = make([path], tmp_path / "set")
     assert len(result.manifest.tiles) == 1
     assert any("tiles to check on: 0 instead of 2" in note for note in result.manifest.notes)
-    (tile,) = result.open().tiles()
+    (tile,) = opened(result).tiles()
     assert (tile == picture(TILE, TILE)).all()
 
 
@@ -141,7 +141,7 @@ def test_tiles_of_small_scenes_are_what_segment_would_see(tmp_path: Path) -> Non
     paths = [str(write_raster(tmp_path / f"{index}.tif", picture(40, 100, seed=index))) for index in range(3)]
     result = make(paths, tmp_path / "set", count=3, check=1)
     assert any("completed by reflection" in note for note in result.manifest.notes)
-    for record, tile in zip(result.manifest.of_role("calibration"), result.open().tiles(), strict=True):
+    for record, tile in zip(result.manifest.of_role("calibration"), opened(result).tiles(), strict=True):
         assert record.y == -12
         with rasterio.open(record.scene) as dataset:
             pixels = dataset.read()
@@ -322,7 +322,7 @@ def test_folders_and_patterns(scenes: list[str], tmp_path: Path) -> None:
 def test_a_scene_with_brackets_in_its_name(tmp_path: Path) -> None:
     path = write_raster(tmp_path / "scene [1] ü 中.tif", picture(TILE, 2 * TILE))
     result = make([str(path)], tmp_path / "set é", check=0)
-    assert {tile.scene for tile in result.open().manifest.tiles} == {str(path)}
+    assert {tile.scene for tile in opened(result).manifest.tiles} == {str(path)}
     listing = tmp_path / "list.txt"
     listing.write_text("scene [[]1] *\n", encoding="utf-8")
     with pytest.raises(DatasetError):
@@ -361,7 +361,7 @@ def test_deep_scenes_are_stretched_as_segment_does(tmp_path: Path) -> None:
     reader = SceneReader(path, stretch=stretch)
     assert reader.limits is not None
     assert result.manifest.scenes[0].stretch == reader.limits.tolist()
-    record, tile = result.manifest.tiles[0], next(result.open().tiles())
+    record, tile = result.manifest.tiles[0], next(iter(opened(result).tiles()))
     low, high = reader.limits[:, :1, None], reader.limits[:, 1:, None]
     expected = np.clip(np.rint((crop(path, record).astype(np.float32) - low) * (255 / (high - low))), 0, 255)
     assert (tile == expected).all()
@@ -375,10 +375,10 @@ def test_four_bands(tmp_path: Path) -> None:
     result = make([path], tmp_path / "set", check=0)
     assert any("B, G, R, NIR" in note for note in result.manifest.notes)
     record = result.manifest.tiles[0]
-    assert (next(result.open().tiles()) == crop(path, record)[[2, 1, 0]]).all()
+    assert (next(iter(opened(result).tiles())) == crop(path, record)[[2, 1, 0]]).all()
     chosen = make([path], tmp_path / "bands", check=0, reading=SegmentOptions(bands=[4, 2, 1]))
     record = chosen.manifest.tiles[0]
-    assert (next(chosen.open().tiles()) == crop(path, record)[[3, 1, 0]]).all()
+    assert (next(iter(opened(chosen).tiles())) == crop(path, record)[[3, 1, 0]]).all()
 
 
 def test_a_huge_scene_takes_little_memory_and_time(tmp_path: Path) -> None:
@@ -487,7 +487,7 @@ def test_only_a_set_is_replaced(scenes: list[str], tmp_path: Path) -> None:
         make(scenes, tmp_path / "set", seed=1)
     assert contents(tmp_path / "set") == before
     make(scenes, tmp_path / "set", seed=1, count=3, overwrite=True)
-    assert len(CalibrationSet.load(tmp_path / "set")) == 5
+    assert len(CalibrationSet.load(tmp_path / "set").manifest.tiles) == 5
     assert not (tmp_path / "set" / "calibration" / "0005.png").exists()
     (tmp_path / "other").mkdir()
     make(scenes, tmp_path / "other")  # an empty folder is as good as none
@@ -511,7 +511,7 @@ def test_folders_that_cannot_be_meant(scenes: list[str], tmp_path: Path, monkeyp
     (tmp_path / "link").symlink_to("set")
     make(scenes, Path("link"), overwrite=True, count=3)
     assert (tmp_path / "link").is_symlink()
-    assert len(CalibrationSet.load(tmp_path / "set")) == 5
+    assert len(CalibrationSet.load(tmp_path / "set").manifest.tiles) == 5
     assert {path.name for path in tmp_path.iterdir()} == {"set", "link"}
 
 
@@ -544,7 +544,7 @@ def test_interrupted_it_leaves_nothing(tmp_path: Path) -> None:
     scene = write_raster(tmp_path / "scene.tif", picture(64 * 40, 64 * 40))
     process = subprocess.Popen(
         [sys.executable, "-m", "cdkd_edge", "calibrate", str(scene), "--tile", "32", "-o", str(tmp_path / "set")],
-        env=os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[3])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -611,7 +611,7 @@ def test_the_contact_sheet_shows_every_tile(scenes: list[str], tmp_path: Path) -
     with Image.open(result.folder / "contact-sheet.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     corners = []
-    for tile in (*result.open().tiles(), *result.open().tiles("check")):
+    for tile in (*opened(result).tiles(), *opened(result).tiles("check")):
         shown = shrink_tile(tile, thumbnail_side(23))
         places = np.argwhere((pixels[:-160, :-160] == shown[0, 0]).all(axis=2)).tolist()
         corners += [(top, left) for top, left in places if (pixels[top : top + 160, left : left + 160] == shown).all()]

@@ -17,7 +17,7 @@ from cdkd_edge.core.errors import DatasetError, SceneError, UsageError
 from cdkd_edge.core.files import occupied, whole_folder
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.graph.tiles import CalibrationSet, SetManifest, is_calibration_set
+from cdkd_edge.graph.tiles import SetManifest, is_calibration_set
 from cdkd_edge.precision.calibration.choose import Choice, choose_tiles
 from cdkd_edge.precision.calibration.exclusions import Exclusions
 from cdkd_edge.precision.calibration.scan import SKIP_BROKEN, LabelMaps, Progress, ScanOptions, TiledScene, scan_scenes
@@ -54,10 +54,6 @@ class CalibrateResult:
 
     folder: Path
     manifest: SetManifest
-
-    def open(self) -> CalibrationSet:
-        """Open the set, to read its tiles."""
-        return CalibrationSet.load(self.folder)
 
 
 def default_tile(workspace: Workspace) -> int:
@@ -103,7 +99,6 @@ def calibrate(
         SceneError: a scene cannot be read, and broken ones are not skipped.
         DatasetError: no tile remains, or an evaluation set or a label map cannot be used.
         UsageError: ``folder`` is something else, or must not be replaced.
-        OSError: writing failed.
     """
     replace = _replaceable(folder, overwrite)
     paths = scenes_named(scenes)
@@ -131,17 +126,12 @@ def calibrate(
             )
         notes += [f"skipped: {problem}" for problem in report.broken]
         if unlabelled := report.without_label_map:
-            first = unlabelled[0]
-            more = len(unlabelled) > 1
-            notes.append(
-                f"{len(unlabelled)} scenes have no label map, e.g. {first}" if more else f"{first} has no label map"
-            )
+            some = f"{len(unlabelled)} scenes have no label map, e.g. {unlabelled[0]}"
+            notes.append(some if len(unlabelled) > 1 else f"{unlabelled[0]} has no label map")
         notes += reading_notes(report.reading_notes)
         choice = choose_tiles(candidates, options.count, options.check, options.seed, label_maps)
-        description = _description(options, choice, counts, notes)
-        manifest = write_set(
-            place, Path(os.path.realpath(folder)).name, candidates, choice, options.reading, description
-        )
+        name, description = Path(os.path.realpath(folder)).name, _description(options, choice, counts, notes)
+        manifest = write_set(place, name, candidates, choice, options.reading, description)
     return CalibrateResult(folder, manifest)
 
 

@@ -42,6 +42,7 @@ _UNREAD = (
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}
 _ALLOCATORS = r"(builtins|__builtin__) bytearray|torch(\.\w+)* \w*(Tensor|Storage)"
 """Functions that torch lets pickles call and that can allocate any amount from a number or a list."""
+_SAVE_WEIGHTS = "save the weights alone: torch.save(checkpoint['state_dict'], 'weights.pt')"
 _SPARE = 64 << 20  # bytes that tensors may take beyond the size of their file, because some share their storage
 
 
@@ -153,20 +154,17 @@ def _require_archive(path: Path) -> None:
             raise CheckpointError(f"{path} is a TorchScript archive, not a state dict", hint="save model.state_dict()")
         packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
         if packed:
+            growth = f"{packed.filename} would grow from {packed.compress_size} to {packed.file_size} bytes"
             raise CheckpointError(
-                f"{path} is compressed, which torch.save never does: {packed.filename} would grow from "
-                f"{packed.compress_size} to {packed.file_size} bytes",
+                f"{path} is compressed, which torch.save never does: {growth}",
                 hint="if you trust it, save it again: torch.save(torch.load(FILE), NEW)",
             )
         if sum(entry.file_size for entry in entries) > (size := path.stat().st_size):
             raise CheckpointError(f"{path} is damaged: its entries claim more bytes than the file has ({size})")
         for entry in pickled:
             if entry.file_size > _MAX_DIRECTORY:
-                raise CheckpointError(
-                    f"{path} holds {entry.file_size / 1e6:.0f} MB beside its tensors; {_MAX_DIRECTORY / 1e6:.0f} MB "
-                    "are read",
-                    hint="save the weights alone: torch.save(checkpoint['state_dict'], 'weights.pt')",
-                )
+                sizes = f"{entry.file_size / 1e6:.0f} MB beside its tensors; {_MAX_DIRECTORY / 1e6:.0f} MB are read"
+                raise CheckpointError(f"{path} holds {sizes}", hint=_SAVE_WEIGHTS)
             _require_bounded(path, io.BytesIO(archive.read(entry)))
 
 
@@ -230,10 +228,8 @@ def _require_bounded(path: Path, stream: IO[bytes]) -> None:
                 stack += [1] * len(opcode.stack_after)
     except CheckpointError:
         raise
-    except (ValueError, IndexError, TypeError):
-        raise CheckpointError(
-            f"{path} is damaged or not a PyTorch checkpoint", hint="other pickles are never loaded"
-        ) from None
+    except (ValueError, IndexError, TypeError) as error:
+        raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -241,7 +237,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     if name := re.search(r"GLOBAL ([\w.]+)", text):
         return CheckpointError(
             f"{path} is refused: it asks to load {name[1]}, and reading that could execute anything its author wrote",
-            hint="if you trust it, save the tensors alone: torch.save(checkpoint['state_dict'], 'weights.pt')",
+            hint=f"if you trust it, {_SAVE_WEIGHTS}",
         )
     reason = re.split(r"\. |: 0x|This is an internal", text)[0][:120] if isinstance(error, RuntimeError) else ""
     return CheckpointError(
@@ -251,11 +247,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def safetensors_torch() -> Any:
-    """The module ``safetensors.torch``.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """The module ``safetensors.torch``; raises a MissingExtraError if it is not installed."""
     try:
         import safetensors.torch
     except ImportError:
@@ -264,11 +256,7 @@ def safetensors_torch() -> Any:
 
 
 def save_tensors(path: Path, document: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file of ``torch.save``, or with ``metadata`` one of safetensors.
-
-    Raises:
-        OSError: it cannot be written; neither library says why.
-    """
+    """Write a file of ``torch.save``, or with ``metadata`` one of safetensors; raises an OSError where it cannot."""
     try:
         if metadata is None:
             torch.save(dict(document), path)
@@ -289,18 +277,11 @@ def require_in_file(tensors: Iterable[Tensor], path: Path) -> None:
 
 
 def as_float32(key: str, tensor: Tensor) -> Tensor:
-    """A copy of a weight in FP32.
-
-    Raises:
-        CheckpointError: it is no dense floating-point tensor, or not finite everywhere.
-    """
+    """A copy of a weight in FP32; refuses one that is not dense, floating-point and finite everywhere."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta or not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{key} is stored as {tensor.dtype} ({tensor.layout}); weights must be dense floating point"
-        )
+        stored = f"{tensor.dtype} ({tensor.layout})"
+        raise CheckpointError(f"{key} is stored as {stored}; weights must be dense floating point")
     tensor = tensor.to(torch.float32, copy=True)
     if not torch.isfinite(tensor).all():
-        raise CheckpointError(
-            f"{key} holds values that are not finite; the training run diverged or the file is damaged"
-        )
+        raise CheckpointError(f"{key} holds values that are not finite; the training diverged or the file is damaged")
     return tensor

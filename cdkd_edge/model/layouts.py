@@ -75,8 +75,8 @@ class Dropped:
     """A part of the checkpoint that the deployed network does not have."""
 
     what: str
-    tensors: int
-    example: str
+    tensors: int  # how many
+    example: str  # name of the first
 
 
 def dropped_parts(keys_by_part: Mapping[str, list[str]]) -> tuple[Dropped, ...]:
@@ -92,11 +92,7 @@ def listed(names: Iterable[str], limit: int = 12) -> str:
 
 
 def recognise(keys: list[str]) -> Layout:
-    """The layout of a set of keys.
-
-    Raises:
-        CheckpointError: it is not known.
-    """
+    """The layout of a set of keys; raises a CheckpointError if it is not known."""
 
     def any_starts(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in keys)

@@ -127,54 +127,32 @@ def test_shared_memory_is_the_systems_and_own_memory_the_drivers(monkeypatch: py
 
 
 class Driver:
-    """CUDA's driver as far as it is asked, for one GPU."""
+    """CUDA's driver for one GPU: a function writes its answer to where its first argument points."""
 
     def __init__(self, init: int = 0, count: int = 1) -> None:
+        self.init, self.retained = init, 0
         self.attributes = {75: 8, 76: 7, 18: 1, 16: 8}
-        self.init, self.count, self.retained = init, count, 0
+        self.answers = {
+            "cuDeviceGetCount": count, "cuDeviceTotalMem_v2": 16 << 30, "cuDriverGetVersion": 12060,
+            "cuMemGetInfo_v2": 3 << 30,
+        }  # fmt: skip
 
-    def cuInit(self, flags: int) -> int:  # noqa: N802
-        return self.init
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+        return lambda *arguments: self.call(name, *arguments)
 
-    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
-        count._obj.value = self.count
-        return 0
-
-    def cuDeviceGet(self, device: Any, ordinal: int) -> int:  # noqa: N802
-        return 0
-
-    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
-        name.value = b"Orin"
-        return 0
-
-    def cuDeviceTotalMem_v2(self, size: Any, device: Any) -> int:  # noqa: N802
-        size._obj.value = 16 << 30
-        return 0
-
-    def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
-        version._obj.value = 12060
-        return 0
-
-    def cuDeviceGetAttribute(self, value: Any, number: int, device: Any) -> int:  # noqa: N802
-        value._obj.value = self.attributes.get(number, 0)
-        return 0 if number in self.attributes else 1
-
-    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:  # noqa: N802
-        self.retained += 1
-        return 0
-
-    def cuCtxPushCurrent_v2(self, context: Any) -> int:  # noqa: N802
-        return 0
-
-    def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:  # noqa: N802
-        free._obj.value = 3 << 30
-        return 0
-
-    def cuCtxPopCurrent_v2(self, context: Any) -> int:  # noqa: N802
-        return 0
-
-    def cuDevicePrimaryCtxRelease_v2(self, device: Any) -> int:  # noqa: N802
-        self.retained -= 1
+    def call(self, name: str, target: Any, *arguments: Any) -> int:
+        if name == "cuInit":
+            return self.init
+        self.retained += {"cuDevicePrimaryCtxRetain": 1, "cuDevicePrimaryCtxRelease_v2": -1}.get(name, 0)
+        if name == "cuDeviceGetName":
+            target.value = b"Orin"
+        elif name == "cuDeviceGetAttribute":
+            target._obj.value = self.attributes.get(arguments[0], 0)
+            return int(arguments[0] not in self.attributes)
+        elif name in self.answers:
+            target._obj.value = self.answers[name]
         return 0
 
 

@@ -47,29 +47,13 @@ class Conditions:
 
 
 class ConditionsMonitor:
-    """Reads the conditions below ``root`` every ``interval`` seconds, in a thread, between start and stop."""
+    """A block in which a thread reads the conditions below ``root`` every ``interval`` seconds."""
 
     def __init__(self, root: Path = Path("/"), interval: float = 1.0) -> None:
         self._root, self._interval = root, interval
         self._readings: list[Conditions] = []
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Take a first reading now and more in the background; does nothing if already started."""
-        if self._thread is None:
-            reader = ConditionsReader(self._root)
-            self._readings.append(reader.read())
-            self._stopping.clear()
-            self._thread = threading.Thread(target=self._watch, args=(reader,), name="conditions", daemon=True)
-            self._thread.start()
-
-    def stop(self) -> None:
-        """Take a last reading and end. Waits at most two seconds for a file that hangs."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._stopping.set()
-            thread.join(2.0)
+        self._thread = threading.Thread(target=self._watch, name="conditions", daemon=True)
 
     def latest(self) -> Conditions | None:
         """The latest reading; None before the first."""
@@ -80,20 +64,23 @@ class ConditionsMonitor:
         return tuple(self._readings)
 
     def __enter__(self) -> ConditionsMonitor:
-        self.start()
+        self._reader = ConditionsReader(self._root)
+        self._readings.append(self._reader.read())
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self._stopping.set()  # after a last reading
+        self._thread.join(2.0)  # no longer: a file may hang
 
-    def _watch(self, reader: ConditionsReader) -> None:
+    def _watch(self) -> None:
         due = time.monotonic()
         stopping = False
         while not stopping:
             # After a reading that took longer than the interval, the next is due an interval from now.
             due = max(due + self._interval, time.monotonic())
             stopping = self._stopping.wait(due - time.monotonic())
-            self._readings.append(reader.read())
+            self._readings.append(self._reader.read())
 
 
 class ConditionsReader:

@@ -22,9 +22,6 @@ _MODE = re.compile(r"^<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>\s*$")
 _DEFAULT = re.compile(r"^<\s*PM_CONFIG\s+DEFAULT=(\d+)\s*>", re.MULTILINE)
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Text:
     """A file's text, or why there is none."""
@@ -63,9 +60,6 @@ def resolve(root: Path, path: str) -> Path:
     return place
 
 
-# --- which board ----------------------------------------------------------------------------------
-
-
 def is_jetson(root: Path) -> bool:
     """Whether the tree is that of an NVIDIA Jetson."""
     named = f"{read(root, MODEL).text or ''} {read(root, '/proc/device-tree/compatible').text or ''}".casefold()
@@ -87,9 +81,6 @@ def installed_jetpack(root: Path) -> str | None:
 def generation(major: int) -> str:
     """JetPack's major number for a major number of Jetson Linux."""
     return {35: "5", 36: "6"}.get(major, "7" if major >= 38 else "4 or older")
-
-
-# --- power modes ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,9 +149,6 @@ def current_mode(root: Path, answer: str | None = None) -> int | None:
     return int(match[1]) if match else None
 
 
-# --- clocks and fan -------------------------------------------------------------------------------
-
-
 def gpu_folder(root: Path) -> str:
     """The folder of the GPU's clock, as a path of the system."""
     found = (f"{_DEVFREQ}/{gpu}" for gpu in _GPUS if resolve(root, f"{_DEVFREQ}/{gpu}").is_dir())
@@ -198,9 +186,6 @@ def _fan_profile(root: Path) -> str | None:
         if match:
             return match[1]
     return None
-
-
-# --- the whole ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

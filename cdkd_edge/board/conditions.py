@@ -11,20 +11,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from cdkd_edge.board.jetson import SYS_CPU, current_mode, gpu_folder, mode_of, read_modes, resolve
 from cdkd_edge.core.errors import printable
 
 _MOST_CPUS = 16  # number of CPUs whose clocks are read: on old x86 kernels each reading may take 10 ms
 _CPU_SENSORS = ("coretemp", "k10temp", "zenpower")
-_PLAUSIBLE = (-40.0, 150.0)
-"""Range of believable temperatures, degrees Celsius; on a Jetson a sensor that is off reads -256."""
+_COLDEST, _HOTTEST = -40.0, 150.0  # degrees Celsius that are believed; on a Jetson a sensor that is off reads -256
 
 Probe = Callable[[], "float | None"]
 
@@ -34,12 +33,9 @@ class Conditions:
     """One reading. A key is missing where its file could not be read."""
 
     time: float  # when reading began, seconds on the clock of ``time.monotonic``
-    temperatures: Mapping[str, float] = field(default_factory=dict)
-    """Degrees Celsius by thermal zone (``tj-thermal``, ``gpu-thermal`` ...) or, on a desktop, sensor."""
-    clocks_mhz: Mapping[str, float] = field(default_factory=dict)
-    """``gpu``, ``cpu`` (mean of the CPUs), ``emc`` (memory; readable by root)."""
-    clock_limits_mhz: Mapping[str, float] = field(default_factory=dict)
-    """Highest allowed clock of the same keys, in this power mode."""
+    temperatures: Mapping[str, float] = field(default_factory=dict)  # Celsius by zone (``tj-thermal`` ...) or sensor
+    clocks_mhz: Mapping[str, float] = field(default_factory=dict)  # ``gpu``, ``cpu`` (mean), ``emc`` (memory; to root)
+    clock_limits_mhz: Mapping[str, float] = field(default_factory=dict)  # highest allowed in this power mode
     fan: Mapping[str, float] = field(default_factory=dict)  # ``percent`` of the full duty cycle, ``rpm``
     throttle_events: Mapping[str, int] = field(default_factory=dict)
     """Counters since the machine started: ``oc1`` ... of a Jetson, ``core_throttle``, ``package_throttle`` of x86."""
@@ -51,72 +47,46 @@ class Conditions:
 
 
 class ConditionsMonitor:
-    """Reads the conditions in a thread, from :meth:`start` to :meth:`stop`."""
+    """A block in which a thread reads the conditions below ``root`` every ``interval`` seconds."""
 
     def __init__(self, root: Path = Path("/"), interval: float = 1.0) -> None:
-        """Read the file tree at ``root`` every ``interval`` seconds."""
         self._root, self._interval = root, interval
         self._readings: list[Conditions] = []
-        self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Take a first reading now and more in the background; does nothing if already started."""
-        if self._thread is not None:
-            return
-        reader = ConditionsReader(self._root)
-        self._add(reader.read())
-        self._stopping.clear()
-        self._thread = threading.Thread(target=self._watch, args=(reader,), name="conditions", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Take a last reading and end. Waits at most two seconds for a file that hangs."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._stopping.set()
-            thread.join(2.0)
+        self._thread = threading.Thread(target=self._watch, name="conditions", daemon=True)
 
     def latest(self) -> Conditions | None:
         """The latest reading; None before the first."""
-        with self._lock:
-            return self._readings[-1] if self._readings else None
+        return self._readings[-1] if self._readings else None
 
     def readings(self) -> tuple[Conditions, ...]:
         """All readings so far, in order."""
-        with self._lock:
-            return tuple(self._readings)
+        return tuple(self._readings)
 
     def __enter__(self) -> ConditionsMonitor:
-        self.start()
+        self._reader = ConditionsReader(self._root)
+        self._readings.append(self._reader.read())
+        self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()  # after a last reading
+        self._thread.join(2.0)  # no longer: a file may hang
 
-    def _add(self, conditions: Conditions) -> None:
-        with self._lock:
-            self._readings.append(conditions)
-
-    def _watch(self, reader: ConditionsReader) -> None:
+    def _watch(self) -> None:
         due = time.monotonic()
-        while True:
+        stopping = False
+        while not stopping:
             # After a reading that took longer than the interval, the next is due an interval from now.
             due = max(due + self._interval, time.monotonic())
             stopping = self._stopping.wait(due - time.monotonic())
-            self._add(reader.read())
-            if stopping:
-                return
+            self._readings.append(self._reader.read())
 
 
 class ConditionsReader:
-    """Finds the files once, and reads them again and again."""
+    """Finds the files below ``root`` once, and reads them again and again."""
 
     def __init__(self, root: Path = Path("/")) -> None:
-        """Find the files below ``root``."""
         self._root = root
         self._modes = read_modes(root)
         self._temperatures = _find_temperatures(root)
@@ -128,17 +98,16 @@ class ConditionsReader:
         """One reading; never raises."""
         now = time.monotonic()
         mode = mode_of(self._modes, current_mode(self._root)) if self._modes else None
-        memory = _meminfo(self._root / "proc/meminfo")
-        low, high = _PLAUSIBLE
+        degrees = _values(self._temperatures)
         return Conditions(
             time=now,
-            temperatures={key: value for key, value in _values(self._temperatures).items() if low < value < high},
+            temperatures={key: value for key, value in degrees.items() if _COLDEST < value < _HOTTEST},
             clocks_mhz=_values(self._clocks),
             clock_limits_mhz=_values(self._limits),
             fan=_values(self._fan),
             throttle_events={key: int(value) for key, value in _values(self._events).items()},
             power_mode=mode.name if mode else None,
-            memory_available_bytes=memory,
+            memory_available_bytes=_meminfo(self._root / "proc/meminfo"),
             others_seconds=_others_seconds(self._root / "proc/stat"),
         )
 
@@ -176,37 +145,27 @@ def _of_files(paths: list[Path], join: Callable[[list[float]], float], scale: fl
     return probe
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _glob(folder: Path, pattern: str) -> list[Path]:
     """Matching paths, with numbers in numerical order; none where the folder cannot be read."""
     found: list[Path] = []
     with contextlib.suppress(OSError):
         found += folder.glob(pattern)
-    return sorted(
-        found, key=lambda path: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", str(path))]
-    )
+    return sorted(found, key=lambda path: [int(part) for part in re.findall(r"\d+", str(path))])
 
 
 def _find_temperatures(root: Path) -> dict[str, Probe]:
-    found: dict[str, Probe] = {}
-
-    def add(name: str, path: Path) -> None:
-        if name:
-            number = 2
-            while (key := name if name not in found else f"{name} {number}") in found:
-                number += 1
-            found[key] = _file(path, 1e-3)
-
     zones = _glob(root / "sys/class/thermal", "thermal_zone[0-9]*")
-    for zone in zones or _glob(root / "sys/devices/virtual/thermal", "thermal_zone[0-9]*"):
-        add(_name(zone / "type"), zone / "temp")
+    zones = zones or _glob(root / "sys/devices/virtual/thermal", "thermal_zone[0-9]*")
+    named = [(_name(zone / "type"), zone / "temp") for zone in zones]
     for sensor in _hwmon(root, _CPU_SENSORS):
         for path in _glob(sensor, "temp[0-9]*_input"):
             label = _name(path.with_name(path.name.replace("_input", "_label")))
-            add(f"{_name(sensor / 'name')} {label}".strip(), path)
+            named.append((f"{_name(sensor / 'name')} {label}".strip(), path))
+    found: dict[str, Probe] = {}
+    for name, path in named:
+        if name:
+            keys = (name, *(f"{name} {number}" for number in range(2, len(named) + 1)))
+            found[next(key for key in keys if key not in found)] = _file(path, 1e-3)
     return found
 
 
@@ -228,12 +187,12 @@ def _find_clocks(root: Path) -> tuple[dict[str, Probe], dict[str, Probe]]:
 
     now: dict[str, Probe] = {
         "gpu": _file(gpu / "cur_freq", 1e-6),
-        "cpu": _of_files([cpu / "scaling_cur_freq" for cpu in cpus], _mean, 1e-3),
+        "cpu": _of_files([cpu / "scaling_cur_freq" for cpu in cpus], statistics.fmean, 1e-3),
         "emc": _file(emc / "rate", 1e-6),
     }
     most: dict[str, Probe] = {
         "gpu": _file(gpu / "max_freq", 1e-6),
-        "cpu": _of_files([cpu / "scaling_max_freq" for cpu in cpus], _mean, 1e-3),
+        "cpu": _of_files([cpu / "scaling_max_freq" for cpu in cpus], statistics.fmean, 1e-3),
         "emc": emc_limit,
     }
     return now, most

@@ -98,18 +98,14 @@ def probe_jetpack(root: Path) -> Finding:
     if release is None:
         file = read(root, jetson.RELEASE)
         said = file.reason or ("says no release" if file.text is not None else "does not exist")
-        mend = (
-            f"in a container: docker run -v {jetson.RELEASE}:{jetson.RELEASE}:ro ..."
-            if file.text is None
-            else JETPACK_HINT
-        )
+        container = f"in a container: docker run -v {jetson.RELEASE}:{jetson.RELEASE}:ro ..."
+        mend = container if file.text is None else JETPACK_HINT
         return Finding(name, WARN, f"{jetson.RELEASE}: {said}", mend, {"l4t": None})
     major, l4t = release
     jetpack = jetson.installed_jetpack(root)
     data = {"l4t": l4t, "jetpack": jetpack}
-    text = f"Jetson Linux {l4t}, " + (
-        f"nvidia-jetpack {jetpack}" if jetpack else f"of JetPack {jetson.generation(major)}"
-    )
+    kit = f"nvidia-jetpack {jetpack}" if jetpack else f"of JetPack {jetson.generation(major)}"
+    text = f"Jetson Linux {l4t}, {kit}"
     if tuple(int(part) for part in re.findall(r"\d+", l4t)) < (36, 4):
         return Finding(name, FAIL, f"{text}: its TensorRT is older than 10.3", JETPACK_HINT, data)
     return Finding(name, OK, text, data=data)

@@ -22,9 +22,6 @@ _MODE = re.compile(r"^<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>\s*$")
 _DEFAULT = re.compile(r"^<\s*PM_CONFIG\s+DEFAULT=(\d+)\s*>", re.MULTILINE)
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Text:
     """A file's text, or why there is none."""
@@ -63,9 +60,6 @@ def resolve(root: Path, path: str) -> Path:
     return place
 
 
-# --- which board ----------------------------------------------------------------------------------
-
-
 def is_jetson(root: Path) -> bool:
     """Whether the tree is that of an NVIDIA Jetson."""
     named = f"{read(root, MODEL).text or ''} {read(root, '/proc/device-tree/compatible').text or ''}".casefold()
@@ -79,20 +73,14 @@ def jetson_linux(root: Path) -> tuple[int, str] | None:
 
 def installed_jetpack(root: Path) -> str | None:
     """Version of the package ``nvidia-jetpack``, e.g. ``6.2+b77``."""
-    match = re.search(
-        r"^Package: nvidia-jetpack\n(?:\S.*\n| .*\n)*?Version: (\S+)",
-        read(root, "/var/lib/dpkg/status").text or "",
-        re.M,
-    )
+    packages = read(root, "/var/lib/dpkg/status").text or ""
+    match = re.search(r"^Package: nvidia-jetpack\n(?:\S.*\n| .*\n)*?Version: (\S+)", packages, re.M)
     return printable(match[1]) if match else None
 
 
 def generation(major: int) -> str:
     """JetPack's major number for a major number of Jetson Linux."""
     return {35: "5", 36: "6"}.get(major, "7" if major >= 38 else "4 or older")
-
-
-# --- power modes ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -156,15 +144,9 @@ def mode_of(modes: tuple[PowerMode, ...], number: int | None) -> PowerMode | Non
 
 def current_mode(root: Path, answer: str | None = None) -> int | None:
     """Number of the power mode, from the ``answer`` of ``nvpmodel -q``, else from its status file."""
-    if answer is not None:  # NV Power Mode: MAXN, and its number on the next line
-        match = re.search(r"^\s*(\d+)\s*$", answer, re.M)
-        if match:
-            return int(match[1])
-    match = re.search(r"pmode:\s*(\d+)", read(root, "/var/lib/nvpmodel/status").text or "")
+    match = re.search(r"^\s*(\d+)\s*$", answer or "", re.M)  # NV Power Mode: MAXN, and its number on the next line
+    match = match or re.search(r"pmode:\s*(\d+)", read(root, "/var/lib/nvpmodel/status").text or "")
     return int(match[1]) if match else None
-
-
-# --- clocks and fan -------------------------------------------------------------------------------
 
 
 def gpu_folder(root: Path) -> str:
@@ -189,13 +171,9 @@ def clocks_held(root: Path) -> bool | None:
 
 def _cpu_limits(root: Path) -> list[tuple[int, int]]:
     """Lowest and highest allowed clock of each CPU, kHz. A CPU that is off has none."""
-    limits = []
-    for folder in sorted((root / SYS_CPU).glob("cpu[0-9]*/cpufreq")):
-        place = f"/{folder.relative_to(root)}"
-        low, high = (read(root, f"{place}/scaling_{key}_freq").number for key in ("min", "max"))
-        if low is not None and high is not None:
-            limits.append((low, high))
-    return limits
+    places = [f"/{folder.relative_to(root)}" for folder in sorted((root / SYS_CPU).glob("cpu[0-9]*/cpufreq"))]
+    limits = [[read(root, f"{place}/scaling_{key}_freq").number for key in ("min", "max")] for place in places]
+    return [(low, high) for low, high in limits if low is not None and high is not None]
 
 
 def _fan_profile(root: Path) -> str | None:
@@ -210,9 +188,6 @@ def _fan_profile(root: Path) -> str | None:
     return None
 
 
-# --- the whole ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class BoardIdentity:
     """A board and its settings at one moment: the part of a measurement's record that does not change in a run."""
@@ -220,8 +195,7 @@ class BoardIdentity:
     model: str | None  # from the device tree; None on machines without one
     jetson: bool
     l4t: str | None  # Jetson Linux, e.g. ``R36.4.3``
-    jetpack: str | None
-    """Version of the installed package ``nvidia-jetpack``, else the major number that belongs to Jetson Linux."""
+    jetpack: str | None  # version of the package ``nvidia-jetpack``, else the major number for this Jetson Linux
     power_mode: PowerMode | None
     power_modes: tuple[PowerMode, ...]  # all modes of ``/etc/nvpmodel.conf``
     jetson_clocks: bool | None  # whether GPU and CPU are held at their maximum

@@ -15,13 +15,12 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cdkd_edge.board.jetson import PowerMode, read
 from cdkd_edge.core.errors import BoardError
-from cdkd_edge.core.files import write_text
+from cdkd_edge.core.files import converted, write_text
 
 FOLDER = "var/lib/cdkd-edge"
 _VERSION = 1
@@ -45,7 +44,6 @@ class Journal:
     """The journal below a root."""
 
     def __init__(self, root: Path) -> None:
-        """Nothing is read or written yet."""
         self._root = root
         self.folder = root / FOLDER
         self.path = self.folder / "board.json"
@@ -62,17 +60,12 @@ class Journal:
 
     def write(self, change: Change) -> None:
         """Write a change durably."""
-        data = {
-            "version": _VERSION,
-            "process": os.getpid(),
-            "since": change.since or datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "boot": self.boot,
-            "before": _mode_data(change.before),
-            "during": _mode_data(change.during),
-            "clocks": change.clocks.name if change.clocks else None,
-            "maximised": change.maximised,
-            "held_before": change.held_before,
-        }
+        import msgspec
+
+        since = change.since or datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        fields = msgspec.to_builtins(replace(change, since=since, boot=self.boot, clocks=None))
+        clocks = change.clocks.name if change.clocks else None
+        data = {"version": _VERSION, "process": os.getpid(), **fields, "clocks": clocks}
         with self._refused():
             write_text(self.path, json.dumps(data, indent=2) + "\n")
             self.path.chmod(0o644)
@@ -87,23 +80,16 @@ class Journal:
         if file.text is None and not file.reason:
             return None
         try:
-            data: dict[str, Any] = json.loads(file.text or "")
+            data = json.loads(file.text or "")
             clocks = data["clocks"]
             if data["version"] != _VERSION or (clocks is not None and not _CLOCKS.fullmatch(clocks)):
                 raise ValueError
-            return Change(
-                before=_mode(data["before"]),
-                during=_mode(data["during"]),
-                clocks=self.folder / clocks if clocks is not None else None,
-                maximised=bool(data["maximised"]),
-                held_before=data["held_before"],
-                since=str(data["since"]),
-                boot=str(data["boot"]),
-            )
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            change = converted({**data, "clocks": None}, Change)
+            return replace(change, clocks=None if clocks is None else self.folder / clocks)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            fault = file.reason or "it is damaged, or of another version"
             raise BoardError(
-                f"{self.path} does not say what an earlier run changed on the board: "
-                f"{file.reason or 'it is damaged, or of another version'}",
+                f"{self.path} does not say what an earlier run changed on the board: {fault}",
                 hint=f"set the power mode by hand (sudo nvpmodel -m ID), then: sudo rm {self.path}",
             ) from error
 
@@ -144,9 +130,8 @@ class Journal:
                     break
                 except BlockingIOError:
                     if attempt == 9:
-                        raise BoardError(
-                            "another run has changed the board's power mode or clocks", hint="wait until it has ended"
-                        ) from None
+                        text = "another run has changed the board's power mode or clocks"
+                        raise BoardError(text, hint="wait until it has ended") from None
                     time.sleep(0.05)
             yield
 
@@ -156,11 +141,3 @@ class Journal:
             yield
         except OSError as error:
             raise BoardError(f"{error.filename or self.folder}: {error.strerror}") from error
-
-
-def _mode_data(mode: PowerMode | None) -> dict[str, Any] | None:
-    return {"id": mode.id, "name": mode.name} if mode else None
-
-
-def _mode(data: Any) -> PowerMode | None:
-    return None if data is None else PowerMode(int(data["id"]), str(data["name"]))

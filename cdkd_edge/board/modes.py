@@ -26,15 +26,13 @@ from cdkd_edge.core.signals import HeldSignals
 
 ROOT = Path("/")
 AS_ROOT = "sudo $(command -v cdkd-edge) bench ... (sudo has a PATH of its own, without virtual environments)"
-
-
-# --- the tools ------------------------------------------------------------------------------------
-
 TIMEOUT = 30.0  # seconds; on a board the tools take one or two
 _MOST_OUTPUT = 1 << 20
 _ENDED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
 _ATTEMPTS = 5
 _PLACES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")  # where the tools are on a board; a user's PATH need not have them
+
+# --- the tools ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,17 +55,14 @@ Run = Callable[[Sequence[str]], Answer]
 
 
 def run_command(command: Sequence[str], timeout: float = TIMEOUT) -> Answer:
-    """Run a board tool without input, with a timeout, in its own session, so that Ctrl-C does not reach it.
+    """Run a board tool without input, in its own session, so that Ctrl-C does not reach it.
 
-    Args:
-        command: name and arguments; the name is looked for on PATH and where a Jetson has its tools.
-        timeout: seconds after which the tool is killed, with everything it started.
+    It is looked for on PATH and where a Jetson has its tools, and killed after ``timeout`` seconds with all it started.
 
     Raises:
         BoardError: there is no such tool, or it cannot be started.
     """
-    path = os.pathsep.join((os.environ.get("PATH", ""), *_PLACES))
-    program = shutil.which(command[0], path=path)
+    program = shutil.which(command[0], path=os.pathsep.join((os.environ.get("PATH", ""), *_PLACES)))
     if program is None:
         raise BoardError(f"{command[0]} is not installed", hint="power modes and clocks are set on a Jetson only")
     for _ in range(_ATTEMPTS):
@@ -83,30 +78,20 @@ def _run_once(command: Sequence[str], timeout: float) -> Answer:
     # A file, because a pipe would have to be read until every process that holds it has ended; in memory, so that the
     # board can be put back even on a full disk.
     with open(os.memfd_create("output"), "w+b") as output:
+        null, both = subprocess.DEVNULL, subprocess.STDOUT
         try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            process = subprocess.Popen(command, stdin=null, stdout=output, stderr=both, start_new_session=True)
         except OSError as error:
             raise BoardError(f"{command[0]} cannot be started: {error.strerror}") from error
+        code, deadline = None, time.monotonic() + timeout
         try:
-            code = _wait(process, output.fileno(), timeout)
+            while code is None and time.monotonic() < deadline and os.fstat(output.fileno()).st_size <= _MOST_OUTPUT:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(min(timeout, 0.2))
         finally:
             kill_session(process)
         output.seek(0)
         return Answer(code, output.read(_MOST_OUTPUT).decode("utf-8", errors="replace"))
-
-
-def _wait(process: subprocess.Popen[bytes], output: int, timeout: float) -> int | None:
-    deadline = time.monotonic() + timeout
-    while (left := deadline - time.monotonic()) > 0 and os.fstat(output).st_size <= _MOST_OUTPUT:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(min(left, 0.2))
-    return None
 
 
 # --- setting and restoring ------------------------------------------------------------------------
@@ -131,9 +116,12 @@ class PendingRestore:
     clocks: Path | None  # file from which ``jetson_clocks`` restores; None: nothing to restore
 
     @property
-    def commands(self) -> tuple[str, ...]:
+    def commands(self) -> list[str]:
         """What to type to put it back by hand."""
-        return _commands(self.mode, self.clocks)
+        commands = [f"sudo nvpmodel -m {self.mode.id}"] if self.mode else []
+        if self.clocks:  # removing the file tells the next run that they have been restored by hand
+            commands += [f"sudo jetson_clocks --restore {self.clocks}", f"sudo rm {self.clocks}"]
+        return commands
 
     def __str__(self) -> str:
         parts = [f"power mode {self.mode}"] if self.mode else []
@@ -153,7 +141,7 @@ def changed_board(
         mode: name (in any case) or number of a power mode; None leaves it.
         max_clocks: hold GPU, CPU and memory at their maximum in that mode (``jetson_clocks``).
         root: of the file tree.
-        run: runs a command.
+        run: runs a command, as :func:`run_command`.
 
     Raises:
         BoardError: it cannot be set (and is as it was), or could not be put back; then the hint is what to type.
@@ -230,17 +218,11 @@ def _set(mode: str | None, max_clocks: bool, root: Path, journal: Journal, run: 
 
 
 def _enter(mode: PowerMode, root: Path, run: Run) -> None:
-    """Enter a power mode and read it back.
-
-    Raises:
-        BoardError: nvpmodel refuses, or the board is in another mode afterwards.
-    """
+    """Enter a power mode and read it back; BoardError if the board is in another mode afterwards."""
     answer = run(("nvpmodel", "-m", str(mode.id)))
     if re.search("reboot", answer.text, re.IGNORECASE):
-        raise BoardError(
-            f"power mode {mode} can only be entered by a reboot",
-            hint=f"sudo nvpmodel -m {mode.id}, answer yes, and run this again without setting the mode",
-        )
+        hint = f"sudo nvpmodel -m {mode.id}, answer yes, and run this again without setting the mode"
+        raise BoardError(f"power mode {mode} can only be entered by a reboot", hint=hint)
     if answer.code != 0 or "NVPM ERROR" in answer.text:
         raise BoardError(f"power mode {mode} cannot be set: {answer.said}")
     now = _query(read_modes(root), run)
@@ -249,11 +231,7 @@ def _enter(mode: PowerMode, root: Path, run: Run) -> None:
 
 
 def _query(modes: tuple[PowerMode, ...], run: Run) -> PowerMode:
-    """The present power mode.
-
-    Raises:
-        BoardError: nvpmodel does not say.
-    """
+    """The present power mode; BoardError if nvpmodel does not say."""
     answer = run(("nvpmodel", "-q"))
     match = re.search(r"NV Power Mode:\s*(\S+)\s*\n\s*(\d+)\s*$", answer.text, re.MULTILINE)
     mode = mode_of(modes, int(match[2])) if match and answer.code == 0 else None
@@ -263,11 +241,7 @@ def _query(modes: tuple[PowerMode, ...], run: Run) -> PowerMode:
 
 
 def _put_back(root: Path, journal: Journal, run: Run) -> None:
-    """Undo what the journal says; without a journal, nothing has been changed.
-
-    Raises:
-        BoardError: something could not be put back. The journal stays.
-    """
+    """Undo what the journal says; BoardError if something could not be put back, and the journal stays."""
     change = journal.read()
     if change is None:
         journal.clear()  # remove clocks that were stored before nothing was changed
@@ -286,10 +260,9 @@ def _put_back(root: Path, journal: Journal, run: Run) -> None:
     if change.clocks and change.held_before is False and clocks_held(root):
         failures.append("the clocks are still held at their maximum")
     if failures:
-        raise BoardError(
-            f"the board was not put back as it was: {'; '.join(dict.fromkeys(failures))}",
-            hint=" && ".join(_commands(change.before, change.clocks)),
-        )
+        text = f"the board was not put back as it was: {'; '.join(dict.fromkeys(failures))}"
+        left = PendingRestore(change.since, change.before, change.clocks)
+        raise BoardError(text, hint=" && ".join(left.commands))
     journal.clear()
 
 
@@ -299,13 +272,6 @@ def _restore_clocks(clocks: Path, run: Run) -> list[str]:
     except BoardError as error:
         answer = Answer(1, error.message)
     return [] if answer.code == 0 else [f"jetson_clocks --restore: {answer.said}"]
-
-
-def _commands(mode: PowerMode | None, clocks: Path | None) -> tuple[str, ...]:
-    commands = [f"sudo nvpmodel -m {mode.id}"] if mode else []
-    # Removing the file tells the next run that the clocks have been restored by hand.
-    commands += [f"sudo jetson_clocks --restore {clocks}", f"sudo rm {clocks}"] if clocks else []
-    return tuple(commands)
 
 
 def _left(root: Path, journal: Journal) -> PendingRestore | None:
@@ -322,11 +288,11 @@ def _left(root: Path, journal: Journal) -> PendingRestore | None:
 
 def _restore_left(root: Path, journal: Journal, run: Run) -> str | None:
     """Put back what an earlier run has left, if anything; the lock must be held."""
-    left = _left(root, journal)
-    change = journal.read()
-    if left is None or change is None:
-        if change is not None:
-            journal.clear()
+    left, change = _left(root, journal), journal.read()
+    if change is None:
+        return None
+    if left is None:
+        journal.clear()
         return None
     journal.write(replace(change, before=left.mode, during=change.during if left.mode else None, clocks=left.clocks))
     _put_back(root, journal, run)

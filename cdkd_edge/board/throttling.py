@@ -25,11 +25,8 @@ OTHERS_SEEN, OTHERS_DISTURB = 0.05, 0.1
 """Shares of the processors' time that other programs use: above the first there is a warning; above the second, figures
 of a CPU engine hold for this run alone."""
 _FULL = 0.98  # share of the highest allowed clock that counts as full
-_EVENTS = {
-    "oc1": "under-voltage of the supply",
-    "oc2": "mean over-current",
-    "oc3": "instantaneous over-current",
-}  # meanings on Orin; other modules have other numbers, but all events are about the supply
+# Meanings on Orin; other modules have other numbers, but all events are about the supply.
+_EVENTS = {"oc1": "under-voltage of the supply", "oc2": "mean over-current", "oc3": "instantaneous over-current"}
 
 
 @dataclass(frozen=True)
@@ -43,24 +40,13 @@ class ConditionFinding:
 
 
 def judge_conditions(readings: Sequence[Conditions], start: float, stop: float) -> tuple[ConditionFinding, ...]:
-    """Judge the conditions of a load.
+    """Judge the conditions of a load, by all readings of a monitor; moments on the clock of ``time.monotonic``.
 
     Counters and the power mode are compared from the last reading before ``start`` to the first one after ``stop``, so
     that nothing is missed between readings.
-
-    Args:
-        readings: all readings of a monitor, in order, also those outside of the load.
-        start: of the load, seconds on the clock of ``time.monotonic``.
-        stop: of the load, on the same clock.
     """
-    inside = _inside(readings, start, stop)
-    around = _around(readings, start, stop)
-    return (
-        *_throttled(around),
-        *_hot(inside),
-        *_modes(around),
-        *_slow(inside, around),
-    )
+    inside, around = _inside(readings, start, stop), _around(readings, start, stop)
+    return (*_throttled(around), *_hot(inside), *_modes(around), *_slow(inside, around))
 
 
 def judge_power_mode(readings: Sequence[Conditions], start: float, stop: float) -> tuple[ConditionFinding, ...]:
@@ -103,9 +89,7 @@ def summarise(readings: Sequence[Conditions], start: float, stop: float) -> dict
         "fan": _spreads(one.fan for one in inside),
         "throttle_events": _rises(_around(readings, start, stop)),
         "power_modes": list(dict.fromkeys(one.power_mode for one in inside if one.power_mode is not None)),
-        "memory_available_bytes": {"min": min(memory), "mean": sum(memory) / len(memory), "max": max(memory)}
-        if memory
-        else None,
+        "memory_available_bytes": _spread(memory) if memory else None,
     }
 
 
@@ -120,11 +104,15 @@ def _around(readings: Sequence[Conditions], start: float, stop: float) -> list[C
 
 
 def _spreads(readings: Iterable[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    values: dict[str, list[float]] = {}
+    by_key: dict[str, list[float]] = {}
     for reading in readings:
         for key, value in reading.items():
-            values.setdefault(key, []).append(value)
-    return {key: {"min": min(all_), "mean": sum(all_) / len(all_), "max": max(all_)} for key, all_ in values.items()}
+            by_key.setdefault(key, []).append(value)
+    return {key: _spread(values) for key, values in by_key.items()}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
 
 
 def _rises(readings: Sequence[Conditions]) -> dict[str, int]:
@@ -137,10 +125,12 @@ def _rises(readings: Sequence[Conditions]) -> dict[str, int]:
 
 
 def _throttled(readings: Sequence[Conditions]) -> list[ConditionFinding]:
-    rises = {name: rise for name, rise in _rises(readings).items() if rise}
-    current = [_event(name, rise) for name, rise in rises.items() if name.startswith("oc")]
-    heat = [f"{name}_count rose by {rise}" for name, rise in rises.items() if not name.startswith("oc")]
-    findings = []
+    current, heat, findings = [], [], []
+    for name, rise in _rises(readings).items():
+        if rise and name.startswith("oc"):
+            current.append(f"{name}_event_cnt rose by {rise}" + (f", {_EVENTS[name]}" if name in _EVENTS else ""))
+        elif rise:
+            heat.append(f"{name}_count rose by {rise}")
     if current:
         text = f"the board was throttled by its supply: {'; '.join(current)} (a lower power mode or a stronger supply)"
         findings.append(ConditionFinding(OVER_CURRENT, True, text))
@@ -150,16 +140,8 @@ def _throttled(readings: Sequence[Conditions]) -> list[ConditionFinding]:
     return findings
 
 
-def _event(name: str, rise: int) -> str:
-    meaning = f", {_EVENTS[name]}" if name in _EVENTS else ""
-    return f"{name}_event_cnt rose by {rise}{meaning}"
-
-
 def _hot(readings: Sequence[Conditions]) -> list[ConditionFinding]:
-    tops: dict[str, float] = {}
-    for one in readings:
-        for zone, degrees in one.temperatures.items():
-            tops[zone] = max(degrees, tops.get(zone, degrees))
+    tops = {zone: spread["max"] for zone, spread in _spreads(one.temperatures for one in readings).items()}
     # The junction is the hottest zone. Without it, each zone of the SoC counts; sensors of a PC have other limits.
     junction = [zone for zone in tops if zone.casefold().startswith("tj")]
     zones = junction or [zone for zone in tops if zone.endswith(("-thermal", "-therm"))]
@@ -186,9 +168,7 @@ def _slow(inside: Sequence[Conditions], around: Sequence[Conditions]) -> list[Co
         if slow * 2 > len(clocks):
             mean = sum(clocks) / len(clocks)
             name = {"gpu": "GPU", "cpu": "CPU", "emc": "memory"}[key]
-            text = (
-                f"the {name} ran at {mean:.0f} MHz in the mean, its maximum is {limit:.0f} MHz "
-                f"(below it in {slow} of {len(clocks)} readings)"
-            )
+            text = f"the {name} ran at {mean:.0f} MHz in the mean, its maximum is {limit:.0f} MHz"
+            text += f" (below it in {slow} of {len(clocks)} readings)"
             findings.append(ConditionFinding(BELOW_MAXIMUM, False, text))
     return findings

@@ -120,16 +120,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if target.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    with _locked_folder(target, path) as folder:
-        temporary = folder / target.name
-        try:
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, target)
-            _sync(target.parent)
-        except OSError as error:
-            _rename_in(error, temporary, path)
-            raise
+    with _locked_folder(target, path) as folder, _named(path, folder / target.name) as temporary:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(target.parent)
 
 
 @contextlib.contextmanager
@@ -145,18 +140,14 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path = Path(os.path.realpath(path)) if replace else Path(path)
     made = [folder for folder in path.parents if not folder.exists()]  # nearest first
     try:
-        with _locked_folder(path, path, new=not replace) as temporary:
-            try:
-                yield temporary
-                if replace and path.exists():
-                    _swap(temporary, path)
-                else:
-                    _require_new(path)
-                    os.replace(temporary, path)
-                _sync(path.parent)
-            except OSError as error:
-                _rename_in(error, temporary, path)
-                raise
+        with _locked_folder(path, path, new=not replace) as folder, _named(path, folder) as temporary:
+            yield temporary
+            if replace and path.exists():
+                _swap(temporary, path)
+            else:
+                _require_new(path)
+                os.replace(temporary, path)
+            _sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):  # somebody else uses it by now
             for folder in made:
@@ -251,11 +242,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _rename_in(error: OSError, temporary: Path, path: Path) -> None:
-    """Name the final path in an error instead of the temporary one; a failed write names no file at all."""
-    if error.errno is not None and not isinstance(error.filename, int):
-        name = os.fsdecode(error.filename or temporary)
-        error.filename = str(path) + name.removeprefix(str(temporary)) if name.startswith(str(temporary)) else name
+@contextlib.contextmanager
+def _named(path: Path, temporary: Path) -> Iterator[Path]:
+    """Yield the temporary path; errors name the final one instead, also where a failed write names no file at all."""
+    try:
+        yield temporary
+    except OSError as error:
+        if error.errno is not None and not isinstance(error.filename, int):
+            name = os.fsdecode(error.filename or temporary)
+            error.filename = str(path) + name.removeprefix(str(temporary)) if name.startswith(str(temporary)) else name
+        raise
 
 
 @contextlib.contextmanager

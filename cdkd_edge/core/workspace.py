@@ -11,7 +11,6 @@ import datetime
 import os
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 from cdkd_edge.core.errors import WorkspaceError
@@ -27,26 +26,12 @@ from cdkd_edge.core.manifest import (
 )
 
 
-@dataclass(frozen=True)
 class Workspace:
     """A directory with the three folders, which are made on first use."""
 
-    root: Path
-
-    @property
-    def graphs(self) -> Path:
-        """Folder of exported graphs."""
-        return self.root / "export"
-
-    @property
-    def engines(self) -> Path:
-        """Folder of engines."""
-        return self.root / "engines"
-
-    @property
-    def benchmarks(self) -> Path:
-        """Folder of benchmark runs."""
-        return self.root / "benchmarks"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.graphs, self.engines, self.benchmarks = root / "export", root / "engines", root / "benchmarks"
 
     def graphs_of(self, precision: str, output: str = LABELS) -> list[Path]:
         """Exported graphs of a precision and kind of output, and those whose manifest names no precision."""

@@ -199,7 +199,6 @@ def test_readings_from_beginning_to_end(orin: Path) -> None:
     assert monitor.latest() is None
     with monitor:
         assert len(monitor.readings()) >= 1, "the first one is there at once"
-        monitor.start()  # again: nothing
         wait_for(monitor, 4)
         write(orin / f"{GPU}/cur_freq", 306_000_000)
         stopping = time.monotonic()
@@ -210,15 +209,13 @@ def test_readings_from_beginning_to_end(orin: Path) -> None:
     times = [one.time for one in readings]
     assert times == sorted(set(times))
     assert len(times) <= (times[-1] - times[0]) / 0.05 + 3, "no more than asked for"
-    monitor.stop()
     assert not [thread for thread in threading.enumerate() if thread.name == "conditions"]
 
 
 def test_a_stop_does_not_wait_for_the_interval(orin: Path) -> None:
     monitor = ConditionsMonitor(orin, interval=60)
-    monitor.start()
-    began = time.monotonic()
-    monitor.stop()
+    with monitor:
+        began = time.monotonic()
     assert time.monotonic() - began < 5
     assert len(monitor.readings()) == 2
 

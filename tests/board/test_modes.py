@@ -23,15 +23,7 @@ from board import REPOSITORY, make_tree, write
 from cdkd_edge.board.doctor import OK, WARN, probe_restore
 from cdkd_edge.board.jetson import PowerMode, clocks_held
 from cdkd_edge.board.journal import Change, Journal
-from cdkd_edge.board.modes import (
-    Answer,
-    BoardChange,
-    Run,
-    changed_board,
-    find_mode,
-    pending_restore,
-    run_command,
-)
+from cdkd_edge.board.modes import Answer, BoardChange, Run, changed_board, find_mode, pending_restore, run_command
 from cdkd_edge.core.errors import BoardError
 
 MAXN, LOW, COLD = PowerMode(0, "MAXN"), PowerMode(3, "MODE_25W"), PowerMode(4, "7W")
@@ -324,11 +316,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [
-        ("fail-0", "Error writing 0 to online"),
-        ("hang-0", "did not end"),
-        ("lie-0", "the board is in MODE_25W (id 3)"),
-    ],
+    [("fail-0", "Error writing 0 to online"), ("hang-0", "did not end"), ("lie-0", "the board is in MODE_25W (id 3)")],
 )
 def test_a_board_that_is_not_put_back(board: Path, name: str, said: str) -> None:
     with pytest.raises(BoardError) as caught, changed_board("25W", True, root=board, run=run):

@@ -54,8 +54,7 @@ class Problem:
     """A fault while sampling."""
 
     time: float  # when it was noticed, s on CLOCK_MONOTONIC
-    kind: str
-    """``rail``, ``unreadable``, ``stalled``, ``interval``, ``lost`` (the source) or ``died`` (the sampling process)."""
+    kind: str  # ``rail``, ``unreadable``, ``stalled``, ``interval``, ``lost`` (the source), ``died`` (the process)
     message: str
 
 
@@ -97,18 +96,12 @@ class Trace:
             last += 1
         return replace(self, samples=self.samples[first:last])
 
-    def series(self, rail: str) -> list[tuple[float, float, float]]:
-        """(time, value, uncertainty) of a rail, where it could be read."""
+    def series(self, rail: str) -> Series:
+        """Readings of a rail, where it could be read."""
         return [(one.time, one.values[rail], one.uncertainty) for one in self.samples if rail in one.values]
 
     def gaps(self, rail: str | None = None, start: float | None = None, stop: float | None = None) -> tuple[Gap, ...]:
-        """Where readings are missing, at both ends too.
-
-        Args:
-            rail: look at readings of this rail alone. Default: at readings of any rail.
-            start: where to begin. Default: the start of the trace.
-            stop: where to end. Default: the end of the trace.
-        """
+        """Where readings of a rail (default: of any) are missing between two moments (default: of the whole trace)."""
         begin, end = self.start if start is None else start, self.stop if stop is None else stop
         times = [one.time for one in self.samples if rail is None or rail in one.values]
         # What comes before the first and after the last reading is missing too.
@@ -149,16 +142,9 @@ class RailEnergy:
 
 
 def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnergy | None:
-    """Energy of a rail between two moments; None where no time between them is covered.
+    """Energy of a rail between two moments (s on CLOCK_MONOTONIC); None where no time between them is covered.
 
-    Args:
-        trace: what was sampled, best from before ``start`` to after ``stop``.
-        rail: its name.
-        start: s on CLOCK_MONOTONIC.
-        stop: later than ``start``, on the same clock.
-
-    Raises:
-        ValueError: the window is empty.
+    The trace should begin before ``start`` and end after ``stop``. ValueError: the window is empty.
     """
     if not stop > start:
         raise ValueError("an empty window has no energy")
@@ -171,8 +157,7 @@ def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnerg
         if index not in inner or (abs(t - start) >= u and abs(t - stop) >= u)
     ]
     if trace.source.quantity == WATTS:
-        longest, random = trace.source.longest_step, trace.source.random_moments
-        joules, covered, bound = _of_watts(clear, start, stop, longest, random)
+        joules, covered, bound = _of_watts(clear, start, stop, trace.source)
     else:
         joules, covered, bound = _of_counter(clear, start, stop)
     if covered <= 0:
@@ -186,23 +171,19 @@ def bound_holds(source: SourceInfo) -> str:
     if source.quantity != WATTS:
         return "for any load: the counter adds up between readings by itself"
     if source.random_moments:
-        return (
-            "with 99 % confidence for any load: every reading is taken at a random moment (peaks that last for less "
-            "than three readings in all can be missed)"
-        )
-    return (
-        "only if power between two readings stays between them: a load that changes in step with the readings, or up "
-        "and down between two of them, can be off by more"
-    )
+        missed = "(peaks that last for less than three readings in all can be missed)"
+        return f"with 99 % confidence for any load: every reading is taken at a random moment {missed}"
+    loads = "a load that changes in step with the readings, or up and down between two of them, can be off by more"
+    return f"only if power between two readings stays between them: {loads}"
 
 
-def _of_watts(series: Series, start: float, stop: float, longest: float, random: bool) -> tuple[float, float, float]:
+def _of_watts(series: Series, start: float, stop: float, source: SourceInfo) -> tuple[float, float, float]:
     """Joules, covered seconds, bound."""
     joules = covered = bound = 0.0
     scatter = largest = 0.0  # J^2
     for (t1, p1, u1), (t2, p2, u2) in pairwise(series):
         begin, end, step = max(t1, start), min(t2, stop), t2 - t1
-        if end <= begin or not 0 < step <= longest:
+        if end <= begin or not 0 < step <= source.longest_step:
             continue
         seconds, change = end - begin, abs(p2 - p1)
         if t1 < start and t2 < stop:
@@ -214,7 +195,7 @@ def _of_watts(series: Series, start: float, stop: float, longest: float, random:
         inside = t1 >= start and t2 < stop
         joules += watts * seconds
         covered += seconds
-        if not inside or not random:
+        if not inside or not source.random_moments:
             bound += change * (seconds * (0.5 if inside else 1) + max(u1, u2))
         else:
             scatter += (change * seconds) ** 2 / 2

@@ -28,12 +28,7 @@ class PowerSampler:
     """
 
     def __init__(
-        self,
-        source: str,
-        interval: float = 0.1,
-        *,
-        sys_root: Path = Path("/sys"),
-        command: tuple[str, ...] = COMMAND,
+        self, source: str, interval: float = 0.1, *, sys_root: Path = Path("/sys"), command: tuple[str, ...] = COMMAND
     ) -> None:
         """Prepare; nothing is started yet.
 
@@ -209,12 +204,7 @@ class SourceReport:
 
 
 def find_source(
-    forced: str | None = None,
-    interval: float = 0.1,
-    *,
-    timeout: float = START_TIMEOUT,
-    sys_root: Path = Path("/sys"),
-    command: tuple[str, ...] = COMMAND,
+    forced: str | None = None, interval: float = 0.1, *, timeout: float = START_TIMEOUT, **options: Any
 ) -> PowerSampler:
     """A running sampler of the first source that answers.
 
@@ -222,8 +212,7 @@ def find_source(
         forced: the only source to try.
         interval: seconds between samples.
         timeout: seconds for each source to answer.
-        sys_root: as of :class:`PowerSampler`.
-        command: likewise.
+        options: of :class:`PowerSampler`.
 
     Raises:
         PowerError: none answers, with the reason of each.
@@ -231,7 +220,7 @@ def find_source(
     """
     reasons, hint = [], None
     for name in _names(forced):
-        sampler = PowerSampler(name, interval, sys_root=sys_root, command=command)
+        sampler = PowerSampler(name, interval, **options)
         try:
             sampler.start(timeout)
             return sampler
@@ -242,13 +231,7 @@ def find_source(
 
 
 def list_sources(
-    only: str | None = None,
-    seconds: float = 1.0,
-    interval: float = 0.1,
-    *,
-    timeout: float = START_TIMEOUT,
-    sys_root: Path = Path("/sys"),
-    command: tuple[str, ...] = COMMAND,
+    only: str | None = None, seconds: float = 1.0, interval: float = 0.1, **options: Any
 ) -> tuple[SourceReport, ...]:
     """Try all sources at the same time, and measure for a moment with those that answer.
 
@@ -256,19 +239,17 @@ def list_sources(
         only: this one alone.
         seconds: how long to measure.
         interval: seconds between samples to ask for.
-        timeout: seconds for sources to answer.
-        sys_root: as of :class:`PowerSampler`.
-        command: likewise.
+        options: of :class:`PowerSampler`.
 
     Raises:
         UsageError: there is no source of that name, or a time is not one.
     """
     if not 0 <= seconds < math.inf:
         raise UsageError(f"--seconds must be a number of at least 0, not {seconds:g}")
-    samplers = [PowerSampler(name, interval, sys_root=sys_root, command=command) for name in _names(only)]
+    samplers = [PowerSampler(name, interval, **options) for name in _names(only)]
     reports: dict[str, SourceReport] = {}
     try:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + START_TIMEOUT
         for sampler in samplers:
             sampler.launch()
         running = []
@@ -298,9 +279,8 @@ def mean_watts(trace: Trace) -> dict[str, float]:
     means = {}
     for rail in trace.source.rails:
         series = trace.series(rail)
-        if trace.source.quantity == WATTS:
-            if series:
-                means[rail] = sum(value for _, value, _ in series) / len(series)
+        if trace.source.quantity == WATTS and series:
+            means[rail] = sum(value for _, value, _ in series) / len(series)
         elif len(series) > 1 and series[-1][1] >= series[0][1]:
             means[rail] = (series[-1][1] - series[0][1]) / (series[-1][0] - series[0][0])
     return means

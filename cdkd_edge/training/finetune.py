@@ -238,12 +238,9 @@ class _Run:
         return (time.perf_counter() - since) / max(1, done) * (self.trainer.steps - self.trainer.progress.step)
 
     def _feature_cache(self, device: torch.device) -> FeatureCache:
-        options = self.options
-        cached = options.remember
-        if cached is None:
-            cached = options.features is not None or device.type == "cpu"
-        folder = None
-        if cached and options.recipe.views:
+        options, folder = self.options, None
+        by_default = options.features is not None or device.type == "cpu"
+        if options.recipe.views and (by_default if options.remember is None else options.remember):
             folder = options.features or self.output.with_name(f"{self.output.stem}.features")
             make_folders(folder)
         limit = int(_SHARE_OF_FREE_DISK * shutil.disk_usage(folder).free) if folder else 0
@@ -305,14 +302,8 @@ def _find_data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split
     if not (options.schema or dataset.schema_name) and not source.startswith(PRESET_PREFIX):
         fallback = load_encoder(source, **options.network.loading())[1].schema
     schema = data_schema(dataset, options.schema, fallback)
-    split = split_dataset(
-        dataset,
-        training_scenes=options.training_scenes,
-        validation_scenes=options.validation_scenes,
-        training_list=options.training_list,
-        validation_list=options.validation_list,
-    )
-    return split, schema
+    sides = ("training_scenes", "validation_scenes", "training_list", "validation_list")
+    return split_dataset(dataset, **{side: getattr(options, side) for side in sides}), schema
 
 
 def _class_pixels(dataset: Dataset, schema: LabelSchema, hidden: HiddenLabels) -> np.ndarray[Any, np.dtype[np.int64]]:

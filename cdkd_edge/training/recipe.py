@@ -128,7 +128,6 @@ class StartingNetwork:
     """The network that training starts from."""
 
     network: SegmentationNetwork
-    kept_head: bool
     layout: str
     notes: tuple[str, ...]
 
@@ -157,14 +156,14 @@ def starting_network(source: str | Path, schema: LabelSchema, settings: NetworkS
     reason = _why_new_head(report, schema, settings)
     if reason is None:
         network, report = load_checkpoint(source, tile=tile, patch=patch, **settings.loading())
-        return StartingNetwork(network, True, report.layout, report.notes)
+        return StartingNetwork(network, report.layout, report.notes)
     encoder, report = load_encoder(source, tile=tile, patch=patch, **settings.loading())
     channels = settings.head_channels or own.head_channels
     config = dataclasses.replace(report.config, classes=len(schema), head_channels=channels)
     torch.manual_seed(seed)
     network = SegmentationNetwork(config)
     network.encoder.load_state_dict(encoder.state_dict())
-    return StartingNetwork(network, False, report.layout, (*report.notes, *([reason] if report.has_head else [])))
+    return StartingNetwork(network, report.layout, (*report.notes, *([reason] if report.has_head else [])))
 
 
 def _from_preset(source: str, schema: LabelSchema, settings: NetworkSettings, seed: int) -> StartingNetwork:
@@ -175,7 +174,7 @@ def _from_preset(source: str, schema: LabelSchema, settings: NetworkSettings, se
     given = {key: value for key, value in given.items() if value is not None}
     config = dataclasses.replace(PRESETS[name], classes=len(schema), **given)
     torch.manual_seed(seed)
-    return StartingNetwork(SegmentationNetwork(config), False, f"preset {name}, random weights", ())
+    return StartingNetwork(SegmentationNetwork(config), f"preset {name}, random weights", ())
 
 
 def _why_new_head(report: CheckpointReport, schema: LabelSchema, settings: NetworkSettings) -> str | None:

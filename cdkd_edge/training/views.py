@@ -145,7 +145,8 @@ class TrainingTiles:
         pair = self._dataset.pairs[place.image]
         if (labels := self._labels.get(place.image)) is None:
             labels = read_labels(pair.mask, self.schema)
-        self._remember(place.image, labels)
+            self._remember(place.image, labels)
+        self._labels.move_to_end(place.image)
         side = max(1, round(self.tile / view.scale))
         row, column = (
             _placed(start, self.tile, shift, side, size)
@@ -176,7 +177,6 @@ class TrainingTiles:
     def _remember(self, index: int, labels: UInt8Array) -> None:
         """Masks are small once they are labels; the least recently used give way."""
         self._labels[index] = labels
-        self._labels.move_to_end(index)
         while sum(kept.nbytes for kept in self._labels.values()) > _LABELS_IN_MEMORY and len(self._labels) > 1:
             self._labels.popitem(last=False)
 

@@ -1,18 +1,7 @@
 """Labelled datasets: finds the mask of each image, and divides images into training and validation.
 
-These layouts are recognised by what lies in the folder:
-
-* *folder pair*: ``images/NAME.*`` and ``masks/NAME.*``; also one level down (``train/images``, ``Tile 1/masks``),
-* *OpenMMLab*: ``img_dir/{train,val}`` and ``ann_dir/{train,val}``, or ADE20K's ``images/{training,validation}`` and
-  ``annotations/{training,validation}``; a part without masks (``test``) is left out,
-* *DeepGlobe* (Demir et al., CVPRW 2018): ``ID_sat.jpg`` and ``ID_mask.png``, in the folder or in its ``train/``,
-* *LoveDA* (Wang et al., NeurIPS D&B 2021): ``{Train,Val}/{Urban,Rural}/{images_png,masks_png}``, or one of
-  the two parts.
-
-Every image belongs to a *scene*. Images of one scene may touch, so a split should not divide scenes. In folder pairs
-the scene is the file name up to the first underscore (``tile5`` of ``tile5_003.jpg``), or the subfolder; in DeepGlobe
-each image is a scene; in LoveDA and OpenMMLab it is the part (``Train``, ``val``). An ending that all images or all
-masks share (``NAME_leftImg8bit.png``, ``NAME_gtFine_labelTrainIds.png``) is not part of the name.
+Every image belongs to a *scene*. Images of one scene may touch, so a split should not divide scenes. DeepGlobe is by
+Demir et al. (CVPRW 2018), LoveDA by Wang et al. (NeurIPS D&B 2021).
 """
 
 from __future__ import annotations
@@ -146,7 +135,11 @@ def find_dataset(folder: Path) -> Dataset:
 
 
 def _layout(folder: Path) -> tuple[str, list[Part]]:
-    """The layout of a folder (empty: unknown), and where its images and masks are."""
+    """The layout of a folder (empty: unknown), and where its images and masks are, by what lies in it.
+
+    ``{Train,Val}/{Urban,Rural}/{images_png,masks_png}`` or one of the two parts; ``{img,ann}_dir/{train,val}`` or
+    ADE20K's names; ``images/NAME.*`` and ``masks/NAME.*``, also one level down; ``ID_sat.jpg`` beside ``ID_mask.png``.
+    """
 
     def has_loveda(place: Path) -> bool:
         return any((place / kind / "images_png").is_dir() for kind in _LOVEDA_PLACES)
@@ -264,7 +257,7 @@ def _matched(images: Path, masks: Path, prefix: str, scene: str) -> list[Pair]:
 
 
 def _without_ending(by_stem: dict[str, Path]) -> dict[str, Path]:
-    """Files by their stems without the ending that all of them share, from an underscore on."""
+    """Files by their stems without the ending that all of them share, from an underscore on: ``_leftImg8bit``."""
     shared = os.path.commonprefix([stem[::-1] for stem in by_stem])[::-1]  # noqa: RUF071 - of names, not of paths
     ending = shared[shared.find("_") :] if "_" in shared else ""
     if len(by_stem) < 2 or not re.search("[A-Za-z]{3}", ending):  # numbers and letters tell images apart

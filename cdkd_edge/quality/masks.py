@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,7 @@ def read_labels(path: Path, schema: LabelSchema, hidden: HiddenLabels | None = N
         palette = _palette(dataset, schema) if dataset.count == 1 else None
         by_color = palette is not None and _knows_colors(dataset, palette, schema, path)
         labels = np.empty((dataset.height, dataset.width), np.uint8)
-        for top in range(0, dataset.height, _STRIP):
-            window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
-            pixels, known, odd = _read(dataset, window, path)
+        for top, pixels, known, odd in _strips(dataset, path):
             if palette is not None:
                 known &= palette[pixels[0], 3] > 0
             elif len(pixels) in (2, 4):
@@ -95,27 +94,28 @@ def open_mask(path: Path) -> Any:
         raise DatasetError(f"mask {path} cannot be read: {error}", hint=error.hint) from None
 
 
-def _read(
-    dataset: Any, window: Window, path: Path
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Pixels ``[bands, h, w]`` as uint8, where the file has data, and where a value without data is beyond 0..255."""
-    known = np.ones((window.height, window.width), bool)
-    try:
-        with gdal(f"reading {path}"):
-            pixels: npt.NDArray[Any] = dataset.read(window=window)
-            if not all(MaskFlags.all_valid in flags for flags in dataset.mask_flag_enums):
-                known = dataset.dataset_mask(window=window) != 0
-    except SceneError as error:
-        raise DatasetError(f"mask {path} is damaged: {error}") from None
-    if pixels.dtype == np.uint8:
-        return pixels, known, np.zeros_like(known)
-    if pixels.dtype.kind not in "iu" or len(pixels) != 1:
-        raise DatasetError(f"mask {path} holds {pixels.dtype} values; index values are whole numbers, colours uint8")
-    small = pixels.astype(np.uint8)
-    odd: npt.NDArray[np.bool_] = (small != pixels)[0]
-    if (known & odd).any():
-        raise DatasetError(f"mask {path} holds {pixels.dtype} values beyond 0..255; index values and colours are uint8")
-    return small, known, odd
+def _strips(
+    dataset: Any, path: Path
+) -> Iterator[tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
+    """Strips of a mask: first row, pixels ``[bands, h, w]`` as uint8, which have data, which are beyond 0..255."""
+    for top in range(0, dataset.height, _STRIP):
+        window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
+        known = np.ones((window.height, window.width), bool)
+        try:
+            with gdal(f"reading {path}"):
+                pixels: npt.NDArray[Any] = dataset.read(window=window)
+                if not all(MaskFlags.all_valid in flags for flags in dataset.mask_flag_enums):
+                    known = dataset.dataset_mask(window=window) != 0
+        except SceneError as error:
+            raise DatasetError(f"mask {path} is damaged: {error}") from None
+        kind = pixels.dtype
+        if kind != np.uint8 and (kind.kind not in "iu" or len(pixels) != 1):
+            raise DatasetError(f"mask {path} holds {kind} values; index values are whole numbers, colours uint8")
+        small = pixels.astype(np.uint8)
+        odd = (small != pixels)[0]
+        if (known & odd).any():
+            raise DatasetError(f"mask {path} holds {kind} values beyond 0..255; index values and colours are uint8")
+        yield top, small, known, odd
 
 
 def _palette(dataset: Any, schema: LabelSchema) -> npt.NDArray[np.uint8] | None:
@@ -125,7 +125,7 @@ def _palette(dataset: Any, schema: LabelSchema) -> npt.NDArray[np.uint8] | None:
     table = np.zeros((256, 4), np.uint8)
     table[:, 3] = 255
     for index, color in dataset.colormap(1).items():
-        if index < len(table):  # a band of 16 bits has 65536 colours; _read checks which of them its pixels use
+        if index < len(table):  # a band of 16 bits has 65536 colours; _strips checks which of them its pixels use
             table[index] = color
     if (table[: len(schema), :3] == schema.palette()[: len(schema)]).all():
         table[: len(schema), :3] = schema.in_palette(Palette.DATASET).palette()[: len(schema)]
@@ -138,9 +138,7 @@ def _knows_colors(dataset: Any, palette: npt.NDArray[np.uint8], schema: LabelSch
     SchemaError if its colours are not the schema's, or its index values are valid too and give other classes.
     """
     used = np.zeros(256, bool)
-    for top in range(0, dataset.height, _STRIP):
-        window = Window(0, top, dataset.width, min(_STRIP, dataset.height - top))
-        pixels, known, _ = _read(dataset, window, path)
+    for _, pixels, known, _ in _strips(dataset, path):
         used[np.unique(pixels[0][known])] = True
     used &= palette[:, 3] > 0
     colors, indices = palette[used][:, :3], np.flatnonzero(used).astype(np.uint8)

@@ -103,11 +103,6 @@ class Ground:
         return self.reason is None
 
     @property
-    def method(self) -> str | None:
-        """``projected``, ``ellipsoidal`` or None."""
-        return None if self.reason else "projected" if self.ellipsoid is None else "ellipsoidal"
-
-    @property
     def same_in_a_row(self) -> bool:
         """Whether all pixels of a row cover the same area."""
         return self.ellipsoid is None or self.transform.d == 0
@@ -215,7 +210,8 @@ def class_areas(label_map: Path, schema: LabelSchema, row_counts: npt.NDArray[np
         ClassArea(label, name, int(count), float(area) / _M2_PER_HA if ground.known else None)
         for (label, name), count, area in zip(names, pixels, m2, strict=True)
     ]
-    return Areas(tuple(found[:-1]), found[-1], ground.method, ground.reason, ground.notes)
+    method = "projected" if ground.ellipsoid is None else "ellipsoidal"
+    return Areas(tuple(found[:-1]), found[-1], method if ground.known else None, ground.reason, ground.notes)
 
 
 def _require_fit(counts: npt.NDArray[Any], dataset: Any, schema: LabelSchema, path: Path) -> None:

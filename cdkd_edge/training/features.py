@@ -22,28 +22,29 @@ _TAPS = 4
 
 
 class FeatureCache:
-    """An encoder with a cache, called like one: uint8 tiles ``[N, 3, T, T]`` to four maps ``[N, D, G, G]``.
+    """A frozen encoder with a cache, called like one: uint8 tiles ``[N, 3, T, T]`` to four maps ``[N, D, G, G]``.
 
     Maps are stored as float16 (rounded to 11 bits). Maps that were just computed are rounded too, so that all epochs
     see the same numbers. Maps with values beyond the range of float16 are not stored, and not rounded.
+
+    Args:
+        encoder, precision: what computes, on any device, and in which precision.
+        folder: of the stored features; None: nothing is stored.
+        limit: bytes that this run may add; beyond it, features are computed each time.
     """
 
     def __init__(self, encoder: Encoder, folder: Path | None, *, precision: str = "fp32", limit: int = 0) -> None:
-        """Use an encoder with a cache.
-        Args:
-            encoder: frozen, on any device.
-            folder: of the stored features; None: nothing is stored.
-            precision: in which the encoder computes.
-            limit: bytes that this run may add; beyond it, features are computed each time.
-        """
         self.encoder = encoder.eval().requires_grad_(False)
         self.device = next(encoder.parameters()).device
-        self._precision = precision
-        self._left = limit
+        self._precision, self._left = precision, limit
         self.hits = self.misses = 0
         self.folder = None
         if folder is not None:
-            self.folder = folder / _digest(encoder, precision)[:16]
+            digest = hashlib.sha256(f"{encoder.config} {precision}".encode())
+            for name, tensor in sorted(encoder.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            self.folder = folder / digest.hexdigest()[:16]
             self.folder.mkdir(parents=True, exist_ok=True)
         config = encoder.config
         self._shape = (_TAPS, config.embed_dim, config.grid, config.grid)
@@ -66,11 +67,10 @@ class FeatureCache:
         if missing:
             computed = torch.stack(self._compute(tiles[missing]), dim=1).cpu()  # [M, taps, D, G, G]
             for index, features in zip(missing, computed, strict=True):
-                rounded = features.half()
-                storable = bool(torch.isfinite(rounded).all())
-                if storable:
+                found[index] = features
+                if torch.isfinite(rounded := features.half()).all():
                     self._store(paths[index], rounded)
-                found[index] = rounded if storable else features
+                    found[index] = rounded
         stacked = torch.stack([features.float() for features in found if features is not None])
         return list(stacked.to(self.device).unbind(dim=1))
 
@@ -105,11 +105,3 @@ class FeatureCache:
             self._left = 0  # the disk is full: continue without storing
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _digest(encoder: Encoder, precision: str) -> str:
-    digest = hashlib.sha256(f"{encoder.config} {precision}".encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -38,11 +38,7 @@ def interruption_notice(output: Path) -> str:
 
 
 def require_free(source: str, output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make sure, before anything is computed, that nothing of value is overwritten.
-
-    Raises:
-        UsageError: a checkpoint, a card or an unfinished run is in the way.
-    """
+    """Make sure, before anything is computed, that no checkpoint, card or unfinished run is overwritten: UsageError."""
     if output.suffix not in (".pt", ".pth", ".safetensors"):
         raise UsageError(f"--output {output} has no suffix of a checkpoint", hint="end it in .pt, .pth or .safetensors")
     if output.exists() and not source.startswith(PRESET_PREFIX) and Path(source).exists() and output.samefile(source):
@@ -53,9 +49,8 @@ def require_free(source: str, output: Path, *, resume: bool, overwrite: bool) ->
         return
     state = state_path(output)
     if state.exists() and not resume:
-        raise UsageError(
-            f"{state} holds an unfinished run", hint="continue it with --resume, or start again with --overwrite"
-        )
+        hint = "continue it with --resume, or start again with --overwrite"
+        raise UsageError(f"{state} holds an unfinished run", hint=hint)
     if output.exists() and not state.exists():
         if resume:
             raise UsageError(f"{output} is finished; there is nothing to resume", hint="train anew with --overwrite")
@@ -65,33 +60,25 @@ def require_free(source: str, output: Path, *, resume: bool, overwrite: bool) ->
 
 
 def save_state(output: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write the state of a run as a whole.
-
-    Args:
-        output: the checkpoint of the run.
-        identity: JSON data that must be the same in the run that resumes.
-        state: from :meth:`cdkd_edge.training.trainer.Trainer.state`.
-    """
+    """Write the state of a run (:meth:`.trainer.Trainer.state`) as a whole, with its identity (JSON)."""
     with whole_file(state_path(output)) as temporary:
         save_tensors(temporary, {"identity": json.dumps(identity), **state})
 
 
 def load_state(output: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Load the state of a run; its identity must be the same.
+    """Load the state of a run.
 
     Raises:
-        CheckpointError: the file is damaged.
-        UsageError: it belongs to a run with other options or data; the first difference is named.
+        CheckpointError, UsageError: the file is damaged; its identity is another, of which the first part is named.
     """
     path = state_path(output)
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         theirs = json.loads(state.pop("identity"))
     except Exception as error:  # torch raises half a dozen unrelated types for damaged files
-        raise CheckpointError(
-            f"the state {path} cannot be read: {' '.join(str(error).split())[:200]}",
-            hint="start again with --overwrite",
-        ) from None
+        reason = " ".join(str(error).split())[:200]
+        hint = "start again with --overwrite"
+        raise CheckpointError(f"the state {path} cannot be read: {reason}", hint=hint) from None
     ours = json.loads(json.dumps(identity))
     if other := [key for key in ours if theirs.get(key) != ours[key]]:
         raise UsageError(
@@ -134,10 +121,17 @@ def percent(value: float | None) -> str:
 
 
 def card_text(name: str, record: Mapping[str, Any]) -> str:
-    """Write the model card of a checkpoint from its training record."""
-    data, network, scores, run = record["data"], record["network"], record["scores"], record["run"]
-    classes = data["classes"]
-    finished = run["epochs_done"] == record["recipe"]["epochs"]
+    """The model card of a checkpoint, from its training record."""
+    data, network, scores, run, source = (record[key] for key in ("data", "network", "scores", "run", "source"))
+    classes, epochs = data["classes"], record["recipe"]["epochs"]
+    finished = run["epochs_done"] == epochs
+    digest = f", SHA-256 `{source['sha256'][:16]}...`" if source["sha256"] else ""
+    encoded = f"; features computed for {run['tiles_encoded']} tiles" if run["tiles_encoded"] else ""
+    rules = (
+        "*nearest mean* and *colour histogram* see a pixel's colour and nothing else, learned from the same training "
+        "images: the class whose mean RGB is nearest, and the class seen most often with that colour (32 x 32 x 32 "
+        "bins)."
+    )
     lines = [
         f"# `{name}`",
         "",
@@ -151,30 +145,23 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
         "## Scores",
         "",
         "Percent, on the validation images only, every labelled pixel once; tiles and overlaps as `cdkd-edge segment` "
-        f"makes them. The weights are those of epoch {run['best_epoch']} of {record['recipe']['epochs']}, chosen by "
+        f"makes them. The weights are those of epoch {run['best_epoch']} of {epochs}, chosen by "
         "their mIoU on these images, so the score is a little too high; that of the last epoch is not.",
         "",
         score_table("validation", classes, scores),
         "",
-    ]
-    if any(rule in scores for rule in ("nearest mean", "colour histogram")):
-        lines += [
-            "*nearest mean* and *colour histogram* see a pixel's colour and nothing else, learned from the same "
-            "training images: the class whose mean RGB is nearest, and the class seen most often with that colour "
-            "(32 x 32 x 32 bins).",
-            "",
-        ]
-    lines += [
+        *([rules, ""] if {"nearest mean", "colour histogram"} & scores.keys() else []),
         "## Data",
         "",
         f"{data['layout']} `{data['folder']}`, schema `{data['schema']}`; split: {data['rule']}.",
         "",
         "| | images | tiles | scenes |",
         "|---|---:|---:|---|",
-        f"| training | {len(record['training_images'])} | {data['training_tiles']} | "
-        f"{listed(data['training_scenes'], 12)} |",
-        f"| validation | {len(record['validation_images'])} | {data['validation_tiles']} | "
-        f"{listed(data['validation_scenes'], 12)} |",
+        *(
+            f"| {side} | {len(record[f'{side}_images'])} | {data[f'{side}_tiles']} | "
+            f"{listed(data[f'{side}_scenes'], 12)} |"
+            for side in ("training", "validation")
+        ),
         "",
         "Share of the labelled pixels, percent:",
         "",
@@ -184,12 +171,10 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
         "",
         "## Training",
         "",
-        f"- from `{record['source']['file']}` ({record['source']['layout']}"
-        + (f", SHA-256 `{record['source']['sha256'][:16]}...`)" if record["source"]["sha256"] else ")"),
+        f"- from `{source['file']}` ({source['layout']}{digest})",
         *(f"- {note}" for note in record["notes"]),
         *(f"- {key}: {_shown(value)}" for key, value in record["recipe"].items()),
-        f"- {run['seconds'] / 60:.1f} minutes on {run['device']}, {run['libraries']}"
-        + (f"; features computed for {run['tiles_encoded']} tiles" if run["tiles_encoded"] else ""),
+        f"- {run['seconds'] / 60:.1f} minutes on {run['device']}, {run['libraries']}{encoded}",
         "",
         "| epoch | loss | validation mIoU |",
         "|---:|---:|---:|",

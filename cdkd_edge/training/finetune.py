@@ -35,7 +35,7 @@ from cdkd_edge.raster.read import reading_notes
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.training.features import FeatureCache
 from cdkd_edge.training.files import card_path, card_text, load_state, require_free, save_state, scores_of, state_path
-from cdkd_edge.training.recipe import PRESET_PREFIX, NetworkSettings, Recipe, StartingNetwork, starting_network
+from cdkd_edge.training.recipe import PRESET_PREFIX, NetworkSettings, Recipe, starting_network
 from cdkd_edge.training.trainer import Trainer
 from cdkd_edge.training.views import TrainingTiles
 
@@ -60,10 +60,8 @@ class FinetuneOptions:
     validation_list: Path | None = None
     reading: SegmentOptions = field(default_factory=SegmentOptions)
     device: str = "auto"
-    features: Path | None = None
-    """Folder of cached features. Default: ``<stem of the output>.features`` beside the output."""
-    remember: bool | None = None
-    """Cache features. Default: on a CPU, where computing them again takes longer than reading them."""
+    features: Path | None = None  # folder of cached features; None: ``<stem of the output>.features`` beside the output
+    remember: bool | None = None  # cache features; None: on a CPU, where computing takes longer than reading
     validate_every: int = 1  # epochs
     half: bool = False  # store weights as float16 (half the file)
     resume: bool = False
@@ -106,23 +104,18 @@ def finetune(
         source: encoder or whole network, or ``preset:NAME``.
         data: a dataset of :mod:`cdkd_edge.quality.datasets`.
         output: the checkpoint; its card goes beside it (``.md``).
-        options: recipe, split, network, device.
-        listener: receives the progress.
+        options, listener: see there.
 
     Raises:
-        DatasetError, SchemaError: the data cannot be used.
-        CheckpointError: the source cannot be used.
-        UsageError: the output exists, or a state belongs to another run.
-        NumericalCheckError: the loss is not finite.
+        DatasetError, SchemaError, CheckpointError: data or source cannot be used.
+        UsageError, NumericalCheckError: the output exists, a state belongs to another run; the loss is not finite.
     """
-    _require_use_of_features(options)
+    frozen, wanted = options.recipe.frozen, options.remember or (options.features and options.remember is None)
+    if wanted and not (options.recipe.views and frozen):
+        what = "fresh views (--views 0)" if frozen else "an encoder that changes (--encoder-lr)"
+        raise UsageError(f"features of {what} differ in every epoch; there is nothing to remember")
     require_free(source, output, resume=options.resume, overwrite=options.overwrite)
-    listener.step("looking at the data")
-    split, schema = _find_data(source, data, options)
-    device = chosen_device(options.device)
-    listener.step("loading the network")
-    start = starting_network(source, schema, options.network, options.recipe.seed)
-    run = _Run(source, output, options, split, schema, start, device, listener)
+    run = _Run(source, data, output, options, listener)
     if not options.resume:  # only now: data and source have proved to be usable
         state_path(output).unlink(missing_ok=True)
     return run.finish()
@@ -132,20 +125,15 @@ class _Run:
     """One run, from the data to the model card."""
 
     def __init__(
-        self,
-        source: str,
-        output: Path,
-        options: FinetuneOptions,
-        split: Split,
-        schema: LabelSchema,
-        start: StartingNetwork,
-        device: torch.device,
-        listener: TrainingListener,
+        self, source: str, data: Path, output: Path, options: FinetuneOptions, listener: TrainingListener
     ) -> None:
         self.output, self.options, self.listener = output, options, listener
-        self.split, self.schema, self.start = split, schema, start
-        recipe, network = options.recipe, start.network
-        network.to(device)
+        listener.step("looking at the data")
+        self.split, self.schema = split, schema = _find_data(source, data, options)
+        device, recipe = chosen_device(options.device), options.recipe
+        listener.step("loading the network")
+        self.start = starting_network(source, schema, options.network, recipe.seed)
+        network = self.start.network.to(device)
         listener.step(f"reading {len(split.training)} training masks")
         tiles = TrainingTiles(split.training, schema, network.config.tile, recipe.augmentation, options.reading)
         listener.step(f"reading {len(split.validation)} validation masks")
@@ -159,11 +147,24 @@ class _Run:
         ]
         self.features = self._feature_cache(device) if recipe.frozen else None
         self.trainer = Trainer(network, tiles, recipe, self.features)
-        self.source_record = _source_record(source, start.layout)
-        self.identity = self._identity()
+        file, digest = source, ""
+        if not source.startswith(PRESET_PREFIX):
+            file, digest = Path(source).name, sha256_of(Path(source))
+        self.source_record = {"file": file, "sha256": digest, "layout": self.start.layout}
+        weights = options.network.weights
+        self.identity = {  # what must be the same in the run that resumes this one
+            "recipe": dataclasses.asdict(recipe),
+            "network": dataclasses.asdict(network.config),
+            "source": digest or file,
+            **({"weights": weights} if weights else {}),
+            "classes": list(schema.class_names),
+            "training images": [pair.name for pair in split.training],
+            "validation images": [pair.name for pair in split.validation],
+            "labelled pixels": tiles.class_pixels.tolist(),
+            "reading": dataclasses.asdict(options.reading),
+        }
         self._saved_state = time.perf_counter()
-        self._started = (0, 0.0)
-        """Step and time at which this process began to train."""
+        self._started = (0, 0.0)  # step and time at which this process began to train
         if options.resume and state_path(output).exists():
             self.trainer.restore(load_state(output, self.identity, device))
 
@@ -196,27 +197,17 @@ class _Run:
         scores = {f"this checkpoint (epoch {progress.best_epoch})": scores_of(evaluation.matrix, self.schema)}
         if progress.best_epoch != progress.epoch:
             scores[f"epoch {progress.epoch}, the last"] = progress.history[-1]
-        rules = score_color_rules(
-            self.split.training,
-            self.split.validation,
-            self.schema,
-            options=self.options.reading,
-            note=self.listener.step,
-        )
+        training, validation, reading = self.split.training, self.split.validation, self.options.reading
+        rules = score_color_rules(training, validation, self.schema, options=reading, note=self.listener.step)
         return scores | {name: scores_of(matrix, self.schema) for name, matrix in rules.items()}
 
     def _validate(self) -> dict[str, Any]:
         """Score the network as it is; write it if it is the best so far."""
         trainer = self.trainer
         started = time.perf_counter()
-        network = trainer.trained_network()
-        labeller = NetworkLabeller(
-            network,
-            self.schema,
-            FileRecord(self.output.name, "", 0),
-            precision=self.options.recipe.precision,
-            encode=self.features,
-        )
+        network, precision = trainer.trained_network(), self.options.recipe.precision
+        file = FileRecord(self.output.name, "", 0)
+        labeller = NetworkLabeller(network, self.schema, file, precision=precision, encode=self.features)
         self.listener.step("validating")
         evaluation = evaluate(labeller, self.split.validation, self.schema, options=self.options.reading)
         progress = trainer.progress
@@ -247,60 +238,34 @@ class _Run:
         return (time.perf_counter() - since) / max(1, done) * (self.trainer.steps - self.trainer.progress.step)
 
     def _feature_cache(self, device: torch.device) -> FeatureCache:
-        options = self.options
-        cached = options.remember
-        if cached is None:
-            cached = options.features is not None or device.type == "cpu"
-        folder = None
-        if cached and options.recipe.views:
+        options, folder = self.options, None
+        by_default = options.features is not None or device.type == "cpu"
+        if options.recipe.views and (by_default if options.remember is None else options.remember):
             folder = options.features or self.output.with_name(f"{self.output.stem}.features")
             make_folders(folder)
         limit = int(_SHARE_OF_FREE_DISK * shutil.disk_usage(folder).free) if folder else 0
         return FeatureCache(self.start.network.encoder, folder, precision=options.recipe.precision, limit=limit)
 
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same in the run that resumes this one."""
-        weights = self.options.network.weights
-        return {
-            "recipe": dataclasses.asdict(self.options.recipe),
-            "network": dataclasses.asdict(self.start.network.config),
-            "source": self.source_record["sha256"] or self.source_record["file"],
-            **({"weights": weights} if weights else {}),
-            "classes": list(self.schema.class_names),
-            "training images": [pair.name for pair in self.split.training],
-            "validation images": [pair.name for pair in self.split.validation],
-            "labelled pixels": self.trainer.tiles.class_pixels.tolist(),
-            "reading": dataclasses.asdict(self.options.reading),
-        }
-
     def _save_state(self) -> None:
         save_state(self.output, self.identity, self.trainer.state())
         self._saved_state = time.perf_counter()
 
-    def _run_record(self) -> dict[str, Any]:
-        progress, device = self.trainer.progress, self.trainer.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else describe_machine().cpu
-        where = f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
-        return {
-            "epochs_done": progress.epoch,
-            "best_epoch": progress.best_epoch,
-            "seconds": progress.seconds,
-            "history": list(progress.history),
-            "device": where,
-            "libraries": f"torch {torch.__version__}",
-            "tiles_encoded": self.features.misses if self.features else 0,
-        }
-
     def _record(self, scores: Mapping[str, Any], validation_tiles: int) -> dict[str, Any]:
         """The training record that the checkpoint stores; JSON data."""
-        split, tiles = self.split, self.trainer.tiles
+        split, tiles, progress, device = self.split, self.trainer.tiles, self.trainer.progress, self.trainer.device
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else describe_machine().cpu
+        notes = [*self.start.notes, *split.notes, *self.early_notes]
+        notes += [f"training: {note}" for note in reading_notes(tiles.warnings)]
+        for side, pixels in (("training", tiles.class_pixels), ("validation", self.validation_pixels)):
+            if absent := absent_classes(self.schema, pixels):
+                notes.append(f"no {side} pixel is {absent}")
         record = {
             "tool": f"cdkd-edge {__version__}",
             "command": self.options.command,
             "source": self.source_record,
-            "network": dataclasses.asdict(self.start.network.config),
-            "notes": [*self.start.notes, *split.notes, *self.early_notes, *self._late_notes()],
-            "recipe": dataclasses.asdict(self.options.recipe),
+            "network": self.identity["network"],
+            "notes": notes,
+            "recipe": self.identity["recipe"],
             "data": {
                 "folder": split.training.folder.name,
                 "layout": split.training.layout,
@@ -314,49 +279,31 @@ class _Run:
                 "training_pixels": tiles.class_pixels.tolist(),
                 "validation_pixels": self.validation_pixels.tolist(),
             },
-            "training_images": [pair.name for pair in split.training],
-            "validation_images": [pair.name for pair in split.validation],
+            "training_images": self.identity["training images"],
+            "validation_images": self.identity["validation images"],
             "scores": dict(scores),
-            "run": self._run_record(),
+            "run": {
+                "epochs_done": progress.epoch,
+                "best_epoch": progress.best_epoch,
+                "seconds": progress.seconds,
+                "history": list(progress.history),
+                "device": f"{machine}, {torch.get_num_threads()} threads" if device.type == "cpu" else machine,
+                "libraries": f"torch {torch.__version__}",
+                "tiles_encoded": self.features.misses if self.features else 0,
+            },
         }
         plain: dict[str, Any] = json.loads(json.dumps(record))  # lists, not tuples, in every kind of checkpoint
         return plain
-
-    def _late_notes(self) -> list[str]:
-        tiles = self.trainer.tiles
-        notes = [f"training: {note}" for note in reading_notes(tiles.warnings)]
-        for side, pixels in (("training", tiles.class_pixels), ("validation", self.validation_pixels)):
-            if absent := absent_classes(self.schema, pixels):
-                notes.append(f"no {side} pixel is {absent}")
-        return notes
-
-
-def _require_use_of_features(options: FinetuneOptions) -> None:
-    """Refuse to cache features that no later epoch could use."""
-    wanted = options.remember or (options.features and options.remember is None)
-    if wanted and not (options.recipe.views and options.recipe.frozen):
-        what = "fresh views (--views 0)" if options.recipe.frozen else "an encoder that changes (--encoder-lr)"
-        raise UsageError(f"features of {what} differ in every epoch; there is nothing to remember")
 
 
 def _find_data(source: str, data: Path, options: FinetuneOptions) -> tuple[Split, LabelSchema]:
     dataset = find_dataset(data)
     fallback = None
     if not (options.schema or dataset.schema_name) and not source.startswith(PRESET_PREFIX):
-        network = options.network
-        _, report = load_encoder(
-            source, heads=network.heads, layer_norm_eps=network.layer_norm_eps, weights=network.weights
-        )
-        fallback = report.schema
+        fallback = load_encoder(source, **options.network.loading())[1].schema
     schema = data_schema(dataset, options.schema, fallback)
-    split = split_dataset(
-        dataset,
-        training_scenes=options.training_scenes,
-        validation_scenes=options.validation_scenes,
-        training_list=options.training_list,
-        validation_list=options.validation_list,
-    )
-    return split, schema
+    sides = ("training_scenes", "validation_scenes", "training_list", "validation_list")
+    return split_dataset(dataset, **{side: getattr(options, side) for side in sides}), schema
 
 
 def _class_pixels(dataset: Dataset, schema: LabelSchema, hidden: HiddenLabels) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -367,9 +314,3 @@ def _class_pixels(dataset: Dataset, schema: LabelSchema, hidden: HiddenLabels) -
     if not counts[: len(schema)].any():
         raise no_labels(f"the {len(dataset)} validation masks", hidden)
     return counts[: len(schema)]
-
-
-def _source_record(source: str, layout: str) -> dict[str, Any]:
-    if source.startswith(PRESET_PREFIX):
-        return {"file": source, "sha256": "", "layout": layout}
-    return {"file": Path(source).name, "sha256": sha256_of(Path(source)), "layout": layout}

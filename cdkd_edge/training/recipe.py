@@ -29,25 +29,18 @@ PRESET_PREFIX = "preset:"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run trains. Defaults: the Mask-CDKD paper's protocol (frozen encoder, AdamW, 1e-4, 30 epochs of 4 crops).
-
-    Raises:
-        UsageError: a number is out of range.
-    """
+    """How a run trains. Defaults: the Mask-CDKD paper's protocol (frozen encoder, AdamW, 30 epochs of 4 crops)."""
 
     epochs: int = 30
     batch: int = 4
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     encoder_learning_rate: float = 0.0  # 0: the encoder is frozen
-    schedule: str = "constant"
-    """Of the learning rate: ``constant``; ``cosine`` to zero; ``poly``: (1 - progress) ** 0.9, as OpenMMLab does."""
+    schedule: str = "constant"  # or ``cosine`` to zero, or ``poly``: (1 - progress) ** 0.9, as OpenMMLab does
     warm_up: int = 0  # steps over which the learning rate rises from zero
     clip_norm: float = 0.0  # largest norm of the gradient; 0: not limited
-    mean_decay: float = 0.0
-    """Validate and save a running mean of the weights that keeps this share per step; 0: the weights themselves."""
-    class_weights: str = "none"
-    """``none``, ``sqrt``, ``balanced``, or one number per class with commas; see :func:`class_weights`."""
+    mean_decay: float = 0.0  # validate and save a running mean of the weights that keeps this share a step; 0: none
+    class_weights: str = "none"  # or ``sqrt``, ``balanced``, a number per class with commas; see :func:`class_weights`
     views: int = 8  # fixed views of each place; 0: fresh ones in every epoch
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: str = "fp32"
@@ -94,8 +87,6 @@ def class_weights(rule: str, pixels: npt.NDArray[np.int64]) -> npt.NDArray[np.fl
 
     ``balanced`` is median frequency balancing (Eigen & Fergus, ICCV 2015, section 6.3.2): the median share of a class
     over the share of this one; ``sqrt`` is its square root. A class that never occurs weighs 1.
-    Raises:
-        UsageError: neither a rule nor K positive numbers.
     """
     if rule == "none":
         return None
@@ -123,10 +114,13 @@ class NetworkSettings:
     patch: int | None = None
     heads: int | None = None
     layer_norm_eps: float | None = None
-    head_channels: int | None = None
-    """Channels of a new head. Default: those of the head it replaces, or of the preset, or 256."""
+    head_channels: int | None = None  # of a new head; None: those of the head it replaces, or of the preset, or 256
     new_head: bool = False  # start with a new head even if that of the checkpoint fits
     weights: str | None = None  # ``raw``, ``ema`` or a name, for a checkpoint with several sets of weights
+
+    def loading(self) -> dict[str, Any]:
+        """What the functions of :mod:`cdkd_edge.model.checkpoint` take."""
+        return {"heads": self.heads, "layer_norm_eps": self.layer_norm_eps, "weights": self.weights}
 
 
 @dataclass(frozen=True)
@@ -134,70 +128,53 @@ class StartingNetwork:
     """The network that training starts from."""
 
     network: SegmentationNetwork
-    kept_head: bool
     layout: str
     notes: tuple[str, ...]
 
 
 def starting_network(source: str | Path, schema: LabelSchema, settings: NetworkSettings, seed: int) -> StartingNetwork:
     """Load the network that training starts from. An encoder gets a new head; a whole network may keep its own.
+
     Args:
         source: an encoder or a whole network, in any layout of :mod:`cdkd_edge.model.layouts`; or
             ``preset:NAME`` for random weights.
         schema: the classes to learn.
         settings: tile, patch and what the checkpoint does not say.
         seed: of new weights.
+
     Raises:
         CheckpointError: the checkpoint cannot be loaded, or its patch does not divide the tile.
     """
     if str(source).startswith(PRESET_PREFIX):
         return _from_preset(str(source), schema, settings, seed)
-    source = Path(source)
-    encoder, report = load_encoder(
-        source, heads=settings.heads, layer_norm_eps=settings.layer_norm_eps, weights=settings.weights
-    )
+    _, report = load_encoder(source, **settings.loading())
     own = report.config
     tile = settings.tile or (own.tile if report.has_head else DEFAULT_TILE)
     patch = settings.patch or (own.patch if tile % own.patch == 0 else DEFAULT_PATCH)
     if tile % patch:
         raise CheckpointError(f"a tile of {tile} px is a multiple of neither {own.patch} nor {patch} px patches")
-    loading: dict[str, Any] = {
-        "tile": tile,
-        "patch": patch,
-        "heads": settings.heads,
-        "layer_norm_eps": settings.layer_norm_eps,
-        "weights": settings.weights,
-    }
     reason = _why_new_head(report, schema, settings)
     if reason is None:
-        network, report = load_checkpoint(source, **loading)
-        return StartingNetwork(network, True, report.layout, report.notes)
-    encoder, report = load_encoder(source, **loading)
-    config = dataclasses.replace(
-        report.config, classes=len(schema), head_channels=settings.head_channels or own.head_channels
-    )
+        network, report = load_checkpoint(source, tile=tile, patch=patch, **settings.loading())
+        return StartingNetwork(network, report.layout, report.notes)
+    encoder, report = load_encoder(source, tile=tile, patch=patch, **settings.loading())
+    channels = settings.head_channels or own.head_channels
+    config = dataclasses.replace(report.config, classes=len(schema), head_channels=channels)
     torch.manual_seed(seed)
     network = SegmentationNetwork(config)
     network.encoder.load_state_dict(encoder.state_dict())
-    return StartingNetwork(network, False, report.layout, (*report.notes, *([reason] if report.has_head else [])))
+    return StartingNetwork(network, report.layout, (*report.notes, *([reason] if report.has_head else [])))
 
 
 def _from_preset(source: str, schema: LabelSchema, settings: NetworkSettings, seed: int) -> StartingNetwork:
     name = source.removeprefix(PRESET_PREFIX)
     if name not in PRESETS:
         raise CheckpointError(f"there is no preset {name!r}", hint=f"presets: {', '.join(PRESETS)}")
-    config = PRESETS[name]
-    config = dataclasses.replace(
-        config,
-        classes=len(schema),
-        tile=settings.tile or config.tile,
-        patch=settings.patch or config.patch,
-        heads=settings.heads or config.heads,
-        layer_norm_eps=config.layer_norm_eps if settings.layer_norm_eps is None else settings.layer_norm_eps,
-        head_channels=settings.head_channels or config.head_channels,
-    )
+    given = {key: getattr(settings, key) for key in ("tile", "patch", "heads", "layer_norm_eps", "head_channels")}
+    given = {key: value for key, value in given.items() if value is not None}
+    config = dataclasses.replace(PRESETS[name], classes=len(schema), **given)
     torch.manual_seed(seed)
-    return StartingNetwork(SegmentationNetwork(config), False, f"preset {name}, random weights", ())
+    return StartingNetwork(SegmentationNetwork(config), f"preset {name}, random weights", ())
 
 
 def _why_new_head(report: CheckpointReport, schema: LabelSchema, settings: NetworkSettings) -> str | None:

@@ -41,7 +41,10 @@ class TrainingProgress:
 
 
 class Trainer:
-    """Trains a network. One epoch reads one view of every place."""
+    """Trains a network, on the device it is on. One epoch reads one view of every place.
+
+    ``encode`` replaces a frozen encoder, for example by one that caches. Default: the network's own.
+    """
 
     def __init__(
         self,
@@ -50,14 +53,6 @@ class Trainer:
         recipe: Recipe,
         encode: Callable[[Tensor], list[Tensor]] | None = None,
     ) -> None:
-        """Prepare the optimiser.
-
-        Args:
-            network: on the device that trains it.
-            tiles: training data.
-            recipe: learning rates, schedule, views and so on.
-            encode: replaces a frozen encoder, for example by one that caches. Default: the network's own.
-        """
         self.network, self.tiles, self.recipe = network, tiles, recipe
         self.device = next(network.parameters()).device
         self.progress = TrainingProgress()
@@ -85,11 +80,7 @@ class Trainer:
         return self.batches * self.recipe.epochs
 
     def run_epoch(self, after_batch: Callable[[], None] = lambda: None) -> float:
-        """Train to the end of the current epoch; returns its mean loss.
-
-        Raises:
-            NumericalCheckError: the loss is not finite.
-        """
+        """Train to the end of the current epoch; returns its mean loss. NumericalCheckError if a loss is not finite."""
         self.network.encoder.train(not self.recipe.frozen)
         self.network.head.train()
         progress = self.progress

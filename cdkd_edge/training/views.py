@@ -1,4 +1,5 @@
 """Training data: tiles of the images of a dataset, turned, mirrored, moved, scaled and in other light.
+
 A *place* is a tile of an image's grid, without overlap. A *view* is one variant of it; view 0 is the tile as it is.
 Views are drawn from seeds, so that each can be made again. A run uses either a few fixed views of each place, whose
 features are worth caching, or fresh ones in every epoch.
@@ -8,15 +9,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cdkd_edge.core.errors import DatasetError, UsageError
+from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema
 from cdkd_edge.quality.datasets import Dataset
+from cdkd_edge.quality.evaluate import no_labels
 from cdkd_edge.quality.masks import HiddenLabels, ImageReader, read_labels
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.read import reading_notes
@@ -25,25 +28,20 @@ from cdkd_edge.segmentation.options import SegmentOptions
 UInt8Array = npt.NDArray[np.uint8]
 
 ORIENTATIONS = 8  # four quarter turns, each mirrored or not
-
-_SHIFT = 0.25  # A view is moved by up to this share of a tile, but not beyond the image
+_SHIFT = 0.25  # a view is moved by up to this share of a tile, but not beyond the image
 _LABELS_IN_MEMORY = 2 << 30
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How views differ from the tile as it is.
-
-    Raises:
-        UsageError: a number is out of range.
-    """
+    """How views differ from the tile as it is."""
 
     flips: bool = True  # quarter turns and mirroring: imagery from above has no preferred direction
     scale: tuple[float, float] = (1.0, 1.0)  # smallest and largest magnification, drawn evenly on a logarithmic scale
     light: float = 0.0  # strength of changes of gamma, gain and tint; 1 is strong
+    # Strength of grain in patches, like waves, glint and speckle; 1 is strong. It teaches that the smoothness of a
+    # surface in one scene does not tell its class.
     texture: float = 0.0
-    """Strength of grain in patches, like waves, glint and speckle; 1 is strong. It teaches that the smoothness of a
-    surface in one scene does not tell its class."""
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -76,12 +74,10 @@ class View:
 
 
 def draw_view(augmentation: Augmentation, seed: Sequence[int], index: int | None) -> View:
-    """Draw a view from a seed.
-    Args:
-        augmentation: what may differ.
-        seed: numbers that no other view has.
-        index: number of a fixed view: 0 is the tile as it is, and the first eight are the eight orientations.
-            None: a fresh view, everything drawn.
+    """Draw a view from a seed of numbers that no other view has.
+
+    ``index`` is the number of a fixed view: 0 is the tile as it is, and the first eight are the eight orientations.
+    None is a fresh view, everything drawn.
     """
     if index == 0:
         return View()
@@ -102,7 +98,12 @@ def draw_view(augmentation: Augmentation, seed: Sequence[int], index: int | None
 
 
 class TrainingTiles:
-    """Places and views of a dataset as tiles with labels."""
+    """Places and views of a dataset as tiles of T px with labels; masks are read, and images checked, once.
+
+    Raises:
+        DatasetError: an image or mask cannot be read, or they differ in size or place; no pixel has a label.
+        SchemaError: a mask holds something that the schema does not define.
+    """
 
     def __init__(
         self,
@@ -112,68 +113,50 @@ class TrainingTiles:
         augmentation: Augmentation = Augmentation(),
         options: SegmentOptions = SegmentOptions(),
     ) -> None:
-        """Read the masks, and check every image, once.
-        Args:
-            dataset: labelled images.
-            schema: how its masks are read.
-            tile: side of a tile, T px.
-            augmentation: how views differ.
-            options: bands and stretch.
-
-        Raises:
-            DatasetError: an image or mask cannot be read, or they differ in size or place.
-            SchemaError: a mask holds something that the schema does not define.
-        """
         self.tile, self.schema, self.augmentation = tile, schema, augmentation
         self._dataset, self._options = dataset, options
         self._labels: OrderedDict[int, UInt8Array] = OrderedDict()
-        self._limits: list[npt.NDArray[np.float32] | None] = []
-        self.class_pixels = np.zeros(len(schema), np.int64)
-        """Labelled pixels by class, ``[K]``."""
+        self._limits: list[npt.NDArray[np.float32] | None] = []  # how the values of each image are stretched
+        self.class_pixels = np.zeros(len(schema), np.int64)  # labelled pixels by class, ``[K]``
         self.places: list[TilePlace] = []
+        self.warnings: dict[str, Sequence[str]] = {}  # of GDAL while views were read, by image
         notes: dict[str, Sequence[str]] = {}
         lost = HiddenLabels()
         for index, pair in enumerate(dataset):
-            height, width, notes[pair.name] = self._check_image(index)
+            with closing(ImageReader(pair, options)) as reader:
+                reader.require_fitting_mask()
+                self._limits.append(reader.limits)
+                height, width, notes[pair.name] = reader.height, reader.width, reader.notes
             labels = read_labels(pair.mask, schema, lost)
             self.class_pixels += np.bincount(labels.ravel(), minlength=NO_LABEL + 1)[: len(schema)]
             for row, column in TileGrid.over(height, width, tile, 0):
                 if (labels[row.first : row.last, column.first : column.last] != NO_LABEL).any():
                     self.places.append(TilePlace(index, row.start, column.start))
             self._remember(index, labels)
-        self.warnings: dict[str, Sequence[str]] = {}
-        """Warnings of GDAL while views were read, by image."""
-        self.notes = [*lost.notes(), *reading_notes(notes)]
-        """How images and masks are read."""
+        self.notes = [*lost.notes(), *reading_notes(notes)]  # how images and masks are read
         if not self.places:
-            raise DatasetError(
-                f"no pixel of the {len(dataset)} training masks of {dataset.folder} has a label",
-                hint="; ".join(lost.notes()) or None,
-            )
+            raise no_labels(f"the {len(dataset)} training masks of {dataset.folder}", lost)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def read(self, place: TilePlace, view: View) -> tuple[UInt8Array, UInt8Array]:
-        """Read a view of a place: RGB ``[3, T, T]`` and labels ``[T, T]``, both uint8; 255 beyond the image.
-
-        Raises:
-            DatasetError: the image cannot be read.
-        """
-        labels = self._read_labels(place.image)
+        """Read a view of a place: RGB ``[3, T, T]`` and labels ``[T, T]``, both uint8; 255 beyond the image."""
+        pair = self._dataset.pairs[place.image]
+        if (labels := self._labels.get(place.image)) is None:
+            labels = read_labels(pair.mask, self.schema)
+            self._remember(place.image, labels)
+        self._labels.move_to_end(place.image)
         side = max(1, round(self.tile / view.scale))
         row, column = (
             _placed(start, self.tile, shift, side, size)
             for start, shift, size in zip((place.row, place.column), view.shift, labels.shape, strict=True)
         )
         image = np.empty((3, side, side), np.uint8)
-        reader = ImageReader(self._dataset.pairs[place.image], self._options, self._limits[place.image])
-        try:
+        with closing(ImageReader(pair, self._options, self._limits[place.image])) as reader:
             valid = reader.read_tile(Span(row, row, row + side), Span(column, column, column + side), image)
-        finally:
             if reader.warnings:
-                self.warnings[self._dataset.pairs[place.image].name] = reader.warnings
-            reader.close()
+                self.warnings[pair.name] = reader.warnings
         truth = np.full((side, side), NO_LABEL, np.uint8)
         top, left = max(row, 0), max(column, 0)
         part = labels[top : row + side, left : column + side]
@@ -190,24 +173,6 @@ class TrainingTiles:
         if view.light is not None:
             image = _change_light(image, view.light, self.augmentation.light)
         return np.ascontiguousarray(image), np.ascontiguousarray(truth)
-
-    def _check_image(self, index: int) -> tuple[int, int, list[str]]:
-        """Height and width of an image, and notes on it; keeps how its values are stretched."""
-        reader = ImageReader(self._dataset.pairs[index], self._options)
-        try:
-            reader.require_fitting_mask()
-            self._limits.append(reader.limits)
-            return reader.height, reader.width, reader.notes
-        finally:
-            reader.close()
-
-    def _read_labels(self, index: int) -> UInt8Array:
-        if (labels := self._labels.get(index)) is None:
-            labels = read_labels(self._dataset.pairs[index].mask, self.schema)
-            self._remember(index, labels)
-        else:
-            self._labels.move_to_end(index)
-        return labels
 
     def _remember(self, index: int, labels: UInt8Array) -> None:
         """Masks are small once they are labels; the least recently used give way."""

@@ -13,7 +13,7 @@ from typer import Argument, BadParameter, Option
 from cdkd_edge.board.power.sources import SOURCES
 from cdkd_edge.cli.options import ENGINE, JSON, OVERLAP, THREADS, WORKSPACE, StretchOptions, chosen_engine, command_line
 from cdkd_edge.cli.progress import lines, saying_what_is_kept
-from cdkd_edge.cli.report import Console, Listing, Report, cell, plain, say
+from cdkd_edge.cli.report import Console, Listing, Report, cell, say
 from cdkd_edge.core.signals import check
 from cdkd_edge.core.workspace import Workspace
 
@@ -146,8 +146,7 @@ def describe_bench(summary: BenchSummary, folder: Path) -> Report:
 
     paper = beside_the_paper(summary)
     listings = (Listing(("", "this run", f"{PAPER_DEVICE}, {PAPER}"), paper),) if paper else ()
-    data = {"folder": str(folder), "summary": plain(summary)}
-    return Report(f"benchmark {folder}", [*bench_rows(summary)], data, listings)
+    return Report(f"benchmark {folder}", [*bench_rows(summary)], {"folder": folder, "summary": summary}, listings)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typer import Argument, BadParameter, Option
 from cdkd_edge.cli.inspect import engine_rows
 from cdkd_edge.cli.options import JSON, SCENES, SCHEMA, WORKSPACE
 from cdkd_edge.cli.progress import steps
-from cdkd_edge.cli.report import Report, Rows, plain, say
+from cdkd_edge.cli.report import Report, Rows, say
 from cdkd_edge.core.manifest import CONFIDENCE, PROBABILITIES
 from cdkd_edge.core.numbers import duration, percent, significant, size
 from cdkd_edge.core.workspace import Workspace
@@ -201,12 +201,12 @@ def describe_engine(
         if speed.ratio <= 1:
             rows.append(("warning", f"INT8 is not faster than {speed.path.name} here; prefer that engine"))
     data = {
-        "path": str(path),
-        "manifest": plain(manifest),
-        "graph": str(prepared.path),
+        "path": path,
+        "manifest": manifest,
+        "graph": prepared.path,
         "graph_made": prepared.made,
         "quantization": prepared.int8.manifest.quantization if prepared.int8 else None,
-        "speed": {"against": str(speed.path), "ratio": speed.ratio} if speed else None,
+        "speed": {"against": speed.path, "ratio": speed.ratio} if speed else None,
     }
     return Report(f"engine {path}", rows, data)
 

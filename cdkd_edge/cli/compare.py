@@ -73,13 +73,13 @@ def _share(text: str | None, option: str) -> float | None:
     """A loss in 0..1, from ``5%`` or ``0.05``."""
     if text is None:
         return None
-    stripped = text.strip()
+    number, sign, rest = text.strip().partition("%")
     try:
-        value = float(stripped[:-1]) / 100 if stripped.endswith("%") else float(stripped)
+        value = math.nan if rest else float(number) / (100 if sign else 1)
     except ValueError:
         value = math.nan
     if not 0 <= value < 1:
-        raise BadParameter("per cent or a share below 1, e.g. 5% or 0.05", param_hint=option)
+        raise BadParameter(f"per cent or a share below 1, e.g. 5% or 0.05, not {text!r}", param_hint=option)
     return value
 
 
@@ -87,7 +87,7 @@ def _index(text: str, runs: int) -> int:
     """An index from ``first`` or a number that begins at 1."""
     number = 1 if text == "first" else int(text) if text.isdecimal() else 0
     if not 1 <= number <= runs:
-        raise BadParameter(f"first, or a number from 1 to {runs}", param_hint="--baseline")
+        raise BadParameter(f"first, or a number from 1 to {runs}, not {text!r}", param_hint="--baseline")
     return number - 1
 
 
@@ -105,40 +105,38 @@ def describe_comparison(found: Comparison) -> Report:
     if any(row.gross_energy and not row.gross_energy.interval for row in found.rows):
         rows.append(("energy", "no intervals: one repeat has one integral of energy; measure with --repeat 3 or more"))
     rows += [(f"limit: {gate.outcome}", gate.text) for gate in found.gates]
-    speed = Listing(
-        ("run", "verdict", "tiles/s (95 %)", "ratio (95 %)", "MP/s", "p50 ms", "p99 ms"),
-        tuple(_speed_row(row, baseline) for row in found.rows),
-        "speed (engine alone)",
+    columns: tuple[str, ...] = ("run", "verdict", "tiles/s (95 %)", "ratio (95 %)", "MP/s", "p50 ms", "p99 ms")
+    speeds = tuple(_speed_row(row, baseline) for row in found.rows)
+    listings = [Listing(columns, speeds, "speed (engine alone)")]
+    if any(row.energy for row in found.rows):
+        figures = [f"{one.title} {one.unit}" for one in RAIL_FIGURES]
+        columns = ("run", "verdict", "rail", *figures, "gross ratio (95 %)", "net ratio (95 %)")
+        title = "power and energy (net: load without idle; gross: with it)"
+        listings.append(Listing(columns, tuple(map(_energy_row, found.rows)), title))
+    columns = (
+        "run",
+        "status",
+        "engine",
+        "runtime",
+        "precision",
+        "tile",
+        "device",
+        "power mode",
+        "mIoU",
+        "of the bound",
     )
-    figures = [f"{one.title} {one.unit}" for one in RAIL_FIGURES]
-    energy = Listing(
-        ("run", "verdict", "rail", *figures, "gross ratio (95 %)", "net ratio (95 %)"),
-        tuple(map(_energy_row, found.rows)),
-        "power and energy (net: load without idle; gross: with it)",
-    )
-    identity = Listing(
-        ("run", "status", "engine", "runtime", "precision", "tile", "device", "power mode", "mIoU", "of the bound"),
-        tuple(map(_identity_row, found.rows)),
-        "what ran",
-    )
-    measured = [speed, energy] if any(row.energy for row in found.rows) else [speed]
-    title = f"{len(found.rows)} runs beside each other"
-    return Report(title, rows, plain(found), (*measured, identity))
+    listings.append(Listing(columns, tuple(map(_identity_row, found.rows)), "what ran"))
+    return Report(f"{len(found.rows)} runs beside each other", rows, plain(found), tuple(listings))
 
 
 def _speed_row(row: Row, baseline: Row) -> tuple[str, ...]:
     # Blocks of one repeat show what happened within it, not what another start would have given.
     weak = row.speed and row.speed.interval and 1 in (row.repeats, baseline.repeats)
-    interval = row.tiles_per_second_interval
-    return (
-        row.name,
-        f"{row.verdict}, one repeat" if weak else row.verdict,
-        estimate(row.tiles_per_second.mean, *((interval.low, interval.high) if interval else ()), digits=4),
-        _ratio(row.speed),
-        significant(row.megapixels_per_second.mean),
-        significant(row.latency_ms.p50, 4),
-        significant(row.latency_ms.p99, 4),
-    )
+    span = row.tiles_per_second_interval
+    speed = estimate(row.tiles_per_second.mean, *((span.low, span.high) if span else ()), digits=4)
+    rest = significant(row.megapixels_per_second.mean), significant(row.latency_ms.p50, 4)
+    verdict = f"{row.verdict}, one repeat" if weak else row.verdict
+    return (row.name, verdict, speed, _ratio(row.speed), *rest, significant(row.latency_ms.p99, 4))
 
 
 def _energy_row(row: Row) -> tuple[str, ...]:
@@ -146,30 +144,15 @@ def _energy_row(row: Row) -> tuple[str, ...]:
 
     if row.energy is None:
         return (row.name, f"not measured: {row.energy_reason}", *[ABSENT] * (len(RAIL_FIGURES) + 3))
-    rail = row.energy.figures
-    return (
-        row.name,
-        row.energy_verdict or ABSENT,
-        f"{row.energy.rail} ({row.energy.scope})",
-        *(significant(getattr(rail, one.path).mean, 4) for one in RAIL_FIGURES),
-        _ratio(row.gross_energy),
-        _ratio(row.net_energy),
-    )
+    rail = f"{row.energy.rail} ({row.energy.scope})"
+    figures = (significant(getattr(row.energy.figures, one.path).mean, 4) for one in RAIL_FIGURES)
+    return (row.name, row.energy_verdict or ABSENT, rail, *figures, _ratio(row.gross_energy), _ratio(row.net_energy))
 
 
 def _identity_row(row: Row) -> tuple[str, ...]:
-    return (
-        row.name,
-        row.status,
-        f"{row.engine} ({row.sha256[:8]})",
-        row.runtime,
-        row.precision,
-        f"{row.tile} px" + (f" x {row.batch}" if row.batch > 1 else ""),
-        row.device,
-        row.power_mode or ABSENT,
-        percent(row.mean_iou, 2),
-        percent(row.modelled_share),
-    )
+    tile = f"{row.tile} px" + (f" x {row.batch}" if row.batch > 1 else "")
+    what = (row.name, row.status, f"{row.engine} ({row.sha256[:8]})", row.runtime, row.precision, tile)
+    return (*what, row.device, row.power_mode or ABSENT, percent(row.mean_iou, 2), percent(row.modelled_share))
 
 
 def _ratio(ratio: Ratio | None) -> str:
@@ -191,18 +174,16 @@ def _interval_bases(found: Comparison) -> str:
 
 def markdown(report: Report) -> str:
     """A report as Markdown."""
-    lines = [f"## {_escaped(report.title)}", ""]
-    lines += [f"- **{name}**: {_escaped(value)}" for name, value in report.rows]
+
+    def escaped(text: str) -> str:
+        return re.sub(r"([\\|`*<>\[\]])", r"\\\1", printable(" ".join(text.split())))
+
+    def row(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(map(escaped, cells)) + " |"
+
+    lines = [f"## {escaped(report.title)}", ""]
+    lines += [f"- **{name}**: {escaped(value)}" for name, value in report.rows]
     for listing in report.listings:
-        lines += ["", f"### {_escaped(listing.title)}", "", _markdown_row(listing.columns)]
-        lines.append("|---|" + "---:|" * (len(listing.columns) - 1))
-        lines += map(_markdown_row, listing.rows)
+        lines += ["", f"### {escaped(listing.title)}", "", row(listing.columns)]
+        lines += ["|---|" + "---:|" * (len(listing.columns) - 1), *map(row, listing.rows)]
     return "\n".join(lines) + "\n"
-
-
-def _markdown_row(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(map(_escaped, cells)) + " |"
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\|`*<>\[\]])", r"\\\1", printable(" ".join(text.split())))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,10 +35,6 @@ def _describe(diagnosis: Diagnosis) -> Report:
         rows.append((finding.status, finding.name, printable(finding.text, 1000)))
         if finding.mend:
             rows.append(("", "", f"repair: {finding.mend}"))
-    data = {
-        "doctor_version": _DOCUMENT_VERSION,
-        "counts": diagnosis.counts,
-        "findings": [dataclasses.asdict(finding) for finding in diagnosis.findings],
-    }
+    data = {"doctor_version": _DOCUMENT_VERSION, "counts": diagnosis.counts, "findings": diagnosis.findings}
     title = "this machine: " + ", ".join(f"{count} {status}" for status, count in diagnosis.counts.items())
     return Report(title, rows, data)

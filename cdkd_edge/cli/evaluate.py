@@ -20,7 +20,7 @@ from cdkd_edge.cli.options import (
     stem_of,
 )
 from cdkd_edge.cli.progress import tile_bar
-from cdkd_edge.cli.report import Report, Rows, in_brackets, new_folder, write_json
+from cdkd_edge.cli.report import Report, Rows, fields_of, in_brackets, new_folder, write_json
 from cdkd_edge.core.numbers import duration, percent
 from cdkd_edge.core.workspace import Workspace
 
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     artefact: Path | None = Argument(
-        None,
-        metavar="CKPT|GRAPH|ENGINE",
-        help="Checkpoint, exported graph (.onnx) or engine. Default: the only engine in the workspace.",
+        None, metavar="CKPT|GRAPH|ENGINE", help="What to measure. Default: the workspace's only engine."
     ),
     *,
     data: Path = DATA,
@@ -100,8 +98,7 @@ def _describe(subject: LoadedArtefact, dataset: Dataset, result: Evaluation, fol
         *([("results", str(folder))] if folder else []),
     ]
     about = {"subject": subject_data(subject), "data": data_of(dataset, result.schema)}
-    data = {**about, **document, "folder": str(folder) if folder else None}
-    return Report(f"accuracy of {subject.path.name}", rows, data)
+    return Report(f"accuracy of {subject.path.name}", rows, {**about, **document, "folder": folder})
 
 
 def data_text(dataset: Dataset, schema: LabelSchema) -> str:
@@ -109,20 +106,12 @@ def data_text(dataset: Dataset, schema: LabelSchema) -> str:
     return f"{len(dataset)} images of {dataset.folder} ({dataset.layout}), schema {schema.name}"
 
 
-def data_of(dataset: Dataset, schema: LabelSchema) -> dict[str, str]:
+def data_of(dataset: Dataset, schema: LabelSchema) -> dict[str, Any]:
     """The images, for a program."""
-    return {"folder": str(dataset.folder), "layout": dataset.layout, "schema": schema.name}
+    return {**fields_of(dataset, "folder", "layout"), "schema": schema.name}
 
 
 def subject_data(subject: LoadedArtefact) -> dict[str, Any]:
     """What was measured, for a program."""
-    labeller = subject.labeller
-    return {
-        "path": str(subject.path),
-        "kind": subject.kind,
-        "precision": subject.precision,
-        "runtime": subject.runtime,
-        "sha256": labeller.artefact.sha256,
-        "tile": labeller.tile,
-        "notes": list(subject.notes),
-    }
+    file = {"sha256": subject.labeller.artefact.sha256, "tile": subject.labeller.tile}
+    return {**fields_of(subject, "path", "kind", "precision", "runtime", "notes"), **file}

@@ -10,7 +10,7 @@ from typer import BadParameter, Option
 
 from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, NORM_EPS, WEIGHTS, WORKSPACE, require_package, stem_of
 from cdkd_edge.cli.progress import steps
-from cdkd_edge.cli.report import Report, Rows, plain, plural
+from cdkd_edge.cli.report import Report, Rows, fields_of, plural
 from cdkd_edge.core.labels import BUILTIN_SCHEMAS, NAME_THEM, nameless
 from cdkd_edge.core.numbers import duration, percent, significant, size
 from cdkd_edge.core.workspace import Workspace
@@ -85,6 +85,7 @@ def export(
 def _describe(result: ExportResult) -> Report:
     manifest, check = result.manifest, result.manifest.check
     names = [c["name"] for c in manifest.labels["classes"]]
+    same, error = percent(check.label_agreement, 2), significant(check.max_logit_error, 2)
     rows: Rows = [
         ("layout", manifest.layout),
         *(("dropped", f"{d.what}: {plural(d.tensors, 'tensor')}") for d in result.report.dropped),
@@ -94,11 +95,7 @@ def _describe(result: ExportResult) -> Report:
         ("tiles", f"{manifest.batch} x {manifest.tile} x {manifest.tile} px, uint8 in, uint8 labels out"),
         ("classes", ", ".join(names)),
         *([("note", NAME_THEM)] if nameless(names) else []),
-        (
-            "check",
-            f"{percent(check.label_agreement, 2)} of the pixels have PyTorch's label, largest logit difference "
-            f"{significant(check.max_logit_error, 2)}",
-        ),
+        ("check", f"{same} of the pixels have PyTorch's label, largest logit difference {error}"),
         *_fp16_rows(result),
     ]
     if result.qgis:
@@ -110,17 +107,10 @@ def _describe(result: ExportResult) -> Report:
     rows += [("warning", f"{path.name} was made from an earlier graph; make it again") for path in result.outdated]
     rows.append(("time", duration(result.seconds)))
     data = {
-        "path": str(result.path),
-        "fp16": plain(result.half) if result.half else None,
+        **fields_of(result, "path", "qgis", "stac", "outdated", "nodes_written", "seconds", "manifest"),
+        **fields_of(result.report, "dropped", "notes"),
+        "fp16": result.half,
         "fp16_refused": result.half_refused,
-        "qgis": plain(result.qgis) if result.qgis else None,
-        "stac": str(result.stac) if result.stac else None,
-        "outdated": [str(path) for path in result.outdated],
-        "nodes_written": result.nodes_written,
-        "seconds": result.seconds,
-        "dropped": [dataclasses.asdict(d) for d in result.report.dropped],
-        "notes": list(result.report.notes),
-        "manifest": plain(manifest),
     }
     return Report(f"graph {result.path}", rows, data)
 

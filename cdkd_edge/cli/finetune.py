@@ -171,7 +171,7 @@ def _describe(result: FinetuneResult) -> Report:
         ("card", str(result.card)),
         ("next", f"cdkd-edge export {result.checkpoint}"),
     ]
-    data = {"path": str(result.checkpoint), "card": str(result.card), "training": dict(result.record)}
+    data = {"path": result.checkpoint, "card": result.card, "training": dict(result.record)}
     return Report(f"checkpoint {result.checkpoint}", rows, data)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from typer import Option
 
 from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, WEIGHTS, require_package
-from cdkd_edge.cli.report import Report, Rows, plural
+from cdkd_edge.cli.report import Report, Rows, fields_of, plural
 from cdkd_edge.core.numbers import significant
 
 if TYPE_CHECKING:
@@ -37,43 +37,34 @@ def info(
 
 
 def _describe(path: Path, report: CheckpointReport, cost: Cost) -> Report:
+    def scaled(count: int, unit: float) -> str:
+        return significant(count / unit, 5)
+
     config = report.config
     classes = ", ".join(report.schema.class_names) if report.schema else "no names; export --schema gives them"
     width = f"ViT, patch {config.patch}, {config.depth} blocks, width {config.embed_dim}, {config.heads} heads"
+    rest, position = cost.parameters - cost.position_parameters, f"{scaled(cost.position_parameters, 1e6)} M"
+    embedded = f"of which position embedding {position} (without it {scaled(rest, 1e6)} M)"
     rows: Rows = [
         ("layout", report.layout + (f" ({' > '.join(report.unwrapped)})" if report.unwrapped else "")),
         ("encoder", width + (", class token" if config.class_token else "")),
         ("head", f"UPerNet, {config.head_channels} channels" if report.has_head else "none: an encoder alone"),
         ("classes", f"{config.classes} ({classes})" if report.has_head else "none"),
         ("tile", f"{config.tile} x {config.tile} px"),
-        (
-            "parameters",
-            f"{_scaled(cost.parameters, 1e6)} M, of which position embedding "
-            f"{_scaled(cost.position_parameters, 1e6)} M (without it "
-            f"{_scaled(cost.parameters - cost.position_parameters, 1e6)} M)",
-        ),
-        ("MACs as the paper counts", f"{_scaled(cost.conv_linear_macs, 1e9)} G (convolutions and linear layers)"),
-        ("attention MACs", f"{_scaled(cost.attention_macs, 1e9)} G"),
-        ("MACs in full", f"{_scaled(cost.total_macs, 1e9)} G = {_scaled(2 * cost.total_macs, 1e9)} GFLOP per tile"),
+        ("parameters", f"{scaled(cost.parameters, 1e6)} M, {embedded}"),
+        ("MACs as the paper counts", f"{scaled(cost.conv_linear_macs, 1e9)} G (convolutions and linear layers)"),
+        ("attention MACs", f"{scaled(cost.attention_macs, 1e9)} G"),
+        ("MACs in full", f"{scaled(cost.total_macs, 1e9)} G = {scaled(2 * cost.total_macs, 1e9)} GFLOP per tile"),
         *(("dropped", f"{d.what}: {plural(d.tensors, 'tensor')} (e.g. {d.example})") for d in report.dropped),
         *(("note", note) for note in report.notes),
     ]
     if not report.has_head:
         rows.append(("next", "train a decoder on labelled images: cdkd-edge finetune"))
     data = {
-        "path": str(path),
-        "layout": report.layout,
-        "config": dataclasses.asdict(config),
-        "has_head": report.has_head,
-        "averaged": report.averaged,
-        "classes": list(report.schema.class_names) if report.schema else None,
+        "path": path,
+        **fields_of(report, "layout", "config", "has_head", "averaged", "dropped", "notes"),
+        "classes": report.schema.class_names if report.schema else None,
         "cost": {**dataclasses.asdict(cost), "total_macs": cost.total_macs},
-        "dropped": [dataclasses.asdict(d) for d in report.dropped],
-        "notes": list(report.notes),
         "training": dict(report.training),
     }
     return Report(str(path), rows, data)
-
-
-def _scaled(count: int, unit: float) -> str:
-    return significant(count / unit, 5)

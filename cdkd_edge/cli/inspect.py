@@ -38,10 +38,8 @@ def _describe(found: Inspection, *, every: bool) -> Report:
     manifest, contents = found.manifest, found.contents
     rows = _manifest_rows(found)
     data: dict[str, Any] = {
-        "path": str(found.path),
+        **fields_of(found, "path", "manifest", "warnings"),
         "kind": manifest.kind if manifest is not None else None,
-        "manifest": plain(manifest),
-        "warnings": list(found.warnings),
     }
     listings: tuple[Listing, ...] = ()
     if isinstance(contents, OnnxContents):
@@ -53,13 +51,10 @@ def _describe(found: Inspection, *, every: bool) -> Report:
         )
         listings = (Listing(("operator", *contents.precisions), operators),)
     elif contents is not None:
-        data["unfused_attention"] = list(contents.unfused_attention)
+        data["unfused_attention"] = contents.unfused_attention
+        names = ("name", "type", "precision", "traffic_bytes", "nodes")
         data["layers"] = [
-            {
-                **fields_of(layer, "name", "type", "precision", "traffic_bytes", "nodes"),
-                "fused_attention": layer.is_fused_attention,
-            }
-            for layer in contents.layers
+            {**fields_of(layer, *names), "fused_attention": layer.is_fused_attention} for layer in contents.layers
         ]
         listings = (_layer_listing(contents, every),)
     rows += [("warning", text) for text in found.warnings]

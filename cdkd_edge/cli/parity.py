@@ -62,9 +62,7 @@ class LimitOptions:
 def parity(
     reference: Path = Argument(..., metavar="CKPT", help="Gives the expected labels: checkpoint, graph or engine."),
     artefact: Path | None = Argument(
-        None,
-        metavar="ENGINE",
-        help="What is compared with it: an engine, graph or checkpoint. Default: the only engine in the workspace.",
+        None, metavar="ENGINE", help="Engine, graph or checkpoint to compare. Default: the workspace's only engine."
     ),
     *,
     data: Path = DATA,
@@ -128,11 +126,13 @@ def _describe(
     intervals = "none: too few tiles"
     if result.scores["mean_iou"].interval:
         intervals = f"95 %, {result.resamples} resamples of {result.tiles} tiles"
+
+    def what(subject: LoadedArtefact) -> str:
+        return f"{subject.kind} {subject.path}, {subject.precision}, {subject.runtime}"
+
     rows: Rows = [
-        *(
-            (side, f"{subject.kind} {subject.path}, {subject.precision}, {subject.runtime}")
-            for side, subject in (("reference", reference), ("candidate", candidate))
-        ),
+        ("reference", what(reference)),
+        ("candidate", what(candidate)),
         ("data", data_text(dataset, result.schema)),
         *(("note", f"{one.path.name}: {note}") for one in (reference, candidate) for note in one.notes),
         *(("note", note) for note in result.notes),
@@ -145,14 +145,9 @@ def _describe(
         ("verdict", "; ".join([result.verdict, *result.failures]) + _position(result)),
         *([("results", str(folder))] if folder else []),
     ]
-    data = {
-        "tool": f"cdkd-edge {__version__}",
-        "reference": subject_data(reference),
-        "candidate": subject_data(candidate),
-        "data": data_of(dataset, result.schema),
-        **document,
-        "folder": str(folder) if folder else None,
-    }
+    sides = {"reference": subject_data(reference), "candidate": subject_data(candidate)}
+    about = {"tool": f"cdkd-edge {__version__}", **sides, "data": data_of(dataset, result.schema)}
+    data = {**about, **document, "folder": folder}
     return Report(f"parity of {candidate.path.name} with {reference.path.name}", rows, data)
 
 

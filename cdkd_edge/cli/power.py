@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from typer import Option
 
 from cdkd_edge.board.power.sources import SOURCES
 from cdkd_edge.cli.options import JSON
-from cdkd_edge.cli.report import Listing, Report, Rows
+from cdkd_edge.cli.report import Listing, Report, Rows, fields_of
 from cdkd_edge.core.numbers import ABSENT, significant
 
 if TYPE_CHECKING:
@@ -52,20 +51,10 @@ def _describe(reports: Sequence[SourceReport]) -> Report:
             read = significant(report.watts[rail], 4) if rail in report.watts else ABSENT
             watts.append((f"{report.name}  {rail}", read, report.info.scope))
     title = f"power: {first.name} would be used" if first else "power: no source answers"
-    data = {
-        "used": first.name if first else None,
-        "sources": [
-            {
-                "name": report.name,
-                "usable": report.info is not None,
-                "info": dataclasses.asdict(report.info) if report.info else None,
-                "watts": report.watts,
-                "rate": report.rate,
-                "problems": list(report.problems),
-                "reason": report.reason or None,
-                "hint": report.hint,
-            }
-            for report in reports
-        ],
-    }
+    names = ("name", "info", "watts", "rate", "problems", "hint")
+    sources = [
+        {**fields_of(report, *names), "usable": report.info is not None, "reason": report.reason or None}
+        for report in reports
+    ]
+    data = {"used": first.name if first else None, "sources": sources}
     return Report(title, rows, data, (Listing(("rail", "W", "scope"), tuple(watts)),) if watts else ())

@@ -7,6 +7,7 @@ The functions that a command calls to report progress also raise what a signal s
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,34 +51,24 @@ def plain_tile_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """:func:`tile_bar`, silent where a signal ends it."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tiles"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
     console = Console(stderr=True)
     if not console.is_terminal:
         with lines(console) as note:
             yield lambda done, total: note(f"{title}: {done} of {total} tiles")
         return
-    with bar(console, columns, description=printable(title)) as update:
+    what = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("tiles"))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with bar(console, (*what, *times), description=printable(title)) as update:
         yield lambda done, total: update(completed=done, total=total)
 
 
 @contextlib.contextmanager
 def bar(console: Console, columns: tuple[Any, ...], **fields: Any) -> Iterator[Callable[..., None]]:
     """Rich's bar with these columns; what is yielded updates its fields."""
-    import sys
-
     from rich.progress import Progress
 
     # What goes to stdout must not be redirected to stderr, unless both are the terminal that the bar is on.
-    redirect = sys.stdout.isatty()
-    with Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as progress:
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
         task = progress.add_task(fields.pop("description", ""), **{"total": None, **fields})
 
         def update(**changed: Any) -> None:

@@ -51,9 +51,7 @@ def cell(text: str, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
-Rows = list[tuple[str, ...]]  # A name, and its value in the last column
-
-
+Rows = list[tuple[str, ...]]  # names, and a value in the last column
 _STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -104,15 +102,12 @@ class Report:
 
     def show(self, as_json: bool) -> None:
         """Print the tables, or the data as JSON."""
-        if as_json:
-            print_json(self.data)
-        else:
-            self.print()
+        print_json(self.data) if as_json else self.print()
 
 
 def print_json(data: Any) -> None:
-    """Print data as indented JSON to stdout."""
-    typer.echo(json.dumps(data, indent=2))
+    """Print data (see :func:`plain`) as indented JSON to stdout."""
+    typer.echo(json.dumps(plain(data), indent=2))
 
 
 def say(text: str) -> None:
@@ -121,10 +116,10 @@ def say(text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write data as indented JSON, atomically."""
+    """Write data (see :func:`plain`) as indented JSON, atomically."""
     from cdkd_edge.core.files import write_text
 
-    write_text(path, json.dumps(data, indent=2) + "\n")
+    write_text(path, json.dumps(plain(data), indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -164,7 +159,7 @@ def fields_of(value: Any, *names: str) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as JSON data; paths as text."""
+    """Data as JSON has it: dataclasses become objects, and paths text."""
     import msgspec
 
     return msgspec.to_builtins(value, enc_hook=str)

@@ -10,7 +10,7 @@ from typer import Argument, BadParameter, Option
 
 from cdkd_edge.benchmark.roofline.devices import RATES, device_names
 from cdkd_edge.cli.options import JSON, WORKSPACE
-from cdkd_edge.cli.report import LISTED, Listing, Report, Rows, fields_of, plain
+from cdkd_edge.cli.report import LISTED, Listing, Report, Rows, fields_of
 from cdkd_edge.core.numbers import percent, significant, size
 from cdkd_edge.core.workspace import Workspace
 
@@ -100,20 +100,15 @@ def _kernel_listing(estimate: Estimate, every: bool) -> Listing:
 def _data(found: Roofline, *, kernels: bool) -> dict[str, Any]:
     from cdkd_edge.benchmark.roofline.model import REALISTIC, SPREAD
 
-    device = {
-        **fields_of(found.device, "name", "title"),
-        "operations_per_multiprocessor_and_clock": dataclasses.asdict(found.device.rates),
-        "modes": plain(found.device.modes),
-    }
+    rates = {"operations_per_multiprocessor_and_clock": found.device.rates}
     return {
         "roofline_version": _DOCUMENT_VERSION,
         "kind": "modelled",
-        "path": str(found.path),
-        "device": device,
+        **fields_of(found, "path", "notes"),
+        "device": {**fields_of(found.device, "name", "title", "modes"), **rates},
         "assumptions": {**dataclasses.asdict(REALISTIC), "range": SPREAD},
         "graphs": [_graph_data(cost) for cost in found.graphs],
         "estimates": [_estimate_data(estimate, kernels=kernels) for estimate in found.estimates],
-        "notes": list(found.notes),
     }
 
 

@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
 SCENE_HEIGHT, SCENE_WIDTH = 2000, 3000  # px of the bundled picture that are used
 SCENE_PIXEL_M = 0.5
-MARK = ".cdkd-edge-demo"
-"""File that marks a folder as the demo's own, so that a second run may replace what the first one wrote."""
+LOAD_SECONDS = 4.0  # of the benchmark
+MARK = ".cdkd-edge-demo"  # marks a folder as the demo's own, so that a second run may replace what is in it
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def run_demo(
     Args:
         workspace: where everything is written.
         scene: the user's own scene. Default: the bundled drawn picture, 3000 x 2000 px.
-        options: bands and stretch for ``scene``.
+        options: bands, stretch and palette for the scene.
         note: called with the name of each step.
 
     Raises:
@@ -114,15 +114,13 @@ def run_demo(
     note("building the engine")
     engine_path = workspace.engines / "tiny.fp32.cpu.onnx"
     built = build_cpu_engine(exported.path, engine_path)
-    engine = load_engine(engine_path)
-    try:
+    with load_engine(engine_path) as engine:
         note("labelling the scene")
         (output,) = label_map_paths([str(scene)], None, workspace.root)
         result = segment_scene(engine, scene, output, options)
         preview = output.with_name(f"{output.stem}_preview.png")
-        write_preview(
-            scene, output, built.schema.in_palette(options.palette), class_areas(output, built.schema), preview, options
-        )
+        areas = class_areas(output, built.schema)
+        write_preview(scene, output, built.schema.in_palette(options.palette), areas, preview, options)
         mean_iou = None
         if truth is not None:
             confusion = ConfusionMatrix(len(built.schema))
@@ -131,9 +129,7 @@ def run_demo(
             mean_iou = confusion.mean_iou
         note("measuring the speed")
         folder = workspace.new_run("demo")
-        bench = run_benchmark(engine, folder, BenchOptions(protocol_of(load=4.0, warm_up_cap=4.0)))
-    finally:
-        engine.close()
+        bench = run_benchmark(engine, folder, BenchOptions(protocol_of(load=LOAD_SECONDS, warm_up_cap=LOAD_SECONDS)))
     return DemoResult(exported, built, engine_path, result, preview, mean_iou, bench, folder)
 
 
@@ -189,38 +185,28 @@ def _write_bundled(checkpoint: Path, destination: Path, skipped: str) -> Bundled
 def _claim(folder: Path) -> None:
     """Make the folder, or take one that an earlier demo wrote."""
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
-        raise WorkspaceError(
-            f"{folder} is not empty, and the demo writes only into a folder of its own",
-            hint="name a new one with --workspace",
-        )
+        what = f"{folder} is not empty, and the demo writes only into a folder of its own"
+        raise WorkspaceError(what, hint="name a new one with --workspace")
     make_folders(folder)
     (folder / MARK).touch()
 
 
 def _unpack(path: Path) -> UInt8Array:
     """Write the bundled picture as a GeoTIFF near Dubai (UTM 40N); returns its labels ``[H, W]``."""
-    bundled = resources.files("cdkd_edge.demo")
-    with bundled.joinpath("scene.jpg").open("rb") as file:
-        pixels = np.asarray(Image.open(file))[:SCENE_HEIGHT, :SCENE_WIDTH]
-    with bundled.joinpath("scene-labels.png").open("rb") as file:
-        labels = np.asarray(Image.open(file))[:SCENE_HEIGHT, :SCENE_WIDTH]
-    height, width, count = pixels.shape
-    profile = {
-        "driver": "GTiff",
-        "width": width,
-        "height": height,
-        "count": count,
-        "dtype": "uint8",
-        "photometric": "RGB",
-        "compress": "deflate",
-        "tiled": True,
-        "crs": "EPSG:32640",
-        "transform": from_origin(325_000, 2_785_000, SCENE_PIXEL_M, SCENE_PIXEL_M),
-    }
+
+    def bundled(name: str) -> UInt8Array:
+        with resources.files("cdkd_edge.demo").joinpath(name).open("rb") as file:
+            return np.asarray(Image.open(file))[:SCENE_HEIGHT, :SCENE_WIDTH]
+
+    pixels = bundled("scene.jpg").transpose(2, 0, 1)
+    count, height, width = pixels.shape
+    layout = {"driver": "GTiff", "photometric": "RGB", "compress": "deflate", "tiled": True, "dtype": "uint8"}
+    shape = {"count": count, "height": height, "width": width}
+    place = {"crs": "EPSG:32640", "transform": from_origin(325_000, 2_785_000, SCENE_PIXEL_M, SCENE_PIXEL_M)}
     with (
         whole_file(path) as temporary,
         writing(f"writing {path}", path.parent),
-        rasterio.open(temporary, "w", **profile) as dataset,
+        rasterio.open(temporary, "w", **layout, **shape, **place) as dataset,
     ):
-        dataset.write(pixels.transpose(2, 0, 1))
-    return labels
+        dataset.write(pixels)
+    return bundled("scene-labels.png")

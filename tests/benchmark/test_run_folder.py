@@ -92,9 +92,9 @@ def test_what_is_damaged_is_named(tmp_path, file, old, new, said):
 
 @pytest.mark.parametrize("table", ["tiles.csv", "trace.csv", "conditions.csv"])
 def test_a_table_larger_than_any_run_writes_is_not_read(tmp_path, table):
-    make_run(tmp_path / "run")
+    make_run(tmp_path / "run", seconds=1.0, idle_seconds=0.5, warm_up=0.5)  # its tables may have 7 MB
     path = tmp_path / "run" / table
-    for rows in ("\0" * (200 << 20), path.read_text() + "0,load,1,2.0,3.0\n" * (7 << 20)):
+    for rows in ("\0" * (8 << 20), path.read_text() + "0,load,1,2.0,3.0\n" * (1 << 19)):
         path.write_text(rows)
         begin = time.monotonic()
         with pytest.raises(BenchError, match=rf"{re.escape(table)} cannot be read: larger than \d+ MiB"):

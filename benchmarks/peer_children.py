@@ -79,6 +79,7 @@ def _torch_compile(folder: Path, threads: int) -> tuple[Run, dict[str, Any]]:
     def labels(image: torch.Tensor) -> torch.Tensor:
         return network.upsample(network(image)).argmax(dim=1).to(torch.uint8)  # type: ignore[no-any-return]
 
+    torch.compile(torch.neg)(torch.zeros(8))  # without a compiler this fails in seconds; a network, in minutes
     compiled = torch.compile(labels)
     tile = network.config.tile
     started = time.perf_counter()

@@ -104,8 +104,7 @@ def compare_runs(
         evaluations: files with the mIoU of engines, matched by the engine's SHA-256.
 
     Raises:
-        BenchError: a folder is not a run, or is damaged.
-        UsageError: there are fewer than two runs.
+        BenchError, UsageError: a folder is not a run, or is damaged; there are fewer than two runs.
         CompareError: a run has no figures, the runs are not comparable (unless forced), a limit cannot be judged, or
             an evaluation cannot be read.
     """

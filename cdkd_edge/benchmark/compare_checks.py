@@ -206,11 +206,7 @@ class _Parity:  # what is needed of ``parity.json``
 
 
 def read_scores(path: Path) -> list[Score]:
-    """The scores in a file or in the folder of ``-o``: one from an evaluation, two from a parity.
-
-    Raises:
-        CompareError: it cannot be read, or is neither.
-    """
+    """The scores in a file or in the folder of ``-o``: one from an evaluation, two from a parity; else CompareError."""
     import msgspec
 
     within = [path / name for name in ("accuracy.json", "parity.json") if (path / name).is_file()]
@@ -243,10 +239,8 @@ _HINT = "name a file that `cdkd-edge evaluate ENGINE --data DATA -o FOLDER` or `
 
 
 def scores_by_engine(files: list[Path], engines: set[str]) -> tuple[dict[str, Score], list[str]]:
-    """Scores by SHA-256 of the engine, and the files that are about none of these engines.
-
-    Raises:
-        CompareError: a file cannot be read, or two files contradict each other about an engine.
+    """Scores by SHA-256 of the engine, and the files that are about none of these engines; CompareError if a file
+    cannot be read, or two contradict each other about an engine.
     """
     found: dict[str, Score] = {}
     unmatched = []

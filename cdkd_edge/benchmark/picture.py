@@ -49,6 +49,7 @@ STYLE: Final = {
     "svg.hashsalt": "cdkd-edge",  # the same names in every run
     "text.parse_math": False,  # names of engines and rails may contain dollar signs
 }  # fmt: skip
+LOOK: Final[list[Any]] = ["default", STYLE]  # whatever the user's matplotlibrc says
 
 
 def write_trace_picture(run: Run, path: Path) -> None:
@@ -57,7 +58,7 @@ def write_trace_picture(run: Run, path: Path) -> None:
     The main rail is drawn strong, others thin. Times without readings are hatched, and no line crosses them. Means are
     drawn only if the run's figures may be quoted. Without power, the picture shows tiles/s, latency and the reason.
     """
-    with _style():
+    with style.context(LOOK):
         figure, bottom = TracePicture(run, int(WIDTH * DPI)).draw()
         with whole_file(path) as temporary:
             _save(figure, str(temporary), "png", bottom, {"Software": run.summary.tool})
@@ -65,20 +66,15 @@ def write_trace_picture(run: Run, path: Path) -> None:
 
 def trace_svg(run: Run) -> str:
     """The same picture as inline SVG."""
-    with _style():
+    with style.context(LOOK):
         return _svg(*TracePicture(run, SVG_COLUMNS).draw(), "trace", "Power, throughput and temperature against time")
 
 
 def histogram_svg(latencies: curves.Floats, latency: Latency) -> str:
     """A histogram of latencies (ms) as inline SVG. Nothing is left out: far outliers are counted in the last bar."""
-    with _style():
+    with style.context(LOOK):
         title = f"Histogram of {len(latencies)} latencies"
         return _svg(curves.draw_histogram(latencies, latency), 0.0, "histogram", title)
-
-
-def _style() -> Any:
-    """Our style, whatever the user's matplotlibrc says; undone afterwards."""
-    return style.context(["default", STYLE])
 
 
 def _save(figure: Figure, file: Any, form: str, bottom: float, metadata: dict[str, Any]) -> None:

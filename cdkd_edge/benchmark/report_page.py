@@ -35,10 +35,8 @@ def write_report_page(run: Run, path: Path) -> None:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    texts = PackageLoader("cdkd_edge.benchmark", "templates")
-    environment = Environment(
-        loader=texts, autoescape=True, undefined=StrictUndefined, finalize=visible, lstrip_blocks=True
-    )
+    texts, strict = PackageLoader("cdkd_edge.benchmark", "templates"), StrictUndefined
+    environment = Environment(loader=texts, autoescape=True, undefined=strict, finalize=visible, lstrip_blocks=True)
     environment.filters.update(number=lambda value, digits=4: significant(value, digits), percent=percent)
     latencies = curves.load_latencies_ms(run)
     figures, summary = run.summary.figures, run.summary

@@ -79,11 +79,10 @@ def run_benchmark(
         show_status: called about twice a second during the measurement.
 
     Raises:
-        EngineError: the engine failed.
-        SceneError: the scene cannot be read (checked before the measurement; a later failure is a warning).
-        PowerError: the named power source does not answer.
+        EngineError, PowerError: the engine failed; the named power source does not answer.
+        SceneError, OSError: before the measurement: the scene cannot be read; the disk is too full. Later on, a scene
+            that fails is a warning.
         UsageError: the paper's protocol with another tile or batch; no device file of that name.
-        OSError: the folder cannot be written, or its disk is too full (checked before the measurement).
     """
     tile, batch = engine.manifest.tile, engine.manifest.batch
     if options.protocol.preset == "paper" and (tile, batch) != (PAPER_TILE, 1):

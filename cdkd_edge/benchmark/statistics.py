@@ -85,7 +85,7 @@ def figure_of(values: Sequence[float], hidden: float = 0.0) -> Figure:
     mean = math.fsum(values) / max(1, len(values))
     if len(values) < 2:
         return Figure(mean, tuple(values), None)
-    half = t_quantile(len(values) - 1) * math.sqrt(_variance(values) / len(values) + hidden)
+    half = t_quantile(len(values) - 1) * math.sqrt(float(np.var(values, ddof=1)) / len(values) + hidden)
     return Figure(mean, tuple(values), Interval(mean - half, mean + half))
 
 
@@ -95,12 +95,7 @@ def variance_hidden_by_sharing(levels: Sequence[float]) -> float:
     Repeat i uses (x[i] + x[i + 1]) / 2 of n + 1 levels x (here: idle power before and after a load). If the levels have
     variance V, the mean of the repeats has variance (n - 1/2) V / n^2, while the repeats' scatter shows V / 2n less.
     """
-    return _variance(levels) / (2 * (len(levels) - 1)) if len(levels) > 2 else 0.0
-
-
-def _variance(values: Sequence[float]) -> float:
-    mean = math.fsum(values) / len(values)
-    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return float(np.var(levels, ddof=1)) / (2 * (len(levels) - 1)) if len(levels) > 2 else 0.0
 
 
 def t_quantile(freedom: int, probability: float = 0.975) -> float:

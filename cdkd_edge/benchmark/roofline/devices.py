@@ -86,11 +86,7 @@ def device_names() -> tuple[str, ...]:
 
 
 def load_device(name: str) -> Device:
-    """A device by its name, or from a TOML file.
-
-    Raises:
-        UsageError: there is no such device, or the file does not describe one.
-    """
+    """A device by its name, or from a TOML file; UsageError if it does not exist or describes none."""
     if name in device_names():
         with resources.as_file(_FILES / f"{name}.toml") as file:
             return _device(name, read_toml(file))
@@ -105,9 +101,7 @@ def load_device(name: str) -> Device:
 
 
 def find_device(*, part: str | None = None, gpu: str | None = None) -> Device | None:
-    """The device file of a machine: by the part number of its module in ``part`` (:func:`device_tree_parts`), else by
-    the GPU's name as the CUDA driver gives it; None if there is none.
-    """
+    """The device of a machine, by the text with its module's part number, else by the GPU's name; None if not known."""
     devices = [load_device(name) for name in device_names()]
     by_part = (device for device in devices if part and any(number in part for number in device.parts))
     by_gpu = (device for device in devices if gpu in device.gpu_names)

@@ -1,17 +1,11 @@
 """Group the operators of a graph into kernels as a compiler does, to count the bytes that are really moved.
 
-The rules are those of TensorRT-RTX 1.7 on these graphs (``cdkd-edge inspect ENGINE --all``; the tests compare the
-traffic with that compiler's):
-
-- element-wise operators after a product (bias, GELU, ReLU, residual) belong to its kernel; the scale and bias of an
-  INT8 product are applied by the next kernel;
-- successive normalisation, transposes and element-wise operators are one kernel;
-- reshapes, splits and transposes that a product can read directly cost nothing;
-- attention is one kernel (``fused``), or its products, softmax and the operators between them are kernels that write
-  all scores to memory (``unfused``). ``unfused, FP32 softmax`` is mixed precision in an FP16 network: kernels of their
-  own cast the scores to FP32, take the softmax, and cast the result back.
-
-A kernel reads its inputs from memory and writes what other kernels need; no cache keeps data in between.
+The rules are those of TensorRT-RTX 1.7 on these graphs (``cdkd-edge inspect ENGINE --all``; the tests compare with it):
+element-wise operators after a product belong to its kernel, except after an INT8 product, whose scale and bias the next
+kernel applies. Successive normalisation, transposes and element-wise operators are one kernel. Reshapes, splits and
+transposes that a product can read directly cost nothing. Attention is one kernel (``fused``), or its parts are kernels
+that write all scores to memory (``unfused``); with ``unfused, FP32 softmax``, others cast the scores to FP32 and back,
+as in mixed precision. A kernel reads its inputs from memory and writes what others need; nothing stays in a cache.
 """
 
 from __future__ import annotations
@@ -136,8 +130,7 @@ class _Grouping:
             if self._root(name) in self._leaving or any(user.name not in inside for user in self._users.get(name, []))
         ]
         return Kernel(
-            name=operators[0].name,
-            attention=kind == _ATTENTION,
+            name=operators[0].name, attention=kind == _ATTENTION,
             precision=next((operator.precision for operator in operators if operator.product_flop), "fp32"),
             operators=tuple(operator.name for operator in operators),
             product_flop=sum(operator.product_flop for operator in operators),
@@ -145,7 +138,7 @@ class _Grouping:
             read_bytes=sum(tensors[name].bytes for name in outside - constants),
             written_bytes=sum(tensors[name].bytes for name in written),
             constant_bytes=sum(tensors[name].bytes for name in constants),
-        )
+        )  # fmt: skip
 
     def _is_free(self, operator: Operator) -> bool:
         """Whether an operator moves no data: constant, a view, a dequantisation, or a transpose read directly."""

@@ -1,13 +1,8 @@
 """Model how fast a graph can run on a device: the sum of the rooflines of its kernels.
 
 A kernel takes as long as the slower of its arithmetic and its memory traffic, and kernels run one after the other
-(Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009, applied to each kernel). There are three speeds:
-
-- ``bound``: at the device's peak rates, without launch times; assumes that no cache keeps data between kernels;
-- ``arithmetic bound``: the products alone at the peak rate; nothing is faster at these clocks;
-- ``realistic``: at assumed shares of the peak rates, with a range for lower and higher shares.
-
-All of them are modelled and must never be shown as measurements.
+(Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009, applied to each kernel). All speeds are modelled and must
+never be shown as measurements.
 """
 
 from __future__ import annotations
@@ -80,10 +75,10 @@ class Estimate:
     kernels: int
     product_flop: int  # per batch
     traffic_bytes: int  # per batch: activations and weights
-    arithmetic_bound_fps: float
-    bound_fps: float
-    fps: float
-    low_fps: float
+    arithmetic_bound_fps: float  # the products alone at the peak rate; nothing is faster at these clocks
+    bound_fps: float  # at the peak rates, without launch times, if no cache keeps data between kernels
+    fps: float  # at the assumed shares of the peak rates
+    low_fps: float  # at lower shares
     high_fps: float
     times: tuple[KernelTime, ...]  # at the realistic shares
 

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from scene_helpers import FakeEngine, names_in, noise, pipeline_threads, relaxed, write_raster
 
 from cdkd_edge.benchmark import phases as bench_phases
+from cdkd_edge.benchmark import picture, report_page
 from cdkd_edge.benchmark import run as bench
 from cdkd_edge.benchmark.folder import read_run
 from cdkd_edge.benchmark.phases import LiveStatus, protocol_of
@@ -152,8 +153,10 @@ def test_one_repeat_has_no_interval() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_rest_and_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_phases, "SETTLE_SECONDS", 0.4)
+    monkeypatch.setattr(picture, "write_trace_picture", lambda run, path: None)
+    monkeypatch.setattr(report_page, "write_report_page", lambda run, path: None)
 
 
 @pytest.mark.parametrize(("batch", "slots"), [(1, 3), (4, 1)])
@@ -230,9 +233,12 @@ def test_repeats_follow_one_another_and_have_an_interval(folder: Path, scene: Pa
     assert re.search(r"[\d.]+ ± [\d.]+ tiles/s", dict(describe_bench(summary, folder).rows)["engine only"])
 
 
-def test_the_summary_is_json_with_everything_to_repeat_it(folder: Path, scene: Path) -> None:
+def test_the_summary_is_json_with_everything_to_repeat_it(
+    folder: Path, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # this one draws
     summary = run_benchmark(FakeEngine(), folder, BenchOptions(times(0.05), scene=scene, command="cdkd-edge bench x"))
-    assert {"summary.json", "tiles.csv"} <= set(names_in(folder))
+    assert {"summary.json", "tiles.csv", "trace.png", "report.html"} <= set(names_in(folder))
     assert not [name for name in names_in(folder) if name.startswith(".")]
 
     def no_constant(name: str) -> None:

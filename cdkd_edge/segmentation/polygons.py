@@ -23,8 +23,8 @@ from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.raster.areas import Ground, ground_of
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.styles import polygon_style
-from cdkd_edge.segmentation.products.outlines import Bools, Floats, Outlines
-from cdkd_edge.segmentation.products.regions import RegionBatch, trace_regions
+from cdkd_edge.segmentation.outlines import Bools, Floats, Outlines
+from cdkd_edge.segmentation.regions import RegionBatch, trace_regions
 
 LAYER = "classes"
 

@@ -27,12 +27,12 @@ from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.areas import Areas
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.styles import sidecar_path
+from cdkd_edge.segmentation import stac
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.outputs import LABEL_MAP, confidence_path
 from cdkd_edge.segmentation.partial import differences
-from cdkd_edge.segmentation.products import stac
-from cdkd_edge.segmentation.products.polygons import VectorOptions, require_vector, write_vector
-from cdkd_edge.segmentation.products.preview import write_preview
+from cdkd_edge.segmentation.polygons import VectorOptions, require_vector, write_vector
+from cdkd_edge.segmentation.preview import write_preview
 
 _OPTIONS = "OPTIONS"  # key under which a product keeps its options, as JSON
 

@@ -219,11 +219,11 @@ def child(scene: str, output: str, number: int) -> None:
     """Do the work of `segment` when told to; say when it is done, and stay until the parent has looked."""
     warnings.simplefilter("ignore")
     from cdkd_edge.raster.stretch import Stretch
-    from cdkd_edge.segmentation.many.jobs import EngineRef, Job
-    from cdkd_edge.segmentation.many.worker import do_job
+    from cdkd_edge.segmentation.jobs import EngineRef, Job
     from cdkd_edge.segmentation.options import SegmentOptions
-    from cdkd_edge.segmentation.products.polygons import VectorOptions, require_vector
-    from cdkd_edge.segmentation.products.write import ProductOptions
+    from cdkd_edge.segmentation.polygons import VectorOptions, require_vector
+    from cdkd_edge.segmentation.products import ProductOptions
+    from cdkd_edge.segmentation.worker import do_job
 
     case = CASES[number]
     options = dict(case.options)

@@ -24,9 +24,9 @@ from cdkd_edge.segmentation.merge_modes import DEFAULT_MERGE, merge_help, merge_
 
 if TYPE_CHECKING:
     from cdkd_edge.raster.areas import Areas
-    from cdkd_edge.segmentation.many.dispatch import RunObserver
-    from cdkd_edge.segmentation.many.jobs import Job, JobReport
-    from cdkd_edge.segmentation.products.write import ProductOptions
+    from cdkd_edge.segmentation.dispatch import RunObserver
+    from cdkd_edge.segmentation.jobs import Job, JobReport
+    from cdkd_edge.segmentation.products import ProductOptions
 else:
     RunObserver = object  # importing it takes half a second, which --help does not have
 
@@ -70,8 +70,8 @@ class ProductsGroup:
 
     def checked(self) -> ProductOptions:
         """The same, parsed."""
-        from cdkd_edge.segmentation.products.polygons import vector_options
-        from cdkd_edge.segmentation.products.write import ProductOptions
+        from cdkd_edge.segmentation.polygons import vector_options
+        from cdkd_edge.segmentation.products import ProductOptions
 
         if (self.min_area or self.simplify) and not self.vector:
             raise BadParameter("they have no effect without --vector", param_hint="--min-area, --simplify")
@@ -126,7 +126,7 @@ def segment(
     A scene that fails does not stop the others; the exit code is then 18. A label map that exists is kept if it is of
     this scene by this engine with these options.
     """
-    from cdkd_edge.segmentation.many.run import engine_ref, plan_outputs, segment_many, workers_for
+    from cdkd_edge.segmentation.many import engine_ref, plan_outputs, segment_many, workers_for
     from cdkd_edge.segmentation.partial import resume_advice
 
     many.require_sense()

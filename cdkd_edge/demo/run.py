@@ -49,7 +49,7 @@ from cdkd_edge.raster.open import writing
 from cdkd_edge.segmentation.options import SegmentOptions, SegmentResult
 from cdkd_edge.segmentation.outputs import label_map_paths
 from cdkd_edge.segmentation.pipeline import segment_scene
-from cdkd_edge.segmentation.products.preview import write_preview
+from cdkd_edge.segmentation.preview import write_preview
 
 if TYPE_CHECKING:
     from cdkd_edge.graph.export import ExportResult

@@ -43,7 +43,7 @@ main()
     ("command", "module", "name", "number", "code"),
     [
         ("bench", "cdkd_edge.benchmark.run", "fill_inputs", signal.SIGINT, 130),
-        ("segment", "cdkd_edge.segmentation.many.worker", "do_job", signal.SIGTERM, 143),
+        ("segment", "cdkd_edge.segmentation.worker", "do_job", signal.SIGTERM, 143),
     ],
     ids=["bench", "segment"],
 )

@@ -26,10 +26,10 @@ from cdkd_edge.core.errors import SceneError, UsageError
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.open import Warnings
 from cdkd_edge.raster.read import INVALID_FILL, SceneReader, Stretch, reflected
-from cdkd_edge.segmentation.many.jobs import EngineRef, Job
-from cdkd_edge.segmentation.many.worker import run_job
+from cdkd_edge.segmentation.jobs import EngineRef, Job
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.pipeline import segment_scene
+from cdkd_edge.segmentation.worker import run_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

@@ -16,7 +16,7 @@ from scene_helpers import SCHEMA, FakeEngine, names_in, noise, read_labels, writ
 from cdkd_edge.core.labels import LabelSchema, LandCoverClass, load_schema
 from cdkd_edge.raster.styles import is_users_style, label_map_style, label_map_xml, polygon_style, style_path
 from cdkd_edge.segmentation.pipeline import segment_scene
-from cdkd_edge.segmentation.products.polygons import VectorOptions, write_vector
+from cdkd_edge.segmentation.polygons import VectorOptions, write_vector
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

@@ -24,15 +24,15 @@ from cdkd_edge.core.errors import EngineError, FleetError, SceneError, SystemRef
 from cdkd_edge.core.process import child_environment
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.raster.read import SceneReader, Stretch
-from cdkd_edge.segmentation.many import dispatch
-from cdkd_edge.segmentation.many.dispatch import InProcess, ProcessPool, RunObserver
-from cdkd_edge.segmentation.many.jobs import EngineRef, Failure, Job, JobReport, decode, encode, file_state
-from cdkd_edge.segmentation.many.run import engine_ref, plan_outputs, scenes_of, segment_many, workers_for
-from cdkd_edge.segmentation.many.worker import run_job as run_and_catch
+from cdkd_edge.segmentation import dispatch
+from cdkd_edge.segmentation.dispatch import InProcess, ProcessPool, RunObserver
+from cdkd_edge.segmentation.jobs import EngineRef, Failure, Job, JobReport, decode, encode, file_state
+from cdkd_edge.segmentation.many import engine_ref, plan_outputs, scenes_of, segment_many, workers_for
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.outputs import label_map_paths
 from cdkd_edge.segmentation.pipeline import segment_scene
-from cdkd_edge.segmentation.products.write import NO_PRODUCTS, ProductOptions
+from cdkd_edge.segmentation.products import NO_PRODUCTS, ProductOptions
+from cdkd_edge.segmentation.worker import run_job as run_and_catch
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -646,7 +646,7 @@ def test_a_signal_ends_the_run_and_its_processes(
 
 
 def test_processes_share_the_cores(small_engine_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdkd_edge.segmentation.many.run.available_cores", lambda: 6)
+    monkeypatch.setattr("cdkd_edge.segmentation.many.available_cores", lambda: 6)
     assert workers_for(engine_ref(small_engine_path), None, 3)[1].threads == 2
     assert workers_for(engine_ref(small_engine_path), None, 100)[1].threads == 1
     assert workers_for(engine_ref(small_engine_path, threads=5), None, 3)[1].threads == 5

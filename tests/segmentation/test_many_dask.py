@@ -23,13 +23,13 @@ from typer.testing import CliRunner
 from cdkd_edge import cli
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, FleetError, MissingExtraError
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.segmentation.many import worker as worker_module
-from cdkd_edge.segmentation.many.dask import DaskPool, require_running, stop_run
-from cdkd_edge.segmentation.many.dispatch import Answer, RunObserver
-from cdkd_edge.segmentation.many.jobs import EngineRef, Failure, Job, JobReport, Reach, decode, encode
-from cdkd_edge.segmentation.many.run import engine_ref, segment_many
-from cdkd_edge.segmentation.many.worker import WorkerEngine, engine_path, send_progress
+from cdkd_edge.segmentation import worker as worker_module
+from cdkd_edge.segmentation.dask import DaskPool, require_running, stop_run
+from cdkd_edge.segmentation.dispatch import Answer, RunObserver
+from cdkd_edge.segmentation.jobs import EngineRef, Failure, Job, JobReport, Reach, decode, encode
+from cdkd_edge.segmentation.many import engine_ref, segment_many
 from cdkd_edge.segmentation.pipeline import segment_scene
+from cdkd_edge.segmentation.worker import WorkerEngine, engine_path, send_progress
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -176,7 +176,7 @@ def test_an_engine_that_no_worker_has(scheduler: str, small_engine_path: Path, t
 
 def test_a_scheduler_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed", reason="needs the [dask] extra")
-    monkeypatch.setattr("cdkd_edge.segmentation.many.dask._CONNECT_S", 0.3)
+    monkeypatch.setattr("cdkd_edge.segmentation.dask._CONNECT_S", 0.3)
     for address in ("tcp://127.0.0.1:9", "nonsense://x"):
         with pytest.raises(FleetError, match="no dask scheduler answers at"), DaskPool(address):
             pass
@@ -307,7 +307,7 @@ def test_a_scene_on_which_every_engine_fails_is_that_scenes_failure() -> None:
 
 
 def test_when_no_worker_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdkd_edge.segmentation.many.dispatch._CHECK_EVERY_S", 0.1)
+    monkeypatch.setattr("cdkd_edge.segmentation.dispatch._CHECK_EVERY_S", 0.1)
     with pytest.raises(FleetError, match=r"no worker for 0\.05 s"):
         answers(Simulated({"a": dies}))
     with pytest.raises(EngineError, match="no worker can do this: not here"):

@@ -26,10 +26,10 @@ from scene_helpers import SCHEMA, names_in, relaxed, write_raster
 from cdkd_edge.core.errors import MissingExtraError, SceneError, UsageError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.areas import class_areas, ground_of
-from cdkd_edge.segmentation.products import regions as regions_module
-from cdkd_edge.segmentation.products.outlines import Outlines
-from cdkd_edge.segmentation.products.polygons import VectorOptions, large_enough, vector_options, write_vector
-from cdkd_edge.segmentation.products.regions import trace_regions
+from cdkd_edge.segmentation import regions as regions_module
+from cdkd_edge.segmentation.outlines import Outlines
+from cdkd_edge.segmentation.polygons import VectorOptions, large_enough, vector_options, write_vector
+from cdkd_edge.segmentation.regions import trace_regions
 
 shapely = pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
 pyogrio = pytest.importorskip("pyogrio", reason="polygons need the extra 'vector'")
@@ -109,8 +109,8 @@ def test_simplified_borders_stay_common(side: int, tile: int, tolerance: float, 
 
 def test_noise_is_taken_in_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory goes with the borders in a tile; what comes out does not depend on the tiles."""
-    monkeypatch.setattr("cdkd_edge.segmentation.products.regions.MAX_BORDERS", 300)
-    monkeypatch.setattr("cdkd_edge.segmentation.products.regions._SMALLEST_TILE", 8)
+    monkeypatch.setattr("cdkd_edge.segmentation.regions.MAX_BORDERS", 300)
+    monkeypatch.setattr("cdkd_edge.segmentation.regions._SMALLEST_TILE", 8)
     calls: list[tuple[int, int]] = []
     original = regions_module._polygonized
     monkeypatch.setattr(
@@ -337,7 +337,7 @@ def test_a_map_without_labels(tmp_path: Path) -> None:
 def test_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = map_file(tmp_path / "map.tif", patches(100, 100), **UTM)
     write_vector(path, tmp_path / "one.gpkg", SCHEMA)
-    monkeypatch.setattr("cdkd_edge.segmentation.products.polygons._BATCH", 50)
+    monkeypatch.setattr("cdkd_edge.segmentation.polygons._BATCH", 50)
     write_vector(path, tmp_path / "many.gpkg", SCHEMA)
     _, one, _ = read(tmp_path / "one.gpkg")
     _, many, _ = read(tmp_path / "many.gpkg")
@@ -381,8 +381,8 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         yield next(trace_regions(*arguments, **options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cdkd_edge.segmentation.products.polygons._BATCH", 1)
-    monkeypatch.setattr("cdkd_edge.segmentation.products.polygons.trace_regions", interrupted)
+    monkeypatch.setattr("cdkd_edge.segmentation.polygons._BATCH", 1)
+    monkeypatch.setattr("cdkd_edge.segmentation.polygons.trace_regions", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_vector(path, tmp_path / "map.gpkg", SCHEMA)
     assert names_in(tmp_path) == ["map.gpkg", "map.tif"]
@@ -394,7 +394,7 @@ import json, resource, signal, sys
 from pathlib import Path
 from cdkd_edge.core.errors import CdkdEdgeError
 from cdkd_edge.core.labels import load_schema
-from cdkd_edge.segmentation.products.polygons import write_vector
+from cdkd_edge.segmentation.polygons import write_vector
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 for limit in map(int, sys.argv[3:]):

@@ -15,9 +15,9 @@ from cdkd_edge.core.errors import SceneError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.raster.areas import Areas, class_areas
 from cdkd_edge.raster.read import SceneReader, Stretch
+from cdkd_edge.segmentation import preview
 from cdkd_edge.segmentation.options import SegmentOptions
-from cdkd_edge.segmentation.products import preview
-from cdkd_edge.segmentation.products.preview import overlaid, round_length, write_preview
+from cdkd_edge.segmentation.preview import overlaid, round_length, write_preview
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),

@@ -13,12 +13,12 @@ from scene_helpers import FakeEngine, ProbabilityEngine, names_in, noise, write_
 from cdkd_edge.cli.segment import SceneLines
 from cdkd_edge.core.errors import SceneError
 from cdkd_edge.segmentation import spool as spool_file
-from cdkd_edge.segmentation.many.jobs import EngineRef, Job, file_state
-from cdkd_edge.segmentation.many.worker import do_job
+from cdkd_edge.segmentation.jobs import EngineRef, Job, file_state
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.pipeline import segment_scene
-from cdkd_edge.segmentation.products.write import ProductOptions
+from cdkd_edge.segmentation.products import ProductOptions
 from cdkd_edge.segmentation.spool import DiskSpaceWatch
+from cdkd_edge.segmentation.worker import do_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 

@@ -27,13 +27,13 @@ from cdkd_edge.core.errors import MissingExtraError, SceneError, UsageError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema, LandCoverClass
 from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.raster.areas import class_areas
+from cdkd_edge.segmentation import products
 from cdkd_edge.segmentation.geotiff import write_cog
-from cdkd_edge.segmentation.many.jobs import EngineRef, Job, file_state
-from cdkd_edge.segmentation.many.worker import do_job
+from cdkd_edge.segmentation.jobs import EngineRef, Job, file_state
 from cdkd_edge.segmentation.options import SegmentOptions
-from cdkd_edge.segmentation.products import write as products
-from cdkd_edge.segmentation.products.polygons import VectorOptions
-from cdkd_edge.segmentation.products.stac import (
+from cdkd_edge.segmentation.polygons import VectorOptions
+from cdkd_edge.segmentation.products import ProductOptions, product_paths, write_products
+from cdkd_edge.segmentation.stac import (
     EXTENSIONS,
     When,
     complete_item,
@@ -42,7 +42,7 @@ from cdkd_edge.segmentation.products.stac import (
     parse_when,
     write_item,
 )
-from cdkd_edge.segmentation.products.write import ProductOptions, product_paths, write_products
+from cdkd_edge.segmentation.worker import do_job
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),

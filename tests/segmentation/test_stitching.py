@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rasterio.features import shapes
 from scene_helpers import relaxed
 
-from cdkd_edge.segmentation.products.outlines import Outlines, Piece, TilePieces, unite
+from cdkd_edge.segmentation.outlines import Outlines, Piece, TilePieces, unite
 
 shapely = pytest.importorskip("shapely", reason="polygons need the extra 'vector'")
 

@@ -23,14 +23,15 @@ from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.raster.areas import Ground, ground_of
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.styles import polygon_style
-from cdkd_edge.segmentation.products.outlines import Bools, Floats, Outlines
-from cdkd_edge.segmentation.products.regions import RegionBatch, trace_regions
+from cdkd_edge.segmentation.outlines import Bools, Floats, Outlines
+from cdkd_edge.segmentation.regions import RegionBatch, trace_regions
 
 LAYER = "classes"
 
 _BATCH, _BATCH_BYTES = 10_000, 4 << 20  # polygons, and bytes of them, that are written at once
 _MIN_FREE_BYTES = 1 << 20
 _EPOCH = "1970-01-01T00:00:00.000Z"  # time of change in the file, so that the same map gives the same bytes
+_NOTHING: tuple[npt.NDArray[Any], ...] = (np.empty(0, object), np.empty(0, np.uint8), np.empty(0))
 # The table "layer_styles", in which QGIS finds a layer's style.
 _STYLE_FIELDS = [
     "f_table_catalog", "f_table_schema", "f_table_name", "f_geometry_column", "styleName", "styleQML", "styleSLD",
@@ -182,7 +183,7 @@ class _GeoPackage:
         self._transform = Affine.scale(1, -1) if dataset.transform.is_identity else dataset.transform
         self._limits = options.minimum_m2, options.minimum_px
         self._metadata = dict(metadata) if metadata else None
-        self._waiting: list[tuple[npt.NDArray[Any], ...]] = []
+        self._waiting = [_NOTHING]
         self._count = self._bytes = 0  # of what is waiting
         self._created = self._in_parts = False
         self.notes = [] if ground.known else [f"no areas: {ground.reason}"]
@@ -215,10 +216,9 @@ class _GeoPackage:
 
     def finish(self) -> None:
         """Write the waiting polygons (an empty layer if there are none) and the style."""
-        if self._waiting or not self._created:
+        if self._count or not self._created:
             self._flush()
-        style = polygon_style(self._schema)
-        about = "colours of the label schema"
+        style, about = polygon_style(self._schema), "colours of the label schema"
         row = ["", "", LAYER, "geom", "classes", style, "", True, about, "", "", _EPOCH]
         values = [np.array([value], object if isinstance(value, str) else None) for value in row]
         self._write(None, values, _STYLE_FIELDS, layer="layer_styles", geometry_type=None)
@@ -226,9 +226,8 @@ class _GeoPackage:
             self.notes.insert(0, "regions of more than 200,000 vertices are in parts")
 
     def _flush(self) -> None:
-        empty = (np.empty(0, object), np.empty(0, np.uint8), np.empty(0))
-        wkb, labels, areas = (np.concatenate(part) for part in zip(*(self._waiting or [empty]), strict=True))
-        self._waiting, self._count, self._bytes = [], 0, 0
+        wkb, labels, areas = (np.concatenate(part) for part in zip(*self._waiting, strict=True))
+        self._waiting, self._count, self._bytes = [_NOTHING], 0, 0
         names = np.array(self._schema.class_names, object)
         colors = np.array(["#{:02x}{:02x}{:02x}".format(*cls.shown) for cls in self._schema.classes], object)
         hectares = areas / 10_000 if self._ground.known else np.full(len(areas), np.nan)

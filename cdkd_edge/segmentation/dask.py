@@ -21,10 +21,10 @@ from typing import Any
 
 from cdkd_edge.core.errors import FleetError, MissingExtraError
 from cdkd_edge.raster.open import is_gdal_name
-from cdkd_edge.segmentation.many.dispatch import Answer, RunObserver, Task, WorkerPool
-from cdkd_edge.segmentation.many.jobs import Job, JobReport, Reach, decode, encode
-from cdkd_edge.segmentation.many.worker import WorkerEngine, send_progress
+from cdkd_edge.segmentation.dispatch import Answer, RunObserver, Task, WorkerPool
+from cdkd_edge.segmentation.jobs import Job, JobReport, Reach, decode, encode
 from cdkd_edge.segmentation.outputs import confidence_path
+from cdkd_edge.segmentation.worker import WorkerEngine, send_progress
 
 _CONNECT_S = 15
 _STOP_S = 5

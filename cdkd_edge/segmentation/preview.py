@@ -29,6 +29,7 @@ _OPACITY, _BORDER_OPACITY = 0.5, 0.9
 # value, so that colours over shadow and water look like those of the legend.
 _GREY_SHARE, _BLACK_LEVEL = 0.5, 70
 _PAPER, _INK, _QUIET, _NO_DATA = (255, 255, 255), (28, 32, 38), (96, 104, 114), (232, 232, 232)
+_PLATE = (*_PAPER, 205)  # fades the picture below text, so that it can be read
 _SMALL_HA = 0.1
 _STRIP = 128  # rows coloured at a time: floats take four times the memory of bytes
 
@@ -152,12 +153,11 @@ def _draw_scale_bar(picture: Image.Image, metres_per_px: float | None, size: int
     length = round_length(metres_per_px * picture.width / 4)
     side = round(length / metres_per_px)
     text = f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m" if length >= 0.01 else f"{length * 1000:g} mm"
-    font, pad, thick = _font(size), size // 2, max(3, size // 5)
-    wide = round(max(side, ImageDraw.Draw(picture).textlength(text, font=font)))
+    font, pad, thick, draw = _font(size), size // 2, max(3, size // 5), ImageDraw.Draw(picture, "RGBA")
+    wide = round(max(side, draw.textlength(text, font=font)))
     x1, y1 = picture.width - size, picture.height - size
     box = (x1 - wide - 2 * pad, y1 - round(2.2 * size) - pad, x1, y1)
-    _draw_plate(picture, box)
-    draw = ImageDraw.Draw(picture)
+    draw.rectangle(box, fill=_PLATE)
     middle = (box[0] + box[2]) / 2
     draw.text((middle, box[1] + pad), text, fill=_INK, font=font, anchor="mt")
     y = box[3] - pad
@@ -169,22 +169,13 @@ def _draw_north(picture: Image.Image, north: tuple[float, float] | None, size: i
     if north is None or min(picture.size) < 6 * radius:
         return
     x, y = picture.width - size - radius, size + radius
-    _draw_plate(picture, (round(x - radius), round(y - radius), round(x + radius), round(y + radius)), ellipse=True)
-    draw = ImageDraw.Draw(picture)
-    dx, dy = north
+    draw, (dx, dy) = ImageDraw.Draw(picture, "RGBA"), north
+    draw.ellipse((round(x - radius), round(y - radius), round(x + radius), round(y + radius)), fill=_PLATE)
     tip, base = 0.92 * radius, 0.1 * radius
     at = [(x + dx * tip, y + dy * tip)]
     at += [(x + dx * base + side * dy * 0.34 * radius, y + dy * base - side * dx * 0.34 * radius) for side in (1, -1)]
     draw.polygon(at, fill=_INK)
     draw.text((x - dx * 0.42 * radius, y - dy * 0.42 * radius), "N", fill=_INK, font=_font(0.95 * size), anchor="mm")
-
-
-def _draw_plate(picture: Image.Image, box: tuple[int, int, int, int], *, ellipse: bool = False) -> None:
-    """Fade a part of the picture, so that text on it can be read."""
-    mask = Image.new("L", picture.size, 0)
-    draw = ImageDraw.Draw(mask)
-    (draw.ellipse if ellipse else draw.rectangle)(box, fill=205)
-    picture.paste(_PAPER, (0, 0), mask)
 
 
 class _Entry(NamedTuple):
@@ -221,10 +212,9 @@ def _composed(panels: Sequence[Image.Image], legend: Sequence[_Entry], size: int
     table, measure = _font(size), ImageDraw.Draw(panels[0])
     swatch, gap = round(size * 1.1), size // 2
     # Columns of one width, so that numbers are aligned.
-    texts = [[entry.name for entry in legend], [entry.share for entry in legend], [entry.area for entry in legend]]
-    name, share, area = (
-        max((round(measure.textlength(one, font=table)) for one in column), default=0) for column in texts
-    )
+    texts = [("", "", ""), *((entry.name, entry.share, entry.area) for entry in legend)]
+    widths = [[round(measure.textlength(text, font=table)) for text in row] for row in texts]
+    name, share, area = np.max(widths, axis=0).tolist()
     cell = swatch + gap + name + 2 * gap + share + (2 * gap + area if area else 0)
     columns = max(1, min(len(legend), (across + 3 * gap) // (cell + 3 * gap)))
     rows = -(-len(legend) // columns)

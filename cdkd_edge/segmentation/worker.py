@@ -1,6 +1,6 @@
 """Does one job: makes a label map with its products, or keeps the one that is there; and the process that does jobs.
 
-``python -m cdkd_edge.segmentation.many.worker`` is a process of ``segment --workers``. It loads one engine and does one
+``python -m cdkd_edge.segmentation.worker`` is a process of ``segment --workers``. It loads one engine and does one
 job at a time.
 """
 
@@ -31,7 +31,7 @@ from cdkd_edge.raster.areas import class_areas
 from cdkd_edge.raster.open import gdal, is_gdal_name, open_scene
 from cdkd_edge.raster.styles import describes, is_users_style, label_map_style, label_map_xml, sidecar_path, style_path
 from cdkd_edge.segmentation import partial, pipeline
-from cdkd_edge.segmentation.many.jobs import (
+from cdkd_edge.segmentation.jobs import (
     EngineRef,
     Job,
     JobReport,
@@ -43,7 +43,7 @@ from cdkd_edge.segmentation.many.jobs import (
     file_state,
 )
 from cdkd_edge.segmentation.outputs import confidence_path
-from cdkd_edge.segmentation.products.write import mismatch, product_paths, source_of, write_products
+from cdkd_edge.segmentation.products import mismatch, product_paths, source_of, write_products
 
 Progress = Callable[[int, int], None]
 

@@ -19,7 +19,7 @@ from rasterio.windows import Window
 
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.machine import hand_memory_back
-from cdkd_edge.segmentation.products.outlines import Bools, Ints, Outlines, Piece, TilePieces, root_of, unite
+from cdkd_edge.segmentation.outlines import Bools, Ints, Outlines, Piece, TilePieces, root_of, unite
 
 TILE = 1024  # side of a tile, px: a multiple of the label map's blocks
 MAX_VERTICES = 200_000  # a region with more vertices comes in parts: joining its pieces takes about 90 bytes per vertex

@@ -26,7 +26,7 @@ from cdkd_edge.core.errors import EngineError, SystemRefusalError, UsageError, a
 from cdkd_edge.core.files import is_stream, write_text
 from cdkd_edge.raster.areas import Areas
 from cdkd_edge.segmentation.options import SegmentOptions, SegmentResult
-from cdkd_edge.segmentation.products.write import NO_PRODUCTS, PRODUCTS, ProductOptions
+from cdkd_edge.segmentation.products import NO_PRODUCTS, PRODUCTS, ProductOptions
 
 REPORT_VERSION = 1
 

@@ -15,12 +15,12 @@ from cdkd_edge.core.manifest import EngineManifest, GraphManifest, kind_of, read
 from cdkd_edge.raster.find import file_key, rasters_named
 from cdkd_edge.raster.open import is_gdal_name
 from cdkd_edge.raster.styles import sidecar_path
-from cdkd_edge.segmentation.many.dispatch import InProcess, ProcessPool, RunObserver, Workers
-from cdkd_edge.segmentation.many.jobs import Ended, EngineRef, Failure, Job, Reach, RunReport, Status, file_state
-from cdkd_edge.segmentation.many.worker import is_label_map
+from cdkd_edge.segmentation.dispatch import InProcess, ProcessPool, RunObserver, Workers
+from cdkd_edge.segmentation.jobs import Ended, EngineRef, Failure, Job, Reach, RunReport, Status, file_state
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.outputs import label_map_paths, require_file_place
-from cdkd_edge.segmentation.products.write import NO_PRODUCTS, ProductOptions, product_paths
+from cdkd_edge.segmentation.products import NO_PRODUCTS, ProductOptions, product_paths
+from cdkd_edge.segmentation.worker import is_label_map
 
 _MOST_SCENES = 100_000  # in a list; the report alone of so many takes 100 MB
 _NAMES_SHOWN = 3
@@ -221,7 +221,7 @@ def workers_for(engine: EngineRef, scheduler: str | None, processes: int | None)
     ``scheduler`` is the address of a dask scheduler, ``processes`` how many to start here; default: this process.
     """
     if scheduler is not None:
-        from cdkd_edge.segmentation.many.dask import DaskPool
+        from cdkd_edge.segmentation.dask import DaskPool
 
         return DaskPool(scheduler), engine
     if processes is None:

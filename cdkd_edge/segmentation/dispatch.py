@@ -22,8 +22,8 @@ from cdkd_edge.core.errors import EngineError, FleetError
 from cdkd_edge.core.process import end_children, events, module_command, start_child
 from cdkd_edge.core.signals import check
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.segmentation.many.jobs import EngineRef, Failure, Job, JobReport, Reach, decode, encode
-from cdkd_edge.segmentation.many.worker import run_job
+from cdkd_edge.segmentation.jobs import EngineRef, Failure, Job, JobReport, Reach, decode, encode
+from cdkd_edge.segmentation.worker import run_job
 
 ATTEMPTS = 3  # a job that was begun so often without an answer is not tried again: it may be what kills its workers
 _ENGINE_FAILURES = 2  # a worker whose engine fails so often in a row gets no more jobs
@@ -245,7 +245,7 @@ class _Process:
     def __init__(self, queued: queue.SimpleQueue[Any]) -> None:
         self._queued = queued
         self._task: Task | None = None
-        self.process = start_child(module_command("cdkd_edge.segmentation.many.worker"))
+        self.process = start_child(module_command("cdkd_edge.segmentation.worker"))
         threading.Thread(target=self._read, daemon=True).start()
 
     def give(self, task: Task) -> Task:

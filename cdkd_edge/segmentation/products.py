@@ -27,19 +27,12 @@ from cdkd_edge.engines.protocol import Labeller
 from cdkd_edge.raster.areas import Areas
 from cdkd_edge.raster.open import gdal, open_scene
 from cdkd_edge.raster.styles import sidecar_path
+from cdkd_edge.segmentation import stac
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.outputs import LABEL_MAP, confidence_path
 from cdkd_edge.segmentation.partial import differences
-from cdkd_edge.segmentation.products.polygons import VectorOptions, require_vector, write_vector
-from cdkd_edge.segmentation.products.preview import write_preview
-from cdkd_edge.segmentation.products.stac import (
-    complete_item,
-    item_for,
-    label_map_of,
-    parse_when,
-    read_item,
-    write_item,
-)
+from cdkd_edge.segmentation.polygons import VectorOptions, require_vector, write_vector
+from cdkd_edge.segmentation.preview import write_preview
 
 _OPTIONS = "OPTIONS"  # key under which a product keeps its options, as JSON
 
@@ -61,7 +54,7 @@ class ProductOptions:
         if self.vector is not None:
             require_vector()
         if self.when:
-            parse_when(self.when)
+            stac.parse_when(self.when)
 
 
 PRODUCTS = ("vector", "preview", "stac")
@@ -123,12 +116,12 @@ def write_products(
             # Also list what an earlier run made of this map.
             others = product_paths(label_map, _ALL_PRODUCTS, confidence=True)
             others = {k: p for k, p in others.items() if k not in paths and mismatch(k, p, source) is None}
-            when = parse_when(options.when) if options.when else None
-            item = item_for(
+            when = stac.parse_when(options.when) if options.when else None
+            item = stac.item_for(
                 label_map, scene, schema, areas, engine=engine.artefact, when=when, assets={**others, **assets}
             )
-            write_item(paths["stac"], item)
-        elif "stac" in paths and complete_item(paths["stac"], label_map, assets):
+            stac.write_item(paths["stac"], item)
+        elif "stac" in paths and stac.complete_item(paths["stac"], label_map, assets):
             notes.append(f"{paths['stac'].name} was there; what it did not list was added")
     return {name: str(paths[name]) for name in wanted}, tuple(dict.fromkeys(notes))
 
@@ -158,7 +151,7 @@ def mismatch(name: str, path: Path, source: str, options: ProductOptions = NO_PR
         with contextlib.suppress(ValueError, RecursionError):
             changes = differences(json.loads(stored.get(_OPTIONS, "")), dataclasses.asdict(options.vector))
         return f"was made with other options: {'; '.join(changes) or 'unknown ones'}"
-    if name == "stac" and options.when and stored[_OPTIONS] != json.dumps(parse_when(options.when).fields):
+    if name == "stac" and options.when and stored[_OPTIONS] != json.dumps(stac.parse_when(options.when).fields):
         return f"has another time: {stored[_OPTIONS]}"
     return None
 
@@ -221,9 +214,9 @@ def _read_picture(path: Path) -> dict[str, str]:
 
 
 def _read_item(path: Path) -> dict[str, str]:
-    item = read_item(path)
+    item = stac.read_item(path)
     times = [item["properties"].get(key) for key in ("datetime", "start_datetime", "end_datetime")]
-    return {LABEL_MAP: f"sha256:{label_map_of(item)}", _OPTIONS: json.dumps(times)}
+    return {LABEL_MAP: f"sha256:{stac.label_map_of(item)}", _OPTIONS: json.dumps(times)}
 
 
 _UNREADABLE = (SceneError, OSError, sqlite3.Error, ValueError, SyntaxError, Image.DecompressionBombError)

@@ -1,1 +1,0 @@
-"""Many scenes: in this process, in several processes, or on the workers of a scheduler."""

@@ -1,1 +1,0 @@
-"""What is made beside a label map: polygons, a preview, a STAC Item (:mod:`.write` makes them)."""

@@ -197,7 +197,7 @@ def check_fp16(
     logits = [] if least is not None else [_add_best_scores(model)]
     fuse_attention(model)
     note("labels of the FP32 graph")
-    session = cpu_session(model, in_order=True)
+    session = cpu_session(model)
     del model
     wanted = ["labels", *logits, _BEST] if logits else ["labels"]
     expected = [run_session(session, wanted, batch) for batch in batches]

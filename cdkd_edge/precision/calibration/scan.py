@@ -31,7 +31,7 @@ from cdkd_edge.precision.calibration.descriptors import (
     make_thumbnail,
     match_thumbnails,
 )
-from cdkd_edge.precision.calibration.exclusions import Exclusions, PixelWindow, overlaps
+from cdkd_edge.precision.calibration.exclusions import Exclusions, overlaps
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.open import gdal, open_scene, place_problem
 from cdkd_edge.segmentation.options import SegmentOptions
@@ -176,12 +176,6 @@ class Candidates:
 
     def __len__(self) -> int:
         return len(self.pixels)
-
-    def window(self, index: int) -> PixelWindow:
-        """Where a candidate lies in its scene."""
-        x, y = self.place[index].tolist()
-        side = self.scenes[int(self.scene[index])].tile
-        return x, y, side, side
 
     def keep(self, mask: npt.NDArray[np.bool_]) -> Candidates:
         """Those for which ``mask`` ``[N]`` is true."""

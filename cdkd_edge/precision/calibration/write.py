@@ -98,7 +98,7 @@ def write_set(
         try:
             pixels = np.empty((3, tiled.tile, tiled.tile), np.uint8)
             for index in sorted(indices):
-                x, y, _, _ = candidates.window(index)
+                x, y = candidates.place[index].tolist()
                 reader.read_tile(Span(y, 0, tiled.height), Span(x, 0, tiled.width), pixels)
                 if pixels_sha256(pixels) != candidates.pixels[index]:
                     raise SceneError(f"{tiled.path} changed while it was read")
@@ -117,10 +117,11 @@ def write_set(
 
 
 def _record(candidates: Candidates, tile: ChosenTile, role: Role, number: int) -> TileRecord:
-    sha256, scene = str(candidates.pixels[tile.index]), candidates.scenes[int(candidates.scene[tile.index])].path
-    x, y, width, height = candidates.window(tile.index)
+    scene = candidates.scenes[int(candidates.scene[tile.index])]
+    x, y = candidates.place[tile.index].tolist()
+    where = (scene.path, x, y, scene.tile, scene.tile)
     chosen = (tile.kind, tile.why, tile.score, tile.represents, tile.stratum)
-    return TileRecord(f"{role}/{number:04}.png", sha256, scene, x, y, width, height, role, *chosen)
+    return TileRecord(f"{role}/{number:04}.png", str(candidates.pixels[tile.index]), *where, role, *chosen)
 
 
 def _sheet(name: str, manifest: SetManifest, choice: Choice, pictures: dict[int, npt.NDArray[np.uint8]]) -> Sheet:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from cdkd_edge.graph.fp16_simulation import (
     run_session,
 )
 from cdkd_edge.graph.layers import logits_of, position_embedding, scores_of
-from cdkd_edge.graph.nodes import batch_of, copy_of, retype, show_values
+from cdkd_edge.graph.nodes import Note, batch_of, copy_of, retype, show_values
 
 ROUNDOFF = 2.0**-11  # FP16 moves a number by at most this share of it
 SPREADS = 5.0  # standard deviations that a logit may be off, so that none of a million is off by chance
@@ -62,7 +62,7 @@ def write_fp16(
     tiles: Iterable[UInt8Array] | None = None,
     imagery: str = "drawn",
     least: float | None = None,
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = lambda text: None,
 ) -> GraphManifest:
     """Make the FP16 graph of an exported FP32 graph, check it, write it and its manifest.
 
@@ -166,7 +166,7 @@ def check_fp16(
     half: onnx.ModelProto,
     tiles: Iterable[UInt8Array],
     imagery: str,
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = lambda text: None,
     *,
     least: float | None = None,
 ) -> ConversionCheck:
@@ -180,7 +180,6 @@ def check_fp16(
         plain, half: the FP32 and the FP16 graph.
         tiles: uint8 ``[3, T, T]`` tiles; each takes a few seconds at 1024 px.
         imagery: what they are, for the manifest.
-        note: called with the name of each step.
         least: judge labels by the share of pixels that must keep theirs, in place of logits and ties, as INT8 needs.
 
     Raises:

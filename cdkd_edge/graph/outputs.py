@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.graph.cpu import cpu_session, open_session
 from cdkd_edge.graph.files import read_graph, save_derived
 from cdkd_edge.graph.layers import scores_of
-from cdkd_edge.graph.nodes import NodeWriter, copy_of, opset_of, replace_nodes
+from cdkd_edge.graph.nodes import NodeWriter, Note, copy_of, opset_of, replace_nodes
 
 CHECK_SIDE = 64  # side of the map of random logits on which a new branch is compared with NumPy
 
@@ -91,9 +90,7 @@ def output_branch(scores: str, kind: str, opset: int, *, half: bool) -> NodeWrit
     return writer
 
 
-def write_variant(
-    source: Path, destination: Path, kind: str, note: Callable[[str], None] = lambda text: None
-) -> GraphManifest:
+def write_variant(source: Path, destination: Path, kind: str, note: Note = lambda text: None) -> GraphManifest:
     """Write the graph with ``confidence`` or ``probabilities`` of a graph that gives labels alone, and its manifest.
 
     Raises:

@@ -190,7 +190,7 @@ def _method(points: Points, chosen: list[int], seed: int, *, stratified: bool) -
 def choose(
     points: Points, count: int, usable: Mask, seed: int, crowds: Crowds | None = None, extremes: float = EXTREMES
 ) -> list[ChosenTile]:
-    """Choose candidates that cover all usable ones (see the module).
+    """Choose candidates that cover all usable ones (see the module): extremes, then typical ones.
 
     Args:
         points: where candidates lie, ``[N, D]``.
@@ -199,9 +199,6 @@ def choose(
         seed: of k-means++.
         crowds: the candidates that a chosen one rules out.
         extremes: share that is chosen by farthest points.
-
-    Returns:
-        Extremes first, then typical ones, in the order of choice.
     """
     usable = usable.copy()
     members = np.flatnonzero(usable)

@@ -71,15 +71,10 @@ def write_set(
     reading: SegmentOptions,
     description: dict[str, Any],
 ) -> SetManifest:
-    """Write a set called ``name`` into an empty folder. Tiles are read again, and compared with what was scanned.
+    """Write a set called ``name`` into an empty folder.
 
-    Args:
-        folder, name, candidates, choice: these.
-        reading: bands and stretch, as in the scan.
-        description: the manifest's fields about the whole set.
-
-    Raises:
-        SceneError: a scene cannot be read again, or changed meanwhile.
+    Tiles are read again with ``reading``, as in the scan; SceneError if a scene changed meanwhile. ``description`` are
+    the manifest's fields about the whole set.
     """
     side = thumbnail_side(len(choice.calibration) + len(choice.check))
     records: dict[int, TileRecord] = {}

@@ -255,11 +255,7 @@ def _outdated(plain: Path, manifest: GraphManifest, *, qgis: bool, stac: bool) -
 
 
 def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A graph without dead ends, no-ops and duplicate constants, or ``model`` itself if that has fewer nodes.
-
-    Raises:
-        MissingExtraError, GraphError: onnxsim is not installed; the simplified graph is not valid ONNX.
-    """
+    """A checked graph without dead ends, no-ops, duplicate constants; ``model`` itself if that has fewer nodes."""
     try:
         import onnxsim
     except ImportError:
@@ -281,11 +277,7 @@ def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def check_graph(graph: Path, network: SegmentationNetwork, tiles: npt.NDArray[np.uint8], batch: int = 1) -> GraphCheck:
-    """Run an FP32 graph in ONNX Runtime, its network in PyTorch on tiles ``[M, 3, T, T]``, M a multiple of ``batch``.
-
-    Raises:
-        NumericalCheckError: a logit differs by more than rounding.
-    """
+    """Compare an FP32 graph in ONNX Runtime with PyTorch on tiles ``[M, 3, T, T]``, M a multiple of ``batch``."""
     model = onnx.load(graph)
     show_values(model, [LOGITS])
     session = cpu_session(model)

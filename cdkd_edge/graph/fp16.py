@@ -66,10 +66,7 @@ def write_fp16(
 ) -> GraphManifest:
     """Make the FP16 graph of an exported FP32 graph, check it, write it and its manifest.
 
-    Args:
-        plain: the FP32 graph with its manifest.
-        destination: final path of the FP16 graph.
-        tiles, imagery, least, note: as for :func:`check_fp16`. Default: two drawn tiles.
+    ``tiles``, ``imagery`` and ``least`` are as for :func:`check_fp16`. Default: two drawn tiles.
 
     Raises:
         ManifestError: the graph is not what its manifest says, or the destination is not ours to replace.
@@ -106,7 +103,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of an FP32 graph of :mod:`.build` in FP16; inputs, outputs and names stay the same.
 
     Raises:
-        GraphError: a weight does not fit FP16, or this is not an exported FP32 graph.
+        GraphError: a weight does not fit FP16 (WeightRangeError), or this is not an exported FP32 graph.
     """
     half = copy_of(model)
     graph = half.graph
@@ -259,7 +256,7 @@ def _require_near(found: list[Any], exact: list[Any], roundings: int, imagery: s
     Args:
         found: labels ``[N, T, T]`` and logits ``[N, K, G, G]`` in FP16.
         exact: the same in FP32, and its two best scores ``[N, 2, T, T]``.
-        roundings, imagery: as for :func:`logit_tolerance` and :func:`check_fp16`.
+        roundings, imagery: see :func:`logit_tolerance`, :func:`check_fp16`.
 
     Returns:
         The largest difference of a logit, and the tolerance.

@@ -60,11 +60,7 @@ def magnitudes() -> npt.NDArray[np.float64]:
 def observe(
     model: onnx.ModelProto, layers: Sequence[QuantizableLayer], tiles: Iterable[UInt8Array]
 ) -> dict[str, Observation]:
-    """Run the FP32 graph on every tile ``[3, T, T]``; returns statistics of the inputs of ``layers``, by name.
-
-    Raises:
-        ValueError: there is no tile.
-    """
+    """Run the FP32 graph on every tile ``[3, T, T]``; returns statistics of the inputs of ``layers``, by name."""
     probe = copy_of(model)
     fuse_attention(probe)
     channels_last = {layer.input: layer.op == "MatMul" for layer in layers}

@@ -95,7 +95,7 @@ def write_variant(source: Path, destination: Path, kind: str, note: Note = lambd
 
     Raises:
         ManifestError: the source is not what its manifest says, or the destination is not ours to replace.
-        GraphError: the source is not a graph of this package, or gives more than labels already.
+        GraphError: the source gives more than labels, or does not end in them.
         NumericalCheckError: the new branch does not compute softmax on this machine.
     """
     require_replaceable(destination)
@@ -112,13 +112,10 @@ def write_variant(source: Path, destination: Path, kind: str, note: Note = lambd
 
 
 def check_branch(kind: str, classes: int, opset: int, *, half: bool) -> float:
-    """Run a branch alone on random logits and compare it with :func:`expected_output`.
+    """Compare a branch alone on random logits with :func:`expected_output`.
 
     Returns:
         Share of values that differ, each by one step: FP32 rounds to the other side of a half.
-
-    Raises:
-        NumericalCheckError: a value differs by more than one step, or more than one in a thousand by one.
     """
     kinds = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     branch = output_branch("scores", kind, opset, half=half)

@@ -67,8 +67,7 @@ def write_int8(
     """Make the INT8 graph of an exported FP32 graph and judge it; write it with its manifest and report.
 
     Args:
-        plain: the FP32 graph with its manifest.
-        destination: final path of the INT8 graph (``.onnx``); the report lies beside it (``.md``).
+        plain, destination: the FP32 graph and the INT8 graph (``.onnx``); the report lies beside that (``.md``).
         tiles: calibration tiles to set ranges with, check tiles to judge on.
         options: how to quantise, and the gate.
         data: labelled images. Without them mIoU is not measured and not part of the gate.

@@ -111,10 +111,10 @@ def choose_tiles(
 
 
 def strata(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
-    """The class that each tile is chosen for: the one whose share in it is largest, compared with the whole archive.
+    """The class ``[N]`` that each tile is chosen for (-1: none), from pixels per tile and label, ``[N, 255]``.
 
-    Rare classes (roads, water in a desert) prevail in no tile, but some tile is always richest in them. From pixels per
-    tile and label, ``[N, 255]``, a label per tile, ``[N]``; -1 where no pixel has one.
+    It is the one whose share in the tile is largest, compared with the whole archive: rare classes (roads, water in a
+    desert) prevail in no tile, but some tile is always richest in them.
     """
     total = counts.sum(axis=1, keepdims=True)
     share = counts / np.maximum(total, 1)

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
 from cdkd_edge.precision.calibration.choose import choose, coverage_radius
 from cdkd_edge.precision.calibration.descriptors import standardise
-from cdkd_edge.precision.calibration.scan import Candidates, ScanOptions, TiledScene, scan_scenes
+from cdkd_edge.precision.calibration.scan import CalibrateOptions, Candidates, TiledScene, scan_scenes
 from cdkd_edge.raster.find import scenes_named
 from cdkd_edge.raster.grid import Span
 from cdkd_edge.raster.read import SceneReader
@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tile = read_manifest(arguments.graph, GraphManifest).tile
     scenes = [TiledScene.open(path, tile) for path in scenes_named(arguments.scenes)]
-    candidates = scan_scenes(scenes, ScanOptions(tile)).without_duplicates()
+    candidates = scan_scenes(scenes, CalibrateOptions(tile)).without_duplicates()
     points = standardise(candidates.features)
     magnitudes = largest_magnitudes(candidates, arguments.graph)
     everything = np.ones(len(points), bool)

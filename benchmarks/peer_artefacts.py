@@ -24,8 +24,8 @@ from cdkd_edge.engines.runtimes import RUNTIMES, build_engine
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint
 from cdkd_edge.graph.tiles import CalibrationSet
 from cdkd_edge.model.checkpoint import load_checkpoint, save_checkpoint
-from cdkd_edge.precision.calibration.calibrate import CalibrateOptions, calibrate
-from cdkd_edge.precision.calibration.scan import TiledScene
+from cdkd_edge.precision.calibration.calibrate import calibrate
+from cdkd_edge.precision.calibration.scan import CalibrateOptions, TiledScene
 from cdkd_edge.precision.int8 import Int8Options, write_int8
 from cdkd_edge.precision.int8_gate import Int8Gate
 from cdkd_edge.raster.find import scenes_named

@@ -51,8 +51,9 @@ def calibrate(
     as_json: bool = JSON,
 ) -> None:
     """Choose tiles of scenes for INT8: they cover the imagery. Writes engines/calibration/NAME/."""
-    from cdkd_edge.precision.calibration.calibrate import CalibrateOptions, default_folder, default_tile, tile_sides
     from cdkd_edge.precision.calibration.calibrate import calibrate as choose_tiles
+    from cdkd_edge.precision.calibration.calibrate import default_folder, default_tile, tile_sides
+    from cdkd_edge.precision.calibration.scan import CalibrateOptions
 
     space, tile, sides = Workspace(workspace), chosen.tile, tile_sides(Workspace(workspace))
     if tile and sides and tile not in sides:  # `build --int8` would find it after the work

@@ -57,16 +57,12 @@ def open_session(
         raise refused(" ".join(str(error).split())[:300]) from None
 
 
-def cpu_session(model: onnx.ModelProto, *, in_order: bool = False) -> Any:
-    """A session for reading values out of a graph of at most 2 GB, on all cores this process may use.
-
-    ``in_order`` runs nodes as the graph lists them. ONNX Runtime's own order leaves side branches for the end and keeps
-    their inputs until then.
-    """
+def cpu_session(model: onnx.ModelProto) -> Any:
+    """A session for reading values out of a graph of at most 2 GB, on all cores this process may use."""
     options = session_options()
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # they would never give back large outputs
-    if in_order:
-        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    # As the graph lists nodes; the default order leaves side branches for the end and keeps their inputs until then.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     return open_session(model.SerializeToString(), options)
 
 

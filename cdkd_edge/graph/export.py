@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from cdkd_edge.graph.build import DEFAULT_OPSET, LOGITS, build_graph
 from cdkd_edge.graph.cpu import cpu_session
 from cdkd_edge.graph.files import derived_path
 from cdkd_edge.graph.fp16 import write_fp16
-from cdkd_edge.graph.nodes import show_values
+from cdkd_edge.graph.nodes import Note, show_values
 from cdkd_edge.graph.outputs import QGIS_OPSET, QgisGraph, require_gsd, require_own_qgis, write_qgis
 from cdkd_edge.graph.stac import require_own_stac, stac_item, stac_path, write_stac
 from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
@@ -105,7 +104,7 @@ def export_checkpoint(
     checkpoint: Path,
     destination: Path,
     options: ExportOptions = ExportOptions(),
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = lambda text: None,
 ) -> ExportResult:
     """Write ``destination`` (``.onnx``) and its manifest from a checkpoint, and the other files that options ask for.
 
@@ -113,7 +112,6 @@ def export_checkpoint(
         checkpoint: any file :func:`cdkd_edge.model.checkpoint.load_checkpoint` reads.
         destination: final path of the graph; nothing is left there unless every check passed.
         options: tile, batch, opset, label schema and what the checkpoint does not say.
-        note: called with the name of each step.
 
     Raises:
         CheckpointError, SchemaError, GraphError: the input cannot be exported.
@@ -184,7 +182,7 @@ def _write_plain(
     checkpoint: Path,
     destination: Path,
     options: ExportOptions,
-    note: Callable[[str], None],
+    note: Note,
 ) -> tuple[GraphManifest, int]:
     """Write the checked FP32 graph; returns its manifest and the number of nodes before simplification."""
     config = network.config
@@ -230,9 +228,7 @@ def _write_plain(
     return manifest, nodes_written
 
 
-def _write_half(
-    plain: Path, options: ExportOptions, note: Callable[[str], None]
-) -> tuple[GraphManifest | None, str | None]:
+def _write_half(plain: Path, options: ExportOptions, note: Note) -> tuple[GraphManifest | None, str | None]:
     """Write the FP16 graph if it is asked for; returns its manifest, or why there is none."""
     if options.fp16 is False:
         return None, None
@@ -259,11 +255,7 @@ def _outdated(plain: Path, manifest: GraphManifest, *, qgis: bool, stac: bool) -
 
 
 def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A graph without dead ends, no-ops and duplicate constants, or ``model`` itself if that has fewer nodes.
-
-    Raises:
-        MissingExtraError, GraphError: onnxsim is not installed; the simplified graph is not valid ONNX.
-    """
+    """A checked graph without dead ends, no-ops, duplicate constants; ``model`` itself if that has fewer nodes."""
     try:
         import onnxsim
     except ImportError:
@@ -285,11 +277,7 @@ def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def check_graph(graph: Path, network: SegmentationNetwork, tiles: npt.NDArray[np.uint8], batch: int = 1) -> GraphCheck:
-    """Run an FP32 graph in ONNX Runtime, its network in PyTorch on tiles ``[M, 3, T, T]``, M a multiple of ``batch``.
-
-    Raises:
-        NumericalCheckError: a logit differs by more than rounding.
-    """
+    """Compare an FP32 graph in ONNX Runtime with PyTorch on tiles ``[M, 3, T, T]``, M a multiple of ``batch``."""
     model = onnx.load(graph)
     show_values(model, [LOGITS])
     session = cpu_session(model)

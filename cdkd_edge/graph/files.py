@@ -63,11 +63,7 @@ def save_derived(
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """Load an ONNX file. Only its format is checked; weights in other files are not read.
-
-    Raises:
-        GraphError, OSError: it is not an ONNX file, or has no nodes; it cannot be read.
-    """
+    """Load an ONNX file, or raise GraphError. Only its format is checked; weights in other files are not read."""
     if not path.is_file():
         raise GraphError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     with open(path, "rb") as file:  # so that a large file of another kind is not read in full

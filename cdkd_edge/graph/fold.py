@@ -29,12 +29,7 @@ def fold_normalisation(weight: Array, bias: Array, mean: Sequence[float], std: S
 
 
 def fold_batch_norm(weights: Weights, unit: str, eps: float = 1e-5) -> tuple[Array, Array]:
-    """Weight and bias of a convolution merged with the batch norm that follows it.
-
-    Args:
-        weights: holds ``{unit}.conv.weight`` and ``{unit}.bn.{weight,bias,running_mean,running_var}``.
-        eps: BatchNorm2d's default in PyTorch, which OpenMMLab keeps.
-    """
+    """Weight and bias of ``{unit}.conv`` merged with ``{unit}.bn``, which follows it; ``eps`` is PyTorch's default."""
     gain = weights[f"{unit}.bn.weight"] / np.sqrt(weights[f"{unit}.bn.running_var"].astype(np.float64) + eps)
     weight = weights[f"{unit}.conv.weight"] * gain.reshape(-1, 1, 1, 1)
     bias = weights[f"{unit}.bn.bias"] - weights[f"{unit}.bn.running_mean"] * gain
@@ -50,11 +45,9 @@ def fold_query_scale(weight: Array, bias: Array, heads: int) -> tuple[Array, Arr
 
 
 def pooling_matrix(grid: int, scales: Sequence[int]) -> Array:
-    """Average pooling of a ``grid x grid`` map to every ``s x s`` of ``scales``, as one matrix.
+    """Average pooling of a ``grid x grid`` map to every ``s x s`` of ``scales``, ``[sum s*s, grid*grid]``.
 
-    Returns:
-        ``[sum s*s, grid*grid]``. Windows are those of ``adaptive_avg_pool2d``: they start at
-        floor(i grid / s), end before ceil((i + 1) grid / s), and may overlap.
+    Windows are those of ``adaptive_avg_pool2d``: from floor(i grid / s) to before ceil((i + 1) grid / s); overlapping.
     """
     rows = []
     for scale in scales:
@@ -67,11 +60,7 @@ def pooling_matrix(grid: int, scales: Sequence[int]) -> Array:
 
 
 def upsampling_matrix(grid: int, scales: Sequence[int]) -> Array:
-    """Bilinear up-sampling (``align_corners=False``) of every ``s x s`` map to ``grid x grid``.
-
-    Returns:
-        ``[grid*grid, sum s*s]``, the columns in the order of :func:`pooling_matrix`'s rows.
-    """
+    """Bilinear up-sampling (no aligned corners) of every ``s x s`` map to ``grid x grid``, ``[grid*grid, sum s*s]``."""
     columns = []
     for scale in scales:
         axis = np.zeros((grid, scale))
@@ -86,11 +75,7 @@ def upsampling_matrix(grid: int, scales: Sequence[int]) -> Array:
 
 
 def kernel_taps(kernel: Array) -> Array:
-    """A 3x3 convolution's weights ``[C, I, 3, 3]`` as a matrix that makes the share of each of its nine taps.
-
-    Returns:
-        ``[I, 9 C]``, columns ordered tap by tap (row by row of the kernel), C within a tap.
-    """
+    """A 3x3 convolution's weights ``[C, I, 3, 3]`` as a matrix that makes the share of each tap, ``[I, 9 C]``."""
     channels, inputs = kernel.shape[:2]
     return np.ascontiguousarray(kernel.transpose(1, 2, 3, 0).reshape(inputs, 9 * channels))
 
@@ -98,12 +83,10 @@ def kernel_taps(kernel: Array) -> Array:
 def spreading_matrix(grid: int, scales: Sequence[int]) -> Array:
     """Up-sampling and the gathering of a zero-padded 3x3 convolution in one matrix.
 
-    A tap of the convolution at pixel (y, x) reads the up-sampled map at (y + dy, x + dx), which is a
-    weighted sum of cells, or the zero padding.
+    A tap at pixel (y, x) reads the up-sampled map at (y + dy, x + dx), a weighted sum of cells, or the zero padding.
 
     Returns:
-        ``[grid*grid, 9 * sum s*s]``, columns ordered cell by cell and tap by tap within a cell, to be
-        applied to the shares that :func:`kernel_taps` makes of every cell.
+        ``[grid*grid, 9 * sum s*s]``, cell by cell and tap by tap, for the shares that :func:`kernel_taps` makes.
     """
     upsampling = upsampling_matrix(grid, scales)
     cells = upsampling.shape[1]

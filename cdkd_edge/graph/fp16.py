@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from cdkd_edge.graph.fp16_simulation import (
     run_session,
 )
 from cdkd_edge.graph.layers import logits_of, position_embedding, scores_of
-from cdkd_edge.graph.nodes import batch_of, copy_of, retype, show_values
+from cdkd_edge.graph.nodes import Note, batch_of, copy_of, retype, show_values
 
 ROUNDOFF = 2.0**-11  # FP16 moves a number by at most this share of it
 SPREADS = 5.0  # standard deviations that a logit may be off, so that none of a million is off by chance
@@ -62,14 +62,11 @@ def write_fp16(
     tiles: Iterable[UInt8Array] | None = None,
     imagery: str = "drawn",
     least: float | None = None,
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = lambda text: None,
 ) -> GraphManifest:
     """Make the FP16 graph of an exported FP32 graph, check it, write it and its manifest.
 
-    Args:
-        plain: the FP32 graph with its manifest.
-        destination: final path of the FP16 graph.
-        tiles, imagery, least, note: as for :func:`check_fp16`. Default: two drawn tiles.
+    ``tiles``, ``imagery`` and ``least`` are as for :func:`check_fp16`. Default: two drawn tiles.
 
     Raises:
         ManifestError: the graph is not what its manifest says, or the destination is not ours to replace.
@@ -106,7 +103,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of an FP32 graph of :mod:`.build` in FP16; inputs, outputs and names stay the same.
 
     Raises:
-        GraphError: a weight does not fit FP16, or this is not an exported FP32 graph.
+        GraphError: a weight does not fit FP16 (WeightRangeError), or this is not an exported FP32 graph.
     """
     half = copy_of(model)
     graph = half.graph
@@ -166,7 +163,7 @@ def check_fp16(
     half: onnx.ModelProto,
     tiles: Iterable[UInt8Array],
     imagery: str,
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = lambda text: None,
     *,
     least: float | None = None,
 ) -> ConversionCheck:
@@ -180,7 +177,6 @@ def check_fp16(
         plain, half: the FP32 and the FP16 graph.
         tiles: uint8 ``[3, T, T]`` tiles; each takes a few seconds at 1024 px.
         imagery: what they are, for the manifest.
-        note: called with the name of each step.
         least: judge labels by the share of pixels that must keep theirs, in place of logits and ties, as INT8 needs.
 
     Raises:
@@ -197,7 +193,7 @@ def check_fp16(
     logits = [] if least is not None else [_add_best_scores(model)]
     fuse_attention(model)
     note("labels of the FP32 graph")
-    session = cpu_session(model, in_order=True)
+    session = cpu_session(model)
     del model
     wanted = ["labels", *logits, _BEST] if logits else ["labels"]
     expected = [run_session(session, wanted, batch) for batch in batches]
@@ -260,7 +256,7 @@ def _require_near(found: list[Any], exact: list[Any], roundings: int, imagery: s
     Args:
         found: labels ``[N, T, T]`` and logits ``[N, K, G, G]`` in FP16.
         exact: the same in FP32, and its two best scores ``[N, 2, T, T]``.
-        roundings, imagery: as for :func:`logit_tolerance` and :func:`check_fp16`.
+        roundings, imagery: see :func:`logit_tolerance`, :func:`check_fp16`.
 
     Returns:
         The largest difference of a logit, and the tolerance.

@@ -112,8 +112,7 @@ class RangeWatch:
                 self._sums[total] = node.output[0]
         writer.replace_nodes(simulation)
         show_values(simulation, (*self._sums, *self._bounds))
-        # ONNX Runtime's own order would run the sums last and keep what they need until then.
-        self._session = cpu_session(simulation, in_order=True)
+        self._session = cpu_session(simulation)
 
     def run(self, outputs: list[str], batch: UInt8Array, what: str) -> list[npt.NDArray[Any]]:
         """Outputs of a batch ``[N, 3, T, T]``; OutOfRangeError that names ``what`` if a value leaves FP16's range."""

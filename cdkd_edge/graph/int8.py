@@ -8,7 +8,7 @@ takes no others. The CPU's version is made from the same file (:func:`cdkd_edge.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,7 @@ from cdkd_edge.graph.layers import (
     weight_of,
     weight_only_layers,
 )
-from cdkd_edge.graph.nodes import NodeWriter, copy_of, opset_of, replace_nodes
+from cdkd_edge.graph.nodes import NodeWriter, Note, copy_of, opset_of, replace_nodes
 from cdkd_edge.graph.tiles import SetTiles
 
 ALPHA = 0.5  # SmoothQuant's exponent
@@ -80,7 +80,7 @@ def calibrate(
     plain: onnx.ModelProto,
     tiles: SetTiles,
     options: CalibrationOptions = CalibrationOptions(),
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = lambda text: None,
 ) -> Calibrated:
     """Smooth a graph, which is not changed, and choose the scales of every quantisable layer.
 

@@ -11,8 +11,9 @@ so that the rest gets finer steps; ``mse`` takes the range with the least square
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,26 +60,14 @@ def magnitudes() -> npt.NDArray[np.float64]:
 def observe(
     model: onnx.ModelProto, layers: Sequence[QuantizableLayer], tiles: Iterable[UInt8Array]
 ) -> dict[str, Observation]:
-    """Run the FP32 graph on every tile ``[3, T, T]``; returns statistics of the inputs of ``layers``, by name.
-
-    Raises:
-        ValueError: there is no tile.
-    """
+    """Run the FP32 graph on every tile ``[3, T, T]``; returns statistics of the inputs of ``layers``, by name."""
     probe = copy_of(model)
     fuse_attention(probe)
-    values = list(dict.fromkeys(layer.input for layer in layers))
     channels_last = {layer.input: layer.op == "MatMul" for layer in layers}
-    del probe.graph.output[:]
-    show_values(probe, values)
-    batch = batch_of(probe)
-    session = cpu_session(probe)
-    del probe
-
+    values = list(channels_last)
     channel_max: dict[str, npt.NDArray[np.float32]] = {}
     histograms = {name: np.zeros(BINS, np.int64) for name in values}
-    for tile in tiles:
-        # The static batch is filled with the same tile; the first is evaluated.
-        results = session.run(values, {"image": np.repeat(tile[None], batch, axis=0)})
+    for results in _run(probe, values, tiles):
         for name in reversed(values):
             value: npt.NDArray[np.float32] = results.pop()[:1]
             axes = (0, 1) if channels_last[name] else (0, 2, 3)
@@ -98,6 +87,16 @@ class LayerScales:
 
     activation: float
     weight: Array  # ``[M]``, one per output channel
+
+
+def _run(probe: onnx.ModelProto, values: list[str], tiles: Iterable[UInt8Array]) -> Iterator[list[Any]]:
+    """Values of a graph, which is emptied, tile by tile; the same tile fills the static batch."""
+    del probe.graph.output[:]
+    show_values(probe, values)
+    batch, session = batch_of(probe), cpu_session(probe)
+    probe.Clear()
+    for tile in tiles:
+        yield session.run(values, {"image": np.repeat(tile[None], batch, axis=0)})
 
 
 def activation_scale(observation: Observation, calibrator: str, percentile: float = PERCENTILE) -> float:
@@ -172,15 +171,10 @@ def signal_to_noise(
         if layer := measured.get(node.output[0]):
             outputs += _add_quantized_copy(writer, model, layer, node, scales[layer.name])
     writer.replace_nodes(probe)
-    batch = batch_of(probe)
-    del probe.graph.output[:]
-    show_values(probe, outputs)
-    session = cpu_session(probe, in_order=True)
-    del probe, writer
-
+    del writer
     totals = np.zeros(len(outputs))
-    for tile in tiles:
-        totals += [float(value) for value in session.run(outputs, {"image": np.repeat(tile[None], batch, axis=0)})]
+    for results in _run(probe, outputs, tiles):
+        totals += [float(value) for value in results]
     signal, noise = totals[::2], totals[1::2]
     least = 10 ** (-NOISELESS / 10)
     ratio = np.full_like(signal, 1 / least)  # also for a layer that gives nothing but zeros

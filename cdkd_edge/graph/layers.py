@@ -102,9 +102,7 @@ def input_makers(
     """The constants by which SmoothQuant divides a layer's input; empty where no constant makes it.
 
     For qkv and fc1: LayerNorm's scale and shift. For proj: qkv's value rows, because attention mixes tokens only.
-
-    Returns:
-        Of each the node, which of its inputs it is, and how many columns come before those that make the input.
+    Of each the node, which of its inputs it is, and how many columns come before those that make the layer's input.
     """
     found = _BLOCK_LINEAR.match(layer.name)
     if not found or found[2] == "mlp.fc2":

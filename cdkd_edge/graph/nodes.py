@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,6 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 # Operators that only ONNX Runtime has: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 CONTRIB_DOMAIN = "com.microsoft"
+
+Note = Callable[[str], None]  # called with the name of each step
 
 Sizes = Mapping[str, tuple[int, tuple[int, ...]]]  # ONNX type and sizes of values by name
 

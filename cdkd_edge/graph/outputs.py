@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.graph.cpu import cpu_session, open_session
 from cdkd_edge.graph.files import read_graph, save_derived
 from cdkd_edge.graph.layers import scores_of
-from cdkd_edge.graph.nodes import NodeWriter, copy_of, opset_of, replace_nodes
+from cdkd_edge.graph.nodes import NodeWriter, Note, copy_of, opset_of, replace_nodes
 
 CHECK_SIDE = 64  # side of the map of random logits on which a new branch is compared with NumPy
 
@@ -91,14 +90,12 @@ def output_branch(scores: str, kind: str, opset: int, *, half: bool) -> NodeWrit
     return writer
 
 
-def write_variant(
-    source: Path, destination: Path, kind: str, note: Callable[[str], None] = lambda text: None
-) -> GraphManifest:
+def write_variant(source: Path, destination: Path, kind: str, note: Note = lambda text: None) -> GraphManifest:
     """Write the graph with ``confidence`` or ``probabilities`` of a graph that gives labels alone, and its manifest.
 
     Raises:
         ManifestError: the source is not what its manifest says, or the destination is not ours to replace.
-        GraphError: the source is not a graph of this package, or gives more than labels already.
+        GraphError: the source gives more than labels, or does not end in them.
         NumericalCheckError: the new branch does not compute softmax on this machine.
     """
     require_replaceable(destination)
@@ -115,13 +112,10 @@ def write_variant(
 
 
 def check_branch(kind: str, classes: int, opset: int, *, half: bool) -> float:
-    """Run a branch alone on random logits and compare it with :func:`expected_output`.
+    """Compare a branch alone on random logits with :func:`expected_output`.
 
     Returns:
         Share of values that differ, each by one step: FP32 rounds to the other side of a half.
-
-    Raises:
-        NumericalCheckError: a value differs by more than one step, or more than one in a thousand by one.
     """
     kinds = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     branch = output_branch("scores", kind, opset, half=half)

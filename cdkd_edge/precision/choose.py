@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,11 @@ from cdkd_edge.engines.protocol import speed_ratio
 from cdkd_edge.engines.runtimes import Runtime, load_engine, require_precision, runtime_of
 from cdkd_edge.graph.files import derived_path, is_derived_from
 from cdkd_edge.graph.fp16 import write_fp16
+from cdkd_edge.graph.nodes import Note
 from cdkd_edge.graph.outputs import write_variant
 from cdkd_edge.graph.tiles import CalibrationSet, is_calibration_set
 from cdkd_edge.precision.int8 import Int8Options, Int8Result, require_fitting, write_int8
 from cdkd_edge.precision.int8_gate import Int8Gate, LabelledData
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,6 @@ def prepare_graph(
         graph: the named graph: FP32, or of the precision that is asked for.
         precision: ``fp32``, ``fp16``, ``int8``. Default: that of the named graph, or ``fp32``.
         request: how to make it.
-        note: called with the name of each step.
         output: one of :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`. Default: what the named graph gives, or labels.
         runtime: what the engine is for: no FP16 graph is made for the CPU, which cannot run it.
 
@@ -198,10 +195,7 @@ def _require_useful(request: GraphRequest, precision: str) -> None:
 
 
 def _require_not_refused(graph: Path, source: GraphManifest, precision: str, request: GraphRequest) -> None:
-    """Raise the error of an earlier check that found FP16 to break the network, instead of checking for minutes again.
-
-    INT8 graphs keep the rest of the network in FP16, so values that are too large for it rule them out, too.
-    """
+    """Raise the error of an earlier check that found FP16, which INT8 graphs use too, to break the network."""
     refusal = source.fp16_refused
     if refusal is None or not refusal.holds or request.again:
         return

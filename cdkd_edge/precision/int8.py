@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,11 @@ from cdkd_edge.graph.fp16 import check_fp16
 from cdkd_edge.graph.int8 import Calibrated, CalibrationOptions, calibrate, int8_graph
 from cdkd_edge.graph.int8_ranges import signal_to_noise
 from cdkd_edge.graph.layers import quantizable_layers
+from cdkd_edge.graph.nodes import Note
 from cdkd_edge.graph.tiles import CalibrationSet, Role
 from cdkd_edge.precision.int8_gate import Int8Gate, Judge, Judgement, LabelledData, require_own_report, write_report
 from cdkd_edge.quality.evaluate import check_dataset, require_same_classes
+from cdkd_edge.segmentation.options import SegmentOptions
 
 FIRST_KEPT = 1  # layers that ``--auto`` keeps in FP16 at first; twice as many at each further attempt
 
@@ -52,7 +53,7 @@ class Int8Result:
     path: Path
     report: Path
     manifest: GraphManifest
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[Attempt]
 
 
 def write_int8(
@@ -61,17 +62,15 @@ def write_int8(
     tiles: CalibrationSet,
     options: Int8Options = Int8Options(),
     data: LabelledData | None = None,
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = lambda text: None,
 ) -> Int8Result:
     """Make the INT8 graph of an exported FP32 graph and judge it; write it with its manifest and report.
 
     Args:
-        plain: the FP32 graph with its manifest.
-        destination: final path of the INT8 graph (``.onnx``); the report lies beside it (``.md``).
+        plain, destination: the FP32 graph and the INT8 graph (``.onnx``); the report lies beside that (``.md``).
         tiles: calibration tiles to set ranges with, check tiles to judge on.
         options: how to quantise, and the gate.
         data: labelled images. Without them mIoU is not measured and not part of the gate.
-        note: called with the name of each step.
 
     Raises:
         UsageError: the set does not fit (:func:`require_fitting`), or all layers are to be kept in FP16.
@@ -91,7 +90,7 @@ def write_int8(
     require_fitting(tiles, source, "calibration", "check")
     if data is not None:  # evaluate() would find these mistakes only after minutes
         require_same_classes(source.schema, data.schema)
-        check_dataset(data.dataset, source.tile, data.options)
+        check_dataset(data.dataset, source.tile, SegmentOptions())
     model = read_graph(plain, source)
     names = [layer.name for layer in quantizable_layers(model)]
     if unknown := sorted(set(options.keep) - set(names)):
@@ -142,7 +141,7 @@ def _graph(calibrated: Calibrated, kept: tuple[str, ...]) -> onnx.ModelProto:
 
 
 def _attempts(
-    calibrated: Calibrated, noise: dict[str, float], judge: Judge, options: Int8Options, note: Callable[[str], None]
+    calibrated: Calibrated, noise: dict[str, float], judge: Judge, options: Int8Options, note: Note
 ) -> list[Attempt]:
     """Judge the graph; with ``auto``, until it passes, with more and more of the noisiest layers in FP16."""
     worst = [name for name in sorted(noise, key=lambda name: noise[name]) if name not in options.keep]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -22,20 +22,18 @@ from cdkd_edge.core.manifest import GraphManifest
 from cdkd_edge.engines.onnxruntime import OnnxLabeller
 from cdkd_edge.engines.protocol import UInt8Array
 from cdkd_edge.graph.cpu import fuse_attention
-from cdkd_edge.graph.nodes import copy_of
+from cdkd_edge.graph.nodes import Note, copy_of
 from cdkd_edge.quality.datasets import Dataset, find_dataset
 from cdkd_edge.quality.evaluate import Evaluation, data_schema, evaluate
 from cdkd_edge.quality.metrics import ConfusionMatrix, number
-from cdkd_edge.segmentation.options import SegmentOptions
 
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Images with masks, and how to read them."""
+    """Images with masks, and how to read the masks."""
 
     dataset: Dataset
     schema: LabelSchema
-    options: SegmentOptions = SegmentOptions()
 
 
 def labelled_data(folder: Path, schema: str | None, scenes: str | None) -> LabelledData:
@@ -123,7 +121,7 @@ class Judge:
         tiles: Iterable[UInt8Array],
         data: LabelledData | None,
         scratch: Path,
-        note: Callable[[str], None] = lambda text: None,
+        note: Note = lambda text: None,
     ) -> None:
         """Load the FP32 graph ``plain``. ``tiles`` are check tiles ``[3, T, T]``; ``scratch``: for temporary files."""
         self._manifest, self._tiles, self._data = manifest, tiles, data
@@ -163,7 +161,7 @@ class Judge:
         if (data := self._data) is None:
             return None
         self._note(f"scores of the {name} graph")
-        return evaluate(labeller, data.dataset, data.schema, options=data.options)
+        return evaluate(labeller, data.dataset, data.schema)
 
     def _labeller(self, model: onnx.ModelProto, name: str) -> OnnxLabeller:
         fused = copy_of(model)
@@ -186,7 +184,17 @@ def _label(labeller: OnnxLabeller, tile: UInt8Array) -> tuple[npt.NDArray[np.uin
 def write_report(path: Path, manifest: GraphManifest) -> None:
     """Write the report of an INT8 graph as Markdown, from its manifest."""
     record = manifest.quantization
-    lines = [f"# {manifest.artefact.file}", "", *_summary(manifest), "", *_layer_table(record), *_attempts(record)]
+    lines = [f"# {manifest.artefact.file}", "", *_summary(manifest), "", "## Layers by signal-to-noise", ""]
+    lines += ["| layer | precision | SNR, dB | input scale | share of quantisable work |", "|---|---|---|---|---|"]
+    total = sum(layer["macs"] for layer in record["layers"])
+    for layer in worst_layers(record):
+        figures = f"{layer['snr_db']:.1f} | {layer['input_scale']:.4g} | {layer['macs'] / total:.1%}"
+        lines.append(f"| {layer['name']} | {layer['precision']} | {figures} |")
+    if len(record["attempts"]) > 1:
+        lines += ["", "## Attempts", "", "| layers kept in FP16 | agreement | why it failed |", "|---|---|---|"]
+        for attempt in record["attempts"]:
+            kept, failures = ", ".join(attempt["kept_in_fp16"]), "; ".join(attempt["failures"])
+            lines.append(f"| {kept or 'none'} | {attempt['label_agreement']:.2%} | {failures or 'passed'} |")
     write_text(path, "\n".join(lines) + "\n")
 
 
@@ -195,7 +203,7 @@ def require_own_report(path: Path, graph: str) -> None:
     require_own(path, lambda path: path.read_text(encoding="utf-8").startswith(f"# {graph}"))
 
 
-def worst_layers(record: dict[str, Any], count: int) -> list[dict[str, Any]]:
+def worst_layers(record: dict[str, Any], count: int | None = None) -> list[dict[str, Any]]:
     """The layers with the least signal-to-noise ratio, worst first."""
     return sorted(record["layers"], key=lambda layer: float(layer["snr_db"]))[:count]
 
@@ -239,22 +247,3 @@ def _summary(manifest: GraphManifest) -> Iterator[str]:
         yield f"SmoothQuant, alpha {record['smoothquant_alpha']}, on {record['smoothed_layers']} layers."
     percentile = f" {record['percentile']}" if record["percentile"] else ""
     yield f"Ranges: {record['calibrator']}{percentile} over {record['calibration_tiles']} tiles."
-
-
-def _layer_table(record: dict[str, Any]) -> Iterator[str]:
-    layers = record["layers"]
-    total = sum(layer["macs"] for layer in layers)
-    yield from ("## Layers by signal-to-noise", "")
-    yield from ("| layer | precision | SNR, dB | input scale | share of quantisable work |", "|---|---|---|---|---|")
-    for layer in worst_layers(record, len(layers)):
-        figures = f"{layer['snr_db']:.1f} | {layer['input_scale']:.4g} | {layer['macs'] / total:.1%}"
-        yield f"| {layer['name']} | {layer['precision']} | {figures} |"
-
-
-def _attempts(record: dict[str, Any]) -> Iterator[str]:
-    if len(record["attempts"]) == 1:
-        return
-    yield from ("", "## Attempts", "", "| layers kept in FP16 | agreement | why it failed |", "|---|---|---|")
-    for attempt in record["attempts"]:
-        kept, failures = ", ".join(attempt["kept_in_fp16"]), "; ".join(attempt["failures"])
-        yield f"| {kept or 'none'} | {attempt['label_agreement']:.2%} | {failures or 'passed'} |"

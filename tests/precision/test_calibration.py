@@ -27,7 +27,8 @@ from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.graph.tiles import CalibrationSet
 from cdkd_edge.precision.calibration import calibrate as module
 from cdkd_edge.precision.calibration import descriptors
-from cdkd_edge.precision.calibration.calibrate import CalibrateOptions, calibrate, default_folder, default_tile
+from cdkd_edge.precision.calibration.calibrate import calibrate, default_folder, default_tile
+from cdkd_edge.precision.calibration.scan import CalibrateOptions
 from cdkd_edge.precision.calibration.write import shrink_tile, thumbnail_side
 from cdkd_edge.raster.read import SceneReader, Stretch
 from cdkd_edge.segmentation.options import SegmentOptions

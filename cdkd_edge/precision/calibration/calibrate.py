@@ -20,32 +20,20 @@ from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.graph.tiles import SetManifest, is_calibration_set
 from cdkd_edge.precision.calibration.choose import Choice, choose_tiles
 from cdkd_edge.precision.calibration.exclusions import Exclusions
-from cdkd_edge.precision.calibration.scan import SKIP_BROKEN, LabelMaps, Progress, ScanOptions, TiledScene, scan_scenes
+from cdkd_edge.precision.calibration.scan import (
+    SKIP_BROKEN,
+    CalibrateOptions,
+    LabelMaps,
+    Progress,
+    TiledScene,
+    scan_scenes,
+)
 from cdkd_edge.precision.calibration.write import write_set
 from cdkd_edge.quality.datasets import listed
 from cdkd_edge.raster.find import file_key, scenes_named
 from cdkd_edge.raster.read import reading_notes
 
 DEFAULT_TILE = 1024
-MIN_TILE = 32
-
-
-@dataclass(frozen=True)
-class CalibrateOptions(ScanOptions):
-    """Size of the set, and which tiles may be in it."""
-
-    count: int = 64  # tiles for calibration
-    check: int = 8  # tiles to check the quantised graph on
-    labels: Path | None = None  # folder of label maps, ``NAME_labels.tif``: every class gets its share of the tiles
-    exclude: tuple[str, ...] = ()  # evaluation sets that stay out, see :mod:`.exclusions`
-
-    def __post_init__(self) -> None:
-        if self.tile < MIN_TILE:
-            raise UsageError(f"--tile must be at least {MIN_TILE} px, got {self.tile}")
-        if self.count < 1 or self.check < 0 or self.candidates < 1:
-            raise UsageError("a calibration set needs at least one tile and one candidate")
-        if not 0 <= self.max_nodata <= 1:
-            raise UsageError(f"--max-nodata is a share of 0..1, got {self.max_nodata:g}")
 
 
 @dataclass(frozen=True)
@@ -182,7 +170,7 @@ def _open_scenes(
 
 
 def _evaluation_thumbnails(
-    exclusions: Exclusions, options: ScanOptions, notes: list[str], progress: Progress
+    exclusions: Exclusions, options: CalibrateOptions, notes: list[str], progress: Progress
 ) -> npt.NDArray[np.float16] | None:
     """Thumbnails of the tiles of evaluation sets, to find near-duplicates of them."""
     if not exclusions.images:

@@ -111,10 +111,10 @@ def choose_tiles(
 
 
 def strata(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
-    """The class that each tile is chosen for: the one whose share in it is largest, compared with the whole archive.
+    """The class ``[N]`` that each tile is chosen for (-1: none), from pixels per tile and label, ``[N, 255]``.
 
-    Rare classes (roads, water in a desert) prevail in no tile, but some tile is always richest in them. From pixels per
-    tile and label, ``[N, 255]``, a label per tile, ``[N]``; -1 where no pixel has one.
+    It is the one whose share in the tile is largest, compared with the whole archive: rare classes (roads, water in a
+    desert) prevail in no tile, but some tile is always richest in them.
     """
     total = counts.sum(axis=1, keepdims=True)
     share = counts / np.maximum(total, 1)
@@ -190,7 +190,7 @@ def _method(points: Points, chosen: list[int], seed: int, *, stratified: bool) -
 def choose(
     points: Points, count: int, usable: Mask, seed: int, crowds: Crowds | None = None, extremes: float = EXTREMES
 ) -> list[ChosenTile]:
-    """Choose candidates that cover all usable ones (see the module).
+    """Choose candidates that cover all usable ones (see the module): extremes, then typical ones.
 
     Args:
         points: where candidates lie, ``[N, D]``.
@@ -199,9 +199,6 @@ def choose(
         seed: of k-means++.
         crowds: the candidates that a chosen one rules out.
         extremes: share that is chosen by farthest points.
-
-    Returns:
-        Extremes first, then typical ones, in the order of choice.
     """
     usable = usable.copy()
     members = np.flatnonzero(usable)

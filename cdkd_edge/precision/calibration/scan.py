@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from rasterio.windows import Window
 
-from cdkd_edge.core.errors import DatasetError, SceneError
+from cdkd_edge.core.errors import DatasetError, SceneError, UsageError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.graph.tiles import pixels_sha256
 from cdkd_edge.precision.calibration.descriptors import (
@@ -31,19 +31,20 @@ from cdkd_edge.precision.calibration.descriptors import (
     make_thumbnail,
     match_thumbnails,
 )
-from cdkd_edge.precision.calibration.exclusions import Exclusions, PixelWindow, overlaps
+from cdkd_edge.precision.calibration.exclusions import Exclusions, overlaps
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.open import gdal, open_scene, place_problem
 from cdkd_edge.segmentation.options import SegmentOptions
 
+MIN_TILE = 32
 SKIP_BROKEN = "leave it out, or skip what cannot be read with --skip-broken"
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class ScanOptions:
-    """How scenes are read and which tiles are passed over."""
+class CalibrateOptions:
+    """How scenes are read, the size of the set, and which tiles may be in it."""
 
     tile: int = 1024  # side of a tile, px
     seed: int = 0
@@ -51,6 +52,18 @@ class ScanOptions:
     max_nodata: float = 0.1  # largest share of a tile without data
     reading: SegmentOptions = SegmentOptions()  # bands and stretch of scenes
     skip_broken: bool = False  # continue without scenes that cannot be read
+    count: int = 64  # tiles for calibration
+    check: int = 8  # tiles to check the quantised graph on
+    labels: Path | None = None  # folder of label maps, ``NAME_labels.tif``: every class gets its share of the tiles
+    exclude: tuple[str, ...] = ()  # evaluation sets that stay out, see :mod:`.exclusions`
+
+    def __post_init__(self) -> None:
+        if self.tile < MIN_TILE:
+            raise UsageError(f"--tile must be at least {MIN_TILE} px, got {self.tile}")
+        if self.count < 1 or self.check < 0 or self.candidates < 1:
+            raise UsageError("a calibration set needs at least one tile and one candidate")
+        if not 0 <= self.max_nodata <= 1:
+            raise UsageError(f"--max-nodata is a share of 0..1, got {self.max_nodata:g}")
 
 
 @dataclass(frozen=True)
@@ -86,10 +99,7 @@ class TiledScene:
 
 
 def fair_limit(sizes: Sequence[int], budget: int) -> int:
-    """The most tiles that a scene may give, so that all together give at most ``budget``; at least 1.
-
-    Scenes with few tiles leave their part to the others.
-    """
+    """The most tiles (at least 1) that a scene may give within a ``budget`` of which small scenes take less."""
     limit, left, scenes = 0, budget, len(sizes)
     for size in sorted(sizes):
         if size > left // scenes:
@@ -117,11 +127,7 @@ class LabelMaps:
         return self.class_names[label] if label < len(self.class_names) else f"class {label}"
 
     def open(self, scene: TiledScene) -> Any:
-        """The label map of a scene as an open rasterio dataset; None if there is none.
-
-        Raises:
-            DatasetError: it is no label map, has another size or place, or other classes than those before.
-        """
+        """The label map of a scene, opened, None if there is none; DatasetError if it does not fit the scene."""
         path = self.folder / f"{Path(scene.path).stem}_labels.tif"
         if not path.is_file():
             return None
@@ -177,12 +183,6 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def window(self, index: int) -> PixelWindow:
-        """Where a candidate lies in its scene."""
-        x, y = self.place[index].tolist()
-        side = self.scenes[int(self.scene[index])].tile
-        return x, y, side, side
-
     def keep(self, mask: npt.NDArray[np.bool_]) -> Candidates:
         """Those for which ``mask`` ``[N]`` is true."""
         names = ("scene", "place", "features", "thumbnails", "pixels", "labels")
@@ -203,7 +203,7 @@ class Candidates:
 
 def scan_scenes(
     scenes: Sequence[TiledScene],
-    options: ScanOptions,
+    options: CalibrateOptions,
     exclusions: Exclusions | None = None,
     label_maps: LabelMaps | None = None,
     progress: Progress = lambda done, total: None,
@@ -249,7 +249,7 @@ def scan_scenes(
 
 
 class _Scanner:
-    def __init__(self, options: ScanOptions, exclusions: Exclusions, label_maps: LabelMaps | None) -> None:
+    def __init__(self, options: CalibrateOptions, exclusions: Exclusions, label_maps: LabelMaps | None) -> None:
         self._options, self._exclusions, self._label_maps = options, exclusions, label_maps
         self.report = ScanReport()
         self.limits: dict[int, npt.NDArray[np.float32]] = {}
@@ -305,10 +305,7 @@ def _count_labels(label_map: Any, place: tuple[int, int], tile: int) -> npt.NDAr
 
 
 def _is_blank(pixels: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_] | None) -> bool:
-    """Whether no channel varies by half a grey level, or nine tenths are pure black or white.
-
-    Such are the borders of scenes whose nodata value is not declared.
-    """
+    """Whether no channel varies by half a grey level, or nine tenths are black or white, as undeclared nodata is."""
 
     def blank(seen: npt.NDArray[np.uint8], least: float) -> bool:
         solid = any((seen == value).all(axis=0).mean() > 0.9 for value in (0, 255))

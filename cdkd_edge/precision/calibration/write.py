@@ -71,15 +71,10 @@ def write_set(
     reading: SegmentOptions,
     description: dict[str, Any],
 ) -> SetManifest:
-    """Write a set called ``name`` into an empty folder. Tiles are read again, and compared with what was scanned.
+    """Write a set called ``name`` into an empty folder.
 
-    Args:
-        folder, name, candidates, choice: these.
-        reading: bands and stretch, as in the scan.
-        description: the manifest's fields about the whole set.
-
-    Raises:
-        SceneError: a scene cannot be read again, or changed meanwhile.
+    Tiles are read again with ``reading``, as in the scan; SceneError if a scene changed meanwhile. ``description`` are
+    the manifest's fields about the whole set.
     """
     side = thumbnail_side(len(choice.calibration) + len(choice.check))
     records: dict[int, TileRecord] = {}
@@ -98,7 +93,7 @@ def write_set(
         try:
             pixels = np.empty((3, tiled.tile, tiled.tile), np.uint8)
             for index in sorted(indices):
-                x, y, _, _ = candidates.window(index)
+                x, y = candidates.place[index].tolist()
                 reader.read_tile(Span(y, 0, tiled.height), Span(x, 0, tiled.width), pixels)
                 if pixels_sha256(pixels) != candidates.pixels[index]:
                     raise SceneError(f"{tiled.path} changed while it was read")
@@ -117,10 +112,11 @@ def write_set(
 
 
 def _record(candidates: Candidates, tile: ChosenTile, role: Role, number: int) -> TileRecord:
-    sha256, scene = str(candidates.pixels[tile.index]), candidates.scenes[int(candidates.scene[tile.index])].path
-    x, y, width, height = candidates.window(tile.index)
+    scene = candidates.scenes[int(candidates.scene[tile.index])]
+    x, y = candidates.place[tile.index].tolist()
+    where = (scene.path, x, y, scene.tile, scene.tile)
     chosen = (tile.kind, tile.why, tile.score, tile.represents, tile.stratum)
-    return TileRecord(f"{role}/{number:04}.png", sha256, scene, x, y, width, height, role, *chosen)
+    return TileRecord(f"{role}/{number:04}.png", str(candidates.pixels[tile.index]), *where, role, *chosen)
 
 
 def _sheet(name: str, manifest: SetManifest, choice: Choice, pictures: dict[int, npt.NDArray[np.uint8]]) -> Sheet:

@@ -73,9 +73,20 @@ def find_weights(document: Mapping[str, Any], path: Path, choice: str | None = N
     """
     search = _Search(path, choice)
     tensors = search.descend(document)
-    search.require_choice_met()
+    if choice not in (None, "raw", "ema") and not search.chosen:
+        held = listed(search.offered) or "one set"
+        raise CheckpointError(f"{path} holds no weights {choice!r}", hint=f"it holds {held}")
+    if choice in ("raw", "ema") and not search.chosen and search.averaged != (choice == "ema"):
+        held = "averaged weights alone" if search.averaged else "no averaged weights"
+        raise CheckpointError(f"{path} holds {held}", hint="leave --weights out")
+    notes = search.notes
+    if search.averaged:
+        hint = "; --weights raw takes the raw ones" if _LEFT["raw"] in search.dropped else ""
+        notes = ["averaged weights (EMA) taken" + hint, *notes]
+    elif _LEFT["ema"] in search.dropped:
+        notes = ["raw weights taken, as asked; there are averaged ones", *notes]
     dropped = dropped_parts(search.dropped)
-    return Weights(tensors, tuple(search.unwrapped), dropped, search.averaged, tuple(search.taken()))
+    return Weights(tensors, tuple(search.unwrapped), dropped, search.averaged, tuple(notes))
 
 
 class _Search:
@@ -87,9 +98,9 @@ class _Search:
         self.dropped: dict[str, list[str]] = {}
         self.notes: list[str] = []
         self.averaged = False
-        self._chosen = False  # ``choice`` was the name of a group
+        self.chosen = False  # ``choice`` was the name of a group
         self._settled = False  # a choice between groups was made
-        self._offered: list[str] = []  # names of all groups, for errors
+        self.offered: list[str] = []  # names of all groups, for errors
         self._raw: Any = None  # the raw weights, if averaged ones were taken
 
     def descend(self, level: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -130,7 +141,8 @@ class _Search:
             level = {**level, "callbacks": averaging}
         for name, value in level.items():
             role = _role(name.partition(".")[0], value)
-            if isinstance(value, Tensor) and _is_counter(name, value):
+            counts = isinstance(value, Tensor) and value.ndim < 2 and value.numel() == 1
+            if counts and re.split(r"[._]", name[-50:])[-1].lower() in _COUNTERS:
                 self.averaged |= name == "n_averaged" and not self._settled
                 self._drop("training counters", [name])
             elif any(_words(part) & _TRAINING or _LOSS_WEIGHT.fullmatch(part) for part in name.split(".")):
@@ -162,7 +174,7 @@ class _Search:
 
     def _choose(self, groups: dict[str, dict[str, Any]], roles: dict[str, str]) -> str:
         """The name of the chosen group; the others are dropped."""
-        self._offered += filter(None, groups)
+        self.offered += filter(None, groups)
         averaged, raw, teachers = (
             [name for name in groups if roles[name] == role] for role in ("ema", "raw", "teacher")
         )
@@ -178,7 +190,7 @@ class _Search:
             self._ask(groups, "averaged weights as buffers, which mmcv swaps with the raw ones after an epoch")
         wanted = {"ema": averaged, "raw": raw}.get(self.choice or "") or averaged or raw
         if self.choice in groups:
-            wanted, self._chosen = [self.choice], True
+            wanted, self.chosen = [self.choice], True
         if len(wanted) != 1:
             self._ask(groups, "more than one set of weights")
         (name,) = wanted
@@ -249,26 +261,6 @@ class _Search:
         if names:
             self.dropped.setdefault(what, []).extend(names)
 
-    def taken(self) -> Iterator[str]:
-        """Notes about the choice."""
-        if self.averaged:
-            hint = "; --weights raw takes the raw ones" if "other weights" in self.dropped else ""
-            yield "averaged weights (EMA) taken" + hint
-        elif "averaged weights" in self.dropped:
-            yield "raw weights taken, as asked; there are averaged ones"
-        yield from self.notes
-
-    def require_choice_met(self) -> None:
-        """Refuse a choice that was not found."""
-        if self.choice is None or self._chosen:
-            return
-        if self.choice not in ("raw", "ema"):
-            held = listed(self._offered) or "one set"
-            raise CheckpointError(f"{self.path} holds no weights {self.choice!r}", hint=f"it holds {held}")
-        if self.averaged != (self.choice == "ema"):
-            held = "averaged weights alone" if self.averaged else "no averaged weights"
-            raise CheckpointError(f"{self.path} holds {held}", hint="leave --weights out")
-
 
 def _roles(groups: Mapping[str, dict[str, Any]], level: Mapping[str, Any]) -> dict[str, str]:
     roles = {name: _role(name, group) for name, group in groups.items()}
@@ -294,11 +286,6 @@ def _role(name: str, value: Any = None) -> str:
 def _words(name: str) -> set[str]:
     """The words of a name, also ``model_ema``, ``modelEMA`` and ``EMACallback``."""
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name[:200])}
-
-
-def _is_counter(name: str, tensor: Tensor) -> bool:
-    last = re.split(r"[._]", name[-50:])[-1].lower()
-    return last in _COUNTERS and tensor.ndim < 2 and tensor.numel() == 1
 
 
 def _tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:

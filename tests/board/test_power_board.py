@@ -160,7 +160,8 @@ def bench_with_both(board, engine, workspace):
     The pattern's load begins in the warm-up, and ends in the two seconds before the last idle phase.
     """
     idle = [(1.7, IDLE), (1.2, 5.9), (1.4, 5.5)]
-    pattern = Pattern(board.sys, [*idle, *LOAD, (2.3, 17.4), (1.2, 15.0), *idle, *idle])
+    load = [(3.4, 18.95), (3.1, 15.2), (3.6, 20.5), (3.2, 17.4)]  # few jumps: each may cost half an interval of it
+    pattern = Pattern(board.sys, [*idle, *load, *idle, *idle])
     board.set_watts(IDLE)
     times = ("--duration", "12", "--idle", "3", "--max-warm-up", "1", "--json")
     runs = {
@@ -214,7 +215,7 @@ def test_bench_when_the_service_is_killed_or_frozen(own_board, small_engine_path
     )
     wait_for(lambda: (tmp_path / "benchmarks").is_dir(), 30)
     own_board.set_watts(18.95)
-    time.sleep(4)
+    time.sleep(2)
     own_board.signal_service(number)
     began = time.monotonic()
     code, out, err = finished(process, 40)

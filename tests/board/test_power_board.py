@@ -176,15 +176,8 @@ def bench_with_both(board, engine, workspace):
     return pattern, ends
 
 
-@pytest.mark.slow
-def test_bench_measures_the_energy_of_a_pattern(board, small_engine_path, tmp_path):
-    """Both sources against the pattern's own energy."""
-    for attempt in range(3):
-        workspace = tmp_path / str(attempt)
-        pattern, ends = bench_with_both(board, small_engine_path, workspace)
-        # A machine that stands still, or keeps the service waiting: the runs say so themselves.
-        if pattern.slowest < 0.02 and not any("are missing in" in err for _, _, err in ends.values()):
-            break
+def assert_runs(pattern, ends, workspace):
+    """Each run against the pattern's own energy."""
     for source, (code, out, err) in ends.items():
         assert code == 0, err
         summary = run_of(workspace / source).summary
@@ -206,6 +199,21 @@ def test_bench_measures_the_energy_of_a_pattern(board, small_engine_path, tmp_pa
         assert figures.net_watts.mean == pytest.approx(net_truth, rel=0.02)
         per_tile = truth(load) / summary.repeats[0].tiles
         assert figures.gross_joules_per_tile.mean == pytest.approx(per_tile, rel=0.01)
+
+
+@pytest.mark.slow
+def test_bench_measures_the_energy_of_a_pattern(board, small_engine_path, tmp_path):
+    for attempt in range(3):
+        workspace = tmp_path / str(attempt)
+        pattern, ends = bench_with_both(board, small_engine_path, workspace)
+        try:
+            assert_runs(pattern, ends, workspace)
+            return
+        except AssertionError:
+            # Only a machine that stood still or kept the service waiting may fail, and says so.
+            busy = pattern.slowest >= 0.02 or any("are missing in" in err for _, _, err in ends.values())
+            if not busy or attempt == 2:
+                raise
 
 
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "jtop"), (signal.SIGSTOP, "no reading for")])

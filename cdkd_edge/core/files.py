@@ -32,11 +32,7 @@ _held: set[str] = set()  # temporary folders that this process has locked; it mu
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:
-    """Read a file, or a pipe to its end.
-
-    Raises:
-        OSError: it cannot be read, or is larger than ``limit`` bytes (``EFBIG``).
-    """
+    """Read a file, or a pipe to its end; OSError if it is larger than ``limit`` bytes (``EFBIG``)."""
     # Without O_NONBLOCK, a named pipe that nobody writes to would block forever.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         os.set_blocking(file.fileno(), True)
@@ -47,22 +43,14 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
 
 
 def read_json(path: Path, limit: int = SMALL) -> Any:
-    """The data of a JSON file.
-
-    Raises:
-        OSError, ValueError: as from :func:`read_small`; it is no JSON, or nested too deeply.
-    """
+    """The data of a JSON file; ValueError if it is none, or nested too deeply. OSError as from :func:`read_small`."""
     import msgspec
 
     return _decoded(msgspec.json.decode, read_small(path, limit).removeprefix(b"\xef\xbb\xbf"))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file of at most 1 MiB.
-
-    Raises:
-        OSError, ValueError: as from :func:`read_small`; it is no TOML, or nested too deeply.
-    """
+    """The tables of a TOML file of at most 1 MiB; OSError and ValueError as from :func:`read_json`."""
     import msgspec
 
     return _decoded(msgspec.toml.decode, read_small(path, 1 << 20))
@@ -193,11 +181,7 @@ def remove_abandoned(parent: Path) -> tuple[Path, ...]:
 
 
 def make_folders(path: Path) -> None:
-    """Make a folder, and those above it, where they are missing.
-
-    Raises:
-        OSError: the system refuses, or they are nested too deeply.
-    """
+    """Make a folder, and those above it, where they are missing; OSError also where they are nested too deeply."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except RecursionError:  # each folder is made within the making of the one below it
@@ -318,18 +302,16 @@ def is_stream(path: Path) -> bool:
 def _stream(path: Path) -> int:
     """Open a device or a pipe for writing; wait a limited time for a reader of a named pipe."""
     until = time.monotonic() + _READER_SECONDS
-    while True:
+    while time.monotonic() < until:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.set_blocking(descriptor, True)
+            return descriptor
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            if time.monotonic() > until:
-                raise OSError(errno.ENXIO, "nobody reads from this pipe", str(path)) from None
-            time.sleep(0.05)
-        else:
-            os.set_blocking(descriptor, True)
-            return descriptor
+        time.sleep(0.05)
+    raise OSError(errno.ENXIO, "nobody reads from this pipe", str(path))
 
 
 def _lock(descriptor: int) -> None:

@@ -170,11 +170,7 @@ def nameless(names: Sequence[str]) -> bool:
 
 
 def load_schema(name_or_path: str | Path) -> LabelSchema:
-    """A built-in schema by name, or a user's schema from a ``.toml`` file.
-
-    Raises:
-        SchemaError: unknown name, unreadable file, or a file that does not describe a schema.
-    """
+    """A built-in schema by name, or a user's schema from a ``.toml`` file; SchemaError if it is neither."""
     name = str(name_or_path)
     if name in BUILTIN_SCHEMAS:
         return BUILTIN_SCHEMAS[name]
@@ -192,7 +188,7 @@ def load_schema(name_or_path: str | Path) -> LabelSchema:
 
 
 def schema_of_lists(name: str, class_names: object, colors: object, count: int) -> LabelSchema:
-    """A schema of ``count`` classes from a list of names and one of RGB colours; no colours: numbered ones.
+    """A schema of ``count`` classes from a list of names and one of RGB colours (None: those of numbered classes).
 
     Raises:
         SchemaError: these are not such lists, have another length, or hold something twice.

@@ -322,11 +322,7 @@ def _glance(artefact: Path) -> dict[str, Any]:
 
 
 def require_replaceable(artefact: Path) -> None:
-    """Make sure that writing ``artefact`` and its manifest replaces nothing but an earlier pair.
-
-    Raises:
-        ManifestError: the file has no manifest, or the ``.json`` in the manifest's place is something else.
-    """
+    """Make sure, or raise ManifestError, that writing ``artefact`` and its manifest replaces only an earlier pair."""
     for path in (artefact, manifest_path(artefact)):
         require_own(path, lambda _: kind_of(artefact) is not None)
 

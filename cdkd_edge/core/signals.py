@@ -47,14 +47,8 @@ def received() -> int | None:
 
 
 def check() -> None:
-    """Raise the exception of a signal once more, if the first one was lost.
-
-    Does nothing while an exception is being handled, and raises once.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C came.
-        SystemExit: SIGTERM or SIGHUP came.
-    """
+    """Raise KeyboardInterrupt (Ctrl-C) or SystemExit once more, if the first one was lost; once, and not while an
+    exception is being handled."""
     global _pending
     if _pending is not None and sys.exc_info()[0] is None:
         number, _pending = _pending, None

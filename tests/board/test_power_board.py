@@ -160,7 +160,8 @@ def bench_with_both(board, engine, workspace):
     The pattern's load begins in the warm-up, and ends in the two seconds before the last idle phase.
     """
     idle = [(1.7, IDLE), (1.2, 5.9), (1.4, 5.5)]
-    pattern = Pattern(board.sys, [*idle, *LOAD, (2.3, 17.4), (1.2, 15.0), *idle, *idle])
+    load = [(3.4, 18.95), (3.1, 15.2), (3.6, 20.5), (3.2, 17.4)]  # few jumps: each may cost half an interval of it
+    pattern = Pattern(board.sys, [*idle, *load, *idle, *idle])
     board.set_watts(IDLE)
     times = ("--duration", "12", "--idle", "3", "--max-warm-up", "1", "--json")
     runs = {
@@ -175,15 +176,8 @@ def bench_with_both(board, engine, workspace):
     return pattern, ends
 
 
-@pytest.mark.slow
-def test_bench_measures_the_energy_of_a_pattern(board, small_engine_path, tmp_path):
-    """Both sources against the pattern's own energy."""
-    for attempt in range(3):
-        workspace = tmp_path / str(attempt)
-        pattern, ends = bench_with_both(board, small_engine_path, workspace)
-        # A machine that stands still, or keeps the service waiting: the runs say so themselves.
-        if pattern.slowest < 0.02 and not any("are missing in" in err for _, _, err in ends.values()):
-            break
+def assert_runs(pattern, ends, workspace):
+    """Each run against the pattern's own energy."""
     for source, (code, out, err) in ends.items():
         assert code == 0, err
         summary = run_of(workspace / source).summary
@@ -207,6 +201,21 @@ def test_bench_measures_the_energy_of_a_pattern(board, small_engine_path, tmp_pa
         assert figures.gross_joules_per_tile.mean == pytest.approx(per_tile, rel=0.01)
 
 
+@pytest.mark.slow
+def test_bench_measures_the_energy_of_a_pattern(board, small_engine_path, tmp_path):
+    for attempt in range(3):
+        workspace = tmp_path / str(attempt)
+        pattern, ends = bench_with_both(board, small_engine_path, workspace)
+        try:
+            assert_runs(pattern, ends, workspace)
+            return
+        except AssertionError:
+            # Only a machine that stood still or kept the service waiting may fail, and says so.
+            busy = pattern.slowest >= 0.02 or any("are missing in" in err for _, _, err in ends.values())
+            if not busy or attempt == 2:
+                raise
+
+
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "jtop"), (signal.SIGSTOP, "no reading for")])
 def test_bench_when_the_service_is_killed_or_frozen(own_board, small_engine_path, tmp_path, number, said):
     process = start_bench(
@@ -214,7 +223,7 @@ def test_bench_when_the_service_is_killed_or_frozen(own_board, small_engine_path
     )
     wait_for(lambda: (tmp_path / "benchmarks").is_dir(), 30)
     own_board.set_watts(18.95)
-    time.sleep(4)
+    time.sleep(2)
     own_board.signal_service(number)
     began = time.monotonic()
     code, out, err = finished(process, 40)

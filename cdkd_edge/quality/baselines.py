@@ -29,13 +29,18 @@ def score_color_rules(
     options: SegmentOptions = SegmentOptions(),
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, ConfusionMatrix]:
-    """Learn both rules of :meth:`ColorCounts.rules` from one dataset and score them on another."""
-    seen = ColorCounts(len(schema))
+    """Learn both rules of :func:`_rules` from one dataset and score them on another."""
+    counts = np.zeros((len(schema), 1 << 3 * _BITS), np.int64)  # how often each class was seen in each colour
+    sums = np.zeros((len(schema), 3), np.int64)
     for index, pair in enumerate(training, 1):
         note(f"counting the colours of {pair.name} ({index} of {len(training)})")
         for image, truth, valid in _tiles(pair, schema, options):
-            seen.update(image, np.where(valid, truth, np.uint8(NO_LABEL)))
-    rules = seen.rules()
+            codes = _codes(image)
+            for label in range(len(schema)):
+                here = valid & (truth == label)
+                counts[label] += np.bincount(codes[here], minlength=counts.shape[1])
+                sums[label] += image[:, here].sum(axis=1, dtype=np.int64)
+    rules = _rules(counts, sums)
     scores = {name: ConfusionMatrix(len(schema)) for name in rules}
     note("scoring rules on colour alone")
     for pair in validation:
@@ -45,36 +50,21 @@ def score_color_rules(
     return scores
 
 
-class ColorCounts:
-    """How often each class was seen in each of 32 x 32 x 32 colours."""
+def _rules(counts: npt.NDArray[np.int64], sums: npt.NDArray[np.int64]) -> dict[str, UInt8Array]:
+    """Tables of labels by colour, by the name of the rule; of pixels by class and colour, and sums of their RGB.
 
-    def __init__(self, classes: int) -> None:
-        self.counts = np.zeros((classes, 1 << 3 * _BITS), np.int64)
-        self.sums = np.zeros((classes, 3), np.int64)
-
-    def update(self, image: UInt8Array, labels: UInt8Array) -> None:
-        """Count pixels: RGB ``[3, H, W]`` and labels ``[H, W]``."""
-        codes = _codes(image)
-        for label in range(len(self.counts)):
-            here = labels == label
-            self.counts[label] += np.bincount(codes[here], minlength=self.counts.shape[1])
-            self.sums[label] += image[:, here].sum(axis=1, dtype=np.int64)
-
-    def rules(self) -> dict[str, UInt8Array]:
-        """Tables of labels by colour, by the name of the rule.
-
-        "nearest mean": the class whose mean colour is nearest. "colour histogram": the class seen most often with that
-        colour, to which the best rule on colour alone converges; colours never seen get the nearest mean.
-        """
-        pixels = self.counts.sum(axis=1)
-        means = self.sums / np.maximum(pixels, 1)[:, None]
-        bins = np.stack(np.unravel_index(np.arange(1 << 3 * _BITS), (1 << _BITS,) * 3), axis=-1)
-        centers = (bins + 0.5) * (1 << 8 - _BITS)  # the colour in the middle of every bin
-        distance = ((centers[:, None, :] - means) ** 2).sum(axis=-1)  # [colours, K]
-        distance[:, pixels == 0] = np.inf
-        nearest = distance.argmin(axis=1).astype(np.uint8)
-        frequent = np.where(self.counts.sum(axis=0) > 0, self.counts.argmax(axis=0), nearest).astype(np.uint8)
-        return {"nearest mean": nearest, "colour histogram": frequent}
+    "nearest mean": the class whose mean colour is nearest. "colour histogram": the class seen most often with that
+    colour, to which the best rule on colour alone converges; colours never seen get the nearest mean.
+    """
+    pixels = counts.sum(axis=1)
+    means = sums / np.maximum(pixels, 1)[:, None]
+    bins = np.stack(np.unravel_index(np.arange(1 << 3 * _BITS), (1 << _BITS,) * 3), axis=-1)
+    centers = (bins + 0.5) * (1 << 8 - _BITS)  # the colour in the middle of every bin
+    distance = ((centers[:, None, :] - means) ** 2).sum(axis=-1)  # [colours, K]
+    distance[:, pixels == 0] = np.inf
+    nearest = distance.argmin(axis=1).astype(np.uint8)
+    frequent = np.where(counts.sum(axis=0) > 0, counts.argmax(axis=0), nearest).astype(np.uint8)
+    return {"nearest mean": nearest, "colour histogram": frequent}
 
 
 def _tiles(

@@ -196,19 +196,16 @@ def label_image(
     with contextlib.ExitStack() as stack:
         writer = None
         if label_map is not None:
-            tags, place = label_map_tags(labeller, reader, options), reader.georeference
-            writer = stack.enter_context(
-                LabelMapWriter(label_map, image.height, image.width, labeller.schema, place, tags)
-            )
+            tags, size = label_map_tags(labeller, reader, options), (image.height, image.width)
+            writer = LabelMapWriter(label_map, *size, labeller.schema, reader.georeference, tags)
+            stack.enter_context(writer)
 
         def check_and_take(rows: Labels) -> None:
             nonlocal done
             wrong = rows[(rows >= classes) & (rows != NO_LABEL)]
             if wrong.size:
-                raise EngineError(
-                    f"{labeller.artefact.file} gave the label {wrong[0]}; there are {classes} classes",
-                    hint="build the engine again",
-                )
+                problem = f"{labeller.artefact.file} gave the label {wrong[0]}; there are {classes} classes"
+                raise EngineError(problem, hint="build the engine again")
             take(done, rows)
             done += len(rows)
             if writer is not None:
@@ -219,18 +216,13 @@ def label_image(
 
 def require_same_classes(ours: LabelSchema, data: LabelSchema) -> None:
     """Make sure that a label means the same to a labeller and to its data, else SchemaError; numbers match any name."""
+    names, theirs = ", ".join(ours.class_names), f"schema {data.name!r} has"
     if len(ours) != len(data):
-        raise SchemaError(
-            f"the network has {len(ours)} classes ({', '.join(ours.class_names)}), "
-            f"schema {data.name!r} has {len(data)}",
-            hint="give the schema that the network was trained with (--schema)",
-        )
+        hint = "give the schema that the network was trained with (--schema)"
+        raise SchemaError(f"the network has {len(ours)} classes ({names}), {theirs} {len(data)}", hint=hint)
     if ours.class_names != data.class_names and not ours.numbered and not data.numbered:
-        raise SchemaError(
-            f"the network has the classes {', '.join(ours.class_names)}, schema {data.name!r} has "
-            f"{', '.join(data.class_names)}",
-            hint="labels are positions: both need the same classes in the same order",
-        )
+        hint = "labels are positions: both need the same classes in the same order"
+        raise SchemaError(f"the network has the classes {names}, {theirs} {', '.join(data.class_names)}", hint=hint)
 
 
 def data_schema(dataset: Dataset, named: str | None, fallback: LabelSchema | None) -> LabelSchema:
@@ -238,11 +230,9 @@ def data_schema(dataset: Dataset, named: str | None, fallback: LabelSchema | Non
     if name := named or dataset.schema_name:
         return load_schema(name)
     if fallback is None or fallback.numbered:
-        raise SchemaError(
-            f"nothing says how the masks of {dataset.folder} encode classes",
-            hint=f"name a schema: --schema {', '.join(BUILTIN_SCHEMAS)} or a .toml file; "
-            f"or put {SCHEMA_FILE} into the folder",
-        )
+        ways = f"name a schema: --schema {', '.join(BUILTIN_SCHEMAS)} or a .toml file"
+        hint = f"{ways}; or put {SCHEMA_FILE} into the folder"
+        raise SchemaError(f"nothing says how the masks of {dataset.folder} encode classes", hint=hint)
     return fallback
 
 

@@ -168,6 +168,8 @@ def _encode(
     mask: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_], schema: LabelSchema, path: Path
 ) -> npt.NDArray[np.uint8]:
     """Labels of a strip; pixels that are not ``known`` may hold any value and get no label."""
+    if known.all():
+        return schema.encode(mask, str(path))
     labels = np.full(known.shape, NO_LABEL, np.uint8)
     if known.any():
         labels[known] = schema.encode(mask[known][None], str(path))[0]

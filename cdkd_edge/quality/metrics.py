@@ -179,7 +179,7 @@ class TileTable:
     def __init__(self, classes: int) -> None:
         self.classes = classes
         self.matrices = (ConfusionMatrix(classes), ConfusionMatrix(classes))  # reference and candidate, with the truth
-        # Pixels with data by the reference's label (row) and the candidate's; last: no label.
+        # Pixels with data by the reference's label (row) and the candidate's, ``[K + 1, K + 1]``; last: no label.
         self.confusion = np.zeros((classes + 1, classes + 1), np.int64)
         self._images: dict[str, list[npt.NDArray[np.uint32]]] = {}
 

@@ -74,9 +74,6 @@ class NetworkLabeller(Labeller):
     def wait(self, slot: int) -> None:
         """Do nothing: :meth:`launch` has waited."""
 
-    def close(self) -> None:
-        """Do nothing: the network is freed with this object."""
-
 
 def load_network(
     path: Path,

@@ -100,8 +100,7 @@ class Parity:
     schema: LabelSchema
     gate: ParityGate
     matrices: tuple[metrics.ConfusionMatrix, metrics.ConfusionMatrix]  # reference and candidate against the truth
-    confusion: npt.NDArray[np.int64]
-    """Pixels with data by the reference's label (row) and the candidate's, ``[K + 1, K + 1]``; last: no label."""
+    confusion: npt.NDArray[np.int64]  # see :attr:`cdkd_edge.quality.metrics.TileTable.confusion`
     images: tuple[ImageParity, ...]
     ignored_pixels: int  # pixels without truth; only the agreement counts them
     scores: Mapping[str, ComparedScore]  # by the names of :data:`cdkd_edge.quality.metrics.METRICS`
@@ -128,10 +127,8 @@ class Parity:
         if self.loss > self.gate.tolerance + _ROUNDING:
             found.append(f"it loses {self.loss:.3f} points of mIoU, more than {self.gate.tolerance:g}")
         if self.agreement < self.gate.min_agreement - _ROUNDING:
-            found.append(
-                f"it gives the reference's label to {self.agreement:.4%} of the pixels, "
-                f"fewer than {100 * self.gate.min_agreement:g} %"
-            )
+            fewer = f"fewer than {100 * self.gate.min_agreement:g} %"
+            found.append(f"it gives the reference's label to {self.agreement:.4%} of the pixels, {fewer}")
         return tuple(found)
 
     @property
@@ -153,14 +150,15 @@ class Parity:
         names = [*self.schema.class_names, "no label"]
         changed = self.confusion * ~np.eye(len(names), dtype=bool)
         order = np.argsort(-changed, axis=None, kind="stable")[: np.count_nonzero(changed)]
-        return [
-            (names[row], names[column], int(changed[row, column]))
-            for row, column in zip(*np.unravel_index(order, changed.shape), strict=True)
-        ]
+        places = zip(*np.unravel_index(order, changed.shape), strict=True)
+        return [(names[row], names[column], int(changed[row, column])) for row, column in places]
 
     def document(self) -> dict[str, Any]:
         """JSON data; scores in 0..1, deltas in percentage points, None where there is no number."""
-        truth_pixels = self.matrices[0].counts.sum(axis=1)
+        pixels = self.matrices[0].counts.sum(axis=1).tolist()
+        classes = zip(self.schema.class_names, pixels, map(ComparedScore.document, self.class_iou), strict=True)
+        span = self.agreement_interval
+        low, high = (span.low, span.high) if span else (None, None)
         return {
             "parity_version": PARITY_VERSION,
             "verdict": self.verdict,
@@ -170,19 +168,10 @@ class Parity:
             "scores": {name: score.document()[0] for name, score in self.scores.items()},
             "delta_points": {name: score.document()[1] for name, score in self.scores.items()},
             "classes": [
-                {
-                    "name": name,
-                    "truth_pixels": int(truth),
-                    **dict(zip(("iou", "delta_points"), iou.document(), strict=True)),
-                }
-                for name, truth, iou in zip(self.schema.class_names, truth_pixels, self.class_iou, strict=True)
+                {"name": name, "truth_pixels": truth, "iou": iou, "delta_points": delta}
+                for name, truth, (iou, delta) in classes
             ],
-            "agreement": {
-                "with_data": self.agreement,
-                "low": self.agreement_interval and self.agreement_interval.low,
-                "high": self.agreement_interval and self.agreement_interval.high,
-                "labelled": self.labelled_agreement,
-            },
+            "agreement": {"with_data": self.agreement, "low": low, "high": high, "labelled": self.labelled_agreement},
             "bootstrap": {
                 "unit": "tile",
                 "tiles": self.tiles,

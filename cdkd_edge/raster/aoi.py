@@ -154,7 +154,8 @@ def _box(text: str) -> AreaOfInterest | None:
             f"the box {text} is empty",
             hint="the order is minx,miny,maxx,maxy; minx may be larger only in longitudes across the antimeridian",
         )
-    across, up = np.linspace(left, right, _STEPS + 1).tolist(), np.linspace(bottom, top, _STEPS + 1).tolist()
+    sides, steps = ((left, right), (bottom, top)), range(_STEPS + 1)
+    across, up = ([low + (high - low) * step / _STEPS for step in steps] for low, high in sides)
     ring = [(x, bottom) for x in across] + [(right, y) for y in up] + [(x, top) for x in reversed(across)]
     ring += [(left, y) for y in reversed(up)]
     return AreaOfInterest(text, ([ring],), _LON_LAT if on_globe else None)

@@ -39,11 +39,11 @@ def choose_bands(dataset: Any, path: object, asked: Sequence[int] | None) -> tup
         SceneError: the file has no usable bands, or does not tell which they are.
     """
     count = dataset.count
+    if count == 0 and dataset.subdatasets:
+        hint = f"name one, e.g. {dataset.subdatasets[0]}"
+        raise SceneError(f"{path} holds no bands of its own, only subdatasets", hint=hint)
     if count == 0:
-        raise SceneError(
-            f"{path} holds no bands" + (" of its own, only subdatasets" if dataset.subdatasets else ""),
-            hint=f"name one, e.g. {dataset.subdatasets[0]}" if dataset.subdatasets else None,
-        )
+        raise SceneError(f"{path} holds no bands")
     if asked is not None:
         if len(asked) != 3 or not all(1 <= band <= count for band in asked):
             shown = ",".join(map(str, asked))
@@ -60,12 +60,11 @@ def choose_bands(dataset: Any, path: object, asked: Sequence[int] | None) -> tup
         )
     known = [name if tag in _NOTHING_SAID and name in _NAMES else tag for tag, name in zip(tags, names, strict=True)]
     if found := _first_of_each(known):
-        several = any(known.count(color) > 1 for color in _RGB)
+        several = ", the first of several" if any(known.count(color) > 1 for color in _RGB) else ""
         if found == (1, 2, 3) and tags[:3] == list(_RGB) and not several:
             return found, None
         how = "tagged" if _first_of_each(tags) else "named"
-        text = f"bands {','.join(map(str, found))} are {how} red, green, blue"
-        return found, text + (", the first of several" if several else "")
+        return found, f"bands {','.join(map(str, found))} are {how} red, green, blue{several}"
     plain = [band for band, color in enumerate(known, 1) if color != "alpha"]
     if any(color not in _NOTHING_SAID for color in known):
         _refuse(path, known, dataset)
@@ -185,14 +184,9 @@ class Upright(WarpedVRT):  # type: ignore[misc]
             cache = min(width * height * stored.count + _ROOM, _CACHE_BYTES)
             set_gdal_config("GDAL_CACHEMAX", max(int(get_gdal_config("GDAL_CACHEMAX")), cache))
         masked = any(MaskFlags.per_dataset in flags for flags in stored.mask_flag_enums)
-        super().__init__(
-            stored,
-            src_transform=place,
-            transform=Affine.identity(),
-            width=across,
-            height=down,
-            add_alpha=masked and ColorInterp.alpha not in stored.colorinterp,
-        )
+        alpha = masked and ColorInterp.alpha not in stored.colorinterp
+        there = {"src_transform": place, "transform": Affine.identity(), "width": across, "height": down}
+        super().__init__(stored, add_alpha=alpha, **there)
         self.stored_driver = stored.driver
         self.note = f"turned upright, as its EXIF orientation ({orientation}) says and viewers show it"
 
@@ -232,15 +226,16 @@ def _exif_chunk(file: BinaryIO) -> bytes:
 def _in_tiff(file: BinaryIO) -> int:
     """The orientation in the first directory of a TIFF or BigTIFF; EXIF data is a TIFF too."""
     order = {b"II": "<", b"MM": ">"}[file.read(2)]
-    big = struct.unpack(f"{order}H", file.read(2))[0] == 43
+
+    def number(kind: str) -> int:
+        return int(struct.unpack(order + kind, file.read(struct.calcsize(f"{order}{kind}")))[0])
+
+    big = number("H") == 43
     if big:
         file.seek(4, os.SEEK_CUR)
-    file.seek(struct.unpack(f"{order}{'Q' if big else 'I'}", file.read(8 if big else 4))[0])
-    entries = struct.unpack(f"{order}{'Q' if big else 'H'}", file.read(8 if big else 2))[0]
-    for _ in range(min(entries, 1 << 12)):
-        entry = file.read(20 if big else 12)
-        tag, kind = struct.unpack(f"{order}HH", entry[:4])
+    file.seek(number("Q" if big else "I"))
+    for _ in range(min(number("Q" if big else "H"), 1 << 12)):
+        tag, kind, _, value = number("H"), number("H"), number("Q" if big else "I"), file.read(8 if big else 4)
         if tag == _TAG:
-            value = entry[12 if big else 8 :]
-            return int(struct.unpack(f"{order}{'H' if kind == 3 else 'I'}", value[: 2 if kind == 3 else 4])[0])
+            return int(struct.unpack_from(f"{order}{'H' if kind == 3 else 'I'}", value)[0])
     return 1

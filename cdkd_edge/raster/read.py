@@ -74,10 +74,10 @@ class SceneReader:
                 with self._gdal("resampling"):
                     self._dataset, how = resampled(self._source, gsd, self.bands, self._validity)
                     self._notes.append(how)
-                    self._require_bounded(self._dataset)
                     if self._dataset is not self._source:
                         self._indexes = (1, 2, 3)
                         self._validity = Validity(self._dataset, self._indexes)
+                    self._require_bounded(self._dataset)
         except BaseException as error:
             self.close()
             if isinstance(error, ValueError | LookupError | OverflowError) and not isinstance(error, CdkdEdgeError):
@@ -163,11 +163,7 @@ class SceneReader:
         self._source.close()
 
     def read_tile(self, row: Span, column: Span, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_] | None:
-        """Read one tile into an engine's buffer.
-
-        Args:
-            row, column: where the tile lies; beyond its borders the scene is reflected.
-            out: uint8 ``[3, T, T]``, contiguous, written in place.
+        """Read one tile into ``out``, uint8 ``[3, T, T]``; beyond its borders the scene is reflected.
 
         Returns:
             Validity ``[T, T]``, or None where every pixel is valid.
@@ -205,7 +201,7 @@ class SceneReader:
 
     def _place_for(self, height: int, width: int) -> npt.NDArray[Any] | None:
         """A reused array for values before the stretch (freed ones would fragment the heap); None for mixed types."""
-        kinds = {self._dataset.dtypes[band - 1] for band in self.bands}
+        kinds = {self._dataset.dtypes[band - 1] for band in self._indexes}
         if len(kinds) > 1:
             return None
         size = 3 * height * width

@@ -105,18 +105,17 @@ def scores_of(matrix: ConfusionMatrix, schema: LabelSchema) -> dict[str, Any]:
     return {**matrix.scores(), "iou": {name: number(float(value)) for name, value in iou}}
 
 
-def score_table(title: str, classes: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> str:
+def _score_table(classes: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table of scores in percent; a dash for a class without a score."""
-    header = [title, *(f"{name} IoU" for name in classes), *(metric.label for metric in METRICS.values())]
+    header = ["validation", *(f"{name} IoU" for name in classes), *(metric.label for metric in METRICS.values())]
     lines = [f"| {' | '.join(header)} |", f"|---{'|---:' * (len(header) - 1)}|"]
     for name, scores in rows.items():
         values = [*(scores["iou"].get(name) for name in classes), *(scores.get(key) for key in METRICS)]
-        lines.append(f"| {name} | {' | '.join(percent(value) for value in values)} |")
+        lines.append(f"| {name} | {' | '.join(_percent(value) for value in values)} |")
     return "\n".join(lines)
 
 
-def percent(value: float | None) -> str:
-    """A score in percent, as the card shows it."""
+def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
@@ -148,7 +147,7 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
         f"makes them. The weights are those of epoch {run['best_epoch']} of {epochs}, chosen by "
         "their mIoU on these images, so the score is a little too high; that of the last epoch is not.",
         "",
-        score_table("validation", classes, scores),
+        _score_table(classes, scores),
         "",
         *([rules, ""] if {"nearest mean", "colour histogram"} & scores.keys() else []),
         "## Data",
@@ -178,7 +177,7 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
         "",
         "| epoch | loss | validation mIoU |",
         "|---:|---:|---:|",
-        *(f"| {row['epoch']} | {row['loss']:.4f} | {percent(row['mean_iou'])} |" for row in run["history"]),
+        *(f"| {row['epoch']} | {row['loss']:.4f} | {_percent(row['mean_iou'])} |" for row in run["history"]),
     ]
     return "\n".join(lines) + "\n"
 

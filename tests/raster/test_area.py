@@ -527,3 +527,12 @@ def test_limits_are_in_the_tags_and_the_result(tmp_path: Path) -> None:
     with rasterio.open(tmp_path / "map.tif") as dataset:
         shown = "; ".join(f"{low:.6g}..{high:.6g}" for low, high in result.stretch_limits)
         assert dataset.tags()["STRETCH"] == shown
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_bands_beyond_the_third_can_be_resampled(tmp_path: Path, dtype: str) -> None:
+    scene = np.stack([np.full((120, 160), 30 * band, dtype) for band in range(1, 9)])
+    path = write_raster(tmp_path / "scene.tif", scene, **UTM)
+    stretch = None if dtype == "uint8" else Stretch(0, 255, percentiles=False)
+    pixels, _ = SceneReader(path, bands=(8, 5, 3), stretch=stretch, gsd=4.0).read_window(0, 0, 60, 80)
+    assert [np.unique(plane).tolist() for plane in pixels] == [[240], [150], [90]]

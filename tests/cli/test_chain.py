@@ -115,9 +115,9 @@ def test_real_imagery_of_a_scene_never_trained_on(tmp_path: Path, workspace: Pat
         with rasterio.open(output["output"]) as dataset:
             confusion.update(truth, dataset.read(1))
         assert Path(output["preview"]).is_file()
-    assert confusion.mean_iou > 0.52  # 0.537 measured; the better colour rule: COLOUR
+    assert confusion.mean_iou > 0.52  # 0.537 measured; the better rule on colour alone: 0.375
     assert confusion.score("overall_accuracy") > 0.80  # 0.815 measured; always the commonest class: 0.577
-    (tmp_path / "list.txt").write_text("\n".join(HELD_OUT))
-    (engine,) = (workspace / "engines").glob("*.onnx")
-    judged = run("evaluate", str(engine), "--data", str(DUBAI), "--schema", "dubai", "--list", str(tmp_path / "list.txt"))
+    names = tmp_path / "list.txt"
+    names.write_text("\n".join(HELD_OUT))
+    judged = run("evaluate", "-w", str(workspace), "--data", str(DUBAI), "--schema", "dubai", "--list", str(names))
     assert judged["confusion"] == confusion.counts.tolist()

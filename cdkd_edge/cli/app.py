@@ -18,9 +18,7 @@ from cdkd_edge.core.errors import CdkdEdgeError, InternalError, UsageError, as_a
 from cdkd_edge.core.machine import cache_folder
 from cdkd_edge.core.signals import end_on_signals, received
 
-_UsageError: Any = typer.BadParameter.__base__
-"""What every complaint about arguments is a kind of; Typer does not export it."""
-
+_UsageError: Any = typer.BadParameter.__base__  # the class of all errors in arguments, which Typer does not export
 _ClickException: Any = _UsageError.__base__
 
 
@@ -49,7 +47,7 @@ def _answers(*, debug: bool = False) -> Iterator[None]:
         # A broken pipe of `| head` ends a command without a word: click does that. So does what a signal brought about.
         if debug or received() is not None or (isinstance(error, BrokenPipeError) and _nobody_reads()):
             raise
-        _fail(_as_answer(error))
+        _fail(as_answer(error) or _as_fault(error))
 
 
 app = typer.Typer(
@@ -106,23 +104,11 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
-_STDOUT = 1
-
-
 def _nobody_reads() -> bool:
     """Whether what reads this process's output has ended; other pipes break for other reasons."""
     poll = select.poll()
-    poll.register(_STDOUT, 0)
+    poll.register(1, 0)  # stdout
     return any(events & select.POLLERR for _, events in poll.poll(0))
-
-
-def _as_answer(error: Exception) -> CdkdEdgeError:
-    known = as_answer(error)
-    if known is not None:
-        return known
-    if isinstance(error, ModuleNotFoundError):
-        return CdkdEdgeError(f"{error}", hint="an installed package is incomplete; reinstall cdkd-edge")
-    return _as_fault(error)
 
 
 def _as_fault(error: Exception) -> CdkdEdgeError:
@@ -133,6 +119,8 @@ def _as_fault(error: Exception) -> CdkdEdgeError:
 
     from cdkd_edge.core.files import write_text
 
+    if isinstance(error, ModuleNotFoundError):
+        return CdkdEdgeError(f"{error}", hint="an installed package is incomplete; reinstall cdkd-edge")
     reason = f"{type(error).__name__}: {error}"
     about = f"cdkd-edge {__version__}, Python {platform.python_version()}, {platform.platform()}"
     text = "\n".join([about, repr(sys.argv), *traceback.format_exception(error)])
@@ -145,13 +133,10 @@ def _as_fault(error: Exception) -> CdkdEdgeError:
     return InternalError(f"this is a fault of cdkd-edge: {printable(reason, 300)}", hint=hint)
 
 
-_MOST_SAID = 1500  # characters of an error's message that are shown
-
-
 def _fail(error: CdkdEdgeError) -> NoReturn:
     message = printable(error.message)
-    if len(message) > _MOST_SAID:  # names in a file may be of any length
-        message = f"{message[:_MOST_SAID]}..."
+    if len(message) > 1500:  # names in a file may be of any length
+        message = f"{message[:1500]}..."
     text = f"{message} — {printable(error.hint)}" if error.hint else message
     with contextlib.suppress(OSError):  # where stderr takes nothing, the exit code remains
         typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)

@@ -11,7 +11,7 @@ from typer import Argument, BadParameter, Option
 from cdkd_edge.cli.inspect import engine_rows
 from cdkd_edge.cli.options import JSON, SCENES, SCHEMA, WORKSPACE
 from cdkd_edge.cli.progress import steps
-from cdkd_edge.cli.report import Report, Rows, say
+from cdkd_edge.cli.report import Report, Rows, fields_of, say
 from cdkd_edge.core.manifest import CONFIDENCE, PROBABILITIES
 from cdkd_edge.core.numbers import duration, percent, significant, size
 from cdkd_edge.core.workspace import Workspace
@@ -63,7 +63,9 @@ class BuilderOptions:
         help="Most memory for the builder's scratch, e.g. 512M or 2G. Default: less than is free now.",
         metavar="SIZE",
     )
-    opt_level: int | None = Option(None, help="0 (fast) to 5 (more kernels). Default: TensorRT's, 3.", min=0, max=5)
+    optimization_level: int | None = Option(
+        None, "--opt-level", help="0 (fast) to 5 (more kernels). Default: TensorRT's, 3.", min=0, max=5
+    )
     timing_cache: bool = Option(True, help="Keep kernel timings in the user's cache folder for the next build.")
     sparse: bool = Option(False, help="Allow 2:4 sparse kernels where the weights are sparse already.")
     weakly_typed: bool = Option(False, help="Set precisions by builder flags: a fallback for early TensorRT 10.")
@@ -80,12 +82,8 @@ class BuilderOptions:
 
         return TensorRTOptions(
             workspace_bytes=parse_size(self.workspace_size) if self.workspace_size is not None else None,
-            optimization_level=self.opt_level,
-            timing_cache=self.timing_cache,
-            sparse=self.sparse,
-            verbose=self.verbose,
-            weakly_typed=self.weakly_typed,
             targets=tuple(dict.fromkeys(map(parse_target, self.target or ()))),
+            **fields_of(self, "optimization_level", "timing_cache", "sparse", "verbose", "weakly_typed"),
         )
 
 

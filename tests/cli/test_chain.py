@@ -24,7 +24,7 @@ from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.quality.metrics import ConfusionMatrix
 
 DUBAI = Path(__file__).resolve().parents[3] / "shared" / "data" / "dubai"
-HELD_OUT_SCENE = "tile5"
+HELD_OUT = ("tile5_004", "tile5_007")  # of the scene that the bundled network never saw; they show all classes
 
 
 def run(*arguments: str) -> dict:
@@ -70,22 +70,20 @@ def test_the_graph_without_torch_is_the_same(tmp_path: Path, workspace: Path) ->
     assert (found[0] == found[1]).mean() >= 0.9999
 
 
-def test_demo_leaves_what_it_prints(tmp_path: Path) -> None:
+def test_demo_leaves_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a part of the bundled scene, to be quick."""
+    for name, value in (("SCENE_HEIGHT", 700), ("SCENE_WIDTH", 1000), ("LOAD_SECONDS", 0.5)):
+        monkeypatch.setattr(f"cdkd_edge.demo.run.{name}", value)
     result = run("demo", "-w", str(tmp_path))
-    for path in (
-        result["export"]["path"],
-        result["engine_path"],
-        result["segment"]["output"],
-        result["preview"],
-        Path(result["bench_folder"]) / "summary.json",
-    ):
+    names = (result["export"]["path"], result["engine_path"], result["segment"]["output"], result["preview"])
+    for path in (*names, Path(result["bench_folder"]) / "summary.json"):
         assert Path(path).is_file()
     with rasterio.open(result["segment"]["output"]) as labels, rasterio.open(tmp_path / "demo_scene.tif") as scene:
-        assert labels.shape == scene.shape == (2000, 3000)
+        assert labels.shape == scene.shape == (700, 1000)
         assert labels.crs == scene.crs
         assert labels.transform == scene.transform
         assert labels.nodata == 255
-    assert result["mean_iou"] > 0.74  # 0.761 measured
+    assert result["mean_iou"] > 0.69  # 0.713 measured
 
 
 def test_demo_stays_out_of_folders_with_other_files(tmp_path: Path) -> None:
@@ -105,20 +103,21 @@ def test_demo_finds_a_bad_scene_before_it_makes_anything(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not DUBAI.is_dir(), reason=f"no imagery in {DUBAI}")
-def test_real_imagery_of_a_scene_never_trained_on(workspace: Path) -> None:
+def test_real_imagery_of_a_scene_never_trained_on(tmp_path: Path, workspace: Path) -> None:
+    """Two images of the held-out scene; all nine give 0.522 and 0.874."""
     schema = load_schema("dubai")
     confusion = ConfusionMatrix(len(schema))
-    images = sorted((DUBAI / "images").glob(f"{HELD_OUT_SCENE}_*.jpg"))
-    assert images
+    images = [DUBAI / "images" / f"{name}.jpg" for name in HELD_OUT]
     outputs = run("segment", *map(str, images), "-w", str(workspace), "--preview")
     for image, output in zip(images, outputs, strict=True):
-        mask = Image.open(DUBAI / "masks" / f"{image.stem}.png").convert("RGB")
-        truth = schema.encode(np.asarray(mask), mask.filename if hasattr(mask, "filename") else image.stem)
+        with Image.open(DUBAI / "masks" / f"{image.stem}.png") as mask:
+            truth = schema.encode(np.asarray(mask.convert("RGB")), image.stem)
         with rasterio.open(output["output"]) as dataset:
             confusion.update(truth, dataset.read(1))
         assert Path(output["preview"]).is_file()
-    assert confusion.mean_iou > 0.51  # 0.522 measured; the better colour rule: 0.392
-    assert confusion.score("overall_accuracy") > 0.86  # 0.874 measured; always the commonest class: 0.526
-    (engine,) = (workspace / "engines").glob("*.onnx")
-    judged = run("evaluate", str(engine), "--data", str(DUBAI), "--schema", "dubai", "--scenes", HELD_OUT_SCENE)
+    assert confusion.mean_iou > 0.52  # 0.537 measured; the better rule on colour alone: 0.375
+    assert confusion.score("overall_accuracy") > 0.80  # 0.815 measured; always the commonest class: 0.577
+    names = tmp_path / "list.txt"
+    names.write_text("\n".join(HELD_OUT))
+    judged = run("evaluate", "-w", str(workspace), "--data", str(DUBAI), "--schema", "dubai", "--list", str(names))
     assert judged["confusion"] == confusion.counts.tolist()

@@ -798,8 +798,8 @@ def test_the_demo_needs_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("torch", "onnxsim", "safetensors"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "cdkd_edge.graph.export", raising=False)
-    monkeypatch.setattr("cdkd_edge.demo.run.SCENE_WIDTH", 512)
-    monkeypatch.setattr("cdkd_edge.demo.run.SCENE_HEIGHT", 256)
+    for name, value in (("SCENE_HEIGHT", 256), ("SCENE_WIDTH", 512), ("LOAD_SECONDS", 0.5)):
+        monkeypatch.setattr(f"cdkd_edge.demo.run.{name}", value)
     result = run("demo", "-w", tmp_path / "demo", "--json")
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)

@@ -19,11 +19,11 @@ import onnx
 from onnx import TensorProto, helper
 
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
-from cdkd_edge.precision.calibration.choose import choose, coverage_radius
-from cdkd_edge.precision.calibration.descriptors import standardise
-from cdkd_edge.precision.calibration.scan import CalibrateOptions, Candidates, TiledScene, scan_scenes
-from cdkd_edge.raster.find import scenes_named
+from cdkd_edge.precision.choose_tiles import choose, coverage_radius
+from cdkd_edge.precision.describe_tiles import standardise
+from cdkd_edge.precision.scan_scenes import CalibrateOptions, Candidates, TiledScene, scan_scenes
 from cdkd_edge.raster.grid import Span
+from cdkd_edge.raster.open import scenes_named
 from cdkd_edge.raster.read import SceneReader
 
 Array = npt.NDArray[np.float32]

@@ -24,11 +24,11 @@ from cdkd_edge.engines.runtimes import RUNTIMES, build_engine
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint
 from cdkd_edge.graph.tiles import CalibrationSet
 from cdkd_edge.model.checkpoint import load_checkpoint, save_checkpoint
-from cdkd_edge.precision.calibration.calibrate import calibrate
-from cdkd_edge.precision.calibration.scan import CalibrateOptions, TiledScene
+from cdkd_edge.precision.calibrate import calibrate
 from cdkd_edge.precision.int8 import Int8Options, write_int8
 from cdkd_edge.precision.int8_gate import Int8Gate
-from cdkd_edge.raster.find import scenes_named
+from cdkd_edge.precision.scan_scenes import CalibrateOptions, TiledScene
+from cdkd_edge.raster.open import scenes_named
 from cdkd_edge.raster.read import SceneReader
 from cdkd_edge.segmentation.options import SegmentOptions
 

@@ -16,12 +16,12 @@ from cdkd_edge.core.numbers import significant
 from cdkd_edge.core.workspace import Workspace
 
 if TYPE_CHECKING:
-    from cdkd_edge.precision.calibration.calibrate import CalibrateResult
+    from cdkd_edge.precision.calibrate import CalibrateResult
 
 
 @dataclass(frozen=True)
 class SetOptions:
-    """Fields of :class:`~cdkd_edge.precision.calibration.calibrate.CalibrateOptions`."""
+    """Fields of :class:`~cdkd_edge.precision.calibrate.CalibrateOptions`."""
 
     count: int = Option(64, help="Tiles for calibration.", min=1)
     check: int = Option(8, help="Further tiles, to judge the quantised graph on.", min=0)
@@ -51,9 +51,9 @@ def calibrate(
     as_json: bool = JSON,
 ) -> None:
     """Choose tiles of scenes for INT8: they cover the imagery. Writes engines/calibration/NAME/."""
-    from cdkd_edge.precision.calibration.calibrate import calibrate as choose_tiles
-    from cdkd_edge.precision.calibration.calibrate import default_folder, default_tile, tile_sides
-    from cdkd_edge.precision.calibration.scan import CalibrateOptions
+    from cdkd_edge.precision.calibrate import calibrate as choose_tiles
+    from cdkd_edge.precision.calibrate import default_folder, default_tile, tile_sides
+    from cdkd_edge.precision.scan_scenes import CalibrateOptions
 
     space, tile, sides = Workspace(workspace), chosen.tile, tile_sides(Workspace(workspace))
     if tile and sides and tile not in sides:  # `build --int8` would find it after the work

@@ -12,8 +12,7 @@ from cdkd_edge.core.errors import EngineError, FleetError, SceneError, SystemRef
 from cdkd_edge.core.files import read_small
 from cdkd_edge.core.machine import available_cores
 from cdkd_edge.core.manifest import EngineManifest, GraphManifest, kind_of, read_manifest
-from cdkd_edge.raster.find import file_key, rasters_named
-from cdkd_edge.raster.open import is_gdal_name
+from cdkd_edge.raster.open import file_key, is_gdal_name, rasters_named
 from cdkd_edge.raster.styles import sidecar_path
 from cdkd_edge.segmentation.dispatch import InProcess, ProcessPool, RunObserver, Workers
 from cdkd_edge.segmentation.jobs import Ended, EngineRef, Failure, Job, Reach, RunReport, Status, file_state

@@ -20,6 +20,7 @@ from tensorrt_helpers import ORIN, LayerLimits, exceeded
 from cdkd_edge.core.errors import EngineError, ManifestError, UsageError
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing, TensorRTBuild
 from cdkd_edge.engines.tensorrt import find, options
+from cdkd_edge.engines.tensorrt.compile import OPSETS, SINCE, UNSUPPORTED, ParserComplaint, explain
 from cdkd_edge.engines.tensorrt.find import (
     NoGpu,
     TensorRT,
@@ -49,7 +50,6 @@ from cdkd_edge.engines.tensorrt.options import (
     parse_target,
     workspace_within,
 )
-from cdkd_edge.engines.tensorrt.parser import OPSETS, SINCE, UNSUPPORTED, ParserComplaint, explain
 
 # --- options --------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import numpy as np
 from scene_helpers import UInt8Array, write_raster
 
 from cdkd_edge.graph.tiles import CalibrationSet
-from cdkd_edge.precision.calibration.calibrate import CalibrateResult, calibrate
-from cdkd_edge.precision.calibration.scan import CalibrateOptions
+from cdkd_edge.precision.calibrate import CalibrateResult, calibrate
+from cdkd_edge.precision.scan_scenes import CalibrateOptions
 
 TILE = 64
 

@@ -25,11 +25,11 @@ from scene_helpers import names_in, sparse_raster, write_raster
 from cdkd_edge.core.errors import DatasetError, ManifestError, SceneError, UsageError
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.graph.tiles import CalibrationSet
-from cdkd_edge.precision.calibration import calibrate as module
-from cdkd_edge.precision.calibration import descriptors
-from cdkd_edge.precision.calibration.calibrate import calibrate, default_folder, default_tile
-from cdkd_edge.precision.calibration.scan import CalibrateOptions
-from cdkd_edge.precision.calibration.write import shrink_tile, thumbnail_side
+from cdkd_edge.precision import calibrate as module
+from cdkd_edge.precision import describe_tiles as descriptors
+from cdkd_edge.precision.calibrate import calibrate, default_folder, default_tile
+from cdkd_edge.precision.scan_scenes import CalibrateOptions
+from cdkd_edge.precision.write_set import shrink_tile, thumbnail_side
 from cdkd_edge.raster.read import SceneReader, Stretch
 from cdkd_edge.segmentation.options import SegmentOptions
 
@@ -594,7 +594,7 @@ def test_the_command(scenes: list[str], tmp_path: Path, monkeypatch: pytest.Monk
     assert result.exit_code == 0, result.stderr
     assert "note" not in result.stderr
     with monkeypatch.context() as patch:
-        patch.setattr("cdkd_edge.precision.calibration.calibrate.tile_sides", lambda space: {512})
+        patch.setattr("cdkd_edge.precision.calibrate.tile_sides", lambda space: {512})
         assert f"tiles of 512 px, not {TILE} px" in run(*common, "-o", "out2").stderr
     assert "8 for calibration, 2 to check on" in result.stdout
     assert str(Path("out") / "contact-sheet.png") in result.stdout

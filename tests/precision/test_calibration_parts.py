@@ -15,17 +15,11 @@ from scene_helpers import relaxed
 
 from cdkd_edge.core.errors import SystemRefusalError
 from cdkd_edge.core.files import whole_folder
-from cdkd_edge.precision.calibration.choose import choose, coverage_radius, distances, k_means, nearest_of, strata
-from cdkd_edge.precision.calibration.descriptors import (
-    COLOUR_FEATURES,
-    FEATURES,
-    describe_tile,
-    make_thumbnail,
-    standardise,
-)
-from cdkd_edge.precision.calibration.exclusions import Exclusions, escape_pattern, overlaps
-from cdkd_edge.precision.calibration.scan import TiledScene, fair_limit
-from cdkd_edge.precision.calibration.write import Sheet, SheetTile, shrink_tile, thumbnail_side, write_sheet
+from cdkd_edge.precision.choose_tiles import choose, coverage_radius, distances, k_means, nearest_of, strata
+from cdkd_edge.precision.describe_tiles import COLOUR_FEATURES, FEATURES, describe_tile, make_thumbnail, standardise
+from cdkd_edge.precision.exclusions import Exclusions, escape_pattern, overlaps
+from cdkd_edge.precision.scan_scenes import TiledScene, fair_limit
+from cdkd_edge.precision.write_set import Sheet, SheetTile, shrink_tile, thumbnail_side, write_sheet
 
 # --- descriptors ----------------------------------------------------------------------------------
 

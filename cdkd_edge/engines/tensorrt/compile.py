@@ -8,6 +8,11 @@ the path it names, and answers on stdout with JSON lines, each with an ``event``
 - ``phase`` with ``name``, ``parent``, ``steps``, and ``step`` with ``name``, ``done``: TensorRT's progress;
 - ``log`` with ``severity`` and ``text``;
 - the last one: ``finished`` with what the manifest needs, or ``failed`` with ``reason``, ``message``, ``hint``.
+
+Explains an error of TensorRT's ONNX parser by what its documentation says about operators.
+
+Source: https://github.com/onnx/onnx-tensorrt, ``docs/Changelog.md`` of 8.5 to 10.15, ``docs/operators.md`` of 8.5, 9.2,
+10.0 and 10.15. The message says so where they are silent.
 """
 
 from __future__ import annotations
@@ -26,10 +31,79 @@ from cdkd_edge.core.errors import CdkdEdgeError, EngineError, SystemRefusalError
 from cdkd_edge.core.process import EventWriter, end_with_parent
 from cdkd_edge.engines.tensorrt.find import GpuInfo, NoGpu, TensorRT, find_gpu, find_tensorrt, log_to
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions, TimingCache, default_workspace
-from cdkd_edge.engines.tensorrt.parser import ParserComplaint, explain
 
 if TYPE_CHECKING:
     import tensorrt as trt
+
+SINCE: Mapping[str, str] = {
+    "Attention": "10.14", "BlackmanWindow": "10.4", "DeformConv": "10.1", "GridSample": "8.5",
+    "GroupNormalization": "8.6", "HammingWindow": "10.4", "HannWindow": "10.4", "Hardmax": "9.2", "IsInf": "8.6",
+    "LayerNormalization": "8.6", "MeanVarianceNormalization": "8.5", "Mod": "8.5", "NonZero": "8.5",
+    "RMSNormalization": "10.15", "RandomNormal": "8.5", "RoiAlign": "8.5", "RotaryEmbedding": "10.15", "STFT": "10.5",
+    "TensorScatter": "10.15", "Trilu": "8.5",
+}  # fmt: skip
+"""Release in whose changelog support for an operator appears."""
+
+UNSUPPORTED = frozenset((
+    "AffineGrid", "Bernoulli", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "CenterCropPad",
+    "Col2Im", "Compress", "ConcatFromSequence", "ConvInteger", "DFT", "Det", "DynamicQuantizeLinear", "ImageDecoder",
+    "MatMulInteger", "MaxRoiPool", "MaxUnpool", "MelWeightMatrix", "Multinomial", "NegativeLogLikelihoodLoss",
+    "Optional", "OptionalGetElement", "OptionalHasElement", "QLinearConv", "QLinearMatMul", "RegexFullMatch",
+    "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength",
+    "SequenceMap", "SoftmaxCrossEntropyLoss",
+))  # fmt: skip
+"""Operators that the table of 10.15 lists as not supported."""
+
+OPSETS: Mapping[str, int] = {"8.5": 17, "9.2": 19, "10.0": 20, "10.15": 24}
+"""Highest opset that the table of a release names."""
+
+
+@dataclass(frozen=True)
+class ParserComplaint:
+    """One error of the parser."""
+
+    node: str  # name of the node; empty if it has none
+    operator: str  # empty if the error is not about a node
+    domain: str
+    opset: int  # opset of ONNX's own domain that the graph uses
+    text: str  # in the parser's words
+
+
+def explain(complaint: ParserComplaint, tensorrt: str) -> tuple[str, str]:
+    """Message and hint for the parser's first error; ``tensorrt`` is its name and version."""
+    said = " ".join(complaint.text.split())[:240]
+    if not complaint.operator:
+        return f"{tensorrt} cannot read the graph: {said}", "export it again"
+    node = f"node {complaint.node!r}" if complaint.node else "a node without a name"
+    if complaint.domain not in ("", "ai.onnx"):
+        return (
+            f"{tensorrt} does not take {node}, a {complaint.domain}.{complaint.operator}: {said}",
+            "ONNX Runtime alone has this operator, so the file may be a CPU engine: build from the graph in export/",
+        )
+    since = "not known since which release TensorRT's parser has it"
+    if complaint.operator in SINCE:
+        since = f"in TensorRT's parser since {SINCE[complaint.operator]}"
+    elif complaint.operator in UNSUPPORTED:
+        since = "not in TensorRT's parser as of 10.15"
+    return f"{tensorrt} does not take {node}, an ONNX {complaint.operator} ({since}): {said}", _advice(complaint)
+
+
+def _advice(complaint: ParserComplaint) -> str:
+    if complaint.operator in ("DequantizeLinear", "QuantizeLinear"):
+        return (
+            "TensorRT takes INT8 Q/DQ with zero point 0 and float biases; FP16 scales need opset 19. "
+            "A CPU engine has others: build from the .int8.onnx in export/"
+        )
+    if complaint.operator in UNSUPPORTED:
+        return "`cdkd-edge export` writes no such operator: export the graph again"
+    if complaint.operator in SINCE:
+        return "update TensorRT (with JetPack), or export the graph again with a lower --opset"
+    limits = ", ".join(f"{release}: {opset}" for release, opset in OPSETS.items())
+    return (
+        f"the graph uses opset {complaint.opset} (highest documented, by TensorRT release: {limits}); "
+        "export it again with a lower --opset if that is too high"
+    )
+
 
 _SECONDS_BETWEEN_STEPS = 0.1
 _OUT_OF_MEMORY = re.compile(

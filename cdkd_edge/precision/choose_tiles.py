@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cdkd_edge.precision.calibration.descriptors import FEATURES, standardise
-from cdkd_edge.precision.calibration.scan import Candidates, LabelMaps
+from cdkd_edge.precision.describe_tiles import FEATURES, standardise
+from cdkd_edge.precision.scan_scenes import Candidates, LabelMaps
 
 Points = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]

@@ -26,8 +26,8 @@ from cdkd_edge.graph.tiles import (
     write_set_manifest,
     write_tile,
 )
-from cdkd_edge.precision.calibration.choose import Choice, ChosenTile
-from cdkd_edge.precision.calibration.scan import Candidates
+from cdkd_edge.precision.choose_tiles import Choice, ChosenTile
+from cdkd_edge.precision.scan_scenes import Candidates
 from cdkd_edge.raster.grid import Span
 from cdkd_edge.segmentation.options import SegmentOptions
 

@@ -18,19 +18,12 @@ from cdkd_edge.core.files import occupied, whole_folder
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.graph.tiles import SetManifest, is_calibration_set
-from cdkd_edge.precision.calibration.choose import Choice, choose_tiles
-from cdkd_edge.precision.calibration.exclusions import Exclusions
-from cdkd_edge.precision.calibration.scan import (
-    SKIP_BROKEN,
-    CalibrateOptions,
-    LabelMaps,
-    Progress,
-    TiledScene,
-    scan_scenes,
-)
-from cdkd_edge.precision.calibration.write import write_set
+from cdkd_edge.precision.choose_tiles import Choice, choose_tiles
+from cdkd_edge.precision.exclusions import Exclusions
+from cdkd_edge.precision.scan_scenes import SKIP_BROKEN, CalibrateOptions, LabelMaps, Progress, TiledScene, scan_scenes
+from cdkd_edge.precision.write_set import write_set
 from cdkd_edge.quality.datasets import listed
-from cdkd_edge.raster.find import file_key, scenes_named
+from cdkd_edge.raster.open import file_key, scenes_named
 from cdkd_edge.raster.read import reading_notes
 
 DEFAULT_TILE = 1024
@@ -77,7 +70,7 @@ def calibrate(
     number of threads, the time or the name of the folder.
 
     Args:
-        scenes: rasters, folders of rasters, patterns (:func:`cdkd_edge.raster.find.scenes_named`).
+        scenes: rasters, folders of rasters, patterns (:func:`cdkd_edge.raster.open.scenes_named`).
         folder: where the set is written; it must not exist, or be empty.
         options: size of the set, and which tiles may be in it.
         progress: called with tiles looked at and tiles in all.

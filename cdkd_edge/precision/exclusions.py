@@ -24,7 +24,7 @@ from cdkd_edge.core.errors import DatasetError
 from cdkd_edge.core.files import sha256_of
 from cdkd_edge.graph.tiles import SET_FILE, is_calibration_set, read_set_manifest
 from cdkd_edge.quality.datasets import read_list
-from cdkd_edge.raster.find import RASTER_SUFFIXES, scenes_named
+from cdkd_edge.raster.open import RASTER_SUFFIXES, scenes_named
 
 PixelWindow = tuple[int, int, int, int]  # x, y, width, height; px
 

@@ -23,7 +23,7 @@ from rasterio.windows import Window
 from cdkd_edge.core.errors import DatasetError, SceneError, UsageError
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.graph.tiles import pixels_sha256
-from cdkd_edge.precision.calibration.descriptors import (
+from cdkd_edge.precision.describe_tiles import (
     FEATURES,
     THUMBNAIL,
     describe_tile,
@@ -31,7 +31,7 @@ from cdkd_edge.precision.calibration.descriptors import (
     make_thumbnail,
     match_thumbnails,
 )
-from cdkd_edge.precision.calibration.exclusions import Exclusions, overlaps
+from cdkd_edge.precision.exclusions import Exclusions, overlaps
 from cdkd_edge.raster.grid import Span, TileGrid
 from cdkd_edge.raster.open import gdal, open_scene, place_problem
 from cdkd_edge.segmentation.options import SegmentOptions

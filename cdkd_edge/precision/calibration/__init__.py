@@ -1,1 +1,0 @@
-"""Chooses tiles of scenes for calibration sets: scan, choose, write; :mod:`.calibrate` runs these steps."""

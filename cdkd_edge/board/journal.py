@@ -71,11 +71,7 @@ class Journal:
             self.path.chmod(0o644)
 
     def read(self) -> Change | None:
-        """The change that is written there; None where there is none.
-
-        Raises:
-            BoardError: the file is damaged.
-        """
+        """The change that is written there, or None; BoardError if the file is damaged."""
         file = read(self._root, f"/{FOLDER}/board.json")
         if file.text is None and not file.reason:
             return None

@@ -166,21 +166,13 @@ def changed_board(
 
 
 def pending_restore(root: Path = ROOT) -> PendingRestore | None:
-    """What a killed run has left changed; None if there is nothing, or that run is still alive. Needs no root.
-
-    Raises:
-        BoardError: the journal cannot be read.
-    """
+    """What a killed run has left changed; None if there is nothing, or that run is still alive. Needs no root."""
     journal = Journal(root)
     return None if journal.in_use() else _left(root, journal)
 
 
 def find_mode(modes: tuple[PowerMode, ...], wanted: str) -> PowerMode:
-    """The mode of that name (``25W``, ``maxn``, also without the ``MODE_`` of some boards) or number.
-
-    Raises:
-        BoardError: there is none; the hint lists the modes.
-    """
+    """The mode of that name (``25W``, ``maxn``, also without the ``MODE_`` of some boards) or number, or BoardError."""
     if not modes:
         raise BoardError("this machine has no power modes: there is no /etc/nvpmodel.conf that names one")
     name = wanted.strip().casefold()

@@ -15,11 +15,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/cdkd-edge``, by default ``~/.cache/cdkd-edge``: the only folder outside a workspace written to.
-
-    Raises:
-        RuntimeError: there is no home.
-    """
+    """``$XDG_CACHE_HOME/cdkd-edge`` or ``~/.cache/cdkd-edge``: where logs and caches go. RuntimeError: no home."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"
     return base / "cdkd-edge"

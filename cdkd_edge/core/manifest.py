@@ -80,9 +80,6 @@ def build_options(precision: str, kind: str) -> str:
     return f"--{precision}" if kind == LABELS else f"--{precision} --{kind}"
 
 
-# --- what a manifest holds ------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FileRecord:
     """A file by name and content."""
@@ -272,9 +269,6 @@ class EngineManifest(_Described):
 
 
 AnyManifest = TypeVar("AnyManifest", GraphManifest, EngineManifest)
-
-
-# --- reading and writing --------------------------------------------------------------------------
 
 
 def manifest_path(artefact: Path) -> Path:

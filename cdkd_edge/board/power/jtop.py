@@ -41,19 +41,10 @@ class JtopStream:
     """Samples at the pace of the service."""
 
     def __init__(self, interval: float = 0.1, first_reading: float = 5.0) -> None:
-        """Connect and wait for a first usable sample.
-
-        Args:
-            interval: seconds between measurements; the service is asked for ``UNROUND`` of them.
-            first_reading: seconds to wait for a usable one.
-
-        Raises:
-            UnusableSourceError: there is none; it says why.
-        """
+        """Connect and wait ``first_reading`` seconds for a usable sample; UnusableSourceError says why none came."""
         if interval < MIN_INTERVAL:
-            raise UnusableSourceError(
-                f"jtop: --interval must be at least {MIN_INTERVAL} s, not {interval:g} s, where its service breaks"
-            )
+            text = f"--interval must be at least {MIN_INTERVAL} s, not {interval:g} s, where its service breaks"
+            raise UnusableSourceError(f"jtop: {text}")
         try:
             from jtop import JtopException, jtop
         except ImportError:

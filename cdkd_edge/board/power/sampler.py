@@ -206,13 +206,7 @@ class SourceReport:
 def find_source(
     forced: str | None = None, interval: float = 0.1, *, timeout: float = START_TIMEOUT, **options: Any
 ) -> PowerSampler:
-    """A running sampler of the first source that answers.
-
-    Args:
-        forced: the only source to try.
-        interval: seconds between samples.
-        timeout: seconds for each source to answer.
-        options: of :class:`PowerSampler`.
+    """A running sampler of the first source that answers, or of the ``forced`` one; ``timeout``: seconds for each.
 
     Raises:
         PowerError: none answers, with the reason of each.
@@ -233,13 +227,7 @@ def find_source(
 def list_sources(
     only: str | None = None, seconds: float = 1.0, interval: float = 0.1, **options: Any
 ) -> tuple[SourceReport, ...]:
-    """Try all sources at the same time, and measure for a moment with those that answer.
-
-    Args:
-        only: this one alone.
-        seconds: how long to measure.
-        interval: seconds between samples to ask for.
-        options: of :class:`PowerSampler`.
+    """Try all sources (or one) at the same time, and measure for some ``seconds`` with those that answer.
 
     Raises:
         UsageError: there is no source of that name, or a time is not one.

@@ -42,7 +42,7 @@ class Workspace:
         ]
 
     def only_graph(self, precision: str = "fp32", command: str | None = None, output: str = LABELS) -> Path:
-        """The only exported graph of a precision and kind of output; WorkspaceError: there is none, or more than one."""
+        """The only exported graph of a precision and kind of output; a WorkspaceError if there is none or several."""
         what = "exported graph" if precision == "fp32" else f"{precision} graph"
         command = command or ("cdkd-edge build" if precision == "fp32" else f"cdkd-edge build --{precision}")
         return _only(self.graphs_of(precision, output), what, self.graphs, command, "cdkd-edge export CKPT")

@@ -12,7 +12,6 @@ larger than the cache, every tile of a file in strips decodes all of its strips 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -192,23 +191,27 @@ class Cells:
     """The cells of a plan that are in use. Not thread-safe: call its methods under a lock."""
 
     def __init__(self, layout: CellLayout, plan: TilePlan, start: int = 0) -> None:
-        self._layout, self._plan = layout, plan
+        self.layout = layout
+        self._plan = plan
+        self._start = start
         self._cells: dict[tuple[int, int, int], Cell] = {}
-        places = (place for place in plan.places(start) if place.wanted)
-        self._uses = Counter(key for place in places for key, *_ in self._under(place))  # tiles that need each cell
 
     def of(self, place: PlannedTile) -> tuple[list[Cell], list[Cell]]:
         """The cells under a tile: all of them, and those among them that are new."""
         cells, new = [], []
-        for key, top, left, height, width in self._under(place):
-            if key not in self._cells:
-                self._cells[key] = Cell(top, left, height, width, self._uses.pop(key))
-                new.append(self._cells[key])
-            cells.append(self._cells[key])
+        rows = _inside(place.row, self._plan.tile, self.layout.height)
+        columns = _inside(place.column, self._plan.tile, self.layout.width)
+        for key, top, bottom, left, right in self._divided(place.panel, rows, columns):
+            cell = self._cells.get(key)
+            if cell is None:
+                uses = self._uses(place.panel, range(top, bottom), range(left, right))
+                cell = self._cells[key] = Cell(top, left, bottom - top, right - left, uses)
+                new.append(cell)
+            cells.append(cell)
         return cells, new
 
     def release(self, cells: list[Cell]) -> None:
-        """Give back the cells of tiles that have been cut."""
+        """Give back the cells of a tile that has been cut."""
         for cell in cells:
             cell.uses -= 1
             if cell.uses == 0:
@@ -216,17 +219,34 @@ class Cells:
         if any(cell.uses == 0 for cell in cells):
             self._cells = {key: cell for key, cell in self._cells.items() if cell.uses}
 
-    def _under(self, place: PlannedTile) -> Iterator[tuple[tuple[int, int, int], int, int, int, int]]:
-        """Key, top, left, height and width of the cells under a tile; none reaches beyond its panel."""
-        layout, tile, spans = self._layout, self._plan.tile, self._plan.columns(place.panel)
-        rows, columns = _inside(place.row, tile, layout.height), _inside(place.column, tile, layout.width)
-        begin, end = _inside(spans[0], tile, layout.width).start, _inside(spans[-1], tile, layout.width).stop
-        height, width = layout.rows, layout.columns or layout.width
+    def _divided(
+        self, panel: int, rows: range, columns: range
+    ) -> Iterator[tuple[tuple[int, int, int], int, int, int, int]]:
+        """Key, top, bottom, left and right of the cells under a rectangle."""
+        extent = self._extent(panel)
+        height, width = self.layout.rows, self.layout.columns or self.layout.width
         for i in range(rows.start // height, (rows.stop - 1) // height + 1):
-            top, bottom = i * height, min((i + 1) * height, layout.height)
+            top, bottom = i * height, min((i + 1) * height, self.layout.height)
             for j in range(columns.start // width, (columns.stop - 1) // width + 1):
-                left, right = max(j * width, begin), min((j + 1) * width, end)
-                yield (place.panel, i, j), top, left, bottom - top, right - left
+                left, right = max(j * width, extent.start), min((j + 1) * width, extent.stop)
+                yield (panel, i, j), top, bottom, left, right
+
+    def _extent(self, panel: int) -> range:
+        """The columns of pixels under a panel."""
+        columns = self._plan.columns(panel)
+        first = _inside(columns[0], self._plan.tile, self.layout.width)
+        last = _inside(columns[-1], self._plan.tile, self.layout.width)
+        return range(first.start, last.stop)
+
+    def _uses(self, panel: int, rows: range, columns: range) -> int:
+        tile, layout = self._plan.tile, self.layout
+        under = [c for c in self._plan.columns(panel) if _meet(_inside(c, tile, layout.width), columns)]
+        count = 0
+        for band in self._plan.rows(panel, self._start):
+            row = self._plan.grid.rows[band]
+            if _meet(_inside(row, tile, layout.height), rows):
+                count += sum(self._plan.wanted(row, column) for column in under)
+        return count
 
 
 def cut_tile(
@@ -260,3 +280,7 @@ def cut_tile(
 def _inside(span: Span, tile: int, size: int) -> range:
     """The part of a tile that lies on the scene."""
     return range(max(span.start, 0), min(span.start + tile, size))
+
+
+def _meet(a: range, b: range) -> bool:
+    return a.start < b.stop and b.start < a.stop

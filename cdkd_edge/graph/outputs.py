@@ -233,13 +233,11 @@ def qgis_graph(model: onnx.ModelProto, schema: LabelSchema, tile: int, gsd: floa
 def write_qgis(
     model: onnx.ModelProto, destination: Path, plain: Path, schema: LabelSchema, tile: int, gsd: float
 ) -> QgisGraph:
-    """Write the graph for the plugin if its labels are those of ``plain``, the graph for engines.
-
-    ``model`` is the FP32 graph, of batch 1 and :data:`QGIS_OPSET`; it is changed.
+    """Turn a graph of batch 1 and :data:`QGIS_OPSET` into one for the plugin, and write it.
 
     Raises:
         ManifestError: the destination exists and is not a graph for QGIS that cdkd-edge wrote.
-        NumericalCheckError: more than 1 label in 10,000 differs.
+        NumericalCheckError: more than 1 label in 10,000 differs from ``plain``, the graph for engines.
     """
     require_own_qgis(destination)
     model = qgis_graph(model, schema, tile, gsd)

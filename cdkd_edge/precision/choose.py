@@ -67,8 +67,7 @@ def prepare_graph(
 
     Raises:
         WorkspaceError: no graph is named, and the workspace has none or more than one; the same for calibration sets.
-        UsageError: the named graph is not FP32 and not what is asked for; or it can only be taken as it is, and the
-            request says how to make it.
+        UsageError: the named graph is not FP32 and not what is asked for, or can only be taken as it is.
         NumericalCheckError: FP16 is known to break the network; ``request.again`` tries it again.
         EngineError: an FP16 graph would have to be made, and this machine cannot build an engine from it.
         CdkdEdgeError: as :func:`write_fp16`, :func:`write_int8` and :func:`write_variant` do.

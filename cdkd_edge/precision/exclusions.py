@@ -46,11 +46,7 @@ class Exclusions:
 
     @classmethod
     def of(cls, arguments: Sequence[str]) -> Exclusions:
-        """Read the evaluation sets that the arguments name.
-
-        Raises:
-            DatasetError, SceneError, ManifestError: an argument, a pattern names nothing; a calibration set is damaged.
-        """
+        """Read the evaluation sets that the arguments name; CdkdEdgeError if one names nothing or is damaged."""
         exclusions = cls()
         for argument in arguments:
             exclusions._add(argument)

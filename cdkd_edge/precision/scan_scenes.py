@@ -211,8 +211,7 @@ def scan_scenes(
     """Describe the tiles of all scenes; near-duplicates are still among them.
 
     Raises:
-        SceneError: a scene cannot be read, and broken ones are not skipped.
-        DatasetError: a label map does not fit.
+        SceneError, DatasetError: a scene cannot be read, and broken ones are not skipped; a label map does not fit.
     """
     limit = fair_limit([len(scene.grid) for scene in scenes], options.candidates) if scenes else 0
     total, done = sum(min(limit, len(scene.grid)) for scene in scenes), 0

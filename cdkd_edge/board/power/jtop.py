@@ -41,7 +41,7 @@ class JtopStream:
     """Samples at the pace of the service."""
 
     def __init__(self, interval: float = 0.1, first_reading: float = 5.0) -> None:
-        """Connect and wait ``first_reading`` seconds for a usable sample; UnusableSourceError says why none came."""
+        """Connect and wait ``first_reading`` seconds for a sample; UnusableSourceError says why none came."""
         if interval < MIN_INTERVAL:
             text = f"--interval must be at least {MIN_INTERVAL} s, not {interval:g} s, where its service breaks"
             raise UnusableSourceError(f"jtop: {text}")

@@ -36,6 +36,7 @@ from cdkd_edge.benchmark.statistics import figure_of, latency_of, t_quantile, va
 from cdkd_edge.board.conditions import ConditionsMonitor
 from cdkd_edge.board.power.sampler import PowerSampler, find_source
 from cdkd_edge.cli.bench import describe_bench, live_text
+from cdkd_edge.cli.report import plain
 from cdkd_edge.core.errors import EngineError, PowerError, SceneError, UsageError
 from cdkd_edge.core.machine import forget_peak_memory, peak_memory
 from cdkd_edge.core.sample import sample_tiles
@@ -258,7 +259,7 @@ def test_the_summary_is_json_with_everything_to_repeat_it(
     assert document["roofline"] is None
     assert document["roofline_reason"] == "the roofline models GPUs, and this engine runs on the CPU"
     assert msgspec.json.decode(text, type=BenchSummary) == summary == read_run(folder).summary
-    assert json.loads(json.dumps(describe_bench(summary, folder).data))["summary"] == document
+    assert plain(describe_bench(summary, folder).data)["summary"] == document
 
 
 def test_peak_memory_is_that_of_the_measurement(folder: Path, scene: Path) -> None:
@@ -320,7 +321,7 @@ def test_an_empty_scene_has_no_overhead_and_still_a_summary(folder: Path, tmp_pa
     assert json.loads((folder / "summary.json").read_text())["end_to_end"]["overhead"] is None
     assert summary.end_to_end is not None
     assert summary.end_to_end.tiles_per_second == 0
-    data = json.dumps(describe_bench(summary, folder).data)
+    data = json.dumps(plain(describe_bench(summary, folder).data))
     assert "NaN" not in data, "--json gives JSON"
 
 
@@ -614,7 +615,7 @@ def test_a_sensor_that_is_away_for_a_while_makes_the_run_invalid(
     (one,) = summary.rejected_repeats
     assert one.covered is not None
     assert one.covered["VDD_IN"] < 0.98
-    data = json.dumps(describe_bench(summary, folder).data)
+    data = json.dumps(plain(describe_bench(summary, folder).data))
     for name in ("tiles_per_second", "latency_ms", "load_watts", "load_joules"):
         assert f'"{name}"' not in data, name
     assert read_run(folder).summary == summary

@@ -373,7 +373,7 @@ def test_the_other_is_taken_where_one_is_missing(bindings):
     assert "cdkd-edge[gpu]" in caught.value.hint
     with pytest.raises(MissingExtraError) as caught:
         cuda_gpu.open_gpu("pycuda")
-    assert "cdkd-edge[jetson]" in caught.value.hint
+    assert "cdkd-edge[pycuda]" in caught.value.hint
 
 
 def test_a_broken_installation_is_named(bindings):

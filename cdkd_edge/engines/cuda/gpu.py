@@ -316,4 +316,4 @@ def open_gpu(binding: str | None = None, ordinal: int = 0) -> Gpu:
             failures.append(f"{name} cannot be imported: {' '.join(str(error).split())[:200]}")
     if failures:
         raise EngineError("; ".join(failures), hint="install it again for this Python and this CUDA")
-    raise MissingExtraError(named or "cuda-python or pycuda", "jetson" if named == "pycuda" else "gpu", "a GPU engine")
+    raise MissingExtraError(named or "cuda-python or pycuda", "pycuda" if named == "pycuda" else "gpu", "a GPU engine")

@@ -140,7 +140,7 @@ $(VENV)/.typings: $(VENV)/.tests
 
 pinned = -c constraints.txt
 newest = --upgrade
-lowest = $$(sed -n '/^dependencies = \[/,/^\]/s/^ *"\([a-z]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml)
+lowest = $$(sed -n '/^dependencies = \[/,/^\]/s/^ *"\([a-z0-9]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml)
 
 $(BOARD_VENV)/.tests: $(INPUTS)
 	$(BOARD_PYTHON) -m venv --clear $(BOARD_VENV)

@@ -114,10 +114,7 @@ class OnnxLabeller(ArtefactLabeller):
         """
         super().__init__(manifest)
         self.slots = SLOTS
-        options = session_options(threads)
-        if manifest.precision == "int8" and not signed_weights_are_exact():
-            # Where signed products saturate, ONNX Runtime makes signed weights unsigned.
-            options.add_session_config_entry("session.x64quantprecision", "1")
+        options = engine_options(manifest.precision, threads)
         self._session = _session(model or str(path), options, f"loading {path.name}")
         self._inputs = [np.zeros((self.batch, 3, self.tile, self.tile), np.uint8) for _ in range(SLOTS)]
         self._outputs = [
@@ -224,6 +221,14 @@ def _check(graph: bytes, engine: Path, source: GraphManifest) -> None:
                 f"the optimised engine gives {'another label' if name == LABELS else f'another {name}'} than the graph "
                 f"on {1 - agreement:.3%} of the pixels"
             )
+
+
+def engine_options(precision: str, threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options of an engine's session: where signed products saturate, signed weights are made unsigned."""
+    options = session_options(threads)
+    if precision == "int8" and not signed_weights_are_exact():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
 
 
 def _session(model: str | bytes, options: onnxruntime.SessionOptions, doing: str) -> Any:

@@ -17,7 +17,6 @@ from onnx import helper
 from cdkd_edge.core.errors import (
     GraphError,
     ManifestError,
-    MissingExtraError,
     NumericalCheckError,
     SchemaError,
     UsageError,
@@ -39,7 +38,7 @@ from cdkd_edge.graph.build import DEFAULT_OPSET, LOGITS, build_graph
 from cdkd_edge.graph.cpu import cpu_session
 from cdkd_edge.graph.files import derived_path
 from cdkd_edge.graph.fp16 import write_fp16
-from cdkd_edge.graph.nodes import Note, show_values
+from cdkd_edge.graph.nodes import Note, show_values, simplify_graph
 from cdkd_edge.graph.outputs import QGIS_OPSET, QgisGraph, require_gsd, require_own_qgis, write_qgis
 from cdkd_edge.graph.stac import require_own_stac, stac_item, stac_path, write_stac
 from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
@@ -53,14 +52,6 @@ MIN_AGREEMENT = (
 # nothing for a network that sees one class everywhere.
 MAX_LOGIT_ERROR = 1e-4
 CHECK_TILES = 2
-# TensorRT and ONNX Runtime both run [N, L, D] tokens fastest as MatMul + Add. onnxsim would turn them into rank-2
-# Gemms between Reshapes: more nodes, and a form that TensorRT compiles worse in FP16.
-SKIPPED_PASSES = (
-    "fuse_matmul_add_bias_into_gemm",
-    "fuse_matmul_add_bias_into_gemm_batched",
-    "fuse_transpose_into_gemm",
-    "fuse_qkv",
-)
 _REPORT = "please report this checkpoint's layout; no graph was written"
 
 
@@ -252,28 +243,6 @@ def _outdated(plain: Path, manifest: GraphManifest, *, qgis: bool, stac: bool) -
             found.append(path)
     others = [derived_path(plain, "qgis")] * qgis + [stac_path(plain)] * stac
     return (*found, *(path for path in others if path.exists()))
-
-
-def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A checked graph without dead ends, no-ops, duplicate constants; ``model`` itself if that has fewer nodes."""
-    try:
-        import onnxsim
-    except ImportError:
-        raise MissingExtraError("onnxsim", "export", "simplifying the graph") from None
-    simplified: onnx.ModelProto
-    simplified, valid = onnxsim.simplify(model, skipped_optimizers=list(SKIPPED_PASSES))
-    if not valid:
-        raise GraphError("onnxsim changed what the graph computes")
-    if len(simplified.graph.node) > len(model.graph.node):
-        simplified = model
-    # onnxsim leaves a diary in the metadata; a deployed graph carries facts about the network only.
-    del simplified.metadata_props[:]
-    simplified.producer_name, simplified.producer_version = model.producer_name, model.producer_version
-    try:
-        onnx.checker.check_model(simplified, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise GraphError(f"the exported graph is not valid ONNX: {error}") from None
-    return simplified
 
 
 def check_graph(graph: Path, network: SegmentationNetwork, tiles: npt.NDArray[np.uint8], batch: int = 1) -> GraphCheck:

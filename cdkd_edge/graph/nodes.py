@@ -1,4 +1,4 @@
-"""Nodes of an ONNX graph: write them, find them, replace them."""
+"""Nodes of an ONNX graph: write them, find them, replace them, simplify the graph."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from cdkd_edge.core.errors import GraphError, MissingExtraError
 
 # Operators that only ONNX Runtime has: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 CONTRIB_DOMAIN = "com.microsoft"
@@ -122,3 +124,35 @@ def opset_of(model: onnx.ModelProto) -> int:
 def batch_of(model: onnx.ModelProto) -> int:
     """The number of tiles that a graph takes at a time."""
     return int(model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
+
+
+# TensorRT and ONNX Runtime both run [N, L, D] tokens fastest as MatMul + Add. onnxsim would turn them into rank-2
+# Gemms between Reshapes: more nodes, and a form that TensorRT compiles worse in FP16.
+SKIPPED_PASSES = (
+    "fuse_matmul_add_bias_into_gemm",
+    "fuse_matmul_add_bias_into_gemm_batched",
+    "fuse_transpose_into_gemm",
+    "fuse_qkv",
+)
+
+
+def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A checked graph without dead ends, no-ops, duplicate constants; ``model`` itself if that has fewer nodes."""
+    try:
+        import onnxsim
+    except ImportError:
+        raise MissingExtraError("onnxsim", "export", "simplifying the graph") from None
+    simplified: onnx.ModelProto
+    simplified, valid = onnxsim.simplify(model, skipped_optimizers=list(SKIPPED_PASSES))
+    if not valid:
+        raise GraphError("onnxsim changed what the graph computes")
+    if len(simplified.graph.node) > len(model.graph.node):
+        simplified = model
+    # onnxsim leaves a diary in the metadata; a deployed graph carries facts about the network only.
+    del simplified.metadata_props[:]
+    simplified.producer_name, simplified.producer_version = model.producer_name, model.producer_version
+    try:
+        onnx.checker.check_model(simplified, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise GraphError(f"the exported graph is not valid ONNX: {error}") from None
+    return simplified

@@ -38,8 +38,8 @@ from cdkd_edge.graph.build import build_graph  # noqa: E402
 from cdkd_edge.graph.export import (  # noqa: E402
     ExportOptions,
     export_checkpoint,
-    simplify_graph,
 )
+from cdkd_edge.graph.nodes import simplify_graph  # noqa: E402
 from cdkd_edge.model.checkpoint import resample_position, save_checkpoint  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402

@@ -28,12 +28,11 @@ from reference import _conv as convolution
 from cdkd_edge.core.errors import GraphError
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, signed_weights_are_exact, to_fp32
-from cdkd_edge.graph.export import simplify_graph
 from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
 from cdkd_edge.graph.int8 import CalibrationOptions, calibrate, int8_graph
 from cdkd_edge.graph.int8_ranges import NOISELESS, signal_to_noise
 from cdkd_edge.graph.layers import quantizable_layers, weight_of
-from cdkd_edge.graph.nodes import CONTRIB_DOMAIN
+from cdkd_edge.graph.nodes import CONTRIB_DOMAIN, simplify_graph
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 Q, DQ = "QuantizeLinear", "DequantizeLinear"

@@ -15,7 +15,6 @@ from quantization_helpers import CLASS_TOKEN, CONFIG, constants, nodes_of, set_c
 
 from cdkd_edge.core.errors import GraphError, UsageError
 from cdkd_edge.graph.build import build_graph
-from cdkd_edge.graph.export import simplify_graph
 from cdkd_edge.graph.int8 import CalibrationOptions, calibrate, smooth
 from cdkd_edge.graph.int8_ranges import (
     BINS,
@@ -27,6 +26,7 @@ from cdkd_edge.graph.int8_ranges import (
     weight_scales,
 )
 from cdkd_edge.graph.layers import QuantizableLayer, quantizable_layers, weight_of, weight_only_layers
+from cdkd_edge.graph.nodes import simplify_graph
 
 BIN = 1 / 128
 """Relative width of a bin: 7 bits of mantissa."""

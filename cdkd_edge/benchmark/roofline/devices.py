@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 
 from cdkd_edge.core.errors import UsageError, printable
-from cdkd_edge.core.files import read_toml
+from cdkd_edge.core.files import converted, read_toml
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def load_device(name: str) -> Device:
         return _device(Path(name).stem, read_toml(Path(name)))
     except OSError as error:
         raise UsageError(f"{name} is not a device file: {error.strerror or error}") from None
-    except ValueError as error:  # msgspec's validation errors too
+    except ValueError as error:
         raise UsageError(f"{name} is not a device file: {error}", hint=f"see {__name__}") from None
 
 
@@ -128,9 +128,7 @@ def _require_positive(values: Rates | PowerMode) -> None:
 
 
 def _device(name: str, data: Mapping[str, object]) -> Device:
-    import msgspec
-
-    device = msgspec.convert(data, Device)
+    device = converted(data, Device)
     if not 1 <= len(device.modes) <= MOST_MODES:
         raise ValueError(f"it has {len(device.modes)} modes; 1 to {MOST_MODES} are allowed")
     modes = {title: replace(mode, name=title) for key, mode in device.modes.items() for title in [printable(key, 60)]}

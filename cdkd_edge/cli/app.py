@@ -143,8 +143,28 @@ def _fail(error: CdkdEdgeError) -> NoReturn:
     raise typer.Exit(error.exit_code)
 
 
+_FAULTS = {
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be more than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+}  # what Typer's validation finds, in the words of other errors
+
+
+def _usage_text(error: Any) -> str:
+    """What is wrong with the command line, with the option and its value."""
+    faults = getattr(error.__cause__, "errors", list)()
+    names = getattr(getattr(error, "param", None), "opts", ())
+    if len(faults) == 1 and names and (words := _FAULTS.get(faults[0]["type"])):
+        return f"{max(names, key=len)} {words.format(**faults[0].get('ctx', {}))}, got {faults[0]['input']}"
+    return str(error.format_message()).rstrip(".").replace("Value error, ", "")
+
+
 def _fail_usage(error: Any) -> NoReturn:
     if "NoArgsIsHelp" in type(error).__name__:  # its message is the help page
         raise error
     command = error.ctx.command_path if error.ctx else "cdkd-edge"
-    _fail(UsageError(error.format_message().rstrip("."), hint=f"see {command} --help"))
+    _fail(UsageError(_usage_text(error), hint=f"see {command} --help"))

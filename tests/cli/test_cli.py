@@ -1027,3 +1027,19 @@ def test_a_full_disk_is_named_when_onnxruntime_does_not(workspace: Path, monkeyp
     monkeypatch.setattr(cpu.shutil, "disk_usage", lambda _: usage)
     assert_answer(run("build", "-w", workspace, "-o", workspace / "new.onnx"), 12, r"new\.onnx: no space left")
     assert not (workspace / "new.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("bench", "--repeat", "0"), "--repeat must be at least 1, got 0"),
+        (("bench", "--repeat", "two"), "--repeat must be a whole number, got two"),
+        (("bench", "--idle", "nan"), "--idle must be at least 0.1, got nan"),
+        (("export", "ckpt.pt", "--opset", "30"), "--opset must be at most 20, got 30"),
+        (("segment", "a.tif", "--palette", "grey"), "'grey' is not one of 'display', 'dataset'"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_limit(arguments: tuple[str, ...], text: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert text in result.stderr

@@ -156,7 +156,7 @@ _FAULTS = {
 
 def _usage_text(error: Any) -> str:
     """What is wrong with the command line, with the option and its value."""
-    faults = getattr(error.__cause__, "errors", list)()
+    faults: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
     names = getattr(getattr(error, "param", None), "opts", ())
     if len(faults) == 1 and names and (words := _FAULTS.get(faults[0]["type"])):
         return f"{max(names, key=len)} {words.format(**faults[0].get('ctx', {}))}, got {faults[0]['input']}"

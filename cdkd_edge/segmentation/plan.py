@@ -269,11 +269,14 @@ def cut_tile(
         out[here] = cell.pixels[there]
         if valid is not None and cell.valid is not None:
             valid[here] = cell.valid[there]
-    if len(rows) < tile or len(columns) < tile:
-        y, x = reflected(row, tile, layout.height) - row, reflected(column, tile, layout.width) - column
-        arrays: tuple[npt.NDArray[Any], ...] = (out,) if valid is None else (out, valid)
-        for array in arrays:
-            array[:] = array[..., y[:, None], x]
+    y, x = reflected(row, tile, layout.height) - row, reflected(column, tile, layout.width) - column
+    scene = slice(rows.start - row, rows.stop - row)  # of the tile's rows, those that lie on the scene
+    arrays: tuple[npt.NDArray[Any], ...] = (out,) if valid is None else (out, valid)
+    for array in arrays:  # only margins are copied: beside the scene, then above and below it
+        for margin in (slice(0, columns.start - column), slice(columns.stop - column, None)):
+            array[..., scene, margin] = array[..., scene, x[margin]]
+        for margin in (slice(0, scene.start), slice(scene.stop, None)):
+            array[..., margin, :] = array[..., y[margin], :]
     return None if valid is None or valid.all() else valid
 
 

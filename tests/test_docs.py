@@ -168,12 +168,14 @@ def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     examples = [content for language, content in blocks(text) if language == "python"]
     assert len(examples) > 8
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    examples += [content for language, content in blocks(readme) if language == "python"]
     names = {}
     for example in examples:
         exec(compile(example, "docs/python.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "passes" in printed
-    assert names["labels"].shape == (40, 60)
+    assert names["labels"].shape == (90, 120)  # of the README, which comes last
 
 
 @pytest.mark.needs_torch

@@ -127,7 +127,7 @@ class InternalError(CdkdEdgeError, code=70):
 
 
 def as_answer(error: Exception) -> CdkdEdgeError | None:
-    """An exception as the error that a user is told; None for one that nobody foresaw."""
+    """The error to show to the user for an exception; None for one that nobody foresaw."""
     if isinstance(error, CdkdEdgeError):
         return error
     if isinstance(error, OSError):

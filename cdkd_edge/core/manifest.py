@@ -119,7 +119,7 @@ class ConversionCheck:
     """A graph of lower precision against the FP32 graph it was made from, in ONNX Runtime on the CPU."""
 
     tiles: int
-    imagery: str  # what the tiles were: ``drawn``, or the name of a calibration set
+    imagery: str  # what the tiles were: ``sample``, or the name of a calibration set
     label_agreement: float  # share of pixels with the same label, 0..1
     finite: bool  # every value in FP16, also on tiles that are all 0, all 255, a checkerboard and noise
     runtime: str

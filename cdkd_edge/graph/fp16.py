@@ -60,13 +60,13 @@ def write_fp16(
     destination: Path,
     *,
     tiles: Iterable[UInt8Array] | None = None,
-    imagery: str = "drawn",
+    imagery: str = "sample",
     least: float | None = None,
     note: Note = lambda text: None,
 ) -> GraphManifest:
     """Make the FP16 graph of an exported FP32 graph, check it, write it and its manifest.
 
-    ``tiles``, ``imagery`` and ``least`` are as for :func:`check_fp16`. Default: two drawn tiles.
+    ``tiles``, ``imagery`` and ``least`` are as for :func:`check_fp16`. Default: two sample tiles.
 
     Raises:
         ManifestError: the graph is not what its manifest says, or the destination is not ours to replace.

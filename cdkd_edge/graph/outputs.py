@@ -167,7 +167,7 @@ class QgisGraph:
     path: Path
     artefact: FileRecord
     gsd: float  # metres per pixel
-    label_agreement: float  # share of a drawn tile's pixels with the label of the graph for engines, 0..1
+    label_agreement: float  # share of a sample tile's pixels with the label of the graph for engines, 0..1
 
 
 def require_gsd(gsd: float) -> None:
@@ -265,7 +265,7 @@ def require_own_qgis(path: Path) -> None:
 
 
 def _qgis_agreement(graph: Path, plain: Path, tile: int) -> float:
-    """Share of the pixels of a drawn tile that get the same label when it is handed over as the plugin does."""
+    """Share of the pixels of a sample tile that get the same label when it is handed over as the plugin does."""
     pixels = sample_tiles(tile, 1)[0]
     (probabilities,) = open_session(str(graph)).run(None, {"image": np.float32(pixels[None] * 1.0 / 255.0)})
     labels = probabilities[0].argmax(axis=0)

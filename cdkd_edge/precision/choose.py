@@ -118,7 +118,7 @@ def _labels_graph(
     if wanted == "fp16":
         if runtime is not None:
             require_precision(runtime, wanted, found)
-        check, imagery = None, "drawn"
+        check, imagery = None, "sample"
         if request.calibration is not None:
             tiles = CalibrationSet.load(request.calibration)
             require_fitting(tiles, source, "check")

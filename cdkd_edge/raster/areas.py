@@ -3,7 +3,7 @@
 Pixels of a geographic grid are cells between meridians and parallels on the ellipsoid of the CRS (Snyder, Map
 Projections - A Working Manual, USGS Professional Paper 1395, 1987, equation 3-12); if it is rotated or sheared, the
 determinant of the transform times the area per square radian at the pixel's centre. Pixels of a projected grid count as
-units squared; by how much the projection stretches areas is told for the scene's centre.
+units squared; a note says how much the projection stretches areas at the scene's centre.
 """
 
 from __future__ import annotations

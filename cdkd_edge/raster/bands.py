@@ -30,7 +30,7 @@ _SHOWN = 8
 
 
 def choose_bands(dataset: Any, path: object, asked: Sequence[int] | None) -> tuple[Bands, str | None]:
-    """Choose red, green and blue of an open raster, 1-based; how is told unless the first three are tagged so.
+    """Choose red, green and blue, 1-based, and a note on how (None if the first three are tagged so).
 
     The first of these decides: ``asked``; colour tags and band names; three untagged bands are red, green, blue, and
     four are blue, green, red, near infrared, as in the original project. Bands tagged alpha do not count.

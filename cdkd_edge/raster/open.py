@@ -140,6 +140,8 @@ _GDAL_OPTIONS = {
     "GDAL_PAM_ENABLED": "YES",
     # Reading a truncated PNG at once yields its compressed bytes as pixels, and no error (GDAL 3.10).
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",
+    # Rows that overviews are made of at a time. GDAL's own choice takes 280 MB for a map 100,000 px wide.
+    "GDAL_OVR_CHUNKYSIZE": "128",
 }
 
 # Names that GDAL opens though they are no files: URLs, subdatasets (GPKG:file:table), files inside archives.

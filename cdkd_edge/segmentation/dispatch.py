@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 
 
 class RunObserver:
-    """Is told what happens in a run, in the thread that runs it. This one does nothing."""
+    """Hears what happens in a run, in the thread that runs it. This one ignores it."""
 
     def begun(self, index: int, job: Job) -> None:
         """A worker begins a job."""

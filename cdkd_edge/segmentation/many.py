@@ -134,7 +134,7 @@ def segment_many(
         options, products: how scenes are read and tiled, and what is made beside each label map.
         overwrite: replace label maps that are there.
         report_path: where the report is kept up to date, however the run ends.
-        observer: is told what happens.
+        observer: its methods are called as things happen.
 
     Returns the report; every scene is done or kept. Raises FleetError if there were several scenes and some failed, or
     the error for which the only scene failed or the run was stopped (also MissingExtraError, before it begins).

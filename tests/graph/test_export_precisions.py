@@ -79,7 +79,7 @@ def test_fp16_comes_with_an_export(tmp_path, sound):
     assert casts(half) == {"FLOAT16": 1, "UINT8": 1}
     text = " ".join(run("export", sound, *HEADS).stdout.split())
     assert "FP16 city.fp16.onnx" in text
-    assert "of the pixels of 2 drawn tiles keep their label" in text
+    assert "of the pixels of 2 sample tiles keep their label" in text
 
 
 def test_no_fp16_where_none_is_wanted(tmp_path, sound):

@@ -248,7 +248,7 @@ def test_an_overflow_is_found_that_onnx_runtime_hides(weights, store, opset):
     assert np.isfinite(logits).all(), "the trap is gone: this ONNX Runtime rounds as an engine does"
 
     with pytest.raises(NumericalCheckError, match=r"on the imagery blocks\.1\.mlp\.fc1 leaves FP16's range") as caught:
-        check_fp16(store(model), half, tile, "drawn", least=0)
+        check_fp16(store(model), half, tile, "sample", least=0)
     assert "FP32" in caught.value.hint
 
 
@@ -262,7 +262,7 @@ def test_an_overflow_behind_quantisers_is_found(weights, store):
     assert not np.isfinite(inside["blocks.1.mlp.fc1"]).all()
     assert np.isfinite(inside["logits"]).all()
     with pytest.raises(NumericalCheckError, match=r"blocks\.1\.mlp\.fc1 leaves FP16's range"):
-        check_fp16(store(model), half, tiles_of(1), "drawn", least=0)
+        check_fp16(store(model), half, tiles_of(1), "sample", least=0)
 
 
 def test_values_that_relu_cuts_off_are_no_overflow(weights, store):
@@ -274,7 +274,7 @@ def test_values_that_relu_cuts_off_are_no_overflow(weights, store):
     inside = values(fp16_on_cpu(to_fp16(model)), ["lateral.1.projected", "lateral.1"], tiles_of(1))
     assert np.isneginf(inside["lateral.1.projected"]).any()
     assert np.isfinite(inside["lateral.1"]).all()
-    assert check_fp16(store(model), to_fp16(model), tiles_of(1), "drawn", least=0).finite
+    assert check_fp16(store(model), to_fp16(model), tiles_of(1), "sample", least=0).finite
 
 
 @pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 17, 2), (CONFIG, 20, 1), (CLASS_TOKEN, 18, 2)])
@@ -289,7 +289,7 @@ def test_attention_scores_are_bounded(make_weights, store, config, opset, batch)
     assert np.abs(inside["blocks.3.attn.qkv"]).max() < 20000
     assert np.abs(inside["blocks.3.attn.scores"]).max() > 65504
     with pytest.raises(NumericalCheckError, match=r"blocks\.3\.attn\.joined.* may reach") as caught:
-        check_fp16(store(model), to_fp16(model), tiles_of(batch), "drawn", least=0)
+        check_fp16(store(model), to_fp16(model), tiles_of(batch), "sample", least=0)
     told = float(re.search(r"may reach (\S+),", str(caught.value))[1])
     split = inside["blocks.3.attn.qkv"].reshape(batch, -1, 3, config.heads, config.embed_dim // config.heads)
     lengths = np.linalg.norm(split.astype(np.float64), axis=-1).max(axis=(0, 1))  # [3, heads]
@@ -361,11 +361,11 @@ def undecided(weights):
 
 def test_ties_are_counted_and_no_fault(undecided, store):
     model = build_graph(undecided, CONFIG)
-    found = check_fp16(store(model), to_fp16(model), tiles_of(2), "drawn")
+    found = check_fp16(store(model), to_fp16(model), tiles_of(2), "sample")
     assert found.label_agreement < 0.99
     assert 0 < found.max_logit_error < found.logit_tolerance
     with pytest.raises(NumericalCheckError, match=r"another label on"):
-        check_fp16(store(model), to_fp16(model), tiles_of(2), "drawn", least=0.999)
+        check_fp16(store(model), to_fp16(model), tiles_of(2), "sample", least=0.999)
 
 
 def test_the_tolerance_is_five_spreads_of_the_roundings_in_a_row(plain):
@@ -379,8 +379,8 @@ def test_the_tolerance_is_five_spreads_of_the_roundings_in_a_row(plain):
 def test_a_weight_that_became_another_is_found(plain, store, name):
     half = to_fp16(plain)
     set_constant(half, name, constants(half)[name] * np.float16(1.25))
-    with pytest.raises(NumericalCheckError, match="logits of drawn tiles differ"):
-        check_fp16(store(plain), half, tiles_of(1), "drawn")
+    with pytest.raises(NumericalCheckError, match="logits of sample tiles differ"):
+        check_fp16(store(plain), half, tiles_of(1), "sample")
 
 
 def test_a_wrong_cast_is_found(plain, store):
@@ -391,15 +391,15 @@ def test_a_wrong_cast_is_found(plain, store):
     at = list(half.graph.node).index(node) + 1
     half.graph.node.insert(at, helper.make_node("Cast", ["wide"], ["whole"], to=TensorProto.INT8))
     half.graph.node.insert(at + 1, helper.make_node("Cast", ["whole"], ["blocks.2.out"], to=HALF))
-    with pytest.raises(NumericalCheckError, match="logits of drawn tiles differ"):
-        check_fp16(store(plain), half, tiles_of(1), "drawn")
+    with pytest.raises(NumericalCheckError, match="logits of sample tiles differ"):
+        check_fp16(store(plain), half, tiles_of(1), "sample")
 
     half = to_fp16(plain)
     resize = next(node for node in half.graph.node if node.op_type == "Resize")
     mode = next(item for item in resize.attribute if item.name == "mode")
     mode.s = b"nearest"
-    with pytest.raises(NumericalCheckError, match=r"\d+ pixels of drawn tiles have another label, though"):
-        check_fp16(store(plain), half, tiles_of(1), "drawn")
+    with pytest.raises(NumericalCheckError, match=r"\d+ pixels of sample tiles have another label, though"):
+        check_fp16(store(plain), half, tiles_of(1), "sample")
 
 
 def test_without_a_tile_nothing_was_checked(plain, store):
@@ -438,9 +438,9 @@ def test_the_file_and_what_it_says(graph):
     assert told
 
 
-def test_drawn_tiles_unless_there_are_others(graph):
+def test_sample_tiles_unless_there_are_others(graph):
     made = write_fp16(graph, derived_path(graph, "fp16"))
-    assert (made.conversion.imagery, made.conversion.tiles) == ("drawn", 2)
+    assert (made.conversion.imagery, made.conversion.tiles) == ("sample", 2)
 
 
 def test_a_refused_graph_leaves_nothing(tmp_path, make_graph, weights):

@@ -110,7 +110,7 @@ def open_stream(source: str, interval: float, sys_root: Path) -> Stream:
 
 
 def sample_forever(stream: Stream, out: EventWriter) -> None:
-    """Write ``started`` and then whatever comes, until the source is lost. A trouble is told once, until it is over."""
+    """Write ``started``, then readings and problems, until the source is lost. Each problem is written once."""
     info = stream.info
     out.write(event="started", **dataclasses.asdict(info))
     silence = max(3 * info.nominal_interval, 1.0)

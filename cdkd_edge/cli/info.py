@@ -11,6 +11,7 @@ from typer import Option
 from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, WEIGHTS, require_package
 from cdkd_edge.cli.report import Report, Rows, fields_of, plural
 from cdkd_edge.core.numbers import significant
+from cdkd_edge.model.config import attention_text
 
 if TYPE_CHECKING:
     from cdkd_edge.model.checkpoint import CheckpointReport
@@ -48,6 +49,7 @@ def _describe(path: Path, report: CheckpointReport, cost: Cost) -> Report:
     rows: Rows = [
         ("layout", report.layout + (f" ({' > '.join(report.unwrapped)})" if report.unwrapped else "")),
         ("encoder", width + (", class token" if config.class_token else "")),
+        ("attention", attention_text(config.attention)),
         ("head", f"UPerNet, {config.head_channels} channels" if report.has_head else "none: an encoder alone"),
         ("classes", f"{config.classes} ({classes})" if report.has_head else "none"),
         ("tile", f"{config.tile} x {config.tile} px"),

@@ -157,7 +157,8 @@ def _write_bundled(checkpoint: Path, destination: Path, skipped: str) -> Bundled
     for name, entry in entries.items():
         first, end = (start + offset for offset in entry["data_offsets"])
         weights[name] = np.frombuffer(content[first:end], np.float16).reshape(entry["shape"]).astype(np.float32)
-    config = NetworkConfig(**{**header["config"], "pool_scales": tuple(header["config"]["pool_scales"])})
+    lists = {name: tuple(value) for name, value in header["config"].items() if isinstance(value, list)}
+    config = NetworkConfig(**{**header["config"], **lists})
     model = build_graph(weights, config)
     with whole_file(destination) as temporary:
         onnx.save(model, temporary)

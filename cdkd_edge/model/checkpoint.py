@@ -21,7 +21,7 @@ from torch import Tensor
 from cdkd_edge.core.errors import CheckpointError, EncoderOnlyError, SchemaError
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import LabelSchema, schema_from_document, schema_of_lists
-from cdkd_edge.model.config import NetworkConfig
+from cdkd_edge.model.config import NetworkConfig, attention_of
 from cdkd_edge.model.container import FORMAT, FORMAT_VERSION, as_float32, read_container, require_in_file, save_tensors
 from cdkd_edge.model.layouts import (
     OURS,
@@ -191,10 +191,13 @@ def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Pa
         )
     stored = {**dataclasses.asdict(NetworkConfig()), **(header.get("config") or {})}
     try:
-        heads, scales = stored["heads"], tuple(stored["pool_scales"])  # with eps, all that no tensor shows
+        # With eps, all that no tensor shows
+        heads, scales, attention = stored["heads"], tuple(stored["pool_scales"]), tuple(stored["attention"])
         if any(type(number) is not int for number in (heads, *scales)):
             raise TypeError("heads and pool_scales are whole numbers")
-        config = inferred_config(state, OURS, heads, stored["layer_norm_eps"], [], scales)
+        if attention and attention_of(",".join(attention), len(attention), ()) != attention:
+            raise ValueError("attention is not in its usual form")
+        config = inferred_config(state, OURS, heads, stored["layer_norm_eps"], [], scales, attention)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a damaged configuration: {str(error)[:200]}") from None
     weights_say = dataclasses.asdict(config)

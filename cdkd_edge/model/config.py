@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from cdkd_edge.core.errors import CheckpointError
 
@@ -15,6 +20,9 @@ MIN_DEPTH, MAX_DEPTH = 4, 256
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)  # RGB statistics on 0..255 that SAM and the Mask-CDKD student are trained with
+
+GLOBAL = "global"
+_ATTENTION = re.compile(r"(global|(window|pooled) ?([1-9]\d{0,2}))")
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,9 @@ class NetworkConfig:
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)
     layer_norm_eps: float = 1e-5
     class_token: bool = False  # timm and OpenMMLab encoders carry one; the paper's student does not
+    # Of each block: ``global`` (every token attends to every token), ``window N`` (to those of its window of N x N
+    # tokens) or ``pooled N`` (to the means of squares of N x N tokens). Empty: global everywhere.
+    attention: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("tile", "patch", "embed_dim", "heads", "mlp_dim", "classes", "head_channels"):
@@ -58,6 +69,25 @@ class NetworkConfig:
             raise CheckpointError(f"classes {self.classes} do not fit uint8 labels, where 255 is 'no label'")
         if not self.pool_scales or min(self.pool_scales) < 1 or max(self.pool_scales) > self.grid:
             raise CheckpointError(f"pool_scales {self.pool_scales} must be 1 to {self.grid}: a tile's side in patches")
+        if self.attention:
+            self._require_attention()
+
+    def _require_attention(self) -> None:
+        if len(self.attention) != self.depth:
+            raise CheckpointError(f"attention is given for {len(self.attention)} blocks of {self.depth}")
+        if self.class_token:
+            raise CheckpointError(
+                "windows and pooled keys need tokens of patches alone; this network has a class token",
+                hint="cdkd-edge convert --attention drops it",
+            )
+        sides = [self.grid, *self.token_squares]
+        for outer, inner in zip(sides, sides[1:], strict=False):
+            if outer % inner:
+                raise CheckpointError(
+                    f"squares of {inner} x {inner} tokens do not fit into {outer} x {outer} tokens",
+                    hint=f"a tile of {self.tile} px has {self.grid} x {self.grid} tokens; the sides of its windows and "
+                    "pools must divide that and one another",
+                )
 
     @property
     def grid(self) -> int:
@@ -69,6 +99,95 @@ class NetworkConfig:
         """0-based blocks whose outputs feed the head: four, evenly spaced, the last block included."""
         first, second, third, fourth = (self.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
         return first, second, third, fourth
+
+    def window(self, block: int) -> int:
+        """Side in tokens of the windows within which a block's tokens attend; the grid's side if it is global."""
+        return self._side(block, "window", self.grid)
+
+    def pooling(self, block: int) -> int:
+        """Side in tokens of the squares over which a block averages keys and values; 1 if it averages nothing."""
+        return self._side(block, "pooled", 1)
+
+    def _side(self, block: int, kind: str, otherwise: int) -> int:
+        name, _, side = (self.attention[block] if self.attention else GLOBAL).partition(" ")
+        return int(side) if name == kind else otherwise
+
+    @property
+    def token_squares(self) -> tuple[int, ...]:
+        """Sides of all windows and pooled squares, the largest first: each is a run of tokens in token order."""
+        sides = (int(one.partition(" ")[2]) for one in self.attention if one != GLOBAL)
+        return tuple(sorted(set(sides), reverse=True))
+
+    def token_order(self) -> npt.NDArray[np.int64]:
+        """The cells of the grid, row by row, in the order of the tokens, ``[L]``.
+
+        Tokens of a window follow one another, within a window those of a pooled square: windows and squares are
+        reshapes. With global attention alone, tokens are in the order of the cells.
+        """
+        cells = np.arange(self.grid**2).reshape(1, self.grid, self.grid)
+        for side in self.token_squares:
+            parts = cells.shape[-1] // side
+            cells = cells.reshape(-1, parts, side, parts, side).swapaxes(2, 3).reshape(-1, side, side)
+        return cells.ravel()
+
+
+def attention_of(text: str, depth: int, taps: Sequence[int]) -> tuple[str, ...]:
+    """The attention of each block from a short text; empty if all is global.
+
+    ``KIND`` is for every block; ``KIND/OTHER`` is ``OTHER`` in the blocks whose outputs feed the head and ``KIND`` in
+    the rest; ``KIND/OTHER@5,8,11`` names those blocks, counted from 0; ``KIND,KIND,...`` has one for every block.
+    A kind is ``global``, ``windowN`` or ``pooledN``, with N the side of the square in tokens.
+
+    Raises:
+        CheckpointError: the text is none of these, or names other blocks than there are.
+    """
+
+    def kind(name: str) -> str:
+        found = _ATTENTION.fullmatch(name.strip())
+        if not found:
+            raise CheckpointError(
+                f"{name.strip()!r} is no kind of attention",
+                hint="global, windowN or pooledN; for example window16/global: windows of 16 x 16 tokens, and global "
+                "attention in the blocks that feed the head",
+            )
+        return f"{found[2]} {found[3]}" if found[2] else GLOBAL
+
+    kinds, _, blocks = text.partition("@")
+    first, slash, other = kinds.partition("/")
+    if slash:
+        chosen = list(taps)
+        if blocks:
+            numbers = [number.strip() for number in blocks.split(",")]
+            if not all(number.isdecimal() and int(number) < depth for number in numbers):
+                raise CheckpointError(f"{blocks!r} are not blocks of this network, which has 0 to {depth - 1}")
+            chosen = [int(number) for number in numbers]
+        plan = [kind(other if block in chosen else first) for block in range(depth)]
+    elif blocks:
+        raise CheckpointError(f"{text!r} names blocks but not their attention", hint="KIND/OTHER@BLOCKS")
+    else:
+        plan = [kind(one) for one in kinds.split(",")]
+        plan = plan * depth if len(plan) == 1 else plan
+    if len(plan) != depth:
+        raise CheckpointError(f"{text!r} gives the attention of {len(plan)} blocks; the network has {depth}")
+    return () if set(plan) == {GLOBAL} else tuple(plan)
+
+
+def attention_text(attention: Sequence[str]) -> str:
+    """The attention of the blocks for people, in runs: ``window 16 in blocks 0-1, 3-4; global in blocks 2, 5``."""
+    if not attention:
+        return GLOBAL
+    places: dict[str, list[list[int]]] = {}
+    for block, kind in enumerate(attention):
+        runs = places.setdefault(kind, [])
+        if runs and runs[-1][-1] == block - 1:
+            runs[-1][-1:] = [runs[-1][0], block] if len(runs[-1]) == 1 else [block]
+        else:
+            runs.append([block])
+    if len(places) == 1:
+        return f"{attention[0]} in every block"
+    return "; ".join(
+        f"{kind} in blocks {', '.join('-'.join(map(str, run)) for run in runs)}" for kind, runs in places.items()
+    )
 
 
 PRESETS: dict[str, NetworkConfig] = {

@@ -147,6 +147,7 @@ def inferred_config(
     layer_norm_eps: float | None,
     notes: list[str],
     pool_scales: tuple[int, ...] = NetworkConfig.pool_scales,
+    attention: tuple[str, ...] = (),
 ) -> NetworkConfig:
     """The network's configuration, from the shapes of its weights.
 
@@ -156,6 +157,7 @@ def inferred_config(
         heads, layer_norm_eps: None to assume them.
         notes: assumptions are appended here.
         pool_scales: of the pyramid pooling, which no tensor shows.
+        attention: of each block, which no tensor shows either.
 
     Raises:
         CheckpointError: the weights do not describe a network.
@@ -205,7 +207,8 @@ def inferred_config(
             notes.append(f"pyramid pooling to {', '.join(map(str, pool_scales))} cells assumed (not stored)")
     return NetworkConfig(
         tile=grid * patch, patch=patch, embed_dim=dim, depth=len(blocks), heads=heads, mlp_dim=hidden.shape[0],
-        pool_scales=pool_scales, layer_norm_eps=layer_norm_eps, class_token=class_token, **shapes,
+        pool_scales=pool_scales, layer_norm_eps=layer_norm_eps, class_token=class_token, attention=attention,
+        **shapes,
     )  # fmt: skip
 
 

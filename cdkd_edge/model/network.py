@@ -18,21 +18,34 @@ from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens."""
+    """Multi-head self-attention over all tokens, over those of a window, or over the means of squares of tokens.
 
-    def __init__(self, dim: int, heads: int) -> None:
+    ``run`` is the number of successive tokens that attend to one another, 0 for all; ``pool`` the number of
+    successive tokens whose mean is one key and one value. :meth:`NetworkConfig.token_order` makes squares successive.
+    """
+
+    def __init__(self, dim: int, heads: int, run: int = 0, pool: int = 1) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.run, self.pool = heads, run, pool
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         n, length, dim = tokens.shape
-        qkv = self.qkv(tokens).reshape(n, length, 3, self.heads, dim // self.heads)  # [N, L, 3, heads, D/heads]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, L, D/heads]
-        mixed = F.scaled_dot_product_attention(q, k, v)  # [N, heads, L, D/heads]
+        if self.pool == 1:
+            q, k, v = self.qkv(tokens).chunk(3, dim=-1)  # each [N, L, D]
+        else:
+            means = tokens.reshape(n, -1, self.pool, dim).mean(dim=2)  # [N, L/pool, D]
+            q = F.linear(tokens, self.qkv.weight[:dim], self.qkv.bias[:dim])  # [N, L, D]
+            k, v = F.linear(means, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)  # each [N, L/pool, D]
+        q, k, v = (self._by_head(x, n * (length // self.run if self.run else 1)) for x in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v)  # [N*runs, heads, L/runs, D/heads]
         mixed = mixed.transpose(1, 2).reshape(n, length, dim)  # [N, L, D]
         return self.proj(mixed)  # type: ignore[no-any-return]
+
+    def _by_head(self, x: Tensor, runs: int) -> Tensor:
+        """``[N, L, D]`` to ``[N*runs, heads, L/runs, D/heads]``."""
+        return x.reshape(runs, -1, self.heads, x.shape[-1] // self.heads).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -50,10 +63,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, index: int) -> None:
         super().__init__()
+        window = config.window(index)
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.attn = Attention(config.embed_dim, config.heads)
+        run = 0 if window == config.grid else window**2
+        self.attn = Attention(config.embed_dim, config.heads, run, config.pooling(index) ** 2)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.mlp = MLP(config.embed_dim, config.mlp_dim)
 
@@ -79,17 +94,23 @@ class Encoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    order: Tensor
+    place: Tensor
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        if config.attention:
+            order = torch.from_numpy(config.token_order())
+            self.register_buffer("order", order, persistent=False)  # [L], the cell of each token
+            self.register_buffer("place", order.argsort(), persistent=False)  # [L], the token of each cell
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
         self.patch_embed = PatchEmbedding(config.patch, config.embed_dim)
         if config.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.class_token + config.grid**2, config.embed_dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -99,11 +120,15 @@ class Encoder(nn.Module):
         if config.class_token:
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # [N, 1+L, D]
         tokens = tokens + self.pos_embed
+        if config.attention:
+            tokens = tokens[:, self.order]  # windows and pooled squares are now successive
         maps = []
         for index, block in enumerate(self.blocks):
             tokens = block(tokens)
             if index in config.taps:
                 patches = tokens[:, 1:] if config.class_token else tokens  # [N, L, D]
+                if config.attention:
+                    patches = patches[:, self.place]  # row by row again
                 grid = patches.transpose(1, 2).reshape(-1, config.embed_dim, config.grid, config.grid)  # [N, D, G, G]
                 maps.append(grid)
         return maps

@@ -10,7 +10,6 @@ from typer import Option
 from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, NORM_EPS, WEIGHTS, require_package
 from cdkd_edge.cli.report import Report, Rows
 from cdkd_edge.core.numbers import significant
-from cdkd_edge.model.config import attention_text
 
 
 def convert(
@@ -34,6 +33,7 @@ def convert(
     require_package("torch", "export", "converting")
     from cdkd_edge.core.files import sha256_of
     from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, save_checkpoint
+    from cdkd_edge.model.config import attention_text
     from cdkd_edge.model.device import network_cost
     from cdkd_edge.training.files import require_free
 

@@ -153,7 +153,7 @@ def finetune(
         overwrite=overwrite,
         command=command_line(),
     )
-    with saying_what_is_kept(lambda: interruption_notice(output)), live_training(_TrainingLines) as listener:
+    with saying_what_is_kept(lambda: interruption_notice(output)), live_training(TrainingLines) as listener:
         result = train(source, data, output, options, listener)
     _describe(result).show(as_json)
 
@@ -219,8 +219,11 @@ class LoopLines:
         )
 
 
-class _TrainingLines(LoopLines):
+class TrainingLines(LoopLines):
+    """Also shows the epochs of a run with labels."""
+
     def epoch(self, row: Mapping[str, Any], epochs: int, best: float | None, seconds_left: float) -> None:
+        """An epoch ended."""
         parts = [f"epoch {row['epoch']}/{epochs}", f"loss {significant(row['loss'], 4)}"]
         if row["mean_iou"] is not None:
             parts.append(f"validation mIoU {percent(row['mean_iou'], 2)} (best {percent(best, 2)})")

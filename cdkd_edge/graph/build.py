@@ -59,9 +59,9 @@ class _NetworkWriter(NodeWriter):
         super().__init__()
         self.weights, self.config, self.batch, self.opset = weights, config, batch, opset
 
-    def reshape(self, name: str, x: str, *sizes: int) -> str:
-        """``x`` as ``[N, *sizes]``; nodes share their shapes."""
-        sizes = (self.batch, *sizes)
+    def reshape(self, name: str, x: str, *sizes: int, images: int = 1) -> str:
+        """``x`` as ``[N images, *sizes]``; nodes share their shapes."""
+        sizes = (self.batch * images, *sizes)
         shape = self.constant("shape_" + "x".join(map(str, sizes)), np.array(sizes, np.int64))
         return self.add("Reshape", name, x, shape)
 
@@ -70,11 +70,15 @@ class _NetworkWriter(NodeWriter):
         return self.add("LayerNormalization", name, x, scale, shift, axis=-1, epsilon=self.config.layer_norm_eps)
 
     def means(self, name: str, tokens: str, count: int) -> str:
-        """Means of ``count`` successive parts of the tokens, ``[N, L, D]`` to ``[N, L/count, D]``."""
-        parts = self.reshape(f"{name}.parts", tokens, count, self.config.grid**2 // count, self.config.embed_dim)
-        if self.opset < 18:
-            return self.add("ReduceMean", name, parts, axes=[1], keepdims=0)
-        return self.add("ReduceMean", name, parts, self.constant("axis_1", np.array([1], np.int64)), keepdims=0)
+        """Means of ``count`` successive parts of the tokens, ``[N, L, D]`` to ``[N, L/count, D]``.
+
+        As an image of ``count`` rows: compilers keep this apart from the LayerNorm before it, which they would
+        otherwise split in two.
+        """
+        length, dim = self.config.grid**2 // count, self.config.embed_dim
+        rows = self.reshape(f"{name}.rows", tokens, 1, count, length * dim)
+        pooled = self.add("AveragePool", f"{name}.pooled", rows, kernel_shape=[count, 1])
+        return self.reshape(name, pooled, length, dim)
 
     def linear(self, name: str, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
         """``x W^T + b`` with ``weight`` in PyTorch's ``[out, in]``."""
@@ -171,19 +175,28 @@ class _NetworkWriter(NodeWriter):
         means = normed if pool == 1 else self.means(f"{attn}.means", normed, pool)
 
         def by_head(part: str, x: str, weight: fold.Array, length: int) -> str:
-            """A projection as ``[N, W H, L/W, d]``; see :meth:`NetworkConfig.token_order`."""
-            product = self.add("MatMul", f"{attn}.{part}", x, self.constant(f"{attn}.{part}.weight", weight.T))
-            split = self.reshape(f"{attn}.{part}.heads", product, length // windows, windows * heads, dim // heads)
-            return self.add("Transpose", f"{attn}.{part}.by_head", split, perm=[0, 2, 1, 3])
+            """A projection as ``[N W, H, L/W, d]``; see :meth:`NetworkConfig.token_order`."""
+            part = f"{attn}.{part}"
+            product = self.add("MatMul", part, x, self.constant(f"{part}.weight", weight.T))
+            if windows == 1:
+                split = self.reshape(f"{part}.heads", product, length, heads, dim // heads)
+                return self.add("Transpose", f"{part}.by_head", split, perm=[0, 2, 1, 3])
+            # With windows and heads as one axis here and in the product, TensorRT would copy q, k and v.
+            split = self.reshape(f"{part}.heads", product, length // windows, windows, heads, dim // heads)
+            split = self.add("Transpose", f"{part}.by_window", split, perm=[0, 2, 3, 1, 4])
+            return self.reshape(f"{part}.by_head", split, heads, length // windows, dim // heads, images=windows)
 
         q = by_head("q", normed, folded.query, length)
         k = by_head("k", means, folded.key, length // pool)
         v = by_head("v", means, folded.value, length // pool)
         keys = self.add("Transpose", f"{attn}.k_transposed", k, perm=[0, 1, 3, 2])
-        scores = self.add("MatMul", f"{attn}.scores", q, keys)  # [N, W H, L/W, L/W or L/pool]
+        scores = self.add("MatMul", f"{attn}.scores", q, keys)  # [N W, H, L/W, L/W or L/pool]
         share = self.add("Softmax", f"{attn}.share", scores, axis=-1)
         mixed = self.add("MatMul", f"{attn}.mixed", share, v)
-        mixed = self.add("Transpose", f"{attn}.by_token", mixed, perm=[0, 2, 1, 3])
+        if windows > 1:
+            mixed = self.reshape(f"{attn}.mixed.by_window", mixed, windows, heads, length // windows, dim // heads)
+        perm = [0, 2, 1, 3] if windows == 1 else [0, 3, 1, 2, 4]
+        mixed = self.add("Transpose", f"{attn}.by_token", mixed, perm=perm)
         mixed = self.reshape(f"{attn}.joined", mixed, length, dim)
         projected = self.linear(f"{attn}.proj", mixed, folded.proj, folded.proj_bias)
         tokens = self.add("Add", f"{name}.after_attn", tokens, projected)

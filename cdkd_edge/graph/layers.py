@@ -176,26 +176,32 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
     keys = maker(scores.input[1], "Transpose", perm=[0, 1, 3, 2])
     mixed = user(softmax, "MatMul")
     _require(mixed.input[0] == softmax.output[0])
-    by_token = user(mixed, "Transpose", perm=[0, 2, 1, 3])
-    joined = user(by_token, "Reshape")
+    after = index.only_user(mixed.output[0])
+    windowed = after is not None and after.op_type == "Reshape"
 
-    inner = [keys, scores, softmax, mixed, by_token]
+    # By window and head, [N W, H, L/W, d], and back: the middle Reshape is there only with windows.
+    back = [mixed, user(mixed, "Reshape")] if windowed else [mixed]
+    back.append(user(back[-1], "Transpose", perm=[0, 3, 1, 2, 4] if windowed else [0, 2, 1, 3]))
+    joined = user(back[-1], "Reshape")
+    inner = [keys, scores, softmax, *back]
     parts, shapes = [], []
     for value in (scores.input[0], keys.input[0], mixed.input[1]):
-        by_head = maker(value, "Transpose", perm=[0, 2, 1, 3])
+        if windowed:
+            inner.append(maker(value, "Reshape"))
+            value = inner[-1].input[0]
+        by_head = maker(value, "Transpose", perm=[0, 2, 3, 1, 4] if windowed else [0, 2, 1, 3])
         split = maker(by_head.input[0], "Reshape")
         inner += [by_head, split]
         parts.append(split.input[0])
-        shapes.append(sizes(split, 4))
+        shapes.append(sizes(split, 5) if windowed else [*sizes(split, 4)[:2], 1, *sizes(split, 4)[2:]])
     nodes = frozenset(node.output[0] for node in (*inner, joined))
     inside = [output for node in inner for output in node.output]
     _require(index.outputs.isdisjoint(inside))
     _require(all(node.output[0] in nodes for output in inside for node in index.users.get(output, [])))
-    (batch, length, heads, width), keys_shape, values_shape = shapes
-    _require(keys_shape == values_shape and [keys_shape[0], *keys_shape[2:]] == [batch, heads, width])
-    whole, tokens, dim = sizes(joined, 3)
-    _require(whole == batch and tokens * dim == length * heads * width)
-    return AttentionBlock(*parts, joined.output[0], heads, heads * width, tokens // length, nodes)
+    (batch, length, windows, heads, width), keys_shape, values_shape = shapes
+    _require(keys_shape == values_shape and [keys_shape[0], *keys_shape[2:]] == [batch, windows, heads, width])
+    _require(sizes(joined, 3) == [batch, length * windows, heads * width])
+    return AttentionBlock(*parts, joined.output[0], windows * heads, windows * heads * width, windows, nodes)
 
 
 def scores_of(model: onnx.ModelProto) -> str:

@@ -10,7 +10,7 @@
               installed; time of the CPU engine beside that of global attention, in turn
     recover   `distill`: alignment with the network it came from, on the other scenes' images, without labels
     after     accuracy
-    tune      `finetune`: the decoder alone, on the other scenes' labels; also for global attention, to be fair
+    tune      `finetune`: the decoder alone, on the other scenes' labels; also of the network as trained, to be fair
     tuned     accuracy
     seams     how often labels change across borders of tiles (`benchmarks/seams.py`)
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -67,14 +68,16 @@ class Variant:
         return "".join(f"-{value}" for value in (self.tile, self.overlap) if value is not None)
 
 
+ORIGINAL = "original"  # the checkpoint itself, perhaps with a class token, which conversion drops
 VARIANTS = (
+    Variant("as trained", ORIGINAL),
     Variant("global"),
     Variant("window16/global", "window16/global"),
     Variant("window16/global@5,8,11", "window16/global@5,8,11"),
     Variant("pooled2", "pooled2"),
     Variant("window16/pooled2", "window16/pooled2"),
-    Variant("global, tile 512, overlap 128", tile=512, overlap=128),
-    Variant("global, tile 512, overlap 64", tile=512, overlap=64),
+    Variant("as trained, tile 512, overlap 128", ORIGINAL, tile=512, overlap=128),
+    Variant("as trained, tile 512, overlap 64", ORIGINAL, tile=512, overlap=64),
 )
 
 
@@ -107,7 +110,7 @@ class Study:
                 try:
                     result = self.stages[stage](variant)
                 except (CdkdEdgeError, OSError, RuntimeError) as error:
-                    result = {"failed": str(error).strip()[-300:]}
+                    result = {"failed": str(error).strip().removeprefix("error: ")[-300:]}
                     print(f"failed: {result['failed']}", file=sys.stderr, flush=True)
                 write_text(path, json.dumps(result, indent=2) + "\n")
                 after()
@@ -125,8 +128,8 @@ class Study:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def network(self, variant: Variant, which: str) -> Path:
-        """A checkpoint of a variant: ``converted``, ``recovered`` or ``tuned``. Global attention needs no recovery."""
-        name = "converted" if which == "recovered" and variant.attention == "global" else which
+        """A checkpoint of a variant: ``converted``, ``recovered`` or ``tuned``."""
+        name = "converted" if variant.attention == ORIGINAL and which == "recovered" else which
         return Path(self.options.folder, variant.folder, f"{name}.pt")
 
     def tile(self, variant: Variant) -> int:
@@ -146,7 +149,8 @@ class Study:
             done = subprocess.run(line, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
             if done.returncode:
                 log.seek(start)
-                raise RuntimeError((log.read().strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+                said = log.read().strip().splitlines() or [f"exit code {done.returncode}"]
+                raise RuntimeError(said[-1].removeprefix("error: "))
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
@@ -155,6 +159,9 @@ class Study:
     def convert(self, variant: Variant) -> dict[str, Any]:
         """The same weights with other attention."""
         target = self.network(variant, "converted")
+        if variant.attention == ORIGINAL:
+            shutil.copyfile(self.options.checkpoint, target)
+            return {}
         found = self.command(
             "convert", self.options.checkpoint, "--attention", variant.attention, "-o", target, "--overwrite"
         )
@@ -173,7 +180,7 @@ class Study:
 
     def recover(self, variant: Variant) -> dict[str, Any]:
         """Alignment with the network it came from."""
-        if variant.attention == "global":
+        if variant.attention == ORIGINAL:
             return {"minutes": 0.0}
         target, options = self.network(variant, "recovered"), self.options
         if not target.exists() or target.with_suffix(".state.pt").exists():
@@ -206,9 +213,9 @@ class Study:
         about = self.command("info", self.network(variant, "converted"), "--tile", self.tile(variant))
         found: dict[str, Any] = {"macs": about["cost"]["total_macs"]}
         cores = available_cores()
-        paths = [self._cpu_engine(one, "converted") for one in (variant, Variant("global", tile=variant.tile))]
+        paths = [self._cpu_engine(one, "converted") for one in (variant, Variant("", ORIGINAL, variant.tile))]
         with load_engine(paths[0], threads=cores) as engine, load_engine(paths[1], threads=cores) as other:
-            found["cpu_times"] = 1.0 if variant.attention == "global" else 1 / speed_ratio(engine, other)
+            found["cpu_times"] = 1.0 if variant.attention == ORIGINAL else 1 / speed_ratio(engine, other)
         for precision in ("fp16", "int8"):
             try:
                 found[precision] = self._compiled(variant, space, precision)
@@ -309,7 +316,7 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"{results['machine']['cpu']}. mIoU in percent on {', '.join(results['val_scenes'])}, a validation scene, "
         f"{results['tile']} px tiles. Minutes: of recovery, on this machine. Tiles/s and Mpx/s are **modelled** for "
         f"{DEVICE} in {MODE}, from the layers that TensorRT-RTX made for SM 8.6; Mpx/s counts what tiles do not share. "
-        "CPU time: of the FP32 engine over that with global attention and the same tile, in turn. Seams: changes of "
+        "CPU time: of the FP32 engine over that of the network as trained with the same tile, in turn. Seams: changes of "
         "label across borders of tiles over changes elsewhere.",
         "",
         f"| {' | '.join(head)} |",

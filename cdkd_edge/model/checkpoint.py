@@ -142,8 +142,8 @@ def read_checkpoint(
         layer_norm_eps: LayerNorm's epsilon, if the checkpoint does not say. Default: that of the layout's project.
         weights: ``raw``, ``ema`` (averaged) or the name of one of several sets in the file. Default: averaged weights
             if there are any.
-        attention: that each block gets (:func:`.config.attention_of`), with the same weights; unless it is ``global``,
-            a class token is dropped. Default: the checkpoint's.
+        attention: that each block gets (:func:`.config.attention_of`), with the same weights; a class token is
+            dropped. Default: the checkpoint's.
     """
     document, header = read_container(path)
     for part, kind in {"version": int, "config": dict, "schema": dict, "training": dict}.items():
@@ -246,11 +246,11 @@ def _changed(
     """The configuration for another tile, patch and attention; changes what depends on them in ``state``."""
     patch = config.patch if patch is None else patch
     kinds = config.attention if attention is None else attention_of(attention, config.depth, config.taps)
-    if kinds and config.class_token:
+    if attention is not None and config.class_token:
         del state["encoder.cls_token"]
         state["encoder.pos_embed"] = state["encoder.pos_embed"][:, 1:]
         config = dataclasses.replace(config, class_token=False)
-        notes.append("the class token was dropped: windows and pooled keys are made of patches alone")
+        notes.append("the class token was dropped: windows and pooled keys are of patches alone, and no head sees it")
     tile = config.grid * patch if tile is None else tile
     resized = dataclasses.replace(config, tile=tile, patch=patch, attention=kinds)
     if patch != config.patch:

@@ -109,11 +109,11 @@ def test_a_class_token_is_dropped_and_that_is_said(tmp_path, make_weights, small
         np.testing.assert_allclose(encoder(torch.from_numpy(small_tiles[:1]))[3].numpy(), expected[3], atol=2e-4)
 
 
-def test_global_attention_needs_no_token_dropped(tmp_path, make_weights):
+def test_it_is_dropped_for_global_attention_too(tmp_path, make_weights):
     config = dataclasses.replace(CONFIG, class_token=True)
     source = stored(tmp_path, make_weights(config), config)
     assert run("convert", source, "--attention", "global", "-o", tmp_path / "a.pt").exit_code == 0
-    assert load_encoder(tmp_path / "a.pt")[1].config == config
+    assert load_encoder(tmp_path / "a.pt")[1].config == CONFIG
 
 
 def test_an_encoder_alone_stays_one(tmp_path, weights):

@@ -13,7 +13,7 @@ from typing import Final
 
 from cdkd_edge.benchmark.record import IDLE, VALID, WARM_UP, BenchSummary, Figures, RailFigures
 from cdkd_edge.benchmark.statistics import Figure
-from cdkd_edge.board.power.sources import MODULE
+from cdkd_edge.board.power.protocol import MODULE
 from cdkd_edge.core.numbers import ABSENT, estimate, percent, significant, size
 
 PAPER: Final = "Mask-CDKD, ISPRS 2026"

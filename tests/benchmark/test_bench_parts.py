@@ -22,8 +22,8 @@ from cdkd_edge.benchmark.statistics import latency_of
 from cdkd_edge.benchmark.verdict import judge
 from cdkd_edge.board.conditions import Conditions
 from cdkd_edge.board.power.energy import Problem, Trace
+from cdkd_edge.board.power.protocol import CPU_PACKAGE, GPU_BOARD, MODULE, WATTS, Sample, SourceInfo
 from cdkd_edge.board.power.sampler import PowerSampler
-from cdkd_edge.board.power.sources import CPU_PACKAGE, GPU_BOARD, MODULE, WATTS, Sample, SourceInfo
 from cdkd_edge.board.throttling import ConditionFinding, judge_other_programs
 from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.manifest import FileRecord, TensorRTBuild

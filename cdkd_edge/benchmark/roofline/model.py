@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 
 from cdkd_edge.benchmark.record import ModelledBound
-from cdkd_edge.benchmark.roofline.devices import Device, PowerMode, device_tree_parts, find_device, load_device
+from cdkd_edge.benchmark.roofline.devices import Device, ModeLimits, device_tree_parts, find_device, load_device
 from cdkd_edge.benchmark.roofline.kernels import Kernel, attention_modes, kernels_of
 from cdkd_edge.benchmark.roofline.operators import GraphCost, read_operators
 from cdkd_edge.core.errors import CdkdEdgeError, GraphError, UsageError
@@ -69,7 +69,7 @@ class KernelTime:
 class Estimate:
     """Modelled speed (FPS: tiles per second) of a graph in one power mode, with attention run in one way."""
 
-    mode: PowerMode
+    mode: ModeLimits
     precision: str
     attention: str  # ``fused``, ``unfused``, ``unfused, FP32 softmax``, or ``none``
     kernels: int
@@ -120,7 +120,7 @@ def roofline(path: Path, device: Device, *, mode: str | None = None, precision: 
 
 
 def estimate(
-    cost: GraphCost, device: Device, mode: PowerMode, attention: str, realistic: Efficiencies = REALISTIC
+    cost: GraphCost, device: Device, mode: ModeLimits, attention: str, realistic: Efficiencies = REALISTIC
 ) -> Estimate:
     """Model one graph in one power mode with attention run in one way."""
     kernels = kernels_of(cost, attention)
@@ -139,7 +139,7 @@ def estimate(
 
 
 def kernel_times(
-    kernels: Sequence[Kernel], device: Device, mode: PowerMode, shares: Efficiencies
+    kernels: Sequence[Kernel], device: Device, mode: ModeLimits, shares: Efficiencies
 ) -> tuple[KernelTime, ...]:
     """Modelled seconds of each kernel."""
     times = []

@@ -14,13 +14,20 @@ from pathlib import Path
 import onnx
 
 from cdkd_edge.benchmark.record import ModelledBound
+from cdkd_edge.benchmark.roofline.compiled import (
+    attention_of_layers,
+    batch_of_layers,
+    kernels_of_layers,
+    precision_of_layers,
+)
 from cdkd_edge.benchmark.roofline.devices import Device, ModeLimits, device_tree_parts, find_device, load_device
 from cdkd_edge.benchmark.roofline.kernels import Kernel, attention_modes, kernels_of
 from cdkd_edge.benchmark.roofline.operators import GraphCost, read_operators
-from cdkd_edge.core.errors import CdkdEdgeError, GraphError, UsageError
+from cdkd_edge.core.errors import CdkdEdgeError, EngineError, GraphError, UsageError
 from cdkd_edge.core.files import sha256_of
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.runtimes import runtime_of
+from cdkd_edge.engines.tensorrt.layers import EngineLayers
 from cdkd_edge.graph.files import load_graph
 
 
@@ -119,20 +126,47 @@ def roofline(path: Path, device: Device, *, mode: str | None = None, precision: 
     return Roofline(path, device, tuple(graphs), tuple(estimate(*case) for case in cases), tuple(notes))
 
 
+def model_engine(compiled: EngineLayers, device: Device, *, mode: str | None = None) -> tuple[Estimate, ...]:
+    """Model an engine from the layers that a compiler made, one kernel each, in one power mode or in all.
+
+    ``fps``, ``low_fps`` and ``high_fps`` of an estimate are modelled tiles per second.
+
+    Raises:
+        EngineError: there are no layers, or the shapes of one do not tell how many operations it takes.
+        UsageError: the device has no such power mode.
+    """
+    kernels = kernels_of_layers(compiled)
+    if not kernels:
+        raise EngineError("TensorRT did not list the engine's layers", hint="model the graph that it was built from")
+    modes = [device.mode(mode)] if mode is not None else list(device.modes.values())
+    batch, kind = batch_of_layers(compiled), (precision_of_layers(compiled), attention_of_layers(compiled))
+    return tuple(_estimate(kernels, batch, device, one, kind, REALISTIC) for one in modes)
+
+
 def estimate(
     cost: GraphCost, device: Device, mode: ModeLimits, attention: str, realistic: Efficiencies = REALISTIC
 ) -> Estimate:
     """Model one graph in one power mode with attention run in one way."""
-    kernels = kernels_of(cost, attention)
+    return _estimate(kernels_of(cost, attention), cost.batch, device, mode, (cost.precision, attention), realistic)
 
+
+def _estimate(
+    kernels: Sequence[Kernel],
+    batch: int,
+    device: Device,
+    mode: ModeLimits,
+    kind: tuple[str, str],
+    realistic: Efficiencies,
+) -> Estimate:
     def fps(shares: Efficiencies) -> float:
-        return cost.batch / sum(time.seconds for time in kernel_times(kernels, device, mode, shares))
+        return batch / sum(time.seconds for time in kernel_times(kernels, device, mode, shares))
 
     arithmetic = sum(kernel.product_flop / device.peak(mode, kernel.precision) for kernel in kernels)
     return Estimate(
-        mode=mode, precision=cost.precision, attention=attention, kernels=len(kernels),
-        product_flop=cost.product_flop, traffic_bytes=sum(kernel.traffic_bytes for kernel in kernels),
-        arithmetic_bound_fps=cost.batch / arithmetic if arithmetic else float("inf"), bound_fps=fps(PEAK),
+        mode=mode, precision=kind[0], attention=kind[1], kernels=len(kernels),
+        product_flop=sum(kernel.product_flop for kernel in kernels),
+        traffic_bytes=sum(kernel.traffic_bytes for kernel in kernels),
+        arithmetic_bound_fps=batch / arithmetic if arithmetic else float("inf"), bound_fps=fps(PEAK),
         fps=fps(realistic), low_fps=fps(realistic.shifted(-SPREAD)), high_fps=fps(realistic.shifted(SPREAD)),
         times=kernel_times(kernels, device, mode, realistic),
     )  # fmt: skip

@@ -1,0 +1,122 @@
+"""The roofline of a compiler's list of layers: bytes and operations counted by hand from the shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from cdkd_edge.benchmark.roofline.compiled import kernels_of_layers
+from cdkd_edge.benchmark.roofline.devices import load_device
+from cdkd_edge.benchmark.roofline.model import model_engine
+from cdkd_edge.core.errors import EngineError, UsageError
+from cdkd_edge.engines.tensorrt.layers import EngineLayers, Layer, LayerTensor
+
+ORIN = load_device("orin-nx-16gb")
+
+
+def tensors(text: str) -> tuple[LayerTensor, ...]:
+    """``fp16 1x4096x384`` and others, between commas."""
+    split = (one.split() for one in text.split(",") if one.strip())
+    return tuple(LayerTensor(f"t{kind}", kind, tuple(map(int, sizes.split("x")))) for kind, sizes in split)
+
+
+def layer(name: str, type_: str, inputs: str, outputs: str, constants: str = "") -> Layer:
+    return Layer(name, type_, tensors(inputs), tensors(outputs), tensors(constants))
+
+
+LINEAR = layer(  # its first input is the sum that the result is added to
+    "__myl_FcAddAdd_myl0_9",
+    "runtime_fusion",
+    "fp16 1x4096x384, fp16 1x4096x1536",
+    "fp16 1x4096x384",
+    "fp16 1x1x384, fp16 1x1536x384",
+)
+ATTENTION = layer("_gemm_mha_v2_5", "kgen", "fp16 6x4096x64, fp16 6x64x4096, fp16 6x4096x64", "fp16 6x4096x64")
+WINDOWS = layer("_gemm_mha_v2_5", "kgen", "fp16 96x256x64, fp16 96x64x256, fp16 96x256x64", "fp16 96x256x64")
+POOLED = layer("_gemm_mha_v2_5", "kgen", "fp16 6x1024x64, fp16 6x64x1024, fp16 6x4096x64", "fp16 6x4096x64")
+SCORES = layer("scores", "gemm", "fp16 6x4096x64, fp16 6x64x4096", "fp16 6x4096x4096")
+POOLING = layer("cells", "gemm", "fp16 1x4096x384", "fp16 1x50x384", "fp16 1x50x4096, fp32 1")
+TABLE = layer("__myl_FcAddRelu_9", "f", "fp16 1x50x384", "fp16 1x50x99", "fp16 1x50x99, fp16 1x384x99")
+CONVOLUTION = layer("c", "correlation", "int8 1x32x64x64", "fp32 1x8x64x64", "int8 8x32x3x3, fp32 1x8x1x1")
+GROUPS = layer("c", "correlation", "fp16 1x32x9x9", "fp16 1x8x9x9", "fp16 8x16x3x3, fp16 1x8x1x1")
+INT8_WEIGHTS = layer("__myl_CastMulCastFc_1", "f", "fp16 1x50x64", "fp16 1x50x9", "int8 1x64x9")
+NORM = layer("__myl_CastMeanSub_myl0_7", "kgen", "fp16 1x64x64", "fp16 1x64x64", "fp16 1x64x64")
+
+
+@pytest.mark.parametrize(
+    ("made", "macs", "precision"),
+    [
+        (LINEAR, 4096 * 384 * 1536, "fp16"),
+        (ATTENTION, 2 * 6 * 4096**2 * 64, "fp16"),
+        (WINDOWS, 2 * 96 * 256**2 * 64, "fp16"),
+        (POOLED, 2 * 6 * 4096 * 1024 * 64, "fp16"),
+        (SCORES, 6 * 4096**2 * 64, "fp16"),
+        (POOLING, 50 * 4096 * 384, "fp16"),  # the constant is the left factor
+        (TABLE, 50 * 384 * 99, "fp16"),  # a bias for every row is no factor
+        (CONVOLUTION, 8 * 64 * 64 * 32 * 9, "int8"),
+        (GROUPS, 8 * 81 * 16 * 9, "fp16"),
+        (INT8_WEIGHTS, 50 * 64 * 9, "fp16"),  # converted before the product
+        (NORM, 0, "fp32"),
+    ],
+)
+def test_operations_are_counted_from_shapes(made: Layer, macs: int, precision: str) -> None:
+    (kernel,) = kernels_of_layers(EngineLayers((made,)))
+    assert (kernel.product_flop, kernel.precision) == (2 * macs, precision)
+    assert kernel.attention == made.is_fused_attention
+
+
+def test_a_layer_moves_inputs_outputs_and_constants() -> None:
+    (kernel,) = kernels_of_layers(EngineLayers((LINEAR,)))
+    tokens = 4096 * 384 * 2
+    assert (kernel.read_bytes, kernel.written_bytes) == (5 * tokens, tokens)
+    assert kernel.constant_bytes == 2 * (384 + 1536 * 384)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        dataclasses.replace(LINEAR, constants=()),
+        dataclasses.replace(ATTENTION, inputs=ATTENTION.inputs[:1]),
+        dataclasses.replace(ATTENTION, outputs=tensors("fp16 -1x4096x64")),
+        dataclasses.replace(GROUPS, constants=()),
+    ],
+)
+def test_a_product_whose_operations_cannot_be_told_is_an_error(made: Layer) -> None:
+    with pytest.raises(EngineError, match="do not tell how many operations"):
+        kernels_of_layers(EngineLayers((made,)))
+
+
+def test_an_engine_is_the_sum_of_its_layers() -> None:
+    """By hand, in MAXN: 15.04 TFLOP/s FP16 and 102.4 GB/s, 45 % of it in attention, 55 % in GEMM, 75 % of memory."""
+    compiled = EngineLayers((ATTENTION, LINEAR), attention_nodes=("softmax",))
+    every = {one.mode.name: one for one in model_engine(compiled, ORIN)}
+    assert list(every) == list(ORIN.modes)
+    peak = 2048 * 8 * 918e6
+    attention, linear = 4 * 6 * 4096**2 * 64 / (0.45 * peak), 2 * 4096 * 384 * 1536 / (0.55 * peak)
+    maxn = every["MAXN"]
+    assert 1 / maxn.fps == pytest.approx(attention + linear + 2 * 5e-6)
+    assert maxn.low_fps < maxn.fps < maxn.high_fps < maxn.bound_fps
+    assert (maxn.precision, maxn.attention, maxn.kernels) == ("fp16", "fused", 2)
+    assert every["25W"].fps < maxn.fps < every["MAXN_SUPER"].fps
+    assert model_engine(compiled, ORIN, mode="maxn") == (maxn,)
+
+
+def test_a_batch_is_that_of_the_input() -> None:
+    image = layer("__myl_Cast_myl0_0", "kgen", "uint8 4x3x1024x1024", "fp16 4x3x1024x1024")
+    named = dataclasses.replace(image, inputs=(dataclasses.replace(image.inputs[0], name="image"),))
+    one, four = (model_engine(EngineLayers((first,)), ORIN, mode="MAXN")[0] for first in (image, named))
+    assert four.fps == pytest.approx(4 * one.fps)
+    assert one.attention == "none"
+
+
+def test_attention_that_is_partly_fused() -> None:
+    compiled = EngineLayers((ATTENTION, LINEAR), attention_nodes=("a", "b", "c"))
+    assert model_engine(compiled, ORIN, mode="MAXN")[0].attention == "1 of 3 fused"
+
+
+def test_nothing_to_model() -> None:
+    with pytest.raises(EngineError, match="did not list"):
+        model_engine(EngineLayers(()), ORIN)
+    with pytest.raises(UsageError, match="no power mode '99W'"):
+        model_engine(EngineLayers((LINEAR,)), ORIN, mode="99W")

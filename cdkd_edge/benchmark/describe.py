@@ -216,9 +216,10 @@ def _bound_text(summary: BenchSummary) -> str:
         return f"none: {summary.roofline_reason}"
     low, high = bound.expected_tiles_per_second
     share = "" if bound.share_of_bound is None else f"{percent(bound.share_of_bound)} of "
+    where = f"{bound.device}, {bound.mode}, {bound.precision}"
     return (
-        f"{share}{significant(bound.bound_tiles_per_second)} tiles/s, MODELLED ({bound.device}, {bound.mode}, "
-        f"{bound.precision}; expected {significant(low)} .. {significant(high)})"
+        f"{share}{significant(bound.bound_tiles_per_second)} tiles/s, MODELLED from the engine's {bound.modelled_from} "
+        f"({where}; expected {significant(low)} .. {significant(high)})"
     )
 
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from commands import assert_answer, run
+from run_helpers import engine_manifest
+from tensorrt_helpers import half_graph, needs_compiler
 
 from cdkd_edge.benchmark.roofline.compiled import kernels_of_layers
 from cdkd_edge.benchmark.roofline.devices import load_device
-from cdkd_edge.benchmark.roofline.model import model_engine
+from cdkd_edge.benchmark.roofline.model import model_engine, roofline
 from cdkd_edge.core.errors import EngineError, UsageError
-from cdkd_edge.engines.tensorrt.layers import EngineLayers, Layer, LayerTensor
+from cdkd_edge.core.manifest import FileRecord, write_manifest
+from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
+from cdkd_edge.engines.tensorrt.layers import EngineLayers, Layer, LayerTensor, write_layers
+from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+from cdkd_edge.model.config import PRESETS
 
 ORIN = load_device("orin-nx-16gb")
 
@@ -102,6 +112,11 @@ def test_an_engine_is_the_sum_of_its_layers() -> None:
     assert model_engine(compiled, ORIN, mode="maxn") == (maxn,)
 
 
+def test_a_layer_without_data_is_no_kernel() -> None:
+    wait = layer("__mye52043_myl0_76", "wait", "", "")
+    assert kernels_of_layers(EngineLayers((LINEAR, wait))) == kernels_of_layers(EngineLayers((LINEAR,)))
+
+
 def test_a_batch_is_that_of_the_input() -> None:
     image = layer("__myl_Cast_myl0_0", "kgen", "uint8 4x3x1024x1024", "fp16 4x3x1024x1024")
     named = dataclasses.replace(image, inputs=(dataclasses.replace(image.inputs[0], name="image"),))
@@ -120,3 +135,61 @@ def test_nothing_to_model() -> None:
         model_engine(EngineLayers(()), ORIN)
     with pytest.raises(UsageError, match="no power mode '99W'"):
         model_engine(EngineLayers((LINEAR,)), ORIN, mode="99W")
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    """Something that is called an engine, with its manifest and two layers beside it."""
+    path = tmp_path / "ckpt.fp16.engine"
+    path.write_bytes(b"engine")
+    record = FileRecord.of(path)
+    write_manifest(path, dataclasses.replace(engine_manifest(1024), artefact=record, device="compiled for SM 8.6"))
+    write_layers(path, record.sha256, EngineLayers((ATTENTION, LINEAR), attention_nodes=("softmax",)))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".engine", ".layers.json"])
+def test_an_engine_is_modelled_from_its_layers(engine: Path, suffix: str) -> None:
+    path = engine.with_suffix(suffix)
+    shown = run("roofline", path, "--device", "orin-nx-16gb").stdout
+    assert shown.startswith("MODELLED, not measured:")
+    assert "the 2 layers that TensorRT made" in shown
+    assert ("the layers are those for SM 8.6" in shown) == (suffix == ".engine")
+    data = json.loads(run("roofline", path, "--device", "orin-nx-16gb", "--mode", "maxn", "--json").stdout)
+    assert (data["modelled_from"], data["graphs"]) == ("layers", [])
+    (estimate,) = data["estimates"]
+    known = model_engine(EngineLayers((ATTENTION, LINEAR), attention_nodes=("softmax",)), ORIN, mode="MAXN")[0]
+    assert estimate["modelled_fps_range"] == pytest.approx([known.low_fps, known.high_fps])
+    assert [kernel["name"] for kernel in estimate["kernels"]] == [ATTENTION.name, LINEAR.name]
+
+
+def test_engines_that_cannot_be_modelled(engine: Path) -> None:
+    layers = engine.with_suffix(".layers.json")
+    assert_answer(
+        run("roofline", engine, "--precision", "int8"), 2, "cannot be modelled in int8 — it is an engine in fp16"
+    )
+    assert_answer(run("roofline", engine.with_name("x.layers.json")), 6, "does not exist")
+    text = layers.read_text()
+    layers.write_text(text.replace("1x1536x384", "").replace("[1, 1536, 384]", "[1536]"))
+    assert_answer(run("roofline", engine), 9, "'__myl_FcAddAdd_myl0_9' do not tell how many .* — model the graph")
+    layers.write_text(text[:-9])
+    assert_answer(run("roofline", layers), 6, "is damaged — build the engine again")
+    layers.unlink()
+    assert_answer(run("roofline", engine), 6, "are not recorded beside it .* — build it again, or model its graph")
+
+
+@needs_compiler
+def test_layers_and_graph_are_modelled_alike(
+    make_graph: Callable[..., Path], make_weights: Callable[..., object], tmp_path: Path
+) -> None:
+    half = half_graph(make_graph(tmp_path, make_weights(PRESETS["tiny"]), PRESETS["tiny"]))
+    built = tmp_path / "engines" / "small.fp16.engine"
+    build_tensorrt_engine(half, built, TensorRTOptions(targets=("8.6",)))
+    by_layers, by_rules = (roofline(path, ORIN, mode="MAXN").estimates[0] for path in (built, half))
+    assert (by_layers.precision, by_layers.attention) == (by_rules.precision, by_rules.attention) == ("fp16", "fused")
+    assert by_layers.product_flop == pytest.approx(by_rules.product_flop, rel=0.02)
+    assert by_layers.kernels == pytest.approx(by_rules.kernels, rel=0.05)
+    assert by_layers.fps == pytest.approx(by_rules.fps, rel=0.05)

@@ -23,12 +23,12 @@ Shape = tuple[int, ...]
 
 
 def kernels_of_layers(compiled: EngineLayers) -> tuple[Kernel, ...]:
-    """A kernel for each layer, in the order of computation.
+    """A kernel for each layer, in the order of computation; none for a layer without data, by which streams wait.
 
     Raises:
         EngineError: the shapes of a product, or of an attention, do not tell how many operations it takes.
     """
-    return tuple(map(_kernel, compiled.layers))
+    return tuple(_kernel(layer) for layer in compiled.layers if layer.inputs or layer.outputs)
 
 
 def batch_of_layers(compiled: EngineLayers) -> int:

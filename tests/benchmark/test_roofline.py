@@ -240,21 +240,6 @@ def test_a_product_between_two_kernels_keeps_them_apart() -> None:
     assert found == [("a", 36, 36), ("p", 36, 36), ("t y", 72, 36)]
 
 
-def test_means_of_normed_tokens_split_the_normalisation() -> None:
-    """In FP16, because the values between the two kernels are FP32."""
-    half, axes = np.zeros(8, np.float16), np.array([1], np.int64)
-    nodes = [node("LayerNormalization", "x one zero", "n"), node("ReduceMean", "n axes", "m", keepdims=0)]
-    nodes += [node("MatMul", "n w", "q"), node("MatMul", "m v", "k"), node("Add", "q k", "y")]
-    model = model_of(nodes, {"x": [1, 6, 8]}, "y", one=half, zero=half, axes=axes, w=np.eye(8, dtype=np.float16),
-                     v=np.eye(8, dtype=np.float16))  # fmt: skip
-    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
-    found = kernels_of(read_operators(model), "none")
-    tokens, mean = 2 * 6 * 8, 2 * 8
-    assert [(one.name, one.read_bytes, one.written_bytes) for one in found[:2]] == [
-        ("n", tokens, 2 * tokens), ("m", 2 * tokens, tokens + mean)
-    ]  # fmt: skip
-
-
 def test_the_largest_of_resized_scores_is_found_in_one_kernel() -> None:
     nodes = [
         node("Resize", "x roi scales", "r", mode="linear"), node("Split", "r", "a b", axis=1, num_outputs=2),

@@ -6,8 +6,7 @@ The rules are those of TensorRT-RTX 1.7 on these graphs (``cdkd-edge inspect ENG
   next kernel applies.
 - Products of one input with weights of one shape (queries, keys, values) are one kernel, if nothing element-wise
   follows.
-- Normalisation, transposes and element-wise operators are one kernel, also where branches meet. A mean over tokens
-  behind a normalisation splits it: the first kernel writes its values in FP32 for the second.
+- Normalisation, transposes and element-wise operators are one kernel, also where branches meet.
 - Reshapes and splits cost nothing, nor do transposes that a product can read directly: of the last two axes, and the
   split of a product without bias into heads. What is concatenated is written in place; what others read too is copied.
 - Attention is one kernel (``fused``), or its parts are kernels that write all scores to memory (``unfused``); with
@@ -207,9 +206,6 @@ class _Grouping:
         if [operator.op for operator in operators] == ["Concat"]:  # what no other reads is written in place
             copied = [name for name in outside if name in self._constants or len(self._users[self._root(name)]) > 1]
             read_bytes = written_bytes = self._bytes(copied)
-        for operator in operators:
-            further = self._of_split_norm(operator)
-            read_bytes, written_bytes = read_bytes + further[0], written_bytes + further[1]
         return Kernel(
             name=operators[0].name, attention=kind == _ATTENTION,
             precision=next((operator.precision for operator in operators if operator.product_flop), "fp32"),
@@ -218,19 +214,6 @@ class _Grouping:
             vector_flop=sum(operator.vector_flop for operator in operators),
             read_bytes=read_bytes, written_bytes=written_bytes, constant_bytes=self._bytes(outside & self._constants),
         )  # fmt: skip
-
-    def _of_split_norm(self, operator: Operator) -> tuple[int, int]:
-        """Bytes that are read and written in addition, if the means of a normalisation's result split it.
-
-        The first kernel writes FP32; the second writes the result, besides its means.
-        """
-        normed = self._root(operator.inputs[0] if operator.op == "ReduceMean" else operator.outputs[0])
-        maker, readers = self._makers.get(normed), self._users.get(normed, [])
-        if not maker or maker.op != "LayerNormalization" or all(reader.op != "ReduceMean" for reader in readers):
-            return 0, 0
-        narrow = self._bytes([normed])
-        wider = 4 * self._cost.tensors[normed].elements - narrow
-        return (wider, narrow) if operator.op == "ReduceMean" else (0, wider)
 
     def _bytes(self, names: Iterable[str]) -> int:
         return sum(self._cost.tensors[name].bytes for name in names)

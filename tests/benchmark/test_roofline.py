@@ -30,8 +30,10 @@ from cdkd_edge.benchmark.roofline.model import (
 )
 from cdkd_edge.benchmark.roofline.operators import GraphCost, read_operators
 from cdkd_edge.core.errors import GraphError, UsageError
+from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
+from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.graph.files import load_graph
-from cdkd_edge.model.config import NetworkConfig
+from cdkd_edge.model.config import NetworkConfig, attention_of
 
 ORIN = load_device("orin-nx-16gb")
 
@@ -114,7 +116,7 @@ def test_the_small_networks_products(graph: Path, small_config: NetworkConfig) -
     names = by_name(cost)
     for product in ("scores", "mixed"):
         assert names[f"blocks.0.attn.{product}/MatMul"].product_flop == 2 * tokens * tokens * dim
-    assert names["patch_embed/Conv"].product_flop == 2 * tokens * dim * 3 * small_config.patch**2
+    assert names["patch_embed.product/MatMul"].product_flop == 2 * tokens * dim * 3 * small_config.patch**2
     assert names["blocks.3.mlp.fc1.product/MatMul"].product_flop == 2 * tokens * dim * small_config.mlp_dim
     assert cost.precision == "fp32"
     assert cost.unknown == ()
@@ -130,7 +132,7 @@ def test_precisions_of_the_small_network(graph: Path) -> None:
         assert [one.operators for one in alone.graphs] == [cost.operators]
     assert len({cost.product_flop for cost in found.graphs}) == 1
     eight_bit = [operator for operator in found.graphs[2].operators if operator.precision == "int8"]
-    assert sum("blocks" in operator.name and operator.product_flop > 0 for operator in eight_bit) == 16
+    assert sum("blocks" in operator.name and operator.product_flop > 0 for operator in eight_bit) == 12
     assert found.graphs[2].product_flop > sum(operator.product_flop for operator in eight_bit) > 0
 
 
@@ -449,19 +451,28 @@ def test_shares_of_a_range_stay_shares() -> None:
 
 # --- the paper's network ----------------------------------------------------------------------------
 
+MakePaper = Callable[[str], Path]
+
 
 @pytest.fixture(scope="module")
-def paper_graph(
+def make_paper(
     tmp_path_factory: pytest.TempPathFactory, make_graph: Callable[..., Path], make_weights: Callable[..., object]
-) -> Path:
-    """The paper's network in FP32, with random weights, which are not looked at."""
-    config = NetworkConfig(classes=5)
-    return make_graph(tmp_path_factory.mktemp("paper"), make_weights(config), config)
+) -> MakePaper:
+    """The paper's network in FP32, with attention as in a text; random weights, which are not looked at."""
+    plain, made = NetworkConfig(classes=5), dict[str, Path]()
+
+    def make(attention: str) -> Path:
+        if attention not in made:
+            config = dataclasses.replace(plain, attention=attention_of(attention, plain.depth, plain.taps))
+            made[attention] = make_graph(tmp_path_factory.mktemp("paper"), make_weights(config), config)
+        return made[attention]
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def paper(paper_graph: Path) -> Roofline:
-    return roofline(paper_graph, ORIN)
+def paper(make_paper: MakePaper) -> Roofline:
+    return roofline(make_paper("global"), ORIN)
 
 
 def speed_of(found: Roofline, mode: str, precision: str, attention: str) -> Any:
@@ -472,38 +483,33 @@ def speed_of(found: Roofline, mode: str, precision: str, attention: str) -> Any:
 
 @pytest.mark.slow
 def test_the_paper_models_speeds_at_maxn(paper: Roofline) -> None:
-    """Known by hand: 30.6 GB and 2.4 FPS unfused (the paper measured 2.5), 12 fused (9.5 ... 14.8), 13.4 in INT8.
-
-    By hand, the pyramid's bottleneck was counted as the plain convolution that the graph folds away (the next test).
-    """
+    """By hand: 2.4 tiles/s with scores in memory (the paper measured 2.5), 13.2 (10.5 to 15.9) fused, 13.7 in INT8."""
     unfused = speed_of(paper, "MAXN", "fp16", UNFUSED_FP32)
-    assert unfused.traffic_bytes / 1e9 == pytest.approx(30.6, rel=0.01)
+    assert unfused.traffic_bytes / 1e9 == pytest.approx(30.2, rel=0.01)
     assert unfused.fps == pytest.approx(2.4, rel=0.02)
     fused = speed_of(paper, "MAXN", "fp16", FUSED)
-    assert fused.fps == pytest.approx(12, rel=0.06)
-    assert (fused.low_fps, fused.high_fps) == (pytest.approx(9.5, rel=0.07), pytest.approx(14.8, rel=0.04))
-    assert speed_of(paper, "MAXN", "int8", FUSED).fps == pytest.approx(13.4, rel=0.02)
+    known = [pytest.approx(value, abs=0.1) for value in (10.5, 13.2, 15.9)]
+    assert [fused.low_fps, fused.fps, fused.high_fps] == known
+    assert speed_of(paper, "MAXN", "int8", FUSED).fps == pytest.approx(13.7, abs=0.1)
 
 
 @pytest.mark.slow
-def test_the_paper_model_with_its_bottleneck_unfolded(paper: Roofline) -> None:
-    """The graph does 9.1 G of the paper's multiply-accumulates less; with them the figure by hand is met within 3 %."""
+def test_the_bottleneck_is_folded(paper: Roofline) -> None:
+    """The graph does 9.1 G of the paper's 274.2 G multiply-accumulates less."""
     half = next(cost for cost in paper.graphs if cost.precision == "fp16")
-    macs = half.product_flop / 2
-    missing = (119.60e9 + 154.62e9) - macs
-    assert missing == pytest.approx(9.1e9, rel=0.03)
-    seconds = 1 / speed_of(paper, "MAXN", "fp16", FUSED).fps
-    added = 2 * missing / (ORIN.peak(ORIN.mode("MAXN"), "fp16") * REALISTIC.gemm)
-    assert 1 / (seconds + added) == pytest.approx(12, rel=0.03)
+    assert (119.60e9 + 154.62e9) - half.product_flop / 2 == pytest.approx(9.1e9, rel=0.03)
 
 
 @pytest.mark.slow
-def test_cheaper_attention(paper: Roofline) -> None:
-    """By hand, attention at a quarter of its cost gives 20 FPS in FP16 and 25 in INT8."""
-    cheaper = dataclasses.replace(REALISTIC, attention=4 * REALISTIC.attention)
-    for precision, known, tolerance in (("fp16", 20, 0.15), ("int8", 25, 0.03)):
-        cost = next(one for one in paper.graphs if one.precision == precision)
-        assert estimate(cost, ORIN, ORIN.mode("MAXN"), FUSED, cheaper).fps == pytest.approx(known, rel=tolerance)
+@pytest.mark.parametrize(
+    ("attention", "giga", "fps"),
+    [("window16/global", 169, 20.5), ("pooled2", 138, 23.9), ("window16/pooled2", 126, 27.0)],
+)
+def test_cheaper_attention(make_paper: MakePaper, attention: str, giga: float, fps: float) -> None:
+    """Against a prototype, whose graphs moved 0.1 to 0.2 GB more."""
+    found = roofline(make_paper(attention), ORIN, mode="MAXN", precision="fp16")
+    assert found.graphs[0].product_flop / 2e9 == pytest.approx(giga, abs=0.6)
+    assert speed_of(found, "MAXN", "fp16", FUSED).fps == pytest.approx(fps, rel=0.08)
 
 
 @pytest.mark.slow
@@ -516,20 +522,19 @@ def test_more_watts_on_the_label_may_be_slower(paper: Roofline) -> None:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("variant", [half_graph, int8_variant], ids=["fp16", "int8"])
-def test_kernels_and_traffic_are_what_a_compiler_makes(paper_graph: Path, variant: Callable[[Path], Path]) -> None:
-    """TensorRT-RTX's layer list for SM 8.6, weights not counted."""
-    from cdkd_edge.engines.inspect import inspect_artefact
-    from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
-    from cdkd_edge.engines.tensorrt.options import TensorRTOptions
-
-    path = variant(paper_graph)
-    engine = path.parent / "compared" / "paper.engine"
+@pytest.mark.parametrize("attention", ["global", "window16/global", "pooled2", "window16/pooled2"])
+def test_kernels_are_what_a_compiler_makes(
+    make_paper: MakePaper, attention: str, variant: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """TensorRT-RTX's layers for SM 8.6. A transposition of the pyramid's map has no rule: a kernel and 4 MB less."""
+    path, engine = variant(make_paper(attention)), tmp_path / "paper.engine"
     build_tensorrt_engine(path, engine, TensorRTOptions(targets=("8.6",)))
-    layers = inspect_artefact(engine).contents
-    kernels = kernels_of(read_operators(load_graph(path)), FUSED)
-    assert len(kernels) == pytest.approx(len(layers.layers), rel=0.08)
-    activations = sum(kernel.read_bytes + kernel.written_bytes for kernel in kernels)
-    assert activations == pytest.approx(layers.traffic_bytes, rel=0.05)
+    (by_layers,) = roofline(engine, ORIN, mode="MAXN").estimates
+    by_rules = speed_of(roofline(path, ORIN, mode="MAXN"), "MAXN", by_layers.precision, FUSED)
+    assert by_layers.attention == FUSED
+    assert by_rules.kernels == pytest.approx(by_layers.kernels, abs=2)
+    for figure in ("traffic_bytes", "product_flop", "fps", "low_fps", "high_fps", "bound_fps"):
+        assert getattr(by_rules, figure) == pytest.approx(getattr(by_layers, figure), rel=0.01), figure
 
 
 # --- the command ------------------------------------------------------------------------------------

@@ -76,6 +76,14 @@ def test_operations_are_counted_from_shapes(made: Layer, macs: int, precision: s
     assert kernel.attention == made.is_fused_attention
 
 
+@pytest.mark.parametrize("made", [LINEAR, TABLE, CONVOLUTION, GROUPS])
+def test_weights_may_be_listed_among_the_inputs(made: Layer) -> None:
+    moved = dataclasses.replace(made, inputs=(*made.inputs, *made.constants), constants=())
+    one, other = (kernels_of_layers(EngineLayers((some,)))[0] for some in (made, moved))
+    assert (other.product_flop, other.precision) == (one.product_flop, one.precision)
+    assert other.traffic_bytes == one.traffic_bytes
+
+
 def test_a_layer_moves_inputs_outputs_and_constants() -> None:
     (kernel,) = kernels_of_layers(EngineLayers((LINEAR,)))
     tokens = 4096 * 384 * 2
@@ -87,8 +95,10 @@ def test_a_layer_moves_inputs_outputs_and_constants() -> None:
     "made",
     [
         dataclasses.replace(LINEAR, constants=()),
+        layer("__myl_FcAdd_myl0_9", "f", "fp16 -1x384", "fp16 -1x384", "fp16 384x384"),
         dataclasses.replace(ATTENTION, inputs=ATTENTION.inputs[:1]),
         dataclasses.replace(ATTENTION, outputs=tensors("fp16 -1x4096x64")),
+        dataclasses.replace(ATTENTION, inputs=tensors("fp16 -1x4096x64, fp16 6x64x9, fp16 6x9x64")),
         dataclasses.replace(GROUPS, constants=()),
     ],
 )
@@ -114,7 +124,8 @@ def test_an_engine_is_the_sum_of_its_layers() -> None:
 
 def test_a_layer_without_data_is_no_kernel() -> None:
     wait = layer("__mye52043_myl0_76", "wait", "", "")
-    assert kernels_of_layers(EngineLayers((LINEAR, wait))) == kernels_of_layers(EngineLayers((LINEAR,)))
+    dynamic = layer("shuffle", "kgen", "fp16 -1x4096x64", "fp16 -1x4096x64")
+    assert kernels_of_layers(EngineLayers((LINEAR, wait, dynamic))) == kernels_of_layers(EngineLayers((LINEAR,)))
 
 
 def test_a_batch_is_that_of_the_input() -> None:
@@ -131,8 +142,9 @@ def test_attention_that_is_partly_fused() -> None:
 
 
 def test_nothing_to_model() -> None:
-    with pytest.raises(EngineError, match="did not list"):
-        model_engine(EngineLayers(()), ORIN)
+    for none in ((), (layer("wait", "wait", "", ""),)):
+        with pytest.raises(EngineError, match="did not list"):
+            model_engine(EngineLayers(none), ORIN)
     with pytest.raises(UsageError, match="no power mode '99W'"):
         model_engine(EngineLayers((LINEAR,)), ORIN, mode="99W")
 

@@ -23,12 +23,13 @@ Shape = tuple[int, ...]
 
 
 def kernels_of_layers(compiled: EngineLayers) -> tuple[Kernel, ...]:
-    """A kernel for each layer, in the order of computation; none for a layer without data, by which streams wait.
+    """A kernel for each layer, in the order of computation; none for a layer that moves no data, such as a wait.
 
     Raises:
         EngineError: the shapes of a product, or of an attention, do not tell how many operations it takes.
     """
-    return tuple(_kernel(layer) for layer in compiled.layers if layer.inputs or layer.outputs)
+    kernels = map(_kernel, compiled.layers)
+    return tuple(kernel for kernel in kernels if kernel.product_flop or kernel.traffic_bytes)
 
 
 def batch_of_layers(compiled: EngineLayers) -> int:
@@ -83,12 +84,10 @@ def _attention_flop(layer: Layer) -> int:
 
     q and the result are ``[..., L, d]``; k and v hold S tokens, fewer than L where keys are pooled.
     """
-    result = layer.outputs[0].shape if layer.outputs else ()
-    elements = math.prod(result)
-    if len(layer.inputs) < 3 or len(result) < 2 or elements < 1:
+    inputs, results = _shapes(layer.inputs), _shapes(layer.outputs)
+    if len(inputs) < 3 or not results:
         return 0
-    keys = min(math.prod(tensor.shape) for tensor in layer.inputs)
-    return 4 * keys * result[-2]  # (... S d) x L
+    return 4 * min(map(math.prod, inputs)) * results[0][-2]  # (... S d) x L
 
 
 def _product_flop(layer: Layer) -> int:

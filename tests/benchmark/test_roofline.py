@@ -97,16 +97,27 @@ def test_convolutions_count_groups() -> None:
     assert cost.product_flop == 2 * (6 * 10 * 12) * (2 * 9)
 
 
-def test_a_value_used_twice_is_written_and_read() -> None:
+def test_a_value_that_others_read_too_is_written_and_read() -> None:
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["p"], name="p"),
-        helper.make_node("Relu", ["p"], ["r"], name="r"),
+        helper.make_node("Softmax", ["p"], ["r"], name="r"),
         helper.make_node("Add", ["p", "r"], ["y"], name="y"),
     ]
     cost = read_operators(model_of(nodes, {"x": [3, 4]}, "y", w=np.zeros((4, 4), np.float32)))
     first, second = kernels_of(cost, "none")
     assert first.operators == ("p",)
     assert (second.read_bytes, second.written_bytes) == (4 * 12, 4 * 12)
+
+
+def test_branches_that_meet_again_stay_in_the_kernel_of_their_product() -> None:
+    """As in GELU of elementary nodes: x erf(x)."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"], name="p"),
+        helper.make_node("Erf", ["p"], ["e"], name="e"),
+        helper.make_node("Mul", ["p", "e"], ["y"], name="y"),
+    ]
+    (kernel,) = kernels_of(read_operators(model_of(nodes, {"x": [3, 4]}, "y", w=np.zeros((4, 4), np.float32))), "none")
+    assert (kernel.read_bytes, kernel.written_bytes) == (4 * 12, 4 * 12)
 
 
 def test_the_small_networks_products(graph: Path, small_config: NetworkConfig) -> None:

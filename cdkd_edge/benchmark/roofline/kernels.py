@@ -2,8 +2,8 @@
 
 The rules are those of TensorRT-RTX 1.7 on these graphs (``cdkd-edge inspect ENGINE --all``; the tests compare with it):
 
-- Element-wise operators after a product belong to its kernel, except after an INT8 product, whose scale and bias the
-  next kernel applies.
+- Element-wise operators after a product belong to its kernel, as long as no other kernel needs their input; except
+  after an INT8 product, whose scale and bias the next kernel applies.
 - Products of one input with weights of one shape (queries, keys, values) are one kernel, if nothing element-wise
   follows.
 - Normalisation, transposes and element-wise operators are one kernel, also where branches meet.
@@ -163,8 +163,8 @@ class _Grouping:
         if not made:
             return None
         at, root = max(made)
-        alone = len(self._users[root]) == 1
-        joins = {  # kind of group: whether only the one reader of its value may join, and which operators
+        alone = bool(set.intersection(*map(self._chain, self._users[root])))
+        joins = {  # kind of group: whether its value's readers must be one, or meet again; and which operators may join
             _PRODUCT: (True, POINTWISE),
             _ATTENTION: (True, POINTWISE | {"Transpose"}),
             _LOOSE: (False, _IN_LOOSE),
@@ -172,6 +172,15 @@ class _Grouping:
         }
         needs_alone, types = joins[self._groups[at][0]]
         return at if operator.op in types and (alone or not needs_alone) else None
+
+    def _chain(self, operator: Operator) -> set[str]:
+        """An operator and the element-wise ones behind it, as far as each has one reader."""
+        names, users = {operator.name}, self._users.get(operator.outputs[0], [])
+        while operator.op in POINTWISE and len(users) == 1 and users[0].op in POINTWISE:
+            operator = users[0]
+            names.add(operator.name)
+            users = self._users.get(operator.outputs[0], [])
+        return names
 
     def _sibling(self, operator: Operator) -> int | None:
         """The group of products of the same input with weights of the same shape, if nothing element-wise follows."""

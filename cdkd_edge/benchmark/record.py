@@ -168,7 +168,7 @@ class EndToEnd:
 
 @dataclass(frozen=True)
 class ModelledBound:
-    """Roofline of the engine's graph on this device: modelled, not measured."""
+    """Roofline of the engine on this device: modelled, not measured."""
 
     device: str
     mode: str
@@ -176,6 +176,7 @@ class ModelledBound:
     bound_tiles_per_second: float
     expected_tiles_per_second: tuple[float, float]  # lowest and highest
     share_of_bound: float | None  # measured speed divided by the bound; None where no speed was measured
+    modelled_from: str = "graph"  # ``layers`` that TensorRT listed, or ``graph``: its operators, grouped by rules
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ NEEDS_TORCH = (
     "cdkd_edge.graph.export",
     "cdkd_edge.quality.network",
     "cdkd_edge.training",
+    "cdkd_edge.distillation",
 )
 """Modules, and packages with all their modules, that are not used on a board."""
 EXTRAS = (

@@ -22,7 +22,7 @@ from training_helpers import CONFIG, SCHEMA, blocks, student, write_dataset, wri
 from typer.testing import CliRunner  # noqa: E402
 
 from cdkd_edge import cli  # noqa: E402
-from cdkd_edge.cli.finetune import live_training  # noqa: E402
+from cdkd_edge.cli.finetune import TrainingLines, live_training  # noqa: E402
 from cdkd_edge.cli.options import command_line  # noqa: E402
 from cdkd_edge.core.labels import NO_LABEL  # noqa: E402
 from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, resample_patches, resample_position  # noqa: E402  # noqa: E402
@@ -201,7 +201,7 @@ def test_progress_is_on_stderr_one_line_an_epoch_with_the_time_left(finished):
 
 def test_a_long_line_of_progress_stays_one_line(capsys):
     """Logs are read by programs, too."""
-    with live_training() as listener:
+    with live_training(TrainingLines) as listener:
         listener.epoch({"epoch": 100, "loss": 10.12345, "mean_iou": 1.0}, 1000, 1.0, 123_456.0)
     assert len(capsys.readouterr().err.splitlines()) == 1
 

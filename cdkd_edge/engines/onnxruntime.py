@@ -60,7 +60,7 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
     model = read_graph(graph, source)
     if source.precision == "int8":
         model = cpu_twin(model)
-    expected = sample_outputs(model.SerializeToString(), source)
+    plain = model.SerializeToString()
     fused, blocks = fuse_attention(model)
     serialized = model.SerializeToString()
     del model
@@ -76,6 +76,8 @@ def build_cpu_engine(graph: Path, destination: Path) -> EngineManifest:
                 raise SystemRefusalError(f"{destination}: no space left on the device") from None
             raise
         del serialized
+        expected = sample_outputs(plain, source)
+        del plain
         with OnnxLabeller(temporary, source) as engine:
             require_same_outputs(engine, expected, source.precision)
         manifest = EngineManifest.of_graph(

@@ -11,6 +11,7 @@ engine that was asked for in BF16. INT8 graphs are for ONNX Runtime: docs/decisi
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ def build_openvino_engine(graph: Path, destination: Path, precision: str) -> Eng
     source = read_manifest(graph, GraphManifest)
     if source.precision != "fp32":
         raise EngineError(f"{graph} is an {source.precision} graph; OpenVINO runs fp32", hint="name the fp32 graph")
-    openvino = _openvino()
+    openvino = import_openvino()
     model = read_graph(graph, source)
     blocks = len(attention_blocks(model))
     serialized = model.SerializeToString()
@@ -89,7 +90,7 @@ class OpenVinoLabeller(ArtefactLabeller):
     def __init__(self, manifest: GraphManifest | EngineManifest, compiled: Any) -> None:
         """Allocate the slots of a compiled graph; ``manifest`` gives its sizes and outputs."""
         super().__init__(manifest)
-        openvino = _openvino()
+        openvino = import_openvino()
         self.slots = SLOTS
         self._compiled = compiled
         self._inputs = [np.zeros((self.batch, 3, self.tile, self.tile), np.uint8) for _ in range(SLOTS)]
@@ -160,7 +161,7 @@ class OpenVinoEngine(OpenVinoLabeller, Engine):
             MissingExtraError: OpenVINO is not installed.
             EngineError: it was built with another release of OpenVINO, this one refuses it, or this CPU has no BF16.
         """
-        require_release(path, manifest, "openvino", _release(_openvino()))
+        require_release(path, manifest, "openvino", _release(import_openvino()))
         serialized = read_graph(path, manifest).SerializeToString()
         self.manifest = manifest
         super().__init__(manifest, _compile(serialized, manifest.precision, threads, path.name))
@@ -172,10 +173,13 @@ def cpu_precisions() -> tuple[str, ...]:
     Raises:
         MissingExtraError: OpenVINO is not installed.
     """
-    return tuple(_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return tuple(import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
-def _openvino() -> Any:
+def import_openvino() -> Any:
+    """The package, without its telemetry, which would report the import to a server."""
+    if "openvino" not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if it was not installed
     try:
         import openvino
     except ModuleNotFoundError:
@@ -207,7 +211,7 @@ def _compile(model: bytes, precision: str, threads: int | None, name: str) -> An
     }
     if threads:  # otherwise it leaves out the second thread of a core
         options["ENABLE_HYPER_THREADING"] = True
-    core = _openvino().Core()
+    core = import_openvino().Core()
     try:
         return core.compile_model(core.read_model(model), "CPU", options)
     except Exception as error:  # RuntimeError, by release also others

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 import types
 from importlib.util import find_spec
@@ -209,6 +210,19 @@ def test_threads(engine_file, asked, monkeypatch):
     assert not any(options["ENABLE_CPU_PINNING"] for options in asked)
 
 
+@WITH
+def test_its_telemetry_stays_out():
+    """It reports `import openvino` to a server; tests/test_house.py watches the calls, where strace is."""
+    script = """if True:
+        import sys
+        from cdkd_edge.engines.openvino import cpu_precisions
+        assert "FP32" in cpu_precisions()
+        assert not [name for name, module in sys.modules.items() if "openvino_telemetry" in name and module]"""
+    root = Path(ours.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -325,7 +339,7 @@ def test_an_openvino_that_does_not_start_is_no_choice(monkeypatch):
     monkeypatch.setattr("builtins.__import__", broken)
     try:
         with pytest.raises(EngineError, match="is installed and does not start: libopenvino"):
-            ours._openvino()
+            ours.import_openvino()
     finally:
         monkeypatch.undo()
 

@@ -35,8 +35,8 @@ from cdkd_edge.segmentation.pipeline import segment_scene
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 COMMANDS = [
-    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "compare", "power", "roofline",
-    "evaluate", "parity", "demo", "doctor",
+    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "sweep", "compare", "power",
+    "roofline", "evaluate", "parity", "demo", "doctor",
 ]  # fmt: skip
 QUICK = ("--duration", "0.1", "--max-warm-up", "0")
 

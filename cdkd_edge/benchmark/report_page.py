@@ -68,7 +68,7 @@ def write_sweep_page(sweep: Sweep, path: Path) -> None:
         path, "sweep.html", sweep=sweep, picture=Markup(sweep_svg(sweep)), header=header,
         rows=[(point, cells, pages.get(point.number)) for point, cells in zip(sweep.points, rows, strict=True)],
         measured=sum(point.measured for point in sweep.points), chosen=chosen, sources=sweep_table.sources(sweep),
-        chosen_figures=[(name, cell) for name, cell in zip(header, rows[chosen.number - 1], strict=True) if name]
+        chosen_figures=[f"{name} {cell}" for name, cell in zip(header, rows[chosen.number - 1], strict=True) if name]
         if chosen else [],
         troubles=sweep_table.troubles(sweep), energy=next((p.energy for p in sweep.points if p.energy), None),
         no_energy=next((p.energy_reason for p in sweep.points if p.energy_reason), ""),

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def run_sweep(
     """
     points = combinations(sources, options)
     with _alone_in(folder, note) as lock:  # steps hold it too: what a killed sweep left running ends first
-        work = _Work(folder, space, options, lock)
+        work = _Work(folder, space, options, note, lock)
         rows = [work.unmeasured(number, point) for number, point in enumerate(points, 1)]
         data, machine = options.dataset, describe_machine()
         sweep = Sweep(
@@ -179,16 +180,12 @@ def run_sweep(
         )  # fmt: skip
         for index, point in enumerate(points):
             write_sweep(folder, judged(replace(sweep, points=tuple(rows)), options.loss))
-            tell = partial(_tell, note, f"point {index + 1} of {len(points)}")
-            rows[index], where = work.measure(rows[index], point, tell)
+            place = f"point {index + 1} of {len(points)}: "
+            rows[index], where = work.measure(rows[index], point, place)
             sweep = replace(sweep, device=where or sweep.device)
         sweep = judged(replace(sweep, points=tuple(rows)), options.loss)
         write_sweep(folder, sweep)
     return sweep
-
-
-def _tell(note: Note, place: str, text: str) -> None:
-    note(f"{place}: {text}")
 
 
 @contextlib.contextmanager
@@ -204,8 +201,8 @@ def _alone_in(folder: Path, note: Note) -> Iterator[int]:
 class _Work:
     """Does the steps of a sweep whose results are not there yet."""
 
-    def __init__(self, folder: Path, space: Workspace, options: SweepOptions, lock: int) -> None:
-        self.folder, self.space, self.options, self._lock = folder, space, options, lock
+    def __init__(self, folder: Path, space: Workspace, options: SweepOptions, note: Note, lock: int) -> None:
+        self.folder, self.space, self.options, self._note, self._lock = folder, space, options, note, lock
         machine = describe_machine()
         about = machine.cpu, machine.cores, machine.board, machine.l4t
         self._where = [__version__, *about, sorted(library_versions(LIBRARIES).items())]  # figures hold for these alone
@@ -221,10 +218,10 @@ class _Work:
             reason="not measured yet", attention=_attention(graph) if graph else None, rebuild=self._rebuild(point),
         )  # fmt: skip
 
-    def measure(self, row: SweepPoint, point: Combination, note: Note) -> tuple[SweepPoint, str]:
+    def measure(self, row: SweepPoint, point: Combination, place: str) -> tuple[SweepPoint, str]:
         """The point with its figures, or with the reason why it has none; and the device, where it is known."""
         try:
-            note(f"{point.source.path.name}, {point.precision}: graph and engine")
+            self._note(f"{place}{point.source.path.name}, {point.precision}: graph and engine")
             graph = self._graph(point)
             manifest = read_manifest(graph, GraphManifest)
             rebuild = self._rebuild(point, self._calibration(point, graph))
@@ -233,9 +230,9 @@ class _Work:
             built = read_manifest(engine, EngineManifest)
             row = replace(row, engine=self._own(engine), engine_sha256=built.artefact.sha256, runtime=built.runtime)
             if self.options.dataset:
-                note(f"{engine.name}: accuracy")
+                self._note(f"{place}{engine.name}: accuracy")
                 row = self._with_score(row, engine, built)
-            note(f"{engine.name}: benchmark" + (f" in {point.mode.name}" if point.mode else ""))
+            self._note(f"{place}{engine.name}: benchmark" + (f" in {point.mode.name}" if point.mode else ""))
             run, summary = self._run(point, engine, built)
         except (_StepError, CdkdEdgeError) as error:
             return replace(row, status=FAILED, reason=str(error)), ""
@@ -255,6 +252,9 @@ class _Work:
                 )
             return source.path
         path = self._exported(point)
+        if find_spec("torch") is None and not path.exists():
+            command = shlex.join(self._export(point, Path("GRAPH")))
+            raise _StepError(f"a checkpoint is exported where PyTorch is, and its graph named here: {command}")
         if not _is_made_of(path, GraphManifest, source.sha256):
             self._do(path, self._export(point, path)[1:])
         return path

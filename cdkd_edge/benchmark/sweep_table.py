@@ -136,7 +136,7 @@ class Quantity:
 SPEED = Quantity("megapixels of a scene per second", 1, lambda point: point.scene_megapixels_per_second)
 SCORE = Quantity("mIoU", 1, lambda point: point.mean_iou)
 ENERGY = Quantity(
-    "joules per megapixel of a scene, gross", -1,
+    "gross joules per megapixel of a scene", -1,
     lambda point: point.energy.gross_joules_per_scene_megapixel if point.energy else None,
 )  # fmt: skip
 

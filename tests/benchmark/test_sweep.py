@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ import pytest
 from board import Board, NoBoardError, running_board, set_watts
 from browser import browsing, find_browser
 from commands import assert_answer, finish, run, start
+from fake_step import run_here
 from labelled_images import build_data
 from PIL import Image
 from test_page import words
@@ -51,12 +53,14 @@ from cdkd_edge.board.jetson import PowerMode
 from cdkd_edge.cli.sweep import words_of
 from cdkd_edge.core.errors import BenchError
 from cdkd_edge.core.files import sole_use
+from cdkd_edge.core.process import run_command
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines.runtimes import RUNTIMES
 from cdkd_edge.quality.datasets import find_dataset
 
 FAKE = (sys.executable, str(Path(__file__).parents[1] / "helpers" / "fake_step.py"))
 PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "schemas" / "sweep-1.json"
+CHECKPOINT = Path(cdkd_edge.__file__).parent / "demo" / "tiny.safetensors"
 MODES = (PowerMode(0, "MAXN"), PowerMode(3, "25W"))
 
 
@@ -107,6 +111,7 @@ def place(
     tmp_path: Path, make_graph: Any, make_weights: Any, small_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Place:
     monkeypatch.setenv("FAKE_STEP", "")
+    monkeypatch.setattr(sweeping, "run_command", run_here)
     return Place(tmp_path, make_graph, make_weights, small_config)
 
 
@@ -203,6 +208,18 @@ def test_a_calibration_set_is_chosen_by_its_tiles(place: Place) -> None:
     assert point.reason == "2 of the calibration sets have tiles of 64 px; name one of them"
 
 
+def test_without_pytorch_a_checkpoint_is_a_row_that_says_what_to_do(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "find_spec", lambda name: None)
+    found = place.sweep(CHECKPOINT, place.graphs[0], precisions=("fp32",), tiles=(64, 32))
+    assert [one.status for one in found.points] == ["failed", "failed", "valid", "failed"]
+    assert found.points[1].reason == (
+        "a checkpoint is exported where PyTorch is, and its graph named here: "
+        f"cdkd-edge export {CHECKPOINT} --tile 32 --no-fp16 -o GRAPH"
+    )
+
+
 # --- what fails, and what ends in between ---------------------------------------------------------
 
 
@@ -214,7 +231,10 @@ def test_a_calibration_set_is_chosen_by_its_tiles(place: Place) -> None:
         ("kill", "build: SIGKILL (out of memory?)"),
     ],
 )
-def test_a_build_that_fails_is_a_row_and_the_others_go_on(place: Place, trouble: str, reason: str) -> None:
+def test_a_build_that_fails_is_a_row_and_the_others_go_on(
+    place: Place, trouble: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "run_command", run_command)  # in processes
     place.plan["trouble"] = {"build a int8": trouble}
     found = place.sweep(place.graphs[0], modes=MODES)
     failed = [point for point in found.points if point.status == "failed"]
@@ -496,7 +516,8 @@ def real_tiles(folder: Path) -> Path:
 SHORT = ("--duration", "0.6", "--max-warm-up", "0.2", "--threads", "1", "--schema", "dubai")
 
 
-def test_killed_in_the_middle_and_called_again_it_goes_on(place: Place) -> None:
+def test_killed_in_the_middle_and_called_again_it_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "run_command", run_command)
     data = real_tiles(place.root / "real")
     arguments = ("sweep", *place.graphs, "--precision", "fp32,fp16", "--data", data, *SHORT, "-w", place.root, "--json")
     process = start(*arguments)
@@ -528,6 +549,52 @@ def test_killed_in_the_middle_and_called_again_it_goes_on(place: Place) -> None:
     assert changed[0]["engine_sha256"] != document["points"][0]["engine_sha256"]
     assert changed[0]["run"] != document["points"][0]["run"]
     assert changed[2] == document["points"][2]
+
+
+@pytest.mark.needs_torch
+def test_the_commands_that_it_shows_make_the_same_engine(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(sweeping, "run_command", run_command)
+    monkeypatch.chdir(place.root)
+    shutil.copy(CHECKPOINT, "tiny.safetensors")
+    result = run(
+        "sweep", "tiny.safetensors", "--precision", "fp32", "--tile", "64", "--batch", "2", *SHORT[:6], "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    (one,) = found["points"]
+    assert (one["tile"], one["batch"], found["chosen"]) == (64, 2, 1)
+    for command in one["rebuild"]:
+        assert run(*shlex.split(command)[1:]).exit_code == 0
+    (engine,) = Path("engines").glob("*.onnx")
+    assert sweeping.sha256_of(engine) == one["engine_sha256"]
+
+
+def test_a_step_ends_with_its_sweep(place: Place, small_engine_path: Path) -> None:
+    """Gently: a benchmark puts the board back and leaves nothing half done."""
+    runs = place.root / "runs"
+    step = (
+        sys.executable,
+        "-m",
+        "cdkd_edge.cli.step",
+        "bench",
+        small_engine_path,
+        "--duration",
+        "300",
+        "-o",
+        runs / "a",
+    )
+    script = "import sys; from cdkd_edge.core.process import run_command; run_command(sys.argv[1:])"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, step)],
+        env={**os.environ, "PYTHONPATH": str(Path(cdkd_edge.__file__).parents[1])},
+    )
+    until(lambda: any(runs.glob(".*.part/*")))
+    (child,) = children_of(parent.pid)
+    parent.kill()
+    parent.wait()
+    until(lambda: not Path(f"/proc/{child}").exists(), seconds=60)
+    assert list(runs.glob("*")) + list(runs.glob(".*")) == [] or not runs.exists()
 
 
 class Follower(threading.Thread):
@@ -569,13 +636,24 @@ def test_power_modes_of_an_emulated_board(place: Place) -> None:
         stack.callback(follower.over.set)
         command = ("sweep", place.graphs[0], "--precision", "fp32", "--power-mode", "maxn,10W", "-w", place.root)
         options = ("--power-source", "ina3221", "--idle", "1", "--duration", "3", "--max-warm-up", "1", "--json")
-        done = subprocess.run(
-            board.enter(sys.executable, "-m", "cdkd_edge", *command, *options),
-            env=board.environment(), capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, (done.stdout, done.stderr)
-        assert (board.root / "var/lib/nvpmodel/status").read_text().strip() == "pmode:0000", "set back"
-    found = json.loads(done.stdout)
+        status = board.root / "var/lib/nvpmodel/status"
+
+        def begin() -> subprocess.Popen[str]:
+            entered = board.enter(sys.executable, "-m", "cdkd_edge", *command, *options)
+            pipe = subprocess.PIPE
+            return subprocess.Popen(entered, env=board.environment(), stdout=pipe, stderr=pipe, text=True)
+
+        killed = begin()
+        until(lambda: status.read_text().strip() == "pmode:0001", killed)
+        killed.kill()
+        killed.communicate()
+        until(lambda: status.read_text().strip() == "pmode:0000")
+        assert len(place.kept("runs")) == 1, "the step was ended, and has set the mode back"
+        code, out, err = finish(begin())
+        assert code == 0, (out, err)
+        assert status.read_text().strip() == "pmode:0000"
+    assert len(place.kept("runs")) == 2
+    found = json.loads(out)
     assert [one["power_mode"] for one in found["points"]] == ["MAXN", "10W"]
     for one, watts in zip(found["points"], (18.95, 9.5), strict=True):
         assert one["energy"]["rail"] == "VDD_IN"
@@ -584,7 +662,7 @@ def test_power_modes_of_an_emulated_board(place: Place) -> None:
         assert one["energy"]["gross_joules_per_tile"]["mean"] == pytest.approx(joules, rel=1e-6)
         assert one["rebuild"][-1] == f"sudo nvpmodel -m {('MAXN', '10W').index(one['power_mode'])}"
     assert len({one["engine"] for one in found["points"]}) == 1
-    assert found["front_of"] == ["megapixels of a scene per second", "joules per megapixel of a scene, gross"]
+    assert found["front_of"] == ["megapixels of a scene per second", "gross joules per megapixel of a scene"]
 
 
 @pytest.mark.skipif(find_browser() is None, reason="needs Chromium")

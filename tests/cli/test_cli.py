@@ -262,6 +262,12 @@ def test_bench_as_json(workspace: Path) -> None:
     assert (figures["power"] is None) == bool(figures["power_reason"])
 
 
+def test_bench_into_a_named_folder(workspace: Path, tmp_path: Path) -> None:
+    assert run("bench", "-w", workspace, *QUICK, "-o", tmp_path / "run").exit_code == 0
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert_answer(run("bench", "-w", workspace, *QUICK, "-o", tmp_path / "run"), 12, "File exists")
+
+
 def test_two_benchmarks_in_the_same_second_do_not_meet(workspace: Path) -> None:
     for _ in range(3):
         assert run("bench", "-w", workspace, *QUICK, "--scene", workspace / "scene.tif").exit_code == 0

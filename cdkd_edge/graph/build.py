@@ -21,6 +21,7 @@ from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 OPSETS = range(17, 21)  # 17 introduced LayerNormalization; TensorRT 10.3's parser documents operators up to 20
 DEFAULT_OPSET = 20
 LOGITS = "logits"
+_PARTS = ("weight", "bias")
 
 
 def build_graph(
@@ -58,11 +59,26 @@ class _NetworkWriter(NodeWriter):
         super().__init__()
         self.weights, self.config, self.batch, self.opset = weights, config, batch, opset
 
-    def reshape(self, name: str, x: str, *sizes: int) -> str:
-        """``x`` as ``[N, *sizes]``; nodes share their shapes."""
-        sizes = (self.batch, *sizes)
+    def reshape(self, name: str, x: str, *sizes: int, images: int = 1) -> str:
+        """``x`` as ``[N images, *sizes]``; nodes share their shapes."""
+        sizes = (self.batch * images, *sizes)
         shape = self.constant("shape_" + "x".join(map(str, sizes)), np.array(sizes, np.int64))
         return self.add("Reshape", name, x, shape)
+
+    def layer_norm(self, name: str, x: str, scale: str, shift: str) -> str:
+        """The fused operator, because its elementary steps overflow in FP16."""
+        return self.add("LayerNormalization", name, x, scale, shift, axis=-1, epsilon=self.config.layer_norm_eps)
+
+    def means(self, name: str, tokens: str, count: int) -> str:
+        """Means of ``count`` successive parts of the tokens, ``[N, L, D]`` to ``[N, L/count, D]``.
+
+        As an image of ``count`` rows: compilers keep this apart from the LayerNorm before it, which they would
+        otherwise split in two.
+        """
+        length, dim = self.config.grid**2 // count, self.config.embed_dim
+        rows = self.reshape(f"{name}.rows", tokens, 1, count, length * dim)
+        pooled = self.add("AveragePool", f"{name}.pooled", rows, kernel_shape=[count, 1])
+        return self.reshape(name, pooled, length, dim)
 
     def linear(self, name: str, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
         """``x W^T + b`` with ``weight`` in PyTorch's ``[out, in]``."""
@@ -84,15 +100,15 @@ class _NetworkWriter(NodeWriter):
         kernel, bias = fold.fold_normalisation(
             weights["encoder.patch_embed.proj.weight"], weights["encoder.patch_embed.proj.bias"], PIXEL_MEAN, PIXEL_STD
         )
-        inputs = (pixels, self.constant("patch_embed.weight", kernel), self.constant("patch_embed.bias", bias))
-        sides = [config.patch] * 2
-        patches = self.add("Conv", "patch_embed", *inputs, kernel_shape=sides, strides=sides)
-        rows = self.reshape("patch_rows", patches, config.embed_dim, config.grid**2)
-        tokens = self.add("Transpose", "patch_tokens", rows, perm=[0, 2, 1])
+        tokens = self.linear("patch_embed", self.patches(pixels), fold.patch_matrix(kernel), bias)
+        tokens = self.in_token_order(tokens)
+        positions = weights["encoder.pos_embed"]
         if config.class_token:
             token = np.broadcast_to(weights["encoder.cls_token"], (self.batch, 1, config.embed_dim))
             tokens = self.add("Concat", "all_tokens", self.constant("cls_token", token), tokens, axis=1)
-        tokens = self.add("Add", "tokens", tokens, self.constant("pos_embed", weights["encoder.pos_embed"]))
+        else:
+            positions = positions[:, config.token_order()]
+        tokens = self.add("Add", "tokens", tokens, self.constant("pos_embed", positions))
         taps = []
         for index in range(config.depth):
             tokens = self.block(index, tokens)
@@ -100,42 +116,94 @@ class _NetworkWriter(NodeWriter):
                 taps.append(self.without_class_token(index, tokens) if config.class_token else tokens)
         return taps
 
+    def patches(self, pixels: str) -> str:
+        """Pixels ``[N, 3, T, T]`` as patches in token order, ``[N, G*G, 3 P P]``, but for the smallest squares.
+
+        Sorting by all squares at once would take ten axes; compilers stop at eight.
+        """
+        config = self.config
+        counts = config.token_counts
+        if len(counts) == 3:
+            counts = (counts[0], counts[1] * counts[2])
+        parts = (*counts, config.patch)
+        split = self.reshape("patch_grid", pixels, 3, *parts, *parts)  # [N, 3, y1, (y2,) P, x1, (x2,) P]
+        rows, columns = range(2, 2 + len(parts)), range(2 + len(parts), 2 + 2 * len(parts))
+        levels = list(zip(rows, columns, strict=True))
+        perm = [0, *(axis for level in reversed(levels[:-1]) for axis in level), 1, *levels[-1]]
+        sorted_ = self.add("Transpose", "patch_pixels", split, perm=perm)  # [N, (y2, x2,) y1, x1, 3, P, P]
+        return self.reshape("patches", sorted_, config.grid**2, 3 * config.patch**2)
+
+    def in_token_order(self, tokens: str) -> str:
+        """Tokens of :meth:`patches`, sorted by the smallest squares as well."""
+        config = self.config
+        if len(config.token_counts) < 3:
+            return tokens
+        first, count, side = config.token_counts
+        split = self.reshape("squares.split", tokens, count, side, count, side, first**2, config.embed_dim)
+        sorted_ = self.add("Transpose", "squares.sorted", split, perm=[0, 2, 4, 1, 3, 5, 6])
+        return self.reshape("squares", sorted_, config.grid**2, config.embed_dim)
+
+    def as_map(self, name: str, tokens: str, channels: int) -> str:
+        """Tokens ``[N, G*G, C]`` as a map ``[N, C, G, G]``."""
+        config = self.config
+        counts = config.token_counts
+        if len(counts) == 1:
+            rows = self.add("Transpose", f"{name}.rows", tokens, perm=[0, 2, 1])
+        else:
+            sizes = [count for count in reversed(counts) for _ in "yx"]
+            split = self.reshape(f"{name}.squares", tokens, *sizes, channels)  # [N, (y3, x3,) y2, x2, y1, x1, C]
+            last = len(sizes) + 1
+            perm = [0, last, *range(last - 2, 0, -2), *range(last - 1, 1, -2)]
+            rows = self.add("Transpose", f"{name}.rows", split, perm=perm)  # [N, C, y1, y2, (y3,) x1, x2, (x3)]
+        return self.reshape(f"{name}.map", rows, channels, config.grid, config.grid)
+
     def block(self, index: int, tokens: str) -> str:
         """One pre-norm transformer block."""
         name, dim, heads = f"blocks.{index}", self.config.embed_dim, self.config.heads
-        length, epsilon = self.config.grid**2 + self.config.class_token, self.config.layer_norm_eps
-
-        def weights_of(part: str) -> tuple[fold.Array, fold.Array]:
-            source = f"encoder.{name}.{part}"
-            return self.weights[f"{source}.weight"], self.weights[f"{source}.bias"]
-
-        def layer_norm(part: str, x: str) -> str:
-            weight, bias = weights_of(part)
-            constants = (self.constant(f"{name}.{part}.weight", weight), self.constant(f"{name}.{part}.bias", bias))
-            # The fused operator, because its elementary steps overflow in FP16.
-            return self.add("LayerNormalization", f"{name}.{part}", x, *constants, axis=-1, epsilon=epsilon)
+        length = self.config.grid**2 + self.config.class_token
 
         def linear(part: str, x: str) -> str:
-            return self.linear(f"{name}.{part}", x, *weights_of(part))
+            return self.linear(f"{name}.{part}", x, *(self.weights[f"encoder.{name}.{part}.{p}"] for p in _PARTS))
 
-        # Attention. One projection, one reshape and one transpose for q, k and v together.
+        # Attention behind a LayerNorm without scale; q, k and v without bias, because a bias costs a pass over memory.
         attn = f"{name}.attn"
-        scaled = fold.fold_query_scale(*weights_of("attn.qkv"), heads)
-        qkv = self.linear(f"{attn}.qkv", layer_norm("norm1", tokens), *scaled)
-        parts = self.reshape(f"{attn}.heads", qkv, length, 3 * heads, dim // heads)
-        parts = self.add("Transpose", f"{attn}.by_head", parts, perm=[0, 2, 1, 3])  # [N, 3 H, L, d]
-        q, k, v = (f"{attn}.{part}" for part in "qkv")
-        sizes = self.constant(f"split_{heads}", np.array([heads] * 3, np.int64))
-        self.add("Split", f"{attn}.split", parts, sizes, outputs=[q, k, v], axis=1)  # each [N, H, L, d]
+        folded = fold.fold_attention(self.weights, f"encoder.{name}", heads)
+        ones = self.constant("norm.ones", np.ones(dim, np.float32))
+        shift = self.constant("norm.shift", np.full(dim, fold.SHIFT, np.float32))
+        normed = self.layer_norm(f"{name}.norm1", tokens, ones, shift)
+        pool, windows = self.config.pooling(index) ** 2, self.config.windows(index)
+        means = normed if pool == 1 else self.means(f"{attn}.means", normed, pool)
+
+        def by_head(part: str, x: str, weight: fold.Array, length: int) -> str:
+            """A projection as ``[N W, H, L/W, d]``; see :meth:`NetworkConfig.token_order`."""
+            part = f"{attn}.{part}"
+            product = self.add("MatMul", part, x, self.constant(f"{part}.weight", weight.T))
+            if windows == 1:
+                split = self.reshape(f"{part}.heads", product, length, heads, dim // heads)
+                return self.add("Transpose", f"{part}.by_head", split, perm=[0, 2, 1, 3])
+            # With windows and heads as one axis here and in the product, TensorRT would copy q, k and v.
+            split = self.reshape(f"{part}.heads", product, length // windows, windows, heads, dim // heads)
+            split = self.add("Transpose", f"{part}.by_window", split, perm=[0, 2, 3, 1, 4])
+            return self.reshape(f"{part}.by_head", split, heads, length // windows, dim // heads, images=windows)
+
+        q = by_head("q", normed, folded.query, length)
+        k = by_head("k", means, folded.key, length // pool)
+        v = by_head("v", means, folded.value, length // pool)
         keys = self.add("Transpose", f"{attn}.k_transposed", k, perm=[0, 1, 3, 2])
-        scores = self.add("MatMul", f"{attn}.scores", q, keys)  # [N, H, L, L]
+        scores = self.add("MatMul", f"{attn}.scores", q, keys)  # [N W, H, L/W, L/W or L/pool]
         share = self.add("Softmax", f"{attn}.share", scores, axis=-1)
         mixed = self.add("MatMul", f"{attn}.mixed", share, v)
-        mixed = self.add("Transpose", f"{attn}.by_token", mixed, perm=[0, 2, 1, 3])
+        if windows > 1:
+            mixed = self.reshape(f"{attn}.mixed.by_window", mixed, windows, heads, length // windows, dim // heads)
+        perm = [0, 2, 1, 3] if windows == 1 else [0, 3, 1, 2, 4]
+        mixed = self.add("Transpose", f"{attn}.by_token", mixed, perm=perm)
         mixed = self.reshape(f"{attn}.joined", mixed, length, dim)
-        tokens = self.add("Add", f"{name}.after_attn", tokens, linear("attn.proj", mixed))
+        projected = self.linear(f"{attn}.proj", mixed, folded.proj, folded.proj_bias)
+        tokens = self.add("Add", f"{name}.after_attn", tokens, projected)
 
-        hidden = linear("mlp.fc1", layer_norm("norm2", tokens))
+        scale, shift = (self.constant(f"{name}.norm2.{p}", self.weights[f"encoder.{name}.norm2.{p}"]) for p in _PARTS)
+        normed = self.layer_norm(f"{name}.norm2", tokens, scale, shift)
+        hidden = linear("mlp.fc1", normed)
         hidden = self.gelu(f"{name}.mlp.gelu", hidden)
         return self.add("Add", f"{name}.out", tokens, linear("mlp.fc2", hidden))
 
@@ -161,15 +229,12 @@ class _NetworkWriter(NodeWriter):
         weights, config = self.weights, self.config
         grid, scales, channels = config.grid, config.pool_scales, config.head_channels
 
-        def as_map(name: str, tokens: str, channels: int) -> str:
-            rows = self.add("Transpose", f"{name}.rows", tokens, perm=[0, 2, 1])
-            return self.reshape(f"{name}.map", rows, channels, grid, grid)
-
         # Pyramid pooling on tokens: pool to all scales at once, project, keep each scale's own cells. Up-sampling the
         # cells and convolving them (the 3x3 bottleneck) is one linear map of 50 cells: it costs a twentieth of the
         # convolution, and the up-sampled maps are never stored.
         folded = [fold.fold_batch_norm(weights, f"head.pooled.{i}") for i in range(len(scales))]
-        pooled = self.add("MatMul", "pool.cells", self.constant("pool.matrix", fold.pooling_matrix(grid, scales)), deep)
+        pooling = fold.pooling_matrix(grid, scales)[:, config.token_order()]
+        pooled = self.add("MatMul", "pool.cells", self.constant("pool.matrix", pooling), deep)
         mask = fold.scale_mask(scales, channels)
         projection = np.concatenate([weight[:, :, 0, 0] for weight, _ in folded])
         # Columns of other scales than the cell's own get a bias that ReLU turns into zero: no masking is needed.
@@ -184,7 +249,7 @@ class _NetworkWriter(NodeWriter):
         spread = self.constant("context.spread", fold.spreading_matrix(grid, scales).T)
         context = self.add("MatMul", "context", shares, spread)  # [N, C, L]
         context = self.reshape("context.map", context, channels, grid, grid)
-        deep_map = as_map("deep", deep, config.embed_dim)
+        deep_map = self.as_map("deep", deep, config.embed_dim)
         convolved = self.conv("bottleneck.conv", deep_map, on_deep, bias, relu=False)
         top = self.add("Relu", "bottleneck", self.add("Add", "bottleneck.sum", convolved, context))
 
@@ -195,7 +260,7 @@ class _NetworkWriter(NodeWriter):
             # A 1x1 convolution is a linear map of tokens; computed on tokens, it needs no change of layout.
             kernel, bias = fold.fold_batch_norm(weights, f"head.laterals.{index}")
             lateral = self.linear(f"lateral.{index}.projected", shallow[index], kernel[:, :, 0, 0], bias)
-            lateral = as_map(f"lateral.{index}", self.add("Relu", f"lateral.{index}", lateral), channels)
+            lateral = self.as_map(f"lateral.{index}", self.add("Relu", f"lateral.{index}", lateral), channels)
             above = self.add("Add", f"level.{index}", lateral, above)
             smooth = fold.fold_batch_norm(weights, f"head.smooth.{index}")
             smoothed.insert(0, self.conv(f"smooth.{index}", above, *smooth))

@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cdkd_edge.core.errors import CdkdEdgeError, GraphError
 from cdkd_edge.core.machine import available_cores
-from cdkd_edge.graph.layers import attention_blocks
+from cdkd_edge.graph.layers import attention_blocks, search_classes
 from cdkd_edge.graph.nodes import CONTRIB_DOMAIN, GraphIndex, NodeWriter, attribute_of, copy_of, replace_nodes, retype
 
 _ZERO = 128  # the uint8 that stands for 0
@@ -79,12 +79,16 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[int, int]:
         if block is None:
             writer.nodes.append(node)
         elif node.output[0] == block.joined:  # the block's last node: all inputs exist
-            name = block.joined
-            sizes = writer.constant(f"{name}.sizes", np.array([block.width] * 3, np.int64))
-            parts = [f"{name}.{part}" for part in "qkv"]
-            writer.add("Split", name, block.qkv, sizes, outputs=parts, axis=2)
+            name, parts, mixed = block.joined, [block.q, block.k, block.v], block.joined
+            if block.windows > 1:
+                by_window = writer.constant(f"{name}.sizes", np.array([0, -1, block.width], np.int64))
+                parts = [writer.add("Reshape", f"{part}.by_window", part, by_window) for part in parts]
+                mixed = f"{name}.by_window"
             # The query scale is folded into the projection; the default scale, 0, would apply it again.
-            writer.add("MultiHeadAttention", name, *parts, domain=CONTRIB_DOMAIN, num_heads=block.heads, scale=1.0)
+            writer.add("MultiHeadAttention", mixed, *parts, domain=CONTRIB_DOMAIN, num_heads=block.heads, scale=1.0)
+            if block.windows > 1:
+                whole = writer.constant(f"{name}.whole", np.array([0, -1, block.width // block.windows], np.int64))
+                writer.add("Reshape", name, mixed, whole)
     writer.replace_nodes(model)
     _import_contrib(model)
     return len(blocks), len(found)
@@ -100,6 +104,7 @@ def to_fp32(half: onnx.ModelProto) -> onnx.ModelProto:
 def cpu_twin(int8: onnx.ModelProto) -> onnx.ModelProto:
     """What ONNX Runtime computes on a CPU in place of an INT8 graph of :mod:`.int8`, which is not changed."""
     twin = to_fp32(int8)
+    search_classes(twin)
     graph = twin.graph
     index = GraphIndex(graph)
     layers = {node.output[0]: layer for node in graph.node if (layer := _quantized_layer(index, node))}

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 OFF = np.float32(-3e4)  # A bias after which ReLU gives 0 whatever the activation is; far from the end of FP16's range
+
+SHIFT = 1.0  # LayerNorm's shift c before attention, see fold_attention
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]
@@ -36,12 +39,46 @@ def fold_batch_norm(weights: Weights, unit: str, eps: float = 1e-5) -> tuple[Arr
     return weight.astype(np.float32), bias.astype(np.float32)
 
 
-def fold_query_scale(weight: Array, bias: Array, heads: int) -> tuple[Array, Array]:
-    """The qkv projection ``[3 D, D]`` with 1/sqrt(head width) applied to the query rows, which come first."""
-    dim = weight.shape[1]
-    scale = np.ones(3 * dim)
-    scale[:dim] = 1 / math.sqrt(dim // heads)
-    return (weight * scale[:, None]).astype(np.float32), (bias * scale).astype(np.float32)
+@dataclass(frozen=True)
+class AttentionWeights:
+    """A block's attention behind a LayerNorm with scale 1 and shift :data:`SHIFT`; q, k and v have no bias."""
+
+    query: Array  # ``[D, D]``, output by input, as are the others
+    key: Array
+    value: Array
+    proj: Array
+    proj_bias: Array  # ``[D]``
+
+
+def fold_attention(weights: Weights, block: str, heads: int) -> AttentionWeights:
+    """Fold LayerNorm's scale and shift, the query scale and the biases of q, k and v away; the same function.
+
+    LayerNorm gives y = g * n + h with n = (x - mean) / deviation, whose D elements sum to 0. So W y + b is V n + a with
+    V = W diag(g) and a = W h + b. What is subtracted from all elements of a row of V changes nothing (the sum of n is
+    0); with the row's mean subtracted, V (n + c) = V n for every constant c. Then
+
+    - k: a adds q . a to all scores of a query, which softmax does not see. It is dropped.
+    - v: softmax's weights sum to 1, so attention passes a on, and proj makes W_proj a of it: part of proj's bias.
+    - q: a / (c D) added to all elements of a row gives a / (c D) * sum(n + c) = a, because sum(n + c) = c D.
+
+    Scores are divided by sqrt(D / heads) in q.
+    """
+    gain, shift = (weights[f"{block}.norm1.{part}"].astype(np.float64) for part in ("weight", "bias"))
+    dim = len(gain)
+    product = weights[f"{block}.attn.qkv.weight"].astype(np.float64)  # [3 D, D]
+    constant = product @ shift + weights[f"{block}.attn.qkv.bias"]  # [3 D]
+    product = product * gain
+    product -= product.mean(axis=1, keepdims=True)
+    query = (product[:dim] + constant[:dim, None] / (SHIFT * dim)) / math.sqrt(dim // heads)
+    proj = weights[f"{block}.attn.proj.weight"]
+    bias = proj.astype(np.float64) @ constant[2 * dim :] + weights[f"{block}.attn.proj.bias"]
+    folded = (query, product[dim : 2 * dim], product[2 * dim :], proj, bias)
+    return AttentionWeights(*(value.astype(np.float32) for value in folded))
+
+
+def patch_matrix(kernel: Array) -> Array:
+    """A patch embedding ``[D, 3, P, P]`` as a matrix ``[D, 3 P P]`` of a patch's pixels."""
+    return np.ascontiguousarray(kernel.reshape(len(kernel), -1))
 
 
 def pooling_matrix(grid: int, scales: Sequence[int]) -> Array:

@@ -1,6 +1,6 @@
 """The FP16 graph: convert the FP32 graph, check it on a CPU (:mod:`.fp16_simulation`), write it.
 
-Every weight and activation becomes FP16. Two casts remain: uint8 pixels become FP16 at the input, ArgMax's int64 uint8
+Every weight and activation becomes FP16. Two casts remain: uint8 pixels become FP16 at the input, class numbers uint8
 at the output. LayerNorm stays one operator and softmax inside attention, so that compilers keep their sums in FP32.
 """
 
@@ -41,7 +41,7 @@ from cdkd_edge.graph.fp16_simulation import (
     longest_rounding,
     run_session,
 )
-from cdkd_edge.graph.layers import logits_of, position_embedding, scores_of
+from cdkd_edge.graph.layers import compare_classes, logits_of, position_embedding, scores_of
 from cdkd_edge.graph.nodes import Note, batch_of, copy_of, retype, show_values
 
 ROUNDOFF = 2.0**-11  # FP16 moves a number by at most this share of it
@@ -123,6 +123,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
                 what = f"weight {item.name} holds {largest:.3g}; FP16 ends at {FP16_MAX:.0f}"
                 raise WeightRangeError(what, hint=IN_FP32)
     retype(graph, TensorProto.FLOAT, TensorProto.FLOAT16, keep=scales)
+    compare_classes(half)
     del graph.value_info[:]
     return half
 

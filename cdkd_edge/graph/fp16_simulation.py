@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 
 from cdkd_edge.core.errors import GraphError, NumericalCheckError
 from cdkd_edge.graph.cpu import cpu_session, fuse_attention, to_fp32
+from cdkd_edge.graph.layers import search_classes
 from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, attribute_of, copy_of, opset_of, replace_nodes, show_values
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -42,6 +43,7 @@ def fp16_on_cpu(half: onnx.ModelProto) -> onnx.ModelProto:
     """
     wide = _fp32_values(half.graph)
     model = to_fp32(half)
+    search_classes(model)
     fuse_attention(model)
     index = GraphIndex(model.graph)
     nodes: list[onnx.NodeProto] = []

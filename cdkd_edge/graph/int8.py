@@ -123,7 +123,7 @@ def smooth(
     SmoothQuant (Xiao et al., ICML 2023, https://arxiv.org/abs/2211.10438, eq. 4) moves outliers from activations, where
     one scale serves all channels, into weights: channel j of a layer's input is divided by
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), row j of its weight multiplied by it. The division is free where a
-    constant makes the channel: LayerNorm before qkv and fc1 and, beyond the paper, the value rows of qkv before proj.
+    constant makes the channel: LayerNorm before fc1 and, beyond the paper, the projection to v before proj.
 
     Returns:
         The factors ``[K]`` by which each smoothed layer's input is now smaller.
@@ -132,13 +132,13 @@ def smooth(
     nodes = {node.name: node for node in model.graph.node}
     factors = {}
     for layer in layers:
-        makers = input_makers(model, layer, layers)
+        makers = input_makers(model, layer)
         if not makers:
             continue
         scale = _factors(observations[layer.name].channel_max, weight_of(model, nodes[layer.node].input[1]), alpha)
         _multiply(model, users, nodes[layer.node], 1, scale[:, None])
-        for node, position, before in makers:  # divide the columns that make this layer's input, which are the last
-            _multiply(model, users, node, position, np.concatenate([np.ones(before), 1 / scale]))
+        for node, position in makers:
+            _multiply(model, users, node, position, 1 / scale)
         factors[layer.name] = scale
     return factors
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +17,12 @@ from onnx import numpy_helper
 
 from cdkd_edge.core.errors import GraphError
 from cdkd_edge.core.manifest import LABELS
-from cdkd_edge.graph.nodes import GraphIndex, attribute_of
+from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, attribute_of, replace_nodes
 
 Array = npt.NDArray[np.float32]
 
 _AGAIN = "export the checkpoint again with this release"
-_BLOCK_LINEAR = re.compile(r"(blocks\.\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$")
+_BLOCK_LINEAR = re.compile(r"(blocks\.\d+)\.(attn\.proj|mlp\.fc1|mlp\.fc2)$")
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,21 @@ class QuantizableLayer:
 
 
 def quantizable_layers(model: onnx.ModelProto) -> list[QuantizableLayer]:
-    """The layers that INT8 is for, in the order of computation: linears of attention and MLP, 3x3 convolutions.
+    """The layers that INT8 is for, in the order of computation: proj, fc1, fc2 and 3x3 convolutions.
 
     Attention's own products stay FP16: TensorRT fuses INT8 attention only up to 512 tokens, and these tiles have 4096.
-    Residual sums, LayerNorm, softmax and GELU lose most and gain nothing. The rest (1x1 convolutions, pyramid pooling)
-    is 2 % of the work.
+    So do the projections to q, k and v: quantised, they would each store their input once more. Residual sums,
+    LayerNorm, softmax and GELU lose most and gain nothing. The rest (patch embedding, 1x1 convolutions, pyramid
+    pooling) is 3 % of the work.
 
     Raises:
         GraphError: the graph has none; :mod:`cdkd_edge.graph.build` did not write it.
     """
     constants = {item.name: item for item in model.graph.initializer}
-    patch_embedding = next((node for node in model.graph.node if node.op_type == "Conv"), None)
-    if patch_embedding is None:
-        raise GraphError("the graph has no patch embedding", hint=_AGAIN)
-    tile = model.graph.input[0].type.tensor_type.shape.dim[-1].dim_value
-    cells = (tile // attribute_of(patch_embedding, "kernel_shape")[0]) ** 2
+    positions = position_embedding(model.graph)
+    if positions is None:
+        raise GraphError("the graph has no position embedding", hint=_AGAIN)
+    cells = positions[1].dims[1] - positions[2]
     layers = []
     for node in model.graph.node:
         if node.op_type not in ("MatMul", "Conv") or node.input[1] not in constants:
@@ -96,41 +95,37 @@ def weight_of(model: onnx.ModelProto, name: str) -> Array:
     return numpy_helper.to_array(item).astype(np.float32)
 
 
-def input_makers(
-    model: onnx.ModelProto, layer: QuantizableLayer, layers: Sequence[QuantizableLayer]
-) -> list[tuple[onnx.NodeProto, int, int]]:
+def input_makers(model: onnx.ModelProto, layer: QuantizableLayer) -> list[tuple[onnx.NodeProto, int]]:
     """The constants by which SmoothQuant divides a layer's input; empty where no constant makes it.
 
-    For qkv and fc1: LayerNorm's scale and shift. For proj: qkv's value rows, because attention mixes tokens only.
-    Of each the node, which of its inputs it is, and how many columns come before those that make the layer's input.
+    For fc1: LayerNorm's scale and shift. For proj: the projection to v, because attention mixes tokens only.
+    Of each the node, and which of its inputs it is.
     """
     found = _BLOCK_LINEAR.match(layer.name)
     if not found or found[2] == "mlp.fc2":
         return []
-    index = GraphIndex(model.graph)
-
-    def makers(node: onnx.NodeProto, before: float) -> list[tuple[onnx.NodeProto, int, int]]:
-        found = [(at, index.constants[name].dims[-1]) for at, name in enumerate(node.input) if name in index.constants]
-        return [(node, at, round(columns * before)) for at, columns in found]
-
-    if found[2] != "attn.proj":
-        norm = index.maker.get(layer.input)
-        return makers(norm, 0) if norm is not None and norm.op_type == "LayerNormalization" else []
-    qkv = next((one for one in layers if one.name == f"{found[1]}.attn.qkv"), None)
-    if qkv is None:
+    makers = GraphIndex(model.graph).maker
+    maker = makers.get(f"{found[1]}.attn.v" if found[2] == "attn.proj" else layer.input)
+    if maker is None or maker.op_type not in ("MatMul", "LayerNormalization"):
         return []
-    bias = [node for node in index.users.get(qkv.product, []) if node.op_type == "Add"]
-    return [maker for node in (index.maker[qkv.product], *bias[:1]) for maker in makers(node, 2 / 3)]
+    constants = {item.name for item in model.graph.initializer}
+    return [(maker, at) for at, name in enumerate(maker.input) if name in constants]
 
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """An attention in the form of :mod:`.build`, from ``qkv`` ``[N, L, 3 D]`` to ``joined`` ``[N, L, D]``."""
+    """An attention in the form of :mod:`.build`: q ``[N, L, D]``, k and v ``[N, M, D]`` to ``joined`` ``[N, L, D]``.
 
-    qkv: str
+    In W windows, all are views of ``[N, L/W, W D]`` or ``[N, M/W, W D]``, with W times as many heads.
+    """
+
+    q: str
+    k: str
+    v: str
     joined: str
-    heads: int
-    width: int
+    heads: int  # of all windows together
+    width: int  # W D
+    windows: int  # W
     nodes: frozenset[str]  # the first outputs of its nodes; they identify nodes, which compare by value
 
 
@@ -178,39 +173,117 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
 
     _require(attribute_of(softmax, "axis", -1) in (-1, 3))
     scores = maker(softmax.input[0], "MatMul")
-    split = maker(scores.input[0], "Split", axis=1)
     keys = maker(scores.input[1], "Transpose", perm=[0, 1, 3, 2])
-    by_head = maker(split.input[0], "Transpose", perm=[0, 2, 1, 3])
-    heads_shape = maker(by_head.input[0], "Reshape")
     mixed = user(softmax, "MatMul")
-    by_token = user(mixed, "Transpose", perm=[0, 2, 1, 3])
-    joined = user(by_token, "Reshape")
-    _require(list(split.output) == [scores.input[0], keys.input[0], mixed.input[1]])
     _require(mixed.input[0] == softmax.output[0])
+    after = index.only_user(mixed.output[0])
+    windowed = after is not None and after.op_type == "Reshape"
 
-    inner = (heads_shape, by_head, split, keys, scores, softmax, mixed, by_token)
+    # By window and head, [N W, H, L/W, d], and back: the middle Reshape is there only with windows.
+    back = [mixed, user(mixed, "Reshape")] if windowed else [mixed]
+    back.append(user(back[-1], "Transpose", perm=[0, 3, 1, 2, 4] if windowed else [0, 2, 1, 3]))
+    joined = user(back[-1], "Reshape")
+    inner = [keys, scores, softmax, *back]
+    parts, shapes = [], []
+    for value in (scores.input[0], keys.input[0], mixed.input[1]):
+        if windowed:
+            inner.append(maker(value, "Reshape"))
+            value = inner[-1].input[0]
+        by_head = maker(value, "Transpose", perm=[0, 2, 3, 1, 4] if windowed else [0, 2, 1, 3])
+        split = maker(by_head.input[0], "Reshape")
+        inner += [by_head, split]
+        parts.append(split.input[0])
+        shapes.append(sizes(split, 5) if windowed else [*sizes(split, 4)[:2], 1, *sizes(split, 4)[2:]])
     nodes = frozenset(node.output[0] for node in (*inner, joined))
     inside = [output for node in inner for output in node.output]
     _require(index.outputs.isdisjoint(inside))
     _require(all(node.output[0] in nodes for output in inside for node in index.users.get(output, [])))
-    batch, length, parts, width = sizes(heads_shape, 4)
-    heads = parts // 3
-    _require(sizes(split, 3) == [heads] * 3)
-    _require(sizes(joined, 3) == [batch, length, heads * width])
-    return AttentionBlock(heads_shape.input[0], joined.output[0], heads, heads * width, nodes)
+    (batch, length, windows, heads, width), keys_shape, values_shape = shapes
+    _require(keys_shape == values_shape and [keys_shape[0], *keys_shape[2:]] == [batch, windows, heads, width])
+    _require(sizes(joined, 3) == [batch, length * windows, heads * width])
+    return AttentionBlock(*parts, joined.output[0], windows * heads, windows * heads * width, windows, nodes)
 
 
 def scores_of(model: onnx.ModelProto) -> str:
-    """The name of the logits at full resolution, ``[N, K, T, T]``, if the graph ends in ArgMax over them and a cast."""
-    makers = GraphIndex(model.graph).maker
-    cast = makers.get(LABELS)
-    best = makers.get(cast.input[0]) if cast is not None and cast.op_type == "Cast" else None
-    if [output.name for output in model.graph.output] != [LABELS] or best is None or best.op_type != "ArgMax":
+    """The name of the logits at full resolution, ``[N, K, T, T]``, if the graph ends in the best class and a cast."""
+    best = _best_class(GraphIndex(model.graph))
+    if [output.name for output in model.graph.output] != [LABELS] or best is None:
         raise GraphError(
-            "the graph does not end in labels alone, as ArgMax of its logits",
+            "the graph does not end in labels alone, as the best class of its logits",
             hint="use the graph that `cdkd-edge export` wrote",
         )
     return str(best.input[0])
+
+
+def _best_class(index: GraphIndex) -> onnx.NodeProto | None:
+    """The ArgMax before the labels, or the Split with which the comparisons of :func:`compare_classes` begin."""
+    node: onnx.NodeProto | None = index.maker.get(LABELS)
+    for op in ("Cast", "Squeeze", "Where", "Greater"):  # each made from the next one's output
+        if node is None or node.op_type == "ArgMax":
+            break
+        if node.op_type != op:
+            return None
+        node = index.maker.get(node.input[0])
+    return node if node is not None and node.op_type in ("ArgMax", "Split") else None
+
+
+def compare_classes(model: onnx.ModelProto) -> None:
+    """Write ArgMax of the scores as a chain of comparisons, in place: what TensorRT runs with less memory traffic.
+
+    The first of equal scores wins, as with ArgMax. TensorRT reduces over the classes in a kernel of its own that
+    reads scores from memory; comparisons become one kernel with the up-sampling. Class numbers are in FP16, which
+    holds integers to 2048, because TensorRT casts only floating point to uint8. On a CPU the chain is slower.
+    """
+    index = GraphIndex(model.graph)
+    argmax = _best_class(index)
+    classifier = index.maker.get(logits_of(model))
+    if argmax is None or argmax.op_type != "ArgMax" or classifier is None or classifier.op_type != "Conv":
+        raise GraphError("the graph does not end in a classifier, up-sampling and ArgMax", hint=_AGAIN)
+    scores, classes = argmax.input[0], index.constants[classifier.input[1]].dims[0]
+    if classes < 2:
+        return
+    writer = NodeWriter()
+    numbers = [writer.constant(f"class_{number}", np.full((1,) * 4, number, np.float16)) for number in range(classes)]
+    parts = [f"best.score_{number}" for number in range(classes)]
+    for node in model.graph.node:
+        if node.output[0] != argmax.output[0]:
+            writer.nodes.append(node)
+            continue
+        sizes = writer.constant("best.sizes", np.ones(classes, np.int64))
+        best, label = writer.add("Split", "best.scores", scores, sizes, outputs=parts, axis=1), numbers[0]
+        for number in range(1, classes):
+            better = writer.add("Greater", f"best.better_{number}", parts[number], best)
+            label = writer.add("Where", f"best.label_{number}", better, numbers[number], label)
+            if number < classes - 1:
+                best = writer.add("Max", f"best.score_to_{number}", best, parts[number])
+        axis = writer.constant("best.axis", np.array([1], np.int64))
+        writer.add("Squeeze", argmax.output[0], label, axis)
+    writer.replace_nodes(model)
+
+
+def search_classes(model: onnx.ModelProto) -> None:
+    """Undo :func:`compare_classes`, in place, for a CPU."""
+    index = GraphIndex(model.graph)
+    split = _best_class(index)
+    if split is None or split.op_type != "Split":
+        return
+    best = index.maker[LABELS].input[0]
+    chain, waiting = {best}, list(split.output)
+    while waiting:
+        value = waiting.pop()
+        if value not in chain:
+            chain.add(value)
+            waiting += [
+                output for user in index.users.get(value, []) if user.op_type != "Cast" for output in user.output
+            ]
+    writer = NodeWriter()
+    for node in model.graph.node:
+        if node.output[0] == best:
+            writer.add("ArgMax", best, split.input[0], axis=1, keepdims=0)
+        elif node.output[0] not in chain:
+            writer.nodes.append(node)
+    used = {name for node in writer.nodes for name in node.input}
+    replace_nodes(model.graph, writer.nodes, [item for item in model.graph.initializer if item.name in used])
 
 
 def logits_of(model: onnx.ModelProto) -> str:
@@ -225,8 +298,7 @@ def position_embedding(graph: onnx.GraphProto) -> tuple[onnx.TensorProto, onnx.T
     """The patch embedding's bias, the position embedding, and the first token that gets both; None if not found."""
     constants = {item.name: item for item in graph.initializer}
     bias, positions = constants.get("patch_embed.bias"), constants.get("pos_embed")
-    convolution = next((node for node in graph.node if node.op_type == "Conv"), None)
-    if not bias or not positions or not convolution or list(convolution.input[2:]) != [bias.name]:
+    if not bias or not positions:
         return None
     class_token = any(node.op_type == "Concat" and "cls_token" in node.input for node in graph.node)
     return bias, positions, int(class_token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)  # RGB statistics on 0..255 that SAM and the Mask-CDKD student are trained with
 
 GLOBAL = "global"
+_MAX_SQUARES = 2  # a graph then sorts tokens with 8 axes, TensorRT's most
 _ATTENTION = re.compile(r"(global|(window|pooled) ?([1-9]\d{0,2}))")
 
 
@@ -80,8 +82,13 @@ class NetworkConfig:
                 "windows and pooled keys need tokens of patches alone; this network has a class token",
                 hint="cdkd-edge convert --attention drops it",
             )
+        if len(self.token_squares) > _MAX_SQUARES:
+            raise CheckpointError(
+                f"attention has squares of {', '.join(map(str, self.token_squares))} tokens; at most {_MAX_SQUARES} "
+                "different sides are possible"
+            )
         sides = [self.grid, *self.token_squares]
-        for outer, inner in zip(sides, sides[1:], strict=False):
+        for outer, inner in pairwise(sides):
             if outer % inner:
                 raise CheckpointError(
                     f"squares of {inner} x {inner} tokens do not fit into {outer} x {outer} tokens",
@@ -100,9 +107,9 @@ class NetworkConfig:
         first, second, third, fourth = (self.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
         return first, second, third, fourth
 
-    def window(self, block: int) -> int:
-        """Side in tokens of the windows within which a block's tokens attend; the grid's side if it is global."""
-        return self._side(block, "window", self.grid)
+    def windows(self, block: int) -> int:
+        """The number of windows within which a block's tokens attend; 1 if it is global."""
+        return (self.grid // self._side(block, "window", self.grid)) ** 2
 
     def pooling(self, block: int) -> int:
         """Side in tokens of the squares over which a block averages keys and values; 1 if it averages nothing."""
@@ -114,21 +121,32 @@ class NetworkConfig:
 
     @property
     def token_squares(self) -> tuple[int, ...]:
-        """Sides of all windows and pooled squares, the largest first: each is a run of tokens in token order."""
+        """Sides of all windows and pooled squares, the largest first."""
         sides = (int(one.partition(" ")[2]) for one in self.attention if one != GLOBAL)
         return tuple(sorted(set(sides), reverse=True))
 
-    def token_order(self) -> npt.NDArray[np.int64]:
-        """The cells of the grid, row by row, in the order of the tokens, ``[L]``.
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """How many of each square lie side by side in the next larger one, from squares in the grid to single tokens.
 
-        Tokens of a window follow one another, within a window those of a pooled square: windows and squares are
-        reshapes. With global attention alone, tokens are in the order of the cells.
+        Their product is the grid's side.
         """
-        cells = np.arange(self.grid**2).reshape(1, self.grid, self.grid)
-        for side in self.token_squares:
-            parts = cells.shape[-1] // side
-            cells = cells.reshape(-1, parts, side, parts, side).swapaxes(2, 3).reshape(-1, side, side)
-        return cells.ravel()
+        sides = (self.grid, *self.token_squares, 1)
+        return tuple(outer // inner for outer, inner in pairwise(sides))
+
+    def token_order(self) -> npt.NDArray[np.int64]:
+        """The cells of the grid, counted row by row, in the order of the tokens, ``[L]``.
+
+        First come the tokens in the first place of all squares, then those in the second place, and so on. So
+        attention in W windows of H heads is global attention of W H heads over tokens ``[L / W, W D]``, a view of
+        ``[L, D]``; and the means of squares of p tokens are the means of p successive parts. With global attention
+        alone, tokens are in the order of the cells.
+        """
+        counts = self.token_counts
+        levels = len(counts)
+        cells = np.arange(self.grid**2).reshape(*counts, *counts)  # rows by level, columns by level
+        innermost_first = [axis for level in reversed(range(levels)) for axis in (level, levels + level)]
+        return cells.transpose(innermost_first).ravel()
 
 
 def attention_of(text: str, depth: int, taps: Sequence[int]) -> tuple[str, ...]:

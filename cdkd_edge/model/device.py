@@ -76,7 +76,7 @@ def network_cost(network: SegmentationNetwork | Encoder) -> Cost:
             conv_linear.append(output.numel() * module.weight[0].numel())
         elif isinstance(module, Attention):
             n, length, dim = inputs[0].shape
-            attention.append(2 * n * length * (module.run or length // module.pool) * dim)
+            attention.append(2 * n * length * (length // (module.windows * module.pool)) * dim)
             if module.pool > 1:  # its projections run without calling the layer
                 conv_linear.append(n * (length + 2 * length // module.pool) * dim * dim)
 

@@ -18,15 +18,15 @@ from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, over those of a window, or over the means of squares of tokens.
+    """Multi-head self-attention: over all tokens, within windows, or over the means of squares of tokens.
 
-    ``run`` is the number of successive tokens that attend to one another, 0 for all; ``pool`` the number of
-    successive tokens whose mean is one key and one value. :meth:`NetworkConfig.token_order` makes squares successive.
+    In the order of :meth:`NetworkConfig.token_order`, attention in W windows is global attention of W times as many
+    heads, and the means of squares of ``pool`` tokens are the means of ``pool`` successive parts of the tokens.
     """
 
-    def __init__(self, dim: int, heads: int, run: int = 0, pool: int = 1) -> None:
+    def __init__(self, dim: int, heads: int, windows: int = 1, pool: int = 1) -> None:
         super().__init__()
-        self.heads, self.run, self.pool = heads, run, pool
+        self.heads, self.windows, self.pool = heads, windows, pool
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -35,17 +35,17 @@ class Attention(nn.Module):
         if self.pool == 1:
             q, k, v = self.qkv(tokens).chunk(3, dim=-1)  # each [N, L, D]
         else:
-            means = tokens.reshape(n, -1, self.pool, dim).mean(dim=2)  # [N, L/pool, D]
+            means = tokens.reshape(n, self.pool, -1, dim).mean(dim=1)  # [N, L/pool, D]
             q = F.linear(tokens, self.qkv.weight[:dim], self.qkv.bias[:dim])  # [N, L, D]
             k, v = F.linear(means, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)  # each [N, L/pool, D]
-        q, k, v = (self._by_head(x, n * (length // self.run if self.run else 1)) for x in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v)  # [N*runs, heads, L/runs, D/heads]
+        mixed = F.scaled_dot_product_attention(*(self._by_head(x) for x in (q, k, v)))  # [N, W*heads, L/W, D/heads]
         mixed = mixed.transpose(1, 2).reshape(n, length, dim)  # [N, L, D]
         return self.proj(mixed)  # type: ignore[no-any-return]
 
-    def _by_head(self, x: Tensor, runs: int) -> Tensor:
-        """``[N, L, D]`` to ``[N*runs, heads, L/runs, D/heads]``."""
-        return x.reshape(runs, -1, self.heads, x.shape[-1] // self.heads).transpose(1, 2)
+    def _by_head(self, x: Tensor) -> Tensor:
+        """``[N, L, D]`` to ``[N, W*heads, L/W, D/heads]``."""
+        n, length, dim = x.shape
+        return x.reshape(n, length // self.windows, -1, dim // self.heads).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -65,10 +65,8 @@ class Block(nn.Module):
 
     def __init__(self, config: NetworkConfig, index: int) -> None:
         super().__init__()
-        window = config.window(index)
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        run = 0 if window == config.grid else window**2
-        self.attn = Attention(config.embed_dim, config.heads, run, config.pooling(index) ** 2)
+        self.attn = Attention(config.embed_dim, config.heads, config.windows(index), config.pooling(index) ** 2)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.mlp = MLP(config.embed_dim, config.mlp_dim)
 
@@ -121,7 +119,7 @@ class Encoder(nn.Module):
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # [N, 1+L, D]
         tokens = tokens + self.pos_embed
         if config.attention:
-            tokens = tokens[:, self.order]  # windows and pooled squares are now successive
+            tokens = tokens[:, self.order]
         maps = []
         for index, block in enumerate(self.blocks):
             tokens = block(tokens)

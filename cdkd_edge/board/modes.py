@@ -25,7 +25,7 @@ from cdkd_edge.core.process import kill_session
 from cdkd_edge.core.signals import HeldSignals
 
 ROOT = Path("/")
-AS_ROOT = "sudo $(command -v cdkd-edge) bench ... (sudo has a PATH of its own, without virtual environments)"
+AS_ROOT = "sudo $(command -v cdkd-edge) ... (sudo has a PATH of its own, without virtual environments)"
 TIMEOUT = 30.0  # seconds; on a board the tools take one or two
 _MOST_OUTPUT = 1 << 20
 _ENDED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
@@ -149,10 +149,7 @@ def changed_board(
     if mode is None and not max_clocks:
         yield BoardChange()
         return
-    if os.geteuid() != 0:
-        raise BoardError("only root may change power mode and clocks", hint=AS_ROOT)
-    if not is_jetson(root):
-        raise BoardError("power modes and clocks can be set on a Jetson only, and this is none")
+    require_changeable(root)
     journal = Journal(root)
     with HeldSignals() as signals, journal.locked():
         left = _restore_left(root, journal, run)
@@ -163,6 +160,14 @@ def changed_board(
         finally:
             signals.holding = True
             _put_back(root, journal, run)
+
+
+def require_changeable(root: Path = ROOT) -> None:
+    """Make sure that this process may change power mode and clocks, or raise BoardError."""
+    if os.geteuid() != 0:
+        raise BoardError("only root may change power mode and clocks", hint=AS_ROOT)
+    if not is_jetson(root):
+        raise BoardError("power modes and clocks can be set on a Jetson only, and this is none")
 
 
 def pending_restore(root: Path = ROOT) -> PendingRestore | None:

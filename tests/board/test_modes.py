@@ -238,7 +238,7 @@ def test_not_root(board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     error = refused(board)
     assert error.hint is not None
-    assert error.hint.startswith("sudo $(command -v cdkd-edge) bench")
+    assert error.hint.startswith("sudo $(command -v cdkd-edge) ...")
     assert error.exit_code == 17
     assert calls(board) == []
 

@@ -80,7 +80,7 @@ bench: $(VENV)/.tests
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[export,test,peers]'
 	$(VENV)/bin/python benchmarks/peers.py --tile $(TILES) $(if $(DATA),--data "$(DATA)") \
 		$(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") --folder out/peers --output benchmarks/results $(PEERS)
-	$(VENV)/bin/python benchmarks/overhead.py $$(find out/peers -name 'ours.fp32.cpu.onnx' | sort) \
+	$(VENV)/bin/python benchmarks/overhead.py $$(find out/peers -name 'ours.fp32.onnx' | sort) \
 		$(addprefix --scene ,$(SCENES)) --output benchmarks/results
 
 # The networks of export/recipes; DATA is the folder of the Dubai imagery. Make it again to go on after an interruption.

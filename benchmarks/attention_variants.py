@@ -315,9 +315,9 @@ def as_markdown(results: dict[str, Any]) -> str:
         "",
         f"{results['machine']['cpu']}. mIoU in percent on {', '.join(results['val_scenes'])}, a validation scene, "
         f"{results['tile']} px tiles. Minutes: of recovery, on this machine. Tiles/s and Mpx/s are **modelled** for "
-        f"{DEVICE} in {MODE}, from the layers that TensorRT-RTX made for SM 8.6; Mpx/s counts what tiles do not share. "
-        "CPU time: of the FP32 engine over that of the network as trained with the same tile, in turn. Seams: changes of "
-        "label across borders of tiles over changes elsewhere.",
+        f"{DEVICE} in {MODE}, from the layers that TensorRT-RTX made for SM 8.6; Mpx/s counts what tiles do not "
+        "share. CPU time: of the FP32 engine over that of the network as trained with the same tile, in turn. "
+        "Seams: changes of label across borders of tiles over changes elsewhere.",
         "",
         f"| {' | '.join(head)} |",
         f"|---{'|---:' * (len(head) - 1)}|",

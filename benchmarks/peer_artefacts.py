@@ -1,8 +1,9 @@
 """What the peers load, made once for a network and a tile: tiles, checkpoint, graphs, engines.
 
 A folder of artefacts holds ``ckpt.*``, ``plain.onnx`` (``cdkd-edge export``), ``naive.onnx`` (``torch.onnx.export``),
-``ours.fp32.cpu.onnx``, ``ours.int8.cpu.onnx``, ``ours.fp16.engine`` (``cdkd-edge build``) and ``tiles.npy``. What is
-there already and was made from the same checkpoint for the same tile is used again.
+``tiles.npy``, and what ``cdkd-edge build`` makes: ``ours.fp32.onnx`` of the fastest runtime, ``ours.bf16.onnx``,
+``ours.int8.cpu.onnx``, ``ours.fp16.engine``. What is there already and was made from the same checkpoint for the same
+tile is used again.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from cdkd_edge.core.errors import CdkdEdgeError, EngineError, ManifestError, Sce
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest, read_manifest
 from cdkd_edge.core.sample import sample_tiles
+from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines.runtimes import RUNTIMES, build_engine
 from cdkd_edge.graph.export import ExportOptions, export_checkpoint
 from cdkd_edge.graph.tiles import CalibrationSet
 from cdkd_edge.model.checkpoint import load_checkpoint, save_checkpoint
 from cdkd_edge.precision.calibrate import calibrate
+from cdkd_edge.precision.choose import build_fastest, engine_places
 from cdkd_edge.precision.int8 import Int8Options, write_int8
 from cdkd_edge.precision.int8_gate import Int8Gate
 from cdkd_edge.precision.scan_scenes import CalibrateOptions, TiledScene
@@ -129,7 +132,7 @@ def prepare(
     Raises:
         CdkdEdgeError: the checkpoint or the images cannot be used, or our own FP32 engine not be made.
     """
-    checkpoint, plain, ours = checkpoint_of(folder), folder / "plain.onnx", folder / "ours.fp32.cpu.onnx"
+    checkpoint, plain, ours = checkpoint_of(folder), folder / "plain.onnx", folder / "ours.fp32.onnx"
     images: list[str] = []
     measured = sample_tiles(tile, tiles)
     if data is not None:
@@ -146,7 +149,13 @@ def prepare(
         export_checkpoint(checkpoint, plain, ExportOptions(tile=tile))
     if not _built_from(ours, plain):
         progress("building the CPU engine")
-        build_engine(plain, ours, RUNTIMES["cpu"])
+        build_fastest(plain, engine_places(Workspace(folder), plain, "auto", RUNTIMES["cpu"], ours), note=progress)
+    try:
+        if "ours-bf16" in wanted and not _built_from(folder / "ours.bf16.onnx", plain):
+            progress("building the BF16 engine")
+            build_engine(plain, folder / "ours.bf16.onnx", RUNTIMES["openvino"], precision="bf16")
+    except CdkdEdgeError as error:
+        missing["ours-bf16"] = error.message
     try:
         if "ours-int8" in wanted:
             _int8(folder, tile, trained, data, images, calibration_tiles, progress)

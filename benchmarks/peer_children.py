@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cdkd_edge.core.errors import CdkdEdgeError
+
 UInt8Array = npt.NDArray[np.uint8]
 Run = Callable[[UInt8Array], UInt8Array]
 """A tile ``[1, 3, T, T]`` to labels ``[1, T, T]`` in an array of the host."""
@@ -135,8 +137,9 @@ def _openvino(name: str, precision: str | None) -> Loader:
     """``precision``: what it is told to compute in; None leaves the choice, BF16 on many CPUs, to OpenVINO."""
 
     def load(folder: Path, threads: int) -> tuple[Run, dict[str, Any]]:
-        import openvino
+        from cdkd_edge.engines.openvino import import_openvino
 
+        openvino = import_openvino()
         wanted = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
         if precision is not None:
             wanted["INFERENCE_PRECISION_HINT"] = precision
@@ -155,8 +158,9 @@ def _openvino(name: str, precision: str | None) -> Loader:
 
 
 PEERS: dict[str, Peer] = {
-    "ours-fp32": Peer("cdkd-edge, CPU engine", "fp32", "ours.fp32.cpu.onnx", _ours("ours.fp32.cpu.onnx")),
-    "ours-int8": Peer("cdkd-edge, CPU engine", "int8", "ours.int8.cpu.onnx", _ours("ours.int8.cpu.onnx")),
+    "ours-fp32": Peer("cdkd-edge build", "fp32", "ours.fp32.onnx", _ours("ours.fp32.onnx")),
+    "ours-bf16": Peer("cdkd-edge build --bf16", "bf16", "ours.bf16.onnx", _ours("ours.bf16.onnx")),
+    "ours-int8": Peer("cdkd-edge build --int8", "int8", "ours.int8.cpu.onnx", _ours("ours.int8.cpu.onnx")),
     "torch-eager": Peer("PyTorch eager", "fp32", "", _torch_eager),
     "torch-compile": Peer("torch.compile (inductor)", "fp32", "", _torch_compile),
     "ort-naive": Peer("ONNX Runtime, torch.onnx.export", "fp32", "naive.onnx", _onnxruntime("naive.onnx")),
@@ -198,8 +202,12 @@ def _forget_peak() -> bool:
     return True
 
 
-def serve(key: str, folder: Path, threads: int) -> None:
-    """Be a peer until stdin ends."""
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def serve(key: str, folder: Path, threads: int, clock: str = "wall") -> None:
+    """Be a peer until stdin ends, and tell seconds of this clock."""
+    now = CLOCKS[clock]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -223,9 +231,9 @@ def serve(key: str, folder: Path, threads: int) -> None:
             if order["do"] == "label":
                 labels, seconds = [], []
                 for tile in tiles:
-                    started = time.perf_counter()
+                    started = now()
                     labels.append(run(tile[None])[0].copy())
-                    seconds.append(time.perf_counter() - started)
+                    seconds.append(now() - started)
                 np.save(folder / "labels" / f"{key}.npy", np.stack(labels).astype(np.uint8))
                 del labels
                 loading = max(loading, memory("VmHWM"))
@@ -233,10 +241,10 @@ def serve(key: str, folder: Path, threads: int) -> None:
                 answer(seconds=seconds)
             elif order["do"] == "turn":
                 tile = tiles[order["tile"]][None]
-                started = time.perf_counter()
+                started = now()
                 for _ in range(order["runs"]):
                     run(tile)
-                answer(seconds=time.perf_counter() - started)
+                answer(seconds=now() - started)
             else:
                 peak = memory("VmHWM")
                 answer(peak_memory_bytes=max(peak, loading), running_memory_bytes=peak if forgotten else None)
@@ -250,7 +258,7 @@ def _reason(error: Exception) -> str:
         return f"{error.name} is not installed"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     what = lines[0][:300] if lines else "no message"
-    return what if isinstance(error, AbsentError) else f"{type(error).__name__}: {what}"
+    return what if isinstance(error, AbsentError | CdkdEdgeError) else f"{type(error).__name__}: {what}"
 
 
 def main() -> None:
@@ -259,8 +267,9 @@ def main() -> None:
     parser.add_argument("--peer", required=True, choices=PEERS)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     arguments = parser.parse_args()
-    serve(arguments.peer, arguments.folder, arguments.threads)
+    serve(arguments.peer, arguments.folder, arguments.threads, arguments.clock)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,10 @@ class Contestant(Protocol):
 class ChildPeer:
     """A peer in a process. See :class:`Contestant`."""
 
-    def __init__(self, key: str, folder: Path, threads: int, timeout: float = LOAD_TIMEOUT) -> None:
-        self.key = key
+    def __init__(
+        self, key: str, folder: Path, threads: int, timeout: float = LOAD_TIMEOUT, clock: str = "wall"
+    ) -> None:
+        self.key, self._clock = key, clock
         self._folder, self._threads, self._timeout = folder, threads, timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._log = folder / "logs" / f"{key}.log"
@@ -66,7 +68,7 @@ class ChildPeer:
         (self._folder / "labels").mkdir(exist_ok=True)
         self._log.parent.mkdir(exist_ok=True)
         command = [sys.executable, str(Path(__file__).with_name("peer_children.py")), "--peer", self.key]
-        command += ["--folder", str(self._folder), "--threads", str(self._threads)]
+        command += ["--folder", str(self._folder), "--threads", str(self._threads), "--clock", self._clock]
         environment = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(self._folder / "inductor"))
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes that would outlive the compilation
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

@@ -73,6 +73,35 @@ def verdict(share: float, precision: str, trained: bool) -> str | None:
     return f"computes something else: {share:.2%} of the labels are the FP32 network's, {limit:.1%} must be"
 
 
+def leads(seconds: Mapping[str, Sequence[float]], results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Time of our fastest engine over that of the fastest peer on the same device, in FP32 and in any precision.
+
+    Args:
+        seconds: seconds per tile of each round, by peer; our engines are those called ``ours-``.
+        results: ``baseline``, ``precision``, ``seconds_median`` and ``no_peer`` of each.
+
+    Returns:
+        ``precision`` (``fp32`` or ``any``), ``ours``, ``peer`` and what :func:`ratio_of` gives. No entry where one of
+        the two sides has nobody.
+    """
+    found = []
+    for baseline in dict.fromkeys(one["baseline"] for one in results.values()):
+        for precision in ("fp32", "any"):
+            racing = [
+                key
+                for key, one in results.items()
+                if one["baseline"] == baseline and not one["no_peer"] and precision in (one["precision"], "any")
+            ]
+            racing.sort(key=lambda key: float(results[key]["seconds_median"]))
+            ours = next((key for key in racing if key.startswith("ours-")), None)
+            peer = next((key for key in racing if not key.startswith("ours-")), None)
+            if ours and peer:
+                found.append(
+                    {"precision": precision, "ours": ours, "peer": peer, **ratio_of(seconds[ours], seconds[peer])}
+                )
+    return found
+
+
 def summarise(
     seconds: Mapping[str, Sequence[float]],
     baselines: Mapping[str, str],

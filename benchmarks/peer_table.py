@@ -13,7 +13,7 @@ def table_of(record: dict[str, Any]) -> str:
     parts = [
         "# Our engines beside their peers",
         "",
-        "Made by `benchmarks/peers.py` from `peers.json`; do not edit.",
+        "Made by `benchmarks/peers.py` from the `.json` beside it; do not edit.",
         "",
     ]
     for run in record["runs"]:
@@ -38,6 +38,9 @@ def _run(run: dict[str, Any]) -> list[str]:
         HEADER,
         RULE,
     ]
+    if run.get("clock") == "processor":
+        lines.insert(-3, "Seconds are processor time, which other programs hardly change.")
+        lines.insert(-3, "")
     for result in run["peers"].values():
         ratio, share = result["time_ratio"], result["label_agreement"]
         if result["no_peer"]:
@@ -47,8 +50,9 @@ def _run(run: dict[str, Any]) -> list[str]:
             if ratio["low"] is not None:
                 time += f" ({ratio['low']:.2f} ... {ratio['high']:.2f})"
         peak = result["peak_memory_bytes"]
+        runtime = result["details"].get("runtime")
         cells = [
-            result["title"],
+            f"{result['title']} ({runtime})" if runtime else result["title"],
             result["precision"],
             f"{result['seconds_median']:.4g}",
             time,
@@ -57,7 +61,8 @@ def _run(run: dict[str, Any]) -> list[str]:
             "unknown" if share is None else f"{_percent(share)}" + (" (no peer)" if result["no_peer"] else ""),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    notes = [f"No interval: {reason}." for reason in sorted(_reasons(run))]
+    notes = [_lead(one, run["peers"]) for one in run.get("leads", ())]
+    notes += [f"No interval: {reason}." for reason in sorted(_reasons(run))]
     notes += [f"{result['title']}: {result['no_peer']}." for result in run["peers"].values() if result["no_peer"]]
     if not run["trained"]:
         notes.append("The weights are random, so the labels of reduced precisions are not judged.")
@@ -65,6 +70,13 @@ def _run(run: dict[str, Any]) -> list[str]:
         f"Absent: {entry['title']} ({entry['precision']}): {entry['reason']}." for entry in run["absent"].values()
     ]
     return [*lines, "", *(f"- {note}" for note in notes), ""]
+
+
+def _lead(one: dict[str, Any], peers: dict[str, Any]) -> str:
+    ours, peer = (peers[one[side]]["title"] for side in ("ours", "peer"))
+    interval = "" if one["low"] is None else f" ({one['low']:.2f} ... {one['high']:.2f})"
+    where = "In any precision" if one["precision"] == "any" else f"In {one['precision'].upper()}"
+    return f"{where} our fastest, `{ours}`, takes {one['median']:.2f}{interval} x the time of the fastest peer, {peer}."
 
 
 def _reasons(run: dict[str, Any]) -> set[str]:

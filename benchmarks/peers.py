@@ -2,17 +2,17 @@
 
     python benchmarks/peers.py --preset paper --tile 512 1024 --output benchmarks/results
 
-Peers: our CPU engine in FP32 and INT8, PyTorch eager, ``torch.compile``, ONNX Runtime and OpenVINO on the plain
-``torch.onnx.export`` and on our graph; with CUDA, our TensorRT engine and PyTorch in FP16 (these two have not run yet).
-What is not installed or does not work here is recorded as absent, with its reason.
+Peers: our CPU engines in FP32, BF16 and INT8 as ``cdkd-edge build`` makes them, PyTorch eager, ``torch.compile``, ONNX
+Runtime and OpenVINO on the plain ``torch.onnx.export`` and on our graph; with CUDA, our TensorRT engine and PyTorch in
+FP16 (these two have not run yet). What is not installed or does not work here is recorded as absent, with its reason.
 
 All get uint8 tiles and give uint8 labels, with the same number of threads, each in a process of its own. The rounds
 are interleaved in a balanced order (:mod:`peer_rounds`); a ratio is the median over rounds of times in the same round.
 Labels of every peer are compared with the FP32 network's: what computes something else is no peer.
 
-``--output FOLDER`` writes ``peers.json`` and ``peers.md``; a run replaces the recorded run of the same network, tile
-and device and leaves the others. ``--folder`` keeps the artefacts, in a folder per tile side if there are several,
-and uses them again. All peers stay in memory while the rounds go on.
+``--output FOLDER`` writes ``peers-CPU.json`` and ``.md``, named by the processor of this machine; a run replaces the
+recorded run of the same network, tile, device and clock and leaves the others. ``--folder`` keeps the artefacts, in a
+folder per tile side if there are several, and uses them again. All peers stay in memory while the rounds go on.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from typing import Any
 
 import numpy as np
 from peer_artefacts import prepare, put_checkpoint
-from peer_children import PEERS, REFERENCE, AbsentError, checkpoint_of
+from peer_children import CLOCKS, PEERS, REFERENCE, AbsentError, checkpoint_of
 from peer_rounds import ChildPeer, Rounds, measure
-from peer_statistics import agreement, summarise, verdict
+from peer_statistics import agreement, leads, summarise, verdict
 from peer_table import table_of
-from script_tools import read_record, run_reporting_errors, shown_command
+from script_tools import cpu_slug, read_record, run_reporting_errors, shown_command
 
 from cdkd_edge.core.files import write_text
 from cdkd_edge.core.machine import available_cores, describe_machine, library_versions
 
 SCHEMA = 1
-"""Version of ``peers.json``."""
+"""Version of the record."""
 
 LIBRARIES = ("torch", "onnxruntime", "onnx", "onnxscript", "openvino", "numpy")
 
@@ -58,12 +58,13 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--rounds", type=int, default=15)
     new.add_argument("--seconds", type=float, default=math.inf, help="begin no further round after this time in rounds")
     new.add_argument("--threads", type=int, default=available_cores(), help="of every peer")
+    new.add_argument("--clock", choices=CLOCKS, default="wall", help="processor, with --threads 1: on a busy machine")
     new.add_argument("--only", type=_keys, default=list(PEERS), metavar="A,B", help=f"of {', '.join(PEERS)}")
     new.add_argument("--pause", type=float, default=0.5, help="seconds before each turn, for threads that still spin")
     new.add_argument("--calibration-tiles", type=int, default=16, help="for our INT8 engine, when it is made")
     new.add_argument("--folder", type=Path, help="keep checkpoint, graphs and engines here")
     new.add_argument("--prepare-only", action="store_true", help="make them and measure nothing; needs --folder")
-    new.add_argument("--output", type=Path, help="folder for peers.json and peers.md")
+    new.add_argument("--output", type=Path, help="folder for peers-CPU.json and .md")
     return new
 
 
@@ -87,7 +88,7 @@ def compare(arguments: argparse.Namespace, folder: Path, tile: int, trained: boo
     for stale in (folder / "labels").glob("*.npy"):
         stale.unlink()
     unknown = None if REFERENCE in wanted else _label_alone(folder, arguments.threads)
-    racing = [ChildPeer(key, folder, arguments.threads) for key in wanted if key not in missing]
+    racing = [ChildPeer(key, folder, arguments.threads, clock=arguments.clock) for key in wanted if key not in missing]
     rounds = measure(
         racing,
         rounds=arguments.rounds,
@@ -96,6 +97,7 @@ def compare(arguments: argparse.Namespace, folder: Path, tile: int, trained: boo
         pause=arguments.pause,
         progress=_tell,
     )
+    results = _results(rounds, folder, trained, unknown)
     return {
         "network": arguments.checkpoint.stem if arguments.checkpoint else f"preset {arguments.preset}",
         "trained": trained,
@@ -107,12 +109,14 @@ def compare(arguments: argparse.Namespace, folder: Path, tile: int, trained: boo
         "load_average": {"before": before, "after": os.getloadavg()},
         "libraries": library_versions(LIBRARIES),
         "threads": arguments.threads,
+        "clock": arguments.clock,
         "tiles": {"count": count, "source": "of images" if arguments.data else "drawn"},
         "rounds": len(rounds.orders),
         "rounds_ended_by": rounds.ended_by,
         "runs_per_turn": rounds.runs_per_turn,
         "orders": rounds.orders,
-        "peers": _results(rounds, folder, trained, unknown),
+        "leads": leads(rounds.seconds, results),
+        "peers": results,
         "absent": {
             key: {
                 "title": PEERS[key].title,
@@ -164,10 +168,10 @@ def _label_alone(folder: Path, threads: int) -> str | None:
 
 
 def merge(record: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """The record with this run in the place of the one of the same network, tile and device."""
+    """The record with this run in the place of the one of the same network, tile, device and clock."""
 
     def identity(one: dict[str, Any]) -> tuple[Any, ...]:
-        return one["network"], one["tile"], one["gpu"] or one["machine"]["cpu"]
+        return one["network"], one["tile"], one["gpu"] or one["machine"]["cpu"], one.get("clock", "wall")
 
     runs = [one for one in record["runs"] if identity(one) != identity(run)]
     return {"schema": SCHEMA, "runs": sorted([*runs, run], key=lambda one: tuple(map(str, identity(one))))}
@@ -200,7 +204,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=arguments.output).close()  # better now than after the last round
-        record_path = arguments.output / "peers.json"
+        record_path = arguments.output / f"peers-{cpu_slug()}.json"
     record = read_record(record_path, SCHEMA)
     complete = True
     with tempfile.TemporaryDirectory() as temporary:

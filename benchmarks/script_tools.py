@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -47,6 +48,19 @@ def read_record(path: Path | None, schema: int) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("schema") != schema:
         raise ValueError(f"{path} is not a record of version {schema}")
     return record
+
+
+def cpu_slug(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor in a file's name: ``amd-epyc-25-17``, its family and model after the name that it gives itself.
+
+    Virtual machines give one name to processors of different kinds.
+    """
+    from cdkd_edge.core.machine import describe_machine
+
+    found = dict(re.findall(r"^(cpu family|model|model name|CPU part)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE))
+    parts = [found.get("model name") or describe_machine().cpu]
+    parts += [found[name] for name in ("cpu family", "model", "CPU part") if name in found]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
 
 def machine_of_run() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from cdkd_edge.engines.protocol import Engine, Labeller
 if TYPE_CHECKING:
     from cdkd_edge.benchmark.record import BenchSummary
     from cdkd_edge.board.power.energy import RailEnergy
-    from cdkd_edge.board.power.sources import SourceInfo
+    from cdkd_edge.board.power.protocol import SourceInfo
     from cdkd_edge.core.labels import LabelSchema
     from cdkd_edge.graph.export import ExportResult
     from cdkd_edge.model.checkpoint import CheckpointReport
@@ -121,8 +121,9 @@ def build(
     Args:
         graph: exported graph (``.onnx``). Default: the only one in the workspace.
         output: the engine. Default: in ``engines/`` of the workspace.
-        precision: ``fp32``, ``fp16`` or ``int8``; a missing graph is made and checked. Default: the graph's.
-        runtime: a runtime of :data:`cdkd_edge.engines.runtimes.RUNTIMES`, or ``auto``.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``; a missing graph is made and checked. Default: the graph's.
+        runtime: a runtime of :data:`cdkd_edge.engines.runtimes.RUNTIMES`, or ``auto``: the first that can run here; of
+            several on a CPU, the fastest.
         outputs: ``labels``, ``confidence`` or ``probabilities``.
         calibration: calibration set for INT8. Default: the workspace's only one.
         data: labelled images on which an INT8 graph is judged.
@@ -131,11 +132,11 @@ def build(
     Raises:
         WorkspaceError, GraphError, NumericalCheckError, EngineError: it cannot be built.
     """
-    from cdkd_edge.engines.runtimes import build_engine, choose_runtime
-    from cdkd_edge.precision.choose import GraphRequest, engine_path, prepare_graph
+    from cdkd_edge.engines.runtimes import choose_runtime
+    from cdkd_edge.precision.choose import GraphRequest, build_fastest, engine_places, prepare_graph
     from cdkd_edge.precision.int8_gate import labelled_data
 
-    space, chosen = Workspace(Path(workspace)), choose_runtime(runtime)
+    space, chosen = Workspace(Path(workspace)), choose_runtime(runtime, precision=precision)
     request = GraphRequest(
         calibration=Path(calibration) if calibration else None,
         data=labelled_data(Path(data), schema, None) if data else None,
@@ -143,9 +144,8 @@ def build(
     extra = None if outputs == "labels" else outputs
     given = Path(graph) if graph else None
     source = prepare_graph(space, given, precision, request, output=extra, runtime=chosen).path
-    destination = Path(output) if output else engine_path(space, source, chosen)
-    build_engine(source, destination, chosen)
-    return destination
+    places = engine_places(space, source, runtime, chosen, Path(output) if output else None, precision)
+    return build_fastest(source, places, precision).path
 
 
 @overload

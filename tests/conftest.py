@@ -134,8 +134,9 @@ def store_graph(folder: Path, weights: Mapping[str, Array], config: NetworkConfi
 
 
 @pytest.fixture(autouse=True)
-def no_gpu_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that `build` means the CPU engine, as the tests expect, also where there is a GPU and TensorRT."""
+def one_runtime_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `build` means ONNX Runtime, as the tests expect, also where there is a GPU with TensorRT, or OpenVINO."""
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
     monkeypatch.setattr(runtimes, "find_gpu", lambda: NoGpu("the tests look for no GPU"))
 
 

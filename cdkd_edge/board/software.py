@@ -32,7 +32,8 @@ NEEDED: Mapping[str, tuple[int, ...]] = {
     "rasterio": (1, 4, 4), "rich": (13, 8), "typer": (0, 29),
 }  # fmt: skip
 """Lowest versions, as in pyproject.toml."""
-_OPTIONAL = ("torch", "jetson-stats", "cuda-python", "cuda-bindings", "pycuda", "onnxruntime-gpu")
+_OPTIONAL = ("torch", "jetson-stats", "cuda-python", "cuda-bindings", "pycuda", "onnxruntime-gpu", "openvino")
+_OPENVINO = (2024, 4)
 _SYSTEM_PYTHON = {36: "3.10", 38: "3.12", 39: "3.12"}  # that JetPack's TensorRT is compiled for, by Jetson Linux
 TIMEOUT = 30.0  # seconds in which a driver, an import or a service must answer
 
@@ -58,6 +59,7 @@ class Software:
     gpu: Mapping[str, Any] = field(default_factory=dict)
     tensorrt: Mapping[str, Any] = field(default_factory=dict)
     cuda: Mapping[str, Any] = field(default_factory=dict)
+    openvino: Mapping[str, Any] = field(default_factory=dict)
     jtop: Mapping[str, Any] = field(default_factory=dict)
     nvpmodel: str | None = None  # answer of ``nvpmodel -q``; None if it gave none
 
@@ -69,7 +71,7 @@ class Software:
 
 def read_software(*, ask_jtop: bool, timeout: float = TIMEOUT) -> Software:
     """Find out what this Python has, without importing it here; ``ask_jtop``: also connect to the jtop service."""
-    questions = ["gpu", "tensorrt", "cuda", *(["jtop"] if ask_jtop else [])]
+    questions = ["gpu", "tensorrt", "cuda", "openvino", *(["jtop"] if ask_jtop else [])]
     commands = {name: module_command("cdkd_edge.board.software", name) for name in questions}
     nvpmodel = shutil.which("nvpmodel")
     if nvpmodel:
@@ -93,6 +95,7 @@ def examine_software(root: Path, software: Software) -> tuple[Finding, ...]:
         probe_cuda(root, software),
         probe_tensorrt(root, software),
         probe_binding(software),
+        probe_openvino(software),
     )
 
 
@@ -198,6 +201,20 @@ def probe_binding(software: Software) -> Finding:
     return Finding(name, OK, f"{listed}, for CUDA {software.cuda.get('runtime_version')}", data=data)
 
 
+def probe_openvino(software: Software) -> Finding:
+    """OpenVINO, the other runtime of the CPU, and whether the CPU has BF16."""
+    name, found, version = "OpenVINO", software.openvino, software.packages.get("openvino")
+    if version is None:
+        return Finding(name, OK, "none: engines of the CPU run in ONNX Runtime", data=found)
+    mend = "pip install --upgrade 'cdkd-edge[openvino]'"
+    if "error" in found or not found:
+        return Finding(name, WARN, f"{version}: {found.get('error', 'was not asked')}", mend, found)
+    if _numbers(version, 2) < _OPENVINO:
+        return Finding(name, WARN, f"{version} is older than {'.'.join(map(str, _OPENVINO))}", mend, found)
+    bf16 = "with BF16" if "BF16" in found["precisions"] else "without BF16"
+    return Finding(name, OK, f"{version}, on a CPU {bf16}", data=found)
+
+
 def _toolkit(root: Path) -> str | None:
     text = read(root, "/usr/local/cuda/version.json").text
     with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -270,6 +287,12 @@ def _cuda() -> dict[str, Any]:
     return dataclasses.asdict(open_gpu().info)
 
 
+def _openvino() -> dict[str, Any]:
+    from cdkd_edge.engines.openvino import cpu_precisions
+
+    return {"precisions": cpu_precisions()}
+
+
 def _jtop() -> dict[str, Any]:
     import jtop  # type: ignore[import-not-found,unused-ignore]
 
@@ -278,7 +301,9 @@ def _jtop() -> dict[str, Any]:
         return {"version": str(jtop.__version__), "rail": total.get("name")}
 
 
-QUESTIONS: dict[str, Callable[[], dict[str, Any]]] = {"gpu": _gpu, "tensorrt": _tensorrt, "cuda": _cuda, "jtop": _jtop}
+QUESTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "gpu": _gpu, "tensorrt": _tensorrt, "cuda": _cuda, "openvino": _openvino, "jtop": _jtop,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ __all__ = ["app", "main"]
 
 COMMANDS = (
     *("info", "convert", "distill", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench"),
-    *("compare", "power", "roofline", "evaluate", "parity", "demo", "doctor"),
+    *("sweep", "compare", "power", "roofline", "evaluate", "parity", "demo", "doctor"),
 )  # in the order of the help: as they are used
 
 for _name in COMMANDS:

@@ -15,12 +15,11 @@ from cdkd_edge.cli.report import Report, Rows, fields_of, say
 from cdkd_edge.core.manifest import CONFIDENCE, PROBABILITIES
 from cdkd_edge.core.numbers import duration, percent, significant, size
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.engines.runtimes import RUNTIMES, Runtime, build_engine, choose_runtime
+from cdkd_edge.engines.runtimes import RUNTIMES, Runtime, choose_runtime
 
 if TYPE_CHECKING:
-    from cdkd_edge.core.manifest import EngineManifest
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions
-    from cdkd_edge.precision.choose import GraphRequest, PreparedGraph, SpeedComparison
+    from cdkd_edge.precision.choose import BuiltEngine, GraphRequest, PreparedGraph, SpeedComparison
     from cdkd_edge.precision.int8 import Int8Result
 
 
@@ -33,14 +32,17 @@ class KindOptions:
 
     fp32: bool = Option(False, help="Build the FP32 graph (default).")
     fp16: bool = Option(False, help="Build the FP16 graph.")
+    bf16: bool = Option(False, help="Build the FP32 graph to run in BF16: OpenVINO, on CPUs that have it.")
     int8: bool = Option(False, help="Build the INT8 graph.")
     confidence: bool = Option(False, help="The engine also gives the probability of each label, in per cent.")
     probabilities: bool = Option(False, help="The engine also gives the probability of each class.")
-    runtime: str = Option("auto", help=f"{', '.join(RUNTIMES)}, or auto: the first of them that can run here.")
+    runtime: str = Option(
+        "auto", help=f"{', '.join(RUNTIMES)}, or auto: the first that can run here; of several on a CPU, the fastest."
+    )
 
     def precision(self) -> str | None:
         """The precision that was named."""
-        named = [name for name in ("fp32", "fp16", "int8") if getattr(self, name)]
+        named = [name for name in ("fp32", "fp16", "bf16", "int8") if getattr(self, name)]
         if len(named) > 1:
             raise BadParameter("one precision at a time", param_hint=" ".join(f"--{name}" for name in named))
         return named[0] if named else None
@@ -146,23 +148,24 @@ def build(
     An FP16 or INT8 graph that is missing is first made from the FP32 graph and checked; so is one with confidence.
     """
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions
-    from cdkd_edge.precision.choose import compare_speed, engine_path, prepare_graph
+    from cdkd_edge.precision.choose import build_fastest, compare_speed, engine_places, prepare_graph
 
     precision, gives, options, request = kind.precision(), kind.output(), builder.checked(), lower.request()
-    runtime = choose_runtime(kind.runtime, targets=options.targets)
+    runtime = choose_runtime(kind.runtime, targets=options.targets, precision=precision)
     if not runtime.has_options and options != TensorRTOptions():
         wrong = f"{runtime.title} has none of TensorRT's options"
         raise BadParameter(wrong, param_hint=f"--runtime {runtime.name}")
     space = Workspace(workspace)
     with steps() as step:
         prepared = prepare_graph(space, graph, precision, request, step, gives, runtime)
-        destination = output or engine_path(space, prepared.path, runtime)
-        _require_engine_file(destination, prepared.path, runtime)
+        places = engine_places(space, prepared.path, kind.runtime, runtime, output, precision)
+        for name, path in places.items():
+            _require_engine_file(path, prepared.path, RUNTIMES[name])
         step(f"building from {prepared.path.name}")
         log = _show_log if builder.verbose else lambda severity, text: None
-        manifest = build_engine(prepared.path, destination, runtime, options, step, log)
-        speed = compare_speed(destination, manifest, step)
-    describe_engine(destination, manifest, prepared, speed).show(as_json)
+        built = build_fastest(prepared.path, places, precision, options, step, log)
+        speed = compare_speed(built.path, built.manifest, step)
+    describe_engine(built, prepared, speed).show(as_json)
 
 
 def _require_engine_file(destination: Path, graph: Path, runtime: Runtime) -> None:
@@ -178,12 +181,11 @@ def _show_log(severity: str, text: str) -> None:
         say(f"{severity}: {line}")
 
 
-def describe_engine(
-    path: Path, manifest: EngineManifest, prepared: PreparedGraph, speed: SpeedComparison | None = None
-) -> Report:
+def describe_engine(built: BuiltEngine, prepared: PreparedGraph, speed: SpeedComparison | None = None) -> Report:
     """An engine that was just built, and the graph that was made for it."""
     from cdkd_edge.engines.inspect import attention_warnings
 
+    path, manifest = built.path, built.manifest
     rows: Rows = [
         *engine_rows(manifest, manifest.precision),
         ("output", ", ".join(manifest.outputs)),
@@ -192,6 +194,11 @@ def describe_engine(
         *(("warning", text) for text in attention_warnings(manifest)),
         *([("graph", str(prepared.path))] if prepared.made else []),
         *(_int8_rows(prepared.int8) if prepared.int8 else []),
+        *(
+            ("chosen", f"{significant(ratio)} x the tiles/s of {name}, in turn on this machine")
+            for name, ratio in manifest.speed_over.items()
+        ),
+        *(("no choice", f"{title}: {reason}") for title, reason in built.refused.items()),
     ]
     if speed:
         times = significant(speed.ratio)
@@ -205,6 +212,7 @@ def describe_engine(
         "graph_made": prepared.made,
         "quantization": prepared.int8.manifest.quantization if prepared.int8 else None,
         "speed": {"against": speed.path, "ratio": speed.ratio} if speed else None,
+        "refused": built.refused,
     }
     return Report(f"engine {path}", rows, data)
 

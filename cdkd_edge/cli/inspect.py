@@ -33,6 +33,7 @@ def inspect(
 
 
 def _describe(found: Inspection, *, every: bool) -> Report:
+    from cdkd_edge.core.manifest import EngineManifest
     from cdkd_edge.engines.inspect import OnnxContents
 
     manifest, contents = found.manifest, found.contents
@@ -44,6 +45,9 @@ def _describe(found: Inspection, *, every: bool) -> Report:
     listings: tuple[Listing, ...] = ()
     if isinstance(contents, OnnxContents):
         rows += _onnx_rows(contents)
+        if not isinstance(manifest, EngineManifest):  # whose row is there already: OpenVINO fuses on loading
+            fused = f"{contents.attention_fused} of them one operator"
+            rows.append(("attention", f"{contents.attention_blocks} blocks, {fused}"))
         data["contents"] = {**plain(contents), "nodes": contents.nodes, "precisions": contents.precisions}
         operators = tuple(
             (name, *(str(row.get(kind, "")) for kind in contents.precisions))
@@ -118,7 +122,6 @@ def _onnx_rows(contents: OnnxContents) -> Rows:
         ("casts", f"{sum(contents.casts.values())}" + (f" ({casts})" if casts else "")),
         *([("Q/DQ", quantized)] if contents.quantize_nodes or contents.dequantize_nodes else []),
         ("constants", constants or "none"),
-        ("attention", f"{contents.attention_blocks} blocks, {contents.attention_fused} of them one operator"),
     ]
 
 

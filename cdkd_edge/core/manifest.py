@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 MANIFEST_VERSION = 1
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 ARTEFACT_SUFFIXES = (".onnx", ".engine")  # file names of graphs and engines end like this
-ONNXRUNTIME_CPU = "onnxruntime-cpu"  # the runtime of a CPU engine, in its manifest
+ONNXRUNTIME_CPU, OPENVINO_CPU = "onnxruntime-cpu", "openvino-cpu"  # the runtimes of CPU engines, in their manifests
 MAX_PIXEL_BYTES = 1 << 31  # largest batch of tiles: two of 16,384 px, or 600 of 1024 px
 
 
@@ -239,7 +239,7 @@ class EngineManifest(_Described):
     kind: ClassVar[str] = "engine"
 
     name: str
-    runtime: str  # ``onnxruntime-cpu``, ``tensorrt`` or ``tensorrt-rtx``
+    runtime: str  # ``onnxruntime-cpu``, ``openvino-cpu``, ``tensorrt`` or ``tensorrt-rtx``
     precision: str
     artefact: FileRecord
     graph: FileRecord
@@ -256,6 +256,8 @@ class EngineManifest(_Described):
     training: dict[str, Any] = field(default_factory=dict)
     tensorrt: TensorRTBuild | None = None  # of engines that TensorRT built
     output: str = LABELS  # what it gives: one of :data:`OUTPUT_KINDS`
+    speed_over: dict[str, float] = field(default_factory=dict)
+    """Tiles/s over those of the engines of other runtimes that `build` could choose, by what manifests call these."""
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
@@ -265,7 +267,7 @@ class EngineManifest(_Described):
         """The manifest of an engine built from the graph of ``source``; ``fields`` are those that it does not have."""
         names = ("name", "precision", "labels", "preprocessing", "tile", "batch", "training", "output")
         shared = {name: getattr(source, name) for name in names}
-        return cls(graph=source.artefact, graph_check=source.check, **shared, **fields)
+        return cls(**{"graph": source.artefact, "graph_check": source.check, **shared, **fields})
 
 
 AnyManifest = TypeVar("AnyManifest", GraphManifest, EngineManifest)
@@ -288,7 +290,7 @@ def is_artefact_name(path: Path) -> bool:
 
 
 def precision_of(artefact: Path) -> str | None:
-    """``fp32``, ``fp16`` or ``int8`` by the manifest beside a file; None where it does not say."""
+    """``fp32``, ``fp16``, ``bf16`` or ``int8`` by the manifest beside a file; None where it does not say."""
     precision = _glance(artefact).get("precision")
     return precision if isinstance(precision, str) else None
 

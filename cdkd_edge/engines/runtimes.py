@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdkd_edge.core.errors import EngineError, UsageError
 from cdkd_edge.core.manifest import (
     ONNXRUNTIME_CPU,
+    OPENVINO_CPU,
     EngineManifest,
     GraphManifest,
     build_options,
@@ -37,18 +39,18 @@ class Runtime:
     suffix: str  # how the names of its engines end
     on_cpu: bool  # whether it computes on the CPU, and not on a GPU
     precisions: tuple[str, ...]  # what it can run
-    fastest_float: str  # the precision that an INT8 engine has to be faster than
+    rivals_of_int8: tuple[str, ...]  # its precisions that an INT8 engine on the same processor has to be faster than
     has_options: bool  # whether :class:`TensorRTOptions` apply to it, among them targets: GPUs that are not here
     why_not_here: Callable[[], str | None]  # why it cannot run on this machine; None if it can
-    build: Callable[[Path, Path, TensorRTOptions | None, Note, Log], EngineManifest]
-    """From graph, destination, options, and where notes and log lines go."""
+    build: Callable[[Path, Path, str, TensorRTOptions | None, Note, Log], EngineManifest]
+    """From graph, destination, precision, options, and where notes and log lines go."""
     load: Callable[[Path, EngineManifest, int | None], Engine]
     """From an engine file, its checked manifest and the number of CPU threads."""
     read_layers: Callable[[Path, EngineManifest], EngineLayers | None] | None
     """The layers that were listed at the build, None if they were not. No function: the engine is an ONNX file."""
 
 
-def _build_cpu(graph: Path, destination: Path, options: object, note: Note, log: Log) -> EngineManifest:
+def _build_cpu(graph: Path, destination: Path, precision: str, options: object, note: Note, log: Log) -> EngineManifest:
     from cdkd_edge.engines.onnxruntime import build_cpu_engine
 
     return build_cpu_engine(graph, destination)
@@ -60,8 +62,26 @@ def _load_cpu(path: Path, manifest: EngineManifest, threads: int | None) -> Engi
     return CpuEngine(path, manifest, threads)
 
 
+def _build_openvino(
+    graph: Path, destination: Path, precision: str, options: object, note: Note, log: Log
+) -> EngineManifest:
+    from cdkd_edge.engines.openvino import build_openvino_engine
+
+    return build_openvino_engine(graph, destination, precision)
+
+
+def _load_openvino(path: Path, manifest: EngineManifest, threads: int | None) -> Engine:
+    from cdkd_edge.engines.openvino import OpenVinoEngine
+
+    return OpenVinoEngine(path, manifest, threads)
+
+
+def _why_no_openvino() -> str | None:
+    return None if find_spec("openvino") else "OpenVINO is not installed here"
+
+
 def _build_tensorrt(
-    graph: Path, destination: Path, options: TensorRTOptions | None, note: Note, log: Log
+    graph: Path, destination: Path, precision: str, options: TensorRTOptions | None, note: Note, log: Log
 ) -> EngineManifest:
     from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions
@@ -96,7 +116,7 @@ _ROWS = (
         suffix=".engine",
         on_cpu=False,
         precisions=("fp32", "fp16", "int8"),
-        fastest_float="fp16",
+        rivals_of_int8=("fp16",),
         has_options=True,
         why_not_here=_why_no_tensorrt,
         build=_build_tensorrt,
@@ -110,11 +130,25 @@ _ROWS = (
         suffix=".cpu.onnx",
         on_cpu=True,
         precisions=("fp32", "int8"),  # ONNX Runtime computes FP16 in FP32 on a CPU: docs/decisions.md
-        fastest_float="fp32",
+        rivals_of_int8=("fp32",),
         has_options=False,
         why_not_here=lambda: None,
         build=_build_cpu,
         load=_load_cpu,
+        read_layers=None,
+    ),
+    Runtime(
+        name="openvino",
+        title="OpenVINO on the CPU",
+        manifest_names=(OPENVINO_CPU,),
+        suffix=".openvino.onnx",
+        on_cpu=True,
+        precisions=("fp32", "bf16"),  # its INT8 is no faster than ONNX Runtime's, and convolutions are wrong
+        rivals_of_int8=("fp32", "bf16"),
+        has_options=False,
+        why_not_here=_why_no_openvino,
+        build=_build_openvino,
+        load=_load_openvino,
         read_layers=None,
     ),
 )
@@ -122,8 +156,10 @@ RUNTIMES = {row.name: row for row in _ROWS}
 """By the name that ``--runtime`` takes; the preferred one first."""
 
 
-def choose_runtime(name: str, *, targets: tuple[str, ...] = ()) -> Runtime:
+def choose_runtime(name: str, *, targets: tuple[str, ...] = (), precision: str | None = None) -> Runtime:
     """The runtime of that name; ``auto`` is the first that can run here, or that can compile for ``targets``.
+
+    With a ``precision``, ``auto`` passes over those that cannot run it, unless none can.
 
     Raises:
         UsageError: there is no such runtime.
@@ -134,7 +170,8 @@ def choose_runtime(name: str, *, targets: tuple[str, ...] = ()) -> Runtime:
         return RUNTIMES[name]
     if targets:  # where the compiler is missing, the build says so
         return next(runtime for runtime in RUNTIMES.values() if runtime.has_options)
-    return next(runtime for runtime in RUNTIMES.values() if runtime.why_not_here() is None)
+    here = [runtime for runtime in RUNTIMES.values() if runtime.why_not_here() is None]
+    return next((runtime for runtime in here if precision in runtime.precisions), here[0])
 
 
 def runtime_of(manifest: EngineManifest) -> Runtime:
@@ -170,15 +207,17 @@ def build_engine(
     options: TensorRTOptions | None = None,
     note: Note = lambda text: None,
     log: Log = lambda severity, text: None,
+    precision: str | None = None,
 ) -> EngineManifest:
-    """Build the engine of an exported graph with its manifest, in the graph's precision.
+    """Build the engine of an exported graph with its manifest, in the graph's precision; ``bf16`` of an FP32 graph.
 
     Raises:
         EngineError: the runtime cannot run the graph's precision, or refuses the graph.
         CdkdEdgeError: see the function that builds for the runtime.
     """
-    require_precision(runtime, precision_of(graph) or "fp32", graph)
-    return runtime.build(graph, destination, options, note, log)
+    precision = precision or precision_of(graph) or "fp32"
+    require_precision(runtime, precision, graph)
+    return runtime.build(graph, destination, precision, options, note, log)
 
 
 def require_precision(runtime: Runtime, precision: str, graph: Path) -> None:
@@ -190,10 +229,13 @@ def require_precision(runtime: Runtime, precision: str, graph: Path) -> None:
     if precision in runtime.precisions:
         return
     source = read_manifest(graph, GraphManifest)
-    needed = next(other for other in RUNTIMES.values() if precision in other.precisions)
+    able = [other for other in RUNTIMES.values() if precision in other.precisions]
+    needed = min(able, key=lambda other: other.on_cpu != runtime.on_cpu)
     missing = needed.why_not_here() or f"{runtime.title} cannot run {precision.upper()}"
-    raise EngineError(
-        f"an {precision.upper()} engine needs {needed.title}: {missing}",
-        hint=f"carry {graph} and its .json to a board and run `cdkd-edge build "
-        f"{build_options(precision, source.output)}` there; for this machine: cdkd-edge build",
-    )
+    typed = f"cdkd-edge build {build_options(precision, source.output)}"
+    hint = f"carry {graph} and its .json to a board and run `{typed}` there; for this machine: cdkd-edge build"
+    if needed.on_cpu:
+        installed = needed.why_not_here() is None
+        hint = f"{typed} --runtime {needed.name}" if installed else f"pip install 'cdkd-edge[{needed.name}]'"
+    article = "a" if precision == "bf16" else "an"
+    raise EngineError(f"{article} {precision.upper()} engine needs {needed.title}: {missing}", hint=hint)

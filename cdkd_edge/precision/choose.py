@@ -1,17 +1,37 @@
-"""What `build` builds: from which graph (:func:`prepare_graph`), into which file, and whether INT8 is faster."""
+"""What `build` builds: from which graph (:func:`prepare_graph`), for which runtime (:func:`build_fastest`), into which
+file, and whether INT8 is faster (:func:`compare_speed`)."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cdkd_edge.core.errors import EngineError, ManifestError, NumericalCheckError, UsageError, WorkspaceError
-from cdkd_edge.core.manifest import LABELS, EngineManifest, GraphManifest, output_of, precision_of, read_manifest
+from cdkd_edge.core.errors import (
+    EngineError,
+    ManifestError,
+    MissingExtraError,
+    NumericalCheckError,
+    UsageError,
+    WorkspaceError,
+)
+from cdkd_edge.core.files import scratch_folder, whole_file
+from cdkd_edge.core.manifest import (
+    LABELS,
+    EngineManifest,
+    GraphManifest,
+    output_of,
+    precision_of,
+    read_manifest,
+    require_replaceable,
+    write_manifest,
+)
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines.protocol import speed_ratio
-from cdkd_edge.engines.runtimes import Runtime, load_engine, require_precision, runtime_of
+from cdkd_edge.engines.runtimes import RUNTIMES, Runtime, build_engine, load_engine, require_precision, runtime_of
 from cdkd_edge.graph.files import derived_path, is_derived_from
 from cdkd_edge.graph.fp16 import write_fp16
 from cdkd_edge.graph.nodes import Note
@@ -19,6 +39,12 @@ from cdkd_edge.graph.outputs import write_variant
 from cdkd_edge.graph.tiles import CalibrationSet, is_calibration_set
 from cdkd_edge.precision.int8 import Int8Options, Int8Result, require_fitting, write_int8
 from cdkd_edge.precision.int8_gate import Int8Gate, LabelledData
+
+if TYPE_CHECKING:
+    from cdkd_edge.engines.protocol import Log
+    from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+
+NOISE = 0.03  # another runtime has to be faster than the first one by more than this
 
 
 @dataclass(frozen=True)
@@ -60,18 +86,21 @@ def prepare_graph(
     Args:
         space: where to look for graphs and calibration sets.
         graph: the named graph: FP32, or of the precision that is asked for.
-        precision: ``fp32``, ``fp16``, ``int8``. Default: that of the named graph, or ``fp32``.
+        precision: ``fp32``, ``fp16``, ``int8``; ``bf16`` takes the FP32 graph. Default: that of the named graph, or
+            ``fp32``.
         request: how to make it.
         output: one of :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`. Default: what the named graph gives, or labels.
-        runtime: what the engine is for: no FP16 graph is made for the CPU, which cannot run it.
+        runtime: what the engine is for: no FP16 graph is made for the CPU, and no INT8 graph for OpenVINO.
 
     Raises:
         WorkspaceError: no graph is named, and the workspace has none or more than one; the same for calibration sets.
         UsageError: the named graph is not FP32 and not what is asked for, or can only be taken as it is.
         NumericalCheckError: FP16 is known to break the network; ``request.again`` tries it again.
-        EngineError: an FP16 graph would have to be made, and this machine cannot build an engine from it.
+        EngineError: an FP16 or INT8 graph would have to be made, and the runtime cannot build an engine from it.
         CdkdEdgeError: as :func:`write_fp16`, :func:`write_int8` and :func:`write_variant` do.
     """
+    if precision == "bf16":
+        precision = "fp32"
     if graph is not None and output_of(graph) != LABELS:
         own = (precision_of(graph), output_of(graph))
         if (precision or own[0], output or own[1]) != own:
@@ -115,9 +144,9 @@ def _labels_graph(
         return PreparedGraph(destination)
     source = read_manifest(found, GraphManifest)
     _require_not_refused(found, source, wanted, request)
+    if runtime is not None:
+        require_precision(runtime, wanted, found)
     if wanted == "fp16":
-        if runtime is not None:
-            require_precision(runtime, wanted, found)
         check, imagery = None, "sample"
         if request.calibration is not None:
             tiles = CalibrationSet.load(request.calibration)
@@ -208,39 +237,134 @@ def _require_not_refused(graph: Path, source: GraphManifest, precision: str, req
     raise NumericalCheckError(f"{found}: {refusal.reason}", hint=advice)
 
 
-def engine_path(space: Workspace, graph: Path, runtime: Runtime) -> Path:
+def engine_path(space: Workspace, graph: Path, runtime: Runtime, precision: str | None = None) -> Path:
     """Where the engine of a graph goes: ``engines/NAME.fp32.cpu.onnx``, ``engines/NAME.fp16.confidence.engine``."""
-    precision = precision_of(graph) or "fp32"
+    own = precision_of(graph) or "fp32"
     kind = _kind_suffix(output_of(graph))
-    name = graph.stem.removesuffix(kind).removesuffix(f".{precision}")
-    return space.engines / f"{name}.{precision}{kind}{runtime.suffix}"
+    name = graph.stem.removesuffix(kind).removesuffix(f".{own}")
+    return space.engines / f"{name}.{precision or own}{kind}{runtime.suffix}"
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine that was built and kept."""
+
+    path: Path
+    manifest: EngineManifest
+    refused: dict[str, str] = field(default_factory=dict)  # why another runtime's engine is no choice, by its title
+
+
+def engine_places(
+    space: Workspace, graph: Path, name: str, runtime: Runtime, output: Path | None = None, precision: str | None = None
+) -> dict[str, Path]:
+    """Where `build` would put the engine of a graph, by runtime; several if it may choose the runtime.
+
+    Args:
+        space, graph, precision: as for :func:`engine_path`.
+        name: the runtime as the user named it; with ``auto`` on a CPU, every runtime of CPUs that is installed.
+        runtime: what :func:`cdkd_edge.engines.runtimes.choose_runtime` made of that name; it is preferred.
+        output: the engine as the user named it.
+    """
+    choice = [runtime]
+    if name == "auto" and runtime.on_cpu:
+        wanted = precision or precision_of(graph) or "fp32"
+        able = (one for one in RUNTIMES.values() if one.on_cpu and wanted in one.precisions and one is not runtime)
+        choice += [one for one in able if one.why_not_here() is None]
+    return {one.name: output or engine_path(space, graph, one, precision) for one in choice}
+
+
+def build_fastest(
+    graph: Path,
+    places: Mapping[str, Path],
+    precision: str | None = None,
+    options: TensorRTOptions | None = None,
+    note: Note = lambda text: None,
+    log: Log = lambda severity, text: None,
+) -> BuiltEngine:
+    """Build the engine of a graph for the only runtime, or for every one, and then keep the fastest that is right.
+
+    The engines that pass their checks label the same tile in turn. The first runtime is preferred: it is kept unless
+    another is faster by more than :data:`NOISE`. The others leave no file.
+
+    Args:
+        graph, precision, options, note, log: as for :func:`cdkd_edge.engines.runtimes.build_engine`.
+        places: where the engine goes, by runtime; see :func:`engine_places`.
+
+    Raises:
+        CdkdEdgeError: no engine can be built; the error is that of the first runtime.
+    """
+    first, *others = places
+    if not others:
+        manifest = build_engine(graph, places[first], RUNTIMES[first], options, note, log, precision)
+        return BuiltEngine(places[first], manifest)
+    for path in places.values():
+        require_replaceable(path)
+    errors: dict[str, EngineError | NumericalCheckError] = {}
+    built: dict[str, tuple[Path, EngineManifest]] = {}
+    with scratch_folder() as scratch:
+        for name, place in places.items():
+            note(f"building for {RUNTIMES[name].title}")
+            path = scratch / name / place.name
+            try:
+                built[name] = path, build_engine(graph, path, RUNTIMES[name], None, note, log, precision)
+            except (EngineError, NumericalCheckError) as error:
+                errors[name] = error
+        if not built:
+            raise errors[first]
+        chosen, over = _fastest(built, note)
+        path, manifest = places[chosen], dataclasses.replace(built[chosen][1], speed_over=over)
+        with whole_file(path) as temporary:
+            shutil.copyfile(built[chosen][0], temporary)
+            write_manifest(path, manifest)
+    return BuiltEngine(path, manifest, {RUNTIMES[name].title: error.message for name, error in errors.items()})
+
+
+def _fastest(built: Mapping[str, tuple[Path, EngineManifest]], note: Note) -> tuple[str, dict[str, float]]:
+    """The runtime to keep, and its tiles per second over those of the others, by what manifests call these."""
+    first, *others = built
+    speeds = {first: 1.0}
+    for name in others:
+        note(f"timing {RUNTIMES[name].title} against {RUNTIMES[first].title}")
+        with load_engine(built[name][0]) as new, load_engine(built[first][0]) as old:
+            speeds[name] = speed_ratio(new, old)
+    fastest = max(speeds, key=lambda name: speeds[name])
+    chosen = fastest if speeds[fastest] > 1 + NOISE else first
+    return chosen, {built[name][1].runtime: speeds[chosen] / speeds[name] for name in built if name != chosen}
 
 
 @dataclass(frozen=True)
 class SpeedComparison:
-    """An INT8 engine timed against the engine that it has to be faster than."""
+    """An INT8 engine timed against the fastest engine that it has to be faster than."""
 
     path: Path  # the other engine
     ratio: float  # tiles per second of the INT8 engine over those of the other
 
 
 def compare_speed(engine: Path, manifest: EngineManifest, note: Note = lambda text: None) -> SpeedComparison | None:
-    """Time a new INT8 engine against the FP16 engine beside it (on a CPU: FP32); on ViTs, INT8 can be slower.
+    """Time a new INT8 engine against the FP16 engine beside it (on a CPU: FP32, BF16); on ViTs, INT8 can be slower.
 
     Returns:
-        None for other precisions, where there is no such engine, and where one of the two cannot run here.
+        Of several, the comparison with the fastest. None for other precisions, and where there is no such engine that
+        can run here.
     """
     kind, runtime = _kind_suffix(manifest.output), runtime_of(manifest)
     suffix = f".int8{kind}{runtime.suffix}"
-    path = engine.with_name(f"{engine.name.removesuffix(suffix)}.{runtime.fastest_float}{kind}{runtime.suffix}")
-    if manifest.precision != "int8" or not engine.name.endswith(suffix) or not path.is_file():
+    if manifest.precision != "int8" or not engine.name.endswith(suffix):
         return None
-    note(f"timing against {path.name}")
-    try:
-        with contextlib.closing(load_engine(engine)) as new, contextlib.closing(load_engine(path)) as other:
-            return SpeedComparison(path, speed_ratio(new, other))
-    except (EngineError, ManifestError):
-        return None  # compiled for another machine, for example
+    name = engine.name.removesuffix(suffix)
+    comparisons = []
+    for rival in (other for other in RUNTIMES.values() if other.on_cpu == runtime.on_cpu):
+        for precision in rival.rivals_of_int8:
+            path = engine.with_name(f"{name}.{precision}{kind}{rival.suffix}")
+            if not path.is_file():
+                continue
+            note(f"timing against {path.name}")
+            try:
+                with load_engine(engine) as new, load_engine(path) as old:
+                    comparisons.append(SpeedComparison(path, speed_ratio(new, old)))
+            except (EngineError, ManifestError, MissingExtraError):
+                continue  # compiled for another machine, for example
+    return min(comparisons, key=lambda one: one.ratio, default=None)
 
 
 def _kind_suffix(kind: str) -> str:

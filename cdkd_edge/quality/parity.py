@@ -52,8 +52,8 @@ class ParityGate:
 
     @classmethod
     def of(cls, precision: str, tolerance: float | None = None, min_agreement: float | None = None) -> ParityGate:
-        """The given limits, else those of the candidate's precision: 0.02 points (the paper's), 0.5 for INT8."""
-        own = cls(0.5, 0.98) if precision == "int8" else cls(0.02, 0.999)
+        """The given limits, else those of the candidate's precision: 0.02 points (the paper's), 0.5 for INT8, BF16."""
+        own = cls(0.5, 0.98) if precision in ("int8", "bf16") else cls(0.02, 0.999)
         return cls(
             own.tolerance if tolerance is None else tolerance,
             own.min_agreement if min_agreement is None else min_agreement,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from math import comb
 from pathlib import Path
@@ -24,8 +26,9 @@ import overhead  # noqa: E402
 import peer_children  # noqa: E402
 from peer_children import PEERS, AbsentError  # noqa: E402
 from peer_rounds import ChildPeer, measure, williams  # noqa: E402
-from peer_statistics import agreement, median_interval, ratio_of, summarise, verdict  # noqa: E402
+from peer_statistics import agreement, leads, median_interval, ratio_of, summarise, verdict  # noqa: E402
 from peer_table import table_of  # noqa: E402
+from script_tools import cpu_slug  # noqa: E402
 
 
 class FakePeer:
@@ -256,6 +259,54 @@ def test_what_computes_something_else_is_no_peer():
     assert verdict(0.9, "fp32", trained=False) is not None
 
 
+def test_our_fastest_engine_is_compared_with_the_fastest_peer():
+    def one(precision, seconds, baseline="ours-fp32", no_peer=None):
+        return {"precision": precision, "seconds_median": seconds, "baseline": baseline, "no_peer": no_peer}
+
+    results = {
+        "ours-fp32": one("fp32", 3.0),
+        "ours-bf16": one("bf16", 1.5),
+        "slow": one("fp32", 5.0),
+        "quick": one("fp32", 2.0),
+        "wrong": one("fp32", 0.1, no_peer="computes something else"),
+        "own": one("own choice", 2.0),
+        "ours-tensorrt-fp16": one("fp16", 0.1, "ours-tensorrt-fp16"),
+    }
+    found = leads({key: [value["seconds_median"]] * 6 for key, value in results.items()}, results)
+    assert [(lead["precision"], lead["ours"], lead["peer"], lead["median"]) for lead in found] == [
+        ("fp32", "ours-fp32", "quick", 1.5),
+        ("any", "ours-bf16", "quick", 0.75),
+    ]
+    assert leads({}, {}) == []
+
+
+def test_processor_time_is_that_of_the_peer(tmp_path, monkeypatch, capfd):
+    """A peer that sleeps takes no processor time."""
+
+    def load(folder, threads):
+        return lambda image: time.sleep(0.2) or image[:, 0], {}
+
+    monkeypatch.setitem(PEERS, "ort-graph", peer_children.Peer("x", "fp32", "", load))
+    np.save(tmp_path / "tiles.npy", np.zeros((1, 3, 4, 4), np.uint8))
+    taken = {}
+    for clock in peer_children.CLOCKS:
+        monkeypatch.setattr(sys, "stdin", io.StringIO('{"do": "turn", "tile": 0, "runs": 1}\n'))
+        kept = os.dup(1)
+        peer_children.serve("ort-graph", tmp_path, 1, clock)
+        os.dup2(kept, 1)
+        os.close(kept)
+        taken[clock] = json.loads(capfd.readouterr().out.splitlines()[-1])["seconds"]
+    assert taken["wall"] >= 0.2 > 0.1 > taken["processor"]
+
+
+def test_a_record_is_named_by_the_kind_of_processor(tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor : 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC (R) 9\nstepping\t: 1\n" * 2)
+    assert cpu_slug(file) == "amd-epyc-r-9-25-17"
+    file.write_text("CPU implementer\t: 0x41\nCPU part\t: 0xd42\n")
+    assert cpu_slug(file).endswith("-0xd42")
+
+
 # --- the real thing -------------------------------------------------------------------------------
 
 
@@ -282,11 +333,11 @@ def compared(tmp_path_factory):
         Image.fromarray(noise(64, 80, seed=index).transpose(1, 2, 0)).save(folder / "data" / "images" / f"{index}.png")
     Image.fromarray(noise(32, 32).transpose(1, 2, 0)).save(folder / "data" / "images" / "small.png")
     words = ["--preset", "tiny", "--tile", 64, "--rounds", 2, "--tiles", 2, "--pause", 0, "--threads", 1]
-    words += ["--only", "ours-fp32,torch-compile,ort-graph,openvino-graph,ours-tensorrt-fp16,torch-cuda-fp16"]
+    words += ["--only", "ours-fp32,ours-bf16,torch-compile,ort-graph,openvino-graph,ours-tensorrt-fp16,torch-cuda-fp16"]
     words += ["--data", folder / "data", "--folder", folder / "artefacts", "--output", folder / "results"]
     answer = suite(*words, CXX="/nonexistent")
     assert answer.returncode == 0, answer.stderr
-    return folder, json.loads((folder / "results" / "peers.json").read_text()), answer
+    return folder, json.loads((folder / "results" / f"peers-{cpu_slug()}.json").read_text()), answer
 
 
 def test_the_suite_compares_what_is_installed(compared):
@@ -296,7 +347,7 @@ def test_the_suite_compares_what_is_installed(compared):
     for peer in run["peers"].values():
         assert len(peer["seconds"]) == run["rounds"] == 2
         assert peer["seconds_median"] > 0
-        assert peer["label_agreement"] > 0.999
+        assert peer["label_agreement"] > (0.999 if peer["precision"] == "fp32" else 0.98)
         assert peer["no_peer"] is None
         assert peer["peak_memory_bytes"] >= (peer["running_memory_bytes"] or 0) > 1e7
     assert run["peers"]["ours-fp32"]["time_ratio"]["median"] == 1
@@ -317,7 +368,7 @@ def test_openvino_is_a_peer_where_it_is_installed(compared):
     try:
         import openvino  # noqa: F401
     except ModuleNotFoundError:
-        assert run["absent"]["openvino-graph"]["reason"] == "openvino is not installed"
+        assert "not installed" in run["absent"]["openvino-graph"]["reason"]
         pytest.skip("openvino is not installed; the suite says so")
     assert run["peers"]["openvino-graph"]["details"]["computes_in"] == "f32"
     assert run["peers"]["openvino-graph"]["details"]["threads_used"] == 1
@@ -325,7 +376,7 @@ def test_openvino_is_a_peer_where_it_is_installed(compared):
 
 def test_the_table_has_every_peer_and_who_is_absent(compared):
     folder, record, answer = compared
-    table = (folder / "results" / "peers.md").read_text()
+    table = (folder / "results" / f"peers-{cpu_slug()}.md").read_text()
     assert table == table_of(record)
     assert answer.stdout.strip() == table.strip()
     (run,) = record["runs"]
@@ -382,10 +433,11 @@ def test_a_record_of_something_else_is_not_overwritten(tmp_path, capsys, content
     pytest.importorskip("torch")
     from peers import main
 
-    (tmp_path / "peers.json").write_text(content)
+    path = tmp_path / f"peers-{cpu_slug()}.json"
+    path.write_text(content)
     assert main(["--preset", "tiny", "--output", str(tmp_path)]) == 1
     assert "error: " in capsys.readouterr().err
-    assert (tmp_path / "peers.json").read_text() == content
+    assert path.read_text() == content
 
 
 def test_an_output_that_is_no_folder_is_said_before_anything_is_measured(tmp_path, capsys):

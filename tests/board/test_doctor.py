@@ -375,6 +375,26 @@ def test_needed_packages_are_those_of_the_project() -> None:
 
 
 @pytest.mark.parametrize(
+    ("version", "answer", "status", "text"),
+    [
+        (None, {"error": "not installed"}, OK, "none: engines of the CPU run in ONNX Runtime"),
+        ("2026.4.1", {"precisions": ["FP32", "BF16"]}, OK, "2026.4.1, on a CPU with BF16"),
+        ("2026.4.1", {"precisions": ["FP32", "INT8"]}, OK, "2026.4.1, on a CPU without BF16"),
+        ("2023.3.0", {"precisions": ["FP32"]}, WARN, "2023.3.0 is older than 2024.4"),
+        ("2026.4.1", {"error": "it does not start"}, WARN, "2026.4.1: it does not start"),
+        ("2026.4.1", {}, WARN, "2026.4.1: was not asked"),
+    ],
+)
+def test_openvino(version: str | None, answer: dict[str, Any], status: str, text: str) -> None:
+    there = dataclasses.replace(SOFTWARE, packages={**PACKAGES, "openvino": version}, openvino=answer)
+    found = software.probe_openvino(there)
+    assert (found.status, found.text) == (status, text)
+    assert (found.mend == "pip install --upgrade 'cdkd-edge[openvino]'") == (status == WARN)
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"openvino>={".".join(map(str, software._OPENVINO))}"' in project
+
+
+@pytest.mark.parametrize(
     ("change", "name", "mend"),
     [
         ({"gpu": NO_GPU}, "GPU", "docker run --runtime nvidia"),
@@ -453,8 +473,8 @@ def test_this_machine(tmp_path: Path) -> None:
     data = json.loads(out)
     failed = [one["name"] for one in data["findings"] if one["status"] == FAIL]
     assert code == (15 if failed else 0), err
-    assert len(data["findings"]) == 16
-    assert sum(data["counts"].values()) == 16
+    assert len(data["findings"]) == 17
+    assert sum(data["counts"].values()) == 17
     found = {one["name"]: one for one in data["findings"]}
     assert found["Python"]["data"]["version"].split(".")[:2] == [str(part) for part in sys.version_info[:2]]
     assert found["disk"]["data"]["path"] == str(tmp_path)

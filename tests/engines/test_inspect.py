@@ -103,7 +103,7 @@ def test_fp16_without_tensorrt(workspace: Path, half: Path, monkeypatch: pytest.
 def test_the_cpu_engine_is_as_before(workspace: Path) -> None:
     result = run("build", "--fp32", "-w", workspace, "--json")
     data = json.loads(result.stdout)
-    assert set(data) == {"path", "manifest", "graph", "graph_made", "quantization", "speed"}
+    assert set(data) == {"path", "manifest", "graph", "graph_made", "quantization", "speed", "refused"}
     assert not data["graph_made"]
     assert data["path"] == str(workspace / "engines" / "small.fp32.cpu.onnx")
     assert data["manifest"]["tensorrt"] is None

@@ -26,7 +26,9 @@ class PlainEngine(OnnxLabeller):
         super().__init__(path, manifest, threads)
 
 
-def build_plain(graph: Path, destination: Path, options: object, note: object, log: object) -> EngineManifest:
+def build_plain(
+    graph: Path, destination: Path, precision: str, options: object, note: object, log: object
+) -> EngineManifest:
     source = read_manifest(graph, GraphManifest)
     with whole_file(destination) as temporary:
         shutil.copyfile(graph, temporary)
@@ -51,7 +53,7 @@ PLAIN = Runtime(
     suffix=".plain.onnx",
     on_cpu=True,
     precisions=("fp32",),
-    fastest_float="fp32",
+    rivals_of_int8=("fp32",),
     has_options=False,
     why_not_here=lambda: None,
     build=build_plain,

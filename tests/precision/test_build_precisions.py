@@ -97,7 +97,7 @@ def test_graph_report_and_engine(template_int8):
 
 def test_the_json_of_a_build(template_int8):
     root, data = template_int8
-    assert set(data) == {"path", "manifest", "graph", "graph_made", "quantization", "speed"}
+    assert set(data) == {"path", "manifest", "graph", "graph_made", "quantization", "speed", "refused"}
     assert data["path"] == str(root / "engines" / "small.int8.cpu.onnx")
     assert data["graph"] == str(root / "export" / "small.int8.onnx")
     assert data["graph_made"] is True
@@ -292,7 +292,7 @@ def test_usage(space):
 
 def test_a_layer_that_is_not_there(space):
     result = run("build", "--int8", "--keep", "blocks.7.mlp.fc1", "--workspace", space.root)
-    assert_answer(result, 7, r"no layer 'blocks\.7\.mlp\.fc1'.*layers are blocks\.0\.attn\.qkv")
+    assert_answer(result, 7, r"no layer 'blocks\.7\.mlp\.fc1'.*layers are blocks\.0\.attn\.proj")
 
 
 def test_wrong_kinds(space, tmp_path):

@@ -621,14 +621,14 @@ from cdkd_edge import cli
 from cdkd_edge.training import finetune
 
 finetune._SAVE_STATE_EVERY_S = 0.0
-after_batch, cut = finetune._Run._after_batch, int(sys.argv.pop(1))
+after_batch, cut = finetune._Tuning._after_batch, int(sys.argv.pop(1))
 
 def die(run):
     after_batch(run)
     if run.trainer.progress.step == cut:
         os.kill(os.getpid(), signal.SIGKILL)
 
-finetune._Run._after_batch = die
+finetune._Tuning._after_batch = die
 cli.app()
 """
 
@@ -661,7 +661,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_it_would_have(finished, data,
 
 def interrupt(monkeypatch, step):
     """Ctrl-C after a step; states are saved after each."""
-    real = module._Run._after_batch
+    real = module._Tuning._after_batch
 
     def after_batch(self):
         real(self)
@@ -669,7 +669,7 @@ def interrupt(monkeypatch, step):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(module, "_SAVE_STATE_EVERY_S", 0.0)
-    monkeypatch.setattr(module._Run, "_after_batch", after_batch)
+    monkeypatch.setattr(module._Tuning, "_after_batch", after_batch)
 
 
 @pytest.fixture(scope="module")
@@ -727,14 +727,14 @@ def test_ctrl_c_in_the_first_epoch(data, encoder, tmp_path, finished, monkeypatc
 def test_ctrl_c_right_after_a_checkpoint_was_written(data, encoder, tmp_path, finished, monkeypatch):
     """A checkpoint of an unfinished run never lies there without its state, or it would pass for finished."""
     arguments = ["finetune", encoder, "--data", data, "-o", tmp_path / "tuned.pt", *SMALL, *SPLIT, *HEADS]
-    real = module._Run._write
+    real = module._Tuning._write
 
     def write(self, network, record):
         real(self, network, record)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Run, "_write", write)
+        patch.setattr(module._Tuning, "_write", write)
         assert run(*arguments).exit_code == 130
     assert (tmp_path / "tuned.pt").exists()
     result = run(*arguments, "--resume", "--json")

@@ -255,14 +255,14 @@ def test_check_tiles_are_not_trained_on(weights, scenes):
 
 def interrupt(patch, step):
     """Ctrl-C after a step."""
-    real = module._Run._after_batch
+    real = module._Distillation._after_batch
 
     def after(self):
         real(self)
         if self.aligner.progress.step == step:
             signal.raise_signal(signal.SIGINT)
 
-    patch.setattr(module._Run, "_after_batch", after)
+    patch.setattr(module._Distillation, "_after_batch", after)
 
 
 @pytest.mark.parametrize("step", [1, 6, 13, 59])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from cdkd_edge.core.errors import CheckpointError, UsageError
 from cdkd_edge.distillation.tiles import SceneTiles
 from cdkd_edge.model.device import autocast
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
+from cdkd_edge.model.sparsity import sparse_weights
 from cdkd_edge.training.loop import TrainingLoop
 from cdkd_edge.training.recipe import LoopRecipe
 from cdkd_edge.training.views import Augmentation, View
@@ -78,7 +80,8 @@ class Aligner(TrainingLoop):
     class probabilities is added, each through its own head; the heads stay as they are.
 
     Args:
-        student: changed while it is trained; its position embedding only if ``position``.
+        student: changed while it is trained; its position embedding only if ``position``, and zeros of 2:4 sparse
+            weights stay zeros.
         teacher, tiles, recipe: see there. The teacher is not changed.
     """
 
@@ -99,6 +102,8 @@ class Aligner(TrainingLoop):
         parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
         super().__init__(encoder, [{"params": parameters, "base": recipe.learning_rate}], recipe, len(self._training))
         self._variance: list[Tensor] = []
+        for weight in sparse_weights(encoder).values():  # AdamW leaves a zero without a gradient at zero
+            weight.register_hook(partial(torch.mul, weight != 0))  # type: ignore[no-untyped-call]
 
     @property
     def steps(self) -> int:

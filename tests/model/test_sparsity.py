@@ -20,7 +20,7 @@ from cdkd_edge.model.checkpoint import load_checkpoint, save_checkpoint  # noqa:
 from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402
 from cdkd_edge.model.sparsity import is_sparse  # noqa: E402
 
-pytestmark = pytest.mark.needs_torch
+pytestmark = [pytest.mark.needs_torch, pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")]
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ class Aligner(TrainingLoop):
         sums: list[list[Tensor]] = []
         for tiles in self._plain(self._training[:STATISTICS_TILES]):
             maps, _ = self._seen_by(self.teacher, tiles)
-            sums.append([torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3))]).double() for m in maps])
+            sums.append([torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3))]) for m in map(Tensor.double, maps)])
         count = min(STATISTICS_TILES, len(self._training)) * self.teacher.config.grid**2
         for total in (torch.stack(parts).sum(0) / count for parts in zip(*sums, strict=True)):
             variance = total[1] - total[0] ** 2  # [D]

@@ -94,7 +94,7 @@ def distill(
     """
     for source in (student, teacher):
         require_free(str(source), output, resume=options.resume, overwrite=options.overwrite)
-    run = _Run(tiles, teacher, student, output, options, listener)
+    run = _Distillation(tiles, teacher, student, output, options, listener)
     if not options.resume:  # only now: tiles and networks have proved to be usable
         state_path(output).unlink(missing_ok=True)
     return run.finish()
@@ -106,7 +106,7 @@ def _load(path: Path, **reading: Any) -> tuple[Network, CheckpointReport]:
     return load_checkpoint(path, **reading) if report.has_head else (network, report)
 
 
-class _Run:
+class _Distillation:
     """One run, from the tiles to the card."""
 
     def __init__(

@@ -170,8 +170,12 @@ class _Distillation:
             self.before = aligner.compare(aligner.student)
         progress = aligner.progress
         self._started = (progress.step, time.perf_counter())
-        while progress.step < recipe.steps:
-            aligner.run_epoch(self._after_batch)
+        try:
+            while progress.step < recipe.steps:
+                aligner.run_epoch(self._after_batch)
+        except (KeyboardInterrupt, SystemExit):  # between two steps, see _after_batch
+            self._save_state()
+            raise
         listener.step("comparing with the teacher")
         trained = aligner.trained_module()
         encoder_of(aligner.student).load_state_dict(trained.state_dict())
@@ -189,15 +193,21 @@ class _Distillation:
         aligner, steps = self.aligner, self.options.recipe.steps
         progress = aligner.progress
         self.losses.append(progress.loss)
-        self.listener.batch(progress.step, steps, self._seconds_left())
+        row = None
         if progress.step * _ROWS // steps > (progress.step - 1) * _ROWS // steps:
             row = {"step": progress.step, "loss": sum(self.losses) / len(self.losses)}
             progress.history.append(row)
             self.losses = []
-            self.listener.row(row, steps, self._seconds_left())
         if time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
-            save_state(self.output, self.identity, {**aligner.state(), "before": self.before, "losses": self.losses})
-            self._saved_state = time.perf_counter()
+            self._save_state()
+        # Last, because a signal is raised here.
+        self.listener.batch(progress.step, steps, self._seconds_left())
+        if row:
+            self.listener.row(row, steps, self._seconds_left())
+
+    def _save_state(self) -> None:
+        save_state(self.output, self.identity, {**self.aligner.state(), "before": self.before, "losses": self.losses})
+        self._saved_state = time.perf_counter()
 
     def _seconds_left(self) -> float:
         """By the pace since this process began to train."""

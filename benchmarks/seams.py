@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,11 @@ def interval(at: Counts, elsewhere: Counts, seed: int = 0) -> tuple[float, float
     return float(low), float(high)
 
 
-def measure(engine_path: Path, images: list[Path]) -> dict[str, Any]:
-    """Everything, as data."""
+def measure(engine_path: Path, images: list[Path], overlap: int | None = None) -> dict[str, Any]:
+    """Everything, as data; ``overlap`` of tiles in px, by default that of ``segment``."""
     engine = load_engine(engine_path)
+    options = SegmentOptions(overlap=overlap)
+    overlap = options.overlap_of(engine.tile)
     merges = ["crop", "hann"] if engine.output_kind == "probabilities" else ["crop"]
     shared, same = np.zeros(engine.tile, np.int64), np.zeros(engine.tile, np.int64)
     counted = {merge: (Counts(), Counts()) for merge in merges}
@@ -130,7 +132,7 @@ def measure(engine_path: Path, images: list[Path]) -> dict[str, Any]:
         for image in images:
             reader = SceneReader(image)
             try:
-                grid = SegmentOptions().grid_over(reader, engine.tile)
+                grid = options.grid_over(reader, engine.tile)
                 labels = tiles_of(engine, reader, grid)
                 tiles += len(labels)
                 for distance, different in disagreements(labels, grid, reader.height, reader.width):
@@ -140,7 +142,7 @@ def measure(engine_path: Path, images: list[Path]) -> dict[str, Any]:
                 reader.close()
             for merge in merges:
                 output = Path(folder) / f"{merge}.tif"
-                segment_scene(engine, image, output, SegmentOptions(merge=merge))
+                segment_scene(engine, image, output, replace(options, merge=merge))
                 with open_scene(output) as dataset:
                     at, elsewhere = changes(dataset.read(1), grid)
                 for counts, found in zip(counted[merge], (at, elsewhere), strict=True):
@@ -161,24 +163,17 @@ def measure(engine_path: Path, images: list[Path]) -> dict[str, Any]:
         }
         for merge, (at, elsewhere) in counted.items()
     ]
-    kept = TileGrid.over(4 * engine.tile, 4 * engine.tile, engine.tile, default_overlap_of(engine))
+    kept = TileGrid.over(4 * engine.tile, 4 * engine.tile, engine.tile, overlap)
     return {
         "engine": engine.artefact.file,
         "tile": engine.tile,
-        "overlap": default_overlap_of(engine),
+        "overlap": overlap,
         "border_of_kept_parts_px": kept.columns[0].last - kept.columns[1].start,
         "images": len(images),
         "tiles": tiles,
         "agreement": bins,
         "changes": rows,
     }
-
-
-def default_overlap_of(engine: Labeller) -> int:
-    """The overlap that was used, px."""
-    from cdkd_edge.raster.grid import default_overlap
-
-    return default_overlap(engine.tile)
 
 
 def as_markdown(results: dict[str, Any]) -> str:
@@ -231,14 +226,16 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("images", type=Path, help="A folder of images.")
     parser.add_argument("--limit", type=int, help="Take only so many images, spread evenly.")
+    parser.add_argument("--overlap", type=int, help="Of tiles, px. Default: that of segment.")
     parser.add_argument("--output", type=Path, help="Where results go, without suffix. Default: printed.")
     arguments = parser.parse_args()
     images = sorted(path for path in arguments.images.iterdir() if path.suffix.lower() in (".jpg", ".png", ".tif"))
     if arguments.limit:
         images = images[:: max(1, len(images) // arguments.limit)][: arguments.limit]
     limit = f" --limit {arguments.limit}" if arguments.limit else ""
-    command = f"python benchmarks/seams.py {arguments.engine.name} DATA/images{limit}"
-    results = {"command": command, **measure(arguments.engine, images)}
+    overlap = f" --overlap {arguments.overlap}" if arguments.overlap is not None else ""
+    command = f"python benchmarks/seams.py {arguments.engine.name} DATA/images{limit}{overlap}"
+    results = {"command": command, **measure(arguments.engine, images, arguments.overlap)}
     write_results(arguments.output, results, as_markdown(results))
 
 

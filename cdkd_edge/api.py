@@ -23,7 +23,7 @@ from cdkd_edge.engines.protocol import Engine, Labeller
 if TYPE_CHECKING:
     from cdkd_edge.benchmark.record import BenchSummary
     from cdkd_edge.board.power.energy import RailEnergy
-    from cdkd_edge.board.power.sources import SourceInfo
+    from cdkd_edge.board.power.protocol import SourceInfo
     from cdkd_edge.core.labels import LabelSchema
     from cdkd_edge.graph.export import ExportResult
     from cdkd_edge.model.checkpoint import CheckpointReport

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import graphlib
 import json
 import os
 import re
@@ -41,6 +43,7 @@ NEEDS_TORCH = (
     "cdkd_edge.graph.export",
     "cdkd_edge.quality.network",
     "cdkd_edge.training",
+    "cdkd_edge.distillation",
 )
 """Modules, and packages with all their modules, that are not used on a board."""
 EXTRAS = (
@@ -61,10 +64,22 @@ def needs_torch(module):
     return any(module == name or module.startswith(f"{name}.") for name in NEEDS_TORCH)
 
 
-def imported(path, module):
+def executed(tree):
+    """All nodes below one, but for what stands under ``if TYPE_CHECKING``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in node.orelse:
+                yield other
+                yield from executed(other)
+        else:
+            yield node
+            yield from executed(node)
+
+
+def imported(path, module, nodes=ast.walk):
     """Everything of this package that a module imports anywhere, and the line it does so."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -104,6 +119,44 @@ def test_imports_lead_down(module):
         assert own is not None, f"the package itself imports {name}, so that every module would"
         inside = name.split(".")[1] == top
         assert other < own or inside, f"{MODULES[module].name}:{line} imports {name} from above"
+
+
+def imports_between(modules):
+    """By module: the other modules that it imports, in functions too. (The package itself only lends its version.)"""
+    found = {}
+    for module, path in modules.items():
+        found[module] = set()
+        for name, _ in imported(path, module, executed):
+            while name not in modules:  # a name of a module
+                name = name.rpartition(".")[0]
+            found[module] |= {name} - {module, "cdkd_edge"}
+    return found
+
+
+def test_no_imports_run_in_a_circle():
+    graphlib.TopologicalSorter(imports_between(MODULES)).prepare()
+
+
+@pytest.mark.parametrize(
+    ("first", "circle"),
+    [("def f():\n    from cdkd_edge import b", True), ("if TYPE_CHECKING:\n    from cdkd_edge.b import B", False)],
+)
+def test_a_circle_is_seen(tmp_path, first, circle):
+    modules = {name: tmp_path / f"{name}.py" for name in ("cdkd_edge", "cdkd_edge.a", "cdkd_edge.b")}
+    for path, text in zip(modules.values(), ("", first, "import cdkd_edge.a"), strict=True):
+        path.write_text(text)
+    with pytest.raises(graphlib.CycleError) if circle else contextlib.nullcontext():
+        graphlib.TopologicalSorter(imports_between(modules)).prepare()
+
+
+def test_a_class_has_a_name_of_its_own():
+    places = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name.lstrip("_"), []).append(module)
+    assert len(places) > 150
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
 
 
 PROBE = """

@@ -180,7 +180,7 @@ class _Class:
 
 
 @dataclass(frozen=True)
-class _Evaluation:  # what is needed of ``accuracy.json``
+class _AccuracyFile:  # what is needed of ``accuracy.json``
     subject: _Subject
     mean_iou: float
     classes: tuple[_Class, ...]
@@ -198,7 +198,7 @@ class _Scores:
 
 
 @dataclass(frozen=True)
-class _Parity:  # what is needed of ``parity.json``
+class _ParityFile:  # what is needed of ``parity.json``
     reference: _Subject
     candidate: _Subject
     scores: _Scores
@@ -217,15 +217,15 @@ def read_scores(path: Path) -> list[Score]:
         said = error.strerror or error if isinstance(error, OSError) else error
         raise CompareError(f"{path} cannot be read: {said}", hint=_HINT) from None
     of_two = isinstance(document, dict) and "candidate" in document
-    found: _Parity | _Evaluation
+    found: _ParityFile | _AccuracyFile
     try:
-        found = msgspec.convert(document, _Parity) if of_two else msgspec.convert(document, _Evaluation)
+        found = msgspec.convert(document, _ParityFile) if of_two else msgspec.convert(document, _AccuracyFile)
     except msgspec.ValidationError as error:
         raise CompareError(f"{path} does not hold the mIoU of an artefact: {error}", hint=_HINT) from None
     truth = tuple((one.name, one.truth_pixels) for one in found.classes)
     # If a class has no truth, evaluate and parity take the mean over different classes.
     data = (*truth, of_two and any(not pixels for _, pixels in truth))
-    if isinstance(found, _Evaluation):
+    if isinstance(found, _AccuracyFile):
         pairs = [(found.subject, found.mean_iou)]
     else:
         values = found.scores.mean_iou

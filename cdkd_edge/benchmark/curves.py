@@ -15,7 +15,7 @@ from cdkd_edge.benchmark.folder import Run, Series
 from cdkd_edge.benchmark.record import LOAD, WARM_UP
 from cdkd_edge.benchmark.statistics import Latency
 from cdkd_edge.board.power.ina3221 import TOTAL
-from cdkd_edge.board.power.sources import longest_step
+from cdkd_edge.board.power.protocol import longest_step
 
 Floats = npt.NDArray[np.float64]
 

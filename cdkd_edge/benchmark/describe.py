@@ -13,7 +13,7 @@ from typing import Final
 
 from cdkd_edge.benchmark.record import IDLE, VALID, WARM_UP, BenchSummary, Figures, RailFigures
 from cdkd_edge.benchmark.statistics import Figure
-from cdkd_edge.board.power.sources import MODULE
+from cdkd_edge.board.power.protocol import MODULE
 from cdkd_edge.core.numbers import ABSENT, estimate, percent, significant, size
 
 PAPER: Final = "Mask-CDKD, ISPRS 2026"
@@ -216,9 +216,10 @@ def _bound_text(summary: BenchSummary) -> str:
         return f"none: {summary.roofline_reason}"
     low, high = bound.expected_tiles_per_second
     share = "" if bound.share_of_bound is None else f"{percent(bound.share_of_bound)} of "
+    where = f"{bound.device}, {bound.mode}, {bound.precision}"
     return (
-        f"{share}{significant(bound.bound_tiles_per_second)} tiles/s, MODELLED ({bound.device}, {bound.mode}, "
-        f"{bound.precision}; expected {significant(low)} .. {significant(high)})"
+        f"{share}{significant(bound.bound_tiles_per_second)} tiles/s, MODELLED from the engine's {bound.modelled_from} "
+        f"({where}; expected {significant(low)} .. {significant(high)})"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from cdkd_edge.benchmark.record import LOAD, SUMMARY_VERSION, WARM_UP, BenchSummary, Phase
 from cdkd_edge.board.power.energy import Trace
-from cdkd_edge.board.power.sources import JOULES, WATTS
+from cdkd_edge.board.power.protocol import JOULES, WATTS
 from cdkd_edge.core.errors import BenchError, printable
 from cdkd_edge.core.files import read_json, read_small, write_text
 

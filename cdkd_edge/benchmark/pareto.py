@@ -1,4 +1,4 @@
-"""The picture of a comparison: speed against energy or mIoU, with the runs that no other run beats in both.
+"""The pictures of a comparison and of a sweep: speed against energy or mIoU, and what no other run or point beats.
 
 Drawn without pyplot, which would keep figures alive and choose a display.
 """
@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from cdkd_edge.benchmark import statistics
 from cdkd_edge.benchmark.compare import Comparison, Row
+from cdkd_edge.benchmark.picture import LOOK, drawable, inline_svg
 from cdkd_edge.benchmark.statistics import Interval
+from cdkd_edge.benchmark.sweep_table import ENERGY, SCORE, SPEED, Sweep, SweepPoint, source_names, unbeaten
 from cdkd_edge.core.files import whole_file
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -42,11 +46,7 @@ class Point:
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points (cost, gain) of the Pareto front, sorted by cost."""
-
-    def beaten(one: tuple[float, float]) -> bool:
-        return any(cost <= one[0] and gain >= one[1] and (cost, gain) != one for cost, gain in points)
-
-    return sorted((index for index, one in enumerate(points) if not beaten(one)), key=lambda index: points[index])
+    return sorted(unbeaten([(-cost, gain) for cost, gain in points]), key=lambda index: points[index])
 
 
 def write_picture(path: Path, found: Comparison) -> None:
@@ -219,3 +219,107 @@ def _is_wide(label: str) -> bool:
 def _cut(name: str) -> str:
     shown = name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
     return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves labels with _ out of legends
+
+
+# --- a sweep --------------------------------------------------------------------------------------
+
+_OFFSETS = ((7, 4), (7, -9), (-12, 4), (-12, -9), (16, 10), (16, -16), (-22, 10), (-22, -16), (0, 14), (0, -22))
+"""Where the number of a point is written, in points from its middle: the first place that is free."""
+
+
+def sweep_svg(sweep: Sweep) -> str:
+    """Inline SVG of mIoU, and of energy, against speed; empty if only speed was measured."""
+    panels = [
+        (quantity, label, factor)
+        for quantity, label, factor in ((SCORE, "mIoU, %", 100.0), (ENERGY, "energy, J per MP of a scene, gross", 1.0))
+        if quantity.name in sweep.front_of
+    ]
+    if not panels:
+        return ""
+    with style.context(LOOK):
+        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+        for axes, (quantity, label, factor) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            values = {p.number: factor * value for p in sweep.points if (value := quantity.of(p)) is not None}
+            points = [point for point in sweep.points if point.number in values and SPEED.of(point)]
+            axes.set(xlabel="speed, MP of a scene per second", ylabel=label)
+            axes.grid(color="#e8e8e8", linewidth=0.5)
+            axes.set_axisbelow(True)
+            axes.set_xlim(0, 1.15 * max(SPEED.of(point) or 0 for point in points))
+            low, high = min(values.values()), max(values.values())
+            margin = max(0.3 * (high - low), 0.02 * high, 1e-9)
+            axes.set_ylim(max(0.0, low - margin), high + margin)
+            axes.annotate(
+                "better", (1, 1 if quantity.sign > 0 else 0), (-4, -4 * quantity.sign), xycoords="axes fraction",
+                textcoords="offset points", ha="right", va="top" if quantity.sign > 0 else "bottom", color=_GREY,
+            )  # fmt: skip
+            _draw_sweep_points(sweep, axes, points, values)
+        _draw_sweep_legend(sweep, figure)
+        return inline_svg(figure, 0.0, "sweep", "mIoU and energy against speed of all points")
+
+
+def _looks(sweep: Sweep) -> tuple[dict[str, str], dict[str, str]]:
+    """A colour for each graph, a marker for each precision."""
+    precisions = dict.fromkeys(point.precision for point in sweep.points)
+    names = source_names(sweep)
+    return (
+        {path: COLORS[index % len(COLORS)] for index, path in enumerate(names)},
+        {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(precisions)},
+    )
+
+
+def _draw_sweep_points(sweep: Sweep, axes: Axes, points: Sequence[SweepPoint], values: dict[int, float]) -> None:
+    colors, markers = _looks(sweep)
+    taken: list[tuple[float, float]] = []
+    places = {p.number: axes.transData.transform((SPEED.of(p) or 0.0, values[p.number])) for p in points}
+    spots = [(float(x), float(y)) for x, y in places.values()]
+    for point in points:
+        x, y = SPEED.of(point) or 0.0, values[point.number]
+        is_chosen = point.number == sweep.chosen
+        marker, size = ("*", 11) if is_chosen else (markers[point.precision], 5.5)
+        solid = point.status == "valid"
+        axes.plot(
+            x, y, marker, color=colors[point.source], markersize=size, zorder=4,
+            markerfacecolor=colors[point.source] if solid else "white",
+        )  # fmt: skip
+        if point.front:
+            axes.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=_INK, zorder=3)
+        offset = _free_place(places[point.number], taken, spots, axes.figure.dpi / 72)
+        axes.annotate(
+            str(point.number), (x, y), offset, textcoords="offset points", zorder=5,
+            fontweight="bold" if is_chosen else "normal",
+        )  # fmt: skip
+
+
+def _free_place(
+    place: Any, taken: list[tuple[float, float]], points: Sequence[tuple[float, float]], scale: float
+) -> tuple[int, int]:
+    """An offset at which a number covers neither a point nor another number; ``taken`` grows by its place."""
+
+    def distance(offset: tuple[int, int]) -> float:
+        middle = place[0] + (offset[0] + 3) * scale, place[1] + (offset[1] + 3) * scale
+        return min((math.dist(middle, other) for other in (*taken, *points)), default=math.inf)
+
+    best = next((one for one in _OFFSETS if distance(one) > 8 * scale), max(_OFFSETS, key=distance))
+    taken.append((place[0] + (best[0] + 3) * scale, place[1] + (best[1] + 3) * scale))
+    return best
+
+
+def _draw_sweep_legend(sweep: Sweep, figure: Figure) -> None:
+    colors, markers = _looks(sweep)
+    plain: dict[str, Any] = {"linestyle": "none", "markersize": 5.5}
+    names = source_names(sweep)
+    handles = [
+        Line2D([], [], marker="s", color=colors[path], label=drawable(names[path], 40), **plain) for path in names
+    ]
+    handles += [
+        Line2D([], [], marker=marker, color=_GREY, label=name.upper(), **plain) for name, marker in markers.items()
+    ]
+    ring: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": _INK, "linestyle": "none"}
+    handles.append(Line2D([], [], markersize=8, label="Pareto front", **ring))
+    if sweep.chosen:
+        handles.append(Line2D([], [], marker="*", color=_INK, linestyle="none", markersize=8, label="to take"))
+    if any(point.measured and point.status != "valid" for point in sweep.points):
+        handles.append(Line2D([], [], marker="s", color=_GREY, markerfacecolor="white", label="not valid", **plain))
+    figure.legend(handles=handles, loc="outside upper left", ncols=5, frameon=False)

@@ -67,14 +67,16 @@ def write_trace_picture(run: Run, path: Path) -> None:
 def trace_svg(run: Run) -> str:
     """The same picture as inline SVG."""
     with style.context(LOOK):
-        return _svg(*TracePicture(run, SVG_COLUMNS).draw(), "trace", "Power, throughput and temperature against time")
+        return inline_svg(
+            *TracePicture(run, SVG_COLUMNS).draw(), "trace", "Power, throughput and temperature against time"
+        )
 
 
 def histogram_svg(latencies: curves.Floats, latency: Latency) -> str:
     """A histogram of latencies (ms) as inline SVG. Nothing is left out: far outliers are counted in the last bar."""
     with style.context(LOOK):
         title = f"Histogram of {len(latencies)} latencies"
-        return _svg(curves.draw_histogram(latencies, latency), 0.0, "histogram", title)
+        return inline_svg(curves.draw_histogram(latencies, latency), 0.0, "histogram", title)
 
 
 def _save(figure: Figure, file: Any, form: str, bottom: float, metadata: dict[str, Any]) -> None:
@@ -82,7 +84,8 @@ def _save(figure: Figure, file: Any, form: str, bottom: float, metadata: dict[st
     figure.savefig(file, dpi=DPI, format=form, bbox_inches=crop, metadata=metadata)
 
 
-def _svg(figure: Figure, bottom: float, name: str, title: str) -> str:
+def inline_svg(figure: Figure, bottom: float, name: str, title: str) -> str:
+    """A figure as SVG for a page, without what is below ``bottom`` inches; ``name`` tells it from others there."""
     file = io.BytesIO()
     _save(figure, file, "svg", bottom, dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = file.getvalue().decode()

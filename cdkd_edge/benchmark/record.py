@@ -13,8 +13,10 @@ import ast
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from itertools import zip_longest
+from types import ModuleType
 from typing import Any, Final, Literal
 
 from cdkd_edge import __version__
@@ -168,7 +170,7 @@ class EndToEnd:
 
 @dataclass(frozen=True)
 class ModelledBound:
-    """Roofline of the engine's graph on this device: modelled, not measured."""
+    """Roofline of the engine on this device: modelled, not measured."""
 
     device: str
     mode: str
@@ -176,6 +178,7 @@ class ModelledBound:
     bound_tiles_per_second: float
     expected_tiles_per_second: tuple[float, float]  # lowest and highest
     share_of_bound: float | None  # measured speed divided by the bound; None where no speed was measured
+    modelled_from: str = "graph"  # ``layers`` that TensorRT listed, or ``graph``: its operators, grouped by rules
 
 
 @dataclass(frozen=True)
@@ -208,31 +211,37 @@ class BenchSummary:
 
 def summary_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of ``summary.json``."""
+    modules = sys.modules[__name__], statistics, manifest, machine
+    return schema_of(BenchSummary, modules, "Benchmark run of cdkd-edge", "summary", SUMMARY_VERSION)
+
+
+def schema_of(kind: type, modules: Sequence[ModuleType], title: str, name: str, version: int) -> dict[str, Any]:
+    """The JSON Schema of a dataclass with a field ``NAME_version``; ``modules`` hold it and the classes it uses."""
     import msgspec
 
-    (root,), definitions = msgspec.json.schema_components([BenchSummary], ref_template="#/$defs/{name}")
-    descriptions = _field_descriptions()
-    for name, definition in definitions.items():
+    (root,), definitions = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
+    descriptions = _field_descriptions(modules)
+    for one, definition in definitions.items():
         properties = definition["properties"]
         definition["description"] = _plain(definition["description"])
-        for field_name, text in descriptions[name].items():
+        for field_name, text in descriptions[one].items():
             properties[field_name]["description"] = text  # 2020-12 allows it beside a reference
-        for one in properties.values():
-            one.pop("default", None)  # every field is written; a default would only name this release
-    definitions[BenchSummary.__name__]["required"].append("summary_version")
+        for value in properties.values():
+            value.pop("default", None)  # every field is written; a default would only name this release
+    definitions[kind.__name__]["required"].append(f"{name}_version")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": f"urn:cdkd-edge:summary-{SUMMARY_VERSION}",
-        "title": "Benchmark run of cdkd-edge",
+        "$id": f"urn:cdkd-edge:{name}-{version}",
+        "title": title,
         **root,
         "$defs": definitions,
     }
 
 
-def _field_descriptions() -> dict[str, dict[str, str]]:
+def _field_descriptions(modules: Sequence[ModuleType]) -> dict[str, dict[str, str]]:
     """By class, what its source says of its fields: a comment at the end of the line, or a docstring below it."""
     found: dict[str, dict[str, str]] = {}
-    for module in (sys.modules[__name__], statistics, manifest, machine):
+    for module in modules:
         source = inspect.getsource(module)
         lines = source.splitlines()
         for node in ast.parse(source).body:

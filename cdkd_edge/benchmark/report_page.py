@@ -1,6 +1,6 @@
-"""``report.html``: a run as one page without scripts, fonts or pictures from elsewhere.
+"""``report.html`` and ``sweep.html``: a run or a sweep as one page without scripts, fonts or pictures from elsewhere.
 
-Text and layout are in ``templates/report.html``, the look in ``templates/report.css``; this module prepares the rows.
+Text and layout are in ``templates``, the look in ``templates/report.css``; this module prepares the rows.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from cdkd_edge.benchmark import curves, describe
-from cdkd_edge.benchmark.folder import CONDITIONS, PICTURE, SUMMARY, TILES, TRACE, Run
+from cdkd_edge.benchmark import curves, describe, sweep_table
+from cdkd_edge.benchmark.folder import CONDITIONS, PAGE, PICTURE, SUMMARY, TILES, TRACE, Run
+from cdkd_edge.benchmark.pareto import sweep_svg
 from cdkd_edge.benchmark.picture import histogram_svg, trace_svg
 from cdkd_edge.benchmark.record import IDLE, LOAD, BenchSummary, Figures, RejectedRepeat, Repeat
+from cdkd_edge.benchmark.sweep_table import Sweep
 from cdkd_edge.core.files import write_text
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, TensorRTBuild
 from cdkd_edge.core.numbers import ABSENT, percent, significant, size
@@ -32,18 +34,14 @@ Rows = list[tuple[str, ...]]
 
 def write_report_page(run: Run, path: Path) -> None:
     """Write a run as one HTML file; it links the other files of the run that are in the same folder."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    texts, strict = PackageLoader("cdkd_edge.benchmark", "templates"), StrictUndefined
-    environment = Environment(loader=texts, autoescape=True, undefined=strict, finalize=visible, lstrip_blocks=True)
-    environment.filters.update(number=lambda value, digits=4: significant(value, digits), percent=percent)
     latencies = curves.load_latencies_ms(run)
     figures, summary = run.summary.figures, run.summary
     names = {phase.name for phase in summary.phases}
     histogram = histogram_svg(latencies, figures.latency_ms) if figures and len(latencies) else ""
-    page = environment.get_template("report.html").render(
-        summary=summary, verdict=summary.verdict, engine=summary.engine, protocol=summary.protocol,
+    _write_page(
+        path, "report.html", summary=summary, verdict=summary.verdict, engine=summary.engine, protocol=summary.protocol,
         power=figures.power if figures else None, status=describe.status_words(summary),
         device=describe.device_of(summary), has_idle=IDLE in names, has_load=LOAD in names,
         paper=describe.PAPER, paper_device=describe.PAPER_DEVICE, computed=describe.COMPUTED,
@@ -57,6 +55,34 @@ def write_report_page(run: Run, path: Path) -> None:
         engine_rows=engine_rows(summary.engine), machine_rows=machine_rows(summary),
         files=[(name, text) for name, text in FILES.items() if (path.parent / name).exists()],
     )  # fmt: skip
+
+
+def write_sweep_page(sweep: Sweep, path: Path) -> None:
+    """Write a sweep as one HTML file; it links the pages of its runs, which lie below the same folder."""
+    from markupsafe import Markup
+
+    header, rows = sweep_table.table(sweep)
+    chosen = next((point for point in sweep.points if point.number == sweep.chosen), None)
+    pages = {point.number: f"{point.run}/{PAGE}" for point in sweep.points if point.run}
+    _write_page(
+        path, "sweep.html", sweep=sweep, picture=Markup(sweep_svg(sweep)), header=header,
+        rows=[(point, cells, pages.get(point.number)) for point, cells in zip(sweep.points, rows, strict=True)],
+        measured=sum(point.measured for point in sweep.points), chosen=chosen, sources=sweep_table.sources(sweep),
+        chosen_figures=[f"{name} {cell}" for name, cell in zip(header, rows[chosen.number - 1], strict=True) if name]
+        if chosen else [],
+        troubles=sweep_table.troubles(sweep), energy=next((p.energy for p in sweep.points if p.energy), None),
+        no_energy=next((p.energy_reason for p in sweep.points if p.energy_reason), ""),
+        overlaps=sorted({(p.tile, p.overlap) for p in sweep.points if p.measured}),
+    )  # fmt: skip
+
+
+def _write_page(path: Path, template: str, **values: Any) -> None:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    texts, strict = PackageLoader("cdkd_edge.benchmark", "templates"), StrictUndefined
+    environment = Environment(loader=texts, autoescape=True, undefined=strict, finalize=visible, lstrip_blocks=True)
+    environment.filters.update(number=lambda value, digits=4: significant(value, digits), percent=percent)
+    page = environment.get_template(template).render(values)
     write_text(path, re.sub(r"\n\s*\n", "\n", page).strip() + "\n")
 
 

@@ -19,8 +19,8 @@ from cdkd_edge.benchmark import folder as files
 from cdkd_edge.benchmark import results
 from cdkd_edge.benchmark.phases import DEFAULT, LiveStatus, PhaseRunner
 from cdkd_edge.benchmark.record import INVALID, BenchSummary, EndToEnd, Figures, Protocol
+from cdkd_edge.benchmark.roofline.bound import modelled_bound
 from cdkd_edge.benchmark.roofline.devices import load_device
-from cdkd_edge.benchmark.roofline.model import modelled_bound
 from cdkd_edge.benchmark.verdict import judge
 from cdkd_edge.board.conditions import Conditions, ConditionsMonitor
 from cdkd_edge.board.jetson import describe_board

@@ -9,7 +9,7 @@ from statistics import median
 from cdkd_edge.benchmark.phases import Timeline
 from cdkd_edge.benchmark.record import INVALID, LOAD, NOT_STEADY, VALID, Phase, Protocol, Repeat, Verdict
 from cdkd_edge.board.power.energy import Trace
-from cdkd_edge.board.power.sources import LEFT_OUT, SourceInfo
+from cdkd_edge.board.power.protocol import LEFT_OUT, SourceInfo
 from cdkd_edge.board.throttling import ConditionFinding
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.runtimes import runtime_of

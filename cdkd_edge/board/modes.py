@@ -25,7 +25,7 @@ from cdkd_edge.core.process import kill_session
 from cdkd_edge.core.signals import HeldSignals
 
 ROOT = Path("/")
-AS_ROOT = "sudo $(command -v cdkd-edge) bench ... (sudo has a PATH of its own, without virtual environments)"
+AS_ROOT = "sudo $(command -v cdkd-edge) ... (sudo has a PATH of its own, without virtual environments)"
 TIMEOUT = 30.0  # seconds; on a board the tools take one or two
 _MOST_OUTPUT = 1 << 20
 _ENDED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
@@ -36,7 +36,7 @@ _PLACES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")  # where the tools are on a
 
 
 @dataclass(frozen=True)
-class Answer:
+class ToolAnswer:
     """How a board tool ended, and what it wrote."""
 
     code: int | None  # exit code; None: it was killed, because it took too long or wrote too much
@@ -51,10 +51,10 @@ class Answer:
         return printable(" / ".join(lines[-3:]), 300) or f"exit code {self.code}"
 
 
-Run = Callable[[Sequence[str]], Answer]
+RunTool = Callable[[Sequence[str]], ToolAnswer]
 
 
-def run_command(command: Sequence[str], timeout: float = TIMEOUT) -> Answer:
+def run_command(command: Sequence[str], timeout: float = TIMEOUT) -> ToolAnswer:
     """Run a board tool without input, in its own session, so that Ctrl-C does not reach it.
 
     It is looked for on PATH and where a Jetson has its tools, and killed after ``timeout`` seconds with all it started.
@@ -74,7 +74,7 @@ def run_command(command: Sequence[str], timeout: float = TIMEOUT) -> Answer:
     return answer
 
 
-def _run_once(command: Sequence[str], timeout: float) -> Answer:
+def _run_once(command: Sequence[str], timeout: float) -> ToolAnswer:
     # A file, because a pipe would have to be read until every process that holds it has ended; in memory, so that the
     # board can be put back even on a full disk.
     with open(os.memfd_create("output"), "w+b") as output:
@@ -91,7 +91,7 @@ def _run_once(command: Sequence[str], timeout: float) -> Answer:
         finally:
             kill_session(process)
         output.seek(0)
-        return Answer(code, output.read(_MOST_OUTPUT).decode("utf-8", errors="replace"))
+        return ToolAnswer(code, output.read(_MOST_OUTPUT).decode("utf-8", errors="replace"))
 
 
 # --- setting and restoring ------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class PendingRestore:
 
 @contextlib.contextmanager
 def changed_board(
-    mode: str | None, max_clocks: bool, *, root: Path = ROOT, run: Run = run_command
+    mode: str | None, max_clocks: bool, *, root: Path = ROOT, run: RunTool = run_command
 ) -> Iterator[BoardChange]:
     """Set the board for a block, and put back what was there; also after errors, Ctrl-C, SIGTERM and SIGHUP.
 
@@ -149,10 +149,7 @@ def changed_board(
     if mode is None and not max_clocks:
         yield BoardChange()
         return
-    if os.geteuid() != 0:
-        raise BoardError("only root may change power mode and clocks", hint=AS_ROOT)
-    if not is_jetson(root):
-        raise BoardError("power modes and clocks can be set on a Jetson only, and this is none")
+    require_changeable(root)
     journal = Journal(root)
     with HeldSignals() as signals, journal.locked():
         left = _restore_left(root, journal, run)
@@ -163,6 +160,14 @@ def changed_board(
         finally:
             signals.holding = True
             _put_back(root, journal, run)
+
+
+def require_changeable(root: Path = ROOT) -> None:
+    """Make sure that this process may change power mode and clocks, or raise BoardError."""
+    if os.geteuid() != 0:
+        raise BoardError("only root may change power mode and clocks", hint=AS_ROOT)
+    if not is_jetson(root):
+        raise BoardError("power modes and clocks can be set on a Jetson only, and this is none")
 
 
 def pending_restore(root: Path = ROOT) -> PendingRestore | None:
@@ -182,7 +187,7 @@ def find_mode(modes: tuple[PowerMode, ...], wanted: str) -> PowerMode:
     raise BoardError(f"there is no power mode {wanted}", hint=f"this board has {', '.join(map(str, modes))}")
 
 
-def _set(mode: str | None, max_clocks: bool, root: Path, journal: Journal, run: Run) -> BoardChange:
+def _set(mode: str | None, max_clocks: bool, root: Path, journal: Journal, run: RunTool) -> BoardChange:
     before = during = None
     if mode is not None:
         modes = read_modes(root)
@@ -209,7 +214,7 @@ def _set(mode: str | None, max_clocks: bool, root: Path, journal: Journal, run: 
     return BoardChange(before, during, max_clocks)
 
 
-def _enter(mode: PowerMode, root: Path, run: Run) -> None:
+def _enter(mode: PowerMode, root: Path, run: RunTool) -> None:
     """Enter a power mode and read it back; BoardError if the board is in another mode afterwards."""
     answer = run(("nvpmodel", "-m", str(mode.id)))
     if re.search("reboot", answer.text, re.IGNORECASE):
@@ -222,7 +227,7 @@ def _enter(mode: PowerMode, root: Path, run: Run) -> None:
         raise BoardError(f"nvpmodel was to set power mode {mode}, but the board is in {now}")
 
 
-def _query(modes: tuple[PowerMode, ...], run: Run) -> PowerMode:
+def _query(modes: tuple[PowerMode, ...], run: RunTool) -> PowerMode:
     """The present power mode; BoardError if nvpmodel does not say."""
     answer = run(("nvpmodel", "-q"))
     match = re.search(r"NV Power Mode:\s*(\S+)\s*\n\s*(\d+)\s*$", answer.text, re.MULTILINE)
@@ -232,7 +237,7 @@ def _query(modes: tuple[PowerMode, ...], run: Run) -> PowerMode:
     return mode
 
 
-def _put_back(root: Path, journal: Journal, run: Run) -> None:
+def _put_back(root: Path, journal: Journal, run: RunTool) -> None:
     """Undo what the journal says; BoardError if something could not be put back, and the journal stays."""
     change = journal.read()
     if change is None:
@@ -258,11 +263,11 @@ def _put_back(root: Path, journal: Journal, run: Run) -> None:
     journal.clear()
 
 
-def _restore_clocks(clocks: Path, run: Run) -> list[str]:
+def _restore_clocks(clocks: Path, run: RunTool) -> list[str]:
     try:
         answer = run(("jetson_clocks", "--restore", str(clocks)))
     except BoardError as error:
-        answer = Answer(1, error.message)
+        answer = ToolAnswer(1, error.message)
     return [] if answer.code == 0 else [f"jetson_clocks --restore: {answer.said}"]
 
 
@@ -278,7 +283,7 @@ def _left(root: Path, journal: Journal) -> PendingRestore | None:
     return PendingRestore(change.since, mode, clocks) if mode or clocks else None
 
 
-def _restore_left(root: Path, journal: Journal, run: Run) -> str | None:
+def _restore_left(root: Path, journal: Journal, run: RunTool) -> str | None:
     """Put back what an earlier run has left, if anything; the lock must be held."""
     left, change = _left(root, journal), journal.read()
     if change is None:

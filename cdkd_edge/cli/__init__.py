@@ -12,8 +12,8 @@ from cdkd_edge.cli.options import grouped
 __all__ = ["app", "main"]
 
 COMMANDS = (
-    *("info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "compare", "power"),
-    *("roofline", "evaluate", "parity", "demo", "doctor"),
+    *("info", "convert", "distill", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench"),
+    *("sweep", "compare", "power", "roofline", "evaluate", "parity", "demo", "doctor"),
 )  # in the order of the help: as they are used
 
 for _name in COMMANDS:

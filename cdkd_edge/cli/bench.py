@@ -38,7 +38,7 @@ class PowerOptions:
 
 
 @dataclass(frozen=True)
-class ProtocolOptions:
+class TimingOptions:
     """How long is measured."""
 
     PANEL: ClassVar[str] = "Protocol"
@@ -51,7 +51,6 @@ class ProtocolOptions:
     repeat: int | None = Option(None, help="Rounds of idle, warm-up, load; several give intervals. Default: 1.", min=1)
     paper: bool = Option(False, help="As in the paper: tiles of 1024 px one by one; 60 s idle, 120 s load, 3 repeats.")
     mlperf: bool = Option(False, help="600 s of load, 60 s idle.")
-    keep_invalid: bool = Option(False, help="Give the figures of an invalid run too, and exit with 0.")
 
     def checked(self) -> Protocol:
         """The protocol of these options."""
@@ -64,6 +63,13 @@ class ProtocolOptions:
         )
         longest, repeats = self.max_warm_up, self.repeat
         return protocol_of(preset, idle=self.idle, load=self.duration, warm_up_cap=longest, repeats=repeats)
+
+
+@dataclass(frozen=True)
+class ProtocolOptions(TimingOptions):
+    """The same, and what to do with a run that is invalid."""
+
+    keep_invalid: bool = Option(False, help="Give the figures of an invalid run too, and exit with 0.")
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ def bench(
     artefact: Path | None = Argument(None, metavar="ENGINE", help="Engine file. Default: the workspace's only one."),
     *,
     engine: Path | None = ENGINE,
+    output: Path | None = Option(None, "--output", "-o", help="New folder for the run. Default: benchmarks/RUN."),
     power: PowerOptions,
     protocol: ProtocolOptions,
     scene: SceneGroup,
@@ -110,14 +117,14 @@ def bench(
         graphs=(space.graphs, path.parent),
         command=command_line(),
     )
-    summary, folder = _run(space, path, options, power, threads)
+    summary, folder = _run(space, path, output, options, power, threads)
     describe_bench(summary, folder).show(as_json)
     if summary.verdict.status == INVALID and not protocol.keep_invalid:
         raise BenchError(f"the run is invalid: {summary.verdict.reasons[0]}", hint=f"see {folder}, or --keep-invalid")
 
 
 def _run(
-    space: Workspace, path: Path, options: BenchOptions, power: PowerOptions, threads: int | None
+    space: Workspace, path: Path, output: Path | None, options: BenchOptions, power: PowerOptions, threads: int | None
 ) -> tuple[BenchSummary, Path]:
     """Measure with the board's mode and clocks set, and give the folder of the run to who owns the workspace."""
     from cdkd_edge.benchmark.run import run_benchmark
@@ -133,8 +140,8 @@ def _run(
         with load_engine(path, threads=threads) as engine:
             for left in remove_abandoned(space.benchmarks):
                 say(f"removed {left}, which a killed run had left")
-            with saying_what_is_kept(), _live_line() as (note, show):
-                folder = space.new_run(engine.manifest.name)
+            with saying_what_is_kept(), live_line() as (note, show):
+                folder = output or space.new_run(engine.manifest.name)
                 summary = run_benchmark(engine, folder, options, note, show)
             space.hand_over(folder)
     return summary, folder
@@ -150,7 +157,7 @@ def describe_bench(summary: BenchSummary, folder: Path) -> Report:
 
 
 @contextlib.contextmanager
-def _live_line() -> Iterator[tuple[Callable[[str], None], Callable[[LiveStatus], None]]]:
+def live_line() -> Iterator[tuple[Callable[[str], None], Callable[[LiveStatus], None]]]:
     """A line on stderr that says what is being measured; drawn only when told, so that it takes no time meanwhile."""
     from rich.live import Live
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from typer import Argument, Option
 
@@ -28,7 +28,9 @@ from cdkd_edge.cli.report import Console, Report, Rows
 from cdkd_edge.core.numbers import duration, percent, significant
 
 if TYPE_CHECKING:
-    from cdkd_edge.training.finetune import FinetuneResult, TrainingListener
+    from cdkd_edge.training.finetune import FinetuneResult
+
+_Listener = TypeVar("_Listener", bound="LoopLines")
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def finetune(
         overwrite=overwrite,
         command=command_line(),
     )
-    with saying_what_is_kept(lambda: interruption_notice(output)), live_training() as listener:
+    with saying_what_is_kept(lambda: interruption_notice(output)), live_training(TrainingLines) as listener:
         result = train(source, data, output, options, listener)
     _describe(result).show(as_json)
 
@@ -176,32 +178,37 @@ def _describe(result: FinetuneResult) -> Report:
 
 
 @contextlib.contextmanager
-def live_training() -> Iterator[TrainingListener]:
+def live_training(listener: type[_Listener]) -> Iterator[_Listener]:
     """Epochs as lines on stderr; below them a bar with the time left, or in a log file a line a minute."""
     console = Console(stderr=True)
     if not console.is_terminal:
         with lines(console) as note:
-            yield _TrainingLines(console, lambda description, **fields: note(f"{description}{fields.get('text', '')}"))
+            yield listener(console, lambda description, **fields: note(f"{description}{fields.get('text', '')}"))
         return
 
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with bar(console, columns, left="") as update:
-        yield _TrainingLines(console, update)
+        yield listener(console, update)
 
 
-class _TrainingLines:
+class LoopLines:
+    """Shows steps, notes and batches of a training loop."""
+
     def __init__(self, console: Console, update: Callable[..., None]) -> None:
-        self._console, self._update = console, update
+        self.console, self._update = console, update
 
     def step(self, text: str) -> None:
+        """A step begins."""
         self._update(description=text)
 
     def note(self, text: str) -> None:
-        self._console.print_line(f"note: {text}")
+        """Something to know before hours are spent."""
+        self.console.print_line(f"note: {text}")
 
     def batch(self, done: int, total: int, seconds_left: float | None) -> None:
+        """So many batches of the run are done."""
         left = "" if seconds_left is None else f", {duration(seconds_left)} left"
         self._update(
             description="training",
@@ -211,10 +218,15 @@ class _TrainingLines:
             text=f", step {done} of {total}{left}",
         )
 
+
+class TrainingLines(LoopLines):
+    """Also shows the epochs of a run with labels."""
+
     def epoch(self, row: Mapping[str, Any], epochs: int, best: float | None, seconds_left: float) -> None:
+        """An epoch ended."""
         parts = [f"epoch {row['epoch']}/{epochs}", f"loss {significant(row['loss'], 4)}"]
         if row["mean_iou"] is not None:
             parts.append(f"validation mIoU {percent(row['mean_iou'], 2)} (best {percent(best, 2)})")
         if row["epoch"] < epochs:
             parts.append(f"{duration(seconds_left)} left")
-        self._console.print_line("  ".join(parts))
+        self.console.print_line("  ".join(parts))

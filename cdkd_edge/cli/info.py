@@ -11,7 +11,6 @@ from typer import Option
 from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, WEIGHTS, require_package
 from cdkd_edge.cli.report import Report, Rows, fields_of, plural
 from cdkd_edge.core.numbers import significant
-from cdkd_edge.model.config import attention_text
 
 if TYPE_CHECKING:
     from cdkd_edge.model.checkpoint import CheckpointReport
@@ -38,6 +37,8 @@ def info(
 
 
 def _describe(path: Path, report: CheckpointReport, cost: Cost) -> Report:
+    from cdkd_edge.model.config import attention_text
+
     def scaled(count: int, unit: float) -> str:
         return significant(count / unit, 5)
 

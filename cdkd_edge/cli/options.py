@@ -41,6 +41,7 @@ SCENES = Option(None, help="Use only these scenes of --data, e.g. tile5 or Val. 
 WEIGHTS = Option(None, help="Which weights to take. Default: averaged ones, if any.", metavar="raw|ema|NAME")
 HEADS = Option(None, help="Attention heads. Default: one per 64 of the width.", min=1)
 NORM_EPS = Option(None, "--norm-eps", help="LayerNorm's epsilon. Default: that of the layout.")
+DEVICE = Option("auto", help="Where PyTorch computes: cpu, cuda, cuda:1, mps, or auto (CUDA if there is any).")
 THREADS = Option(None, help="CPU threads for the engine. Default: one per core.", min=1)
 
 
@@ -96,7 +97,7 @@ class TorchOptions:
 
     PANEL: ClassVar[str] = "PyTorch, for checkpoints"
 
-    device: str = Option("auto", help="Where PyTorch computes: cpu, cuda, cuda:1, mps, or auto (CUDA if there is any).")
+    device: str = DEVICE
     precision: str = Option("fp32", help="What PyTorch computes in: fp32, bf16 or fp16.")
     weights: str | None = WEIGHTS
 

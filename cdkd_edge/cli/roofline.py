@@ -22,7 +22,11 @@ _DOCUMENT_VERSION = 1
 
 
 def roofline(
-    graph: Path | None = Argument(None, help="Exported graph (.onnx). Default: the only FP32 graph in the workspace."),
+    artefact: Path | None = Argument(
+        None,
+        help="Exported graph (.onnx), an engine of TensorRT (.engine), or its layers (.layers.json). Default: the only "
+        "FP32 graph in the workspace.",
+    ),
     device: str | None = Option(
         None,
         help=f"{', '.join(device_names())}, or a .toml file. Default: this board, else orin-nx-16gb.",
@@ -34,7 +38,10 @@ def roofline(
     workspace: Path = WORKSPACE,
     as_json: bool = JSON,
 ) -> None:
-    """Model how fast a graph could be on a device, from its operators and data sheets. Runs and measures nothing."""
+    """Model how fast a graph or an engine could be on a device, from data sheets. Runs and measures nothing.
+
+    An engine is modelled from the layers that TensorRT made, a graph from its operators.
+    """
     from cdkd_edge.benchmark.roofline.devices import default_device, load_device
     from cdkd_edge.benchmark.roofline.model import roofline as model
 
@@ -43,13 +50,13 @@ def roofline(
     chosen = load_device(device) if device is not None else default_device()
     if mode is not None:
         chosen.mode(mode)
-    path = graph or Workspace(workspace).only_graph()
+    path = artefact or Workspace(workspace).only_graph()
     _describe(model(path, chosen, mode=mode, precision=precision), every=every).show(as_json)
 
 
 def _describe(found: Roofline, *, every: bool) -> Report:
     """All modes, or one with its kernels."""
-    from cdkd_edge.benchmark.roofline.model import REALISTIC, SPREAD
+    from cdkd_edge.benchmark.roofline.model import LAYERS, REALISTIC, SPREAD
 
     def graph_text(cost: GraphCost) -> str:
         weights = size(sum(operator.constant_bytes for operator in cost.operators))
@@ -65,8 +72,12 @@ def _describe(found: Roofline, *, every: bool) -> Report:
         f"assumed: GEMM {REALISTIC.gemm:g}, attention {REALISTIC.attention:g}, INT8 {REALISTIC.int8:g}, DRAM "
         f"{REALISTIC.dram:g} of peak (range: {SPREAD:g} less and more), {1e6 * REALISTIC.kernel_seconds:g} us a kernel"
     )
+    source = "operators of the graph, grouped into kernels by rules"
+    if found.modelled_from == LAYERS:
+        source = f"the {found.estimates[0].kernels} layers that TensorRT made, one kernel each"
     rows: Rows = [
         ("device", found.device.title),
+        ("modelled from", source),
         *((f"{cost.precision} graph", graph_text(cost)) for cost in found.graphs),
         ("bound", "every kernel at peak rate, nothing kept in a cache between kernels"),
         ("realistic", assumed),
@@ -104,7 +115,7 @@ def _data(found: Roofline, *, kernels: bool) -> dict[str, Any]:
     return {
         "roofline_version": _DOCUMENT_VERSION,
         "kind": "modelled",
-        **fields_of(found, "path", "notes"),
+        **fields_of(found, "path", "modelled_from", "notes"),
         "device": {**fields_of(found.device, "name", "title", "modes"), **rates},
         "assumptions": {**dataclasses.asdict(REALISTIC), "range": SPREAD},
         "graphs": [_graph_data(cost) for cost in found.graphs],

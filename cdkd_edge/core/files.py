@@ -152,6 +152,27 @@ def scratch_folder() -> Iterator[Path]:
         yield folder
 
 
+@contextlib.contextmanager
+def sole_use(folder: Path, seconds: float, wait: Callable[[], None]) -> Iterator[int]:
+    """Make a folder and lock it against others who call this; yields the descriptor that holds the lock.
+
+    A child that inherits the descriptor holds the lock too. While another process holds it, ``wait`` is called now and
+    then, for at most so many seconds. Where files cannot be locked (NFS), nothing is.
+
+    Raises:
+        BlockingIOError: another process still holds the lock.
+    """
+    make_folders(folder)
+    with open(folder / ".lock", "wb") as file:
+        until = time.monotonic() + seconds
+        while _is_held(file.fileno()):
+            if time.monotonic() > until:
+                raise BlockingIOError(errno.EAGAIN, "another process uses it", str(folder))
+            wait()
+            time.sleep(0.2)
+        yield file.fileno()
+
+
 def being_made(path: Path) -> bool:
     """Whether :func:`whole_folder` is making this folder now, in any process."""
     for part in path.parent.glob(f"{glob.escape(_part_prefix(path))}*.part"):
@@ -329,6 +350,14 @@ def _locked(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _is_held(descriptor: int) -> bool:
+    """Whether another process holds the lock; this one does if not, where the file system can lock."""
+    try:
+        return not _locked(descriptor)
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -97,6 +98,40 @@ def last_words(code: int | None, said: str) -> str:
     return f"{how}: {' '.join(lines[-1].split())[:300]}" if lines else how
 
 
+def run_command(command: Sequence[str], inherited: Sequence[int] = (), patience: float = 60.0) -> str:
+    """Run a command of this package in a child, without input; returns why it failed, or nothing.
+
+    The reason is the child's own answer (``error: ...``) if it gave one. What ends this process ends the child first:
+    it gets SIGTERM and ``patience`` seconds, because a benchmark puts the board back.
+
+    Args:
+        inherited: descriptors that stay open in the child, to hold their locks.
+
+    Raises:
+        OSError: the command cannot be started.
+    """
+    null, environment = subprocess.DEVNULL, child_environment()
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            command, stdin=null, stdout=null, stderr=errors, env=environment, pass_fds=inherited, start_new_session=True
+        )
+        try:
+            code = child.wait()
+        except BaseException:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(patience)
+            raise
+        finally:
+            kill_session(child)
+        said = tail_of(errors)
+    if code == 0:
+        return ""
+    if answers := [line for line in said.splitlines() if line.startswith("error: ")]:
+        return answers[-1].removeprefix("error: ")
+    return last_words(code, said) + (" (out of memory?)" if code == -signal.SIGKILL else "")
+
+
 class EventWriter:
     """JSON lines from a child to its parent; may be used from any thread."""
 
@@ -118,10 +153,10 @@ class EventWriter:
             self._stream.flush()
 
 
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it is gone."""
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the thread that started it is gone."""
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def end_with_stdin() -> None:

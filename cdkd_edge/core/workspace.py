@@ -89,14 +89,14 @@ class Workspace:
         return path
 
     def hand_over(self, folder: Path) -> None:
-        """Give a run's folder to the owner of the workspace, if root made it.
+        """Give the folder of a run or a sweep to the owner of the workspace, if root made it.
 
         Otherwise a run under ``sudo``, which clocks need, leaves a ``benchmarks/`` that its user cannot write to.
         """
         owner = self.root.stat()
         if os.geteuid() != 0 or owner.st_uid == 0:
             return
-        for path in (self.benchmarks, folder, *folder.iterdir()):
+        for path in (self.benchmarks, folder, *folder.rglob("*")):
             with contextlib.suppress(OSError):
                 os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 

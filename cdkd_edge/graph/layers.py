@@ -57,7 +57,7 @@ def quantizable_layers(model: onnx.ModelProto) -> list[QuantizableLayer]:
     constants = {item.name: item for item in model.graph.initializer}
     positions = position_embedding(model.graph)
     if positions is None:
-        raise GraphError("the graph has no position embedding", hint=_AGAIN)
+        raise GraphError("the graph has no layer that INT8 is for", hint=_AGAIN)
     cells = positions[1].dims[1] - positions[2]
     layers = []
     for node in model.graph.node:

@@ -86,28 +86,31 @@ def load_encoder(path: str | Path, **reading: Any) -> tuple[Encoder, CheckpointR
 
 
 def save_checkpoint(
-    network: SegmentationNetwork,
+    network: SegmentationNetwork | Encoder,
     path: str | Path,
     *,
     schema: LabelSchema | None = None,
     training: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a network with its configuration, label schema and training notes.
+    """Write a network, or an encoder alone, with its configuration, label schema and training notes.
 
     The suffix chooses the format: ``.safetensors``, anything else a ``torch.save`` file of plain data.
     ``training`` must be JSON data. ``dtype`` float16 halves the file; loading returns to FP32.
     """
-    path = Path(path)
+    path, alone = Path(path), isinstance(network, Encoder)
+    config = dataclasses.asdict(network.config)
+    if alone:
+        config |= {name: getattr(NetworkConfig, name) for name in ("classes", "head_channels", "pool_scales")}
     header = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
-        "config": dataclasses.asdict(network.config),
+        "config": config,
         "schema": schema.to_document() if schema else None,
         "training": dict(training or {}),
     }
     state = {
-        key: tensor.detach().to("cpu", dtype).contiguous()
+        f"encoder.{key}" if alone else key: tensor.detach().to("cpu", dtype).contiguous()
         for key, tensor in network.state_dict().items()
         if not key.endswith("num_batches_tracked")
     }
@@ -127,6 +130,7 @@ def read_checkpoint(
     heads: int | None = None,
     layer_norm_eps: float | None = None,
     weights: str | None = None,
+    attention: str | None = None,
 ) -> tuple[NetworkConfig, dict[str, Tensor], CheckpointReport]:
     """Configuration and weights of a checkpoint, under this package's names.
 
@@ -138,6 +142,8 @@ def read_checkpoint(
         layer_norm_eps: LayerNorm's epsilon, if the checkpoint does not say. Default: that of the layout's project.
         weights: ``raw``, ``ema`` (averaged) or the name of one of several sets in the file. Default: averaged weights
             if there are any.
+        attention: that each block gets (:func:`.config.attention_of`), with the same weights; a class token is
+            dropped. Default: the checkpoint's.
     """
     document, header = read_container(path)
     for part, kind in {"version": int, "config": dict, "schema": dict, "training": dict}.items():
@@ -158,7 +164,7 @@ def read_checkpoint(
             raise CheckpointError(f"{path} states {config.heads} heads and LayerNorm eps {own_eps:g} itself")
     else:
         config = inferred_config(state, layout, heads, layer_norm_eps, notes)
-    config = _resampled(state, config, tile, patch, notes)
+    config = _changed(state, config, tile, patch, attention, notes)
     has_head = any(key.startswith("head.") for key in state)
     schema = None
     if header.get("schema"):
@@ -229,12 +235,24 @@ def _schema_of_openmmlab(meta: object, classes: int, notes: list[str]) -> LabelS
     return None
 
 
-def _resampled(
-    state: dict[str, Tensor], config: NetworkConfig, tile: int | None, patch: int | None, notes: list[str]
+def _changed(
+    state: dict[str, Tensor],
+    config: NetworkConfig,
+    tile: int | None,
+    patch: int | None,
+    attention: str | None,
+    notes: list[str],
 ) -> NetworkConfig:
-    """The configuration for another tile and patch; resamples what depends on them in ``state``."""
+    """The configuration for another tile, patch and attention; changes what depends on them in ``state``."""
     patch = config.patch if patch is None else patch
-    resized = dataclasses.replace(config, tile=config.grid * patch if tile is None else tile, patch=patch)
+    kinds = config.attention if attention is None else attention_of(attention, config.depth, config.taps)
+    if attention is not None and config.class_token:
+        del state["encoder.cls_token"]
+        state["encoder.pos_embed"] = state["encoder.pos_embed"][:, 1:]
+        config = dataclasses.replace(config, class_token=False)
+        notes.append("the class token was dropped: windows and pooled keys are of patches alone, and no head sees it")
+    tile = config.grid * patch if tile is None else tile
+    resized = dataclasses.replace(config, tile=tile, patch=patch, attention=kinds)
     if patch != config.patch:
         key = "encoder.patch_embed.proj.weight"
         state[key] = resample_patches(state[key], patch)

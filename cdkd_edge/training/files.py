@@ -172,7 +172,7 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
         "",
         f"- from `{source['file']}` ({source['layout']}{digest})",
         *(f"- {note}" for note in record["notes"]),
-        *(f"- {key}: {_shown(value)}" for key, value in record["recipe"].items()),
+        *(f"- {key}: {shown(value)}" for key, value in record["recipe"].items()),
         f"- {run['seconds'] / 60:.1f} minutes on {run['device']}, {run['libraries']}{encoded}",
         "",
         "| epoch | loss | validation mIoU |",
@@ -187,9 +187,10 @@ def _shares(pixels: Sequence[int]) -> list[str]:
     return [f"{100 * count / total:.2f}" for count in pixels]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a recipe for a card."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_shown(part)}" for key, part in value.items())
+        return ", ".join(f"{key} {shown(part)}" for key, part in value.items())
     if isinstance(value, list | tuple):
         return " to ".join(str(part) for part in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

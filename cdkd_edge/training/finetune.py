@@ -115,13 +115,13 @@ def finetune(
         what = "fresh views (--views 0)" if frozen else "an encoder that changes (--encoder-lr)"
         raise UsageError(f"features of {what} differ in every epoch; there is nothing to remember")
     require_free(source, output, resume=options.resume, overwrite=options.overwrite)
-    run = _Run(source, data, output, options, listener)
+    run = _Tuning(source, data, output, options, listener)
     if not options.resume:  # only now: data and source have proved to be usable
         state_path(output).unlink(missing_ok=True)
     return run.finish()
 
 
-class _Run:
+class _Tuning:
     """One run, from the data to the model card."""
 
     def __init__(

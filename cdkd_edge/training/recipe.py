@@ -28,31 +28,32 @@ PRESET_PREFIX = "preset:"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a run trains. Defaults: the Mask-CDKD paper's protocol (frozen encoder, AdamW, 30 epochs of 4 crops)."""
+class LoopRecipe:
+    """What every training loop has, with or without labels. UsageError: a value is out of range."""
 
-    epochs: int = 30
     batch: int = 4
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
-    encoder_learning_rate: float = 0.0  # 0: the encoder is frozen
     schedule: str = "constant"  # or ``cosine`` to zero, or ``poly``: (1 - progress) ** 0.9, as OpenMMLab does
     warm_up: int = 0  # steps over which the learning rate rises from zero
     clip_norm: float = 0.0  # largest norm of the gradient; 0: not limited
     mean_decay: float = 0.0  # validate and save a running mean of the weights that keeps this share a step; 0: none
-    class_weights: str = "none"  # or ``sqrt``, ``balanced``, a number per class with commas; see :func:`class_weights`
     views: int = 8  # fixed views of each place; 0: fresh ones in every epoch
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: str = "fp32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        limits = [
-            ("--epochs", self.epochs, self.epochs >= 1, "at least 1"),
-            ("--batch", self.batch, self.batch >= 2, "at least 2: batch norm needs more than one crop"),
+        for name, value, is_valid, limit in self._limits():
+            if not is_valid:
+                raise UsageError(f"{name} must be {limit}, got {value}")
+
+    def _limits(self) -> list[tuple[str, Any, bool, str]]:
+        """Option, value, whether it is valid, and its limits in words."""
+        return [
+            ("--batch", self.batch, self.batch >= 1, "at least 1"),
             ("--lr", self.learning_rate, 0 < self.learning_rate < 1, "between 0 and 1"),
             ("--weight-decay", self.weight_decay, 0 <= self.weight_decay < 1, "0 or more, and below 1"),
-            ("--encoder-lr", self.encoder_learning_rate, 0 <= self.encoder_learning_rate < 1, "0 or more, and below 1"),
             ("--schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("--warm-up", self.warm_up, self.warm_up >= 0, "0 or more"),
             ("--clip-norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "0 or more"),
@@ -61,14 +62,6 @@ class Recipe:
             ("--precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             ("--seed", self.seed, 0 <= self.seed < 1 << 63, "0 or more, and below 2**63"),
         ]
-        for name, value, is_valid, limit in limits:
-            if not is_valid:
-                raise UsageError(f"{name} must be {limit}, got {value}")
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the encoder stays as it is."""
-        return self.encoder_learning_rate == 0
 
     def rate_factor(self, step: int, steps: int) -> float:
         """Factor on the learning rates at a step of a run of ``steps`` steps, 0..1."""
@@ -80,6 +73,28 @@ class Recipe:
         if self.schedule == "poly":
             return (1 - progress) ** _POLY_POWER  # type: ignore[no-any-return]
         return 1.0
+
+
+@dataclass(frozen=True)
+class Recipe(LoopRecipe):
+    """How a decoder is trained. Defaults: the Mask-CDKD paper's (frozen encoder, AdamW, 30 epochs of 4 crops)."""
+
+    epochs: int = 30
+    encoder_learning_rate: float = 0.0  # 0: the encoder is frozen
+    class_weights: str = "none"  # or ``sqrt``, ``balanced``, a number per class with commas; see :func:`class_weights`
+
+    def _limits(self) -> list[tuple[str, Any, bool, str]]:
+        return [
+            ("--epochs", self.epochs, self.epochs >= 1, "at least 1"),
+            ("--batch", self.batch, self.batch >= 2, "at least 2: batch norm needs more than one crop"),
+            ("--encoder-lr", self.encoder_learning_rate, 0 <= self.encoder_learning_rate < 1, "0 or more, and below 1"),
+            *super()._limits(),
+        ]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the encoder stays as it is."""
+        return self.encoder_learning_rate == 0
 
 
 def class_weights(rule: str, pixels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:

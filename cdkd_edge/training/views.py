@@ -147,32 +147,22 @@ class TrainingTiles:
             labels = read_labels(pair.mask, self.schema)
             self._remember(place.image, labels)
         self._labels.move_to_end(place.image)
-        side = max(1, round(self.tile / view.scale))
-        row, column = (
-            _placed(start, self.tile, shift, side, size)
-            for start, shift, size in zip((place.row, place.column), view.shift, labels.shape, strict=True)
-        )
+        row, column = window_of(place, view, self.tile, labels.shape)
+        side = row.last - row.first
         image = np.empty((3, side, side), np.uint8)
         with closing(ImageReader(pair, self._options, self._limits[place.image])) as reader:
-            valid = reader.read_tile(Span(row, row, row + side), Span(column, column, column + side), image)
+            valid = reader.read_tile(row, column, image)
             if reader.warnings:
                 self.warnings[pair.name] = reader.warnings
         truth = np.full((side, side), NO_LABEL, np.uint8)
-        top, left = max(row, 0), max(column, 0)
-        part = labels[top : row + side, left : column + side]
-        truth[top - row : top - row + part.shape[0], left - column : left - column + part.shape[1]] = part
+        top, left = max(row.first, 0), max(column.first, 0)
+        part = labels[top : row.last, left : column.last]
+        truth[top - row.first : top - row.first + part.shape[0], left - column.first :][:, : part.shape[1]] = part
         if valid is not None:
             truth[~valid] = NO_LABEL
         if side != self.tile:
-            image, truth = _resized(image, truth, self.tile)
-        image, truth = np.rot90(image, view.quarters, axes=(1, 2)), np.rot90(truth, view.quarters)
-        if view.mirrored:
-            image, truth = image[..., ::-1], truth[:, ::-1]
-        if view.texture is not None:
-            image = _add_grain(image, view.texture, self.augmentation.texture)
-        if view.light is not None:
-            image = _change_light(image, view.light, self.augmentation.light)
-        return np.ascontiguousarray(image), np.ascontiguousarray(truth)
+            truth = np.asarray(Image.fromarray(truth).resize((self.tile, self.tile), Image.Resampling.NEAREST))
+        return as_seen(image, view, self.tile, self.augmentation), np.ascontiguousarray(_turned(truth, view))
 
     def _remember(self, index: int, labels: UInt8Array) -> None:
         """Masks are small once they are labels; the least recently used give way."""
@@ -181,18 +171,42 @@ class TrainingTiles:
             self._labels.popitem(last=False)
 
 
+def window_of(place: TilePlace, view: View, tile: int, shape: tuple[int, ...]) -> tuple[Span, Span]:
+    """Rows and columns of an image (``shape``: its height and width, px) that a view of a place shows, a square."""
+    side = max(1, round(tile / view.scale))
+    starts = (
+        _placed(start, tile, shift, side, size)
+        for start, shift, size in zip((place.row, place.column), view.shift, shape, strict=True)
+    )
+    row, column = (Span(start, start, start + side) for start in starts)
+    return row, column
+
+
+def as_seen(image: UInt8Array, view: View, tile: int, augmentation: Augmentation) -> UInt8Array:
+    """The pixels of a window ``[3, S, S]`` as a view shows them, ``[3, T, T]``."""
+    if image.shape[-1] != tile:
+        picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+        image = np.asarray(picture.resize((tile, tile), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    image = _turned(image, view)
+    if view.texture is not None:
+        image = _add_grain(image, view.texture, augmentation.texture)
+    if view.light is not None:
+        image = _change_light(image, view.light, augmentation.light)
+    return np.ascontiguousarray(image)
+
+
+def _turned(picture: UInt8Array, view: View) -> UInt8Array:
+    """A picture or labels ``[..., T, T]``, turned and mirrored."""
+    picture = np.rot90(picture, view.quarters, axes=(-2, -1))
+    return picture[..., ::-1] if view.mirrored else picture
+
+
 def _placed(start: int, tile: int, shift: float, side: int, size: int) -> int:
     """First pixel of a window of ``side`` px around a tile's middle, inside an axis of ``size`` px if it fits."""
     if size <= side:
         return -((side - size) // 2)
     middle = start + tile / 2 + shift * tile
     return int(np.clip(round(middle - side / 2), 0, size - side))
-
-
-def _resized(image: UInt8Array, truth: UInt8Array, tile: int) -> tuple[UInt8Array, UInt8Array]:
-    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-    image = np.asarray(picture.resize((tile, tile), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    return image, np.asarray(Image.fromarray(truth).resize((tile, tile), Image.Resampling.NEAREST))
 
 
 def _change_light(image: UInt8Array, seed: int, strength: float) -> UInt8Array:

@@ -16,17 +16,19 @@ from cdkd_edge.benchmark import phases
 from cdkd_edge.benchmark.folder import TimedBatch
 from cdkd_edge.benchmark.phases import DEFAULT, Timeline, Window, hottest, is_steady
 from cdkd_edge.benchmark.record import Phase, RailRepeat, Repeat
+from cdkd_edge.benchmark.roofline.bound import modelled_bound
 from cdkd_edge.benchmark.roofline.devices import load_device
-from cdkd_edge.benchmark.roofline.model import modelled_bound, roofline
+from cdkd_edge.benchmark.roofline.model import model_engine, roofline
 from cdkd_edge.benchmark.statistics import latency_of
 from cdkd_edge.benchmark.verdict import judge
 from cdkd_edge.board.conditions import Conditions
 from cdkd_edge.board.power.energy import Problem, Trace
+from cdkd_edge.board.power.protocol import CPU_PACKAGE, GPU_BOARD, MODULE, WATTS, Sample, SourceInfo
 from cdkd_edge.board.power.sampler import PowerSampler
-from cdkd_edge.board.power.sources import CPU_PACKAGE, GPU_BOARD, MODULE, WATTS, Sample, SourceInfo
 from cdkd_edge.board.throttling import ConditionFinding, judge_other_programs
 from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.manifest import FileRecord, TensorRTBuild
+from cdkd_edge.engines.tensorrt.layers import EngineLayers, Layer, LayerTensor, write_layers
 
 # --- steady ---------------------------------------------------------------------------------------
 
@@ -300,6 +302,21 @@ def test_the_bound_is_that_of_the_roofline(built):
     assert bound.bound_tiles_per_second == max(one.bound_fps for one in fused)
     assert bound.share_of_bound == pytest.approx(100.0 / bound.bound_tiles_per_second)
     assert bound.expected_tiles_per_second[0] < bound.expected_tiles_per_second[1] <= bound.bound_tiles_per_second
+
+
+def test_the_bound_is_that_of_the_layers_where_they_are_known(built, tmp_path):
+    half = LayerTensor("x", "fp16", (1, 4096, 384)), LayerTensor("w", "fp16", (1, 384, 384))
+    layers = EngineLayers((Layer("__myl_FcAdd_myl0_1", "f", half[:1], half[:1], half[1:]),))
+    manifest, graph = built
+    engine = tmp_path / manifest.artefact.file
+    write_layers(engine, manifest.artefact.sha256, layers)
+    bound, _ = modelled_bound(manifest, [graph.parent, tmp_path], 100.0)
+    known = model_engine(layers, load_device("rtx-4090"))[0]
+    assert (bound.modelled_from, bound.bound_tiles_per_second) == ("layers", known.bound_fps)
+    write_layers(engine, "of another engine", layers)
+    bound, _ = modelled_bound(manifest, [graph.parent, tmp_path], 100.0)
+    assert bound.modelled_from == "graph"
+    assert bound.bound_tiles_per_second != known.bound_fps
 
 
 def test_without_a_measured_figure_there_is_no_share(built):

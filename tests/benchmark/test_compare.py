@@ -21,7 +21,7 @@ from cdkd_edge.benchmark.compare_checks import Limits, judge_limit, read_scores
 from cdkd_edge.benchmark.folder import read_summary, write_summary
 from cdkd_edge.benchmark.pareto import draw_picture, front, write_picture
 from cdkd_edge.benchmark.statistics import Interval, Ratio
-from cdkd_edge.board.power.sources import GPU_BOARD
+from cdkd_edge.board.power.protocol import GPU_BOARD
 from cdkd_edge.cli.compare import describe_comparison, markdown
 from cdkd_edge.core.errors import BenchError, CompareError
 from cdkd_edge.core.manifest import FileRecord

@@ -30,8 +30,10 @@ from cdkd_edge.benchmark.roofline.model import (
 )
 from cdkd_edge.benchmark.roofline.operators import GraphCost, read_operators
 from cdkd_edge.core.errors import GraphError, UsageError
+from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
+from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.graph.files import load_graph
-from cdkd_edge.model.config import NetworkConfig
+from cdkd_edge.model.config import NetworkConfig, attention_of
 
 ORIN = load_device("orin-nx-16gb")
 
@@ -95,16 +97,27 @@ def test_convolutions_count_groups() -> None:
     assert cost.product_flop == 2 * (6 * 10 * 12) * (2 * 9)
 
 
-def test_a_value_used_twice_is_written_and_read() -> None:
+def test_a_value_that_others_read_too_is_written_and_read() -> None:
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["p"], name="p"),
-        helper.make_node("Relu", ["p"], ["r"], name="r"),
+        helper.make_node("Softmax", ["p"], ["r"], name="r"),
         helper.make_node("Add", ["p", "r"], ["y"], name="y"),
     ]
     cost = read_operators(model_of(nodes, {"x": [3, 4]}, "y", w=np.zeros((4, 4), np.float32)))
     first, second = kernels_of(cost, "none")
     assert first.operators == ("p",)
     assert (second.read_bytes, second.written_bytes) == (4 * 12, 4 * 12)
+
+
+def test_branches_that_meet_again_stay_in_the_kernel_of_their_product() -> None:
+    """As in GELU of elementary nodes: x erf(x)."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"], name="p"),
+        helper.make_node("Erf", ["p"], ["e"], name="e"),
+        helper.make_node("Mul", ["p", "e"], ["y"], name="y"),
+    ]
+    (kernel,) = kernels_of(read_operators(model_of(nodes, {"x": [3, 4]}, "y", w=np.zeros((4, 4), np.float32))), "none")
+    assert (kernel.read_bytes, kernel.written_bytes) == (4 * 12, 4 * 12)
 
 
 def test_the_small_networks_products(graph: Path, small_config: NetworkConfig) -> None:
@@ -114,7 +127,7 @@ def test_the_small_networks_products(graph: Path, small_config: NetworkConfig) -
     names = by_name(cost)
     for product in ("scores", "mixed"):
         assert names[f"blocks.0.attn.{product}/MatMul"].product_flop == 2 * tokens * tokens * dim
-    assert names["patch_embed/Conv"].product_flop == 2 * tokens * dim * 3 * small_config.patch**2
+    assert names["patch_embed.product/MatMul"].product_flop == 2 * tokens * dim * 3 * small_config.patch**2
     assert names["blocks.3.mlp.fc1.product/MatMul"].product_flop == 2 * tokens * dim * small_config.mlp_dim
     assert cost.precision == "fp32"
     assert cost.unknown == ()
@@ -130,7 +143,7 @@ def test_precisions_of_the_small_network(graph: Path) -> None:
         assert [one.operators for one in alone.graphs] == [cost.operators]
     assert len({cost.product_flop for cost in found.graphs}) == 1
     eight_bit = [operator for operator in found.graphs[2].operators if operator.precision == "int8"]
-    assert sum("blocks" in operator.name and operator.product_flop > 0 for operator in eight_bit) == 16
+    assert sum("blocks" in operator.name and operator.product_flop > 0 for operator in eight_bit) == 12
     assert found.graphs[2].product_flop > sum(operator.product_flop for operator in eight_bit) > 0
 
 
@@ -162,6 +175,109 @@ def test_kernels_run_in_an_order_that_is_possible(graph: Path) -> None:
             working = {operator.name for operator in cost.operators if operator.product_flop}
             assert working <= set(place)
             assert sum(kernel.product_flop for kernel in kernels) == cost.product_flop
+
+
+# --- kernels: rules of TensorRT-RTX ----------------------------------------------------------------
+
+
+def node(op: str, inputs: str, outputs: str, **attributes: Any) -> onnx.NodeProto:
+    """A node named after its first output."""
+    return helper.make_node(op, inputs.split(), outputs.split(), name=outputs.split()[0], **attributes)
+
+
+def kernels(nodes: list[onnx.NodeProto], output: str, x: list[int], way: str = "none", **constants: np.ndarray) -> Any:
+    """The kernels of a small FP32 graph: their operators, bytes read, and bytes written."""
+    cost = read_operators(model_of(nodes, {"x": x}, output, **constants))
+    return [(" ".join(one.operators), one.read_bytes, one.written_bytes) for one in kernels_of(cost, way)]
+
+
+def attention_on(queries: list[onnx.NodeProto]) -> Any:
+    """The kernels around an attention of 2 heads on ``x`` ``[1, 6, 8]``, given the nodes that make its ``q``."""
+    split, heads = np.array([1, 6, 2, 4], np.int64), [0, 2, 1, 3]
+    nodes = [*queries, node("MatMul", "x wk", "k"), node("MatMul", "x wv", "v")]
+    for name in "qkv":
+        nodes += [node("Reshape", f"{name} split", f"{name}s"), node("Transpose", f"{name}s", f"{name}h", perm=heads)]
+    nodes += [
+        node("Transpose", "kh", "kt", perm=[0, 1, 3, 2]), node("MatMul", "qh kt", "scores"),
+        node("Softmax", "scores", "share"), node("MatMul", "share vh", "mixed"),
+        node("Transpose", "mixed", "y", perm=heads),
+    ]  # fmt: skip
+    weights = {f"w{name}": np.zeros((8, 8), np.float32) for name in "qkv"}
+    return kernels(nodes, "y", [1, 6, 8], FUSED, split=split, b=np.zeros(8, np.float32), **weights)
+
+
+TOKENS = 4 * 6 * 8  # bytes of [1, 6, 8]
+
+
+def test_queries_keys_and_values_are_one_kernel_that_attention_reads_directly() -> None:
+    found = attention_on([node("MatMul", "x wq", "q")])
+    assert found == [("q k v", TOKENS, 3 * TOKENS), ("scores share mixed y", 3 * TOKENS, TOKENS)]
+
+
+def test_a_bias_is_a_kernel_and_a_copy_of_its_own() -> None:
+    found = attention_on([node("MatMul", "x wq", "p"), node("Add", "p b", "q")])
+    assert sorted(found) == [
+        ("k v", TOKENS, 2 * TOKENS), ("p q", TOKENS, TOKENS), ("qh", TOKENS, TOKENS),
+        ("scores share mixed y", 3 * TOKENS, TOKENS),
+    ]  # fmt: skip
+
+
+def test_products_of_other_inputs_or_shapes_are_kernels_of_their_own() -> None:
+    nodes = [node("MatMul", "x a", "p"), node("MatMul", "x b", "q"), node("Relu", "x", "r"), node("MatMul", "r a", "s")]
+    nodes += [node("Concat", "p q s", "y", axis=1)]
+    found = kernels(nodes, "y", [2, 3], a=np.zeros((3, 3), np.float32), b=np.zeros((3, 4), np.float32))
+    assert sorted(found) == [("p", 24, 24), ("q", 24, 32), ("r", 24, 24), ("s", 24, 24)]
+
+
+def test_what_is_concatenated_is_written_in_place_unless_others_read_it_too() -> None:
+    nodes = [node("Conv", "x a", "p"), node("Conv", "x a", "q"), node("Concat", "p q", "c", axis=1)]
+    weights = {"a": np.zeros((2, 2, 1, 1), np.float32), "b": np.zeros((1, 4, 1, 1), np.float32)}
+    last = [node("Conv", "c b", "y")]
+    half = 4 * 2 * 9
+    assert kernels([*nodes, *last], "y", [1, 2, 3, 3], **weights) == [
+        ("p", half, half), ("q", half, half), ("y", 2 * half, half // 2)
+    ]  # fmt: skip
+    last = [node("Conv", "c b", "z"), node("Conv", "q a", "s"), node("Add", "s z", "y")]
+    assert ("c", half, half) in kernels([*nodes, *last], "y", [1, 2, 3, 3], **weights)
+
+
+def test_branches_without_products_meet_in_one_kernel() -> None:
+    nodes = [node("Relu", "x", "a"), node("Transpose", "x", "t", perm=[1, 0]), node("Add", "a t", "y")]
+    assert kernels(nodes, "y", [3, 3]) == [("a t y", 36, 36)]
+
+
+def test_a_product_between_two_kernels_keeps_them_apart() -> None:
+    nodes = [node("Relu", "x", "a"), node("MatMul", "a w", "p"), node("Transpose", "p", "t", perm=[1, 0])]
+    nodes += [node("Add", "a t", "y")]
+    found = kernels(nodes, "y", [3, 3], w=np.zeros((3, 3), np.float32))
+    assert found == [("a", 36, 36), ("p", 36, 36), ("t y", 72, 36)]
+
+
+def test_the_largest_of_resized_scores_is_found_in_one_kernel() -> None:
+    nodes = [
+        node("Resize", "x roi scales", "r", mode="linear"), node("Split", "r", "a b", axis=1, num_outputs=2),
+        node("Greater", "b a", "g"), node("Where", "g one zero", "w"), node("Cast", "w", "y", to=TensorProto.UINT8),
+    ]  # fmt: skip
+    constants = {"scales": np.array([1, 1, 4, 4], np.float32), "roi": np.zeros(0, np.float32)}
+    constants |= {"one": np.ones((1, 1, 1, 1), np.float32), "zero": np.zeros((1, 1, 1, 1), np.float32)}
+    model = model_of(nodes, {"x": [1, 2, 3, 3]}, "y", **constants)
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.UINT8
+    ((kernel),) = kernels_of(read_operators(model), "none")
+    assert (kernel.read_bytes, kernel.written_bytes) == (4 * 2 * 9, 144)
+
+
+def test_int8_attention_joins_its_heads_in_another_kernel(graph: Path, small_config: NetworkConfig) -> None:
+    found = kernels_of(read_operators(load_graph(int8_variant(graph))), FUSED)
+    joining = [kernel for kernel in found if kernel.name.endswith(": heads joined")]
+    tokens = small_config.grid**2 * small_config.embed_dim
+    assert [(one.read_bytes, one.written_bytes) for one in joining] == [(tokens, tokens)] * small_config.depth
+    assert {kernel.written_bytes for kernel in found if kernel.attention} == {tokens}
+
+
+def test_int8_convolutions_write_fp32(graph: Path, small_config: NetworkConfig) -> None:
+    cost = read_operators(load_graph(int8_variant(graph)))
+    written = by_name(cost)["smooth.0.conv/Conv"].written_bytes
+    assert written == 4 * small_config.grid**2 * small_config.head_channels
 
 
 # --- graphs that are not ours -----------------------------------------------------------------------
@@ -346,19 +462,28 @@ def test_shares_of_a_range_stay_shares() -> None:
 
 # --- the paper's network ----------------------------------------------------------------------------
 
+MakePaper = Callable[[str], Path]
+
 
 @pytest.fixture(scope="module")
-def paper_graph(
+def make_paper(
     tmp_path_factory: pytest.TempPathFactory, make_graph: Callable[..., Path], make_weights: Callable[..., object]
-) -> Path:
-    """The paper's network in FP32, with random weights, which are not looked at."""
-    config = NetworkConfig(classes=5)
-    return make_graph(tmp_path_factory.mktemp("paper"), make_weights(config), config)
+) -> MakePaper:
+    """The paper's network in FP32, with attention as in a text; random weights, which are not looked at."""
+    plain, made = NetworkConfig(classes=5), dict[str, Path]()
+
+    def make(attention: str) -> Path:
+        if attention not in made:
+            config = dataclasses.replace(plain, attention=attention_of(attention, plain.depth, plain.taps))
+            made[attention] = make_graph(tmp_path_factory.mktemp("paper"), make_weights(config), config)
+        return made[attention]
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def paper(paper_graph: Path) -> Roofline:
-    return roofline(paper_graph, ORIN)
+def paper(make_paper: MakePaper) -> Roofline:
+    return roofline(make_paper("global"), ORIN)
 
 
 def speed_of(found: Roofline, mode: str, precision: str, attention: str) -> Any:
@@ -369,38 +494,33 @@ def speed_of(found: Roofline, mode: str, precision: str, attention: str) -> Any:
 
 @pytest.mark.slow
 def test_the_paper_models_speeds_at_maxn(paper: Roofline) -> None:
-    """Known by hand: 30.6 GB and 2.4 FPS unfused (the paper measured 2.5), 12 fused (9.5 ... 14.8), 13.4 in INT8.
-
-    By hand, the pyramid's bottleneck was counted as the plain convolution that the graph folds away (the next test).
-    """
+    """By hand: 2.4 tiles/s with scores in memory (the paper measured 2.5), 13.2 (10.5 to 15.9) fused, 13.7 in INT8."""
     unfused = speed_of(paper, "MAXN", "fp16", UNFUSED_FP32)
-    assert unfused.traffic_bytes / 1e9 == pytest.approx(30.6, rel=0.01)
+    assert unfused.traffic_bytes / 1e9 == pytest.approx(30.2, rel=0.01)
     assert unfused.fps == pytest.approx(2.4, rel=0.02)
     fused = speed_of(paper, "MAXN", "fp16", FUSED)
-    assert fused.fps == pytest.approx(12, rel=0.06)
-    assert (fused.low_fps, fused.high_fps) == (pytest.approx(9.5, rel=0.07), pytest.approx(14.8, rel=0.04))
-    assert speed_of(paper, "MAXN", "int8", FUSED).fps == pytest.approx(13.4, rel=0.02)
+    known = [pytest.approx(value, abs=0.1) for value in (10.5, 13.2, 15.9)]
+    assert [fused.low_fps, fused.fps, fused.high_fps] == known
+    assert speed_of(paper, "MAXN", "int8", FUSED).fps == pytest.approx(13.7, abs=0.1)
 
 
 @pytest.mark.slow
-def test_the_paper_model_with_its_bottleneck_unfolded(paper: Roofline) -> None:
-    """The graph does 9.1 G of the paper's multiply-accumulates less; with them the figure by hand is met within 3 %."""
+def test_the_bottleneck_is_folded(paper: Roofline) -> None:
+    """The graph does 9.1 G of the paper's 274.2 G multiply-accumulates less."""
     half = next(cost for cost in paper.graphs if cost.precision == "fp16")
-    macs = half.product_flop / 2
-    missing = (119.60e9 + 154.62e9) - macs
-    assert missing == pytest.approx(9.1e9, rel=0.03)
-    seconds = 1 / speed_of(paper, "MAXN", "fp16", FUSED).fps
-    added = 2 * missing / (ORIN.peak(ORIN.mode("MAXN"), "fp16") * REALISTIC.gemm)
-    assert 1 / (seconds + added) == pytest.approx(12, rel=0.03)
+    assert (119.60e9 + 154.62e9) - half.product_flop / 2 == pytest.approx(9.1e9, rel=0.03)
 
 
 @pytest.mark.slow
-def test_cheaper_attention(paper: Roofline) -> None:
-    """By hand, attention at a quarter of its cost gives 20 FPS in FP16 and 25 in INT8."""
-    cheaper = dataclasses.replace(REALISTIC, attention=4 * REALISTIC.attention)
-    for precision, known, tolerance in (("fp16", 20, 0.12), ("int8", 25, 0.03)):
-        cost = next(one for one in paper.graphs if one.precision == precision)
-        assert estimate(cost, ORIN, ORIN.mode("MAXN"), FUSED, cheaper).fps == pytest.approx(known, rel=tolerance)
+@pytest.mark.parametrize(
+    ("attention", "giga", "fps"),
+    [("window16/global", 169, 20.5), ("pooled2", 138, 23.9), ("window16/pooled2", 126, 27.0)],
+)
+def test_cheaper_attention(make_paper: MakePaper, attention: str, giga: float, fps: float) -> None:
+    """Against a prototype, whose graphs moved 0.1 to 0.2 GB more."""
+    found = roofline(make_paper(attention), ORIN, mode="MAXN", precision="fp16")
+    assert found.graphs[0].product_flop / 2e9 == pytest.approx(giga, abs=0.6)
+    assert speed_of(found, "MAXN", "fp16", FUSED).fps == pytest.approx(fps, rel=0.08)
 
 
 @pytest.mark.slow
@@ -413,20 +533,19 @@ def test_more_watts_on_the_label_may_be_slower(paper: Roofline) -> None:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("variant", [half_graph, int8_variant], ids=["fp16", "int8"])
-def test_kernels_and_traffic_are_what_a_compiler_makes(paper_graph: Path, variant: Callable[[Path], Path]) -> None:
-    """TensorRT-RTX's layer list for SM 8.6, weights not counted."""
-    from cdkd_edge.engines.inspect import inspect_artefact
-    from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
-    from cdkd_edge.engines.tensorrt.options import TensorRTOptions
-
-    path = variant(paper_graph)
-    engine = path.parent / "compared" / "paper.engine"
+@pytest.mark.parametrize("attention", ["global", "window16/global", "pooled2", "window16/pooled2"])
+def test_kernels_are_what_a_compiler_makes(
+    make_paper: MakePaper, attention: str, variant: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """TensorRT-RTX's layers for SM 8.6. A transposition of the pyramid's map has no rule: a kernel and 4 MB less."""
+    path, engine = variant(make_paper(attention)), tmp_path / "paper.engine"
     build_tensorrt_engine(path, engine, TensorRTOptions(targets=("8.6",)))
-    layers = inspect_artefact(engine).contents
-    kernels = kernels_of(read_operators(load_graph(path)), FUSED)
-    assert len(kernels) == pytest.approx(len(layers.layers), rel=0.08)
-    activations = sum(kernel.read_bytes + kernel.written_bytes for kernel in kernels)
-    assert activations == pytest.approx(layers.traffic_bytes, rel=0.05)
+    (by_layers,) = roofline(engine, ORIN, mode="MAXN").estimates
+    by_rules = speed_of(roofline(path, ORIN, mode="MAXN"), "MAXN", by_layers.precision, FUSED)
+    assert by_layers.attention == FUSED
+    assert by_rules.kernels == pytest.approx(by_layers.kernels, abs=2)
+    for figure in ("traffic_bytes", "product_flop", "fps", "low_fps", "high_fps", "bound_fps"):
+        assert getattr(by_rules, figure) == pytest.approx(getattr(by_layers, figure), rel=0.01), figure
 
 
 # --- the command ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from run_helpers import make_run
 from cdkd_edge.benchmark.folder import read_run, read_summary, write_tiles, write_trace
 from cdkd_edge.benchmark.record import Phase
 from cdkd_edge.board.power.energy import Trace
-from cdkd_edge.board.power.sources import CPU_PACKAGE, JOULES, Sample, SourceInfo
+from cdkd_edge.board.power.protocol import CPU_PACKAGE, JOULES, Sample, SourceInfo
 from cdkd_edge.core.errors import BenchError
 
 

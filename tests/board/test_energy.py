@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdkd_edge.board.power.energy import Trace, bound_holds, rail_energy
-from cdkd_edge.board.power.sources import JOULES, WATTS, Sample, SourceInfo
+from cdkd_edge.board.power.protocol import JOULES, WATTS, Sample, SourceInfo
 
 
 def trace_of(points, quantity=WATTS, uncertainty=0.0, interval=0.1, start=None, stop=None):

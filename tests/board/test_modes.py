@@ -23,7 +23,15 @@ from board import REPOSITORY, make_tree, write
 from cdkd_edge.board.doctor import OK, WARN, probe_restore
 from cdkd_edge.board.jetson import PowerMode, clocks_held
 from cdkd_edge.board.journal import Change, Journal
-from cdkd_edge.board.modes import Answer, BoardChange, Run, changed_board, find_mode, pending_restore, run_command
+from cdkd_edge.board.modes import (
+    BoardChange,
+    RunTool,
+    ToolAnswer,
+    changed_board,
+    find_mode,
+    pending_restore,
+    run_command,
+)
 from cdkd_edge.core.errors import BoardError
 
 MAXN, LOW, COLD = PowerMode(0, "MAXN"), PowerMode(3, "MODE_25W"), PowerMode(4, "7W")
@@ -116,7 +124,7 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def run(command: Sequence[str]) -> Answer:
+def run(command: Sequence[str]) -> ToolAnswer:
     """As ``run_command``, without patience for tools that were told to hang."""
     trouble = Path(os.environ["BOARD"], "trouble")
     hangs = any((trouble / f"{how}-{command[-1]}").exists() for how in ("hang", "endless"))
@@ -230,7 +238,7 @@ def test_not_root(board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     error = refused(board)
     assert error.hint is not None
-    assert error.hint.startswith("sudo $(command -v cdkd-edge) bench")
+    assert error.hint.startswith("sudo $(command -v cdkd-edge) ...")
     assert error.exit_code == 17
     assert calls(board) == []
 
@@ -449,7 +457,7 @@ def test_a_killed_run_is_noticed(board: Path, phase: str) -> None:
     assert pending_restore(board) is None
 
 
-def put_back(board: Path, run: Run = run_command) -> str | None:
+def put_back(board: Path, run: RunTool = run_command) -> str | None:
     """A run puts back first what an earlier one left; this one then asks for the mode that is there."""
     with changed_board("MAXN", False, root=board, run=run) as change:
         return change.restored
@@ -550,8 +558,8 @@ def test_a_damaged_journal(killed: Path, text: str) -> None:
 
 
 def test_a_tool_gets_no_answer_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    assert run_command(("sh", "-c", "read x; echo got $?")) == Answer(0, "got 1\n")
-    assert run_command(("sh", "-c", "echo a; echo b >&2; exit 3")) == Answer(3, "a\nb\n")
+    assert run_command(("sh", "-c", "read x; echo got $?")) == ToolAnswer(0, "got 1\n")
+    assert run_command(("sh", "-c", "echo a; echo b >&2; exit 3")) == ToolAnswer(3, "a\nb\n")
     began = time.monotonic()
     mark = tmp_path / "late"
     answer = run_command(("sh", "-c", f"(sleep 0.6; touch {mark}) & sleep 50"), timeout=0.3)
@@ -564,7 +572,7 @@ def test_a_tool_gets_no_answer_and_leaves_nothing_behind(tmp_path: Path) -> None
 def test_a_signal_to_the_group_while_a_tool_starts(tmp_path: Path) -> None:
     """It ends the child that has no session of its own yet; the tool runs all the same."""
     once = f"if mkdir {tmp_path}/once 2>/dev/null; then kill -TERM $$; fi; echo here"
-    assert run_command(("sh", "-c", once)) == Answer(0, "here\n")
+    assert run_command(("sh", "-c", once)) == ToolAnswer(0, "here\n")
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         pytest.skip("the tests run under nohup, and so does what they start")
     assert run_command(("sh", "-c", "kill -HUP $$")).code == -signal.SIGHUP, "not for ever"

@@ -21,8 +21,8 @@ from cdkd_edge.board.power.energy import Trace, rail_energy
 from cdkd_edge.board.power.ina3221 import Ina3221Reader
 from cdkd_edge.board.power.jtop import JtopStream, StampClock, rails_of
 from cdkd_edge.board.power.nvml import NvmlReader
+from cdkd_edge.board.power.protocol import LostSourceError, Sample, UnusableSourceError
 from cdkd_edge.board.power.sampler_child import PolledStream, open_stream
-from cdkd_edge.board.power.sources import LostSourceError, Sample, UnusableSourceError
 
 
 def probed(kind, *arguments):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cdkd_edge.board.power.protocol import UnusableSourceError
 from cdkd_edge.board.power.rapl import RaplReader
-from cdkd_edge.board.power.sources import UnusableSourceError
 
 RANGE = 262_143_328_850
 

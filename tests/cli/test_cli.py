@@ -35,8 +35,8 @@ from cdkd_edge.segmentation.pipeline import segment_scene
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 COMMANDS = [
-    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "compare", "power", "roofline",
-    "evaluate", "parity", "demo", "doctor",
+    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "sweep", "compare", "power",
+    "roofline", "evaluate", "parity", "demo", "doctor",
 ]  # fmt: skip
 QUICK = ("--duration", "0.1", "--max-warm-up", "0")
 
@@ -260,6 +260,12 @@ def test_bench_as_json(workspace: Path) -> None:
     assert document["summary"]["end_to_end"]["scene"] == "scene.tif"
     figures = document["summary"]["figures"]
     assert (figures["power"] is None) == bool(figures["power_reason"])
+
+
+def test_bench_into_a_named_folder(workspace: Path, tmp_path: Path) -> None:
+    assert run("bench", "-w", workspace, *QUICK, "-o", tmp_path / "run").exit_code == 0
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert_answer(run("bench", "-w", workspace, *QUICK, "-o", tmp_path / "run"), 12, "File exists")
 
 
 def test_two_benchmarks_in_the_same_second_do_not_meet(workspace: Path) -> None:

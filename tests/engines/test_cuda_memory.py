@@ -12,7 +12,7 @@ from cuda_fakes import SHAPES, CUresult, World, gpu_over
 from cdkd_edge.core.errors import EngineError, MissingExtraError, UsageError
 from cdkd_edge.engines.cuda import gpu as cuda_gpu
 from cdkd_edge.engines.cuda.gpu import CudaError
-from cdkd_edge.engines.cuda.memory import Buffer, Stream
+from cdkd_edge.engines.cuda.memory import Buffer, CudaStream
 
 
 @pytest.fixture(params=SHAPES)
@@ -71,7 +71,7 @@ def test_what_was_current_is_current_again(world, gpu):
 
 
 def test_every_thread_may_use_it(world, gpu):
-    buffer, stream, results = Buffer(gpu, (8,)), Stream(gpu), []
+    buffer, stream, results = Buffer(gpu, (8,)), CudaStream(gpu), []
 
     def use(value):
         with gpu.current():
@@ -97,7 +97,7 @@ def test_every_thread_may_use_it(world, gpu):
 
 
 def test_bytes_go_in_and_out(world, gpu):
-    buffer, stream = Buffer(gpu, (2, 3, 4)), Stream(gpu)
+    buffer, stream = Buffer(gpu, (2, 3, 4)), CudaStream(gpu)
     content = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     buffer.array[...] = content
     with gpu.current():
@@ -118,7 +118,7 @@ def test_bytes_go_in_and_out(world, gpu):
 
 def test_on_an_integrated_device_nothing_is_copied(shape):
     world, gpu = over(shape, integrated=True)
-    buffer, stream = Buffer(gpu, (16,)), Stream(gpu)
+    buffer, stream = Buffer(gpu, (16,)), CudaStream(gpu)
     assert buffer.mapped
     buffer.array[...] = range(16)
     assert (world.view(buffer.pointer, 16) == np.arange(16)).all()
@@ -174,7 +174,7 @@ def test_what_cannot_be_allocated_leaves_nothing(shape, function):
 
 
 def test_waiting_is_for_the_mark_and_not_for_what_came_later(world, gpu):
-    stream, done = Stream(gpu), []
+    stream, done = CudaStream(gpu), []
     with gpu.current():
         world.put(stream.handle, "first", lambda: done.append(1))
         stream.mark()
@@ -193,13 +193,13 @@ def test_waiting_is_for_the_mark_and_not_for_what_came_later(world, gpu):
 def test_a_stream_that_cannot_be_made_leaves_nothing(world, gpu, function):
     world.fail(function)
     with pytest.raises(CudaError):
-        Stream(gpu)
+        CudaStream(gpu)
     assert_clean(world)
 
 
 def test_a_recorded_graph_runs_as_often_as_it_is_replayed():
     world, gpu = over("cuda-python")
-    buffer, stream = Buffer(gpu, (4,)), Stream(gpu)
+    buffer, stream = Buffer(gpu, (4,)), CudaStream(gpu)
     with gpu.current():
         stream.capture(lambda: (buffer.upload(stream), buffer.clear(5, stream), buffer.download(stream)))
         assert stream.captured
@@ -221,7 +221,7 @@ def test_a_recorded_graph_runs_as_often_as_it_is_replayed():
 
 def test_work_that_cannot_be_recorded_leaves_the_stream_usable():
     world, gpu = over("cuda-python")
-    buffer, stream = Buffer(gpu, (4,)), Stream(gpu)
+    buffer, stream = Buffer(gpu, (4,)), CudaStream(gpu)
     with gpu.current():
         with pytest.raises(CudaError, match=r"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"):
             stream.capture(stream.drain)
@@ -241,7 +241,7 @@ def test_work_that_cannot_be_recorded_leaves_the_stream_usable():
 
 def test_pycuda_says_that_it_has_no_graphs():
     _, gpu = over("pycuda")
-    stream = Stream(gpu)
+    stream = CudaStream(gpu)
     assert gpu.no_graphs
     with gpu.current(), pytest.raises(CudaError, match=r"no CUDA graphs"):
         stream.capture(lambda: None)
@@ -251,7 +251,7 @@ def test_pycuda_says_that_it_has_no_graphs():
 @pytest.mark.parametrize("function", ["cuEventDestroy", "cuStreamDestroy"])
 def test_closing_goes_on_after_an_error(world, function):
     gpu = gpu_over(world, "cuda-python")
-    stream = Stream(gpu)
+    stream = CudaStream(gpu)
     world.fail(function, CUresult.CUDA_ERROR_INVALID_HANDLE)
     with pytest.raises(CudaError, match=r"CUDA_ERROR_INVALID_HANDLE"):
         stream.close()
@@ -278,7 +278,7 @@ def test_closing_goes_on_after_an_error(world, function):
     ],
 )
 def test_every_error_has_cudas_name_and_what_was_being_done(world, gpu, function, use):
-    buffer, stream = Buffer(gpu, (4,)), Stream(gpu)
+    buffer, stream = Buffer(gpu, (4,)), CudaStream(gpu)
     world.fail(function, CUresult.CUDA_ERROR_INVALID_VALUE)
     with (
         gpu.current() if function != "cuCtxPushCurrent" else pytest.MonkeyPatch.context(),
@@ -290,7 +290,7 @@ def test_every_error_has_cudas_name_and_what_was_being_done(world, gpu, function
 
 
 def test_a_lost_context_says_so(world, gpu):
-    stream = Stream(gpu)
+    stream = CudaStream(gpu)
     with gpu.current():
         world.put(stream.handle, "kernel", lambda: world.view(0, 1))
         stream.mark()
@@ -402,7 +402,7 @@ def test_an_unknown_binding_is_wrong_usage(bindings, monkeypatch):
 
 def test_it_can_be_closed_in_another_thread(world, gpu):
     """PyCUDA refuses to destroy what its own thread did not make, unless the context is current."""
-    parts = [Stream(gpu), Buffer(gpu, (4,)), Buffer(gpu, (4,), mapped=True)]
+    parts = [CudaStream(gpu), Buffer(gpu, (4,)), Buffer(gpu, (4,), mapped=True)]
     thread = threading.Thread(target=lambda: [parts.pop().close() for _ in range(3)])
     thread.start()
     thread.join()

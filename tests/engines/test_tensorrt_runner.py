@@ -17,7 +17,7 @@ from cdkd_edge.core.errors import EngineError, ManifestError
 from cdkd_edge.core.labels import NO_LABEL, load_schema
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing, write_manifest
 from cdkd_edge.engines.cuda import gpu as cuda_gpu
-from cdkd_edge.engines.cuda.memory import Stream
+from cdkd_edge.engines.cuda.memory import CudaStream
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.engines.tensorrt import find
@@ -378,7 +378,7 @@ def test_an_interrupted_wait_leaves_255(tmp_path, monkeypatch, shape, eager):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stream, "wait", interrupted)
+        patch.setattr(CudaStream, "wait", interrupted)
         engine.launch(0)
         with pytest.raises(KeyboardInterrupt):
             engine.wait(0)
@@ -409,9 +409,9 @@ def test_an_interrupted_launch_leaves_255(discrete, monkeypatch, drained):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stream, "mark", interrupted)
+        patch.setattr(CudaStream, "mark", interrupted)
         if not drained:
-            patch.setattr(Stream, "drain", interrupted)
+            patch.setattr(CudaStream, "drain", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.launch(0)
     assert blank(engine)

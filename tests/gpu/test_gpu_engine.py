@@ -191,7 +191,7 @@ def test_an_interrupted_run_shows_255(load, tiles, monkeypatch):
     engine.launch(0)
     assert (engine.output(0) == 255).all()
     with monkeypatch.context() as patch:
-        patch.setattr("cdkd_edge.engines.cuda.memory.Stream.wait", interrupted)
+        patch.setattr("cdkd_edge.engines.cuda.memory.CudaStream.wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.wait(0)
     assert (engine.output(0) == 255).all()

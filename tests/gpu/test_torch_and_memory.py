@@ -17,9 +17,9 @@ BYTES = 1024 * 1024 + 13
 @pytest.fixture(params=[False, True], ids=["copied", "mapped"])
 def pair(gpu, request):
     """A buffer of either kind and a stream."""
-    from cdkd_edge.engines.cuda.memory import Buffer, Stream
+    from cdkd_edge.engines.cuda.memory import Buffer, CudaStream
 
-    buffer, stream = Buffer(gpu, (BYTES,), mapped=request.param), Stream(gpu)
+    buffer, stream = Buffer(gpu, (BYTES,), mapped=request.param), CudaStream(gpu)
     yield buffer, stream
     stream.close()
     buffer.close()
@@ -64,11 +64,11 @@ def test_the_device_writes(gpu, pair):
 
 
 def test_a_graph_of_copies(gpu):
-    from cdkd_edge.engines.cuda.memory import Buffer, Stream
+    from cdkd_edge.engines.cuda.memory import Buffer, CudaStream
 
     if gpu.no_graphs:
         pytest.skip(gpu.no_graphs)
-    buffer, stream = Buffer(gpu, (BYTES,), mapped=False), Stream(gpu)
+    buffer, stream = Buffer(gpu, (BYTES,), mapped=False), CudaStream(gpu)
     with gpu.current():
         stream.capture(lambda: (buffer.upload(stream), buffer.download(stream)))
         for value in range(5):
@@ -111,10 +111,10 @@ def test_an_impossible_allocation_is_an_answer(gpu):
 
 
 def test_memory_is_given_back(gpu):
-    from cdkd_edge.engines.cuda.memory import Buffer, Stream
+    from cdkd_edge.engines.cuda.memory import Buffer, CudaStream
 
     def once():
-        buffer, stream = Buffer(gpu, (64 << 20,), mapped=False), Stream(gpu)
+        buffer, stream = Buffer(gpu, (64 << 20,), mapped=False), CudaStream(gpu)
         with gpu.current():
             buffer.upload(stream)
             stream.drain()
@@ -136,9 +136,9 @@ import numpy as np
 
 def ours():
     from cdkd_edge.engines.cuda.gpu import open_gpu
-    from cdkd_edge.engines.cuda.memory import Buffer, Stream
+    from cdkd_edge.engines.cuda.memory import Buffer, CudaStream
     gpu = open_gpu(sys.argv[2])
-    buffer, stream = Buffer(gpu, (1000,), mapped=False), Stream(gpu)
+    buffer, stream = Buffer(gpu, (1000,), mapped=False), CudaStream(gpu)
     buffer.array.fill(3)
     with gpu.current():
         buffer.upload(stream)

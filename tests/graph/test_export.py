@@ -219,8 +219,11 @@ def assert_not_exported(error, checkpoint, folder, options=ExportOptions()):
     return caught.value
 
 
-def wrong_scale(weight, bias, heads):
-    return weight, bias
+FOLD_ATTENTION = fold.fold_attention
+
+
+def without_biases(weights, block, heads):
+    return FOLD_ATTENTION({**weights, f"{block}.attn.qkv.bias": np.zeros(1, np.float32)}, block, heads)
 
 
 def without_mean(weight, bias, mean, std):
@@ -245,7 +248,7 @@ def not_a_number(grid, scales):
 
 
 BREAKS = {
-    "fold_query_scale": wrong_scale,
+    "fold_attention": without_biases,
     "fold_normalisation": without_mean,
     "upsampling_matrix": corner_aligned,
     "pooling_matrix": not_a_number,

@@ -137,10 +137,10 @@ def test_asked_for_it_is_an_error_and_the_fp32_graph_stays(tmp_path, loud):
 
 def test_a_weight_beyond_fp16(tmp_path, make_weights):
     weights = make_weights(CONFIG, seed=2)
-    weights["encoder.blocks.0.attn.qkv.bias"][-1] = 7e4
+    weights["encoder.blocks.0.mlp.fc1.bias"][-1] = -7e4
     path = save(tmp_path / "city.pt", weights)
     text = " ".join(run("export", path, *HEADS).stdout.split())
-    assert "no FP16 weight blocks.0.attn.qkv.bias holds 7e+04; FP16 ends at 65504" in text
+    assert "no FP16 weight blocks.0.mlp.fc1.bias holds 7e+04; FP16 ends at 65504" in text
     assert_answer(run("export", path, *HEADS, "--fp16"), 7, "FP16 ends at 65504")
     assert exported(tmp_path) == ["city.json", "city.onnx"]
 
@@ -154,7 +154,7 @@ def test_graphs_of_an_earlier_export_are_pointed_out(tmp_path, sound, make_weigh
         shutil.copy(half.with_suffix(suffix), half.with_name(f"city.int8{suffix}"))
     assert json.loads(run("export", sound, *HEADS, "--no-fp16", "--json").stdout)["outdated"] == []
     weights = make_weights(CONFIG, seed=2)
-    weights["encoder.blocks.0.attn.qkv.bias"][-1] = 7e4
+    weights["encoder.blocks.0.mlp.fc1.bias"][-1] = -7e4
     text = " ".join(run("export", save(sound, weights), *HEADS).stdout.split())
     for name in ("city.fp16.onnx", "city.int8.onnx"):
         assert f"warning {name} was made from an earlier graph" in text

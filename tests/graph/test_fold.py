@@ -115,14 +115,44 @@ def test_batch_norm_folds_into_its_convolution(rng):
     np.testing.assert_allclose(weight[:, :, 0, 0].astype(np.float64) @ x + bias, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_query_scale_goes_to_the_query_alone(rng):
-    weight, bias = rng.standard_normal((24, 8)).astype(np.float32), rng.standard_normal(24).astype(np.float32)
-    scaled_weight, scaled_bias = fold.fold_query_scale(weight, bias, heads=2)
-    np.testing.assert_allclose(scaled_weight[:8], weight[:8] / 2, rtol=1e-6)  # heads are 4 wide
-    np.testing.assert_allclose(scaled_bias[:8], bias[:8] / 2, rtol=1e-6)
-    assert np.array_equal(scaled_weight[8:], weight[8:])
-    assert np.array_equal(scaled_bias[8:], bias[8:])
-    assert scaled_weight.dtype == scaled_bias.dtype == np.float32
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention_without_biases_is_attention_with_them(rng, heads):
+    """Softmax attention of LayerNorm's output with scale, shift and all biases, large ones too, in FP64 loops."""
+    dim, length, eps = 8, 12, 1e-5
+    part = dim // heads
+    w = {
+        "b.norm1.weight": rng.uniform(0.2, 3, dim),
+        "b.norm1.bias": rng.normal(0, 2, dim),
+        "b.attn.qkv.weight": rng.normal(0, 0.5, (3 * dim, dim)),
+        "b.attn.qkv.bias": rng.normal(0, 20, 3 * dim),
+        "b.attn.proj.weight": rng.normal(0, 1, (dim, dim)),
+        "b.attn.proj.bias": rng.normal(0, 1, dim),
+    }
+    w = {name: value.astype(np.float32) for name, value in w.items()}
+    x = rng.normal(0, 3, (length, dim))
+    normed = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + eps)
+
+    def attend(q, k, v):
+        mixed = np.zeros((length, dim))
+        for head in range(heads):
+            columns = slice(head * part, (head + 1) * part)
+            share = np.exp((scores := q[:, columns] @ k[:, columns].T) - scores.max(axis=1, keepdims=True))
+            mixed[:, columns] = share / share.sum(axis=1, keepdims=True) @ v[:, columns]
+        return mixed
+
+    q, k, v = np.split(
+        (normed * w["b.norm1.weight"] + w["b.norm1.bias"]) @ w["b.attn.qkv.weight"].T + w["b.attn.qkv.bias"], 3, axis=1
+    )
+    expected = attend(q / np.sqrt(part), k, v) @ w["b.attn.proj.weight"].T + w["b.attn.proj.bias"]
+
+    folded = fold.fold_attention(w, "b", heads)
+    shifted = normed + fold.SHIFT
+    q, k, v = (shifted @ matrix.astype(np.float64).T for matrix in (folded.query, folded.key, folded.value))
+    found = attend(q, k, v) @ folded.proj.T + folded.proj_bias
+    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+    assert {value.dtype for value in vars(folded).values()} == {np.dtype(np.float32)}
+    for matrix in (folded.key, folded.value):
+        np.testing.assert_allclose(matrix.sum(axis=1), 0, atol=1e-5)
 
 
 def test_folding_leaves_the_weights_alone(rng):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -16,6 +17,7 @@ from cdkd_edge.graph.nodes import CONTRIB_DOMAIN
 from cdkd_edge.model.config import NetworkConfig
 
 CONFIG = NetworkConfig(tile=48, patch=8, embed_dim=32, depth=4, heads=4, mlp_dim=64, classes=3, head_channels=8)
+WINDOWS = dataclasses.replace(CONFIG, attention=("window 3", "global", "pooled 3", "window 3"))
 BLOCK = "blocks.2.attn"
 """The block that tests tamper with."""
 
@@ -50,8 +52,9 @@ def logits(model, tile):
         NetworkConfig(
             tile=48, patch=8, embed_dim=48, depth=4, heads=3, mlp_dim=64, classes=2, head_channels=8, class_token=True
         ),
+        WINDOWS,
     ],
-    ids=["four heads", "one head", "class token"],
+    ids=["four heads", "one head", "class token", "windows"],
 )
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("opset", [17, 20])
@@ -64,7 +67,7 @@ def test_every_attention_is_fused_and_computes_the_same(make_weights, config, ba
     assert after["MultiHeadAttention"] == config.depth
     assert "Softmax" not in after
     assert after["MatMul"] == before["MatMul"] - 2 * config.depth
-    assert after["Transpose"] == before["Transpose"] - 3 * config.depth
+    assert after["Transpose"] == before["Transpose"] - 5 * config.depth  # q, k, v by head, k transposed, by token
     assert (CONTRIB_DOMAIN, 1) in [(entry.domain, entry.version) for entry in model.opset_import]
     scale = np.abs(expected).max()
     assert np.abs(logits(model, tiles) - expected).max() < 1e-5 * scale
@@ -140,46 +143,42 @@ def masked_scores(model):
 
 
 def normalised_queries(model):
-    insert_after(model, "q", "Mul", constant(model, "twice", np.float32(2)))
+    insert_after(model, "q.by_head", "Mul", constant(model, "twice", np.float32(2)))
 
 
 def gated_values(model):
-    insert_after(model, "v", "Relu")
+    insert_after(model, "v.by_head", "Relu")
 
 
 def gated_heads(model):
     insert_after(model, "mixed", "Relu")
 
 
-def query_and_key_swapped(model):
-    split = node_of(model, "q")
-    split.output[0], split.output[1] = split.output[1], split.output[0]
+def one_key_for_all_heads(model):
+    """The key of every head is the first head's; the products broadcast."""
+    weight = np.random.default_rng(1).standard_normal((32, 8)).astype(np.float32)
+    node_of(model, "k").input[1] = constant(model, "one_key", weight)
+    node_of(model, "k.heads").input[1] = constant(model, "one_head", np.array([1, 36, 1, 8], np.int64))
 
 
-def value_and_key_swapped(model):
-    split = node_of(model, "q")
-    split.output[1], split.output[2] = split.output[2], split.output[1]
-
-
-def multi_query(model):
-    """Ten query heads share one key and one value; the products broadcast."""
-    node_of(model, "q").input[1] = constant(model, "uneven", np.array([10, 1, 1], np.int64))
-    joined = node_of(model, "joined")
-    joined.input[1] = constant(model, "joined_heads", np.array([1, 36, 80], np.int64))
-    weight = np.random.default_rng(1).standard_normal((80, 32)).astype(np.float32) / 9
-    proj = next(node for node in model.graph.node if joined.output[0] in node.input)
-    proj.input[1] = constant(model, "wide_projection", weight)
+def keys_of_other_heads(model):
+    """Two heads of 16 see keys of four heads of 8, read as two of 16, in another order."""
+    set_attribute(node_of(model, "k.by_head"), "perm", [0, 2, 3, 1])
+    node_of(model, "k_transposed").attribute[0].ints[:] = [0, 1, 2, 3]
+    order = constant(model, "backwards", np.arange(7, -1, -1))
+    insert_after(model, "k_transposed", "Gather", order)
+    set_attribute(next(node for node in model.graph.node if node.name == "inserted"), "axis", 2)
 
 
 def heads_from_a_wildcard(model):
     wildcard = constant(model, "wildcard", np.array([1, 36, -1, 8], np.int64))
-    node_of(model, "heads").input[1] = wildcard
+    node_of(model, "q.heads").input[1] = wildcard
 
 
 def heads_from_a_computed_shape(model):
-    shape = node_of(model, "heads").input[1]
+    shape = node_of(model, "q.heads").input[1]
     model.graph.node.insert(0, helper.make_node("Identity", [shape], ["computed"], name="computed"))
-    node_of(model, "heads").input[1] = "computed"
+    node_of(model, "q.heads").input[1] = "computed"
 
 
 def tokens_joined_otherwise(model):
@@ -200,9 +199,8 @@ DEVIATIONS = [
     normalised_queries,
     gated_values,
     gated_heads,
-    query_and_key_swapped,
-    value_and_key_swapped,
-    multi_query,
+    one_key_for_all_heads,
+    keys_of_other_heads,
     heads_from_a_computed_shape,
     tokens_joined_otherwise,
     heads_not_interleaved,
@@ -223,7 +221,11 @@ def test_a_deviating_attention_is_left_alone(model, tile, deviate):
 
 @pytest.mark.parametrize("observe", [use_also, output_also])
 @pytest.mark.parametrize(
-    "name", ["heads", "by_head", "q", "k", "v", "k_transposed", "scores", "share", "mixed", "by_token"]
+    "name",
+    [
+        *(f"{part}.{step}" for part in "qkv" for step in ("heads", "by_head")),
+        *("k_transposed", "scores", "share", "mixed", "by_token"),
+    ],
 )
 def test_an_attention_with_another_user_inside_is_left_alone(model, tile, name, observe):
     observe(model, name)
@@ -233,7 +235,7 @@ def test_an_attention_with_another_user_inside_is_left_alone(model, tile, name, 
 
 
 @pytest.mark.parametrize("observe", [use_also, output_also])
-@pytest.mark.parametrize("name", ["qkv", "joined"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "joined"])
 def test_what_goes_in_and_out_of_attention_may_be_used_elsewhere(model, tile, name, observe):
     observe(model, name)
     expected = logits(model, tile)

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from quantization_helpers import (
     CLASS_TOKEN,
     CONFIG,
+    WINDOWS,
     casts,
     centred,
     constants,
@@ -33,6 +34,7 @@ from cdkd_edge.graph.files import derived_path, load_graph
 from cdkd_edge.graph.fp16 import check_fp16, logit_tolerance, to_fp16, write_fp16
 from cdkd_edge.graph.fp16_simulation import extreme_tiles, fp16_on_cpu, longest_rounding, rounded_values
 from cdkd_edge.graph.int8 import calibrate, int8_graph
+from cdkd_edge.graph.layers import search_classes
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 
@@ -64,7 +66,7 @@ def store(tmp_path):
 
 
 @pytest.mark.parametrize("opset", [17, 18, 19, 20])
-@pytest.mark.parametrize(("config", "batch"), [(CONFIG, 1), (CONFIG, 2), (CLASS_TOKEN, 2)])
+@pytest.mark.parametrize(("config", "batch"), [(CONFIG, 1), (WINDOWS, 2), (CLASS_TOKEN, 2)])
 def test_every_weight_and_value_is_fp16(make_weights, config, batch, opset):
     half = to_fp16(build_graph(make_weights(config), config, batch=batch, opset=opset))
     onnx.checker.check_model(half, full_check=True)
@@ -74,8 +76,8 @@ def test_every_weight_and_value_is_fp16(make_weights, config, batch, opset):
     assert set(kinds.values()) == {FLOAT, HALF, TensorProto.INT64}
     inferred = onnx.shape_inference.infer_shapes(half, strict_mode=True, data_prop=True).graph.value_info
     found = Counter(item.type.tensor_type.elem_type for item in inferred)
-    assert set(found) == {HALF, TensorProto.INT64}  # int64: what ArgMax gives
-    assert found[TensorProto.INT64] == 1
+    assert set(found) == {HALF, TensorProto.BOOL}  # of the comparisons of classes
+    assert found[TensorProto.BOOL] == config.classes - 1
     for item, shape in ((half.graph.input[0], [batch, 3, 48, 48]), (half.graph.output[0], [batch, 48, 48])):
         assert item.type.tensor_type.elem_type == TensorProto.UINT8
         assert [size.dim_value for size in item.type.tensor_type.shape.dim] == shape
@@ -88,7 +90,7 @@ def test_two_casts_remain_at_the_ends(plain, weights, opset):
     first, last = nodes_of(half, "Cast")
     assert list(first.input) == ["image"]
     assert list(last.output) == ["labels"]
-    assert nodes_of(half, "ArgMax")[0].output[0] == last.input[0]
+    assert nodes_of(half, "Squeeze")[0].output[0] == last.input[0]
     assert casts(plain) == {"FLOAT": 1, "UINT8": 1}
 
 
@@ -96,6 +98,7 @@ def test_nothing_but_types_changes(plain):
     before = plain.SerializeToString()
     half = to_fp16(plain)
     assert plain.SerializeToString() == before
+    search_classes(half)  # FP16 graphs compare classes in place of ArgMax
     assert [node.op_type for node in half.graph.node] == [node.op_type for node in plain.graph.node]
     assert [list(node.input) for node in half.graph.node] == [list(node.input) for node in plain.graph.node]
     exact, rounded = constants(plain), constants(half)
@@ -190,9 +193,20 @@ def test_what_is_rounded_is_what_an_engine_stores(plain):
     rounded = rounded_values(rehearsal)
     for index in range(CONFIG.depth):
         block = f"blocks.{index}"
-        for name in ("norm1", "attn.qkv", "attn.joined", "attn.proj", "after_attn", "mlp.fc1", "mlp.gelu", "out"):
+        for name in (
+            "norm1",
+            "attn.q",
+            "attn.k",
+            "attn.v",
+            "attn.joined",
+            "attn.proj",
+            "after_attn",
+            "mlp.fc1",
+            "mlp.gelu",
+            "out",
+        ):
             assert f"{block}.{name}" in rounded
-        assert f"{block}.attn.qkv.product" not in rounded  # kept in FP32 until the bias is added
+        assert f"{block}.attn.proj.product" not in rounded  # kept in FP32 until the bias is added
     assert {"patch_embed", "tokens", "pool.cells", "bottleneck.sum", "fuse.conv", "logits", "scores"} <= set(rounded)
     assert len(set(rounded)) == len(rounded)
     assert casts(rehearsal)["FLOAT16"] == len(rounded)
@@ -285,15 +299,18 @@ def test_attention_scores_are_bounded(make_weights, store, config, opset, batch)
         qkv = weights[f"encoder.blocks.3.attn.qkv.{name}"]
         qkv[: 2 * config.embed_dim] *= 300
     model = build_graph(weights, config, batch=batch, opset=opset)
-    inside = values(model, ["blocks.3.attn.qkv", "blocks.3.attn.scores"], tiles_of(batch))
-    assert np.abs(inside["blocks.3.attn.qkv"]).max() < 20000
+    inside = values(model, [f"blocks.3.attn.{part}" for part in ("q", "k", "scores")], tiles_of(batch))
+    assert max(np.abs(inside[f"blocks.3.attn.{part}"]).max() for part in "qk") < 20000
     assert np.abs(inside["blocks.3.attn.scores"]).max() > 65504
     with pytest.raises(NumericalCheckError, match=r"blocks\.3\.attn\.joined.* may reach") as caught:
         check_fp16(store(model), to_fp16(model), tiles_of(batch), "sample", least=0)
     told = float(re.search(r"may reach (\S+),", str(caught.value))[1])
-    split = inside["blocks.3.attn.qkv"].reshape(batch, -1, 3, config.heads, config.embed_dim // config.heads)
-    lengths = np.linalg.norm(split.astype(np.float64), axis=-1).max(axis=(0, 1))  # [3, heads]
-    assert told == pytest.approx((lengths[0] * lengths[1]).max(), rel=0.02)
+    split = (
+        inside[f"blocks.3.attn.{part}"].reshape(batch, -1, config.heads, config.embed_dim // config.heads)
+        for part in "qk"
+    )
+    queries, keys = (np.linalg.norm(part.astype(np.float64), axis=-1).max(axis=(0, 1)) for part in split)  # [heads]
+    assert told == pytest.approx((queries * keys).max(), rel=0.02)
     assert told >= np.abs(inside["blocks.3.attn.scores"]).max() * 0.98
 
 
@@ -375,7 +392,7 @@ def test_the_tolerance_is_five_spreads_of_the_roundings_in_a_row(plain):
     assert logit_tolerance(roundings, 3.0) == pytest.approx(5 * 2**-11 * math.sqrt(roundings / 3) * 3)
 
 
-@pytest.mark.parametrize("name", ["blocks.1.mlp.fc1.weight", "blocks.3.attn.qkv.weight", "fuse.weight"])
+@pytest.mark.parametrize("name", ["blocks.1.mlp.fc1.weight", "blocks.3.attn.q.weight", "fuse.weight"])
 def test_a_weight_that_became_another_is_found(plain, store, name):
     half = to_fp16(plain)
     set_constant(half, name, constants(half)[name] * np.float16(1.25))

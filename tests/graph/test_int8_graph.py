@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from quantization_helpers import (
     CLASS_TOKEN,
     CONFIG,
+    WINDOWS,
     casts,
     centred,
     constants,
@@ -38,11 +39,7 @@ HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 
 QUANTISED = {
-    *(
-        f"blocks.{i}.{part}.product/MatMul"
-        for i in range(4)
-        for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    ),
+    *(f"blocks.{i}.{part}.product/MatMul" for i in range(4) for part in ("attn.proj", "mlp.fc1", "mlp.fc2")),
     "bottleneck.conv/Conv",
     "smooth.0.conv/Conv",
     "smooth.1.conv/Conv",
@@ -78,7 +75,7 @@ def makers(model):
 # --- where Q and DQ are ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 19, 1), (CONFIG, 20, 2), (CLASS_TOKEN, 20, 2)])
+@pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 19, 1), (WINDOWS, 20, 2), (CLASS_TOKEN, 20, 2)])
 def test_q_and_dq_are_on_inputs_of_the_layers_for_int8_and_nowhere_else(make_weights, config, opset, batch):
     _, graph = quantised(build_graph(make_weights(config), config, opset=opset, batch=batch))
     onnx.checker.check_model(graph, full_check=True)
@@ -202,15 +199,15 @@ def agreement(first, second):
     return float((first == second).mean())
 
 
-@pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 20, 1), (CONFIG, 19, 2), (CLASS_TOKEN, 20, 2)])
+@pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 20, 1), (WINDOWS, 19, 2), (CLASS_TOKEN, 20, 2)])
 def test_the_twin_computes_what_the_graph_computes(make_weights, config, opset, batch):
     """The graph with its Q/DQ in FP32: integers and scales are the same, so only sums in another order differ."""
     _, graph = quantised(build_graph(centred(make_weights(config), config), config, opset=opset, batch=batch))
     image = tiles_of(batch, seed=11)
-    names = ["labels", "logits", "blocks.0.attn.qkv"]
+    names = ["labels", "logits", "blocks.0.attn.proj"]
     exact, found = values(to_fp32(graph), names, image), values(cpu_twin(graph), names, image)
-    qkv = exact["blocks.0.attn.qkv"]
-    assert np.abs(found["blocks.0.attn.qkv"] - qkv).max() < 1e-5 * np.abs(qkv).max()
+    projected = exact["blocks.0.attn.proj"]
+    assert np.abs(found["blocks.0.attn.proj"] - projected).max() < 1e-5 * np.abs(projected).max()
     # further on, a rounding more or less in FP32 may move a value by a whole step
     error = np.abs(found["logits"] - exact["logits"])
     assert error.mean() < 5e-3 * np.abs(exact["logits"]).max()
@@ -225,14 +222,14 @@ def test_the_twin_is_the_fp16_graph_but_for_rounding(made):
     """
     graph = made[1]
     image = tiles_of(1, seed=11)
-    names = ["labels", "logits", "blocks.0.attn.qkv"]
+    names = ["labels", "logits", "blocks.0.attn.proj"]
     exact, rounded = values(graph, names, image), values(fp16_on_cpu(graph), names, image)
     found, wide = values(cpu_twin(graph), names, image), values(made[0].model, names, image)
     # ONNX Runtime 1.23 (the last for Python 3.10) computes the FP16 graph with Q/DQ farther from FP32 than INT8 is, and
     # as far from the same graph with every value rounded: it is no reference there.
     trusted = (exact, rounded) if tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 24) else (rounded,)
     for other in trusted:
-        for name, part in (("logits", 1.6), ("blocks.0.attn.qkv", 0.3)):
+        for name, part in (("logits", 1.6), ("blocks.0.attn.proj", 0.5)):
             error = np.abs(found[name] - other[name].astype(np.float32)).mean()
             assert error < part * np.abs(found[name] - wide[name]).mean()
             assert np.abs(found[name] - wide[name]).mean() < 0.02 * np.abs(wide[name]).max()
@@ -243,7 +240,7 @@ def test_the_twin_is_in_integers(made):
     twin = cpu_twin(made[1])
     ops = Counter(node.op_type for node in twin.graph.node)
     assert ops["MatMulIntegerToFloat"] == ops[Q] == len(QUANTISED)
-    assert ops["Conv"] == 2  # patch embedding and classifier
+    assert ops["Conv"] == ops["ArgMax"] == 1  # classifier and the best class
     assert ops[DQ] == len(WEIGHT_ONLY)
     assert casts(twin) == {"FLOAT": 1, "UINT8": 1}
     stored = constants(twin)

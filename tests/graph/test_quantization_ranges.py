@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from quantization_helpers import CLASS_TOKEN, CONFIG, constants, nodes_of, set_constant, tiles_of, values
+from quantization_helpers import CLASS_TOKEN, CONFIG, WINDOWS, constants, nodes_of, set_constant, tiles_of, values
 
 from cdkd_edge.core.errors import GraphError, UsageError
 from cdkd_edge.graph.build import build_graph
@@ -47,29 +47,27 @@ def copy_of(model):
 # --- which layers ---------------------------------------------------------------------------------
 
 LAYERS = [
-    *(f"blocks.{index}.{part}" for index in range(4) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
+    *(f"blocks.{index}.{part}" for index in range(4) for part in ("attn.proj", "mlp.fc1", "mlp.fc2")),
     "bottleneck",
     *(f"smooth.{index}" for index in (2, 1, 0)),
     "fuse",
 ]
 
 
-@pytest.mark.parametrize(("config", "opset"), [(CONFIG, 17), (CONFIG, 20), (CLASS_TOKEN, 19)])
+@pytest.mark.parametrize(("config", "opset"), [(CONFIG, 17), (WINDOWS, 20), (CLASS_TOKEN, 19)])
 def test_linears_of_blocks_and_3x3_convolutions_and_nothing_else(make_weights, config, opset):
     model = build_graph(make_weights(config), config, opset=opset)
     layers = quantizable_layers(model)
     assert [layer.name for layer in layers] == LAYERS
     dim, grid, head = config.embed_dim, config.grid, config.head_channels
     by_name = {layer.name: layer for layer in layers}
-    assert by_name["blocks.1.attn.qkv"].macs == grid**2 * dim * 3 * dim
+    assert by_name["blocks.1.attn.proj"].macs == grid**2 * dim**2
     assert by_name["blocks.1.mlp.fc2"].macs == grid**2 * dim * config.mlp_dim
     assert by_name["bottleneck"].macs == grid**2 * dim * head * 9
     assert by_name["fuse"].macs == grid**2 * 4 * head * head * 9
     for layer in layers:
         outputs = weight_of(model, layer.weight).shape[layer.output_axis]
-        assert outputs == {"qkv": 3 * dim, "proj": dim, "fc1": config.mlp_dim, "fc2": dim}.get(
-            layer.name.rpartition(".")[2], head
-        )
+        assert outputs == {"proj": dim, "fc1": config.mlp_dim, "fc2": dim}.get(layer.name.rpartition(".")[2], head)
     ((node, name),) = weight_only_layers(model)
     assert (node, name) == ("context.taps/MatMul", "context.weight")
 
@@ -329,7 +327,7 @@ def test_progress_tells_the_number_of_tiles(plain):
 
 # --- smoothing ------------------------------------------------------------------------------------
 
-SMOOTHED = [name for name in LAYERS if name.endswith(("qkv", "fc1", "proj"))]
+SMOOTHED = [name for name in LAYERS if name.endswith(("fc1", "proj"))]
 
 
 def smoothed(model, alpha=0.5, tiles=None):
@@ -349,7 +347,7 @@ def assert_same_function(model, other, batch=1):
 
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 1.0])
-@pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 20, 1), (CONFIG, 17, 2), (CLASS_TOKEN, 19, 2)])
+@pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 20, 1), (WINDOWS, 17, 2), (CLASS_TOKEN, 19, 2)])
 def test_the_function_stays_and_the_ranges_move(make_weights, config, opset, batch, alpha):
     model = build_graph(make_weights(config), config, opset=opset, batch=batch)
     weights = constants(model)
@@ -380,23 +378,23 @@ def test_at_alpha_1_all_channels_have_one_range_but_for_a_power_of_two(plain):
 def test_outliers_move_into_weights(make_weights):
     """What smoothing is for: one loud channel no longer takes the resolution of all others."""
     weights = make_weights(CONFIG)
-    weights["encoder.blocks.1.norm1.weight"][5] = 40
+    weights["encoder.blocks.1.norm2.weight"][5] = 40
     model = build_graph(weights, CONFIG)
     _, factors, seen = smoothed(model)
-    spread = seen["blocks.1.attn.qkv"].channel_max
-    less = spread / factors["blocks.1.attn.qkv"]
+    spread = seen["blocks.1.mlp.fc1"].channel_max
+    less = spread / factors["blocks.1.mlp.fc1"]
     assert less.max() / np.median(less) < 0.5 * spread.max() / np.median(spread)
 
 
 def test_silent_channels_are_left_alone(make_weights):
     weights = make_weights(CONFIG)
-    weights["encoder.blocks.0.norm1.weight"][3] = weights["encoder.blocks.0.norm1.bias"][3] = 0
-    weights["encoder.blocks.0.attn.qkv.weight"][:, 4] = 0
+    weights["encoder.blocks.0.norm2.weight"][3] = weights["encoder.blocks.0.norm2.bias"][3] = 0
+    weights["encoder.blocks.0.mlp.fc1.weight"][:, 4] = 0
     weights["encoder.blocks.2.norm2.weight"][:] = weights["encoder.blocks.2.norm2.bias"][:] = 0
     model = build_graph(weights, CONFIG)
     other, factors, _ = smoothed(model)
-    assert factors["blocks.0.attn.qkv"][3] == factors["blocks.0.attn.qkv"][4] == 1
-    assert factors["blocks.0.attn.qkv"][5] != 1
+    assert factors["blocks.0.mlp.fc1"][3] == factors["blocks.0.mlp.fc1"][4] == 1
+    assert factors["blocks.0.mlp.fc1"][5] != 1
     assert (factors["blocks.2.mlp.fc1"] == 1).all()
     assert_same_function(model, other)
 
@@ -418,19 +416,21 @@ def share_equal_constants(model):
 
 
 def test_constants_that_nodes_share_are_not_spoilt(make_weights):
-    """Norms of two blocks share scale and bias, one has a scale that is its bias, two blocks share all linears."""
+    """Norms of two blocks share scale and bias, one has a scale that is its bias, two blocks share all linears.
+
+    All norms before attention share their constants anyway.
+    """
     weights = make_weights(CONFIG)
     for part in ("weight", "bias"):
         for name in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1"):
             weights[f"encoder.blocks.1.{name}.{part}"] = weights[f"encoder.blocks.0.{name}.{part}"]
-    weights["encoder.blocks.2.norm1.bias"] = weights["encoder.blocks.2.norm1.weight"]
-    weights["encoder.blocks.3.norm1.bias"] = weights["encoder.blocks.3.norm2.bias"]
+    weights["encoder.blocks.2.norm2.bias"] = weights["encoder.blocks.2.norm2.weight"]
     separate = build_graph(weights, CONFIG)
     shared = share_equal_constants(copy_of(separate))
     assert len(shared.graph.initializer) <= len(separate.graph.initializer) - 11
     other, factors, _ = smoothed(shared)
     assert list(factors) == SMOOTHED
-    assert not np.allclose(factors["blocks.0.attn.qkv"], factors["blocks.1.attn.qkv"], rtol=1e-2)
+    assert not np.allclose(factors["blocks.0.mlp.fc1"], factors["blocks.1.mlp.fc1"], rtol=1e-2)
     assert_same_function(separate, shared)
     assert_same_function(separate, other)
     found = calibrate(shared, tiles_of(3))
@@ -462,15 +462,6 @@ def test_few_tiles_are_enough_for_smoothing(plain):
     assert 16 <= len(first) <= 32
     assert first[-1].endswith(f"tile {len(first)} of {len(first)}")
     assert sum(step.startswith("ranges") for step in told) == 40
-
-
-def test_smoothing_without_qkv_to_fold_into(plain):
-    """A layer list without qkv: proj then stays as it is."""
-    model = copy_of(plain)
-    layers = [layer for layer in quantizable_layers(model) if not layer.name.endswith("qkv")]
-    factors = smooth(model, layers, observe(model, layers, tiles_of(2)), 0.5)
-    assert not any(name.endswith(("proj", "qkv")) for name in factors)
-    assert_same_function(plain, model)
 
 
 def test_a_layer_is_a_value(plain):

@@ -20,7 +20,7 @@ def main(binding, library):
         sys.setdlopenflags(os.RTLD_LAZY)  # it is linked to hundreds of functions; the library has those in use
 
     from cdkd_edge.engines.cuda.gpu import CudaError, open_gpu
-    from cdkd_edge.engines.cuda.memory import Buffer, Stream
+    from cdkd_edge.engines.cuda.memory import Buffer, CudaStream
 
     gpu = open_gpu(binding)
     assert gpu is open_gpu(binding)
@@ -30,7 +30,7 @@ def main(binding, library):
     base = simulated.simulated_live()
 
     def round_trip(mapped):
-        buffer, stream = Buffer(gpu, (2, 3, 50), mapped=mapped), Stream(gpu)
+        buffer, stream = Buffer(gpu, (2, 3, 50), mapped=mapped), CudaStream(gpu)
         assert all(type(number) is int and number > 0 for number in (stream.handle, buffer.pointer))
         content = np.random.default_rng(0).integers(0, 255, buffer.array.shape, np.uint8)
         with gpu.current():
@@ -81,11 +81,11 @@ def main(binding, library):
     assert text == "allocating 100 bytes of page-locked memory failed: CUDA_ERROR_OUT_OF_MEMORY (out of memory)", text
     name, _ = failing("cuMemAlloc", 1, lambda: Buffer(gpu, (100,)))  # PyCUDA tries again if it is for lack of memory
     assert name == "CUDA_ERROR_INVALID_VALUE"
-    name, _ = failing("cuStreamCreate", 400, lambda: Stream(gpu))
+    name, _ = failing("cuStreamCreate", 400, lambda: CudaStream(gpu))
     assert name == "CUDA_ERROR_INVALID_HANDLE"
-    name, _ = failing("cuEventCreate", 1, lambda: Stream(gpu))
+    name, _ = failing("cuEventCreate", 1, lambda: CudaStream(gpu))
     assert name == "CUDA_ERROR_INVALID_VALUE"
-    stream = Stream(gpu)
+    stream = CudaStream(gpu)
     with gpu.current():
         for function, use in (("cuEventSynchronize", stream.wait), ("cuStreamSynchronize", stream.drain)):
             assert failing(function, 400, use)[0] == "CUDA_ERROR_INVALID_HANDLE"

@@ -28,14 +28,19 @@ VOLTS = 5.0
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 NVPMODEL = """#!/bin/sh
+id=$(sed 's/pmode:...//' /var/lib/nvpmodel/status 2>/dev/null || echo 0)
 case "$1" in
--q) printf 'NV Power Mode: MAXN\\n0\\n' ;;
+-q) case $id in 0) echo 'NV Power Mode: MAXN';; *) echo 'NV Power Mode: 10W';; esac; echo $id ;;
+-m) echo "pmode:000$2" > /var/lib/nvpmodel/status ;;
 -p) printf 'POWER_MODEL: ID=0 NAME=MAXN\\nPOWER_MODEL: ID=1 NAME=10W\\nPM_CONFIG: DEFAULT=MAXN(0)\\n' ;;
 esac
 """
 
 INSIDE = r"""
 set -e
+for place in etc var/lib; do
+    [ ! -d "$BOARD/$place" ] || mount --bind "$BOARD/$place" "/$place"
+done
 mount --bind "$BOARD/sys" /sys
 mount --bind "$BOARD/run" /run
 mount --bind "$BOARD/group" /etc/group
@@ -116,8 +121,11 @@ def set_watts(tree: Path, *watts: float) -> None:
 class Board:
     """An emulated board, and its jtop service."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, modes: bool = False) -> None:
         """Build the tree under ``root`` and make the namespace.
+
+        With ``modes`` it is known as a Jetson, and ``nvpmodel`` sets its power mode (MAXN, 10W); its ``/etc`` is a
+        copy of this machine's, its ``/var/lib`` is empty.
 
         Raises:
             NoBoardError: no private mount namespace can be had, with what was tried.
@@ -129,6 +137,11 @@ class Board:
         (root / "bin/nvpmodel").write_text(NVPMODEL)
         (root / "bin/nvpmodel").chmod(0o755)
         (root / "service").mkdir()
+        if modes:
+            subprocess.run(["cp", "-a", "/etc", root / "etc"], capture_output=True, check=False)  # what can be read
+            write(root / "etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic")
+            write(root / "etc/nvpmodel.conf", "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=1 NAME=10W >")
+            write(root / "var/lib/nvpmodel/status", "pmode:0000")
         groups = [line for line in Path("/etc/group").read_text().splitlines() if not line.startswith("jtop:")]
         # Root's group: in a user namespace it is the only one there is.
         self._group_lines = groups
@@ -325,9 +338,9 @@ class Ripple(Pattern):
 
 
 @contextlib.contextmanager
-def running_board(root: Path, service: bool = True) -> Iterator[Board]:
+def running_board(root: Path, service: bool = True, modes: bool = False) -> Iterator[Board]:
     """A board for a test."""
-    board = Board(root)
+    board = Board(root, modes)
     try:
         if service:
             board.start_service()

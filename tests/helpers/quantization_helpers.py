@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ CONFIG = NetworkConfig(
     tile=48, patch=8, embed_dim=48, depth=4, heads=3, mlp_dim=96, classes=5, head_channels=8, pool_scales=(1, 2, 3, 6)
 )
 """Three heads of 16, 6 x 6 tokens; small enough for loops in Python."""
+WINDOWS = dataclasses.replace(CONFIG, attention=("window 3", "pooled 3", "window 3", "global"))
 CLASS_TOKEN = NetworkConfig(
     tile=48, patch=8, embed_dim=32, depth=4, heads=2, mlp_dim=64, classes=5, head_channels=8, class_token=True
 )

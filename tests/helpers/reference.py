@@ -20,9 +20,17 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def reference_features(
-    weights: Mapping[str, npt.ArrayLike], image: npt.NDArray[np.uint8], *, heads: int, eps: float
+    weights: Mapping[str, npt.ArrayLike],
+    image: npt.NDArray[np.uint8],
+    *,
+    heads: int,
+    eps: float,
+    attention: Sequence[str] = (),
 ) -> list[Array]:
-    """The four tapped maps ``[N, D, G, G]`` of images ``[N, 3, T, T]``; weights in this package's names."""
+    """The four tapped maps ``[N, D, G, G]`` of images ``[N, 3, T, T]``; weights in this package's names.
+
+    ``attention`` has a kind for each block: ``global``, ``window N`` or ``pooled N``; tokens stay row by row.
+    """
     w = {key: np.asarray(value, np.float64) for key, value in weights.items()}
     kernel = w["encoder.patch_embed.proj.weight"]
     dim, _, patch, _ = kernel.shape
@@ -52,7 +60,8 @@ def reference_features(
     for index in range(depth):
         name = f"encoder.blocks.{index}"
         normed = _layer_norm(tokens, w, f"{name}.norm1", eps)
-        tokens = tokens + _attention(normed, w, f"{name}.attn", heads) * w.get(f"{name}.scale1", 1.0)
+        groups = _groups(attention[index] if attention else "global", grid, tokens.shape[1])
+        tokens = tokens + _attention(normed, w, f"{name}.attn", heads, groups) * w.get(f"{name}.scale1", 1.0)
         hidden = _linear(_layer_norm(tokens, w, f"{name}.norm2", eps), w, f"{name}.mlp.fc1")
         hidden = 0.5 * hidden * (1 + _erf(hidden / math.sqrt(2)))
         tokens = tokens + _linear(hidden, w, f"{name}.mlp.fc2") * w.get(f"{name}.scale2", 1.0)
@@ -70,10 +79,11 @@ def reference_logits(
     heads: int,
     eps: float,
     scales: Sequence[int] = (1, 2, 3, 6),
+    attention: Sequence[str] = (),
 ) -> Array:
     """Logits ``[N, K, G, G]``."""
     w = {key: np.asarray(value, np.float64) for key, value in weights.items()}
-    *shallow, deep = reference_features(w, image, heads=heads, eps=eps)
+    *shallow, deep = reference_features(w, image, heads=heads, eps=eps, attention=attention)
     grid = deep.shape[-1]
     pyramid = [deep]
     for index, scale in enumerate(scales):
@@ -121,17 +131,36 @@ def _layer_norm(x: Array, w: Mapping[str, Array], name: str, eps: float) -> Arra
     return centred / deviation * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
-def _attention(x: Array, w: Mapping[str, Array], name: str, heads: int) -> Array:
+def _groups(kind: str, grid: int, count: int) -> list[tuple[list[int], Array]]:
+    """Groups of tokens, and the keys that each sees, as means of tokens ``[keys, count]``."""
+    everyone = list(range(count))
+    if kind == "global":
+        return [(everyone, np.eye(count))]
+    name, side = kind.split()[0], int(kind.split()[1])
+    assert count == grid * grid
+    squares: dict[tuple[int, int], list[int]] = {}
+    for row in range(grid):
+        for column in range(grid):
+            squares.setdefault((row // side, column // side), []).append(row * grid + column)
+    if name == "window":
+        return [(square, np.eye(count)[square]) for square in squares.values()]
+    assert name == "pooled"
+    return [(everyone, np.array([np.eye(count)[square].mean(axis=0) for square in squares.values()]))]
+
+
+def _attention(x: Array, w: Mapping[str, Array], name: str, heads: int, groups: list[tuple[list[int], Array]]) -> Array:
     dim = x.shape[-1]
     width = dim // heads
     q, k, v = np.split(_linear(x, w, f"{name}.qkv"), 3, axis=-1)
     mixed = np.zeros_like(x)
     for image in range(len(x)):
-        for head in range(heads):
-            part = slice(head * width, (head + 1) * width)
-            scores = q[image, :, part] @ k[image, :, part].T / math.sqrt(width)
-            scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-            mixed[image, :, part] = scores / scores.sum(axis=1, keepdims=True) @ v[image, :, part]
+        for tokens, means in groups:
+            keys, values = means @ k[image], means @ v[image]
+            for head in range(heads):
+                part = slice(head * width, (head + 1) * width)
+                scores = q[image, tokens, part] @ keys[:, part].T / math.sqrt(width)
+                scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+                mixed[image, tokens, part] = scores / scores.sum(axis=1, keepdims=True) @ values[:, part]
     return _linear(mixed, w, f"{name}.proj")
 
 

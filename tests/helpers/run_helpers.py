@@ -29,7 +29,7 @@ from cdkd_edge.benchmark.results import rejected
 from cdkd_edge.benchmark.statistics import figure_of, latency_of
 from cdkd_edge.board.conditions import Conditions
 from cdkd_edge.board.power.energy import Trace
-from cdkd_edge.board.power.sources import MODULE, WATTS, Sample, SourceInfo
+from cdkd_edge.board.power.protocol import MODULE, WATTS, Sample, SourceInfo
 from cdkd_edge.board.throttling import summarise
 from cdkd_edge.core.machine import Machine
 

@@ -292,7 +292,7 @@ def test_usage(space):
 
 def test_a_layer_that_is_not_there(space):
     result = run("build", "--int8", "--keep", "blocks.7.mlp.fc1", "--workspace", space.root)
-    assert_answer(result, 7, r"no layer 'blocks\.7\.mlp\.fc1'.*layers are blocks\.0\.attn\.qkv")
+    assert_answer(result, 7, r"no layer 'blocks\.7\.mlp\.fc1'.*layers are blocks\.0\.attn\.proj")
 
 
 def test_wrong_kinds(space, tmp_path):

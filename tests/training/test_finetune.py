@@ -22,7 +22,7 @@ from training_helpers import CONFIG, SCHEMA, blocks, student, write_dataset, wri
 from typer.testing import CliRunner  # noqa: E402
 
 from cdkd_edge import cli  # noqa: E402
-from cdkd_edge.cli.finetune import live_training  # noqa: E402
+from cdkd_edge.cli.finetune import TrainingLines, live_training  # noqa: E402
 from cdkd_edge.cli.options import command_line  # noqa: E402
 from cdkd_edge.core.labels import NO_LABEL  # noqa: E402
 from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, resample_patches, resample_position  # noqa: E402  # noqa: E402
@@ -201,7 +201,7 @@ def test_progress_is_on_stderr_one_line_an_epoch_with_the_time_left(finished):
 
 def test_a_long_line_of_progress_stays_one_line(capsys):
     """Logs are read by programs, too."""
-    with live_training() as listener:
+    with live_training(TrainingLines) as listener:
         listener.epoch({"epoch": 100, "loss": 10.12345, "mean_iou": 1.0}, 1000, 1.0, 123_456.0)
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -621,14 +621,14 @@ from cdkd_edge import cli
 from cdkd_edge.training import finetune
 
 finetune._SAVE_STATE_EVERY_S = 0.0
-after_batch, cut = finetune._Run._after_batch, int(sys.argv.pop(1))
+after_batch, cut = finetune._Tuning._after_batch, int(sys.argv.pop(1))
 
 def die(run):
     after_batch(run)
     if run.trainer.progress.step == cut:
         os.kill(os.getpid(), signal.SIGKILL)
 
-finetune._Run._after_batch = die
+finetune._Tuning._after_batch = die
 cli.app()
 """
 
@@ -661,7 +661,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_it_would_have(finished, data,
 
 def interrupt(monkeypatch, step):
     """Ctrl-C after a step; states are saved after each."""
-    real = module._Run._after_batch
+    real = module._Tuning._after_batch
 
     def after_batch(self):
         real(self)
@@ -669,7 +669,7 @@ def interrupt(monkeypatch, step):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(module, "_SAVE_STATE_EVERY_S", 0.0)
-    monkeypatch.setattr(module._Run, "_after_batch", after_batch)
+    monkeypatch.setattr(module._Tuning, "_after_batch", after_batch)
 
 
 @pytest.fixture(scope="module")
@@ -727,14 +727,14 @@ def test_ctrl_c_in_the_first_epoch(data, encoder, tmp_path, finished, monkeypatc
 def test_ctrl_c_right_after_a_checkpoint_was_written(data, encoder, tmp_path, finished, monkeypatch):
     """A checkpoint of an unfinished run never lies there without its state, or it would pass for finished."""
     arguments = ["finetune", encoder, "--data", data, "-o", tmp_path / "tuned.pt", *SMALL, *SPLIT, *HEADS]
-    real = module._Run._write
+    real = module._Tuning._write
 
     def write(self, network, record):
         real(self, network, record)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Run, "_write", write)
+        patch.setattr(module._Tuning, "_write", write)
         assert run(*arguments).exit_code == 130
     assert (tmp_path / "tuned.pt").exists()
     result = run(*arguments, "--resume", "--json")

@@ -43,7 +43,7 @@ MOST_MODES = 100  # largest number of power modes: all are modelled unless one i
 
 
 @dataclass(frozen=True)
-class PowerMode:
+class ModeLimits:
     """The limits of a device in a power mode."""
 
     multiprocessors: int
@@ -61,20 +61,20 @@ class Device:
 
     title: str
     rates: Rates
-    modes: dict[str, PowerMode]
+    modes: dict[str, ModeLimits]
     parts: tuple[str, ...] = ()  # part numbers of a Jetson module, as its device tree gives them (``p3767-0000``)
     gpu_names: tuple[str, ...] = ()  # names of the GPU as the CUDA driver gives them
     note: str = ""
     name: str = ""
 
-    def mode(self, name: str) -> PowerMode:
+    def mode(self, name: str) -> ModeLimits:
         """A power mode by its name, in capital or small letters; UsageError if there is none."""
         for key, mode in self.modes.items():
             if key.casefold() == name.casefold():
                 return mode
         raise UsageError(f"{self.title} has no power mode {name!r}", hint=f"it has {', '.join(self.modes)}")
 
-    def peak(self, mode: PowerMode, precision: str) -> float:
+    def peak(self, mode: ModeLimits, precision: str) -> float:
         """Peak operations per second of the multiprocessors."""
         rate: float = getattr(self.rates, precision)
         return rate * mode.multiprocessors * mode.clock_mhz * 1e6
@@ -121,7 +121,7 @@ def default_device(root: Path = Path("/")) -> Device:
     return find_device(part=device_tree_parts(root)) or load_device("orin-nx-16gb")
 
 
-def _require_positive(values: Rates | PowerMode) -> None:
+def _require_positive(values: Rates | ModeLimits) -> None:
     for name, value in vars(values).items():
         if name != "name" and not 1e-6 <= value <= 1e9:
             raise ValueError(f"{name} must be a number from 1e-6 to 1e9, got {value:g}")

@@ -13,14 +13,18 @@ from pathlib import Path
 
 import onnx
 
-from cdkd_edge.benchmark.record import ModelledBound
-from cdkd_edge.benchmark.roofline.devices import Device, PowerMode, device_tree_parts, find_device, load_device
+from cdkd_edge.benchmark.roofline.compiled import (
+    attention_of_layers,
+    batch_of_layers,
+    kernels_of_layers,
+    precision_of_layers,
+)
+from cdkd_edge.benchmark.roofline.devices import Device, ModeLimits
 from cdkd_edge.benchmark.roofline.kernels import Kernel, attention_modes, kernels_of
 from cdkd_edge.benchmark.roofline.operators import GraphCost, read_operators
-from cdkd_edge.core.errors import CdkdEdgeError, GraphError, UsageError
-from cdkd_edge.core.files import sha256_of
-from cdkd_edge.core.manifest import EngineManifest
-from cdkd_edge.engines.runtimes import runtime_of
+from cdkd_edge.core.errors import CdkdEdgeError, EngineError, GraphError, ManifestError, UsageError
+from cdkd_edge.core.manifest import EngineManifest, read_manifest
+from cdkd_edge.engines.tensorrt.layers import LAYERS_SUFFIX, EngineLayers, read_layers, read_layers_file
 from cdkd_edge.graph.files import load_graph
 
 
@@ -43,6 +47,7 @@ class Efficiencies:
 REALISTIC = Efficiencies()
 SPREAD = 0.1  # difference of the shares at the ends of the range from ``REALISTIC``
 PEAK = Efficiencies(1.0, 1.0, 1.0, 1.0, 0.0)
+GRAPH, LAYERS = "graph", "layers"  # what kernels are taken from
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class KernelTime:
 class Estimate:
     """Modelled speed (FPS: tiles per second) of a graph in one power mode, with attention run in one way."""
 
-    mode: PowerMode
+    mode: ModeLimits
     precision: str
     attention: str  # ``fused``, ``unfused``, ``unfused, FP32 softmax``, or ``none``
     kernels: int
@@ -89,20 +94,27 @@ class Roofline:
 
     path: Path
     device: Device
-    graphs: tuple[GraphCost, ...]  # the graph in each precision
+    modelled_from: str  # :data:`GRAPH`: its operators, grouped into kernels by rules; or :data:`LAYERS` of an engine
+    graphs: tuple[GraphCost, ...]  # the graph in each precision; empty for an engine
     estimates: tuple[Estimate, ...]
     notes: tuple[str, ...]
 
 
 def roofline(path: Path, device: Device, *, mode: str | None = None, precision: str | None = None) -> Roofline:
-    """Model a graph file on a device.
+    """Model a graph on a device, or an engine of TensorRT by the layers that were listed when it was built.
 
-    An FP32 graph is also modelled in FP16 and INT8, as ``export`` and ``build --int8`` would write it. Other graphs are
-    modelled as they are. Without ``mode`` or ``precision``, all modes and all precisions.
+    An FP32 graph is also modelled in FP16 and INT8, as ``export`` and ``build --int8`` would write it. Other graphs,
+    and engines, are modelled as they are. Without ``mode`` or ``precision``, all modes and all precisions.
+
+    Args:
+        path: a graph (``.onnx``), an engine (``.engine``) or its layers (``.layers.json``).
 
     Raises:
         GraphError, UsageError: no ONNX graph with known shapes; no such mode, or not convertible to that precision.
+        EngineError, ManifestError: the engine is damaged, or its layers are not known.
     """
+    if path.suffix == ".engine" or path.name.endswith(LAYERS_SUFFIX):
+        return _roofline_of_engine(path, device, mode, precision)
     modes = [device.mode(mode)] if mode is not None else list(device.modes.values())
     graphs, notes = _graphs(load_graph(path))
     if precision is not None:
@@ -116,30 +128,80 @@ def roofline(path: Path, device: Device, *, mode: str | None = None, precision: 
     if device.note:
         notes.append(device.note)
     cases = [(cost, device, one, way) for one in modes for cost in graphs for way in attention_modes(cost)]
-    return Roofline(path, device, tuple(graphs), tuple(estimate(*case) for case in cases), tuple(notes))
+    estimates = tuple(estimate(*case) for case in cases)
+    return Roofline(path, device, GRAPH, tuple(graphs), estimates, tuple(notes))
+
+
+def _roofline_of_engine(path: Path, device: Device, mode: str | None, precision: str | None) -> Roofline:
+    notes = [device.note] if device.note else []
+    if path.name.endswith(LAYERS_SUFFIX):
+        try:
+            compiled, _ = read_layers_file(path)
+        except FileNotFoundError:
+            raise ManifestError(f"{path} does not exist") from None
+    else:
+        manifest = read_manifest(path, EngineManifest)
+        found = read_layers(path, manifest.artefact.sha256)
+        if found is None:
+            hint = f"build it again, or model its graph {manifest.graph.file}"
+            raise ManifestError(f"the layers of {path} are not recorded beside it (.layers.json)", hint=hint)
+        compiled = found
+        notes.insert(0, f"the layers are those for {manifest.device.removeprefix('compiled for ')}")
+    estimates = model_engine(compiled, device, mode=mode)
+    if precision not in (None, estimates[0].precision):
+        hint = f"it is an engine in {estimates[0].precision}; a graph can be modelled in every precision"
+        raise UsageError(f"{path} cannot be modelled in {precision}", hint=hint)
+    return Roofline(path, device, LAYERS, (), estimates, tuple(notes))
+
+
+def model_engine(compiled: EngineLayers, device: Device, *, mode: str | None = None) -> tuple[Estimate, ...]:
+    """Model an engine from the layers that a compiler made, one kernel each, in one power mode or in all.
+
+    ``fps``, ``low_fps`` and ``high_fps`` of an estimate are modelled tiles per second.
+
+    Raises:
+        EngineError: there are no layers, or the shapes of one do not tell how many operations it takes.
+        UsageError: the device has no such power mode.
+    """
+    kernels = kernels_of_layers(compiled)
+    if not kernels:
+        raise EngineError("TensorRT did not list the engine's layers", hint="model the graph that it was built from")
+    modes = [device.mode(mode)] if mode is not None else list(device.modes.values())
+    batch, kind = batch_of_layers(compiled), (precision_of_layers(compiled), attention_of_layers(compiled))
+    return tuple(_estimate(kernels, batch, device, one, kind, REALISTIC) for one in modes)
 
 
 def estimate(
-    cost: GraphCost, device: Device, mode: PowerMode, attention: str, realistic: Efficiencies = REALISTIC
+    cost: GraphCost, device: Device, mode: ModeLimits, attention: str, realistic: Efficiencies = REALISTIC
 ) -> Estimate:
     """Model one graph in one power mode with attention run in one way."""
-    kernels = kernels_of(cost, attention)
+    return _estimate(kernels_of(cost, attention), cost.batch, device, mode, (cost.precision, attention), realistic)
 
+
+def _estimate(
+    kernels: Sequence[Kernel],
+    batch: int,
+    device: Device,
+    mode: ModeLimits,
+    kind: tuple[str, str],
+    realistic: Efficiencies,
+) -> Estimate:
     def fps(shares: Efficiencies) -> float:
-        return cost.batch / sum(time.seconds for time in kernel_times(kernels, device, mode, shares))
+        return batch / sum(time.seconds for time in kernel_times(kernels, device, mode, shares))
 
     arithmetic = sum(kernel.product_flop / device.peak(mode, kernel.precision) for kernel in kernels)
     return Estimate(
-        mode=mode, precision=cost.precision, attention=attention, kernels=len(kernels),
-        product_flop=cost.product_flop, traffic_bytes=sum(kernel.traffic_bytes for kernel in kernels),
-        arithmetic_bound_fps=cost.batch / arithmetic if arithmetic else float("inf"), bound_fps=fps(PEAK),
+        mode=mode, precision=kind[0], attention=kind[1], kernels=len(kernels),
+        product_flop=sum(kernel.product_flop for kernel in kernels),
+        traffic_bytes=sum(kernel.traffic_bytes for kernel in kernels),
+        arithmetic_bound_fps=batch / arithmetic if arithmetic else float("inf"), bound_fps=fps(PEAK),
         fps=fps(realistic), low_fps=fps(realistic.shifted(-SPREAD)), high_fps=fps(realistic.shifted(SPREAD)),
         times=kernel_times(kernels, device, mode, realistic),
     )  # fmt: skip
 
 
 def kernel_times(
-    kernels: Sequence[Kernel], device: Device, mode: PowerMode, shares: Efficiencies
+    kernels: Sequence[Kernel], device: Device, mode: ModeLimits, shares: Efficiencies
 ) -> tuple[KernelTime, ...]:
     """Modelled seconds of each kernel."""
     times = []
@@ -151,57 +213,6 @@ def kernel_times(
         memory = kernel.traffic_bytes / (mode.bandwidth_gb_s * 1e9 * shares.dram)
         times.append(KernelTime(kernel, arithmetic, memory, shares.kernel_seconds))
     return tuple(times)
-
-
-def modelled_bound(
-    engine: EngineManifest,
-    folders: Sequence[Path],
-    tiles_per_second: float | None,
-    *,
-    device: str | None = None,
-    mode: str | None = None,
-    root: Path = Path("/"),
-) -> tuple[ModelledBound | None, str]:
-    """The bound of an engine's graph on the device it runs on, or None and why there is none.
-
-    A share of the bound above 1 means that an assumption is wrong: higher clocks than the power mode's, or data kept in
-    a cache.
-
-    Args:
-        folders: folders to look for its graph in.
-        tiles_per_second: the measured speed; None if there is none.
-        device: name of a device file. Default: that of this board, or of the GPU the engine was built on.
-        mode: the board's power mode; None: not known.
-        root: root of the file tree with ``proc/device-tree``.
-
-    Raises:
-        UsageError: there is no device file of that name.
-    """
-    chosen = load_device(device) if device is not None else None
-    if runtime_of(engine).on_cpu:
-        return None, "the roofline models GPUs, and this engine runs on the CPU"
-    gpu = engine.tensorrt.gpu if engine.tensorrt else None
-    known = chosen or find_device(part=device_tree_parts(root), gpu=gpu)
-    if known is None:
-        return None, f"there is no device file for {gpu or engine.device}; name one with --device"
-    paths = [folder / engine.graph.file for folder in folders]
-    graph = next((path for path in paths if path.is_file() and sha256_of(path) == engine.graph.sha256), None)
-    if graph is None:
-        return None, f"its graph {engine.graph.file} is neither beside the engine nor in the workspace"
-    name = next(iter(known.modes)) if mode is None and len(known.modes) == 1 else mode
-    if name not in known.modes:
-        return None, f"{known.title} is in power mode {mode or 'unknown'}, which is not in its device file"
-    try:
-        found = roofline(graph, known, mode=name, precision=engine.precision)
-    except CdkdEdgeError as error:
-        return None, error.message
-    # Attention as the compiler built it: fused if it fused any block.
-    wanted = "fused" if engine.attention_fused else "unfused"
-    fitting = [one for one in found.estimates if one.attention == wanted] or list(found.estimates)
-    best = max(fitting, key=lambda one: one.bound_fps)
-    share = tiles_per_second / best.bound_fps if tiles_per_second else None
-    expected = best.low_fps, best.high_fps
-    return ModelledBound(known.name, best.mode.name, best.precision, best.bound_fps, expected, share), ""
 
 
 def _graphs(model: onnx.ModelProto) -> tuple[list[GraphCost], list[str]]:

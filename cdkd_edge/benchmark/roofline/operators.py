@@ -27,15 +27,17 @@ _EIGHT_BIT = (TensorProto.INT8, TensorProto.UINT8)
 
 VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split"))
 """They move no data: the same memory is read under another shape. (A Split is along the outer axis here.)"""
-PRODUCTS = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+PRODUCTS = frozenset(("MatMul", "Gemm", *_CONVOLUTIONS))
 POINTWISE = frozenset((
     "Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Erf", "Exp", "Tanh", "Sigmoid", "Pow", "Relu", "Gelu", "Clip", "Min",
-    "Max", "Where", "Cast", "QuantizeLinear", "DequantizeLinear",
+    "Max", "Where", "Greater", "Less", "Equal", "Round", "Cast", "QuantizeLinear", "DequantizeLinear",
 ))  # fmt: skip
 
 VECTOR_OPERATIONS: Mapping[str, int] = {
     "LayerNormalization": 8, "Softmax": 5, "Gelu": 10, "Erf": 8, "Resize": 7, "QuantizeLinear": 3,
     "Transpose": 0, "Concat": 0, "Slice": 0, "Gather": 0, "Expand": 0, "Pad": 0, "ArgMax": 1,
+    "ReduceMean": 1, "ReduceMax": 1, "ReduceSum": 1, "AveragePool": 4,
 }  # fmt: skip
 """Operations per output element; 1 for operators that are not listed."""
 KNOWN = PRODUCTS | VIEWS | POINTWISE | VECTOR_OPERATIONS.keys() | {"Constant"}
@@ -132,6 +134,8 @@ def _store_as(node: onnx.NodeProto, tensors: dict[str, Tensor]) -> None:
             tensors[name] = replace(source, name=name, elements=tensors[name].elements)
         elif node.op_type == "Constant" or (node.input and all(tensors[given].constant for given in node.input)):
             tensors[name] = replace(tensors[name], constant=True)
+        elif node.op_type in _CONVOLUTIONS and all(tensors[given].eight_bit for given in node.input[:2]):
+            tensors[name] = replace(tensors[name], item_bytes=4)  # INT8 convolutions of TensorRT-RTX write FP32
 
 
 def _cost(node: onnx.NodeProto, tensors: Mapping[str, Tensor], shapes: Sizes) -> Operator:

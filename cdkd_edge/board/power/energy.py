@@ -30,7 +30,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from cdkd_edge.board.power.sources import WATTS, Sample, SourceInfo
+from cdkd_edge.board.power.protocol import WATTS, Sample, SourceInfo
 
 Series = list[tuple[float, float, float]]  # moment, value, uncertainty of each reading
 

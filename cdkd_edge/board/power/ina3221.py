@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cdkd_edge.board.power.sources import MODULE, MODULE_RAILS, WATTS, UnusableSourceError
+from cdkd_edge.board.power.protocol import MODULE, MODULE_RAILS, WATTS, UnusableSourceError
 
 TOTAL = "VDD_IN"  # what the module draws, without the carrier board
 MOST_WATTS = 32.76 * 163.8

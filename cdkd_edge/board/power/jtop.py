@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cdkd_edge.board.power.ina3221 import COVERS, MOST_WATTS, TOTAL
-from cdkd_edge.board.power.sources import MODULE, WATTS, LostSourceError, Sample, SourceInfo, UnusableSourceError
+from cdkd_edge.board.power.protocol import MODULE, WATTS, LostSourceError, Sample, SourceInfo, UnusableSourceError
 
 UNROUND = 0.953
 """Share of the interval that the service is asked for, so that readings are not in step with the load: what ripples

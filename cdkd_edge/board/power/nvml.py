@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from cdkd_edge.board.power.sources import GPU_BOARD, JOULES, WATTS, UnusableSourceError
+from cdkd_edge.board.power.protocol import GPU_BOARD, JOULES, WATTS, UnusableSourceError
 
 
 class NvmlReader:

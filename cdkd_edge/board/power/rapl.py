@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from cdkd_edge.board.power.sources import CPU_PACKAGE, JOULES, UnusableSourceError
+from cdkd_edge.board.power.protocol import CPU_PACKAGE, JOULES, UnusableSourceError
 
 
 class RaplReader:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cdkd_edge.board.power.energy import Problem, Trace
-from cdkd_edge.board.power.sources import SOURCES, WATTS, Sample, SourceInfo
+from cdkd_edge.board.power.protocol import WATTS, Sample, SourceInfo
+from cdkd_edge.board.power.sources import SOURCES
 from cdkd_edge.core.errors import PowerError, UsageError
 from cdkd_edge.core.process import end_children, events, last_words, module_command, start_child, tail_of
 

@@ -1,7 +1,7 @@
 """The sampling process: reads one source and writes JSON lines, until its parent ends.
 
 ``python -m cdkd_edge.board.power.sampler_child --source NAME --interval SECONDS``. Lines: ``started`` (the fields of
-:class:`~cdkd_edge.board.power.sources.SourceInfo`) or ``refused`` (``reason``, ``hint``); then ``sample`` (``time``,
+:class:`~cdkd_edge.board.power.protocol.SourceInfo`) or ``refused`` (``reason``, ``hint``); then ``sample`` (``time``,
 ``uncertainty``, ``values``) and ``problem`` (``time``, ``kind``, ``message``); and ``lost`` (``message``) if the source
 has gone. The process ends when its stdin does. A rail that could not be read is absent; nothing is filled in.
 """
@@ -16,8 +16,7 @@ import random
 import time
 from pathlib import Path
 
-from cdkd_edge.board.power.sources import (
-    SOURCES,
+from cdkd_edge.board.power.protocol import (
     WATTS,
     LostSourceError,
     Reader,
@@ -26,6 +25,7 @@ from cdkd_edge.board.power.sources import (
     Stream,
     UnusableSourceError,
 )
+from cdkd_edge.board.power.sources import SOURCES
 from cdkd_edge.core.process import EventWriter, end_with_stdin, leave
 
 PATIENCE = 5.0  # seconds without a reading after which a polled source is lost

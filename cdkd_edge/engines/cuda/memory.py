@@ -53,19 +53,19 @@ class Buffer:
                 raise
             self.pointer = int(self._device)
 
-    def upload(self, stream: Stream) -> None:
+    def upload(self, stream: CudaStream) -> None:
         """Start copying the array to the GPU."""
         if not self.mapped:
             size = self.array.nbytes
             self._gpu.call("copying to the GPU", "cuMemcpyHtoDAsync", self.pointer, self.array, size, stream.raw)
 
-    def download(self, stream: Stream) -> None:
+    def download(self, stream: CudaStream) -> None:
         """Start copying what the GPU wrote into the array."""
         if not self.mapped:
             size = self.array.nbytes
             self._gpu.call("copying from the GPU", "cuMemcpyDtoHAsync", self.array, self.pointer, size, stream.raw)
 
-    def clear(self, value: int, stream: Stream) -> None:
+    def clear(self, value: int, stream: CudaStream) -> None:
         """Start filling the GPU's memory with a byte. The host fills a mapped array."""
         if not self.mapped:
             size = self.array.nbytes
@@ -83,7 +83,7 @@ class Buffer:
                 self._gpu.call("freeing GPU memory", "cuMemFree", device)
 
 
-class Stream:
+class CudaStream:
     """A queue of GPU work. Its methods, except :meth:`close`, are called inside :meth:`Gpu.current`."""
 
     def __init__(self, gpu: Gpu) -> None:

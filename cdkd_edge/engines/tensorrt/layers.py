@@ -25,6 +25,7 @@ _DTYPES = {
     "float": "fp32", "fp32": "fp32", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16",
     "int64": "int64", "int32": "int32", "int8": "int8", "uint8": "uint8", "bool": "bool", "fp8": "fp8",
 }  # fmt: skip
+LAYERS_SUFFIX = ".layers.json"
 FUSED_ATTENTION = re.compile(r"_gem[mv]_mha")
 """In the name of a layer that is a whole attention, e.g. ``_gemm_mha_v2_myl0_6``."""
 
@@ -125,7 +126,7 @@ def layers_of_inspector(text: str) -> tuple[Layer, ...]:
 
 def layers_path(engine: Path) -> Path:
     """Where the layers of an engine lie: ``ckpt.fp16.engine`` has ``ckpt.fp16.layers.json`` beside it."""
-    return engine.with_suffix(".layers.json")
+    return engine.with_suffix(LAYERS_SUFFIX)
 
 
 def write_layers(engine: Path, sha256: str, compiled: EngineLayers) -> None:
@@ -144,16 +145,28 @@ def read_layers(engine: Path, sha256: str) -> EngineLayers | None:
     """
     path = layers_path(engine)
     try:
-        document = read_json(path)
-        other = document["engine_sha256"] != sha256
-        compiled = msgspec.convert(document, EngineLayers)
+        compiled, of = read_layers_file(path)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, msgspec.ValidationError):
-        raise ManifestError(f"{path} is damaged", hint="build the engine again") from None
-    if other:
+    if of != sha256:
         raise ManifestError(f"{path} is about another engine", hint="build the engine again")
     return compiled
+
+
+def read_layers_file(path: Path) -> tuple[EngineLayers, str]:
+    """The layers in a file, and the SHA-256 of their engine.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ManifestError: it is damaged.
+    """
+    try:
+        document = read_json(path)
+        return msgspec.convert(document, EngineLayers), str(document["engine_sha256"])
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError):
+        raise ManifestError(f"{path} is damaged", hint="build the engine again") from None
 
 
 def _layer(item: dict[str, Any]) -> Layer:

@@ -19,7 +19,7 @@ import numpy as np
 from cdkd_edge.core.errors import EngineError
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.cuda.gpu import Gpu, open_gpu
-from cdkd_edge.engines.cuda.memory import Buffer, Stream
+from cdkd_edge.engines.cuda.memory import Buffer, CudaStream
 from cdkd_edge.engines.protocol import ArtefactLabeller, Engine, UInt8Array, blank_value
 from cdkd_edge.engines.tensorrt import find
 from cdkd_edge.engines.tensorrt.find import errors_said, rebuild_hint
@@ -226,7 +226,7 @@ class _Slot:
         for name, shape in manifest.outputs.items():
             self.outputs[name] = Buffer(gpu, shape)
             held.callback(self.outputs[name].close)
-        self.stream = Stream(gpu)
+        self.stream = CudaStream(gpu)
         held.callback(self.stream.close)
         held.callback(setattr, self, "context", None)
         held.callback(self.stream.forget)

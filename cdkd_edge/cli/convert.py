@@ -1,0 +1,67 @@
+"""``cdkd-edge convert``: the same weights with cheaper attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from typer import Option
+
+from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, NORM_EPS, WEIGHTS, require_package
+from cdkd_edge.cli.report import Report, Rows
+from cdkd_edge.core.numbers import significant
+
+
+def convert(
+    checkpoint: Path = CHECKPOINT,
+    *,
+    attention: str = Option(
+        ...,
+        help="Attention of the blocks: global, windowN or pooledN (N x N tokens). KIND/OTHER: OTHER in the four that "
+        "feed the head; KIND/OTHER@5,11: in these; KIND,KIND,...: one for each.",
+        metavar="SPEC",
+    ),
+    output: Path = Option(..., "--output", "-o", help="The checkpoint (.pt, .pth, .safetensors)."),
+    tile: int | None = Option(None, help="Side of tiles, px. Default: the checkpoint's.", min=1),
+    heads: int | None = HEADS,
+    layer_norm_eps: float | None = NORM_EPS,
+    weights: str | None = WEIGHTS,
+    overwrite: bool = Option(False, help="Replace an existing checkpoint."),
+    as_json: bool = JSON,
+) -> None:
+    """Give a network windows or pooled keys, with its weights. It labels worse until `distill` has recovered it."""
+    require_package("torch", "export", "converting")
+    from cdkd_edge.core.files import sha256_of
+    from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, save_checkpoint
+    from cdkd_edge.model.config import attention_text
+    from cdkd_edge.model.device import network_cost
+    from cdkd_edge.training.files import require_free
+
+    require_free(str(checkpoint), output, resume=False, overwrite=overwrite)
+    reading: dict[str, Any] = {"tile": tile, "heads": heads, "layer_norm_eps": layer_norm_eps, "weights": weights}
+    before, report = load_encoder(checkpoint, **reading)
+    load = load_checkpoint if report.has_head else load_encoder
+    macs = [network_cost(load(checkpoint, **reading)[0]).total_macs]
+    network, report = load(checkpoint, attention=attention, **reading)
+    macs.append(network_cost(network).total_macs)
+    old, new = attention_text(before.config.attention), attention_text(report.config.attention)
+    source = {"file": checkpoint.name, "sha256": sha256_of(checkpoint), "attention": old}
+    training = {**report.training, "converted": {"from": source, "attention": new}}
+    save_checkpoint(network, output, schema=report.schema, training=training)
+
+    rows: Rows = [
+        ("attention", new),
+        ("before", old),
+        ("MACs in full", f"{significant(macs[1] / 1e9, 5)} G per tile, before {significant(macs[0] / 1e9, 5)} G"),
+        *(("note", note) for note in report.notes),
+        ("next", f"cdkd-edge distill TILES --teacher {checkpoint} --student {output} -o RECOVERED"),
+    ]
+    data = {
+        "path": output,
+        "attention": list(report.config.attention),
+        "config": report.config,
+        "macs": macs[1],
+        "macs_before": macs[0],
+        "notes": report.notes,
+    }
+    Report(f"checkpoint {output}", rows, data).show(as_json)

@@ -1,0 +1,1 @@
+"""Trains a student on the features of a frozen teacher, on tiles without labels (torch)."""

@@ -1,0 +1,176 @@
+"""A training loop of any kind: batches, steps, a running mean, and the state that a run resumes from (torch)."""
+
+from __future__ import annotations
+
+import copy
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cdkd_edge.core.errors import NumericalCheckError
+from cdkd_edge.training.recipe import LoopRecipe
+from cdkd_edge.training.views import View, draw_view
+
+_EPOCH, _VIEW, _ORDER = 1, 2, 3  # added to a seed, so that draws for different purposes differ
+
+
+@dataclass
+class TrainingProgress:
+    """Progress of a run; with the weights and the state of the optimiser, all that resuming needs."""
+
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches of the current epoch completed
+    step: int = 0
+    loss: float = 0.0  # of the last batch
+    loss_sum: float = 0.0  # over the batches of the current epoch
+    seconds: float = 0.0  # training and validation so far, in all processes that worked on the run
+    best: float | None = None
+    best_epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class TrainingLoop(ABC):
+    """Trains a module, on the device it is on. One epoch reads one view of every place.
+
+    Args:
+        trained: the module whose weights and statistics change; what resuming restores.
+        groups: of parameters for AdamW, each with its learning rate as ``base``.
+        recipe: see there.
+        places: how many there are.
+    """
+
+    def __init__(self, trained: nn.Module, groups: list[dict[str, Any]], recipe: LoopRecipe, places: int) -> None:
+        self.recipe, self.places = recipe, places
+        self.progress = TrainingProgress()
+        self.device = next(trained.parameters()).device
+        self._trained = trained
+        self._optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        # float16 has no room for small gradients; the scaler does nothing in other precisions.
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
+        self._mean = copy.deepcopy(trained).requires_grad_(False) if recipe.mean_decay else None
+
+    @property
+    def batches(self) -> int:
+        """Batches in an epoch; the last may be smaller."""
+        return -(-self.places // self.recipe.batch)
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Steps in the whole run."""
+
+    @abstractmethod
+    def read(self, place: int, view: View) -> tuple[npt.NDArray[np.uint8], ...]:
+        """What a step needs of a view of a place, arrays; called in another thread."""
+
+    @abstractmethod
+    def loss(self, *batch: Tensor) -> Tensor | None:
+        """The loss of a batch of what :meth:`read` gave; None if there is nothing to learn from it."""
+
+    def run_epoch(self, after_batch: Callable[[], None] = lambda: None) -> float:
+        """Train to the end of the current epoch; returns its mean loss. NumericalCheckError if a loss is not finite."""
+        progress = self.progress
+        mark = time.perf_counter()
+        for batch in self._prefetched(progress.batch):
+            progress.loss = self._step(batch)
+            progress.loss_sum += progress.loss
+            progress.batch += 1
+            progress.step += 1
+            progress.seconds, mark = progress.seconds + time.perf_counter() - mark, time.perf_counter()
+            after_batch()
+        loss = progress.loss_sum / max(1, progress.batch)
+        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        return loss
+
+    def state(self) -> dict[str, Any]:
+        """All that resuming needs, as tensors and plain data."""
+        return {
+            "progress": vars(self.progress),
+            "trained": self._trained.state_dict(),
+            "mean": self._mean.state_dict() if self._mean else None,
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Resume from the state of a run with the same recipe and data."""
+        self.progress = TrainingProgress(**state["progress"])
+        self._trained.load_state_dict(state["trained"])
+        if self._mean:
+            self._mean.load_state_dict(state["mean"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+
+    def trained_module(self) -> nn.Module:
+        """A copy of what is trained in its present state, its running mean if the recipe has one."""
+        return copy.deepcopy(self._mean or self._trained).eval()
+
+    def _step(self, batch: Sequence[Tensor]) -> float:
+        recipe = self.recipe
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base"] * recipe.rate_factor(self.progress.step, self.steps)
+        loss = self.loss(*(part.to(self.device) for part in batch))
+        if loss is None:
+            return 0.0
+        if not torch.isfinite(loss):
+            raise NumericalCheckError(
+                f"the loss is {float(loss.detach())} at step {self.progress.step}", hint="lower the learning rate"
+            )
+        self._optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if recipe.clip_norm:
+            self._scaler.unscale_(self._optimizer)
+            torch.nn.utils.clip_grad_norm_(self._trained.parameters(), recipe.clip_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._average()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the mean weights and batch-norm statistics towards the current ones."""
+        if self._mean is None:
+            return
+        done = self.progress.step
+        keep = min(self.recipe.mean_decay, (1 + done) / (10 + done))  # the first steps soon lose their weight
+        current = self._trained.state_dict()
+        for name, value in self._mean.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(current[name], 1 - keep)
+            else:
+                value.copy_(current[name])
+
+    def _prefetched(self, first: int) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of the current epoch from ``first`` on, each read while the one before is trained on."""
+        order = np.random.default_rng([self.recipe.seed, _ORDER, self.progress.epoch]).permutation(self.places)
+        groups = [order[i : i + self.recipe.batch] for i in range(0, len(order), self.recipe.batch)][first:]
+        groups = groups[: self.steps - self.progress.step]
+        with ThreadPoolExecutor(1, thread_name_prefix="tiles") as pool:
+            coming: Future[tuple[Tensor, ...]] | None = None
+            for group in groups:
+                ready, coming = coming, pool.submit(self._read, group, self.progress.epoch)
+                if ready is not None:
+                    yield ready.result()
+            if coming is not None:
+                yield coming.result()
+
+    def _read(self, group: npt.NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
+        read = [self.read(int(index), self._view(int(index), epoch)) for index in group]
+        return tuple(torch.from_numpy(np.stack(part)) for part in zip(*read, strict=True))
+
+    def _view(self, place: int, epoch: int) -> View:
+        """The view of a place in an epoch. Fixed ones take turns, in an order of the place's own."""
+        recipe = self.recipe
+        if not recipe.views:
+            return draw_view(recipe.augmentation, [recipe.seed, _EPOCH, epoch, place], None)
+        turn, position = divmod(epoch, recipe.views)
+        order = np.random.default_rng([recipe.seed, _VIEW, place, turn]).permutation(recipe.views)
+        return draw_view(recipe.augmentation, [recipe.seed, _VIEW, place], int(order[position]))

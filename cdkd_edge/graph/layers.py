@@ -223,7 +223,8 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
     (batch, length, windows, heads, width), keys_shape, values_shape = shapes
     _require(keys_shape == values_shape and [keys_shape[0], *keys_shape[2:]] == [batch, windows, heads, width])
     _require(sizes(joined, 3) == [batch, length * windows, heads * width])
-    return AttentionBlock(*parts, joined.output[0], windows * heads, windows * heads * width, windows, nodes)
+    q, k, v = parts
+    return AttentionBlock(q, k, v, joined.output[0], windows * heads, windows * heads * width, windows, nodes)
 
 
 def scores_of(model: onnx.ModelProto) -> str:

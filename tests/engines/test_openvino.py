@@ -27,6 +27,7 @@ from cdkd_edge.engines.onnxruntime import build_cpu_engine
 from cdkd_edge.engines.openvino import OpenVinoEngine, build_openvino_engine
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.runtimes import RUNTIMES, choose_runtime, load_engine
+from cdkd_edge.model.config import attention_of
 from cdkd_edge.precision import choose
 from cdkd_edge.precision.choose import build_fastest, compare_speed, engine_path, engine_places
 
@@ -151,6 +152,15 @@ def test_a_batch(tmp_path, make_graph, small_weights, small_config, small_tiles,
     with load_engine(tmp_path / "e.onnx") as engine, load_engine(small_engine_path) as other:
         assert engine.input(0).shape == (3, 3, 64, 64)
         assert (segment_tiles(engine, small_tiles) == segment_tiles(other, small_tiles)).mean() > 0.9999
+
+
+@WITH
+@pytest.mark.parametrize("text", ["window4/global", "window2/pooled2"])
+def test_windows_and_pooled_keys(tmp_path, make_graph, small_weights, small_config, text):
+    """The build compares labels with the graph's in ONNX Runtime."""
+    config = dataclasses.replace(small_config, attention=attention_of(text, small_config.depth, small_config.taps))
+    manifest = build_openvino_engine(make_graph(tmp_path, small_weights, config), tmp_path / "e.onnx", "fp32")
+    assert manifest.attention_blocks == small_config.depth
 
 
 @WITH

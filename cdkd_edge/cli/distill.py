@@ -34,7 +34,7 @@ class AlignOptions:
 
     steps: int = Option(1000, help="Steps.")
     batch: int = Option(2, help="Tiles per step.")
-    learning_rate: float = Option(1e-4, "--lr", help="AdamW's learning rate.")
+    learning_rate: float = Option(1e-5, "--lr", help="AdamW's learning rate.")
     weight_decay: float = Option(0.01, help="AdamW's weight decay.")
     schedule: str = Option("cosine", help="Course of the learning rate: constant, cosine or poly.")
     warm_up: int = Option(50, help="Steps over which the learning rate rises to its value.")

@@ -32,10 +32,11 @@ Network = SegmentationNetwork | Encoder
 
 @dataclass(frozen=True)
 class AlignRecipe(LoopRecipe):
-    """How features are aligned. Defaults: measured, see docs/training.md."""
+    """How features are aligned. The learning rate is the Mask-CDKD paper's; 1e-4 made a DINOv2 encoder worse."""
 
     steps: int = 1000
     batch: int = 2
+    learning_rate: float = 1e-5
     schedule: str = "cosine"
     warm_up: int = 50
     clip_norm: float = 1.0

@@ -56,11 +56,12 @@ class Variant:
     attention: str = "global"
     tile: int | None = None  # None: that of the study
     overlap: int | None = None  # None: the default of the tile
+    sparse: bool = False  # 2:4 sparse weights
 
     @property
     def folder(self) -> str:
         """Name of its folder; rows that share a network share it."""
-        return re.sub(r"\W+", "-", self.attention)
+        return re.sub(r"\W+", "-", self.attention) + ("-sparse" if self.sparse else "")
 
     @property
     def key(self) -> str:
@@ -76,6 +77,7 @@ VARIANTS = (
     Variant("window16/global@5,8,11", "window16/global@5,8,11"),
     Variant("pooled2", "pooled2"),
     Variant("window16/pooled2", "window16/pooled2"),
+    Variant("window16/pooled2, 2:4 sparse", "window16/pooled2", sparse=True),
     Variant("as trained, tile 512, overlap 128", ORIGINAL, tile=512, overlap=128),
     Variant("as trained, tile 512, overlap 64", ORIGINAL, tile=512, overlap=64),
 )
@@ -163,7 +165,14 @@ class Study:
             shutil.copyfile(self.options.checkpoint, target)
             return {}
         found = self.command(
-            "convert", self.options.checkpoint, "--attention", variant.attention, "-o", target, "--overwrite"
+            "convert",
+            self.options.checkpoint,
+            "--attention",
+            variant.attention,
+            "-o",
+            target,
+            "--overwrite",
+            *(["--sparse"] if variant.sparse else []),
         )
         return {name: found[name] for name in ("attention", "macs", "notes")}
 
@@ -250,6 +259,7 @@ class Study:
             more: tuple[object, ...] = ()
             if precision == "int8":
                 more = ("--calibration", self._calibration(self.tile(variant)))
+            more += ("--sparse",) if variant.sparse else ()
             self.command("build", graph, f"--{precision}", *COMPILER, *more, "-o", engine, "-w", space)
         manifest = self.command("inspect", engine, "-w", space)["manifest"]
         modelled = self.command("roofline", engine, "--device", DEVICE, "-w", space)

@@ -227,7 +227,7 @@ def test_segment_inspect_bench_and_evaluate(built, tmp_path):
         found = json.loads(run("inspect", path, "--json").stdout)
         assert (found["kind"], found["manifest"]["precision"]) == (kind, "int8")
     assert found["contents"]["quantize_nodes"] == 17
-    assert found["contents"]["dequantize_nodes"] == 43
+    assert found["contents"]["dequantize_nodes"] == 35
 
     result = run("bench", engine, "--duration", "0.1", "--max-warm-up", "0", "--workspace", built.root, "--json")
     assert result.exit_code == 0, result.stderr

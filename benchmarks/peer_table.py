@@ -39,8 +39,7 @@ def _run(run: dict[str, Any]) -> list[str]:
         RULE,
     ]
     if run.get("clock") == "processor":
-        lines.insert(-3, "Seconds are processor time, which other programs hardly change.")
-        lines.insert(-3, "")
+        lines[-3:-3] = ["", "Seconds are processor time, which other programs hardly change."]
     for result in run["peers"].values():
         ratio, share = result["time_ratio"], result["label_agreement"]
         if result["no_peer"]:

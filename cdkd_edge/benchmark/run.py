@@ -35,7 +35,9 @@ from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.segmentation.pipeline import segment_scene
 
 PAPER_TILE = 1024  # side of a tile in the Mask-CDKD paper's deployment, px
-LIBRARIES = ("onnxruntime", "numpy", "rasterio", "tensorrt", "tensorrt-rtx", "pycuda", "cuda-python", "jetson-stats")
+LIBRARIES = (
+    "onnxruntime", "openvino", "numpy", "rasterio", "tensorrt", "tensorrt-rtx", "pycuda", "cuda-python", "jetson-stats",
+)  # fmt: skip
 RESERVED = ".reserved"  # file that reserves disk space during the measurement
 LEAST_TILES, MOST_TILES = 4, 100  # number of tiles in a drawn scene
 PICTURE_SIDE = 1024  # of the picture that is repeated in a drawn scene, px: drawing all of it would take gigabytes

@@ -216,6 +216,7 @@ def table(sweep: Sweep) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
         ("point", True, lambda p: str(p.number)),
         ("graph", True, lambda p: names[p.source]),
         ("precision", True, lambda p: p.precision),
+        ("runtime", len({p.runtime for p in points if p.runtime}) > 1, lambda p: p.runtime or ABSENT),
         ("tile", True, lambda p: f"{p.tile or ABSENT}" + (f" x {p.batch}" if p.batch > 1 else "")),
         ("power mode", has_mode, lambda p: p.power_mode or ABSENT),
         ("verdict", True, lambda p: p.status.replace("_", " ")),

@@ -7,7 +7,7 @@
     convert   `cdkd-edge convert`: the same weights with other attention
     before    accuracy on the validation scene
     speed     `export`, `build`, `roofline`: layers, traffic and modelled tiles/s in FP16 and INT8 where TensorRT-RTX is
-              installed; time of the CPU engine beside that of global attention, in turn
+              installed; time of the CPU engine beside that of the network as trained, in turn
     recover   `distill`: alignment with the network it came from, on the other scenes' images, without labels
     after     accuracy
     tune      `finetune`: the decoder alone, on the other scenes' labels; also of the network as trained, to be fair
@@ -56,11 +56,12 @@ class Variant:
     attention: str = "global"
     tile: int | None = None  # None: that of the study
     overlap: int | None = None  # None: the default of the tile
+    sparse: bool = False  # 2:4 sparse weights
 
     @property
     def folder(self) -> str:
         """Name of its folder; rows that share a network share it."""
-        return re.sub(r"\W+", "-", self.attention)
+        return re.sub(r"\W+", "-", self.attention) + ("-sparse" if self.sparse else "")
 
     @property
     def key(self) -> str:
@@ -76,6 +77,7 @@ VARIANTS = (
     Variant("window16/global@5,8,11", "window16/global@5,8,11"),
     Variant("pooled2", "pooled2"),
     Variant("window16/pooled2", "window16/pooled2"),
+    Variant("window16/pooled2, 2:4 sparse", "window16/pooled2", sparse=True),
     Variant("as trained, tile 512, overlap 128", ORIGINAL, tile=512, overlap=128),
     Variant("as trained, tile 512, overlap 64", ORIGINAL, tile=512, overlap=64),
 )
@@ -163,7 +165,14 @@ class Study:
             shutil.copyfile(self.options.checkpoint, target)
             return {}
         found = self.command(
-            "convert", self.options.checkpoint, "--attention", variant.attention, "-o", target, "--overwrite"
+            "convert",
+            self.options.checkpoint,
+            "--attention",
+            variant.attention,
+            "-o",
+            target,
+            "--overwrite",
+            *(["--sparse"] if variant.sparse else []),
         )
         return {name: found[name] for name in ("attention", "macs", "notes")}
 
@@ -250,15 +259,15 @@ class Study:
             more: tuple[object, ...] = ()
             if precision == "int8":
                 more = ("--calibration", self._calibration(self.tile(variant)))
+            more += ("--sparse",) if variant.sparse else ()
             self.command("build", graph, f"--{precision}", *COMPILER, *more, "-o", engine, "-w", space)
-        layers = self.command("inspect", engine, "-w", space)
+        manifest = self.command("inspect", engine, "-w", space)["manifest"]
         modelled = self.command("roofline", engine, "--device", DEVICE, "-w", space)
+        build = manifest["tensorrt"]
         return {
-            "layers": layers,
-            "modes": {
-                row["mode"]: [row[f"modelled_{name}fps"] for name in ("", "low_", "high_")]
-                for row in modelled["estimates"]
-            },
+            **{name: build[name] for name in ("layers", "traffic_bytes", "scratch_bytes", "weights_bytes")},
+            "attention_fused": manifest["attention_fused"],
+            "modes": {row["mode"]: [row["modelled_fps"], *row["modelled_fps_range"]] for row in modelled["estimates"]},
         }
 
     def _calibration(self, tile: int) -> Path:
@@ -297,7 +306,7 @@ def as_markdown(results: dict[str, Any]) -> str:
         return text(modes(row, "fp16").get(MODE, [None])[0], 1, side * side / 1e6)
 
     def compiled(row: dict[str, Any], name: str, digits: int = 0, factor: float = 1.0) -> str:
-        found = ((row["speed"].get(precision) or {}).get("layers", {}) for precision in ("fp16", "int8"))
+        found = (row["speed"].get(precision) or {} for precision in ("fp16", "int8"))
         return " / ".join(text(one.get(name), digits, factor) for one in found)
 
     def seam(row: dict[str, Any]) -> str:
@@ -331,7 +340,7 @@ def as_markdown(results: dict[str, Any]) -> str:
             *(megapixels(row), text(row["speed"].get("cpu_times"), 2), seam(row)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    names = sorted({mode for row in results["rows"] for mode in modes(row, "fp16")})
+    names = list(dict.fromkeys(mode for row in results["rows"] for mode in modes(row, "fp16")))
     if names:
         lines += ["", "Modelled tiles/s by power mode, FP16 / INT8:", "", f"| attention | {' | '.join(names)} |"]
         lines.append(f"|---{'|---:' * len(names)}|")

@@ -36,7 +36,7 @@ def picture() -> str:
         lines += [
             f'<rect x="10" y="{y}" width="{width - 60}" height="{height}" rx="4" fill="#eef3f8" stroke="#5b7a99"/>',
             f'<text x="22" y="{y + 22}" font-weight="bold" fill="#1f3a56">{name}</text>',
-            f'<text x="120" y="{y + 22}" fill="#222222">{escape(room["what"].replace("`", ""))}</text>',
+            f'<text x="142" y="{y + 22}" fill="#222222">{escape(room["what"].replace("`", ""))}</text>',
         ]
     bottom = 10 + step * len(ROOMS)
     lines += [

@@ -38,8 +38,8 @@ NEEDS_TORCH = (
     "cdkd_edge.model.checkpoint",
     "cdkd_edge.model.container",
     "cdkd_edge.model.device",
+    "cdkd_edge.model.sparsity",
     "cdkd_edge.model.unwrap",
-    "cdkd_edge.graph.export",
     "cdkd_edge.graph.export",
     "cdkd_edge.quality.network",
     "cdkd_edge.training",
@@ -320,6 +320,7 @@ def test_no_command_of_a_board_reaches_the_network_or_writes_elsewhere(traced, s
     traced("bench", "--duration", "12", "--max-warm-up", "0")
     (measured,) = (work / "benchmarks").iterdir()
     traced("compare", measured, measured, "--force", "-o", "compared")
+    traced("sweep", "export/small.onnx", "--precision", "fp32", "--duration", "0.1", "--max-warm-up", "0")
     traced("calibrate", "a.tif", "--count", "2", "--check", "0")
     for command in ("inspect", "doctor", "power", "roofline"):
         traced(command)

@@ -51,7 +51,7 @@ from cdkd_edge.core.manifest import (
 )
 from cdkd_edge.core.process import run_command
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.engines.runtimes import Runtime
+from cdkd_edge.engines.runtimes import choose_runtime, runtime_of
 from cdkd_edge.graph.files import derived_path, is_derived_from
 from cdkd_edge.graph.nodes import Note
 from cdkd_edge.graph.tiles import CalibrationSet, is_calibration_set
@@ -74,7 +74,7 @@ class Source:
 class SweepOptions:
     """What is crossed, and how each point is measured. Options of commands are given as their words."""
 
-    runtime: Runtime
+    runtime: str = "auto"  # as for `build`
     precisions: tuple[str, ...] = ()  # default: what the runtime can run; of a graph that is not FP32, its own
     tiles: tuple[int, ...] = ()  # px; default: those of the graph or checkpoint
     batches: tuple[int, ...] = ()  # default: that of the graph; 1
@@ -132,10 +132,10 @@ def combinations(sources: Sequence[Source], options: SweepOptions) -> list[Combi
     """The cross, graph by graph; power modes change fastest."""
     if unknown := sorted(set(options.precisions) - set(PRECISIONS)):
         raise UsageError(f"{unknown[0]!r} is no precision", hint=f"--precision is of {', '.join(PRECISIONS)}")
-    found = []
+    found, able = [], choose_runtime(options.runtime).precisions
     for source in sources:
         graph = source.graph
-        own = options.runtime.precisions if graph is None or graph.precision == "fp32" else (graph.precision,)
+        own = able if graph is None or graph.precision == "fp32" else (graph.precision,)
         tiles: tuple[int | None, ...] = options.tiles or ((graph.tile,) if graph else (None,))
         batches = options.batches or ((graph.batch,) if graph else (1,))
         cross = product(tiles, batches, options.precisions or own, options.modes)
@@ -211,11 +211,12 @@ class _Work:
 
     def unmeasured(self, number: int, point: Combination) -> SweepPoint:
         """The point before anything was done for it."""
-        source, graph = point.source, point.source.graph
+        source, graph, mode = point.source, point.source.graph, point.mode
         return SweepPoint(
             number=number, source=str(source.path), source_sha256=source.sha256, precision=point.precision,
-            tile=point.tile, batch=point.batch, power_mode=point.mode.name if point.mode else None, status=MISSING,
-            reason="not measured yet", attention=_attention(graph) if graph else None, rebuild=self._rebuild(point),
+            tile=point.tile, batch=point.batch, power_mode=mode.name if mode else None, status=MISSING,
+            reason="not measured yet", attention=_attention(graph) if graph else None,
+            rebuild=self._rebuild(point, self.options.runtime),
         )  # fmt: skip
 
     def measure(self, row: SweepPoint, point: Combination, place: str) -> tuple[SweepPoint, str]:
@@ -224,11 +225,11 @@ class _Work:
             self._note(f"{place}{point.source.path.name}, {point.precision}: graph and engine")
             graph = self._graph(point)
             manifest = read_manifest(graph, GraphManifest)
-            rebuild = self._rebuild(point, self._calibration(point, graph))
-            row = replace(row, attention=_attention(manifest), tile=manifest.tile, rebuild=rebuild)
+            row = replace(row, attention=_attention(manifest), tile=manifest.tile)
             engine = self._engine(point, graph)
             built = read_manifest(engine, EngineManifest)
             row = replace(row, engine=self._own(engine), engine_sha256=built.artefact.sha256, runtime=built.runtime)
+            row = replace(row, rebuild=self._rebuild(point, runtime_of(built).name, self._calibration(point, graph)))
             if self.options.dataset:
                 self._note(f"{place}{engine.name}: accuracy")
                 row = self._with_score(row, engine, built)
@@ -262,25 +263,26 @@ class _Work:
     def _exported(self, point: Combination) -> Path:
         shape = (f"-{point.tile}" if point.tile else "") + (f"-b{point.batch}" if point.batch > 1 else "")
         key = _digest(__version__, point.source.sha256, point.tile, point.batch)
-        return self.folder / "export" / f"{_stem(point.source.path)}{shape}.{key}.onnx"
+        return self.folder / "export" / f"{point.source.path.stem}{shape}.{key}.onnx"
 
     def _engine(self, point: Combination, graph: Path) -> Path:
         runtime, precision = self.options.runtime, point.precision
+        suffix = choose_runtime(runtime, precision=precision).suffix.rpartition(".")[2]
         sha256 = read_manifest(graph, GraphManifest).artefact.sha256
-        key = _digest(self._where, sha256, precision, runtime.name)
+        key = _digest(self._where, sha256, precision, runtime)
         name = graph.stem.removesuffix(f".{precision}")
-        path = self.folder / "engines" / f"{name}.{precision}.{key}{runtime.suffix}"
+        path = self.folder / "engines" / f"{name}.{precision}.{key}.{suffix}"
         wanted = self._lower(graph, precision)
         digest = read_manifest(wanted, GraphManifest).artefact.sha256 if wanted else ""
         if not _is_made_of(path, EngineManifest, digest):
             calibration = self._calibration(point, graph) if wanted is None else ()
             place = ("-o", str(path), "-w", str(self.space.root))  # where calibration sets are
-            self._do(path, [*self._build(graph, precision, calibration), *place])
+            self._do(path, [*self._build(graph, precision, runtime, calibration), *place])
         return path
 
     def _lower(self, graph: Path, precision: str) -> Path | None:
         """The graph of a precision that an engine is built of; None if it has to be made."""
-        if precision_of(graph) == precision:
+        if precision_of(graph) == ("fp32" if precision == "bf16" else precision):
             return graph
         path = derived_path(graph, precision)
         if not is_derived_from(path, graph):
@@ -344,18 +346,18 @@ class _Work:
         checkpoint = "CKPT" if point.source.graph else str(point.source.path)
         return ["cdkd-edge", "export", checkpoint, *tile, *batch, "--no-fp16", "-o", str(path)]
 
-    def _build(self, graph: Path, precision: str, calibration: tuple[str, ...]) -> list[str]:
-        return ["build", str(graph), f"--{precision}", "--runtime", self.options.runtime.name, *calibration]
+    def _build(self, graph: Path, precision: str, runtime: str, calibration: tuple[str, ...]) -> list[str]:
+        return ["build", str(graph), f"--{precision}", "--runtime", runtime, *calibration]
 
-    def _rebuild(self, point: Combination, calibration: tuple[str, ...] = ()) -> tuple[str, ...]:
+    def _rebuild(self, point: Combination, runtime: str, calibration: tuple[str, ...] = ()) -> tuple[str, ...]:
         """The commands that make a point's engine in a workspace, and set the board."""
         graph, commands = point.source.path, []
         if point.source.graph is None:
-            graph = Path("export", f"{self._exported(point).name.split('.')[0]}.onnx")
+            graph = Path("export", f"{self._exported(point).name.rsplit('.', 2)[0]}.onnx")
             commands.append(self._export(point, graph))
         else:
             calibration = ()  # its INT8 graph lies beside it
-        commands.append(["cdkd-edge", *self._build(graph, point.precision, calibration)])
+        commands.append(["cdkd-edge", *self._build(graph, point.precision, runtime, calibration)])
         if point.mode:
             commands.append(["sudo", "nvpmodel", "-m", str(point.mode.id)])
         return tuple(map(shlex.join, commands))
@@ -389,10 +391,6 @@ def _state_of(dataset: Dataset) -> list[object]:
     """What identifies labelled images without reading them: names, sizes and times of the files."""
     files = [path for pair in dataset for path in (pair.image, pair.mask)]
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-
-
-def _stem(path: Path) -> str:
-    return path.name.split(".")[0] or path.stem
 
 
 def _digest(*parts: object) -> str:

@@ -125,7 +125,7 @@ def measured_point(point: SweepPoint, summary: record.BenchSummary, overlap: int
 
 
 @dataclass(frozen=True)
-class Quantity:
+class PointQuantity:
     """A quantity that points are compared by."""
 
     name: str
@@ -133,15 +133,15 @@ class Quantity:
     of: Callable[[SweepPoint], float | None]  # its value; None where it was not measured
 
 
-SPEED = Quantity("megapixels of a scene per second", 1, lambda point: point.scene_megapixels_per_second)
-SCORE = Quantity("mIoU", 1, lambda point: point.mean_iou)
-ENERGY = Quantity(
+SPEED = PointQuantity("megapixels of a scene per second", 1, lambda point: point.scene_megapixels_per_second)
+SCORE = PointQuantity("mIoU", 1, lambda point: point.mean_iou)
+ENERGY = PointQuantity(
     "gross joules per megapixel of a scene", -1,
     lambda point: point.energy.gross_joules_per_scene_megapixel if point.energy else None,
 )  # fmt: skip
 
 
-def compared_quantities(points: Sequence[SweepPoint]) -> tuple[Quantity, ...]:
+def compared_quantities(points: Sequence[SweepPoint]) -> tuple[PointQuantity, ...]:
     """The quantities that were measured of at least one point. Energies of different scopes are not compared."""
     measured = [point for point in points if point.measured]
     found = [one for one in (SCORE, SPEED, ENERGY) if any(one.of(point) is not None for point in measured)]
@@ -216,6 +216,7 @@ def table(sweep: Sweep) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
         ("point", True, lambda p: str(p.number)),
         ("graph", True, lambda p: names[p.source]),
         ("precision", True, lambda p: p.precision),
+        ("runtime", len({p.runtime for p in points if p.runtime}) > 1, lambda p: p.runtime or ABSENT),
         ("tile", True, lambda p: f"{p.tile or ABSENT}" + (f" x {p.batch}" if p.batch > 1 else "")),
         ("power mode", has_mode, lambda p: p.power_mode or ABSENT),
         ("verdict", True, lambda p: p.status.replace("_", " ")),

@@ -12,6 +12,7 @@ from cdkd_edge.cli.inspect import engine_rows
 from cdkd_edge.cli.options import JSON, SCENES, SCHEMA, WORKSPACE
 from cdkd_edge.cli.progress import steps
 from cdkd_edge.cli.report import Report, Rows, fields_of, say
+from cdkd_edge.core.errors import GraphError
 from cdkd_edge.core.manifest import CONFIDENCE, PROBABILITIES
 from cdkd_edge.core.numbers import duration, percent, significant, size
 from cdkd_edge.core.workspace import Workspace
@@ -161,6 +162,8 @@ def build(
         places = engine_places(space, prepared.path, kind.runtime, runtime, output, precision)
         for name, path in places.items():
             _require_engine_file(path, prepared.path, RUNTIMES[name])
+        if options.sparse:
+            _require_sparse(prepared.path)
         step(f"building from {prepared.path.name}")
         log = _show_log if builder.verbose else lambda severity, text: None
         built = build_fastest(prepared.path, places, precision, options, step, log)
@@ -174,6 +177,18 @@ def _require_engine_file(destination: Path, graph: Path, runtime: Runtime) -> No
         raise BadParameter(f"an engine for {runtime.title} is an {suffix} file", param_hint="--output")
     if destination.exists() and graph.exists() and destination.samefile(graph):
         raise BadParameter("the engine would overwrite its graph", param_hint="--output")
+
+
+def _require_sparse(graph: Path) -> None:
+    from cdkd_edge.graph.files import load_graph
+    from cdkd_edge.graph.layers import sparse_linears
+
+    sparse, total = sparse_linears(load_graph(graph))
+    if not sparse:
+        raise GraphError(
+            f"none of the {total} linear layers of {graph} has 2:4 sparse weights, so --sparse would change nothing",
+            hint="make such a network: cdkd-edge convert --sparse, then distill, export",
+        )
 
 
 def _show_log(severity: str, text: str) -> None:

@@ -107,7 +107,9 @@ class FeatureOptions:
 
 
 def finetune(
-    source: str = Argument(..., metavar="ENCODER|CKPT", help="Encoder or whole network; or preset:paper, preset:tiny."),
+    source: str = Argument(
+        ..., metavar="ENCODER|CKPT", help="Encoder or whole network; or preset:paper, paper-fast, tiny."
+    ),
     *,
     data: Path = DATA,
     output: Path = Option(..., "--output", "-o", help="The checkpoint (.pt, .pth, .safetensors)."),

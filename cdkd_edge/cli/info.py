@@ -28,15 +28,17 @@ def info(
     require_package("torch", "export", "reading a checkpoint")
     from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder
     from cdkd_edge.model.device import network_cost
+    from cdkd_edge.model.sparsity import sparse_weights, sparsifiable
 
     network: Any
     network, report = load_encoder(checkpoint, tile=tile, heads=heads, weights=weights)
     if report.has_head:
         network, report = load_checkpoint(checkpoint, tile=tile, heads=heads, weights=weights)
-    _describe(checkpoint, report, network_cost(network)).show(as_json)
+    sparse = len(sparse_weights(network)), len(sparsifiable(network))
+    _describe(checkpoint, report, network_cost(network), sparse).show(as_json)
 
 
-def _describe(path: Path, report: CheckpointReport, cost: Cost) -> Report:
+def _describe(path: Path, report: CheckpointReport, cost: Cost, sparse: tuple[int, int]) -> Report:
     from cdkd_edge.model.config import attention_text
 
     def scaled(count: int, unit: float) -> str:
@@ -51,6 +53,7 @@ def _describe(path: Path, report: CheckpointReport, cost: Cost) -> Report:
         ("layout", report.layout + (f" ({' > '.join(report.unwrapped)})" if report.unwrapped else "")),
         ("encoder", width + (", class token" if config.class_token else "")),
         ("attention", attention_text(config.attention)),
+        *([("sparsity", f"2:4 in {sparse[0]} of {sparse[1]} layers (proj, fc1, fc2)")] if sparse[0] else []),
         ("head", f"UPerNet, {config.head_channels} channels" if report.has_head else "none: an encoder alone"),
         ("classes", f"{config.classes} ({classes})" if report.has_head else "none"),
         ("tile", f"{config.tile} x {config.tile} px"),
@@ -68,6 +71,7 @@ def _describe(path: Path, report: CheckpointReport, cost: Cost) -> Report:
         **fields_of(report, "layout", "config", "has_head", "averaged", "dropped", "notes"),
         "classes": report.schema.class_names if report.schema else None,
         "cost": {**dataclasses.asdict(cost), "total_macs": cost.total_macs},
+        "sparse_layers": sparse[0],
         "training": dict(report.training),
     }
     return Report(str(path), rows, data)

@@ -32,7 +32,7 @@ class CrossOptions:
     PANEL: ClassVar[str] = "What is crossed"
 
     precision: str | None = Option(
-        None, help="fp32, fp16, int8, with commas. Default: all that the runtime can run.", metavar="A,B"
+        None, help="fp32, fp16, bf16, int8, with commas. Default: all that the runtime can run.", metavar="A,B"
     )
     tile: str | None = Option(
         None, help="Sides of tiles, px, with commas; needs a checkpoint. Default: its own.", metavar="N,M"
@@ -111,7 +111,7 @@ def sweep(
     accuracy: SweepDataOptions,
     power: SweepPowerOptions,
     timing: SweepTimingOptions,
-    runtime: str = Option("auto", help=f"{', '.join(RUNTIMES)}, or auto: the first of them that can run here."),
+    runtime: str = Option("auto", help=f"{', '.join(RUNTIMES)}, or auto: what build chooses for each engine."),
     calibration: list[Path] | None = Option(
         None,
         help="Calibration set for INT8; repeatable, for tiles of several sizes. Default: the workspace's.",
@@ -132,11 +132,12 @@ def sweep(
     from cdkd_edge.benchmark.sweep_table import PAGE, failures, kept
 
     timing.checked()
+    choose_runtime(runtime)  # raises the error for one that there is not
     space = Workspace(workspace)
     folder = output or space.benchmarks / "sweep"
     shared = words_of(overlap=overlap, threads=threads)
     options = SweepOptions(
-        runtime=choose_runtime(runtime),
+        runtime=runtime,
         precisions=tuple(dict.fromkeys(split_names(cross.precision))),
         tiles=_numbers(cross.tile, "--tile"),
         batches=_numbers(cross.batch, "--batch"),

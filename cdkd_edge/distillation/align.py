@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from cdkd_edge.core.errors import CheckpointError, UsageError
 from cdkd_edge.distillation.tiles import SceneTiles
 from cdkd_edge.model.device import autocast
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
+from cdkd_edge.model.sparsity import sparse_weights
 from cdkd_edge.training.loop import TrainingLoop
 from cdkd_edge.training.recipe import LoopRecipe
 from cdkd_edge.training.views import Augmentation, View
@@ -78,7 +80,8 @@ class Aligner(TrainingLoop):
     class probabilities is added, each through its own head; the heads stay as they are.
 
     Args:
-        student: changed while it is trained; its position embedding only if ``position``.
+        student: changed while it is trained; its position embedding only if ``position``, and zeros of 2:4 sparse
+            weights stay zeros.
         teacher, tiles, recipe: see there. The teacher is not changed.
     """
 
@@ -99,6 +102,8 @@ class Aligner(TrainingLoop):
         parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
         super().__init__(encoder, [{"params": parameters, "base": recipe.learning_rate}], recipe, len(self._training))
         self._variance: list[Tensor] = []
+        for weight in sparse_weights(encoder).values():  # AdamW leaves a zero without a gradient at zero
+            weight.register_hook(partial(torch.mul, weight != 0))  # type: ignore[no-untyped-call]
 
     @property
     def steps(self) -> int:
@@ -110,7 +115,7 @@ class Aligner(TrainingLoop):
         sums: list[list[Tensor]] = []
         for tiles in self._plain(self._training[:STATISTICS_TILES]):
             maps, _ = self._seen_by(self.teacher, tiles)
-            sums.append([torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3))]).double() for m in maps])
+            sums.append([torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3))]) for m in map(Tensor.double, maps)])
         count = min(STATISTICS_TILES, len(self._training)) * self.teacher.config.grid**2
         for total in (torch.stack(parts).sum(0) / count for parts in zip(*sums, strict=True)):
             variance = total[1] - total[0] ** 2  # [D]

@@ -94,7 +94,7 @@ def distill(
     """
     for source in (student, teacher):
         require_free(str(source), output, resume=options.resume, overwrite=options.overwrite)
-    run = _Run(tiles, teacher, student, output, options, listener)
+    run = _Distillation(tiles, teacher, student, output, options, listener)
     if not options.resume:  # only now: tiles and networks have proved to be usable
         state_path(output).unlink(missing_ok=True)
     return run.finish()
@@ -106,7 +106,7 @@ def _load(path: Path, **reading: Any) -> tuple[Network, CheckpointReport]:
     return load_checkpoint(path, **reading) if report.has_head else (network, report)
 
 
-class _Run:
+class _Distillation:
     """One run, from the tiles to the card."""
 
     def __init__(
@@ -170,8 +170,12 @@ class _Run:
             self.before = aligner.compare(aligner.student)
         progress = aligner.progress
         self._started = (progress.step, time.perf_counter())
-        while progress.step < recipe.steps:
-            aligner.run_epoch(self._after_batch)
+        try:
+            while progress.step < recipe.steps:
+                aligner.run_epoch(self._after_batch)
+        except (KeyboardInterrupt, SystemExit):  # between two steps, see _after_batch
+            self._save_state()
+            raise
         listener.step("comparing with the teacher")
         trained = aligner.trained_module()
         encoder_of(aligner.student).load_state_dict(trained.state_dict())
@@ -189,15 +193,21 @@ class _Run:
         aligner, steps = self.aligner, self.options.recipe.steps
         progress = aligner.progress
         self.losses.append(progress.loss)
-        self.listener.batch(progress.step, steps, self._seconds_left())
+        row = None
         if progress.step * _ROWS // steps > (progress.step - 1) * _ROWS // steps:
             row = {"step": progress.step, "loss": sum(self.losses) / len(self.losses)}
             progress.history.append(row)
             self.losses = []
-            self.listener.row(row, steps, self._seconds_left())
         if time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
-            save_state(self.output, self.identity, {**aligner.state(), "before": self.before, "losses": self.losses})
-            self._saved_state = time.perf_counter()
+            self._save_state()
+        # Last, because a signal is raised here.
+        self.listener.batch(progress.step, steps, self._seconds_left())
+        if row:
+            self.listener.row(row, steps, self._seconds_left())
+
+    def _save_state(self) -> None:
+        save_state(self.output, self.identity, {**self.aligner.state(), "before": self.before, "losses": self.losses})
+        self._saved_state = time.perf_counter()
 
     def _seconds_left(self) -> float:
         """By the pace since this process began to train."""

@@ -89,6 +89,28 @@ def weight_only_layers(model: onnx.ModelProto) -> list[tuple[str, str]]:
     return [(node.name, node.input[1]) for node in taps if node.input[1] in constants]
 
 
+def sparse_linears(model: onnx.ModelProto) -> tuple[int, int]:
+    """How many linear layers of the blocks have 2:4 sparse weights, and how many there are.
+
+    Of four successive inputs of an output at most two then have a weight (:mod:`cdkd_edge.model.sparsity`).
+    """
+    constants = {item.name: item for item in model.graph.initializer}
+    makers = GraphIndex(model.graph).maker
+    sparse = total = 0
+    for node in model.graph.node:
+        name = node.name.rsplit("/", 1)[0].removesuffix(".product")
+        if node.op_type != "MatMul" or not _BLOCK_LINEAR.match(name):
+            continue
+        source = node.input[1]
+        while source in makers:  # casts and quantised weights
+            source = makers[source].input[0]
+        weight = numpy_helper.to_array(constants[source])  # [K, M]
+        total += 1
+        groups = weight[: len(weight) // 4 * 4].reshape(-1, 4, weight.shape[1])
+        sparse += len(weight) % 4 == 0 and int((groups == 0).sum(axis=1).min()) >= 2
+    return sparse, total
+
+
 def weight_of(model: onnx.ModelProto, name: str) -> Array:
     """An initialiser as FP32."""
     item = next(item for item in model.graph.initializer if item.name == name)
@@ -201,7 +223,8 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
     (batch, length, windows, heads, width), keys_shape, values_shape = shapes
     _require(keys_shape == values_shape and [keys_shape[0], *keys_shape[2:]] == [batch, windows, heads, width])
     _require(sizes(joined, 3) == [batch, length * windows, heads * width])
-    return AttentionBlock(*parts, joined.output[0], windows * heads, windows * heads * width, windows, nodes)
+    q, k, v = parts
+    return AttentionBlock(q, k, v, joined.output[0], windows * heads, windows * heads * width, windows, nodes)
 
 
 def scores_of(model: onnx.ModelProto) -> str:

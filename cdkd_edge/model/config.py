@@ -24,7 +24,6 @@ PIXEL_STD = (58.395, 57.12, 57.375)  # RGB statistics on 0..255 that SAM and the
 
 GLOBAL = "global"
 _MAX_SQUARES = 2  # a graph then sorts tokens with 8 axes, TensorRT's most
-_ATTENTION = re.compile(r"(global|(window|pooled) ?([1-9]\d{0,2}))")
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,8 @@ class NetworkConfig:
     def _require_attention(self) -> None:
         if len(self.attention) != self.depth:
             raise CheckpointError(f"attention is given for {len(self.attention)} blocks of {self.depth}")
+        for kind in self.attention:
+            _require_kind(kind)
         if self.class_token:
             raise CheckpointError(
                 "windows and pooled keys need tokens of patches alone; this network has a class token",
@@ -149,6 +150,17 @@ class NetworkConfig:
         return cells.transpose(innermost_first).ravel()
 
 
+def _require_kind(kind: str) -> str:
+    """The kind of attention itself, in its usual form: ``global``, ``window 16``, ``pooled 2``; CheckpointError."""
+    if not re.fullmatch(r"global|(window|pooled) [1-9]\d{0,2}", kind):
+        raise CheckpointError(
+            f"{kind!r} is no kind of attention",
+            hint="global, windowN or pooledN; for example window16/global: windows of 16 x 16 tokens, and global "
+            "attention in the blocks that feed the head",
+        )
+    return kind
+
+
 def attention_of(text: str, depth: int, taps: Sequence[int]) -> tuple[str, ...]:
     """The attention of each block from a short text; empty if all is global.
 
@@ -161,14 +173,7 @@ def attention_of(text: str, depth: int, taps: Sequence[int]) -> tuple[str, ...]:
     """
 
     def kind(name: str) -> str:
-        found = _ATTENTION.fullmatch(name.strip())
-        if not found:
-            raise CheckpointError(
-                f"{name.strip()!r} is no kind of attention",
-                hint="global, windowN or pooledN; for example window16/global: windows of 16 x 16 tokens, and global "
-                "attention in the blocks that feed the head",
-            )
-        return f"{found[2]} {found[3]}" if found[2] else GLOBAL
+        return _require_kind(re.sub(r"(window|pooled) ?(\d+)", r"\1 \2", name.strip()))
 
     kinds, _, blocks = text.partition("@")
     first, slash, other = kinds.partition("/")
@@ -210,5 +215,7 @@ def attention_text(attention: Sequence[str]) -> str:
 
 PRESETS: dict[str, NetworkConfig] = {
     "paper": NetworkConfig(),
+    # The four blocks that feed the head see the whole tile, through means of 2 x 2 keys; `make dubai-model FAST=1`.
+    "paper-fast": NetworkConfig(attention=attention_of("window16/pooled2", 12, NetworkConfig().taps)),
     "tiny": NetworkConfig(tile=256, patch=8, embed_dim=128, depth=6, heads=2, mlp_dim=512, classes=5, head_channels=64),
 }

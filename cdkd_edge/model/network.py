@@ -38,7 +38,8 @@ class Attention(nn.Module):
             means = tokens.reshape(n, self.pool, -1, dim).mean(dim=1)  # [N, L/pool, D]
             q = F.linear(tokens, self.qkv.weight[:dim], self.qkv.bias[:dim])  # [N, L, D]
             k, v = F.linear(means, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)  # each [N, L/pool, D]
-        mixed = F.scaled_dot_product_attention(*(self._by_head(x) for x in (q, k, v)))  # [N, W*heads, L/W, D/heads]
+        q, k, v = self._by_head(q), self._by_head(k), self._by_head(v)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # [N, W*heads, L/W, D/heads]
         mixed = mixed.transpose(1, 2).reshape(n, length, dim)  # [N, L, D]
         return self.proj(mixed)  # type: ignore[no-any-return]
 

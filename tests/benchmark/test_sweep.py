@@ -55,7 +55,6 @@ from cdkd_edge.core.errors import BenchError
 from cdkd_edge.core.files import sole_use
 from cdkd_edge.core.process import run_command
 from cdkd_edge.core.workspace import Workspace
-from cdkd_edge.engines.runtimes import RUNTIMES
 from cdkd_edge.quality.datasets import find_dataset
 
 FAKE = (sys.executable, str(Path(__file__).parents[1] / "helpers" / "fake_step.py"))
@@ -91,7 +90,7 @@ class Place:
 
     def sweep(self, *sources: Path, **changes: Any) -> Sweep:
         (self.root / "plan.json").write_text(json.dumps(self.plan))
-        options = SweepOptions(RUNTIMES["cpu"], step=FAKE, **changes)
+        options = SweepOptions("cpu", step=FAKE, **changes)
         opened = open_sources(sources or self.graphs)
         return run_sweep(opened, self.folder, Workspace(self.root), options, "cdkd-edge sweep a b")
 
@@ -163,7 +162,9 @@ def test_without_data_speed_alone_decides(place: Place) -> None:
     found = place.sweep()
     assert (found.chosen, [point.number for point in found.points if point.front]) == (4, [4])
     assert "evaluate" not in " ".join(place.calls())
-    assert "mIoU" not in table(found)[0]
+    assert not {"mIoU", "runtime", "power mode", "load, W"} & set(table(found)[0]), "no column says nothing"
+    other = replace(found, points=(replace(found.points[0], runtime="openvino-cpu"), *found.points[1:]))
+    assert "runtime" in table(other)[0]
 
 
 def test_graphs_made_of_a_named_one_are_left_out(place: Place) -> None:
@@ -329,7 +330,8 @@ def test_a_signal_ends_the_step_and_the_sweep(place: Place, number: int) -> None
         "sweep.module_command = lambda name: fake\n"
         "from cdkd_edge.__main__ import main; main()"
     )
-    command = [sys.executable, "-c", script, " ".join(FAKE), "sweep", *map(str, place.graphs), "-w", str(place.root)]
+    words = ("sweep", "--runtime", "cpu", "-w", place.root, *place.graphs)
+    command = [sys.executable, "-c", script, " ".join(FAKE), *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(Path(sweeping.__file__).parents[2])}
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
@@ -548,7 +550,8 @@ def test_killed_in_the_middle_and_called_again_it_goes_on(place: Place, monkeypa
     changed = json.loads(run(*arguments).stdout)["points"]
     assert changed[0]["engine_sha256"] != document["points"][0]["engine_sha256"]
     assert changed[0]["run"] != document["points"][0]["run"]
-    assert changed[2] == document["points"][2]
+    assert changed[2]["run"] == document["points"][2]["run"]
+    assert changed[2]["tiles_per_second"] == document["points"][2]["tiles_per_second"]
 
 
 @pytest.mark.needs_torch

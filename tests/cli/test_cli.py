@@ -35,8 +35,8 @@ from cdkd_edge.segmentation.pipeline import segment_scene
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 COMMANDS = [
-    "info", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "sweep", "compare", "power",
-    "roofline", "evaluate", "parity", "demo", "doctor",
+    "info", "convert", "distill", "finetune", "export", "calibrate", "build", "inspect", "segment", "bench", "sweep",
+    "compare", "power", "roofline", "evaluate", "parity", "demo", "doctor",
 ]  # fmt: skip
 QUICK = ("--duration", "0.1", "--max-warm-up", "0")
 
@@ -96,6 +96,8 @@ def test_every_command_has_help(command: str) -> None:
     assert "Usage:" in result.stdout
     assert "--workspace" in result.stdout or command in (
         "info",
+        "convert",
+        "distill",
         "finetune",
         "compare",
         "power",

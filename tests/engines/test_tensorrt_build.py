@@ -30,7 +30,7 @@ from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine, compile_laye
 from cdkd_edge.engines.tensorrt.compile import BuilderMemoryError, BuildRequest
 from cdkd_edge.engines.tensorrt.find import NoGpu, TensorRT, TensorRTMissingError
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
-from cdkd_edge.precision.choose import PreparedGraph
+from cdkd_edge.precision.choose import BuiltEngine, PreparedGraph
 
 SM86 = TensorRTOptions(targets=("8.6",))
 REQUEST = BuildRequest("g.onnx", "e.engine", "fp16", TensorRTOptions())
@@ -240,7 +240,7 @@ def test_half_precision_of_the_small_network(small_graph: Path, tmp_path: Path) 
     manifest = build_tensorrt_engine(half_graph(copy), tmp_path / "e.engine", SM86)
     assert manifest.precision == "fp16"
     assert manifest.tensorrt is not None
-    assert set(manifest.tensorrt.layer_precisions) == {"fp16", "other"}
+    assert set(manifest.tensorrt.layer_precisions) == {"fp16"}
 
 
 # --- the process and its ends ---------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_what_the_manifest_takes_from_the_process(small_graph: Path, tmp_path: P
     assert (build.workspace_bytes, build.scratch_bytes, build.timing_cache) == (5 << 30, 123, True)
     assert manifest.attention_blocks == 2
     assert "did not list the engine's layers" in build.notes[0]
-    report = describe_engine(tmp_path / "e.engine", manifest, PreparedGraph(small_graph))
+    report = describe_engine(BuiltEngine(tmp_path / "e.engine", manifest), PreparedGraph(small_graph))
     assert ("attention", "2 blocks; whether they are fused is not known") in report.rows
     assert "warning" not in dict(report.rows)
 

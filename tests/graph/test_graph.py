@@ -15,12 +15,14 @@ from reference import reference_labels, reference_logits
 from cdkd_edge.core.errors import GraphError, ManifestError
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
 from cdkd_edge.graph.build import DEFAULT_OPSET, OPSETS, build_graph
+from cdkd_edge.graph.cpu import fuse_attention
 from cdkd_edge.graph.files import load_graph, read_graph, sizes_of
+from cdkd_edge.graph.layers import compare_classes, scores_of, search_classes
 from cdkd_edge.model.config import NetworkConfig
 
 TENSORRT_10_3 = {
-    "Add", "ArgMax", "Cast", "Concat", "Conv", "Div", "Erf", "Gelu", "LayerNormalization", "MatMul", "Mul", "Relu",
-    "Reshape", "Resize", "Slice", "Softmax", "Split", "Transpose",
+    "Add", "ArgMax", "AveragePool", "Cast", "Concat", "Conv", "Div", "Erf", "Gelu", "LayerNormalization", "MatMul",
+    "Mul", "Relu", "Reshape", "Resize", "Slice", "Softmax", "Split", "Transpose",
 }  # fmt: skip
 """What may occur, each in github.com/onnx/onnx-tensorrt/blob/release/10.3-GA/docs/operators.md. No Gather."""
 
@@ -130,6 +132,39 @@ VARIANTS = {
     "other pyramid": NetworkConfig(
         tile=64, patch=8, embed_dim=32, depth=4, heads=2, mlp_dim=64, classes=4, head_channels=8, pool_scales=(1, 5, 8)
     ),
+    "windows": NetworkConfig(
+        tile=64,
+        patch=8,
+        embed_dim=32,
+        depth=4,
+        heads=2,
+        mlp_dim=64,
+        classes=3,
+        head_channels=8,
+        attention=("window 4", "global", "window 2", "window 4"),
+    ),
+    "pooled keys": NetworkConfig(
+        tile=64,
+        patch=8,
+        embed_dim=32,
+        depth=5,
+        heads=2,
+        mlp_dim=64,
+        classes=3,
+        head_channels=8,
+        attention=("pooled 2", "global", "pooled 4", "pooled 2", "pooled 2"),
+    ),
+    "windows and pooled keys": NetworkConfig(
+        tile=96,
+        patch=8,
+        embed_dim=32,
+        depth=4,
+        heads=2,
+        mlp_dim=64,
+        classes=3,
+        head_channels=8,
+        attention=("window 6", "pooled 3", "window 6", "pooled 3"),
+    ),
     "one class, five blocks": NetworkConfig(
         tile=48, patch=8, embed_dim=32, depth=5, heads=4, mlp_dim=40, classes=1, head_channels=4
     ),
@@ -146,11 +181,62 @@ def test_variants_compute_the_reference(make_weights, config, opset):
     assert {node.op_type for node in model.graph.node} <= TENSORRT_10_3
     labels, logits = run(model, tiles, "logits")
     expected = reference_logits(
-        weights, tiles, heads=config.heads, eps=config.layer_norm_eps, scales=config.pool_scales
+        weights,
+        tiles,
+        heads=config.heads,
+        eps=config.layer_norm_eps,
+        scales=config.pool_scales,
+        attention=config.attention,
     )
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+    fuse_attention(model)
+    fused = run(model, tiles, "logits")[1]
+    assert np.abs(fused - expected).max() < 1e-4 * np.abs(expected).max()
+    if config.attention:
+        plain = reference_logits(weights, tiles, heads=config.heads, eps=config.layer_norm_eps)
+        assert np.abs(logits - plain).max() > 100 * np.abs(logits - expected).max()
     assert (labels == reference_labels(expected, config.tile)).mean() > 0.999
     assert np.abs(expected[0] - expected[1]).max() > 0.01  # the tiles are told apart
+
+
+def test_large_biases_of_queries_keys_and_values_fold_exactly(small_weights, small_config, small_tiles):
+    """As DINOv2 has them, and larger."""
+    rng = np.random.default_rng(3)
+    large = {
+        key: value + rng.normal(0, 10, value.shape).astype(np.float32) if key.endswith("attn.qkv.bias") else value
+        for key, value in small_weights.items()
+    }
+    _, logits = run(build_graph(large, small_config), small_tiles[:1], "logits")
+    expected = reference_logits(large, small_tiles[:1], heads=1, eps=small_config.layer_norm_eps)
+    assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
+    before = reference_logits(small_weights, small_tiles[:1], heads=1, eps=small_config.layer_norm_eps)
+    assert np.abs(expected - before).max() > 0.1 * np.abs(before).max()
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 7])
+def test_comparisons_find_the_class_that_argmax_finds(make_weights, classes):
+    """The first of equal scores, too: two classes have the same weights, and a white tile gives equal logits."""
+    config = dataclasses.replace(VARIANTS["windows"], classes=classes)
+    weights = make_weights(config)
+    for part in ("weight", "bias"):
+        weights[f"head.classifier.{part}"][-1] = weights[f"head.classifier.{part}"][0]
+    model = build_graph(weights, config, batch=2)
+    tiles = np.random.default_rng(1).integers(0, 256, (2, 3, 64, 64), np.uint8)
+    tiles[1] = 255
+    expected = run(onnx.ModelProto.FromString(model.SerializeToString()), tiles)[0]
+    before = [node.SerializeToString() for node in model.graph.node]
+    compare_classes(model)
+    added = Counter(node.op_type for node in model.graph.node)
+    assert added["Greater"] == classes - 1
+    assert set(added) <= TENSORRT_10_3 | {"Greater", "Max", "Squeeze", "Where"}  # all known to TensorRT 10.3
+    for item in model.graph.initializer:  # class numbers are for FP16
+        if item.name.startswith("class_"):
+            item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float32), item.name))
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_array_equal(run(model, tiles)[0], expected)
+    assert scores_of(model) == "scores"
+    search_classes(model)
+    assert [node.SerializeToString() for node in model.graph.node] == before
 
 
 def test_a_batch_is_its_tiles(small_weights, small_config, small_tiles):

@@ -222,6 +222,21 @@ def test_the_rounded_network_is_near_the_reference_and_no_nearer_than_fp16(weigh
     assert 1e-4 < in_fp16 < 2e-2
 
 
+def test_large_query_biases_survive_fp16(weights, store):
+    """They are part of the weights of q; FP16 rounds them no worse than before."""
+    large = dict(weights)
+    rng = np.random.default_rng(3)
+    for index in range(CONFIG.depth):
+        name = f"encoder.blocks.{index}.attn.qkv.bias"
+        large[name] = weights[name] + rng.normal(0, 10, weights[name].shape).astype(np.float32)
+    model, image = build_graph(large, CONFIG), tiles_of(1, seed=3)
+    exact = reference_logits(large, image, heads=CONFIG.heads, eps=CONFIG.layer_norm_eps)
+    error = np.abs(values(fp16_on_cpu(to_fp16(model)), ["logits"], image)["logits"] - exact).max()
+    assert 1e-4 < error / np.abs(exact).max() < 2e-2
+    check = check_fp16(store(model), to_fp16(model), image, "sample")
+    assert check.max_logit_error < check.logit_tolerance
+
+
 @pytest.mark.parametrize("opset", [17, 19])
 def test_gelu_of_five_nodes_is_rounded_as_well(weights, opset):
     rehearsal = fp16_on_cpu(to_fp16(build_graph(weights, CONFIG, opset=opset)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from reference import reference_features, reference_logits  # noqa: E402
 from cdkd_edge.core.errors import CheckpointError  # noqa: E402
 from cdkd_edge.core.labels import load_schema  # noqa: E402
 from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, save_checkpoint  # noqa: E402
-from cdkd_edge.model.config import NetworkConfig  # noqa: E402
+from cdkd_edge.model.config import PRESETS, NetworkConfig, attention_of  # noqa: E402
 from cdkd_edge.model.network import Encoder, SegmentationNetwork  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch
@@ -162,3 +164,11 @@ def test_windows_do_not_outlive_a_tile_that_they_do_not_fit(tmp_path, weights):
     run("convert", stored(tmp_path, weights), "--attention", "window4", "-o", tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="do not fit"):
         load_checkpoint(tmp_path / "a.pt", tile=48)
+
+
+def test_the_fast_preset_is_what_make_makes():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    (text,) = re.findall(r"convert out/dubai\.pt --attention (\S+)", makefile)
+    fast = PRESETS["paper-fast"]
+    assert fast.attention == attention_of(text, fast.depth, fast.taps)
+    assert dataclasses.replace(fast, attention=()) == PRESETS["paper"]

@@ -159,6 +159,13 @@ def test_counting_leaves_the_network_as_it_was():
         {"embed_dim": -384},
         {"pool_scales": ()},
         {"pool_scales": (0, 1)},
+        {"attention": ("global",)},  # twelve blocks
+        {"attention": ("window 12",) * 12},  # 64 x 64 tokens
+        {"attention": ("window 16", "window 8", "pooled 2") * 4},  # three sizes of squares
+        {"attention": ("window 16", "pooled 3") * 6},  # a window is no multiple of 3 x 3
+        {"attention": ("window16",) * 12},
+        {"attention": ("pooled 0",) * 12},
+        {"attention": ("window 16",) * 12, "class_token": True},
     ],
     ids=str,
 )

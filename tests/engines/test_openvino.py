@@ -61,9 +61,7 @@ def engine_file(small_graph, tmp_path_factory) -> Path:
 @pytest.fixture
 def asked(monkeypatch):
     """The options of every compilation."""
-    import openvino
-
-    options = []
+    openvino, options = ours.import_openvino(), []
     compile_model = openvino.Core.compile_model
 
     def spy(self, model, device, config):

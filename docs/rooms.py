@@ -14,7 +14,7 @@ except ModuleNotFoundError:  # Python 3.10
 DOCS = Path(__file__).parent
 ROOMS: dict[str, dict[str, str]] = tomllib.loads((DOCS / "rooms.toml").read_text(encoding="utf-8"))
 """From the ground up."""
-START, END = "<!-- rooms -->\n", "\n<!-- /rooms -->"
+START, END = "<!-- rooms -->\n", "<!-- /rooms -->"
 
 
 def table() -> str:
@@ -53,7 +53,7 @@ def texts() -> dict[Path, str]:
     wanted = {DOCS / "rooms.svg": picture()}
     for path in (DOCS / "architecture.md", DOCS.parent / "CONTRIBUTING.md"):
         text = path.read_text(encoding="utf-8")
-        wanted[path] = re.sub(f"(?s){START}.*?{END}", lambda _: f"{START}{table()}{END}", text)
+        wanted[path] = re.sub(f"(?s){START}.*?{END}", lambda _: f"{START}{table()}\n{END}", text)
     return wanted
 
 

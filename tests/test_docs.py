@@ -152,6 +152,7 @@ def test_the_rooms_are_drawn_as_they_are():
     rooms = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rooms)
     for path, text in rooms.texts().items():
+        assert path.suffix == ".svg" or rooms.table() in text
         assert path.read_text(encoding="utf-8") == text, path
     packages = {path.parent.name for path in (ROOT / "cdkd_edge").glob("*/__init__.py")}
     assert packages == set(rooms.ROOMS)

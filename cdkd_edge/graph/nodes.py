@@ -156,5 +156,5 @@ def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(simplified, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise GraphError(f"the exported graph is not valid ONNX: {error}") from None
+        raise GraphError(f"the exported graph is not valid ONNX: {str(error)[:300]}") from None
     return simplified

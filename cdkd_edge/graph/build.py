@@ -21,7 +21,6 @@ from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
 OPSETS = range(17, 21)  # 17 introduced LayerNormalization; TensorRT 10.3's parser documents operators up to 20
 DEFAULT_OPSET = 20
 LOGITS = "logits"
-_PARTS = ("weight", "bias")
 
 
 def build_graph(
@@ -65,9 +64,10 @@ class _NetworkWriter(NodeWriter):
         shape = self.constant("shape_" + "x".join(map(str, sizes)), np.array(sizes, np.int64))
         return self.add("Reshape", name, x, shape)
 
-    def layer_norm(self, name: str, x: str, scale: str, shift: str) -> str:
+    def layer_norm(self, name: str, x: str, constants: str, scale: np.ndarray, shift: np.ndarray) -> str:
         """The fused operator, because its elementary steps overflow in FP16."""
-        return self.add("LayerNormalization", name, x, scale, shift, axis=-1, epsilon=self.config.layer_norm_eps)
+        inputs = (x, self.constant(f"{constants}.weight", scale), self.constant(f"{constants}.bias", shift))
+        return self.add("LayerNormalization", name, *inputs, axis=-1, epsilon=self.config.layer_norm_eps)
 
     def means(self, name: str, tokens: str, count: int) -> str:
         """Means of ``count`` successive parts of the tokens, ``[N, L, D]`` to ``[N, L/count, D]``.
@@ -159,19 +159,28 @@ class _NetworkWriter(NodeWriter):
 
     def block(self, index: int, tokens: str) -> str:
         """One pre-norm transformer block."""
-        name, dim, heads = f"blocks.{index}", self.config.embed_dim, self.config.heads
-        length = self.config.grid**2 + self.config.class_token
+        name = f"blocks.{index}"
+        tokens = self.add("Add", f"{name}.after_attn", tokens, self.attention(index, tokens))
+        scale, shift, *mlp = (
+            self.weights[f"encoder.{name}.{layer}.{part}"]
+            for layer in ("norm2", "mlp.fc1", "mlp.fc2")
+            for part in ("weight", "bias")
+        )
+        normed = self.layer_norm(f"{name}.norm2", tokens, f"{name}.norm2", scale, shift)
+        hidden = self.gelu(f"{name}.mlp.gelu", self.linear(f"{name}.mlp.fc1", normed, *mlp[:2]))
+        return self.add("Add", f"{name}.out", tokens, self.linear(f"{name}.mlp.fc2", hidden, *mlp[2:]))
 
-        def linear(part: str, x: str) -> str:
-            return self.linear(f"{name}.{part}", x, *(self.weights[f"encoder.{name}.{part}.{p}"] for p in _PARTS))
+    def attention(self, index: int, tokens: str) -> str:
+        """A block's attention behind its LayerNorm, without the residual sum.
 
-        # Attention behind a LayerNorm without scale; q, k and v without bias, because a bias costs a pass over memory.
-        attn = f"{name}.attn"
-        folded = fold.fold_attention(self.weights, f"encoder.{name}", heads)
-        ones = self.constant("norm.ones", np.ones(dim, np.float32))
-        shift = self.constant("norm.shift", np.full(dim, fold.SHIFT, np.float32))
-        normed = self.layer_norm(f"{name}.norm1", tokens, ones, shift)
-        pool, windows = self.config.pooling(index) ** 2, self.config.windows(index)
+        The LayerNorm has no scale, and q, k and v no bias, because a bias costs a pass over memory.
+        """
+        config, attn = self.config, f"blocks.{index}.attn"
+        dim, heads, length = config.embed_dim, config.heads, config.grid**2 + config.class_token
+        pool, windows = config.pooling(index) ** 2, config.windows(index)
+        folded = fold.fold_attention(self.weights, f"encoder.blocks.{index}", heads)
+        ones, shift = np.ones(dim, np.float32), np.full(dim, fold.SHIFT, np.float32)
+        normed = self.layer_norm(f"blocks.{index}.norm1", tokens, "norm1", ones, shift)
         means = normed if pool == 1 else self.means(f"{attn}.means", normed, pool)
 
         def by_head(part: str, x: str, weight: fold.Array, length: int) -> str:
@@ -198,14 +207,7 @@ class _NetworkWriter(NodeWriter):
         perm = [0, 2, 1, 3] if windows == 1 else [0, 3, 1, 2, 4]
         mixed = self.add("Transpose", f"{attn}.by_token", mixed, perm=perm)
         mixed = self.reshape(f"{attn}.joined", mixed, length, dim)
-        projected = self.linear(f"{attn}.proj", mixed, folded.proj, folded.proj_bias)
-        tokens = self.add("Add", f"{name}.after_attn", tokens, projected)
-
-        scale, shift = (self.constant(f"{name}.norm2.{p}", self.weights[f"encoder.{name}.norm2.{p}"]) for p in _PARTS)
-        normed = self.layer_norm(f"{name}.norm2", tokens, scale, shift)
-        hidden = linear("mlp.fc1", normed)
-        hidden = self.gelu(f"{name}.mlp.gelu", hidden)
-        return self.add("Add", f"{name}.out", tokens, linear("mlp.fc2", hidden))
+        return self.linear(f"{attn}.proj", mixed, folded.proj, folded.proj_bias)
 
     def gelu(self, name: str, x: str) -> str:
         """Exact GELU: one operator from opset 20 on, before it the five nodes that compilers recognise."""

@@ -166,7 +166,8 @@ def test_only_the_int8_graph_was_carried(built, tmp_path):
 
 def test_a_missed_gate(space):
     result = run("build", "--int8", "--min-agreement", "100", "--workspace", space.root)
-    assert_answer(result, 8, r"INT8 misses its gate: \d+\.\d\d% of the pixels .* no graph was written")
+    # With every label to be kept, older releases of ONNX Runtime meet the second check first.
+    assert_answer(result, 8, r"(INT8 misses its gate: |in lower precision .* )\d+\.\d\d% of the pixels")
     assert names(space.graphs) == ["small.json", "small.onnx"]
     assert names(space.engines) == []
 

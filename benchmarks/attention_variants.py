@@ -174,7 +174,7 @@ class Study:
             "--overwrite",
             *(["--sparse"] if variant.sparse else []),
         )
-        return {name: found[name] for name in ("attention", "macs", "notes")}
+        return {name: found[name] for name in ("attention", "notes")}
 
     def evaluate(self, variant: Variant, which: str) -> dict[str, Any]:
         """Accuracy on the validation scenes."""
@@ -200,7 +200,7 @@ class Study:
                 *options.distill.split(),
             )
         record = self.command("info", target)["training"]["distilled"]
-        kept = {name: record[name] for name in ("command", "recipe", "training_tiles", "before", "after")}
+        kept = {name: record[name] for name in ("recipe", "training_tiles", "before", "after")}
         return {"minutes": record["run"]["seconds"] / 60, **kept}
 
     def tune(self, variant: Variant) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class Study:
                 *("--views", options.epochs, "--resume", *options.finetune.split()),
             )
         record = self.command("info", target)["training"]
-        return {"command": record["command"], "recipe": record["recipe"], "minutes": record["run"]["seconds"] / 60}
+        return {"recipe": record["recipe"], "minutes": record["run"]["seconds"] / 60}
 
     def speed(self, variant: Variant) -> dict[str, Any]:
         """Engines of the converted network: the speed does not depend on the weights."""
@@ -334,7 +334,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         accuracy = [text(row[stage].get("mean_iou"), 2, 100) for stage in ("before", "after", "tuned")]
         cells = [
-            *(row["name"], text(row["speed"].get("macs") or row["convert"].get("macs"), 1, 1e-9), *accuracy),
+            *(row["name"], text(row["speed"].get("macs"), 1, 1e-9), *accuracy),
             *(text(row["recover"].get("minutes")), compiled(row, "layers"), compiled(row, "traffic_bytes", 2, 1e-9)),
             *(compiled(row, "attention_fused"), rate(row, "fp16", bounds=True), rate(row, "int8", bounds=True)),
             *(megapixels(row), text(row["speed"].get("cpu_times"), 2), seam(row)),

@@ -182,7 +182,7 @@ def attention_of(text: str, depth: int, taps: Sequence[int]) -> tuple[str, ...]:
         if blocks:
             numbers = [number.strip() for number in blocks.split(",")]
             if not all(number.isdecimal() and int(number) < depth for number in numbers):
-                raise CheckpointError(f"{blocks!r} are not blocks of this network, which has 0 to {depth - 1}")
+                raise CheckpointError(f"{text!r} names a block that the network lacks; it has 0 to {depth - 1}")
             chosen = [int(number) for number in numbers]
         plan = [kind(other if block in chosen else first) for block in range(depth)]
     elif blocks:

@@ -14,7 +14,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before it is imported; tests take n
 
 import dataclasses
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -133,11 +133,16 @@ def store_graph(folder: Path, weights: Mapping[str, Array], config: NetworkConfi
     return path
 
 
-@pytest.fixture(autouse=True)
-def one_runtime_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that `build` means ONNX Runtime, as the tests expect, also where there is a GPU with TensorRT, or OpenVINO."""
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
-    monkeypatch.setattr(runtimes, "find_gpu", lambda: NoGpu("the tests look for no GPU"))
+@pytest.fixture(autouse=True, scope="session")
+def one_runtime_by_default() -> Iterator[None]:
+    """So that `build` means ONNX Runtime, as the tests expect, also where there is a GPU with TensorRT, or OpenVINO.
+
+    For the whole session: fixtures that modules share build engines before the first test starts.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtimes, "find_spec", lambda name: None)
+        patch.setattr(runtimes, "find_gpu", lambda: NoGpu("the tests look for no GPU"))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -33,8 +33,9 @@ def inspect(
 
 
 def _describe(found: Inspection, *, every: bool) -> Report:
-    from cdkd_edge.core.manifest import EngineManifest
+    from cdkd_edge.core.manifest import EngineManifest, attention_kinds
     from cdkd_edge.engines.inspect import OnnxContents
+    from cdkd_edge.model.config import attention_text
 
     manifest, contents = found.manifest, found.contents
     rows = _manifest_rows(found)
@@ -47,7 +48,9 @@ def _describe(found: Inspection, *, every: bool) -> Report:
         rows += _onnx_rows(contents)
         if not isinstance(manifest, EngineManifest):  # whose row is there already: OpenVINO fuses on loading
             fused = f"{contents.attention_fused} of them one operator"
-            rows.append(("attention", f"{contents.attention_blocks} blocks, {fused}"))
+            kinds = attention_kinds(found.path)
+            of = f"{attention_text(kinds)}; " if kinds is not None else ""
+            rows.append(("attention", f"{of}{contents.attention_blocks} blocks, {fused}"))
         data["contents"] = {**plain(contents), "nodes": contents.nodes, "precisions": contents.precisions}
         operators = tuple(
             (name, *(str(row.get(kind, "")) for kind in contents.precisions))
@@ -86,7 +89,9 @@ def _manifest_rows(found: Inspection) -> Rows:
 
 
 def engine_rows(manifest: EngineManifest, precision: str) -> Rows:
-    """What an engine runs on, how many attention blocks are fused, and how TensorRT built it."""
+    """What an engine runs on, its attention and how many blocks of it are fused, and how TensorRT built it."""
+    from cdkd_edge.model.config import attention_text
+
     build = manifest.tensorrt
     here = ", " if build is not None and build.targets else " on "  # compiled for another GPU than the one here
     fused = f"{manifest.attention_fused} of {manifest.attention_blocks} blocks fused"
@@ -95,7 +100,7 @@ def engine_rows(manifest: EngineManifest, precision: str) -> Rows:
     rows: Rows = [
         ("runtime", f"{manifest.runtime}{here}{manifest.device}"),
         ("precision", precision),
-        ("attention", fused),
+        ("attention", f"{attention_text(manifest.attention)}; {fused}"),
     ]
     if build is None:
         return rows

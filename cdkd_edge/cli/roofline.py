@@ -57,6 +57,7 @@ def roofline(
 def _describe(found: Roofline, *, every: bool) -> Report:
     """All modes, or one with its kernels."""
     from cdkd_edge.benchmark.roofline.model import LAYERS, REALISTIC, SPREAD
+    from cdkd_edge.model.config import attention_text
 
     def graph_text(cost: GraphCost) -> str:
         weights = size(sum(operator.constant_bytes for operator in cost.operators))
@@ -78,6 +79,7 @@ def _describe(found: Roofline, *, every: bool) -> Report:
     rows: Rows = [
         ("device", found.device.title),
         ("modelled from", source),
+        *([("attention", attention_text(found.attention))] if found.attention is not None else []),
         *((f"{cost.precision} graph", graph_text(cost)) for cost in found.graphs),
         ("bound", "every kernel at peak rate, nothing kept in a cache between kernels"),
         ("realistic", assumed),
@@ -115,7 +117,7 @@ def _data(found: Roofline, *, kernels: bool) -> dict[str, Any]:
     return {
         "roofline_version": _DOCUMENT_VERSION,
         "kind": "modelled",
-        **fields_of(found, "path", "modelled_from", "notes"),
+        **fields_of(found, "path", "modelled_from", "attention", "notes"),
         "device": {**fields_of(found.device, "name", "title", "modes"), **rates},
         "assumptions": {**dataclasses.asdict(REALISTIC), "range": SPREAD},
         "graphs": [_graph_data(cost) for cost in found.graphs],

@@ -258,6 +258,8 @@ class EngineManifest(_Described):
     output: str = LABELS  # what it gives: one of :data:`OUTPUT_KINDS`
     speed_over: dict[str, float] = field(default_factory=dict)
     """Tiles/s over those of the engines of other runtimes that `build` could choose, by what manifests call these."""
+    attention: tuple[str, ...] = ()
+    """What each block attends to, as :attr:`cdkd_edge.model.config.NetworkConfig.attention` has it; empty: global."""
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
@@ -267,6 +269,7 @@ class EngineManifest(_Described):
         """The manifest of an engine built from the graph of ``source``; ``fields`` are those that it does not have."""
         names = ("name", "precision", "labels", "preprocessing", "tile", "batch", "training", "output")
         shared = {name: getattr(source, name) for name in names}
+        shared["attention"] = tuple(source.network.get("attention") or ())
         return cls(**{"graph": source.artefact, "graph_check": source.check, **shared, **fields})
 
 
@@ -299,6 +302,14 @@ def output_of(artefact: Path) -> str:
     """The kind of output by the manifest beside a file; labels where it does not say."""
     output = _glance(artefact).get("output")
     return output if output in OUTPUT_KINDS else LABELS
+
+
+def attention_kinds(artefact: Path) -> tuple[str, ...] | None:
+    """What each block attends to by the manifest beside a file (empty: global); None where it does not say."""
+    found = _glance(artefact)
+    network = found.get("network")
+    kinds = found.get("attention", network.get("attention", ()) if isinstance(network, dict) else None)
+    return tuple(map(str, kinds)) if isinstance(kinds, list | tuple) else None
 
 
 def fp16_refusal(artefact: Path) -> str | None:

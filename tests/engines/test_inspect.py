@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from cdkd_edge.core.manifest import manifest_path
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines import runtimes
 from cdkd_edge.engines.inspect import OnnxContents, inspect_artefact, read_onnx
+from cdkd_edge.engines.onnxruntime import build_cpu_engine
 from cdkd_edge.engines.runtimes import RUNTIMES, choose_runtime
 from cdkd_edge.engines.tensorrt.layers import layers_path
 from cdkd_edge.precision import choose
@@ -185,6 +187,23 @@ def test_a_cpu_engine(small_engine_path: Path) -> None:
     shown = run("inspect", small_engine_path)
     assert "onnxruntime-cpu on" in shown.stdout
     assert "MultiHeadAttention" in shown.stdout
+
+
+def test_windows_and_pooled_keys_are_named(tmp_path: Path, make_graph, make_weights, small_config) -> None:
+    config = dataclasses.replace(small_config, attention=("window 4", "window 4", "pooled 2", "pooled 2"))
+    graph = make_graph(tmp_path / "export", make_weights(config), config)
+    engine = tmp_path / "engines" / "small.fp32.cpu.onnx"
+    build_cpu_engine(graph, engine)
+    kinds = "window 4 in blocks 0-1; pooled 2 in blocks 2-3"
+    for path, fused in ((graph, "4 blocks, 0 of them one operator"), (engine, "4 of 4 blocks fused")):
+        shown = " ".join(run("inspect", path).stdout.split())
+        assert f"attention {kinds}; {fused}" in shown
+    assert f"attention {kinds} " in " ".join(run("roofline", graph, "--device", "orin-nx-16gb").stdout.split())
+    modelled = json.loads(run("roofline", graph, "--device", "orin-nx-16gb", "--json").stdout)
+    assert modelled["attention"] == list(config.attention)
+    assert json.loads(run("inspect", engine, "--json").stdout)["manifest"]["attention"] == list(config.attention)
+    manifest_path(graph).unlink()
+    assert json.loads(run("roofline", graph, "--device", "orin-nx-16gb", "--json").stdout)["attention"] is None
 
 
 def test_a_cpu_engine_whose_attention_is_not_fused(small_engine_path: Path, tmp_path: Path) -> None:

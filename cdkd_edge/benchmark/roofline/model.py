@@ -23,7 +23,7 @@ from cdkd_edge.benchmark.roofline.devices import Device, ModeLimits
 from cdkd_edge.benchmark.roofline.kernels import Kernel, attention_modes, kernels_of
 from cdkd_edge.benchmark.roofline.operators import GraphCost, read_operators
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, GraphError, ManifestError, UsageError
-from cdkd_edge.core.manifest import EngineManifest, read_manifest
+from cdkd_edge.core.manifest import EngineManifest, attention_kinds, read_manifest
 from cdkd_edge.engines.tensorrt.layers import LAYERS_SUFFIX, EngineLayers, read_layers, read_layers_file
 from cdkd_edge.graph.files import load_graph
 
@@ -98,6 +98,7 @@ class Roofline:
     graphs: tuple[GraphCost, ...]  # the graph in each precision; empty for an engine
     estimates: tuple[Estimate, ...]
     notes: tuple[str, ...]
+    attention: tuple[str, ...] | None  # what each block attends to (empty: global); None if that is not known
 
 
 def roofline(path: Path, device: Device, *, mode: str | None = None, precision: str | None = None) -> Roofline:
@@ -129,7 +130,7 @@ def roofline(path: Path, device: Device, *, mode: str | None = None, precision: 
         notes.append(device.note)
     cases = [(cost, device, one, way) for one in modes for cost in graphs for way in attention_modes(cost)]
     estimates = tuple(estimate(*case) for case in cases)
-    return Roofline(path, device, GRAPH, tuple(graphs), estimates, tuple(notes))
+    return Roofline(path, device, GRAPH, tuple(graphs), estimates, tuple(notes), attention_kinds(path))
 
 
 def _roofline_of_engine(path: Path, device: Device, mode: str | None, precision: str | None) -> Roofline:
@@ -151,7 +152,7 @@ def _roofline_of_engine(path: Path, device: Device, mode: str | None, precision:
     if precision not in (None, estimates[0].precision):
         hint = f"it is an engine in {estimates[0].precision}; a graph can be modelled in every precision"
         raise UsageError(f"{path} cannot be modelled in {precision}", hint=hint)
-    return Roofline(path, device, LAYERS, (), estimates, tuple(notes))
+    return Roofline(path, device, LAYERS, (), estimates, tuple(notes), attention_kinds(path))
 
 
 def model_engine(compiled: EngineLayers, device: Device, *, mode: str | None = None) -> tuple[Estimate, ...]:

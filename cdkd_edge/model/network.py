@@ -71,8 +71,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.mlp = MLP(config.embed_dim, config.mlp_dim)
 
+    def attend(self, tokens: Tensor) -> Tensor:
+        """The first half of the block."""
+        return tokens + self.attn(self.norm1(tokens))  # type: ignore[no-any-return]
+
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self.attn(self.norm1(tokens))
+        tokens = self.attend(tokens)
         return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
 
 
@@ -112,13 +116,20 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
+    def embed(self, image: Tensor) -> Tensor:
+        """Tokens with their positions, ``[N, L, D]`` row by row, of RGB images ``[N, 3, T, T]``, 0..255.
+
+        A class token comes first, ``[N, 1+L, D]``.
+        """
+        tokens = self.patch_embed((image.to(self.mean.dtype) - self.mean) / self.std)  # [N, L, D]
+        if self.config.class_token:
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # [N, 1+L, D]
+        return tokens + self.pos_embed  # type: ignore[no-any-return]
+
     def forward(self, image: Tensor) -> list[Tensor]:
         """Four maps ``[N, D, G, G]``, the shallowest first, of RGB images ``[N, 3, T, T]``, 0..255, any real dtype."""
         config = self.config
-        tokens = self.patch_embed((image.to(self.mean.dtype) - self.mean) / self.std)  # [N, L, D]
-        if config.class_token:
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # [N, 1+L, D]
-        tokens = tokens + self.pos_embed
+        tokens = self.embed(image)
         if config.attention:
             tokens = tokens[:, self.order]
         maps = []

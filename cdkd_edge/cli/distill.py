@@ -58,13 +58,18 @@ class AlignViewOptions:
 
 
 def distill(
-    tiles: list[str] = Argument(..., help="Scenes or images without labels: files, folders, or patterns in quotes."),
+    tiles: list[str] = Argument(
+        ..., help="Images without labels: files, .tar shards, folders, patterns in quotes, or @LIST."
+    ),
     *,
     teacher: Path = Option(..., help="Checkpoint whose features are learned; it stays as it is."),
     student: Path = Option(..., help="Checkpoint that learns them; its head stays as it is."),
     output: Path = Option(..., "--output", "-o", help="The checkpoint (.pt, .pth, .safetensors)."),
     method: Method = Option(Method.features, help="What is learned: the teacher's feature maps.", metavar="NAME"),
     tile: int | None = Option(None, help="Side of the tiles to train on, px. Default: the student's.", min=1),
+    exclude: list[str] | None = Option(
+        None, help="Evaluation set whose images must not be used: folder, or list (.txt). Repeatable.", metavar="SET"
+    ),
     recipe: AlignOptions,
     views: AlignViewOptions,
     device: str = DEVICE,
@@ -86,6 +91,7 @@ def distill(
     options = DistillOptions(
         recipe=AlignRecipe(**asdict(recipe), views=views.views, augmentation=augmentation),
         tile=tile,
+        exclude=tuple(exclude or ()),
         reading=reading.segment_options(),
         device=device,
         weights=weights,
@@ -115,6 +121,7 @@ def _describe(result: DistillResult) -> Report:
     missed = zip(before["missed"], after["missed"], strict=True)
     rows: Rows = [
         *(("note", note) for note in record["notes"]),
+        *((folder["name"], folder["text"]) for folder in record["imagery"]),
         ("loss", change("loss")),
         ("missed, by map", "   ".join(f"{a:.3f} > {b:.3f}" for a, b in missed)),
     ]

@@ -125,7 +125,7 @@ class Aligner(TrainingLoop):
 
     def read(self, place: int, view: View) -> tuple[npt.NDArray[np.uint8], ...]:
         """Pixels ``[3, T, T]`` of a view of a place."""
-        return (self.tiles.read(self.tiles.places[self._training[place]], view),)
+        return (self._read_tile(self._training[place], view, self.progress.epoch),)
 
     def loss(self, *batch: Tensor) -> Tensor | None:
         """The loss of uint8 tiles ``[N, 3, T, T]``."""
@@ -188,8 +188,13 @@ class Aligner(TrainingLoop):
     def _plain(self, places: npt.NDArray[np.int64]) -> Iterator[Tensor]:
         """Tiles as they are, in small batches on the device."""
         for index in places:
-            tile = torch.from_numpy(self.tiles.read(self.tiles.places[index], View()))
+            tile = torch.from_numpy(self._read_tile(index, View()))
             yield tile[None].to(self.device)
+
+    def _read_tile(self, index: int, view: View, *epoch: int) -> npt.NDArray[np.uint8]:
+        """A view of a place, or of another place of the same part of the tiles if it cannot be used."""
+        among = self.check if index in self.check else self._training
+        return self.tiles.read(self.tiles.places[index], view, (self.recipe.seed, *epoch), among)
 
 
 def _have_heads(student: Network, teacher: Network) -> bool:

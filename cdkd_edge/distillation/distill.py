@@ -40,6 +40,7 @@ class DistillOptions:
     tile: int | None = None  # side of the tiles to train on, px; None: the student's own
     reading: SegmentOptions = field(default_factory=SegmentOptions)
     device: str = "auto"
+    exclude: tuple[str, ...] = ()  # evaluation sets, see :class:`.imagery.Imagery`
     weights: str | None = None  # of teacher and student, see :func:`cdkd_edge.model.checkpoint.read_checkpoint`
     resume: bool = False
     overwrite: bool = False
@@ -126,14 +127,22 @@ class _Distillation:
         self.resized = tile != self.student.config.tile
         apart, _ = _load(student, weights=options.weights, tile=tile)
         guide, about_teacher = _load(teacher, weights=options.weights, tile=tile)
-        listener.step("looking at the scenes")
-        scenes = SceneTiles(tiles, tile, recipe.augmentation, options.reading)
+        scenes = SceneTiles(
+            tiles,
+            tile,
+            recipe.augmentation,
+            options.reading,
+            exclude=options.exclude,
+            progress=lambda done, total: listener.step(f"looking at the images: {done:,} of {total:,}"),
+            note=listener.note,
+        )
+        listener.step("looking at the images")
         self.aligner = Aligner(apart.to(device), guide.to(device), scenes, recipe, position=not self.resized)
         self.sources = {
             role: {"file": path.name, "sha256": sha256_of(path), "layout": report.layout}
             for role, path, report in (("teacher", teacher, about_teacher), ("student", student, self.report))
         }
-        self.notes = [*scenes.notes, *(f"teacher: {note}" for note in about_teacher.notes)]
+        self.notes = [*(f"teacher: {note}" for note in about_teacher.notes)]
         self.notes += [f"student: {note}" for note in self.report.notes]
         if self.resized:
             self.notes.append(
@@ -146,8 +155,7 @@ class _Distillation:
             "teacher": self.sources["teacher"]["sha256"],
             "student": self.sources["student"]["sha256"],
             "weights": options.weights,
-            "scenes": [Path(scene).name for scene in scenes.scenes],
-            "sizes": [list(shape) for shape in scenes.shapes],
+            "images": scenes.imagery.digest,
             "reading": dataclasses.asdict(options.reading),
         }
         self._saved_state = time.perf_counter()
@@ -162,7 +170,7 @@ class _Distillation:
     def finish(self) -> DistillResult:
         """Train the steps that are left, compare, and write the student."""
         aligner, listener, recipe = self.aligner, self.listener, self.options.recipe
-        for note in self.notes:
+        for note in [*aligner.tiles.notes, *self.notes]:
             listener.note(note)
         if not self.before:
             listener.step("measuring the teacher's features")
@@ -225,9 +233,12 @@ class _Distillation:
             "method": "features",
             **self.sources,
             "network": dataclasses.asdict(self.student.config),
-            "notes": self.notes,
+            "notes": [*aligner.tiles.notes, *self.notes],
             "recipe": {**dataclasses.asdict(self.options.recipe), "tile": aligner.tiles.tile},
-            "scenes": self.identity["scenes"],
+            "imagery": [
+                dataclasses.asdict(folder) | {"text": folder.text} for folder in aligner.tiles.imagery.report()
+            ],
+            "skipped": aligner.tiles.skipped,
             "training_tiles": aligner.places,
             "check_tiles": len(aligner.check),
             "before": self.before,
@@ -281,8 +292,8 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
             f"- {role}: `{record[role]['file']}` ({record[role]['layout']}, SHA-256 `{record[role]['sha256'][:16]}...`)"
             for role in ("teacher", "student")
         ),
-        f"- {record['training_tiles']} tiles of {len(record['scenes'])} scenes: {', '.join(record['scenes'][:12])}"
-        f"{' ...' if len(record['scenes']) > 12 else ''}",
+        f"- {record['training_tiles']:,} tiles, and {record['check_tiles']} to check on, of:",
+        *(f"  - {Path(folder['name']).name or '.'}: {folder['text']}" for folder in record["imagery"]),
         *(f"- {note}" for note in record["notes"]),
         *(f"- {key}: {shown(value)}" for key, value in record["recipe"].items()),
         f"- {run['seconds'] / 60:.1f} minutes on {run['device']}, {run['libraries']}",

@@ -129,13 +129,16 @@ class TeacherOptions:
 
 def distill(
     tiles: list[str] = Argument(
-        ..., help="Images, scenes and .tar shards without labels: files, folders, patterns in quotes, or @LIST."
+        ..., help="Images without labels: files, .tar shards, folders, patterns in quotes, or @LIST."
     ),
     *,
     teacher: Path | None = Option(None, help="SAM, or any encoder that can be loaded; it stays as it is."),
     student: str = Option("preset:paper", help="What is trained: a checkpoint, or preset:paper, tiny."),
     output: Path = Option(..., "--output", "-o", help="The checkpoint (.pt, .pth, .safetensors)."),
     tile: int | None = Option(None, help="Side of the tiles to train on, px. Default: the student's.", min=1),
+    exclude: list[str] | None = Option(
+        None, help="Evaluation set whose images must not be used: folder, or list (.txt). Repeatable.", metavar="SET"
+    ),
     method: MethodOptions,
     loop: LoopOptions,
     views: DistillViewOptions,
@@ -172,6 +175,7 @@ def distill(
     options = DistillOptions(
         recipe=DistillRecipe(**asdict(loop), **given, views=views.views, augmentation=augmentation),
         tile=tile,
+        exclude=tuple(exclude or ()),
         **asdict(about),
         reading=reading.segment_options(),
         probe=probe.probe,
@@ -229,6 +233,7 @@ def _describe(result: DistillResult) -> Report:
     run = record["run"]
     rows: Rows = [
         *(("note", note) for note in record["notes"]),
+        *((folder["name"], folder["text"]) for folder in record["imagery"]),
         *((name, f"{before} before, {after} after") for name, before, after in measure_rows(record)),
         *(("stage", f"{one['stage']} from step {one['step']} on") for one in record["transitions"]),
         ("time", f"{duration(run['seconds'])} on {run['device']}"),

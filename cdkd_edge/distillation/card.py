@@ -95,10 +95,6 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
                 *(f"| {' | '.join(row)} |" for row in measure_rows(record)),
                 "",
                 *pictures,
-                "## Tiles",
-                "",
-                *_table(record["tiles"]),
-                "",
                 "## Training",
                 "",
                 *(
@@ -107,7 +103,8 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
                     for role in ("teacher", "student")
                     if role in record
                 ),
-                f"- {record['training_tiles']} tiles",
+                f"- {record['training_tiles']:,} tiles, and {record['check_tiles']} to check on, of:",
+                *(f"  - {Path(folder['name']).name or '.'}: {folder['text']}" for folder in record["imagery"]),
                 *(f"- {note}" for note in record["notes"]),
                 *transitions,
                 *(f"- {key}: {shown(value)}" for key, value in record["recipe"].items()),
@@ -134,14 +131,3 @@ def _history(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         cells += [_percent(row["check"]["probe"]["mean_iou"])] if with_probe else []
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not rows:
-        return []
-    head = list(rows[0])
-    return [
-        f"| {' | '.join(head)} |",
-        f"|---{'|---:' * (len(head) - 1)}|",
-        *(f"| {' | '.join('–' if row[name] is None else str(row[name]) for name in head)} |" for row in rows),
-    ]

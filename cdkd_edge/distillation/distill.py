@@ -56,6 +56,7 @@ class DistillOptions:
     heads: int | None = None  # of the teacher, where its file does not say
     layer_norm_eps: float | None = None  # likewise
     recompute: bool | None = None  # compute the teacher's blocks again in the backward pass. None: on a GPU
+    exclude: tuple[str, ...] = ()  # evaluation sets, see :class:`.imagery.Imagery`
     reading: SegmentOptions = field(default_factory=SegmentOptions)
     probe: Path | None = None  # labelled images on which a linear probe is scored
     schema: str | None = None  # of the probe's images
@@ -164,17 +165,25 @@ class _Run:
             guide = guide.to(device)
         if recipe.projection == "auto":
             recipe = dataclasses.replace(recipe, projection=_projection(recipe, self.report, apart, guide))
-        listener.step("looking at the tiles")
-        self.scenes = SceneTiles(tiles, tile, recipe.augmentation, options.reading)
+        listener.step("looking at the images")
+        self.tiles = SceneTiles(
+            tiles,
+            tile,
+            recipe.augmentation,
+            options.reading,
+            exclude=options.exclude,
+            progress=lambda done, total: listener.step(f"looking at the images: {done:,} of {total:,}"),
+            note=listener.note,
+        )
         self.probe = self._find_probe(tile) if options.probe is not None and self.ranks.writes else None
         torch.manual_seed(recipe.seed)  # of adapters, projections and reconstructions
         recompute = device.type == "cuda" if options.recompute is None else options.recompute
         networks = Distillation(apart, guide, recipe, position=not self.resized, recompute=recompute).to(device)
-        self.distiller = Distiller(networks, self.scenes, recipe, ranks=self.ranks, workers=options.workers)
+        self.distiller = Distiller(networks, self.tiles, recipe, ranks=self.ranks, workers=options.workers)
         self.sources = {"student": _source(student, self.report)}
         if teacher is not None:
             self.sources["teacher"] = _source(str(teacher), about_teacher)
-        self.notes = list(self.scenes.notes)
+        self.notes: list[str] = []
         for role, report in (("teacher", about_teacher), ("student", self.report)):
             self.notes += [f"{role}: {note}" for note in report.notes] if report is not None else []
         if self.resized:
@@ -188,7 +197,7 @@ class _Run:
             "network": dataclasses.asdict(apart.config),
             **{role: source["sha256"] or source["file"] for role, source in self.sources.items()},
             "weights": options.weights,
-            "tiles": self.scenes.digest(),
+            "images": self.tiles.imagery.digest,
             "reading": dataclasses.asdict(options.reading),
         }
         self._saved_state = time.perf_counter()
@@ -212,7 +221,7 @@ class _Run:
         """Train the steps that are left, compare, and write the student."""
         distiller, listener, output = self.distiller, self.listener, self.output
         progress, writes = distiller.progress, self.ranks.writes
-        for note in self.notes:
+        for note in [*self.tiles.notes, *self.notes]:
             listener.note(note)
         if writes:
             self.log = MetricsLog(log_path(output), len(distiller.networks.pairs), progress.step)
@@ -379,11 +388,12 @@ class _Run:
             "method": distiller.recipe.method,
             **self.sources,
             "network": dataclasses.asdict(self.student.config),
-            "notes": [*self.notes, *self.scenes.late_notes()],
+            "notes": [*self.tiles.notes, *self.notes],
             "recipe": {
-                **dataclasses.asdict(distiller.recipe), "tile": self.scenes.tile, "pairs": distiller.networks.pairs,
+                **dataclasses.asdict(distiller.recipe), "tile": self.tiles.tile, "pairs": distiller.networks.pairs,
             },
-            "tiles": self.scenes.found(),
+            "imagery": [dataclasses.asdict(one) | {"text": one.text} for one in self.tiles.imagery.report()],
+            "skipped": self.tiles.skipped,
             "training_tiles": distiller.places,
             "check_tiles": len(distiller.check),
             "before": self.kept["before"],

@@ -116,7 +116,7 @@ class Distiller(TrainingLoop):
 
     def read(self, place: int, view: View, epoch: int) -> tuple[npt.NDArray[Any], ...]:
         """Pixels ``[3, T, T]`` of a view of a place, and the visible patches ``[V]``."""
-        pixels = self.tiles.read(self.tiles.places[self._training[place]], view)
+        pixels = self._read_tile(int(self._training[place]), view, epoch)
         return (pixels, *self._mask(_MASK, epoch, place))
 
     def loss(self, *batch: Tensor) -> Tensor:
@@ -185,6 +185,11 @@ class Distiller(TrainingLoop):
         finally:
             encoder.load_state_dict(own)
 
+    def _read_tile(self, index: int, view: View, *epoch: int) -> npt.NDArray[np.uint8]:
+        """A view of a place, or of another place of the same part of the tiles if it cannot be used."""
+        among = self.check if index in self.check else self._training
+        return self.tiles.read(self.tiles.places[index], view, (self.recipe.seed, *epoch), among)
+
     def _mask(self, purpose: int, epoch: int, place: int) -> tuple[npt.NDArray[np.int64], ...]:
         recipe = self.recipe
         if not recipe.masked:
@@ -195,7 +200,7 @@ class Distiller(TrainingLoop):
     def plain(self, places: npt.NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Tiles ``[1, 3, T, T]`` as they are with fixed masks ``[1, V]``, on the device."""
         for index in places.tolist():
-            tile = torch.from_numpy(self.tiles.read(self.tiles.places[index], View()))[None].to(self.device)
+            tile = torch.from_numpy(self._read_tile(index, View()))[None].to(self.device)
             mask = [torch.from_numpy(part)[None].to(self.device) for part in self._mask(_CHECK, 0, index)]
             yield tile, mask[0] if mask else None
 

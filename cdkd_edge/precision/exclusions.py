@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Exclusions:
     pixels: set[str] = field(default_factory=set)  # SHA-256 of the pixels of excluded tiles
     _sizes: dict[int, list[Path]] = field(default_factory=dict)
     _window_sizes: dict[int, set[str]] = field(default_factory=dict)
+    _known_patterns: list[str] | None = None
 
     @classmethod
     def of(cls, arguments: Sequence[str]) -> Exclusions:
@@ -52,17 +53,23 @@ class Exclusions:
             exclusions._add(argument)
         return exclusions
 
-    def reason(self, scene: str) -> str | None:
-        """Why a whole scene stays out; None if it does not."""
+    def reason(self, scene: str, size: int | None = None, content: Callable[[], str] | None = None) -> str | None:
+        """Why a whole scene stays out; None if it does not.
+
+        A scene that is a part of a file comes with its ``size``, bytes, and a function that gives its SHA-256.
+        """
         name, stem = Path(scene).name, Path(scene).stem
-        for known, source in self.names.items():
-            if fnmatch.fnmatchcase(stem, known) or fnmatch.fnmatchcase(name, known):
-                return f"its name is in {source}"
+        literal = (escape_pattern(stem), escape_pattern(name))  # most names are no patterns: 100,000 are looked up fast
+        for known in (*literal, *self._patterns()):
+            if known in self.names and (fnmatch.fnmatchcase(stem, known) or fnmatch.fnmatchcase(name, known)):
+                return f"its name is in {self.names[known]}"
         path = Path(scene)
-        if not path.is_file():
-            return None
-        for image in self._sizes.get(path.stat().st_size, ()):
-            if image.samefile(path) or sha256_of(image) == sha256_of(path):
+        if content is None:
+            if not path.is_file():
+                return None
+            size, content = path.stat().st_size, lambda: sha256_of(path)
+        for image in self._sizes.get(size or 0, ()):
+            if (path.is_file() and image.samefile(path)) or sha256_of(image) == content():
                 return f"it is the same file as {image}"
         return None
 
@@ -77,7 +84,14 @@ class Exclusions:
                 found += [window for _, sha256, window in self.windows if sha256 == content]
         return found
 
+    def _patterns(self) -> list[str]:
+        """Those names that are patterns."""
+        if self._known_patterns is None:
+            self._known_patterns = [name for name in self.names if re.search(r"[*?[]", re.sub(r"\[[*?[]\]", "", name))]
+        return self._known_patterns
+
     def _add(self, argument: str) -> None:
+        self._known_patterns = None
         place = Path(argument)
         if place.name == SET_FILE and is_calibration_set(place.parent):
             place = place.parent

@@ -2,7 +2,7 @@
 
 A description takes some 600 bytes, and scenes share a budget of tiles (:func:`fair_limit`), so neither a thousand
 scenes nor one of 100000 x 100000 px takes more memory or time. A tile is passed over, and counted, as ``nodata``, with
-more pixels without data than allowed; ``blank`` (:func:`_is_blank`); ``excluded``, part of an evaluation set or a
+more pixels without data than allowed; ``blank`` (:func:`is_blank`); ``excluded``, part of an evaluation set or a
 near-duplicate of a tile of one; ``near_duplicate``, of an earlier candidate.
 """
 
@@ -275,7 +275,7 @@ class _Scanner:
                 valid = reader.read_tile(row, column, pixels)
                 if valid is not None and 1 - valid.mean() > options.max_nodata:
                     yield "nodata"
-                elif _is_blank(pixels, valid):
+                elif is_blank(pixels, valid):
                     yield "blank"
                 elif (sha256 := pixels_sha256(pixels)) in self._exclusions.pixels:
                     yield "excluded"
@@ -303,7 +303,7 @@ def _count_labels(label_map: Any, place: tuple[int, int], tile: int) -> npt.NDAr
     return np.bincount(labels.ravel(), minlength=256)[:NO_LABEL]
 
 
-def _is_blank(pixels: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_] | None) -> bool:
+def is_blank(pixels: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_] | None) -> bool:
     """Whether no channel varies by half a grey level, or nine tenths are black or white, as undeclared nodata is."""
 
     def blank(seen: npt.NDArray[np.uint8], least: float) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -194,7 +195,7 @@ class Upright(WarpedVRT):  # type: ignore[misc]
 def orientation_of(dataset: Any, name: str) -> int:
     """The EXIF orientation of a raster; 1 (upright) if it has none, or has a place on Earth, which counts more.
 
-    GDAL tells it for any JPEG; TIFF, PNG and WebP are searched if they are local files.
+    GDAL tells it for any JPEG; TIFF, PNG and WebP are searched if they are local files or parts of one.
     """
     if dataset.crs is not None or not dataset.transform.is_identity or dataset.gcps[0] or dataset.tags(ns="RPC"):
         return 1
@@ -202,13 +203,32 @@ def orientation_of(dataset: Any, name: str) -> int:
         if dataset.driver == "JPEG":
             found = int(dataset.tags().get("EXIF_Orientation", "1").split()[0])
         elif dataset.driver in ("GTiff", "PNG", "WEBP"):
-            with open(name, "rb") as file:
+            with _opened(name) as file:
                 found = _in_tiff(file if dataset.driver == "GTiff" else io.BytesIO(_exif_chunk(file)))
         else:
             return 1
     except (OSError, ValueError, LookupError, OverflowError, struct.error):
         return 1
     return found if 1 <= found <= 8 else 1
+
+
+def _opened(name: str) -> Any:
+    """A file, or a part of one by GDAL's name for it. Unbuffered: a buffer would read most of a PNG's pixels."""
+    if part := re.fullmatch(r"/vsisubfile/(\d+)_\d+,(.+)", name):
+        return _Part(part[2], int(part[1]))
+    return open(name, "rb", buffering=0)
+
+
+class _Part(io.FileIO):
+    """A file from ``offset`` on."""
+
+    def __init__(self, path: str, offset: int) -> None:
+        super().__init__(path)
+        self._offset = offset
+        self.seek(0)
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        return super().seek(place + (self._offset if whence == os.SEEK_SET else 0), whence) - self._offset
 
 
 def _exif_chunk(file: BinaryIO) -> bytes:

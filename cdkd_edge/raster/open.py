@@ -1,6 +1,6 @@
 """Opens rasters with GDAL, and turns GDAL's errors into ours.
 
-Finds the scenes that an argument names: a file, a folder, a pattern, or a name that only GDAL knows.
+Finds the scenes that an argument names: a file, a folder, a pattern, a list, or a name that only GDAL knows.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rasterio.transform import from_gcps
 from rasterio.warp import transform as transformed
 
 from cdkd_edge.core.errors import SceneError, SystemRefusalError
+from cdkd_edge.core.files import read_small
 from cdkd_edge.raster.bands import Upright, orientation_of
 
 # Suffixes that count in folders and for patterns; a scene that is named itself may be anything GDAL opens.
@@ -34,29 +35,53 @@ RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt", ".i
 _RESULTS = ("_labels.tif", "_confidence.tif", "_preview.png", "_quicklook.png")  # `segment` writes them beside scenes
 
 
-def rasters_named(argument: str) -> list[str]:
+def lines_of(argument: str) -> list[str]:
+    """The names in a list if the argument is ``@LIST``, a text file with one a line; else the argument itself.
+
+    Empty lines and those that begin with ``#`` do not count. SceneError: the list cannot be read or names nothing.
+    """
+    if not argument.startswith("@") or Path(argument).exists():
+        return [argument]
+    path = argument[1:]
+    try:
+        # File names may hold any bytes; surrogates keep them.
+        text = read_small(Path(path)).decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise SceneError(f"the list {path} cannot be read: {error.strerror}") from None
+    if "\0" in text:
+        raise SceneError(f"the list {path} is no text file", hint="a list names a scene on each line")
+    named = [name for line in text.splitlines() if (name := line.strip()) and not name.startswith("#")]
+    if not named:
+        raise SceneError(f"the list {path} names no scene")
+    return named
+
+
+def rasters_named(argument: str, suffixes: tuple[str, ...] = RASTER_SUFFIXES) -> list[str]:
     """The rasters that an argument names, in any order: itself, those in a folder, or those that match a pattern.
 
     Folders in a folder are not searched, so that masks are not taken for images; patterns may hold ``**``. Only
-    :data:`RASTER_SUFFIXES` count, without hidden files and the files that `segment` wrote. SceneError: nothing found.
+    ``suffixes`` count, without hidden files and the files that `segment` wrote. SceneError: nothing found.
     """
     place = Path(argument)
     if is_gdal_name(argument) or place.is_file():
         return [argument]
     if place.is_dir():
-        return _in_folder(place)
+        return _in_folder(place, suffixes)
     if not glob.has_magic(argument):
         raise SceneError(f"scene {argument} does not exist")
-    if matches := [path for path in _matching(argument) if _is_raster(Path(path))]:
+    if matches := [path for path in _matching(argument) if _is_raster(Path(path), suffixes)]:
         return matches
     raise SceneError(f"no raster matches {argument}")
 
 
-def scenes_named(arguments: Sequence[str]) -> list[str]:
-    """Rasters that arguments name (:func:`rasters_named`): paths as they were given, sorted; the same file once."""
+def scenes_named(arguments: Sequence[str], suffixes: tuple[str, ...] = RASTER_SUFFIXES) -> list[str]:
+    """Rasters that arguments and their lists name (:func:`rasters_named`, :func:`lines_of`).
+
+    Paths as they were given, sorted; the same file once.
+    """
     found: dict[str, str] = {}
-    for argument in arguments:
-        for path in rasters_named(argument):
+    for name in (name for argument in arguments for name in lines_of(argument)):
+        for path in rasters_named(name, suffixes):
             key = file_key(path)
             found[key] = min(found.get(key, path), path)
     return sorted(found.values())
@@ -90,17 +115,21 @@ def _matching(pattern: str) -> Iterator[str]:
             yield from _matching(os.path.join(within, after))  # noqa: PTH118
 
 
-def _in_folder(folder: Path) -> list[str]:
-    if rasters := [str(path) for path in folder.iterdir() if _is_raster(path)]:
+def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    if rasters := [str(path) for path in folder.iterdir() if _is_raster(path, suffixes)]:
         return rasters
-    below = sorted(str(place) for place in folder.iterdir() if place.is_dir() and any(map(_is_raster, place.iterdir())))
+    below = sorted(str(place) for place in folder.iterdir() if place.is_dir() and _holds_raster(place, suffixes))
     hint = f"there are some in {', '.join(below[:4])}" if below else f"for all below it: '{folder}/**/*.tif'"
-    raise SceneError(f"{folder} holds no raster ({', '.join(RASTER_SUFFIXES)})", hint=hint)
+    raise SceneError(f"{folder} holds no raster ({', '.join(suffixes)})", hint=hint)
 
 
-def _is_raster(path: Path) -> bool:
+def _holds_raster(folder: Path, suffixes: tuple[str, ...]) -> bool:
+    return any(_is_raster(path, suffixes) for path in folder.iterdir())
+
+
+def _is_raster(path: Path, suffixes: tuple[str, ...]) -> bool:
     return (
-        path.suffix.lower() in RASTER_SUFFIXES
+        path.name.lower().endswith(suffixes)
         and not path.name.startswith(".")
         and not path.name.endswith(_RESULTS)
         # A broken link is a scene that fails, not one that is silently missing.

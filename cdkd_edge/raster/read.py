@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cdkd_edge.core.errors import CdkdEdgeError, SceneError
 from cdkd_edge.raster.bands import Upright, Validity, choose_bands
 from cdkd_edge.raster.grid import Span
 from cdkd_edge.raster.open import Warnings, gdal, open_scene
-from cdkd_edge.raster.resample import resampled
+from cdkd_edge.raster.resample import ground_sample_distance, resampled
 from cdkd_edge.raster.stretch import Stretch as Stretch
 from cdkd_edge.raster.stretch import stretch_limits, stretched
 
@@ -24,6 +25,7 @@ INVALID_FILL = np.array([124, 116, 104], np.uint8).reshape(3, 1, 1)  # no data: 
 _SEQUENTIAL = ("PNG", "JPEG", "GIF")
 
 _MOST_SIDE, _MOST_PIXELS = 10_000_000, 10**12  # largest side and area of a scene, px: those of all land at 10 m
+_NAMES, _MOST_NOTES = 3, 100  # images named with a note; different notes
 _MOST_BLOCK = 1 << 29  # largest block, bytes; GDAL decodes it as a whole
 
 
@@ -120,6 +122,18 @@ class SceneReader:
         """The names of its files, with sidecars and the files of a VRT."""
         with gdal(f"opening {self.path}"):
             return list(self._source.files)
+
+    @property
+    def stored(self) -> str:
+        """How many bands the file has, and of which type: ``4 x uint16``."""
+        return f"{self._source.count} x {self._source.dtypes[0]}"
+
+    @property
+    def own_gsd(self) -> float | None:
+        """The scene's own ground sample distance, m (of rows and columns the larger); None if it does not tell."""
+        with contextlib.suppress(SceneError), self._gdal("placing"):
+            return max(ground_sample_distance(self._source))
+        return None
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -250,11 +264,36 @@ def reflected(start: int, length: int, size: int) -> npt.NDArray[np.intp]:
     return np.where(position < size, position, period - position).astype(np.intp)
 
 
+class ReadingNotes:
+    """Notes on images: each note once, after the names of the first images it is about. Of many notes, the first."""
+
+    def __init__(self) -> None:
+        self._about: dict[str, list[str]] = {}
+        self._counts: Counter[str] = Counter()
+        self._others = 0
+
+    def add(self, image: str, notes: Iterable[str]) -> None:
+        """Add the notes on an image."""
+        for note in notes:
+            if note not in self._about and len(self._about) >= _MOST_NOTES:
+                self._others += 1
+                continue
+            self._counts[note] += 1
+            names = self._about.setdefault(note, [])
+            if len(names) < _NAMES:
+                names.append(image)
+
+    @property
+    def texts(self) -> list[str]:
+        """The notes, a line each."""
+        more = {note: f" and {count - _NAMES} more" for note, count in self._counts.items() if count > _NAMES}
+        texts = [f"{', '.join(names)}{more.get(note, '')}: {note}" for note, names in self._about.items()]
+        return [*texts, f"{self._others} more notes"] if self._others else texts
+
+
 def reading_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
-    """Notes on images, given by image: each note once, after the names of its images."""
-    names: dict[str, list[str]] = {}
-    for name, about in notes.items():
-        for note in about:
-            names.setdefault(note, []).append(name)
-    more = {note: f" and {len(who) - 3} more" if len(who) > 3 else "" for note, who in names.items()}
-    return [f"{', '.join(who[:3])}{more[note]}: {note}" for note, who in names.items()]
+    """Notes on images, given by image, as :class:`ReadingNotes` says them."""
+    found = ReadingNotes()
+    for image, about in notes.items():
+        found.add(image, about)
+    return found.texts

@@ -24,6 +24,10 @@ _ENOUGH = 1000  # valid pixels of a band that make a sample; with fewer, all of 
 Limits = npt.NDArray[np.float32]  # per band the values that become 0 and 255, ``[3, 2]``
 
 
+class NoDataError(SceneError):
+    """A scene has no valid pixel."""
+
+
 @dataclass(frozen=True)
 class Stretch:
     """The values that become 0 and 255: percentiles of the scene's valid pixels, or the two values themselves."""
@@ -48,14 +52,14 @@ def stretch_limits(dataset: Any, bands: Sequence[int], stretch: Stretch, name: o
     read.
 
     Raises:
-        SceneError, RasterioError: there is no valid pixel; the file cannot be read.
+        NoDataError, RasterioError: there is no valid pixel; the file cannot be read.
     """
     if not stretch.percentiles:
         return np.array([[stretch.low, stretch.high]] * len(bands), np.float32)
     limits = []
     for pixels in _sample(dataset, bands, validity):
         if pixels.size == 0:
-            raise SceneError(f"{name} has no valid pixel to take percentiles from")
+            raise NoDataError(f"{name} has no valid pixel to take percentiles from")
         low, high = np.percentile(pixels, [stretch.low, stretch.high])
         limits.append((low, high if high > low else low + 1))
     return np.array(limits, np.float32)

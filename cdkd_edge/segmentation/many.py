@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cdkd_edge.core.errors import EngineError, FleetError, SceneError, SystemRefusalError, UsageError
-from cdkd_edge.core.files import read_small
 from cdkd_edge.core.machine import available_cores
 from cdkd_edge.core.manifest import EngineManifest, GraphManifest, kind_of, read_manifest
-from cdkd_edge.raster.open import file_key, is_gdal_name, rasters_named
+from cdkd_edge.raster.open import file_key, is_gdal_name, lines_of, rasters_named
 from cdkd_edge.raster.styles import sidecar_path
 from cdkd_edge.segmentation.dispatch import InProcess, ProcessPool, RunObserver, Workers
 from cdkd_edge.segmentation.jobs import Ended, EngineRef, Failure, Job, Reach, RunReport, Status, file_state
@@ -38,32 +37,17 @@ def scenes_of(arguments: Sequence[str]) -> list[str]:
     """
     found: dict[str, str] = {}
     for argument in arguments:
-        is_list = argument.startswith("@") and not Path(argument).exists()
-        for line in _lines(Path(argument[1:])) if is_list else [argument]:
+        lines = lines_of(argument)
+        if len(lines) > _MOST_SCENES:
+            problem = f"the list {argument[1:]} names {len(lines)} scenes; a run takes {_MOST_SCENES}"
+            raise SceneError(problem, hint="divide it")
+        for line in lines:
             gone = not is_gdal_name(line) and not Path(line).exists() and not glob.has_magic(line)
             for path in [line] if gone else sorted(rasters_named(line)):  # opening a file that is gone will fail
                 first = found.setdefault(file_key(path), path)
                 if Path(first).is_symlink() and not Path(path).is_symlink():
                     found[file_key(path)] = path  # "latest.tif" is another scene's name tomorrow
     return list(found.values())
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a list of scenes."""
-    try:
-        # File names may hold any bytes; surrogates keep them.
-        text = read_small(path).decode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise SceneError(f"the list {path} cannot be read: {error.strerror}") from None
-    if "\0" in text:
-        raise SceneError(f"the list {path} is no text file", hint="a list names a scene on each line")
-    lines = (line.strip() for line in text.splitlines())
-    named = [line for line in lines if line and not line.startswith("#")]
-    if not named:
-        raise SceneError(f"the list {path} names no scene")
-    if len(named) > _MOST_SCENES:
-        raise SceneError(f"the list {path} names {len(named)} scenes; a run takes {_MOST_SCENES}", hint="divide it")
-    return named
 
 
 def plan_outputs(

@@ -61,7 +61,7 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
         text = "Tiles, their visible patches, and what the student" + (
             " and the teacher" if record["method"] == MASKED and record["recipe"]["adapters"] else ""
         )
-        pictures += [f"{text} reconstruct from these:", "", f"![Reconstructions]({pictures_path(path).name})", ""]
+        pictures += [f"{text} reconstructed from these:", "", f"![Reconstructions]({pictures_path(path).name})", ""]
     transitions = [
         f"- step {one['step']}: stage {one['stage']}, at a ratio of {one['ratio']:.3f}" for one in record["transitions"]
     ]

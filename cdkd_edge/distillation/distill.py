@@ -392,7 +392,7 @@ class _Run:
             "recipe": {
                 **dataclasses.asdict(distiller.recipe), "tile": self.tiles.tile, "pairs": distiller.networks.pairs,
             },
-            "imagery": [dataclasses.asdict(one) | {"text": one.text} for one in self.tiles.imagery.report()],
+            "imagery": [{**vars(one), "text": one.text} for one in self.tiles.imagery.report()],
             "skipped": self.tiles.skipped,
             "training_tiles": distiller.places,
             "check_tiles": len(distiller.check),

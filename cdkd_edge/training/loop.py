@@ -112,8 +112,9 @@ class TrainingLoop(ABC):
             progress.loss_sum += progress.loss
             progress.batch += 1
             progress.step += 1
-            progress.seconds, mark = progress.seconds + time.perf_counter() - mark, time.perf_counter()
+            progress.seconds += time.perf_counter() - mark
             after_batch()
+            mark = time.perf_counter()
         loss = progress.loss_sum / max(1, progress.batch)
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         return loss

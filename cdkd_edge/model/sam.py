@@ -140,7 +140,7 @@ class Attention(nn.Module):
         offset = place[:, None] - place + side - 1  # [S, S], of a query and a key
         by_row = resample_offsets(self.rel_pos_h, side)[offset]  # [S, S, C]
         by_column = resample_offsets(self.rel_pos_w, side)[offset]
-        q = q.unflatten(2, (side, side))
+        q = q.reshape(*q.shape[:2], side, side, -1)
         rows = torch.einsum("bnyxc,ykc->bnyxk", q, by_row)  # [B, heads, S, S, S]
         columns = torch.einsum("bnyxc,xkc->bnyxk", q, by_column)
         return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)

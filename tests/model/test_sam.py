@@ -102,6 +102,9 @@ def test_blocks_take_square_maps_of_any_side(tmp_path, weights, side):
             torch.testing.assert_close(block(found), halfway + block.mlp(block.norm2(halfway)))
             found = block(found)
             np.testing.assert_allclose(found.numpy().reshape(expected.shape), expected, atol=1e-9)
+        first, last = encoder.run(torch.from_numpy(tokens.reshape(2, side * side, -1)), {0, 3})
+    assert torch.equal(last, found)
+    np.testing.assert_allclose(first.numpy().reshape(tokens.shape), sam_blocks(weights, tokens)[0], atol=1e-9)
 
 
 def test_tokens_lie_row_by_row(tmp_path, weights, image):
@@ -388,8 +391,9 @@ def test_relatives_without_vit_blocks_are_refused_by_name(tmp_path, name, load):
     [
         ({"heads": 3}, "embed_dim 64 is not divisible by heads 3"),
         ({"window": 0}, "window must be at least 1, not 0"),
-        ({"depth": 0, "global_blocks": ()}, "depth 0 is not 1 to 256 blocks"),
-        ({"global_blocks": (1, 4)}, r"global_blocks \(1, 4\) are not all among the blocks 0 to 3"),
+        ({"depth": 0}, "depth 0 is not 1 to 256 blocks"),
+        ({"global_blocks": (1, 4)}, r"global_blocks must be one or more of 0 to 3, not \(1, 4\)"),
+        ({"global_blocks": ()}, r"global_blocks must be .* not \(\)"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps must be between 0 and 1"),
     ],
 )

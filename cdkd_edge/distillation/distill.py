@@ -27,6 +27,7 @@ from cdkd_edge.distillation.networks import LOSSES, Distillation, Network, encod
 from cdkd_edge.distillation.pictures import pictures_path, write_reconstructions
 from cdkd_edge.distillation.probe import LinearProbe
 from cdkd_edge.distillation.recipe import FEATURES, MAE, DistillRecipe
+from cdkd_edge.distillation.schedule import LEAST_STEPS
 from cdkd_edge.distillation.teacher import load_network, load_teacher
 from cdkd_edge.distillation.tiles import SceneTiles
 from cdkd_edge.model.checkpoint import CheckpointReport, FileReport, save_checkpoint
@@ -330,7 +331,11 @@ class _Run:
     def _note_what_is_odd(self, measures: Mapping[str, Any]) -> None:
         distiller, step = self.distiller, self.distiller.progress.step
         odd = {}
-        if distiller.scheduled and distiller.schedule.stage == "early" and step >= _STUCK_AFTER * distiller.steps:
+        if (
+            distiller.scheduled
+            and distiller.schedule.stage == "early"
+            and step > max(LEAST_STEPS, _STUCK_AFTER * distiller.steps)
+        ):
             odd["stage"] = (
                 f"step {step}: still at the first stage, as the teacher reconstructs hardly better than the student "
                 f"(ratio {measures['ratio']:.2f}); --loss-weights 0.6 0.2 0.2 lets distillation count most"

@@ -49,7 +49,7 @@ class Adapter(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """What is added to the tokens ``[N, L, D]`` of a square map."""
         side = math.isqrt(tokens.shape[1])
-        grid = F.gelu(self.down(tokens)).transpose(1, 2).unflatten(2, (side, side))  # [N, W, G, G]
+        grid = F.gelu(self.down(tokens)).transpose(1, 2).reshape(len(tokens), -1, side, side)  # [N, W, G, G]
         seen = [branch(grid) for branch in self.branches]
         seen.append(self.overall(grid).expand_as(grid))
         joined = F.gelu(self.join(torch.cat(seen, dim=1)))
@@ -75,7 +75,8 @@ class Gate(nn.Module):
         q, k, v = (layer(tokens).float() for layer in (self.query, self.key, self.value))  # each [N, L, 3]
         attention = (q[..., :, None] * k[..., None, :]).softmax(dim=-1)  # [N, L, 3, 3]
         mixed = (attention * v[..., None, :]).sum(dim=-1)  # not a matrix product, which autocast would round
-        return self.factor * mixed.softmax(dim=-1)
+        weights: Tensor = self.factor * mixed.softmax(dim=-1)
+        return weights
 
 
 class Mixture(nn.Module):
@@ -99,5 +100,6 @@ class Mixture(nn.Module):
             known: what the frozen MLP gives for them, ``[N, L, D]``.
         """
         weights = self.gate(tokens).to(known.dtype)  # [N, L, 3]
-        streams = (known, self.near(tokens), self.far(tokens))
-        return sum(weights[..., index, None] * stream for index, stream in enumerate(streams))  # type: ignore[return-value]
+        streams = torch.stack([known, self.near(tokens), self.far(tokens)], dim=-1)  # [N, L, D, 3]
+        added: Tensor = (streams * weights[..., None, :]).sum(dim=-1)
+        return added

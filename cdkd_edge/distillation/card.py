@@ -27,17 +27,17 @@ MEASURES = {  # what the card and the command call the losses
 }
 
 
-def measure_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def measure_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What was measured before and after the run, on the tiles kept out: name and two values."""
     before, after = record["before"], record["after"]
-    rows = [
-        (title, *(significant(one[name], 4) for one in (before, after)))
+    rows: list[tuple[str, ...]] = [
+        (title, significant(before[name], 4), significant(after[name], 4))
         for name, title in MEASURES.items()
         if before[name] or after[name]
     ]
     for index, pair in enumerate(record["recipe"]["pairs"]):
-        values = (significant(one["missed"][index], 4) for one in (before, after))
-        rows.append((f"missed, block {pair[1]} of block {pair[0]}", *values))
+        missed = [significant(one["missed"][index], 4) for one in (before, after)]
+        rows.append((f"missed, block {pair[1]} of the teacher's block {pair[0]}", *missed))
     if after["classes"]:
         rows.append(("cells with the teacher's label", *(_percent(one["agreement"]) for one in (before, after))))
     if "probe" in after:

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from cdkd_edge import __version__
-from cdkd_edge.core.errors import CheckpointError, UsageError
-from cdkd_edge.core.files import sha256_of, write_text
+from cdkd_edge.core.errors import UsageError
+from cdkd_edge.core.files import write_text
 from cdkd_edge.core.machine import describe_machine
 from cdkd_edge.distillation.card import card_text
 from cdkd_edge.distillation.distiller import Distiller
@@ -27,24 +27,18 @@ from cdkd_edge.distillation.networks import LOSSES, Distillation, Network, encod
 from cdkd_edge.distillation.pictures import pictures_path, write_reconstructions
 from cdkd_edge.distillation.probe import LinearProbe
 from cdkd_edge.distillation.recipe import FEATURES, MAE, DistillRecipe
-from cdkd_edge.distillation.schedule import LEAST_STEPS
-from cdkd_edge.distillation.teacher import load_network, load_teacher
+from cdkd_edge.distillation.teacher import load_network, load_student, load_teacher, source_record
 from cdkd_edge.distillation.tiles import SceneTiles
-from cdkd_edge.model.checkpoint import CheckpointReport, FileReport, save_checkpoint
-from cdkd_edge.model.config import PRESETS
-from cdkd_edge.model.network import Encoder
+from cdkd_edge.model.checkpoint import CheckpointReport, save_checkpoint
 from cdkd_edge.quality.datasets import find_dataset, split_dataset
 from cdkd_edge.quality.evaluate import data_schema
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.training.files import card_path, load_state, require_free, save_state, state_path
 from cdkd_edge.training.ranks import join_ranks
-from cdkd_edge.training.recipe import PRESET_PREFIX
 
 _SAVE_STATE_EVERY_S = 120.0
 _ROWS = 20  # of the history in the card
-_STUCK_AFTER = 0.25  # share of the run after which a schedule that is still at its first stage is worth a note
 _PICTURES = 4  # tiles in the picture of reconstructions
-_LEAST_SPREAD = 0.5  # of the teacher's features, against those at the start
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,7 @@ class _Run:
         self.ranks, device = join_ranks(options.device)
         listener.step("loading the networks")
         recipe = options.recipe
-        self.student, self.report = _student(student, options)
+        self.student, self.report = load_student(student, options.tile, options.recipe.seed, options.weights)
         tile = options.tile or self.student.config.tile
         self.resized = tile != self.student.config.tile
         apart = self.student
@@ -162,7 +156,11 @@ class _Run:
             apart, _ = load_network(Path(student), weights=options.weights, tile=tile)
         guide, about_teacher = None, None
         if teacher is not None:
-            guide, about_teacher = _teacher(teacher, tile, options)
+            reading = {name: getattr(options, name) for name in ("heads", "layer_norm_eps", "weights")}
+            with_head = recipe.method == FEATURES and recipe.logits > 0
+            guide, about_teacher = load_teacher(
+                teacher, tile, patch=options.teacher_patch, with_head=with_head, **reading
+            )
             guide = guide.to(device)
         if recipe.projection == "auto":
             recipe = dataclasses.replace(recipe, projection=_projection(recipe, self.report, apart, guide))
@@ -181,9 +179,9 @@ class _Run:
         recompute = device.type == "cuda" if options.recompute is None else options.recompute
         networks = Distillation(apart, guide, recipe, position=not self.resized, recompute=recompute).to(device)
         self.distiller = Distiller(networks, self.tiles, recipe, ranks=self.ranks, workers=options.workers)
-        self.sources = {"student": _source(student, self.report)}
+        self.sources = {"student": source_record(student, self.report)}
         if teacher is not None:
-            self.sources["teacher"] = _source(str(teacher), about_teacher)
+            self.sources["teacher"] = source_record(str(teacher), about_teacher)
         self.notes: list[str] = []
         for role, report in (("teacher", about_teacher), ("student", self.report)):
             self.notes += [f"{role}: {note}" for note in report.notes] if report is not None else []
@@ -271,40 +269,24 @@ class _Run:
         distiller, kept, steps = self.distiller, self.kept, self.distiller.steps
         progress, row = distiller.progress, None
         if self.log is not None:
-            measures = self._measures()
+            measures = distiller.log_row()
             self.log.add(measures)
             for name in ("loss", *LOSSES):
                 kept["sums"][name] = kept["sums"].get(name, 0.0) + measures[name]
             kept["sums"]["steps"] = kept["sums"].get("steps", 0) + 1
             if progress.step * _ROWS // steps > (progress.step - 1) * _ROWS // steps:
                 row = self._row()
-            self._note_what_is_odd(measures)
+            for name, text in distiller.oddities().items():
+                if name not in kept["noted"]:
+                    kept["noted"].append(name)
+                    self.notes.append(text)
+                    self.listener.note(text)
             if time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
                 self._save_state()
         # Last, because a signal is raised here.
         self.listener.batch(progress.step, steps, self._seconds_left())
         if row:
             self.listener.row(row, steps, self._seconds_left())
-
-    def _measures(self) -> dict[str, Any]:
-        """The measures of the last step, a row of the table."""
-        distiller, found = self.distiller, self.distiller.measures
-        progress, schedule = distiller.progress, distiller.schedule
-        weights = zip(LOSSES, found["weights"], strict=True)
-        return {
-            **{name: found[name] for name in ("loss", *LOSSES)},
-            "step": progress.step,
-            "epoch": progress.epoch,
-            "seconds": progress.seconds,
-            "learning_rate": distiller.learning_rate,
-            "ratio": schedule.ratio,
-            "stage": schedule.stage if distiller.scheduled else "",
-            "waited": distiller.waited,
-            **{f"weight_{name}": weight for name, weight in weights},
-            **{
-                f"{name}_{index + 1}": value for name in ("missed", "spread") for index, value in enumerate(found[name])
-            },
-        }
 
     def _row(self) -> dict[str, Any]:
         """A row of the history: mean losses since the last one, and the student on the tiles kept out."""
@@ -327,30 +309,6 @@ class _Run:
             progress.best, progress.best_epoch = score, progress.step
             if progress.step < self.distiller.steps:
                 self._write(best_path(self.output), self._record())
-
-    def _note_what_is_odd(self, measures: Mapping[str, Any]) -> None:
-        distiller, step = self.distiller, self.distiller.progress.step
-        odd = {}
-        if (
-            distiller.scheduled
-            and distiller.schedule.stage == "early"
-            and step > max(LEAST_STEPS, _STUCK_AFTER * distiller.steps)
-        ):
-            odd["stage"] = (
-                f"step {step}: still at the first stage, as the teacher reconstructs hardly better than the student "
-                f"(ratio {measures['ratio']:.2f}); --loss-weights 0.6 0.2 0.2 lets distillation count most"
-            )
-        spread = distiller.measures["spread"]
-        if distiller.recipe.gate_used and spread and min(spread) < _LEAST_SPREAD:
-            odd["spread"] = (
-                f"step {step}: the teacher's features at pair {spread.index(min(spread)) + 1} vary {min(spread):.2f} "
-                "times as much as at the start; --feedback student keeps it from making itself easy to predict"
-            )
-        for name, text in odd.items():
-            if name not in self.kept["noted"]:
-                self.kept["noted"].append(name)
-                self.notes.append(text)
-                self.listener.note(text)
 
     def _draw(self) -> None:
         networks = self.distiller.networks
@@ -419,43 +377,11 @@ class _Run:
         return plain
 
 
-def _student(source: str, options: DistillOptions) -> tuple[Network, CheckpointReport | None]:
-    """The network to train; from a preset with random weights, and then without a report."""
-    if not source.startswith(PRESET_PREFIX):
-        return load_network(Path(source), weights=options.weights)
-    name = source.removeprefix(PRESET_PREFIX)
-    if name not in PRESETS:
-        raise CheckpointError(f"there is no preset {name!r}", hint=f"presets: {', '.join(PRESETS)}")
-    config = PRESETS[name] if options.tile is None else dataclasses.replace(PRESETS[name], tile=options.tile)
-    torch.manual_seed(options.recipe.seed)
-    return Encoder(config), None
-
-
-def _teacher(path: Path, tile: int, options: DistillOptions) -> tuple[Any, FileReport]:
-    """The teacher; with its head, if class probabilities count and it has one."""
-    reading = {
-        "patch": options.teacher_patch,
-        "heads": options.heads,
-        "layer_norm_eps": options.layer_norm_eps,
-        "weights": options.weights,
-    }
-    teacher, report = load_teacher(path, tile, **reading)
-    if options.recipe.method == FEATURES and options.recipe.logits and report.has_head:
-        return load_network(path, tile=tile, **reading)
-    return teacher, report
-
-
-def _source(source: str, report: Any | None) -> dict[str, Any]:
-    if report is None:
-        return {"file": source, "sha256": "", "layout": "random weights"}
-    return {"file": Path(source).name, "sha256": sha256_of(Path(source)), "layout": report.layout}
+def _left_to_learn(recipe: DistillRecipe) -> str:
+    return "student_pixels" if recipe.method == MAE else "distillation"
 
 
 def _projection(recipe: DistillRecipe, report: CheckpointReport | None, student: Network, teacher: Any) -> str:
     """``none`` if a student that was trained before can give the same features as its teacher."""
     same = teacher is not None and teacher.config.embed_dim == student.config.embed_dim
     return "none" if recipe.method == FEATURES and report is not None and same else "linear"
-
-
-def _left_to_learn(recipe: DistillRecipe) -> str:
-    return "student_pixels" if recipe.method == MAE else "distillation"

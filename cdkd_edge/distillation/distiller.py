@@ -17,7 +17,7 @@ from cdkd_edge.core.errors import UsageError
 from cdkd_edge.distillation.masks import visible_patches
 from cdkd_edge.distillation.networks import LOSSES, Distillation, Losses, encoder_of
 from cdkd_edge.distillation.recipe import FEATURES, MAE, RATE_BATCH, DistillRecipe
-from cdkd_edge.distillation.schedule import Schedule
+from cdkd_edge.distillation.schedule import LEAST_STEPS, Schedule
 from cdkd_edge.distillation.tiles import SceneTiles
 from cdkd_edge.model.sparsity import sparse_weights
 from cdkd_edge.training.loop import TrainingLoop
@@ -27,6 +27,8 @@ from cdkd_edge.training.views import View
 STATISTICS_TILES = 64  # tiles on which the teacher's features are measured; 64 of 1024 px are 65,536 visible tokens
 CHECK_TILES = 16  # most tiles that are kept out of training, to show what it gained
 _CHECK_SHARE = 8  # one tile in so many is kept out
+_STUCK_AFTER = 0.25  # share of the run after which a schedule that is still at its first stage is worth a note
+_LEAST_SPREAD = 0.5  # of the teacher's features, against those at the start
 _MASK, _CHECK = 4, 5  # added to a seed, as in :mod:`cdkd_edge.training.loop`
 WITHOUT_ADAPTERS = (0.6, 0.0, 0.4)  # weights of the losses: a teacher that reconstructs nothing gives no ratio
 
@@ -104,11 +106,6 @@ class Distiller(TrainingLoop):
         """Whether the stages of the schedule weigh the losses."""
         return self.networks.teacher_decoder is not None and not self.recipe.loss_weights
 
-    @property
-    def learning_rate(self) -> float:
-        """That of the last step."""
-        return float(self._optimizer.param_groups[0]["lr"])
-
     def measure_teacher(self) -> None:
         """Measure the teacher's features, on up to :data:`STATISTICS_TILES` tiles."""
         if self.networks.teacher is not None:
@@ -132,7 +129,7 @@ class Distiller(TrainingLoop):
         loss = super().step(passes)
         flat = torch.stack([torch.cat([one.parts, one.missed, one.spread]) for one in self._seen]).mean(0)
         pairs = len(self.networks.pairs)
-        parts, missed, spread = self.ranks.mean(flat).split([len(LOSSES), pairs, pairs])
+        parts, missed, spread = torch.split(self.ranks.mean(flat), [len(LOSSES), pairs, pairs])
         self.measures = {
             "loss": loss if self.ranks.size == 1 else float(parts @ parts.new_tensor(weights)),
             **dict(zip(LOSSES, parts.tolist(), strict=True)),
@@ -143,6 +140,39 @@ class Distiller(TrainingLoop):
         if self.scheduled:
             self.schedule.update(self.measures["teacher_pixels"], self.measures["student_pixels"])
         return float(self.measures["loss"])
+
+    def log_row(self) -> dict[str, Any]:
+        """What the table of the run has of the last step."""
+        found, progress = self.measures, self.progress
+        return {
+            **{name: found[name] for name in ("loss", *LOSSES)},
+            **{f"weight_{name}": weight for name, weight in zip(LOSSES, found["weights"], strict=True)},
+            **{
+                f"{name}_{index + 1}": value for name in ("missed", "spread") for index, value in enumerate(found[name])
+            },
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "seconds": progress.seconds,
+            "learning_rate": self._optimizer.param_groups[0]["lr"],
+            "ratio": self.schedule.ratio,
+            "stage": self.schedule.stage if self.scheduled else "",
+            "waited": self.waited,
+        }
+
+    def oddities(self) -> dict[str, str]:
+        """What a user should know about the run as it is now, by kind."""
+        step, spread, found = self.progress.step, self.measures["spread"], {}
+        if self.scheduled and self.schedule.stage == "early" and step > max(LEAST_STEPS, _STUCK_AFTER * self.steps):
+            found["stage"] = (
+                f"step {step}: still at the first stage, as the teacher reconstructs hardly better than the student "
+                f"(ratio {self.schedule.ratio:.2f}); --loss-weights .6,.2,.2 lets distillation count most"
+            )
+        if self.recipe.gate_used and spread and min(spread) < _LEAST_SPREAD:
+            found["spread"] = (
+                f"step {step}: the teacher's features at pair {spread.index(min(spread)) + 1} vary {min(spread):.2f} "
+                "times as much as at the start; --feedback student keeps it from making itself easy to predict"
+            )
+        return found
 
     @torch.no_grad()
     def compare(self) -> dict[str, Any]:
@@ -207,7 +237,8 @@ class Distiller(TrainingLoop):
 
 def _groups(trained: nn.Module, rate: float, decay: float) -> list[dict[str, Any]]:
     """Parameters for AdamW; position embeddings, mask tokens, biases and norms do not decay."""
-    decaying, constant = [], []
+    decaying: list[nn.Parameter] = []
+    constant: list[nn.Parameter] = []
     for name, parameter in trained.named_parameters():
         if parameter.requires_grad:
             is_token = name.rpartition(".")[2] in ("pos_embed", "mask_token", "cls_token")

@@ -15,6 +15,7 @@ from cdkd_edge.core.errors import CheckpointError, UsageError
 from cdkd_edge.distillation.adapters import Mixture
 from cdkd_edge.distillation.autoencoder import Reconstruction, patch_values, reconstruction_loss
 from cdkd_edge.distillation.recipe import FEATURES, MASKED, DistillRecipe
+from cdkd_edge.distillation.teacher import quarter_pairs
 from cdkd_edge.model.device import autocast
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
 
@@ -36,11 +37,6 @@ class Losses(NamedTuple):
 def encoder_of(network: Network) -> Encoder:
     """The encoder of a network, or the encoder itself."""
     return network.encoder if isinstance(network, SegmentationNetwork) else network
-
-
-def quarter_pairs(teacher: int, student: int, quarters: int) -> tuple[tuple[int, int], ...]:
-    """The last block of each quarter of both networks, counted from 1: the paper's 6:3, 12:6, 18:9 for 24 and 12."""
-    return tuple((teacher * quarter // 4, student * quarter // 4) for quarter in range(1, quarters + 1))
 
 
 def kept(tokens: Tensor, visible: Tensor | None, first: int) -> Tensor:
@@ -126,7 +122,10 @@ class Distillation(nn.Module):
         self.teacher = None if guide is None else AdaptedTeacher(guide, recipe.gate_used, recompute=recompute)
         self.pairs = () if guide is None else _pairs(recipe, guide, encoder)
         self.with_classes = recipe.method == FEATURES and recipe.logits > 0 and _have_heads(student, teacher)
-        self._heads = (teacher.requires_grad_(False).eval(),) if self.with_classes else ()  # not part of the module
+        # In a list, and so not a part of this module, which has its encoder already.
+        self._heads: list[SegmentationNetwork] = []
+        if self.with_classes and isinstance(teacher, SegmentationNetwork):
+            self._heads.append(teacher.requires_grad_(False).eval())
         _require_comparable(recipe, encoder, guide)
         last = encoder.config.depth if recipe.masked or self.with_classes else max(ours for _, ours in self.pairs)
         for part in (encoder.patch_embed, *encoder.blocks[:last]):
@@ -181,8 +180,8 @@ class Distillation(nn.Module):
             classes, agreement = self._compare_classes(ours, theirs) if self.with_classes else (zero, zero)
         distilled = torch.stack(missed).mean() if missed else zero
         spread = [self._spread(index, theirs[pair[0] - 1]) for index, pair in enumerate(self.pairs)]
-        each = (torch.stack(part).detach() if part else self.mean.new_zeros(0) for part in (missed, spread))
-        return Losses(torch.stack([distilled, *pixels, classes]), *each, agreement)
+        by_pair = [torch.stack(part).detach() if part else self.mean.new_zeros(0) for part in (missed, spread)]
+        return Losses(torch.stack([distilled, *pixels, classes]), by_pair[0], by_pair[1], agreement)
 
     def _distilled(
         self, ours: dict[int, Tensor], tiles: Tensor, visible: Tensor | None
@@ -223,7 +222,7 @@ class Distillation(nn.Module):
 
     def _compare_classes(self, ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Divergence of the class probabilities, and the share of cells with the same label."""
-        student, (teacher,) = self.student, self._heads
+        student, teacher = self.student, self._heads[0]
         assert isinstance(student, SegmentationNetwork)
         logits, truth = (
             network.head([_as_map(features[block]) for block in network.config.taps]).float()
@@ -264,7 +263,7 @@ def class_divergence(logits: Tensor, truth: Tensor) -> Tensor:
 def _as_map(tokens: Tensor) -> Tensor:
     """Tokens ``[N, L, D]`` of a square map as ``[N, D, G, G]``."""
     side = math.isqrt(tokens.shape[1])
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
 
 
 def _as_many(tokens: Tensor, target: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ class LinearProbe:
                 F.one_hot(patches.long().clamp_max(classes), classes + 1)[..., :classes].sum(2).float()
             )  # [G, G, K]
             total = counts.sum(-1)
-            cells = total.flatten().nonzero()[:, 0].numpy()
-            cells = torch.from_numpy(rng.permutation(cells)[:most])
+            labelled = total.flatten().nonzero()[:, 0].numpy()
+            cells = torch.from_numpy(rng.permutation(labelled)[:most])
             features.append(maps.flatten(0, 1)[cells.to(device)])
             shares.append((counts / total.clamp_min(1)[..., None]).flatten(0, 1)[cells].to(device))
         return torch.cat(features), torch.cat(shares)

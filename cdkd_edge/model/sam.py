@@ -108,7 +108,7 @@ def join_windows(windows: Tensor, side: int) -> Tensor:
     return rows.reshape(-1, count * window, count * window, dim)[:, :side, :side]
 
 
-class Attention(nn.Module):
+class SamAttention(nn.Module):
     """Multi-head self-attention over the tokens of a square, with relative positions.
 
     The logit of a query q and a key gets q·h + q·w on top, with h the entry of ``rel_pos_h`` for the rows from key to
@@ -147,14 +147,14 @@ class Attention(nn.Module):
         return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
 
 
-class Block(nn.Module):
+class SamBlock(nn.Module):
     """Pre-norm transformer block; attends within windows, or over the whole map if it is global."""
 
     def __init__(self, config: SamConfig, index: int) -> None:
         super().__init__()
         self.window = None if index in config.global_blocks else config.window
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.attn = Attention(config.embed_dim, config.heads, self.window or config.grid)
+        self.attn = SamAttention(config.embed_dim, config.heads, self.window or config.grid)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.mlp = MLP(config.embed_dim, config.mlp_dim)
 
@@ -187,7 +187,7 @@ class SamEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
         self.patch_embed = PatchEmbedding(config.patch, config.embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2, config.embed_dim))
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.blocks = nn.ModuleList(SamBlock(config, index) for index in range(config.depth))
 
     def embed(self, image: Tensor) -> Tensor:
         """Tokens with their positions, ``[N, L, D]`` row by row, of RGB images ``[N, 3, T, T]``, 0..255."""

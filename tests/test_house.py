@@ -37,6 +37,8 @@ NEEDS_TORCH = (
     "cdkd_edge.model.layouts",
     "cdkd_edge.model.checkpoint",
     "cdkd_edge.model.container",
+    "cdkd_edge.model.sam",
+    "cdkd_edge.model.sam_files",
     "cdkd_edge.model.device",
     "cdkd_edge.model.sparsity",
     "cdkd_edge.model.unwrap",

@@ -25,7 +25,9 @@ from cdkd_edge.model.config import NetworkConfig, attention_of
 from cdkd_edge.model.container import FORMAT, FORMAT_VERSION, as_float32, read_container, require_in_file, save_tensors
 from cdkd_edge.model.layouts import (
     OURS,
+    SAM,
     Dropped,
+    Layout,
     add_missing_qkv_bias,
     fold_layer_scale,
     inferred_config,
@@ -34,28 +36,57 @@ from cdkd_edge.model.layouts import (
     translate,
 )
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
-from cdkd_edge.model.unwrap import find_weights
+from cdkd_edge.model.sam import SamEncoder
+from cdkd_edge.model.unwrap import Weights, find_weights
 
-_Module = TypeVar("_Module", SegmentationNetwork, Encoder)
+_Module = TypeVar("_Module", SegmentationNetwork, Encoder, SamEncoder)
 OPENMMLAB_SCHEMA = "OpenMMLab meta"  # name of a schema made from OpenMMLab's class names; ``--schema`` overrides it
 _MAX_HEADER = 4 << 20  # most characters of a part of the header as JSON; a number or bracket counts as 16
 
 
-@dataclass(frozen=True)
-class CheckpointReport:
-    """What was found in a checkpoint."""
+@dataclass(frozen=True, kw_only=True)
+class FileReport:
+    """What was found in a file of weights."""
 
     path: Path
     layout: str
-    config: NetworkConfig
     has_head: bool
     unwrapped: tuple[str, ...]  # wrapper keys and prefixes that were removed, outermost first
     dropped: tuple[Dropped, ...]
     notes: tuple[str, ...]  # assumptions and changes a user should know about
-    schema: LabelSchema | None = None  # the checkpoint's own, or made from the class names in OpenMMLab's files
     averaged: bool = False  # whether the weights are a running mean of the trained ones (EMA, SWA)
     taken: tuple[str, ...] = ()  # which of several sets of weights these are; also in ``notes``
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointReport(FileReport):
+    """What was found in a checkpoint of a network."""
+
+    config: NetworkConfig
+    schema: LabelSchema | None = None  # the checkpoint's own, or made from the class names in OpenMMLab's files
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One set of weights of a file: FP32 copies under this package's names, and where they come from."""
+
+    path: Path
+    document: Mapping[str, Any]  # the top level of the file
+    header: Mapping[str, Any]  # of this package's own files
+    found: Weights
+    layout: Layout
+    state: dict[str, Tensor]
+    dropped: tuple[Dropped, ...]
+
+    def facts(self, has_head: bool, notes: list[str]) -> dict[str, Any]:
+        """The fields of a :class:`FileReport`."""
+        found = self.found
+        return {
+            "path": self.path, "layout": self.layout.name, "has_head": has_head, "unwrapped": found.unwrapped,
+            "dropped": (*found.dropped, *self.dropped), "notes": (*found.notes, *notes), "averaged": found.averaged,
+            "taken": found.notes,
+        }  # fmt: skip
 
 
 def load_checkpoint(path: str | Path, **reading: Any) -> tuple[SegmentationNetwork, CheckpointReport]:
@@ -75,14 +106,14 @@ def load_checkpoint(path: str | Path, **reading: Any) -> tuple[SegmentationNetwo
             f"{path} holds an encoder ({report.layout} layout) but no segmentation head, so it cannot label anything",
             hint="train a decoder on labelled tiles first: cdkd-edge finetune ENCODER --data DIR --schema S -o ckpt.pt",
         )
-    return _filled(SegmentationNetwork, config, state, report), report
+    return filled(SegmentationNetwork, config, state, report), report
 
 
 def load_encoder(path: str | Path, **reading: Any) -> tuple[Encoder, CheckpointReport]:
     """Load the encoder alone, from a checkpoint with or without a head. See :func:`load_checkpoint`."""
     config, state, report = read_checkpoint(Path(path), **reading)
     state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    return _filled(Encoder, config, state, report), report
+    return filled(Encoder, config, state, report), report
 
 
 def save_checkpoint(
@@ -145,16 +176,9 @@ def read_checkpoint(
         attention: that each block gets (:func:`.config.attention_of`), with the same weights; a class token is
             dropped. Default: the checkpoint's.
     """
-    document, header = read_container(path)
-    for part, kind in {"version": int, "config": dict, "schema": dict, "training": dict}.items():
-        if not _is_plain(header.get(part), kind):
-            raise CheckpointError(f"{path} has a damaged header: its {part} is not plain data")
-    found = find_weights(document, path, weights)
-    layout = recognise(list(found.tensors))
-    state, dropped = translate(found.tensors, layout)
-    require_in_file(state.values(), path)
-    state = {key: as_float32(key, tensor) for key, tensor in state.items()}
-    notes = list(found.notes)
+    opened = open_weights(path, weights)
+    document, header, layout, state = opened.document, opened.header, opened.layout, opened.state
+    notes: list[str] = []
     fold_layer_scale(state, notes)
     add_missing_qkv_bias(state, notes)
     if layout is OURS and header:
@@ -173,20 +197,33 @@ def read_checkpoint(
             raise CheckpointError(f"{path}: its label schema has {said} classes, its classifier {config.classes}")
     elif has_head:
         schema = _schema_of_openmmlab(document.get("meta"), config.classes, notes)
-    report = CheckpointReport(
-        path=path,
-        layout=layout.name,
-        config=config,
-        has_head=has_head,
-        unwrapped=found.unwrapped,
-        dropped=(*found.dropped, *dropped),
-        notes=tuple(notes),
-        schema=schema,
-        averaged=found.averaged,
-        taken=found.notes,
-        training=header.get("training") or {},
-    )
+    training = header.get("training") or {}
+    report = CheckpointReport(**opened.facts(has_head, notes), config=config, schema=schema, training=training)
     return config, state, report
+
+
+def layout_of(path: Path, weights: str | None = None) -> Layout:
+    """The layout of a file's weights; raises as :func:`read_checkpoint`."""
+    return recognise(list(find_weights(read_container(path)[0], path, weights).tensors))
+
+
+def open_weights(path: Path, weights: str | None = None, *, sam: bool = False) -> Opened:
+    """One set of weights of a file, of SAM's image encoder if ``sam``; raises as :func:`read_checkpoint`."""
+    document, header = read_container(path)
+    for part, kind in {"version": int, "config": dict, "schema": dict, "training": dict}.items():
+        if not _is_plain(header.get(part), kind):
+            raise CheckpointError(f"{path} has a damaged header: its {part} is not plain data")
+    found = find_weights(document, path, weights)
+    layout = recognise(list(found.tensors))
+    if (layout is SAM) != sam:
+        raise CheckpointError(
+            f"{path} holds {'no' if sam else 'the'} image encoder of SAM",
+            hint=None if sam else "it can be the teacher of a student: cdkd-edge distill --teacher",
+        )
+    state, dropped = translate(found.tensors, layout)
+    require_in_file(state.values(), path)
+    state = {key: as_float32(key, tensor) for key, tensor in state.items()}
+    return Opened(path, document, header, found, layout, state, dropped)
 
 
 def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Path) -> NetworkConfig:
@@ -280,10 +317,16 @@ def _is_plain(value: object, kind: type) -> bool:
     return value is None or isinstance(value, kind)
 
 
-def _filled(
-    kind: type[_Module], config: NetworkConfig, state: Mapping[str, Tensor], report: CheckpointReport
-) -> _Module:
-    """A network with these weights in evaluation mode; an error names missing, unexpected and misshapen tensors."""
+def filled(kind: type[_Module], config: Any, state: Mapping[str, Tensor], report: FileReport) -> _Module:
+    """A network with these weights in evaluation mode; see :func:`require_fit`."""
+    require_fit(kind, config, state, report.path, report.layout)
+    module = kind(config)
+    module.load_state_dict(dict(state), strict=False)
+    return module.eval()
+
+
+def require_fit(kind: type[_Module], config: Any, state: Mapping[str, Tensor], path: Path, layout: str) -> None:
+    """Refuse weights that are not a network's: a CheckpointError names missing, unexpected and misshapen tensors."""
     with torch.device("meta"):  # allocates nothing
         plan = kind(config).state_dict()
     expected = {key: tensor for key, tensor in plan.items() if not key.endswith("num_batches_tracked")}
@@ -295,10 +338,7 @@ def _filled(
     wrong = {"missing: ": expected.keys() - state.keys(), "unexpected: ": state.keys() - expected.keys(), "": misshapen}
     problems = "; ".join(what + listed(sorted(names)) for what, names in wrong.items() if names)
     if problems:
-        raise CheckpointError(f"{report.path} ({report.layout} layout) does not fit the network: {problems}")
-    module = kind(config)
-    module.load_state_dict(dict(state), strict=False)
-    return module.eval()
+        raise CheckpointError(f"{path} ({layout} layout) does not fit the network: {problems}")
 
 
 def resample_position(position: Tensor, grid: int, class_token: bool) -> Tensor:

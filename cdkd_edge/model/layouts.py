@@ -4,7 +4,9 @@ A layout is a list of renaming rules and a list of parts that a deployment drops
 that no rule knows is an error: ignoring a tensor would give wrong maps.
 
 Sources of the names: Mask-CDKD ``student_vit_mae.py`` (github.com/whujader/mask_cdkd); timm
-``vision_transformer.py``; OpenMMLab mmsegmentation ``vit.py`` and ``uper_head.py``.
+``vision_transformer.py`` and ``vision_transformer_sam.py``; OpenMMLab mmsegmentation ``vit.py`` and
+``uper_head.py``; SAM ``image_encoder.py`` (github.com/facebookresearch/segment-anything); Hugging Face transformers
+``modeling_sam.py``.
 """
 
 from __future__ import annotations
@@ -69,6 +71,31 @@ OPENMMLAB = Layout(
     layer_norm_eps=1e-6,
 )
 
+_SAM_PART = r"(?:(?:image|vision)_encoder\.)?"  # timm has none, nor have files of the image encoder alone
+_SAM_BLOCK = rf"{_SAM_PART}(?:blocks|layers)\.(\d+)"
+SAM = Layout(
+    "SAM",
+    (
+        (rf"{_SAM_PART}pos_embed", r"encoder.pos_embed"),
+        (rf"{_SAM_PART}patch_embed\.proj(?:ection)?\.(weight|bias)", r"encoder.patch_embed.proj.\1"),
+        (rf"{_SAM_BLOCK}\.(?:layer_)?norm([12])\.(weight|bias)", r"encoder.blocks.\1.norm\2.\3"),
+        (rf"{_SAM_BLOCK}\.attn\.((?:qkv|proj)\.(?:weight|bias)|rel_pos_[hw])", r"encoder.blocks.\1.attn.\2"),
+        (rf"{_SAM_BLOCK}\.mlp\.(?:lin|fc)([12])\.(weight|bias)", r"encoder.blocks.\1.mlp.fc\2.\3"),
+    ),
+    (
+        (rf"{_SAM_PART}(?:neck|head)\..*", "neck and head, after the last block"),
+        (r"(?:prompt_encoder|shared_image_embedding)\..*", "prompt encoder"),
+        (r"mask_decoder\..*", "mask decoder"),
+    ),
+    layer_norm_eps=1e-6,
+)
+_SAM_RELATIVES = (
+    (r"(?:^|\.)patch_embed\.seq\.", "MobileSAM (TinyViT)"),  # mobile_sam/modeling/tiny_vit_sam.py
+    (r"(?:^|image_encoder\.)features\.0\.0\.c\.", "EdgeSAM (RepViT)"),  # edge_sam/modeling/rep_vit.py
+    (r"(?:^|\.)(?:trunk|backbone)\..*pos_embed_window", "SAM 2 (Hiera)"),  # sam2/modeling/backbones/hieradet.py
+)
+"""Networks that are called SAM but have no plain ViT blocks, by a key that only they have."""
+
 
 @dataclass(frozen=True)
 class Dropped:
@@ -101,12 +128,20 @@ def recognise(keys: list[str]) -> Layout:
         return OURS
     if any_starts("backbone.blocks.", "backbone.layers."):
         return OPENMMLAB
+    if any_starts("image_encoder.blocks.") or any(key.endswith(".attn.rel_pos_h") for key in keys):
+        return SAM
     if any_starts("blocks."):
         autoencoder = any_starts("decoder_embed.", "pos_embed_decoder")
         return TIMM if any_starts("cls_token") or (any_starts("norm.", "fc_norm.") and not autoencoder) else STUDENT
+    for pattern, name in _SAM_RELATIVES:
+        if any(re.search(pattern, key) for key in keys):
+            raise CheckpointError(
+                f"the checkpoint is of {name}, whose image encoder is no plain ViT: it has no blocks to distil from",
+                hint="SAM's own vit_b, vit_l and vit_h can be teachers",
+            )
     raise CheckpointError(
         f"the checkpoint's layout is not known; it holds {len(keys)} tensors: {listed(keys, 6)}",
-        hint="known layouts: cdkd-edge, Mask-CDKD student, timm ViT names, OpenMMLab backbone. + decode_head.",
+        hint="known layouts: cdkd-edge, Mask-CDKD student, timm ViT names, OpenMMLab backbone. + decode_head., SAM",
     )
 
 
@@ -162,12 +197,9 @@ def inferred_config(
     Raises:
         CheckpointError: the weights do not describe a network.
     """
-    patches = _need(state, "encoder.patch_embed.proj.weight", 4)
-    position = _need(state, "encoder.pos_embed", 3)
-    hidden = _need(state, "encoder.blocks.0.mlp.fc1.weight", 2)
-    dim, channels, patch, patch_width = patches.shape
-    if channels != 3 or patch != patch_width:
-        raise CheckpointError(f"the patch embedding is {tuple(patches.shape)}; RGB and square patches are needed")
+    dim, patch = patch_shape(state)
+    position = need(state, "encoder.pos_embed", 3)
+    hidden = need(state, "encoder.blocks.0.mlp.fc1.weight", 2)
     class_token = "encoder.cls_token" in state
     tokens = position.shape[1]
     if tokens <= class_token or (position.shape[0], position.shape[2]) != (1, dim):
@@ -196,23 +228,39 @@ def inferred_config(
             f"input normalisation assumed: RGB mean {PIXEL_MEAN}, std {PIXEL_STD} on 0..255, as in SAM, ImageNet "
             "and OpenMMLab (not stored)"
         )
-    blocks = {int(match[1]) for key in state if (match := re.match(r"encoder\.blocks\.(\d{1,4})\.", key))}
-    if gaps := sorted(set(range(max(blocks) + 1)) - blocks)[:8]:
-        raise CheckpointError(f"the checkpoint lacks transformer blocks {gaps} of {max(blocks) + 1}")
     shapes: dict[str, Any] = {}
     if any(key.startswith("head.") for key in state):
-        classifier = _need(state, "head.classifier.weight", 4)
+        classifier = need(state, "head.classifier.weight", 4)
         shapes = {"classes": classifier.shape[0], "head_channels": classifier.shape[1]}
         if layout is not OURS:
             notes.append(f"pyramid pooling to {', '.join(map(str, pool_scales))} cells assumed (not stored)")
     return NetworkConfig(
-        tile=grid * patch, patch=patch, embed_dim=dim, depth=len(blocks), heads=heads, mlp_dim=hidden.shape[0],
+        tile=grid * patch, patch=patch, embed_dim=dim, depth=block_count(state), heads=heads, mlp_dim=hidden.shape[0],
         pool_scales=pool_scales, layer_norm_eps=layer_norm_eps, class_token=class_token, attention=attention,
         **shapes,
     )  # fmt: skip
 
 
-def _need(state: Mapping[str, Tensor], key: str, rank: int) -> Tensor:
+def patch_shape(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Width of the tokens, and side of the patches in px, by the patch embedding."""
+    kernel = need(state, "encoder.patch_embed.proj.weight", 4)
+    dim, channels, patch, patch_width = kernel.shape
+    if channels != 3 or patch != patch_width:
+        raise CheckpointError(f"the patch embedding is {tuple(kernel.shape)}; RGB and square patches are needed")
+    return dim, patch
+
+
+def block_count(state: Mapping[str, Tensor]) -> int:
+    """The number of transformer blocks; a CheckpointError names those that are missing between others."""
+    blocks = {int(match[1]) for key in state if (match := re.match(r"encoder\.blocks\.(\d{1,4})\.", key))}
+    count = max(blocks, default=-1) + 1
+    if gaps := sorted(set(range(count)) - blocks)[:8]:
+        raise CheckpointError(f"the checkpoint lacks transformer blocks {gaps} of {count}")
+    return count
+
+
+def need(state: Mapping[str, Tensor], key: str, rank: int) -> Tensor:
+    """A tensor that has to be there, with so many dimensions; CheckpointError."""
     if key not in state:
         raise CheckpointError(f"the checkpoint lacks {key}, so the network's shape cannot be known")
     if state[key].ndim != rank:

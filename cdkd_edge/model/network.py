@@ -10,6 +10,8 @@ OpenMMLab's ``UPerHead``. All four feature maps have stride ``patch``, so UPerNe
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,22 +128,25 @@ class Encoder(nn.Module):
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # [N, 1+L, D]
         return tokens + self.pos_embed  # type: ignore[no-any-return]
 
+    def run(self, tokens: Tensor, wanted: Collection[int]) -> list[Tensor]:
+        """The tokens ``[N, L, D]`` after each wanted block (0-based), row by row as :meth:`embed` gives them.
+
+        Where all attention is global, they may be any part of the tokens of a tile.
+        """
+        if self.config.attention:
+            tokens = tokens[:, self.order]
+        found = []
+        for index, block in enumerate(self.blocks[: max(wanted) + 1]):
+            tokens = block(tokens)
+            if index in wanted:
+                found.append(tokens[:, self.place] if self.config.attention else tokens)
+        return found
+
     def forward(self, image: Tensor) -> list[Tensor]:
         """Four maps ``[N, D, G, G]``, the shallowest first, of RGB images ``[N, 3, T, T]``, 0..255, any real dtype."""
-        config = self.config
-        tokens = self.embed(image)
-        if config.attention:
-            tokens = tokens[:, self.order]
-        maps = []
-        for index, block in enumerate(self.blocks):
-            tokens = block(tokens)
-            if index in config.taps:
-                patches = tokens[:, 1:] if config.class_token else tokens  # [N, L, D]
-                if config.attention:
-                    patches = patches[:, self.place]  # row by row again
-                grid = patches.transpose(1, 2).reshape(-1, config.embed_dim, config.grid, config.grid)  # [N, D, G, G]
-                maps.append(grid)
-        return maps
+        config, shape = self.config, (-1, self.config.embed_dim, self.config.grid, self.config.grid)
+        tapped = self.run(self.embed(image), config.taps)
+        return [tokens[:, config.class_token :].transpose(1, 2).reshape(shape) for tokens in tapped]
 
 
 class ConvNormReLU(nn.Module):

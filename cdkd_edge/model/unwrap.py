@@ -145,7 +145,9 @@ class _Search:
             if counts and re.split(r"[._]", name[-50:])[-1].lower() in _COUNTERS:
                 self.averaged |= name == "n_averaged" and not self._settled
                 self._drop("training counters", [name])
-            elif any(_words(part) & _TRAINING or _LOSS_WEIGHT.fullmatch(part) for part in name.split(".")):
+            elif "mask_decoder." not in name and any(  # SAM's mask decoder predicts its own IoU
+                _words(part) & _TRAINING or _LOSS_WEIGHT.fullmatch(part) for part in name.split(".")
+            ):
                 self._drop("used only in training", _names(name, _tensors_in(value)))
             elif not isinstance(value, Tensor):
                 inside = list(_tensors_in(value))

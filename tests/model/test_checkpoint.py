@@ -779,9 +779,9 @@ def test_stated_heads_win_over_the_assumption(tmp_path, weights, image):
 
 
 def test_all_unknown_keys_are_listed(tmp_path, weights):
-    extra = [f"blocks.{i}.attn.rel_pos_{axis}" for i in range(4) for axis in "hw"]
+    extra = [f"blocks.{i}.attn.{norm}_norm.weight" for i in range(4) for norm in "qk"]
     state = student(weights) | {key: torch.ones(1) for key in extra}
-    error = refusal(saved(tmp_path / "sam.pt", state), load_encoder)
+    error = refusal(saved(tmp_path / "normed.pt", state), load_encoder)
     assert all(key in error.message for key in extra)
     assert "8 unexpected tensors" in error.message
     assert error.hint

@@ -135,7 +135,7 @@ class Distillation(nn.Module):
             encoder.cls_token.requires_grad_(position)
         width, theirs = encoder.config.embed_dim, guide.config.embed_dim if guide is not None else 1
         self.projections = nn.ModuleList(
-            nn.Linear(width, theirs, bias=False) if recipe.projection == "linear" else nn.Identity() for _ in self.pairs
+            nn.Identity() if recipe.projection == "none" else nn.Linear(width, theirs, bias=False) for _ in self.pairs
         )
         options = (recipe.decoder_width, recipe.decoder_depth)
         self.student_decoder = self.teacher_decoder = None

@@ -180,9 +180,12 @@ def _describe(result: FinetuneResult) -> Report:
 
 
 @contextlib.contextmanager
-def live_training(listener: type[_Listener]) -> Iterator[_Listener]:
-    """Epochs as lines on stderr; below them a bar with the time left, or in a log file a line a minute."""
-    console = Console(stderr=True)
+def live_training(listener: type[_Listener], *, quiet: bool = False) -> Iterator[_Listener]:
+    """Epochs as lines on stderr; below them a bar with the time left, or in a log file a line a minute.
+
+    A ``quiet`` one shows nothing.
+    """
+    console = Console(stderr=True, quiet=quiet)
     if not console.is_terminal:
         with lines(console) as note:
             yield listener(console, lambda description, **fields: note(f"{description}{fields.get('text', '')}"))

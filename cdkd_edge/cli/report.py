@@ -27,9 +27,9 @@ LISTED = 15  # layers or kernels shown without ``--all``
 class Console(rich.console.Console):
     """Where results (stdout) and progress (stderr) are shown. Values are not cut off where stdout is no terminal."""
 
-    def __init__(self, *, stderr: bool = False) -> None:
+    def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
         width = None if stderr or sys.stdout.isatty() else 200
-        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+        super().__init__(stderr=stderr, quiet=quiet, width=width, highlight=False, markup=False, emoji=False)
 
     def render(
         self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None

@@ -1,7 +1,7 @@
-"""``cdkd-edge distill``: trains a student on a frozen teacher's features, without labels (torch).
+"""``cdkd-edge distill``: from tiles without labels, and a teacher, to a student (torch).
 
 The state of the run lies beside the output until the run is finished. A run that was killed resumes from it and ends as
-it would have ended.
+it would have ended. The measures of the steps are a table beside the output.
 """
 
 from __future__ import annotations
@@ -17,30 +17,48 @@ from typing import Any, Protocol
 import torch
 
 from cdkd_edge import __version__
-from cdkd_edge.core.files import sha256_of, write_text
+from cdkd_edge.core.errors import UsageError
+from cdkd_edge.core.files import write_text
 from cdkd_edge.core.machine import describe_machine
-from cdkd_edge.core.numbers import significant
-from cdkd_edge.distillation.align import Aligner, AlignRecipe, Network, encoder_of
+from cdkd_edge.distillation.card import card_text
+from cdkd_edge.distillation.distiller import Distiller
+from cdkd_edge.distillation.metrics_log import MetricsLog, curves_path, log_path, read_log, write_curves
+from cdkd_edge.distillation.networks import LOSSES, Distillation, Network, encoder_of
+from cdkd_edge.distillation.pictures import pictures_path, write_reconstructions
+from cdkd_edge.distillation.probe import LinearProbe
+from cdkd_edge.distillation.recipe import FEATURES, MAE, DistillRecipe
+from cdkd_edge.distillation.teacher import load_network, load_student, load_teacher, source_record
 from cdkd_edge.distillation.tiles import SceneTiles
-from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint, load_encoder, save_checkpoint
-from cdkd_edge.model.config import attention_text
-from cdkd_edge.model.device import chosen_device
+from cdkd_edge.model.checkpoint import CheckpointReport, save_checkpoint
+from cdkd_edge.quality.datasets import find_dataset, split_dataset
+from cdkd_edge.quality.evaluate import data_schema
 from cdkd_edge.segmentation.options import SegmentOptions
-from cdkd_edge.training.files import card_path, load_state, require_free, save_state, shown, state_path
+from cdkd_edge.training.files import card_path, load_state, require_free, save_state, state_path
+from cdkd_edge.training.ranks import join_ranks
 
 _SAVE_STATE_EVERY_S = 120.0
 _ROWS = 20  # of the history in the card
+_PICTURES = 4  # tiles in the picture of reconstructions
 
 
 @dataclass(frozen=True)
 class DistillOptions:
     """Everything but tiles, teacher, student and output."""
 
-    recipe: AlignRecipe = field(default_factory=AlignRecipe)
+    recipe: DistillRecipe = field(default_factory=DistillRecipe)
     tile: int | None = None  # side of the tiles to train on, px; None: the student's own
-    reading: SegmentOptions = field(default_factory=SegmentOptions)
-    device: str = "auto"
+    teacher_patch: int | None = None  # side of the teacher's patches, px, resampled to it; None: its own
+    heads: int | None = None  # of the teacher, where its file does not say
+    layer_norm_eps: float | None = None  # likewise
+    recompute: bool | None = None  # compute the teacher's blocks again in the backward pass. None: on a GPU
     exclude: tuple[str, ...] = ()  # evaluation sets, see :class:`.imagery.Imagery`
+    reading: SegmentOptions = field(default_factory=SegmentOptions)
+    probe: Path | None = None  # labelled images on which a linear probe is scored
+    schema: str | None = None  # of the probe's images
+    probe_scenes: tuple[str, ...] = ()  # on which it is scored; it learns on the others
+    probe_list: Path | None = None  # or on the images of this list
+    device: str = "auto"
+    workers: int = 1  # threads that read tiles
     weights: str | None = None  # of teacher and student, see :func:`cdkd_edge.model.checkpoint.read_checkpoint`
     resume: bool = False
     overwrite: bool = False
@@ -57,7 +75,7 @@ class DistillListener(Protocol):
         """Something to know before hours are spent."""
 
     def batch(self, done: int, total: int, seconds_left: float | None) -> None:
-        """So many batches of the run are done."""
+        """So many steps of the run are done."""
 
     def row(self, row: Mapping[str, Any], steps: int, seconds_left: float) -> None:
         """A part of the run ended; ``row`` as in the history of the card."""
@@ -70,64 +88,84 @@ class DistillResult:
     checkpoint: Path
     card: Path
     record: Mapping[str, Any]
+    best: Path | None = None  # the student at its best, if that is not the last
+
+
+def best_path(output: Path) -> Path:
+    """Where the student at its best is kept."""
+    return output.with_name(f"{output.stem}.best{output.suffix}")
 
 
 def distill(
     tiles: Sequence[str],
-    teacher: Path,
-    student: Path,
+    teacher: Path | None,
+    student: str | Path,
     output: Path,
     options: DistillOptions,
     listener: DistillListener,
-) -> DistillResult:
-    """Train a student's encoder on the features of a frozen teacher.
+) -> DistillResult | None:
+    """Train a student's encoder on tiles without labels.
 
     Args:
-        tiles: scenes and images, folders of them, or patterns; no labels.
-        teacher: a checkpoint of any known layout.
-        student: a checkpoint whose features are as wide; for example the teacher, converted.
-        output: the trained student with its head, if it has one; its card goes beside it (``.md``).
+        tiles: see :class:`.tiles.SceneTiles`; no labels.
+        teacher: a file of :func:`.teacher.load_teacher`. None for method ``mae``.
+        student: a checkpoint of any known layout, whose head stays as it is; or ``preset:NAME`` for random weights.
+        output: the trained student; card, table and pictures go beside it.
         options, listener: see there.
+
+    Returns:
+        None in processes of ``torchrun`` that write no files.
 
     Raises:
         SceneError, CheckpointError: tiles or networks cannot be used.
         UsageError, NumericalCheckError: the output exists, a state belongs to another run; the loss is not finite.
     """
-    for source in (student, teacher):
-        require_free(str(source), output, resume=options.resume, overwrite=options.overwrite)
-    run = _Distillation(tiles, teacher, student, output, options, listener)
-    if not options.resume:  # only now: tiles and networks have proved to be usable
+    if (teacher is None) != (options.recipe.method == MAE):
+        raise UsageError(
+            "method mae has no teacher" if teacher else f"method {options.recipe.method} needs a --teacher"
+        )
+    for source in (str(student), str(teacher or "")):
+        require_free(source, output, resume=options.resume, overwrite=options.overwrite)
+    run = _Run(tiles, teacher, str(student), output, options, listener)
+    if not options.resume and run.ranks.writes:  # only now: tiles and networks have proved to be usable
         state_path(output).unlink(missing_ok=True)
     return run.finish()
 
 
-def _load(path: Path, **reading: Any) -> tuple[Network, CheckpointReport]:
-    """A network, or an encoder if there is no head."""
-    network, report = load_encoder(path, **reading)
-    return load_checkpoint(path, **reading) if report.has_head else (network, report)
-
-
-class _Distillation:
+class _Run:
     """One run, from the tiles to the card."""
 
     def __init__(
         self,
         tiles: Sequence[str],
-        teacher: Path,
-        student: Path,
+        teacher: Path | None,
+        student: str,
         output: Path,
         options: DistillOptions,
         listener: DistillListener,
     ) -> None:
         self.output, self.options, self.listener = output, options, listener
-        device, recipe = chosen_device(options.device), options.recipe
+        self.ranks, device = join_ranks(options.device)
         listener.step("loading the networks")
-        self.student, self.report = _load(student, weights=options.weights)
+        recipe = options.recipe
+        self.student, self.report = load_student(student, options.tile, options.recipe.seed, options.weights)
         tile = options.tile or self.student.config.tile
         self.resized = tile != self.student.config.tile
-        apart, _ = _load(student, weights=options.weights, tile=tile)
-        guide, about_teacher = _load(teacher, weights=options.weights, tile=tile)
-        scenes = SceneTiles(
+        apart = self.student
+        if self.report is not None:  # the one that is saved keeps its tile, and its position embedding
+            apart, _ = load_network(Path(student), weights=options.weights, tile=tile)
+        guide, about_teacher = None, None
+        if teacher is not None:
+            reading = {name: getattr(options, name) for name in ("heads", "layer_norm_eps", "weights")}
+            with_head = recipe.method == FEATURES and recipe.logits > 0
+            guide, about_teacher = load_teacher(
+                teacher, tile, patch=options.teacher_patch, with_head=with_head, **reading
+            )
+            guide = guide.to(device)
+        if recipe.projection == "auto":
+            recipe = dataclasses.replace(recipe, projection=_projection(recipe, self.report, apart, guide))
+        listener.step("looking at the images")
+        self.tiles = SceneTiles(
             tiles,
             tile,
             recipe.augmentation,
@@ -136,14 +174,17 @@ class _Distillation:
             progress=lambda done, total: listener.step(f"looking at the images: {done:,} of {total:,}"),
             note=listener.note,
         )
-        listener.step("looking at the images")
-        self.aligner = Aligner(apart.to(device), guide.to(device), scenes, recipe, position=not self.resized)
-        self.sources = {
-            role: {"file": path.name, "sha256": sha256_of(path), "layout": report.layout}
-            for role, path, report in (("teacher", teacher, about_teacher), ("student", student, self.report))
-        }
-        self.notes = [*(f"teacher: {note}" for note in about_teacher.notes)]
-        self.notes += [f"student: {note}" for note in self.report.notes]
+        self.probe = self._find_probe(tile) if options.probe is not None and self.ranks.writes else None
+        torch.manual_seed(recipe.seed)  # of adapters, projections and reconstructions
+        recompute = device.type == "cuda" if options.recompute is None else options.recompute
+        networks = Distillation(apart, guide, recipe, position=not self.resized, recompute=recompute).to(device)
+        self.distiller = Distiller(networks, self.tiles, recipe, ranks=self.ranks, workers=options.workers)
+        self.sources = {"student": source_record(student, self.report)}
+        if teacher is not None:
+            self.sources["teacher"] = source_record(str(teacher), about_teacher)
+        self.notes: list[str] = []
+        for role, report in (("teacher", about_teacher), ("student", self.report)):
+            self.notes += [f"{role}: {note}" for note in report.notes] if report is not None else []
         if self.resized:
             self.notes.append(
                 f"trained on tiles of {tile} px, used with {self.student.config.tile} px: its position embedding stays "
@@ -151,155 +192,196 @@ class _Distillation:
             )
         self.identity = {  # what must be the same in the run that resumes this one
             "recipe": dataclasses.asdict(recipe),
+            "processes": self.ranks.size,
             "network": dataclasses.asdict(apart.config),
-            "teacher": self.sources["teacher"]["sha256"],
-            "student": self.sources["student"]["sha256"],
+            **{role: source["sha256"] or source["file"] for role, source in self.sources.items()},
             "weights": options.weights,
-            "images": scenes.imagery.digest,
+            "images": self.tiles.imagery.digest,
             "reading": dataclasses.asdict(options.reading),
         }
         self._saved_state = time.perf_counter()
         self._started = (0, 0.0)  # step and time at which this process began to train
-        self.before: dict[str, Any] = {}
-        self.losses: list[float] = []  # since the last row of the history
+        self.kept: dict[str, Any] = {"before": {}, "rows": [], "sums": {}, "noted": []}  # of the state, besides weights
         if options.resume and state_path(output).exists():
             state = load_state(output, self.identity, device)
-            self.before, self.losses = state.pop("before"), state.pop("losses")
-            self.aligner.restore(state)
+            self.kept = state.pop("kept")
+            self.distiller.restore(state)
+        self.log: MetricsLog | None = None
 
-    def finish(self) -> DistillResult:
+    def _find_probe(self, tile: int) -> LinearProbe:
+        options = self.options
+        assert options.probe is not None
+        self.listener.step("reading the probe's masks")
+        dataset = find_dataset(options.probe)
+        split = split_dataset(dataset, validation_scenes=options.probe_scenes, validation_list=options.probe_list)
+        return LinearProbe(split, data_schema(dataset, options.schema, None), tile, options.reading)
+
+    def finish(self) -> DistillResult | None:
         """Train the steps that are left, compare, and write the student."""
-        aligner, listener, recipe = self.aligner, self.listener, self.options.recipe
-        for note in [*aligner.tiles.notes, *self.notes]:
+        distiller, listener, output = self.distiller, self.listener, self.output
+        progress, writes = distiller.progress, self.ranks.writes
+        for note in [*self.tiles.notes, *self.notes]:
             listener.note(note)
-        if not self.before:
+        if writes:
+            self.log = MetricsLog(log_path(output), len(distiller.networks.pairs), progress.step)
+        if not progress.step:
             listener.step("measuring the teacher's features")
-            aligner.measure_teacher()
-            self.before = aligner.compare(aligner.student)
-        progress = aligner.progress
+            distiller.measure_teacher()
+            if writes:
+                self.kept["before"] = self._compare()
         self._started = (progress.step, time.perf_counter())
         try:
-            while progress.step < recipe.steps:
-                aligner.run_epoch(self._after_batch)
-        except (KeyboardInterrupt, SystemExit):  # between two steps, see _after_batch
+            while progress.step < distiller.steps:
+                distiller.run_epoch(self._after_step)
+        except (KeyboardInterrupt, SystemExit):  # between two steps, see _after_step
             self._save_state()
             raise
-        listener.step("comparing with the teacher")
-        trained = aligner.trained_module()
-        encoder_of(aligner.student).load_state_dict(trained.state_dict())
-        after = aligner.compare(aligner.student)
-        weights = {key: value for key, value in trained.state_dict().items() if key != "pos_embed" or not self.resized}
-        encoder_of(self.student).load_state_dict(weights, strict=False)
-        record = self._record(after)
-        training = {**self.report.training, "distilled": record}
-        save_checkpoint(self.student, self.output, schema=self.report.schema, training=training)
-        write_text(card_path(self.output), card_text(self.output.name, record))
-        state_path(self.output).unlink(missing_ok=True)
-        return DistillResult(self.output, card_path(self.output), record)
+        if not writes:
+            return None
+        assert self.log is not None
+        self.log.flush()
+        write_curves(read_log(self.log.path), distiller.schedule.transitions, curves_path(output))
+        if distiller.recipe.masked:
+            self._draw()
+        record = self._record()
+        self._write(output, record)
+        write_text(card_path(output), card_text(output.name, record))
+        if progress.best_epoch == progress.step:
+            best_path(output).unlink(missing_ok=True)
+        state_path(output).unlink(missing_ok=True)
+        best = best_path(output) if best_path(output).exists() else None
+        return DistillResult(output, card_path(output), record, best)
 
-    def _after_batch(self) -> None:
-        aligner, steps = self.aligner, self.options.recipe.steps
-        progress = aligner.progress
-        self.losses.append(progress.loss)
-        row = None
-        if progress.step * _ROWS // steps > (progress.step - 1) * _ROWS // steps:
-            row = {"step": progress.step, "loss": sum(self.losses) / len(self.losses)}
-            progress.history.append(row)
-            self.losses = []
-        if time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
-            self._save_state()
+    def _compare(self) -> dict[str, Any]:
+        """The student as it would be saved on the tiles kept out, and on the probe's images."""
+        started, distiller = time.perf_counter(), self.distiller
+        self.listener.step("comparing")
+        found = distiller.compare()
+        if self.probe is not None:
+            self.listener.step("probing")
+            with distiller.saved_weights():
+                encoder = encoder_of(distiller.networks.student)
+                found["probe"] = self.probe.score(encoder, distiller.device, distiller.recipe.precision)
+        distiller.progress.seconds += time.perf_counter() - started
+        return found
+
+    def _after_step(self) -> None:
+        distiller, kept, steps = self.distiller, self.kept, self.distiller.steps
+        progress, row = distiller.progress, None
+        if self.log is not None:
+            measures = distiller.log_row()
+            self.log.add(measures)
+            for name in ("loss", *LOSSES):
+                kept["sums"][name] = kept["sums"].get(name, 0.0) + measures[name]
+            kept["sums"]["steps"] = kept["sums"].get("steps", 0) + 1
+            if progress.step * _ROWS // steps > (progress.step - 1) * _ROWS // steps:
+                row = self._row()
+            for name, text in distiller.oddities().items():
+                if name not in kept["noted"]:
+                    kept["noted"].append(name)
+                    self.notes.append(text)
+                    self.listener.note(text)
+            if time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
+                self._save_state()
         # Last, because a signal is raised here.
         self.listener.batch(progress.step, steps, self._seconds_left())
         if row:
             self.listener.row(row, steps, self._seconds_left())
 
+    def _row(self) -> dict[str, Any]:
+        """A row of the history: mean losses since the last one, and the student on the tiles kept out."""
+        distiller, sums = self.distiller, self.kept["sums"]
+        count = sums.pop("steps")
+        row = {"step": distiller.progress.step, **{name: value / count for name, value in sums.items()}}
+        if distiller.scheduled:
+            row |= {"ratio": distiller.schedule.ratio, "stage": distiller.schedule.stage}
+        row["check"] = self._compare()
+        self.kept["sums"] = {}
+        self.kept["rows"].append(row)
+        self._keep_if_best(row["check"])
+        return row
+
+    def _keep_if_best(self, check: Mapping[str, Any]) -> None:
+        """By the probe if there is one, else by what is left to learn on the tiles kept out."""
+        score = check["probe"]["mean_iou"] if "probe" in check else -check[_left_to_learn(self.distiller.recipe)]
+        progress = self.distiller.progress
+        if progress.best is None or score > progress.best:
+            progress.best, progress.best_epoch = score, progress.step
+            if progress.step < self.distiller.steps:
+                self._write(best_path(self.output), self._record())
+
+    def _draw(self) -> None:
+        networks = self.distiller.networks
+        shown = [pair for pair, _ in zip(self.distiller.plain(self.distiller.check), range(_PICTURES), strict=False)]
+        tiles, visible = (torch.cat(part) for part in zip(*shown, strict=True))
+        with self.distiller.saved_weights():
+            write_reconstructions(networks, tiles, visible, pictures_path(self.output))
+
+    def _write(self, path: Path, record: Mapping[str, Any]) -> None:
+        """Save the student as it is now, its running mean if there is one."""
+        trained = self.distiller.trained_module().state_dict()
+        weights = {key: value for key, value in trained.items() if key != "pos_embed" or not self.resized}
+        student = self.student if self.report is not None else encoder_of(self.student)
+        encoder_of(student).load_state_dict(weights, strict=False)
+        before = self.report.training if self.report is not None else {}
+        schema = self.report.schema if self.report is not None else None
+        save_checkpoint(student, path, schema=schema, training={**before, "distilled": record})
+
     def _save_state(self) -> None:
-        save_state(self.output, self.identity, {**self.aligner.state(), "before": self.before, "losses": self.losses})
-        self._saved_state = time.perf_counter()
+        if self.ranks.writes:
+            assert self.log is not None
+            self.log.flush()
+            save_state(self.output, self.identity, {**self.distiller.state(), "kept": self.kept})
+            self._saved_state = time.perf_counter()
 
     def _seconds_left(self) -> float:
         """By the pace since this process began to train."""
         first, since = self._started
-        step = self.aligner.progress.step
-        return (time.perf_counter() - since) / max(1, step - first) * (self.options.recipe.steps - step)
+        step = self.distiller.progress.step
+        return (time.perf_counter() - since) / max(1, step - first) * (self.distiller.steps - step)
 
-    def _record(self, after: Mapping[str, Any]) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
         """What the checkpoint stores about the run; JSON data."""
-        aligner, device = self.aligner, self.aligner.device
+        distiller, device = self.distiller, self.distiller.device
+        progress = distiller.progress
         machine = torch.cuda.get_device_name(device) if device.type == "cuda" else describe_machine().cpu
         record = {
             "tool": f"cdkd-edge {__version__}",
             "command": self.options.command,
-            "method": "features",
+            "method": distiller.recipe.method,
             **self.sources,
             "network": dataclasses.asdict(self.student.config),
-            "notes": [*aligner.tiles.notes, *self.notes],
-            "recipe": {**dataclasses.asdict(self.options.recipe), "tile": aligner.tiles.tile},
-            "imagery": [
-                dataclasses.asdict(folder) | {"text": folder.text} for folder in aligner.tiles.imagery.report()
-            ],
-            "skipped": aligner.tiles.skipped,
-            "training_tiles": aligner.places,
-            "check_tiles": len(aligner.check),
-            "before": self.before,
-            "after": dict(after),
+            "notes": [*self.tiles.notes, *self.notes],
+            "recipe": {
+                **dataclasses.asdict(distiller.recipe), "tile": self.tiles.tile, "pairs": distiller.networks.pairs,
+            },
+            "imagery": [{**vars(one), "text": one.text} for one in self.tiles.imagery.report()],
+            "skipped": self.tiles.skipped,
+            "training_tiles": distiller.places,
+            "check_tiles": len(distiller.check),
+            "before": self.kept["before"],
+            "after": self.kept["rows"][-1]["check"],
+            "transitions": distiller.schedule.transitions,
             "run": {
-                "seconds": aligner.progress.seconds,
-                "history": aligner.progress.history,
+                "steps": progress.step,
+                "of": distiller.steps,
+                "best_step": progress.best_epoch,
+                "seconds": progress.seconds,
+                "history": self.kept["rows"],
                 "device": f"{machine}, {torch.get_num_threads()} threads" if device.type == "cpu" else machine,
+                "processes": self.ranks.size,
                 "libraries": f"torch {torch.__version__}",
             },
-        }
+        }  # fmt: skip
         plain: dict[str, Any] = json.loads(json.dumps(record))  # lists, not tuples, in every kind of checkpoint
         return plain
 
 
-def card_text(name: str, record: Mapping[str, Any]) -> str:
-    """The card of a distilled checkpoint (Markdown), from its record."""
-    network, run, before, after = (record[key] for key in ("network", "run", "before", "after"))
-    measures = {f"missed of map {index + 1}": [row["missed"][index] for row in (before, after)] for index in range(4)}
-    if "divergence" in before:
-        measures["divergence of class probabilities"] = [before["divergence"], after["divergence"]]
-    measures["loss"] = [before["loss"], after["loss"]]
-    rows = [(what, *(significant(value, 4) for value in values)) for what, values in measures.items()]
-    if "agreement" in before:
-        same = (100 * row["agreement"] for row in (before, after))
-        rows.append(("cells with the teacher's label, percent", *(f"{share:.2f}" for share in same)))
-    lines = [
-        f"# `{name}`",
-        "",
-        f"A ViT encoder for {network['tile']} px tiles, patch {network['patch']}, {network['depth']} blocks of width "
-        f"{network['embed_dim']}, attention: {attention_text(network['attention'])}. Trained without labels on the "
-        f"features of a teacher by `cdkd-edge distill` ({record['tool']}).",
-        "",
-        f"    {record['command']}",
-        "",
-        "## How close it is to its teacher",
-        "",
-        f"On {record['check_tiles']} tiles that it did not train on, of the same scenes."
-        if record["check_tiles"] < record["training_tiles"]
-        else f"On the {record['check_tiles']} tiles that it trained on.",
-        "*Missed*: mean squared difference over the variance of the teacher's channel, for each of the four feature "
-        "maps.",
-        "",
-        "| | before | after |",
-        "|---|---:|---:|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-        "## Training",
-        "",
-        *(
-            f"- {role}: `{record[role]['file']}` ({record[role]['layout']}, SHA-256 `{record[role]['sha256'][:16]}...`)"
-            for role in ("teacher", "student")
-        ),
-        f"- {record['training_tiles']:,} tiles, and {record['check_tiles']} to check on, of:",
-        *(f"  - {Path(folder['name']).name or '.'}: {folder['text']}" for folder in record["imagery"]),
-        *(f"- {note}" for note in record["notes"]),
-        *(f"- {key}: {shown(value)}" for key, value in record["recipe"].items()),
-        f"- {run['seconds'] / 60:.1f} minutes on {run['device']}, {run['libraries']}",
-        "",
-        "| step | loss |",
-        "|---:|---:|",
-        *(f"| {row['step']} | {row['loss']:.4f} |" for row in run["history"]),
-    ]
-    return "\n".join(lines) + "\n"
+def _left_to_learn(recipe: DistillRecipe) -> str:
+    return "student_pixels" if recipe.method == MAE else "distillation"
+
+
+def _projection(recipe: DistillRecipe, report: CheckpointReport | None, student: Network, teacher: Any) -> str:
+    """``none`` if a student that was trained before can give the same features as its teacher."""
+    same = teacher is not None and teacher.config.embed_dim == student.config.embed_dim
+    return "none" if recipe.method == FEATURES and report is not None and same else "linear"

@@ -1,15 +1,25 @@
-"""Loads teachers: SAM's image encoder, and every encoder that the checkpoint loader knows (torch)."""
+"""Loads the two networks of a distillation.
+
+A teacher is SAM's image encoder, or any encoder that the checkpoint loader knows (torch).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from cdkd_edge.core.errors import CheckpointError
+from cdkd_edge.core.files import sha256_of
 from cdkd_edge.model.checkpoint import CheckpointReport, FileReport, layout_of, load_checkpoint, load_encoder
+from cdkd_edge.model.config import PRESETS
 from cdkd_edge.model.layouts import SAM
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
 from cdkd_edge.model.sam import SamEncoder
 from cdkd_edge.model.sam_files import load_sam
+from cdkd_edge.training.recipe import PRESET_PREFIX
 
 Teacher = Encoder | SamEncoder
 
@@ -22,21 +32,25 @@ def load_teacher(
     heads: int | None = None,
     layer_norm_eps: float | None = None,
     weights: str | None = None,
-) -> tuple[Teacher, FileReport]:
+    with_head: bool = False,
+) -> tuple[Teacher | SegmentationNetwork, FileReport]:
     """Load an encoder for tiles of ``tile`` px, in evaluation mode, FP32, on the CPU.
 
     Its blocks have ``attend``, ``norm2`` and ``mlp``; ``embed`` gives tokens row by row, after the class token if
-    ``config.class_token``. If ``has_head`` of the report, :func:`load_network` loads the head as well.
+    ``config.class_token``.
 
     Args:
         path: SAM (its own, Hugging Face's or timm's file), or a checkpoint of any other known layout.
         tile, patch, heads, layer_norm_eps, weights: see :func:`.checkpoint.read_checkpoint`.
+        with_head: load the whole network, if there is a head.
 
     Raises:
         CheckpointError: the file cannot be read safely, or holds no encoder with plain ViT blocks.
     """
-    load: Any = load_sam if layout_of(path, weights) is SAM else load_encoder
-    teacher: Teacher
+    load: Any = load_network if with_head else load_encoder
+    if layout_of(path, weights) is SAM:
+        load = load_sam
+    teacher: Teacher | SegmentationNetwork
     teacher, report = load(path, tile=tile, patch=patch, heads=heads, layer_norm_eps=layer_norm_eps, weights=weights)
     return teacher, report
 
@@ -47,9 +61,34 @@ def load_network(path: Path, **reading: Any) -> tuple[SegmentationNetwork | Enco
     return load_checkpoint(path, **reading) if report.has_head else (encoder, report)
 
 
-def default_pairs(student_depth: int, teacher_depth: int) -> tuple[tuple[int, int], ...]:
-    """Blocks of teacher and student that are compared, counted from 1: those after each of the first three quarters.
+def load_student(
+    source: str, tile: int | None, seed: int, weights: str | None = None
+) -> tuple[SegmentationNetwork | Encoder, CheckpointReport | None]:
+    """Load the network to train; one of ``preset:NAME`` has random weights, and no report.
+
+    Raises:
+        CheckpointError: the file cannot be read safely, or there is no such preset.
+    """
+    if not source.startswith(PRESET_PREFIX):
+        return load_network(Path(source), weights=weights)
+    name = source.removeprefix(PRESET_PREFIX)
+    if name not in PRESETS:
+        raise CheckpointError(f"there is no preset {name!r}", hint=f"presets: {', '.join(PRESETS)}")
+    config = PRESETS[name] if tile is None else dataclasses.replace(PRESETS[name], tile=tile)
+    torch.manual_seed(seed)
+    return Encoder(config), None
+
+
+def source_record(source: str, report: FileReport | None) -> dict[str, Any]:
+    """What the record of a run says of a network."""
+    if report is None:
+        return {"file": source, "sha256": "", "layout": "random weights"}
+    return {"file": Path(source).name, "sha256": sha256_of(Path(source)), "layout": report.layout}
+
+
+def quarter_pairs(teacher: int, student: int, quarters: int = 3) -> tuple[tuple[int, int], ...]:
+    """Blocks of teacher and student that are compared, counted from 1: the last of each quarter of their depths.
 
     The paper's are (6, 3), (12, 6), (18, 9); those of the teacher are global blocks in each size of SAM.
     """
-    return tuple((teacher_depth * quarter // 4, student_depth * quarter // 4) for quarter in (1, 2, 3))
+    return tuple((teacher * quarter // 4, student * quarter // 4) for quarter in range(1, quarters + 1))

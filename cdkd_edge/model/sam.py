@@ -10,6 +10,7 @@ attention (decomposed by rows and columns: Li et al., MViTv2, CVPR 2022, section
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,9 +59,9 @@ class SamConfig:
             raise CheckpointError(f"embed_dim {self.embed_dim} is not divisible by heads {self.heads}")
         if not 1 <= self.depth <= MAX_DEPTH:
             raise CheckpointError(f"depth {self.depth} is not 1 to {MAX_DEPTH} blocks")
-        if not set(self.global_blocks) <= set(range(self.depth)):
+        if not self.global_blocks or not set(self.global_blocks) <= set(range(self.depth)):
             raise CheckpointError(
-                f"global_blocks {self.global_blocks} are not all among the blocks 0 to {self.depth - 1}"
+                f"global_blocks must be one or more of 0 to {self.depth - 1}, not {self.global_blocks}"
             )
 
     @property
@@ -107,7 +108,7 @@ def join_windows(windows: Tensor, side: int) -> Tensor:
     return rows.reshape(-1, count * window, count * window, dim)[:, :side, :side]
 
 
-class Attention(nn.Module):
+class SamAttention(nn.Module):
     """Multi-head self-attention over the tokens of a square, with relative positions.
 
     The logit of a query q and a key gets q·h + q·w on top, with h the entry of ``rel_pos_h`` for the rows from key to
@@ -140,20 +141,20 @@ class Attention(nn.Module):
         offset = place[:, None] - place + side - 1  # [S, S], of a query and a key
         by_row = resample_offsets(self.rel_pos_h, side)[offset]  # [S, S, C]
         by_column = resample_offsets(self.rel_pos_w, side)[offset]
-        q = q.unflatten(2, (side, side))
+        q = q.reshape(*q.shape[:2], side, side, -1)
         rows = torch.einsum("bnyxc,ykc->bnyxk", q, by_row)  # [B, heads, S, S, S]
         columns = torch.einsum("bnyxc,xkc->bnyxk", q, by_column)
         return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
 
 
-class Block(nn.Module):
+class SamBlock(nn.Module):
     """Pre-norm transformer block; attends within windows, or over the whole map if it is global."""
 
     def __init__(self, config: SamConfig, index: int) -> None:
         super().__init__()
         self.window = None if index in config.global_blocks else config.window
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.attn = Attention(config.embed_dim, config.heads, self.window or config.grid)
+        self.attn = SamAttention(config.embed_dim, config.heads, self.window or config.grid)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.mlp = MLP(config.embed_dim, config.mlp_dim)
 
@@ -186,19 +187,23 @@ class SamEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
         self.patch_embed = PatchEmbedding(config.patch, config.embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2, config.embed_dim))
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.blocks = nn.ModuleList(SamBlock(config, index) for index in range(config.depth))
 
     def embed(self, image: Tensor) -> Tensor:
         """Tokens with their positions, ``[N, L, D]`` row by row, of RGB images ``[N, 3, T, T]``, 0..255."""
         tokens = self.patch_embed((image.to(self.mean.dtype) - self.mean) / self.std)
         return tokens + self.pos_embed  # type: ignore[no-any-return]
 
+    def run(self, tokens: Tensor, wanted: Collection[int]) -> list[Tensor]:
+        """The tokens ``[N, L, D]`` after each wanted block (0-based), of any square maps, row by row."""
+        found = []
+        for index, block in enumerate(self.blocks[: max(wanted) + 1]):
+            tokens = block(tokens)
+            if index in wanted:
+                found.append(tokens)
+        return found
+
     def forward(self, image: Tensor) -> list[Tensor]:
         """Maps ``[N, D, G, G]`` after the global blocks, of RGB images ``[N, 3, T, T]``, 0..255, any real dtype."""
-        tokens = self.embed(image)
-        maps = []
-        for index, block in enumerate(self.blocks):
-            tokens = block(tokens)
-            if index in self.config.taps:
-                maps.append(tokens.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid)))
-        return maps
+        shape = (-1, self.config.embed_dim, self.config.grid, self.config.grid)
+        return [tokens.transpose(1, 2).reshape(shape) for tokens in self.run(self.embed(image), self.config.taps)]

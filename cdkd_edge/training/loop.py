@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from cdkd_edge.core.errors import NumericalCheckError
+from cdkd_edge.training.ranks import Ranks
 from cdkd_edge.training.recipe import LoopRecipe
 from cdkd_edge.training.views import View, draw_view
 
+_AHEAD = 1  # steps whose tiles are read while another one is trained on
 _EPOCH, _VIEW, _ORDER = 1, 2, 3  # added to a seed, so that draws for different purposes differ
 
 
@@ -45,22 +48,46 @@ class TrainingLoop(ABC):
         groups: of parameters for AdamW, each with its learning rate as ``base``.
         recipe: see there.
         places: how many there are.
+        averaged: the part of ``trained`` whose running mean is kept. Default: all of it.
+        ranks: the processes that share each step. The same steps are made as by one process with their whole batch.
+        workers: threads that read.
     """
 
-    def __init__(self, trained: nn.Module, groups: list[dict[str, Any]], recipe: LoopRecipe, places: int) -> None:
-        self.recipe, self.places = recipe, places
+    drops_incomplete = False  # whether the last step of an epoch is left out if it would have fewer tiles
+
+    def __init__(
+        self,
+        trained: nn.Module,
+        groups: list[dict[str, Any]],
+        recipe: LoopRecipe,
+        places: int,
+        *,
+        averaged: nn.Module | None = None,
+        ranks: Ranks = Ranks(),
+        workers: int = 1,
+    ) -> None:
+        self.recipe, self.places, self.ranks = recipe, places, ranks
         self.progress = TrainingProgress()
+        self.waited = 0.0  # seconds for which this process waited for tiles
+        self._workers = workers
         self.device = next(trained.parameters()).device
-        self._trained = trained
+        self._trained, self._averaged = trained, trained if averaged is None else averaged
         self._optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         # float16 has no room for small gradients; the scaler does nothing in other precisions.
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
-        self._mean = copy.deepcopy(trained).requires_grad_(False) if recipe.mean_decay else None
+        self._mean = copy.deepcopy(self._averaged).requires_grad_(False) if recipe.mean_decay else None
+
+    @property
+    def tiles_per_step(self) -> int:
+        """Tiles of a step, in all processes."""
+        return self.recipe.batch * self.recipe.accumulate * self.ranks.size
 
     @property
     def batches(self) -> int:
-        """Batches in an epoch; the last may be smaller."""
-        return -(-self.places // self.recipe.batch)
+        """Steps in an epoch; the last may have fewer tiles."""
+        if self.drops_incomplete:
+            return self.places // self.tiles_per_step
+        return -(-self.places // self.tiles_per_step)
 
     @property
     @abstractmethod
@@ -68,8 +95,8 @@ class TrainingLoop(ABC):
         """Steps in the whole run."""
 
     @abstractmethod
-    def read(self, place: int, view: View) -> tuple[npt.NDArray[np.uint8], ...]:
-        """What a step needs of a view of a place, arrays; called in another thread."""
+    def read(self, place: int, view: View, epoch: int) -> tuple[npt.NDArray[Any], ...]:
+        """What a step needs of a view of a place, arrays; called in other threads."""
 
     @abstractmethod
     def loss(self, *batch: Tensor) -> Tensor | None:
@@ -79,13 +106,15 @@ class TrainingLoop(ABC):
         """Train to the end of the current epoch; returns its mean loss. NumericalCheckError if a loss is not finite."""
         progress = self.progress
         mark = time.perf_counter()
-        for batch in self._prefetched(progress.batch):
-            progress.loss = self._step(batch)
+        for passes in self._prefetched(progress.batch):
+            self.waited += time.perf_counter() - mark
+            progress.loss = self.step(passes)
             progress.loss_sum += progress.loss
             progress.batch += 1
             progress.step += 1
-            progress.seconds, mark = progress.seconds + time.perf_counter() - mark, time.perf_counter()
+            progress.seconds += time.perf_counter() - mark
             after_batch()
+            mark = time.perf_counter()
         loss = progress.loss_sum / max(1, progress.batch)
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         return loss
@@ -111,28 +140,33 @@ class TrainingLoop(ABC):
 
     def trained_module(self) -> nn.Module:
         """A copy of what is trained in its present state, its running mean if the recipe has one."""
-        return copy.deepcopy(self._mean or self._trained).eval()
+        return copy.deepcopy(self._mean or self._averaged).eval()
 
-    def _step(self, batch: Sequence[Tensor]) -> float:
-        recipe = self.recipe
+    def step(self, passes: Sequence[Sequence[Tensor]]) -> float:
+        """Make a step with the batches of its passes; returns the mean loss of this process."""
+        recipe, losses = self.recipe, []
         for group in self._optimizer.param_groups:
             group["lr"] = group["base"] * recipe.rate_factor(self.progress.step, self.steps)
-        loss = self.loss(*(part.to(self.device) for part in batch))
-        if loss is None:
-            return 0.0
-        if not torch.isfinite(loss):
-            raise NumericalCheckError(
-                f"the loss is {float(loss.detach())} at step {self.progress.step}", hint="lower the learning rate"
-            )
         self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        for batch in passes:
+            loss = self.loss(*(part.to(self.device) for part in batch))
+            if loss is None:
+                continue
+            if not torch.isfinite(loss):
+                raise NumericalCheckError(
+                    f"the loss is {float(loss.detach())} at step {self.progress.step}", hint="lower the learning rate"
+                )
+            self._scaler.scale(loss / len(passes)).backward()  # type: ignore[no-untyped-call]
+            losses.append(float(loss.detach()))
+        if not losses:
+            return 0.0
         if recipe.clip_norm:
             self._scaler.unscale_(self._optimizer)
             torch.nn.utils.clip_grad_norm_(self._trained.parameters(), recipe.clip_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._average()
-        return float(loss.detach())
+        return sum(losses) / len(losses)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -141,30 +175,33 @@ class TrainingLoop(ABC):
             return
         done = self.progress.step
         keep = min(self.recipe.mean_decay, (1 + done) / (10 + done))  # the first steps soon lose their weight
-        current = self._trained.state_dict()
+        current = self._averaged.state_dict()
         for name, value in self._mean.state_dict().items():
             if value.is_floating_point():
                 value.lerp_(current[name], 1 - keep)
             else:
                 value.copy_(current[name])
 
-    def _prefetched(self, first: int) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of the current epoch from ``first`` on, each read while the one before is trained on."""
-        order = np.random.default_rng([self.recipe.seed, _ORDER, self.progress.epoch]).permutation(self.places)
-        groups = [order[i : i + self.recipe.batch] for i in range(0, len(order), self.recipe.batch)][first:]
-        groups = groups[: self.steps - self.progress.step]
-        with ThreadPoolExecutor(1, thread_name_prefix="tiles") as pool:
-            coming: Future[tuple[Tensor, ...]] | None = None
-            for group in groups:
-                ready, coming = coming, pool.submit(self._read, group, self.progress.epoch)
-                if ready is not None:
-                    yield ready.result()
-            if coming is not None:
-                yield coming.result()
+    def _prefetched(self, first: int) -> Iterator[list[list[Tensor]]]:
+        """The passes of the steps of the current epoch from ``first`` on, read while the step before is trained on."""
+        recipe, epoch, tiles = self.recipe, self.progress.epoch, self.tiles_per_step
+        order = np.random.default_rng([recipe.seed, _ORDER, epoch]).permutation(self.places)
+        last = min(self.batches, first + self.steps - self.progress.step)
+        coming: deque[list[Future[tuple[npt.NDArray[Any], ...]]]] = deque()
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="tiles")
+        try:
+            for index in range(first, last + _AHEAD):
+                if index < last:
+                    share = order[index * tiles : (index + 1) * tiles][self.ranks.rank :: self.ranks.size]
+                    coming.append([pool.submit(self._read, int(place), epoch) for place in share])
+                if index >= first + _AHEAD and coming:
+                    read = [future.result() for future in coming.popleft()]
+                    yield [_batch(read[i : i + recipe.batch]) for i in range(0, len(read), recipe.batch)]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _read(self, group: npt.NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
-        read = [self.read(int(index), self._view(int(index), epoch)) for index in group]
-        return tuple(torch.from_numpy(np.stack(part)) for part in zip(*read, strict=True))
+    def _read(self, place: int, epoch: int) -> tuple[npt.NDArray[Any], ...]:
+        return self.read(place, self._view(place, epoch), epoch)
 
     def _view(self, place: int, epoch: int) -> View:
         """The view of a place in an epoch. Fixed ones take turns, in an order of the place's own."""
@@ -174,3 +211,7 @@ class TrainingLoop(ABC):
         turn, position = divmod(epoch, recipe.views)
         order = np.random.default_rng([recipe.seed, _VIEW, place, turn]).permutation(recipe.views)
         return draw_view(recipe.augmentation, [recipe.seed, _VIEW, place], int(order[position]))
+
+
+def _batch(read: Sequence[tuple[npt.NDArray[Any], ...]]) -> list[Tensor]:
+    return [torch.from_numpy(np.stack(part)) for part in zip(*read, strict=True)]

@@ -31,7 +31,8 @@ PRESET_PREFIX = "preset:"
 class LoopRecipe:
     """What every training loop has, with or without labels. UsageError: a value is out of range."""
 
-    batch: int = 4
+    batch: int = 4  # tiles per process and pass
+    accumulate: int = 1  # passes per step
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     schedule: str = "constant"  # or ``cosine`` to zero, or ``poly``: (1 - progress) ** 0.9, as OpenMMLab does
@@ -52,6 +53,7 @@ class LoopRecipe:
         """Option, value, whether it is valid, and its limits in words."""
         return [
             ("--batch", self.batch, self.batch >= 1, "at least 1"),
+            ("--accumulate", self.accumulate, self.accumulate >= 1, "at least 1"),
             ("--lr", self.learning_rate, 0 < self.learning_rate < 1, "between 0 and 1"),
             ("--weight-decay", self.weight_decay, 0 <= self.weight_decay < 1, "0 or more, and below 1"),
             ("--schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),

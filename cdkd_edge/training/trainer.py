@@ -56,7 +56,7 @@ class Trainer(TrainingLoop):
         self.network.head.train()
         return super().run_epoch(after_batch)
 
-    def read(self, place: int, view: View) -> tuple[npt.NDArray[np.uint8], ...]:
+    def read(self, place: int, view: View, epoch: int) -> tuple[npt.NDArray[np.uint8], ...]:
         """Pixels ``[3, T, T]`` and labels ``[T, T]`` of a view of a place."""
         return self.tiles.read(self.tiles.places[place], view)
 

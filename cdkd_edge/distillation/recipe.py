@@ -1,0 +1,82 @@
+"""The recipe of a distillation (torch)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from cdkd_edge.distillation.adapters import GATES
+from cdkd_edge.distillation.autoencoder import PIXELS
+from cdkd_edge.distillation.masks import MASKS
+from cdkd_edge.training.recipe import LoopRecipe
+from cdkd_edge.training.views import Augmentation
+
+MASKED, FEATURES, MAE = METHODS = ("masked", "features", "mae")
+FEEDBACK = ("both", "student")
+TARGETS = ("standardized", "raw")
+PROJECTIONS = ("auto", "linear", "none")
+RATE_BATCH = 4  # tiles for which the learning rate is given; the paper's
+
+
+@dataclass(frozen=True)
+class DistillRecipe(LoopRecipe):
+    """How a student is distilled. Defaults: the Mask-CDKD paper's, with the changes that docs/training.md gives."""
+
+    method: str = MASKED
+    epochs: int = 120
+    steps: int = 0  # 0: all steps of the epochs
+    batch: int = 4  # tiles per process and pass
+    learning_rate: float = 1e-5  # for a step of RATE_BATCH tiles; in proportion for others
+    clip_norm: float = 1.0
+    views: int = 0
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(scale=(0.7, 1.4), light=0.2))
+    precision: str = "bf16"
+    adapters: bool = True
+    gate: str = "identity"
+    feedback: str = "both"  # what distillation trains: teacher and student, or the student alone
+    mask: str = "cells"
+    cell: int = 2  # one patch of each cell of so many by so many stays visible
+    pairs: tuple[tuple[int, int], ...] = ()  # blocks of teacher and student, from 1; empty: at their quarters
+    projection: str = "auto"  # ``none`` where a student of the teacher's width is to give the same features
+    target: str = "standardized"
+    pixels: str = "normalized"
+    decoder_width: int = 0  # of both reconstructions; 0: that of their encoder
+    decoder_depth: int = 4
+    loss_weights: tuple[float, ...] = ()  # of distillation, teacher's and student's pixels; empty: by the schedule
+    logits: float = 1.0  # weight of the divergence of class probabilities, where both networks have heads
+
+    def _limits(self) -> list[tuple[str, Any, bool, str]]:
+        def choice(option: str, value: str, choices: tuple[str, ...]) -> tuple[str, Any, bool, str]:
+            return option, value, value in choices, f"one of {', '.join(choices)}"
+
+        weights = self.loss_weights
+        usable = all(0 <= one < math.inf for one in weights) and sum(weights) > 0
+        return [
+            choice("--method", self.method, METHODS),
+            ("--epochs", self.epochs, self.epochs >= 1, "at least 1"),
+            ("--steps", self.steps, self.steps >= 0, "0 or more"),
+            choice("--gate", self.gate, GATES),
+            choice("--feedback", self.feedback, FEEDBACK),
+            choice("--mask", self.mask, MASKS),
+            ("--cell", self.cell, 2 <= self.cell <= 8, "2 to 8"),
+            ("--pairs", self.pairs, all(min(pair) >= 1 for pair in self.pairs), "blocks from 1 on"),
+            choice("--projection", self.projection, PROJECTIONS),
+            choice("--target", self.target, TARGETS),
+            choice("--pixels", self.pixels, PIXELS),
+            ("--decoder-width", self.decoder_width, self.decoder_width >= 0, "0 or more"),
+            ("--decoder-depth", self.decoder_depth, 1 <= self.decoder_depth <= 48, "1 to 48"),
+            ("--loss-weights", weights, not weights or (len(weights) == 3 and usable), "three numbers, not all 0"),
+            ("--logits", self.logits, 0 <= self.logits < 1e6, "0 or more"),
+            *super()._limits(),
+        ]
+
+    @property
+    def masked(self) -> bool:
+        """Whether patches are hidden and reconstructed."""
+        return self.method in (MASKED, MAE)
+
+    @property
+    def gate_used(self) -> str | None:
+        """The gate of the adapters; None where the teacher stays as it is: without adapters, and for ``features``."""
+        return self.gate if self.adapters and self.method == MASKED else None

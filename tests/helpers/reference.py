@@ -59,17 +59,25 @@ def reference_features(
     maps = []
     for index in range(depth):
         name = f"encoder.blocks.{index}"
-        normed = _layer_norm(tokens, w, f"{name}.norm1", eps)
-        groups = _groups(attention[index] if attention else "global", grid, tokens.shape[1])
-        tokens = tokens + _attention(normed, w, f"{name}.attn", heads, groups) * w.get(f"{name}.scale1", 1.0)
-        hidden = _linear(_layer_norm(tokens, w, f"{name}.norm2", eps), w, f"{name}.mlp.fc1")
-        hidden = 0.5 * hidden * (1 + _erf(hidden / math.sqrt(2)))
-        tokens = tokens + _linear(hidden, w, f"{name}.mlp.fc2") * w.get(f"{name}.scale2", 1.0)
+        tokens = reference_block(
+            tokens, w, name, heads=heads, eps=eps, kind=attention[index] if attention else "global"
+        )
         if index + 1 in ends:
             patches = tokens[:, -grid * grid :]
             maps.append(patches.transpose(0, 2, 1).reshape(count, dim, grid, grid))
     assert len(maps) == 4
     return maps
+
+
+def reference_block(
+    tokens: Array, w: Mapping[str, Array], name: str, *, heads: int, eps: float, kind: str = "global"
+) -> Array:
+    """The tokens ``[N, L, D]`` after the block called ``name``."""
+    normed = layer_norm(tokens, w, f"{name}.norm1", eps)
+    groups = _groups(kind, math.isqrt(tokens.shape[1]), tokens.shape[1])
+    tokens = tokens + _attention(normed, w, f"{name}.attn", heads, groups) * w.get(f"{name}.scale1", 1.0)
+    hidden = gelu(linear(layer_norm(tokens, w, f"{name}.norm2", eps), w, f"{name}.mlp.fc1"))
+    return tokens + linear(hidden, w, f"{name}.mlp.fc2") * w.get(f"{name}.scale2", 1.0)
 
 
 def reference_logits(
@@ -121,11 +129,16 @@ def bilinear(maps: Array, side: int) -> Array:
     return weight @ maps @ weight.T
 
 
-def _linear(x: Array, w: Mapping[str, Array], name: str) -> Array:
+def gelu(x: Array) -> Array:
+    """The exact one, by the error function."""
+    return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
+
+
+def linear(x: Array, w: Mapping[str, Array], name: str) -> Array:
     return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", np.zeros(1))
 
 
-def _layer_norm(x: Array, w: Mapping[str, Array], name: str, eps: float) -> Array:
+def layer_norm(x: Array, w: Mapping[str, Array], name: str, eps: float) -> Array:
     centred = x - x.mean(axis=-1, keepdims=True)
     deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
     return centred / deviation * w[f"{name}.weight"] + w[f"{name}.bias"]
@@ -151,7 +164,7 @@ def _groups(kind: str, grid: int, count: int) -> list[tuple[list[int], Array]]:
 def _attention(x: Array, w: Mapping[str, Array], name: str, heads: int, groups: list[tuple[list[int], Array]]) -> Array:
     dim = x.shape[-1]
     width = dim // heads
-    q, k, v = np.split(_linear(x, w, f"{name}.qkv"), 3, axis=-1)
+    q, k, v = np.split(linear(x, w, f"{name}.qkv"), 3, axis=-1)
     mixed = np.zeros_like(x)
     for image in range(len(x)):
         for tokens, means in groups:
@@ -161,7 +174,7 @@ def _attention(x: Array, w: Mapping[str, Array], name: str, heads: int, groups: 
                 scores = q[image, tokens, part] @ keys[:, part].T / math.sqrt(width)
                 scores = np.exp(scores - scores.max(axis=1, keepdims=True))
                 mixed[image, tokens, part] = scores / scores.sum(axis=1, keepdims=True) @ values[:, part]
-    return _linear(mixed, w, f"{name}.proj")
+    return linear(mixed, w, f"{name}.proj")
 
 
 def _conv(x: Array, kernel: Array) -> Array:

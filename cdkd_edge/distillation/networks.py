@@ -234,7 +234,7 @@ class Distillation(nn.Module):
     def measure_teacher(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
         """Measure mean and standard deviation of the channels of the paired features, from tiles and their masks.
 
-        The teacher is taken without adapters: convex ones would shrink its features, and by how much is chance.
+        The teacher is taken without adapters: convex ones start at random and change its features.
         """
         totals = torch.zeros(2, *self.mean.shape, dtype=torch.float64, device=self.mean.device)
         count = 0

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from reference import Array, gelu, layer_norm, linear, reference_block
+from reference import Array, gelu, layer_norm, linear, reference_block, reference_tokens
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
@@ -51,6 +51,42 @@ def reference_mixture(w: Weights, name: str, tokens: Array, known: Array, factor
     near = reference_adapter(w, f"{name}.near", tokens, (1, 3, 5))
     far = reference_adapter(w, f"{name}.far", tokens, (7, 9, 11))
     return weights[..., :1] * known + weights[..., 1:2] * near + weights[..., 2:] * far
+
+
+def reference_run(
+    w: Weights, tiles: Array, visible: Array | None, *, heads: int, mixtures: Weights | None = None
+) -> list[Array]:
+    """The tokens ``[N, V, D]`` of visible patches after each block of a plain encoder, without its class token.
+
+    With ``mixtures``, named ``0.near.down.weight`` and so on, adapters with an identity gate stand beside each MLP.
+    """
+    tokens = reference_tokens(w, tiles)
+    first = int("encoder.cls_token" in w)
+    if visible is not None:
+        rows = [one[[*range(first), *(places + first)]] for one, places in zip(tokens, visible, strict=True)]
+        tokens = np.stack(rows)
+    found = []
+    for index in range(1 + max(int(key.split(".")[2]) for key in w if key.startswith("encoder.blocks."))):
+
+        def mixture(normed: Array, known: Array, name: str = str(index)) -> Array:
+            if mixtures is None:
+                return known
+            added = reference_mixture(mixtures, name, normed[:, first:], known[:, first:], 3.0)
+            return np.concatenate([known[:, :first], added], axis=1)
+
+        tokens = reference_block(tokens, w, f"encoder.blocks.{index}", heads=heads, eps=1e-5, mixture=mixture)
+        found.append(tokens[:, first:])
+    return found
+
+
+def tent(maps: Array, side: int) -> Array:
+    """Maps ``[N, C, G, G]`` to another side: each cell a mean by a tent that is as wide as the coarser grid asks."""
+    size = maps.shape[-1]
+    scale = size / side
+    centres, cells = (np.arange(side) + 0.5) * scale, np.arange(size) + 0.5
+    weight = np.maximum(0, 1 - np.abs(centres[:, None] - cells) / max(1, scale))
+    weight /= weight.sum(axis=1, keepdims=True)
+    return weight @ maps @ weight.T
 
 
 def reference_reconstruction(w: Weights, tokens: Array, visible: Array, depth: int) -> Array:

@@ -170,7 +170,7 @@ class Distiller(TrainingLoop):
         if self.recipe.gate_used and spread and min(spread) < _LEAST_SPREAD:
             found["spread"] = (
                 f"step {step}: the teacher's features at pair {spread.index(min(spread)) + 1} vary {min(spread):.2f} "
-                "times as much as at the start; --feedback student keeps it from making itself easy to predict"
+                "times as much as without adapters; --feedback student keeps it from making itself easy to predict"
             )
         return found
 

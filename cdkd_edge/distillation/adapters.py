@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GATES = ("identity", "convex")
-NEAR, FAR = (1, 3, 5), (7, 9, 11)  # dilations of the convolutions, in tokens
+NEAR, FAR = (1, 3, 5), (7, 9, 11)  # dilations, tokens; on a map of S x S, those from S on see a token alone
 _SHRINK = 4  # an adapter works at a quarter of the tokens' width
 _SQUEEZE = 16  # and its channel attention at a sixteenth of that
 
@@ -80,7 +80,13 @@ class Gate(nn.Module):
 
 
 class Mixture(nn.Module):
-    """The second half of a block, with what its MLP gives and two adapters, weighed by a gate."""
+    """Adds up what the MLP of a block gives and what two adapters give, with the weights of a gate.
+
+    Args:
+        dim: width of the tokens.
+        gate: one of :data:`GATES`. ``identity``: weights that sum to 3, and a start at the MLP alone; ``convex``:
+            weights that sum to 1, and a random start, as published.
+    """
 
     def __init__(self, dim: int, gate: str = "identity") -> None:
         super().__init__()
@@ -99,7 +105,5 @@ class Mixture(nn.Module):
             tokens: normalised, ``[N, L, D]``, of a square map.
             known: what the frozen MLP gives for them, ``[N, L, D]``.
         """
-        weights = self.gate(tokens).to(known.dtype)  # [N, L, 3]
-        streams = torch.stack([known, self.near(tokens), self.far(tokens)], dim=-1)  # [N, L, D, 3]
-        added: Tensor = (streams * weights[..., None, :]).sum(dim=-1)
-        return added
+        mlp, near, far = self.gate(tokens).to(known.dtype).split(1, dim=-1)  # each [N, L, 1]
+        return mlp * known + near * self.near(tokens) + far * self.far(tokens)  # type: ignore[no-any-return]

@@ -18,6 +18,8 @@ _LEAST_VARIANCE = 1e-6  # of the values of a patch, as in the published code of 
 class Reconstruction(nn.Module):
     """Predicts the pixels of hidden patches from an encoder's last tokens.
 
+    Linear layers start as in the published code of masked autoencoders: Xavier, biases at zero.
+
     Args:
         inputs: width of the encoder's tokens.
         tile, patch: of the encoder, px.
@@ -44,6 +46,10 @@ class Reconstruction(nn.Module):
         self.predict = nn.Linear(width, 3 * patch**2)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
         """Values of all patches, ``[N, L, 3 P P]``, from the tokens ``[N, V, D]`` of the visible ones ``[N, V]``.

@@ -64,7 +64,7 @@ class Distiller(TrainingLoop):
         encoder = encoder_of(networks.student)
         trained = networks.trained()
         factor = recipe.batch * recipe.accumulate * ranks.size / RATE_BATCH
-        groups = _groups(trained, recipe.learning_rate * factor, recipe.weight_decay)
+        groups = parameter_groups(trained, recipe.learning_rate * factor, recipe.weight_decay)
         super().__init__(trained, groups, recipe, len(self._training), averaged=encoder, ranks=ranks, workers=workers)
         if ranks.size > 1 and self.places < self.tiles_per_step:
             raise UsageError(
@@ -176,7 +176,7 @@ class Distiller(TrainingLoop):
         if self.recipe.gate_used and spread and min(spread) < _LEAST_SPREAD:
             found["spread"] = (
                 f"step {step}: the teacher's features at pair {spread.index(min(spread)) + 1} vary {min(spread):.2f} "
-                "times as much as at the start; --feedback student keeps it from making itself easy to predict"
+                "times as much as without adapters; --feedback student keeps it from making itself easy to predict"
             )
         return found
 
@@ -241,7 +241,7 @@ class Distiller(TrainingLoop):
             yield tile, mask[0] if mask else None
 
 
-def _groups(trained: nn.Module, rate: float, decay: float) -> list[dict[str, Any]]:
+def parameter_groups(trained: nn.Module, rate: float, decay: float) -> list[dict[str, Any]]:
     """Parameters for AdamW; position embeddings, mask tokens, biases and norms do not decay."""
     decaying: list[nn.Parameter] = []
     constant: list[nn.Parameter] = []

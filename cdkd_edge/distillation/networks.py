@@ -30,7 +30,7 @@ class Losses(NamedTuple):
 
     parts: Tensor  # [4], in the order of LOSSES
     missed: Tensor  # [P], distillation by pair of blocks
-    spread: Tensor  # [P], standard deviation of the teacher's features over that at the start
+    spread: Tensor  # [P], standard deviation of the teacher's features over that without adapters
     agreement: Tensor  # scalar, share of cells with the teacher's label; 0 without heads
 
 
@@ -62,11 +62,6 @@ class AdaptedTeacher(nn.Module):
         self.recompute = recompute
         width = encoder.config.embed_dim
         self.mixtures = nn.ModuleList(Mixture(width, gate) for _ in encoder.blocks) if gate else None
-        if gate and isinstance(encoder, Encoder) and encoder.config.attention:
-            raise UsageError(
-                "a teacher with windows or pooled keys can have no adapters, which need its tokens row by row",
-                hint="--adapters none, or a teacher with global attention",
-            )
 
     def run(self, tokens: Tensor, wanted: Collection[int]) -> list[Tensor]:
         """The tokens ``[N, V, D]`` after each wanted block (0-based); all tokens of a tile, or those of a mask."""
@@ -119,6 +114,7 @@ class Distillation(nn.Module):
         self.student = student.requires_grad_(False).eval()
         encoder = encoder_of(student)
         guide = teacher.encoder if isinstance(teacher, SegmentationNetwork) else teacher
+        _require_comparable(recipe, encoder, guide)
         self.teacher = None if guide is None else AdaptedTeacher(guide, recipe.gate_used, recompute=recompute)
         self.pairs = () if guide is None else _pairs(recipe, guide, encoder)
         self.with_classes = recipe.method == FEATURES and recipe.logits > 0 and _have_heads(student, teacher)
@@ -126,7 +122,6 @@ class Distillation(nn.Module):
         self._heads: list[SegmentationNetwork] = []
         if self.with_classes and isinstance(teacher, SegmentationNetwork):
             self._heads.append(teacher.requires_grad_(False).eval())
-        _require_comparable(recipe, encoder, guide)
         last = encoder.config.depth if recipe.masked or self.with_classes else max(ours for _, ours in self.pairs)
         for part in (encoder.patch_embed, *encoder.blocks[:last]):
             part.requires_grad_(True)
@@ -135,7 +130,7 @@ class Distillation(nn.Module):
             encoder.cls_token.requires_grad_(position)
         width, theirs = encoder.config.embed_dim, guide.config.embed_dim if guide is not None else 1
         self.projections = nn.ModuleList(
-            nn.Linear(width, theirs, bias=False) if recipe.projection == "linear" else nn.Identity() for _ in self.pairs
+            nn.Identity() if recipe.projection == "none" else nn.Linear(width, theirs, bias=False) for _ in self.pairs
         )
         options = (recipe.decoder_width, recipe.decoder_depth)
         self.student_decoder = self.teacher_decoder = None
@@ -160,65 +155,68 @@ class Distillation(nn.Module):
 
     def forward(self, tiles: Tensor, visible: Tensor | None = None) -> Losses:
         """The losses of RGB tiles ``[N, 3, T, T]``, 0..255, of whose patches those in ``[N, V]`` are visible."""
-        recipe, student = self.recipe, encoder_of(self.student)
         zero = self.mean.new_zeros(())
-        last = student.config.depth - 1
-        with autocast(tiles.device, recipe.precision):
-            wanted = {ours - 1 for _, ours in self.pairs} | ({last} if self.student_decoder is not None else set())
-            if self.with_classes:
-                wanted |= set(student.config.taps)
-            first = int(student.config.class_token)
-            ours = self._by_block(student, student.embed(tiles), visible, first, wanted)
-            missed, theirs = self._distilled(ours, tiles, visible) if self.pairs else ([], {})
-            pixels: list[Tensor] = []
-            for decoder, features in ((self.teacher_decoder, theirs), (self.student_decoder, ours)):
-                if decoder is None or visible is None:
-                    pixels.append(zero)
-                    continue
-                values = patch_values(tiles, student.config.patch, recipe.pixels)
-                pixels.append(reconstruction_loss(decoder(features[max(features)], visible), values, visible))
+        with autocast(tiles.device, self.recipe.precision):
+            ours = self.student_features(tiles, visible)
+            theirs = self.teacher_features(tiles, visible) if self.teacher is not None else {}
+            missed = self._missed(ours, theirs)
+            pixels = [zero, zero]
+            if visible is not None:
+                values = patch_values(tiles, encoder_of(self.student).config.patch, self.recipe.pixels)
+                for index, (decoder, seen) in enumerate(((self.teacher_decoder, theirs), (self.student_decoder, ours))):
+                    if decoder is not None:
+                        pixels[index] = reconstruction_loss(decoder(seen[max(seen)], visible), values, visible)
             classes, agreement = self._compare_classes(ours, theirs) if self.with_classes else (zero, zero)
-        distilled = torch.stack(missed).mean() if missed else zero
-        spread = [self._spread(index, theirs[pair[0] - 1]) for index, pair in enumerate(self.pairs)]
-        by_pair = [torch.stack(part).detach() if part else self.mean.new_zeros(0) for part in (missed, spread)]
-        return Losses(torch.stack([distilled, *pixels, classes]), by_pair[0], by_pair[1], agreement)
+        parts = torch.stack([missed.mean() if self.pairs else zero, *pixels, classes])
+        return Losses(parts, missed.detach(), self._spread(theirs), agreement)
 
-    def _distilled(
-        self, ours: dict[int, Tensor], tiles: Tensor, visible: Tensor | None
-    ) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """What the student misses, by pair, and the teacher's features by block."""
+    def student_features(self, tiles: Tensor, visible: Tensor | None = None) -> dict[int, Tensor]:
+        """The student's tokens ``[N, V, D]`` without class token, by block (0-based): all that the losses need."""
+        encoder = encoder_of(self.student)
+        return self._features(encoder, encoder, 1, self.student_decoder, tiles, visible)
+
+    def teacher_features(
+        self, tiles: Tensor, visible: Tensor | None = None, *, adapted: bool = True
+    ) -> dict[int, Tensor]:
+        """The same of the teacher; with its adapters, if it has any and ``adapted``."""
         assert self.teacher is not None
-        theirs = self.teacher_features(tiles, visible)
-        missed = []
+        encoder = self.teacher.encoder
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.teacher.mixtures is not None):
+            network = self.teacher if adapted else encoder
+            return self._features(network, encoder, 0, self.teacher_decoder, tiles, visible)
+
+    def _features(
+        self, network: Any, encoder: Any, side: int, decoder: nn.Module | None, tiles: Tensor, visible: Tensor | None
+    ) -> dict[int, Tensor]:
+        """See :meth:`student_features`; ``side`` is the place of the network in a pair."""
+        wanted = {pair[side] - 1 for pair in self.pairs}
+        if decoder is not None:
+            wanted.add(len(encoder.blocks) - 1)
+        if self.with_classes:
+            wanted |= set(encoder.config.taps)
+        first = int(encoder.config.class_token)
+        found = network.run(kept(encoder.embed(tiles), visible, first), wanted)
+        return {block: tokens[:, first:] for block, tokens in zip(sorted(wanted), found, strict=True)}
+
+    def _missed(self, ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> Tensor:
+        """The mean squared difference of each pair, ``[P]``."""
+        missed = [self.mean.new_zeros(0)]
         for index, (guide, block) in enumerate(self.pairs):
             target = theirs[guide - 1].float()
             target = self._standardised(index, target.detach() if self.recipe.feedback == "student" else target)
             told = self.projections[index](ours[block - 1]).float()
             if isinstance(self.projections[index], nn.Identity):  # the features themselves have to agree
                 told = self._standardised(index, told)
-            missed.append((_as_many(told, target) - target).square().mean())
-        return missed, theirs
+            missed.append((_as_many(told, target.shape[1]) - target).square().mean()[None])
+        return torch.cat(missed)
 
     def _standardised(self, index: int, features: Tensor) -> Tensor:
         return features if self.recipe.target == "raw" else (features - self.mean[index]) / self.std[index]
 
-    def teacher_features(self, tiles: Tensor, visible: Tensor | None = None) -> dict[int, Tensor]:
-        """The teacher's tokens ``[N, V, D]`` without class token by block (0-based), those that are paired."""
-        assert self.teacher is not None
-        encoder = self.teacher.encoder
-        wanted = {guide - 1 for guide, _ in self.pairs} | ({len(encoder.blocks) - 1} if self.teacher_decoder else set())
-        if self.with_classes:
-            wanted |= set(encoder.config.taps)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.teacher.mixtures is not None):
-            first = int(encoder.config.class_token)
-            return self._by_block(self.teacher, encoder.embed(tiles), visible, first, wanted)
-
-    @staticmethod
-    def _by_block(
-        network: Any, tokens: Tensor, visible: Tensor | None, first: int, wanted: Collection[int]
-    ) -> dict[int, Tensor]:
-        found = network.run(kept(tokens, visible, first), wanted)
-        return {block: features[:, first:] for block, features in zip(sorted(wanted), found, strict=True)}
+    def _spread(self, theirs: dict[int, Tensor]) -> Tensor:
+        """Per pair, the mean over the channels of the features' standard deviation over that without adapters."""
+        spread = [theirs[guide - 1].detach().float().std(dim=(0, 1)) for guide, _ in self.pairs]
+        return (torch.stack(spread) / self.std).mean(dim=1) if spread else self.mean.new_zeros(0)
 
     def _compare_classes(self, ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Divergence of the class probabilities, and the share of cells with the same label."""
@@ -228,21 +226,21 @@ class Distillation(nn.Module):
             network.head([_as_map(features[block]) for block in network.config.taps]).float()
             for network, features in ((student, ours), (teacher, theirs))
         )
+        logits = _as_large(logits, truth.shape[-1])
         same = (logits.detach().argmax(1) == truth.argmax(1)).float().mean()
         return class_divergence(logits, truth), same
 
-    def _spread(self, index: int, features: Tensor) -> Tensor:
-        """Mean over the channels of the features' standard deviation, over that of the teacher at the start."""
-        return (features.detach().float().std(dim=(0, 1)) / self.std[index]).mean()
-
     @torch.no_grad()
     def measure_teacher(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
-        """Measure mean and standard deviation of the channels of the paired features, from tiles and their masks."""
+        """Measure mean and standard deviation of the channels of the paired features, from tiles and their masks.
+
+        The teacher is taken without adapters: convex ones start at random and change its features.
+        """
         totals = torch.zeros(2, *self.mean.shape, dtype=torch.float64, device=self.mean.device)
         count = 0
         for tiles, visible in batches:
             with autocast(tiles.device, self.recipe.precision):
-                features = self.teacher_features(tiles, visible)
+                features = self.teacher_features(tiles, visible, adapted=False)
             for index, (guide, _) in enumerate(self.pairs):
                 values = features[guide - 1].double().flatten(0, 1)
                 totals[:, index] += torch.stack([values.sum(0), values.square().sum(0)])
@@ -266,13 +264,16 @@ def _as_map(tokens: Tensor) -> Tensor:
     return tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
 
 
-def _as_many(tokens: Tensor, target: Tensor) -> Tensor:
-    """The tokens resampled to the number of the target's, if their patches differ."""
-    if tokens.shape[1] == target.shape[1]:
-        return tokens
-    side = math.isqrt(target.shape[1])
-    resized = F.interpolate(_as_map(tokens), size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-    return resized.flatten(2).transpose(1, 2)
+def _as_many(tokens: Tensor, count: int) -> Tensor:
+    """Tokens ``[N, L, D]`` of a square map resampled to ``count``, ``[N, count, D]``."""
+    return _as_large(_as_map(tokens), math.isqrt(count)).flatten(2).transpose(1, 2)
+
+
+def _as_large(maps: Tensor, side: int) -> Tensor:
+    """Maps ``[N, C, G, G]`` resampled to another side, where the patches of student and teacher differ."""
+    if maps.shape[-1] == side:
+        return maps
+    return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
 
 
 def _pairs(recipe: DistillRecipe, teacher: Any, student: Encoder) -> tuple[tuple[int, int], ...]:
@@ -294,9 +295,15 @@ def _require_comparable(recipe: DistillRecipe, student: Encoder, teacher: Any | 
                 "masks need global attention in the student",
                 hint="distill first, then `cdkd-edge convert --attention`; or --method features",
             )
+        if isinstance(teacher, Encoder) and teacher.config.attention:
+            raise UsageError(
+                "masks need global attention in the teacher, or SAM's windows",
+                hint="--method features, or the network that the teacher was converted from",
+            )
         if config.grid % recipe.cell:
             raise UsageError(
-                f"cells of {recipe.cell} patches do not fit a tile of {config.grid} x {config.grid} patches"
+                f"cells of {recipe.cell} x {recipe.cell} patches do not fit a tile of {config.grid} x {config.grid}",
+                hint=f"--cell with a divisor of {config.grid}, or another --tile",
             )
     if teacher is None:
         return

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.distillation.autoencoder import patch_values
-from cdkd_edge.distillation.networks import Distillation, encoder_of, kept
+from cdkd_edge.distillation.networks import Distillation, encoder_of
 from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD
 
-_SIDE = 256  # of a tile in the picture, px
+_SIDE = 256  # of a tile in the picture, px, or up to twice as much
 _GREY = 127
 _GAP = 4
 
@@ -34,30 +34,20 @@ def write_reconstructions(networks: Distillation, tiles: Tensor, visible: Tensor
         visible: patches that are seen ``[N, V]``.
         path: a PNG.
     """
-    student, decoder = encoder_of(networks.student), networks.student_decoder
-    assert decoder is not None
-    patch, first = student.config.patch, int(student.config.class_token)
-    last = student.run(kept(student.embed(tiles), visible, first), {student.config.depth - 1})[0][:, first:]
-    rows = [
-        tiles.float(),
-        _hidden(tiles.float(), visible, patch),
-        _filled(networks, tiles, visible, decoder(last, visible)),
-    ]
-    if networks.teacher_decoder is not None:
-        features = networks.teacher_features(tiles, visible)
-        predicted = networks.teacher_decoder(features[max(features)], visible)
-        rows.append(_filled(networks, tiles, visible, predicted))
-    side = tiles.shape[-1]
-    step = max(1, side // _SIDE)
-    cells = [part[..., ::step, ::step].clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy() for part in rows]
-    height = cells[0].shape[1]
-    canvas = np.full((len(tiles) * (height + _GAP) - _GAP, len(cells) * (height + _GAP) - _GAP, 3), 255, np.uint8)
-    for column, part in enumerate(cells):
-        for row, picture in enumerate(part):
-            top, left = row * (height + _GAP), column * (height + _GAP)
-            canvas[top : top + height, left : left + height] = picture
+    columns = [tiles.float(), _hidden(tiles.float(), visible, encoder_of(networks.student).config.patch)]
+    for decoder, features in (
+        (networks.student_decoder, networks.student_features),
+        (networks.teacher_decoder, networks.teacher_features),
+    ):
+        if decoder is not None:
+            seen = features(tiles, visible)
+            columns.append(_filled(networks, tiles, visible, decoder(seen[max(seen)], visible)))
+    shown = F.avg_pool2d(torch.cat(columns).clamp(0, 255), max(1, tiles.shape[-1] // _SIDE)).round()  # [C N, 3, S, S]
+    step = shown.shape[-1] + _GAP
+    pictures = F.pad(shown, (0, _GAP, 0, _GAP), value=255).reshape(len(columns), len(tiles), 3, step, step)
+    canvas = pictures.permute(1, 3, 0, 4, 2).reshape(len(tiles) * step, len(columns) * step, 3)[:-_GAP, :-_GAP]
     with whole_file(path) as temporary:
-        Image.fromarray(canvas).save(temporary, format="png")
+        Image.fromarray(canvas.to(torch.uint8).cpu().numpy()).save(temporary, format="png")
 
 
 def _hidden(tiles: Tensor, visible: Tensor, patch: int) -> Tensor:
@@ -89,8 +79,8 @@ def _is_visible(visible: Tensor, patches: int) -> Tensor:
 
 
 def _patches(tiles: Tensor, patch: int) -> Tensor:
-    return torch.nn.functional.unfold(tiles, patch, stride=patch).transpose(1, 2)
+    return F.unfold(tiles, patch, stride=patch).transpose(1, 2)
 
 
 def _picture(patches: Tensor, side: int, patch: int) -> Tensor:
-    return torch.nn.functional.fold(patches.transpose(1, 2), side, patch, stride=patch)
+    return F.fold(patches.transpose(1, 2), side, patch, stride=patch)

@@ -22,7 +22,7 @@ from cdkd_edge.training.views import TrainingTiles, View
 TILES = 64  # most tiles of each side that are looked at, evenly spaced
 _CELLS = 32768  # most patches that the layer is trained on, over all tiles
 _ITERATIONS = 100  # most iterations of L-BFGS; on Dubai features the loss has settled by then
-_DECAY = 1e-4  # of the layer's squared weights
+_DECAY = 1e-2  # of the layer's squared weights; 1e-4 overfits wide features on Dubai, by up to 16 points of mIoU
 
 
 class LinearProbe:

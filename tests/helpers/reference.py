@@ -7,7 +7,7 @@ the parts that the package folds away on loading (class token, LayerScale, atten
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,25 @@ def reference_features(
     ``attention`` has a kind for each block: ``global``, ``window N`` or ``pooled N``; tokens stay row by row.
     """
     w = {key: np.asarray(value, np.float64) for key, value in weights.items()}
+    tokens = reference_tokens(w, image)
+    count, dim, grid = len(image), tokens.shape[-1], image.shape[-1] // w["encoder.patch_embed.proj.weight"].shape[-1]
+    depth = 1 + max(int(key.split(".")[2]) for key in w if key.startswith("encoder.blocks."))
+    ends = [quarter * depth // 4 for quarter in (1, 2, 3, 4)]  # a map after each quarter of the blocks
+    maps = []
+    for index in range(depth):
+        name = f"encoder.blocks.{index}"
+        tokens = reference_block(
+            tokens, w, name, heads=heads, eps=eps, kind=attention[index] if attention else "global"
+        )
+        if index + 1 in ends:
+            patches = tokens[:, -grid * grid :]
+            maps.append(patches.transpose(0, 2, 1).reshape(count, dim, grid, grid))
+    assert len(maps) == 4
+    return maps
+
+
+def reference_tokens(w: Mapping[str, Array], image: npt.NDArray[np.uint8]) -> Array:
+    """Tokens with their positions ``[N, L, D]`` of images ``[N, 3, T, T]``, after the class token if there is one."""
     kernel = w["encoder.patch_embed.proj.weight"]
     dim, _, patch, _ = kernel.shape
     count, _, tile, _ = image.shape
@@ -53,23 +72,29 @@ def reference_features(
             tokens = np.concatenate([cls, tokens], axis=1) + position
     else:
         tokens = tokens + position
+    return tokens
 
-    depth = 1 + max(int(key.split(".")[2]) for key in w if key.startswith("encoder.blocks."))
-    ends = [quarter * depth // 4 for quarter in (1, 2, 3, 4)]  # a map after each quarter of the blocks
-    maps = []
-    for index in range(depth):
-        name = f"encoder.blocks.{index}"
-        normed = _layer_norm(tokens, w, f"{name}.norm1", eps)
-        groups = _groups(attention[index] if attention else "global", grid, tokens.shape[1])
-        tokens = tokens + _attention(normed, w, f"{name}.attn", heads, groups) * w.get(f"{name}.scale1", 1.0)
-        hidden = _linear(_layer_norm(tokens, w, f"{name}.norm2", eps), w, f"{name}.mlp.fc1")
-        hidden = 0.5 * hidden * (1 + _erf(hidden / math.sqrt(2)))
-        tokens = tokens + _linear(hidden, w, f"{name}.mlp.fc2") * w.get(f"{name}.scale2", 1.0)
-        if index + 1 in ends:
-            patches = tokens[:, -grid * grid :]
-            maps.append(patches.transpose(0, 2, 1).reshape(count, dim, grid, grid))
-    assert len(maps) == 4
-    return maps
+
+def reference_block(
+    tokens: Array,
+    w: Mapping[str, Array],
+    name: str,
+    *,
+    heads: int,
+    eps: float,
+    kind: str = "global",
+    mixture: Callable[[Array, Array], Array] = lambda normed, added: added,
+) -> Array:
+    """The tokens ``[N, L, D]`` after the block called ``name``.
+
+    ``mixture`` makes what is added to the tokens from them, normed, and from what the MLP gives for them.
+    """
+    normed = layer_norm(tokens, w, f"{name}.norm1", eps)
+    groups = _groups(kind, math.isqrt(tokens.shape[1]), tokens.shape[1])
+    tokens = tokens + _attention(normed, w, f"{name}.attn", heads, groups) * w.get(f"{name}.scale1", 1.0)
+    normed = layer_norm(tokens, w, f"{name}.norm2", eps)
+    added = linear(gelu(linear(normed, w, f"{name}.mlp.fc1")), w, f"{name}.mlp.fc2")
+    return tokens + mixture(normed, added) * w.get(f"{name}.scale2", 1.0)
 
 
 def reference_logits(
@@ -121,11 +146,16 @@ def bilinear(maps: Array, side: int) -> Array:
     return weight @ maps @ weight.T
 
 
-def _linear(x: Array, w: Mapping[str, Array], name: str) -> Array:
+def gelu(x: Array) -> Array:
+    """The exact one, by the error function."""
+    return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
+
+
+def linear(x: Array, w: Mapping[str, Array], name: str) -> Array:
     return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", np.zeros(1))
 
 
-def _layer_norm(x: Array, w: Mapping[str, Array], name: str, eps: float) -> Array:
+def layer_norm(x: Array, w: Mapping[str, Array], name: str, eps: float) -> Array:
     centred = x - x.mean(axis=-1, keepdims=True)
     deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
     return centred / deviation * w[f"{name}.weight"] + w[f"{name}.bias"]
@@ -151,7 +181,7 @@ def _groups(kind: str, grid: int, count: int) -> list[tuple[list[int], Array]]:
 def _attention(x: Array, w: Mapping[str, Array], name: str, heads: int, groups: list[tuple[list[int], Array]]) -> Array:
     dim = x.shape[-1]
     width = dim // heads
-    q, k, v = np.split(_linear(x, w, f"{name}.qkv"), 3, axis=-1)
+    q, k, v = np.split(linear(x, w, f"{name}.qkv"), 3, axis=-1)
     mixed = np.zeros_like(x)
     for image in range(len(x)):
         for tokens, means in groups:
@@ -161,7 +191,7 @@ def _attention(x: Array, w: Mapping[str, Array], name: str, heads: int, groups: 
                 scores = q[image, tokens, part] @ keys[:, part].T / math.sqrt(width)
                 scores = np.exp(scores - scores.max(axis=1, keepdims=True))
                 mixed[image, tokens, part] = scores / scores.sum(axis=1, keepdims=True) @ values[:, part]
-    return _linear(mixed, w, f"{name}.proj")
+    return linear(mixed, w, f"{name}.proj")
 
 
 def _conv(x: Array, kernel: Array) -> Array:

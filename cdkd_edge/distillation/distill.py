@@ -262,10 +262,6 @@ class _Run:
             for name in ("loss", *LOSSES):
                 kept["sums"][name] = kept["sums"].get(name, 0.0) + measures[name]
             kept["sums"]["steps"] = kept["sums"].get("steps", 0) + 1
-            for name, text in distiller.oddities().items():
-                if name not in kept["noted"]:
-                    kept["noted"][name] = text
-                    self.listener.note(text)
             # Also before every comparison, which takes time and may write a checkpoint that needs a state beside it.
             if self._row_is_due() or time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
                 self._save_state()
@@ -304,6 +300,9 @@ class _Run:
         row["check"] = self._compare()
         self.kept["sums"] = {}
         self.kept["rows"].append(row)
+        for name, text in distiller.oddities(self.kept["before"], row["check"]).items():
+            if self.kept["noted"].setdefault(name, text) is text:
+                self.listener.note(text)
         self._keep_if_best(row["check"])
         self.listener.row(row, distiller.steps, self._seconds_left())
 

@@ -6,9 +6,11 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,31 @@ def write_results(output: Path | None, results: dict[str, Any], markdown: str) -
         return
     write_text(output.with_suffix(".json"), json.dumps(results, indent=2) + "\n")
     write_text(output.with_suffix(".md"), markdown)
+
+
+def run_cdkd_edge(words: Sequence[object], log: Path) -> tuple[dict[str, Any], float]:
+    """Run a command of cdkd-edge with ``--json``.
+
+    Args:
+        words: the command and its arguments.
+        log: where the command and what it says on stderr are appended.
+
+    Returns:
+        What it prints, and the processor time that it took, s.
+
+    Raises:
+        RuntimeError: it fails; the message is its last line.
+    """
+    line = [sys.executable, "-m", "cdkd_edge", *map(str, words), "--json"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with log.open("a+", encoding="utf-8") as said:
+        print("$", *line[2:], file=said, flush=True)
+        start = said.tell()
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=said, text=True, check=False)
+        if done.returncode:
+            said.seek(start)
+            lines = said.read().strip().splitlines() or [f"exit code {done.returncode}"]
+            raise RuntimeError(lines[-1].removeprefix("error: "))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

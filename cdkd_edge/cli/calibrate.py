@@ -39,7 +39,7 @@ class SetOptions:
 
 
 def calibrate(
-    scenes: list[str] = Argument(..., help="Rasters, folders of rasters, or patterns in quotes."),
+    scenes: list[str] = Argument(..., help="Rasters, folders of rasters, patterns in quotes, or @LIST."),
     *,
     output: Path | None = Option(
         None, "--output", "-o", help="Folder of the set. Default: engines/calibration/NAME, after the scene or folder."

@@ -83,7 +83,9 @@ class LoopOptions:
     warm_up: int = Option(0, help="Steps over which the learning rate rises to its value.")
     clip_norm: float = Option(1.0, help="Largest norm of the gradient; 0: no limit.")
     mean_decay: float = Option(0.0, help="Save a running mean of the weights with this decay, e.g. 0.99; 0: no mean.")
-    precision: str = Option("bf16", help="What PyTorch computes in: fp32, bf16 or fp16.")
+    precision: str = Option(
+        "auto", help="What PyTorch computes in: fp32, bf16 or fp16. auto: bf16 where there are instructions for it."
+    )
     seed: int = Option(0, help="The same seed on the same machine gives the same weights.")
 
 
@@ -157,9 +159,9 @@ def distill(
     On several GPUs or machines: torchrun --nproc-per-node N -m cdkd_edge distill ...
     """
     require_package("torch", "export", "training")
-    from cdkd_edge.distillation.distill import DistillOptions
+    from cdkd_edge.distillation.distill import best_path
     from cdkd_edge.distillation.distill import distill as train
-    from cdkd_edge.distillation.recipe import DistillRecipe
+    from cdkd_edge.distillation.recipe import DistillOptions, DistillRecipe
     from cdkd_edge.training.files import interruption_notice
     from cdkd_edge.training.ranks import this_process_writes
     from cdkd_edge.training.views import Augmentation
@@ -190,7 +192,10 @@ def distill(
         command=command_line(),
     )
     quiet = not this_process_writes()
-    with saying_what_is_kept(lambda: interruption_notice(output)), live_training(_Lines, quiet=quiet) as listener:
+    with (
+        saying_what_is_kept(lambda: interruption_notice(output, best_path(output)), quiet=quiet),
+        live_training(_Lines, quiet=quiet) as listener,
+    ):
         result = train(tiles, teacher, student, output, options, listener)
     if result is not None:
         _describe(result).show(as_json)

@@ -104,11 +104,12 @@ def lines(console: Console) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def saying_what_is_kept(
-    kept: Callable[[], str] = lambda: "nothing is kept; the same command starts again",
+    kept: Callable[[], str] = lambda: "nothing is kept; the same command starts again", *, quiet: bool = False
 ) -> Iterator[None]:
     """Where a signal ends the block (Ctrl-C, SIGTERM, SIGHUP), say on stderr what is kept and how to go on."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        say(f"interrupted; {kept()}")
+        if not quiet:
+            say(f"interrupted; {kept()}")
         raise

@@ -99,6 +99,11 @@ class HeldSignals:
         if kind is None:  # an exception ends the program anyway
             self.release()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a signal is held back."""
+        return self._kept is not None
+
     def release(self) -> None:
         """Let signals through again, first the one that was held back."""
         self.holding = False

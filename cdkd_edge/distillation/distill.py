@@ -6,11 +6,12 @@ it would have ended. The measures of the steps are a table beside the output.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,49 +21,26 @@ from cdkd_edge import __version__
 from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.files import write_text
 from cdkd_edge.core.machine import describe_machine
+from cdkd_edge.core.signals import HeldSignals
 from cdkd_edge.distillation.card import card_text
 from cdkd_edge.distillation.distiller import Distiller
 from cdkd_edge.distillation.metrics_log import MetricsLog, curves_path, log_path, read_log, write_curves
 from cdkd_edge.distillation.networks import LOSSES, Distillation, Network, encoder_of
 from cdkd_edge.distillation.pictures import pictures_path, write_reconstructions
 from cdkd_edge.distillation.probe import LinearProbe
-from cdkd_edge.distillation.recipe import FEATURES, MAE, DistillRecipe
+from cdkd_edge.distillation.recipe import FEATURES, MAE, DistillOptions, DistillRecipe
 from cdkd_edge.distillation.teacher import load_network, load_student, load_teacher, source_record
 from cdkd_edge.distillation.tiles import SceneTiles
 from cdkd_edge.model.checkpoint import CheckpointReport, save_checkpoint
+from cdkd_edge.model.device import chosen_precision
 from cdkd_edge.quality.datasets import find_dataset, split_dataset
 from cdkd_edge.quality.evaluate import data_schema
-from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.training.files import card_path, load_state, require_free, save_state, state_path
-from cdkd_edge.training.ranks import join_ranks
+from cdkd_edge.training.ranks import join_ranks, leave_ranks
 
 _SAVE_STATE_EVERY_S = 120.0
 _ROWS = 20  # of the history in the card
 _PICTURES = 4  # tiles in the picture of reconstructions
-
-
-@dataclass(frozen=True)
-class DistillOptions:
-    """Everything but tiles, teacher, student and output."""
-
-    recipe: DistillRecipe = field(default_factory=DistillRecipe)
-    tile: int | None = None  # side of the tiles to train on, px; None: the student's own
-    teacher_patch: int | None = None  # side of the teacher's patches, px, resampled to it; None: its own
-    heads: int | None = None  # of the teacher, where its file does not say
-    layer_norm_eps: float | None = None  # likewise
-    recompute: bool | None = None  # compute the teacher's blocks again in the backward pass. None: on a GPU
-    exclude: tuple[str, ...] = ()  # evaluation sets, see :class:`.imagery.Imagery`
-    reading: SegmentOptions = field(default_factory=SegmentOptions)
-    probe: Path | None = None  # labelled images on which a linear probe is scored
-    schema: str | None = None  # of the probe's images
-    probe_scenes: tuple[str, ...] = ()  # on which it is scored; it learns on the others
-    probe_list: Path | None = None  # or on the images of this list
-    device: str = "auto"
-    workers: int = 1  # threads that read tiles
-    weights: str | None = None  # of teacher and student, see :func:`cdkd_edge.model.checkpoint.read_checkpoint`
-    resume: bool = False
-    overwrite: bool = False
-    command: str = "cdkd-edge distill"
 
 
 class DistillListener(Protocol):
@@ -124,12 +102,15 @@ def distill(
         raise UsageError(
             "method mae has no teacher" if teacher else f"method {options.recipe.method} needs a --teacher"
         )
-    for source in (str(student), str(teacher or "")):
-        require_free(source, output, resume=options.resume, overwrite=options.overwrite)
-    run = _Run(tiles, teacher, str(student), output, options, listener)
-    if not options.resume and run.ranks.writes:  # only now: tiles and networks have proved to be usable
-        state_path(output).unlink(missing_ok=True)
-    return run.finish()
+    for source in filter(None, (str(student), str(teacher or ""))):
+        require_free(source, output, resume=options.resume, overwrite=options.overwrite, others=(best_path(output),))
+    try:
+        run = _Run(tiles, teacher, str(student), output, options, listener)
+        if not options.resume and run.ranks.writes:  # only now: tiles and networks have proved to be usable
+            state_path(output).unlink(missing_ok=True)
+        return run.finish()
+    finally:
+        leave_ranks()
 
 
 class _Run:
@@ -151,8 +132,9 @@ class _Run:
         self.student, self.report = load_student(student, options.tile, options.recipe.seed, options.weights)
         tile = options.tile or self.student.config.tile
         self.resized = tile != self.student.config.tile
-        apart = self.student
-        if self.report is not None:  # the one that is saved keeps its tile, and its position embedding
+        # What is saved lies apart from what is trained. It keeps its tile, and its position embedding.
+        apart = copy.deepcopy(self.student)
+        if self.resized:
             apart, _ = load_network(Path(student), weights=options.weights, tile=tile)
         guide, about_teacher = None, None
         if teacher is not None:
@@ -162,6 +144,7 @@ class _Run:
                 teacher, tile, patch=options.teacher_patch, with_head=with_head, **reading
             )
             guide = guide.to(device)
+        recipe = dataclasses.replace(recipe, precision=chosen_precision(recipe.precision, device))
         if recipe.projection == "auto":
             recipe = dataclasses.replace(recipe, projection=_projection(recipe, self.report, apart, guide))
         listener.step("looking at the images")
@@ -195,18 +178,25 @@ class _Run:
             "processes": self.ranks.size,
             "network": dataclasses.asdict(apart.config),
             **{role: source["sha256"] or source["file"] for role, source in self.sources.items()},
-            "weights": options.weights,
+            "teacher's settings": {
+                name: getattr(options, name) for name in ("teacher_patch", "heads", "layer_norm_eps", "weights")
+            },
             "images": self.tiles.imagery.digest,
+            "excluded images": [Path(name).name for name in options.exclude],
             "reading": dataclasses.asdict(options.reading),
+            "probe": options.probe_identity,
         }
         self._saved_state = time.perf_counter()
         self._started = (0, 0.0)  # step and time at which this process began to train
-        self.kept: dict[str, Any] = {"before": {}, "rows": [], "sums": {}, "noted": []}  # of the state, besides weights
+        self.kept: dict[str, Any] = {"before": {}, "rows": [], "sums": {}, "noted": {}}  # of the state, besides weights
         if options.resume and state_path(output).exists():
             state = load_state(output, self.identity, device)
             self.kept = state.pop("kept")
             self.distiller.restore(state)
+        self.ranks.require_same(json.dumps(self.identity), "options, networks and images", device)
+        self.ranks.require_same(str(self.distiller.progress.step), "state to resume from", device)
         self.log: MetricsLog | None = None
+        self.signals = HeldSignals()
 
     def _find_probe(self, tile: int) -> LinearProbe:
         options = self.options
@@ -229,13 +219,12 @@ class _Run:
             distiller.measure_teacher()
             if writes:
                 self.kept["before"] = self._compare()
+        elif writes and self._row_is_due():  # the run was interrupted while it compared
+            self._row()
         self._started = (progress.step, time.perf_counter())
-        try:
+        with self.signals:  # an interrupted step could not be resumed
             while progress.step < distiller.steps:
                 distiller.run_epoch(self._after_step)
-        except (KeyboardInterrupt, SystemExit):  # between two steps, see _after_step
-            self._save_state()
-            raise
         if not writes:
             return None
         assert self.log is not None
@@ -266,40 +255,57 @@ class _Run:
         return found
 
     def _after_step(self) -> None:
-        distiller, kept, steps = self.distiller, self.kept, self.distiller.steps
-        progress, row = distiller.progress, None
+        distiller, kept = self.distiller, self.kept
         if self.log is not None:
             measures = distiller.log_row()
             self.log.add(measures)
             for name in ("loss", *LOSSES):
                 kept["sums"][name] = kept["sums"].get(name, 0.0) + measures[name]
             kept["sums"]["steps"] = kept["sums"].get("steps", 0) + 1
-            if progress.step * _ROWS // steps > (progress.step - 1) * _ROWS // steps:
-                row = self._row()
             for name, text in distiller.oddities().items():
                 if name not in kept["noted"]:
-                    kept["noted"].append(name)
-                    self.notes.append(text)
+                    kept["noted"][name] = text
                     self.listener.note(text)
-            if time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
+            # Also before every comparison, which takes time and may write a checkpoint that needs a state beside it.
+            if self._row_is_due() or time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
                 self._save_state()
-        # Last, because a signal is raised here.
-        self.listener.batch(progress.step, steps, self._seconds_left())
-        if row:
-            self.listener.row(row, steps, self._seconds_left())
+        self._let_signals_through()
+        if self.log is not None and self._row_is_due():
+            self._row()
+        self.signals.holding = True
 
-    def _row(self) -> dict[str, Any]:
-        """A row of the history: mean losses since the last one, and the student on the tiles kept out."""
+    def _let_signals_through(self) -> None:
+        """Show the progress; where a process has got a signal, save the state, and end in all of them."""
+        distiller = self.distiller
+        got_one = torch.tensor(float(self.signals.waiting), device=distiller.device)
+        stopping = bool(self.ranks.mean(got_one) > 0)
+        try:
+            self.listener.batch(distiller.progress.step, distiller.steps, self._seconds_left())
+            self.signals.release()
+            if stopping:  # another process got it
+                raise KeyboardInterrupt
+        except (KeyboardInterrupt, SystemExit):
+            self._save_state()
+            raise
+
+    def _row_is_due(self) -> bool:
+        """Whether the history lacks a row for this step; there are up to :data:`_ROWS`, evenly spaced."""
+        step, steps, rows = self.distiller.progress.step, self.distiller.steps, self.kept["rows"]
+        ends_part = step * _ROWS // steps > (step - 1) * _ROWS // steps
+        return ends_part and not (rows and rows[-1]["step"] == step)
+
+    def _row(self) -> None:
+        """Add a row to the history: mean losses since the last one, and the student on the tiles kept out."""
         distiller, sums = self.distiller, self.kept["sums"]
-        count = sums.pop("steps")
-        row = {"step": distiller.progress.step, **{name: value / count for name, value in sums.items()}}
+        means = {name: sums[name] / sums["steps"] for name in ("loss", *LOSSES)}
+        row = {"step": distiller.progress.step, **means}
         if distiller.scheduled:
             row |= {"ratio": distiller.schedule.ratio, "stage": distiller.schedule.stage}
         row["check"] = self._compare()
         self.kept["sums"] = {}
         self.kept["rows"].append(row)
         self._keep_if_best(row["check"])
-        return row
+        self.listener.row(row, distiller.steps, self._seconds_left())
 
     def _keep_if_best(self, check: Mapping[str, Any]) -> None:
         """By the probe if there is one, else by what is left to learn on the tiles kept out."""
@@ -321,11 +327,10 @@ class _Run:
         """Save the student as it is now, its running mean if there is one."""
         trained = self.distiller.trained_module().state_dict()
         weights = {key: value for key, value in trained.items() if key != "pos_embed" or not self.resized}
-        student = self.student if self.report is not None else encoder_of(self.student)
-        encoder_of(student).load_state_dict(weights, strict=False)
+        encoder_of(self.student).load_state_dict(weights, strict=not self.resized)
         before = self.report.training if self.report is not None else {}
         schema = self.report.schema if self.report is not None else None
-        save_checkpoint(student, path, schema=schema, training={**before, "distilled": record})
+        save_checkpoint(self.student, path, schema=schema, training={**before, "distilled": record})
 
     def _save_state(self) -> None:
         if self.ranks.writes:
@@ -351,7 +356,7 @@ class _Run:
             "method": distiller.recipe.method,
             **self.sources,
             "network": dataclasses.asdict(self.student.config),
-            "notes": [*self.tiles.notes, *self.notes],
+            "notes": [*self.tiles.notes, *self.notes, *self.kept["noted"].values()],
             "recipe": {
                 **dataclasses.asdict(distiller.recipe), "tile": self.tiles.tile, "pairs": distiller.networks.pairs,
             },

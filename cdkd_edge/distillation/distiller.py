@@ -65,7 +65,7 @@ class Distiller(TrainingLoop):
         encoder = encoder_of(networks.student)
         trained = networks.trained()
         factor = recipe.batch * recipe.accumulate * ranks.size / RATE_BATCH
-        groups = _groups(trained, recipe.learning_rate * factor, recipe.weight_decay)
+        groups = parameter_groups(trained, recipe.learning_rate * factor, recipe.weight_decay)
         super().__init__(trained, groups, recipe, len(self._training), averaged=encoder, ranks=ranks, workers=workers)
         if ranks.size > 1 and self.places < self.tiles_per_step:
             raise UsageError(
@@ -74,7 +74,7 @@ class Distiller(TrainingLoop):
             )
         self.schedule = Schedule()
         self.measures: dict[str, Any] = {}  # of the last step, means over all processes
-        self._seen: list[Losses] = []
+        self._seen: list[tuple[int, Losses]] = []  # tiles of the passes of this step, and what they gave
         self._shared = ranks.shared(networks)
         for weight in sparse_weights(encoder).values():  # AdamW leaves a zero without a gradient at zero
             weight.register_hook(partial(torch.mul, weight != 0))  # type: ignore[no-untyped-call]
@@ -119,19 +119,21 @@ class Distiller(TrainingLoop):
     def loss(self, *batch: Tensor) -> Tensor:
         """The loss of uint8 tiles ``[N, 3, T, T]`` with their visible patches ``[N, V]``."""
         found: Losses = self._shared(*batch)
-        self._seen.append(found._replace(parts=found.parts.detach()))
+        self._seen.append((len(batch[0]), found._replace(parts=found.parts.detach())))
         return found.parts @ found.parts.new_tensor(self.loss_weights)
 
     def step(self, passes: Any) -> float:
         """See :meth:`.loop.TrainingLoop.step`; then the schedule goes on."""
         self._seen = []
         weights = self.loss_weights
-        loss = super().step(passes)
-        flat = torch.stack([torch.cat([one.parts, one.missed, one.spread]) for one in self._seen]).mean(0)
+        super().step(passes)
+        tiles = sum(count for count, _ in self._seen)
+        flat = sum(torch.cat([one.parts, one.missed, one.spread]) * (count / tiles) for count, one in self._seen)
+        assert isinstance(flat, Tensor)
         pairs = len(self.networks.pairs)
         parts, missed, spread = torch.split(self.ranks.mean(flat), [len(LOSSES), pairs, pairs])
         self.measures = {
-            "loss": loss if self.ranks.size == 1 else float(parts @ parts.new_tensor(weights)),
+            "loss": float(parts @ parts.new_tensor(weights)),
             **dict(zip(LOSSES, parts.tolist(), strict=True)),
             "missed": missed.tolist(),
             "spread": spread.tolist(),
@@ -140,6 +142,11 @@ class Distiller(TrainingLoop):
         if self.scheduled:
             self.schedule.update(self.measures["teacher_pixels"], self.measures["student_pixels"])
         return float(self.measures["loss"])
+
+    def joined(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """See :meth:`.loop.TrainingLoop.joined`."""
+        alone = not isinstance(self._shared, nn.parallel.DistributedDataParallel)
+        return contextlib.nullcontext() if last or alone else self._shared.no_sync()  # type: ignore[operator]
 
     def log_row(self) -> dict[str, Any]:
         """What the table of the run has of the last step."""
@@ -235,7 +242,7 @@ class Distiller(TrainingLoop):
             yield tile, mask[0] if mask else None
 
 
-def _groups(trained: nn.Module, rate: float, decay: float) -> list[dict[str, Any]]:
+def parameter_groups(trained: nn.Module, rate: float, decay: float) -> list[dict[str, Any]]:
     """Parameters for AdamW; position embeddings, mask tokens, biases and norms do not decay."""
     decaying: list[nn.Parameter] = []
     constant: list[nn.Parameter] = []

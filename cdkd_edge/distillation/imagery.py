@@ -23,7 +23,7 @@ from cdkd_edge.raster.read import ReadingNotes, SceneReader
 from cdkd_edge.raster.stretch import Limits
 from cdkd_edge.segmentation.options import SegmentOptions
 
-# GDAL lists a folder for every file that it opens there; to ask for each sidecar by name takes a third of the time.
+# GDAL lists a folder for every file that it opens there; to ask for each sidecar by name is faster.
 OPENING = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE"}
 _THREADS, _CHUNK = 4, 256  # images are opened in threads, so many at a time: on a network drive that is mostly waiting
 _ROWS = 20  # folders and shards in a report
@@ -53,7 +53,7 @@ class FolderReport:
     images: int = 0
     tiles: int = 0
     left_out: int = 0  # images that cannot be read, or belong to an evaluation set
-    kinds: Counter[str] = field(default_factory=Counter)  # images by bands and type of values, ``3 x uint8``
+    kinds: dict[str, int] = field(default_factory=dict)  # images by bands and type of values, ``3 x uint8``
     width: Range | None = None  # smallest and largest, px
     height: Range | None = None
     gsd: Range | None = None  # finest and coarsest ground sample distance, m; None: no image tells
@@ -62,13 +62,13 @@ class FolderReport:
         """Count an image."""
         gsd = None if header.gsd is None else (header.gsd, header.gsd)
         width, height = (header.width, header.width), (header.height, header.height)
-        self.merge(FolderReport("", 1, tiles, 0, Counter((header.kind,)), width, height, gsd))
+        self.merge(FolderReport("", 1, tiles, 0, {header.kind: 1}, width, height, gsd))
 
     def merge(self, other: FolderReport) -> None:
         """Count all that another folder holds."""
         self.images, self.tiles = self.images + other.images, self.tiles + other.tiles
         self.left_out += other.left_out
-        self.kinds.update(other.kinds)
+        self.kinds = dict((Counter(self.kinds) + Counter(other.kinds)).most_common())
         for name in ("width", "height", "gsd"):
             ranges = list(filter(None, (getattr(self, name), getattr(other, name))))
             if ranges:
@@ -81,7 +81,7 @@ class FolderReport:
         if self.width and self.height:
             parts.append(f"{_span(self.width)} x {_span(self.height)} px")
         only = len(self.kinds) == 1
-        parts += [kind if only else f"{count:,} of {kind}" for kind, count in self.kinds.most_common()]
+        parts += [kind if only else f"{count:,} of {kind}" for kind, count in self.kinds.items()]
         if self.gsd:
             parts.append(f"{_span(self.gsd)} m")
         if self.left_out:

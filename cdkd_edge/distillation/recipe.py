@@ -1,14 +1,16 @@
-"""The recipe of a distillation (torch)."""
+"""What a distillation is asked to do: its recipe, and the options besides (torch)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cdkd_edge.distillation.adapters import GATES
 from cdkd_edge.distillation.autoencoder import PIXELS
 from cdkd_edge.distillation.masks import MASKS
+from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.training.recipe import LoopRecipe
 from cdkd_edge.training.views import Augmentation
 
@@ -31,7 +33,7 @@ class DistillRecipe(LoopRecipe):
     clip_norm: float = 1.0
     views: int = 0
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(scale=(0.7, 1.4), light=0.2))
-    precision: str = "bf16"
+    precision: str = "auto"  # see :func:`cdkd_edge.model.device.chosen_precision`
     adapters: bool = True
     gate: str = "identity"
     feedback: str = "both"  # what distillation trains: teacher and student, or the student alone
@@ -72,6 +74,10 @@ class DistillRecipe(LoopRecipe):
         ]
 
     @property
+    def _precisions(self) -> tuple[str, ...]:
+        return ("auto", *super()._precisions)
+
+    @property
     def masked(self) -> bool:
         """Whether patches are hidden and reconstructed."""
         return self.method in (MASKED, MAE)
@@ -80,3 +86,34 @@ class DistillRecipe(LoopRecipe):
     def gate_used(self) -> str | None:
         """The gate of the adapters; None where the teacher stays as it is: without adapters, and for ``features``."""
         return self.gate if self.adapters and self.method == MASKED else None
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Everything but tiles, teacher, student and output."""
+
+    recipe: DistillRecipe = field(default_factory=DistillRecipe)
+    tile: int | None = None  # side of the tiles to train on, px; None: the student's own
+    teacher_patch: int | None = None  # side of the teacher's patches, px, resampled to it; None: its own
+    heads: int | None = None  # of the teacher, where its file does not say
+    layer_norm_eps: float | None = None  # likewise
+    recompute: bool | None = None  # compute the teacher's blocks again in the backward pass. None: on a GPU
+    exclude: tuple[str, ...] = ()  # evaluation sets, see :class:`.imagery.Imagery`
+    reading: SegmentOptions = field(default_factory=SegmentOptions)
+    probe: Path | None = None  # labelled images on which a linear probe is scored
+    schema: str | None = None  # of the probe's images
+    probe_scenes: tuple[str, ...] = ()  # on which it is scored; it learns on the others
+    probe_list: Path | None = None  # or on the images of this list
+    device: str = "auto"
+    workers: int = 1  # threads that read tiles
+    weights: str | None = None  # of teacher and student, see :func:`cdkd_edge.model.checkpoint.read_checkpoint`
+    resume: bool = False
+    overwrite: bool = False
+    command: str = "cdkd-edge distill"
+
+    @property
+    def probe_identity(self) -> list[Any] | None:
+        """What decides the scores of the probe, and so which student is the best."""
+        if self.probe is None:
+            return None
+        return [self.probe.name, self.schema, self.probe_scenes, self.probe_list and self.probe_list.name]

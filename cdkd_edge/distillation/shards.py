@@ -65,14 +65,17 @@ def _images(shard: str, file: BinaryIO) -> Iterator[Member]:
             end = tar.offset
     except tarfile.TarError:
         end = None
-    # tarfile takes a broken header for the end of the file.
+    # For tarfile, a broken header ends the file, and so does a file that ends between two members.
     if end is not None:
         file.seek(end)
-        end = None if file.read(_BLOCK).strip(b"\0") else end
-    if end is None and not found:
+        if file.read(_BLOCK) == bytes(_BLOCK):
+            return
+    if not found:
         raise SceneError(f"shard {shard} is not a tar file")
-    if end is None:
-        raise SceneError(f"shard {shard} is cut off or damaged after {found} members", hint="copy it again")
+    hint = "copy it again"
+    if end == file.tell():
+        hint += f"; if all members are there, write the end mark: head -c 1024 /dev/zero >> {Path(shard).name}"
+    raise SceneError(f"shard {shard} is cut off or damaged after {found} members", hint=hint)
 
 
 def _key_of(image: Member) -> tuple[str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from cdkd_edge.model.network import Attention, Encoder, SegmentationNetwork
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", *_AUTOCAST)
+_CPU_FLAGS = Path("/proc/cpuinfo")
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86-64, and of aarch64
 
 
 def chosen_device(name: str = "auto") -> torch.device:
@@ -37,6 +40,21 @@ def chosen_device(name: str = "auto") -> torch.device:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"device {name!r} cannot be used: {reason}") from None
     return device
+
+
+def chosen_precision(name: str, device: torch.device) -> str:
+    """The precision of that name; ``auto`` is bf16 where the device has instructions for it, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = device.type == "cpu" and not _BF16_FLAGS.isdisjoint(_cpu_flags())
+    return "bf16" if has_bf16 else "fp32"
+
+
+def _cpu_flags() -> list[str]:
+    return _CPU_FLAGS.read_text(encoding="utf-8", errors="replace").split() if _CPU_FLAGS.exists() else []
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

@@ -131,8 +131,9 @@ class SceneReader:
     @property
     def own_gsd(self) -> float | None:
         """The scene's own ground sample distance, m (of rows and columns the larger); None if it does not tell."""
-        with contextlib.suppress(SceneError), self._gdal("placing"):
-            return max(ground_sample_distance(self._source))
+        if self._source.crs is not None:
+            with contextlib.suppress(SceneError), self._gdal("placing"):
+                return max(ground_sample_distance(self._source))
         return None
 
     @property

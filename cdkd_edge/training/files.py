@@ -28,17 +28,24 @@ def state_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.state.pt")
 
 
-def interruption_notice(output: Path) -> str:
-    """A message after an interruption: what was kept, and how to resume."""
+def interruption_notice(output: Path, best: Path | None = None) -> str:
+    """A message after an interruption: what was kept, and how to resume.
+
+    ``best`` is where the best checkpoint so far lies, if not in ``output``.
+    """
     state = state_path(output)
     if not state.exists():
         return "there is nothing to resume yet; the same command starts again"
-    best = f", its best epoch so far in {output}" if output.exists() else ""
-    return f"the run is kept in {state}{best}; the same command with --resume continues it"
+    best = best or output
+    found = f", its best so far in {best}" if best.exists() else ""
+    return f"the run is kept in {state}{found}; the same command with --resume continues it"
 
 
-def require_free(source: str, output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make sure, before anything is computed, that no checkpoint, card or unfinished run is overwritten: UsageError."""
+def require_free(source: str, output: Path, *, resume: bool, overwrite: bool, others: Sequence[Path] = ()) -> None:
+    """Make sure, before anything is computed, that no checkpoint, card or unfinished run is overwritten: UsageError.
+
+    ``others`` are files besides the checkpoint and its card that the run writes.
+    """
     if output.suffix not in (".pt", ".pth", ".safetensors"):
         raise UsageError(f"--output {output} has no suffix of a checkpoint", hint="end it in .pt, .pth or .safetensors")
     if output.exists() and not source.startswith(PRESET_PREFIX) and Path(source).exists() and output.samefile(source):
@@ -55,8 +62,9 @@ def require_free(source: str, output: Path, *, resume: bool, overwrite: bool) ->
         if resume:
             raise UsageError(f"{output} is finished; there is nothing to resume", hint="train anew with --overwrite")
         raise occupied(output, UsageError)
-    if not state.exists() and card_path(output).exists():
-        raise occupied(card_path(output), UsageError)
+    for path in (card_path(output), *others):
+        if path.exists() and not state.exists():
+            raise occupied(path, UsageError)
 
 
 def save_state(output: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from abc import ABC, abstractmethod
@@ -102,6 +103,10 @@ class TrainingLoop(ABC):
     def loss(self, *batch: Tensor) -> Tensor | None:
         """The loss of a batch of what :meth:`read` gave; None if there is nothing to learn from it."""
 
+    def joined(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Entered for each pass of a step; where processes share a step, they join their gradients in the last."""
+        return contextlib.nullcontext()
+
     def run_epoch(self, after_batch: Callable[[], None] = lambda: None) -> float:
         """Train to the end of the current epoch; returns its mean loss. NumericalCheckError if a loss is not finite."""
         progress = self.progress
@@ -148,16 +153,20 @@ class TrainingLoop(ABC):
         for group in self._optimizer.param_groups:
             group["lr"] = group["base"] * recipe.rate_factor(self.progress.step, self.steps)
         self._optimizer.zero_grad(set_to_none=True)
-        for batch in passes:
-            loss = self.loss(*(part.to(self.device) for part in batch))
-            if loss is None:
-                continue
-            if not torch.isfinite(loss):
-                raise NumericalCheckError(
-                    f"the loss is {float(loss.detach())} at step {self.progress.step}", hint="lower the learning rate"
-                )
-            self._scaler.scale(loss / len(passes)).backward()  # type: ignore[no-untyped-call]
-            losses.append(float(loss.detach()))
+        tiles = sum(len(batch[0]) for batch in passes)
+        for index, batch in enumerate(passes):
+            with self.joined(index == len(passes) - 1):
+                loss = self.loss(*(part.to(self.device) for part in batch))
+                if loss is None:
+                    continue
+                if not torch.isfinite(loss):
+                    value = float(loss.detach())
+                    raise NumericalCheckError(
+                        f"the loss is {value} at step {self.progress.step}", hint="lower the learning rate"
+                    )
+                share = len(batch[0]) / tiles  # the last pass may have fewer tiles
+                self._scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
+            losses.append(float(loss.detach()) * share)
         if not losses:
             return 0.0
         if recipe.clip_norm:
@@ -166,7 +175,7 @@ class TrainingLoop(ABC):
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._average()
-        return sum(losses) / len(losses)
+        return sum(losses)
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -49,8 +49,13 @@ class LoopRecipe:
             if not is_valid:
                 raise UsageError(f"{name} must be {limit}, got {value}")
 
+    @property
+    def _precisions(self) -> tuple[str, ...]:
+        return PRECISIONS
+
     def _limits(self) -> list[tuple[str, Any, bool, str]]:
         """Option, value, whether it is valid, and its limits in words."""
+        precisions = self._precisions
         return [
             ("--batch", self.batch, self.batch >= 1, "at least 1"),
             ("--accumulate", self.accumulate, self.accumulate >= 1, "at least 1"),
@@ -61,7 +66,7 @@ class LoopRecipe:
             ("--clip-norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "0 or more"),
             ("--mean-decay", self.mean_decay, 0 <= self.mean_decay < 1, "0 or more, and below 1"),
             ("--views", self.views, self.views >= 0, "0 or more"),
-            ("--precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+            ("--precision", self.precision, self.precision in precisions, f"one of {', '.join(precisions)}"),
             ("--seed", self.seed, 0 <= self.seed < 1 << 63, "0 or more, and below 2**63"),
         ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 
@@ -332,9 +333,12 @@ def test_no_images_and_a_broken_one_are_named(scenes, teacher, student, tmp_path
     broken = tmp_path / "broken"
     shutil.copytree(scenes, broken)
     (broken / "b.tif").write_bytes((scenes / "b.tif").read_bytes()[:5000])
-    assert_answer(run(*words(broken, teacher, student, tmp_path / "a.pt")), 10, r"broken/b\.tif")
+    assert_answer(run(*words(broken, teacher, student, tmp_path / "a.pt", "--strict")), 10, r"broken/b\.tif")
+    result = run(*words(broken, teacher, student, tmp_path / "a.pt", "--steps", 2, "--json"))
+    assert re.search(r"note: passed over: .*broken/b\.tif", result.stderr)
+    assert json.loads(result.stdout)["distilled"]["skipped"]["images_damaged"] == 1
     write_raster(tmp_path / "deep.tif", np.zeros((3, 64, 64), np.uint16))
-    assert_answer(run(*words(tmp_path / "deep.tif", teacher, student, tmp_path / "a.pt")), 10, "uint16.*--stretch")
+    assert_answer(run(*words(tmp_path / "deep.tif", teacher, student, tmp_path / "b.pt")), 10, "uint16.*--stretch")
 
 
 @pytest.mark.parametrize(
@@ -375,7 +379,8 @@ def test_the_card_says_what_was_done_and_gained(finished):
     assert f"| loss | {record['before']['loss']:.4g} |" in card
     assert "On 2 tiles that it did not train on, of the same scenes." in card
     assert "- teacher: `teacher.pt`" in card
-    assert "- 18 tiles of 2 scenes: a.tif, b.tif" in card
+    assert "- 18 tiles, and 2 to check on, of:" in card
+    assert ": 2 images, 20 tiles, 320 x 128 px, 3 x uint8" in card
     assert "- steps: 60" in card
     rows = card.splitlines()[-20:]
     assert [int(row.split("|")[1]) for row in rows] == list(range(3, 61, 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
+import json
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -98,9 +99,9 @@ def test_any_mixture_of_sources_gives_each_place_once(tmp_path, monkeypatch):
     assert list(tiles.places) == [TilePlace(*corner) for corner in corners]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (63, 64), (64, 65), (130, 1000), (777, 193)])
+@pytest.mark.parametrize("size", [(1, 1), (63, 64), (64, 65), (130, 300), (177, 13)])
 def test_places_are_those_of_the_grid(size):
-    for tile in (1, 7, 64):
+    for tile in (3, 7, 64):
         grid = [(row.start, column.start) for row, column in TileGrid.over(*size, tile, 0)]
         places = Places(np.array([5, size[0]], np.int32), np.array([5, size[1]], np.int32), tile)
         found = list(places)[-len(grid) :]
@@ -366,6 +367,7 @@ def test_the_report_says_what_each_folder_and_shard_holds(tmp_path, monkeypatch)
     assert degrees.gsd[1] == pytest.approx(1.114, abs=0.002)  # along the meridian; 0.558 along the parallel
     assert plain.text == "1 images, 1 tiles, 64 x 64 px, 3 x uint8, 1 left out"
     assert (shard.name, shard.images, shard.tiles) == ("s.tar", 2, 3)
+    assert json.loads(json.dumps(dataclasses.asdict(metres)))["kinds"] == {"3 x uint8": 1, "4 x uint8": 1}
     assert (shard.width, shard.height, shard.gsd) == ((64, 64), (32, 100), None)
 
 
@@ -405,9 +407,11 @@ def test_wrong_sources_are_named(tmp_path, pictures):
     (tmp_path / "empty").mkdir()
     shard = write_shard(tmp_path / "a.tar", {path.name: path.read_bytes() for path in sorted(pictures.iterdir())})
     whole = shard.read_bytes()
+    assert whole[13312 * 5 :][:5] == b"5.png"
     files = {
-        "cut.tar": whole[: len(whole) // 2],
-        "in-header.tar": whole[: 512 * 60 + 100],
+        "cut.tar": whole[: 13312 * 5 - 600],
+        "between.tar": whole[: 13312 * 5],
+        "in-header.tar": whole[: 13312 * 5 + 100],
         "garbled.tar": whole[:512] + b"\1" * 20_000 + whole[20_512:],
         "a.tar.gz": gzip.compress(whole),
         "b.tar": gzip.compress(whole),
@@ -421,6 +425,7 @@ def test_wrong_sources_are_named(tmp_path, pictures):
         ("empty", r"empty holds no raster \(\.tif, .*\.tar", "below"),
         ("gone.tar", "gone.tar does not exist", None),
         ("cut.tar", r"cut\.tar is cut off or damaged after \d members", "copy it again"),
+        ("between.tar", r"between\.tar is cut off or damaged after 5 members", "head -c 1024 /dev/zero >> between.tar"),
         ("in-header.tar", r"in-header\.tar is cut off or damaged after \d members", "copy it again"),
         ("garbled.tar", r"garbled\.tar is cut off or damaged after 1 members", "copy it again"),
         ("a.tar.gz", r"a\.tar\.gz is compressed", "gunzip a.tar.gz"),
@@ -430,7 +435,6 @@ def test_wrong_sources_are_named(tmp_path, pictures):
         ("no-image.tar", "no-image.tar holds no image", None),
         ("*.tgz", r"no raster matches .*\*\.tgz", None),
     ):
-        print(name)
         with pytest.raises(SceneError, match=message) as caught:
             Imagery([str(tmp_path / name)], T)
         assert hint is None or hint in caught.value.hint

@@ -700,7 +700,7 @@ def test_an_interruption_says_what_is_kept_and_how_to_go_on(data, encoder, tmp_p
     interrupt(monkeypatch, 3)
     result = run(*arguments)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("interrupted; ")]
-    assert f"the run is kept in {tmp_path / 'tuned.state.pt'}, its best epoch so far in {tmp_path / 'tuned.pt'}" in line
+    assert f"the run is kept in {tmp_path / 'tuned.state.pt'}, its best so far in {tmp_path / 'tuned.pt'}" in line
     assert "with --resume continues it" in line
 
 

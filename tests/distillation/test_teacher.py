@@ -12,7 +12,7 @@ from sam_reference import GLOBAL, official_file, sam_blocks, sam_tokens, sam_wei
 from training_helpers import CONFIG  # noqa: E402
 
 from cdkd_edge.core.errors import CheckpointError  # noqa: E402
-from cdkd_edge.distillation.teacher import default_pairs, load_network, load_teacher  # noqa: E402
+from cdkd_edge.distillation.teacher import load_network, load_teacher, quarter_pairs  # noqa: E402
 from cdkd_edge.model.checkpoint import save_checkpoint  # noqa: E402
 from cdkd_edge.model.network import Encoder, SegmentationNetwork  # noqa: E402
 from cdkd_edge.model.sam import SAM_CONFIGS, SamEncoder  # noqa: E402
@@ -144,7 +144,9 @@ def test_files_that_are_no_teacher_are_refused(tmp_path):
 
 
 def test_pairs_are_the_papers_and_end_at_the_first_global_blocks_of_sam():
-    assert default_pairs(12, 24) == ((6, 3), (12, 6), (18, 9))
-    assert default_pairs(6, 12) == ((3, 1), (6, 3), (9, 4))
+    assert quarter_pairs(24, 12) == ((6, 3), (12, 6), (18, 9))
+    assert quarter_pairs(12, 6) == ((3, 1), (6, 3), (9, 4))
+    assert quarter_pairs(12, 12, 4) == ((3, 3), (6, 6), (9, 9), (12, 12))
+    assert quarter_pairs(2, 4) == ((1, 1), (1, 2), (1, 3))
     for config in SAM_CONFIGS.values():
-        assert tuple(one - 1 for one, _ in default_pairs(12, config.depth)) == config.taps[:3]
+        assert tuple(one - 1 for one, _ in quarter_pairs(config.depth, 12)) == config.taps[:3]

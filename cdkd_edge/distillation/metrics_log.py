@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class MetricsLog:
         )  # fmt: skip
         self.path = path
         kept = [row for row in read_log(path) if int(row["step"]) <= step] if step else []
-        write_text(path, self._lines([dict.fromkeys(self.columns), *kept], header=True))
+        write_text(path, ",".join(self.columns) + "\n" + self._lines(kept))
         self._waiting: list[Mapping[str, Any]] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -62,12 +62,9 @@ class MetricsLog:
             file.write(self._lines(self._waiting))
         self._waiting = []
 
-    def _lines(self, rows: list[Any], *, header: bool = False) -> str:
+    def _lines(self, rows: Sequence[Mapping[str, Any]]) -> str:
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n")
-        if header:
-            writer.writeheader()
-            rows = rows[1:]
         writer.writerows({name: _short(value) for name, value in row.items()} for row in rows)
         return text.getvalue()
 
@@ -77,11 +74,11 @@ def _short(value: Any) -> Any:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a table; none if there is no file. A row that was cut off is left out."""
+    """The rows of a table; none if there is no file. A last row that was cut off is left out."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and row.get("step", "").isdecimal()]
+    text = path.read_text("utf-8")
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
 def write_curves(rows: list[dict[str, str]], transitions: list[dict[str, Any]], path: Path) -> None:

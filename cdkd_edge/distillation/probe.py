@@ -49,7 +49,7 @@ class LinearProbe:
     def score(self, encoder: Encoder, device: torch.device, precision: str) -> dict[str, Any]:
         """``mean_iou`` and the other scores of the validation tiles, pixel by pixel; JSON data."""
         chosen, shares = self._training_cells(encoder, device, precision)
-        mean, std = chosen.mean(0), chosen.std(0).clamp_min(1e-6)
+        mean, std = chosen.mean(0), chosen.std(0, correction=0).clamp_min(1e-6)
         layer = _trained_layer((chosen - mean) / std, shares)
         matrix = ConfusionMatrix(len(self.schema))
         patch = encoder.config.patch
@@ -69,16 +69,13 @@ class LinearProbe:
         rng = np.random.default_rng(0)
         features, shares = [], []
         for maps, labels in _seen(self._training, encoder, device, precision):
-            # Pixels without label, 255, are counted behind the classes, and left out.
             patches = labels.unfold(0, config.patch, config.patch).unfold(1, config.patch, config.patch).flatten(2)
-            counts = (
-                F.one_hot(patches.long().clamp_max(classes), classes + 1)[..., :classes].sum(2).float()
-            )  # [G, G, K]
-            total = counts.sum(-1)
-            labelled = total.flatten().nonzero()[:, 0].numpy()
-            cells = torch.from_numpy(rng.permutation(labelled)[:most])
+            # Pixels without label, 255, are counted behind the classes, and left out.
+            one_hot = F.one_hot(patches.flatten(0, 1).long().clamp_max(classes), classes + 1)  # [G G, P P, K + 1]
+            counts = one_hot[..., :classes].sum(1).float()
+            cells = torch.from_numpy(rng.permutation(counts.sum(1).nonzero()[:, 0].numpy())[:most])
             features.append(maps.flatten(0, 1)[cells.to(device)])
-            shares.append((counts / total.clamp_min(1)[..., None]).flatten(0, 1)[cells].to(device))
+            shares.append(F.normalize(counts[cells], p=1, dim=1).to(device))
         return torch.cat(features), torch.cat(shares)
 
 

@@ -91,4 +91,5 @@ def quarter_pairs(teacher: int, student: int, quarters: int = 3) -> tuple[tuple[
 
     The paper's are (6, 3), (12, 6), (18, 9); those of the teacher are global blocks in each size of SAM.
     """
-    return tuple((teacher * quarter // 4, student * quarter // 4) for quarter in range(1, quarters + 1))
+    ends = [[max(1, depth * quarter // 4) for quarter in range(1, quarters + 1)] for depth in (teacher, student)]
+    return tuple(zip(*ends, strict=True))

@@ -147,5 +147,6 @@ def test_pairs_are_the_papers_and_end_at_the_first_global_blocks_of_sam():
     assert quarter_pairs(24, 12) == ((6, 3), (12, 6), (18, 9))
     assert quarter_pairs(12, 6) == ((3, 1), (6, 3), (9, 4))
     assert quarter_pairs(12, 12, 4) == ((3, 3), (6, 6), (9, 9), (12, 12))
+    assert quarter_pairs(2, 4) == ((1, 1), (1, 2), (1, 3))
     for config in SAM_CONFIGS.values():
         assert tuple(one - 1 for one, _ in quarter_pairs(config.depth, 12)) == config.taps[:3]

@@ -105,7 +105,7 @@ def distill(
     for source in filter(None, (str(student), str(teacher or ""))):
         require_free(source, output, resume=options.resume, overwrite=options.overwrite, others=(best_path(output),))
     try:
-        run = _Run(tiles, teacher, str(student), output, options, listener)
+        run = _Distilling(tiles, teacher, str(student), output, options, listener)
         if not options.resume and run.ranks.writes:  # only now: tiles and networks have proved to be usable
             state_path(output).unlink(missing_ok=True)
         return run.finish()
@@ -113,7 +113,7 @@ def distill(
         leave_ranks()
 
 
-class _Run:
+class _Distilling:
     """One run, from the tiles to the card."""
 
     def __init__(

@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from distill_helpers import MASKED, assert_nearly_identical, distilled, write_encoder, write_sam, write_scenes  # noqa: E402
-from traced_distill import TracedRun, quick_stages  # noqa: E402
+from traced_distill import TracedDistilling, quick_stages  # noqa: E402
 from training_helpers import CONFIG  # noqa: E402
 
 from cdkd_edge.core.errors import UsageError  # noqa: E402
@@ -70,7 +70,7 @@ def test_two_processes_make_the_steps_of_one(words, tmp_path, monkeypatch):
         TRACES=str(tmp_path),
     )
     quick_stages(monkeypatch.setattr)
-    monkeypatch.setattr(module, "_Run", TracedRun)
+    monkeypatch.setattr(module, "_Distilling", TracedDistilling)
     (tmp_path / "one").mkdir()
     monkeypatch.setenv("TRACES", str(tmp_path / "one"))
     record = distilled(*words, *steps, "--batch", 8, "-o", tmp_path / "one.pt")

@@ -164,10 +164,10 @@ def test_a_run_that_was_interrupted_while_it_compared_resumes(masked, finished, 
 
 def test_an_error_at_any_step_leaves_the_last_state(masked, finished, tmp_path, monkeypatch):
     """Rows that were written after the state was are written once."""
-    real = module._Run._save_state
-    monkeypatch.setattr(module._Run, "_row_is_due", lambda self: self.distiller.progress.step == STEPS)
+    real = module._Distilling._save_state
+    monkeypatch.setattr(module._Distilling, "_row_is_due", lambda self: self.distiller.progress.step == STEPS)
     monkeypatch.setattr(
-        module._Run,
+        module._Distilling,
         "_save_state",
         lambda self: real(self) if self.distiller.progress.step in (3, STEPS) else self.log.flush(),
     )

@@ -18,7 +18,7 @@ def quick_stages(patch: Any) -> None:
     patch(schedule, "LATE_ABOVE", 0.0)
 
 
-class TracedRun(distill._Run):
+class TracedDistilling(distill._Distilling):
     """Leaves its schedule and its last measures in a file."""
 
     def finish(self) -> Any:
@@ -32,5 +32,5 @@ class TracedRun(distill._Run):
 
 if __name__ == "__main__":
     quick_stages(setattr)
-    distill._Run = TracedRun
+    distill._Distilling = TracedDistilling
     cli.app()

@@ -82,6 +82,7 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
     network, run = record["network"], record["run"]
     path = Path(name)
     kept_out = record["check_tiles"] < record["training_tiles"]
+    check = f", and {record['check_tiles']} to check on" if kept_out else ""
     pictures = [f"![Losses against the step]({curves_path(path).name})", ""]
     if record["method"] != FEATURES:
         text = "Tiles, their visible patches, and what the student" + (
@@ -131,7 +132,7 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
                     for role in ("teacher", "student")
                     if role in record
                 ),
-                f"- {record['training_tiles']:,} tiles, and {record['check_tiles']} to check on, of:",
+                f"- {record['training_tiles']:,} tiles{check}, of:",
                 *(f"  - {Path(folder['name']).name or '.'}: {folder['text']}" for folder in record["imagery"]),
                 *(f"- {note}" for note in record["notes"]),
                 *transitions,
@@ -151,7 +152,12 @@ def _history(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     names = [name for name in ("loss", *MEASURES) if any(row[name] for row in rows)]
     with_stage, with_probe = "stage" in rows[-1], "probe" in rows[-1]["check"]
-    head = ["step", *names, *(["ratio", "stage"] if with_stage else []), *(["probe mIoU"] if with_probe else [])]
+    head = [
+        "step",
+        *(name.replace("_", " ") for name in names),
+        *(["ratio", "stage"] if with_stage else []),
+        *(["probe mIoU"] if with_probe else []),
+    ]
     lines = [f"| {' | '.join(head)} |", f"|{'---:|' * len(head)}"]
     for row in rows:
         cells = [str(row["step"]), *(f"{row[name]:.4f}" for name in names)]

@@ -107,7 +107,8 @@ def distill(
     try:
         run = _Distilling(tiles, teacher, str(student), output, options, listener)
         if not options.resume and run.ranks.writes:  # only now: tiles and networks have proved to be usable
-            state_path(output).unlink(missing_ok=True)
+            for path in (state_path(output), best_path(output)):
+                path.unlink(missing_ok=True)
         return run.finish()
     finally:
         leave_ranks()

@@ -87,7 +87,7 @@ class Study:
 
     def encoder(self, arm: str, seed: int) -> Path:
         """The encoder that is judged."""
-        return self.options.teacher if arm == TEACHER else self.place(arm, seed, "encoder.pt")  # type: ignore[no-any-return]
+        return self.options.teacher if arm == TEACHER else self.place(arm, seed, "encoder.pt")
 
     def student(self, seed: int) -> Path:
         """A student with random weights; the same for all arms of a seed."""
@@ -233,7 +233,7 @@ def main(words: Sequence[str] | None = None) -> int:
         **{name: getattr(options, name) for name in names},
         "rows": study.rows(),
     }
-    write_results(results, as_markdown(results), options.output)
+    write_results(options.output, results, as_markdown(results))
     return 0
 
 

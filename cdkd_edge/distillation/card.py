@@ -9,7 +9,7 @@ from typing import Any
 from cdkd_edge.core.numbers import significant
 from cdkd_edge.distillation.metrics_log import curves_path
 from cdkd_edge.distillation.pictures import pictures_path
-from cdkd_edge.distillation.recipe import FEATURES, MAE, MASKED
+from cdkd_edge.distillation.recipe import FEATURES, MAE, MASKED, WITHOUT_ADAPTERS
 from cdkd_edge.model.config import attention_text
 from cdkd_edge.training.files import shown
 
@@ -19,6 +19,15 @@ _METHODS = {
     FEATURES: "on the features of a teacher",
     MAE: "as a masked autoencoder, without a teacher",
 }
+_OF_MASKS = ("mask", "cell", "pixels", "decoder_width", "decoder_depth")
+_OF_ADAPTERS = ("gate", "feedback")
+_OF_TEACHERS = ("adapters", *_OF_ADAPTERS, "pairs", "projection", "target")
+_UNUSED = {  # fields of the recipe that a method does not read
+    MASKED: ("logits",),
+    FEATURES: ("adapters", *_OF_ADAPTERS, *_OF_MASKS, "loss_weights"),
+    MAE: (*_OF_TEACHERS, "loss_weights", "logits"),
+}
+_OFF = {"accumulate": 1, "warm_up": 0, "clip_norm": 0.0, "mean_decay": 0.0, "views": 0, "decoder_width": 0}
 MEASURES = {  # what the card and the command call the losses
     "distillation": "missed of the teacher's features",
     "teacher_pixels": "error of the teacher's reconstruction",
@@ -37,7 +46,7 @@ def measure_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
     for index, pair in enumerate(record["recipe"]["pairs"]):
         missed = [significant(one["missed"][index], 4) for one in (before, after)]
-        rows.append((f"missed, block {pair[1]} of the teacher's block {pair[0]}", *missed))
+        rows.append((f"missed of the teacher's block {pair[0]} by block {pair[1]}", *missed))
     if after["classes"]:
         rows.append(("cells with the teacher's label", *(_percent(one["agreement"]) for one in (before, after))))
     if "probe" in after:
@@ -45,6 +54,23 @@ def measure_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for name in after["probe"]["iou"]:
             rows.append((f"IoU of {name}", *(_percent(one["probe"]["iou"].get(name)) for one in (before, after))))
     return rows
+
+
+def _recipe(record: Mapping[str, Any]) -> list[str]:
+    """The recipe line by line, without what the method does not read or what was not asked for."""
+    recipe, method = record["recipe"], record["method"]
+    unused = {"method", "loss_weights", "epochs" if recipe["steps"] else "steps", *_UNUSED[method]}
+    if not recipe["adapters"]:
+        unused.update(_OF_ADAPTERS)
+    if method == FEATURES and not record["after"]["classes"]:
+        unused.add("logits")
+    used = {name: value for name, value in recipe.items() if name not in unused and value != _OFF.get(name)}
+    if "pairs" in used:
+        used["pairs"] = ", ".join(f"{teacher}:{student}" for teacher, student in used["pairs"])
+    if method == MASKED:
+        fixed = recipe["loss_weights"] or (None if recipe["adapters"] else WITHOUT_ADAPTERS)
+        used["loss weights"] = "in three stages" if fixed is None else ", ".join(f"{one:g}" for one in fixed)
+    return [f"- {name.replace('_', ' ')}: {shown(value)}" for name, value in used.items()]
 
 
 def _percent(value: float | None) -> str:
@@ -62,6 +88,10 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
             " and the teacher" if record["method"] == MASKED and record["recipe"]["adapters"] else ""
         )
         pictures += [f"{text} reconstructed from these:", "", f"![Reconstructions]({pictures_path(path).name})", ""]
+    missed = []
+    if record["method"] != MAE:
+        over = " over the variance of the teacher's channel at the start"
+        missed = [f"*Missed*: mean squared difference{over if record['recipe']['target'] != 'raw' else ''}."]
     transitions = [
         f"- step {one['step']}: stage {one['stage']}, at a ratio of {one['ratio']:.3f}" for one in record["transitions"]
     ]
@@ -86,9 +116,7 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
                 f"On {record['check_tiles']} tiles that it did not train on, of the same scenes."
                 if kept_out
                 else f"On the {record['check_tiles']} tiles that it trained on.",
-                "*Missed*: mean squared difference over the variance of the teacher's channel at the start."
-                if record["recipe"]["target"] != "raw"
-                else "*Missed*: mean squared difference.",
+                *missed,
                 "",
                 "| | before | after |",
                 "|---|---:|---:|",
@@ -107,7 +135,7 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
                 *(f"  - {Path(folder['name']).name or '.'}: {folder['text']}" for folder in record["imagery"]),
                 *(f"- {note}" for note in record["notes"]),
                 *transitions,
-                *(f"- {key}: {shown(value)}" for key, value in record["recipe"].items()),
+                *_recipe(record),
                 f"- {run['seconds'] / 60:.1f} minutes on {run['device']}, {run['processes']} "
                 f"process{'es' if run['processes'] > 1 else ''}, {run['libraries']}",
                 "",

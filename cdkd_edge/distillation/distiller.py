@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cdkd_edge.core.errors import UsageError
 from cdkd_edge.distillation.masks import visible_patches
 from cdkd_edge.distillation.networks import LOSSES, Distillation, Losses, encoder_of
-from cdkd_edge.distillation.recipe import FEATURES, MAE, RATE_BATCH, DistillRecipe
+from cdkd_edge.distillation.recipe import FEATURES, MAE, RATE_BATCH, WITHOUT_ADAPTERS, DistillRecipe
 from cdkd_edge.distillation.schedule import LEAST_STEPS, Schedule
 from cdkd_edge.distillation.tiles import SceneTiles
 from cdkd_edge.model.sparsity import sparse_weights
@@ -30,7 +30,6 @@ _CHECK_SHARE = 8  # one tile in so many is kept out
 _STUCK_AFTER = 0.25  # share of the run after which a schedule that is still at its first stage is worth a note
 _LEAST_SPREAD = 0.5  # of the teacher's features, against those at the start
 _MASK, _CHECK = 4, 5  # added to a seed, as in :mod:`cdkd_edge.training.loop`
-WITHOUT_ADAPTERS = (0.6, 0.0, 0.4)  # weights of the losses: a teacher that reconstructs nothing gives no ratio
 
 
 class Distiller(TrainingLoop):

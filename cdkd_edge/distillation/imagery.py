@@ -18,7 +18,7 @@ from cdkd_edge.core.errors import DatasetError, SceneError
 from cdkd_edge.core.numbers import significant
 from cdkd_edge.distillation.shards import COMPRESSED, SHARD, gdal_name, images_of
 from cdkd_edge.precision.exclusions import Exclusions, PixelWindow
-from cdkd_edge.raster.open import RASTER_SUFFIXES, scenes_named
+from cdkd_edge.raster.open import RASTER_SUFFIXES, gdal, scenes_named
 from cdkd_edge.raster.read import ReadingNotes, SceneReader
 from cdkd_edge.raster.stretch import Limits
 from cdkd_edge.segmentation.options import SegmentOptions
@@ -245,7 +245,7 @@ class Imagery:
         """What the headers of all images tell, in order; the error of one that cannot be read; why one is excluded."""
 
         def read(first: int) -> list[Header | SceneError | str]:
-            with rasterio.Env(**OPENING):
+            with rasterio.Env(**OPENING), gdal("opening images"):
                 return [self._header(image, exclusions) for image in range(first, min(first + _CHUNK, total))]
 
         total = len(self)

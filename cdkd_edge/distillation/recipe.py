@@ -18,6 +18,7 @@ MASKED, FEATURES, MAE = METHODS = ("masked", "features", "mae")
 FEEDBACK = ("both", "student")
 TARGETS = ("standardized", "raw")
 PROJECTIONS = ("auto", "linear", "none")
+WITHOUT_ADAPTERS = (0.6, 0.0, 0.4)  # weights of the losses: a teacher that reconstructs nothing gives no ratio
 RATE_BATCH = 4  # tiles for which the learning rate is given; the paper's
 
 

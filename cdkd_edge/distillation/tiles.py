@@ -20,6 +20,7 @@ from cdkd_edge.core.errors import SceneError
 from cdkd_edge.distillation.imagery import OPENING, Imagery, Progress, few, tiles_along
 from cdkd_edge.precision.exclusions import overlaps
 from cdkd_edge.precision.scan_scenes import is_blank
+from cdkd_edge.raster.open import gdal
 from cdkd_edge.raster.stretch import Limits, NoDataError
 from cdkd_edge.segmentation.options import SegmentOptions
 from cdkd_edge.training.views import Augmentation, TilePlace, UInt8Array, View, as_seen, window_of
@@ -162,7 +163,11 @@ class SceneTiles:
             return _EXCLUDED
         pixels = np.empty((3, row.last - row.first, column.last - column.first), np.uint8)
         try:
-            with rasterio.Env(**OPENING), closing(self.imagery.open(image, self._limits_of(image))) as reader:
+            with (
+                rasterio.Env(**OPENING),
+                gdal("reading"),
+                closing(self.imagery.open(image, self._limits_of(image))) as reader,
+            ):
                 if (reader.height, reader.width) != shape:
                     raise _ReplacedError(f"{self.imagery.shown(image)} was replaced by another while it was read")
                 known = reader.warnings

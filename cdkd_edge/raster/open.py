@@ -221,7 +221,8 @@ def gdal(doing: str, warnings: Warnings | None = None, *, check_log: bool = Fals
     ``warnings`` takes GDAL's warnings; ``check_log`` raises also the errors that rasterio only logs.
     """
     outer, messages = getattr(_heard, "messages", None), list[tuple[int, str]]()
-    with rasterio.Env(**_GDAL_OPTIONS):
+    # Within another block the options are set already, and to set them takes longer than to read a small header.
+    with rasterio.Env(**_GDAL_OPTIONS) if outer is None else contextlib.nullcontext():
         try:
             _heard.messages = messages
             yield

@@ -49,7 +49,7 @@ def require_free(source: str, output: Path, *, resume: bool, overwrite: bool, ot
     if output.suffix not in (".pt", ".pth", ".safetensors"):
         raise UsageError(f"--output {output} has no suffix of a checkpoint", hint="end it in .pt, .pth or .safetensors")
     if output.exists() and not source.startswith(PRESET_PREFIX) and Path(source).exists() and output.samefile(source):
-        raise UsageError(f"{output} is the checkpoint that training starts from")
+        raise UsageError(f"{output} is a checkpoint that training reads")
     if output.is_dir():
         raise UsageError(f"{output} is a folder", hint="choose another --output")
     if overwrite:

@@ -156,7 +156,7 @@ def test_nothing_is_overwritten_unasked(tmp_path, weights):
     assert_answer(run(*words, tmp_path / "a.pt"), 2, "a.pt exists.*--overwrite")
     assert (tmp_path / "a.pt").read_text() == "mine"
     assert run(*words, tmp_path / "a.pt", "--overwrite").exit_code == 0
-    assert_answer(run(*words, source, "--overwrite"), 2, "is the checkpoint that training starts from")
+    assert_answer(run(*words, source, "--overwrite"), 2, "is a checkpoint that training reads")
     assert_answer(run(*words, tmp_path / "a.onnx"), 2, "has no suffix of a checkpoint")
 
 

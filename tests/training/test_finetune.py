@@ -609,7 +609,7 @@ def test_a_checkpoint_is_never_written_over_its_source(tuned, data, more, tmp_pa
     (tmp_path / "link.pt").symlink_to(tuned)
     for output in (tuned, tmp_path / "link.pt"):
         result = run("finetune", tuned, "--data", data, "-o", output, *SMALL, *SPLIT, *more)
-        assert_answer(result, 2, "is the checkpoint that training starts from")
+        assert_answer(result, 2, "is a checkpoint that training reads")
     assert tuned.read_bytes() == before
 
 

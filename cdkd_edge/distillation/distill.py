@@ -105,7 +105,7 @@ def distill(
     for source in filter(None, (str(student), str(teacher or ""))):
         require_free(source, output, resume=options.resume, overwrite=options.overwrite, others=(best_path(output),))
     try:
-        run = _Run(tiles, teacher, str(student), output, options, listener)
+        run = _Distilling(tiles, teacher, str(student), output, options, listener)
         if not options.resume and run.ranks.writes:  # only now: tiles and networks have proved to be usable
             state_path(output).unlink(missing_ok=True)
         return run.finish()
@@ -113,7 +113,7 @@ def distill(
         leave_ranks()
 
 
-class _Run:
+class _Distilling:
     """One run, from the tiles to the card."""
 
     def __init__(
@@ -262,10 +262,6 @@ class _Run:
             for name in ("loss", *LOSSES):
                 kept["sums"][name] = kept["sums"].get(name, 0.0) + measures[name]
             kept["sums"]["steps"] = kept["sums"].get("steps", 0) + 1
-            for name, text in distiller.oddities().items():
-                if name not in kept["noted"]:
-                    kept["noted"][name] = text
-                    self.listener.note(text)
             # Also before every comparison, which takes time and may write a checkpoint that needs a state beside it.
             if self._row_is_due() or time.perf_counter() - self._saved_state > _SAVE_STATE_EVERY_S:
                 self._save_state()
@@ -304,6 +300,9 @@ class _Run:
         row["check"] = self._compare()
         self.kept["sums"] = {}
         self.kept["rows"].append(row)
+        for name, text in distiller.oddities(self.kept["before"], row["check"]).items():
+            if self.kept["noted"].setdefault(name, text) is text:
+                self.listener.note(text)
         self._keep_if_best(row["check"])
         self.listener.row(row, distiller.steps, self._seconds_left())
 

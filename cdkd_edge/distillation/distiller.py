@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -165,9 +165,10 @@ class Distiller(TrainingLoop):
             "waited": self.waited,
         }
 
-    def oddities(self) -> dict[str, str]:
-        """What a user should know about the run as it is now, by kind."""
-        step, spread, found = self.progress.step, self.measures["spread"], {}
+    def oddities(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+        """What a user should know about the run as it is now, by kind; both arguments are of :meth:`compare`."""
+        step, found = self.progress.step, {}
+        spread = [one / max(start, 1e-9) for start, one in zip(before["spread"], now["spread"], strict=True)]
         if self.scheduled and self.schedule.stage == "early" and step > max(LEAST_STEPS, _STUCK_AFTER * self.steps):
             found["stage"] = (
                 f"step {step}: still at the first stage, as the teacher reconstructs hardly better than the student "
@@ -176,7 +177,7 @@ class Distiller(TrainingLoop):
         if self.recipe.gate_used and spread and min(spread) < _LEAST_SPREAD:
             found["spread"] = (
                 f"step {step}: the teacher's features at pair {spread.index(min(spread)) + 1} vary {min(spread):.2f} "
-                "times as much as without adapters; --feedback student keeps it from making itself easy to predict"
+                "times as much as at the start; --feedback student keeps it from making itself easy to predict"
             )
         return found
 
@@ -184,16 +185,17 @@ class Distiller(TrainingLoop):
     def compare(self) -> dict[str, Any]:
         """The losses on the tiles that are kept out of training, with the weights that would be saved; JSON data.
 
-        ``missed`` is by pair; ``agreement`` is the share of cells with the teacher's label, where both have heads.
+        ``missed`` and ``spread`` are by pair; ``agreement`` is the share of cells with the teacher's label, where both
+        have heads.
         """
         rows = []
         with self.saved_weights():
             for tiles, visible in self.plain(self.check):
                 found: Losses = self.networks(tiles, visible)
-                rows.append(torch.cat([found.parts, found.agreement[None], found.missed]))
-        mean = torch.stack(rows).mean(0).tolist()
-        names = (*LOSSES, "agreement")
-        return {**dict(zip(names, mean, strict=False)), "missed": mean[len(names) :]}
+                rows.append(torch.cat([found.parts, found.agreement[None], found.missed, found.spread]))
+        mean, names, pairs = torch.stack(rows).mean(0).tolist(), (*LOSSES, "agreement"), len(self.networks.pairs)
+        by_pair = mean[len(names) :]
+        return {**dict(zip(names, mean, strict=False)), "missed": by_pair[:pairs], "spread": by_pair[pairs:]}
 
     def state(self) -> dict[str, Any]:
         """See :meth:`.loop.TrainingLoop.state`."""

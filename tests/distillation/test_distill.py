@@ -198,6 +198,8 @@ def test_a_student_learns_from_sam_by_masks(masked, plain):
     before, after = record["before"], record["after"]
     assert (record["recipe"]["projection"], record["recipe"]["pairs"]) == ("linear", [[1, 1], [2, 2], [3, 3]])
     assert record["teacher"]["layout"] == "SAM"
+    assert before["spread"] != after["spread"]
+    assert all(0.5 < one < 2 for one in before["spread"])
     for name in ("distillation", "teacher_pixels", "student_pixels"):
         assert after[name] < 0.9 * before[name], name
     changed = {
@@ -297,7 +299,8 @@ def test_the_best_file_is_kept_only_if_it_is_not_the_last(scenes, plain, tmp_pat
 
     def compare(self):
         found = dict.fromkeys(("distillation", "teacher_pixels", "classes", "agreement"), 0.0)
-        return {**found, "student_pixels": next(scores, 0.0) if self.progress.step else 9.0, "missed": []}
+        by_pair = {"missed": [], "spread": []}
+        return {**found, **by_pair, "student_pixels": next(scores, 0.0) if self.progress.step else 9.0}
 
     monkeypatch.setattr(Distiller, "compare", compare)
     words = (scenes, "--method", "mae", "--student", plain, *LOOP, "--steps", 3, "--lr", 0.002)

@@ -28,7 +28,7 @@ STATISTICS_TILES = 64  # tiles on which the teacher's features are measured; 64 
 CHECK_TILES = 16  # most tiles that are kept out of training, to show what it gained
 _CHECK_SHARE = 8  # one tile in so many is kept out
 _STUCK_AFTER = 0.25  # share of the run after which a schedule that is still at its first stage is worth a note
-_LEAST_SPREAD = 0.5  # of the teacher's features, against those at the start
+_LEAST_SPREAD = 0.5  # of the teacher's features, against those without adapters
 _MASK, _CHECK = 4, 5  # added to a seed, as in :mod:`cdkd_edge.training.loop`
 
 

@@ -44,7 +44,6 @@ class LinearProbe:
         self.schema = schema
         self._training = TrainingTiles(split.training, schema, tile, options=options)
         self._validation = TrainingTiles(split.validation, schema, tile, options=options)
-        self.rule = split.rule
 
     def score(self, encoder: Encoder, device: torch.device, precision: str) -> dict[str, Any]:
         """``mean_iou`` and the other scores of the validation tiles, pixel by pixel; JSON data."""

@@ -70,6 +70,7 @@ class DistillRecipe(LoopRecipe):
             ("--decoder-width", self.decoder_width, self.decoder_width >= 0, "0 or more"),
             ("--decoder-depth", self.decoder_depth, 1 <= self.decoder_depth <= 48, "1 to 48"),
             ("--loss-weights", weights, not weights or (len(weights) == 3 and usable), "three numbers, not all 0"),
+            ("--loss-weights", weights, not weights or self.method == MASKED, "left out: only method masked has them"),
             ("--logits", self.logits, 0 <= self.logits < 1e6, "0 or more"),
             *super()._limits(),
         ]

@@ -37,6 +37,7 @@ def test_defaults_are_the_papers():
         ({"pairs": ((3, 0),)}, "--pairs must be blocks from 1 on, got ((3, 0),)"),
         ({"decoder_depth": 0}, "--decoder-depth must be 1 to 48, got 0"),
         ({"loss_weights": (0.6, 0.2)}, "--loss-weights must be three numbers, not all 0"),
+        ({"method": "mae", "loss_weights": (0.6, 0.2, 0.2)}, "--loss-weights must be left out: only method masked"),
         ({"loss_weights": (0.0, 0.0, 0.0)}, "--loss-weights must be three numbers, not all 0"),
         ({"loss_weights": (0.6, -0.2, 0.6)}, "--loss-weights must be three numbers, not all 0"),
         ({"loss_weights": (0.6, float("nan"), 0.6)}, "--loss-weights must be three numbers, not all 0"),

@@ -111,7 +111,7 @@ out/.dubai: out/encoder.safetensors
 out/.dubai-recovered: out/.dubai
 	$(VENV)/bin/cdkd-edge convert out/dubai.pt --attention window16/pooled2 -o out/dubai-converted.pt --overwrite
 	$(VENV)/bin/cdkd-edge distill $(foreach scene,1 2 4 6 7,"$(DATA)/images/tile$(scene)_*") --teacher out/dubai.pt \
-		--student out/dubai-converted.pt -o out/dubai-recovered.pt --method features --steps 1000 --batch 2 --lr 2e-5 \
+		--student out/dubai-converted.pt -o out/dubai-recovered.pt --method features --steps 300 --batch 2 --lr 2e-5 \
 		--schedule cosine --warm-up 50 --resume
 	touch $@
 

@@ -46,7 +46,7 @@ DEVICE = "orin-nx-16gb"
 MODE = "MAXN"  # of the main table; the second table has all modes
 STAGES = ("convert", "before", "speed", "recover", "after", "tune", "tuned", "seams")
 # AdamW 1e-5 at two tiles a step; `distill` takes the rate for four.
-DISTILL = "--method features --steps 1000 --batch 2 --lr 2e-5 --schedule cosine --warm-up 50"
+DISTILL = "--method features --steps 300 --batch 2 --lr 2e-5 --schedule cosine --warm-up 50"
 COMPILER = ("--runtime", "tensorrt", "--target", "sm86")
 
 

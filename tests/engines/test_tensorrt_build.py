@@ -257,7 +257,7 @@ def test_what_the_manifest_takes_from_the_process(small_graph: Path, tmp_path: P
     assert manifest.attention_blocks == 2
     assert "did not list the engine's layers" in build.notes[0]
     report = describe_engine(BuiltEngine(tmp_path / "e.engine", manifest), PreparedGraph(small_graph))
-    assert ("attention", "2 blocks; whether they are fused is not known") in report.rows
+    assert ("attention", "global; 2 blocks; whether they are fused is not known") in report.rows
     assert "warning" not in dict(report.rows)
 
 

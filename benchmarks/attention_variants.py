@@ -12,7 +12,7 @@
     after     accuracy
     tune      `finetune`: the decoder alone, on the other scenes' labels; also of the network as trained, to be fair
     tuned     accuracy
-    seams     how often labels change across borders of tiles (`benchmarks/seams.py`)
+    seams     how often labels of the recovered network change across borders of tiles (`benchmarks/seams.py`)
 
 Every stage of every variant is kept in ``--folder``; a killed run goes on where it was. A stage that fails is a reason
 in the table, and is tried again by the next run. The validation scene is never trained on, not even without labels.
@@ -235,9 +235,9 @@ class Study:
         return found
 
     def seams(self, variant: Variant) -> dict[str, Any]:
-        """Changes of label across the borders of tiles, on the validation scenes."""
+        """Changes of label of the recovered network across the borders of tiles, on the validation scenes."""
         images = [path for path in self.images if path.name.split("_")[0] in self.options.val_scenes]
-        found = measure_seams(self._cpu_engine(variant, "tuned"), images, self.overlap(variant))
+        found = measure_seams(self._cpu_engine(variant, "recovered"), images, self.overlap(variant))
         return {"changes": found["changes"], "agreement": found["agreement"]}
 
     def _space(self, variant: Variant, which: str) -> Path:
@@ -379,7 +379,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=3, help="of decoder tuning")
     parser.add_argument(
         "--finetune",
-        default="--lr 2e-4 --batch 8 --schedule cosine --warm-up 20 --clip-norm 1 --class-weights sqrt",
+        default="--views 0 --scale 0.5 1.6 --light 0.2 --texture 1 --class-weights sqrt --weight-decay 0.02 "
+        "--mean-decay 0.985 --lr 1e-4 --batch 8 --schedule cosine --warm-up 20 --clip-norm 1",
         help="more options of finetune",
     )
     parser.add_argument("--calibration", type=int, default=4, help="tiles for INT8, whose speed is all that counts")

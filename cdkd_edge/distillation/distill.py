@@ -213,14 +213,14 @@ class _Distilling:
         progress, writes = distiller.progress, self.ranks.writes
         for note in [*self.tiles.notes, *self.notes]:
             listener.note(note)
-        if writes:
-            self.log = MetricsLog(log_path(output), len(distiller.networks.pairs), progress.step)
         if not progress.step:
             listener.step("measuring the teacher's features")
             distiller.measure_teacher()
             if writes:
                 self.kept["before"] = self._compare()
-        elif writes and self._row_is_due():  # the run was interrupted while it compared
+        if writes:  # only now: tiles that cannot be used leave no file
+            self.log = MetricsLog(log_path(output), len(distiller.networks.pairs), progress.step)
+        if progress.step and writes and self._row_is_due():  # the run was interrupted while it compared
             self._row()
         self._started = (progress.step, time.perf_counter())
         with self.signals:  # an interrupted step could not be resumed

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from cdkd_edge.training.views import View
 STATISTICS_TILES = 64  # tiles on which the teacher's features are measured; 64 of 1024 px are 65,536 visible tokens
 CHECK_TILES = 16  # most tiles that are kept out of training, to show what it gained
 _CHECK_SHARE = 8  # one tile in so many is kept out
+_TRIED = 1000  # tiles among which usable ones are looked for
 _STUCK_AFTER = 0.25  # share of the run after which a schedule that is still at its first stage is worth a note
 _LEAST_SPREAD = 0.5  # of the teacher's features, against those without adapters
 _MASK, _CHECK = 4, 5  # added to a seed, as in :mod:`cdkd_edge.training.loop`
@@ -58,9 +60,12 @@ class Distiller(TrainingLoop):
     ) -> None:
         self.networks, self.tiles = networks, tiles
         order = np.random.default_rng(recipe.seed).permutation(len(tiles))
-        kept_out = min(CHECK_TILES, len(tiles) // _CHECK_SHARE)
-        self._training = order[kept_out:]  # indices of places
-        self.check = order[:kept_out] if kept_out else order
+        # Only usable tiles are kept out: a few may all be blank or damaged, and then nothing could take their places.
+        usable = (index for index in order[:_TRIED].tolist() if tiles.usable(tiles.places[index]))
+        self.check = np.array(list(islice(usable, min(CHECK_TILES, len(tiles) // _CHECK_SHARE))), np.int64)
+        self._training = order[~np.isin(order, self.check)]  # indices of places
+        if not len(self.check):
+            self.check = order[:CHECK_TILES]
         encoder = encoder_of(networks.student)
         trained = networks.trained()
         factor = recipe.batch * recipe.accumulate * ranks.size / RATE_BATCH

@@ -47,7 +47,8 @@ class MetricsLog:
         )  # fmt: skip
         self.path = path
         kept = [row for row in read_log(path) if int(row["step"]) <= step] if step else []
-        write_text(path, ",".join(self.columns) + "\n" + self._lines(kept))
+        self._head = ",".join(self.columns) + "\n"
+        write_text(path, self._head + self._lines(kept))
         self._waiting: list[Mapping[str, Any]] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -58,6 +59,8 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Write the rows that wait."""
+        if not self.path.exists():  # someone took it away: without its head no row could be read
+            write_text(self.path, self._head)
         with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(self._lines(self._waiting))
         self._waiting = []
@@ -74,11 +77,14 @@ def _short(value: Any) -> Any:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a table; none if there is no file. A last row that was cut off is left out."""
+    """The rows of a table; none if there is no file, or another. Rows that were cut off or damaged are left out."""
     if not path.exists():
         return []
-    text = path.read_text("utf-8")
-    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    text = path.read_text("utf-8", "replace").replace("\0", "")
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    if not {"step", "ratio", *_MEASURES} <= set(rows.fieldnames or ()):
+        return []
+    return [row for row in rows if row["step"].isdecimal() and None not in {*row, *row.values()}]
 
 
 def write_curves(rows: list[dict[str, str]], transitions: list[dict[str, Any]], path: Path) -> None:
@@ -103,7 +109,8 @@ def write_curves(rows: list[dict[str, str]], transitions: list[dict[str, Any]], 
             axes[0].plot(steps, _smooth(values), color=axes[0].lines[-1].get_color(), label=_TITLES[name])
         axes[0].set_ylabel("loss")
         axes[0].set_ylim(bottom=0)
-        axes[0].legend()
+        if losses:
+            axes[0].legend()
         if ratio:
             axes[1].plot(steps[-len(ratio) :], ratio, color="#595959")
             axes[1].set_ylabel("pixels, teacher / student")

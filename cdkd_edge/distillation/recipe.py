@@ -24,7 +24,7 @@ RATE_BATCH = 4  # tiles for which the learning rate is given; the paper's
 
 @dataclass(frozen=True)
 class DistillRecipe(LoopRecipe):
-    """How a student is distilled. Defaults: the Mask-CDKD paper's, with the changes that docs/training.md gives."""
+    """How a student is distilled. Defaults: the Mask-CDKD paper's, with the changes that docs/distillation.md gives."""
 
     method: str = MASKED
     epochs: int = 120

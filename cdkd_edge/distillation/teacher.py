@@ -5,7 +5,9 @@ A teacher is SAM's image encoder, or any encoder that the checkpoint loader know
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,24 @@ def load_teacher(
         CheckpointError: the file cannot be read safely, or holds no encoder with plain ViT blocks.
     """
     load: Any = load_network if with_head else load_encoder
-    if layout_of(path, weights) is SAM:
-        load = load_sam
+    reading = {"tile": tile, "patch": patch, "heads": heads, "layer_norm_eps": layer_norm_eps, "weights": weights}
     teacher: Teacher | SegmentationNetwork
-    teacher, report = load(path, tile=tile, patch=patch, heads=heads, layer_norm_eps=layer_norm_eps, weights=weights)
+    with _naming(path):
+        if layout_of(path, weights) is SAM:
+            load = load_sam
+        teacher, report = load(path, **reading)
     return teacher, report
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Let errors name the file: a run has two."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(path) not in error.message:
+            error.message = f"{path}: {error.message}"
+        raise
 
 
 def load_network(path: Path, **reading: Any) -> tuple[SegmentationNetwork | Encoder, CheckpointReport]:
@@ -70,7 +85,8 @@ def load_student(
         CheckpointError: the file cannot be read safely, or there is no such preset.
     """
     if not source.startswith(PRESET_PREFIX):
-        return load_network(Path(source), weights=weights)
+        with _naming(source):
+            return load_network(Path(source), weights=weights)
     name = source.removeprefix(PRESET_PREFIX)
     if name not in PRESETS:
         raise CheckpointError(f"there is no preset {name!r}", hint=f"presets: {', '.join(PRESETS)}")

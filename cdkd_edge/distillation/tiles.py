@@ -115,6 +115,10 @@ class SceneTiles:
         views = {f"views_{reason}": count for reason, count in self.replaced.items()}
         return {**at_start, "images_damaged": len(self.damaged), **views}
 
+    def usable(self, place: TilePlace) -> bool:
+        """Whether :meth:`read` would give a place as it is. SceneError with ``strict``: its image is damaged."""
+        return not isinstance(self._read(place, View()), str)
+
     def read(
         self,
         place: TilePlace,

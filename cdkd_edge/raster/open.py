@@ -60,7 +60,8 @@ def rasters_named(argument: str, suffixes: tuple[str, ...] = RASTER_SUFFIXES) ->
     """The rasters that an argument names, in any order: itself, those in a folder, or those that match a pattern.
 
     Folders in a folder are not searched, so that masks are not taken for images; patterns may hold ``**``. Only
-    ``suffixes`` count, without hidden files and the files that `segment` wrote. SceneError: nothing found.
+    ``suffixes`` count, without hidden files, the files that `segment` wrote, and masks beside their images
+    (``ID_mask.*``, ``ID_sat.*``). SceneError: nothing found.
     """
     place = Path(argument)
     if is_gdal_name(argument) or place.is_file():
@@ -80,10 +81,17 @@ def scenes_named(arguments: Sequence[str], suffixes: tuple[str, ...] = RASTER_SU
     Paths as they were given, sorted; the same file once.
     """
     found: dict[str, str] = {}
-    for name in (name for argument in arguments for name in lines_of(argument)):
-        for path in rasters_named(name, suffixes):
-            key = file_key(path)
-            found[key] = min(found.get(key, path), path)
+    for argument in arguments:
+        for name in lines_of(argument):
+            try:
+                paths = rasters_named(name, suffixes)
+            except SceneError as error:
+                if name == argument:
+                    raise
+                raise SceneError(f"the list {argument[1:]} cannot be used: {error.message}", hint=error.hint) from None
+            for path in paths:
+                key = file_key(path)
+                found[key] = min(found.get(key, path), path)
     return sorted(found.values())
 
 
@@ -132,9 +140,16 @@ def _is_raster(path: Path, suffixes: tuple[str, ...]) -> bool:
         path.name.lower().endswith(suffixes)
         and not path.name.startswith(".")
         and not path.name.endswith(_RESULTS)
+        and not _is_mask(path)
         # A broken link is a scene that fails, not one that is silently missing.
         and (path.is_file() or (path.is_symlink() and not path.exists()))
     )
+
+
+def _is_mask(path: Path) -> bool:
+    """Whether a file is the mask of another, ``ID_mask.png`` beside ``ID_sat.jpg``, as in DeepGlobe."""
+    image = path.stem.removesuffix("_mask")
+    return image != path.stem and any(path.with_name(f"{image}_sat{suffix}").exists() for suffix in RASTER_SUFFIXES)
 
 
 _heard = threading.local()  # per thread, the messages of GDAL that :func:`gdal` collects there

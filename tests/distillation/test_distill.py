@@ -8,7 +8,9 @@ import shutil
 
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image
+from rasterio.windows import Window
 
 torch = pytest.importorskip("torch")
 
@@ -190,6 +192,26 @@ def test_check_tiles_are_not_trained_on(weights, scenes):
     assert not set(distiller.check) & set(distiller._training)
 
 
+def test_tiles_that_cannot_be_used_are_not_kept_out_to_check_on(weights, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "some")
+    recipe = DistillRecipe(method="mae", steps=1, precision="fp32")
+    networks = Distillation(network_of(weights).encoder, None, recipe)
+
+    def distiller():
+        return Distiller(networks, SceneTiles([str(tmp_path / "some")], 64), recipe)
+
+    unlucky = [distiller().tiles.places[index] for index in distiller().check]
+    for place in unlucky:  # they could only take each other's places
+        path = tmp_path / "some" / f"{'ab'[place.image]}.tif"
+        with rasterio.open(path, "r+") as image:
+            image.write(np.zeros((3, 64, 64), np.uint8), window=Window(place.column, place.row, 64, 64))
+    found = distiller()
+    assert len(found.check) == 2
+    assert not {found.tiles.places[index] for index in found.check} & set(unlucky)
+    assert sorted([*found.check, *found._training]) == list(range(20))
+    assert np.isfinite(found.compare()["student_pixels"])
+
+
 # --- masks ----------------------------------------------------------------------------------------
 
 
@@ -362,7 +384,7 @@ def test_methods_and_teachers_must_fit(scenes, sam, plain, tmp_path):
     assert_answer(run(*words), 2, "method masked needs a --teacher")
     assert_answer(run(*words, "--method", "mae", "--teacher", sam), 2, "method mae has no teacher")
     other = run(*words, "--teacher", sam, "--teacher-patch", 16)
-    assert_answer(other, 3, "4 x 4 patches for the teacher and 8 x 8 for the student.*--teacher-patch")
+    assert_answer(other, 3, "4 x 4 patches for the teacher and 8 x 8 for the student.*--teacher-patch 8 ")
     assert_answer(
         run(*words, "--teacher", plain, "--cell", 3), 2, "cells of 3 x 3 patches do not fit a tile of 8 x 8.*--cell"
     )
@@ -437,6 +459,9 @@ def test_no_images_and_a_broken_one_are_named(scenes, plain, tmp_path):
     assert_answer(run("distill", broken, *words, "--strict"), 10, r"broken/b\.tif")
     write_raster(tmp_path / "deep.tif", np.zeros((3, 64, 64), np.uint16))
     assert_answer(run("distill", tmp_path / "deep.tif", *words), 10, "uint16.*--stretch")
+    write_raster(tmp_path / "blank.tif", np.full((3, 128, 640), 7, np.uint8))
+    assert_answer(run("distill", tmp_path / "blank.tif", *words), 10, "none can be used: 1000 blank")
+    assert not list(tmp_path.glob("a.*"))
     record = distilled(broken, *words)
     assert any("b.tif" in note for note in record["notes"])
 

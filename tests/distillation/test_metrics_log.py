@@ -44,6 +44,25 @@ def test_the_table_has_every_measure_of_every_step(tmp_path):
     assert rows == read_log(tmp_path / "a.csv")
 
 
+def test_a_table_that_was_taken_away_or_changed_does_not_end_the_run(tmp_path):
+    path = tmp_path / "a.csv"
+    log = written(path, range(1, 4))
+    path.unlink()
+    log.add(row(4))
+    log.flush()
+    assert steps_of(path) == [4]
+    whole = path.read_text("utf-8")
+    path.write_text(
+        whole + "5,0,1\n" + "\0" * 9 + "\n" + whole.splitlines()[1].replace("4", "x", 1) + "\n" + "6,0", "utf-8"
+    )
+    assert steps_of(path) == [4]
+    for text in ("", "4,0,6,1e-05\n", "step;epoch\n4;0\n"):
+        path.write_text(text, "utf-8")
+        assert read_log(path) == []
+        write_curves(read_log(path), [], tmp_path / "a.png")
+        assert steps_of(written(path, [6], resumed=5).path) == [6]
+
+
 def test_what_a_method_lacks_is_empty(tmp_path):
     log = MetricsLog(tmp_path / "a.csv", 0, 0)
     log.add(row(1, ratio=None, stage=""))

@@ -12,7 +12,7 @@ from sam_reference import GLOBAL, official_file, sam_blocks, sam_tokens, sam_wei
 from training_helpers import CONFIG  # noqa: E402
 
 from cdkd_edge.core.errors import CheckpointError  # noqa: E402
-from cdkd_edge.distillation.teacher import load_network, load_teacher, quarter_pairs  # noqa: E402
+from cdkd_edge.distillation.teacher import load_network, load_student, load_teacher, quarter_pairs  # noqa: E402
 from cdkd_edge.model.checkpoint import save_checkpoint  # noqa: E402
 from cdkd_edge.model.network import Encoder, SegmentationNetwork  # noqa: E402
 from cdkd_edge.model.sam import SAM_CONFIGS, SamEncoder  # noqa: E402
@@ -141,6 +141,19 @@ def test_files_that_are_no_teacher_are_refused(tmp_path):
     other = {"image_encoder.patch_embed.seq.0.c.weight": np.ones((2, 2), np.float32)}
     with pytest.raises(CheckpointError, match=r"MobileSAM \(TinyViT\), whose image encoder is no plain ViT"):
         load_teacher(saved(tmp_path / "mobile_sam.pt", other), 32)
+
+
+def test_errors_name_the_file(tmp_path, network_file, sam_file):
+    state = torch.load(sam_file, weights_only=True)
+    del state["image_encoder.blocks.1.attn.rel_pos_h"]
+    torch.save(state, tmp_path / "short.pth")
+    with pytest.raises(CheckpointError, match=r"short\.pth: the checkpoint lacks encoder\.blocks\.1\.attn\.rel_pos_h"):
+        load_teacher(tmp_path / "short.pth", 32)
+    with pytest.raises(CheckpointError, match=rf"{network_file.name}: tile 30 is not divisible"):
+        load_teacher(network_file, 30)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"other\.pt: the checkpoint's layout is not known"):
+        load_student(str(tmp_path / "other.pt"), None, 0)
 
 
 def test_pairs_are_the_papers_and_end_at_the_first_global_blocks_of_sam():

@@ -441,6 +441,20 @@ def test_wrong_sources_are_named(tmp_path, pictures):
     assert len(Imagery([str(shard)], T)) == 10
 
 
+def test_the_list_with_a_wrong_line_is_named(tmp_path, pictures):
+    (tmp_path / "list.txt").write_text(f"{pictures / '1.png'}\n{pictures / '11.png'}\n")
+    with pytest.raises(SceneError, match=r"the list .*list\.txt cannot be used: scene .*11\.png does not exist"):
+        Imagery([f"@{tmp_path / 'list.txt'}"], T)
+
+
+def test_masks_beside_their_images_are_no_images(tmp_path):
+    for name in ("1_sat.jpg", "1_mask.png", "2_mask.png", "mask.png"):
+        (tmp_path / name).write_bytes(encoded(noise(T, T)))
+    expected = ["1_sat.jpg", "2_mask.png", "mask.png"]  # the mask of no image may be called that for another reason
+    for argument in (tmp_path, tmp_path / "*"):
+        assert [name.rpartition("/")[2] for name in Imagery([str(argument)], T).names] == expected
+
+
 def test_compressed_shards_in_a_folder_are_not_passed_over(tmp_path, pictures):
     (pictures / "more.tgz").write_bytes(gzip.compress(b"x"))
     with pytest.raises(SceneError, match=r"more\.tgz is compressed"):

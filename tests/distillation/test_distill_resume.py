@@ -162,7 +162,8 @@ def test_a_run_that_was_interrupted_while_it_compared_resumes(masked, finished, 
     assert result.exit_code == 0
     assert_same_run(tmp_path / "out.pt", finished["masked"])
     lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
-    assert lines[0].startswith("step 6/") and " left" not in lines[0]  # no step yet by which time could be told
+    assert lines[0].startswith("step 6/")
+    assert " left" not in lines[0]  # no step yet by which time could be told
     assert " left" in lines[1]
 
 

@@ -219,14 +219,14 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 class _Lines(LoopLines):
-    def row(self, row: Mapping[str, Any], steps: int, seconds_left: float) -> None:
+    def row(self, row: Mapping[str, Any], steps: int, seconds_left: float | None) -> None:
         """A part of the run ended."""
         parts = [f"step {row['step']}/{steps}", f"loss {significant(row['loss'], 4)}"]
         if "stage" in row:
             parts.append(f"stage {row['stage']}, ratio {row['ratio']:.3f}")
         if "probe" in row["check"]:
             parts.append(f"probe mIoU {percent(row['check']['probe']['mean_iou'], 2)}")
-        if row["step"] < steps:
+        if row["step"] < steps and seconds_left is not None:
             parts.append(f"{duration(seconds_left)} left")
         self.console.print_line("  ".join(parts))
 

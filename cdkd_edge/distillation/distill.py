@@ -55,7 +55,7 @@ class DistillListener(Protocol):
     def batch(self, done: int, total: int, seconds_left: float | None) -> None:
         """So many steps of the run are done."""
 
-    def row(self, row: Mapping[str, Any], steps: int, seconds_left: float) -> None:
+    def row(self, row: Mapping[str, Any], steps: int, seconds_left: float | None) -> None:
         """A part of the run ended; ``row`` as in the history of the card."""
 
 
@@ -188,7 +188,6 @@ class _Distilling:
             "probe": options.probe_identity,
         }
         self._saved_state = time.perf_counter()
-        self._started = (0, 0.0)  # step and time at which this process began to train
         self.kept: dict[str, Any] = {"before": {}, "rows": [], "sums": {}, "noted": {}}  # of the state, besides weights
         if options.resume and state_path(output).exists():
             state = load_state(output, self.identity, device)
@@ -196,6 +195,7 @@ class _Distilling:
             self.distiller.restore(state)
         self.ranks.require_same(json.dumps(self.identity), "options, networks and images", device)
         self.ranks.require_same(str(self.distiller.progress.step), "state to resume from", device)
+        self._started = (self.distiller.progress.step, 0.0)  # step and time at which this process began to train
         self.log: MetricsLog | None = None
         self.signals = HeldSignals()
 
@@ -339,11 +339,13 @@ class _Distilling:
             save_state(self.output, self.identity, {**self.distiller.state(), "kept": self.kept})
             self._saved_state = time.perf_counter()
 
-    def _seconds_left(self) -> float:
-        """By the pace since this process began to train."""
+    def _seconds_left(self) -> float | None:
+        """By the pace since this process began to train; None before its first step."""
         first, since = self._started
         step = self.distiller.progress.step
-        return (time.perf_counter() - since) / max(1, step - first) * (self.distiller.steps - step)
+        if step == first:
+            return None
+        return (time.perf_counter() - since) / (step - first) * (self.distiller.steps - step)
 
     def _record(self) -> dict[str, Any]:
         """What the checkpoint stores about the run; JSON data."""

@@ -158,8 +158,13 @@ def test_a_run_that_was_interrupted_while_it_compared_resumes(masked, finished, 
     with monkeypatch.context() as patch:
         patch.setattr(Distiller, "compare", compare)
         assert run(*words).exit_code == 130
-    assert run(*words, "--resume").exit_code == 0
+    result = run(*words, "--resume")
+    assert result.exit_code == 0
     assert_same_run(tmp_path / "out.pt", finished["masked"])
+    lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
+    assert lines[0].startswith("step 6/")
+    assert " left" not in lines[0]  # no step yet by which time could be told
+    assert " left" in lines[1]
 
 
 def test_an_error_at_any_step_leaves_the_last_state(masked, finished, tmp_path, monkeypatch):

@@ -237,7 +237,8 @@ class Study:
     def seams(self, variant: Variant) -> dict[str, Any]:
         """Changes of label of the recovered network across the borders of tiles, on the validation scenes."""
         images = [path for path in self.images if path.name.split("_")[0] in self.options.val_scenes]
-        found = measure_seams(self._cpu_engine(variant, "recovered"), images, self.overlap(variant))
+        which = "converted" if variant.attention == ORIGINAL else "recovered"
+        found = measure_seams(self._cpu_engine(variant, which), images, self.overlap(variant))
         return {"changes": found["changes"], "agreement": found["agreement"]}
 
     def _space(self, variant: Variant, which: str) -> Path:

@@ -89,10 +89,12 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
             " and the teacher" if record["method"] == MASKED and record["recipe"]["adapters"] else ""
         )
         pictures += [f"{text} reconstructed from these:", "", f"![Reconstructions]({pictures_path(path).name})", ""]
-    missed = []
+    about = []
     if record["method"] != MAE:
         over = " over the variance of the teacher's channel at the start"
-        missed = [f"*Missed*: mean squared difference{over if record['recipe']['target'] != 'raw' else ''}."]
+        about = [f"*Missed*: mean squared difference{over if record['recipe']['target'] != 'raw' else ''}."]
+    if "probe" in record["after"]:
+        about.append("The linear probe learns and is scored on other images, those with labels.")
     transitions = [
         f"- step {one['step']}: stage {one['stage']}, at a ratio of {one['ratio']:.3f}" for one in record["transitions"]
     ]
@@ -117,7 +119,7 @@ def card_text(name: str, record: Mapping[str, Any]) -> str:
                 f"On {record['check_tiles']} tiles that it did not train on, of the same scenes."
                 if kept_out
                 else f"On the {record['check_tiles']} tiles that it trained on.",
-                *missed,
+                *about,
                 "",
                 "| | before | after |",
                 "|---|---:|---:|",

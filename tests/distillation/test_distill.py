@@ -313,7 +313,9 @@ def test_a_probe_is_scored_and_chooses_the_best(scenes, plain, tmp_path):
     best = record["run"]["best_step"]
     assert scores[best - 1] == max(scores)
     assert (tmp_path / "a.best.pt").exists() == (best < 3)
-    assert "mIoU of a linear probe" in (tmp_path / "a.md").read_text(encoding="utf-8")
+    card = (tmp_path / "a.md").read_text(encoding="utf-8")
+    assert "mIoU of a linear probe" in card
+    assert "The linear probe learns and is scored on other images" in card  # not on the tiles kept out
 
 
 def test_the_best_file_is_kept_only_if_it_is_not_the_last(scenes, plain, tmp_path, monkeypatch):

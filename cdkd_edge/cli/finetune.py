@@ -84,7 +84,9 @@ class NetworkOptions:
 
     PANEL: ClassVar[str] = "Network"
 
-    tile: int | None = Option(None, help="Side of tiles, px. Default: a network's own, 1024 for an encoder.", min=1)
+    tile: int | None = Option(
+        None, help="Side of tiles, px. Default: that of a network or a distilled encoder, else 1024.", min=1
+    )
     patch: int | None = Option(
         None, help="Side of a patch, px. Default: the encoder's, or 16 if that does not divide the tile.", min=1
     )

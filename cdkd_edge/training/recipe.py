@@ -17,12 +17,14 @@ from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_checkpoint, load_encoder
 from cdkd_edge.model.config import PRESETS
 from cdkd_edge.model.device import PRECISIONS
+from cdkd_edge.model.layouts import OURS
 from cdkd_edge.model.network import SegmentationNetwork
 from cdkd_edge.training.views import Augmentation
 
 SCHEDULES = ("constant", "cosine", "poly")
 _POLY_POWER = 0.9
-DEFAULT_TILE = 1024  # side of the paper's crops, px; for an encoder alone. A network keeps its tile.
+# Side of the paper's crops, px; for encoders of others. A network and a distilled encoder keep their tile.
+DEFAULT_TILE = 1024
 DEFAULT_PATCH = 16  # side of a patch, px, for encoders whose own patch does not divide the tile (DINOv2's 14)
 PRESET_PREFIX = "preset:"
 
@@ -171,7 +173,8 @@ def starting_network(source: str | Path, schema: LabelSchema, settings: NetworkS
         return _from_preset(str(source), schema, settings, seed)
     _, report = load_encoder(source, **settings.loading())
     own = report.config
-    tile = settings.tile or (own.tile if report.has_head else DEFAULT_TILE)
+    keeps_tile = report.has_head or report.layout == OURS.name
+    tile = settings.tile or (own.tile if keeps_tile else DEFAULT_TILE)
     patch = settings.patch or (own.patch if tile % own.patch == 0 else DEFAULT_PATCH)
     if tile % patch:
         raise CheckpointError(f"a tile of {tile} px is a multiple of neither {own.patch} nor {patch} px patches")

@@ -25,7 +25,13 @@ from cdkd_edge import cli  # noqa: E402
 from cdkd_edge.cli.finetune import TrainingLines, live_training  # noqa: E402
 from cdkd_edge.cli.options import command_line  # noqa: E402
 from cdkd_edge.core.labels import NO_LABEL  # noqa: E402
-from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, resample_patches, resample_position  # noqa: E402  # noqa: E402
+from cdkd_edge.model.checkpoint import (  # noqa: E402
+    load_checkpoint,
+    load_encoder,
+    resample_patches,
+    resample_position,
+    save_checkpoint,
+)
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.training import finetune as module  # noqa: E402
 from cdkd_edge.training.recipe import NetworkSettings, starting_network  # noqa: E402
@@ -377,6 +383,14 @@ def test_channels_of_a_new_head_by_default(encoder, tuned, source, expected):
     heads = 2 if source == "encoder" else None
     network = starting_network(start, SCHEMA, NetworkSettings(tile=64, heads=heads, new_head=True), seed=0).network
     assert network.config.head_channels == network.head.classifier.in_channels == expected
+
+
+def test_a_distilled_encoder_keeps_its_tile_and_one_of_others_gets_the_papers(encoder, tmp_path):
+    theirs, report = load_encoder(encoder, heads=2)
+    save_checkpoint(theirs, tmp_path / "distilled.pt")
+    for source, tile in ((encoder, 1024), (tmp_path / "distilled.pt", report.config.tile)):
+        start = starting_network(source, SCHEMA, NetworkSettings(heads=2, head_channels=8), seed=0)
+        assert start.network.config.tile == tile
 
 
 def test_half_stores_half(data, encoder, tmp_path, finished):

@@ -25,14 +25,13 @@ import argparse
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from script_tools import run_reporting_errors, shown_command, write_results
+from script_tools import run_cdkd_edge, run_reporting_errors, shown_command, write_results
 from seams import measure as measure_seams
 
 from cdkd_edge.core.errors import CdkdEdgeError
@@ -146,17 +145,7 @@ class Study:
 
     def command(self, *words: object) -> dict[str, Any]:
         """The JSON that a command of cdkd-edge prints. RuntimeError with its last line if it fails."""
-        line = [sys.executable, "-m", "cdkd_edge", *map(str, words), "--json"]
-        with Path(self.options.folder, "log.txt").open("a+", encoding="utf-8") as log:
-            print("$", *line[2:], file=log, flush=True)
-            start = log.tell()
-            done = subprocess.run(line, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
-            if done.returncode:
-                log.seek(start)
-                said = log.read().strip().splitlines() or [f"exit code {done.returncode}"]
-                raise RuntimeError(said[-1].removeprefix("error: "))
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        return run_cdkd_edge(words, Path(self.options.folder, "log.txt"))[0]
 
     # --- stages ---------------------------------------------------------------------------------
 

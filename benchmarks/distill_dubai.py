@@ -136,7 +136,7 @@ class Study:
 
     def _distilled(self, arm: str, seed: int, target: Path, steps: int, how: str) -> tuple[dict[str, Any], float]:
         options = self.options
-        teacher = [] if arm == "mae" else ["--teacher", options.teacher, "--teacher-patch", options.patch]
+        teacher = [] if arm == "mae" else ["--teacher", options.teacher]
         found, seconds = self.command(
             *("distill", *self.tiles, "--student", self.student(seed), *teacher, *ARMS[arm], "--tile", options.tile),
             *("--steps", steps, "--batch", options.batch, "--lr", options.rate, "--schedule", "cosine"),

@@ -119,7 +119,9 @@ class TeacherOptions:
 
     PANEL: ClassVar[str] = "Teacher"
 
-    teacher_patch: int | None = Option(None, help="Resample the teacher's patches to this side, px.", min=1)
+    teacher_patch: int | None = Option(
+        None, help="Resample the teacher's patches to this side, px. Default: the student's.", min=1
+    )
     heads: int | None = HEADS
     layer_norm_eps: float | None = NORM_EPS
     recompute: bool | None = Option(

@@ -35,7 +35,7 @@ class Reconstruction(nn.Module):
                 f"a decoder of width {width} cannot have {_HEADS} heads", hint="--decoder-width takes a multiple of 8"
             )
         config = NetworkConfig(
-            tile=tile, patch=patch, embed_dim=width, depth=max(4, depth), heads=_HEADS, mlp_dim=4 * width,
+            tile=tile, patch=patch, embed_dim=width, heads=_HEADS, mlp_dim=4 * width,
             pool_scales=(1,),
         )  # fmt: skip
         self.embed = nn.Linear(inputs, width)

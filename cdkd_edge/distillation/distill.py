@@ -102,6 +102,8 @@ def distill(
         raise UsageError(
             "method mae has no teacher" if teacher else f"method {options.recipe.method} needs a --teacher"
         )
+    if options.probe is None and (options.schema or options.probe_scenes or options.probe_list):
+        raise UsageError("schema and validation images are for a linear probe", hint="--probe DATA names its images")
     for source in filter(None, (str(student), str(teacher or ""))):
         require_free(source, output, resume=options.resume, overwrite=options.overwrite, others=(best_path(output),))
     try:
@@ -142,7 +144,7 @@ class _Distilling:
             reading = {name: getattr(options, name) for name in ("heads", "layer_norm_eps", "weights")}
             with_head = recipe.method == FEATURES and recipe.logits > 0
             guide, about_teacher = load_teacher(
-                teacher, tile, patch=options.teacher_patch, with_head=with_head, **reading
+                teacher, tile, patch=options.teacher_patch or apart.config.patch, with_head=with_head, **reading
             )
             guide = guide.to(device)
         recipe = dataclasses.replace(recipe, precision=chosen_precision(recipe.precision, device))

@@ -311,7 +311,7 @@ def _require_comparable(recipe: DistillRecipe, student: Encoder, teacher: Any | 
         raise CheckpointError(
             f"a tile has {teacher.config.grid} x {teacher.config.grid} patches for the teacher and {config.grid} x "
             f"{config.grid} for the student; masks need the same",
-            hint=f"--teacher-patch {config.patch} resamples the teacher's patches; or --method features",
+            hint="leave out --teacher-patch; or --method features, which resamples the student's features",
         )
     if recipe.projection == "none" and teacher.config.embed_dim != config.embed_dim:
         raise CheckpointError(

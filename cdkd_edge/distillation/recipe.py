@@ -96,7 +96,7 @@ class DistillOptions:
 
     recipe: DistillRecipe = field(default_factory=DistillRecipe)
     tile: int | None = None  # side of the tiles to train on, px; None: the student's own
-    teacher_patch: int | None = None  # side of the teacher's patches, px, resampled to it; None: its own
+    teacher_patch: int | None = None  # side of the teacher's patches, px, resampled to it; None: the student's
     heads: int | None = None  # of the teacher, where its file does not say
     layer_norm_eps: float | None = None  # likewise
     recompute: bool | None = None  # compute the teacher's blocks again in the backward pass. None: on a GPU

@@ -378,6 +378,14 @@ def test_the_card_lists_what_the_method_reads(method, read, unread, masked, reco
     assert ("*Missed*" in card) == (method != "mae")
 
 
+def test_the_teachers_patches_become_the_students_unless_others_are_asked_for(masked, scenes, sam, plain, tmp_path):
+    resampled = "teacher: patch embedding resampled from 4 to 8 px patches"
+    assert resampled in masked[1]["notes"]
+    words = (scenes, "--teacher", sam, "--student", plain, *LOOP, "--method", "features", "--steps", 1)
+    own = distilled(*words, "--teacher-patch", 4, "-o", tmp_path / "own.pt")
+    assert not any("patch embedding" in note for note in own["notes"])
+
+
 # --- wrong inputs ---------------------------------------------------------------------------------
 
 
@@ -386,7 +394,9 @@ def test_methods_and_teachers_must_fit(scenes, sam, plain, tmp_path):
     assert_answer(run(*words), 2, "method masked needs a --teacher")
     assert_answer(run(*words, "--method", "mae", "--teacher", sam), 2, "method mae has no teacher")
     other = run(*words, "--teacher", sam, "--teacher-patch", 16)
-    assert_answer(other, 3, "4 x 4 patches for the teacher and 8 x 8 for the student.*--teacher-patch 8 ")
+    assert_answer(other, 3, "4 x 4 patches for the teacher and 8 x 8 for the student.*leave out --teacher-patch")
+    for words_of_probe in (("--schema", "dubai"), ("--val-scenes", "a"), ("--val-list", sam)):
+        assert_answer(run(*words, "--method", "mae", *words_of_probe), 2, "are for a linear probe.*--probe DATA")
     assert_answer(
         run(*words, "--teacher", plain, "--cell", 3), 2, "cells of 3 x 3 patches do not fit a tile of 8 x 8.*--cell"
     )

@@ -23,7 +23,7 @@ FEATURES = (
     *("--method", "features", *LOOP, "--batch", 3, "--steps", 60, "--lr", 0.0027, "--warm-up", 4, "--clip-norm", 0),
     *("--views", 1, "--no-flips", "--scale", 1, 1, "--light", 0),
 )
-MASKED = (*LOOP, "--teacher-patch", 8, "--steps", 12, "--lr", 0.002)
+MASKED = (*LOOP, "--steps", 12, "--lr", 0.002)
 
 
 def write_scenes(folder: Path) -> Path:
@@ -58,7 +58,7 @@ def write_encoder(path: Path, weights: Mapping[str, Any], config: NetworkConfig 
 
 
 def write_sam(path: Path) -> Path:
-    """A SAM of 8 x 8 patches of 4 px under the official names; ``--teacher-patch 8`` is for tiles of 64 px."""
+    """A SAM of 8 x 8 patches of 4 px under the official names; for students of other patches it is resampled."""
     torch.save({key: torch.from_numpy(value) for key, value in official_file(sam_weights()).items()}, path)
     return path
 

@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from cdkd_edge import cli
+from cdkd_edge.core.errors import CheckpointError
 
 
 def run(*arguments: object) -> Any:
@@ -57,3 +60,15 @@ def assert_wrong_usage(result: Any, pattern: str) -> None:
     assert re.search(pattern, text), text
     assert "Traceback" not in text
     assert result.stdout == ""
+
+
+def loading_refused(load: Callable[..., Any], path: Path, **options: Any) -> CheckpointError:
+    """The error that loading a checkpoint gives, after checking that its words fit one line each."""
+    with pytest.raises(CheckpointError) as caught:
+        load(path, **options)
+    error: CheckpointError = caught.value
+    for text in filter(None, (error.message, error.hint)):
+        assert "\n" not in text
+        assert not re.search(r"[.!?]\s+[A-Z]", text), f"more than one sentence: {text}"
+        assert "Weights only load failed" not in text  # torch's own advice, which names the unsafe way out
+    return error

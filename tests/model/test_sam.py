@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import sam_reference as reference  # noqa: E402
+from commands import loading_refused  # noqa: E402
 from sam_reference import official_file, sam_blocks, sam_tokens, sam_weights  # noqa: E402
 
 from cdkd_edge.core.errors import CheckpointError  # noqa: E402
@@ -69,14 +70,7 @@ def assert_computes(encoder, weights, image):
 
 
 def refusal(path, load=load_sam, **options):
-    """The error that loading gives, after checking that its words fit one line each."""
-    with pytest.raises(CheckpointError) as caught:
-        load(path, **options)
-    error = caught.value
-    for text in filter(None, (error.message, error.hint)):
-        assert "\n" not in text
-        assert not re.search(r"[.!?]\s+[A-Z]", text), f"more than one sentence: {text}"
-    return error
+    return loading_refused(load, path, **options)
 
 
 # --- what it computes -----------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from cdkd_edge.benchmark.phases import Timeline
 from cdkd_edge.benchmark.record import INVALID, LOAD, NOT_STEADY, VALID, Phase, Protocol, Repeat, Verdict
 from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.protocol import LEFT_OUT, SourceInfo
+from cdkd_edge.board.power.window import LEAST_COVERAGE
 from cdkd_edge.board.throttling import ConditionFinding
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.runtimes import runtime_of
 
-LEAST_COVERAGE = 0.98  # least share of a phase that must be covered by readings
 IDLE_DIFFERENCE = 0.1  # between the idle phases before and after a load, as a share of their mean, gives a warning
 MLPERF_POWER_SECONDS = 60.0  # least load that MLPerf Power requires
 PARTS, BATCHES_IN_PART = 5, 2  # of a load, and least batches in each part; a short load has fewer parts

@@ -58,7 +58,8 @@ class PowerRecord:
 
 def record_of_command(command: tuple[str, ...], exit_code: int, window: PowerWindow) -> PowerRecord:
     """The record of a command that ran in a window."""
-    return _record(window.trace, window.span, window.idle, window.rails, command=command, exit_code=exit_code)
+    words = tuple(map(_text, command))
+    return _record(window.trace, window.span, window.idle, window.rails, command=words, exit_code=exit_code)
 
 
 def record_of_log(log: TegrastatsLog, idle_seconds: float = 0.0) -> tuple[PowerRecord, Span, Span | None]:
@@ -71,8 +72,13 @@ def record_of_log(log: TegrastatsLog, idle_seconds: float = 0.0) -> tuple[PowerR
         raise UsageError(f"--idle must be 0 or more, and less than the log's {log.trace.stop:.3g} s")
     idle = (0.0, idle_seconds) if idle_seconds else None
     span = (idle_seconds, log.trace.stop)
-    file = LogFile(str(log.path), log.lines, log.other_lines, log.stamped)
+    file = LogFile(_text(str(log.path)), log.lines, log.other_lines, log.stamped)
     return _record(log.trace, span, idle, rail_windows(log.trace, span, idle, log.slack), log=file), span, idle
+
+
+def _text(name: str) -> str:
+    """A word that was typed, as JSON can hold it: bytes that are no UTF-8 are written as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _record(

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,9 @@ class RailWindow:
     reason: str  # why there are no ``joules``; empty if there are
 
 
+_FIGURES = tuple(field.name for field in fields(RailWindow) if field.name not in ("covered", "readings", "reason"))
+
+
 def rail_windows(trace: Trace, window: Span, idle: Span | None = None, slack: float = 0.0) -> dict[str, RailWindow]:
     """The figures of every rail.
 
@@ -58,26 +61,21 @@ def rail_windows(trace: Trace, window: Span, idle: Span | None = None, slack: fl
 def _rail_window(trace: Trace, rail: str, window: Span, idle: Span | None, slack: float) -> RailWindow:
     energy = rail_energy(trace, rail, *window)
     reason = _why_none(trace.source, window, energy)
-    if energy is None or _too_few(trace.source, energy):
-        covered, readings = (energy.coverage, energy.readings) if energy else (0.0, 0)
-        return RailWindow(None, None, None, None, None, None, None, None, covered, readings, reason)
-    rest = rail_energy(trace, rail, *idle) if idle else None
-    if idle and _why_none(trace.source, idle, rest):
-        rest = None
-    seconds, watts, bound_watts = energy.seconds, energy.watts, energy.bound / energy.covered
-    joules, bound = energy.joules, energy.bound + watts * slack
-    idle_watts = net = net_bound = net_watts = None
-    if rest is not None:
-        idle_watts, net_watts = rest.watts, watts - rest.watts
-        net = joules - idle_watts * energy.covered
-        net_bound = energy.bound + rest.bound / rest.covered * seconds + abs(net_watts) * slack
-    if reason:
-        return RailWindow(
-            None, None, watts, bound_watts, idle_watts, None, None, net_watts, energy.coverage, energy.readings, reason
-        )
-    return RailWindow(
-        joules, bound, watts, bound_watts, idle_watts, net, net_bound, net_watts, energy.coverage, energy.readings, ""
-    )
+    figures: dict[str, float | None] = dict.fromkeys(_FIGURES)
+    if energy is not None and not _too_few(trace.source, energy):
+        watts = energy.watts
+        figures |= {"watts": watts, "bound_watts": energy.bound / energy.covered}
+        rest = rail_energy(trace, rail, *idle) if idle else None
+        if rest is not None and idle and not _why_none(trace.source, idle, rest):
+            net = watts - rest.watts
+            bound = energy.bound + rest.bound / rest.covered * energy.covered + abs(net) * slack
+            figures |= {"idle_watts": rest.watts, "net_watts": net}
+            figures |= {"net_joules": net * energy.covered, "net_bound_joules": bound}
+        figures |= {"joules": energy.joules, "bound_joules": energy.bound + watts * slack}
+        if reason:
+            figures |= dict.fromkeys(("joules", "bound_joules", "net_joules", "net_bound_joules"))
+    covered, readings = (energy.coverage, energy.readings) if energy else (0.0, 0)
+    return RailWindow(**figures, covered=covered, readings=readings, reason=reason)
 
 
 def _too_few(source: SourceInfo, energy: RailEnergy) -> bool:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from board import make_tree, set_watts
+from board import NoBoardError, Pattern, make_tree, running_board, set_watts
 from commands import assert_answer, run
 
 import cdkd_edge as ce
@@ -234,6 +234,33 @@ def test_json_is_alone_on_stdout(tree, tmp_path):
     assert rail["net_joules"] == pytest.approx(0, abs=1e-6)
     phases = {line.split(",")[3] for line in (tmp_path / "out" / "trace.csv").read_text().splitlines()[1:]}
     assert phases == {"", "idle", "load"}
+
+
+def test_net_energy_of_a_command_on_the_emulated_board(tmp_path):
+    try:
+        with running_board(tmp_path, service=False) as board:
+            board.set_watts(6.0, 1.5, 1.0)
+            words = ("power", "--run", "--source", "ina3221", "--idle", "2", "--json")
+            command = board.enter(sys.executable, "-m", "cdkd_edge", *words, "--", "sh", "-c", "echo ready; cat")
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(
+                command, env=board.environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+            )
+            while process.stderr.readline() != "ready\n":
+                assert process.poll() is None
+            pattern = Pattern(board.sys, [(2.0, 18.0), (1.5, 12.0), (1.0, 20.0), (0.3, 6.0)])
+            pattern.run()
+            out, err = process.communicate(timeout=60)  # closes the command's stdin: it ends
+    except NoBoardError as error:
+        pytest.skip(f"no emulated board: {error}")
+    assert process.returncode == 0, err
+    document, truth = json.loads(out), pattern.joules(pattern.times[0], pattern.times[-1])
+    truth -= 6.0 * (pattern.times[-1] - pattern.times[0])
+    rail = document["rails"]["VDD_IN"]
+    print(f"net {rail['net_joules']:.2f} ± {rail['net_bound_joules']:.2f} J, true {truth:.2f} J")
+    assert rail["net_joules"] == pytest.approx(truth, abs=rail["net_bound_joules"])
+    assert rail["net_joules"] == pytest.approx(truth, rel=0.05)
+    assert rail["idle_watts"] == pytest.approx(6.0, rel=0.02)
 
 
 def test_a_command_has_the_environment_that_was_given(tree):

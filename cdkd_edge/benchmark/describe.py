@@ -192,7 +192,13 @@ def _power_rows(summary: BenchSummary, figures: Figures) -> list[tuple[str, str]
     loads = [repeat.rails[name] for repeat in summary.repeats if repeat.rails]
     errors = [load.bound_joules / load.load_joules for load in loads if load.load_joules > 0]
     if errors and power.bound_holds:
-        rows.append(("", f"load joules of {name} within {100 * max(errors):.2g} %, {power.bound_holds}"))
+        offsets = [load.offset_joules / load.load_joules for load in loads if load.load_joules > 0]
+        offset = f" ({100 * max(offsets):.2g} % of it the sensor's offset)" if max(offsets) else ""
+        rows.append(("", f"load joules of {name} within {100 * max(errors):.2g} %{offset}, {power.bound_holds}"))
+    nets = [load.net_bound_watts for load in loads if load.net_bound_watts is not None]
+    if nets:
+        cancels = ": the sensor's offset cancels" if any(load.offset_joules for load in loads) else ""
+        rows.append(("", f"net watts of {name} within {significant(max(nets), 2)} W in each repeat{cancels}"))
     return rows
 
 

@@ -85,7 +85,9 @@ class RailRepeat:
     load_watts: float
     load_joules: float  # energy over the part of the load phase that is covered by readings
     covered: float  # share of a phase that lies between readings, 0..1, in the worst of the three phases
-    bound_joules: float  # largest error of ``load_joules`` through sampling, for the loads that ``bound_holds`` names
+    bound_joules: float  # largest error of ``load_joules``, for the loads that ``bound_holds`` names
+    offset_joules: float = 0.0  # the part of ``bound_joules`` that is the sensor's offset; net figures do not have it
+    net_bound_watts: float | None = None  # largest error of load minus idle watts; None: not recorded
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ class PowerFigures:
     covers: str
     total: str | None  # the rail that contains all others; None if no rail does
     rails: dict[str, RailFigures]
-    readings_per_second: float
-    late: int  # readings that came more than half an interval late
+    readings_per_second: float  # of the total, or of the first rail; as reached
+    late: int  # of these, readings that came more than half an interval late
     gaps: int  # number of stretches without readings in the whole trace
     gap_seconds: float
     problems: tuple[str, ...]  # problems met while sampling, including those it recovered from

@@ -132,7 +132,7 @@ def repeat_table(summary: BenchSummary) -> tuple[str, list[str], Rows]:
         row = (*_course(number, one), *(significant(value, 4) for value in values))
         more = (significant(power.bound_joules, 2), percent(power.covered)) if power else ()
         rows.append((*row, *more, *[ABSENT] * (len(header) - len(row) - len(more))))
-    caption = f"Power of {rail}; ± is the largest error through sampling, see Protocol" if rail else _repeats(len(rows))
+    caption = f"Power of {rail}; ± is the largest error, see Protocol" if rail else _repeats(len(rows))
     return caption, header, rows
 
 

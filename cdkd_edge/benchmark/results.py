@@ -10,7 +10,7 @@ from cdkd_edge.benchmark.phases import Timeline
 from cdkd_edge.benchmark.statistics import figure_of, latency_of, variance_hidden_by_sharing
 from cdkd_edge.board import throttling
 from cdkd_edge.board.conditions import Conditions
-from cdkd_edge.board.power.energy import RailEnergy, Trace, bound_holds, rail_energy
+from cdkd_edge.board.power.energy import RailEnergy, Trace, bound_holds, net_bound, rail_energy
 
 LEAST_READINGS = 2  # readings that a phase needs for a mean of watts
 
@@ -53,7 +53,11 @@ def rejected(repeat: record.Repeat) -> record.RejectedRepeat:
 def _rail(trace: Trace, rail: str, origin: float, phases: Sequence[record.Phase]) -> record.RailRepeat:
     first, last, loaded = (_energy(trace, rail, origin, phase) for phase in phases)  # idle before, idle after, load
     covered, idle = min(one.coverage for one in (first, last, loaded)), (first.watts + last.watts) / 2
-    return record.RailRepeat(idle, first.watts, last.watts, loaded.watts, loaded.joules, covered, loaded.bound)
+    return record.RailRepeat(
+        idle_watts=idle, idle_before_watts=first.watts, idle_after_watts=last.watts, load_watts=loaded.watts,
+        load_joules=loaded.joules, covered=covered, bound_joules=loaded.bound, offset_joules=loaded.offset,
+        net_bound_watts=net_bound(loaded, first, last),
+    )  # fmt: skip
 
 
 def _energy(trace: Trace, rail: str, origin: float, phase: record.Phase) -> RailEnergy:

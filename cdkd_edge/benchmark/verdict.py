@@ -151,8 +151,8 @@ def _power_warnings(repeats: tuple[Repeat, ...], trace: Trace) -> list[str]:
     source = trace.source
     if source.total is None:
         warnings.append(f"{source.name} has no total rail, and its rails do not add up to one")
-    if trace.late > LATE_SHARE * len(trace.samples):
-        warnings.append(f"{trace.late} of {len(trace.samples)} power readings were late")
+    if (late := trace.late) > LATE_SHARE * (count := len(trace.readings)):
+        warnings.append(f"{late} of {count} power readings were late")
     for number, repeat in enumerate(repeats, 1):
         one = (repeat.rails or {}).get(source.total or "")
         if one and abs(one.idle_after_watts - one.idle_before_watts) > IDLE_DIFFERENCE * one.idle_watts:

@@ -520,10 +520,12 @@ def test_power_and_energy_per_tile(folder: Path, scene: Path, hungry: Any, batch
     with open(folder / "trace.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert set(rows[0]) == {"time_s", "uncertainty_s", "repeat", "phase", "VDD_IN_w", "VDD_CPU_GPU_CV_w", "VDD_SOC_w"}
+    total = [row for row in rows if row["VDD_IN_w"]]  # others are read less often
     for phase, watts in (("idle", IDLE), ("load", LOAD)):
-        of_phase = statistics.median(float(row["VDD_IN_w"]) for row in rows if row["phase"] == phase)
+        of_phase = statistics.median(float(row["VDD_IN_w"]) for row in total if row["phase"] == phase)
         assert of_phase == watts
-    assert len(run.watts["VDD_IN"].times) == len(rows)
+    assert len(run.watts["VDD_IN"].times) == len(total)
+    assert all(len(run.watts[rail].times) > 3 for rail in ("VDD_CPU_GPU_CV", "VDD_SOC"))
     spans = {(span.name, span.repeat): span for span in summary.phases}
     for tile in run.tiles:
         span = spans[tile.phase, tile.repeat]

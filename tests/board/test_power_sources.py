@@ -16,13 +16,14 @@ from itertools import pairwise
 import pytest
 from board import CHIP, HWMON, make_tree, write
 
-from cdkd_edge.board.power import sampler_child
+from cdkd_edge.board.power import polled
 from cdkd_edge.board.power.energy import Trace, rail_energy
 from cdkd_edge.board.power.ina3221 import Ina3221Reader
 from cdkd_edge.board.power.jtop import JtopStream, StampClock, rails_of
 from cdkd_edge.board.power.nvml import NvmlReader
+from cdkd_edge.board.power.polled import PolledStream
 from cdkd_edge.board.power.protocol import LostSourceError, Sample, UnusableSourceError
-from cdkd_edge.board.power.sampler_child import PolledStream, open_stream
+from cdkd_edge.board.power.sampler_child import open_stream
 
 
 def probed(kind, *arguments):
@@ -547,8 +548,8 @@ def test_the_bound_of_watts_holds_for_loads_that_change_in_step_with_the_reading
     """Read at regular moments, 40 in a second, those of 40 and 80 Hz are off by up to 40 per cent, and none of the
     peaks need be seen."""
     clock = Clock()
-    monkeypatch.setattr(sampler_child, "time", clock)
-    monkeypatch.setattr(sampler_child, "random", random.Random(1))
+    monkeypatch.setattr(polled, "time", clock)
+    monkeypatch.setattr(polled, "random", random.Random(1))
     for phase in (0.1, 0.3, 0.45, 0.8):
         start = clock.now = 1000.0
         stream = PolledStream(Rippling(clock, hertz, shape, phase), 0.1)
@@ -564,7 +565,7 @@ def test_the_bound_of_watts_holds_for_loads_that_change_in_step_with_the_reading
 
 def test_a_counter_is_read_once_an_interval(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(sampler_child, "time", clock)
+    monkeypatch.setattr(polled, "time", clock)
     reader = Rippling(clock, 10, "sine", 0.0)
     reader.quantity = "joules"
     stream = PolledStream(reader, 0.1)
@@ -573,7 +574,7 @@ def test_a_counter_is_read_once_an_interval(monkeypatch):
 
 
 def test_a_polled_source_that_fails_for_long_is_lost(monkeypatch):
-    monkeypatch.setattr("cdkd_edge.board.power.sampler_child.PATIENCE", 0.1)
+    monkeypatch.setattr("cdkd_edge.board.power.polled.PATIENCE", 0.1)
     reader = Slow()
     stream = PolledStream(reader, 0.02)
     stream.next(1)

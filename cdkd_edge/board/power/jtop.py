@@ -20,11 +20,19 @@ import contextlib
 import math
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cdkd_edge.board.power.ina3221 import COVERS, MOST_WATTS, TOTAL
-from cdkd_edge.board.power.protocol import MODULE, WATTS, LostSourceError, Sample, SourceInfo, UnusableSourceError
+from cdkd_edge.board.power.protocol import (
+    MODULE,
+    WATTS,
+    Accuracy,
+    LostSourceError,
+    Sample,
+    SourceInfo,
+    UnusableSourceError,
+)
 
 UNROUND = 0.953
 """Share of the interval that the service is asked for, so that readings are not in step with the load: what ripples
@@ -40,7 +48,9 @@ STAMP = 0.01  # resolution of /proc/uptime, seconds; it is cut off, not rounded
 class JtopStream:
     """Samples at the pace of the service."""
 
-    def __init__(self, interval: float = 0.1, first_reading: float = 5.0) -> None:
+    def __init__(
+        self, interval: float = 0.1, first_reading: float = 5.0, accuracy: Mapping[str, Accuracy] | None = None
+    ) -> None:
         """Connect and wait ``first_reading`` seconds for a sample; UnusableSourceError says why none came."""
         if interval < MIN_INTERVAL:
             text = f"--interval must be at least {MIN_INTERVAL} s, not {interval:g} s, where its service breaks"
@@ -75,6 +85,7 @@ class JtopStream:
             interval=interval,
             source_interval=own if own > 0 else None,
             notes=notes,
+            accuracy={rail: one for rail, one in (accuracy or {}).items() if rail in first.values},
         )
 
     def next(self, timeout: float) -> Sample | str | None:

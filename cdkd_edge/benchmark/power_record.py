@@ -95,6 +95,7 @@ def _record(
     holds = bound_holds(source)
     if log is not None:
         holds += "; whether tegrastats averages between two lines is not documented"
+        holds += "; the sensor's offset is not in it, because a log has no volts"
     return PowerRecord(
         command=command, exit_code=exit_code, log=log, seconds=span[1] - span[0],
         idle_seconds=idle[1] - idle[0] if idle else 0.0, source=source.name, scope=source.scope, covers=source.covers,

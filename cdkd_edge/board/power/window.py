@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from cdkd_edge.board.power.energy import RailEnergy, Trace, rail_energy
+from cdkd_edge.board.power.energy import RailEnergy, Trace, net_bound, rail_energy
 from cdkd_edge.board.power.protocol import WATTS, SourceInfo
 from cdkd_edge.board.power.sampler import PowerSampler, find_source
 from cdkd_edge.core.errors import PowerError, UsageError
@@ -36,7 +36,7 @@ class RailWindow:
     bound_watts: float | None  # the same for ``watts``
     idle_watts: float | None  # None if idle power was not measured
     net_joules: float | None  # None if there are no ``joules``, or no ``idle_watts``
-    net_bound_joules: float | None
+    net_bound_joules: float | None  # the same for ``net_joules``, in which the sensor's offset cancels
     net_watts: float | None
     covered: float  # share of the window that lies between readings, 0..1
     readings: int  # readings in the window
@@ -68,7 +68,7 @@ def _rail_window(trace: Trace, rail: str, window: Span, idle: Span | None, slack
         rest = rail_energy(trace, rail, *idle) if idle else None
         if rest is not None and idle and not _why_none(trace.source, idle, rest):
             net = watts - rest.watts
-            bound = energy.bound + rest.bound / rest.covered * energy.covered + abs(net) * slack
+            bound = net_bound(energy, rest) * energy.covered + abs(net) * slack
             figures |= {"idle_watts": rest.watts, "net_watts": net}
             figures |= {"net_joules": net * energy.covered, "net_bound_joules": bound}
         figures |= {"joules": energy.joules, "bound_joules": energy.bound + watts * slack}

@@ -15,7 +15,8 @@ from cdkd_edge.board import jetson
 from cdkd_edge.board.conditions import ConditionsReader
 from cdkd_edge.board.jetson import is_jetson, read
 from cdkd_edge.board.modes import pending_restore
-from cdkd_edge.board.software import FAIL, OK, WARN, Finding, Software, examine_software, read_software
+from cdkd_edge.board.power.ina3221 import TOTAL
+from cdkd_edge.board.software import FAIL, OK, WARN, Finding, Software, examine_software, numbers, read_software
 from cdkd_edge.core.errors import BoardError, printable
 
 JETPACK_HINT = "flash JetPack 6.1 or newer (NVIDIA SDK Manager): it has TensorRT 10.3"
@@ -30,6 +31,12 @@ MOUNTS = {
 _MANAGED = 38
 """First Jetson Linux on Ubuntu 24.04, where pip needs ``--break-system-packages`` to install into the system's Python
 (PEP 668); the pip of JetPack 6 does not know the option."""
+_JTOP_OF_JETPACK_7 = (7, 2)
+"""First jetson-stats that knows Jetson Linux 39.2, and whose service outlives a `jetson_clocks --show` that fails
+(https://github.com/rbonghi/jetson_stats/issues/876)."""
+_VOLTS = (4.75, 20.0)
+"""At VDD_IN of Orin NX and Orin Nano. Carrier boards give 5 V or any voltage up to 20 V (NVIDIA's design guide
+DG-10931-001, pin 217); 4.75 V is the least (ARK Electronics, ark_jetson_kernel, docs/power.md)."""
 GIB = 1 << 30
 BUILD_BYTES = 4 * GIB  # free memory that a build of the paper's network needs on a board; an estimate
 RUN_BYTES = 1 * GIB  # free memory below which neither a build nor a scene is likely to run
@@ -75,6 +82,7 @@ def examine(
         probe_power_mode(root, software.nvpmodel),
         probe_clocks(root),
         probe_throttling(root),
+        probe_supply(root),
         probe_restore(root),
         probe_memory(root),
         probe_swap(root),
@@ -117,7 +125,7 @@ def probe_jetpack(root: Path) -> Finding:
     data = {"l4t": l4t, "jetpack": jetpack}
     kit = f"nvidia-jetpack {jetpack}" if jetpack else f"of JetPack {jetson.generation(major)}"
     text = f"Jetson Linux {l4t}, {kit}"
-    if tuple(int(part) for part in re.findall(r"\d+", l4t)) < (36, 4):
+    if numbers(l4t, 2) < (36, 4):
         return Finding(name, FAIL, f"{text}: its TensorRT is older than 10.3", JETPACK_HINT, data)
     return Finding(name, OK, text, data=data)
 
@@ -185,6 +193,21 @@ def probe_throttling(root: Path) -> Finding:
     return Finding(name, WARN, text, "ls -l /sys/class/hwmon/hwmon*/oc*_event_cnt", data)
 
 
+def probe_supply(root: Path) -> Finding:
+    """The voltage at the input of an Orin NX or Orin Nano. Only `oc1` of a run tells whether it holds under load."""
+    labels = root.glob("sys/bus/i2c/drivers/ina3221*/*/hwmon/hwmon*/in*_label")
+    label = next((path for path in labels if read(path.parent, path.name).text == TOTAL), None)
+    known = "Orin N" in (jetson.device_tree(root, "model").text or "")
+    millivolts = read(label.parent, label.name.replace("label", "input")).number if label and known else None
+    if millivolts is None:
+        return Finding("supply", OK, "its voltage is not judged on this machine")
+    volts, data = millivolts / 1000, {"volts": millivolts / 1000}
+    if _VOLTS[0] <= volts <= _VOLTS[1]:
+        return Finding("supply", OK, f"{volts:.2f} V at the module", data=data)
+    text = f"{volts:.2f} V at the module, which needs {_VOLTS[0]:g} to {_VOLTS[1]:g} V"
+    return Finding("supply", WARN, text, "use a stronger supply, or a shorter cable", data)
+
+
 def probe_restore(root: Path) -> Finding:
     """Power mode and clocks that a killed `bench --set-mode` or `--max-clocks` has not restored."""
     name = "to be put back"
@@ -246,6 +269,10 @@ def probe_jtop_service(root: Path, software: Software) -> Finding:
     data = {"client": version, "socket": socket_exists(root), **software.jtop}
     if not is_jetson(root):
         return Finding(name, OK, "not a Jetson: not needed", data=data)
+    release = jetson.jetson_linux(root)
+    if version and release and release[0] >= _MANAGED and numbers(version, 2) < _JTOP_OF_JETPACK_7:
+        text = f"jetson-stats {version} does not know JetPack 7, and its service may end there"
+        return Finding(name, WARN, text, _install(root), data)
     if not socket_exists(root):
         mend = "sudo systemctl restart jtop.service" if version else _install(root)
         missing = "" if version else ", jetson-stats is not installed in this Python"

@@ -135,7 +135,7 @@ def parse_modes(text: str) -> dict[PowerMode, GpuLimits]:
             if words[:2] == ["GPU", "MAX_FREQ"]:
                 modes[mode] = replace(modes[mode], hertz=value if value > 0 else None)
             elif words[:2] == ["TPC_POWER_GATING", "TPC_PG_MASK"] and 0 <= value < 256:
-                # Each set bit of eight turns a TPC off, which has two multiprocessors.
+                # Each set bit of eight turns a TPC off, which has two multiprocessors. (GPU_PG_MASK is Thor's.)
                 modes[mode] = replace(modes[mode], multiprocessors=2 * (8 - bin(value).count("1")))
     return modes
 

@@ -159,7 +159,7 @@ def _measure(
         repeats = results.repeats_of(timeline, protocol, manifest.batch, trace)
     except results.NoFigureError as error:
         repeats, power_reason = results.repeats_of(timeline, protocol, manifest.batch, None), str(error)
-    findings = results.condition_findings(timeline, readings)
+    findings = results.condition_findings(timeline, readings, board, repeats)
     verdict = judge(timeline, protocol, repeats, manifest, trace, power_reason, findings, power_wanted=wanted)
     figures: Figures | None = None
     scene: EndToEnd | None = None

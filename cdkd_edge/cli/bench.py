@@ -137,6 +137,8 @@ def _run(
     with changed_board(power.set_mode, power.max_clocks) as change:
         if change.restored:
             say(f"set back first: {change.restored}")
+        if change.mode:  # MAXN may have become MAXN_SUPER
+            say(f"power mode {change.mode}")
         with load_engine(path, threads=threads) as engine:
             for left in remove_abandoned(space.benchmarks):
                 say(f"removed {left}, which a killed run had left")

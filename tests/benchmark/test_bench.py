@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -665,6 +666,19 @@ def test_throttling_makes_the_run_invalid(
     assert summary.figures is None
     assert "conditions.csv" in names_in(folder)
     assert summary.conditions["throttle_events"]["oc1"] == int("oc1" in file)
+
+
+def test_what_was_not_seen_of_a_board_and_odd_watts_are_warnings(
+    folder: Path, scene: Path, tree: Path, hungry: Any
+) -> None:
+    """As in a container on an Orin NX. 100 W are not its idle."""
+    shutil.rmtree(tree / "class/hwmon/hwmon4")
+    write(tree.parent / "device-tree/model", "NVIDIA Jetson Orin NX Engineering Reference Developer Kit")
+    options = BenchOptions(times(0.5, idle=0.3), scene=scene, power=True, root=tree.parent)
+    summary = run_benchmark(hungry(delay=0.005), folder, options)
+    said = " ".join(summary.verdict.warnings)
+    for text in ("throttling was not observed", "the power mode is not known", "VDD_IN is 100.0 W in idle"):
+        assert text in said
 
 
 def test_clocks_and_temperatures_are_recorded(folder: Path, scene: Path, tree: Path, hungry: Any) -> None:

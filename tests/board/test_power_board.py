@@ -446,6 +446,18 @@ def test_a_rail_that_disappears(own_board):
         assert sampler.samples[-1].values["VDD_IN"] == 6.0
 
 
+def test_a_charger_is_no_rail(board, tmp_path):
+    """The service lists it beside the INA3221's rails, with the watts that its driver names."""
+    with board_of(tmp_path, service=False) as mine:
+        charger = mine.sys / "class/power_supply/charger"
+        for name, text in (("type", "Mains"), ("online", 1), ("voltage_now", 20_000_000), ("current_now", 3_000_000)):
+            write(charger / name, text)
+        mine.start_service()
+        assert "Found name=charger type=Mains" in mine.log()
+        with sampler_on(mine) as sampler:
+            assert sampler.info.rails == ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC")
+
+
 def test_a_board_without_sensor(board, tmp_path):
     with board_of(tmp_path, service=False) as mine:
         shutil.rmtree(mine.sys / "bus/i2c/devices/1-0040")

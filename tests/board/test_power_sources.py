@@ -262,6 +262,16 @@ def test_a_total_of_another_board_is_not_vdd_in(name):
     assert f"the total is {name}, not VDD_IN" in rails_of(reading(name=name))
 
 
+def test_supplies_are_no_rails(tmp_path, monkeypatch):
+    """Entries as jetson-stats 4.2.9 makes them of a USB-C port and of a battery; they have no type."""
+    for name in ("ucsi-source-psy-2-00081", "battery"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("cdkd_edge.board.power.jtop.SUPPLIES", tmp_path)
+    entry = {"volt": 20000, "curr": 3250, "warn": 3250, "power": 65000, "avg": 65000, "online": True}
+    power = {**reading(), "rail": {**RAIL, "2-00081": entry, "battery": entry}}
+    assert rails_of(power) == {"VDD_IN": 6.0, "VDD_SOC": 1.0}
+
+
 @pytest.mark.parametrize("power", [None, "6000", float("nan"), float("inf"), 6e9])
 def test_a_total_without_a_value(power):
     assert "no value" in rails_of(reading(power))

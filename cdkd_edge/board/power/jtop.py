@@ -10,8 +10,10 @@ may block for good. Traps that this module avoids, each with a test:
 - The client may return what the service measured minutes ago for another client.
 - ``ok()`` with waiting ends the client after three intervals of silence; here it is called without waiting.
 - The first client sets the interval for all.
+- Batteries and chargers of ``/sys/class/power_supply`` are listed among the rails, and before 7.2.2 also what USB-C
+  ports have negotiated. Nothing in an entry tells them from the INA3221's: the service keeps their type to itself.
 
-Source: https://rnext.it/jetson_stats/reference/jtop.html, jetson-stats 7.2.
+Source: https://rnext.it/jetson_stats/reference/jtop.html; jtop/core/power.py of jetson-stats 4.2.9, 7.2.0 and 7.2.2.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import math
 import queue
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from cdkd_edge.board.power.ina3221 import COVERS, MOST_WATTS, TOTAL
@@ -42,6 +45,8 @@ not show; only moments drawn at random are in step with nothing."""
 ATTEMPTS = 3  # attempts to connect: a service that is slow with its first measurement refuses with 'Error connection'
 MIN_INTERVAL = 0.02  # seconds; the service breaks at 0.01 s and below
 LONGEST_DELAY = 2.0  # largest shortest delay from stamp to arrival, seconds; above it, the stamps are of another clock
+SUPPLIES = Path("/sys/class/power_supply")  # where the service finds entries that are no rails
+UCSI = "ucsi-source-psy-"  # prefix of USB-C ports, which the service takes off
 STAMP = 0.01  # resolution of /proc/uptime, seconds; it is cut off, not rounded
 
 
@@ -169,7 +174,9 @@ def rails_of(power: Any) -> dict[str, float] | str:
     if total.get("name") != TOTAL:
         return f"the total is {total.get('name') or 'a sum of other rails'}, not {TOTAL}"
     values = {}
-    for rail, reading in [(TOTAL, total), *power.get("rail", {}).items()]:
+    supplies = {folder.name.removeprefix(UCSI) for folder in SUPPLIES.glob("*")}
+    rails = {rail: reading for rail, reading in power.get("rail", {}).items() if rail not in supplies}
+    for rail, reading in {TOTAL: total, **rails}.items():
         milliwatts = reading.get("power")
         possible = isinstance(milliwatts, (int, float)) and abs(milliwatts) <= MOST_WATTS * 1000  # nan is not
         if possible and reading.get("online", True):

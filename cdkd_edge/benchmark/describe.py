@@ -234,7 +234,8 @@ def layer_texts(summary: BenchSummary) -> tuple[str, ...]:
         "operations": "shares of operations, because there is no model of a CPU",
     }
     return (
-        f"{significant(profile.sum_ms)} ms a batch together, {profile.sum_ms / profile.plain_ms:.2f} x a run without the profiler",
+        f"{significant(profile.sum_ms)} ms a batch together, {profile.sum_ms / profile.plain_ms:.2f} x a run "
+        "without the profiler",
         f"{profile.average}s of {profile.runs} further runs without and with it, in turn: "
         f"{significant(profile.plain_ms)} and {significant(profile.profiled_ms)} ms; the p50 under load was "
         f"{significant(figures.latency_ms.p50)} ms",

@@ -18,14 +18,14 @@ from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.protocol import Engine, KernelTimes
 from cdkd_edge.engines.runtimes import runtime_of
 from cdkd_edge.graph.files import load_graph
-from cdkd_edge.graph.layers import Part, parts_of
+from cdkd_edge.graph.layers import NetworkPart, parts_of
 
 PROFILED_SECONDS = 10.0  # of all profiled runs together, between these numbers of runs
 LEAST_RUNS, MOST_RUNS = 5, 50
 DEAREST = 10  # layers that are listed
 OPERATIONS = "operations"  # what the shares are modelled from on a CPU
 
-Shares = Mapping[Part, float]
+Shares = Mapping[NetworkPart, float]
 
 
 def time_kernels(engine: Engine, batch_seconds: float) -> KernelTimes:
@@ -66,8 +66,8 @@ def modelled_shares(
     return _shares(parts, counts), OPERATIONS, ""
 
 
-def _shares(parts: Iterable[Part], values: Sequence[float]) -> Shares:
-    total, found = sum(values), Counter[Part]()
+def _shares(parts: Iterable[NetworkPart], values: Sequence[float]) -> Shares:
+    total, found = sum(values), Counter[NetworkPart]()
     for part, value in zip(parts, values, strict=True):
         found[part] += value / total  # type: ignore[assignment]
     return found
@@ -78,11 +78,11 @@ def layer_profile(times: KernelTimes, modelled: tuple[Shares, str, str]) -> Laye
     shares, source, reason = modelled
     parts = parts_of([kernel.nodes for kernel in times.kernels])
     total_ms = 1e3 * sum(kernel.seconds for kernel in times.kernels)
-    kernels, milliseconds = Counter(parts), Counter[Part]()
+    kernels, milliseconds = Counter(parts), Counter[NetworkPart]()
     for part, kernel in zip(parts, times.kernels, strict=True):
         milliseconds[part] += 1e3 * kernel.seconds  # type: ignore[assignment]
 
-    def times_of(groups: Mapping[Part, Sequence[Part]]) -> tuple[LayerTime, ...]:
+    def times_of(groups: Mapping[NetworkPart, Sequence[NetworkPart]]) -> tuple[LayerTime, ...]:
         """The times of groups of parts, the dearest first."""
         found = []
         for (name, block), members in groups.items():
@@ -92,9 +92,9 @@ def layer_profile(times: KernelTimes, modelled: tuple[Shares, str, str]) -> Laye
             found.append(LayerTime(name, block, len(members), count, spent, spent / total_ms, model))
         return tuple(sorted(found, key=lambda one: -one.ms))
 
-    names: dict[Part, list[Part]] = {}
+    names: dict[NetworkPart, list[NetworkPart]] = {}
     for part in dict.fromkeys((*parts, *shares)):
-        names.setdefault(Part(part.name), []).append(part)
+        names.setdefault(NetworkPart(part.name), []).append(part)
     single = times_of({part: [part] for part in dict.fromkeys(parts)})
     return LayerProfile(
         runs=times.runs, average=times.average, plain_ms=1e3 * times.plain_seconds,

@@ -226,7 +226,7 @@ class CpuEngine(OnnxLabeller, Engine):
             OnnxLabeller(self._path, self.manifest, self._threads, profile=folder / "profile") as copy,
         ):
             copy.input(0)[:] = self.input(0)
-            seconds = [(timed_run(self), timed_run(copy)) for _ in range(PROFILE_WARM_UP + runs)]
+            pairs = [(timed_run(self), timed_run(copy)) for _ in range(PROFILE_WARM_UP + runs)]
             events = json.loads(Path(copy._session.end_profiling()).read_bytes())
         # An event of the session for each run, and one of a node for each of its kernels. A name ends in what it timed.
         starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
@@ -235,9 +235,9 @@ class CpuEngine(OnnxLabeller, Engine):
             name = str(event["name"]).removesuffix("_kernel_time")
             if event["cat"] == "Node" and name != event["name"]:
                 reported[bisect(starts, event["ts"]) - 1].append((name, event["dur"] / 1e6))
-        return median_times(
-            *zip(*seconds, strict=True), reported, lambda name: (name,)
-        )  # named after the node that it was made from
+        plain, profiled = zip(*pairs, strict=True)
+        # A kernel is named after the node that it was made from.
+        return median_times(plain, profiled, reported, lambda name: (name,))
 
 
 def require_release(path: Path, manifest: EngineManifest, library: str, here: str) -> None:

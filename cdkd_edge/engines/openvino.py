@@ -36,8 +36,8 @@ from cdkd_edge.engines.protocol import (
     PROFILE_WARM_UP,
     ArtefactLabeller,
     Engine,
-    KernelTime,
     KernelTimes,
+    TimedKernel,
     UInt8Array,
     blank_value,
     timed_run,
@@ -189,7 +189,7 @@ class OpenVinoEngine(OpenVinoLabeller, Engine):
             plain, profiled = zip(*((timed_run(self), timed_run(copy)) for _ in range(runs)), strict=True)
             totals = _totals_of_kernels(copy._requests[0], PROFILE_WARM_UP + runs)
         kernels = tuple(
-            KernelTime(name, (*nodes.get(name, ()), name), (total - before.get(name, 0.0)) / runs)
+            TimedKernel(name, (*nodes.get(name, ()), name), (total - before.get(name, 0.0)) / runs)
             for name, total in totals.items()
         )
         return KernelTimes(kernels, sum(profiled) / runs, sum(plain) / runs, runs, "mean")

@@ -37,7 +37,7 @@ PROFILE_WARM_UP = 2  # runs with a profiler before those that count: the first o
 
 
 @dataclass(frozen=True)
-class KernelTime:
+class TimedKernel:
     """What one kernel of an engine took."""
 
     name: str  # as the runtime calls it
@@ -49,7 +49,7 @@ class KernelTime:
 class KernelTimes:
     """What the kernels of an engine took in runs with the runtime's profiler."""
 
-    kernels: tuple[KernelTime, ...]  # in the order of computation
+    kernels: tuple[TimedKernel, ...]  # in the order of computation
     profiled_seconds: float  # for a whole run, from launch to outputs
     plain_seconds: float  # for one without a profiler; they were made in turn
     runs: int
@@ -203,7 +203,7 @@ def median_times(
     if not names:
         raise EngineError("the runtime's profiler told no times")
     medians = {name: statistics.median(total.get(name, 0.0) for total in totals) for name in names}
-    kernels = tuple(KernelTime(name, nodes_of(name), value) for name, value in medians.items())
+    kernels = tuple(TimedKernel(name, nodes_of(name), value) for name, value in medians.items())
     plain, profiled = plain[PROFILE_WARM_UP:], profiled[PROFILE_WARM_UP:]
     return KernelTimes(kernels, statistics.median(profiled), statistics.median(plain), len(totals), "median")
 

@@ -27,7 +27,7 @@ _AGAIN = "export the checkpoint again with this release"
 _BLOCK_LINEAR = re.compile(r"(blocks\.\d+)\.(attn\.proj|mlp\.fc1|mlp\.fc2)$")
 
 
-class Part(NamedTuple):
+class NetworkPart(NamedTuple):
     """A layer of the network as people know it; a runtime computes it in one kernel or in several."""
 
     name: str
@@ -55,26 +55,26 @@ _PARTS = tuple(
 _PRODUCT = re.compile(r"/(?:MatMul|Conv|Gemm|MultiHeadAttention)")
 
 
-def parts_of(kernels: Sequence[Iterable[str]]) -> list[Part]:
+def parts_of(kernels: Sequence[Iterable[str]]) -> list[NetworkPart]:
     """The parts that kernels compute, which are given in their order by the names of their nodes.
 
     A kernel of several nodes computes the part of its first product, else of its first node; quantisation belongs to
     the product after it. A kernel that names no node of the graph (a copy, another layout) serves the one after it.
     """
-    parts = [Part("others")]
+    parts = [NetworkPart("others")]
     for names in reversed(kernels):
         parts.append(_part(names) or parts[-1])
     return parts[:0:-1]
 
 
-def _part(names: Iterable[str]) -> Part | None:
+def _part(names: Iterable[str]) -> NetworkPart | None:
     def rank(name: str) -> int:
         return 0 if _PRODUCT.search(name) else 2 if "QuantizeLinear" in name else 1
 
     for name in sorted(names, key=rank):
         for pattern, title in _PARTS:
             if found := pattern.search(name):
-                return Part(title, int(found[1]) if found.groups() else None)
+                return NetworkPart(title, int(found[1]) if found.groups() else None)
     return None
 
 

@@ -20,19 +20,19 @@ from cdkd_edge.benchmark.roofline.bound import model_of
 from cdkd_edge.benchmark.run import BenchOptions, run_benchmark
 from cdkd_edge.core.errors import EngineError
 from cdkd_edge.core.manifest import FileRecord, TensorRTBuild
-from cdkd_edge.engines.protocol import KernelTime, KernelTimes
+from cdkd_edge.engines.protocol import KernelTimes, TimedKernel
 from cdkd_edge.engines.tensorrt.layers import EngineLayers, Layer, LayerTensor, write_layers
-from cdkd_edge.graph.layers import Part
+from cdkd_edge.graph.layers import NetworkPart
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 NO_MODEL = {}, "", "for no reason"
 KERNELS = (
-    KernelTime("copy", (), 0.001),
-    KernelTime("mha_0", ("blocks.0.attn.share/Softmax",), 0.004),
-    KernelTime("mha_1", ("blocks.1.attn.share/Softmax",), 0.002),
-    KernelTime("conv", ("fuse.conv/Conv",), 0.002),
-    KernelTime("act", ("fuse/Relu",), 0.001),
+    TimedKernel("copy", (), 0.001),
+    TimedKernel("mha_0", ("blocks.0.attn.share/Softmax",), 0.004),
+    TimedKernel("mha_1", ("blocks.1.attn.share/Softmax",), 0.002),
+    TimedKernel("conv", ("fuse.conv/Conv",), 0.002),
+    TimedKernel("act", ("fuse/Relu",), 0.001),
 )
 TIMES = KernelTimes(KERNELS, profiled_seconds=0.0125, plain_seconds=0.01, runs=7, average="median")
 
@@ -68,7 +68,7 @@ def test_kernels_add_up_to_layers_and_layers_to_parts():
 
 
 def test_ten_layers_are_listed():
-    kernels = tuple(KernelTime(str(n), (f"blocks.{n}.mlp.fc2/Add",), 1.0 + n) for n in range(12))
+    kernels = tuple(TimedKernel(str(n), (f"blocks.{n}.mlp.fc2/Add",), 1.0 + n) for n in range(12))
     found = layer_profile(replace(TIMES, kernels=kernels), NO_MODEL)
     assert [one.block for one in found.dearest] == list(range(11, 1, -1))
     (part,) = found.parts
@@ -76,7 +76,12 @@ def test_ten_layers_are_listed():
 
 
 def test_modelled_shares_stand_beside_measured_ones():
-    shares = {Part("attention", 0): 0.5, Part("attention", 1): 0.2, Part("fuse"): 0.25, Part("laterals"): 0.05}
+    shares = {
+        NetworkPart("attention", 0): 0.5,
+        NetworkPart("attention", 1): 0.2,
+        NetworkPart("fuse"): 0.25,
+        NetworkPart("laterals"): 0.05,
+    }
     found = layer_profile(TIMES, (shares, "layers", ""))
     assert [one.modelled_share for one in found.dearest] == [0.5, 0.25, 0.2]
     assert {one.name: one.modelled_share for one in found.parts} == pytest.approx(
@@ -113,7 +118,7 @@ def require_modelled_shares(engine, folder, source, nodes_of):
     modelled = modelled_shares(engine, [folder], model, "")
     assert modelled[1:] == (source, "")
     kernels = tuple(
-        KernelTime(one.kernel.name, nodes_of(one.kernel), one.seconds / 7) for one in model.estimate.times
+        TimedKernel(one.kernel.name, nodes_of(one.kernel), one.seconds / 7) for one in model.estimate.times
     )  # fmt: skip
     found = layer_profile(replace(TIMES, kernels=kernels), modelled)
     assert sum(one.modelled_share for one in found.parts) == pytest.approx(1.0)
@@ -157,7 +162,7 @@ def test_a_cpu_has_shares_of_operations(small_graph, small_config):
     length, channels = small_config.grid**2, small_config.head_channels
     second = 2 * length * small_config.embed_dim * small_config.mlp_dim + 2 * length * small_config.embed_dim
     fuse = 2 * length * channels * 9 * 4 * channels + length * channels
-    assert shares[Part("MLP fc2", 3)] / shares[Part("fuse")] == pytest.approx(second / fuse)
+    assert shares[NetworkPart("MLP fc2", 3)] / shares[NetworkPart("fuse")] == pytest.approx(second / fuse)
 
 
 def test_why_nothing_is_modelled(gpu_engine, small_graph, tmp_path):
@@ -224,7 +229,7 @@ def test_an_invalid_run_has_no_times_of_layers(tmp_path, monkeypatch):
 
 
 def test_terminal_and_page_show_the_same_tables(tmp_path):
-    shares = {Part("attention", 0): 0.5, Part("attention", 1): 0.2, Part("fuse"): 0.3}
+    shares = {NetworkPart("attention", 0): 0.5, NetworkPart("attention", 1): 0.2, NetworkPart("fuse"): 0.3}
     summary = make_run(tmp_path / "run", layers=layer_profile(TIMES, (shares, "layers", "")))
     (_, columns, whole), (title, _, dearest) = layer_tables(summary)
     assert columns == ("part", "kernels", "ms a batch", "share measured", "share modelled")
@@ -242,7 +247,7 @@ def test_terminal_and_page_show_the_same_tables(tmp_path):
 
 
 def test_a_cpu_says_that_its_shares_are_of_operations(tmp_path):
-    summary = make_run(tmp_path / "run", layers=layer_profile(TIMES, ({Part("fuse"): 1.0}, "operations", "")))
+    summary = make_run(tmp_path / "run", layers=layer_profile(TIMES, ({NetworkPart("fuse"): 1.0}, "operations", "")))
     assert [columns[-1] for _, columns, _ in layer_tables(summary)] == ["share of operations"] * 2
     assert "no model of a CPU" in layer_texts(summary)[-1]
 

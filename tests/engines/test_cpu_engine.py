@@ -31,7 +31,7 @@ from cdkd_edge.engines import onnxruntime as cpu
 from cdkd_edge.engines.onnxruntime import CpuEngine, build_cpu_engine
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
-from cdkd_edge.graph.layers import Part, parts_of
+from cdkd_edge.graph.layers import NetworkPart, parts_of
 
 
 def graph_labels(graph, tiles):
@@ -326,7 +326,7 @@ def test_the_profiler_times_every_layer(engine, small_config):
     assert 0 < sum(one.seconds for one in times.kernels) < 2 * times.profiled_seconds  # medians of different runs
     assert not list((Path(tempfile.gettempdir()) / "cdkd-edge").glob("*/profile*"))
     parts = parts_of([one.nodes for one in times.kernels])
-    assert Part("others") not in parts
+    assert NetworkPart("others") not in parts
     blocks = range(small_config.depth)
     assert [part.block for part in parts if part.name == "attention"] == list(blocks)  # one operator a block
     names = {"LayerNorm", "queries, keys, values", "attention output", "MLP fc1, GELU", "MLP fc2"}

@@ -28,7 +28,7 @@ from cdkd_edge.engines.onnxruntime import build_cpu_engine
 from cdkd_edge.engines.openvino import OpenVinoEngine, build_openvino_engine
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.runtimes import RUNTIMES, choose_runtime, load_engine
-from cdkd_edge.graph.layers import Part, parts_of
+from cdkd_edge.graph.layers import NetworkPart, parts_of
 from cdkd_edge.model.config import attention_of
 from cdkd_edge.precision import choose
 from cdkd_edge.precision.choose import build_fastest, compare_speed, engine_path, engine_places
@@ -132,8 +132,10 @@ def test_the_profiler_times_every_layer_of_the_network(engine_file):
     assert times.runs == 3
     assert 0 < sum(one.seconds for one in times.kernels) < 1.05 * times.profiled_seconds
     parts = set(parts_of([one.nodes for one in times.kernels]))
-    assert {Part(name, block) for name in ("attention", "MLP fc1, GELU", "MLP fc2") for block in range(4)} <= parts
-    assert Part("others") not in parts
+    assert {
+        NetworkPart(name, block) for name in ("attention", "MLP fc1, GELU", "MLP fc2") for block in range(4)
+    } <= parts
+    assert NetworkPart("others") not in parts
 
 
 @WITH

@@ -8,7 +8,7 @@ from cdkd_edge.benchmark.roofline.model import _as_int8
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.graph.cpu import cpu_twin, fuse_attention
 from cdkd_edge.graph.fp16 import to_fp16
-from cdkd_edge.graph.layers import Part, parts_of
+from cdkd_edge.graph.layers import NetworkPart, parts_of
 from cdkd_edge.graph.outputs import with_output
 from cdkd_edge.model.config import NetworkConfig
 
@@ -48,10 +48,10 @@ def test_every_node_names_its_part(make_weights, config, form):
     model = FORMS[form](build_graph(make_weights(config), config))
     names = [node.name for node in model.graph.node]
     alone = {name: parts_of([[name]])[0] for name in names}
-    nameless = [name for name, part in alone.items() if part == Part("others")]
+    nameless = [name for name, part in alone.items() if part == NetworkPart("others")]
     # Only what several layers of the CPU's INT8 share has the name of none.
     assert all(name.startswith("wide.") for name in nameless), nameless
-    assert set(alone.values()) >= {Part(name, block) for name in OF_BLOCKS for block in range(4)}
+    assert set(alone.values()) >= {NetworkPart(name, block) for name in OF_BLOCKS for block in range(4)}
     assert {part.name for part in alone.values() if part.block is None} >= OTHERS
     for name, part in alone.items():
         assert part.block is None or name.startswith(f"blocks.{part.block}."), name
@@ -61,16 +61,19 @@ def test_every_node_names_its_part(make_weights, config, form):
 @pytest.mark.parametrize(
     ("names", "part"),
     [
-        (["blocks.0.attn.v/MatMul", "blocks.0.attn.k/MatMul"], Part("queries, keys, values", 0)),
-        (["blocks.11.attn.k.by_head/Transpose"], Part("attention", 11)),
-        (["blocks.3.attn.joined/MultiHeadAttention"], Part("attention", 3)),
-        (["blocks.1.after_attn/Add", "blocks.1.attn.proj.product/MatMul"], Part("attention output", 1)),
-        (["blocks.2.mlp.fc2.input_int8/QuantizeLinear", "blocks.2.mlp.gelu/Gelu"], Part("MLP fc1, GELU", 2)),
-        (["blocks.2.norm2/LayerNormalization", "blocks.2.mlp.fc1.input_int8/QuantizeLinear"], Part("LayerNorm", 2)),
-        (["blocks.2.mlp.fc1/Add", "blocks.2.mlp.gelu/Gelu"], Part("MLP fc1, GELU", 2)),
-        (["fuse_nchwc"], Part("fuse")),
-        (["Reformatting CopyNode for Input Tensor 0 to smooth.1.conv/Conv + smooth.1/Relu"], Part("smoothing")),
-        (["{ForeignNode[blocks.0.norm1/LayerNormalization...labels/Cast]}"], Part("several at once")),
+        (["blocks.0.attn.v/MatMul", "blocks.0.attn.k/MatMul"], NetworkPart("queries, keys, values", 0)),
+        (["blocks.11.attn.k.by_head/Transpose"], NetworkPart("attention", 11)),
+        (["blocks.3.attn.joined/MultiHeadAttention"], NetworkPart("attention", 3)),
+        (["blocks.1.after_attn/Add", "blocks.1.attn.proj.product/MatMul"], NetworkPart("attention output", 1)),
+        (["blocks.2.mlp.fc2.input_int8/QuantizeLinear", "blocks.2.mlp.gelu/Gelu"], NetworkPart("MLP fc1, GELU", 2)),
+        (
+            ["blocks.2.norm2/LayerNormalization", "blocks.2.mlp.fc1.input_int8/QuantizeLinear"],
+            NetworkPart("LayerNorm", 2),
+        ),
+        (["blocks.2.mlp.fc1/Add", "blocks.2.mlp.gelu/Gelu"], NetworkPart("MLP fc1, GELU", 2)),
+        (["fuse_nchwc"], NetworkPart("fuse")),
+        (["Reformatting CopyNode for Input Tensor 0 to smooth.1.conv/Conv + smooth.1/Relu"], NetworkPart("smoothing")),
+        (["{ForeignNode[blocks.0.norm1/LayerNormalization...labels/Cast]}"], NetworkPart("several at once")),
     ],
 )
 def test_the_part_of_a_fused_kernel(names, part):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +33,27 @@ Note = Callable[[str], None]  # called with what is being done
 Log = Callable[[str, str], None]
 """Called with a severity (``error``, ``warning``, ``info``, ``verbose``) and a text, perhaps from other threads."""
 SPEED_ROUNDS = 7  # timed runs of each engine in :func:`speed_ratio`
+PROFILE_WARM_UP = 2  # runs with a profiler before those that count: the first one allocates
+
+
+@dataclass(frozen=True)
+class TimedKernel:
+    """What one kernel of an engine took."""
+
+    name: str  # as the runtime calls it
+    nodes: tuple[str, ...]  # names of nodes of the graph that it computes, as far as the runtime tells
+    seconds: float  # for one batch, an average of the runs
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """What the kernels of an engine took in runs with the runtime's profiler."""
+
+    kernels: tuple[TimedKernel, ...]  # in the order of computation
+    profiled_seconds: float  # for a whole run, from launch to outputs
+    plain_seconds: float  # for one without a profiler; they were made in turn
+    runs: int
+    average: str  # of the runs: ``median``, or ``mean`` where the runtime tells no more
 
 
 class Labeller:
@@ -123,6 +145,17 @@ class Engine(Labeller):
 
     manifest: EngineManifest
 
+    def kernel_times(self, runs: int) -> KernelTimes:
+        """Time every kernel in ``runs`` runs of the tiles in slot 0, with the runtime's profiler.
+
+        They run in a copy of the engine, or in another context of it, in turn with plain runs of slot 0. So nothing
+        that is measured later is slower.
+
+        Raises:
+            EngineError: the engine fails, or the profiler tells no times.
+        """
+        raise NotImplementedError
+
 
 def segment_tiles(engine: Labeller, tiles: UInt8Array) -> UInt8Array:
     """Labels ``[M, T, T]`` of any number of tiles ``[M, 3, T, T]``, one batch after the other."""
@@ -135,6 +168,44 @@ def segment_tiles(engine: Labeller, tiles: UInt8Array) -> UInt8Array:
         engine.wait(0)
         labels[start : start + batch] = engine.output(0)[: len(chunk)]
     return labels
+
+
+def timed_run(labeller: Labeller) -> float:
+    """Seconds that slot 0 takes, from launch to outputs."""
+    started = time.perf_counter()
+    labeller.launch(0)
+    labeller.wait(0)
+    return time.perf_counter() - started
+
+
+def median_times(
+    plain: Sequence[float],
+    profiled: Sequence[float],
+    reported: Sequence[Iterable[tuple[str, float]]],
+    nodes_of: Callable[[str], tuple[str, ...]],
+) -> KernelTimes:
+    """The medians of profiled runs, without the first :data:`PROFILE_WARM_UP`.
+
+    Args:
+        plain, profiled: seconds of each run.
+        reported: of each profiled run, the names and seconds of its kernels; those of one name are added up.
+        nodes_of: the nodes of a kernel, by its name.
+
+    Raises:
+        EngineError: no kernel was reported.
+    """
+    totals: list[dict[str, float]] = []
+    for run in reported[PROFILE_WARM_UP:]:
+        totals.append({})
+        for name, value in run:
+            totals[-1][name] = totals[-1].get(name, 0.0) + value
+    names = dict.fromkeys(name for total in totals for name in total)
+    if not names:
+        raise EngineError("the runtime's profiler told no times")
+    medians = {name: statistics.median(total.get(name, 0.0) for total in totals) for name in names}
+    kernels = tuple(TimedKernel(name, nodes_of(name), value) for name, value in medians.items())
+    plain, profiled = plain[PROFILE_WARM_UP:], profiled[PROFILE_WARM_UP:]
+    return KernelTimes(kernels, statistics.median(profiled), statistics.median(plain), len(totals), "median")
 
 
 def speed_ratio(engine: Engine, other: Engine) -> float:
@@ -154,8 +225,5 @@ def speed_ratio(engine: Engine, other: Engine) -> float:
     theirs: list[float] = []
     for _ in range(SPEED_ROUNDS + 1):
         for one, times in ((engine, ours), (other, theirs)):
-            started = time.perf_counter()
-            one.launch(0)
-            one.wait(0)
-            times.append((time.perf_counter() - started) / one.batch)
+            times.append(timed_run(one) / one.batch)
     return statistics.median(theirs[1:]) / statistics.median(ours[1:])

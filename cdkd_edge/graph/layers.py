@@ -1,14 +1,16 @@
 """Which nodes of a graph are which layers of the network: the one place that knows names and forms of :mod:`.build`.
 
 Whoever changes the operators there changes here how attention, linears, convolutions and logits are found. INT8, FP16,
-the CPU's fused attention, further outputs and the roofline ask these functions.
+the CPU's fused attention, further outputs, the roofline and the times of layers ask these functions.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,57 @@ Array = npt.NDArray[np.float32]
 
 _AGAIN = "export the checkpoint again with this release"
 _BLOCK_LINEAR = re.compile(r"(blocks\.\d+)\.(attn\.proj|mlp\.fc1|mlp\.fc2)$")
+
+
+class NetworkPart(NamedTuple):
+    """A layer of the network as people know it; a runtime computes it in one kernel or in several."""
+
+    name: str
+    block: int | None = None  # number of the encoder's block, from 0; None outside the blocks
+
+
+_PARTS = tuple(
+    (re.compile(rf"(?<![\w.])(?:{pattern})"), name)
+    for pattern, name in (
+        (r"\{?ForeignNode\[", "several at once"),  # TensorRT did not list what is in it
+        (r"blocks\.(\d+)\.norm[12]", "LayerNorm"),
+        (r"blocks\.(\d+)\.attn\.(?:[qkv](?![\w.])|means)", "queries, keys, values"),
+        (r"blocks\.(\d+)\.(?:attn\.proj|after_attn)", "attention output"),
+        (r"blocks\.(\d+)\.attn\.", "attention"),
+        (r"blocks\.(\d+)\.mlp\.(?:fc1|gelu)", "MLP fc1, GELU"),
+        (r"blocks\.(\d+)\.(?:mlp\.fc2|out)", "MLP fc2"),
+        (r"image|pixels|patch|squares|all_tokens|tokens", "patch embedding"),
+        (r"pool\.|context|deep\.|bottleneck", "pyramid pooling"),
+        (r"lateral\.|level\.|blocks\.\d+\.patches", "laterals"),
+        (r"smooth\.", "smoothing"),
+        (r"levels|fuse", "fuse"),
+        (r"logits|scores|best|labels|rounded|confidence|probabilities", "classifier, up-sampling"),
+    )
+)
+_PRODUCT = re.compile(r"/(?:MatMul|Conv|Gemm|MultiHeadAttention)")
+
+
+def parts_of(kernels: Sequence[Iterable[str]]) -> list[NetworkPart]:
+    """The parts that kernels compute, which are given in their order by the names of their nodes.
+
+    A kernel of several nodes computes the part of its first product, else of its first node; quantisation belongs to
+    the product after it. A kernel that names no node of the graph (a copy, another layout) serves the one after it.
+    """
+    parts = [NetworkPart("others")]
+    for names in reversed(kernels):
+        parts.append(_part(names) or parts[-1])
+    return parts[:0:-1]
+
+
+def _part(names: Iterable[str]) -> NetworkPart | None:
+    def rank(name: str) -> int:
+        return 0 if _PRODUCT.search(name) else 2 if "QuantizeLinear" in name else 1
+
+    for name in sorted(names, key=rank):
+        for pattern, title in _PARTS:
+            if found := pattern.search(name):
+                return NetworkPart(title, int(found[1]) if found.groups() else None)
+    return None
 
 
 @dataclass(frozen=True)

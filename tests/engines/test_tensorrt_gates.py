@@ -6,6 +6,8 @@ TensorRT-RTX parses and compiles the graphs for SM 8.6 (it has no SM 8.7, Orin's
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
 from cdkd_edge.engines.tensorrt.layers import EngineLayers
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.graph.files import derived_path
+from cdkd_edge.graph.layers import parts_of
 from cdkd_edge.graph.outputs import write_variant
 from cdkd_edge.model.config import NetworkConfig, attention_of
 
@@ -144,3 +147,30 @@ def test_broken_attention_fails_the_same_check(shallow_graph: Path) -> None:
     assert any("scratch" in finding for finding in findings)
     assert manifest.attention_fused == 0
     assert len(layers.unfused_attention) == 4
+
+
+PROFILE = """
+from cdkd_edge.engines.tensorrt.find import find_tensorrt
+from cdkd_edge.engines.tensorrt.runner import _profiler
+trt, reported = find_tensorrt().module, [[]]
+profiler = _profiler(trt, reported)
+assert isinstance(profiler, trt.IProfiler)
+profiler.report_layer_time("fuse", 1.5)
+assert reported == [[("fuse", 0.0015)]]
+assert {"profiler", "enqueue_emits_profile", "report_to_profiler"} <= set(dir(trt.IExecutionContext))
+"""
+
+
+def test_the_profiler_is_one_of_tensorrts() -> None:
+    """In a child, because importing TensorRT loads the compiler."""
+    done = subprocess.run([sys.executable, "-c", PROFILE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_kernel_computes_two_layers(half: Path) -> None:
+    """So that the times of kernels add up to times of layers; copies alone name no node."""
+    _, layers = compiled(half)
+    for layer in layers.layers:
+        parts = {parts_of([[node]])[0] for node in layer.nodes}
+        assert len(parts) <= 1, layer
+        assert parts or layer.type == "kgen", layer

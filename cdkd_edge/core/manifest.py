@@ -115,6 +115,24 @@ class GraphCheck:
 
 
 @dataclass(frozen=True)
+class AttentionChange:
+    """What was changed in a block's attention, because a kernel that adds in FP16 would overflow or be inexact."""
+
+    block: str  # e.g. ``blocks.3.attn``
+    reason: str
+    values_divided_by: int = 1  # v, a power of two; proj multiplies by it again
+    scores_in_fp32: bool = False  # softmax and its sum too
+    scores_divided_by: int = 1  # q, a power of two; scores are multiplied by it in FP32
+
+    def __str__(self) -> str:
+        what = [f"values divided by {self.values_divided_by}"] if self.values_divided_by > 1 else []
+        if self.scores_in_fp32:
+            divided = f", divided by {self.scores_divided_by} before" if self.scores_divided_by > 1 else ""
+            what.append(f"scores in FP32{divided}")
+        return f"{self.block}: {' and '.join(what)}, because {self.reason}"
+
+
+@dataclass(frozen=True)
 class ConversionCheck:
     """A graph of lower precision against the FP32 graph it was made from, in ONNX Runtime on the CPU."""
 
@@ -126,6 +144,9 @@ class ConversionCheck:
     max_logit_error: float | None = None  # None where the share of labels alone was judged
     logit_tolerance: float | None = None
     """What rounding explains of it. Labels that differ are ties: FP32's best scores are nearer than twice this."""
+    attention_error: float | None = None
+    """What FP16 sums add to the error of attention, as a share of its result (rms of the worst head); some queries."""
+    attention: tuple[AttentionChange, ...] = ()  # blocks whose attention plain FP16 would break
 
 
 @dataclass(frozen=True)
@@ -260,6 +281,7 @@ class EngineManifest(_Described):
     """Tiles/s over those of the engines of other runtimes that `build` could choose, by what manifests call these."""
     attention: tuple[str, ...] = ()
     """What each block attends to, as :attr:`cdkd_edge.model.config.NetworkConfig.attention` has it; empty: global."""
+    attention_changes: tuple[AttentionChange, ...] = ()  # of the graph, for FP16
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
@@ -270,6 +292,7 @@ class EngineManifest(_Described):
         names = ("name", "precision", "labels", "preprocessing", "tile", "batch", "training", "output")
         shared = {name: getattr(source, name) for name in names}
         shared["attention"] = tuple(source.network.get("attention") or ())
+        shared["attention_changes"] = source.conversion.attention if source.conversion else ()
         return cls(**{"graph": source.artefact, "graph_check": source.check, **shared, **fields})
 
 

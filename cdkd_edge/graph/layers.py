@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -170,6 +171,31 @@ def weight_of(model: onnx.ModelProto, name: str) -> Array:
     return numpy_helper.to_array(item).astype(np.float32)
 
 
+def multiply_constant(
+    model: onnx.ModelProto, users: Counter[str], node: onnx.NodeProto, position: int, factor: npt.ArrayLike
+) -> None:
+    """Multiply the constant that is an input of a node, for this node alone.
+
+    ``users`` are the graph's nodes by the name of what they use, counted; they are kept up to date.
+    """
+    name = node.input[position]
+    stored = numpy_helper.to_array(next(item for item in model.graph.initializer if item.name == name))
+    if users[name] > 1:  # simplification stores equal constants once
+        users[name] -= 1
+        name = f"{node.name}.scaled_{position}"
+        users[name] = 1
+        node.input[position] = name
+        model.graph.initializer.add(name=name)
+    item = next(item for item in model.graph.initializer if item.name == name)
+    with np.errstate(over="ignore"):  # infinity in FP16 is found when the graph is checked
+        item.CopyFrom(numpy_helper.from_array((stored * np.asarray(factor, np.float64)).astype(stored.dtype), name))
+
+
+def constant_users(model: onnx.ModelProto) -> Counter[str]:
+    """How many times the nodes of a graph use each value."""
+    return Counter(name for node in model.graph.node for name in node.input)
+
+
 def input_makers(model: onnx.ModelProto, layer: QuantizableLayer) -> list[tuple[onnx.NodeProto, int]]:
     """The constants by which SmoothQuant divides a layer's input; empty where no constant makes it.
 
@@ -197,7 +223,11 @@ class AttentionBlock:
     q: str
     k: str
     v: str
+    scores: str  # the product of q and k, ``[N W, H, L/W, M/W]``
+    share: str  # softmax's output as it is multiplied by v, of the same shape
     joined: str
+    scale: float  # by which scores are multiplied before softmax
+    fp32_softmax: bool  # whether softmax lies between casts
     heads: int  # of all windows together
     width: int  # W D
     windows: int  # W
@@ -247,10 +277,24 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
         return found
 
     _require(attribute_of(softmax, "axis", -1) in (-1, 3))
-    scores = maker(softmax.input[0], "MatMul")
+    # Scores may be cast to FP32 and scaled up before softmax, see `fp16_attention.change_attention`.
+    inner, before, share, scale = [softmax], softmax.input[0], softmax, 1.0
+    for op in ("Mul", "Cast"):
+        node = index.maker.get(before)
+        if node is not None and node.op_type == op:
+            inner.append(node)
+            before = node.input[0]
+            if op == "Mul":
+                _require(node.input[1] in index.constants and not index.constants[node.input[1]].dims)
+                scale = float(numpy_helper.to_array(index.constants[node.input[1]]))
+    scores = maker(before, "MatMul")
+    after = index.only_user(share.output[0])
+    if after is not None and after.op_type == "Cast":
+        share = after
+        inner.append(after)
     keys = maker(scores.input[1], "Transpose", perm=[0, 1, 3, 2])
-    mixed = user(softmax, "MatMul")
-    _require(mixed.input[0] == softmax.output[0])
+    mixed = user(share, "MatMul")
+    _require(mixed.input[0] == share.output[0])
     after = index.only_user(mixed.output[0])
     windowed = after is not None and after.op_type == "Reshape"
 
@@ -258,7 +302,7 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
     back = [mixed, user(mixed, "Reshape")] if windowed else [mixed]
     back.append(user(back[-1], "Transpose", perm=[0, 3, 1, 2, 4] if windowed else [0, 2, 1, 3]))
     joined = user(back[-1], "Reshape")
-    inner = [keys, scores, softmax, *back]
+    inner += [keys, scores, *back]
     parts, shapes = [], []
     for value in (scores.input[0], keys.input[0], mixed.input[1]):
         if windowed:
@@ -277,7 +321,10 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
     _require(keys_shape == values_shape and [keys_shape[0], *keys_shape[2:]] == [batch, windows, heads, width])
     _require(sizes(joined, 3) == [batch, length * windows, heads * width])
     q, k, v = parts
-    return AttentionBlock(q, k, v, joined.output[0], windows * heads, windows * heads * width, windows, nodes)
+    return AttentionBlock(
+        q, k, v, scores.output[0], share.output[0], joined.output[0], scale, share is not softmax,
+        windows * heads, windows * heads * width, windows, nodes,
+    )  # fmt: skip
 
 
 def scores_of(model: onnx.ModelProto) -> str:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrt_helpers import ORIN, half_graph, needs_compiler
 
 from cdkd_edge.core.errors import UsageError
-from cdkd_edge.core.manifest import manifest_path
+from cdkd_edge.core.manifest import AttentionChange, EngineManifest, manifest_path, read_manifest, write_manifest
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines import runtimes
 from cdkd_edge.engines.inspect import OnnxContents, inspect_artefact, read_onnx
@@ -204,6 +204,17 @@ def test_windows_and_pooled_keys_are_named(tmp_path: Path, make_graph, make_weig
     assert json.loads(run("inspect", engine, "--json").stdout)["manifest"]["attention"] == list(config.attention)
     manifest_path(graph).unlink()
     assert json.loads(run("roofline", graph, "--device", "orin-nx-16gb", "--json").stdout)["attention"] is None
+
+
+def test_attention_that_was_changed_for_fp16(small_engine_path: Path, tmp_path: Path) -> None:
+    """The graph's manifest tells it to the engine's."""
+    change = AttentionChange("blocks.1.attn", "scores may reach 7e+04 on noise", scores_in_fp32=True)
+    engine = tmp_path / small_engine_path.name
+    shutil.copy(small_engine_path, engine)
+    manifest = read_manifest(small_engine_path, EngineManifest)
+    write_manifest(engine, dataclasses.replace(manifest, attention_changes=(change,)))
+    text = " ".join(run("inspect", engine).stdout.split())
+    assert "changed blocks.1.attn: scores in FP32, because scores may reach 7e+04 on noise" in text
 
 
 def test_a_cpu_engine_whose_attention_is_not_fused(small_engine_path: Path, tmp_path: Path) -> None:

@@ -6,20 +6,32 @@ TensorRT-RTX parses and compiles the graphs for SM 8.6 (it has no SM 8.7, Orin's
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
-from tensorrt_helpers import LayerLimits, break_attention, exceeded, half_graph, int8_variant, needs_compiler
+from tensorrt_helpers import (
+    LayerLimits,
+    break_attention,
+    exceeded,
+    half_graph,
+    int8_variant,
+    needs_compiler,
+    store_variant,
+)
 
-from cdkd_edge.core.manifest import EngineManifest, EngineTensor
+from cdkd_edge.core.manifest import AttentionChange, EngineManifest, EngineTensor
 from cdkd_edge.engines.inspect import inspect_artefact
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
 from cdkd_edge.engines.tensorrt.layers import EngineLayers
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.graph.files import derived_path
+from cdkd_edge.graph.fp16_attention import change_attention
 from cdkd_edge.graph.layers import parts_of
 from cdkd_edge.graph.outputs import write_variant
 from cdkd_edge.model.config import NetworkConfig, attention_of
@@ -129,6 +141,27 @@ def test_int8_with_broken_attention_fails_the_same_check(shallow_graph: Path) ->
     _, layers = compiled(break_attention(int8_variant(shallow_graph)))
     findings = exceeded(layers, INT8_LIMITS)
     assert any("0 of 12 attention blocks" in finding for finding in findings), findings
+
+
+def sums_of(engine: Path) -> Counter[tuple[str, str]]:
+    """How fused attentions add up scores and values; engines of TensorRT-RTX hold their kernels' source."""
+    found = re.findall(rb"fmha::Ampere_hmma_(\w+)_traits,\s+fmha::Ampere_hmma_(\w+)_traits", engine.read_bytes())
+    return Counter((scores.decode(), values.decode()) for scores, values in found)
+
+
+def test_attention_adds_in_fp16_and_scores_in_fp32_cost_no_layer(shallow_graph: Path) -> None:
+    """What :mod:`cdkd_edge.graph.fp16_attention` rehearses, and what it changes in a block."""
+    graph = half_graph(shallow_graph)
+    _, plain = compiled(graph)
+    assert sums_of(graph.parent / "engines" / f"{graph.stem}.engine") == {("fp16", "fp16"): 4}
+    model = onnx.load(graph)
+    change_attention(model, [AttentionChange("blocks.1.attn", "it is a test", 8, True, 4)])
+    changed = store_variant(graph, model, "changed")
+    manifest, layers = compiled(changed)
+    assert sums_of(changed.parent / "engines" / f"{changed.stem}.engine") == {("fp16", "fp16"): 3, ("fp32", "fp16"): 1}
+    assert (manifest.attention_fused, manifest.attention_blocks) == (4, 4)
+    assert len(layers.layers) == len(plain.layers)
+    assert layers.traffic_bytes == plain.traffic_bytes
 
 
 def test_fp32_parses_and_builds(shallow_graph: Path) -> None:

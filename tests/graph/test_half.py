@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
 
 import numpy as np
@@ -304,29 +303,6 @@ def test_values_that_relu_cuts_off_are_no_overflow(weights, store):
     assert np.isneginf(inside["lateral.1.projected"]).any()
     assert np.isfinite(inside["lateral.1"]).all()
     assert check_fp16(store(model), to_fp16(model), tiles_of(1), "sample", least=0).finite
-
-
-@pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 17, 2), (CONFIG, 20, 1), (CLASS_TOKEN, 18, 2)])
-def test_attention_scores_are_bounded(make_weights, store, config, opset, batch):
-    """Queries and keys stay small, their products do not; fused attention would never show it."""
-    weights = make_weights(config)
-    for name in ("weight", "bias"):
-        qkv = weights[f"encoder.blocks.3.attn.qkv.{name}"]
-        qkv[: 2 * config.embed_dim] *= 300
-    model = build_graph(weights, config, batch=batch, opset=opset)
-    inside = values(model, [f"blocks.3.attn.{part}" for part in ("q", "k", "scores")], tiles_of(batch))
-    assert max(np.abs(inside[f"blocks.3.attn.{part}"]).max() for part in "qk") < 20000
-    assert np.abs(inside["blocks.3.attn.scores"]).max() > 65504
-    with pytest.raises(NumericalCheckError, match=r"blocks\.3\.attn\.joined.* may reach") as caught:
-        check_fp16(store(model), to_fp16(model), tiles_of(batch), "sample", least=0)
-    told = float(re.search(r"may reach (\S+),", str(caught.value))[1])
-    split = (
-        inside[f"blocks.3.attn.{part}"].reshape(batch, -1, config.heads, config.embed_dim // config.heads)
-        for part in "qk"
-    )
-    queries, keys = (np.linalg.norm(part.astype(np.float64), axis=-1).max(axis=(0, 1)) for part in split)  # [heads]
-    assert told == pytest.approx((queries * keys).max(), rel=0.02)
-    assert told >= np.abs(inside["blocks.3.attn.scores"]).max() * 0.98
 
 
 def test_extreme_tiles_are_tried(make_weights, store):

@@ -298,8 +298,10 @@ def load_tensorrt_engine(path: Path, manifest: EngineManifest) -> TensorRTEngine
         ManifestError: the manifest does not say by which.
     """
     tensorrt = find.find_tensorrt()
-    find.require_loadable(manifest, tensorrt, find.find_gpu())
-    return TensorRTEngine(path, manifest, tensorrt=tensorrt)
+    warning = find.require_loadable(manifest, tensorrt, find.find_gpu())
+    engine = TensorRTEngine(path, manifest, tensorrt=tensorrt)
+    engine.warning = warning
+    return engine
 
 
 def affordable_slots(wanted: int, scratch_bytes: int, free_bytes: int) -> int:

@@ -18,18 +18,20 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from tensorrt_helpers import ORIN, child, half_graph, needs_compiler, store_variant
+from tensorrt_helpers import ORIN, child, half_graph, int8_variant, needs_compiler, store_variant
 
 from cdkd_edge.cli.build import describe_engine
 from cdkd_edge.core.errors import EngineError, GraphError, ManifestError, SystemRefusalError
 from cdkd_edge.core.manifest import EngineManifest, GraphManifest, read_manifest, write_manifest
-from cdkd_edge.engines.inspect import inspect_artefact
+from cdkd_edge.engines.inspect import inspect_artefact, read_onnx
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.engines.tensorrt import compile as compiler
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine, compile_layers, run_builder
 from cdkd_edge.engines.tensorrt.compile import BuilderMemoryError, BuildRequest
 from cdkd_edge.engines.tensorrt.find import NoGpu, TensorRT, TensorRTMissingError, find_tensorrt
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+from cdkd_edge.graph.files import derived_path
+from cdkd_edge.graph.outputs import write_variant
 from cdkd_edge.precision.choose import BuiltEngine, PreparedGraph
 
 SM86 = TensorRTOptions(targets=("8.6",))
@@ -241,6 +243,21 @@ def test_half_precision_of_the_small_network(small_graph: Path, tmp_path: Path) 
     assert manifest.precision == "fp16"
     assert manifest.tensorrt is not None
     assert set(manifest.tensorrt.layer_precisions) == {"fp16"}
+
+
+@pytest.mark.parametrize("kind", ["labels", "confidence", "probabilities"])
+def test_every_output_becomes_uint8_from_floats(kind: str, small_graph: Path, tmp_path: Path) -> None:
+    """NvInferRuntimeBase.h of 10.3 to 11.1 allows kUINT8 conversions of kFLOAT and kHALF only; ArgMax gives INT64."""
+    plain = tmp_path / small_graph.name
+    plain.write_bytes(small_graph.read_bytes())
+    write_manifest(plain, read_manifest(small_graph, GraphManifest))
+    for graph in (plain, half_graph(plain), int8_variant(plain)):
+        given = graph if kind == "labels" else derived_path(graph, kind)
+        if given != graph:
+            write_variant(graph, given, kind)
+        casts = {what for what in read_onnx(given).casts if what.endswith(" to uint8")}
+        assert casts
+        assert casts <= {"fp32 to uint8", "fp16 to uint8"}, given.name
 
 
 # --- the process and its ends ---------------------------------------------------------------------

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, SystemRefusalError
 from cdkd_edge.core.process import EventWriter, end_with_parent
 from cdkd_edge.engines.tensorrt.advice import ParserComplaint, advice, explain, is_out_of_memory
-from cdkd_edge.engines.tensorrt.find import GpuInfo, NoGpu, TensorRT, find_gpu, find_tensorrt, log_to
+from cdkd_edge.engines.tensorrt.find import GpuInfo, NoGpu, TensorRT, find_gpu, find_tensorrt, log_to, scratch_bytes
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions, TimingCache, default_workspace
 
 if TYPE_CHECKING:
@@ -174,17 +174,14 @@ def _set_targets(api: TensorRT, config: trt.IBuilderConfig, targets: tuple[str, 
             f"{api.name} builds only for the GPU of this machine; --target needs TensorRT-RTX",
             hint="carry the graph and its .json to the board, and build there",
         )
-    known = {
-        f"{match[1]}.{match[2]}": name
-        for name in dir(api.module.ComputeCapability)
-        if (match := re.fullmatch(r"SM(\d+)(\d)", name))
-    }
+    members = api.module.ComputeCapability.__members__
+    known = {f"{match[1]}.{match[2]}": name for name in members if (match := re.fullmatch(r"SM(\d+)(\d)", name))}
     rtx.num_compute_capabilities = len(targets)
     for index, target in enumerate(targets):
         if target not in known:
             names = ", ".join(sorted(known.values(), key=lambda name: int(name[2:])))
             raise EngineError(f"{api.name} does not compile for {target}; it knows {names}")
-        rtx.set_compute_capability(getattr(api.module.ComputeCapability, known[target]), index)
+        rtx.set_compute_capability(members[known[target]], index)
 
 
 def _make_portable(api: TensorRT, config: trt.IBuilderConfig, gpu: GpuInfo | NoGpu) -> list[str]:
@@ -303,8 +300,7 @@ def _inspect(api: TensorRT, plan: Any, log: _Log) -> tuple[str, int | None]:
     if engine is None:
         raise log.failure(api, "loading the engine it has just built")
     text = engine.create_engine_inspector().get_engine_information(api.module.LayerInformationFormat.JSON)
-    size = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", None)
-    return str(text), None if size is None else int(size)
+    return str(text), scratch_bytes(engine)
 
 
 def _flags(api: TensorRT, config: trt.IBuilderConfig) -> list[str]:

@@ -23,6 +23,8 @@ from cdkd_edge.core.machine import jetson_module
 from cdkd_edge.core.manifest import EngineManifest, TensorRTBuild, build_options
 
 if TYPE_CHECKING:
+    import tensorrt as trt
+
     from cdkd_edge.engines.protocol import Log
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"  # the two kinds; an engine of one does not load in the other
@@ -66,6 +68,11 @@ class TensorRT:
     def logger(self) -> Any:
         """The logger for builders and runtimes; :func:`log_to` says where its lines go."""
         return _process_logger(self.module)
+
+
+def scratch_bytes(engine: trt.ICudaEngine) -> int:
+    """Scratch memory of a loaded engine. TensorRT 10 renamed what it is called, 11 dropped the first name."""
+    return int(getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", 0))
 
 
 def tensorrt_is_installed() -> bool:

@@ -22,7 +22,7 @@ from cdkd_edge.engines.cuda.gpu import Gpu, open_gpu
 from cdkd_edge.engines.cuda.memory import Buffer, CudaStream
 from cdkd_edge.engines.protocol import ArtefactLabeller, Engine, UInt8Array, blank_value
 from cdkd_edge.engines.tensorrt import find
-from cdkd_edge.engines.tensorrt.find import errors_said, rebuild_hint
+from cdkd_edge.engines.tensorrt.find import errors_said, rebuild_hint, scratch_bytes
 
 IMAGE = "image"  # name of an engine's input
 SLOTS = 3  # one tile being read, one computed, one written
@@ -123,9 +123,7 @@ class TensorRTEngine(ArtefactLabeller, Engine):
             )
 
     def _make_slots(self, path: Path) -> None:
-        # TensorRT 10 deprecated device_memory_size in favour of the other; 11 has the other only.
-        scratch = getattr(self._engine, "device_memory_size_v2", None)
-        scratch = self._engine.device_memory_size if scratch is None else scratch
+        scratch = scratch_bytes(self._engine)
         free, _ = self.gpu.memory()
         for _ in range(affordable_slots(SLOTS, scratch, free)):
             slot = _Slot(self.gpu, self.manifest, self._held)

@@ -129,7 +129,9 @@ def build(
     Raises:
         WorkspaceError, GraphError, NumericalCheckError, EngineError: it cannot be built.
     """
+    from cdkd_edge.board.jetson import describe_board
     from cdkd_edge.engines.runtimes import choose_runtime
+    from cdkd_edge.engines.tensorrt.options import TensorRTOptions
     from cdkd_edge.precision.choose import GraphRequest, build_fastest, engine_places, prepare_graph
     from cdkd_edge.precision.int8_gate import labelled_data
 
@@ -142,7 +144,8 @@ def build(
     given = Path(graph) if graph else None
     source = prepare_graph(space, given, precision, request, output=extra, runtime=chosen).path
     places = engine_places(space, source, runtime, chosen, Path(output) if output else None, precision)
-    return build_fastest(source, places, precision).path
+    mode = describe_board().power_mode
+    return build_fastest(source, places, precision, TensorRTOptions(power_mode=mode and mode.name)).path
 
 
 @overload

@@ -273,6 +273,7 @@ def _file(record: FileRecord) -> str:
 
 def _tensorrt_rows(build: TensorRTBuild) -> list[tuple[str, str]]:
     where = f"{build.gpu}, sm {build.compute_capability}" if build.gpu else f"compiled for {', '.join(build.targets)}"
+    where += f", {build.multiprocessors} multiprocessors" if build.multiprocessors else ""
     kinds = ", ".join(f"{count} {name}" for name, count in build.layer_precisions.items())
     flags, cache = ", ".join(build.flags) or "none", "used" if build.timing_cache else "not used"
     workspace, weights, scratch = size(build.workspace_bytes), size(build.weights_bytes), size(build.scratch_bytes)

@@ -163,6 +163,8 @@ def _measure(
         repeats, power_reason = results.repeats_of(timeline, protocol, manifest.batch, None), str(error)
     findings = results.condition_findings(timeline, readings, board, repeats)
     verdict = judge(timeline, protocol, repeats, manifest, trace, power_reason, findings, power_wanted=wanted)
+    if engine.warning:
+        verdict = replace(verdict, warnings=(engine.warning, *verdict.warnings))
     figures: Figures | None = None
     scene: EndToEnd | None = None
     quotable = verdict.status != INVALID or options.keep_invalid

@@ -111,6 +111,9 @@ def engine_rows(manifest: EngineManifest, precision: str) -> Rows:
     limit = f", workspace at most {size(build.workspace_bytes)}" if build.workspace_bytes else ""
     level = f"optimisation level {build.optimization_level}"
     rows.append(("build", f"{manifest.runtime} {build.version}, {typing}, {level}{limit}"))
+    if build.multiprocessors:
+        places = (f"{build.multiprocessors} multiprocessors", build.module, build.board, build.power_mode)
+        rows.append(("built on", ", ".join(filter(None, places))))
     if build.layers:
         kinds = ", ".join(f"{count} {kind}" for kind, count in build.layer_precisions.items())
         rows.append(("layers", f"{build.layers} ({kinds}), moving {size(build.traffic_bytes)} per run"))

@@ -54,6 +54,14 @@ def describe_machine() -> Machine:
     )
 
 
+def jetson_module() -> str | None:
+    """Part number of the Jetson's module (``p3767-0000``: Orin NX 16 GB), by the device tree; None if it has none.
+
+    The model's name is no help: it is the carrier board's, and changes with the software (``... Developer Kit Super``).
+    """
+    return _found(r"nvidia,(?:p[\d-]+\+)?(p\d{4}-\d{4})", "/proc/device-tree/compatible")
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -11,17 +11,13 @@ import datetime
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import EngineError, ManifestError, SchemaError
 from cdkd_edge.core.files import converted, read_json, require_own, sha256_of, write_text
 from cdkd_edge.core.labels import LabelSchema, schema_from_document
 from cdkd_edge.core.machine import library_versions
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 MANIFEST_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -54,18 +50,6 @@ def output_shapes(kind: str, batch: int, tile: int, classes: int) -> dict[str, t
 def provides(kind: str, wanted: str) -> bool:
     """Whether an artefact of ``kind`` can give ``wanted``; confidence follows from probabilities."""
     return wanted in (LABELS, kind) or (kind, wanted) == (PROBABILITIES, CONFIDENCE)
-
-
-def confidence_of(probabilities: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Confidence ``[N, T, T]`` in per cent from probabilities ``[N, K, T, T]``.
-
-    Within one per cent of what a graph of kind ``confidence`` gives, which rounds once.
-    """
-    import numpy as np
-
-    largest = probabilities.max(axis=1).astype(np.uint16)
-    # In integers, because a float image would take four times the memory. No value lies halfway between two.
-    return np.asarray((largest * (2 * PERCENT) + PROBABILITY_ONE) // (2 * PROBABILITY_ONE), np.uint8)
 
 
 def missing_output(kind: str, wanted: str, artefact: str) -> EngineError:
@@ -251,6 +235,11 @@ class TensorRTBuild:
     traffic_bytes: int  # bytes of all inputs and outputs of all layers, constants left out
     layer_precisions: dict[str, int]  # layers by :attr:`cdkd_edge.engines.tensorrt.layers.Layer.precision`
     notes: tuple[str, ...] = ()
+    multiprocessors: int | None = None  # of the GPU that were on; None: not known, as for the next three
+    module: str | None = None  # part number of the Jetson module: all of a series call their GPU by one name
+    board: str | None = None  # what the device tree calls the board
+    power_mode: str | None = None
+    portable: bool = False  # whether it was built for every GPU of this compute capability
 
 
 @dataclass(frozen=True)

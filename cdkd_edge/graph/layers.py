@@ -328,7 +328,7 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
 
 
 def scores_of(model: onnx.ModelProto) -> str:
-    """The name of the logits at full resolution, ``[N, K, T, T]``, if the graph ends in the best class and a cast."""
+    """The name of the logits at full resolution, ``[N, K, T, T]``, if the graph ends in the best class and casts."""
     best = _best_class(GraphIndex(model.graph))
     if [output.name for output in model.graph.output] != [LABELS] or best is None:
         raise GraphError(
@@ -341,13 +341,13 @@ def scores_of(model: onnx.ModelProto) -> str:
 def _best_class(index: GraphIndex) -> onnx.NodeProto | None:
     """The ArgMax before the labels, or the Split with which the comparisons of :func:`compare_classes` begin."""
     node: onnx.NodeProto | None = index.maker.get(LABELS)
-    for op in ("Cast", "Squeeze", "Where", "Greater"):  # each made from the next one's output
-        if node is None or node.op_type == "ArgMax":
-            break
-        if node.op_type != op:
-            return None
+    while node is not None and node.op_type == "Cast":
         node = index.maker.get(node.input[0])
-    return node if node is not None and node.op_type in ("ArgMax", "Split") else None
+    for op in ("Squeeze", "Where", "Greater"):  # each made from the next one's output
+        if node is None or node.op_type == "ArgMax":
+            return node
+        node = index.maker.get(node.input[0]) if node.op_type == op else None
+    return node if node is not None and node.op_type == "Split" else None
 
 
 def compare_classes(model: onnx.ModelProto) -> None:
@@ -368,9 +368,11 @@ def compare_classes(model: onnx.ModelProto) -> None:
     writer = NodeWriter()
     numbers = [writer.constant(f"class_{number}", np.full((1,) * 4, number, np.float16)) for number in range(classes)]
     parts = [f"best.score_{number}" for number in range(classes)]
+    last = index.maker[LABELS].input[0]
     for node in model.graph.node:
-        if node.output[0] != argmax.output[0]:
-            writer.nodes.append(node)
+        if node.output[0] != last:
+            if node.output[0] != argmax.output[0]:  # whose cast to floats, which is `last`, the chain does not need
+                writer.nodes.append(node)
             continue
         sizes = writer.constant("best.sizes", np.ones(classes, np.int64))
         best, label = writer.add("Split", "best.scores", scores, sizes, outputs=parts, axis=1), numbers[0]
@@ -380,7 +382,7 @@ def compare_classes(model: onnx.ModelProto) -> None:
             if number < classes - 1:
                 best = writer.add("Max", f"best.score_to_{number}", best, parts[number])
         axis = writer.constant("best.axis", np.array([1], np.int64))
-        writer.add("Squeeze", argmax.output[0], label, axis)
+        writer.add("Squeeze", last, label, axis)
     writer.replace_nodes(model)
 
 

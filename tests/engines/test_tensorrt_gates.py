@@ -170,6 +170,7 @@ def test_fp32_parses_and_builds(shallow_graph: Path) -> None:
     assert manifest.tensorrt.tensors == TILES_AND_LABELS
     assert manifest.attention_blocks == 4
     assert "fp16" not in layers.precisions
+    assert not any(tensor.dtype == "int64" for layer in layers.layers for tensor in (*layer.inputs, *layer.outputs))
 
 
 def test_broken_attention_fails_the_same_check(shallow_graph: Path) -> None:

@@ -90,7 +90,7 @@ def test_two_casts_remain_at_the_ends(plain, weights, opset):
     assert list(first.input) == ["image"]
     assert list(last.output) == ["labels"]
     assert nodes_of(half, "Squeeze")[0].output[0] == last.input[0]
-    assert casts(plain) == {"FLOAT": 1, "UINT8": 1}
+    assert casts(plain) == {"FLOAT": 2, "UINT8": 1}, "pixels, and class numbers on their way to uint8"
 
 
 def test_nothing_but_types_changes(plain):
@@ -98,8 +98,9 @@ def test_nothing_but_types_changes(plain):
     half = to_fp16(plain)
     assert plain.SerializeToString() == before
     search_classes(half)  # FP16 graphs compare classes in place of ArgMax
-    assert [node.op_type for node in half.graph.node] == [node.op_type for node in plain.graph.node]
-    assert [list(node.input) for node in half.graph.node] == [list(node.input) for node in plain.graph.node]
+    kept = [node for node in plain.graph.node if node.output[0] != "best.float"]  # a CPU casts class numbers at once
+    assert [node.op_type for node in half.graph.node] == [node.op_type for node in kept]
+    assert [list(node.input) for node in half.graph.node] == [list(node.input) for node in kept]
     exact, rounded = constants(plain), constants(half)
     assert set(exact) == set(rounded)
     for name, value in rounded.items():

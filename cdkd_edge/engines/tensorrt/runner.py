@@ -32,7 +32,7 @@ from cdkd_edge.engines.protocol import (
     timed_run,
 )
 from cdkd_edge.engines.tensorrt import find
-from cdkd_edge.engines.tensorrt.find import errors_said, rebuild_hint
+from cdkd_edge.engines.tensorrt.find import errors_said, rebuild_hint, scratch_bytes
 from cdkd_edge.engines.tensorrt.layers import nodes_in_name, read_layers
 
 IMAGE = "image"  # name of an engine's input
@@ -136,7 +136,7 @@ class TensorRTEngine(ArtefactLabeller, Engine):
 
     def _make_slots(self) -> None:
         free, _ = self.gpu.memory()
-        for _ in range(affordable_slots(SLOTS, self._scratch, free)):
+        for _ in range(affordable_slots(SLOTS, scratch_bytes(self._engine), free)):
             self._slots.append(self._make_slot(self._held))
         for slot in self._slots:
             # A first run, also needed before a capture: TensorRT leaves some work to it.
@@ -144,20 +144,13 @@ class TensorRTEngine(ArtefactLabeller, Engine):
             slot.wait()
             slot.clear()
 
-    @property
-    def _scratch(self) -> int:
-        """Bytes of scratch memory of a context."""
-        # TensorRT 10 deprecated device_memory_size in favour of the other; 11 has the other only.
-        scratch = getattr(self._engine, "device_memory_size_v2", None)
-        return int(self._engine.device_memory_size if scratch is None else scratch)
-
     def _make_slot(self, held: contextlib.ExitStack) -> _Slot:
         slot = _Slot(self.gpu, self.manifest, held)
         with errors_said() as said:
             slot.context = self._engine.create_execution_context(*(() if self._config is None else (self._config,)))
         if slot.context is None:
             raise EngineError(
-                f"{self._tensorrt.name} cannot prepare {self._path} ({self._scratch >> 20} MiB of scratch memory)"
+                f"{self._tensorrt.name} cannot prepare {self._path} ({scratch_bytes(self._engine) >> 20} MiB of scratch memory)"
                 f"{said}",
                 hint=f"usually there is too little free GPU memory; if not, {rebuild_hint(self.manifest)}",
             )
@@ -362,8 +355,10 @@ def load_tensorrt_engine(path: Path, manifest: EngineManifest) -> TensorRTEngine
         ManifestError: the manifest does not say by which.
     """
     tensorrt = find.find_tensorrt()
-    find.require_loadable(manifest, tensorrt, find.find_gpu())
-    return TensorRTEngine(path, manifest, tensorrt=tensorrt)
+    warning = find.require_loadable(manifest, tensorrt, find.find_gpu())
+    engine = TensorRTEngine(path, manifest, tensorrt=tensorrt)
+    engine.warning = warning
+    return engine
 
 
 def affordable_slots(wanted: int, scratch_bytes: int, free_bytes: int) -> int:

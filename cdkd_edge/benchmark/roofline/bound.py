@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdkd_edge.benchmark.record import ModelledBound
-from cdkd_edge.benchmark.roofline.devices import Device, device_tree_parts, find_device, load_device
+from cdkd_edge.benchmark.roofline.devices import Device, find_device, load_device
 from cdkd_edge.benchmark.roofline.model import GRAPH, LAYERS, Estimate, model_engine, roofline
+from cdkd_edge.board.jetson import device_tree
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, ManifestError
 from cdkd_edge.core.files import sha256_of
 from cdkd_edge.core.manifest import EngineManifest
@@ -45,7 +46,7 @@ def modelled_bound(
     if runtime_of(engine).on_cpu:
         return None, "the roofline models GPUs, and this engine runs on the CPU"
     gpu = engine.tensorrt.gpu if engine.tensorrt else None
-    known = chosen or find_device(part=device_tree_parts(root), gpu=gpu)
+    known = chosen or find_device(part=device_tree(root, "compatible").text, gpu=gpu)
     if known is None:
         return None, f"there is no device file for {gpu or engine.device}; name one with --device"
     name = next(iter(known.modes)) if mode is None and len(known.modes) == 1 else mode

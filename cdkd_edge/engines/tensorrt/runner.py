@@ -145,13 +145,12 @@ class TensorRTEngine(ArtefactLabeller, Engine):
             slot.clear()
 
     def _make_slot(self, held: contextlib.ExitStack) -> _Slot:
-        slot = _Slot(self.gpu, self.manifest, held)
+        slot, scratch = _Slot(self.gpu, self.manifest, held), scratch_bytes(self._engine) >> 20
         with errors_said() as said:
             slot.context = self._engine.create_execution_context(*(() if self._config is None else (self._config,)))
         if slot.context is None:
             raise EngineError(
-                f"{self._tensorrt.name} cannot prepare {self._path} ({scratch_bytes(self._engine) >> 20} MiB of scratch memory)"
-                f"{said}",
+                f"{self._tensorrt.name} cannot prepare {self._path} ({scratch} MiB of scratch memory){said}",
                 hint=f"usually there is too little free GPU memory; if not, {rebuild_hint(self.manifest)}",
             )
         slot.bind()

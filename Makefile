@@ -7,7 +7,7 @@ BOARD_VERSIONS ?= pinned
 BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))-$(BOARD_VERSIONS)
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-gpu test-board test-floors test-cpus test-image test-wheel lint lint-docker types docs audit \
+.PHONY: demo test test-fast test-gpu test-board test-floors test-cpus test-aarch64 test-image test-wheel lint lint-docker types docs audit \
 	locks wheelhouse bench dubai-model tiny-model clean
 
 demo: $(VENV)/.package
@@ -47,6 +47,11 @@ test-cpus: $(VENV)/.tests
 # docker/Dockerfile for the plain CPU, built in a root file system of debootstrap's, and run; as root.
 test-image:
 	$(PYTHON) tests/image.py
+
+# The commands of a board and a part of its tests, in an arm64 root file system under qemu-user. Takes many minutes; what
+# it downloads stays in out/aarch64. RECORD=folder writes aarch64.json and aarch64.md.
+test-aarch64: $(VENV)/.tests
+	$(VENV)/bin/python tests/aarch64.py $(if $(RECORD),--record $(RECORD))
 
 # Wheel and source distribution, and the wheel alone in a fresh environment, away from the repository.
 test-wheel: $(VENV)/.docs

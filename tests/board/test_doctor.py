@@ -505,6 +505,14 @@ def test_a_driver_that_does_not_start(desktop: Path) -> None:
     assert software.probe_gpu(desktop, broken).status == WARN
 
 
+def test_silence_is_not_the_absence_of_a_gpu(desktop: Path) -> None:
+    for said in (None, "aborted"):
+        silent = dataclasses.replace(DESKTOP, gpu=software._answer(said, 30))
+        found = software.probe_gpu(desktop, silent)
+        assert found.status == WARN
+        assert found.text.startswith("not known: ")
+
+
 def test_children_that_hang_crash_or_chatter() -> None:
     def python(code: str) -> list[str]:
         return [sys.executable, "-c", code]

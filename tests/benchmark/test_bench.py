@@ -504,6 +504,12 @@ def test_power_and_energy_per_tile(folder: Path, scene: Path, hungry: Any, batch
     report = describe_bench(summary, folder)
     shown = [value for name, value in report.rows if name == "power (module)"]
     assert re.match(r"VDD_IN: idle 1?\d\d[.\d]*( ± [.\d]+)? W, load 1\d\d", shown[0])
+    said = " ".join(value for _, value in report.rows)
+    assert re.search(r"load joules of VDD_IN within [.\d]+ % \([.\d]+ % of it the sensor's offset\), with 99 %", said)
+    assert re.search(r"net watts of VDD_IN within [.\d]+ W in each repeat: the sensor's offset cancels", said)
+    for each in (repeat.rails["VDD_IN"] for repeat in summary.repeats if repeat.rails):
+        assert 0 < each.offset_joules < each.bound_joules
+        assert each.net_bound_watts is not None
     (listing,) = report.listings
     paper = {row[0]: row[2] for row in listing.rows}
     assert (paper["gross, J/tile"], paper["net, J/tile"]) == ("7.58", "5.28")

@@ -152,7 +152,7 @@ def make_chip(tree: Path, offset: float = 0.0, every_read_waits: bool = False, f
         tree: from :func:`make_tree`.
         offset: volts across the shunt that are measured in addition.
         every_read_waits: each read takes a whole cycle, also where a value is ready.
-        fails: every so-manieth read fails with ETIMEDOUT; 0: none.
+        fails: every read of this number fails with ETIMEDOUT (3: the third, the sixth ...); 0: none.
     """
     (tree / HWMON / ".chip").write_bytes(struct.pack("7d", CYCLE, offset, SHUNT, every_read_waits, fails, 0, 0))
 

@@ -203,7 +203,7 @@ def bound_holds(source: SourceInfo) -> str:
         missed = "(peaks that last for less than three readings in all can be missed)"
         loads = "any load"
         if source.cycle:
-            loads = f"any load but one in step with the sensor's own {1 / source.cycle:.0f} measurements a second"
+            loads = f"any load but one in step with the sensor, which measures every {1000 * source.cycle:.2g} ms"
         return f"with 99 % confidence for {loads}: every reading is taken at a random moment {missed}"
     loads = "a load that changes in step with the readings, or up and down between two of them, can be off by more"
     return f"only if power between two readings stays between them: {loads}"

@@ -127,12 +127,12 @@ class Ina3221Reader:
 
     def cycle(self) -> tuple[float, int]:
         """Seconds between two conversions of a channel, and of how many samples each is the mean."""
-        cycle, samples = CYCLE, 1
+        cycle, samples = 0.0, 1
         for channel in self._channels.values():
             with contextlib.suppress(OSError, ValueError):
                 cycle = max(cycle, _integer(channel.volts.with_name("update_interval")) / 1000)
                 samples = max(samples, _integer(channel.volts.with_name("samples")))
-        return cycle, samples
+        return cycle or CYCLE, samples
 
     def close(self) -> None:
         """Do nothing: no file is held open."""

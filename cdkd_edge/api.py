@@ -145,7 +145,7 @@ def build(
     source = prepare_graph(space, given, precision, request, output=extra, runtime=chosen).path
     places = engine_places(space, source, runtime, chosen, Path(output) if output else None, precision)
     mode = describe_board().power_mode
-    return build_fastest(source, places, precision, TensorRTOptions(power_mode=mode and mode.name)).path
+    return build_fastest(source, places, precision, TensorRTOptions(power_mode=mode.name if mode else None)).path
 
 
 @overload

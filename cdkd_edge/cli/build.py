@@ -151,8 +151,9 @@ def build(
 
     An FP16 or INT8 graph that is missing is first made from the FP32 graph and checked; so is one with confidence.
     """
-    from cdkd_edge.board.doctor import WARN, probe_power_mode
+    from cdkd_edge.board.doctor import probe_power_mode
     from cdkd_edge.board.modes import ROOT
+    from cdkd_edge.board.software import WARN
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions
     from cdkd_edge.precision.choose import build_fastest, compare_speed, engine_places, prepare_graph
 

@@ -67,7 +67,7 @@ def rehearse(q: Array, k: Array, v: Array, *, fp32_scores: bool = False) -> Arra
         return _half(mixed / total)
 
 
-def _half(x: Array) -> Array:
+def _half(x: npt.NDArray[Any]) -> Array:
     return x.astype(np.float16).astype(np.float32)
 
 

@@ -368,10 +368,12 @@ def test_warm_up_ends_when_the_speed_stays(folder: Path, scene: Path, monkeypatc
 
 def test_what_never_becomes_steady_says_so(folder: Path, scene: Path) -> None:
     engine = FakeEngine(delay=lambda number: 0.002 * 1.2 ** (number % 20))
+    engine.warning = "the engine was built with 8 multiprocessors, and 4 are on now"
     summary = run_benchmark(engine, folder, BenchOptions(Protocol("default", 1, 0.1, 2, 0.01, 0.2, 1), scene=scene))
     assert summary.verdict.status == "not_steady"
     assert summary.verdict.reasons[0] == "the warm-up of repeat 1, 2 was not steady after 0.2 s"
     assert summary.figures is not None, "the figures are given, with that"
+    assert summary.verdict.warnings[0] == engine.warning
     assert dict(describe_bench(summary, folder).rows)["verdict"] == "NOT STEADY"
 
 

@@ -76,6 +76,7 @@ def ask(libraries: Path, request: pytest.FixtureRequest) -> Ask:
             with contextlib.suppress(OSError):  # another process of the tests was first
                 part.rename(folder)
             return folder
+        shutil.rmtree(part)
         said = (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]
         return f"no bindings of TensorRT {version} for this Python, or no package index: {said}"
 

@@ -658,7 +658,7 @@ def installed(discrete, monkeypatch):
     asked = []
     monkeypatch.setattr(find, "find_tensorrt", lambda: discrete.trt)
     monkeypatch.setattr(find, "find_gpu", lambda: "this GPU")
-    monkeypatch.setattr(find, "require_loadable", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(find, "require_loadable", lambda *arguments: asked.append(arguments) or "other multiprocessors")
     monkeypatch.setattr(cuda_gpu, "BINDINGS", {"cuda-python": lambda ordinal: discrete.gpu})
     monkeypatch.setattr(cuda_gpu, "_open", {})
     monkeypatch.delenv(cuda_gpu.VARIABLE, raising=False)
@@ -672,6 +672,7 @@ def test_load_engine_finds_the_runner(discrete, installed, runtime):
     engine = load_engine(discrete.path)
     assert isinstance(engine, TensorRTEngine)
     assert installed == [(manifest, discrete.trt, "this GPU")]
+    assert engine.warning == "other multiprocessors"
     assert (segment_tiles(engine, tiles_of(4)) == FakeTensorRT.labels_of(tiles_of(4))).all()
     engine.close()
     discrete.assert_clean()

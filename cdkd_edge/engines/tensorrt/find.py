@@ -72,7 +72,8 @@ class TensorRT:
 
 def scratch_bytes(engine: trt.ICudaEngine) -> int:
     """Scratch memory of a loaded engine. TensorRT 10 renamed what it is called, 11 dropped the first name."""
-    return int(getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", 0))
+    size: Any = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", 0)
+    return int(size)
 
 
 def tensorrt_is_installed() -> bool:

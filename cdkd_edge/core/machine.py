@@ -59,7 +59,8 @@ def jetson_module() -> str | None:
 
     The model's name is no help: it is the carrier board's, and changes with the software (``... Developer Kit Super``).
     """
-    return _found(r"nvidia,(?:p[\d-]+\+)?(p\d{4}-\d{4})", "/proc/device-tree/compatible")
+    part = r"nvidia,(?:p[\d-]+\+)?(p\d{4}-\d{4})"
+    return next(filter(None, (_found(part, f"{place}/compatible") for place in DEVICE_TREES)), None)
 
 
 def available_cores() -> int:

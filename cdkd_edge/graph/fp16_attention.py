@@ -118,7 +118,7 @@ def _divisor(bound: float) -> int:
 
 
 @dataclass
-class _Attention:
+class _Watched:
     """An attention of a graph that is watched, and what was seen of it."""
 
     block: str
@@ -141,7 +141,7 @@ class AttentionWatch:
 
     def __init__(self, simulation: onnx.ModelProto, half: onnx.ModelProto) -> None:
         """Add what is watched to the outputs of the graph, which is changed; ``half`` is what it was made from."""
-        self._seen: list[_Attention] = []
+        self._seen: list[_Watched] = []
         self._in_fp32 = {_name_of(block.joined) for block in attention_blocks(half) if block and block.fp32_softmax}
         self._limit = rounding_share(longest_rounding(simulation))  # attention may be off by as much as a logit
         writer = NodeWriter()
@@ -165,9 +165,9 @@ class AttentionWatch:
             if rehearsal:
                 q, k, v = (_by_head(found[name], one.heads) for name in one.parts)
                 one.keys = k.shape[1]
+                q, v = q * np.float32(one.scale), _half(v / np.float32(_divisor(values)))
                 if scores <= FP16_MAX:
-                    wide = one.block in self._in_fp32
-                    one.error = attention_error(q * one.scale, k, _half(v / _divisor(values)), fp32_scores=wide)
+                    one.error = attention_error(q, k, v, fp32_scores=one.block in self._in_fp32)
 
     @property
     def error(self) -> float | None:
@@ -206,7 +206,7 @@ def _by_head(values: npt.NDArray[np.float16], heads: int) -> Array:
     return np.ascontiguousarray(split, np.float32)
 
 
-def _add_outputs(writer: NodeWriter, attention: onnx.NodeProto, opset: int) -> _Attention:
+def _add_outputs(writer: NodeWriter, attention: onnx.NodeProto, opset: int) -> _Watched:
     """Write what bounds an attention and what a rehearsal needs of it."""
     heads = attribute_of(attention, "num_heads")
     name = _name_of(attention.output[0].removesuffix(".exact").removesuffix(".by_window"))
@@ -229,7 +229,7 @@ def _add_outputs(writer: NodeWriter, attention: onnx.NodeProto, opset: int) -> _
     for part, value in zip("qkv", attention.input[:3], strict=True):
         tile = writer.add("Slice", f"{name}.watched.{part}_tile", value, *ends, ends[0])
         parts.append(writer.add("Cast", f"{name}.watched.{part}", tile, to=TensorProto.FLOAT16))
-    return _Attention(name, heads, attribute_of(attention, "scale"), (scores, values), (parts[0], parts[1], parts[2]))
+    return _Watched(name, heads, attribute_of(attention, "scale"), (scores, values), (parts[0], parts[1], parts[2]))
 
 
 def change_attention(half: onnx.ModelProto, changes: Iterable[AttentionChange]) -> None:

@@ -41,8 +41,8 @@ def fp16_on_cpu(half: onnx.ModelProto) -> onnx.ModelProto:
     """A graph in FP32 that computes on a CPU what an engine of an FP16 graph, with or without INT8 layers, computes.
 
     Every value that an engine stores is rounded to FP16, beyond 65504 to infinity. What kernels hold in FP32 is not:
-    the product before a bias, what is inside normalisation, softmax and fused attention, what the graph itself computes
-    in FP32. Q/DQ stay as they are.
+    the product before a bias, what is inside normalisation, what the graph itself computes in FP32. Sums inside fused
+    attention are FP32 too, which not every kernel has (:mod:`.fp16_attention`). Q/DQ stay as they are.
     """
     wide = _fp32_values(half.graph)
     model = to_fp32(half)

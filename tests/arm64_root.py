@@ -73,7 +73,7 @@ def make_root(folder: Path) -> Path:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--quiet", "--only-binary=:all:", *platforms]
     install += [f"--target={packages(root)}", f"--python-version={python}", "--implementation=cp"]
     if python != "{}.{}".format(*sys.version_info):
-        install.append("--no-compile")
+        install += ["--no-compile", "--ignore-requires-python"]  # pip would ask the Python that runs it
     newest = tuple(map(int, python.split("."))) >= (3, 12)
     _quietly(*install, "--no-deps", "--require-hashes", "-r", str(locks[7 if newest else 6]))
     _quietly(*install, "-c", str(REPOSITORY / "constraints.txt"), *TESTS)

@@ -212,3 +212,19 @@ def test_the_command_refuses(tmp_path):
     assert_answer(run("power", "--import", path, "--run", "true"), 2, "choose one of --run and --import")
     assert_answer(run("power", "--import", path, "--source", "rapl"), 2, "means nothing to --import")
     assert_wrong_usage(run("power", "--import", path, "--seconds", "x"), "must be a number")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_last_line_that_was_cut_off_anywhere_is_no_rail_of_its_own(tmp_path, form):
+    lines = [stamp(n) + line(6, form) for n in range(10)]
+    for length in range(20, len(lines[-1])):
+        log = read_log(log_of(tmp_path, *lines[:-1], lines[-1][:length]))
+        assert log.trace.source.rails == ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"), lines[-1][:length]
+
+
+def test_a_rail_that_draws_no_more_than_idle_has_no_rounding_error_for_net_joules(tmp_path):
+    path = log_of(tmp_path, *(stamp(n / 10) + line(0.7) for n in range(300)))
+    rows = run("power", "--import", path, "--idle", 9).stdout.splitlines()
+    (row,) = (row for row in rows if row.startswith("VDD_SOC"))
+    assert row.split()[-3:] == ["0", "0", "0.233"]
+    assert "-0" not in row

@@ -30,7 +30,7 @@ from cdkd_edge.core.errors import PowerError, UsageError, printable
 
 _LINE = re.compile(r"(?:^|\s)RAM \d+/\d+[kMG]?B\b")
 _STAMP = re.compile(r"\d\d-\d\d-\d{4} \d\d:\d\d:\d\d(?=\s)")
-_RAIL = re.compile(r"(?<!\S)([A-Z][A-Z0-9_]*) (\d+)(?:mW(?:/\d+mW){0,2}|(?:/\d+){1,2})(?!\S)")
+_RAIL = re.compile(r"(?<!\S)(?!I?RAM |SWAP )([A-Z][A-Z0-9_]*) (\d+)(?:mW(?:/\d+mW){0,2}|(?:/\d+){1,2})(?!\S)")
 _EPOCH = datetime.datetime(1970, 1, 1)  # of the board's own time zone, which the log does not name
 _PACE_TOLERANCE = 0.05  # difference between --interval and the date stamps that is not worth a word
 

@@ -27,23 +27,26 @@ from cdkd_edge.core.files import sha256_of, write_text
 from cdkd_edge.core.machine import library_versions
 
 BUNDLED = REPOSITORY / "cdkd_edge" / "demo"
-PART = (1200, 700, 1840, 1148)
-"""Of the bundled picture, px: six tiles, since qemu takes seconds for each."""
+PART = (512, 448, 1152, 896)
+"""Of the bundled picture, px: all five classes, and six tiles, since qemu takes seconds for each."""
 LIBRARIES = ("msgspec", "numpy", "onnx", "onnxruntime", "pillow", "rasterio")
 TESTS = [
     "tests/core",
     "tests/quality/test_metrics.py",
     "tests/board/test_energy.py",
     "tests/board/test_throttling.py",
-    "tests/board/test_power_sampler.py",
+    "tests/board/test_power_sampler.py::test_the_command",
+    "tests/board/test_power_sampler.py::test_the_process_is_killed",
+    "tests/board/test_power_sampler.py::test_the_process_ends_with_its_parent",
+    "tests/board/test_power_sampler.py::test_what_a_library_prints_is_no_line",
     "tests/segmentation/test_stitch.py",
     "tests/segmentation/test_writer.py",
     "tests/raster/test_grid.py",
     "tests/graph/test_integers.py",
     "tests/engines/test_cpu_engine.py",
 ]
-NOT_THERE = ["--ignore=tests/core/test_signals.py", "-k", "not last_digits"]
-"""Signals at moments of a command that is not emulated; a comparison of x86-64 CPUs."""
+NOT_THERE = ["--ignore=tests/core/test_signals.py", "-k", "not last_digits and not belongs_to_the_owner"]
+"""Signals at moments that qemu shifts; a comparison of x86-64 CPUs; what needs a second user in the namespace."""
 OTHERS = 1e-4
 """Largest share of pixels with another label than on x86-64."""
 LIMIT = 7200
@@ -76,7 +79,7 @@ def main() -> int:
         write_text(record / "aarch64.md", _markdown(results))
     print(_markdown(results))
     found = results["precisions"].values()
-    same = all(one["other_labels"] <= OTHERS * one["pixels"] for one in found)
+    same = all(one["classes"] >= 4 and one["other_labels"] <= OTHERS * one["pixels"] for one in found)
     good = same and results["tests"]["passed"]
     print("aarch64: passed" if good else "aarch64: FAILED")
     return not good
@@ -131,7 +134,7 @@ def _chain(root: Path, desktop: Path) -> dict[str, Any]:
             "classes": int(np.unique(ours).size),
             "other_labels": int((ours != theirs).sum()),
         }
-    bench = ("--duration", "5", "--max-warm-up", "5")
+    bench = ("--duration", "5", "--max-warm-up", "5", "--scene", "/board/part.png")
     verdict = cdkd_edge("bench", "-e", "/board/engines/tiny.fp32.cpu.onnx", *bench, "-w", "/board")["verdict"]
     versions = doctor["packages"]["data"]["versions"]
     return {

@@ -304,7 +304,11 @@ def test_a_signal_reaches_the_command_and_there_are_figures(tree, number):
     """
     command, environment = launched(tree, "--idle", 0, *python(code))
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    # Whoever runs the tests may ignore a signal (nohup), and commands inherit that.
+    plain = functools.partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True, preexec_fn=plain
+    )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.5)
     process.send_signal(number)

@@ -159,18 +159,10 @@ def describe_power(record: PowerRecord, title: str) -> Report:
 def _figures(rail: RailWindow) -> tuple[str, ...]:
     pairs = ((rail.joules, rail.bound_joules), (rail.watts, rail.bound_watts), (rail.net_joules, rail.net_bound_joules))
     shown = [
-        ABSENT
-        if value is None or bound is None
-        else estimate(_rounded(value), _rounded(value - bound), _rounded(value + bound), digits=4)
+        ABSENT if value is None or bound is None else estimate(value, value - bound, value + bound, digits=4)
         for value, bound in pairs
     ]
-    net_watts = None if rail.net_watts is None else _rounded(rail.net_watts)
-    return (*shown, significant(net_watts), significant(rail.idle_watts))
-
-
-def _rounded(value: float) -> float:
-    """To a millionth, because the difference of two equal figures may be a rounding error; never -0."""
-    return round(value, 6) + 0.0
+    return (*shown, significant(rail.net_watts), significant(rail.idle_watts))
 
 
 def _describe(reports: Sequence[SourceReport]) -> Report:

@@ -9,16 +9,22 @@ from __future__ import annotations
 import math
 
 ABSENT = "–"  # printed for a value that there is not
+DECIMALS = 12  # that are printed at most: what is smaller is the rounding error of a difference
 
 
 def significant(value: float | None, digits: int = 3) -> str:
     """A value in so many significant digits: ``7.60``, ``0.0123``, ``1234``; whole digits are never dropped."""
     if value is None:
         return ABSENT
+    value = _without_noise(value)
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 9.996 is 10.0
-    return f"{value:.{min(12, max(0, digits - 1 - exponent))}f}"
+    return f"{value:.{min(DECIMALS, max(0, digits - 1 - exponent))}f}"
+
+
+def _without_noise(value: float) -> float:
+    return round(value, DECIMALS) + 0.0  # -0 becomes 0
 
 
 def size(count: float | None) -> str:
@@ -60,10 +66,11 @@ def estimate(value: float, low: float | None = None, high: float | None = None, 
     The interval has two significant digits, and the value as many decimals; without an interval, or with an empty
     one, the value has ``digits`` significant digits.
     """
-    half = 0.0 if low is None or high is None else (high - low) / 2
+    value = _without_noise(value)
+    half = 0.0 if low is None or high is None else _without_noise((high - low) / 2)
     if low is None or high is None or half <= 0 or not math.isfinite(half):
         return significant(value, digits)
-    decimals = min(12, max(0, -int(f"{half:.1e}".partition("e")[2]) + 1))
+    decimals = min(DECIMALS, max(0, -int(f"{half:.1e}".partition("e")[2]) + 1))
     if abs((low + high) / 2 - value) <= 0.1 * half:
         return f"{value:.{decimals}f} ± {half:.{decimals}f}"
     return f"{value:.{decimals}f} ({low:.{decimals}f} .. {high:.{decimals}f})"

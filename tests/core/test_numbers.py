@@ -19,7 +19,9 @@ from cdkd_edge.core.numbers import ABSENT, duration, estimate, percent, signific
         (-0.5, 2, "-0.50"),
         (0.0, 3, "0"),
         (math.inf, 3, "inf"),
-        (1e-30, 3, "0.000000000000"),
+        (1e-30, 3, "0"),  # what is left of a difference of equal values
+        (-3e-14, 3, "0"),
+        (-0.0, 3, "0"),
         (None, 3, ABSENT),
     ],
 )
@@ -86,6 +88,8 @@ def test_durations(seconds, text):
         (100.0, 90.0, 110.0, "100 ± 10"),
         (7.0, 7.0, 7.0, "7.00"),
         (0.0, -0.996, 0.996, "0.0 ± 1.0"),
+        (-2.2e-16, -0.104, 0.104, "0.00 ± 0.10"),
+        (-3e-15, -7e-15, 1e-15, "0"),
     ],
 )
 def test_an_interval_gives_the_decimals(value, low, high, text):

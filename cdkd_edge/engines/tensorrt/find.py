@@ -322,7 +322,7 @@ def require_loadable(manifest: EngineManifest, api: TensorRT, device: GpuInfo | 
         )
     elif not build.portable and (difference := _other_board(build, device)):
         differences.append(difference)
-        hint += f"; one engine for all with compute capability {device.compute_capability}: --portable"
+        hint += f"; one engine for all with compute capability {device.compute_capability} (TensorRT 10.9+): --portable"
     if differences:
         raise EngineError(f"{name} does not fit: {'; '.join(differences)}", hint=hint)
     return None if build.targets or build.portable else _other_setting(build, device)

@@ -94,6 +94,14 @@ def test_a_board_has_the_binding_of_its_cuda() -> None:
     assert seven["cuda-bindings"].startswith("13.2.")
 
 
+@pytest.mark.parametrize("page", ["docs/jetson.md", "docker/README.md"])
+def test_the_service_that_the_documents_install_answers_the_locked_client(page: str) -> None:
+    """jtop's service answers only clients of its own release."""
+    (told,) = re.findall(r"pip3 install jetson-stats(?:==([\d.]+))?", (ROOT / page).read_text(encoding="utf-8"))
+    for board in ("jetpack6", "jetpack7"):
+        assert pins(lock(board), environment(board, LOCKS[board][1][0]))["jetson-stats"] == told
+
+
 UNREACHED = r"error sending request|dns error|Failed to fetch|timed out|Could not find a version|NewConnectionError"
 
 

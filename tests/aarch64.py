@@ -62,7 +62,10 @@ def main() -> int:
         if missing := why_not():
             raise OSError(missing)
         root = make_root(folder)
-        _run(inside(root, "python3", "--version"), environment())
+        start = subprocess.run(inside(root, "python3", "--version"), env=environment(), capture_output=True, text=True)
+        if start.returncode:
+            needed = "they need user namespaces, and Linux 6.7 or qemu-user-static"
+            raise OSError(f"arm64 programs do not start here; {needed}: {start.stderr.strip()}")
     except (OSError, subprocess.SubprocessError) as error:
         print(f"AARCH64 NOT TESTED: {error}")
         return 1

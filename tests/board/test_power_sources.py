@@ -6,6 +6,7 @@ The real jtop service is in test_power_board.py. Nothing here may import the rea
 from __future__ import annotations
 
 import datetime
+import itertools
 import math
 import random
 import sys
@@ -622,6 +623,8 @@ class RipplingChip(Rippling):
         (50, "sine"),
         (50, "square"),
         (75, "sine"),
+        (1 / (2 * 0.00665), "square"),  # two readings long, if nothing came between them
+        (1 / (2 * 0.0066), "square"),  # two cycles long
     ],
 )
 def test_ripples_that_a_chip_at_its_own_pace_is_read_through(monkeypatch, hertz, shape, every_read_waits):
@@ -648,6 +651,44 @@ def test_ripples_that_a_chip_at_its_own_pace_is_read_through(monkeypatch, hertz,
             assert abs(error) < most * peaks
             assert abs(energy.watts - 15) < energy.bound / seconds < 15 * peaks * 0.16 / math.sqrt(seconds)
         assert (trace.gaps("a"), trace.gaps("b"), trace.late) == ((), (), 0)
+
+
+@pytest.mark.parametrize("interval", [0.5, 1.0, 3.0])
+def test_a_longer_interval_means_fewer_readings(monkeypatch, interval):
+    """The total up to 15 times in an interval, the others once."""
+    clock = Clock()
+    for module in (polled, ina3221):
+        monkeypatch.setattr(module, "time", clock)
+    start = clock.now = 1000.0
+    stream, samples = Ina3221Stream(RipplingChip(clock, 5, "sine", 0.1), interval), []
+    while clock.now < start + 60:
+        samples.append(stream.next(1))
+    trace = Trace(stream.info, tuple(samples), (), start, clock.now)
+    assert 11 < trace.rate * interval < 15.5
+    assert len(trace.series("b")) == pytest.approx(60 / interval, rel=0.25)
+
+
+def test_a_reading_has_the_moment_at_which_the_chip_measured(monkeypatch):
+    """The chip tells here when it measured: just now, or up to a cycle ago where a value lay ready."""
+    clock = Clock()
+    clock.now, chip = 1000.0, RipplingChip(clock, 5, "sine", 0.0)
+    for module in (polled, ina3221):
+        monkeypatch.setattr(module, "time", clock)
+    ages = itertools.cycle([0.0, 0.001, 0.0032, 0.0065])
+    measured = []
+
+    def read_watts(rail):
+        clock.now += 5e-5
+        measured.append(clock.now - next(ages))
+        return 1.0
+
+    stream = Ina3221Stream(chip, 0.1)
+    stream.next(1)
+    monkeypatch.setattr(chip, "read_watts", read_watts)
+    for _ in range(200):
+        sample = stream.next(1)
+        assert abs(sample.time - measured[-1]) <= sample.uncertainty + 1e-9
+        assert sample.uncertainty < 0.0066
 
 
 def test_rails_without_a_total_take_turns(agx_orin):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from cdkd_edge.board.power import window as windows
 from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.protocol import JOULES, WATTS, Accuracy, Sample, SourceInfo
 from cdkd_edge.board.power.window import open_window, rail_windows
+from cdkd_edge.core import process as processes
 from cdkd_edge.core.errors import PowerError, UsageError
 
 ONLY_FILES = "import sys; sys.modules['jtop'] = sys.modules['pynvml'] = None; "
@@ -352,6 +354,15 @@ def test_ctrl_c_at_a_terminal_reaches_the_command_once(tree):
     assert b"told 1 times" in seen
     assert b"VDD_IN" in seen
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.parametrize(("told_by_the_terminal", "code"), [(True, 0), (False, 128 + signal.SIGINT)])
+def test_ctrl_c_is_passed_on_only_where_the_terminal_does_not(monkeypatch, told_by_the_terminal, code):
+    monkeypatch.setattr(processes, "_in_foreground", lambda: told_by_the_terminal)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    assert processes.run_in_foreground(["sleep", "1.5"]) == code
+    timer.join()
 
 
 def test_ctrl_c_in_the_idle_time_runs_nothing(tree, tmp_path):

@@ -47,8 +47,9 @@ TESTS = [
 ]
 NOT_THERE = ["--ignore=tests/core/test_signals.py", "-k", "not last_digits and not belongs_to_the_owner"]
 """Signals at moments that qemu shifts; a comparison of x86-64 CPUs; what needs a second user in the namespace."""
-OTHERS = 1e-4
-"""Largest share of pixels with another label than on x86-64."""
+OTHERS = {"fp32": 1e-4, "int8": 1e-3}
+"""Largest share of pixels with another label than on x86-64. INT8's integers are exact, but a float that is rounded
+otherwise can move a value by a whole step: on one x86-64, ONNX Runtime 1.23.2 and 1.31.1 differ in 3.3e-4."""
 LIMIT = 7200
 """Seconds for one command; on a quiet machine the longest takes minutes."""
 
@@ -81,8 +82,8 @@ def main() -> int:
         write_text(record / "aarch64.json", json.dumps(results, indent=2) + "\n")
         write_text(record / "aarch64.md", _markdown(results))
     print(_markdown(results))
-    found = results["precisions"].values()
-    same = all(one["classes"] >= 4 and one["other_labels"] <= OTHERS * one["pixels"] for one in found)
+    found = results["precisions"].items()
+    same = all(one["classes"] >= 4 and one["other_labels"] <= OTHERS[name] * one["pixels"] for name, one in found)
     good = same and results["tests"]["passed"]
     print("aarch64: passed" if good else "aarch64: FAILED")
     return not good
@@ -184,7 +185,7 @@ def _markdown(results: dict[str, Any]) -> str:
     versions = [f"| {name} | {results['x86_64'][name]} | {results['aarch64'][name]} |" for name in results["aarch64"]]
     labels = [
         f"| {name.upper()} | {found['pixels']:,} | {found['other_labels']:,} | "
-        f"{'the same' if found['same_engine_file'] else 'another'} |"
+        f"{OTHERS[name] * found['pixels']:.0f} | {'the same' if found['same_engine_file'] else 'another'} |"
         for name, found in results["precisions"].items()
     ]
     steps = [f"| `{name}` | {seconds} |" for name, seconds in results["seconds"].items()]
@@ -200,9 +201,11 @@ def _markdown(results: dict[str, Any]) -> str:
             "|---|---|---|",
             *versions,
             "",
-            "| engine of the bundled network | pixels | with another label than on x86-64 | engine file |",
-            "|---|---|---|---|",
+            "| engine of the bundled network | pixels | with another label than on x86-64 | allowed | engine file |",
+            "|---|---|---|---|---|",
             *labels,
+            "",
+            "Engine files depend on the release of ONNX Runtime.",
             "",
             f"Doctor: {sum(text.startswith('fail') for text in results['doctor'].values())} of "
             f"{len(results['doctor'])} lines fail. Verdict of `bench`: {results['bench']}.",

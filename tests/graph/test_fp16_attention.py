@@ -181,7 +181,8 @@ def fp32_labels(model, tile):
 @pytest.mark.parametrize("case", CASES)
 def test_a_network_that_fp16_sums_break_is_found_and_mended(make_weights, checked, tmp_path, case):
     config, factors, what = CASES[case]
-    before, after, found = checked(with_loud(make_weights(config), config, 3, **factors), config)
+    # Such scores choose one key of many, now and then another in FP16: labels are judged, and no single logit.
+    before, after, found = checked(with_loud(make_weights(config), config, 3, **factors), config, least=0.99)
     (change,) = found.attention
     assert change.block == "blocks.3.attn"
     assert re.search(what, str(change)), str(change)
@@ -300,9 +301,9 @@ def test_only_the_block_is_changed_where_constants_are_shared(make_weights):
 
 def test_a_changed_graph_is_not_changed_again(make_weights, checked, tmp_path):
     weights = with_loud(make_weights(CONFIG), CONFIG, 3, **SCORES)
-    _, after, _ = checked(weights, CONFIG)
+    _, after, _ = checked(weights, CONFIG, least=0.99)
     again = copy_of(after)
-    found = check_fp16(tmp_path / "plain.onnx", again, tiles_of(2), "sample")
+    found = check_fp16(tmp_path / "plain.onnx", again, tiles_of(2), "sample", least=0.99)
     assert found.attention == ()
     assert again.SerializeToString() == after.SerializeToString()
 

@@ -95,6 +95,7 @@ BOARD ?= x86-64
 WHEELHOUSE = out/wheelhouse/$(BOARD)
 WHEELS_OF = $(foreach glibc,17 24 26 27 28,--platform manylinux_2_$(glibc)_aarch64) --platform manylinux2014_aarch64
 wheelhouse: $(VENV)/.package
+	@test -f locks/$(BOARD).txt || { echo "no board is called $(BOARD): take jetpack6, jetpack7 or x86-64"; exit 2; }
 	rm -rf $(WHEELHOUSE)
 	mkdir -p $(WHEELHOUSE)/locks
 	cp install.sh constraints.txt $(WHEELHOUSE)

@@ -199,6 +199,17 @@ def without_network() -> tuple[tuple[str, ...], dict[str, str]]:
     return (), dict.fromkeys(("http_proxy", "https_proxy", "PIP_PROXY"), "http://127.0.0.1:9")
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed here")
+def test_a_wheelhouse_of_no_board_leaves_nothing(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".package").touch()
+    command = ["make", "--old-file=./.package", "VENV=.", "wheelhouse", "BOARD=mars"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert made.returncode == 2
+    assert "no board is called mars: take jetpack6, jetpack7 or x86-64" in made.stdout
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
 def test_a_wheelhouse_is_all_that_is_needed(tmp_path: Path) -> None:

@@ -55,10 +55,9 @@ def quantizable_layers(model: onnx.ModelProto) -> list[QuantizableLayer]:
         GraphError: the graph has none; :mod:`cdkd_edge.graph.build` did not write it.
     """
     constants = {item.name: item for item in model.graph.initializer}
-    positions = position_embedding(model.graph)
-    if positions is None:
+    if "context.spread" not in constants:
         raise GraphError("the graph has no layer that INT8 is for", hint=_AGAIN)
-    cells = positions[1].dims[1] - positions[2]
+    cells = constants["context.spread"].dims[1]
     layers = []
     for node in model.graph.node:
         if node.op_type not in ("MatMul", "Conv") or node.input[1] not in constants:
@@ -315,13 +314,3 @@ def logits_of(model: onnx.ModelProto) -> str:
     if resize is None or resize.op_type != "Resize":
         raise GraphError("the graph does not end in up-sampled logits", hint="export the checkpoint again")
     return str(resize.input[0])
-
-
-def position_embedding(graph: onnx.GraphProto) -> tuple[onnx.TensorProto, onnx.TensorProto, int] | None:
-    """The patch embedding's bias, the position embedding, and the first token that gets both; None if not found."""
-    constants = {item.name: item for item in graph.initializer}
-    bias, positions = constants.get("patch_embed.bias"), constants.get("pos_embed")
-    if not bias or not positions:
-        return None
-    class_token = any(node.op_type == "Concat" and "cls_token" in node.input for node in graph.node)
-    return bias, positions, int(class_token)

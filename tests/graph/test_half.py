@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections import Counter
@@ -11,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from quantization_helpers import (
     CLASS_TOKEN,
     CONFIG,
@@ -104,8 +103,6 @@ def test_nothing_but_types_changes(plain):
     exact, rounded = constants(plain), constants(half)
     assert set(exact) == set(rounded)
     for name, value in rounded.items():
-        if name == "pos_embed":
-            continue  # holds what rounding takes from the patch embedding's bias as well; see below
         expected = exact[name].astype(np.float16) if value.dtype == np.float16 else exact[name]
         np.testing.assert_array_equal(value, expected)
 
@@ -207,7 +204,7 @@ def test_what_is_rounded_is_what_an_engine_stores(plain):
         ):
             assert f"{block}.{name}" in rounded
         assert f"{block}.attn.proj.product" not in rounded  # kept in FP32 until the bias is added
-    assert {"patch_embed", "tokens", "pool.cells", "bottleneck.sum", "fuse.conv", "logits", "scores"} <= set(rounded)
+    assert {"tokens", "pool.cells", "bottleneck.sum", "fuse.conv", "logits", "scores"} <= set(rounded)
     assert len(set(rounded)) == len(rounded)
     assert casts(rehearsal)["FLOAT16"] == len(rounded)
 
@@ -334,8 +331,8 @@ def test_extreme_tiles_are_tried(make_weights, store):
     weights = make_weights(CONFIG)
     weights["encoder.patch_embed.proj.weight"][0] = 150.0
     model, grey = build_graph(weights, CONFIG), np.full((1, 3, 48, 48), 124, np.uint8)
-    assert np.abs(values(model, ["patch_embed"], grey)["patch_embed"]).max() < 60000
-    with pytest.raises(NumericalCheckError, match=r"on a white tile patch_embed leaves FP16's range"):
+    assert np.abs(values(model, ["tokens"], grey)["tokens"]).max() < 60000
+    with pytest.raises(NumericalCheckError, match=r"on a white tile tokens leaves FP16's range"):
         check_fp16(store(model), to_fp16(model), grey, "grey", least=0)
 
 
@@ -402,8 +399,8 @@ def test_ties_are_counted_and_no_fault(undecided, store):
 
 def test_the_tolerance_is_five_spreads_of_the_roundings_in_a_row(plain):
     roundings = longest_rounding(fp16_on_cpu(to_fp16(plain)))
-    # Ten in each of 4 blocks, patch embedding and positions; eleven from there to the logits, and the scores.
-    assert roundings == 10 * 4 + 2 + 12
+    # Ten in each of 4 blocks, and the tokens before them; eleven from there to the logits, and the scores.
+    assert roundings == 10 * 4 + 1 + 12
     assert logit_tolerance(roundings, 3.0) == pytest.approx(5 * 2**-11 * math.sqrt(roundings / 3) * 3)
 
 
@@ -516,21 +513,3 @@ def test_a_file_that_is_no_graph(tmp_path):
     path.write_bytes(b"not a graph")
     with pytest.raises(GraphError, match=r"broken\.onnx is not an ONNX graph"):
         load_graph(path)
-
-
-def test_what_rounding_takes_from_the_patch_bias_is_in_the_positions(small_config, make_weights):
-    for config in (small_config, dataclasses.replace(small_config, class_token=True)):
-        weights = make_weights(config)
-        weights["encoder.patch_embed.proj.bias"] = weights["encoder.patch_embed.proj.bias"] + np.float32(1.2345)
-        plain = build_graph(weights, config)
-        exact = {item.name: numpy_helper.to_array(item).astype(np.float64) for item in plain.graph.initializer}
-        half = {i.name: numpy_helper.to_array(i).astype(np.float64) for i in to_fp16(plain).graph.initializer}
-        first = int(config.class_token)
-        sums = (half["patch_embed.bias"] + half["pos_embed"])[:, first:]
-        wanted = (exact["patch_embed.bias"] + exact["pos_embed"])[:, first:]
-        taken = np.abs(half["patch_embed.bias"] - exact["patch_embed.bias"])
-        mean_error = np.abs((sums - wanted).mean(axis=(0, 1)))
-        assert taken.max() > 2e-4
-        assert mean_error.max() < taken.max() / 3, "of one sign in every token if it is not given back"
-        if first:
-            assert np.array_equal(half["pos_embed"][:, 0], exact["pos_embed"][:, 0].astype(np.float16))

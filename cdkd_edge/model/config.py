@@ -292,6 +292,25 @@ def attention_text(attention: Sequence[str]) -> str:
     )
 
 
+def encoder_text(config: NetworkConfig) -> str:
+    """The encoder for people: ``ViT, patch 16, 12 blocks, width 384, 6 heads, class token, 4 registers``."""
+    parts = [f"ViT, patch {config.patch}, {config.depth} blocks, width {config.embed_dim}, {config.heads} heads"]
+    parts += ["class token"] * config.class_token
+    if config.registers:
+        parts.append(f"{config.registers} registers")
+    if config.rotary_base:
+        parts.append(f"rotary positions (base {config.rotary_base:g})")
+    if config.mlp == SWIGLU:
+        parts.append("SwiGLU")
+    if config.query_key_norm != NO_NORM:
+        parts.append(f"{config.query_key_norm} norm of queries and keys")
+    if config.final_norm != NO_NORM:
+        parts.append(f"final norm of {'all taps' if config.final_norm == 'taps' else 'the last tap'}")
+    if config.tapped:
+        parts.append(f"taps after blocks {', '.join(map(str, config.tapped))}")
+    return ", ".join(parts)
+
+
 PRESETS: dict[str, NetworkConfig] = {
     "paper": NetworkConfig(),
     # The four blocks that feed the head see the whole tile, through means of 2 x 2 keys; `make dubai-model FAST=1`.

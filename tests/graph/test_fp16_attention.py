@@ -15,7 +15,18 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
-from quantization_helpers import CLASS_TOKEN, CONFIG, WINDOWS, casts, centred, constants, tiles_of, values
+from quantization_helpers import (
+    CLASS_TOKEN,
+    CONFIG,
+    NORMED,
+    ROTARY,
+    WINDOWS,
+    casts,
+    centred,
+    constants,
+    tiles_of,
+    values,
+)
 
 from cdkd_edge.core.errors import NumericalCheckError
 from cdkd_edge.core.manifest import AttentionChange, EngineManifest, GraphManifest, read_manifest
@@ -115,6 +126,7 @@ def test_equal_scores_of_many_keys(keys, holds):
 # --- networks that it breaks ----------------------------------------------------------------------
 
 
+ROTARY_WINDOWS = dataclasses.replace(WINDOWS, rotary_base=20.0, attention=("global", "global", "window 3", "window 3"))
 POOLED = dataclasses.replace(CONFIG, attention=("global", "global", "global", "pooled 2"))
 
 
@@ -148,11 +160,19 @@ def with_cancelling(weights, config, block):
 
 
 SCORES, VALUES = {"scores": 300}, {"scores": 0.01, "values_": 3000}  # with small scores, all keys count alike
+# Seeds with which the largest scores are far enough apart: otherwise rounded queries and keys choose other keys.
 CASES = {
     "scores that overflow": (CONFIG, 3, SCORES, r"scores in FP32, divided by \d+ before, because scores may reach \d"),
     "the same with a class token": (CLASS_TOKEN, 0, SCORES, r"scores in FP32, divided by 64 before"),
     "the same with pooled keys": (POOLED, 2, SCORES, r"scores in FP32, divided by \d+ before"),
+    "the same with rotary positions": (ROTARY, 0, SCORES, r"scores in FP32, divided by \d+ before"),
     "values that overflow": (CONFIG, 0, VALUES, r"values divided by 16, because values may sum to \d"),
+    "rotary values of windows that overflow": (
+        ROTARY_WINDOWS,
+        0,
+        {"values_": 10000},
+        r"values divided by \d+, because values may sum",
+    ),
     "values of windows that overflow": (
         WINDOWS,
         0,
@@ -214,7 +234,9 @@ def test_scores_that_fp16_does_not_resolve(make_weights, checked, tmp_path):
     assert (mended == exact_labels).mean() > 0.99
 
 
-@pytest.mark.parametrize(("config", "batch", "opset"), [(CONFIG, 2, 17), (CLASS_TOKEN, 1, 18), (WINDOWS, 2, 20)])
+@pytest.mark.parametrize(
+    ("config", "batch", "opset"), [(CONFIG, 2, 17), (WINDOWS, 2, 20), (ROTARY, 1, 18), (NORMED, 2, 20)]
+)
 def test_healthy_networks_stay_as_they_are(make_weights, checked, config, batch, opset):
     before, after, found = checked(centred(make_weights(config), config), config, batch=batch, opset=opset)
     assert found.attention == ()
@@ -247,7 +269,12 @@ def test_bounds_hold_for_every_query_and_value(make_weights, checked, batch, ops
 BOTH = AttentionChange("blocks.1.attn", "it is a test", 8, True, 4)
 
 
-@pytest.mark.parametrize(("config", "opset"), [(CONFIG, 17), (CLASS_TOKEN, 20), (WINDOWS, 20)])
+LAYER_NORMED = dataclasses.replace(CONFIG, query_key_norm="layer")
+
+
+@pytest.mark.parametrize(
+    ("config", "opset"), [(CONFIG, 17), (WINDOWS, 20), (ROTARY, 18), (NORMED, 20), (LAYER_NORMED, 17)]
+)
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
 def test_a_changed_graph_computes_the_same(make_weights, config, opset, kind):
     """Powers of two are exact, and the simulation has FP32 sums anyway."""
@@ -269,8 +296,15 @@ def test_a_changed_graph_computes_the_same(make_weights, config, opset, kind):
     before, after = (values(fp16_on_cpu(graph), ["logits", "blocks.1.out"], image) for graph in (half, changed))
     for name in before:
         np.testing.assert_allclose(after[name], before[name], rtol=2e-3, atol=2e-3 * np.abs(before[name]).max())
-    small, large = (constants(graph)["blocks.1.attn.v.weight"].astype(float) for graph in (changed, half))
-    np.testing.assert_allclose(8 * small, large, atol=2e-6)
+    name, own = ("qkv", 2) if config.rotary_base else ("v", ...)
+    small, large = (constants(graph)[f"blocks.1.attn.{name}.weight"].astype(float) for graph in (changed, half))
+    np.testing.assert_allclose(8 * small[own], large[own], atol=2e-6)
+    if config.rotary_base:
+        np.testing.assert_array_equal(small[1], large[1])
+    inside = [values(graph, [blocks[1].q, blocks[1].v], image) for graph in (half, changed)]
+    for name, factor in ((blocks[1].q, 4), (blocks[1].v, 8)):
+        exact = inside[0][name].astype(float)
+        np.testing.assert_allclose(inside[1][name] * factor, exact, rtol=1e-2, atol=1e-2 * np.abs(exact).max())
 
 
 def test_only_the_block_is_changed_where_constants_are_shared(make_weights):

@@ -13,7 +13,8 @@ from onnx import helper, numpy_helper
 
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.graph.cpu import fuse_attention
-from cdkd_edge.graph.nodes import CONTRIB_DOMAIN
+from cdkd_edge.graph.layers import part_makers
+from cdkd_edge.graph.nodes import CONTRIB_DOMAIN, GraphIndex, simplify_graph
 from cdkd_edge.model.config import NetworkConfig
 
 CONFIG = NetworkConfig(tile=48, patch=8, embed_dim=32, depth=4, heads=4, mlp_dim=64, classes=3, head_channels=8)
@@ -239,6 +240,23 @@ def test_what_is_done_to_heads_before_attention_stays_before_it(model, tile, dev
     assert fuse_attention(model) == (CONFIG.depth, CONFIG.depth)
     assert np.abs(logits(model, tile) - expected).max() < 1e-5 * np.abs(expected).max()
     assert np.abs(expected - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["plain", "rotary", "layer", "rms"])
+def test_simplification_leaves_attention_as_it_is(make_weights, tile, form):
+    pytest.importorskip("onnxsim")
+    config = dataclasses.replace(
+        ROTARY if form == "rotary" else CONFIG, query_key_norm=form if form in ("layer", "rms") else "none"
+    )
+    model = build_graph(make_weights(config), config)
+    expected, simple = logits(model, tile), simplify_graph(model)
+    for part in "qkv":
+        (maker, *more) = part_makers(GraphIndex(simple.graph), BLOCK, part)
+        normed = form in ("layer", "rms") and part in "qk"
+        assert (maker.node.op_type, len(more)) == (("LayerNormalization", 1) if normed else ("MatMul", 0))
+        assert maker.part == ("qkv".index(part) if form == "rotary" else None)
+    assert fuse_attention(simple) == (4, 4)
+    assert np.abs(logits(simple, tile) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("observe", [use_also, output_also])

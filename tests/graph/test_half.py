@@ -13,6 +13,8 @@ from onnx import TensorProto, helper
 from quantization_helpers import (
     CLASS_TOKEN,
     CONFIG,
+    NORMED,
+    ROTARY,
     WINDOWS,
     casts,
     centred,
@@ -64,7 +66,7 @@ def store(tmp_path):
 
 
 @pytest.mark.parametrize("opset", [17, 18, 19, 20])
-@pytest.mark.parametrize(("config", "batch"), [(CONFIG, 1), (WINDOWS, 2), (CLASS_TOKEN, 2)])
+@pytest.mark.parametrize(("config", "batch"), [(CONFIG, 1), (WINDOWS, 2), (ROTARY, 2), (NORMED, 1)])
 def test_every_weight_and_value_is_fp16(make_weights, config, batch, opset):
     half = to_fp16(build_graph(make_weights(config), config, batch=batch, opset=opset))
     onnx.checker.check_model(half, full_check=True)

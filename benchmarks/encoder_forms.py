@@ -82,9 +82,8 @@ def main() -> None:
     }
     biases = [np.abs(value[: 2 * config.embed_dim]).max() for key, value in weights.items() if key.endswith("qkv.bias")]
     print(f"largest bias of queries and keys as trained: {max(biases):.3g}")
-    print(
-        f"{'form':22} {'FP16 labels':>11} {'logits off':>10} {'allowed':>8} {'attention':>9} {'INT8 labels':>11}   changes"
-    )
+    titles = f"{'FP16 labels':>11} {'logits off':>10} {'allowed':>8} {'attention':>9} {'INT8 labels':>11}"
+    print(f"{'form':22} {titles}   changes")
     for name, form in forms.items():
         print(f"{name:22} {row(*form, tiles)}", flush=True)
 

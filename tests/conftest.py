@@ -37,7 +37,7 @@ from cdkd_edge.engines import runtimes
 from cdkd_edge.engines.onnxruntime import build_cpu_engine
 from cdkd_edge.engines.tensorrt.find import NoGpu
 from cdkd_edge.graph.build import build_graph
-from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
+from cdkd_edge.model.config import NetworkConfig
 
 # A suite that was started in the background ignores Ctrl-C, and so would every process that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -129,7 +129,7 @@ def store_graph(folder: Path, weights: Mapping[str, Array], config: NetworkConfi
         checkpoint=FileRecord("small.pt", "0" * 64, 1),
         layout="random",
         labels=schema.to_document(),
-        preprocessing=Preprocessing("RGB", PIXEL_MEAN, PIXEL_STD),
+        preprocessing=Preprocessing("RGB", config.pixel_mean, config.pixel_std),
         tile=config.tile,
         batch=options.get("batch", 1),
         opset=options.get("opset", 20),

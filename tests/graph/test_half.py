@@ -35,6 +35,7 @@ from cdkd_edge.graph.fp16 import check_fp16, logit_tolerance, to_fp16, write_fp1
 from cdkd_edge.graph.fp16_simulation import extreme_tiles, fp16_on_cpu, longest_rounding, rounded_values
 from cdkd_edge.graph.int8 import calibrate, int8_graph
 from cdkd_edge.graph.layers import search_classes
+from cdkd_edge.model.config import NetworkConfig
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 
@@ -107,6 +108,31 @@ def test_nothing_but_types_changes(plain):
     for name, value in rounded.items():
         expected = exact[name].astype(np.float16) if value.dtype == np.float16 else exact[name]
         np.testing.assert_array_equal(value, expected)
+
+
+def test_rotary_tables_in_fp16_move_scores_no_more_than_rounded_queries_and_keys_do(make_weights):
+    """At 1024 px: 4096 tokens, angles of almost 2 pi, which the tables do not hold."""
+    config = NetworkConfig(depth=4, embed_dim=64, heads=1, mlp_dim=8, head_channels=4, rotary_base=100.0)
+    half = constants(to_fp16(build_graph(make_weights(config), config)))
+    tables = [half[f"rotary.{name}.1"].astype(np.float64)[0, 0, :, :32] for name in ("cosine", "sine")]
+    angles = config.rotary_angles()
+    assert 6 < angles.max() < 2 * np.pi
+    scale = 64**-0.25
+    assert np.abs(np.array(tables) / scale - [np.cos(angles), np.sin(angles)]).max() < 4e-4
+    q, k = np.random.default_rng(0).standard_normal((2, 4096, 64))
+
+    def scores(q, k, cosine, sine):
+        first, second = (
+            (part[:, :32] * cosine - part[:, 32:] * sine, part[:, 32:] * cosine + part[:, :32] * sine)
+            for part in (q, k)
+        )
+        return np.concatenate(first, axis=1) @ np.concatenate(second, axis=1).T
+
+    exact = scores(q, k, scale * np.cos(angles), scale * np.sin(angles))
+    rounded = (x.astype(np.float16).astype(np.float64) for x in (q, k))
+    by_rounding = scores(*rounded, scale * np.cos(angles), scale * np.sin(angles)) - exact
+    by_tables = scores(q, k, *tables) - exact
+    assert 0.5 * by_rounding.std() < by_tables.std() < 1.2 * by_rounding.std() < 1e-3 * exact.std()
 
 
 @pytest.mark.parametrize("value", [65505.0, -1e6, np.inf, np.nan])

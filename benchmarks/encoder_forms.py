@@ -98,7 +98,7 @@ def row(config: NetworkConfig, weights: Weights, tiles: list[npt.NDArray[np.uint
             half = check_fp16(path, to_fp16(plain), tiles, "tiles")
         except NumericalCheckError as error:
             return f"refused: {error.message}"
-        found = calibrate(plain, tiles)
+        found = calibrate(plain, tiles)  # type: ignore[arg-type]  # which counts and repeats them
         int8 = check_fp16(path, int8_graph(found.model, found.layers, found.scales), tiles, "tiles", least=0)
     changed = ", ".join(map(str, half.attention)) or "none"
     return (

@@ -205,7 +205,7 @@ def test_a_graph(workspace: Path, half: Path) -> None:
     contents = data["contents"]
     model = onnx.load(workspace / "export" / "small.onnx")
     assert contents["nodes"] == len(model.graph.node)
-    assert contents["casts"] == {"uint8 to fp32": 1, "int64 to uint8": 1}
+    assert contents["casts"] == {"uint8 to fp32": 1, "int64 to fp32": 1, "fp32 to uint8": 1}
     assert contents["operators"]["Softmax"] == {"fp32": 4}
     assert contents["parameter_bytes"]["fp32"] == sum(
         numpy_helper.to_array(item).nbytes for item in model.graph.initializer if item.data_type == TensorProto.FLOAT

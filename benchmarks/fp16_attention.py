@@ -26,10 +26,10 @@ from onnx import TensorProto, helper
 from rasterio.windows import Window
 
 from cdkd_edge.graph import fp16_attention
+from cdkd_edge.graph.attention import attention_blocks
 from cdkd_edge.graph.cpu import cpu_session
 from cdkd_edge.graph.fp16 import to_fp16
 from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
-from cdkd_edge.graph.layers import attention_blocks
 from cdkd_edge.graph.nodes import attribute_of, copy_of, replace_nodes, show_values
 
 Array = npt.NDArray[np.float32]

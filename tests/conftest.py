@@ -38,7 +38,7 @@ from cdkd_edge.engines import runtimes
 from cdkd_edge.engines.onnxruntime import build_cpu_engine
 from cdkd_edge.engines.tensorrt.find import NoGpu
 from cdkd_edge.graph.build import build_graph
-from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
+from cdkd_edge.model.config import NetworkConfig
 
 # A suite that was started in the background ignores Ctrl-C, and so would every process that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -56,13 +56,19 @@ def shape_table(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the network and its shape, written down from the paper and not from the code."""
     dim, patch, channels, scales = config.embed_dim, config.patch, config.head_channels, len(config.pool_scales)
     tokens = (config.tile // patch) ** 2 + config.class_token
+    shallow = len(config.tapped or range(4)) - 1
     table: dict[str, tuple[int, ...]] = {
         "encoder.patch_embed.proj.weight": (dim, 3, patch, patch),
         "encoder.patch_embed.proj.bias": (dim,),
-        "encoder.pos_embed": (1, tokens, dim),
     }
+    if not config.rotary_base:
+        table["encoder.pos_embed"] = (1, tokens, dim)
     if config.class_token:
         table["encoder.cls_token"] = (1, 1, dim)
+    if config.registers:
+        table["encoder.registers"] = (1, config.registers, dim)
+    if config.final_norm != "none":
+        table["encoder.norm.weight"] = table["encoder.norm.bias"] = (dim,)
     for index in range(config.depth):
         block = f"encoder.blocks.{index}"
         for norm in ("norm1", "norm2"):
@@ -70,16 +76,19 @@ def shape_table(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
         for layer, rows, columns in (
             ("attn.qkv", 3 * dim, dim),
             ("attn.proj", dim, dim),
-            ("mlp.fc1", config.mlp_dim, dim),
+            ("mlp.fc1", config.mlp_dim * (2 if config.mlp == "swiglu" else 1), dim),
             ("mlp.fc2", dim, config.mlp_dim),
         ):
             table[f"{block}.{layer}.weight"] = (rows, columns)
             table[f"{block}.{layer}.bias"] = (rows,)
+        if config.query_key_norm != "none":
+            for part in ("weight", "bias") if config.query_key_norm == "layer" else ("weight",):
+                table[f"{block}.attn.q_norm.{part}"] = table[f"{block}.attn.k_norm.{part}"] = (dim // config.heads,)
     units = {f"head.pooled.{i}": (dim, 1) for i in range(scales)}
     units["head.bottleneck"] = (dim + scales * channels, 3)
-    units |= {f"head.laterals.{i}": (dim, 1) for i in range(3)}
-    units |= {f"head.smooth.{i}": (channels, 3) for i in range(3)}
-    units["head.fuse"] = (4 * channels, 3)
+    units |= {f"head.laterals.{i}": (dim, 1) for i in range(shallow)}
+    units |= {f"head.smooth.{i}": (channels, 3) for i in range(shallow)}
+    units["head.fuse"] = ((shallow + 1) * channels, 3)
     for unit, (inputs, kernel) in units.items():
         table[f"{unit}.conv.weight"] = (channels, inputs, kernel, kernel)
         for part in ("weight", "bias", "running_mean", "running_var"):
@@ -97,11 +106,11 @@ def random_weights(config: NetworkConfig, seed: int = 0) -> Weights:
         value = rng.standard_normal(shape)
         if key.endswith("running_var"):
             value = rng.uniform(0.5, 2.0, shape)
-        elif key.endswith(("norm1.weight", "norm2.weight", "bn.weight")):
+        elif key.endswith("weight") and ("norm" in key or ".bn." in key):
             value = 1 + 0.2 * value
         elif key.endswith(("bias", "running_mean")):
             value *= 0.1
-        elif key.endswith(("pos_embed", "cls_token", "classifier.weight")):
+        elif key.endswith(("pos_embed", "cls_token", "registers", "classifier.weight")):
             value *= 0.5
         else:
             fan_in = np.prod(shape[1:])
@@ -125,7 +134,7 @@ def store_graph(folder: Path, weights: Mapping[str, Array], config: NetworkConfi
         checkpoint=FileRecord("small.pt", "0" * 64, 1),
         layout="random",
         labels=schema.to_document(),
-        preprocessing=Preprocessing("RGB", PIXEL_MEAN, PIXEL_STD),
+        preprocessing=Preprocessing("RGB", config.pixel_mean, config.pixel_std),
         tile=config.tile,
         batch=options.get("batch", 1),
         opset=options.get("opset", 20),

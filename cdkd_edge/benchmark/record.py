@@ -187,7 +187,7 @@ class ModelledBound:
 class LayerTime:
     """Time of a layer of the network, which a runtime computes in one kernel or in several."""
 
-    name: str  # e.g. ``attention`` or ``MLP fc1, GELU``
+    name: str  # e.g. ``attention`` or ``MLP fc1, activation``
     block: int | None  # number of the encoder's block, from 0; None outside the blocks, and where blocks are added up
     layers: int  # how many layers are added up: those of one name in all blocks, or one
     kernels: int  # how many of the runtime's own layers they are; 0: other kernels compute them as well

@@ -39,25 +39,24 @@ def info(
 
 
 def _describe(path: Path, report: CheckpointReport, cost: Cost, sparse: tuple[int, int]) -> Report:
-    from cdkd_edge.model.config import attention_text
+    from cdkd_edge.model.config import attention_text, encoder_text
 
     def scaled(count: int, unit: float) -> str:
         return significant(count / unit, 5)
 
     config = report.config
     classes = ", ".join(report.schema.class_names) if report.schema else "no names; export --schema gives them"
-    width = f"ViT, patch {config.patch}, {config.depth} blocks, width {config.embed_dim}, {config.heads} heads"
     rest, position = cost.parameters - cost.position_parameters, f"{scaled(cost.position_parameters, 1e6)} M"
-    embedded = f"of which position embedding {position} (without it {scaled(rest, 1e6)} M)"
+    embedded = f", of which position embedding {position} (without it {scaled(rest, 1e6)} M)"
     rows: Rows = [
         ("layout", report.layout + (f" ({' > '.join(report.unwrapped)})" if report.unwrapped else "")),
-        ("encoder", width + (", class token" if config.class_token else "")),
+        ("encoder", encoder_text(config)),
         ("attention", attention_text(config.attention)),
         *([("sparsity", f"2:4 in {sparse[0]} of {sparse[1]} layers (proj, fc1, fc2)")] if sparse[0] else []),
         ("head", f"UPerNet, {config.head_channels} channels" if report.has_head else "none: an encoder alone"),
         ("classes", f"{config.classes} ({classes})" if report.has_head else "none"),
         ("tile", f"{config.tile} x {config.tile} px"),
-        ("parameters", f"{scaled(cost.parameters, 1e6)} M, {embedded}"),
+        ("parameters", f"{scaled(cost.parameters, 1e6)} M" + (embedded if cost.position_parameters else "")),
         ("MACs as the paper counts", f"{scaled(cost.conv_linear_macs, 1e9)} G (convolutions and linear layers)"),
         ("attention MACs", f"{scaled(cost.attention_macs, 1e9)} G"),
         ("MACs in full", f"{scaled(cost.total_macs, 1e9)} G = {scaled(2 * cost.total_macs, 1e9)} GFLOP per tile"),

@@ -254,7 +254,7 @@ def parameter_groups(trained: nn.Module, rate: float, decay: float) -> list[dict
     constant: list[nn.Parameter] = []
     for name, parameter in trained.named_parameters():
         if parameter.requires_grad:
-            is_token = name.rpartition(".")[2] in ("pos_embed", "mask_token", "cls_token")
+            is_token = name.rpartition(".")[2] in ("pos_embed", "mask_token", "cls_token", "registers")
             (constant if parameter.ndim < 2 or is_token else decaying).append(parameter)
     groups = [{"params": decaying, "weight_decay": decay}, {"params": constant, "weight_decay": 0.0}]
     return [{**group, "base": rate} for group in groups if group["params"]]

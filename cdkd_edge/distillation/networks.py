@@ -40,7 +40,7 @@ def encoder_of(network: Network) -> Encoder:
 
 
 def kept(tokens: Tensor, visible: Tensor | None, first: int) -> Tensor:
-    """The visible tokens ``[N, V, D]`` of ``[N, L, D]``; the ``first`` ones, a class token, always stay in front."""
+    """The visible tokens ``[N, V, D]`` of ``[N, L, D]``; the ``first`` ones, of no patch, always stay in front."""
     if visible is None:
         return tokens
     chosen = tokens.gather(1, (visible + first)[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -63,24 +63,27 @@ class AdaptedTeacher(nn.Module):
         width = encoder.config.embed_dim
         self.mixtures = nn.ModuleList(Mixture(width, gate) for _ in encoder.blocks) if gate else None
 
-    def run(self, tokens: Tensor, wanted: Collection[int]) -> list[Tensor]:
-        """The tokens ``[N, V, D]`` after each wanted block (0-based); all tokens of a tile, or those of a mask."""
+    def run(self, tokens: Tensor, wanted: Collection[int], turn: Tensor | None = None) -> list[Tensor]:
+        """The tokens ``[N, V, D]`` after each wanted block (0-based); all tokens of a tile, or those of a mask.
+
+        ``turn``: their rotary positions (:meth:`.network.Encoder.turn`).
+        """
         if self.mixtures is None:
-            return self.encoder.run(tokens, wanted)  # type: ignore[no-any-return]
+            return self.encoder.run(tokens, wanted, turn)  # type: ignore[no-any-return]
         found = []
         for index in range(max(wanted) + 1):
             if self.recompute and torch.is_grad_enabled():
-                tokens = checkpoint(self._adapted, index, tokens, use_reentrant=False)
+                tokens = checkpoint(self._adapted, index, tokens, turn, use_reentrant=False)
             else:
-                tokens = self._adapted(index, tokens)
+                tokens = self._adapted(index, tokens, turn)
             if index in wanted:
                 found.append(tokens)
         return found
 
-    def _adapted(self, index: int, tokens: Tensor) -> Tensor:
+    def _adapted(self, index: int, tokens: Tensor, turn: Tensor | None) -> Tensor:
         assert self.mixtures is not None
-        block, first = self.encoder.blocks[index], int(self.encoder.config.class_token)
-        tokens = block.attend(tokens)
+        block, first = self.encoder.blocks[index], self.encoder.config.extra_tokens
+        tokens = block.attend(tokens, turn)
         normal = block.norm2(tokens)
         known = block.mlp(normal)
         added = self.mixtures[index](normal[:, first:], known[:, first:])
@@ -125,9 +128,9 @@ class Distillation(nn.Module):
         last = encoder.config.depth if recipe.masked or self.with_classes else max(ours for _, ours in self.pairs)
         for part in (encoder.patch_embed, *encoder.blocks[:last]):
             part.requires_grad_(True)
-        encoder.pos_embed.requires_grad_(position)
-        if encoder.config.class_token:
-            encoder.cls_token.requires_grad_(position)
+        for name in ("pos_embed", "cls_token", "registers"):
+            if hasattr(encoder, name):
+                getattr(encoder, name).requires_grad_(position)
         width, theirs = encoder.config.embed_dim, guide.config.embed_dim if guide is not None else 1
         self.projections = nn.ModuleList(
             nn.Identity() if recipe.projection == "none" else nn.Linear(width, theirs, bias=False) for _ in self.pairs
@@ -171,7 +174,7 @@ class Distillation(nn.Module):
         return Losses(parts, missed.detach(), self._spread(theirs), agreement)
 
     def student_features(self, tiles: Tensor, visible: Tensor | None = None) -> dict[int, Tensor]:
-        """The student's tokens ``[N, V, D]`` without class token, by block (0-based): all that the losses need."""
+        """The student's tokens ``[N, V, D]`` of patches, by block (0-based): all that the losses need."""
         encoder = encoder_of(self.student)
         return self._features(encoder, encoder, 1, self.student_decoder, tiles, visible)
 
@@ -194,8 +197,8 @@ class Distillation(nn.Module):
             wanted.add(len(encoder.blocks) - 1)
         if self.with_classes:
             wanted |= set(encoder.config.taps)
-        first = int(encoder.config.class_token)
-        found = network.run(kept(encoder.embed(tiles), visible, first), wanted)
+        first = encoder.config.extra_tokens
+        found = network.run(kept(encoder.embed(tiles), visible, first), wanted, encoder.turn(visible))
         return {block: tokens[:, first:] for block, tokens in zip(sorted(wanted), found, strict=True)}
 
     def _missed(self, ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> Tensor:

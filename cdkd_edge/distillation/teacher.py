@@ -38,8 +38,8 @@ def load_teacher(
 ) -> tuple[Teacher | SegmentationNetwork, FileReport]:
     """Load an encoder for tiles of ``tile`` px, in evaluation mode, FP32, on the CPU.
 
-    Its blocks have ``attend``, ``norm2`` and ``mlp``; ``embed`` gives tokens row by row, after the class token if
-    ``config.class_token``.
+    Its blocks have ``attend``, ``norm2`` and ``mlp``; ``embed`` gives tokens row by row, after ``config.extra_tokens``
+    others; ``turn`` gives their rotary positions.
 
     Args:
         path: SAM (its own, Hugging Face's or timm's file), or a checkpoint of any other known layout.

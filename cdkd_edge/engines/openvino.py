@@ -42,8 +42,8 @@ from cdkd_edge.engines.protocol import (
     blank_value,
     timed_run,
 )
+from cdkd_edge.graph.attention import attention_blocks
 from cdkd_edge.graph.files import read_graph
-from cdkd_edge.graph.layers import attention_blocks
 
 _COMPUTES_IN = {"fp32": "f32", "bf16": "bf16"}
 

@@ -8,6 +8,9 @@ channels-last layout that tensor cores want; maps are ``[N, C, G, G]``, L = G^2 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 from onnx import TensorProto
@@ -16,7 +19,7 @@ from cdkd_edge import __version__
 from cdkd_edge.core.errors import GraphError
 from cdkd_edge.graph import fold
 from cdkd_edge.graph.nodes import NodeWriter
-from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
+from cdkd_edge.model.config import NO_NORM, SWIGLU, NetworkConfig
 
 OPSETS = range(17, 21)  # 17 introduced LayerNormalization; TensorRT 10.3's parser documents operators up to 20
 DEFAULT_OPSET = 20
@@ -94,27 +97,38 @@ class _NetworkWriter(NodeWriter):
         return self.add("Relu", name, convolved) if relu else convolved
 
     def encoder(self) -> list[str]:
-        """The ViT; returns the tokens after each tapped block, ``[N, G*G, D]``."""
+        """The ViT; returns the tokens after each tapped block, ``[N, L+E, D]``, the deepest ones ``[N, L, D]``."""
         config, weights = self.config, self.weights
         pixels = self.add("Cast", "pixels", "image", to=TensorProto.FLOAT)
         kernel, bias = fold.fold_normalisation(
-            weights["encoder.patch_embed.proj.weight"], weights["encoder.patch_embed.proj.bias"], PIXEL_MEAN, PIXEL_STD
+            weights["encoder.patch_embed.proj.weight"],
+            weights["encoder.patch_embed.proj.bias"],
+            config.pixel_mean,
+            config.pixel_std,
         )
-        tokens = self.linear("patch_embed", self.patches(pixels), fold.patch_matrix(kernel), bias)
+        patches = self.patches(pixels)
+        if config.extra_tokens:  # as rows of zeros, to which the positions below add the tokens themselves
+            ends = self.constant("extra_tokens", np.array([0, 0, 0, 0, config.extra_tokens, 0], np.int64))
+            patches = self.add("Pad", "patches.all", patches, ends)
+        tokens = self.add(
+            "MatMul", "patch_embed.product", patches, self.constant("patch_embed.weight", fold.patch_matrix(kernel).T)
+        )
         tokens = self.in_token_order(tokens)
-        positions = weights["encoder.pos_embed"]
-        if config.class_token:
-            token = np.broadcast_to(weights["encoder.cls_token"], (self.batch, 1, config.embed_dim))
-            tokens = self.add("Concat", "all_tokens", self.constant("cls_token", token), tokens, axis=1)
-        else:
-            positions = positions[:, config.token_order()]
-        tokens = self.add("Add", "tokens", tokens, self.constant("pos_embed", positions))
+        tokens = self.add("Add", "tokens", tokens, self.constant("positions", fold.positions(weights, config, bias)))
         taps = []
         for index in range(config.depth):
             tokens = self.block(index, tokens)
             if index in config.taps:
-                taps.append(self.without_class_token(index, tokens) if config.class_token else tokens)
+                # The deepest tokens lose the extra ones before their norm, in one kernel with it; the shallower ones
+                # after their projection to fewer channels.
+                tap = self.patches_alone("deep", tokens) if index == config.taps[-1] else tokens
+                taps.append(self.final_norm(index, tap) if index in config.normed_taps else tap)
         return taps
+
+    def final_norm(self, index: int, tokens: str) -> str:
+        """The encoder's last LayerNorm, of the tokens after a block."""
+        scale, shift = self.weights["encoder.norm.weight"], self.weights["encoder.norm.bias"]
+        return self.layer_norm(f"blocks.{index}.normed", tokens, "norm", scale, shift)
 
     def patches(self, pixels: str) -> str:
         """Pixels ``[N, 3, T, T]`` as patches in token order, ``[N, G*G, 3 P P]``, but for the smallest squares.
@@ -143,8 +157,17 @@ class _NetworkWriter(NodeWriter):
         sorted_ = self.add("Transpose", "squares.sorted", split, perm=[0, 2, 4, 1, 3, 5, 6])
         return self.reshape("squares", sorted_, config.grid**2, config.embed_dim)
 
+    def patches_alone(self, name: str, tokens: str) -> str:
+        """The tokens without the extra ones at their end."""
+        config = self.config
+        if not config.extra_tokens:
+            return tokens
+        values = {"first": 0, "end": config.grid**2, "axis": 1}
+        ends = [self.constant(f"slice_{label}", np.array([value], np.int64)) for label, value in values.items()]
+        return self.add("Slice", f"{name}.patches", tokens, *ends)
+
     def as_map(self, name: str, tokens: str, channels: int) -> str:
-        """Tokens ``[N, G*G, C]`` as a map ``[N, C, G, G]``."""
+        """The tokens of patches, ``[N, G*G, C]``, as a map ``[N, C, G, G]``."""
         config = self.config
         counts = config.token_counts
         if len(counts) == 1:
@@ -167,7 +190,8 @@ class _NetworkWriter(NodeWriter):
             for part in ("weight", "bias")
         )
         normed = self.layer_norm(f"{name}.norm2", tokens, f"{name}.norm2", scale, shift)
-        hidden = self.gelu(f"{name}.mlp.gelu", self.linear(f"{name}.mlp.fc1", normed, *mlp[:2]))
+        hidden = self.linear(f"{name}.mlp.fc1", normed, *mlp[:2])
+        hidden = (self.swiglu if self.config.mlp == SWIGLU else self.gelu)(f"{name}.mlp.{self.config.mlp}", hidden)
         return self.add("Add", f"{name}.out", tokens, self.linear(f"{name}.mlp.fc2", hidden, *mlp[2:]))
 
     def attention(self, index: int, tokens: str) -> str:
@@ -176,28 +200,43 @@ class _NetworkWriter(NodeWriter):
         The LayerNorm has no scale, and q, k and v no bias, because a bias costs a pass over memory.
         """
         config, attn = self.config, f"blocks.{index}.attn"
-        dim, heads, length = config.embed_dim, config.heads, config.grid**2 + config.class_token
+        dim, heads, length = config.embed_dim, config.heads, config.grid**2 + config.extra_tokens
         pool, windows = config.pooling(index) ** 2, config.windows(index)
-        folded = fold.fold_attention(self.weights, f"encoder.blocks.{index}", heads)
+        after = bool(config.rotary_base) or config.query_key_norm != NO_NORM
+        folded = fold.fold_attention(self.weights, f"encoder.blocks.{index}", heads, after=after)
         ones, shift = np.ones(dim, np.float32), np.full(dim, fold.SHIFT, np.float32)
         normed = self.layer_norm(f"blocks.{index}.norm1", tokens, "norm1", ones, shift)
         means = normed if pool == 1 else self.means(f"{attn}.means", normed, pool)
 
-        def by_head(part: str, x: str, weight: fold.Array, length: int) -> str:
-            """A projection as ``[N W, H, L/W, d]``; see :meth:`NetworkConfig.token_order`."""
+        def by_head(part: str, product: str, length: int, count: int = 1) -> str:
+            """``count`` projections as ``[count N W, H, L/W, d]``; see :meth:`NetworkConfig.token_order`."""
             part = f"{attn}.{part}"
-            product = self.add("MatMul", part, x, self.constant(f"{part}.weight", weight.T))
             if windows == 1:
-                split = self.reshape(f"{part}.heads", product, length, heads, dim // heads)
+                split = self.reshape(f"{part}.heads", product, length, heads, dim // heads, images=count)
                 return self.add("Transpose", f"{part}.by_head", split, perm=[0, 2, 1, 3])
             # With windows and heads as one axis here and in the product, TensorRT would copy q, k and v.
-            split = self.reshape(f"{part}.heads", product, length // windows, windows, heads, dim // heads)
+            split = self.reshape(
+                f"{part}.heads", product, length // windows, windows, heads, dim // heads, images=count
+            )
             split = self.add("Transpose", f"{part}.by_window", split, perm=[0, 2, 3, 1, 4])
-            return self.reshape(f"{part}.by_head", split, heads, length // windows, dim // heads, images=windows)
+            sizes = (heads, length // windows, dim // heads)
+            return self.reshape(f"{part}.by_head", split, *sizes, images=count * windows)
 
-        q = by_head("q", normed, folded.query, length)
-        k = by_head("k", means, folded.key, length // pool)
-        v = by_head("v", means, folded.value, length // pool)
+        if config.rotary_base:
+            q, k, v = self.rotated(index, normed, folded, by_head)
+        else:
+            products = [
+                self.add("MatMul", f"{attn}.{part}", x, self.constant(f"{attn}.{part}.weight", weight.T))
+                for part, x, weight in (
+                    ("q", normed, folded.query),
+                    ("k", means, folded.key),
+                    ("v", means, folded.value),
+                )
+            ]
+            q = by_head("q", products[0], length)
+            k, v = by_head("k", products[1], length // pool), by_head("v", products[2], length // pool)
+            if after:
+                q, k = self.head_norm(index, "q", q), self.head_norm(index, "k", k)
         keys = self.add("Transpose", f"{attn}.k_transposed", k, perm=[0, 1, 3, 2])
         scores = self.add("MatMul", f"{attn}.scores", q, keys)  # [N W, H, L/W, L/W or L/pool]
         share = self.add("Softmax", f"{attn}.share", scores, axis=-1)
@@ -209,6 +248,85 @@ class _NetworkWriter(NodeWriter):
         mixed = self.reshape(f"{attn}.joined", mixed, length, dim)
         return self.linear(f"{attn}.proj", mixed, folded.proj, folded.proj_bias)
 
+    def rotated(
+        self, index: int, normed: str, folded: fold.AttentionWeights, by_head: Callable[..., str]
+    ) -> tuple[str, str, str]:
+        """Queries, keys and values ``[N W, H, L/W, d]``, the first two turned by their positions.
+
+        One product makes all three, so that compilers turn queries and keys in one kernel before the fused attention.
+        """
+        config, attn = self.config, f"blocks.{index}.attn"
+        dim, length = config.embed_dim, config.grid**2 + config.extra_tokens
+        images = self.batch * config.windows(index)
+        stacked = np.stack([folded.query.T, folded.key.T, folded.value.T])[:, None]  # [3, 1, D, D]
+        shape = self.constant(f"shape_1x{self.batch}x{length}x{dim}", np.array([1, self.batch, length, dim], np.int64))
+        product = self.add("Reshape", f"{attn}.input", normed, shape)
+        product = self.add("MatMul", f"{attn}.qkv", product, self.constant(f"{attn}.qkv.weight", stacked))
+        heads = by_head("qkv", product, length, 3)  # [3 N W, H, L/W, d]
+        sizes = self.constant(f"sizes_{2 * images}_{images}", np.array([2 * images, images], np.int64))
+        both, v = self.split(f"{attn}.qk", heads, sizes, f"{attn}.v", axis=0)
+        if config.query_key_norm != NO_NORM:
+            sizes = self.constant(f"sizes_{images}_{images}", np.array([images, images], np.int64))
+            parts = self.split(f"{attn}.q.plain", both, sizes, f"{attn}.k.plain", axis=0)
+            normal = [self.head_norm(index, part, x) for part, x in zip("qk", parts, strict=True)]
+            both = self.add("Concat", f"{attn}.qk.normed", *normal, axis=0)
+        cosine, sine = self.turn_tables(config.windows(index))
+        halves = self.constant(f"halves_{dim // config.heads}", np.array([dim // config.heads // 2] * 2, np.int64))
+        first, second = self.split(f"{attn}.qk.first", both, halves, f"{attn}.qk.second", axis=3)
+        swapped = self.add("Concat", f"{attn}.qk.swapped", self.add("Neg", f"{attn}.qk.negated", second), first, axis=3)
+        straight = self.add("Mul", f"{attn}.qk.cosine", both, cosine)
+        both = self.add("Add", f"{attn}.qk.rotated", straight, self.add("Mul", f"{attn}.qk.sine", swapped, sine))
+        sizes = self.constant(f"sizes_{images}_{images}", np.array([images, images], np.int64))
+        q, k = self.split(f"{attn}.q.turned", both, sizes, f"{attn}.k.turned", axis=0)
+        return q, k, v
+
+    def turn_tables(self, windows: int) -> tuple[str, str]:
+        """Cosines and sines of the rotary positions, for queries and keys ``[2 N W, H, L/W, d]``.
+
+        Scores are divided by sqrt(d); here queries and keys both are, by its root, as they are turned together.
+        """
+        config = self.config
+        width = config.embed_dim // config.heads
+        scale = 1.0 if config.query_key_norm != NO_NORM else width**-0.25
+        names = []
+        for name, table in zip(("cosine", "sine"), fold.turns(config), strict=True):
+            both = np.tile(table * np.float32(scale), 2)  # [L, d]
+            by_window = both.reshape(-1, windows, width).transpose(1, 0, 2)[:, None]  # [W, 1, L/W, d]
+            tiled = by_window if windows == 1 else np.tile(by_window, (2 * self.batch, 1, 1, 1))
+            names.append(self.constant(f"rotary.{name}.{windows}", tiled))
+        return names[0], names[1]
+
+    def head_norm(self, index: int, part: str, x: str) -> str:
+        """The norm of each head's queries or keys, ``[..., d]``; queries are divided by sqrt(d) as well.
+
+        An RMS norm of x is half of the LayerNorm of x and -x together, whose mean is 0: safe in FP16, where squares
+        overflow.
+        """
+        config, name = self.config, f"blocks.{index}.attn.{part}"
+        width = config.embed_dim // config.heads
+        divisor = math.sqrt(width) if part == "q" else 1.0
+        scale = self.weights[f"encoder.blocks.{index}.attn.{part}_norm.weight"] / np.float32(divisor)
+        if config.query_key_norm == "layer":
+            shift = self.weights[f"encoder.blocks.{index}.attn.{part}_norm.bias"] / np.float32(divisor)
+            return self.layer_norm(f"{name}.normed", x, f"{name}.norm", scale, shift)
+        both = self.add("Concat", f"{name}.both_signs", x, self.add("Neg", f"{name}.negated", x), axis=3)
+        scale = np.concatenate([scale, scale])
+        both = self.layer_norm(f"{name}.both_normed", both, f"{name}.norm", scale, np.zeros_like(scale))
+        halves = self.constant(f"halves_{2 * width}", np.array([width, width], np.int64))
+        return self.split(f"{name}.normed", both, halves, f"{name}.negative", axis=3)[0]
+
+    def split(self, first: str, x: str, sizes: str, second: str, *, axis: int) -> list[str]:
+        """Two parts of ``x``."""
+        self.add("Split", first, x, sizes, outputs=[first, second], axis=axis)
+        return [first, second]
+
+    def swiglu(self, name: str, x: str) -> str:
+        """silu(gate) times value, the two halves of ``x``."""
+        halves = self.constant("shape_mlp_halves", np.array([self.config.mlp_dim] * 2, np.int64))
+        gate, value = self.split(f"{name}.gate", x, halves, f"{name}.value", axis=2)
+        silu = self.add("Mul", f"{name}.silu", gate, self.add("Sigmoid", f"{name}.sigmoid", gate))
+        return self.add("Mul", name, silu, value)
+
     def gelu(self, name: str, x: str) -> str:
         """Exact GELU: one operator from opset 20 on, before it the five nodes that compilers recognise."""
         if self.opset >= 20:
@@ -218,12 +336,6 @@ class _NetworkWriter(NodeWriter):
         erf = self.add("Erf", f"{name}.erf", self.add("Div", f"{name}.scaled", x, root))
         gate = self.add("Mul", f"{name}.gated", x, self.add("Add", f"{name}.gate", erf, one))
         return self.add("Mul", name, gate, half)
-
-    def without_class_token(self, index: int, tokens: str) -> str:
-        """The tokens of patches alone."""
-        values = {"first": 1, "end": np.iinfo(np.int64).max, "axis": 1}
-        ends = [self.constant(f"slice_{label}", np.array([value], np.int64)) for label, value in values.items()]
-        return self.add("Slice", f"blocks.{index}.patches", tokens, *ends)
 
     def head(self, taps: list[str]) -> str:
         """UPerNet; returns the logits ``[N, K, G, G]``."""
@@ -262,7 +374,8 @@ class _NetworkWriter(NodeWriter):
             # A 1x1 convolution is a linear map of tokens; computed on tokens, it needs no change of layout.
             kernel, bias = fold.fold_batch_norm(weights, f"head.laterals.{index}")
             lateral = self.linear(f"lateral.{index}.projected", shallow[index], kernel[:, :, 0, 0], bias)
-            lateral = self.as_map(f"lateral.{index}", self.add("Relu", f"lateral.{index}", lateral), channels)
+            lateral = self.patches_alone(f"lateral.{index}", self.add("Relu", f"lateral.{index}", lateral))
+            lateral = self.as_map(f"lateral.{index}", lateral, channels)
             above = self.add("Add", f"level.{index}", lateral, above)
             smooth = fold.fold_batch_norm(weights, f"head.smooth.{index}")
             smoothed.insert(0, self.conv(f"smooth.{index}", above, *smooth))

@@ -26,7 +26,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cdkd_edge.core.errors import CdkdEdgeError, GraphError
 from cdkd_edge.core.machine import available_cores
-from cdkd_edge.graph.layers import attention_blocks, search_classes
+from cdkd_edge.graph.attention import AttentionBlock, attention_blocks
+from cdkd_edge.graph.layers import search_classes
 from cdkd_edge.graph.nodes import CONTRIB_DOMAIN, GraphIndex, NodeWriter, attribute_of, copy_of, replace_nodes, retype
 
 _ZERO = 128  # the uint8 that stands for 0
@@ -80,9 +81,12 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[int, int]:
             writer.nodes.append(node)
         elif node.output[0] == block.joined:  # the block's last node: all inputs exist
             name, parts, mixed = block.joined, [block.q, block.k, block.v], block.joined
+            together = writer.constant(f"{name}.sizes", np.array([0, -1, block.width], np.int64))
+            if block.by_head:
+                parts = [_by_token(writer, block, part, together) for part in parts]
+            elif block.windows > 1:
+                parts = [writer.add("Reshape", f"{part}.by_window", part, together) for part in parts]
             if block.windows > 1:
-                by_window = writer.constant(f"{name}.sizes", np.array([0, -1, block.width], np.int64))
-                parts = [writer.add("Reshape", f"{part}.by_window", part, by_window) for part in parts]
                 mixed = f"{name}.by_window"
             # The query scale is folded into the projection; the default scale, 0, would apply it again.
             fused: dict[str, Any] = {"num_heads": block.heads, "scale": block.scale, "domain": CONTRIB_DOMAIN}
@@ -93,6 +97,16 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[int, int]:
     writer.replace_nodes(model)
     _import_contrib(model)
     return len(blocks), len(found)
+
+
+def _by_token(writer: NodeWriter, block: AttentionBlock, part: str, together: str) -> str:
+    """Queries, keys or values ``[N W, H, L/W, d]`` as ``[N, L/W, W D]``."""
+    by_head = part
+    if block.windows > 1:
+        heads = writer.constant(f"{block.joined}.heads", np.array([-1, block.heads, 0, 0], np.int64))
+        by_head = writer.add("Reshape", f"{part}.of_all_windows", part, heads)
+    by_token = writer.add("Transpose", f"{part}.by_token", by_head, perm=[0, 2, 1, 3])
+    return writer.add("Reshape", f"{part}.joined", by_token, together)
 
 
 def to_fp32(half: onnx.ModelProto) -> onnx.ModelProto:

@@ -180,6 +180,11 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return bare
 
 
+def inferred_sizes(model: onnx.ModelProto) -> Sizes:
+    """Type and sizes of every value whose sizes are fixed and follow from operators that ONNX knows."""
+    return _known_sizes(onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True))
+
+
 def _known_sizes(inferred: onnx.ModelProto) -> Sizes:
     """Type and sizes by name, of values with fixed sizes."""
     found = {item.name: (item.data_type, tuple(item.dims)) for item in inferred.graph.initializer}

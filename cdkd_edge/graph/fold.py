@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cdkd_edge.model.config import NetworkConfig
+
 OFF = np.float32(-3e4)  # A bias after which ReLU gives 0 whatever the activation is; far from the end of FP16's range
 
 SHIFT = 1.0  # LayerNorm's shift c before attention, see fold_attention
@@ -50,18 +52,19 @@ class AttentionWeights:
     proj_bias: Array  # ``[D]``
 
 
-def fold_attention(weights: Weights, block: str, heads: int) -> AttentionWeights:
+def fold_attention(weights: Weights, block: str, heads: int, *, after: bool = False) -> AttentionWeights:
     """Fold LayerNorm's scale and shift, the query scale and the biases of q, k and v away; the same function.
 
     LayerNorm gives y = g * n + h with n = (x - mean) / deviation, whose D elements sum to 0. So W y + b is V n + a with
     V = W diag(g) and a = W h + b. What is subtracted from all elements of a row of V changes nothing (the sum of n is
     0); with the row's mean subtracted, V (n + c) = V n for every constant c. Then
 
+    - q: a / (c D) added to all elements of a row gives a / (c D) * sum(n + c) = a, because sum(n + c) = c D.
     - k: a adds q . a to all scores of a query, which softmax does not see. It is dropped.
     - v: softmax's weights sum to 1, so attention passes a on, and proj makes W_proj a of it: part of proj's bias.
-    - q: a / (c D) added to all elements of a row gives a / (c D) * sum(n + c) = a, because sum(n + c) = c D.
 
-    Scores are divided by sqrt(D / heads) in q.
+    Scores are divided by sqrt(D / heads) in q. With ``after``, rotary positions or a norm of each head come after q and
+    k: then k keeps its bias as q does, and the division is left to them.
     """
     gain, shift = (weights[f"{block}.norm1.{part}"].astype(np.float64) for part in ("weight", "bias"))
     dim = len(gain)
@@ -69,11 +72,40 @@ def fold_attention(weights: Weights, block: str, heads: int) -> AttentionWeights
     constant = product @ shift + weights[f"{block}.attn.qkv.bias"]  # [3 D]
     product = product * gain
     product -= product.mean(axis=1, keepdims=True)
-    query = (product[:dim] + constant[:dim, None] / (SHIFT * dim)) / math.sqrt(dim // heads)
+    kept = product + constant[:, None] / (SHIFT * dim)
+    query = kept[:dim] if after else kept[:dim] / math.sqrt(dim // heads)
+    key = (kept if after else product)[dim : 2 * dim]
     proj = weights[f"{block}.attn.proj.weight"]
     bias = proj.astype(np.float64) @ constant[2 * dim :] + weights[f"{block}.attn.proj.bias"]
-    folded = (query, product[dim : 2 * dim], product[2 * dim :], proj, bias)
+    folded = (query, key, product[2 * dim :], proj, bias)
     return AttentionWeights(*(value.astype(np.float32) for value in folded))
+
+
+def positions(weights: Weights, config: NetworkConfig, bias: Array) -> Array:
+    """What is added to the patches' products: bias and learned positions; and the extra tokens, ``[1, L+E, D]``.
+
+    Tokens are in the order of :meth:`NetworkConfig.token_order`, and the extra ones come last. Where rotary positions
+    leave the same for all tokens, ``[1, 1, D]``.
+    """
+    learned = weights.get("encoder.pos_embed")
+    first = int(config.class_token)
+    patches = bias[None, None] if learned is None else bias + learned[:, first:][:, config.token_order()]
+    if not config.extra_tokens:
+        return patches.astype(np.float32)
+    extra = []
+    if config.class_token:
+        extra.append(weights["encoder.cls_token"] + (0 if learned is None else learned[:, :1]))
+    if config.registers:
+        extra.append(weights["encoder.registers"])
+    cells = np.broadcast_to(patches, (1, config.grid**2, config.embed_dim))
+    return np.concatenate([cells, *extra], axis=1).astype(np.float32)
+
+
+def turns(config: NetworkConfig) -> tuple[Array, Array]:
+    """Cosines and sines of the rotary positions, ``[L+E, d/2]`` each, for tokens in the order of :func:`positions`."""
+    angles = config.rotary_angles()[config.token_order()]
+    angles = np.pad(angles, ((0, config.extra_tokens), (0, 0)))
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def patch_matrix(kernel: Array) -> Array:

@@ -43,7 +43,7 @@ from cdkd_edge.graph.fp16_simulation import (
     rounding_share,
     run_session,
 )
-from cdkd_edge.graph.layers import compare_classes, logits_of, position_embedding, scores_of
+from cdkd_edge.graph.layers import compare_classes, logits_of, scores_of
 from cdkd_edge.graph.nodes import Note, batch_of, copy_of, retype, show_values
 
 CHECK_TILES = 2
@@ -115,7 +115,6 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         raise GraphError("the graph is quantised already; FP16 is made from the FP32 graph")
     # ONNX wants Resize's scales in FP32 whatever the data are.
     scales = {node.input[2] for node in graph.node if node.op_type == "Resize" and len(node.input) > 2}
-    _move_bias_rounding_to_positions(graph)
     for item in graph.initializer:
         if item.data_type == TensorProto.FLOAT and item.name not in scales:
             largest = np.abs(numpy_helper.to_array(item)).max(initial=0)
@@ -126,26 +125,6 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     compare_classes(half)
     del graph.value_info[:]
     return half
-
-
-def _move_bias_rounding_to_positions(graph: onnx.GraphProto) -> None:
-    """Add the rounding error of the patch embedding's bias to the position embedding.
-
-    The bias contains the mean of the pixels and is far larger than what it is added to. Its rounding error is the same
-    in every token and does not average out; in the position embedding, which is rounded token by token, it does.
-    Exact before rounding, because the two are added anyway.
-    """
-    found = position_embedding(graph)
-    if found is None:
-        return
-    bias_item, positions_item, first = found
-    bias = numpy_helper.to_array(bias_item).astype(np.float64)
-    error = bias - bias.astype(np.float16).astype(np.float64)
-    positions = numpy_helper.to_array(positions_item).astype(np.float64)
-    if positions.shape[-1:] != error.shape or not np.isfinite(error).all():
-        return
-    positions[:, first:] += error  # the class token has no bias
-    positions_item.CopyFrom(numpy_helper.from_array(positions.astype(np.float32), positions_item.name))
 
 
 def logit_tolerance(roundings: int, largest: float) -> float:

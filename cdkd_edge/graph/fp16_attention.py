@@ -27,8 +27,9 @@ import onnx
 from onnx import TensorProto
 
 from cdkd_edge.core.manifest import AttentionChange
+from cdkd_edge.graph.attention import attention_blocks
 from cdkd_edge.graph.fp16_simulation import FP16_MAX, longest_rounding, rounding_share
-from cdkd_edge.graph.layers import attention_blocks, constant_users, multiply_constant
+from cdkd_edge.graph.layers import NodeConstant, constant_users, multiply_constant, part_makers
 from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, attribute_of, opset_of, show_values
 
 KEYS = 64  # keys of a block: ``kv_loop_step`` in the engines of TensorRT-RTX 1.7.1
@@ -238,25 +239,29 @@ def change_attention(half: onnx.ModelProto, changes: Iterable[AttentionChange]) 
     found = {_name_of(block.joined): block for block in attention_blocks(half) if block is not None}
     index, users = GraphIndex(half.graph), constant_users(half)
 
-    def multiply(node: onnx.NodeProto, position: int, factor: float) -> None:
+    def multiply(constant: NodeConstant, factor: float) -> None:
         if factor != 1:
-            multiply_constant(half, users, node, position, factor)
+            multiply_constant(half, users, constant, factor)
+
+    def divide(block: str, part: str, divisor: float) -> None:
+        for constant in part_makers(index, block, part):
+            multiply(constant, 1 / divisor)
 
     wide: dict[str, tuple[str, AttentionChange]] = {}  # by the value that is cast, to what
     for name, change in wanted.items():
         block = found[name]
-        multiply(index.maker[block.v], 1, 1 / change.values_divided_by)
+        divide(name, "v", change.values_divided_by)
         for node in index.users[block.joined]:
             if node.op_type == "QuantizeLinear":  # of an INT8 layer: its scales take part in place of its integers
                 real = index.users[node.output[0]][0]
                 product = index.users[real.output[0]][0]
                 for quantizer in (node, real):
-                    multiply(quantizer, 1, 1 / change.values_divided_by)
-                multiply(index.maker[product.input[1]], 1, change.values_divided_by)
+                    multiply(NodeConstant(quantizer, 1), 1 / change.values_divided_by)
+                multiply(NodeConstant(index.maker[product.input[1]], 1), change.values_divided_by)
             else:
-                multiply(node, 1, change.values_divided_by)
+                multiply(NodeConstant(node, 1), change.values_divided_by)
         if change.scores_in_fp32:
-            multiply(index.maker[block.q], 1, 1 / change.scores_divided_by)
+            divide(name, "q", change.scores_divided_by)
             wide |= {block.scores: ("FLOAT", change), block.share: ("FLOAT16", change)}
     writer = NodeWriter()
     for node in half.graph.node:

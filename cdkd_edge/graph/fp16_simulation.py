@@ -28,7 +28,8 @@ ROUNDOFF = 2.0**-11  # FP16 moves a number by at most this share of it
 SPREADS = 5.0  # standard deviations that a logit may be off, so that none of a million is off by chance
 IN_FP32 = "deploy this network in FP32"
 
-_MOVES_ONLY = {"Reshape", "Transpose", "Split", "Concat", "Slice", "Relu"}  # their inputs were rounded
+# Their inputs were rounded
+_MOVES_ONLY = {"Reshape", "Transpose", "Split", "Concat", "Slice", "Pad", "Relu", "Neg"}
 # Their outputs are integers, or integers times a scale, which products take as they are
 _NOT_FP16 = {"Cast", "ArgMax", "QuantizeLinear", "DequantizeLinear"}
 

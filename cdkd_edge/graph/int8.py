@@ -29,6 +29,7 @@ from cdkd_edge.graph.int8_ranges import (
 )
 from cdkd_edge.graph.layers import (
     Array,
+    NodeConstant,
     QuantizableLayer,
     constant_users,
     input_makers,
@@ -136,9 +137,9 @@ def smooth(
         if not makers:
             continue
         scale = _factors(observations[layer.name].channel_max, weight_of(model, nodes[layer.node].input[1]), alpha)
-        multiply_constant(model, users, nodes[layer.node], 1, scale[:, None])
-        for node, position in makers:
-            multiply_constant(model, users, node, position, 1 / scale)
+        multiply_constant(model, users, NodeConstant(nodes[layer.node], 1), scale[:, None])
+        for constant in makers:
+            multiply_constant(model, users, constant, 1 / scale)
         factors[layer.name] = scale
     return factors
 

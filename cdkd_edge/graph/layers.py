@@ -1,7 +1,8 @@
 """Which nodes of a graph are which layers of the network: the one place that knows names and forms of :mod:`.build`.
 
-Whoever changes the operators there changes here how attention, linears, convolutions and logits are found. INT8, FP16,
-the CPU's fused attention, further outputs, the roofline and the times of layers ask these functions.
+Whoever changes the operators there changes here how linears, convolutions and logits are found, and in
+:mod:`.attention` how attention is. INT8, FP16, further outputs, the roofline and the times of layers ask these
+functions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from onnx import numpy_helper
 
 from cdkd_edge.core.errors import GraphError
 from cdkd_edge.core.manifest import LABELS
-from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, attribute_of, replace_nodes
+from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, replace_nodes
 
 Array = npt.NDArray[np.float32]
 
@@ -39,11 +40,11 @@ _PARTS = tuple(
     (re.compile(rf"(?<![\w.])(?:{pattern})"), name)
     for pattern, name in (
         (r"\{?ForeignNode\[", "several at once"),  # TensorRT did not list what is in it
-        (r"blocks\.(\d+)\.norm[12]", "LayerNorm"),
-        (r"blocks\.(\d+)\.attn\.(?:[qkv](?![\w.])|means)", "queries, keys, values"),
+        (r"blocks\.(\d+)\.norm(?:[12]|ed)", "LayerNorm"),
+        (r"blocks\.(\d+)\.attn\.(?:(?:[qkv]|qkv|input)(?![\w.])|means)", "queries, keys, values"),
         (r"blocks\.(\d+)\.(?:attn\.proj|after_attn)", "attention output"),
         (r"blocks\.(\d+)\.attn\.", "attention"),
-        (r"blocks\.(\d+)\.mlp\.(?:fc1|gelu)", "MLP fc1, GELU"),
+        (r"blocks\.(\d+)\.mlp\.(?:fc1|gelu|swiglu)", "MLP fc1, activation"),
         (r"blocks\.(\d+)\.(?:mlp\.fc2|out)", "MLP fc2"),
         (r"image|pixels|patch|squares|all_tokens|tokens", "patch embedding"),
         (r"pool\.|context|deep\.|bottleneck", "pyramid pooling"),
@@ -109,10 +110,9 @@ def quantizable_layers(model: onnx.ModelProto) -> list[QuantizableLayer]:
         GraphError: the graph has none; :mod:`cdkd_edge.graph.build` did not write it.
     """
     constants = {item.name: item for item in model.graph.initializer}
-    positions = position_embedding(model.graph)
-    if positions is None:
+    if "context.spread" not in constants:
         raise GraphError("the graph has no layer that INT8 is for", hint=_AGAIN)
-    cells = positions[1].dims[1] - positions[2]
+    cells = constants["context.spread"].dims[1]
     layers = []
     for node in model.graph.node:
         if node.op_type not in ("MatMul", "Conv") or node.input[1] not in constants:
@@ -171,15 +171,26 @@ def weight_of(model: onnx.ModelProto, name: str) -> Array:
     return numpy_helper.to_array(item).astype(np.float32)
 
 
+class NodeConstant(NamedTuple):
+    """A constant that is an input of a node."""
+
+    node: onnx.NodeProto
+    position: int  # which input
+    part: int | None = None  # which part of it along its first axis; None: all of it
+
+
 def multiply_constant(
-    model: onnx.ModelProto, users: Counter[str], node: onnx.NodeProto, position: int, factor: npt.ArrayLike
+    model: onnx.ModelProto, users: Counter[str], constant: NodeConstant, factor: npt.ArrayLike
 ) -> None:
     """Multiply the constant that is an input of a node, for this node alone.
 
     ``users`` are the graph's nodes by the name of what they use, counted; they are kept up to date.
     """
+    node, position, part = constant
     name = node.input[position]
     stored = numpy_helper.to_array(next(item for item in model.graph.initializer if item.name == name))
+    factors = np.ones(stored.shape)
+    factors[... if part is None else part] = factor
     if users[name] > 1:  # simplification stores equal constants once
         users[name] -= 1
         name = f"{node.name}.scaled_{position}"
@@ -188,7 +199,7 @@ def multiply_constant(
         model.graph.initializer.add(name=name)
     item = next(item for item in model.graph.initializer if item.name == name)
     with np.errstate(over="ignore"):  # infinity in FP16 is found when the graph is checked
-        item.CopyFrom(numpy_helper.from_array((stored * np.asarray(factor, np.float64)).astype(stored.dtype), name))
+        item.CopyFrom(numpy_helper.from_array((stored * factors).astype(stored.dtype), name))
 
 
 def constant_users(model: onnx.ModelProto) -> Counter[str]:
@@ -196,135 +207,35 @@ def constant_users(model: onnx.ModelProto) -> Counter[str]:
     return Counter(name for node in model.graph.node for name in node.input)
 
 
-def input_makers(model: onnx.ModelProto, layer: QuantizableLayer) -> list[tuple[onnx.NodeProto, int]]:
+def part_makers(index: GraphIndex, block: str, part: str) -> list[NodeConstant]:
+    """The constants that scale the queries, keys or values (``q``, ``k``, ``v``) of ``block``, ``blocks.3.attn``.
+
+    Those of the norm of queries or keys if there is one, else the projection, which may be stacked with others.
+    """
+    for name in (f"{part}.normed", f"{part}.both_normed", part, "qkv"):
+        node = index.maker.get(f"{block}.{name}")
+        if node is not None and node.op_type in ("MatMul", "LayerNormalization"):
+            which = "qkv".index(part) if name == "qkv" else None
+            return _constants_of(index, node, which)
+    return []
+
+
+def _constants_of(index: GraphIndex, node: onnx.NodeProto, part: int | None = None) -> list[NodeConstant]:
+    return [NodeConstant(node, at, part) for at, name in enumerate(node.input) if name in index.constants]
+
+
+def input_makers(model: onnx.ModelProto, layer: QuantizableLayer) -> list[NodeConstant]:
     """The constants by which SmoothQuant divides a layer's input; empty where no constant makes it.
 
     For fc1: LayerNorm's scale and shift. For proj: the projection to v, because attention mixes tokens only.
-    Of each the node, and which of its inputs it is.
     """
-    found = _BLOCK_LINEAR.match(layer.name)
+    index, found = GraphIndex(model.graph), _BLOCK_LINEAR.match(layer.name)
     if not found or found[2] == "mlp.fc2":
         return []
-    makers = GraphIndex(model.graph).maker
-    maker = makers.get(f"{found[1]}.attn.v" if found[2] == "attn.proj" else layer.input)
-    if maker is None or maker.op_type not in ("MatMul", "LayerNormalization"):
-        return []
-    constants = {item.name for item in model.graph.initializer}
-    return [(maker, at) for at, name in enumerate(maker.input) if name in constants]
-
-
-@dataclass(frozen=True)
-class AttentionBlock:
-    """An attention in the form of :mod:`.build`: q ``[N, L, D]``, k and v ``[N, M, D]`` to ``joined`` ``[N, L, D]``.
-
-    In W windows, all are views of ``[N, L/W, W D]`` or ``[N, M/W, W D]``, with W times as many heads.
-    """
-
-    q: str
-    k: str
-    v: str
-    scores: str  # the product of q and k, ``[N W, H, L/W, M/W]``
-    share: str  # softmax's output as it is multiplied by v, of the same shape
-    joined: str
-    scale: float  # by which scores are multiplied before softmax
-    fp32_softmax: bool  # whether softmax lies between casts
-    heads: int  # of all windows together
-    width: int  # W D
-    windows: int  # W
-    nodes: frozenset[str]  # the first outputs of its nodes; they identify nodes, which compare by value
-
-
-def attention_blocks(model: onnx.ModelProto) -> list[AttentionBlock | None]:
-    """One entry per softmax: the attention around it, or None if it has another form."""
-    index = GraphIndex(model.graph)
-    found: list[AttentionBlock | None] = []
-    for node in model.graph.node:
-        if node.op_type == "Softmax":
-            try:
-                found.append(_attention_around(index, node))
-            except _MismatchError:
-                found.append(None)
-    return found
-
-
-class _MismatchError(Exception):
-    """The softmax is not in an attention of the known form."""
-
-
-def _require(condition: bool) -> None:
-    if not condition:
-        raise _MismatchError
-
-
-def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBlock:
-    def of_form(node: onnx.NodeProto | None, op: str, attributes: dict[str, object]) -> onnx.NodeProto:
-        if node is None or node.op_type != op:
-            raise _MismatchError
-        _require(all(attribute_of(node, name) == value for name, value in attributes.items()))
-        return node
-
-    def maker(value: str, op: str, **attributes: object) -> onnx.NodeProto:
-        return of_form(index.maker.get(value), op, attributes)
-
-    def user(node: onnx.NodeProto, op: str, **attributes: object) -> onnx.NodeProto:
-        return of_form(index.only_user(node.output[0]), op, attributes)
-
-    def sizes(node: onnx.NodeProto, count: int) -> list[int]:
-        """The constant sizes that are a node's second input: ``count`` positive numbers."""
-        _require(len(node.input) == 2 and node.input[1] in index.constants)
-        found: list[int] = numpy_helper.to_array(index.constants[node.input[1]]).ravel().tolist()
-        _require(len(found) == count and min(found) > 0)
-        return found
-
-    _require(attribute_of(softmax, "axis", -1) in (-1, 3))
-    # Scores may be cast to FP32 and scaled up before softmax, see `fp16_attention.change_attention`.
-    inner, before, share, scale = [softmax], softmax.input[0], softmax, 1.0
-    for op in ("Mul", "Cast"):
-        node = index.maker.get(before)
-        if node is not None and node.op_type == op:
-            inner.append(node)
-            before = node.input[0]
-            if op == "Mul":
-                _require(node.input[1] in index.constants and not index.constants[node.input[1]].dims)
-                scale = float(numpy_helper.to_array(index.constants[node.input[1]]))
-    scores = maker(before, "MatMul")
-    after = index.only_user(share.output[0])
-    if after is not None and after.op_type == "Cast":
-        share = after
-        inner.append(after)
-    keys = maker(scores.input[1], "Transpose", perm=[0, 1, 3, 2])
-    mixed = user(share, "MatMul")
-    _require(mixed.input[0] == share.output[0])
-    after = index.only_user(mixed.output[0])
-    windowed = after is not None and after.op_type == "Reshape"
-
-    # By window and head, [N W, H, L/W, d], and back: the middle Reshape is there only with windows.
-    back = [mixed, user(mixed, "Reshape")] if windowed else [mixed]
-    back.append(user(back[-1], "Transpose", perm=[0, 3, 1, 2, 4] if windowed else [0, 2, 1, 3]))
-    joined = user(back[-1], "Reshape")
-    inner += [keys, scores, *back]
-    parts, shapes = [], []
-    for value in (scores.input[0], keys.input[0], mixed.input[1]):
-        if windowed:
-            inner.append(maker(value, "Reshape"))
-            value = inner[-1].input[0]
-        by_head = maker(value, "Transpose", perm=[0, 2, 3, 1, 4] if windowed else [0, 2, 1, 3])
-        split = maker(by_head.input[0], "Reshape")
-        inner += [by_head, split]
-        parts.append(split.input[0])
-        shapes.append(sizes(split, 5) if windowed else [*sizes(split, 4)[:2], 1, *sizes(split, 4)[2:]])
-    nodes = frozenset(node.output[0] for node in (*inner, joined))
-    inside = [output for node in inner for output in node.output]
-    _require(index.outputs.isdisjoint(inside))
-    _require(all(node.output[0] in nodes for output in inside for node in index.users.get(output, [])))
-    (batch, length, windows, heads, width), keys_shape, values_shape = shapes
-    _require(keys_shape == values_shape and [keys_shape[0], *keys_shape[2:]] == [batch, windows, heads, width])
-    _require(sizes(joined, 3) == [batch, length * windows, heads * width])
-    q, k, v = parts
-    return AttentionBlock(
-        q, k, v, scores.output[0], share.output[0], joined.output[0], scale, share is not softmax,
-        windows * heads, windows * heads * width, windows, nodes,
-    )  # fmt: skip
+    if found[2] == "attn.proj":
+        return part_makers(index, f"{found[1]}.attn", "v")
+    maker = index.maker.get(layer.input)
+    return _constants_of(index, maker) if maker is not None and maker.op_type == "LayerNormalization" else []
 
 
 def scores_of(model: onnx.ModelProto) -> str:
@@ -417,13 +328,3 @@ def logits_of(model: onnx.ModelProto) -> str:
     if resize is None or resize.op_type != "Resize":
         raise GraphError("the graph does not end in up-sampled logits", hint="export the checkpoint again")
     return str(resize.input[0])
-
-
-def position_embedding(graph: onnx.GraphProto) -> tuple[onnx.TensorProto, onnx.TensorProto, int] | None:
-    """The patch embedding's bias, the position embedding, and the first token that gets both; None if not found."""
-    constants = {item.name: item for item in graph.initializer}
-    bias, positions = constants.get("patch_embed.bias"), constants.get("pos_embed")
-    if not bias or not positions:
-        return None
-    class_token = any(node.op_type == "Concat" and "cls_token" in node.input for node in graph.node)
-    return bias, positions, int(class_token)

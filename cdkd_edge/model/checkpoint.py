@@ -67,6 +67,13 @@ class CheckpointReport(FileReport):
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+_HIDDEN = (
+    "heads", "layer_norm_eps", "pool_scales", "attention", "rotary_base", "final_norm", "tapped", "pixel_mean",
+    "pixel_std",
+)  # fmt: skip
+"""Fields of a configuration that no tensor shows; with rotary positions, the tile is one more."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """One set of weights of a file: FP32 copies under this package's names, and where they come from."""
@@ -187,7 +194,7 @@ def read_checkpoint(
         if (heads or config.heads, layer_norm_eps or own_eps) != (config.heads, own_eps):
             raise CheckpointError(f"{path} states {config.heads} heads and LayerNorm eps {own_eps:g} itself")
     else:
-        config = inferred_config(state, layout, heads, layer_norm_eps, notes)
+        config = inferred_config(state, layout, {"heads": heads, "layer_norm_eps": layer_norm_eps}, notes)
     config = _changed(state, config, tile, patch, attention, notes)
     has_head = any(key.startswith("head.") for key in state)
     schema = None
@@ -234,13 +241,18 @@ def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Pa
         )
     stored = {**dataclasses.asdict(NetworkConfig()), **(header.get("config") or {})}
     try:
-        # With eps, all that no tensor shows
-        heads, scales, attention = stored["heads"], tuple(stored["pool_scales"]), tuple(stored["attention"])
-        if any(type(number) is not int for number in (heads, *scales)):
-            raise TypeError("heads and pool_scales are whole numbers")
+        hidden: dict[str, Any] = {name: stored[name] for name in _HIDDEN}
+        for name in ("pool_scales", "attention", "tapped", "pixel_mean", "pixel_std"):
+            hidden[name] = tuple(hidden[name])
+        whole = (hidden["heads"], *hidden["pool_scales"], *hidden["tapped"])
+        if any(type(number) is not int for number in whole):
+            raise TypeError("heads, pool_scales and tapped are whole numbers")
+        attention = hidden["attention"]
         if attention and attention_of(",".join(attention), len(attention), ()) != attention:
             raise ValueError("attention is not in its usual form")
-        config = inferred_config(state, OURS, heads, stored["layer_norm_eps"], [], scales, attention)
+        if stored["rotary_base"]:
+            hidden["tile"] = stored["tile"]
+        config = inferred_config(state, OURS, hidden, [])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a damaged configuration: {str(error)[:200]}") from None
     weights_say = dataclasses.asdict(config)
@@ -283,18 +295,21 @@ def _changed(
     """The configuration for another tile, patch and attention; changes what depends on them in ``state``."""
     patch = config.patch if patch is None else patch
     kinds = config.attention if attention is None else attention_of(attention, config.depth, config.taps)
-    if attention is not None and config.class_token:
-        del state["encoder.cls_token"]
-        state["encoder.pos_embed"] = state["encoder.pos_embed"][:, 1:]
-        config = dataclasses.replace(config, class_token=False)
-        notes.append("the class token was dropped: windows and pooled keys are of patches alone, and no head sees it")
+    if attention is not None and config.extra_tokens:
+        for key in ("encoder.cls_token", "encoder.registers"):
+            state.pop(key, None)
+        if config.class_token and "encoder.pos_embed" in state:
+            state["encoder.pos_embed"] = state["encoder.pos_embed"][:, 1:]
+        what = " and ".join(["class token"] * config.class_token + ["registers"] * (config.registers > 0))
+        notes.append(f"{what} dropped: windows and pooled keys are of patches alone, and no head sees other tokens")
+        config = dataclasses.replace(config, class_token=False, registers=0)
     tile = config.grid * patch if tile is None else tile
     resized = dataclasses.replace(config, tile=tile, patch=patch, attention=kinds)
     if patch != config.patch:
         key = "encoder.patch_embed.proj.weight"
         state[key] = resample_patches(state[key], patch)
         notes.append(f"patch embedding resampled from {config.patch} to {patch} px patches")
-    if resized.grid != config.grid:
+    if resized.grid != config.grid and not config.rotary_base:
         key = "encoder.pos_embed"
         state[key] = resample_position(state[key], resized.grid, config.class_token)
         change = f"from {config.tile} to {resized.tile} px tiles"

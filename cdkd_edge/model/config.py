@@ -16,11 +16,21 @@ HEAD_DIM = 64  # width of an attention head unless given (ViT-S/B/L and the pape
 
 MAX_GRID = 512  # most patches along a side: attention over more is out of reach, and a typing error likely
 
+MAX_REGISTERS = 64  # published encoders have 4
+
 MIN_DEPTH, MAX_DEPTH = 4, 256
 """Transformer blocks: UPerNet taps four; the deepest ViT has 48, and a block takes milliseconds to set up."""
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)  # RGB statistics on 0..255 that SAM and the Mask-CDKD student are trained with
+
+GELU, SWIGLU = "gelu", "swiglu"
+NO_NORM = "none"
+_CHOICES = {
+    "mlp": (GELU, SWIGLU),
+    "query_key_norm": (NO_NORM, "layer", "rms"),
+    "final_norm": (NO_NORM, "last", "taps"),
+}
 
 GLOBAL = "global"
 _MAX_SQUARES = 2  # a graph then sorts tokens with 8 axes, TensorRT's most
@@ -48,6 +58,17 @@ class NetworkConfig:
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)
     layer_norm_eps: float = 1e-5
     class_token: bool = False  # timm and OpenMMLab encoders carry one; the paper's student does not
+    registers: int = 0  # tokens beside the patches that belong to no place (Darcet et al., ICLR 2024)
+    # Base of the periods of rotary positions, as in DINOv3, where it is 100; 0: positions are learned and added.
+    rotary_base: float = 0.0
+    mlp: str = GELU
+    query_key_norm: str = NO_NORM  # of each head's queries and keys: ``none``, ``layer`` or ``rms``
+    # The LayerNorm after the last block: ``none``, ``last`` (of the deepest map alone) or ``taps`` (of all maps).
+    final_norm: str = NO_NORM
+    # 0-based blocks whose outputs feed the head, the last block at the end. Empty: four, evenly spaced.
+    tapped: tuple[int, ...] = ()
+    pixel_mean: tuple[float, ...] = PIXEL_MEAN  # of RGB, 0..255
+    pixel_std: tuple[float, ...] = PIXEL_STD
     # Of each block: ``global`` (every token attends to every token), ``window N`` (to those of its window of N x N
     # tokens) or ``pooled N`` (to the means of squares of N x N tokens). Empty: global everywhere.
     attention: tuple[str, ...] = ()
@@ -68,21 +89,50 @@ class NetworkConfig:
             raise CheckpointError(f"depth {self.depth} is not {MIN_DEPTH} to {MAX_DEPTH} blocks")
         if self.classes > 255:
             raise CheckpointError(f"classes {self.classes} do not fit uint8 labels, where 255 is 'no label'")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise CheckpointError(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if not 0 <= self.registers <= MAX_REGISTERS:
+            raise CheckpointError(f"registers must be 0 to {MAX_REGISTERS}, not {self.registers}")
+        self._require_rotary()
+        self._require_tapped()
+        if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0:
+            raise CheckpointError("pixel_mean and pixel_std are three numbers each, those of pixel_std above 0")
         if not self.pool_scales or min(self.pool_scales) < 1 or max(self.pool_scales) > self.grid:
             raise CheckpointError(f"pool_scales {self.pool_scales} must be 1 to {self.grid}: a tile's side in patches")
         if self.attention:
             self._require_attention()
+
+    def _require_rotary(self) -> None:
+        if not self.rotary_base:
+            return
+        if not 1 < self.rotary_base < 1e6:
+            raise CheckpointError(f"rotary_base must be between 1 and 1,000,000, not {self.rotary_base:g}")
+        if (self.embed_dim // self.heads) % 4:
+            raise CheckpointError(
+                f"rotary positions need heads whose width is a multiple of 4, not {self.embed_dim // self.heads}"
+            )
+
+    def _require_tapped(self) -> None:
+        if not self.tapped:
+            return
+        if len(self.tapped) < 2 or list(self.tapped) != sorted(set(self.tapped)):
+            raise CheckpointError(f"tapped must be two or more blocks in ascending order, not {self.tapped}")
+        if self.tapped[0] < 0 or self.tapped[-1] >= self.depth:
+            raise CheckpointError(f"tapped {self.tapped} names a block that the network lacks; it has {self.depth}")
 
     def _require_attention(self) -> None:
         if len(self.attention) != self.depth:
             raise CheckpointError(f"attention is given for {len(self.attention)} blocks of {self.depth}")
         for kind in self.attention:
             _require_kind(kind)
-        if self.class_token:
+        if self.extra_tokens:
             raise CheckpointError(
-                "windows and pooled keys need tokens of patches alone; this network has a class token",
-                hint="cdkd-edge convert --attention drops it",
+                "windows and pooled keys need tokens of patches alone; this network has a class token or registers",
+                hint="cdkd-edge convert --attention drops them",
             )
+        if self.rotary_base and any(kind.startswith("pooled") for kind in self.attention):
+            raise CheckpointError("keys that are means of squares have no place for rotary positions; use windows")
         if len(self.token_squares) > _MAX_SQUARES:
             raise CheckpointError(
                 f"attention has squares of {', '.join(map(str, self.token_squares))} tokens; at most {_MAX_SQUARES} "
@@ -103,10 +153,39 @@ class NetworkConfig:
         return self.tile // self.patch
 
     @property
-    def taps(self) -> tuple[int, int, int, int]:
-        """0-based blocks whose outputs feed the head: four, evenly spaced, the last block included."""
-        first, second, third, fourth = (self.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
-        return first, second, third, fourth
+    def extra_tokens(self) -> int:
+        """Tokens before those of the patches: class token and registers, in this order."""
+        return self.class_token + self.registers
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """0-based blocks whose outputs feed the head, the shallowest first; four, evenly spaced, unless tapped."""
+        return self.tapped or tuple(self.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
+
+    @property
+    def normed_taps(self) -> tuple[int, ...]:
+        """The taps that pass through the final norm."""
+        return {"none": (), "last": self.taps[-1:], "taps": self.taps}[self.final_norm]
+
+    def rotary_angles(self) -> npt.NDArray[np.float64]:
+        """Angles of the rotary positions in radians, ``[L, d / 2]`` row by row, d the width of a head.
+
+        As in DINOv3 (dinov3/layers/rope_position_encoding.py): the centre of a cell has the coordinates (y, x), each
+        from -1 to 1 over the tile; an angle is 2 pi times a coordinate over a period. The first half of the angles is
+        of y, the second of x; their d / 4 periods are base^(4 i / d), i = 0, 1, ...
+        """
+        quarter = self.embed_dim // self.heads // 4
+        periods = self.rotary_base ** (np.arange(quarter) / quarter)
+        centres = 2 * (np.arange(self.grid) + 0.5) / self.grid - 1
+        angles = 2 * np.pi * centres[:, None] / periods  # [G, d/4]
+        shape = (self.grid, self.grid, quarter)
+        of_y, of_x = np.broadcast_to(angles[:, None], shape), np.broadcast_to(angles, shape)
+        return np.concatenate([of_y, of_x], axis=-1).reshape(self.grid**2, 2 * quarter)
+
+    def rotary_turns(self) -> npt.NDArray[np.float64]:
+        """Cosines and sines of the rotary positions, ``[2, E+L, d/2]``; those of the E extra tokens turn nothing."""
+        angles = np.pad(self.rotary_angles(), ((self.extra_tokens, 0), (0, 0)))
+        return np.stack([np.cos(angles), np.sin(angles)])
 
     def windows(self, block: int) -> int:
         """The number of windows within which a block's tokens attend; 1 if it is global."""
@@ -211,6 +290,25 @@ def attention_text(attention: Sequence[str]) -> str:
     return "; ".join(
         f"{kind} in blocks {', '.join('-'.join(map(str, run)) for run in runs)}" for kind, runs in places.items()
     )
+
+
+def encoder_text(config: NetworkConfig) -> str:
+    """The encoder for people: ``ViT, patch 16, 12 blocks, width 384, 6 heads, class token, 4 registers``."""
+    parts = [f"ViT, patch {config.patch}, {config.depth} blocks, width {config.embed_dim}, {config.heads} heads"]
+    parts += ["class token"] * config.class_token
+    if config.registers:
+        parts.append(f"{config.registers} registers")
+    if config.rotary_base:
+        parts.append(f"rotary positions (base {config.rotary_base:g})")
+    if config.mlp == SWIGLU:
+        parts.append("SwiGLU")
+    if config.query_key_norm != NO_NORM:
+        parts.append(f"{config.query_key_norm} norm of queries and keys")
+    if config.final_norm != NO_NORM:
+        parts.append(f"final norm of {'all taps' if config.final_norm == 'taps' else 'the last tap'}")
+    if config.tapped:
+        parts.append(f"taps after blocks {', '.join(map(str, config.tapped))}")
+    return ", ".join(parts)
 
 
 PRESETS: dict[str, NetworkConfig] = {

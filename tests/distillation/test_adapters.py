@@ -126,7 +126,7 @@ def tokens_seen(teacher, masked):
     if masked:
         visible = torch.from_numpy(np.stack([visible_patches("cells", config.grid, 2, [seed]) for seed in (1, 2)]))
     with torch.no_grad():
-        return kept(teacher.embed(tiles), visible, int(config.class_token))
+        return kept(teacher.embed(tiles), visible, int(config.extra_tokens))
 
 
 @pytest.mark.parametrize("masked", [False, True])

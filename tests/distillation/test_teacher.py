@@ -70,7 +70,7 @@ def tiles_of(side, seed=3):
 def test_sam_is_known_by_its_keys(sam_file):
     teacher, report = load_teacher(sam_file, 32)
     assert isinstance(teacher, SamEncoder)
-    assert (report.layout, report.has_head, teacher.config.class_token) == ("SAM", False, False)
+    assert (report.layout, report.has_head, teacher.config.extra_tokens) == ("SAM", False, False)
     tiles = tiles_of(32)
     expected = sam_blocks(sam_weights(), sam_tokens(sam_weights(), tiles))
     with torch.inference_mode():

@@ -329,7 +329,7 @@ def test_the_profiler_times_every_layer(engine, small_config):
     assert NetworkPart("others") not in parts
     blocks = range(small_config.depth)
     assert [part.block for part in parts if part.name == "attention"] == list(blocks)  # one operator a block
-    names = {"LayerNorm", "queries, keys, values", "attention output", "MLP fc1, GELU", "MLP fc2"}
+    names = {"LayerNorm", "queries, keys, values", "attention output", "MLP fc1, activation", "MLP fc2"}
     assert {(name, block) for name in names for block in blocks} <= set(parts)
     assert {"fuse", "smoothing", "laterals", "pyramid pooling", "classifier, up-sampling"} <= {
         one.name for one in parts

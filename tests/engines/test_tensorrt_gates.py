@@ -112,6 +112,51 @@ def test_windows_and_pooled_keys_are_fused_without_copies(
     assert (manifest.attention_fused, manifest.attention_blocks) == (12, 12)
 
 
+DINOV3 = NetworkConfig(classes=5, class_token=True, registers=4, rotary_base=100.0, final_norm="taps")
+FORMS = {
+    "class token, registers": (
+        NetworkConfig(classes=5, class_token=True, registers=4),
+        LayerLimits(attention_blocks=12, layers=104, traffic_bytes=1.10e9, scratch_bytes=64e6),
+    ),
+    # One kernel a block turns queries and keys; the deepest map has a norm of its own.
+    "DINOv3": (DINOV3, LayerLimits(attention_blocks=12, layers=116, traffic_bytes=1.33e9, scratch_bytes=64e6)),
+    "rotary in windows": (
+        NetworkConfig(
+            classes=5, rotary_base=100.0, attention=attention_of("window16/global", 12, NetworkConfig().taps)
+        ),
+        LayerLimits(attention_blocks=12, layers=116, traffic_bytes=1.33e9, scratch_bytes=64e6),
+    ),
+    "norms of queries and keys": (
+        NetworkConfig(classes=5, query_key_norm="layer"),
+        LayerLimits(attention_blocks=12, layers=151, traffic_bytes=1.55e9, scratch_bytes=64e6),
+    ),
+    "SwiGLU": (
+        NetworkConfig(classes=5, mlp="swiglu", mlp_dim=1024),
+        LayerLimits(attention_blocks=12, layers=115, traffic_bytes=1.39e9, scratch_bytes=64e6),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_encoders_are_fused_as_well(
+    tmp_path: Path, make_graph: Callable[..., Path], make_weights: Callable[..., object], form: str
+) -> None:
+    config, limits = FORMS[form]
+    manifest, layers = compiled(half_graph(make_graph(tmp_path, make_weights(config), config)))
+    assert exceeded(layers, limits) == []
+    assert (manifest.attention_fused, manifest.attention_blocks) == (12, 12)
+
+
+def test_int8_of_dinov3_keeps_its_limits(
+    tmp_path: Path, make_graph: Callable[..., Path], make_weights: Callable[..., object]
+) -> None:
+    manifest, layers = compiled(int8_variant(make_graph(tmp_path, make_weights(DINOV3), DINOV3)))
+    limits = LayerLimits(attention_blocks=12, layers=142, traffic_bytes=1.56e9, scratch_bytes=64e6)
+    assert exceeded(layers, limits) == []
+    assert (manifest.attention_fused, manifest.attention_blocks) == (12, 12)
+    assert layers.precisions["int8"] >= 41
+
+
 @pytest.mark.parametrize("kind", ["confidence", "probabilities"])
 def test_confidence_costs_two_layers(half: Path, kind: str) -> None:
     graph = derived_path(half, kind)

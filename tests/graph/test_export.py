@@ -222,8 +222,8 @@ def assert_not_exported(error, checkpoint, folder, options=ExportOptions()):
 FOLD_ATTENTION = fold.fold_attention
 
 
-def without_biases(weights, block, heads):
-    return FOLD_ATTENTION({**weights, f"{block}.attn.qkv.bias": np.zeros(1, np.float32)}, block, heads)
+def without_biases(weights, block, heads, **options):
+    return FOLD_ATTENTION({**weights, f"{block}.attn.qkv.bias": np.zeros(1, np.float32)}, block, heads, **options)
 
 
 def without_mean(weight, bias, mean, std):

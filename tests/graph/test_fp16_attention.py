@@ -15,17 +15,28 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
-from quantization_helpers import CLASS_TOKEN, CONFIG, WINDOWS, casts, centred, constants, tiles_of, values
+from quantization_helpers import (
+    CLASS_TOKEN,
+    CONFIG,
+    NORMED,
+    ROTARY,
+    WINDOWS,
+    casts,
+    centred,
+    constants,
+    tiles_of,
+    values,
+)
 
 from cdkd_edge.core.errors import NumericalCheckError
 from cdkd_edge.core.manifest import AttentionChange, EngineManifest, GraphManifest, read_manifest
+from cdkd_edge.graph.attention import attention_blocks
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.graph.cpu import cpu_session, fuse_attention
 from cdkd_edge.graph.fp16 import check_fp16, to_fp16, write_fp16
 from cdkd_edge.graph.fp16_attention import QUERIES, attention_error, change_attention, rehearse
 from cdkd_edge.graph.fp16_simulation import FP16_MAX, extreme_tiles, fp16_on_cpu
 from cdkd_edge.graph.int8 import calibrate, int8_graph
-from cdkd_edge.graph.layers import attention_blocks
 from cdkd_edge.graph.nodes import copy_of, show_values
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -115,6 +126,7 @@ def test_equal_scores_of_many_keys(keys, holds):
 # --- networks that it breaks ----------------------------------------------------------------------
 
 
+ROTARY_WINDOWS = dataclasses.replace(WINDOWS, rotary_base=20.0, attention=("global", "global", "window 3", "window 3"))
 POOLED = dataclasses.replace(CONFIG, attention=("global", "global", "global", "pooled 2"))
 
 
@@ -149,10 +161,16 @@ def with_cancelling(weights, config, block):
 
 SCORES, VALUES = {"scores": 300}, {"scores": 0.01, "values_": 3000}  # with small scores, all keys count alike
 CASES = {
-    "scores that overflow": (CONFIG, SCORES, r"scores in FP32, divided by 64 before, because scores may reach \d"),
+    "scores that overflow": (CONFIG, SCORES, r"scores in FP32, divided by \d+ before, because scores may reach \d"),
     "the same with a class token": (CLASS_TOKEN, SCORES, r"scores in FP32, divided by 64 before"),
     "the same with pooled keys": (POOLED, SCORES, r"scores in FP32, divided by \d+ before"),
+    "the same with rotary positions": (ROTARY, SCORES, r"scores in FP32, divided by \d+ before"),
     "values that overflow": (CONFIG, VALUES, r"values divided by 16, because values may sum to \d"),
+    "rotary values of windows that overflow": (
+        ROTARY_WINDOWS,
+        {"values_": 10000},
+        r"values divided by \d+, because values may sum",
+    ),
     "values of windows that overflow": (WINDOWS, {"values_": 10000}, r"values divided by \d+, because values may sum"),
 }
 
@@ -182,7 +200,8 @@ def fp32_labels(model, tile):
 def test_a_network_that_fp16_sums_break_is_found_and_mended(make_weights, checked, tmp_path, case):
     config, factors, what = CASES[case]
     # Such scores choose one key of many, now and then another in FP16: labels are judged, and no single logit.
-    before, after, found = checked(with_loud(make_weights(config), config, 3, **factors), config, least=0.99)
+    broken = with_loud(make_weights(config), config, 3, **factors)
+    before, after, found = checked(broken, config, least=0.99)
     (change,) = found.attention
     assert change.block == "blocks.3.attn"
     assert re.search(what, str(change)), str(change)
@@ -210,7 +229,9 @@ def test_scores_that_fp16_does_not_resolve(make_weights, checked, tmp_path):
     assert (mended == exact_labels).mean() > 0.99
 
 
-@pytest.mark.parametrize(("config", "batch", "opset"), [(CONFIG, 2, 17), (CLASS_TOKEN, 1, 18), (WINDOWS, 2, 20)])
+@pytest.mark.parametrize(
+    ("config", "batch", "opset"), [(CONFIG, 2, 17), (WINDOWS, 2, 20), (ROTARY, 1, 18), (NORMED, 2, 20)]
+)
 def test_healthy_networks_stay_as_they_are(make_weights, checked, config, batch, opset):
     before, after, found = checked(centred(make_weights(config), config), config, batch=batch, opset=opset)
     assert found.attention == ()
@@ -243,7 +264,12 @@ def test_bounds_hold_for_every_query_and_value(make_weights, checked, batch, ops
 BOTH = AttentionChange("blocks.1.attn", "it is a test", 8, True, 4)
 
 
-@pytest.mark.parametrize(("config", "opset"), [(CONFIG, 17), (CLASS_TOKEN, 20), (WINDOWS, 20)])
+LAYER_NORMED = dataclasses.replace(CONFIG, query_key_norm="layer")
+
+
+@pytest.mark.parametrize(
+    ("config", "opset"), [(CONFIG, 17), (WINDOWS, 20), (ROTARY, 18), (NORMED, 20), (LAYER_NORMED, 17)]
+)
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
 def test_a_changed_graph_computes_the_same(make_weights, config, opset, kind):
     """Powers of two are exact, and the simulation has FP32 sums anyway."""
@@ -265,8 +291,15 @@ def test_a_changed_graph_computes_the_same(make_weights, config, opset, kind):
     before, after = (values(fp16_on_cpu(graph), ["logits", "blocks.1.out"], image) for graph in (half, changed))
     for name in before:
         np.testing.assert_allclose(after[name], before[name], rtol=2e-3, atol=2e-3 * np.abs(before[name]).max())
-    small, large = (constants(graph)["blocks.1.attn.v.weight"].astype(float) for graph in (changed, half))
-    np.testing.assert_allclose(8 * small, large, atol=2e-6)
+    name, own = ("qkv", 2) if config.rotary_base else ("v", ...)
+    small, large = (constants(graph)[f"blocks.1.attn.{name}.weight"].astype(float) for graph in (changed, half))
+    np.testing.assert_allclose(8 * small[own], large[own], atol=2e-6)
+    if config.rotary_base:
+        np.testing.assert_array_equal(small[1], large[1])
+    inside = [values(graph, [blocks[1].q, blocks[1].v], image) for graph in (half, changed)]
+    for name, factor in ((blocks[1].q, 4), (blocks[1].v, 8)):
+        exact = inside[0][name].astype(float)
+        np.testing.assert_allclose(inside[1][name] * factor, exact, rtol=1e-2, atol=1e-2 * np.abs(exact).max())
 
 
 def test_only_the_block_is_changed_where_constants_are_shared(make_weights):

@@ -13,7 +13,8 @@ from onnx import helper, numpy_helper
 
 from cdkd_edge.graph.build import build_graph
 from cdkd_edge.graph.cpu import fuse_attention
-from cdkd_edge.graph.nodes import CONTRIB_DOMAIN
+from cdkd_edge.graph.layers import part_makers
+from cdkd_edge.graph.nodes import CONTRIB_DOMAIN, GraphIndex, simplify_graph
 from cdkd_edge.model.config import NetworkConfig
 
 CONFIG = NetworkConfig(tile=48, patch=8, embed_dim=32, depth=4, heads=4, mlp_dim=64, classes=3, head_channels=8)
@@ -73,8 +74,13 @@ def test_every_attention_is_fused_and_computes_the_same(make_weights, config, ba
     assert np.abs(logits(model, tiles) - expected).max() < 1e-5 * scale
 
 
-def test_the_nodes_stay_in_order(model):
-    fuse_attention(model)
+ROTARY = dataclasses.replace(CONFIG, rotary_base=100.0, attention=("window 3", "global", "global", "window 3"))
+
+
+@pytest.mark.parametrize("config", [CONFIG, ROTARY], ids=["plain", "rotary"])
+def test_the_nodes_stay_in_order(make_weights, config):
+    model = build_graph(make_weights(config), config)
+    assert fuse_attention(model) == (4, 4)
     known = {"image", ""} | {item.name for item in model.graph.initializer}
     for node in model.graph.node:
         assert known >= set(node.input), node.name
@@ -87,6 +93,16 @@ def test_a_graph_without_attention_is_not_touched():
     before = model.SerializeToString(deterministic=True)
     assert fuse_attention(model) == (0, 1)
     assert model.SerializeToString(deterministic=True) == before
+
+
+def test_a_rotary_attention_with_one_head_of_keys_is_left_alone(make_weights, tile):
+    """The operator has no broadcasting."""
+    model = build_graph(make_weights(ROTARY), ROTARY)
+    one = [constant(model, f"one_head.{name}", np.array([value])) for name, value in (("0", 0), ("1", 1))]
+    insert_after(model, "k.turned", "Slice", *one, one[1])
+    expected = logits(model, tile)
+    assert fuse_attention(model) == (3, 4)
+    assert np.abs(logits(model, tile) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 # --- deviations -----------------------------------------------------------------------------------
@@ -195,8 +211,6 @@ def heads_not_interleaved(model):
 DEVIATIONS = [
     softmax_over_queries,
     masked_scores,
-    normalised_queries,
-    gated_values,
     gated_heads,
     one_key_for_all_heads,
     keys_of_other_heads,
@@ -218,14 +232,35 @@ def test_a_deviating_attention_is_left_alone(model, tile, deviate):
         assert np.abs(expected - plain).max() > 1e-3
 
 
+@pytest.mark.parametrize("deviate", [normalised_queries, gated_values], ids=lambda f: f.__name__)
+def test_what_is_done_to_heads_before_attention_stays_before_it(model, tile, deviate):
+    plain = logits(model, tile)
+    deviate(model)
+    expected = logits(model, tile)
+    assert fuse_attention(model) == (CONFIG.depth, CONFIG.depth)
+    assert np.abs(logits(model, tile) - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(expected - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["plain", "rotary", "layer", "rms"])
+def test_simplification_leaves_attention_as_it_is(make_weights, tile, form):
+    pytest.importorskip("onnxsim")
+    config = dataclasses.replace(
+        ROTARY if form == "rotary" else CONFIG, query_key_norm=form if form in ("layer", "rms") else "none"
+    )
+    model = build_graph(make_weights(config), config)
+    expected, simple = logits(model, tile), simplify_graph(model)
+    for part in "qkv":
+        (maker, *more) = part_makers(GraphIndex(simple.graph), BLOCK, part)
+        normed = form in ("layer", "rms") and part in "qk"
+        assert (maker.node.op_type, len(more)) == (("LayerNormalization", 1) if normed else ("MatMul", 0))
+        assert maker.part == ("qkv".index(part) if form == "rotary" else None)
+    assert fuse_attention(simple) == (4, 4)
+    assert np.abs(logits(simple, tile) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("observe", [use_also, output_also])
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(f"{part}.{step}" for part in "qkv" for step in ("heads", "by_head")),
-        *("k_transposed", "scores", "share", "mixed", "by_token"),
-    ],
-)
+@pytest.mark.parametrize("name", ["k_transposed", "scores", "share", "mixed", "by_token"])
 def test_an_attention_with_another_user_inside_is_left_alone(model, tile, name, observe):
     observe(model, name)
     expected = logits(model, tile)
@@ -234,7 +269,9 @@ def test_an_attention_with_another_user_inside_is_left_alone(model, tile, name, 
 
 
 @pytest.mark.parametrize("observe", [use_also, output_also])
-@pytest.mark.parametrize("name", ["q", "k", "v", "joined"])
+@pytest.mark.parametrize(
+    "name", [*(f"{part}{step}" for part in "qkv" for step in ("", ".heads", ".by_head")), "joined"]
+)
 def test_what_goes_in_and_out_of_attention_may_be_used_elsewhere(model, tile, name, observe):
     observe(model, name)
     expected = logits(model, tile)

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from reference import reference_labels, reference_logits
+from variants import VARIANTS, encoder_options
 
 from cdkd_edge.core.errors import GraphError, ManifestError
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
@@ -22,7 +23,7 @@ from cdkd_edge.model.config import NetworkConfig
 
 TENSORRT_10_3 = {
     "Add", "ArgMax", "AveragePool", "Cast", "Concat", "Conv", "Div", "Erf", "Gelu", "LayerNormalization", "MatMul",
-    "Mul", "Relu", "Reshape", "Resize", "Slice", "Softmax", "Split", "Transpose",
+    "Mul", "Neg", "Pad", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Softmax", "Split", "Transpose",
 }  # fmt: skip
 """What may occur, each in github.com/onnx/onnx-tensorrt/blob/release/10.3-GA/docs/operators.md. No Gather."""
 
@@ -122,81 +123,28 @@ def test_it_computes_the_reference(graph, small_weights, small_config, small_til
         assert len(np.unique(truth)) > 2
 
 
-VARIANTS = {
-    "class token": NetworkConfig(
-        tile=96, patch=16, embed_dim=32, depth=4, heads=2, mlp_dim=64, classes=2, head_channels=8, class_token=True
-    ),
-    "heads, odd grid, eight blocks, eps": NetworkConfig(
-        tile=56, patch=8, embed_dim=48, depth=8, heads=3, mlp_dim=96, classes=3, head_channels=8, layer_norm_eps=1e-2
-    ),
-    "other pyramid": NetworkConfig(
-        tile=64, patch=8, embed_dim=32, depth=4, heads=2, mlp_dim=64, classes=4, head_channels=8, pool_scales=(1, 5, 8)
-    ),
-    "windows": NetworkConfig(
-        tile=64,
-        patch=8,
-        embed_dim=32,
-        depth=4,
-        heads=2,
-        mlp_dim=64,
-        classes=3,
-        head_channels=8,
-        attention=("window 4", "global", "window 2", "window 4"),
-    ),
-    "pooled keys": NetworkConfig(
-        tile=64,
-        patch=8,
-        embed_dim=32,
-        depth=5,
-        heads=2,
-        mlp_dim=64,
-        classes=3,
-        head_channels=8,
-        attention=("pooled 2", "global", "pooled 4", "pooled 2", "pooled 2"),
-    ),
-    "windows and pooled keys": NetworkConfig(
-        tile=96,
-        patch=8,
-        embed_dim=32,
-        depth=4,
-        heads=2,
-        mlp_dim=64,
-        classes=3,
-        head_channels=8,
-        attention=("window 6", "pooled 3", "window 6", "pooled 3"),
-    ),
-    "one class, five blocks": NetworkConfig(
-        tile=48, patch=8, embed_dim=32, depth=5, heads=4, mlp_dim=40, classes=1, head_channels=4
-    ),
-}
-
-
-@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize(("opset", "batch"), [(17, 1), (20, 3)])
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
-def test_variants_compute_the_reference(make_weights, config, opset):
+def test_variants_compute_the_reference(make_weights, config, opset, batch):
     weights = make_weights(config, seed=2)
-    tiles = np.random.default_rng(1).integers(0, 256, (3, 3, config.tile, config.tile), np.uint8)
-    model = build_graph(weights, config, batch=3, opset=opset)
+    tiles = np.random.default_rng(1).integers(0, 256, (batch, 3, config.tile, config.tile), np.uint8)
+    model = build_graph(weights, config, batch=batch, opset=opset)
     onnx.checker.check_model(model, full_check=True)
     assert {node.op_type for node in model.graph.node} <= TENSORRT_10_3
     labels, logits = run(model, tiles, "logits")
-    expected = reference_logits(
-        weights,
-        tiles,
-        heads=config.heads,
-        eps=config.layer_norm_eps,
-        scales=config.pool_scales,
-        attention=config.attention,
-    )
+    options = {"scales": config.pool_scales, **encoder_options(config)}
+    expected = reference_logits(weights, tiles, **options)
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
-    fuse_attention(model)
+    assert fuse_attention(model) == (config.depth, config.depth)
     fused = run(model, tiles, "logits")[1]
     assert np.abs(fused - expected).max() < 1e-4 * np.abs(expected).max()
-    if config.attention:
-        plain = reference_logits(weights, tiles, heads=config.heads, eps=config.layer_norm_eps)
-        assert np.abs(logits - plain).max() > 100 * np.abs(logits - expected).max()
+    for option, without in {"attention": (), "rotary_base": 0, "final_norm": "none"}.items():
+        if options[option] != without:
+            plain = reference_logits(weights, tiles, **{**options, option: without})
+            assert np.abs(logits - plain).max() > 100 * np.abs(logits - expected).max(), option
     assert (labels == reference_labels(expected, config.tile)).mean() > 0.999
-    assert np.abs(expected[0] - expected[1]).max() > 0.01  # the tiles are told apart
+    if batch > 1:
+        assert np.abs(expected[0] - expected[1]).max() > 0.01  # the tiles are told apart
 
 
 def test_large_biases_of_queries_keys_and_values_fold_exactly(small_weights, small_config, small_tiles):
@@ -289,7 +237,7 @@ def test_the_paper_network_has_few_nodes(make_weights):
     narrow = dataclasses.replace(NetworkConfig(), tile=128, embed_dim=24, mlp_dim=48, head_channels=8)
     weights = make_weights(narrow)
     counts = {opset: len(build_graph(weights, narrow, opset=opset).graph.node) for opset in (17, 20)}
-    assert counts[20] == 365  # a traced export has 782
+    assert counts[20] == 364  # a traced export has 782
     assert counts[17] - counts[20] == 4 * 12  # GELU in five nodes
 
 

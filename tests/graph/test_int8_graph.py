@@ -14,6 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from quantization_helpers import (
     CLASS_TOKEN,
     CONFIG,
+    NORMED,
+    ROTARY,
     WINDOWS,
     casts,
     centred,
@@ -75,7 +77,9 @@ def makers(model):
 # --- where Q and DQ are ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 19, 1), (WINDOWS, 20, 2), (CLASS_TOKEN, 20, 2)])
+@pytest.mark.parametrize(
+    ("config", "opset", "batch"), [(CONFIG, 19, 1), (WINDOWS, 20, 2), (ROTARY, 20, 2), (NORMED, 20, 1)]
+)
 def test_q_and_dq_are_on_inputs_of_the_layers_for_int8_and_nowhere_else(make_weights, config, opset, batch):
     _, graph = quantised(build_graph(make_weights(config), config, opset=opset, batch=batch))
     onnx.checker.check_model(graph, full_check=True)
@@ -199,7 +203,9 @@ def agreement(first, second):
     return float((first == second).mean())
 
 
-@pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 20, 1), (WINDOWS, 19, 2), (CLASS_TOKEN, 20, 2)])
+@pytest.mark.parametrize(
+    ("config", "opset", "batch"), [(CONFIG, 20, 1), (WINDOWS, 19, 2), (ROTARY, 20, 2), (NORMED, 20, 1)]
+)
 def test_the_twin_computes_what_the_graph_computes(make_weights, config, opset, batch):
     """The graph with its Q/DQ in FP32: integers and scales are the same, so only sums in another order differ."""
     _, graph = quantised(build_graph(centred(make_weights(config), config), config, opset=opset, batch=batch))

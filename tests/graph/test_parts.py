@@ -12,10 +12,23 @@ from cdkd_edge.graph.layers import NetworkPart, parts_of
 from cdkd_edge.graph.outputs import with_output
 from cdkd_edge.model.config import NetworkConfig
 
-OF_BLOCKS = {"LayerNorm", "queries, keys, values", "attention", "attention output", "MLP fc1, GELU", "MLP fc2"}
+OF_BLOCKS = {"LayerNorm", "queries, keys, values", "attention", "attention output", "MLP fc1, activation", "MLP fc2"}
 OTHERS = {"patch embedding", "pyramid pooling", "laterals", "smoothing", "fuse", "classifier, up-sampling"}
 SMALL = {"embed_dim": 32, "depth": 4, "heads": 2, "mlp_dim": 64, "classes": 3, "head_channels": 8}
 CONFIGS = {
+    "DINOv3": NetworkConfig(
+        tile=64, patch=8, class_token=True, registers=4, rotary_base=100, final_norm="taps", **SMALL
+    ),
+    "rotary in windows, norms of heads, SwiGLU": NetworkConfig(
+        tile=64,
+        patch=8,
+        rotary_base=100,
+        query_key_norm="rms",
+        mlp="swiglu",
+        final_norm="last",
+        attention=("window 4", "global", "window 4", "global"),
+        **SMALL,
+    ),
     "global, class token": NetworkConfig(tile=64, patch=8, class_token=True, **SMALL),
     "windows, pooled keys": NetworkConfig(
         tile=96, patch=8, attention=("window 6", "pooled 3", "window 6", "global"), **SMALL
@@ -61,14 +74,19 @@ def test_every_node_names_its_part(make_weights, config, form):
     [
         (["blocks.0.attn.v/MatMul", "blocks.0.attn.k/MatMul"], NetworkPart("queries, keys, values", 0)),
         (["blocks.11.attn.k.by_head/Transpose"], NetworkPart("attention", 11)),
+        (["blocks.4.attn.qkv/MatMul"], NetworkPart("queries, keys, values", 4)),
+        (["blocks.4.attn.q.turned/Split", "blocks.4.attn.qk.cosine/Mul"], NetworkPart("attention", 4)),
         (["blocks.3.attn.joined/MultiHeadAttention"], NetworkPart("attention", 3)),
         (["blocks.1.after_attn/Add", "blocks.1.attn.proj.product/MatMul"], NetworkPart("attention output", 1)),
-        (["blocks.2.mlp.fc2.input_int8/QuantizeLinear", "blocks.2.mlp.gelu/Gelu"], NetworkPart("MLP fc1, GELU", 2)),
+        (
+            ["blocks.2.mlp.fc2.input_int8/QuantizeLinear", "blocks.2.mlp.gelu/Gelu"],
+            NetworkPart("MLP fc1, activation", 2),
+        ),
         (
             ["blocks.2.norm2/LayerNormalization", "blocks.2.mlp.fc1.input_int8/QuantizeLinear"],
             NetworkPart("LayerNorm", 2),
         ),
-        (["blocks.2.mlp.fc1/Add", "blocks.2.mlp.gelu/Gelu"], NetworkPart("MLP fc1, GELU", 2)),
+        (["blocks.2.mlp.fc1/Add", "blocks.2.mlp.gelu/Gelu"], NetworkPart("MLP fc1, activation", 2)),
         (["fuse_nchwc"], NetworkPart("fuse")),
         (["Reformatting CopyNode for Input Tensor 0 to smooth.1.conv/Conv + smooth.1/Relu"], NetworkPart("smoothing")),
         (["{ForeignNode[blocks.0.norm1/LayerNormalization...labels/Cast]}"], NetworkPart("several at once")),
@@ -80,5 +98,5 @@ def test_the_part_of_a_fused_kernel(names, part):
 
 def test_a_kernel_that_names_no_node_serves_the_next_one():
     kernels = [["gemm_input_reshape"], ["blocks.0.mlp.fc1/Gemm"], ["Reorder", "copy"], ["Reorder"], ["fuse"], [], ["x"]]
-    names = ["MLP fc1, GELU", "MLP fc1, GELU", "fuse", "fuse", "fuse", "others", "others"]
+    names = ["MLP fc1, activation", "MLP fc1, activation", "fuse", "fuse", "fuse", "others", "others"]
     assert [part.name for part in parts_of(kernels)] == names

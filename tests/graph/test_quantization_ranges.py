@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from quantization_helpers import CLASS_TOKEN, CONFIG, WINDOWS, constants, nodes_of, set_constant, tiles_of, values
+from quantization_helpers import (
+    CLASS_TOKEN,
+    CONFIG,
+    NORMED,
+    ROTARY,
+    WINDOWS,
+    constants,
+    nodes_of,
+    set_constant,
+    tiles_of,
+    values,
+)
 
 from cdkd_edge.core.errors import GraphError, UsageError
 from cdkd_edge.graph.build import build_graph
@@ -347,7 +358,9 @@ def assert_same_function(model, other, batch=1):
 
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 1.0])
-@pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 20, 1), (WINDOWS, 17, 2), (CLASS_TOKEN, 19, 2)])
+@pytest.mark.parametrize(
+    ("config", "opset", "batch"), [(CONFIG, 20, 1), (WINDOWS, 17, 2), (ROTARY, 19, 2), (NORMED, 20, 1)]
+)
 def test_the_function_stays_and_the_ranges_move(make_weights, config, opset, batch, alpha):
     model = build_graph(make_weights(config), config, opset=opset, batch=batch)
     weights = constants(model)

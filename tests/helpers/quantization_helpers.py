@@ -37,6 +37,11 @@ WINDOWS = dataclasses.replace(CONFIG, attention=("window 3", "pooled 3", "window
 CLASS_TOKEN = NetworkConfig(
     tile=48, patch=8, embed_dim=32, depth=4, heads=2, mlp_dim=64, classes=5, head_channels=8, class_token=True
 )
+ROTARY = dataclasses.replace(CLASS_TOKEN, registers=4, rotary_base=100.0, final_norm="taps")
+"""As DINOv3."""
+NORMED = dataclasses.replace(
+    CONFIG, rotary_base=20.0, query_key_norm="rms", attention=("window 3", "global", "window 3", "global"), mlp="swiglu"
+)
 
 
 def tiles_of(count: int, side: int = 48, seed: int = 0) -> UInt8Array:

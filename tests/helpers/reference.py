@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,36 +27,67 @@ def reference_features(
     heads: int,
     eps: float,
     attention: Sequence[str] = (),
+    rotary_base: float = 0.0,
+    tapped: Sequence[int] = (),
+    final_norm: str = "none",
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
 ) -> list[Array]:
-    """The four tapped maps ``[N, D, G, G]`` of images ``[N, 3, T, T]``; weights in this package's names.
+    """The tapped maps ``[N, D, G, G]`` of images ``[N, 3, T, T]``; weights in this package's names.
 
-    ``attention`` has a kind for each block: ``global``, ``window N`` or ``pooled N``; tokens stay row by row.
+    ``attention`` has a kind for each block: ``global``, ``window N`` or ``pooled N``; tokens stay row by row. Which
+    blocks are ``tapped`` counts from 0. What the tensors show is read from them: class token, registers, SwiGLU, norms
+    of queries and keys.
     """
     w = {key: np.asarray(value, np.float64) for key, value in weights.items()}
-    tokens = reference_tokens(w, image)
+    tokens = reference_tokens(w, image, mean, std)
     count, dim, grid = len(image), tokens.shape[-1], image.shape[-1] // w["encoder.patch_embed.proj.weight"].shape[-1]
     depth = 1 + max(int(key.split(".")[2]) for key in w if key.startswith("encoder.blocks."))
-    ends = [quarter * depth // 4 for quarter in (1, 2, 3, 4)]  # a map after each quarter of the blocks
+    ends = [quarter * depth // 4 - 1 for quarter in (1, 2, 3, 4)]  # a map after each quarter of the blocks
+    ends = list(tapped) or ends
+    turns = None
+    if rotary_base:
+        turns = np.ones((tokens.shape[1], dim // heads // 2), np.complex128)
+        turns[-grid * grid :] = rotary_turns(grid, dim // heads, rotary_base)
     maps = []
     for index in range(depth):
         name = f"encoder.blocks.{index}"
-        tokens = reference_block(
-            tokens, w, name, heads=heads, eps=eps, kind=attention[index] if attention else "global"
-        )
-        if index + 1 in ends:
-            patches = tokens[:, -grid * grid :]
+        kind = attention[index] if attention else "global"
+        tokens = reference_block(tokens, w, name, heads=heads, eps=eps, kind=kind, turns=turns)
+        if index in ends:
+            normed = final_norm == "taps" or (final_norm == "last" and index == ends[-1])
+            patches = (layer_norm(tokens, w, "encoder.norm", eps) if normed else tokens)[:, -grid * grid :]
             maps.append(patches.transpose(0, 2, 1).reshape(count, dim, grid, grid))
-    assert len(maps) == 4
+    assert len(maps) == len(ends)
     return maps
 
 
-def reference_tokens(w: Mapping[str, Array], image: npt.NDArray[np.uint8]) -> Array:
-    """Tokens with their positions ``[N, L, D]`` of images ``[N, 3, T, T]``, after the class token if there is one."""
+def rotary_turns(grid: int, width: int, base: float) -> Array:
+    """What DINOv3 multiplies pairs of channels of a head by, as complex numbers ``[G*G, width / 2]``.
+
+    Channel i of the first half of a head is the real part, channel i of the second half the imaginary part.
+    """
+    turns = np.empty((grid * grid, width // 2), np.complex128)
+    for row in range(grid):
+        for column in range(grid):
+            places = [2 * (cell + 0.5) / grid - 1 for cell in (row, column)]
+            angles = [2 * math.pi * place / base ** (4 * i / width) for place in places for i in range(width // 4)]
+            turns[row * grid + column] = np.exp(1j * np.array(angles))
+    return turns
+
+
+def reference_tokens(
+    w: Mapping[str, Array],
+    image: npt.NDArray[np.uint8],
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Array:
+    """Tokens with their positions ``[N, L, D]`` of images ``[N, 3, T, T]``, after class token and registers."""
     kernel = w["encoder.patch_embed.proj.weight"]
     dim, _, patch, _ = kernel.shape
     count, _, tile, _ = image.shape
     grid = tile // patch
-    pixels = (image - np.reshape(MEAN, (1, 3, 1, 1))) / np.reshape(STD, (1, 3, 1, 1))
+    pixels = (image - np.reshape(mean, (1, 3, 1, 1))) / np.reshape(std, (1, 3, 1, 1))
     tokens = np.zeros((count, grid * grid, dim))
     for row in range(grid):
         for column in range(grid):
@@ -63,16 +95,13 @@ def reference_tokens(w: Mapping[str, Array], image: npt.NDArray[np.uint8]) -> Ar
             tokens[:, row * grid + column] = piece.reshape(count, -1) @ kernel.reshape(dim, -1).T
     tokens += w["encoder.patch_embed.proj.bias"]
 
-    position = w["encoder.pos_embed"]
-    if "encoder.cls_token" in w:
-        cls = np.repeat(w["encoder.cls_token"], count, axis=0)
-        if position.shape[1] == grid * grid:  # positions for the patches alone
-            tokens = np.concatenate([cls, tokens + position], axis=1)
-        else:
-            tokens = np.concatenate([cls, tokens], axis=1) + position
-    else:
-        tokens = tokens + position
-    return tokens
+    extra = [
+        np.repeat(w[f"encoder.{name}"], count, axis=0) for name in ("cls_token", "registers") if f"encoder.{name}" in w
+    ]
+    position = w.get("encoder.pos_embed", np.zeros((1, grid * grid, dim)))
+    if position.shape[1] > grid * grid:  # the first is the class token's
+        extra[0] = extra[0] + position[:, :1]
+    return np.concatenate([*extra, tokens + position[:, -grid * grid :]], axis=1)
 
 
 def reference_block(
@@ -83,17 +112,25 @@ def reference_block(
     heads: int,
     eps: float,
     kind: str = "global",
+    turns: Array | None = None,
     mixture: Callable[[Array, Array], Array] = lambda normed, added: added,
 ) -> Array:
     """The tokens ``[N, L, D]`` after the block called ``name``.
 
-    ``mixture`` makes what is added to the tokens from them, normed, and from what the MLP gives for them.
+    ``turns`` are those of the rotary positions, ``[L, d / 2]``. ``mixture`` makes what is added to the tokens from
+    them, normed, and from what the MLP gives for them.
     """
     normed = layer_norm(tokens, w, f"{name}.norm1", eps)
     groups = _groups(kind, math.isqrt(tokens.shape[1]), tokens.shape[1])
-    tokens = tokens + _attention(normed, w, f"{name}.attn", heads, groups) * w.get(f"{name}.scale1", 1.0)
+    tokens = tokens + _attention(normed, w, f"{name}.attn", heads, groups, eps, turns) * w.get(f"{name}.scale1", 1.0)
     normed = layer_norm(tokens, w, f"{name}.norm2", eps)
-    added = linear(gelu(linear(normed, w, f"{name}.mlp.fc1")), w, f"{name}.mlp.fc2")
+    hidden = linear(normed, w, f"{name}.mlp.fc1")
+    if hidden.shape[-1] > w[f"{name}.mlp.fc2.weight"].shape[1]:  # SwiGLU
+        gate, value = np.split(hidden, 2, axis=-1)
+        hidden = gate / (1 + np.exp(-gate)) * value
+    else:
+        hidden = gelu(hidden)
+    added = linear(hidden, w, f"{name}.mlp.fc2")
     return tokens + mixture(normed, added) * w.get(f"{name}.scale2", 1.0)
 
 
@@ -104,11 +141,11 @@ def reference_logits(
     heads: int,
     eps: float,
     scales: Sequence[int] = (1, 2, 3, 6),
-    attention: Sequence[str] = (),
+    **encoder: Any,
 ) -> Array:
-    """Logits ``[N, K, G, G]``."""
+    """Logits ``[N, K, G, G]``; ``encoder`` are options of :func:`reference_features`."""
     w = {key: np.asarray(value, np.float64) for key, value in weights.items()}
-    *shallow, deep = reference_features(w, image, heads=heads, eps=eps, attention=attention)
+    *shallow, deep = reference_features(w, image, heads=heads, eps=eps, **encoder)
     grid = deep.shape[-1]
     pyramid = [deep]
     for index, scale in enumerate(scales):
@@ -117,7 +154,7 @@ def reference_logits(
     top = _unit(np.concatenate(pyramid, axis=1), w, "head.bottleneck")
     level = top
     levels = []
-    for index in (2, 1, 0):
+    for index in reversed(range(len(shallow))):
         level = _unit(shallow[index], w, f"head.laterals.{index}") + level
         levels.insert(0, level)
     smooth = [_unit(level, w, f"head.smooth.{index}") for index, level in enumerate(levels)]
@@ -178,7 +215,26 @@ def _groups(kind: str, grid: int, count: int) -> list[tuple[list[int], Array]]:
     return [(everyone, np.array([np.eye(count)[square].mean(axis=0) for square in squares.values()]))]
 
 
-def _attention(x: Array, w: Mapping[str, Array], name: str, heads: int, groups: list[tuple[list[int], Array]]) -> Array:
+def _attention(
+    x: Array,
+    w: Mapping[str, Array],
+    name: str,
+    heads: int,
+    groups: list[tuple[list[int], Array]],
+    eps: float,
+    turns: Array | None,
+) -> Array:
+    def placed(part: Array, which: str, tokens: list[int]) -> Array:
+        """One head's queries or keys after their norm and the turn of their tokens."""
+        if f"{name}.{which}_norm.bias" in w:
+            part = layer_norm(part, w, f"{name}.{which}_norm", eps)
+        elif f"{name}.{which}_norm.weight" in w:
+            part = part / np.sqrt((part**2).mean(axis=-1, keepdims=True) + eps) * w[f"{name}.{which}_norm.weight"]
+        if turns is None:
+            return part
+        turned = (part[:, : width // 2] + 1j * part[:, width // 2 :]) * turns[tokens]
+        return np.concatenate([turned.real, turned.imag], axis=1)
+
     dim = x.shape[-1]
     width = dim // heads
     q, k, v = np.split(linear(x, w, f"{name}.qkv"), 3, axis=-1)
@@ -188,7 +244,8 @@ def _attention(x: Array, w: Mapping[str, Array], name: str, heads: int, groups: 
             keys, values = means @ k[image], means @ v[image]
             for head in range(heads):
                 part = slice(head * width, (head + 1) * width)
-                scores = q[image, tokens, part] @ keys[:, part].T / math.sqrt(width)
+                scores = placed(q[image, tokens, part], "q", tokens) @ placed(keys[:, part], "k", tokens).T
+                scores /= math.sqrt(width)
                 scores = np.exp(scores - scores.max(axis=1, keepdims=True))
                 mixed[image, tokens, part] = scores / scores.sum(axis=1, keepdims=True) @ values[:, part]
     return linear(mixed, w, f"{name}.proj")

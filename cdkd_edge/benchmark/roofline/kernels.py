@@ -6,7 +6,8 @@ The rules are those of TensorRT-RTX 1.7 on these graphs (``cdkd-edge inspect ENG
   after an INT8 product, whose scale and bias the next kernel applies.
 - Products of one input with weights of one shape (queries, keys, values) are one kernel, if nothing element-wise
   follows.
-- Normalisation, transposes and element-wise operators are one kernel, also where branches meet.
+- Normalisation, transposes, slices and element-wise operators are one kernel, also where branches meet, and so are
+  all normalisations of one value.
 - Reshapes and splits cost nothing, nor do transposes that a product can read directly: of the last two axes, and the
   split of a product without bias into heads. What is concatenated is written in place; what others read too is copied.
 - Attention is one kernel (``fused``), or its parts are kernels that write all scores to memory (``unfused``); with
@@ -28,7 +29,7 @@ FUSED, UNFUSED, UNFUSED_FP32 = "fused", "unfused", "unfused, FP32 softmax"
 
 _PRODUCT, _ATTENTION, _LOOSE, _CLOSED = "product", "attention", "other", "closed"
 _UNMOVED = VIEWS | {"DequantizeLinear"}
-_IN_LOOSE = POINTWISE | {"LayerNormalization", "Transpose", "Concat"}
+_IN_LOOSE = POINTWISE | {"LayerNormalization", "Transpose", "Concat", "Pad", "Slice"}
 """What a kernel without a product takes in. Others, such as sums over an axis, begin one."""
 
 
@@ -159,6 +160,10 @@ class _Grouping:
         if operator.op in PRODUCTS:
             return self._sibling(operator)
         roots = {self._root(name) for name in operator.inputs}
+        if operator.op == "LayerNormalization":
+            for other in self._users[self._root(operator.inputs[0])]:
+                if other.op == operator.op and other.outputs[0] in self._place:
+                    return self._place[other.outputs[0]]
         made = [(self._place[root], root) for root in roots if root in self._place]
         if not made:
             return None
@@ -205,13 +210,8 @@ class _Grouping:
         names = {name for operator in operators for name in operator.inputs if name}
         outside = {name for name in names if self._place.get(self._root(name)) != at}
         inside = {operator.name for operator in operators}
-        written = [
-            name
-            for operator in operators
-            for name in operator.outputs
-            if self._root(name) in self._leaving or any(user.name not in inside for user in self._users.get(name, []))
-        ]
-        read_bytes, written_bytes = self._bytes(outside - self._constants), self._bytes(written)
+        written_bytes = sum(self._written(name, inside) for operator in operators for name in operator.outputs)
+        read_bytes = self._bytes(outside - self._constants)
         if [operator.op for operator in operators] == ["Concat"]:  # what no other reads is written in place
             copied = [name for name in outside if name in self._constants or len(self._users[self._root(name)]) > 1]
             read_bytes = written_bytes = self._bytes(copied)
@@ -223,6 +223,14 @@ class _Grouping:
             vector_flop=sum(operator.vector_flop for operator in operators),
             read_bytes=read_bytes, written_bytes=written_bytes, constant_bytes=self._bytes(outside & self._constants),
         )  # fmt: skip
+
+    def _written(self, value: str, inside: set[str]) -> int:
+        """Bytes of a value that leave the kernel of the operators ``inside``: all, or the parts that others read."""
+        if self._root(value) in self._leaving:
+            return self._bytes([value])
+        readers = [user for user in self._users.get(value, []) if user.name not in inside]
+        parts = {name for user in readers for name in user.inputs if self._root(name) == value}
+        return min(self._bytes(parts), self._bytes([value]))
 
     def _bytes(self, names: Iterable[str]) -> int:
         return sum(self._cost.tensors[name].bytes for name in names)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cdkd_edge.core.errors import CheckpointError, EncoderOnlyError, SchemaError
@@ -23,19 +21,18 @@ from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import LabelSchema, schema_from_document, schema_of_lists
 from cdkd_edge.model.config import NetworkConfig, attention_of
 from cdkd_edge.model.container import FORMAT, FORMAT_VERSION, as_float32, read_container, require_in_file, save_tensors
+from cdkd_edge.model.infer import add_missing_qkv_bias, fold_layer_scale, inferred_config
 from cdkd_edge.model.layouts import (
     OURS,
     SAM,
     Dropped,
     Layout,
-    add_missing_qkv_bias,
-    fold_layer_scale,
-    inferred_config,
     listed,
     recognise,
     translate,
 )
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
+from cdkd_edge.model.resample import resample_patches, resample_position
 from cdkd_edge.model.sam import SamEncoder
 from cdkd_edge.model.unwrap import Weights, find_weights
 
@@ -354,28 +351,3 @@ def require_fit(kind: type[_Module], config: Any, state: Mapping[str, Tensor], p
     problems = "; ".join(what + listed(sorted(names)) for what, names in wrong.items() if names)
     if problems:
         raise CheckpointError(f"{path} ({layout} layout) does not fit the network: {problems}")
-
-
-def resample_position(position: Tensor, grid: int, class_token: bool) -> Tensor:
-    """Resample a position embedding ``[1, (1 +) g*g, D]`` to ``grid`` (bicubic; the class token's row is kept)."""
-    prefix, cells = position[:, : int(class_token)], position[:, int(class_token) :]
-    side = math.isqrt(cells.shape[1])
-    maps = cells.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, g, g]
-    maps = F.interpolate(maps, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
-
-
-def resample_patches(kernel: Tensor, patch: int) -> Tensor:
-    """Resample a patch embedding ``[D, C, p, p]`` to another patch size by FlexiViT's pseudo-inverse resize.
-
-    A patch that is enlarged (bicubic, anti-aliased) then keeps its inner product with the kernel, as far as the new
-    size allows (Beyer et al., CVPR 2023, section 3.4).
-    """
-    side = kernel.shape[-1]
-    basis = torch.eye(side * side, dtype=torch.float64).reshape(side * side, 1, side, side)
-    enlarged = F.interpolate(basis, size=(patch, patch), mode="bicubic", align_corners=False, antialias=True)
-    enlarge = enlarged.flatten(1).T  # [patch*patch, side*side]: a flat patch to its enlarged self
-    resample = torch.linalg.pinv(enlarge.T)  # [patch*patch, side*side]
-    flat = kernel.double().flatten(2)  # [D, C, side*side]
-    resampled: Tensor = (flat @ resample.T).reshape(*kernel.shape[:2], patch, patch)
-    return resampled.to(kernel.dtype)

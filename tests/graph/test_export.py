@@ -40,9 +40,10 @@ from cdkd_edge.graph.export import (  # noqa: E402
     export_checkpoint,
 )
 from cdkd_edge.graph.nodes import simplify_graph  # noqa: E402
-from cdkd_edge.model.checkpoint import resample_position, save_checkpoint  # noqa: E402
+from cdkd_edge.model.checkpoint import save_checkpoint  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402
+from cdkd_edge.model.resample import resample_position  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch
 

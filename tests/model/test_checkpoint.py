@@ -34,9 +34,10 @@ from reference import MEAN, STD, reference_features, reference_logits  # noqa: E
 
 from cdkd_edge.core.errors import CheckpointError, EncoderOnlyError, SchemaError  # noqa: E402
 from cdkd_edge.core.labels import load_schema  # noqa: E402
-from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, resample_position, save_checkpoint  # noqa: E402
+from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, save_checkpoint  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402
+from cdkd_edge.model.resample import resample_position  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch
 

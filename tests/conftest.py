@@ -72,9 +72,10 @@ def shape_table(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
             table[f"{block}.{layer}.bias"] = (rows,)
     units = {f"head.pooled.{i}": (dim, 1) for i in range(scales)}
     units["head.bottleneck"] = (dim + scales * channels, 3)
-    units |= {f"head.laterals.{i}": (dim, 1) for i in range(3)}
-    units |= {f"head.smooth.{i}": (channels, 3) for i in range(3)}
-    units["head.fuse"] = (4 * channels, 3)
+    shallow = len(config.tapped or range(4)) - 1
+    units |= {f"head.laterals.{i}": (dim, 1) for i in range(shallow)}
+    units |= {f"head.smooth.{i}": (channels, 3) for i in range(shallow)}
+    units["head.fuse"] = ((shallow + 1) * channels, 3)
     for unit, (inputs, kernel) in units.items():
         table[f"{unit}.conv.weight"] = (channels, inputs, kernel, kernel)
         for part in ("weight", "bias", "running_mean", "running_var"):

@@ -65,8 +65,8 @@ class CheckpointReport(FileReport):
 
 
 _HIDDEN = (
-    "heads", "layer_norm_eps", "pool_scales", "attention", "rotary_base", "final_norm", "tapped", "pixel_mean",
-    "pixel_std",
+    "heads", "layer_norm_eps", "pool_scales", "attention", "rotary_base", "final_norm", "tapped", "align_corners",
+    "pixel_mean", "pixel_std",
 )  # fmt: skip
 """Fields of a configuration that no tensor shows; with rotary positions, the tile is one more."""
 

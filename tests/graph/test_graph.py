@@ -129,6 +129,10 @@ VARIANTS = {
     "heads, odd grid, eight blocks, eps": NetworkConfig(
         tile=56, patch=8, embed_dim=48, depth=8, heads=3, mlp_dim=96, classes=3, head_channels=8, layer_norm_eps=1e-2
     ),
+    "three taps, corners aligned": NetworkConfig(
+        tile=56, patch=8, embed_dim=32, depth=6, heads=2, mlp_dim=64, classes=3, head_channels=8, pool_scales=(1, 2, 4),
+        tapped=(0, 3, 5), align_corners="all",
+    ),  # fmt: skip
     "other pyramid": NetworkConfig(
         tile=64, patch=8, embed_dim=32, depth=4, heads=2, mlp_dim=64, classes=4, head_channels=8, pool_scales=(1, 5, 8)
     ),
@@ -187,6 +191,8 @@ def test_variants_compute_the_reference(make_weights, config, opset):
         eps=config.layer_norm_eps,
         scales=config.pool_scales,
         attention=config.attention,
+        tapped=config.tapped,
+        align=config.pools_align,
     )
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
     fuse_attention(model)
@@ -195,7 +201,7 @@ def test_variants_compute_the_reference(make_weights, config, opset):
     if config.attention:
         plain = reference_logits(weights, tiles, heads=config.heads, eps=config.layer_norm_eps)
         assert np.abs(logits - plain).max() > 100 * np.abs(logits - expected).max()
-    assert (labels == reference_labels(expected, config.tile)).mean() > 0.999
+    assert (labels == reference_labels(expected, config.tile, config.logits_align)).mean() > 0.999
     assert np.abs(expected[0] - expected[1]).max() > 0.01  # the tiles are told apart
 
 

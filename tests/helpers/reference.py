@@ -26,16 +26,19 @@ def reference_features(
     heads: int,
     eps: float,
     attention: Sequence[str] = (),
+    tapped: Sequence[int] = (),
 ) -> list[Array]:
-    """The four tapped maps ``[N, D, G, G]`` of images ``[N, 3, T, T]``; weights in this package's names.
+    """The tapped maps ``[N, D, G, G]`` of images ``[N, 3, T, T]``; weights in this package's names.
 
     ``attention`` has a kind for each block: ``global``, ``window N`` or ``pooled N``; tokens stay row by row.
+    ``tapped`` counts blocks from 0; four by default.
     """
     w = {key: np.asarray(value, np.float64) for key, value in weights.items()}
     tokens = reference_tokens(w, image)
     count, dim, grid = len(image), tokens.shape[-1], image.shape[-1] // w["encoder.patch_embed.proj.weight"].shape[-1]
     depth = 1 + max(int(key.split(".")[2]) for key in w if key.startswith("encoder.blocks."))
-    ends = [quarter * depth // 4 for quarter in (1, 2, 3, 4)]  # a map after each quarter of the blocks
+    quarters = [quarter * depth // 4 for quarter in (1, 2, 3, 4)]  # a map after each quarter of the blocks
+    ends = [block + 1 for block in tapped] or quarters
     maps = []
     for index in range(depth):
         name = f"encoder.blocks.{index}"
@@ -45,7 +48,7 @@ def reference_features(
         if index + 1 in ends:
             patches = tokens[:, -grid * grid :]
             maps.append(patches.transpose(0, 2, 1).reshape(count, dim, grid, grid))
-    assert len(maps) == 4
+    assert len(maps) == len(ends)
     return maps
 
 
@@ -105,19 +108,21 @@ def reference_logits(
     eps: float,
     scales: Sequence[int] = (1, 2, 3, 6),
     attention: Sequence[str] = (),
+    tapped: Sequence[int] = (),
+    align: bool = False,
 ) -> Array:
-    """Logits ``[N, K, G, G]``."""
+    """Logits ``[N, K, G, G]``; ``align``: pooled cells are up-sampled with aligned corners."""
     w = {key: np.asarray(value, np.float64) for key, value in weights.items()}
-    *shallow, deep = reference_features(w, image, heads=heads, eps=eps, attention=attention)
+    *shallow, deep = reference_features(w, image, heads=heads, eps=eps, attention=attention, tapped=tapped)
     grid = deep.shape[-1]
     pyramid = [deep]
     for index, scale in enumerate(scales):
         cells = _unit(adaptive_average(deep, scale), w, f"head.pooled.{index}")
-        pyramid.append(bilinear(cells, grid))
+        pyramid.append(bilinear(cells, grid, align))
     top = _unit(np.concatenate(pyramid, axis=1), w, "head.bottleneck")
     level = top
     levels = []
-    for index in (2, 1, 0):
+    for index in reversed(range(len(shallow))):
         level = _unit(shallow[index], w, f"head.laterals.{index}") + level
         levels.insert(0, level)
     smooth = [_unit(level, w, f"head.smooth.{index}") for index, level in enumerate(levels)]
@@ -125,9 +130,9 @@ def reference_logits(
     return _conv(fused, w["head.classifier.weight"]) + w["head.classifier.bias"][:, None, None]
 
 
-def reference_labels(logits: Array, tile: int) -> npt.NDArray[np.int64]:
+def reference_labels(logits: Array, tile: int, align: bool = False) -> npt.NDArray[np.int64]:
     """Labels ``[N, T, T]``: bilinear to pixels, argmax."""
-    return bilinear(logits, tile).argmax(axis=1)
+    return bilinear(logits, tile, align).argmax(axis=1)
 
 
 def adaptive_average(maps: Array, cells: int) -> Array:
@@ -138,10 +143,12 @@ def adaptive_average(maps: Array, cells: int) -> Array:
     return np.array(rows).transpose(2, 3, 0, 1)
 
 
-def bilinear(maps: Array, side: int) -> Array:
-    """``[N, C, g, g]`` -> ``[N, C, side, side]``; pixel centres are aligned, borders repeat."""
+def bilinear(maps: Array, side: int, align: bool = False) -> Array:
+    """``[N, C, g, g]`` -> ``[N, C, side, side]``; pixel centres are aligned and borders repeat, or corners are aligned."""
     size = maps.shape[-1]
     centres = np.clip((np.arange(side) + 0.5) * size / side - 0.5, 0, size - 1)
+    if align:
+        centres = np.linspace(0, size - 1, side)
     weight = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(size)))  # a tent on every source cell
     return weight @ maps @ weight.T
 

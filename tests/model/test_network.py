@@ -25,6 +25,10 @@ VARIANTS = {
     "class token": NetworkConfig(
         tile=96, patch=16, embed_dim=32, depth=4, heads=2, mlp_dim=64, classes=2, head_channels=8, class_token=True
     ),
+    "three taps, corners aligned": NetworkConfig(
+        tile=56, patch=8, embed_dim=32, depth=6, heads=2, mlp_dim=64, classes=3, head_channels=8, pool_scales=(1, 2, 4),
+        tapped=(0, 3, 5), align_corners="all",
+    ),  # fmt: skip
     "other pyramid": NetworkConfig(
         tile=64, patch=8, embed_dim=32, depth=4, heads=2, mlp_dim=64, classes=4, head_channels=8, pool_scales=(1, 5, 8)
     ),
@@ -56,12 +60,11 @@ def test_features_and_logits_are_the_reference(case):
     with torch.inference_mode():
         maps = network.encoder(torch.from_numpy(tiles))
         logits = network(torch.from_numpy(tiles))
-    expected_maps = reference_features(weights, tiles, heads=config.heads, eps=config.layer_norm_eps)
+    known = {"heads": config.heads, "eps": config.layer_norm_eps, "tapped": config.tapped}
+    expected_maps = reference_features(weights, tiles, **known)
     for found, expected in zip(maps, expected_maps, strict=True):
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-9)
-    expected = reference_logits(
-        weights, tiles, heads=config.heads, eps=config.layer_norm_eps, scales=config.pool_scales
-    )
+    expected = reference_logits(weights, tiles, **known, scales=config.pool_scales, align=config.pools_align)
     np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-9, atol=1e-9)
     assert logits.shape == (2, config.classes, config.grid, config.grid)
     # The comparison means something: logits differ from place to place and from tile to tile.
@@ -75,8 +78,9 @@ def test_labels_are_the_reference_up_to_ties(case):
     labels = network.segment(torch.from_numpy(tiles))
     assert labels.dtype == torch.uint8
     assert labels.shape == (2, config.tile, config.tile)
-    logits = reference_logits(weights, tiles, heads=config.heads, eps=config.layer_norm_eps, scales=config.pool_scales)
-    expected = reference_labels(logits, config.tile)
+    known = {"heads": config.heads, "eps": config.layer_norm_eps, "tapped": config.tapped}
+    logits = reference_logits(weights, tiles, **known, scales=config.pool_scales, align=config.pools_align)
+    expected = reference_labels(logits, config.tile, config.logits_align)
     assert (labels.numpy() == expected).mean() > 0.999
     assert len(np.unique(expected)) > 1
 

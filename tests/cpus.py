@@ -1,7 +1,7 @@
 """Runs a few tests as CPUs that this machine is not: `make test-cpus`, on x86-64, with qemu's user mode.
 
 Products of integers, sums in another order, FP16 and the way from a graph to labels are what differs between CPUs.
-For aarch64 a Python of Debian's and the wheels that a board would use are laid into a folder; nothing is installed.
+`make test-aarch64` runs more, as one of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+
+from arm64_root import QEMU, REPOSITORY, make_root, packages
 
 TESTS = [
     "tests/graph/test_integers.py",
@@ -32,8 +33,6 @@ CPUS = {
     },
     "aarch64": {"cortex-a57": "no dot product", "max": "dot product"},
 }
-PACKAGES = ["numpy", "onnx", "onnxruntime", "msgspec", "pillow", "rasterio", "rich", "typer", "pytest", "hypothesis"]
-ROOT = Path(__file__).parent.parent
 LIMIT = 900
 """Seconds for one CPU."""
 
@@ -45,11 +44,11 @@ def main() -> int:
         print(f"OTHER CPUS NOT TESTED: {why}")
         return 0
     with tempfile.TemporaryDirectory() as graphs:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CDKD_EDGE_GRAPHS": graphs}
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CDKD_EDGE_GRAPHS": graphs}
         started = time.monotonic()
         subprocess.run(
             [sys.executable, *_pytest("tests/graph/test_integers.py")],
-            cwd=ROOT,
+            cwd=REPOSITORY,
             env=environment,
             check=True,
             timeout=LIMIT,
@@ -60,13 +59,13 @@ def main() -> int:
             del jobs["Icelake-Server"]
             print("as Icelake-Server: not run, this qemu has no AVX-512")
         try:
-            python, site = _aarch64(ROOT / "out" / "aarch64")
+            root = make_root(REPOSITORY / "out" / "aarch64")
         except (OSError, subprocess.SubprocessError) as error:
             print(f"as aarch64: not run, its Python could not be had: {error}")
         else:
-            there = {**environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{site}"}
-            prefix = ["qemu-aarch64", "-L", str(python.parents[2]), "-cpu"]
-            jobs |= {name: ([*prefix, name, str(python)], there) for name in CPUS["aarch64"]}
+            there = {**environment, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{packages(root)}"}
+            prefix = [QEMU, "-L", str(root), "-cpu"]
+            jobs |= {name: ([*prefix, name, str(root / "usr/bin/python3")], there) for name in CPUS["aarch64"]}
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             passed = list(pool.map(_test, jobs, jobs.values()))
     failed = [name for name, good in zip(jobs, passed, strict=True) if not good]
@@ -84,7 +83,7 @@ def _test(name: str, job: tuple[list[str], dict[str, str]]) -> bool:
     started = time.monotonic()
     try:
         run = subprocess.run(
-            [*job[0], *_pytest(*TESTS)], cwd=ROOT, env=job[1], capture_output=True, text=True, timeout=LIMIT
+            [*job[0], *_pytest(*TESTS)], cwd=REPOSITORY, env=job[1], capture_output=True, text=True, timeout=LIMIT
         )
         passed, output = run.returncode == 0, run.stdout + run.stderr
     except subprocess.TimeoutExpired as error:
@@ -100,57 +99,6 @@ def _has_vnni(command: list[str], environment: dict[str, str]) -> bool:
     """Whether qemu really gives a CPU with VNNI: without it, signed weights are not exact on x86-64."""
     probe = "from cdkd_edge.graph.cpu import signed_weights_are_exact as exact; raise SystemExit(not exact())"
     return subprocess.run([*command, "-c", probe], env=environment, capture_output=True, timeout=LIMIT).returncode == 0
-
-
-def _aarch64(folder: Path) -> tuple[Path, Path]:
-    """An aarch64 Python and its packages, once.
-
-    Returns:
-        The interpreter, below a root for qemu's ``-L``, and the folder of packages.
-    """
-    root, site, apt = folder / "root", folder / "site", folder / "apt"
-    whole = folder / "whole"
-    if not whole.exists() or whole.read_text() != " ".join(PACKAGES):
-        shutil.rmtree(folder, ignore_errors=True)
-        for empty in (root / "proc", apt / "lists" / "partial", apt / "cache" / "archives" / "partial"):
-            empty.mkdir(parents=True)
-        (apt / "status").touch()
-        # The library by which ONNX Runtime knows CPUs crashes on the x86-64 cpuinfo that it would see.
-        facts = "Features: fp asimd\nCPU implementer: 0x41\nCPU architecture: 8\nCPU variant: 0x1\nCPU part: 0xd07\n"
-        cores = [f"processor: {n}\n{facts}CPU revision: 0\n\n" for n in range(os.cpu_count() or 1)]
-        (root / "proc" / "cpuinfo").write_text("".join(cores))
-        where = {
-            "Dir::State": apt,
-            "Dir::State::status": apt / "status",
-            "Dir::Cache": apt / "cache",
-            "APT::Architecture": "arm64",
-            "APT::Architectures": "arm64",
-            "APT::Sandbox::User": "root",
-        }
-        get = ["apt-get", "-qq", *(part for key, value in where.items() for part in ("-o", f"{key}={value}"))]
-        _quietly(*get, "update")
-        _quietly(*get, "--no-install-recommends", "-y", "-d", "install", "python3-minimal", "libpython3-stdlib",
-                 "libstdc++6", "libgomp1")  # fmt: skip
-        for package in (apt / "cache" / "archives").glob("*.deb"):
-            _quietly("dpkg-deb", "-x", str(package), str(root))
-        version = next((root / "usr" / "bin").glob("python3.*")).name.removeprefix("python")
-        same = version == "{}.{}".format(*sys.version_info)
-        platforms = [f"--platform=manylinux{tag}_aarch64" for tag in ("2014", "_2_27", "_2_28")]
-        _quietly(
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site), "--only-binary=:all:"),
-            *(*platforms, f"--python-version={version}", "--implementation=cp"),
-            *(("-c", str(ROOT / "constraints.txt")) if same else ()),  # their markers are those of this Python
-            *PACKAGES,
-        )
-        shutil.rmtree(apt)
-        whole.write_text(" ".join(PACKAGES))
-    return next((root / "usr" / "bin").glob("python3.*")), site
-
-
-def _quietly(*command: str) -> None:
-    run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-    if run.returncode:
-        raise OSError(f"{command[0]} failed: {run.stderr.strip()[-300:]}")
 
 
 if __name__ == "__main__":

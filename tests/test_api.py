@@ -66,5 +66,5 @@ def test_bench_leaves_a_folder(tmp_path, small_engine_path):
 
 
 def test_a_window_of_power_says_why_there_is_none(tmp_path):
-    with pytest.raises(PowerError, match="NVML"), ce.power_window("nvml"):
+    with pytest.raises(PowerError, match="NVML"), ce.power_window("mine", source="nvml"):
         pass

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
 
-from cdkd_edge.benchmark.record import IDLE, VALID, WARM_UP, BenchSummary, Figures, RailFigures
+from cdkd_edge.benchmark.record import IDLE, VALID, WARM_UP, BenchSummary, Figures, LayerTime, RailFigures
 from cdkd_edge.benchmark.statistics import Figure
 from cdkd_edge.board.power.protocol import MODULE
 from cdkd_edge.core.numbers import ABSENT, estimate, percent, significant, size
@@ -161,6 +161,7 @@ def bench_rows(summary: BenchSummary) -> list[tuple[str, str]]:
         *_power_rows(summary, figures),
         *_titled("end to end", [text for _, text in scene_rows(summary)]),
         ("roofline", _bound_text(summary)),
+        *_titled("layers", layer_texts(summary)),
         *((name, show(summary)) for name, show in FACTS),
         *_titled("unlike the paper", differences(summary) if figures.power else ()),
     ]
@@ -192,7 +193,13 @@ def _power_rows(summary: BenchSummary, figures: Figures) -> list[tuple[str, str]
     loads = [repeat.rails[name] for repeat in summary.repeats if repeat.rails]
     errors = [load.bound_joules / load.load_joules for load in loads if load.load_joules > 0]
     if errors and power.bound_holds:
-        rows.append(("", f"load joules of {name} within {100 * max(errors):.2g} %, {power.bound_holds}"))
+        offsets = [load.offset_joules / load.load_joules for load in loads if load.load_joules > 0]
+        offset = f" ({100 * max(offsets):.2g} % of it the sensor's offset)" if max(offsets) else ""
+        rows.append(("", f"load joules of {name} within {100 * max(errors):.2g} %{offset}, {power.bound_holds}"))
+    nets = [load.net_bound_watts for load in loads if load.net_bound_watts is not None]
+    if nets:
+        cancels = ": the sensor's offset cancels" if any(load.offset_joules for load in loads) else ""
+        rows.append(("", f"net watts of {name} within {significant(max(nets), 2)} W in each repeat{cancels}"))
     return rows
 
 
@@ -221,6 +228,45 @@ def _bound_text(summary: BenchSummary) -> str:
         f"{share}{significant(bound.bound_tiles_per_second)} tiles/s, MODELLED from the engine's {bound.modelled_from} "
         f"({where}; expected {significant(low)} .. {significant(high)})"
     )
+
+
+def layer_texts(summary: BenchSummary) -> tuple[str, ...]:
+    """What the times of layers add up to, and how they were made, a phrase each; empty without them."""
+    profile, figures = summary.layers, summary.figures
+    if profile is None or figures is None:
+        return ()
+    models = {
+        "": f"no modelled shares: {profile.modelled_reason}",
+        "operations": "shares of operations, because there is no model of a CPU",
+    }
+    return (
+        f"{significant(profile.sum_ms)} ms a batch together, {profile.sum_ms / profile.plain_ms:.2f} x a run "
+        "without the profiler",
+        f"{profile.average}s of {profile.runs} further runs without and with it, in turn: "
+        f"{significant(profile.plain_ms)} and {significant(profile.profiled_ms)} ms; the p50 under load was "
+        f"{significant(figures.latency_ms.p50)} ms",
+        models.get(profile.modelled_from, f"shares MODELLED from the engine's {profile.modelled_from}"),
+    )
+
+
+def layer_tables(summary: BenchSummary) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Title, header and rows of the times of layers: of the whole network, and of the dearest; empty without them."""
+    profile = summary.layers
+    if profile is None:
+        return []
+
+    def row(one: LayerTime, name: str) -> tuple[str, ...]:
+        shares = percent(one.measured_share), percent(one.modelled_share)
+        return (name, str(one.kernels), significant(one.ms), *shares)
+
+    whole = [row(one, one.name + (f" ({one.layers} blocks)" if one.layers > 1 else "")) for one in profile.parts]
+    dearest = [row(one, one.name if one.block is None else f"block {one.block}: {one.name}") for one in profile.dearest]
+    modelled = "share of operations" if profile.modelled_from == "operations" else "share modelled"
+    columns = "kernels", "ms a batch", "share measured", modelled
+    return [
+        ("where the time goes", ("part", *columns), whole),
+        (f"the {len(dearest)} dearest layers", ("layer", *columns), dearest),
+    ]
 
 
 def beside_the_paper(summary: BenchSummary) -> tuple[tuple[str, str, str], ...]:

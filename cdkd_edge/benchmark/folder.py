@@ -19,7 +19,7 @@ from cdkd_edge.core.errors import BenchError, printable
 from cdkd_edge.core.files import read_json, read_small, write_text
 
 SUMMARY, TILES, TRACE, CONDITIONS = "summary.json", "tiles.csv", "trace.csv", "conditions.csv"
-PICTURE, PAGE = "trace.png", "report.html"
+LAYERS, PICTURE, PAGE = "layers.csv", "trace.png", "report.html"
 
 MOST = 1e15  # largest number that is accepted, in any unit
 MOST_TABLE = 64 << 20  # largest table that is read, bytes: 1.6 million batches
@@ -117,6 +117,11 @@ def write_conditions(folder: Path, rows: Sequence[tuple[float, dict[str, float]]
         (f"{time:.3f}", *(f"{values[name]:g}" if name in values else "" for name in names)) for time, values in rows
     )
     _write(folder / CONDITIONS, ("time_s", *names), table)
+
+
+def write_layers(folder: Path, rows: Iterable[Sequence[str]]) -> None:
+    """Write ``layers.csv``: name, part of the network, block and milliseconds of every kernel."""
+    _write(folder / LAYERS, ("kernel", "layer", "block", "ms"), rows)
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -274,8 +274,9 @@ class PhaseRunner:
         interval = self.sampler.info.nominal_interval  # another client may have set a long one
         longest = max(LONGEST_SILENCE, LONGEST_SILENCE_SHARE * self.protocol.load_seconds, 3 * interval)
         if not lost and (silence := self.sampler.silence(rail)) > longest:
-            # Either no readings at all, or none of this rail: the last one tells which.
-            lacking = self.sampler.samples[-1:] and rail not in self.sampler.samples[-1].values
+            # Either no readings at all, or none of this rail: whether others came after its last one tells which.
+            since = time.monotonic() - silence + self.sampler.info.longest_step
+            lacking = any(last.time > since for last in self.sampler.samples[-1:])
             lost = f"no reading{f' of {rail}' if lacking else ''} for {silence:.1f} s"
         if lost and not self.go_on:
             raise _PowerLostError(f"{self.sampler.source} stopped answering: {lost}")

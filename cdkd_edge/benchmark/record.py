@@ -85,7 +85,9 @@ class RailRepeat:
     load_watts: float
     load_joules: float  # energy over the part of the load phase that is covered by readings
     covered: float  # share of a phase that lies between readings, 0..1, in the worst of the three phases
-    bound_joules: float  # largest error of ``load_joules`` through sampling, for the loads that ``bound_holds`` names
+    bound_joules: float  # largest error of ``load_joules``, for the loads that ``bound_holds`` names
+    offset_joules: float = 0.0  # the part of ``bound_joules`` that is the sensor's offset; net figures do not have it
+    net_bound_watts: float | None = None  # largest error of load minus idle watts; None: not recorded
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ class PowerFigures:
     covers: str
     total: str | None  # the rail that contains all others; None if no rail does
     rails: dict[str, RailFigures]
-    readings_per_second: float
-    late: int  # readings that came more than half an interval late
+    readings_per_second: float  # of the total, or of the first rail; as reached
+    late: int  # of these, readings that came more than half an interval late
     gaps: int  # number of stretches without readings in the whole trace
     gap_seconds: float
     problems: tuple[str, ...]  # problems met while sampling, including those it recovered from
@@ -182,6 +184,39 @@ class ModelledBound:
 
 
 @dataclass(frozen=True)
+class LayerTime:
+    """Time of a layer of the network, which a runtime computes in one kernel or in several."""
+
+    name: str  # e.g. ``attention`` or ``MLP fc1, GELU``
+    block: int | None  # number of the encoder's block, from 0; None outside the blocks, and where blocks are added up
+    layers: int  # how many layers are added up: those of one name in all blocks, or one
+    kernels: int  # how many of the runtime's own layers they are; 0: other kernels compute them as well
+    ms: float  # per batch
+    measured_share: float  # of the sum over all kernels, 0..1
+    modelled_share: float | None  # of the modelled time, or of the operations: see ``modelled_from``; None: no model
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """Where the time of a batch goes, from runs with the runtime's profiler after the measurement.
+
+    A profiler slows an engine: no figure of the run comes from these runs.
+    """
+
+    runs: int
+    average: str  # of the runs, for all times here: ``median``; ``mean`` for OpenVINO, which tells no more
+    plain_ms: float  # a batch without the profiler, in turn with the profiled runs
+    profiled_ms: float  # a batch with the profiler
+    sum_ms: float  # sum over all kernels; without copies to and from a GPU
+    parts: tuple[LayerTime, ...]  # the whole network, layers of one name in all blocks added up; the dearest first
+    dearest: tuple[LayerTime, ...]  # the ten dearest layers; all kernels are in ``layers.csv``
+    modelled_from: str
+    """``layers`` that TensorRT listed, or ``graph``: the roofline of the device. ``operations``: their shares, because
+    there is no model of a CPU. Empty: no model."""
+    modelled_reason: str  # why there is no modelled share; empty if there is one
+
+
+@dataclass(frozen=True)
 class BenchSummary:
     """A benchmark run, as written to ``summary.json``."""
 
@@ -204,6 +239,8 @@ class BenchSummary:
     started: str  # start of the run: UTC, ISO 8601
     origin: float  # the start on CLOCK_MONOTONIC, s; all other times count from it. It aligns readings of other meters.
     rejected_repeats: tuple[RejectedRepeat, ...] = ()  # of an invalid run; its tiles and readings are in the tables
+    layers: LayerProfile | None = None  # None if not asked for, if the run is invalid, or if it failed
+    layers_reason: str = ""  # why there are no times of layers; empty if there are
     command: str = ""  # the command line; empty if the run was made from Python
     tool: str = field(default=f"cdkd-edge {__version__}")
     summary_version: Literal[2] = 2

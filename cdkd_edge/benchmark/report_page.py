@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cdkd_edge.benchmark import curves, describe, sweep_table
-from cdkd_edge.benchmark.folder import CONDITIONS, PAGE, PICTURE, SUMMARY, TILES, TRACE, Run
+from cdkd_edge.benchmark.folder import CONDITIONS, LAYERS, PAGE, PICTURE, SUMMARY, TILES, TRACE, Run
 from cdkd_edge.benchmark.pareto import sweep_svg
 from cdkd_edge.benchmark.picture import histogram_svg, trace_svg
 from cdkd_edge.benchmark.record import IDLE, LOAD, BenchSummary, Figures, RejectedRepeat, Repeat
@@ -25,6 +25,7 @@ FILES: Final = {
     SUMMARY: "everything on this page, and the values of each repeat, as JSON",
     TILES: "every batch: phase, start, latency",
     TRACE: "every reading of power",
+    LAYERS: "the time of every kernel in runs with the runtime's profiler",
     CONDITIONS: "clocks, temperatures and fan against time",
     PICTURE: "the trace as a picture for print",
 }
@@ -51,6 +52,7 @@ def write_report_page(run: Run, path: Path) -> None:
         trace=Markup(trace_svg(run)), histogram=Markup(histogram),  # matplotlib escapes texts
         repeats=repeat_table(summary), rail_header=["rail", *(one.heading for one in describe.RAIL_FIGURES)],
         rail_rows=rail_rows(figures), scene_rows=describe.scene_rows(summary),
+        layer_texts=describe.layer_texts(summary), layer_tables=describe.layer_tables(summary),
         condition_rows=condition_rows(summary), setting_rows=setting_rows(summary),
         engine_rows=engine_rows(summary.engine), machine_rows=machine_rows(summary),
         files=[(name, text) for name, text in FILES.items() if (path.parent / name).exists()],
@@ -132,7 +134,7 @@ def repeat_table(summary: BenchSummary) -> tuple[str, list[str], Rows]:
         row = (*_course(number, one), *(significant(value, 4) for value in values))
         more = (significant(power.bound_joules, 2), percent(power.covered)) if power else ()
         rows.append((*row, *more, *[ABSENT] * (len(header) - len(row) - len(more))))
-    caption = f"Power of {rail}; ± is the largest error through sampling, see Protocol" if rail else _repeats(len(rows))
+    caption = f"Power of {rail}; ± is the largest error, see Protocol" if rail else _repeats(len(rows))
     return caption, header, rows
 
 
@@ -271,6 +273,7 @@ def _file(record: FileRecord) -> str:
 
 def _tensorrt_rows(build: TensorRTBuild) -> list[tuple[str, str]]:
     where = f"{build.gpu}, sm {build.compute_capability}" if build.gpu else f"compiled for {', '.join(build.targets)}"
+    where += f", {build.multiprocessors} multiprocessors" if build.multiprocessors else ""
     kinds = ", ".join(f"{count} {name}" for name, count in build.layer_precisions.items())
     flags, cache = ", ".join(build.flags) or "none", "used" if build.timing_cache else "not used"
     workspace, weights, scratch = size(build.workspace_bytes), size(build.weights_bytes), size(build.scratch_bytes)

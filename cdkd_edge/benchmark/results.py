@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from cdkd_edge.benchmark import record
@@ -10,7 +11,9 @@ from cdkd_edge.benchmark.phases import Timeline
 from cdkd_edge.benchmark.statistics import figure_of, latency_of, variance_hidden_by_sharing
 from cdkd_edge.board import throttling
 from cdkd_edge.board.conditions import Conditions
-from cdkd_edge.board.power.energy import RailEnergy, Trace, bound_holds, rail_energy
+from cdkd_edge.board.jetson import BoardIdentity
+from cdkd_edge.board.power.energy import RailEnergy, Trace, bound_holds, net_bound, rail_energy
+from cdkd_edge.board.power.ina3221 import TOTAL
 
 LEAST_READINGS = 2  # readings that a phase needs for a mean of watts
 
@@ -53,7 +56,11 @@ def rejected(repeat: record.Repeat) -> record.RejectedRepeat:
 def _rail(trace: Trace, rail: str, origin: float, phases: Sequence[record.Phase]) -> record.RailRepeat:
     first, last, loaded = (_energy(trace, rail, origin, phase) for phase in phases)  # idle before, idle after, load
     covered, idle = min(one.coverage for one in (first, last, loaded)), (first.watts + last.watts) / 2
-    return record.RailRepeat(idle, first.watts, last.watts, loaded.watts, loaded.joules, covered, loaded.bound)
+    return record.RailRepeat(
+        idle_watts=idle, idle_before_watts=first.watts, idle_after_watts=last.watts, load_watts=loaded.watts,
+        load_joules=loaded.joules, covered=covered, bound_joules=loaded.bound, offset_joules=loaded.offset,
+        net_bound_watts=net_bound(loaded, first, last),
+    )  # fmt: skip
 
 
 def _energy(trace: Trace, rail: str, origin: float, phase: record.Phase) -> RailEnergy:
@@ -123,8 +130,11 @@ def _rail_figures(found: Sequence[record.RailRepeat], times: Sequence[float], me
     )
 
 
-def condition_findings(timeline: Timeline, readings: Sequence[Conditions]) -> list[throttling.ConditionFinding]:
-    """What the monitor found: throttling during loads, other programs, and a change of the power mode."""
+def condition_findings(
+    timeline: Timeline, readings: Sequence[Conditions], board: BoardIdentity, repeats: Sequence[record.Repeat]
+) -> list[throttling.ConditionFinding]:
+    """What the monitor found: throttling during loads, other programs, a change of the power mode, and what it could
+    not see; and watts that the board is not known to draw."""
     loads = timeline.loads
     found = [finding for load in loads for finding in throttling.judge_conditions(readings, *timeline.clock(load))]
     for phase in timeline.completed:
@@ -135,6 +145,10 @@ def condition_findings(timeline: Timeline, readings: Sequence[Conditions]) -> li
     if loads:  # net power compares idle with load, so the mode must not change in between
         start, stop = timeline.clock(timeline.phases[0])[0], timeline.clock(timeline.phases[-1])[1]
         found += throttling.judge_power_mode(readings, start, stop)
+    found += throttling.judge_sight(readings, board)
+    if module := [rails[TOTAL] for repeat in repeats if TOTAL in (rails := repeat.rails or {})]:
+        idle, load = (fmean(getattr(one, name) for one in module) for name in ("idle_watts", "load_watts"))
+        found += throttling.judge_watts(board, idle, load)
     return found
 
 

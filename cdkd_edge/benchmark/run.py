@@ -17,15 +17,16 @@ from rasterio.windows import Window
 
 from cdkd_edge.benchmark import folder as files
 from cdkd_edge.benchmark import results
+from cdkd_edge.benchmark.layer_times import kernel_rows, layer_profile, modelled_shares, time_kernels
 from cdkd_edge.benchmark.phases import DEFAULT, LiveStatus, PhaseRunner
-from cdkd_edge.benchmark.record import INVALID, BenchSummary, EndToEnd, Figures, Protocol
-from cdkd_edge.benchmark.roofline.bound import modelled_bound
+from cdkd_edge.benchmark.record import INVALID, BenchSummary, EndToEnd, Figures, LayerProfile, Protocol
+from cdkd_edge.benchmark.roofline.bound import model_of
 from cdkd_edge.benchmark.roofline.devices import load_device
 from cdkd_edge.benchmark.verdict import judge
 from cdkd_edge.board.conditions import Conditions, ConditionsMonitor
 from cdkd_edge.board.jetson import describe_board
 from cdkd_edge.board.power.sampler import PowerSampler, find_source
-from cdkd_edge.core.errors import PowerError, SceneError, UsageError
+from cdkd_edge.core.errors import EngineError, ManifestError, PowerError, SceneError, UsageError
 from cdkd_edge.core.files import scratch_folder, whole_folder
 from cdkd_edge.core.machine import describe_machine, forget_peak_memory, library_versions, peak_memory
 from cdkd_edge.core.sample import sample_tiles
@@ -53,6 +54,7 @@ class BenchOptions:
     keep_invalid: bool = False  # complete a run that cannot become valid, and give its figures
     scene: Path | None = None  # scene for the end-to-end time. Default: a drawn one.
     segment: SegmentOptions = SegmentOptions()
+    layers: bool = False  # time every layer as well, after the rest
     device: str | None = None  # device file for the modelled bound. Default: that of this board or GPU.
     graphs: tuple[Path, ...] = ()  # folders to look for the engine's graph in
     command: str = ""  # the command line, for the record
@@ -159,8 +161,10 @@ def _measure(
         repeats = results.repeats_of(timeline, protocol, manifest.batch, trace)
     except results.NoFigureError as error:
         repeats, power_reason = results.repeats_of(timeline, protocol, manifest.batch, None), str(error)
-    findings = results.condition_findings(timeline, readings)
+    findings = results.condition_findings(timeline, readings, board, repeats)
     verdict = judge(timeline, protocol, repeats, manifest, trace, power_reason, findings, power_wanted=wanted)
+    if engine.warning:
+        verdict = replace(verdict, warnings=(engine.warning, *verdict.warnings))
     figures: Figures | None = None
     scene: EndToEnd | None = None
     quotable = verdict.status != INVALID or options.keep_invalid
@@ -177,12 +181,25 @@ def _measure(
             verdict = replace(verdict, warnings=(*verdict.warnings, warning))
     speed = figures.tiles_per_second.mean if figures else None
     mode, root = board.power_mode.name if board.power_mode else None, options.root
-    bound, no_bound = modelled_bound(manifest, options.graphs, speed, device=options.device, mode=mode, root=root)
+    model, no_model = model_of(manifest, options.graphs, device=options.device, mode=mode, root=root)
+    layers: LayerProfile | None = None
+    no_layers = "the run is invalid" if options.layers else "not asked for (--layers)"
+    if options.layers and figures:
+        note("the time of every layer")
+        try:
+            times = time_kernels(engine, figures.latency_ms.p50 / 1e3)
+            modelled = modelled_shares(manifest, options.graphs, model, no_model)
+            layers, no_layers = layer_profile(times, modelled), ""
+            files.write_layers(folder, kernel_rows(times))
+        except (EngineError, ManifestError) as error:
+            no_layers = error.message
+            verdict = replace(verdict, warnings=(*verdict.warnings, f"no times of layers: {no_layers}"))
     summary = BenchSummary(
         verdict=verdict, figures=figures, engine=manifest, protocol=protocol, phases=timeline.phases,
         repeats=repeats if quotable else (),
         rejected_repeats=() if quotable else tuple(map(results.rejected, repeats)),
-        end_to_end=scene, roofline=bound, roofline_reason=no_bound, machine=describe_machine(),
+        end_to_end=scene, roofline=model.bound(speed) if model else None, roofline_reason=no_model,
+        layers=layers, layers_reason=no_layers, machine=describe_machine(),
         board=msgspec.to_builtins(board) if board.jetson else None,
         conditions=results.load_conditions(timeline, readings), libraries=library_versions(LIBRARIES),
         peak_memory_bytes=memory, started=started, origin=timeline.origin, command=options.command,

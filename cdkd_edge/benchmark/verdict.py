@@ -10,11 +10,11 @@ from cdkd_edge.benchmark.phases import Timeline
 from cdkd_edge.benchmark.record import INVALID, LOAD, NOT_STEADY, VALID, Phase, Protocol, Repeat, Verdict
 from cdkd_edge.board.power.energy import Trace
 from cdkd_edge.board.power.protocol import LEFT_OUT, SourceInfo
+from cdkd_edge.board.power.window import LEAST_COVERAGE
 from cdkd_edge.board.throttling import ConditionFinding
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.runtimes import runtime_of
 
-LEAST_COVERAGE = 0.98  # least share of a phase that must be covered by readings
 IDLE_DIFFERENCE = 0.1  # between the idle phases before and after a load, as a share of their mean, gives a warning
 MLPERF_POWER_SECONDS = 60.0  # least load that MLPerf Power requires
 PARTS, BATCHES_IN_PART = 5, 2  # of a load, and least batches in each part; a short load has fewer parts
@@ -151,8 +151,8 @@ def _power_warnings(repeats: tuple[Repeat, ...], trace: Trace) -> list[str]:
     source = trace.source
     if source.total is None:
         warnings.append(f"{source.name} has no total rail, and its rails do not add up to one")
-    if trace.late > LATE_SHARE * len(trace.samples):
-        warnings.append(f"{trace.late} of {len(trace.samples)} power readings were late")
+    if (late := trace.late) > LATE_SHARE * (count := len(trace.readings)):
+        warnings.append(f"{late} of {count} power readings were late")
     for number, repeat in enumerate(repeats, 1):
         one = (repeat.rails or {}).get(source.total or "")
         if one and abs(one.idle_after_watts - one.idle_before_watts) > IDLE_DIFFERENCE * one.idle_watts:

@@ -12,16 +12,31 @@ from pathlib import Path
 from typing import Any
 
 from cdkd_edge.board import jetson
+from cdkd_edge.board.conditions import ConditionsReader
 from cdkd_edge.board.jetson import is_jetson, read
 from cdkd_edge.board.modes import pending_restore
-from cdkd_edge.board.software import FAIL, OK, WARN, Finding, Software, examine_software, read_software
+from cdkd_edge.board.power.ina3221 import TOTAL
+from cdkd_edge.board.software import FAIL, OK, WARN, Finding, Software, examine_software, numbers, read_software
 from cdkd_edge.core.errors import BoardError, printable
 
 JETPACK_HINT = "flash JetPack 6.1 or newer (NVIDIA SDK Manager): it has TensorRT 10.3"
 SOCKET = "/run/jtop.sock"
+MOUNTS = {
+    "board": "-v /sys/firmware/devicetree/base:/device-tree:ro",
+    "JetPack": f"-v {jetson.RELEASE}:{jetson.RELEASE}:ro",
+    "power mode": f"-v {jetson.CONFIG}:{jetson.CONFIG}:ro -v /var/lib/nvpmodel:/var/lib/nvpmodel:ro",
+    "jtop service": f"-v {SOCKET}:{SOCKET} --group-add $(getent group jtop | cut -d: -f3)",
+}
+"""Options of ``docker run`` that let a container see what the finding of that name is about."""
 _MANAGED = 38
 """First Jetson Linux on Ubuntu 24.04, where pip needs ``--break-system-packages`` to install into the system's Python
 (PEP 668); the pip of JetPack 6 does not know the option."""
+_JTOP_OF_JETPACK_7 = (7, 2)
+"""First jetson-stats that knows Jetson Linux 39.2, and whose service outlives a `jetson_clocks --show` that fails
+(https://github.com/rbonghi/jetson_stats/issues/876)."""
+_VOLTS = (4.75, 20.0)
+"""At VDD_IN of Orin NX and Orin Nano. Carrier boards give 5 V or any voltage up to 20 V (NVIDIA's design guide
+DG-10931-001, pin 217); 4.75 V is the least (ARK Electronics, ark_jetson_kernel, docs/power.md)."""
 GIB = 1 << 30
 BUILD_BYTES = 4 * GIB  # free memory that a build of the paper's network needs on a board; an estimate
 RUN_BYTES = 1 * GIB  # free memory below which neither a build nor a scene is likely to run
@@ -66,6 +81,8 @@ def examine(
         probe_jtop_group(root, user or current_user()),
         probe_power_mode(root, software.nvpmodel),
         probe_clocks(root),
+        probe_throttling(root),
+        probe_supply(root),
         probe_restore(root),
         probe_memory(root),
         probe_swap(root),
@@ -79,14 +96,16 @@ def examine(
 
 def probe_board(root: Path) -> Finding:
     """Which machine it is."""
-    model, known = read(root, jetson.MODEL), is_jetson(root)
+    model, known = jetson.device_tree(root, "model"), is_jetson(root)
+    data = {"model": printable(model.text) if model.text else None, "jetson": known}
     if model.text:
-        text = printable(model.text)
-        return Finding("board", OK, text, data={"model": text, "jetson": known})
+        return Finding("board", OK, printable(model.text), data=data)
+    if known:
+        text = f"a Jetson of unknown model: /proc/device-tree cannot be read: {model.reason or 'there is none'}"
+        return Finding("board", WARN, text, f"in a container: docker run {MOUNTS['board']} ...", data)
     if model.reason:
-        return Finding("board", WARN, f"{jetson.MODEL} cannot be read: {model.reason}", data={"jetson": known})
-    text = "a Jetson whose device tree is not visible" if known else "no device tree: not a Jetson"
-    return Finding("board", OK, text, data={"model": None, "jetson": known})
+        return Finding("board", WARN, f"/proc/device-tree/model cannot be read: {model.reason}", data=data)
+    return Finding("board", OK, "no device tree: not a Jetson", data=data)
 
 
 def probe_jetpack(root: Path) -> Finding:
@@ -98,7 +117,7 @@ def probe_jetpack(root: Path) -> Finding:
     if release is None:
         file = read(root, jetson.RELEASE)
         said = file.reason or ("says no release" if file.text is not None else "does not exist")
-        container = f"in a container: docker run -v {jetson.RELEASE}:{jetson.RELEASE}:ro ..."
+        container = f"in a container: docker run {MOUNTS['JetPack']} ..."
         mend = container if file.text is None else JETPACK_HINT
         return Finding(name, WARN, f"{jetson.RELEASE}: {said}", mend, {"l4t": None})
     major, l4t = release
@@ -106,14 +125,15 @@ def probe_jetpack(root: Path) -> Finding:
     data = {"l4t": l4t, "jetpack": jetpack}
     kit = f"nvidia-jetpack {jetpack}" if jetpack else f"of JetPack {jetson.generation(major)}"
     text = f"Jetson Linux {l4t}, {kit}"
-    if tuple(int(part) for part in re.findall(r"\d+", l4t)) < (36, 4):
+    if numbers(l4t, 2) < (36, 4):
         return Finding(name, FAIL, f"{text}: its TensorRT is older than 10.3", JETPACK_HINT, data)
     return Finding(name, OK, text, data=data)
 
 
 def probe_power_mode(root: Path, asked: str | None = None) -> Finding:
     """The power mode, by the answer of ``nvpmodel -q`` or its status file, and whether another lets the GPU do more."""
-    name, mend = "power mode", "sudo apt install --reinstall nvidia-l4t-nvpmodel"
+    name, container = "power mode", f"in a container: docker run {MOUNTS['power mode']} ..."
+    mend = f"{container}; else sudo apt install --reinstall nvidia-l4t-nvpmodel"
     if not is_jetson(root):
         return Finding(name, OK, "not a Jetson: none")
     config = read(root, jetson.CONFIG)
@@ -130,7 +150,7 @@ def probe_power_mode(root: Path, asked: str | None = None) -> Finding:
     current = jetson.mode_of(tuple(modes), number)
     if current is None:
         said = "is not known" if number is None else f"{number} is not in /etc/nvpmodel.conf"
-        return Finding(name, WARN, f"the current mode {said}", "sudo nvpmodel -q", data)
+        return Finding(name, WARN, f"the current mode {said}", f"{container}; else sudo nvpmodel -q", data)
     frequencies = read(root, f"{jetson.gpu_folder(root)}/available_frequencies").text or ""
     top = max((int(word) for word in frequencies.split() if word.isdigit()), default=None)
     best = max(modes, key=lambda mode: modes[mode].rate(top))
@@ -159,6 +179,33 @@ def probe_clocks(root: Path) -> Finding:
         text += f"free between {low / 1e6:.0f} and {high / 1e6:.0f} MHz; measurements vary more than with fixed clocks"
         return Finding(name, WARN, text, "sudo jetson_clocks", data)
     return Finding(name, OK, f"{text}held at {high / 1e6:.0f} MHz", data=data)
+
+
+def probe_throttling(root: Path) -> Finding:
+    """The counters by which `bench` notices that the board was throttled."""
+    name, events = "throttling", ConditionsReader(root).read().throttle_events
+    data = {"counters": sorted(events)}
+    if events:
+        return Finding(name, OK, f"counted by {', '.join(sorted(events))}", data=data)
+    if not is_jetson(root):
+        return Finding(name, OK, "not counted on this machine", data=data)
+    text = "no over-current counter can be read: `bench` does not notice throttling"
+    return Finding(name, WARN, text, "ls -l /sys/class/hwmon/hwmon*/oc*_event_cnt", data)
+
+
+def probe_supply(root: Path) -> Finding:
+    """The voltage at the input of an Orin NX or Orin Nano. Only `oc1` of a run tells whether it holds under load."""
+    labels = root.glob("sys/bus/i2c/drivers/ina3221*/*/hwmon/hwmon*/in*_label")
+    label = next((path for path in labels if read(path.parent, path.name).text == TOTAL), None)
+    known = "Orin N" in (jetson.device_tree(root, "model").text or "")
+    millivolts = read(label.parent, label.name.replace("label", "input")).number if label and known else None
+    if millivolts is None:
+        return Finding("supply", OK, "its voltage is not judged on this machine")
+    volts, data = millivolts / 1000, {"volts": millivolts / 1000}
+    if _VOLTS[0] <= volts <= _VOLTS[1]:
+        return Finding("supply", OK, f"{volts:.2f} V at the module", data=data)
+    text = f"{volts:.2f} V at the module, which needs {_VOLTS[0]:g} to {_VOLTS[1]:g} V"
+    return Finding("supply", WARN, text, "use a stronger supply, or a shorter cable", data)
 
 
 def probe_restore(root: Path) -> Finding:
@@ -222,9 +269,14 @@ def probe_jtop_service(root: Path, software: Software) -> Finding:
     data = {"client": version, "socket": socket_exists(root), **software.jtop}
     if not is_jetson(root):
         return Finding(name, OK, "not a Jetson: not needed", data=data)
+    release = jetson.jetson_linux(root)
+    if version and release and release[0] >= _MANAGED and numbers(version, 2) < _JTOP_OF_JETPACK_7:
+        text = f"jetson-stats {version} does not know JetPack 7, and its service may end there"
+        return Finding(name, WARN, text, _install(root), data)
     if not socket_exists(root):
         mend = "sudo systemctl restart jtop.service" if version else _install(root)
         missing = "" if version else ", jetson-stats is not installed in this Python"
+        mend = f"{mend}; in a container: docker run {MOUNTS[name]} ..."
         return Finding(name, WARN, f"does not run ({SOCKET} is not there){missing}", mend, data)
     if version is None:
         text = "runs, but jetson-stats is not installed in this Python"
@@ -233,7 +285,7 @@ def probe_jtop_service(root: Path, software: Software) -> Finding:
         said = printable(str(software.jtop.get("error", "was not asked")))
         return Finding(name, WARN, f"jetson-stats {version} does not get an answer: {said}", _install(root), data)
     rail = software.jtop.get("rail")
-    if rail != "VDD_IN" and "AGX Orin" in (read(root, jetson.MODEL).text or ""):
+    if rail != "VDD_IN" and "AGX Orin" in (jetson.device_tree(root, "model").text or ""):
         text = f"jetson-stats {version} answers; an AGX Orin has no VDD_IN, its power is read from its INA3221 chips"
         return Finding(name, OK, text, data=data)
     if rail != "VDD_IN":
@@ -253,8 +305,13 @@ def probe_jtop_group(root: Path, user: User) -> Finding:
     groups = read(root, "/etc/group")
     entry = _group(groups.text or "", "jtop")
     if entry is None:
+        number = _socket_group(root)
+        if number in user.groups:  # in a container, which has the group's number alone
+            return Finding(name, OK, f"{user.name} has the socket's group {number}", data={"gid": number})
         said = f"/etc/group: {groups.reason}" if groups.reason else "there is no group jtop"
         mend = f"sudo groupadd -f jtop && sudo usermod -aG jtop {user.name} && sudo systemctl restart jtop.service"
+        if number is not None:
+            mend = f"in a container: docker run --group-add {number} ...; else {mend}"
         return Finding(name, WARN, said, mend)
     number, members = entry
     if number in user.groups:
@@ -263,6 +320,13 @@ def probe_jtop_group(root: Path, user: User) -> Finding:
         text = f"{user.name} is a member, but logged in before becoming one"
         return Finding(name, WARN, text, "log out and in again, or: newgrp jtop", {"gid": number})
     return Finding(name, WARN, f"{user.name} is not a member", f"sudo usermod -aG jtop {user.name}", {"gid": number})
+
+
+def _socket_group(root: Path) -> int | None:
+    try:
+        return jetson.resolve(root, SOCKET).stat().st_gid
+    except OSError:
+        return None
 
 
 def _install(root: Path) -> str:

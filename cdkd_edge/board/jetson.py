@@ -12,7 +12,6 @@ from pathlib import Path
 from cdkd_edge.core import machine
 from cdkd_edge.core.errors import printable
 
-MODEL = "/proc/device-tree/model"
 RELEASE = "/etc/nv_tegra_release"
 CONFIG = "/etc/nvpmodel.conf"
 SYS_CPU = "sys/devices/system/cpu"
@@ -60,10 +59,25 @@ def resolve(root: Path, path: str) -> Path:
     return place
 
 
+def device_tree(root: Path, name: str) -> Text:
+    """A file of the device tree, for instance ``model``: the kernel's, else the copy that a container has mounted."""
+    found = [read(root, f"{place}/{name}") for place in machine.DEVICE_TREES]
+    return next((one for one in found if one.text is not None), found[0])
+
+
 def is_jetson(root: Path) -> bool:
-    """Whether the tree is that of an NVIDIA Jetson."""
-    named = f"{read(root, MODEL).text or ''} {read(root, '/proc/device-tree/compatible').text or ''}".casefold()
-    return "jetson" in named or "nvidia,tegra" in named or read(root, RELEASE).text is not None
+    """Whether the tree is that of an NVIDIA Jetson.
+
+    A container without mounts sees neither device tree nor release, but the GPU's clock and the kernel's name.
+    """
+    named = f"{device_tree(root, 'model').text or ''} {device_tree(root, 'compatible').text or ''}".casefold()
+    return (
+        "jetson" in named
+        or "nvidia,tegra" in named
+        or read(root, RELEASE).text is not None
+        or resolve(root, gpu_folder(root)).is_dir()
+        or (read(root, "/proc/sys/kernel/osrelease").text or "").endswith("-tegra")
+    )
 
 
 def jetson_linux(root: Path) -> tuple[int, str] | None:
@@ -121,7 +135,7 @@ def parse_modes(text: str) -> dict[PowerMode, GpuLimits]:
             if words[:2] == ["GPU", "MAX_FREQ"]:
                 modes[mode] = replace(modes[mode], hertz=value if value > 0 else None)
             elif words[:2] == ["TPC_POWER_GATING", "TPC_PG_MASK"] and 0 <= value < 256:
-                # Each set bit of eight turns a TPC off, which has two multiprocessors.
+                # Each set bit of eight turns a TPC off, which has two multiprocessors. (GPU_PG_MASK is Thor's.)
                 modes[mode] = replace(modes[mode], multiprocessors=2 * (8 - bin(value).count("1")))
     return modes
 
@@ -208,7 +222,7 @@ def describe_board(root: Path = Path("/")) -> BoardIdentity:
     release = jetson_linux(root) if jetson else None
     modes = read_modes(root) if jetson else ()
     return BoardIdentity(
-        model=printable(read(root, MODEL).text or "") or None,
+        model=printable(device_tree(root, "model").text or "") or None,
         jetson=jetson,
         l4t=release[1] if release else None,
         jetpack=(installed_jetpack(root) or (generation(release[0]) if release else None)) if jetson else None,

@@ -64,7 +64,10 @@ def run_command(command: Sequence[str], timeout: float = TIMEOUT) -> ToolAnswer:
     """
     program = shutil.which(command[0], path=os.pathsep.join((os.environ.get("PATH", ""), *_PLACES)))
     if program is None:
-        raise BoardError(f"{command[0]} is not installed", hint="power modes and clocks are set on a Jetson only")
+        raise BoardError(
+            f"{command[0]} is not installed",
+            hint="set power mode and clocks on the Jetson itself, not in a container",
+        )
     for _ in range(_ATTEMPTS):
         answer = _run_once([program, *command[1:]], timeout)
         # The session begins a moment after the fork; a signal to this process's group in between ends the child before
@@ -177,13 +180,17 @@ def pending_restore(root: Path = ROOT) -> PendingRestore | None:
 
 
 def find_mode(modes: tuple[PowerMode, ...], wanted: str) -> PowerMode:
-    """The mode of that name (``25W``, ``maxn``, also without the ``MODE_`` of some boards) or number, or BoardError."""
+    """The mode of that name (``25W``, ``maxn``, also without the ``MODE_`` of some boards) or number, or BoardError.
+
+    On a super board the mode without limits is called MAXN_SUPER and there is no MAXN: there, MAXN means that one.
+    """
     if not modes:
         raise BoardError("this machine has no power modes: there is no /etc/nvpmodel.conf that names one")
     name = wanted.strip().casefold()
-    for mode in modes:
-        if name in (mode.name.casefold(), mode.name.casefold().removeprefix("mode_"), str(mode.id)):
-            return mode
+    for wished in (name, f"{name}_super") if name == "maxn" else (name,):
+        for mode in modes:
+            if wished in (mode.name.casefold(), mode.name.casefold().removeprefix("mode_"), str(mode.id)):
+                return mode
     raise BoardError(f"there is no power mode {wanted}", hint=f"this board has {', '.join(map(str, modes))}")
 
 

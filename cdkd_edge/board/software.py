@@ -34,7 +34,17 @@ NEEDED: Mapping[str, tuple[int, ...]] = {
 """Lowest versions, as in pyproject.toml."""
 _OPTIONAL = ("torch", "jetson-stats", "cuda-python", "cuda-bindings", "pycuda", "onnxruntime-gpu", "openvino")
 _OPENVINO = (2024, 4)
+_LEAST_TENSORRT = (10, 3)
+_SBSA = 38  # first Jetson Linux that takes TensorRT's packages for servers (SBSA)
+_LEAST_SBSA = (10, 16)
+"""First of these packages with kernels for Orin; 10.13 says "Target GPU SM 87 is not supported by this TensorRT
+release" (https://github.com/NVIDIA-ISAAC-ROS/isaac-ros-cli/issues/22)."""
+_DLA_COMPILER = "libnvdla_compiler.so"
+"""What TensorRT of JetPack 6 is linked against. There it is a package of its own
+(https://github.com/4paradigm/phanthymotus/pull/154); JetPack 7.2 has none
+(https://github.com/Jonah-May-OSS/wyoming-whisper-trt/issues/1038)."""
 _SYSTEM_PYTHON = {36: "3.10", 38: "3.12", 39: "3.12"}  # that JetPack's TensorRT is compiled for, by Jetson Linux
+_SILENT, _CRASHED = "no answer", "the process that asked it crashed"
 TIMEOUT = 30.0  # seconds in which a driver, an import or a service must answer
 
 
@@ -99,13 +109,14 @@ def examine_software(root: Path, software: Software) -> tuple[Finding, ...]:
     )
 
 
-def _numbers(version: str, count: int) -> tuple[int, ...]:
+def numbers(version: str, count: int) -> tuple[int, ...]:
+    """The first numbers of a version, for comparing."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:count])
 
 
 def probe_python(root: Path, software: Software) -> Finding:
     """Python; on a Jetson it must be the one that JetPack's TensorRT is compiled for."""
-    own = _numbers(software.python, 2)
+    own = numbers(software.python, 2)
     data = {"version": software.python, "executable": sys.executable}
     if own < (3, 10):
         text = f"{software.python}: 3.10 or newer is needed"
@@ -127,7 +138,7 @@ def probe_packages(software: Software) -> Finding:
             version = software.packages.get("onnxruntime-gpu")
         if version is None:
             faults.append(f"{name} is missing")
-        elif _numbers(version, len(least)) < least:
+        elif numbers(version, len(least)) < least:
             faults.append(f"{name} {version} is older than {'.'.join(map(str, least))}")
     data = {"versions": dict(software.packages)}
     if faults:
@@ -150,6 +161,8 @@ def probe_gpu(root: Path, software: Software) -> Finding:
         return Finding("GPU", FAIL, reason, "in a container: docker run --runtime nvidia ...; else reboot", gpu)
     if "does not start" in reason:
         return Finding("GPU", WARN, reason, "nvidia-smi, and restart the machine after an update", gpu)
+    if reason.startswith((_SILENT, _CRASHED)):  # on a machine with much to do: that says nothing about a GPU
+        return Finding("GPU", WARN, f"not known: {reason}", "cdkd-edge doctor, when the machine has less to do", gpu)
     return Finding("GPU", OK, f"none ({reason}): engines run on the CPU", data=gpu)
 
 
@@ -171,16 +184,26 @@ def probe_cuda(root: Path, software: Software) -> Finding:
 def probe_tensorrt(root: Path, software: Software) -> Finding:
     """TensorRT, as this Python imports it."""
     found = software.tensorrt
+    release, capability = (jetson_linux(root) or (0,))[0], software.gpu.get("compute_capability")
     if "error" in found or not found:
         reason = str(found.get("error", "was not asked"))
         if is_jetson(root):
             mend = "sudo apt install python3-libnvinfer; python3 -m venv --system-site-packages .venv"
+            if _DLA_COMPILER in reason:
+                mend = "sudo apt install nvidia-l4t-dla-compiler"
+                if release >= _SBSA:
+                    reason += f": TensorRT of JetPack 6, whose {_DLA_COMPILER} JetPack 7 does not have"
+                    mend = "use an image or packages made for JetPack 7"
             return Finding("TensorRT", FAIL, reason, mend, found)
         if software.has_gpu:
             return Finding("TensorRT", WARN, f"{reason}: the GPU is not used", "pip install tensorrt", found)
         return Finding("TensorRT", OK, "none: not needed on the CPU", data=found)
-    if found["kind"] == "tensorrt" and _numbers(str(found["version"]), 2) < (10, 3):
-        text = f"{found['name']} is older than 10.3"
+    least = _LEAST_SBSA if release >= _SBSA and capability == "8.7" else _LEAST_TENSORRT
+    if found["kind"] == "tensorrt" and numbers(str(found["version"]), 2) < least:
+        text = f"{found['name']} is older than {'.'.join(map(str, least))}"
+        if least == _LEAST_SBSA:
+            text += ", the first for an Orin with JetPack 7"
+            return Finding("TensorRT", FAIL, text, "sudo apt install --only-upgrade python3-libnvinfer", found)
         return Finding("TensorRT", FAIL, text, "update JetPack, or pip install --upgrade tensorrt", found)
     idle = "" if software.has_gpu else ", which compiles only: there is no GPU to run on"
     return Finding("TensorRT", OK, printable(f"{found['name']}{idle}"), data=found)
@@ -195,9 +218,16 @@ def probe_binding(software: Software) -> Finding:
     listed = ", ".join(packages) or "neither cuda-python nor PyCUDA"
     if not software.has_gpu:
         return Finding(name, OK, f"{listed}; no GPU to use it with", data=data)
+    driver = numbers(str(software.gpu.get("cuda", "")), 1)
+    version = software.packages.get("cuda-bindings") or software.packages.get("cuda-python")
+    newer = bool(version and driver and numbers(version, 1) > driver)
     if "error" in software.cuda or not software.cuda:
-        mend = "pip install 'cdkd-edge[gpu]'"
-        return Finding(name, FAIL, f"{listed}: {software.cuda.get('error', 'was not asked')}", mend, data)
+        limit = f" 'cuda-python<{driver[0] + 1}'" if driver else ""
+        text, mend = f"{listed}: {software.cuda.get('error', 'was not asked')}", f"pip install 'cdkd-edge[gpu]'{limit}"
+        return Finding(name, FAIL, text, mend, data)
+    if newer:  # https://nvidia.github.io/cuda-python/cuda-bindings/latest/support.html
+        text = f"{listed}: made for CUDA {numbers(str(version), 1)[0]}, but the driver is for CUDA {driver[0]}"
+        return Finding(name, WARN, text, f"pip install 'cuda-python<{driver[0] + 1}'", data)
     return Finding(name, OK, f"{listed}, for CUDA {software.cuda.get('runtime_version')}", data=data)
 
 
@@ -209,7 +239,7 @@ def probe_openvino(software: Software) -> Finding:
     mend = "pip install --upgrade 'cdkd-edge[openvino]'"
     if "error" in found or not found:
         return Finding(name, WARN, f"{version}: {found.get('error', 'was not asked')}", mend, found)
-    if _numbers(version, 2) < _OPENVINO:
+    if numbers(version, 2) < _OPENVINO:
         return Finding(name, WARN, f"{version} is older than {'.'.join(map(str, _OPENVINO))}", mend, found)
     bf16 = "with BF16" if "BF16" in found["precisions"] else "without BF16"
     return Finding(name, OK, f"{version}, on a CPU {bf16}", data=found)
@@ -256,12 +286,12 @@ def _run_all(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str,
 def _answer(said: str | None, timeout: float) -> dict[str, Any]:
     """The answer of a child: its last line as data. Libraries may print before it."""
     if said is None:
-        return {"error": f"no answer within {timeout:.0f} s"}
+        return {"error": f"{_SILENT} within {timeout:.0f} s"}
     with contextlib.suppress(ValueError, IndexError):
         answer = json.loads(said.strip().splitlines()[-1])
         if isinstance(answer, dict):
             return answer
-    return {"error": "the process that asked it crashed"}
+    return {"error": _CRASHED}
 
 
 # --- the child process -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Judging the conditions of a measurement: throttling, heat, a changed power mode, clocks, other programs.
+"""Judging the conditions of a measurement: throttling, heat, a changed power mode, clocks, other programs, odd watts.
 
 Over-current and thermal throttling slow the board down without a message: a rise of their counters makes a run invalid,
 and so do a hot junction and a changed power mode. A clock below its maximum is only a warning: the board is set so.
@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from cdkd_edge.board.conditions import Conditions
+from cdkd_edge.board.jetson import BoardIdentity
 
 OVER_CURRENT = "over-current"
 TOO_HOT = "too hot"
@@ -19,11 +20,17 @@ MODE_CHANGED = "mode changed"
 THERMAL_THROTTLING = "thermal throttling"
 BELOW_MAXIMUM = "below maximum clock"
 OTHER_PROGRAMS = "other programs"
+NOT_SEEN = "not seen"
+ODD_WATTS = "odd watts"
 
 HOT = 95.0  # junction temperature, degrees Celsius, that makes a run invalid; Orin shuts down a few degrees above
 OTHERS_SEEN, OTHERS_DISTURB = 0.05, 0.1
 """Shares of the processors' time that other programs use: above the first there is a warning; above the second, figures
 of a CPU engine hold for this run alone."""
+ORIN_NX_WATTS = {"idle": (4.0, 7.0), "load": (4.0, 32.0)}
+"""What an Orin NX draws at VDD_IN. ARK Electronics measured 4.6 W idle, and up to 30.3 W with all CPUs and FP16
+products in MAXN_SUPER (https://github.com/ARK-Electronics/ark_jetson_kernel, docs/power.md); the Mask-CDKD paper 5.74
+and 18.95 W."""
 _FULL = 0.98  # share of the highest allowed clock that counts as full
 # Meanings on Orin; other modules have other numbers, but all events are about the supply.
 _EVENTS = {"oc1": "under-voltage of the supply", "oc2": "mean over-current", "oc3": "instantaneous over-current"}
@@ -52,6 +59,29 @@ def judge_conditions(readings: Sequence[Conditions], start: float, stop: float) 
 def judge_power_mode(readings: Sequence[Conditions], start: float, stop: float) -> tuple[ConditionFinding, ...]:
     """Judge whether the power mode stayed the same in a whole run, including the time between its loads."""
     return tuple(_modes(_around(readings, start, stop)))
+
+
+def judge_sight(readings: Sequence[Conditions], board: BoardIdentity) -> tuple[ConditionFinding, ...]:
+    """What could not be seen of a Jetson, for instance from a container: throttling, and the power mode."""
+    unseen = []
+    if board.jetson and not any(one.throttle_events for one in readings):
+        unseen.append("throttling was not observed: no over-current counter could be read")
+    if board.jetson and board.power_mode is None:
+        unseen.append("the power mode is not known")
+    return tuple(ConditionFinding(NOT_SEEN, False, f"{text} (cdkd-edge doctor says what helps)") for text in unseen)
+
+
+def judge_watts(board: BoardIdentity, idle: float, load: float) -> tuple[ConditionFinding, ...]:
+    """Judge whether an Orin NX may draw these watts at VDD_IN; other boards are not judged."""
+    if "Orin NX" not in (board.model or ""):
+        return ()
+    found = []
+    for phase, watts in (("idle", idle), ("load", load)):
+        least, most = ORIN_NX_WATTS[phase]
+        if not least <= watts <= most:
+            text = f"VDD_IN is {watts:.1f} W in {phase}; others measured {least:g} to {most:g} W on an Orin NX"
+            found.append(ConditionFinding(ODD_WATTS, False, f"{text}: is the sensor right, does anything else run?"))
+    return tuple(found)
 
 
 def others_share(readings: Sequence[Conditions], start: float, stop: float) -> float | None:

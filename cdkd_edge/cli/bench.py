@@ -90,6 +90,9 @@ def bench(
     power: PowerOptions,
     protocol: ProtocolOptions,
     scene: SceneGroup,
+    layers: bool = Option(
+        False, help="Then time every layer, beside the roofline, in runs with the runtime's profiler."
+    ),
     device: str | None = Option(None, help="Device of the modelled bound (see roofline). Default: this board or GPU."),
     threads: int | None = THREADS,
     workspace: Path = WORKSPACE,
@@ -113,6 +116,7 @@ def bench(
         keep_invalid=protocol.keep_invalid,
         scene=scene.scene,
         segment=scene.segment_options(overlap=scene.overlap),
+        layers=layers,
         device=device,
         graphs=(space.graphs, path.parent),
         command=command_line(),
@@ -137,6 +141,8 @@ def _run(
     with changed_board(power.set_mode, power.max_clocks) as change:
         if change.restored:
             say(f"set back first: {change.restored}")
+        if change.mode:  # MAXN may have become MAXN_SUPER
+            say(f"power mode {change.mode}")
         with load_engine(path, threads=threads) as engine:
             for left in remove_abandoned(space.benchmarks):
                 say(f"removed {left}, which a killed run had left")
@@ -149,11 +155,14 @@ def _run(
 
 def describe_bench(summary: BenchSummary, folder: Path) -> Report:
     """A finished run; beside the paper's figures where power was measured."""
-    from cdkd_edge.benchmark.describe import PAPER, PAPER_DEVICE, bench_rows, beside_the_paper
+    from cdkd_edge.benchmark.describe import PAPER, PAPER_DEVICE, bench_rows, beside_the_paper, layer_tables
 
     paper = beside_the_paper(summary)
-    listings = (Listing(("", "this run", f"{PAPER_DEVICE}, {PAPER}"), paper),) if paper else ()
-    return Report(f"benchmark {folder}", [*bench_rows(summary)], {"folder": folder, "summary": summary}, listings)
+    listings = [Listing(("", "this run", f"{PAPER_DEVICE}, {PAPER}"), paper)] if paper else []
+    listings += [Listing(columns, tuple(rows), title) for title, columns, rows in layer_tables(summary)]
+    return Report(
+        f"benchmark {folder}", [*bench_rows(summary)], {"folder": folder, "summary": summary}, tuple(listings)
+    )
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -70,6 +70,9 @@ class BuilderOptions:
         None, "--opt-level", help="0 (fast) to 5 (more kernels). Default: TensorRT's, 3.", min=0, max=5
     )
     timing_cache: bool = Option(True, help="Keep kernel timings in the user's cache folder for the next build.")
+    portable: bool = Option(
+        False, help="For every GPU of this compute capability, e.g. all Orin modules; may be slower. TensorRT 10.9+."
+    )
     sparse: bool = Option(False, help="Allow 2:4 sparse kernels where the weights are sparse already.")
     weakly_typed: bool = Option(False, help="Set precisions by builder flags: a fallback for early TensorRT 10.")
     target: list[str] | None = Option(
@@ -86,7 +89,7 @@ class BuilderOptions:
         return TensorRTOptions(
             workspace_bytes=parse_size(self.workspace_size) if self.workspace_size is not None else None,
             targets=tuple(dict.fromkeys(map(parse_target, self.target or ()))),
-            **fields_of(self, "optimization_level", "timing_cache", "sparse", "verbose", "weakly_typed"),
+            **fields_of(self, "optimization_level", "timing_cache", "portable", "sparse", "verbose", "weakly_typed"),
         )
 
 
@@ -148,6 +151,9 @@ def build(
 
     An FP16 or INT8 graph that is missing is first made from the FP32 graph and checked; so is one with confidence.
     """
+    from cdkd_edge.board.doctor import probe_power_mode
+    from cdkd_edge.board.modes import ROOT
+    from cdkd_edge.board.software import WARN
     from cdkd_edge.engines.tensorrt.options import TensorRTOptions
     from cdkd_edge.precision.choose import build_fastest, compare_speed, engine_places, prepare_graph
 
@@ -156,6 +162,10 @@ def build(
     if not runtime.has_options and options != TensorRTOptions():
         wrong = f"{runtime.title} has none of TensorRT's options"
         raise BadParameter(wrong, param_hint=f"--runtime {runtime.name}")
+    if runtime.has_options and not options.targets and "mode" in (found := probe_power_mode(ROOT)).data:
+        options = replace(options, power_mode=found.data["mode"])
+        if found.status == WARN:
+            say(f"warning: the engine will fit this power mode, {found.text}; for that one: {found.mend}, then build")
     space = Workspace(workspace)
     with steps() as step:
         prepared = prepare_graph(space, graph, precision, request, step, gives, runtime)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from typer import BadParameter, Option
 
+from cdkd_edge.cli.inspect import change_rows
 from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, NORM_EPS, WEIGHTS, WORKSPACE, require_package, stem_of
 from cdkd_edge.cli.progress import steps
 from cdkd_edge.cli.report import Report, Rows, fields_of, plural
@@ -128,4 +129,4 @@ def _fp16_rows(result: ExportResult) -> Rows:
             ties = ", the others are ties" if check.label_agreement < 1 else ""
             found, allowed = significant(check.max_logit_error, 2), significant(check.logit_tolerance, 2)
             text += f"{ties}; logits differ by up to {found} (allowed: {allowed})"
-    return [("FP16", text)]
+    return [("FP16", text), *change_rows(check.attention if check else ())]

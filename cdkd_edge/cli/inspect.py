@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from cdkd_edge.core.numbers import percent, significant, size
 from cdkd_edge.core.workspace import Workspace
 
 if TYPE_CHECKING:
-    from cdkd_edge.core.manifest import EngineManifest
+    from cdkd_edge.core.manifest import AttentionChange, EngineManifest
     from cdkd_edge.engines.inspect import Inspection, OnnxContents
     from cdkd_edge.engines.tensorrt.layers import EngineLayers
 
@@ -78,7 +79,8 @@ def _manifest_rows(found: Inspection) -> Rows:
         rows = engine_rows(manifest, f"{manifest.precision}, built from {manifest.graph.file}")
     else:
         rows = [
-            ("precision", f"{manifest.precision}, opset {manifest.opset}, exported from {manifest.checkpoint.file}")
+            ("precision", f"{manifest.precision}, opset {manifest.opset}, exported from {manifest.checkpoint.file}"),
+            *change_rows(manifest.conversion.attention if manifest.conversion else ()),
         ]
     return [
         *rows,
@@ -101,6 +103,7 @@ def engine_rows(manifest: EngineManifest, precision: str) -> Rows:
         ("runtime", f"{manifest.runtime}{here}{manifest.device}"),
         ("precision", precision),
         ("attention", f"{attention_text(manifest.attention)}; {fused}"),
+        *change_rows(manifest.attention_changes),
     ]
     if build is None:
         return rows
@@ -108,6 +111,9 @@ def engine_rows(manifest: EngineManifest, precision: str) -> Rows:
     limit = f", workspace at most {size(build.workspace_bytes)}" if build.workspace_bytes else ""
     level = f"optimisation level {build.optimization_level}"
     rows.append(("build", f"{manifest.runtime} {build.version}, {typing}, {level}{limit}"))
+    if build.multiprocessors:
+        places = (f"{build.multiprocessors} multiprocessors", build.module, build.board, build.power_mode)
+        rows.append(("built on", ", ".join(filter(None, places))))
     if build.layers:
         kinds = ", ".join(f"{count} {kind}" for kind, count in build.layer_precisions.items())
         rows.append(("layers", f"{build.layers} ({kinds}), moving {size(build.traffic_bytes)} per run"))
@@ -115,6 +121,11 @@ def engine_rows(manifest: EngineManifest, precision: str) -> Rows:
     memory = {"scratch": build.scratch_bytes, "weights": build.weights_bytes, "input and output": buffers}
     rows.append(("memory", ", ".join(f"{name} {size(count)}" for name, count in memory.items() if count is not None)))
     return [*rows, *(("note", note) for note in build.notes)]
+
+
+def change_rows(changes: Iterable[AttentionChange]) -> Rows:
+    """A row for each block whose attention was changed for FP16."""
+    return [("changed", str(change)) for change in changes]
 
 
 def _onnx_rows(contents: OnnxContents) -> Rows:

@@ -25,10 +25,10 @@ LISTED = 15  # layers or kernels shown without ``--all``
 
 
 class Console(rich.console.Console):
-    """Where results (stdout) and progress (stderr) are shown. Values are not cut off where stdout is no terminal."""
+    """Where results (stdout) and progress (stderr) are shown. Values are not cut off where it is no terminal."""
 
     def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
-        width = None if stderr or sys.stdout.isatty() else 200
+        width = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
         super().__init__(stderr=stderr, quiet=quiet, width=width, highlight=False, markup=False, emoji=False)
 
     def render(
@@ -85,9 +85,9 @@ class Report:
     data: Any
     listings: tuple[Listing, ...] = ()
 
-    def print(self) -> None:
-        """Print the tables to stdout."""
-        console = Console()
+    def print(self, *, stderr: bool = False) -> None:
+        """Print the tables to stdout, or to stderr."""
+        console = Console(stderr=stderr)
         console.print(cell(self.title, "bold"))
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for _ in range(max(map(len, self.rows), default=1) - 1):
@@ -100,9 +100,9 @@ class Report:
         for listing in self.listings:
             listing.print(console)
 
-    def show(self, as_json: bool) -> None:
-        """Print the tables, or the data as JSON."""
-        print_json(self.data) if as_json else self.print()
+    def show(self, as_json: bool, *, stderr: bool = False) -> None:
+        """Print the tables, to stderr where stdout is somebody else's, or the data as JSON to stdout."""
+        print_json(self.data) if as_json else self.print(stderr=stderr)
 
 
 def print_json(data: Any) -> None:

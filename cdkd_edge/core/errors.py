@@ -122,6 +122,10 @@ class CompareError(CdkdEdgeError, code=20):
     """Runs cannot be compared, or one is slower than allowed."""
 
 
+class CommandError(CdkdEdgeError, OSError, code=127):
+    """The command that was to be measured cannot be started."""
+
+
 class InternalError(CdkdEdgeError, code=70):
     """A bug of cdkd-edge."""
 

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+DEVICE_TREES = ("/proc/device-tree", "/device-tree")
+"""Folders of the device tree: the kernel's, and where a container has it mounted. Docker hides the first, because it is
+below ``/sys/firmware``, which its masked paths and its AppArmor profile close (moby, daemon/pkg/oci/defaults.go)."""
+
 
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/cdkd-edge`` or ``~/.cache/cdkd-edge``: where logs and caches go. RuntimeError: no home."""
@@ -45,9 +49,18 @@ def describe_machine() -> Machine:
         memory_bytes=int(memory) * 1024 if memory else None,
         os=_found(r'^PRETTY_NAME="?([^"\n]+)', "/etc/os-release") or platform.system(),
         kernel=platform.release(),
-        board=_text("/proc/device-tree/model"),
+        board=next(filter(None, (_text(f"{place}/model") for place in DEVICE_TREES)), None),
         l4t=release[1] if release else None,
     )
+
+
+def jetson_module() -> str | None:
+    """Part number of the Jetson's module (``p3767-0000``: Orin NX 16 GB), by the device tree; None if it has none.
+
+    The model's name is no help: it is the carrier board's, and changes with the software (``... Developer Kit Super``).
+    """
+    part = r"nvidia,(?:p[\d-]+\+)?(p\d{4}-\d{4})"
+    return next(filter(None, (_found(part, f"{place}/compatible") for place in DEVICE_TREES)), None)
 
 
 def available_cores() -> int:

@@ -11,17 +11,13 @@ import datetime
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from cdkd_edge import __version__
 from cdkd_edge.core.errors import EngineError, ManifestError, SchemaError
 from cdkd_edge.core.files import converted, read_json, require_own, sha256_of, write_text
 from cdkd_edge.core.labels import LabelSchema, schema_from_document
 from cdkd_edge.core.machine import library_versions
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 MANIFEST_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -54,18 +50,6 @@ def output_shapes(kind: str, batch: int, tile: int, classes: int) -> dict[str, t
 def provides(kind: str, wanted: str) -> bool:
     """Whether an artefact of ``kind`` can give ``wanted``; confidence follows from probabilities."""
     return wanted in (LABELS, kind) or (kind, wanted) == (PROBABILITIES, CONFIDENCE)
-
-
-def confidence_of(probabilities: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Confidence ``[N, T, T]`` in per cent from probabilities ``[N, K, T, T]``.
-
-    Within one per cent of what a graph of kind ``confidence`` gives, which rounds once.
-    """
-    import numpy as np
-
-    largest = probabilities.max(axis=1).astype(np.uint16)
-    # In integers, because a float image would take four times the memory. No value lies halfway between two.
-    return np.asarray((largest * (2 * PERCENT) + PROBABILITY_ONE) // (2 * PROBABILITY_ONE), np.uint8)
 
 
 def missing_output(kind: str, wanted: str, artefact: str) -> EngineError:
@@ -115,6 +99,24 @@ class GraphCheck:
 
 
 @dataclass(frozen=True)
+class AttentionChange:
+    """What was changed in a block's attention, because a kernel that adds in FP16 would overflow or be inexact."""
+
+    block: str  # e.g. ``blocks.3.attn``
+    reason: str
+    values_divided_by: int = 1  # v, a power of two; proj multiplies by it again
+    scores_in_fp32: bool = False  # softmax and its sum too
+    scores_divided_by: int = 1  # q, a power of two; scores are multiplied by it in FP32
+
+    def __str__(self) -> str:
+        what = [f"values divided by {self.values_divided_by}"] if self.values_divided_by > 1 else []
+        if self.scores_in_fp32:
+            divided = f", divided by {self.scores_divided_by} before" if self.scores_divided_by > 1 else ""
+            what.append(f"scores in FP32{divided}")
+        return f"{self.block}: {' and '.join(what)}, because {self.reason}"
+
+
+@dataclass(frozen=True)
 class ConversionCheck:
     """A graph of lower precision against the FP32 graph it was made from, in ONNX Runtime on the CPU."""
 
@@ -126,6 +128,9 @@ class ConversionCheck:
     max_logit_error: float | None = None  # None where the share of labels alone was judged
     logit_tolerance: float | None = None
     """What rounding explains of it. Labels that differ are ties: FP32's best scores are nearer than twice this."""
+    attention_error: float | None = None
+    """What FP16 sums add to the error of attention, as a share of its result (rms of the worst head); some queries."""
+    attention: tuple[AttentionChange, ...] = ()  # blocks whose attention plain FP16 would break
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,11 @@ class TensorRTBuild:
     traffic_bytes: int  # bytes of all inputs and outputs of all layers, constants left out
     layer_precisions: dict[str, int]  # layers by :attr:`cdkd_edge.engines.tensorrt.layers.Layer.precision`
     notes: tuple[str, ...] = ()
+    multiprocessors: int | None = None  # of the GPU that were on; None: not known, as for the next three
+    module: str | None = None  # part number of the Jetson module: all of a series call their GPU by one name
+    board: str | None = None  # what the device tree calls the board
+    power_mode: str | None = None
+    portable: bool = False  # whether it was built for every GPU of this compute capability
 
 
 @dataclass(frozen=True)
@@ -260,6 +270,7 @@ class EngineManifest(_Described):
     """Tiles/s over those of the engines of other runtimes that `build` could choose, by what manifests call these."""
     attention: tuple[str, ...] = ()
     """What each block attends to, as :attr:`cdkd_edge.model.config.NetworkConfig.attention` has it; empty: global."""
+    attention_changes: tuple[AttentionChange, ...] = ()  # of the graph, for FP16
     created: str = field(default_factory=lambda: _now())
     tool: str = f"cdkd-edge {__version__}"
     manifest_version: int = MANIFEST_VERSION
@@ -270,6 +281,7 @@ class EngineManifest(_Described):
         names = ("name", "precision", "labels", "preprocessing", "tile", "batch", "training", "output")
         shared = {name: getattr(source, name) for name in names}
         shared["attention"] = tuple(source.network.get("attention") or ())
+        shared["attention_changes"] = source.conversion.attention if source.conversion else ()
         return cls(**{"graph": source.artefact, "graph_check": source.check, **shared, **fields})
 
 

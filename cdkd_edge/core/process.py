@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+from cdkd_edge.core.signals import forwarded
+
 
 def module_command(module: str, *arguments: str) -> tuple[str, ...]:
     """The command that runs a module of this package in a new Python."""
@@ -130,6 +132,46 @@ def run_command(command: Sequence[str], inherited: Sequence[int] = (), patience:
     if answers := [line for line in said.splitlines() if line.startswith("error: ")]:
         return answers[-1].removeprefix("error: ")
     return last_words(code, said) + (" (out of memory?)" if code == -signal.SIGKILL else "")
+
+
+def run_in_foreground(command: Sequence[str], stdout: IO[Any] | None = None) -> int:
+    """Run somebody's command as if it had been typed: with our stdin, stdout, stderr and the environment we got.
+
+    Ctrl-C, SIGTERM and SIGHUP reach the command, and this process goes on waiting for it.
+
+    Args:
+        stdout: where its stdout goes. Default: ours.
+
+    Returns:
+        Its exit code; 128 + the number of the signal that ended it, as in a shell.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    got = Path("/proc/self/environ").read_bytes().split(b"\0")  # os.environ has what we set for ourselves
+    environment = dict(entry.split(b"=", 1) for entry in got if b"=" in entry)
+    child = subprocess.Popen(command, stdout=stdout, env=environment)
+
+    def send(number: int) -> None:
+        # A terminal sends its Ctrl-C to all processes in its foreground, so the child has had it.
+        if number != signal.SIGINT or not _in_foreground():
+            child.send_signal(number)
+
+    with forwarded(send):
+        code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _in_foreground() -> bool:
+    """Whether this process belongs to those that the terminal's Ctrl-C reaches."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:  # there is no terminal
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
 
 
 class EventWriter:

@@ -8,6 +8,7 @@ progress report, and the exit code follows from :func:`received`.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 # Not `signal`, whose import takes 10 ms in which Ctrl-C is a traceback.
@@ -15,6 +16,7 @@ from _signal import SIG_DFL, SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from types import FrameType
     from typing import Any, NoReturn
 
@@ -67,6 +69,25 @@ def _raise(number: int) -> NoReturn:
     if number == SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def forwarded(send: Callable[[int], None]) -> Iterator[None]:
+    """Give Ctrl-C, SIGTERM and SIGHUP to ``send`` while the block runs, instead of ending the program.
+
+    An ignored signal stays ignored. Outside the main thread, where no handler can be set, this does nothing.
+    """
+    import threading
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: getsignal(number) for number in NUMBERS if main and getsignal(number) is not SIG_IGN}
+    for number in before:
+        signal(number, lambda received, frame: send(received))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal(number, handler)
 
 
 class HeldSignals:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from bisect import bisect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import onnxruntime
 
 from cdkd_edge.core.errors import EngineError, NumericalCheckError, SystemRefusalError
-from cdkd_edge.core.files import whole_file
+from cdkd_edge.core.files import scratch_folder, whole_file
 from cdkd_edge.core.machine import describe_machine, library_versions
 from cdkd_edge.core.manifest import (
     LABELS,
@@ -26,7 +28,17 @@ from cdkd_edge.core.manifest import (
     write_manifest,
 )
 from cdkd_edge.core.sample import sample_tiles
-from cdkd_edge.engines.protocol import ArtefactLabeller, Engine, Labeller, UInt8Array, blank_value
+from cdkd_edge.engines.protocol import (
+    PROFILE_WARM_UP,
+    ArtefactLabeller,
+    Engine,
+    KernelTimes,
+    Labeller,
+    UInt8Array,
+    blank_value,
+    median_times,
+    timed_run,
+)
 from cdkd_edge.graph.cpu import cpu_twin, fuse_attention, open_session, session_options, signed_weights_are_exact
 from cdkd_edge.graph.files import read_graph
 from cdkd_edge.graph.fp16_simulation import fp16_on_cpu
@@ -104,6 +116,7 @@ class OnnxLabeller(ArtefactLabeller):
         manifest: GraphManifest | EngineManifest,
         threads: int | None = None,
         model: bytes | None = None,
+        profile: Path | None = None,
     ) -> None:
         """Load a graph or an engine whose manifest has been read.
 
@@ -112,6 +125,7 @@ class OnnxLabeller(ArtefactLabeller):
             manifest: its manifest.
             threads: threads for one tile. Default: the cores this process may use.
             model: runs instead of the file: the same function in operators that a CPU has.
+            profile: how the name of the file begins that ONNX Runtime's profiler writes. Default: no profiler.
 
         Raises:
             EngineError: ONNX Runtime refuses it.
@@ -119,6 +133,8 @@ class OnnxLabeller(ArtefactLabeller):
         super().__init__(manifest)
         self.slots = SLOTS
         options = engine_options(manifest.precision, threads)
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         self._session = _session(model or str(path), options, f"loading {path.name}")
         self._inputs = [np.zeros((self.batch, 3, self.tile, self.tile), np.uint8) for _ in range(SLOTS)]
         self._outputs = [
@@ -200,7 +216,28 @@ class CpuEngine(OnnxLabeller, Engine):
         require_release(path, manifest, "onnxruntime", onnxruntime.__version__)
         read_graph(path, manifest)
         self.manifest = manifest
+        self._path, self._threads = path, threads
         super().__init__(path, manifest, threads)
+
+    def kernel_times(self, runs: int) -> KernelTimes:
+        """See :meth:`cdkd_edge.engines.protocol.Engine.kernel_times`."""
+        with (
+            scratch_folder() as folder,
+            OnnxLabeller(self._path, self.manifest, self._threads, profile=folder / "profile") as copy,
+        ):
+            copy.input(0)[:] = self.input(0)
+            pairs = [(timed_run(self), timed_run(copy)) for _ in range(PROFILE_WARM_UP + runs)]
+            events = json.loads(Path(copy._session.end_profiling()).read_bytes())
+        # An event of the session for each run, and one of a node for each of its kernels. A name ends in what it timed.
+        starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
+        reported: list[list[tuple[str, float]]] = [[] for _ in starts]
+        for event in sorted(events, key=lambda one: int(one["ts"])):
+            name = str(event["name"]).removesuffix("_kernel_time")
+            if event["cat"] == "Node" and name != event["name"]:
+                reported[bisect(starts, event["ts"]) - 1].append((name, event["dur"] / 1e6))
+        plain, profiled = zip(*pairs, strict=True)
+        # A kernel is named after the node that it was made from.
+        return median_times(plain, profiled, reported, lambda name: (name,))
 
 
 def require_release(path: Path, manifest: EngineManifest, library: str, here: str) -> None:

@@ -32,7 +32,16 @@ from cdkd_edge.core.manifest import (
     write_manifest,
 )
 from cdkd_edge.engines.onnxruntime import SLOTS, require_release, require_same_outputs, sample_outputs
-from cdkd_edge.engines.protocol import ArtefactLabeller, Engine, UInt8Array, blank_value
+from cdkd_edge.engines.protocol import (
+    PROFILE_WARM_UP,
+    ArtefactLabeller,
+    Engine,
+    KernelTimes,
+    TimedKernel,
+    UInt8Array,
+    blank_value,
+    timed_run,
+)
 from cdkd_edge.graph.files import read_graph
 from cdkd_edge.graph.layers import attention_blocks
 
@@ -164,8 +173,26 @@ class OpenVinoEngine(OpenVinoLabeller, Engine):
         require_release(path, manifest, "openvino", _release(import_openvino()))
         read_graph(path, manifest)
         self.manifest = manifest
+        self._path, self._threads = path, threads
         super().__init__(manifest, _compile(str(path), manifest.precision, threads, path.name))
         hand_memory_back()  # 120 MB of the paper's network: what reading and compiling left
+
+    def kernel_times(self, runs: int) -> KernelTimes:
+        """See :meth:`cdkd_edge.engines.protocol.Engine.kernel_times`; means, because OpenVINO keeps only these."""
+        compiled = _compile(str(self._path), self.manifest.precision, self._threads, self._path.name, profile=True)
+        nodes = _nodes_of_kernels(compiled)
+        with OpenVinoLabeller(self.manifest, compiled) as copy:
+            copy.input(0)[:] = self.input(0)
+            for _ in range(PROFILE_WARM_UP):
+                timed_run(copy)
+            before = _totals_of_kernels(copy._requests[0], PROFILE_WARM_UP)
+            plain, profiled = zip(*((timed_run(self), timed_run(copy)) for _ in range(runs)), strict=True)
+            totals = _totals_of_kernels(copy._requests[0], PROFILE_WARM_UP + runs)
+        kernels = tuple(
+            TimedKernel(name, (*nodes.get(name, ()), name), (total - before.get(name, 0.0)) / runs)
+            for name, total in totals.items()
+        )
+        return KernelTimes(kernels, sum(profiled) / runs, sum(plain) / runs, runs, "mean")
 
 
 def cpu_precisions() -> tuple[str, ...]:
@@ -195,8 +222,8 @@ def _release(openvino: Any) -> str:
     return str(openvino.__version__).partition("-")[0]
 
 
-def _compile(model: bytes | str, precision: str, threads: int | None, name: str) -> Any:
-    """Compile a graph, or the file of one, for the CPU and one tile at a time.
+def _compile(model: bytes | str, precision: str, threads: int | None, name: str, *, profile: bool = False) -> Any:
+    """Compile a graph, or the file of one, for the CPU and one tile at a time; ``profile``: to time its kernels.
 
     Property names: https://docs.openvino.ai/2026/openvino-workflow/running-inference/inference-devices-and-modes/cpu-device.html
     """
@@ -209,6 +236,7 @@ def _compile(model: bytes | str, precision: str, threads: int | None, name: str)
         "INFERENCE_NUM_THREADS": threads or available_cores(),
         # Pinned threads of two engines would share the first cores, and leave the others idle.
         "ENABLE_CPU_PINNING": False,
+        "PERF_COUNT": profile,
     }
     if threads:  # otherwise it leaves out the second thread of a core
         options["ENABLE_HYPER_THREADING"] = True
@@ -219,12 +247,25 @@ def _compile(model: bytes | str, precision: str, threads: int | None, name: str)
         raise EngineError(f"loading {name} failed in OpenVINO: {_one_line(error)}") from None
 
 
+def _nodes_of_kernels(compiled: Any) -> dict[str, tuple[str, ...]]:
+    """By name of a kernel, the nodes of the graph that it stands for."""
+    return {
+        node.get_friendly_name(): tuple(node.get_rt_info()["originalLayersNames"].astype(str).split(","))
+        for node in compiled.get_runtime_model().get_ops()
+    }
+
+
+def _totals_of_kernels(request: Any, runs: int) -> dict[str, float]:
+    """By name of a kernel, its seconds in all runs so far. OpenVINO gives the mean over all runs, in microseconds."""
+    return {one.node_name: runs * one.real_time.total_seconds() for one in request.profiling_info if one.real_time}
+
+
 def _fused_attention(compiled: Any) -> int:
     """How many attention blocks OpenVINO computes in one kernel: without writing the scores to memory.
 
-    A kernel names the nodes of the graph that it stands for: the softmax of a block, with both of its products.
+    Such a kernel stands for the softmax of a block and both of its products.
     """
-    kernels = [node.get_rt_info()["originalLayersNames"].astype(str) for node in compiled.get_runtime_model().get_ops()]
+    kernels = map(" ".join, _nodes_of_kernels(compiled).values())
     return sum("/Softmax" in names and names.count("/MatMul") > 1 for names in kernels)
 
 

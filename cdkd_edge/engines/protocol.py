@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,11 +16,12 @@ from cdkd_edge.core.labels import NO_LABEL, LabelSchema
 from cdkd_edge.core.manifest import (
     CONFIDENCE,
     LABELS,
+    PERCENT,
     PROBABILITIES,
+    PROBABILITY_ONE,
     EngineManifest,
     FileRecord,
     GraphManifest,
-    confidence_of,
     missing_output,
 )
 from cdkd_edge.core.sample import sample_tiles
@@ -32,6 +34,27 @@ Note = Callable[[str], None]  # called with what is being done
 Log = Callable[[str, str], None]
 """Called with a severity (``error``, ``warning``, ``info``, ``verbose``) and a text, perhaps from other threads."""
 SPEED_ROUNDS = 7  # timed runs of each engine in :func:`speed_ratio`
+PROFILE_WARM_UP = 2  # runs with a profiler before those that count: the first one allocates
+
+
+@dataclass(frozen=True)
+class TimedKernel:
+    """What one kernel of an engine took."""
+
+    name: str  # as the runtime calls it
+    nodes: tuple[str, ...]  # names of nodes of the graph that it computes, as far as the runtime tells
+    seconds: float  # for one batch, an average of the runs
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """What the kernels of an engine took in runs with the runtime's profiler."""
+
+    kernels: tuple[TimedKernel, ...]  # in the order of computation
+    profiled_seconds: float  # for a whole run, from launch to outputs
+    plain_seconds: float  # for one without a profiler; they were made in turn
+    runs: int
+    average: str  # of the runs: ``median``, or ``mean`` where the runtime tells no more
 
 
 class Labeller:
@@ -49,6 +72,7 @@ class Labeller:
     schema: LabelSchema  # what the labels mean
     artefact: FileRecord  # the file that gives the labels
     output_kind: str = LABELS  # one of :data:`cdkd_edge.core.manifest.OUTPUT_KINDS`
+    warning: str | None = None  # why it may be slower here than it could be
 
     def input(self, slot: int) -> UInt8Array:
         """The slot's tiles, ``[N, 3, T, T]`` RGB, to be written in place."""
@@ -113,6 +137,16 @@ class ArtefactLabeller(Labeller):
         self.schema, self.artefact, self.output_kind = manifest.schema, manifest.artefact, manifest.output
 
 
+def confidence_of(probabilities: UInt8Array) -> UInt8Array:
+    """Confidence ``[N, T, T]`` in per cent from probabilities ``[N, K, T, T]``.
+
+    Within one per cent of what a graph of kind ``confidence`` gives, which rounds once.
+    """
+    largest = probabilities.max(axis=1).astype(np.uint16)
+    # In integers, because a float image would take four times the memory. No value lies halfway between two.
+    return np.asarray((largest * (2 * PERCENT) + PROBABILITY_ONE) // (2 * PROBABILITY_ONE), np.uint8)
+
+
 def blank_value(name: str) -> int:
     """The value of an output where nothing was computed."""
     return NO_LABEL if name == LABELS else 0
@@ -122,6 +156,17 @@ class Engine(Labeller):
     """A labeller built for a machine."""
 
     manifest: EngineManifest
+
+    def kernel_times(self, runs: int) -> KernelTimes:
+        """Time every kernel in ``runs`` runs of the tiles in slot 0, with the runtime's profiler.
+
+        They run in a copy of the engine, or in another context of it, in turn with plain runs of slot 0. So nothing
+        that is measured later is slower.
+
+        Raises:
+            EngineError: the engine fails, or the profiler tells no times.
+        """
+        raise NotImplementedError
 
 
 def segment_tiles(engine: Labeller, tiles: UInt8Array) -> UInt8Array:
@@ -135,6 +180,44 @@ def segment_tiles(engine: Labeller, tiles: UInt8Array) -> UInt8Array:
         engine.wait(0)
         labels[start : start + batch] = engine.output(0)[: len(chunk)]
     return labels
+
+
+def timed_run(labeller: Labeller) -> float:
+    """Seconds that slot 0 takes, from launch to outputs."""
+    started = time.perf_counter()
+    labeller.launch(0)
+    labeller.wait(0)
+    return time.perf_counter() - started
+
+
+def median_times(
+    plain: Sequence[float],
+    profiled: Sequence[float],
+    reported: Sequence[Iterable[tuple[str, float]]],
+    nodes_of: Callable[[str], tuple[str, ...]],
+) -> KernelTimes:
+    """The medians of profiled runs, without the first :data:`PROFILE_WARM_UP`.
+
+    Args:
+        plain, profiled: seconds of each run.
+        reported: of each profiled run, the names and seconds of its kernels; those of one name are added up.
+        nodes_of: the nodes of a kernel, by its name.
+
+    Raises:
+        EngineError: no kernel was reported.
+    """
+    totals: list[dict[str, float]] = []
+    for run in reported[PROFILE_WARM_UP:]:
+        totals.append({})
+        for name, value in run:
+            totals[-1][name] = totals[-1].get(name, 0.0) + value
+    names = dict.fromkeys(name for total in totals for name in total)
+    if not names:
+        raise EngineError("the runtime's profiler told no times")
+    medians = {name: statistics.median(total.get(name, 0.0) for total in totals) for name in names}
+    kernels = tuple(TimedKernel(name, nodes_of(name), value) for name, value in medians.items())
+    plain, profiled = plain[PROFILE_WARM_UP:], profiled[PROFILE_WARM_UP:]
+    return KernelTimes(kernels, statistics.median(profiled), statistics.median(plain), len(totals), "median")
 
 
 def speed_ratio(engine: Engine, other: Engine) -> float:
@@ -154,8 +237,5 @@ def speed_ratio(engine: Engine, other: Engine) -> float:
     theirs: list[float] = []
     for _ in range(SPEED_ROUNDS + 1):
         for one, times in ((engine, ours), (other, theirs)):
-            started = time.perf_counter()
-            one.launch(0)
-            one.wait(0)
-            times.append((time.perf_counter() - started) / one.batch)
+            times.append(timed_run(one) / one.batch)
     return statistics.median(theirs[1:]) / statistics.median(ours[1:])

@@ -389,4 +389,5 @@ class _NetworkWriter(NodeWriter):
         options = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
         scores = self.add("Resize", "scores", logits, "", scales, **options)
         best = self.add("ArgMax", "best", scores, axis=1, keepdims=0)
-        self.add("Cast", "labels", best, to=TensorProto.UINT8)
+        # By way of floats, which hold class numbers exactly: TensorRT's header promises no other cast to uint8.
+        self.add("Cast", "labels", self.add("Cast", "best.float", best, to=TensorProto.FLOAT), to=TensorProto.UINT8)

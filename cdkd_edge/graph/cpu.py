@@ -85,7 +85,8 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[int, int]:
                 parts = [writer.add("Reshape", f"{part}.by_window", part, by_window) for part in parts]
                 mixed = f"{name}.by_window"
             # The query scale is folded into the projection; the default scale, 0, would apply it again.
-            writer.add("MultiHeadAttention", mixed, *parts, domain=CONTRIB_DOMAIN, num_heads=block.heads, scale=1.0)
+            fused: dict[str, Any] = {"num_heads": block.heads, "scale": block.scale, "domain": CONTRIB_DOMAIN}
+            writer.add("MultiHeadAttention", mixed, *parts, **fused)
             if block.windows > 1:
                 whole = writer.constant(f"{name}.whole", np.array([0, -1, block.width // block.windows], np.int64))
                 writer.add("Reshape", name, mixed, whole)

@@ -1,14 +1,14 @@
 """The FP16 graph: convert the FP32 graph, check it on a CPU (:mod:`.fp16_simulation`), write it.
 
 Every weight and activation becomes FP16. Two casts remain: uint8 pixels become FP16 at the input, class numbers uint8
-at the output. LayerNorm stays one operator and softmax inside attention, so that compilers keep their sums in FP32.
+at the output. LayerNorm stays one operator, so that compilers keep its sums in FP32. In attention they may not
+(:mod:`.fp16_attention`): blocks that FP16 sums would break are changed during the check.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from cdkd_edge.core.manifest import (
 from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.graph.cpu import cpu_session, fuse_attention
 from cdkd_edge.graph.files import read_graph, save_derived, sizes_of
+from cdkd_edge.graph.fp16_attention import AttentionWatch, change_attention
 from cdkd_edge.graph.fp16_simulation import (
     FP16_MAX,
     IN_FP32,
@@ -39,13 +40,12 @@ from cdkd_edge.graph.fp16_simulation import (
     extreme_tiles,
     fp16_on_cpu,
     longest_rounding,
+    rounding_share,
     run_session,
 )
 from cdkd_edge.graph.layers import compare_classes, logits_of, scores_of
 from cdkd_edge.graph.nodes import Note, batch_of, copy_of, retype, show_values
 
-ROUNDOFF = 2.0**-11  # FP16 moves a number by at most this share of it
-SPREADS = 5.0  # standard deviations that a logit may be off, so that none of a million is off by chance
 CHECK_TILES = 2
 _BEST = "best_two"
 _INSTEAD = "deploy it in FP32, or say which share of labels must stay the same (--min-agreement 99)"
@@ -130,12 +130,10 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 def logit_tolerance(roundings: int, largest: float) -> float:
     """How far FP16 may move a logit, if the largest has the magnitude ``largest``.
 
-    Each of the n values that are rounded one after the other moves by up to u = 2^-11 of itself, with a standard
-    deviation of u / sqrt(3) if all errors up to u are equally likely. Errors are independent, so n of them have sqrt(n)
-    times that: 5 sqrt(n / 3) u of the largest logit is allowed. For the paper's network (n = 134) that is 1.6 %;
-    networks with random and with trained weights were off by 0.05 to 0.3 % of the largest logit.
+    For the paper's network (134 roundings) that is 1.6 %; networks with random and with trained weights were off by
+    0.05 to 0.3 % of the largest logit.
     """
-    return SPREADS * ROUNDOFF * math.sqrt(roundings / 3) * largest
+    return rounding_share(roundings) * largest
 
 
 def check_fp16(
@@ -153,8 +151,11 @@ def check_fp16(
     if a logit moves by more than rounding explains (:func:`logit_tolerance`); or if a label changes where FP32's best
     score is ahead by more than twice that. Where the lead is smaller, it is a tie: counted, but no fault.
 
+    Attention is no reason to refuse a network: blocks that FP16 sums would break are changed in ``half``, which is then
+    checked again. Queries are rehearsed on the first tile, bounds hold for every query of every tile.
+
     Args:
-        plain, half: the FP32 and the FP16 graph.
+        plain, half: the FP32 graph, and the FP16 graph, whose attention may be changed.
         tiles: uint8 ``[3, T, T]`` tiles; each takes a few seconds at 1024 px.
         imagery: what they are, for the manifest.
         least: judge labels by the share of pixels that must keep theirs, in place of logits and ties, as INT8 needs.
@@ -167,7 +168,7 @@ def check_fp16(
     if not shown:
         raise ValueError("there is no tile to check FP16 on")
     model = onnx.load(plain)
-    size, side = batch_of(model), shown[0].shape[-1]
+    size = batch_of(model)
     padded = shown + [shown[-1]] * (-len(shown) % size)
     batches = [np.stack(padded[start : start + size]) for start in range(0, len(padded), size)]
     logits = [] if least is not None else [_add_best_scores(model)]
@@ -179,25 +180,17 @@ def check_fp16(
     expected = [run_session(session, wanted, batch) for batch in batches]
     del session
 
-    simulation = fp16_on_cpu(half)
-    roundings = longest_rounding(simulation)
-    show_values(simulation, logits)
-    watch = RangeWatch(simulation)
-    del simulation
-
     note("labels in FP16")
-    agreeing, left = 0, len(shown)
-    moved: list[tuple[float, float]] = []
-    for batch, exact in zip(batches, expected, strict=True):
-        found = watch.run(["labels", *logits], batch, "the imagery")
-        agreeing += int(np.count_nonzero((found[0] == exact[0])[:left]))
-        left -= len(batch)
-        if logits:
-            moved.append(_require_near(found, exact, roundings, imagery))
-    note("extreme tiles in FP16")
-    for name, tile in extreme_tiles(side).items():
-        watch.run(["labels"], np.repeat(tile[None], size, axis=0), name)
-    agreement = agreeing / (len(shown) * side**2)
+    found, roundings, attention = _run_fp16(half, batches, logits, note)
+    if changes := attention.changes():
+        change_attention(half, changes)
+        note(f"labels in FP16 with other attention in {', '.join(one.block for one in changes)}")
+        found, roundings, attention = _run_fp16(half, batches, logits, note)
+        if remaining := attention.changes():
+            raise OutOfRangeError(f"FP16 cannot hold attention: {remaining[0]}", hint=IN_FP32)
+    moved = [_require_near(*pair, roundings, imagery) for pair in zip(found, expected, strict=True)] if logits else []
+    same = np.concatenate([labels == exact for (labels, *_), (exact, *_) in zip(found, expected, strict=True)])
+    agreement = float(same[: len(shown)].mean())
     if least is not None and agreement < least:
         hint = "deploy it in FP32, or allow more with --min-agreement"
         if any(node.op_type == "QuantizeLinear" for node in half.graph.node):
@@ -215,7 +208,39 @@ def check_fp16(
         runtime=f"onnxruntime {onnxruntime.__version__}, values rounded to FP16",
         max_logit_error=max((error for error, _ in moved), default=None),
         logit_tolerance=max((allowed for _, allowed in moved), default=None),
+        attention_error=attention.error,
+        attention=changes,
     )
+
+
+def _run_fp16(
+    half: onnx.ModelProto, batches: list[UInt8Array], logits: list[str], note: Note
+) -> tuple[list[list[Any]], int, AttentionWatch]:
+    """Run an FP16 graph on batches of tiles and on extreme tiles; OutOfRangeError if a value leaves FP16's range.
+
+    Returns:
+        Labels, and logits if they are named, of each batch; how many roundings lead to a label; what attention was
+        seen to do.
+    """
+    simulation = fp16_on_cpu(half)
+    roundings = longest_rounding(simulation)
+    show_values(simulation, logits)
+    attention = AttentionWatch(simulation, half)
+    watch = RangeWatch(simulation)
+    del simulation
+
+    def run(batch: UInt8Array, what: str, *, rehearsal: bool = False) -> list[Any]:
+        outputs, names = ["labels", *logits], attention.outputs(rehearsal=rehearsal)
+        values = watch.run([*outputs, *names], batch, what)
+        attention.see(dict(zip(names, values[len(outputs) :], strict=True)), what, rehearsal=rehearsal)
+        return values[: len(outputs)]
+
+    found = [run(batch, "the imagery", rehearsal=not at) for at, batch in enumerate(batches)]
+    note("extreme tiles in FP16")
+    size, _, side, _ = batches[0].shape
+    for name, tile in extreme_tiles(side).items():
+        run(np.repeat(tile[None], size, axis=0), name)
+    return found, roundings, attention
 
 
 def _add_best_scores(model: onnx.ModelProto) -> str:

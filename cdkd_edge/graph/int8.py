@@ -7,14 +7,12 @@ takes no others. The CPU's version is made from the same file (:func:`cdkd_edge.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
 
 from cdkd_edge.core.errors import GraphError, UsageError
 from cdkd_edge.graph.fp16 import to_fp16
@@ -32,7 +30,9 @@ from cdkd_edge.graph.int8_ranges import (
 from cdkd_edge.graph.layers import (
     Array,
     QuantizableLayer,
+    constant_users,
     input_makers,
+    multiply_constant,
     quantizable_layers,
     weight_of,
     weight_only_layers,
@@ -128,7 +128,7 @@ def smooth(
     Returns:
         The factors ``[K]`` by which each smoothed layer's input is now smaller.
     """
-    users = Counter(name for node in model.graph.node for name in node.input)
+    users = constant_users(model)
     nodes = {node.name: node for node in model.graph.node}
     factors = {}
     for layer in layers:
@@ -136,9 +136,9 @@ def smooth(
         if not makers:
             continue
         scale = _factors(observations[layer.name].channel_max, weight_of(model, nodes[layer.node].input[1]), alpha)
-        _multiply(model, users, nodes[layer.node], 1, scale[:, None])
+        multiply_constant(model, users, nodes[layer.node], 1, scale[:, None])
         for node, position in makers:
-            _multiply(model, users, node, position, 1 / scale)
+            multiply_constant(model, users, node, position, 1 / scale)
         factors[layer.name] = scale
     return factors
 
@@ -156,22 +156,6 @@ def _factors(channel_max: Array, weight: Array, alpha: float) -> npt.NDArray[np.
     scale[usable] = activation[usable] ** alpha / row[usable] ** (1 - alpha)
     powers: npt.NDArray[np.float64] = np.exp2(np.clip(np.rint(np.log2(scale)), -13, 13))
     return powers
-
-
-def _multiply(
-    model: onnx.ModelProto, users: Counter[str], node: onnx.NodeProto, position: int, factor: npt.NDArray[np.float64]
-) -> None:
-    """Multiply the constant that is an input of a node, for this node alone."""
-    name = node.input[position]
-    value = (weight_of(model, name) * factor).astype(np.float32)
-    if users[name] > 1:  # simplification stores equal constants once
-        users[name] -= 1
-        name = f"{node.name}.smoothed_{position}"
-        users[name] = 1
-        node.input[position] = name
-        model.graph.initializer.add(name=name)
-    item = next(item for item in model.graph.initializer if item.name == name)
-    item.CopyFrom(numpy_helper.from_array(value, name))
 
 
 def int8_graph(

@@ -1,14 +1,17 @@
 """Which nodes of a graph are which layers of the network: the one place that knows names and forms of :mod:`.build`.
 
 Whoever changes the operators there changes here how attention, linears, convolutions and logits are found. INT8, FP16,
-the CPU's fused attention, further outputs and the roofline ask these functions.
+the CPU's fused attention, further outputs, the roofline and the times of layers ask these functions.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +26,57 @@ Array = npt.NDArray[np.float32]
 
 _AGAIN = "export the checkpoint again with this release"
 _BLOCK_LINEAR = re.compile(r"(blocks\.\d+)\.(attn\.proj|mlp\.fc1|mlp\.fc2)$")
+
+
+class NetworkPart(NamedTuple):
+    """A layer of the network as people know it; a runtime computes it in one kernel or in several."""
+
+    name: str
+    block: int | None = None  # number of the encoder's block, from 0; None outside the blocks
+
+
+_PARTS = tuple(
+    (re.compile(rf"(?<![\w.])(?:{pattern})"), name)
+    for pattern, name in (
+        (r"\{?ForeignNode\[", "several at once"),  # TensorRT did not list what is in it
+        (r"blocks\.(\d+)\.norm[12]", "LayerNorm"),
+        (r"blocks\.(\d+)\.attn\.(?:[qkv](?![\w.])|means)", "queries, keys, values"),
+        (r"blocks\.(\d+)\.(?:attn\.proj|after_attn)", "attention output"),
+        (r"blocks\.(\d+)\.attn\.", "attention"),
+        (r"blocks\.(\d+)\.mlp\.(?:fc1|gelu)", "MLP fc1, GELU"),
+        (r"blocks\.(\d+)\.(?:mlp\.fc2|out)", "MLP fc2"),
+        (r"image|pixels|patch|squares|all_tokens|tokens", "patch embedding"),
+        (r"pool\.|context|deep\.|bottleneck", "pyramid pooling"),
+        (r"lateral\.|level\.|blocks\.\d+\.patches", "laterals"),
+        (r"smooth\.", "smoothing"),
+        (r"levels|fuse", "fuse"),
+        (r"logits|scores|best|labels|rounded|confidence|probabilities", "classifier, up-sampling"),
+    )
+)
+_PRODUCT = re.compile(r"/(?:MatMul|Conv|Gemm|MultiHeadAttention)")
+
+
+def parts_of(kernels: Sequence[Iterable[str]]) -> list[NetworkPart]:
+    """The parts that kernels compute, which are given in their order by the names of their nodes.
+
+    A kernel of several nodes computes the part of its first product, else of its first node; quantisation belongs to
+    the product after it. A kernel that names no node of the graph (a copy, another layout) serves the one after it.
+    """
+    parts = [NetworkPart("others")]
+    for names in reversed(kernels):
+        parts.append(_part(names) or parts[-1])
+    return parts[:0:-1]
+
+
+def _part(names: Iterable[str]) -> NetworkPart | None:
+    def rank(name: str) -> int:
+        return 0 if _PRODUCT.search(name) else 2 if "QuantizeLinear" in name else 1
+
+    for name in sorted(names, key=rank):
+        for pattern, title in _PARTS:
+            if found := pattern.search(name):
+                return NetworkPart(title, int(found[1]) if found.groups() else None)
+    return None
 
 
 @dataclass(frozen=True)
@@ -116,6 +170,31 @@ def weight_of(model: onnx.ModelProto, name: str) -> Array:
     return numpy_helper.to_array(item).astype(np.float32)
 
 
+def multiply_constant(
+    model: onnx.ModelProto, users: Counter[str], node: onnx.NodeProto, position: int, factor: npt.ArrayLike
+) -> None:
+    """Multiply the constant that is an input of a node, for this node alone.
+
+    ``users`` are the graph's nodes by the name of what they use, counted; they are kept up to date.
+    """
+    name = node.input[position]
+    stored = numpy_helper.to_array(next(item for item in model.graph.initializer if item.name == name))
+    if users[name] > 1:  # simplification stores equal constants once
+        users[name] -= 1
+        name = f"{node.name}.scaled_{position}"
+        users[name] = 1
+        node.input[position] = name
+        model.graph.initializer.add(name=name)
+    item = next(item for item in model.graph.initializer if item.name == name)
+    with np.errstate(over="ignore"):  # infinity in FP16 is found when the graph is checked
+        item.CopyFrom(numpy_helper.from_array((stored * np.asarray(factor, np.float64)).astype(stored.dtype), name))
+
+
+def constant_users(model: onnx.ModelProto) -> Counter[str]:
+    """How many times the nodes of a graph use each value."""
+    return Counter(name for node in model.graph.node for name in node.input)
+
+
 def input_makers(model: onnx.ModelProto, layer: QuantizableLayer) -> list[tuple[onnx.NodeProto, int]]:
     """The constants by which SmoothQuant divides a layer's input; empty where no constant makes it.
 
@@ -143,7 +222,11 @@ class AttentionBlock:
     q: str
     k: str
     v: str
+    scores: str  # the product of q and k, ``[N W, H, L/W, M/W]``
+    share: str  # softmax's output as it is multiplied by v, of the same shape
     joined: str
+    scale: float  # by which scores are multiplied before softmax
+    fp32_softmax: bool  # whether softmax lies between casts
     heads: int  # of all windows together
     width: int  # W D
     windows: int  # W
@@ -193,10 +276,24 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
         return found
 
     _require(attribute_of(softmax, "axis", -1) in (-1, 3))
-    scores = maker(softmax.input[0], "MatMul")
+    # Scores may be cast to FP32 and scaled up before softmax, see `fp16_attention.change_attention`.
+    inner, before, share, scale = [softmax], softmax.input[0], softmax, 1.0
+    for op in ("Mul", "Cast"):
+        node = index.maker.get(before)
+        if node is not None and node.op_type == op:
+            inner.append(node)
+            before = node.input[0]
+            if op == "Mul":
+                _require(node.input[1] in index.constants and not index.constants[node.input[1]].dims)
+                scale = float(numpy_helper.to_array(index.constants[node.input[1]]))
+    scores = maker(before, "MatMul")
+    after = index.only_user(share.output[0])
+    if after is not None and after.op_type == "Cast":
+        share = after
+        inner.append(after)
     keys = maker(scores.input[1], "Transpose", perm=[0, 1, 3, 2])
-    mixed = user(softmax, "MatMul")
-    _require(mixed.input[0] == softmax.output[0])
+    mixed = user(share, "MatMul")
+    _require(mixed.input[0] == share.output[0])
     after = index.only_user(mixed.output[0])
     windowed = after is not None and after.op_type == "Reshape"
 
@@ -204,7 +301,7 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
     back = [mixed, user(mixed, "Reshape")] if windowed else [mixed]
     back.append(user(back[-1], "Transpose", perm=[0, 3, 1, 2, 4] if windowed else [0, 2, 1, 3]))
     joined = user(back[-1], "Reshape")
-    inner = [keys, scores, softmax, *back]
+    inner += [keys, scores, *back]
     parts, shapes = [], []
     for value in (scores.input[0], keys.input[0], mixed.input[1]):
         if windowed:
@@ -223,11 +320,14 @@ def _attention_around(index: GraphIndex, softmax: onnx.NodeProto) -> AttentionBl
     _require(keys_shape == values_shape and [keys_shape[0], *keys_shape[2:]] == [batch, windows, heads, width])
     _require(sizes(joined, 3) == [batch, length * windows, heads * width])
     q, k, v = parts
-    return AttentionBlock(q, k, v, joined.output[0], windows * heads, windows * heads * width, windows, nodes)
+    return AttentionBlock(
+        q, k, v, scores.output[0], share.output[0], joined.output[0], scale, share is not softmax,
+        windows * heads, windows * heads * width, windows, nodes,
+    )  # fmt: skip
 
 
 def scores_of(model: onnx.ModelProto) -> str:
-    """The name of the logits at full resolution, ``[N, K, T, T]``, if the graph ends in the best class and a cast."""
+    """The name of the logits at full resolution, ``[N, K, T, T]``, if the graph ends in the best class and casts."""
     best = _best_class(GraphIndex(model.graph))
     if [output.name for output in model.graph.output] != [LABELS] or best is None:
         raise GraphError(
@@ -240,13 +340,13 @@ def scores_of(model: onnx.ModelProto) -> str:
 def _best_class(index: GraphIndex) -> onnx.NodeProto | None:
     """The ArgMax before the labels, or the Split with which the comparisons of :func:`compare_classes` begin."""
     node: onnx.NodeProto | None = index.maker.get(LABELS)
-    for op in ("Cast", "Squeeze", "Where", "Greater"):  # each made from the next one's output
-        if node is None or node.op_type == "ArgMax":
-            break
-        if node.op_type != op:
-            return None
+    while node is not None and node.op_type == "Cast":
         node = index.maker.get(node.input[0])
-    return node if node is not None and node.op_type in ("ArgMax", "Split") else None
+    for op in ("Squeeze", "Where", "Greater"):  # each made from the next one's output
+        if node is None or node.op_type == "ArgMax":
+            return node
+        node = index.maker.get(node.input[0]) if node.op_type == op else None
+    return node if node is not None and node.op_type == "Split" else None
 
 
 def compare_classes(model: onnx.ModelProto) -> None:
@@ -267,9 +367,11 @@ def compare_classes(model: onnx.ModelProto) -> None:
     writer = NodeWriter()
     numbers = [writer.constant(f"class_{number}", np.full((1,) * 4, number, np.float16)) for number in range(classes)]
     parts = [f"best.score_{number}" for number in range(classes)]
+    last = index.maker[LABELS].input[0]
     for node in model.graph.node:
-        if node.output[0] != argmax.output[0]:
-            writer.nodes.append(node)
+        if node.output[0] != last:
+            if node.output[0] != argmax.output[0]:  # whose cast to floats, which is `last`, the chain does not need
+                writer.nodes.append(node)
             continue
         sizes = writer.constant("best.sizes", np.ones(classes, np.int64))
         best, label = writer.add("Split", "best.scores", scores, sizes, outputs=parts, axis=1), numbers[0]
@@ -279,7 +381,7 @@ def compare_classes(model: onnx.ModelProto) -> None:
             if number < classes - 1:
                 best = writer.add("Max", f"best.score_to_{number}", best, parts[number])
         axis = writer.constant("best.axis", np.array([1], np.int64))
-        writer.add("Squeeze", argmax.output[0], label, axis)
+        writer.add("Squeeze", last, label, axis)
     writer.replace_nodes(model)
 
 

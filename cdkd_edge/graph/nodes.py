@@ -105,9 +105,9 @@ def retype(graph: onnx.GraphProto, old: int, new: int, keep: Iterable[str] = ())
                 attribute.i = new
 
 
-def show_values(model: onnx.ModelProto, names: Iterable[str]) -> None:
-    """Make FP32 values inside a graph outputs of it, beside those it has."""
-    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+def show_values(model: onnx.ModelProto, names: Iterable[str], kind: int = TensorProto.FLOAT) -> None:
+    """Make values of one ONNX type inside a graph outputs of it, beside those it has."""
+    model.graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name in names)
 
 
 def attribute_of(node: onnx.NodeProto, name: str, default: Any = None) -> Any:

@@ -211,13 +211,15 @@ def qgis_graph(model: onnx.ModelProto, schema: LabelSchema, tile: int, gsd: floa
     graph = model.graph
     scores = scores_of(model)
     cast = next(node for node in graph.node if node.op_type == "Cast" and node.input[0] == "image")
-    writer = NodeWriter()
+    writer, ending = NodeWriter(), {scores}  # what is made from the scores
     for node in graph.node:
         if node.output[0] == cast.output[0]:
             scaled = writer.add("Mul", "image", "image", "full_scale", outputs=["image.scaled"])
             writer.add("Round", "image", scaled, outputs=[cast.output[0]])
-        elif node.op_type != "ArgMax" and LABELS not in node.output:
+        elif ending.isdisjoint(node.input):
             writer.nodes.append(node)
+        else:
+            ending.update(node.output)
     writer.add("Softmax", PROBABILITIES, scores, axis=1)
     replace_nodes(graph, writer.nodes)
     del graph.input[:], graph.output[:], graph.value_info[:], model.metadata_props[:]

@@ -241,6 +241,7 @@ def _summary(manifest: GraphManifest) -> Iterator[str]:
         "As TensorRT computes it (INT8 layers, the rest rounded to FP16), "
         f"{conversion.label_agreement:.2%} of the same pixels keep their label; all values are finite, also on tiles "
         "that are all 0, all 255, a checkerboard and noise.",
+        *(f"Attention was changed for FP16: {change}." for change in conversion.attention),
         "",
     )
     if record["smoothquant_alpha"] is not None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -367,10 +368,12 @@ def test_warm_up_ends_when_the_speed_stays(folder: Path, scene: Path, monkeypatc
 
 def test_what_never_becomes_steady_says_so(folder: Path, scene: Path) -> None:
     engine = FakeEngine(delay=lambda number: 0.002 * 1.2 ** (number % 20))
+    engine.warning = "the engine was built with 8 multiprocessors, and 4 are on now"
     summary = run_benchmark(engine, folder, BenchOptions(Protocol("default", 1, 0.1, 2, 0.01, 0.2, 1), scene=scene))
     assert summary.verdict.status == "not_steady"
     assert summary.verdict.reasons[0] == "the warm-up of repeat 1, 2 was not steady after 0.2 s"
     assert summary.figures is not None, "the figures are given, with that"
+    assert summary.verdict.warnings[0] == engine.warning
     assert dict(describe_bench(summary, folder).rows)["verdict"] == "NOT STEADY"
 
 
@@ -503,6 +506,12 @@ def test_power_and_energy_per_tile(folder: Path, scene: Path, hungry: Any, batch
     report = describe_bench(summary, folder)
     shown = [value for name, value in report.rows if name == "power (module)"]
     assert re.match(r"VDD_IN: idle 1?\d\d[.\d]*( ± [.\d]+)? W, load 1\d\d", shown[0])
+    said = " ".join(value for _, value in report.rows)
+    assert re.search(r"load joules of VDD_IN within [.\d]+ % \([.\d]+ % of it the sensor's offset\), with 99 %", said)
+    assert re.search(r"net watts of VDD_IN within [.\d]+ W in each repeat: the sensor's offset cancels", said)
+    for each in (repeat.rails["VDD_IN"] for repeat in summary.repeats if repeat.rails):
+        assert 0 < each.offset_joules < each.bound_joules
+        assert each.net_bound_watts is not None
     (listing,) = report.listings
     paper = {row[0]: row[2] for row in listing.rows}
     assert (paper["gross, J/tile"], paper["net, J/tile"]) == ("7.58", "5.28")
@@ -520,10 +529,12 @@ def test_power_and_energy_per_tile(folder: Path, scene: Path, hungry: Any, batch
     with open(folder / "trace.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert set(rows[0]) == {"time_s", "uncertainty_s", "repeat", "phase", "VDD_IN_w", "VDD_CPU_GPU_CV_w", "VDD_SOC_w"}
+    total = [row for row in rows if row["VDD_IN_w"]]  # others are read less often
     for phase, watts in (("idle", IDLE), ("load", LOAD)):
-        of_phase = statistics.median(float(row["VDD_IN_w"]) for row in rows if row["phase"] == phase)
+        of_phase = statistics.median(float(row["VDD_IN_w"]) for row in total if row["phase"] == phase)
         assert of_phase == watts
-    assert len(run.watts["VDD_IN"].times) == len(rows)
+    assert len(run.watts["VDD_IN"].times) == len(total)
+    assert all(len(run.watts[rail].times) > 3 for rail in ("VDD_CPU_GPU_CV", "VDD_SOC"))
     spans = {(span.name, span.repeat): span for span in summary.phases}
     for tile in run.tiles:
         span = spans[tile.phase, tile.repeat]
@@ -663,6 +674,19 @@ def test_throttling_makes_the_run_invalid(
     assert summary.figures is None
     assert "conditions.csv" in names_in(folder)
     assert summary.conditions["throttle_events"]["oc1"] == int("oc1" in file)
+
+
+def test_what_was_not_seen_of_a_board_and_odd_watts_are_warnings(
+    folder: Path, scene: Path, tree: Path, hungry: Any
+) -> None:
+    """As in a container on an Orin NX. 100 W are not its idle."""
+    shutil.rmtree(tree / "class/hwmon/hwmon4")
+    write(tree.parent / "device-tree/model", "NVIDIA Jetson Orin NX Engineering Reference Developer Kit")
+    options = BenchOptions(times(0.5, idle=0.3), scene=scene, power=True, root=tree.parent)
+    summary = run_benchmark(hungry(delay=0.005), folder, options)
+    said = " ".join(summary.verdict.warnings)
+    for text in ("throttling was not observed", "the power mode is not known", "VDD_IN is 100.0 W in idle"):
+        assert text in said
 
 
 def test_clocks_and_temperatures_are_recorded(folder: Path, scene: Path, tree: Path, hungry: Any) -> None:

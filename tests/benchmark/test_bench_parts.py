@@ -16,7 +16,7 @@ from cdkd_edge.benchmark import phases
 from cdkd_edge.benchmark.folder import TimedBatch
 from cdkd_edge.benchmark.phases import DEFAULT, Timeline, Window, hottest, is_steady
 from cdkd_edge.benchmark.record import Phase, RailRepeat, Repeat
-from cdkd_edge.benchmark.roofline.bound import modelled_bound
+from cdkd_edge.benchmark.roofline.bound import model_of
 from cdkd_edge.benchmark.roofline.devices import load_device
 from cdkd_edge.benchmark.roofline.model import model_engine, roofline
 from cdkd_edge.benchmark.statistics import latency_of
@@ -294,7 +294,8 @@ def built(small_graph):
 
 def test_the_bound_is_that_of_the_roofline(built):
     manifest, graph = built
-    bound, reason = modelled_bound(manifest, [graph.parent / "elsewhere", graph.parent], 100.0)
+    model, reason = model_of(manifest, [graph.parent / "elsewhere", graph.parent])
+    bound = model.bound(100.0)
     assert reason == ""
     assert bound.device == "rtx-4090"
     found = roofline(graph, load_device("rtx-4090"), precision="fp32")
@@ -310,18 +311,21 @@ def test_the_bound_is_that_of_the_layers_where_they_are_known(built, tmp_path):
     manifest, graph = built
     engine = tmp_path / manifest.artefact.file
     write_layers(engine, manifest.artefact.sha256, layers)
-    bound, _ = modelled_bound(manifest, [graph.parent, tmp_path], 100.0)
+    model, _ = model_of(manifest, [graph.parent, tmp_path])
+    bound = model.bound(100.0)
     known = model_engine(layers, load_device("rtx-4090"))[0]
     assert (bound.modelled_from, bound.bound_tiles_per_second) == ("layers", known.bound_fps)
     write_layers(engine, "of another engine", layers)
-    bound, _ = modelled_bound(manifest, [graph.parent, tmp_path], 100.0)
+    model, _ = model_of(manifest, [graph.parent, tmp_path])
+    bound = model.bound(100.0)
     assert bound.modelled_from == "graph"
     assert bound.bound_tiles_per_second != known.bound_fps
 
 
 def test_without_a_measured_figure_there_is_no_share(built):
     manifest, graph = built
-    bound, _ = modelled_bound(manifest, [graph.parent], None)
+    model, _ = model_of(manifest, [graph.parent])
+    bound = model.bound(None)
     assert bound.share_of_bound is None
 
 
@@ -337,8 +341,8 @@ def test_without_a_measured_figure_there_is_no_share(built):
 )
 def test_why_there_is_no_bound(built, change, options, said):
     manifest, graph = built
-    bound, reason = modelled_bound(replace(manifest, **change), [graph.parent], 1.0, **options)
-    assert bound is None
+    model, reason = model_of(replace(manifest, **change), [graph.parent], **options)
+    assert model is None
     assert said in reason
 
 
@@ -347,13 +351,14 @@ def test_a_board_is_known_by_its_part_number_and_mode(built, tmp_path):
     (tmp_path / "proc/device-tree").mkdir(parents=True)
     (tmp_path / "proc/device-tree/compatible").write_bytes(b"nvidia,p3768-0000+p3767-0000\0nvidia,tegra234\0")
     manifest = replace(manifest, tensorrt=build_record("Orin"))
-    bound, _ = modelled_bound(manifest, [graph.parent], 1.0, mode="25W", root=tmp_path)
+    model, _ = model_of(manifest, [graph.parent], mode="25W", root=tmp_path)
+    bound = model.bound(1.0)
     assert (bound.device, bound.mode) == ("orin-nx-16gb", "25W")
 
 
 def test_a_device_that_does_not_exist_is_an_error_before_all_else(built):
     with pytest.raises(UsageError, match="no device"):
-        modelled_bound(replace(built[0], runtime="onnxruntime-cpu", tensorrt=None), [], 1.0, device="orin-nx-17gb")
+        model_of(replace(built[0], runtime="onnxruntime-cpu", tensorrt=None), [], device="orin-nx-17gb")
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=3, max_size=8))

@@ -51,6 +51,9 @@ ORIN = {
     "sys/class/devfreq/17000000.gpu/cur_freq": "918000000\n",
     "sys/class/devfreq/17000000.gpu/max_freq": "918000000\n",
     "sys/class/devfreq/17000000.gpu/available_frequencies": "306000000 408000000 612000000 918000000\n",
+    "sys/class/hwmon/hwmon4/name": "soctherm_oc\n",
+    "sys/class/hwmon/hwmon4/oc1_event_cnt": "0\n",
+    "sys/class/hwmon/hwmon4/oc3_event_cnt": "2\n",
     "run/jtop.sock": "",
     "etc/group": "root:x:0:\nbroken line\njtop:x:994:someone,pilot\n",
     "proc/meminfo": "MemTotal:       16071120 kB\nMemFree:  1 kB\nMemAvailable:   12000000 kB\n",
@@ -121,6 +124,7 @@ def test_an_orin_nx_in_order(orin: Path, tmp_path: Path) -> None:
     assert found["power mode"].text == "MAXN (id 0), 8 multiprocessors"
     assert found["power mode"].data["default"] == 3
     assert found["clocks"].text == "GPU at 918 MHz, held at 918 MHz"
+    assert found["throttling"].text == "counted by oc1, oc3"
     assert found["CUDA"].text == "driver for CUDA 12.6, toolkit 12.6.11"
     assert "11.4 of 15.3 GiB" in found["memory"].text
     assert found["swap"].text == "1.9 GiB (zram, compressed memory)"
@@ -151,7 +155,8 @@ def test_a_desktop_with_a_gpu_and_nothing_for_it(desktop: Path, tmp_path: Path) 
     changed = dataclasses.replace(DESKTOP, gpu=SOFTWARE.gpu, cuda={"error": "needs cuda-python or pycuda"})
     found = by_name(examine(tmp_path, root=desktop, software=changed, user=PILOT))
     assert (found["TensorRT"].status, found["TensorRT"].mend) == (WARN, "pip install tensorrt")
-    assert (found["CUDA binding"].status, found["CUDA binding"].mend) == (FAIL, "pip install 'cdkd-edge[gpu]'")
+    binding = found["CUDA binding"]
+    assert (binding.status, binding.mend) == (FAIL, "pip install 'cdkd-edge[gpu]' 'cuda-python<13'")
 
 
 def test_an_empty_tree(tmp_path: Path) -> None:
@@ -175,8 +180,11 @@ def test_garbage_everywhere(orin: Path, tmp_path: Path, garbage: bytes) -> None:
     assert found["JetPack"].status in (WARN, FAIL)
 
 
+COUNTERS = {name for name in ORIN if "hwmon" in name}  # read by the monitor of conditions, which leaves them out
+
+
 @pytest.mark.parametrize(
-    "name", sorted({*ORIN, "etc/nvpmodel.conf"} - {"run/jtop.sock", "usr/local/cuda/version.json"})
+    "name", sorted({*ORIN, "etc/nvpmodel.conf"} - COUNTERS - {"run/jtop.sock", "usr/local/cuda/version.json"})
 )
 def test_a_file_that_may_not_be_read(orin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The reason is said, where the file is what a line rests on."""
@@ -242,7 +250,7 @@ def test_power_modes_that_hold_the_gpu_back(orin: Path, status: str, asked: str 
     found = probes.probe_power_mode(orin, asked)
     assert found.status == WARN
     assert text in found.text
-    assert found.mend == ("sudo nvpmodel -m 0" if "MAXN" in text else "sudo nvpmodel -q")
+    assert (found.mend or "").endswith("sudo nvpmodel -m 0" if "MAXN" in text else "else sudo nvpmodel -q")
 
 
 def test_a_cap_at_the_top_clock_is_none(orin: Path) -> None:
@@ -262,6 +270,21 @@ def test_a_configuration_as_it_stands() -> None:
     assert default_mode(CONF) == 3
     assert parse_modes("< POWER_MODEL ID=x NAME=y >\nGPU MAX_FREQ 5\n") == {}
     assert default_mode("") is None
+    thor = parse_modes("< POWER_MODEL ID=0 NAME=MAXN >\nGPU_POWER_GATING GPU_PG_MASK 512\nGPU MAX_FREQ -1\n")
+    assert thor == {PowerMode(0, "MAXN"): GpuLimits(None, None)}, "a mask of another kind"
+
+
+@pytest.mark.parametrize(
+    ("volts", "status"), [(4936, OK), (5160, OK), (19000, OK), (4700, WARN), (20400, WARN), ("", OK)]
+)
+def test_the_voltage_of_the_supply(orin: Path, volts: object, status: str) -> None:
+    chip = orin / "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon3"
+    tree(chip, {"in1_label": "VDD_SOC\n", "in2_label": "VDD_IN\n", "in1_input": "9\n", "in2_input": f"{volts}\n"})
+    found = probes.probe_supply(orin)
+    assert found.status == status
+    assert ("V at the module" in found.text) == bool(volts)
+    (orin / "proc/device-tree/model").write_text("NVIDIA Jetson AGX Orin Developer Kit\0")
+    assert probes.probe_supply(orin).status == OK
 
 
 def test_clocks_that_may_fall(orin: Path) -> None:
@@ -308,12 +331,13 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_service_is_down(orin: Path) -> None:
     (orin / "run/jtop.sock").unlink()
     found = probes.probe_jtop_service(orin, SOFTWARE)
-    assert (found.status, found.mend) == (WARN, "sudo systemctl restart jtop.service")
+    assert found.status == WARN
+    assert (found.mend or "").startswith("sudo systemctl restart jtop.service; in a container: docker run -v /run/jtop")
     absent = dataclasses.replace(SOFTWARE, packages={**PACKAGES, "jetson-stats": None})
     for release, option in (("R36", ""), ("R38", "--break-system-packages "), ("R39", "--break-system-packages ")):
         (orin / "etc/nv_tegra_release").write_text(f"# {release} (release), REVISION: 4.0, GCID: 1\n")
-        mend = probes.probe_jtop_service(orin, absent).mend
-        assert mend == f"sudo pip3 install {option}-U jetson-stats && sudo systemctl restart jtop.service"
+        mend = probes.probe_jtop_service(orin, absent).mend or ""
+        assert mend.startswith(f"sudo pip3 install {option}-U jetson-stats && sudo systemctl restart jtop.service;")
 
 
 @pytest.mark.parametrize(
@@ -415,9 +439,78 @@ def test_a_board_that_lacks_something(orin: Path, tmp_path: Path, change: dict[s
     assert mend in (found.mend or "")
 
 
+@pytest.mark.parametrize(
+    ("release", "capability", "version", "status"),
+    [
+        ("R39", "8.7", "10.13.3", FAIL),
+        ("R39", "8.7", "10.16.2", OK),
+        ("R38", "11.0", "10.13.3", OK),  # a Thor
+        ("R36", "8.7", "10.3.0", OK),
+    ],
+)
+def test_orin_with_jetpack_7_needs_a_tensorrt_that_knows_it(
+    orin: Path, release: str, capability: str, version: str, status: str
+) -> None:
+    (orin / "etc/nv_tegra_release").write_text(f"# {release} (release), REVISION: 2.0, GCID: 1\n")
+    gpu = {**SOFTWARE.gpu, "compute_capability": capability}
+    tensorrt = {"kind": "tensorrt", "version": version, "name": f"TensorRT {version}"}
+    found = software.probe_tensorrt(orin, dataclasses.replace(SOFTWARE, gpu=gpu, tensorrt=tensorrt))
+    assert found.status == status
+    assert ("older than 10.16" in found.text) == (status == FAIL)
+
+
+@pytest.mark.parametrize(
+    ("release", "mend"),
+    [("R36", "sudo apt install nvidia-l4t-dla-compiler"), ("R39", "use an image or packages made for JetPack 7")],
+)
+def test_tensorrt_of_jetpack_6_without_the_dla_compiler(orin: Path, release: str, mend: str) -> None:
+    (orin / "etc/nv_tegra_release").write_text(f"# {release} (release), REVISION: 2.0, GCID: 1\n")
+    error = "tensorrt: libnvdla_compiler.so: cannot open shared object file: No such file or directory"
+    found = software.probe_tensorrt(orin, dataclasses.replace(SOFTWARE, tensorrt={"error": error}))
+    assert (found.status, found.mend) == (FAIL, mend)
+    assert ("TensorRT of JetPack 6" in found.text) == (release == "R39")
+
+
+@pytest.mark.parametrize(
+    ("packages", "driver", "status"),
+    [
+        ({"cuda-python": "13.4.4", "cuda-bindings": "13.4.4"}, "12.6", WARN),
+        ({"cuda-python": "12.6.2.post1", "cuda-bindings": "12.6.2.post1"}, "12.6", OK),
+        ({"cuda-python": "12.9.4"}, "12.6", OK),
+        ({"cuda-bindings": "12.9.4"}, "13.2", OK),
+        ({"pycuda": "2026.1"}, "12.6", OK),
+    ],
+)
+def test_a_binding_for_a_newer_cuda_than_the_driver_s(packages: dict[str, str], driver: str, status: str) -> None:
+    changed = dataclasses.replace(SOFTWARE, packages=packages, gpu={**SOFTWARE.gpu, "cuda": driver})
+    found = software.probe_binding(changed)
+    assert (found.status, found.mend) == (status, "pip install 'cuda-python<13'" if status == WARN else None)
+    missing = software.probe_binding(dataclasses.replace(changed, cuda={"error": "cannot be imported"}))
+    assert missing.mend == f"pip install 'cdkd-edge[gpu]' 'cuda-python<{13 if driver == '12.6' else 14}'"
+
+
+@pytest.mark.parametrize(
+    ("release", "version", "status"), [("R39", "7.1.5", WARN), ("R39", "7.2.2", OK), ("R36", "4.2.9", OK)]
+)
+def test_jtop_that_does_not_know_jetpack_7(orin: Path, release: str, version: str, status: str) -> None:
+    (orin / "etc/nv_tegra_release").write_text(f"# {release} (release), REVISION: 2.0, GCID: 1\n")
+    changed = dataclasses.replace(SOFTWARE, packages={**PACKAGES, "jetson-stats": version})
+    found = probes.probe_jtop_service(orin, changed)
+    assert found.status == status
+    assert ("-U jetson-stats" in (found.mend or "")) == (status == WARN)
+
+
 def test_a_driver_that_does_not_start(desktop: Path) -> None:
     broken = dataclasses.replace(DESKTOP, gpu={"error": "the CUDA driver does not start (cuInit: 803)"})
     assert software.probe_gpu(desktop, broken).status == WARN
+
+
+def test_silence_is_not_the_absence_of_a_gpu(desktop: Path) -> None:
+    for said in (None, "aborted"):
+        silent = dataclasses.replace(DESKTOP, gpu=software._answer(said, 30))
+        found = software.probe_gpu(desktop, silent)
+        assert found.status == WARN
+        assert found.text.startswith("not known: ")
 
 
 def test_children_that_hang_crash_or_chatter() -> None:
@@ -473,8 +566,8 @@ def test_this_machine(tmp_path: Path) -> None:
     data = json.loads(out)
     failed = [one["name"] for one in data["findings"] if one["status"] == FAIL]
     assert code == (15 if failed else 0), err
-    assert len(data["findings"]) == 17
-    assert sum(data["counts"].values()) == 17
+    assert len(data["findings"]) == 19
+    assert sum(data["counts"].values()) == 19
     found = {one["name"]: one for one in data["findings"]}
     assert found["Python"]["data"]["version"].split(".")[:2] == [str(part) for part in sys.version_info[:2]]
     assert found["disk"]["data"]["path"] == str(tmp_path)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdkd_edge.board.power.energy import Trace, bound_holds, rail_energy
-from cdkd_edge.board.power.protocol import JOULES, WATTS, Sample, SourceInfo
+from cdkd_edge.board.power.energy import Trace, bound_holds, net_bound, rail_energy
+from cdkd_edge.board.power.protocol import JOULES, WATTS, Accuracy, Sample, SourceInfo
 
 
 def trace_of(points, quantity=WATTS, uncertainty=0.0, interval=0.1, start=None, stop=None):
@@ -210,10 +210,32 @@ def test_what_lies_far_from_a_window_changes_nothing(seed, quantity):
         assert found == rail_energy(trace, "rail", start, stop)
 
 
+def test_a_sensor_s_offset_and_steps_are_in_gross_and_only_steps_in_net():
+    """All readings are 0.08 W too high, in steps of 0.04 W: idle 5.73 W reads 5.80 W, 18.95 W reads 19.04 W."""
+    sensor = Accuracy(offset=0.08, step=0.04, step_share=0.0)
+    points = [(t, 0.04 * round((0.08 + (18.95 if 105 <= t < 112 else 5.73)) / 0.04)) for t, _ in steady(15, 0)]
+    trace = trace_of(points)
+    trace = replace(trace, source=replace(trace.source, accuracy={"rail": sensor}))
+    idle, load = rail_energy(trace, "rail", 100.5, 104.5), rail_energy(trace, "rail", 105.5, 111.5)
+    for energy, truth in ((idle, 5.73 * 4), (load, 18.95 * 6)):
+        assert (energy.offset, energy.bound) == (
+            pytest.approx(0.08 * energy.seconds),
+            pytest.approx(0.1 * energy.seconds),
+        )
+        assert 0.05 * energy.seconds < energy.joules - truth < energy.bound, "without the offset it would not hold"
+    assert net_bound(load, idle, idle) == pytest.approx(0.04), "half a step each"
+    assert abs(load.watts - idle.watts - (18.95 - 5.73)) < net_bound(load, idle)
+    assert rail_energy(trace_of(points), "rail", 100.5, 104.5).bound == 0, "of a sensor that is not known"
+
+
 def test_a_bound_says_for_which_loads_it_holds():
     """A square in step with regular readings looks constant: its bound is 0 J, and names what it takes for granted."""
     regular = trace_of(steady(10, 9.0))
     assert rail_energy(regular, "rail", 100, 110).bound == 0
     assert bound_holds(regular.source).startswith("only if power between two readings stays between them")
     assert "any load" in bound_holds(trace_of(steady(1, 9.0), JOULES).source)
-    assert "random" in bound_holds(replace(regular.source, random_moments=True))
+    random_moments = replace(regular.source, random_moments=True)
+    assert "for any load: every reading is taken at a random moment" in bound_holds(random_moments)
+    assert "but one in step with the sensor, which measures every 7 ms:" in bound_holds(
+        replace(random_moments, cycle=0.007)
+    )

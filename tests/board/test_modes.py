@@ -319,6 +319,16 @@ def test_names() -> None:
         find_mode((MAXN,), "")
 
 
+def test_maxn_of_a_super_board_is_maxn_super() -> None:
+    modes = (PowerMode(0, "15W"), PowerMode(1, "25W"), PowerMode(2, "MAXN_SUPER"))
+    assert find_mode(modes, "MAXN").id == find_mode(modes, "maxn_super").id == 2
+    assert find_mode((*modes, PowerMode(3, "MAXN")), "MAXN").id == 3
+    with pytest.raises(BoardError, match="there is no power mode MAXN_SUPER"):
+        find_mode((MAXN,), "MAXN_SUPER")
+    with pytest.raises(BoardError, match="there is no power mode 25W_SUPER"):
+        find_mode(modes, "25W_SUPER")
+
+
 # --- what cannot be put back ------------------------------------------------------------------------
 
 

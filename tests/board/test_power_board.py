@@ -13,10 +13,24 @@ import time
 from pathlib import Path
 
 import pytest
-from board import HWMON, NoBoardError, Pattern, Ripple, jtop_missing, make_tree, running_board, write
+from board import (
+    HWMON,
+    SAMPLER,
+    SHUNT,
+    VOLTS,
+    NoBoardError,
+    Pattern,
+    Ripple,
+    jtop_missing,
+    make_chip,
+    make_tree,
+    on_chip,
+    running_board,
+    write,
+)
 
 from cdkd_edge.benchmark.folder import read_run
-from cdkd_edge.board.power.energy import rail_energy
+from cdkd_edge.board.power.energy import net_bound, rail_energy
 from cdkd_edge.board.power.sampler import PowerSampler, find_source
 from cdkd_edge.core.errors import PowerError
 
@@ -63,14 +77,11 @@ def sampler_on(board, source="jtop", interval=0.1):
 
 def measure(board, load, idle_seconds=3.0):
     """Sample a pattern with both sources at once: idle, load, idle. The traces and the pattern, which is the truth."""
-    for _ in range(3):
-        with sampler_on(board, "jtop") as jtop, sampler_on(board, "ina3221") as ina3221:
-            pattern = Pattern(board.sys, [(idle_seconds, IDLE), *load, (0.8, IDLE)])
-            pattern.start()
-            pattern.join()
-        board.set_watts(IDLE)
-        if pattern.slowest < 0.02:  # else the truth itself is late: this machine stood still
-            break
+    with sampler_on(board, "jtop") as jtop, sampler_on(board, "ina3221") as ina3221:
+        pattern = Pattern(board.sys, [(idle_seconds, IDLE), *load, (0.8, IDLE)])
+        pattern.start()
+        pattern.join()
+    board.set_watts(IDLE)
     return (jtop.trace(), ina3221.trace()), pattern
 
 
@@ -95,44 +106,117 @@ def assert_energy(trace, pattern):
 def test_energy_of_a_known_pattern(board):
     traces, pattern = measure(board, LOAD)
     for trace in traces:
+        print(f"{trace.source.name}: {trace.rate:.1f} readings/s")
         assert_energy(trace, pattern)
 
 
-def ripple_errors(folder, ripples, seconds):
-    """By ripple, what is wrong with its energy and the bound of that, as shares; all are sampled at the same time."""
+@contextlib.contextmanager
+def sampled_chips(folder, **chips):
+    """A sampler per emulated chip (options of ``make_chip``), started: by name, the tree and the sampler."""
     running = {}
     with contextlib.ExitStack() as stack:
-        for hertz, shape in ripples:
-            tree = make_tree(folder / f"{shape} {hertz}")
-            sampler = stack.enter_context(PowerSampler("ina3221", sys_root=tree))
-            running[hertz, shape] = sampler, Ripple(tree, hertz, shape, seconds + 1)
-        for _, ripple in running.values():
+        for name, options in chips.items():
+            tree = make_tree(folder / name)
+            make_chip(tree, **options)
+            try:
+                command = on_chip(*SAMPLER)
+            except NoBoardError as error:
+                pytest.skip(f"NO EMULATED CHIP: {error}; INA3221 is not tested at its own pace")
+            running[name] = tree, stack.enter_context(PowerSampler("ina3221", sys_root=tree, command=command))
+        yield running
+
+
+PACES = {"driver": {}, "slowest": {"every_read_waits": True}}
+
+
+def test_readings_at_the_pace_of_the_chip(tmp_path):
+    """VDD_IN 80 times a second or more, other rails 10 times, each at a moment of its own."""
+    with sampled_chips(tmp_path, **PACES) as running:
+        time.sleep(5)
+    for name, (_, sampler) in running.items():
+        trace = sampler.trace()
+        others = [len(trace.series(rail)) / (trace.stop - trace.start) for rail in ("VDD_CPU_GPU_CV", "VDD_SOC")]
+        print(f"{name}: {trace.rate:.0f} readings/s of VDD_IN, {others[0]:.1f} and {others[1]:.1f} of the others")
+        assert 40 < trace.rate < 152, "it cannot be read more often than it converts"
+        assert all(4 < rate < 12 for rate in others)
+        assert all(len(sample.values) == 1 for sample in trace.samples[1:])
+        assert all(sample.uncertainty > 0.003 for sample in trace.samples), "a value is of the last 6.6 ms or more"
+        assert trace.problems == ()
+        assert trace.source.accuracy["VDD_IN"].offset == pytest.approx(0.08), "80 uV of 5 mOhm at 5 V"
+
+
+def test_the_offset_is_in_gross_joules_and_cancels_in_net_ones(tmp_path):
+    """A chip with the largest offset of its data sheet beside one that has none, each with the same load."""
+    chips = {"none": {}, "high": {"offset": 80e-6}, "low": {"offset": -80e-6}}
+    load = [(1.1, IDLE), (2, 18.95), (2, 15.2), (2, 17.4), (0.3, IDLE)]
+    with sampled_chips(tmp_path, **chips) as running:
+        patterns = {name: Pattern(tree, load) for name, (tree, _) in running.items()}
+        for pattern in patterns.values():
+            pattern.start()
+        for pattern in patterns.values():
+            pattern.join()
+    for name, (_, sampler) in running.items():
+        trace, pattern = sampler.trace(), patterns[name]
+        start, rise, stop = pattern.times[0], pattern.times[1], pattern.times[-1]
+        truth = pattern.joules(rise, stop) / (stop - rise)
+        idle, load = rail_energy(trace, "VDD_IN", start, rise), rail_energy(trace, "VDD_IN", rise, stop)
+        off = chips[name].get("offset", 0.0) / SHUNT * VOLTS
+        gross = load.watts - truth
+        net = load.watts - idle.watts - (truth - IDLE)
+        print(f"{name}: offset {off:+.2f} W: gross {gross:+.3f} W, net {net:+.3f} W")
+        sampling = load.own_bound_watts
+        assert abs(gross - off) < sampling
+        assert abs(load.joules - pattern.joules(rise, stop)) < load.bound
+        assert load.offset == pytest.approx(0.08 * load.covered, rel=0.01)
+        assert abs(net) < net_bound(load, idle) < load.bound / load.covered + idle.bound / idle.covered - 0.1
+
+
+def test_one_read_in_ten_that_fails_ends_nothing(tmp_path):
+    """ETIMEDOUT, as the driver gives it when no conversion ends in time."""
+    with sampled_chips(tmp_path, failing={"fails": 10}) as running:
+        time.sleep(4)
+    ((_, sampler),) = running.values()
+    trace = sampler.trace()
+    assert {problem.kind for problem in trace.problems} <= {"rail"}
+    assert rail_energy(trace, "VDD_IN", trace.start + 0.2, trace.stop - 0.3).coverage == pytest.approx(1)
+    assert trace.gaps("VDD_SOC") == ()
+
+
+RIPPLES = [(40, "square"), *((hertz, shape) for hertz in (5, 10, 20, 50) for shape in ("square", "sine"))]
+
+
+def ripple_errors(folder, pace, seconds, ripples):
+    """By ripple, what is wrong with its energy and the bound of that, as shares; all are sampled at the same time."""
+    errors = {}
+    with sampled_chips(folder, **{f"{shape} {hertz}": pace for hertz, shape in ripples}) as running:
+        shapes = [Ripple(tree, *key, seconds + 1) for key, (tree, _) in zip(ripples, running.values(), strict=True)]
+        for ripple in shapes:
             ripple.start()
         time.sleep(0.5)
         start = time.monotonic()
         time.sleep(seconds)
         stop = time.monotonic()
-        for _, ripple in running.values():
+        for ripple in shapes:
             ripple.join()
-    errors = {}
-    for key, (sampler, ripple) in running.items():
-        truth, energy = ripple.joules(start, stop), rail_energy(sampler.trace(), "VDD_IN", start, stop)
-        errors[key] = energy.watts * (stop - start) / truth - 1, energy.bound / truth
+    for key, ripple, (_, sampler) in zip(ripples, shapes, running.values(), strict=True):
+        trace, truth = sampler.trace(), ripple.joules(start, stop)
+        energy = rail_energy(trace, "VDD_IN", start, stop)
+        errors[key] = energy.joules / truth - 1, energy.bound / truth
     return errors
 
 
-def test_ripples_in_step_with_the_readings(tmp_path):
-    """INA3221 stays within its bound of a few per cent, where readings at regular moments can be off by 40: 40 Hz is
-    the rate of the readings themselves. (Of jtop, test_power_sources.py tests what interval it is asked for.)"""
-    left = [(40, "square"), *((hertz, shape) for hertz in (5, 10, 20, 50) for shape in ("square", "sine"))]
-    for attempt in range(3):  # a busy machine delays a ripple and its readings alike: then once more is enough
-        errors = ripple_errors(tmp_path / str(attempt), left, 12)
+@pytest.mark.parametrize("pace", PACES)
+def test_ripples(tmp_path, pace):
+    """Of 5 to 50 Hz: within 3 per cent in 12 s, and within their bound."""
+    left = RIPPLES
+    for attempt in range(3):  # a busy machine delays all readings alike: then once more is enough
+        errors = ripple_errors(tmp_path / str(attempt), PACES[pace], 12, left)
         said = {f"{hertz} Hz, {shape}": f"{off:+.2%} ({b:.2%})" for (hertz, shape), (off, b) in errors.items()}
         print(said)
-        left = [ripple for ripple, (error, bound) in errors.items() if not abs(error) < bound < 0.08]
+        left = [ripple for ripple, (error, bound) in errors.items() if not abs(error) < min(bound, 0.03)]
         if not left:
             return
-    pytest.fail(f"off by more than the bound, or the bound is too large: {said}")
+    pytest.fail(f"off by more than 3 %, or than the bound: {said}")
 
 
 def start_bench(board, workspace, engine, *arguments):
@@ -211,7 +295,7 @@ def test_bench_measures_the_energy_of_a_pattern(board, small_engine_path, tmp_pa
             return
         except AssertionError:
             # Only a machine that stood still or kept the service waiting may fail, and says so.
-            busy = pattern.slowest >= 0.02 or any("are missing in" in err for _, _, err in ends.values())
+            busy = any("are missing in" in err for _, _, err in ends.values())
             if not busy or attempt == 2:
                 raise
 
@@ -360,6 +444,18 @@ def test_a_rail_that_disappears(own_board):
         (own_board.sys / HWMON / "curr3_input").unlink()
         wait_for(lambda: "VDD_SOC cannot be read" in sampler.health())
         assert sampler.samples[-1].values["VDD_IN"] == 6.0
+
+
+def test_a_charger_is_no_rail(board, tmp_path):
+    """The service lists it beside the INA3221's rails, with the watts that its driver names."""
+    with board_of(tmp_path, service=False) as mine:
+        charger = mine.sys / "class/power_supply/charger"
+        for name, text in (("type", "Mains"), ("online", 1), ("voltage_now", 20_000_000), ("current_now", 3_000_000)):
+            write(charger / name, text)
+        mine.start_service()
+        assert "Found name=charger type=Mains" in mine.log()
+        with sampler_on(mine) as sampler:
+            assert sampler.info.rails == ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC")
 
 
 def test_a_board_without_sensor(board, tmp_path):

@@ -77,12 +77,13 @@ def test_samples_on_the_clock_of_tile_events(tree):
 def test_a_rail_that_disappears_is_said_once_and_the_others_go_on(tree):
     with PowerSampler("ina3221", 0.02, sys_root=tree) as sampler:
         (tree / HWMON / "curr3_input").unlink()
-        wait_for(lambda: sampler.samples and "VDD_SOC" not in sampler.samples[-1].values)
+        wait_for(sampler.health)
         count = len(sampler.samples)
-        wait_for(lambda: len(sampler.samples) > count + 5)
+        wait_for(lambda: len(sampler.samples) > count + 50)
+        wait_for(lambda: "VDD_SOC" not in sampler.watts())
         write(tree / HWMON / "curr3_input", 650)
-        wait_for(lambda: "VDD_SOC" in sampler.samples[-1].values)
-        assert sampler.samples[-1].values["VDD_SOC"] == 0.65 * VOLTS
+        wait_for(lambda: "VDD_SOC" in sampler.watts())
+        assert sampler.watts()["VDD_SOC"] == 0.65 * VOLTS
         assert sampler.health() == ("VDD_SOC cannot be read",)
     (problem,) = sampler.trace().problems
     assert problem.kind == "rail"
@@ -231,18 +232,18 @@ def test_readings_on_a_busy_machine(tree):
         for _ in range(10):  # a virtual machine is itself kept waiting now and then
             with PowerSampler("ina3221", 0.1, sys_root=tree) as sampler:
                 time.sleep(3)
-            times = [sample.time for sample in sampler.samples]
+            times = sampler.trace().readings
             steps = [second - first for first, second in itertools.pairwise(times)]
             usual, worst = 1e3 * statistics.median(steps), 1e3 * max(steps)
             print(f"{len(steps)} readings in 3 s, every {usual:.1f} ms, at most {worst:.1f} ms apart")
-            if worst < 55 or not may_hurry():  # at random within steps of 25 ms
+            if worst < 55 or not may_hurry():
                 break
     finally:
         for hog in hogs:
             hog.kill()
             hog.wait()
     assert worst < 55 or not may_hurry()
-    assert usual == pytest.approx(25, rel=0.25)
+    assert usual == pytest.approx(7, rel=0.5), "a conversion of the chip"
 
 
 def test_a_frozen_process_can_be_stopped(tree):

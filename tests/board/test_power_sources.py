@@ -16,13 +16,14 @@ from itertools import pairwise
 import pytest
 from board import CHIP, HWMON, make_tree, write
 
-from cdkd_edge.board.power import sampler_child
+from cdkd_edge.board.power import ina3221, polled
 from cdkd_edge.board.power.energy import Trace, rail_energy
-from cdkd_edge.board.power.ina3221 import Ina3221Reader
+from cdkd_edge.board.power.ina3221 import Ina3221Reader, Ina3221Stream
 from cdkd_edge.board.power.jtop import JtopStream, StampClock, rails_of
 from cdkd_edge.board.power.nvml import NvmlReader
-from cdkd_edge.board.power.protocol import LostSourceError, Sample, UnusableSourceError
-from cdkd_edge.board.power.sampler_child import PolledStream, open_stream
+from cdkd_edge.board.power.polled import PolledStream
+from cdkd_edge.board.power.protocol import Accuracy, LostSourceError, Sample, UnusableSourceError
+from cdkd_edge.board.power.sampler_child import open_stream
 
 
 def probed(kind, *arguments):
@@ -259,6 +260,16 @@ def test_a_total_that_is_a_sum_is_not_the_module(total):
 @pytest.mark.parametrize("name", ["POM_5V_IN", "VIN"])
 def test_a_total_of_another_board_is_not_vdd_in(name):
     assert f"the total is {name}, not VDD_IN" in rails_of(reading(name=name))
+
+
+def test_supplies_are_no_rails(tmp_path, monkeypatch):
+    """Entries as jetson-stats 4.2.9 makes them of a USB-C port and of a battery; they have no type."""
+    for name in ("ucsi-source-psy-2-00081", "battery"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("cdkd_edge.board.power.jtop.SUPPLIES", tmp_path)
+    entry = {"volt": 20000, "curr": 3250, "warn": 3250, "power": 65000, "avg": 65000, "online": True}
+    power = {**reading(), "rail": {**RAIL, "2-00081": entry, "battery": entry}}
+    assert rails_of(power) == {"VDD_IN": 6.0, "VDD_SOC": 1.0}
 
 
 @pytest.mark.parametrize("power", [None, "6000", float("nan"), float("inf"), 6e9])
@@ -547,8 +558,8 @@ def test_the_bound_of_watts_holds_for_loads_that_change_in_step_with_the_reading
     """Read at regular moments, 40 in a second, those of 40 and 80 Hz are off by up to 40 per cent, and none of the
     peaks need be seen."""
     clock = Clock()
-    monkeypatch.setattr(sampler_child, "time", clock)
-    monkeypatch.setattr(sampler_child, "random", random.Random(1))
+    monkeypatch.setattr(polled, "time", clock)
+    monkeypatch.setattr(polled, "random", random.Random(1))
     for phase in (0.1, 0.3, 0.45, 0.8):
         start = clock.now = 1000.0
         stream = PolledStream(Rippling(clock, hertz, shape, phase), 0.1)
@@ -562,9 +573,112 @@ def test_the_bound_of_watts_holds_for_loads_that_change_in_step_with_the_reading
         assert (trace.gaps(), trace.late) == ((), 0)
 
 
+class RipplingChip(Rippling):
+    """The ripple on the first rail of an INA3221. Each read waits for a whole cycle; or, as with Linux's driver, for a
+    conversion that was not read yet."""
+
+    name, rails, every_read_waits = "ina3221", ("a", "b", "c"), True
+    last = 0
+
+    def cycle(self):
+        return 0.0066, 1
+
+    def wait(self):
+        self.clock.now += 5e-5
+        if self.every_read_waits or self.clock.now // 0.0066 <= self.last:
+            self.clock.now += 0.0066
+        self.last = self.clock.now // 0.0066
+
+    def read_volts(self, rail):
+        self.wait()
+
+    def read_watts(self, rail):
+        self.wait()
+        if rail != "a":
+            return 1.0
+        now = self.clock.now
+        if not self.every_read_waits:
+            self.clock.now = self.last * 0.0066
+        value = super().read()["a"]
+        self.clock.now = now
+        return value
+
+    def read(self):
+        for rail in self.rails:
+            self.read_volts(rail)
+        return {rail: self.read_watts(rail) for rail in self.rails}
+
+
+@pytest.mark.parametrize("every_read_waits", [True, False])
+@pytest.mark.parametrize(
+    ("hertz", "shape"),
+    [
+        (5, "sine"),
+        (5, "peaks"),
+        (10, "square"),
+        (20, "sine"),
+        (40, "square"),
+        (49, "square"),
+        (50, "sine"),
+        (50, "square"),
+        (75, "sine"),
+    ],
+)
+def test_ripples_that_a_chip_at_its_own_pace_is_read_through(monkeypatch, hertz, shape, every_read_waits):
+    """The longer, the better: 12 s are within 3 per cent, 30 s are known to be (of peaks, twice as much)."""
+    clock = Clock()
+    monkeypatch.setattr(polled, "time", clock)
+    monkeypatch.setattr(ina3221, "time", clock)
+    monkeypatch.setattr(ina3221, "random", random.Random(1))
+    for phase in (0.1, 0.45):
+        start = clock.now = 1000.0
+        chip = RipplingChip(clock, hertz, shape, phase)
+        chip.every_read_waits = every_read_waits
+        stream, samples = Ina3221Stream(chip, 0.1), []
+        while clock.now < start + 61:
+            samples.append(stream.next(1))
+        trace = Trace(stream.info, tuple(samples), (), start, clock.now)
+        assert 85 < trace.rate < 130
+        assert len(trace.series("b")) == pytest.approx(610, rel=0.2)
+        for seconds, most in ((12, 0.03), (30, 0.02), (60, 0.012)):
+            energy = rail_energy(trace, "a", start + 0.5, start + 0.5 + seconds)  # whole periods
+            error, bound = energy.watts / 15 - 1, energy.bound / energy.joules
+            print(f"{hertz} Hz {shape}, {seconds} s: {error:+.2%}, bound {bound:.2%}")
+            peaks = 2 if shape == "peaks" else 1
+            assert abs(error) < most * peaks
+            assert abs(energy.watts - 15) < energy.bound / seconds < 15 * peaks * 0.16 / math.sqrt(seconds)
+        assert (trace.gaps("a"), trace.gaps("b"), trace.late) == ((), (), 0)
+
+
+def test_rails_without_a_total_take_turns(agx_orin):
+    stream = open_stream("ina3221", 0.1, agx_orin)
+    samples = [stream.next(1) for _ in range(33)][1:]
+    assert [rail for sample in samples for rail in sample.values] == list(stream.info.rails) * 8
+
+
+def test_a_chip_that_takes_the_mean_of_many_samples_says_so(tree):
+    write(tree / HWMON / "samples", 16)
+    write(tree / HWMON / "update_interval", 106)
+    info = open_stream("ina3221", 0.1, tree).info
+    assert info.notes == ("the INA3221 has a new value every 0.11 s only (samples: 16)",)
+    assert (info.interval, info.nominal_interval) == (0.1, pytest.approx(0.636)), "six files"
+
+
+def test_what_the_chip_cannot_tell_is_known_by_its_shunt(tree):
+    """80 uV and 40 uV across 5 milliohm at 5 V. A rail whose shunt is not told has no figure."""
+    write(tree / HWMON / "shunt2_resistor", 10_000)
+    (tree / HWMON / "shunt3_resistor").unlink()
+    accuracy = open_stream("ina3221", 0.1, tree).info.accuracy
+    assert accuracy == {
+        "VDD_IN": Accuracy(pytest.approx(0.08), pytest.approx(0.04), pytest.approx(0.0016)),
+        "VDD_CPU_GPU_CV": Accuracy(pytest.approx(0.04), pytest.approx(0.02), pytest.approx(0.0016)),
+    }
+    assert accuracy["VDD_IN"].resolution(18.95) == pytest.approx((0.04 + 18.95 * 8 / 5000) / 2)
+
+
 def test_a_counter_is_read_once_an_interval(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(sampler_child, "time", clock)
+    monkeypatch.setattr(polled, "time", clock)
     reader = Rippling(clock, 10, "sine", 0.0)
     reader.quantity = "joules"
     stream = PolledStream(reader, 0.1)
@@ -573,7 +687,7 @@ def test_a_counter_is_read_once_an_interval(monkeypatch):
 
 
 def test_a_polled_source_that_fails_for_long_is_lost(monkeypatch):
-    monkeypatch.setattr("cdkd_edge.board.power.sampler_child.PATIENCE", 0.1)
+    monkeypatch.setattr("cdkd_edge.board.power.polled.PATIENCE", 0.1)
     reader = Slow()
     stream = PolledStream(reader, 0.02)
     stream.next(1)

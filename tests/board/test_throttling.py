@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cdkd_edge.board.conditions import Conditions
+from cdkd_edge.board.jetson import BoardIdentity, PowerMode
 from cdkd_edge.board.throttling import (
     BELOW_MAXIMUM,
     MODE_CHANGED,
+    NOT_SEEN,
+    ODD_WATTS,
     OVER_CURRENT,
     THERMAL_THROTTLING,
     TOO_HOT,
     judge_conditions,
     judge_power_mode,
+    judge_sight,
+    judge_watts,
     summarise,
 )
 
@@ -142,6 +148,38 @@ def test_without_a_gpu_it_is_the_cpu() -> None:
     assert kinds(run(*[slow] * 6)) == [(BELOW_MAXIMUM, False)]
     unlimited = {"clocks_mhz": {"cpu": 2000.0}, "clock_limits_mhz": {}}
     assert kinds(run(*[unlimited] * 6)) == []
+
+
+NX = BoardIdentity("NVIDIA Jetson Orin NX Developer Kit", True, "R36.4.3", "6", PowerMode(0, "MAXN"), (), True, None)
+
+
+def test_what_a_container_does_not_see_is_told() -> None:
+    blind = run(*[{"throttle_events": {}}] * 3)
+    (found,) = judge_sight(blind, NX)
+    assert (found.kind, found.invalidates) == (NOT_SEEN, False)
+    assert found.message.startswith("throttling was not observed: no over-current counter could be read (cdkd-edge doc")
+    (mode,) = judge_sight(run({}, {}), replace(NX, power_mode=None))
+    assert mode.message.startswith("the power mode is not known")
+    assert judge_sight(run({}, {}), NX) == ()
+    assert judge_sight(blind, BoardIdentity(None, False, None, None, None, (), None, None)) == ()
+
+
+@pytest.mark.parametrize(
+    ("idle", "load", "odd"),
+    [
+        (4.6, 29.4, ()),  # ARK's
+        (5.74, 18.95, ()),  # the paper's
+        (2.1, 9.0, ("2.1 W in idle",)),
+        (11.2, 36.0, ("11.2 W in idle", "36.0 W in load")),
+    ],
+)
+def test_watts_that_an_orin_nx_does_not_draw(idle: float, load: float, odd: tuple[str, ...]) -> None:
+    found = judge_watts(NX, idle, load)
+    assert [one.kind for one in found] == [ODD_WATTS] * len(odd)
+    assert not any(one.invalidates or one.disturbs for one in found)
+    for one, text in zip(found, odd, strict=True):
+        assert f"VDD_IN is {text}; others measured 4 to" in one.message
+    assert judge_watts(replace(NX, model="NVIDIA Jetson Orin Nano Developer Kit"), idle, load) == ()
 
 
 def test_everything_at_once() -> None:

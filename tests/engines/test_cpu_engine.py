@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections import Counter
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -24,10 +26,12 @@ from cdkd_edge.core.manifest import (
     read_manifest,
     write_manifest,
 )
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.engines import onnxruntime as cpu
 from cdkd_edge.engines.onnxruntime import CpuEngine, build_cpu_engine
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
+from cdkd_edge.graph.layers import NetworkPart, parts_of
 
 
 def graph_labels(graph, tiles):
@@ -309,3 +313,25 @@ def test_threads_can_be_chosen(small_engine_path, small_tiles, threads, monkeypa
     monkeypatch.setattr("cdkd_edge.graph.cpu.available_cores", lambda: 7)
     load_engine(small_engine_path)
     assert chosen == [threads, 7]
+
+
+# --- the profiler ---------------------------------------------------------------------------------
+
+
+def test_the_profiler_times_every_layer(engine, small_config):
+    """Of the whole network, in a copy of the engine, which leaves no file behind."""
+    engine.input(0)[:] = sample_tiles(engine.tile, 1)
+    times = engine.kernel_times(3)
+    assert (times.runs, times.average) == (3, "median")
+    assert 0 < sum(one.seconds for one in times.kernels) < 2 * times.profiled_seconds  # medians of different runs
+    assert not list((Path(tempfile.gettempdir()) / "cdkd-edge").glob("*/profile*"))
+    parts = parts_of([one.nodes for one in times.kernels])
+    assert NetworkPart("others") not in parts
+    blocks = range(small_config.depth)
+    assert [part.block for part in parts if part.name == "attention"] == list(blocks)  # one operator a block
+    names = {"LayerNorm", "queries, keys, values", "attention output", "MLP fc1, GELU", "MLP fc2"}
+    assert {(name, block) for name in names for block in blocks} <= set(parts)
+    assert {"fuse", "smoothing", "laterals", "pyramid pooling", "classifier, up-sampling"} <= {
+        one.name for one in parts
+    }
+    assert not engine._session.get_session_options().enable_profiling

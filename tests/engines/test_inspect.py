@@ -15,14 +15,16 @@ from commands import assert_answer, assert_wrong_usage, run
 from onnx import TensorProto, helper, numpy_helper
 from tensorrt_helpers import ORIN, half_graph, needs_compiler
 
-from cdkd_edge.core.errors import UsageError
-from cdkd_edge.core.manifest import manifest_path
+from cdkd_edge.board import modes
+from cdkd_edge.core.errors import EngineError, UsageError
+from cdkd_edge.core.manifest import AttentionChange, EngineManifest, manifest_path, read_manifest, write_manifest
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines import runtimes
 from cdkd_edge.engines.inspect import OnnxContents, inspect_artefact, read_onnx
 from cdkd_edge.engines.onnxruntime import build_cpu_engine
 from cdkd_edge.engines.runtimes import RUNTIMES, choose_runtime
 from cdkd_edge.engines.tensorrt.layers import layers_path
+from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.precision import choose
 from cdkd_edge.precision.choose import PreparedGraph, prepare_graph
 
@@ -91,6 +93,42 @@ def test_auto_is_tensorrt_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert choose_runtime("auto").name == "tensorrt"
     monkeypatch.setattr(runtimes, "tensorrt_is_installed", lambda: False)
     assert choose_runtime("auto").name == "cpu"
+
+
+NVPMODEL = """< POWER_MODEL ID=0 NAME=MAXN >
+TPC_POWER_GATING TPC_PG_MASK 240
+GPU MAX_FREQ -1
+< POWER_MODEL ID=2 NAME=15W >
+TPC_POWER_GATING TPC_PG_MASK 252
+GPU MAX_FREQ 612000000
+"""
+
+
+@pytest.mark.parametrize(("mode", "name"), [(0, "MAXN"), (2, "15W")])
+def test_a_build_in_a_low_power_mode_warns_before_it_begins(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, name: str
+) -> None:
+    board = tmp_path / "board"
+    for place, text in {
+        "etc/nvpmodel.conf": NVPMODEL,
+        "var/lib/nvpmodel/status": f"pmode:000{mode}",
+        "proc/device-tree/model": "NVIDIA Jetson Orin NX",
+    }.items():
+        (board / place).parent.mkdir(parents=True, exist_ok=True)
+        (board / place).write_text(text)
+    given: list[TensorRTOptions] = []
+
+    def stop(graph: Path, places: object, precision: str | None, options: TensorRTOptions, *rest: object) -> None:
+        given.append(options)
+        raise EngineError("far enough")
+
+    monkeypatch.setattr(modes, "ROOT", board)
+    monkeypatch.setattr(choose, "build_fastest", stop)
+    result = run("build", "--runtime", "tensorrt", "-w", workspace)
+    assert result.exit_code == 9
+    assert given[0].power_mode == name
+    assert ("15W (id 2), 4 multiprocessors, GPU at most 612 MHz" in result.stderr) == (mode == 2)
+    assert ("sudo nvpmodel -m 0" in result.stderr) == (mode == 2)
 
 
 def test_fp16_without_tensorrt(workspace: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +242,17 @@ def test_windows_and_pooled_keys_are_named(tmp_path: Path, make_graph, make_weig
     assert json.loads(run("inspect", engine, "--json").stdout)["manifest"]["attention"] == list(config.attention)
     manifest_path(graph).unlink()
     assert json.loads(run("roofline", graph, "--device", "orin-nx-16gb", "--json").stdout)["attention"] is None
+
+
+def test_attention_that_was_changed_for_fp16(small_engine_path: Path, tmp_path: Path) -> None:
+    """The graph's manifest tells it to the engine's."""
+    change = AttentionChange("blocks.1.attn", "scores may reach 7e+04 on noise", scores_in_fp32=True)
+    engine = tmp_path / small_engine_path.name
+    shutil.copy(small_engine_path, engine)
+    manifest = read_manifest(small_engine_path, EngineManifest)
+    write_manifest(engine, dataclasses.replace(manifest, attention_changes=(change,)))
+    text = " ".join(run("inspect", engine).stdout.split())
+    assert "changed blocks.1.attn: scores in FP32, because scores may reach 7e+04 on noise" in text
 
 
 def test_a_cpu_engine_whose_attention_is_not_fused(small_engine_path: Path, tmp_path: Path) -> None:

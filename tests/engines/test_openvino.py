@@ -20,6 +20,7 @@ from cdkd_edge.core.errors import EngineError, ManifestError, MissingExtraError,
 from cdkd_edge.core.files import sha256_of
 from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphManifest, manifest_path, read_manifest
+from cdkd_edge.core.sample import sample_tiles
 from cdkd_edge.core.workspace import Workspace
 from cdkd_edge.engines import openvino as ours
 from cdkd_edge.engines import runtimes
@@ -27,6 +28,7 @@ from cdkd_edge.engines.onnxruntime import build_cpu_engine
 from cdkd_edge.engines.openvino import OpenVinoEngine, build_openvino_engine
 from cdkd_edge.engines.protocol import segment_tiles
 from cdkd_edge.engines.runtimes import RUNTIMES, choose_runtime, load_engine
+from cdkd_edge.graph.layers import NetworkPart, parts_of
 from cdkd_edge.model.config import attention_of
 from cdkd_edge.precision import choose
 from cdkd_edge.precision.choose import build_fastest, compare_speed, engine_path, engine_places
@@ -105,7 +107,9 @@ def test_what_openvino_fuses_is_read_from_its_kernels(engine_file):
 
     def kernel(*names):
         text = types.SimpleNamespace(astype=lambda kind: ",".join(names))
-        return types.SimpleNamespace(get_rt_info=lambda: {"originalLayersNames": text})
+        return types.SimpleNamespace(
+            get_friendly_name=lambda: names[-1], get_rt_info=lambda: {"originalLayersNames": text}
+        )
 
     kernels = [
         kernel("blocks.0.attn.scores/MatMul", "blocks.0.attn.share/Softmax", "blocks.0.attn.mixed/MatMul"),
@@ -118,6 +122,20 @@ def test_what_openvino_fuses_is_read_from_its_kernels(engine_file):
     with load_engine(engine_file) as engine:  # that there are such names
         nodes = engine._compiled.get_runtime_model().get_ops()
         assert any("/Softmax" in node.get_rt_info()["originalLayersNames"].astype(str) for node in nodes)
+
+
+@WITH
+def test_the_profiler_times_every_layer_of_the_network(engine_file):
+    with load_engine(engine_file) as engine:
+        engine.input(0)[:] = sample_tiles(engine.tile, 1)
+        times = engine.kernel_times(3)
+    assert times.runs == 3
+    assert 0 < sum(one.seconds for one in times.kernels) < 1.05 * times.profiled_seconds
+    parts = set(parts_of([one.nodes for one in times.kernels]))
+    assert {
+        NetworkPart(name, block) for name in ("attention", "MLP fc1, GELU", "MLP fc2") for block in range(4)
+    } <= parts
+    assert NetworkPart("others") not in parts
 
 
 @WITH

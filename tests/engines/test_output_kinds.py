@@ -18,8 +18,9 @@ from test_tensorrt_runner import SIDE, Bench, manifest_of, tiles_of
 
 from cdkd_edge.core.errors import EngineError, GraphError, UsageError, WorkspaceError
 from cdkd_edge.core.labels import NO_LABEL
-from cdkd_edge.core.manifest import EngineTensor, GraphManifest, confidence_of, manifest_path, read_manifest
+from cdkd_edge.core.manifest import EngineTensor, GraphManifest, manifest_path, read_manifest
 from cdkd_edge.core.workspace import Workspace
+from cdkd_edge.engines.protocol import confidence_of
 from cdkd_edge.engines.runtimes import RUNTIMES, load_engine
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions

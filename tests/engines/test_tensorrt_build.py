@@ -18,18 +18,20 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from tensorrt_helpers import ORIN, child, half_graph, needs_compiler, store_variant
+from tensorrt_helpers import ORIN, child, half_graph, int8_variant, needs_compiler, store_variant
 
 from cdkd_edge.cli.build import describe_engine
 from cdkd_edge.core.errors import EngineError, GraphError, ManifestError, SystemRefusalError
 from cdkd_edge.core.manifest import EngineManifest, GraphManifest, read_manifest, write_manifest
-from cdkd_edge.engines.inspect import inspect_artefact
+from cdkd_edge.engines.inspect import inspect_artefact, read_onnx
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.engines.tensorrt import compile as compiler
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine, compile_layers, run_builder
 from cdkd_edge.engines.tensorrt.compile import BuilderMemoryError, BuildRequest
-from cdkd_edge.engines.tensorrt.find import NoGpu, TensorRT, TensorRTMissingError
+from cdkd_edge.engines.tensorrt.find import NoGpu, TensorRT, TensorRTMissingError, find_tensorrt
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
+from cdkd_edge.graph.files import derived_path
+from cdkd_edge.graph.outputs import write_variant
 from cdkd_edge.precision.choose import BuiltEngine, PreparedGraph
 
 SM86 = TensorRTOptions(targets=("8.6",))
@@ -243,6 +245,21 @@ def test_half_precision_of_the_small_network(small_graph: Path, tmp_path: Path) 
     assert set(manifest.tensorrt.layer_precisions) == {"fp16"}
 
 
+@pytest.mark.parametrize("kind", ["labels", "confidence", "probabilities"])
+def test_every_output_becomes_uint8_from_floats(kind: str, small_graph: Path, tmp_path: Path) -> None:
+    """NvInferRuntimeBase.h of 10.3 to 11.1 allows kUINT8 conversions of kFLOAT and kHALF only; ArgMax gives INT64."""
+    plain = tmp_path / small_graph.name
+    plain.write_bytes(small_graph.read_bytes())
+    write_manifest(plain, read_manifest(small_graph, GraphManifest))
+    for graph in (plain, half_graph(plain), int8_variant(plain)):
+        given = graph if kind == "labels" else derived_path(graph, kind)
+        if given != graph:
+            write_variant(graph, given, kind)
+        casts = {what for what in read_onnx(given).casts if what.endswith(" to uint8")}
+        assert casts
+        assert casts <= {"fp32 to uint8", "fp16 to uint8"}, given.name
+
+
 # --- the process and its ends ---------------------------------------------------------------------
 
 
@@ -253,6 +270,7 @@ def test_what_the_manifest_takes_from_the_process(small_graph: Path, tmp_path: P
     assert (tmp_path / "e.engine").read_bytes() == b"engine"
     assert (manifest.runtime, manifest.device, manifest.libraries["tensorrt"]) == ("tensorrt", "Orin", "10.3.0")
     assert (build.gpu, build.compute_capability, build.cuda) == ("Orin", "8.7", "12.6")
+    assert (build.multiprocessors, build.module, build.portable) == (8, None, False)
     assert (build.workspace_bytes, build.scratch_bytes, build.timing_cache) == (5 << 30, 123, True)
     assert manifest.attention_blocks == 2
     assert "did not list the engine's layers" in build.notes[0]
@@ -442,6 +460,8 @@ def test_a_folder_that_cannot_be_written(small_graph: Path, tmp_path: Path) -> N
 class Config:
     """The part of ``IBuilderConfig`` that is set; without the compute capabilities of TensorRT-RTX."""
 
+    hardware_compatibility_level = 0
+
     def __init__(self) -> None:
         self.set: list[str] = []
         self.pool: int | None = None
@@ -505,6 +525,28 @@ def test_the_workspace_is_below_what_is_free(tmp_path: Path, monkeypatch: pytest
     assert config.pool is None
 
 
+@needs_compiler
+def test_tensorrt_rtx_is_refused_a_portable_engine_and_not_believed(small_graph: Path, tmp_path: Path) -> None:
+    """It has the level's name, and goes on without it."""
+    api = find_tensorrt()
+    config = api.module.Builder(api.logger).create_builder_config()
+    with pytest.raises(EngineError, match=r"TensorRT-RTX .* has no --portable") as caught:
+        compiler._make_portable(api, config, ORIN)
+    assert "--target" in str(caught.value.hint)
+
+
+def test_portable_needs_tensorrt_10_9() -> None:
+    config: Any = Config()
+    levels = SimpleNamespace(NONE=0, AMPERE_PLUS=1)
+    with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 cannot .*--portable needs TensorRT 10\.9"):
+        compiler._make_portable(tensorrt_10(HardwareCompatibilityLevel=levels), config, ORIN)
+    levels.SAME_COMPUTE_CAPABILITY = 2
+    (note,) = compiler._make_portable(tensorrt_10(HardwareCompatibilityLevel=levels), config, ORIN)
+    assert config.hardware_compatibility_level == 2
+    assert "every GPU of compute capability 8.7" in note
+    assert "slower" in note
+
+
 def test_a_target_needs_tensorrt_rtx() -> None:
     config: Any = Config()
     with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 builds only for the GPU of this machine"):
@@ -540,6 +582,7 @@ def test_another_failure_keeps_tensorrts_words() -> None:
     log("warning", "Skipping tactic 0x1 due to insufficient memory")  # it tries the next, and is no error
     log("error", "Error Code 9:\n  unsupported")
     failure = log.failure(tensorrt_10(), "while building")
+    assert failure.hint == "--verbose shows everything it logs"
     assert str(failure) == "TensorRT 10.3.0 failed while building: Error Code 9: unsupported"
     assert not isinstance(failure, BuilderMemoryError)
 

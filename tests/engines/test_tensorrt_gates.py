@@ -6,18 +6,33 @@ TensorRT-RTX parses and compiles the graphs for SM 8.6 (it has no SM 8.7, Orin's
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
-from tensorrt_helpers import LayerLimits, break_attention, exceeded, half_graph, int8_variant, needs_compiler
+from tensorrt_helpers import (
+    LayerLimits,
+    break_attention,
+    exceeded,
+    half_graph,
+    int8_variant,
+    needs_compiler,
+    store_variant,
+)
 
-from cdkd_edge.core.manifest import EngineManifest, EngineTensor
+from cdkd_edge.core.manifest import AttentionChange, EngineManifest, EngineTensor
 from cdkd_edge.engines.inspect import inspect_artefact
 from cdkd_edge.engines.tensorrt.build import build_tensorrt_engine
 from cdkd_edge.engines.tensorrt.layers import EngineLayers
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions
 from cdkd_edge.graph.files import derived_path
+from cdkd_edge.graph.fp16_attention import change_attention
+from cdkd_edge.graph.layers import parts_of
 from cdkd_edge.graph.outputs import write_variant
 from cdkd_edge.model.config import NetworkConfig, attention_of
 
@@ -128,12 +143,34 @@ def test_int8_with_broken_attention_fails_the_same_check(shallow_graph: Path) ->
     assert any("0 of 12 attention blocks" in finding for finding in findings), findings
 
 
+def sums_of(engine: Path) -> Counter[tuple[str, str]]:
+    """How fused attentions add up scores and values; engines of TensorRT-RTX hold their kernels' source."""
+    found = re.findall(rb"fmha::Ampere_hmma_(\w+)_traits,\s+fmha::Ampere_hmma_(\w+)_traits", engine.read_bytes())
+    return Counter((scores.decode(), values.decode()) for scores, values in found)
+
+
+def test_attention_adds_in_fp16_and_scores_in_fp32_cost_no_layer(shallow_graph: Path) -> None:
+    """What :mod:`cdkd_edge.graph.fp16_attention` rehearses, and what it changes in a block."""
+    graph = half_graph(shallow_graph)
+    _, plain = compiled(graph)
+    assert sums_of(graph.parent / "engines" / f"{graph.stem}.engine") == {("fp16", "fp16"): 4}
+    model = onnx.load(graph)
+    change_attention(model, [AttentionChange("blocks.1.attn", "it is a test", 8, True, 4)])
+    changed = store_variant(graph, model, "changed")
+    manifest, layers = compiled(changed)
+    assert sums_of(changed.parent / "engines" / f"{changed.stem}.engine") == {("fp16", "fp16"): 3, ("fp32", "fp16"): 1}
+    assert (manifest.attention_fused, manifest.attention_blocks) == (4, 4)
+    assert len(layers.layers) == len(plain.layers)
+    assert layers.traffic_bytes == plain.traffic_bytes
+
+
 def test_fp32_parses_and_builds(shallow_graph: Path) -> None:
     manifest, layers = compiled(shallow_graph)
     assert manifest.tensorrt is not None
     assert manifest.tensorrt.tensors == TILES_AND_LABELS
     assert manifest.attention_blocks == 4
     assert "fp16" not in layers.precisions
+    assert not any(tensor.dtype == "int64" for layer in layers.layers for tensor in (*layer.inputs, *layer.outputs))
 
 
 def test_broken_attention_fails_the_same_check(shallow_graph: Path) -> None:
@@ -144,3 +181,30 @@ def test_broken_attention_fails_the_same_check(shallow_graph: Path) -> None:
     assert any("scratch" in finding for finding in findings)
     assert manifest.attention_fused == 0
     assert len(layers.unfused_attention) == 4
+
+
+PROFILE = """
+from cdkd_edge.engines.tensorrt.find import find_tensorrt
+from cdkd_edge.engines.tensorrt.runner import _profiler
+trt, reported = find_tensorrt().module, [[]]
+profiler = _profiler(trt, reported)
+assert isinstance(profiler, trt.IProfiler)
+profiler.report_layer_time("fuse", 1.5)
+assert reported == [[("fuse", 0.0015)]]
+assert {"profiler", "enqueue_emits_profile", "report_to_profiler"} <= set(dir(trt.IExecutionContext))
+"""
+
+
+def test_the_profiler_is_one_of_tensorrts() -> None:
+    """In a child, because importing TensorRT loads the compiler."""
+    done = subprocess.run([sys.executable, "-c", PROFILE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_kernel_computes_two_layers(half: Path) -> None:
+    """So that the times of kernels add up to times of layers; copies alone name no node."""
+    _, layers = compiled(half)
+    for layer in layers.layers:
+        parts = {parts_of([[node]])[0] for node in layer.nodes}
+        assert len(parts) <= 1, layer
+        assert parts or layer.type == "kgen", layer

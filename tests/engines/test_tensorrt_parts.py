@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import enum
 import json
 import math
 import subprocess
@@ -17,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorrt_helpers import ORIN, LayerLimits, exceeded
 
+from cdkd_edge.core import machine
 from cdkd_edge.core.errors import EngineError, ManifestError, UsageError
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing, TensorRTBuild
 from cdkd_edge.engines.tensorrt import find, options
-from cdkd_edge.engines.tensorrt.compile import OPSETS, SINCE, UNSUPPORTED, ParserComplaint, explain
+from cdkd_edge.engines.tensorrt.advice import OPSETS, SINCE, UNSUPPORTED, ParserComplaint, advice, explain
 from cdkd_edge.engines.tensorrt.find import (
     NoGpu,
     TensorRT,
@@ -82,10 +84,18 @@ def test_what_is_no_target(text: str) -> None:
         parse_target(text)
 
 
-@pytest.mark.parametrize("options", [{"optimization_level": 6}, {"optimization_level": -1}, {"workspace_bytes": 100}])
-def test_options_out_of_range(options: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimization_level": 6},
+        {"optimization_level": -1},
+        {"workspace_bytes": 100},
+        {"portable": True, "targets": ("8.6",)},
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        TensorRTOptions(**options)  # type: ignore[arg-type]
+        TensorRTOptions(**options)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -129,8 +139,8 @@ def test_shared_memory_is_the_systems_and_own_memory_the_drivers(monkeypatch: py
 class Driver:
     """CUDA's driver for one GPU: a function writes its answer to where its first argument points."""
 
-    def __init__(self, init: int = 0, count: int = 1) -> None:
-        self.init, self.retained = init, 0
+    def __init__(self, init: int = 0, count: int = 1, name: bytes = b"Orin") -> None:
+        self.init, self.retained, self.name = init, 0, name
         self.attributes = {75: 8, 76: 7, 18: 1, 16: 8}
         self.answers = {
             "cuDeviceGetCount": count, "cuDeviceTotalMem_v2": 16 << 30, "cuDriverGetVersion": 12060,
@@ -147,7 +157,7 @@ class Driver:
             return self.init
         self.retained += {"cuDevicePrimaryCtxRetain": 1, "cuDevicePrimaryCtxRelease_v2": -1}.get(name, 0)
         if name == "cuDeviceGetName":
-            target.value = b"Orin"
+            target.value = self.name
         elif name == "cuDeviceGetAttribute":
             target._obj.value = self.attributes.get(arguments[0], 0)
             return int(arguments[0] not in self.attributes)
@@ -254,7 +264,7 @@ def test_libraries_beside_the_bindings(no_tensorrt: dict[str, Any], tmp_path: Pa
 
 def test_one_logger_and_many_listeners(monkeypatch: pytest.MonkeyPatch) -> None:
     class ILogger:
-        Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2, INFO=3, VERBOSE=4)
+        Severity = enum.IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE", start=0)
 
     monkeypatch.setattr(find, "_logger", None)
     found = TensorRT(SimpleNamespace(ILogger=ILogger), "tensorrt", "10")
@@ -276,7 +286,7 @@ def test_where_timings_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gpu = dataclasses.replace(ORIN, name="NVIDIA / Orin ü (nvgpu)")
     path = options.cache_path("tensorrt", "10.3.0", gpu)
-    assert path == tmp_path / "cdkd-edge" / "timing" / "tensorrt-10.3.0-NVIDIA_Orin_ü_nvgpu_-sm87.cache"
+    assert path == tmp_path / "cdkd-edge" / "timing" / "tensorrt-10.3.0-NVIDIA_Orin_ü_nvgpu_-sm87-8sm.cache"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     assert options.cache_folder() == tmp_path / "me" / ".cache" / "cdkd-edge"
@@ -284,13 +294,14 @@ def test_where_timings_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_different_devices_and_releases_have_different_files() -> None:
     other = dataclasses.replace(ORIN, compute_capability="8.6")
+    in_15w = dataclasses.replace(ORIN, multiprocessors=4)
     paths = {
         options.cache_path(kind, version, gpu)
         for kind in ("tensorrt", "tensorrt-rtx")
         for version in ("10.3.0", "10.16.0")
-        for gpu in (ORIN, other)
+        for gpu in (ORIN, other, in_15w)
     }
-    assert len(paths) == 8
+    assert len(paths) == 12
 
 
 def test_processes_that_update_at_once_lose_nothing(tmp_path: Path) -> None:
@@ -434,6 +445,30 @@ def test_what_is_not_known_is_said() -> None:
     assert "10.15: 24" in hint
     assert explain(ParserComplaint("", "", "", 0, "no"), "X")[0] == "X cannot read the graph: no"
     assert "a node without a name" in explain(ParserComplaint("", "Det", "", 0, "no"), "X")[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "helps"),
+    [
+        (
+            "Error Code 9: API Usage Error (Target GPU SM 87 is not supported by this TensorRT release.)",
+            "On JetPack 7.2 that is 10.16",
+        ),
+        (
+            "Error Code 9: API Usage Error (Target GPU SM 120 is not supported by this TensorRT release.)",
+            "newer release",
+        ),
+        (
+            "createInferBuilder: Error Code 6: API Usage Error (Unable to load library: "
+            "libnvinfer_builder_resource_sm86.so.10.16.2: cannot open shared object file)",
+            "installed in part",
+        ),
+    ],
+)
+def test_what_helps_against_errors_of_the_builder(line: str, helps: str) -> None:
+    assert helps in str(advice(["something else", line]))
+    assert advice([]) is None
+    assert advice(["Error Code 9: unsupported"]) is None
 
 
 def test_the_tables_do_not_contradict_each_other() -> None:
@@ -627,6 +662,81 @@ def test_foreign_engines(changes: dict[str, Any], runtime: str, here: tuple[str,
     with pytest.raises(EngineError, match=message) as caught:
         require_loadable(manifest, TensorRT(None, *here), ORIN)
     assert caught.value.hint == "build it again here from ckpt.fp16.onnx: cdkd-edge build --fp16 --runtime tensorrt"
+
+
+NX = dataclasses.replace(ORIN, module="p3767-0000")
+ON_NX = dataclasses.replace(BUILD, multiprocessors=8, module="p3767-0000", board="Orin NX", power_mode="MAXN")
+ON_AGX = dataclasses.replace(ON_NX, multiprocessors=16, module="p3701-0005", board="NVIDIA Jetson AGX Orin")
+
+
+def test_an_engine_of_another_module_with_the_same_gpu_name_is_refused() -> None:
+    assert require_loadable(engine_manifest(ON_NX), HERE, NX) is None
+    with pytest.raises(
+        EngineError, match=r"module p3701-0005 \(NVIDIA Jetson AGX Orin\), here is p3767-0000"
+    ) as caught:
+        require_loadable(engine_manifest(ON_AGX), HERE, NX)
+    hint = str(caught.value.hint)
+    assert hint.startswith("build it again here from ckpt.fp16.onnx: cdkd-edge build --fp16")
+    assert "--portable" in hint
+    with pytest.raises(EngineError, match=r"module p3767-0001 .*, here is p3767-0000"):
+        require_loadable(engine_manifest(dataclasses.replace(ON_NX, module="p3767-0001")), HERE, NX)
+
+
+def test_where_the_module_is_not_known_the_multiprocessors_decide() -> None:
+    """In a container without the device tree, and for engines built in one."""
+    assert require_loadable(engine_manifest(ON_NX), HERE, ORIN) is None
+    for build, device in ((ON_AGX, ORIN), (dataclasses.replace(ON_AGX, module=None), NX)):
+        with pytest.raises(EngineError, match=r"built for 16 multiprocessors, here are 8, and whether .* is not known"):
+            require_loadable(engine_manifest(build), HERE, device)
+
+
+def test_the_same_module_in_another_power_mode_is_a_warning() -> None:
+    in_15w = dataclasses.replace(NX, multiprocessors=4)
+    warning = str(require_loadable(engine_manifest(ON_NX), HERE, in_15w))
+    assert "built with 8 multiprocessors (power mode MAXN), and 4 are on now" in warning
+    assert "build it again in this mode" in warning
+
+
+def test_a_manifest_of_an_earlier_release_still_loads_and_says_what_is_not_known() -> None:
+    assert "does not say for which module" in str(require_loadable(engine_manifest(), HERE, NX))
+
+
+def test_a_portable_engine_runs_on_every_module_of_its_compute_capability() -> None:
+    portable = dataclasses.replace(ON_AGX, portable=True)
+    assert require_loadable(engine_manifest(portable), HERE, dataclasses.replace(NX, multiprocessors=4)) is None
+    assert require_loadable(engine_manifest(portable), HERE, dataclasses.replace(NX, name="another")) is None
+    for device in (
+        dataclasses.replace(NX, compute_capability="8.6"),
+        dataclasses.replace(NX, compute_capability="11.0"),
+    ):
+        with pytest.raises(EngineError, match=r"built on Orin \(compute capability 8\.7\)"):
+            require_loadable(engine_manifest(portable), HERE, device)
+    with pytest.raises(EngineError, match=r"built by TensorRT 10\.3\.0, here is TensorRT 10\.16\.0"):
+        require_loadable(engine_manifest(portable), TensorRT(None, "tensorrt", "10.16.0"), NX)
+
+
+@pytest.mark.parametrize(
+    ("compatible", "module"),
+    [
+        ("nvidia,p3768-0000+p3767-0000-super\0nvidia,p3767-0000\0nvidia,tegra234\0", "p3767-0000"),
+        ("nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005\0nvidia,tegra234\0", "p3767-0005"),
+        ("nvidia,p3737-0000+p3701-0005\0nvidia,p3701-0005\0nvidia,tegra234\0", "p3701-0005"),
+        ("somebody,carrier\0nvidia,p3767-0001\0nvidia,tegra234\0", "p3767-0001"),
+        ("raspberrypi,5-model-b\0brcm,bcm2712\0", None),
+        (None, None),
+    ],
+)
+def test_the_module_by_its_part_number(
+    compatible: str | None, module: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_text", lambda path: compatible if path.endswith("/compatible") else None)
+    assert machine.jetson_module() == module
+
+
+def test_the_gpu_knows_its_module_and_the_name_that_cuda_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(name=b"Orin (nvgpu)"))
+    monkeypatch.setattr(find, "jetson_module", lambda: "p3767-0000")
+    assert find_gpu() == NX
 
 
 def test_no_gpu_to_load_on() -> None:

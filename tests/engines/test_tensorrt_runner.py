@@ -18,9 +18,10 @@ from cdkd_edge.core.labels import NO_LABEL, load_schema
 from cdkd_edge.core.manifest import EngineManifest, FileRecord, GraphCheck, Preprocessing, write_manifest
 from cdkd_edge.engines.cuda import gpu as cuda_gpu
 from cdkd_edge.engines.cuda.memory import CudaStream
-from cdkd_edge.engines.protocol import segment_tiles
+from cdkd_edge.engines.protocol import PROFILE_WARM_UP, segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.engines.tensorrt import find
+from cdkd_edge.engines.tensorrt.layers import EngineLayers, Layer, write_layers
 from cdkd_edge.engines.tensorrt.runner import SLOTS, TensorRTEngine, affordable_slots
 
 SIDE = 8
@@ -286,6 +287,108 @@ def test_a_first_run_comes_before_recording(discrete):
     calls = discrete.world.calls
     assert calls.index("cuEventSynchronize") < calls.index("cuStreamBeginCapture")
     assert discrete.world.done.count("compute") == SLOTS
+
+
+# --- the profiler ---------------------------------------------------------------------------------
+
+
+def test_layers_are_timed_in_a_context_of_their_own(bench, engine):
+    """The slots keep their CUDA graphs, and their contexts never meet the profiler, which could not be taken off."""
+    tiles = tiles_of(1)
+    run(engine, 0, tiles)
+    contexts = [id(slot.context) for slot in engine._slots]
+    before = bench.world.live()
+    bench.world.calls.clear()
+    times = engine.kernel_times(5)
+    assert (times.runs, times.average) == (5, "median")
+    assert [(one.name, one.seconds) for one in times.kernels] == [("image", 0.25e-3), ("fuse", 1.5e-3)]
+    assert min(times.plain_seconds, times.profiled_seconds) > 0
+    assert [id(slot.context) for slot in engine._slots] == contexts
+    assert all(slot.context.profiler is None for slot in engine._slots)
+    launches = bench.world.calls.count("cuGraphLaunch")
+    assert launches == (5 + PROFILE_WARM_UP if bench.shape == "cuda-python" else 0)  # the plain runs in between
+    assert bench.world.live() == before
+    assert (run(engine, 0, tiles) == FakeTensorRT.labels_of(tiles)).all()
+    engine.close()
+    bench.assert_clean()
+
+
+def test_medians_leave_out_the_first_runs_and_add_up_what_has_one_name(discrete):
+    engine = discrete.load()
+    profiled = iter([90, 80, 1, 5, 3])
+
+    class Changing:
+        def __iter__(self):
+            slow = next(profiled)
+            return iter([("a", slow), ("copy", 1), ("copy", 1)])
+
+    discrete.trt.layer_times = Changing()
+    assert PROFILE_WARM_UP == 2
+    times = engine.kernel_times(3)
+    assert [(one.name, round(one.seconds * 1e3)) for one in times.kernels] == [("a", 3), ("copy", 2)]
+    engine.close()
+
+
+def test_layers_are_named_by_the_list_beside_the_engine(discrete):
+    engine = discrete.load()
+    norm = "__myl_CastMeanSub_myl0_2"
+    discrete.trt.layer_times = ((norm, 1.0), ("smooth.0.conv/Conv + smooth.0/Relu", 2.0), ("__myl_Move_myl0_9", 0.1))
+    assert [one.nodes for one in engine.kernel_times(1).kernels] == [
+        (), ("smooth.0.conv/Conv", "smooth.0/Relu"), (),
+    ]  # fmt: skip
+    layers = EngineLayers((Layer(norm, "kgen", (), (), nodes=("blocks.0.norm1/LayerNormalization",)),))
+    write_layers(discrete.path, engine.artefact.sha256, layers)
+    assert engine.kernel_times(1).kernels[0].nodes == ("blocks.0.norm1/LayerNormalization",)
+    write_layers(discrete.path, "of another engine", layers)
+    with pytest.raises(ManifestError, match="another engine"):
+        engine.kernel_times(1)
+    engine.close()
+    discrete.assert_clean()
+
+
+@pytest.mark.parametrize("failing", ["times", "context", "run", "nothing"])
+def test_a_profiler_that_fails_leaves_nothing(bench, engine, failing):
+    before = bench.world.live()
+    said = {
+        "times": "does not tell the times of layers", "context": "cannot prepare", "run": "failed on a tile",
+        "nothing": "told no times",
+    }  # fmt: skip
+    if failing == "times":
+        bench.trt.tells_times = False
+    elif failing == "context":
+        bench.trt.contexts_left = 0
+    elif failing == "run":
+        bench.trt.refuse = lambda stream: bench.trt.world.streams[int(stream)].recording is not None
+    else:
+        bench.trt.layer_times = ()
+    with pytest.raises(EngineError, match=said[failing]) as caught:
+        engine.kernel_times(2)
+    del caught
+    bench.trt.refuse = None
+    assert bench.world.live() == before
+    assert not (run(engine, 0, tiles_of(1)) == NO_LABEL).any()
+    engine.close()
+    bench.assert_clean()
+
+
+def test_ctrl_c_during_a_profiled_run_waits_for_the_device(discrete, monkeypatch):
+    engine = discrete.load()
+    slots = [slot.stream for slot in engine._slots]
+    before = discrete.world.live()
+    wait = CudaStream.wait
+
+    def interrupted(stream):
+        if stream not in slots:
+            raise KeyboardInterrupt
+        wait(stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CudaStream, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.kernel_times(2)
+    assert discrete.world.live() == before
+    engine.close()
+    discrete.assert_clean()
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -555,7 +658,7 @@ def installed(discrete, monkeypatch):
     asked = []
     monkeypatch.setattr(find, "find_tensorrt", lambda: discrete.trt)
     monkeypatch.setattr(find, "find_gpu", lambda: "this GPU")
-    monkeypatch.setattr(find, "require_loadable", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(find, "require_loadable", lambda *arguments: asked.append(arguments) or "other multiprocessors")
     monkeypatch.setattr(cuda_gpu, "BINDINGS", {"cuda-python": lambda ordinal: discrete.gpu})
     monkeypatch.setattr(cuda_gpu, "_open", {})
     monkeypatch.delenv(cuda_gpu.VARIABLE, raising=False)
@@ -569,6 +672,7 @@ def test_load_engine_finds_the_runner(discrete, installed, runtime):
     engine = load_engine(discrete.path)
     assert isinstance(engine, TensorRTEngine)
     assert installed == [(manifest, discrete.trt, "this GPU")]
+    assert engine.warning == "other multiprocessors"
     assert (segment_tiles(engine, tiles_of(4)) == FakeTensorRT.labels_of(tiles_of(4))).all()
     engine.close()
     discrete.assert_clean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib import resources
 
@@ -80,6 +81,23 @@ def test_fp16_comes_with_an_export(tmp_path, sound):
     text = " ".join(run("export", sound, *HEADS).stdout.split())
     assert "FP16 city.fp16.onnx" in text
     assert "of the pixels of 2 sample tiles keep their label" in text
+
+
+def test_an_attention_that_was_changed_is_told(tmp_path, make_weights):
+    """By the export, and by what looks into the graph."""
+    weights = make_weights(CONFIG, seed=2)
+    for name in ("weight", "bias"):
+        weights[f"encoder.blocks.1.attn.qkv.{name}"][2 * CONFIG.embed_dim :] *= 3000
+    weights["encoder.blocks.1.attn.proj.weight"] /= 3000
+    path = save(tmp_path / "city.pt", weights)
+    row = r"blocks\.1\.attn: values divided by \d+, because values may sum to \S+ on"
+    for typed in (("export", path, *HEADS), ("inspect", tmp_path / "export" / "city.fp16.onnx")):
+        result = run(*typed)
+        assert result.exit_code == 0, result.stderr
+        assert re.search(row, " ".join(result.stdout.split())), result.stdout
+    data = json.loads(run("inspect", tmp_path / "export" / "city.fp16.onnx", "--json").stdout)
+    (change,) = data["manifest"]["conversion"]["attention"]
+    assert change["values_divided_by"] > 1
 
 
 def test_no_fp16_where_none_is_wanted(tmp_path, sound):
@@ -185,6 +203,8 @@ def tiny(tmp_path_factory):
 
 def test_the_bundled_network_in_fp16(tiny):
     assert tiny.half.conversion.label_agreement >= 0.999
+    assert tiny.half.conversion.attention == ()
+    assert 1e-5 < tiny.half.conversion.attention_error < 5e-3
     half = onnx.load(derived_path(tiny.path, "fp16"))
     assert casts(half) == {"FLOAT16": 1, "UINT8": 1}
     assert tiny.half.artefact.bytes < 0.55 * tiny.manifest.artefact.bytes

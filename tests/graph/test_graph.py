@@ -224,7 +224,7 @@ def test_comparisons_find_the_class_that_argmax_finds(make_weights, classes):
     tiles = np.random.default_rng(1).integers(0, 256, (2, 3, 64, 64), np.uint8)
     tiles[1] = 255
     expected = run(onnx.ModelProto.FromString(model.SerializeToString()), tiles)[0]
-    before = [node.SerializeToString() for node in model.graph.node]
+    before = Counter(node.op_type for node in model.graph.node)
     compare_classes(model)
     added = Counter(node.op_type for node in model.graph.node)
     assert added["Greater"] == classes - 1
@@ -236,7 +236,10 @@ def test_comparisons_find_the_class_that_argmax_finds(make_weights, classes):
     np.testing.assert_array_equal(run(model, tiles)[0], expected)
     assert scores_of(model) == "scores"
     search_classes(model)
-    assert [node.SerializeToString() for node in model.graph.node] == before
+    after = Counter(node.op_type for node in model.graph.node)
+    assert before - after == ({} if classes == 1 else {"Cast": 1}), "class numbers need no floats on a CPU"
+    assert not after - before
+    np.testing.assert_array_equal(run(model, tiles)[0], expected)
 
 
 def test_a_batch_is_its_tiles(small_weights, small_config, small_tiles):
@@ -286,7 +289,7 @@ def test_the_paper_network_has_few_nodes(make_weights):
     narrow = dataclasses.replace(NetworkConfig(), tile=128, embed_dim=24, mlp_dim=48, head_channels=8)
     weights = make_weights(narrow)
     counts = {opset: len(build_graph(weights, narrow, opset=opset).graph.node) for opset in (17, 20)}
-    assert counts[20] == 363  # a traced export has 782
+    assert counts[20] == 364  # a traced export has 782
     assert counts[17] - counts[20] == 4 * 12  # GELU in five nodes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 
 import numpy as np
@@ -90,7 +89,7 @@ def test_two_casts_remain_at_the_ends(plain, weights, opset):
     assert list(first.input) == ["image"]
     assert list(last.output) == ["labels"]
     assert nodes_of(half, "Squeeze")[0].output[0] == last.input[0]
-    assert casts(plain) == {"FLOAT": 1, "UINT8": 1}
+    assert casts(plain) == {"FLOAT": 2, "UINT8": 1}, "pixels, and class numbers on their way to uint8"
 
 
 def test_nothing_but_types_changes(plain):
@@ -98,8 +97,9 @@ def test_nothing_but_types_changes(plain):
     half = to_fp16(plain)
     assert plain.SerializeToString() == before
     search_classes(half)  # FP16 graphs compare classes in place of ArgMax
-    assert [node.op_type for node in half.graph.node] == [node.op_type for node in plain.graph.node]
-    assert [list(node.input) for node in half.graph.node] == [list(node.input) for node in plain.graph.node]
+    kept = [node for node in plain.graph.node if node.output[0] != "best.float"]  # a CPU casts class numbers at once
+    assert [node.op_type for node in half.graph.node] == [node.op_type for node in kept]
+    assert [list(node.input) for node in half.graph.node] == [list(node.input) for node in kept]
     exact, rounded = constants(plain), constants(half)
     assert set(exact) == set(rounded)
     for name, value in rounded.items():
@@ -301,29 +301,6 @@ def test_values_that_relu_cuts_off_are_no_overflow(weights, store):
     assert np.isneginf(inside["lateral.1.projected"]).any()
     assert np.isfinite(inside["lateral.1"]).all()
     assert check_fp16(store(model), to_fp16(model), tiles_of(1), "sample", least=0).finite
-
-
-@pytest.mark.parametrize(("config", "opset", "batch"), [(CONFIG, 17, 2), (CONFIG, 20, 1), (CLASS_TOKEN, 18, 2)])
-def test_attention_scores_are_bounded(make_weights, store, config, opset, batch):
-    """Queries and keys stay small, their products do not; fused attention would never show it."""
-    weights = make_weights(config)
-    for name in ("weight", "bias"):
-        qkv = weights[f"encoder.blocks.3.attn.qkv.{name}"]
-        qkv[: 2 * config.embed_dim] *= 300
-    model = build_graph(weights, config, batch=batch, opset=opset)
-    inside = values(model, [f"blocks.3.attn.{part}" for part in ("q", "k", "scores")], tiles_of(batch))
-    assert max(np.abs(inside[f"blocks.3.attn.{part}"]).max() for part in "qk") < 20000
-    assert np.abs(inside["blocks.3.attn.scores"]).max() > 65504
-    with pytest.raises(NumericalCheckError, match=r"blocks\.3\.attn\.joined.* may reach") as caught:
-        check_fp16(store(model), to_fp16(model), tiles_of(batch), "sample", least=0)
-    told = float(re.search(r"may reach (\S+),", str(caught.value))[1])
-    split = (
-        inside[f"blocks.3.attn.{part}"].reshape(batch, -1, config.heads, config.embed_dim // config.heads)
-        for part in "qk"
-    )
-    queries, keys = (np.linalg.norm(part.astype(np.float64), axis=-1).max(axis=(0, 1)) for part in split)  # [heads]
-    assert told == pytest.approx((queries * keys).max(), rel=0.02)
-    assert told >= np.abs(inside["blocks.3.attn.scores"]).max() * 0.98
 
 
 def test_extreme_tiles_are_tried(make_weights, store):

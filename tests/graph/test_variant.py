@@ -17,7 +17,6 @@ from cdkd_edge.core.labels import NO_LABEL
 from cdkd_edge.core.manifest import (
     FileRecord,
     GraphManifest,
-    confidence_of,
     manifest_path,
     output_of,
     output_shapes,
@@ -26,7 +25,7 @@ from cdkd_edge.core.manifest import (
     write_manifest,
 )
 from cdkd_edge.engines.onnxruntime import CpuEngine, OnnxLabeller, build_cpu_engine, graph_labeller
-from cdkd_edge.engines.protocol import Labeller, segment_tiles
+from cdkd_edge.engines.protocol import Labeller, confidence_of, segment_tiles
 from cdkd_edge.engines.runtimes import load_engine
 from cdkd_edge.graph import outputs as variant
 from cdkd_edge.graph.cpu import cpu_session, cpu_twin, fuse_attention

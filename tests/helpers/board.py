@@ -2,11 +2,13 @@
 
 The tree is an ordinary folder that the namespace sees as ``/sys``; tests write to it from outside. ``/run`` (the
 service's socket) and ``/etc/group`` (its group) are private as well. Programs run on the board by prefixing
-:meth:`Board.enter`.
+:meth:`Board.enter`. Reads of the power monitor's files wait for its conversions, and give values in its steps:
+``ina3221_chip.c`` is preloaded to them.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -14,8 +16,10 @@ import math
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +29,10 @@ CHIP = "bus/i2c/devices/1-0040"
 HWMON = f"{CHIP}/hwmon/hwmon3"
 RAILS = ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC")
 VOLTS = 5.0
+SHUNT = 5e-3
+"""Ohm, of VDD_IN on a p3767 (an Orin NX)."""
+CYCLE = 6 * 1.1e-3
+"""Seconds in which the chip converts its three channels."""
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 NVPMODEL = """#!/bin/sh
@@ -68,6 +76,9 @@ def make_tree(root: Path, watts: Sequence[float] = (6.0, 1.5, 1.0)) -> Path:
         write(root / HWMON / f"in{channel}_label", rail)
         write(root / HWMON / f"in{channel}_input", round(VOLTS * 1000))
         write(root / HWMON / f"curr{channel}_input", round(power / VOLTS * 1000))
+        write(root / HWMON / f"shunt{channel}_resistor", round(SHUNT * 1e6))
+    write(root / HWMON / "update_interval", round(CYCLE * 1000))
+    write(root / HWMON / "samples", 1)
     write(root / HWMON / "in7_label", "sum of shunt voltages")
     write(root / HWMON / "in7_input", 40)
     drivers = root / "bus/i2c/drivers/ina3221"
@@ -112,8 +123,43 @@ def make_tree(root: Path, watts: Sequence[float] = (6.0, 1.5, 1.0)) -> Path:
     return root
 
 
+@functools.cache
+def chip_library() -> Path:
+    """``ina3221_chip.c``, compiled; NoBoardError where there is no compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise NoBoardError("no C compiler, to make reads of the power monitor wait")
+    folder = Path(tempfile.mkdtemp(prefix="ina3221-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "ina3221_chip.so"
+    source = Path(__file__).with_name("ina3221_chip.c")
+    subprocess.run([compiler, "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o", path, source, "-lm"], check=True)
+    return path
+
+
+def on_chip(*command: object) -> tuple[str, ...]:
+    """A command line that runs ``command`` where files of trees with a chip answer at its pace."""
+    return ("env", f"LD_PRELOAD={chip_library()}", *map(str, command))
+
+
+SAMPLER = (sys.executable, "-m", "cdkd_edge.board.power.sampler_child")
+
+
+def make_chip(tree: Path, offset: float = 0.0, every_read_waits: bool = False, fails: int = 0) -> None:
+    """Let the power monitor of a tree answer as the chip does, to programs that :func:`on_chip` runs.
+
+    Args:
+        tree: from :func:`make_tree`.
+        offset: volts across the shunt that are measured in addition.
+        every_read_waits: each read takes a whole cycle, also where a value is ready.
+        fails: every read of this number fails with ETIMEDOUT (3: the third, the sixth ...); 0: none.
+    """
+    (tree / HWMON / ".chip").write_bytes(struct.pack("7d", CYCLE, offset, SHUNT, every_read_waits, fails, 0, 0))
+
+
 def set_watts(tree: Path, *watts: float) -> None:
-    """Of VDD_IN, VDD_CPU_GPU_CV and VDD_SOC, in this order; fewer leave the others."""
+    """Of VDD_IN, VDD_CPU_GPU_CV and VDD_SOC, in this order; fewer leave the others. Ends a pattern."""
+    (tree / HWMON / ".truth").unlink(missing_ok=True)
     for channel, power in enumerate(watts, 1):
         write(tree / HWMON / f"curr{channel}_input", round(power / VOLTS * 1000))
 
@@ -132,6 +178,8 @@ class Board:
         """
         self.root = root
         self.sys = make_tree(root / "sys")
+        make_chip(self.sys)
+        chip_library()
         (root / "run").mkdir()
         (root / "bin").mkdir()
         (root / "bin/nvpmodel").write_text(NVPMODEL)
@@ -186,12 +234,12 @@ class Board:
         return (*granted("nice", "-n", "-5"), *self._enter(*command))
 
     def _enter(self, *command: object) -> tuple[str, ...]:
-        return ("nsenter", "-t", str(self._holder.pid), *self._flags, *map(str, command))
+        return ("nsenter", "-t", str(self._holder.pid), *self._flags, *on_chip(*command))
 
     @property
     def sampler_command(self) -> tuple[str, ...]:
         """Of the sampling process, on the board."""
-        return self.enter(sys.executable, "-m", "cdkd_edge.board.power.sampler_child")
+        return self.enter(*SAMPLER)
 
     def environment(self) -> dict[str, str]:
         """For programs on the board."""
@@ -279,29 +327,38 @@ def jtop_missing() -> str:
 
 
 class Pattern(threading.Thread):
-    """Changes VDD_IN in known steps and remembers when; what it remembers is the truth."""
+    """VDD_IN in known steps, from :meth:`start` on, on a tree with a chip; the other rails keep their watts.
+
+    The chip's readings are computed from the steps themselves, so nothing that keeps this machine busy moves them.
+    """
 
     def __init__(self, tree: Path, steps: Sequence[tuple[float, float]]) -> None:
         """``steps`` are (seconds, watts) of the ``/sys`` at ``tree``."""
         super().__init__(name="pattern", daemon=True)
         self._tree, self._steps = tree, steps
         self.times: list[float] = []
-        self.watts: list[float] = []
-        self.slowest = 0.0
-        """Seconds that setting watts took at worst: by so much the moments may be wrong."""
+        self.watts = [watts for _, watts in steps]
         self.finished = 0.0
-        """Moment at which the last step ended, s on time.monotonic's clock."""
+        """Moment at which the last step ends, s on time.monotonic's clock."""
+
+    def start(self) -> None:
+        """Begin now."""
+        folder = self._tree / HWMON
+        others = [int((folder / f"curr{channel}_input").read_text()) / 1000 * VOLTS for channel in (2, 3)]
+        moment = time.monotonic()
+        rows = []
+        for seconds, watts in self._steps:
+            rows.append((moment, watts, *others, VOLTS))
+            self.times.append(moment)
+            moment += seconds
+        self.finished = moment
+        truth = folder / ".truth.new"
+        truth.write_bytes(b"".join(struct.pack("5d", *row) for row in rows))
+        truth.rename(folder / ".truth")
+        super().start()
 
     def run(self) -> None:
-        for seconds, watts in self._steps:
-            before = time.monotonic()
-            set_watts(self._tree, watts)
-            now = time.monotonic()
-            self.slowest = max(self.slowest, now - before)
-            self.times.append(now)
-            self.watts.append(round(watts / VOLTS * 1000) * VOLTS / 1000)
-            time.sleep(seconds)
-        self.finished = time.monotonic()
+        time.sleep(max(0.0, self.finished - time.monotonic()))
 
     def joules(self, start: float, stop: float) -> float:
         """True energy between two moments."""
@@ -313,28 +370,17 @@ class Pattern(threading.Thread):
 
 
 class Ripple(Pattern):
-    """VDD_IN as 15 W with a ripple of 6 W, in step with a round frequency for as long as it lasts."""
+    """VDD_IN as 15 W with a ripple of 6 W."""
 
     def __init__(self, tree: Path, hertz: float, shape: str, seconds: float) -> None:
-        """``shape`` is ``square``, or ``sine`` in 10 or 20 steps."""
-        parts = 2 if shape == "square" else 20 if hertz <= 20 else 10
+        """``shape`` is ``square``, or ``sine`` in 20 steps."""
+        parts = 2 if shape == "square" else 20
         turns = [(part + 0.5) / parts for part in range(parts)]
         heights = [1.0 if turn < 0.5 else -1.0 for turn in turns]
         if shape == "sine":
             heights = [math.sin(2 * math.pi * turn) for turn in turns]
         count = round(seconds * hertz)
         super().__init__(tree, [(1 / hertz / parts, 15 + 6 * height) for height in heights] * count)
-
-    def run(self) -> None:
-        """As a pattern, but nothing that is late makes what follows late."""
-        due = time.monotonic()
-        for seconds, watts in self._steps:
-            time.sleep(max(0.0, due - time.monotonic()))
-            set_watts(self._tree, watts)
-            self.times.append(time.monotonic())
-            self.watts.append(round(watts / VOLTS * 1000) * VOLTS / 1000)
-            due += seconds
-        self.finished = time.monotonic()
 
 
 @contextlib.contextmanager

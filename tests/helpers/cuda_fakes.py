@@ -563,10 +563,14 @@ class FakeTensorRT:
         """What execute_async_v3 does instead: a function."""
         self.dtype = "uint8"
         self.has_runtime_config = False
+        self.layer_times = (("image", 0.25), ("fuse", 1.5))
+        """Names and milliseconds that the profiler of a context is told after a run."""
+        self.tells_times = True
         self.module = SimpleNamespace(
             Runtime=functools.partial(_Runtime, self),
             TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
             DataType=SimpleNamespace(UINT8="uint8"),
+            IProfiler=_ProfilerBase,
         )
 
     @staticmethod
@@ -591,6 +595,13 @@ class FakeTensorRT:
         if self.output == "probabilities":
             shapes["probabilities"] = (n, self.classes, side, side)
         return shapes
+
+
+class _ProfilerBase:
+    """As pybind11's: of no use until its own ``__init__`` was called."""
+
+    def __init__(self):
+        self.made = True
 
 
 class _Living:
@@ -652,6 +663,31 @@ class _Context(_Living):
         super().__init__(trt, None)
         self._addresses = {}
         self._stream = None
+        self._profiler = None
+        self._ran = False  # since the profiler was told last
+        self.enqueue_emits_profile = True
+
+    @property
+    def profiler(self):
+        return self._profiler
+
+    @profiler.setter
+    def profiler(self, profiler):
+        """A context never lets go of its profiler: null is refused with a line in the log."""
+        assert profiler is not None, "API Usage Error (Parameter check failed, condition: (profiler) != nullptr)"
+        assert profiler.made
+        self._profiler = profiler
+
+    def report_to_profiler(self):
+        assert self._profiler is not None
+        assert not self.enqueue_emits_profile
+        assert self._ran, "no run to report"
+        assert not self.trt.world.streams[int(self._stream)].queue, "reported before the run was done"
+        self._ran = False
+        if self.trt.tells_times:
+            for name, milliseconds in self.trt.layer_times:
+                self._profiler.report_layer_time(name, milliseconds)
+        return self.trt.tells_times
 
     def set_tensor_address(self, name, address):
         assert name in self.trt.shapes()
@@ -663,6 +699,9 @@ class _Context(_Living):
         assert world.stack(), "run outside the context"
         assert self._stream in (None, stream), "one context in two streams"
         self._stream = stream
+        if self._profiler is not None:
+            assert world.streams[int(stream)].recording is None, "a profiler during a capture"
+            self._ran = True
         if trt.refuse is not None:
             return trt.refuse(stream)
         n, side = trt.batch, trt.tile

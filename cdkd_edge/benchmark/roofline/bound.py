@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cdkd_edge.benchmark.record import ModelledBound
-from cdkd_edge.benchmark.roofline.devices import Device, device_tree_parts, find_device, load_device
+from cdkd_edge.benchmark.roofline.devices import Device, find_device, load_device
 from cdkd_edge.benchmark.roofline.model import GRAPH, LAYERS, Estimate, model_engine, roofline
+from cdkd_edge.board.jetson import device_tree
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, ManifestError
 from cdkd_edge.core.files import sha256_of
 from cdkd_edge.core.manifest import EngineManifest
@@ -15,25 +17,42 @@ from cdkd_edge.engines.runtimes import runtime_of
 from cdkd_edge.engines.tensorrt.layers import read_layers
 
 
-def modelled_bound(
+@dataclass(frozen=True)
+class ModelledEngine:
+    """An engine as the roofline sees it on a device."""
+
+    device: Device
+    estimate: Estimate
+    source: str  # :data:`LAYERS` or :data:`GRAPH`
+
+    def bound(self, tiles_per_second: float | None) -> ModelledBound:
+        """The bound beside a measured speed; None if there is none.
+
+        A share of the bound above 1 means that an assumption is wrong: higher clocks than the power mode's, or data
+        kept in a cache.
+        """
+        best = self.estimate
+        share = tiles_per_second / best.bound_fps if tiles_per_second else None
+        expected = best.low_fps, best.high_fps
+        return ModelledBound(
+            self.device.name, best.mode.name, best.precision, best.bound_fps, expected, share, self.source
+        )
+
+
+def model_of(
     engine: EngineManifest,
     folders: Sequence[Path],
-    tiles_per_second: float | None,
     *,
     device: str | None = None,
     mode: str | None = None,
     root: Path = Path("/"),
-) -> tuple[ModelledBound | None, str]:
-    """The bound of an engine on the device it runs on, or None and why there is none.
+) -> tuple[ModelledEngine | None, str]:
+    """The model of an engine on the device it runs on, or None and why there is none.
 
-    It is modelled from the layers that TensorRT listed when it built the engine; without them, from the graph.
-
-    A share of the bound above 1 means that an assumption is wrong: higher clocks than the power mode's, or data kept in
-    a cache.
+    It is made from the layers that TensorRT listed when it built the engine; without them, from the graph.
 
     Args:
         folders: folders to look for its layers and its graph in.
-        tiles_per_second: the measured speed; None if there is none.
         device: name of a device file. Default: that of this board, or of the GPU the engine was built on.
         mode: the board's power mode; None: not known.
         root: root of the file tree with ``proc/device-tree``.
@@ -45,7 +64,7 @@ def modelled_bound(
     if runtime_of(engine).on_cpu:
         return None, "the roofline models GPUs, and this engine runs on the CPU"
     gpu = engine.tensorrt.gpu if engine.tensorrt else None
-    known = chosen or find_device(part=device_tree_parts(root), gpu=gpu)
+    known = chosen or find_device(part=device_tree(root, "compatible").text, gpu=gpu)
     if known is None:
         return None, f"there is no device file for {gpu or engine.device}; name one with --device"
     name = next(iter(known.modes)) if mode is None and len(known.modes) == 1 else mode
@@ -54,11 +73,7 @@ def modelled_bound(
     best, source, reason = _estimate_of_layers(engine, folders, known, name), LAYERS, ""
     if best is None:
         (best, reason), source = _estimate_of_graph(engine, folders, known, name), GRAPH
-    if best is None:
-        return None, reason
-    share = tiles_per_second / best.bound_fps if tiles_per_second else None
-    expected = best.low_fps, best.high_fps
-    return ModelledBound(known.name, best.mode.name, best.precision, best.bound_fps, expected, share, source), ""
+    return (ModelledEngine(known, best, source), "") if best is not None else (None, reason)
 
 
 def _estimate_of_layers(engine: EngineManifest, folders: Sequence[Path], device: Device, mode: str) -> Estimate | None:
@@ -73,14 +88,20 @@ def _estimate_of_layers(engine: EngineManifest, folders: Sequence[Path], device:
     return None
 
 
+def graph_of(engine: EngineManifest, folders: Sequence[Path]) -> tuple[Path | None, str]:
+    """The graph that an engine was built from, or None and why there is none."""
+    paths = [folder / engine.graph.file for folder in folders]
+    found = next((path for path in paths if path.is_file() and sha256_of(path) == engine.graph.sha256), None)
+    return found, f"its graph {engine.graph.file} is neither beside the engine nor in the workspace"
+
+
 def _estimate_of_graph(
     engine: EngineManifest, folders: Sequence[Path], device: Device, mode: str
 ) -> tuple[Estimate | None, str]:
     """From its graph, or None and why there is none."""
-    paths = [folder / engine.graph.file for folder in folders]
-    graph = next((path for path in paths if path.is_file() and sha256_of(path) == engine.graph.sha256), None)
+    graph, reason = graph_of(engine, folders)
     if graph is None:
-        return None, f"its graph {engine.graph.file} is neither beside the engine nor in the workspace"
+        return None, reason
     try:
         found = roofline(graph, device, mode=mode, precision=engine.precision)
     except CdkdEdgeError as error:

@@ -21,6 +21,7 @@ from importlib import resources
 from itertools import chain
 from pathlib import Path
 
+from cdkd_edge.board.jetson import device_tree
 from cdkd_edge.core.errors import UsageError, printable
 from cdkd_edge.core.files import converted, read_toml
 
@@ -108,17 +109,9 @@ def find_device(*, part: str | None = None, gpu: str | None = None) -> Device | 
     return next(chain(by_part, by_gpu), None)
 
 
-def device_tree_parts(root: Path) -> str | None:
-    """What the device tree calls the machine (``/proc/device-tree/compatible``); None if there is no device tree."""
-    try:
-        return (root / "proc/device-tree/compatible").read_bytes().decode("utf-8", errors="replace")
-    except OSError:
-        return None
-
-
 def default_device(root: Path = Path("/")) -> Device:
     """This board if it is a known one; otherwise the paper's, an Orin NX 16 GB."""
-    return find_device(part=device_tree_parts(root)) or load_device("orin-nx-16gb")
+    return find_device(part=device_tree(root, "compatible").text) or load_device("orin-nx-16gb")
 
 
 def _require_positive(values: Rates | ModeLimits) -> None:

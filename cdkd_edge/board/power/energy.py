@@ -8,19 +8,24 @@ reading so close to an edge that it may belong to either side is not used. A gap
 and joules are those of the covered time. Joules of a counter are differences of its readings; at the edges its step
 continues at the pace of the step inside. A gap within a counter loses nothing.
 
-``bound`` says by how much the joules of the covered time may be wrong through sampling, and :func:`bound_holds` for
-which loads. Between two readings of watts a load may do anything, so a bound needs an assumption:
+``bound`` says by how much the joules of the covered time may be wrong, through sampling and through the sensor's offset
+and steps, where its data sheet is known. :func:`bound_holds` says for which loads. Between two readings of watts a load
+may do anything, so a bound needs an assumption:
 
 - Watts at regular moments: the sum over steps of 1/2 dt |P2 - P1|. It holds if power between two readings stays between
   them. A load that changes in step with the readings looks constant, and is wrong by any amount.
-- Watts at moments drawn at random, one in every step: the sum is a random sample of the load, whatever the load does,
-  and its error is known from the scatter of the readings. Three times the root of the sum of 1/2 (dt |P2 - P1|)^2, to
-  which one more change as large as the largest is added for what was missed: 99 % confidence. (Neighbours differ at
-  least as much as readings within one step would.)
+- Watts at moments drawn at random: the sum is a random sample of the load, whatever the load does (but for loads in
+  step with the sensor's own measurements), and its error is known from the scatter of the readings. Three times the
+  root of the sum of 1/2 (dt |P2 - P1|)^2, to which one more change as large as the largest is added for what was
+  missed: 99 % confidence. (Neighbours differ at least as much as readings within one step would.)
 - A counter adds up between its readings by itself: only the steps that the edges cut count, for any load.
 
 At the edges of watts dt |P2 - P1| is added; there and between regular readings u |P2 - P1|, ``u`` being the larger
-uncertainty of the two moments. The sensor's own accuracy is in none of them.
+uncertainty of the two moments.
+
+A sensor's offset is the same in idle and in load: gross joules carry it, net ones (load minus idle) do not. Its steps
+count in both, half a step for every mean, as if no load ever moved a reading from one step to the next. Errors in
+proportion to the power, such as that of a gain, are in no bound: they change all figures of a board alike.
 """
 
 from __future__ import annotations
@@ -69,17 +74,26 @@ class Trace:
     stop: float
 
     @property
+    def main(self) -> str:
+        """The rail that stands for the source: the total, or the first one."""
+        return self.source.total or next(iter(self.source.rails), "")
+
+    @property
+    def readings(self) -> list[float]:
+        """When the main rail was read. Others may be read less often."""
+        return [one.time for one in self.samples if self.main in one.values]
+
+    @property
     def rate(self) -> float | None:
-        """Readings per second that were reached; None below two readings."""
-        if len(self.samples) < 2:
-            return None
-        return (len(self.samples) - 1) / (self.samples[-1].time - self.samples[0].time)
+        """Readings of the main rail per second that were reached; None below two readings."""
+        times = self.readings
+        return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
 
     @property
     def late(self) -> int:
-        """Readings that came more than half an interval late."""
+        """Readings of the main rail that came more than half an interval late."""
         limit = 1.5 * self.source.nominal_interval
-        return sum(b.time - a.time > limit for a, b in pairwise(self.samples))
+        return sum(b - a > limit for a, b in pairwise(self.readings))
 
     def around(self, rail: str, start: float, stop: float) -> Trace:
         """The part between two moments, with two readings of a rail before and two after, each clear of the moment."""
@@ -129,6 +143,7 @@ class RailEnergy:
     bound: float  # joules that the figure may be wrong by; see the module and :func:`bound_holds`
     readings: int  # readings in the window
     gaps: tuple[Gap, ...]
+    offset: float = 0.0  # joules of the bound that are the sensor's offset
 
     @property
     def watts(self) -> float:
@@ -139,6 +154,11 @@ class RailEnergy:
     def coverage(self) -> float:
         """Covered share of the window, 0..1."""
         return self.covered / self.seconds
+
+    @property
+    def own_bound_watts(self) -> float:
+        """By how much the mean may be wrong without the offset, which means over other windows have as well."""
+        return (self.bound - self.offset) / self.covered
 
 
 def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnergy | None:
@@ -163,7 +183,16 @@ def rail_energy(trace: Trace, rail: str, start: float, stop: float) -> RailEnerg
     if covered <= 0:
         return None
     readings = sum(start <= time <= stop for time, _, _ in series)
-    return RailEnergy(rail, joules, stop - start, covered, bound, readings, trace.gaps(rail, start, stop))
+    offset = 0.0
+    if known := trace.source.accuracy.get(rail):
+        offset = known.offset * covered
+        bound += offset + known.resolution(joules / covered) * covered
+    return RailEnergy(rail, joules, stop - start, covered, bound, readings, trace.gaps(rail, start, stop), offset)
+
+
+def net_bound(load: RailEnergy, *idles: RailEnergy) -> float:
+    """By how many watts load minus the mean of idle phases may be wrong: the sensor's offset cancels, its steps not."""
+    return load.own_bound_watts + sum(idle.own_bound_watts for idle in idles) / len(idles)
 
 
 def bound_holds(source: SourceInfo) -> str:
@@ -172,7 +201,10 @@ def bound_holds(source: SourceInfo) -> str:
         return "for any load: the counter adds up between readings by itself"
     if source.random_moments:
         missed = "(peaks that last for less than three readings in all can be missed)"
-        return f"with 99 % confidence for any load: every reading is taken at a random moment {missed}"
+        loads = "any load"
+        if source.cycle:
+            loads = f"any load but one in step with the sensor, which measures every {1000 * source.cycle:.2g} ms"
+        return f"with 99 % confidence for {loads}: every reading is taken at a random moment {missed}"
     loads = "a load that changes in step with the readings, or up and down between two of them, can be off by more"
     return f"only if power between two readings stays between them: {loads}"
 

@@ -10,8 +10,10 @@ may block for good. Traps that this module avoids, each with a test:
 - The client may return what the service measured minutes ago for another client.
 - ``ok()`` with waiting ends the client after three intervals of silence; here it is called without waiting.
 - The first client sets the interval for all.
+- Batteries and chargers of ``/sys/class/power_supply`` are listed among the rails, and before 7.2.2 also what USB-C
+  ports have negotiated. Nothing in an entry tells them from the INA3221's: the service keeps their type to itself.
 
-Source: https://rnext.it/jetson_stats/reference/jtop.html, jetson-stats 7.2.
+Source: https://rnext.it/jetson_stats/reference/jtop.html; jtop/core/power.py of jetson-stats 4.2.9, 7.2.0 and 7.2.2.
 """
 
 from __future__ import annotations
@@ -20,11 +22,20 @@ import contextlib
 import math
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from cdkd_edge.board.power.ina3221 import COVERS, MOST_WATTS, TOTAL
-from cdkd_edge.board.power.protocol import MODULE, WATTS, LostSourceError, Sample, SourceInfo, UnusableSourceError
+from cdkd_edge.board.power.protocol import (
+    MODULE,
+    WATTS,
+    Accuracy,
+    LostSourceError,
+    Sample,
+    SourceInfo,
+    UnusableSourceError,
+)
 
 UNROUND = 0.953
 """Share of the interval that the service is asked for, so that readings are not in step with the load: what ripples
@@ -34,13 +45,17 @@ not show; only moments drawn at random are in step with nothing."""
 ATTEMPTS = 3  # attempts to connect: a service that is slow with its first measurement refuses with 'Error connection'
 MIN_INTERVAL = 0.02  # seconds; the service breaks at 0.01 s and below
 LONGEST_DELAY = 2.0  # largest shortest delay from stamp to arrival, seconds; above it, the stamps are of another clock
+SUPPLIES = Path("/sys/class/power_supply")  # where the service finds entries that are no rails
+UCSI = "ucsi-source-psy-"  # prefix of USB-C ports, which the service takes off
 STAMP = 0.01  # resolution of /proc/uptime, seconds; it is cut off, not rounded
 
 
 class JtopStream:
     """Samples at the pace of the service."""
 
-    def __init__(self, interval: float = 0.1, first_reading: float = 5.0) -> None:
+    def __init__(
+        self, interval: float = 0.1, first_reading: float = 5.0, accuracy: Mapping[str, Accuracy] | None = None
+    ) -> None:
         """Connect and wait ``first_reading`` seconds for a sample; UnusableSourceError says why none came."""
         if interval < MIN_INTERVAL:
             text = f"--interval must be at least {MIN_INTERVAL} s, not {interval:g} s, where its service breaks"
@@ -75,6 +90,7 @@ class JtopStream:
             interval=interval,
             source_interval=own if own > 0 else None,
             notes=notes,
+            accuracy={rail: one for rail, one in (accuracy or {}).items() if rail in first.values},
         )
 
     def next(self, timeout: float) -> Sample | str | None:
@@ -158,7 +174,9 @@ def rails_of(power: Any) -> dict[str, float] | str:
     if total.get("name") != TOTAL:
         return f"the total is {total.get('name') or 'a sum of other rails'}, not {TOTAL}"
     values = {}
-    for rail, reading in [(TOTAL, total), *power.get("rail", {}).items()]:
+    supplies = {folder.name.removeprefix(UCSI) for folder in SUPPLIES.glob("*")}
+    rails = {rail: reading for rail, reading in power.get("rail", {}).items() if rail not in supplies}
+    for rail, reading in {TOTAL: total, **rails}.items():
         milliwatts = reading.get("power")
         possible = isinstance(milliwatts, (int, float)) and abs(milliwatts) <= MOST_WATTS * 1000  # nan is not
         if possible and reading.get("online", True):

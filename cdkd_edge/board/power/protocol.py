@@ -22,6 +22,25 @@ def longest_step(interval: float) -> float:
     return 3 * interval + 0.2
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """How far a sensor may be off on a rail, whatever the load. Errors in proportion to the power are not in it."""
+
+    offset: (
+        float  # watts that may be missing or too many in every reading alike; a difference of two does not have them
+    )
+    step: float  # watts from one value of the current to the next
+    step_share: float  # from one value of the voltage to the next, as a share of the watts
+
+    def resolution(self, watts: float) -> float:
+        """Watts by which a mean may be off because readings come in steps.
+
+        Half a step of each. Where the load makes readings differ by more than a step, their mean is better than that,
+        but an idle rail may stay at one value; so nothing is taken off.
+        """
+        return (self.step + self.step_share * abs(watts)) / 2
+
+
 class UnusableSourceError(Exception):
     """A source cannot be used. Raised and caught inside the sampling process."""
 
@@ -47,8 +66,10 @@ class SourceInfo:
     total: str | None  # the rail that contains the others; None where there is none
     interval: float  # requested seconds between readings; watts may be read more often
     source_interval: float | None = None  # seconds between the source's own updates, where it says so
-    random_moments: bool = False  # whether each reading is taken at a moment drawn at random within its step
+    cycle: float | None = None  # seconds in which the sensor measures once: a load in step with that does not show
+    random_moments: bool = False  # whether readings are taken at moments drawn at random
     notes: tuple[str, ...] = ()
+    accuracy: dict[str, Accuracy] = field(default_factory=dict)  # per rail, where the sensor is known
 
     @property
     def nominal_interval(self) -> float:
@@ -64,16 +85,18 @@ class SourceInfo:
     def from_event(cls, event: dict[str, Any]) -> SourceInfo:
         """From the ``started`` event of the sampling process."""
         fields = {item.name: event[item.name] for item in dataclasses.fields(cls) if item.name in event}
-        return cls(**{**fields, "rails": tuple(event["rails"]), "notes": tuple(event["notes"])})
+        accuracy = {rail: Accuracy(**one) for rail, one in event.get("accuracy", {}).items()}
+        return cls(**{**fields, "rails": tuple(event["rails"]), "notes": tuple(event["notes"]), "accuracy": accuracy})
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One reading of all rails."""
+    """One reading of all rails, or of some of them."""
 
     time: float  # best estimate of the moment, seconds on CLOCK_MONOTONIC (``time.monotonic``, ``time.perf_counter``)
     uncertainty: float  # the reading took place within this many seconds of ``time``
     values: dict[str, float] = field(default_factory=dict)  # watts or joules per rail that could be read
+    tried: tuple[str, ...] = ()  # the rails that were to be read; empty: all
 
 
 class Reader(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import tempfile
@@ -121,12 +122,19 @@ class PowerSampler:
         return time.monotonic() - max(self._last_arrival, self._began)
 
     def watts(self) -> dict[str, float]:
-        """Watts per rail in the latest sample; of a counter, between the last two."""
+        """Watts per rail as they were read last; of a counter, between the last two samples."""
         if self.info is None or not self._samples:
             return {}
         last, before = self._samples[-1], self._samples[-2:][0]
         if self.info.quantity == WATTS:
-            return dict(last.values)
+            earliest = last.time - self.info.longest_step  # what is older is gone
+            recent = itertools.takewhile(lambda one: one.time >= earliest, reversed(self._samples))
+            latest: dict[str, float] = {}
+            for sample in recent:
+                latest = sample.values | latest
+                if len(latest) == len(self.info.rails):
+                    break
+            return latest
         steps = {rail: value - before.values[rail] for rail, value in last.values.items() if rail in before.values}
         seconds = last.time - before.time
         return {rail: step / seconds for rail, step in steps.items() if step >= 0 and seconds > 0}
@@ -253,7 +261,7 @@ def list_sources(
         for sampler in running:
             trace, name = sampler.trace(), sampler.source
             # At an interval that another client has set, there may be too few readings yet.
-            while len(trace.samples) < 2 and time.monotonic() - trace.start < 3 * trace.source.nominal_interval:
+            while trace.rate is None and time.monotonic() - trace.start < 3 * trace.source.nominal_interval:
                 time.sleep(0.05)
                 trace = sampler.trace()
             reports[name] = SourceReport(name, sampler.info, mean_watts(trace), trace.rate, sampler.health())

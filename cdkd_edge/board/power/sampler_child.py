@@ -12,93 +12,13 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import random
 import time
 from pathlib import Path
 
-from cdkd_edge.board.power.protocol import (
-    WATTS,
-    LostSourceError,
-    Reader,
-    Sample,
-    SourceInfo,
-    Stream,
-    UnusableSourceError,
-)
+from cdkd_edge.board.power.polled import PolledStream
+from cdkd_edge.board.power.protocol import LostSourceError, Sample, Stream, UnusableSourceError
 from cdkd_edge.board.power.sources import SOURCES
 from cdkd_edge.core.process import EventWriter, end_with_stdin, leave
-
-PATIENCE = 5.0  # seconds without a reading after which a polled source is lost
-OVERSAMPLING = 4
-"""Readings per interval of a source of watts, each a sample of its own. (A counter counts between readings as well.)"""
-
-
-class PolledStream:
-    """A reader that is read once in every step of time. A step that has passed is not made up for.
-
-    A counter is read at regular moments. Watts are read more often than asked for, each time at a random moment within
-    the step: no load is in step with that, so the scatter of the readings tells what they miss
-    (:mod:`cdkd_edge.board.power.energy`).
-    """
-
-    def __init__(self, reader: Reader, interval: float) -> None:
-        """Take a first reading; if it fails, raise UnusableSourceError."""
-        self._reader = reader
-        self._random = reader.quantity == WATTS
-        self._step = interval / OVERSAMPLING if self._random else interval
-        self._due = time.monotonic()
-        self._failing_since: float | None = None
-        first = self._read()
-        if isinstance(first, str):
-            raise UnusableSourceError(first)
-        self._first: Sample | None = first
-        self.info = SourceInfo(
-            name=reader.name.lower(),
-            scope=reader.scope,
-            covers=reader.covers,
-            quantity=reader.quantity,
-            rails=tuple(first.values),
-            total=reader.total,
-            interval=interval,
-            random_moments=self._random,
-        )
-
-    def next(self, timeout: float) -> Sample | str | None:
-        """Wait for the next moment and read; the reading that it was tried with comes first.
-
-        Raises:
-            LostSourceError: nothing could be read for ``PATIENCE`` seconds.
-        """
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        now = time.monotonic()
-        self._due += self._step
-        if self._due < now:  # late: the times that have passed stay without a reading
-            self._due += self._step * ((now - self._due) // self._step + 1)
-        moment = self._due + (random.random() * self._step if self._random else 0.0)
-        time.sleep(max(0.0, moment - now))
-        answer = self._read()
-        if isinstance(answer, Sample):
-            self._failing_since = None
-        elif self._failing_since is None:
-            self._failing_since = time.monotonic()
-        elif time.monotonic() - self._failing_since > PATIENCE:
-            raise LostSourceError(answer)
-        return answer
-
-    def _read(self) -> Sample | str:
-        before = time.monotonic()
-        try:
-            values = self._reader.read()
-        except (OSError, ValueError, KeyError) as error:
-            return str(error) or type(error).__name__
-        after = time.monotonic()
-        return Sample((before + after) / 2, (after - before) / 2, values)
-
-    def close(self) -> None:
-        """Close the reader."""
-        self._reader.close()
 
 
 def open_stream(source: str, interval: float, sys_root: Path) -> Stream:
@@ -114,24 +34,27 @@ def sample_forever(stream: Stream, out: EventWriter) -> None:
     info = stream.info
     out.write(event="started", **dataclasses.asdict(info))
     silence = max(3 * info.nominal_interval, 1.0)
-    known: set[tuple[str, str]] = set()
+    trouble = None  # why there is no reading
+    failing: set[str] = set()  # rails
     last = -float("inf")
     try:
         while True:
             answer = stream.next(silence)
-            if answer is None:
-                troubles = {("stalled", f"no reading for {silence:g} s")}
-            elif isinstance(answer, str):
-                troubles = {("unreadable", answer)}
-            else:
-                troubles = {("rail", f"{rail} cannot be read") for rail in info.rails if rail not in answer.values}
-            for kind, message in sorted(troubles - known):
-                out.write(event="problem", time=time.monotonic(), kind=kind, message=message)
-            known = troubles
+            if not isinstance(answer, Sample):
+                kind = ("unreadable", answer) if answer else ("stalled", f"no reading for {silence:g} s")
+                if kind != trouble:
+                    out.write(event="problem", time=time.monotonic(), kind=kind[0], message=kind[1])
+                trouble = kind
+                continue
+            trouble = None
+            tried = set(answer.tried or info.rails)
+            for rail in sorted(tried - failing - answer.values.keys()):
+                out.write(event="problem", time=time.monotonic(), kind="rail", message=f"{rail} cannot be read")
+            failing = (failing | tried) - answer.values.keys()
             # A better estimate of a clock may step back by its error.
-            if isinstance(answer, Sample) and answer.time > last:
+            if answer.time > last:
                 last = answer.time
-                out.write(event="sample", **dataclasses.asdict(answer))
+                out.write(event="sample", time=last, uncertainty=answer.uncertainty, values=answer.values)
     except LostSourceError as error:
         out.write(event="lost", time=time.monotonic(), message=str(error))
 

@@ -23,15 +23,16 @@ class PowerSource:
 
 
 def _jtop(interval: float, sys_root: Path) -> Stream:
+    from cdkd_edge.board.power.ina3221 import find_accuracy
     from cdkd_edge.board.power.jtop import JtopStream
 
-    return JtopStream(interval)
+    return JtopStream(interval, accuracy=find_accuracy(sys_root))  # the same chip, read by the service
 
 
-def _ina3221(interval: float, sys_root: Path) -> Reader:
-    from cdkd_edge.board.power.ina3221 import Ina3221Reader
+def _ina3221(interval: float, sys_root: Path) -> Stream:
+    from cdkd_edge.board.power.ina3221 import Ina3221Reader, Ina3221Stream, find_accuracy
 
-    return Ina3221Reader(sys_root)
+    return Ina3221Stream(Ina3221Reader(sys_root), interval, find_accuracy(sys_root))
 
 
 def _nvml(interval: float, sys_root: Path) -> Reader:

@@ -153,7 +153,7 @@ def _manifest(
     compiled: EngineLayers,
     started: float,
 ) -> EngineManifest:
-    gpu = None if options.targets else facts["gpu"]
+    gpu, machine = None if options.targets else facts["gpu"], describe_machine()
     notes = list(facts.get("notes", ()))
     if not compiled.layers:
         notes.append("TensorRT did not list the engine's layers: whether attention is fused is not known")
@@ -163,7 +163,7 @@ def _manifest(
         compute_capability=gpu and gpu["compute_capability"],
         targets=options.targets,
         cuda=facts["gpu"] and facts["gpu"]["cuda"],
-        l4t=describe_machine().l4t,
+        l4t=machine.l4t,
         strongly_typed=not options.weakly_typed,
         flags=tuple(facts["flags"]),
         workspace_bytes=facts["workspace_bytes"],
@@ -176,6 +176,11 @@ def _manifest(
         traffic_bytes=compiled.traffic_bytes,
         layer_precisions=compiled.precisions,
         notes=tuple(notes),
+        multiprocessors=gpu and gpu["multiprocessors"],
+        module=gpu and gpu["module"],
+        board=gpu and machine.board,
+        power_mode=options.power_mode,
+        portable=options.portable,
     )
     return EngineManifest.of_graph(
         source,

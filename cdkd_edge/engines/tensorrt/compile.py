@@ -8,11 +8,6 @@ the path it names, and answers on stdout with JSON lines, each with an ``event``
 - ``phase`` with ``name``, ``parent``, ``steps``, and ``step`` with ``name``, ``done``: TensorRT's progress;
 - ``log`` with ``severity`` and ``text``;
 - the last one: ``finished`` with what the manifest needs, or ``failed`` with ``reason``, ``message``, ``hint``.
-
-Explains an error of TensorRT's ONNX parser by what its documentation says about operators.
-
-Source: https://github.com/onnx/onnx-tensorrt, ``docs/Changelog.md`` of 8.5 to 10.15, ``docs/operators.md`` of 8.5, 9.2,
-10.0 and 10.15. The message says so where they are silent.
 """
 
 from __future__ import annotations
@@ -29,89 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 from cdkd_edge.core.errors import CdkdEdgeError, EngineError, SystemRefusalError
 from cdkd_edge.core.process import EventWriter, end_with_parent
-from cdkd_edge.engines.tensorrt.find import GpuInfo, NoGpu, TensorRT, find_gpu, find_tensorrt, log_to
+from cdkd_edge.engines.tensorrt.advice import ParserComplaint, advice, explain, is_out_of_memory
+from cdkd_edge.engines.tensorrt.find import GpuInfo, NoGpu, TensorRT, find_gpu, find_tensorrt, log_to, scratch_bytes
 from cdkd_edge.engines.tensorrt.options import TensorRTOptions, TimingCache, default_workspace
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-SINCE: Mapping[str, str] = {
-    "Attention": "10.14", "BlackmanWindow": "10.4", "DeformConv": "10.1", "GridSample": "8.5",
-    "GroupNormalization": "8.6", "HammingWindow": "10.4", "HannWindow": "10.4", "Hardmax": "9.2", "IsInf": "8.6",
-    "LayerNormalization": "8.6", "MeanVarianceNormalization": "8.5", "Mod": "8.5", "NonZero": "8.5",
-    "RMSNormalization": "10.15", "RandomNormal": "8.5", "RoiAlign": "8.5", "RotaryEmbedding": "10.15", "STFT": "10.5",
-    "TensorScatter": "10.15", "Trilu": "8.5",
-}  # fmt: skip
-"""Release in whose changelog support for an operator appears."""
-
-UNSUPPORTED = frozenset((
-    "AffineGrid", "Bernoulli", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "CenterCropPad",
-    "Col2Im", "Compress", "ConcatFromSequence", "ConvInteger", "DFT", "Det", "DynamicQuantizeLinear", "ImageDecoder",
-    "MatMulInteger", "MaxRoiPool", "MaxUnpool", "MelWeightMatrix", "Multinomial", "NegativeLogLikelihoodLoss",
-    "Optional", "OptionalGetElement", "OptionalHasElement", "QLinearConv", "QLinearMatMul", "RegexFullMatch",
-    "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength",
-    "SequenceMap", "SoftmaxCrossEntropyLoss",
-))  # fmt: skip
-"""Operators that the table of 10.15 lists as not supported."""
-
-OPSETS: Mapping[str, int] = {"8.5": 17, "9.2": 19, "10.0": 20, "10.15": 24}
-"""Highest opset that the table of a release names."""
-
-
-@dataclass(frozen=True)
-class ParserComplaint:
-    """One error of the parser."""
-
-    node: str  # name of the node; empty if it has none
-    operator: str  # empty if the error is not about a node
-    domain: str
-    opset: int  # opset of ONNX's own domain that the graph uses
-    text: str  # in the parser's words
-
-
-def explain(complaint: ParserComplaint, tensorrt: str) -> tuple[str, str]:
-    """Message and hint for the parser's first error; ``tensorrt`` is its name and version."""
-    said = " ".join(complaint.text.split())[:240]
-    if not complaint.operator:
-        return f"{tensorrt} cannot read the graph: {said}", "export it again"
-    node = f"node {complaint.node!r}" if complaint.node else "a node without a name"
-    if complaint.domain not in ("", "ai.onnx"):
-        return (
-            f"{tensorrt} does not take {node}, a {complaint.domain}.{complaint.operator}: {said}",
-            "ONNX Runtime alone has this operator, so the file may be a CPU engine: build from the graph in export/",
-        )
-    since = "not known since which release TensorRT's parser has it"
-    if complaint.operator in SINCE:
-        since = f"in TensorRT's parser since {SINCE[complaint.operator]}"
-    elif complaint.operator in UNSUPPORTED:
-        since = "not in TensorRT's parser as of 10.15"
-    return f"{tensorrt} does not take {node}, an ONNX {complaint.operator} ({since}): {said}", _advice(complaint)
-
-
-def _advice(complaint: ParserComplaint) -> str:
-    if complaint.operator in ("DequantizeLinear", "QuantizeLinear"):
-        return (
-            "TensorRT takes INT8 Q/DQ with zero point 0 and float biases; FP16 scales need opset 19. "
-            "A CPU engine has others: build from the .int8.onnx in export/"
-        )
-    if complaint.operator in UNSUPPORTED:
-        return "`cdkd-edge export` writes no such operator: export the graph again"
-    if complaint.operator in SINCE:
-        return "update TensorRT (with JetPack), or export the graph again with a lower --opset"
-    limits = ", ".join(f"{release}: {opset}" for release, opset in OPSETS.items())
-    return (
-        f"the graph uses opset {complaint.opset} (highest documented, by TensorRT release: {limits}); "
-        "export it again with a lower --opset if that is too high"
-    )
-
-
 _SECONDS_BETWEEN_STEPS = 0.1
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|OutOfMemory|insufficient memory|Could not find any implementation|MemoryAllocation|bad_alloc"
-    r"|Requested amount of GPU memory|MEM_ALLOC_FAILED",
-    re.IGNORECASE,
+_PORTABLE = (
+    "portable: made for every GPU of compute capability {}. NVIDIA says that this may be slower than an engine for one "
+    "GPU (`bench` measures both), and advises to build it on the smallest of the boards"
 )
-"""In TensorRT's error lines. It could not "find any implementation" if no kernel fits into the free memory."""
+"""By the description of ``SAME_COMPUTE_CAPABILITY`` and "Compatibility Checks" of the TensorRT Developer Guide."""
 
 Send = Callable[..., None]  # sends an event to the parent: its name, then its fields by keyword
 
@@ -172,6 +97,7 @@ def compile_engine(request: BuildRequest, send: Send) -> dict[str, Any]:
         config = builder.create_builder_config()
         _set_targets(api, config, options.targets, gpu)
         workspace = _configure(api, config, request, gpu)
+        notes = _make_portable(api, config, gpu) if options.portable else []
         facts = None if isinstance(gpu, NoGpu) else dataclasses.asdict(gpu)
         send("started", kind=api.kind, version=api.version, gpu=facts, workspace_bytes=workspace)
         _parse(api, network, Path(request.graph))
@@ -195,7 +121,7 @@ def compile_engine(request: BuildRequest, send: Send) -> dict[str, Any]:
         "inspector": inspector,
         "scratch_bytes": scratch,
         "layer_lines": log.layer_lines,
-        "notes": cache.notes if cache else [],
+        "notes": [*notes, *(cache.notes if cache else ())],
     }
 
 
@@ -217,10 +143,11 @@ class _Log:
 
     def failure(self, api: TensorRT, doing: str) -> EngineError:
         """The error for a step that failed, from what TensorRT logged."""
-        if any(_OUT_OF_MEMORY.search(line) for line in self.errors):
+        if any(map(is_out_of_memory, self.errors)):
             return BuilderMemoryError(f"out of memory {doing}")
         said = " ".join(self.errors[0].split())[:300] if self.errors else "it does not say why"
-        return EngineError(f"{api.name} failed {doing}: {said}", hint="--verbose shows everything it logs")
+        hint = advice(self.errors) or "--verbose shows everything it logs"
+        return EngineError(f"{api.name} failed {doing}: {said}", hint=hint)
 
 
 def _create_network(api: TensorRT, builder: trt.Builder, request: BuildRequest) -> trt.INetworkDefinition:
@@ -247,17 +174,30 @@ def _set_targets(api: TensorRT, config: trt.IBuilderConfig, targets: tuple[str, 
             f"{api.name} builds only for the GPU of this machine; --target needs TensorRT-RTX",
             hint="carry the graph and its .json to the board, and build there",
         )
-    known = {
-        f"{match[1]}.{match[2]}": name
-        for name in dir(api.module.ComputeCapability)
-        if (match := re.fullmatch(r"SM(\d+)(\d)", name))
-    }
+    members = api.module.ComputeCapability.__members__
+    known = {f"{match[1]}.{match[2]}": name for name in members if (match := re.fullmatch(r"SM(\d+)(\d)", name))}
     rtx.num_compute_capabilities = len(targets)
     for index, target in enumerate(targets):
         if target not in known:
             names = ", ".join(sorted(known.values(), key=lambda name: int(name[2:])))
             raise EngineError(f"{api.name} does not compile for {target}; it knows {names}")
-        rtx.set_compute_capability(getattr(api.module.ComputeCapability, known[target]), index)
+        rtx.set_compute_capability(members[known[target]], index)
+
+
+def _make_portable(api: TensorRT, config: trt.IBuilderConfig, gpu: GpuInfo | NoGpu) -> list[str]:
+    """Let the engine run on every GPU of this compute capability; returns a note about what that costs."""
+    levels = api.module.HardwareCompatibilityLevel
+    if hasattr(levels, "SAME_COMPUTE_CAPABILITY"):
+        config.hardware_compatibility_level = levels.SAME_COMPUTE_CAPABILITY
+        if config.hardware_compatibility_level == levels.SAME_COMPUTE_CAPABILITY:
+            return [_PORTABLE.format(gpu.compute_capability if isinstance(gpu, GpuInfo) else "")]
+        # TensorRT-RTX has the name, logs that it is unsupported, and changes nothing.
+        hint = "name the compute capabilities: --target sm86 --target sm89"
+        raise EngineError(f"{api.name} has no --portable: its engines are made for compute capabilities", hint=hint)
+    raise EngineError(
+        f"{api.name} cannot build an engine for several GPUs: --portable needs TensorRT 10.9 or newer (JetPack 7.2)",
+        hint="build on each board, without --portable",
+    )
 
 
 def _configure(api: TensorRT, config: trt.IBuilderConfig, request: BuildRequest, gpu: GpuInfo | NoGpu) -> int | None:
@@ -270,9 +210,9 @@ def _configure(api: TensorRT, config: trt.IBuilderConfig, request: BuildRequest,
         config.set_flag(flag.SPARSE_WEIGHTS)
     if request.precision == "fp32" and hasattr(flag, "TF32"):
         config.clear_flag(flag.TF32)  # on by default; its mantissa has FP16's 10 bits, and FP32 is the reference
-    if options.weakly_typed:
-        for name in {"fp16": ("FP16",), "int8": ("FP16", "INT8")}.get(request.precision, ()):
-            config.set_flag(getattr(flag, name))
+    if options.weakly_typed and hasattr(flag, "FP16"):  # without it, _create_network has refused
+        for kind in {"fp16": (flag.FP16,), "int8": (flag.FP16, flag.INT8)}.get(request.precision, ()):
+            config.set_flag(kind)
     workspace = options.workspace_bytes
     if workspace is None and isinstance(gpu, GpuInfo) and not options.targets:
         workspace = default_workspace(gpu, Path(request.graph).stat().st_size)
@@ -360,8 +300,7 @@ def _inspect(api: TensorRT, plan: Any, log: _Log) -> tuple[str, int | None]:
     if engine is None:
         raise log.failure(api, "loading the engine it has just built")
     text = engine.create_engine_inspector().get_engine_information(api.module.LayerInformationFormat.JSON)
-    size = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", None)
-    return str(text), None if size is None else int(size)
+    return str(text), scratch_bytes(engine)
 
 
 def _flags(api: TensorRT, config: trt.IBuilderConfig) -> list[str]:

@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdkd_edge.core.errors import EngineError, ManifestError
-from cdkd_edge.core.manifest import EngineManifest, build_options
+from cdkd_edge.core.machine import jetson_module
+from cdkd_edge.core.manifest import EngineManifest, TensorRTBuild, build_options
 
 if TYPE_CHECKING:
+    import tensorrt as trt
+
     from cdkd_edge.engines.protocol import Log
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"  # the two kinds; an engine of one does not load in the other
@@ -65,6 +68,12 @@ class TensorRT:
     def logger(self) -> Any:
         """The logger for builders and runtimes; :func:`log_to` says where its lines go."""
         return _process_logger(self.module)
+
+
+def scratch_bytes(engine: trt.ICudaEngine) -> int:
+    """Scratch memory of a loaded engine. TensorRT 10 renamed what it is called, 11 dropped the first name."""
+    size: Any = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", 0)
+    return int(size)
 
 
 def tensorrt_is_installed() -> bool:
@@ -166,8 +175,8 @@ def errors_said() -> Iterator[Errors]:
 def _process_logger(trt: Any) -> Any:
     global _logger
     if _logger is None:
-        names = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
-        severities = {int(getattr(trt.ILogger.Severity, name)): name.lower().replace("internal_", "") for name in names}
+        members = trt.ILogger.Severity.__members__
+        severities = {int(member): name.lower().replace("internal_", "") for name, member in members.items()}
 
         class Forwarding(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -191,9 +200,10 @@ class GpuInfo:
     name: str
     compute_capability: str  # e.g. ``8.7``
     integrated: bool  # whether it shares the CPU's memory, as on a Jetson
-    multiprocessors: int
+    multiprocessors: int  # that are on: some power modes of a Jetson turn half of them off
     memory_bytes: int
     cuda: str  # CUDA version of the driver, e.g. ``12.6``
+    module: str | None = None  # part number of a Jetson's module: see :func:`cdkd_edge.core.machine.jetson_module`
 
 
 @dataclass(frozen=True)
@@ -223,12 +233,13 @@ def find_gpu() -> GpuInfo | NoGpu:
     if failed:
         return NoGpu("the CUDA driver does not describe its GPU")
     return GpuInfo(
-        name=name.value.decode(errors="replace"),
+        name=name.value.decode(errors="replace").removesuffix(" (nvgpu)"),  # NVML adds that since JetPack 7.2.1
         compute_capability=f"{attributes[_MAJOR].value}.{attributes[_MINOR].value}",
         integrated=bool(attributes[_INTEGRATED].value),
         multiprocessors=attributes[_MULTIPROCESSORS].value,
         memory_bytes=memory.value,
         cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
+        module=jetson_module(),
     )
 
 
@@ -266,20 +277,25 @@ def _driver() -> Any:
 # --- does an engine fit? --------------------------------------------------------------------------
 
 
-def require_loadable(manifest: EngineManifest, api: TensorRT, device: GpuInfo | NoGpu) -> None:
+def require_loadable(manifest: EngineManifest, api: TensorRT, device: GpuInfo | NoGpu) -> str | None:
     """Make sure that an engine was built by this TensorRT for this GPU, before TensorRT is given the file.
 
     Engines are portable neither across TensorRT releases nor across GPU models. TensorRT answers to a foreign engine
-    with anything from a log line about a "magic tag" to a crash.
+    with anything from a log line about a "magic tag" to a crash. Where the number of multiprocessors alone differs it
+    only warns ("Compatibility Checks" of NVIDIA's TensorRT Developer Guide), and so does this function if the board is
+    known to be the same: its power modes turn multiprocessors off.
 
     Args:
         manifest: of the engine, checked against its file.
         api: the TensorRT here.
         device: the GPU here.
 
+    Returns:
+        A warning if the engine runs here and may be slow; else None.
+
     Raises:
         ManifestError: the manifest does not say what built the engine.
-        EngineError: another TensorRT, or another GPU; says which, and what builds it here.
+        EngineError: another TensorRT, or another GPU or board; says which, and what builds it here.
     """
     name, build = manifest.artefact.file, manifest.tensorrt
     if build is None:
@@ -289,7 +305,7 @@ def require_loadable(manifest: EngineManifest, api: TensorRT, device: GpuInfo | 
             f"{name} is a TensorRT engine and {device.reason}",
             hint="here the CPU engine runs: cdkd-edge build --runtime cpu",
         )
-    differences = []
+    differences, hint = [], rebuild_hint(manifest)
     if (manifest.runtime, build.version) != (api.kind, api.version):
         built_by = TensorRT(None, manifest.runtime, build.version)
         differences.append(f"it was built by {built_by.name}, here is {api.name}")
@@ -299,13 +315,47 @@ def require_loadable(manifest: EngineManifest, api: TensorRT, device: GpuInfo | 
                 f"it was compiled for compute capability {', '.join(build.targets)}, "
                 f"the {device.name} here has {device.compute_capability}"
             )
-    elif (build.gpu, build.compute_capability) != (device.name, device.compute_capability):
+    elif build.compute_capability != device.compute_capability or (build.gpu != device.name and not build.portable):
         differences.append(
             f"it was built on {build.gpu} (compute capability {build.compute_capability}), "
             f"here is {device.name} ({device.compute_capability})"
         )
+    elif not build.portable and (difference := _other_board(build, device)):
+        differences.append(difference)
+        hint += f"; one engine for all with compute capability {device.compute_capability}: --portable"
     if differences:
-        raise EngineError(f"{name} does not fit: {'; '.join(differences)}", hint=rebuild_hint(manifest))
+        raise EngineError(f"{name} does not fit: {'; '.join(differences)}", hint=hint)
+    return None if build.targets or build.portable else _other_setting(build, device)
+
+
+def _other_board(build: TensorRTBuild, device: GpuInfo) -> str | None:
+    """How the board an engine was built on differs from this one, whose GPU has the same name; None if it does not.
+
+    Every Orin module, from the Nano with 4 multiprocessors to the AGX with 16, calls its GPU ``Orin``.
+    """
+    if build.module and device.module:
+        if build.module == device.module:
+            return None
+        return f"it was built on the module {build.module} ({build.board}), here is {device.module}"
+    if build.multiprocessors in (None, device.multiprocessors):
+        return None
+    return (
+        f"it was built for {build.multiprocessors} multiprocessors, here are {device.multiprocessors}, "
+        "and whether this is the same module in another power mode is not known"
+    )
+
+
+def _other_setting(build: TensorRTBuild, device: GpuInfo) -> str | None:
+    """A warning if other multiprocessors are on than when an engine was built; None if they are the same."""
+    if build.multiprocessors is None:
+        return "the engine's manifest does not say for which module and how many multiprocessors it was built"
+    if build.multiprocessors == device.multiprocessors:
+        return None
+    mode = f" (power mode {build.power_mode})" if build.power_mode else ""
+    return (
+        f"the engine was built with {build.multiprocessors} multiprocessors{mode}, and {device.multiprocessors} are on "
+        "now: its kernels were chosen for the former; build it again in this mode, or go back to that one"
+    )
 
 
 def rebuild_hint(manifest: EngineManifest) -> str:

@@ -124,6 +124,11 @@ def layers_of_inspector(text: str) -> tuple[Layer, ...]:
     return () if any("ForeignNode[" in layer.name for layer in found) else tuple(found)
 
 
+def nodes_in_name(layer: str) -> tuple[str, ...]:
+    """The ONNX nodes that a layer's name holds, for an engine without a list of layers; of many at once, the name."""
+    return (layer,) if "ForeignNode[" in layer else tuple(re.findall(r"[\w.]+/[A-Z][A-Za-z]*", layer))
+
+
 def layers_path(engine: Path) -> Path:
     """Where the layers of an engine lie: ``ckpt.fp16.engine`` has ``ckpt.fp16.layers.json`` beside it."""
     return engine.with_suffix(LAYERS_SUFFIX)

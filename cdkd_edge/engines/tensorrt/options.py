@@ -43,6 +43,8 @@ class TensorRTOptions:
     verbose: bool = False  # pass on everything TensorRT logs, not only warnings and errors
     weakly_typed: bool = False  # let TensorRT 10.x choose precisions by builder flags: a fallback for early versions
     targets: tuple[str, ...] = ()  # compute capabilities to compile for without their GPU, e.g. ``8.6`` (TensorRT-RTX)
+    portable: bool = False  # build for every GPU of this compute capability, e.g. all Orin modules (TensorRT 10.9)
+    power_mode: str | None = None  # the board's power mode now, for the manifest
 
     def __post_init__(self) -> None:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
@@ -50,6 +52,8 @@ class TensorRTOptions:
         if self.workspace_bytes is not None and self.workspace_bytes < 1 << 20:
             size = f"{self.workspace_bytes} bytes"
             raise UsageError(f"--workspace-size must be at least 1M, got {size}", hint="give a size such as 512M or 2G")
+        if self.portable and self.targets:
+            raise UsageError("--portable builds for the GPU of this machine and its like, --target for others")
 
 
 def parse_size(text: str) -> int:
@@ -97,7 +101,7 @@ def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-# --- kernel timings: one file per TensorRT and GPU, shared by processes ---------------------------
+# --- kernel timings: one file per TensorRT, GPU and number of multiprocessors, shared by processes
 
 
 class TimingCache:
@@ -147,8 +151,8 @@ class TimingCache:
 
 
 def cache_path(kind: str, version: str, gpu: GpuInfo) -> Path:
-    """The file for a TensorRT and a GPU: timings of others do not apply."""
-    name = f"{kind}-{version}-{gpu.name}-sm{gpu.compute_capability.replace('.', '')}"
+    """The file for a TensorRT and a GPU with so many multiprocessors on: timings of others do not apply."""
+    name = f"{kind}-{version}-{gpu.name}-sm{gpu.compute_capability.replace('.', '')}-{gpu.multiprocessors}sm"
     return cache_folder() / "timing" / (re.sub(r"[^\w.-]+", "_", name) + ".cache")
 
 

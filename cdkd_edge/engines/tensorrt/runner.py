@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,19 @@ from cdkd_edge.core.errors import EngineError
 from cdkd_edge.core.manifest import EngineManifest
 from cdkd_edge.engines.cuda.gpu import Gpu, open_gpu
 from cdkd_edge.engines.cuda.memory import Buffer, CudaStream
-from cdkd_edge.engines.protocol import ArtefactLabeller, Engine, UInt8Array, blank_value
+from cdkd_edge.engines.protocol import (
+    PROFILE_WARM_UP,
+    ArtefactLabeller,
+    Engine,
+    KernelTimes,
+    UInt8Array,
+    blank_value,
+    median_times,
+    timed_run,
+)
 from cdkd_edge.engines.tensorrt import find
-from cdkd_edge.engines.tensorrt.find import errors_said, rebuild_hint
+from cdkd_edge.engines.tensorrt.find import errors_said, rebuild_hint, scratch_bytes
+from cdkd_edge.engines.tensorrt.layers import nodes_in_name, read_layers
 
 IMAGE = "image"  # name of an engine's input
 SLOTS = 3  # one tile being read, one computed, one written
@@ -63,6 +74,7 @@ class TensorRTEngine(ArtefactLabeller, Engine):
         """
         super().__init__(manifest)
         self.manifest = manifest
+        self._path = path
         self.slots = 0  # until it is loaded, and after :meth:`close`
         self.no_graph = None if cuda_graph else "not asked for"  # why tiles are launched one call at a time
         self._slots: list[_Slot] = []
@@ -79,7 +91,7 @@ class TensorRTEngine(ArtefactLabeller, Engine):
         try:
             with self.gpu.current():
                 self._read(path)
-                self._make_slots(path)
+                self._make_slots()
                 self._record_graphs()
             self.slots = len(self._slots)
         except BaseException:
@@ -122,27 +134,27 @@ class TensorRTEngine(ArtefactLabeller, Engine):
                 hint=rebuild_hint(self.manifest),
             )
 
-    def _make_slots(self, path: Path) -> None:
-        # TensorRT 10 deprecated device_memory_size in favour of the other; 11 has the other only.
-        scratch = getattr(self._engine, "device_memory_size_v2", None)
-        scratch = self._engine.device_memory_size if scratch is None else scratch
+    def _make_slots(self) -> None:
         free, _ = self.gpu.memory()
-        for _ in range(affordable_slots(SLOTS, scratch, free)):
-            slot = _Slot(self.gpu, self.manifest, self._held)
-            with errors_said() as said:
-                slot.context = self._engine.create_execution_context(*(() if self._config is None else (self._config,)))
-            if slot.context is None:
-                raise EngineError(
-                    f"{self._tensorrt.name} cannot prepare {path} ({scratch >> 20} MiB of scratch memory){said}",
-                    hint=f"usually there is too little free GPU memory; if not, {rebuild_hint(self.manifest)}",
-                )
-            slot.bind()
-            self._slots.append(slot)
+        for _ in range(affordable_slots(SLOTS, scratch_bytes(self._engine), free)):
+            self._slots.append(self._make_slot(self._held))
         for slot in self._slots:
             # A first run, also needed before a capture: TensorRT leaves some work to it.
             slot.launch()
             slot.wait()
             slot.clear()
+
+    def _make_slot(self, held: contextlib.ExitStack) -> _Slot:
+        slot, scratch = _Slot(self.gpu, self.manifest, held), scratch_bytes(self._engine) >> 20
+        with errors_said() as said:
+            slot.context = self._engine.create_execution_context(*(() if self._config is None else (self._config,)))
+        if slot.context is None:
+            raise EngineError(
+                f"{self._tensorrt.name} cannot prepare {self._path} ({scratch} MiB of scratch memory){said}",
+                hint=f"usually there is too little free GPU memory; if not, {rebuild_hint(self.manifest)}",
+            )
+        slot.bind()
+        return slot
 
     def _record_graphs(self) -> None:
         self.no_graph = self.no_graph or self.gpu.no_graphs
@@ -185,6 +197,37 @@ class TensorRTEngine(ArtefactLabeller, Engine):
         if chosen.running:
             with self.gpu.current():
                 chosen.wait()
+
+    def kernel_times(self, runs: int) -> KernelTimes:
+        """See :meth:`cdkd_edge.engines.protocol.Engine.kernel_times`.
+
+        It runs in a context of its own, because TensorRT never takes a profiler off a context again, and without a CUDA
+        graph. As in NVIDIA's ``trtexec``, a run only records events, and the profiler is called when it is done.
+        """
+        listed = read_layers(self._path, self.artefact.sha256)
+        nodes = {layer.name: layer.nodes for layer in listed.layers} if listed else {}
+        tiles = self._slot(0).image.array
+        plain: list[float] = []
+        profiled: list[float] = []
+        reported: list[list[tuple[str, float]]] = []
+        with self.gpu.current(), contextlib.ExitStack() as held:
+            slot = self._make_slot(held)
+            held.callback(slot.stop)  # Ctrl-C may come while the GPU still writes to the buffers
+            slot.image.array[:] = tiles
+            slot.context.profiler = _profiler(self._tensorrt.module, reported)
+            slot.context.enqueue_emits_profile = False
+            for _ in range(PROFILE_WARM_UP + runs):
+                plain.append(timed_run(self))
+                started = time.perf_counter()
+                slot.launch()
+                slot.wait()
+                profiled.append(time.perf_counter() - started)
+                reported.append([])
+                with errors_said() as said:
+                    told = slot.context.report_to_profiler()
+                if not told:
+                    raise EngineError(f"{self._tensorrt.name} does not tell the times of layers{said}")
+        return median_times(plain, profiled, reported, lambda name: nodes.get(name) or nodes_in_name(name))
 
     def close(self) -> None:
         """Release everything on the GPU, also after a failure. Idempotent. Arrays handed out before stay valid."""
@@ -290,6 +333,19 @@ class _Slot:
         self.running = False
 
 
+def _profiler(trt: Any, reported: list[list[tuple[str, float]]]) -> Any:
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        """Called by TensorRT with the time of each layer; adds it to the last run."""
+
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            reported[-1].append((layer_name, ms / 1e3))
+
+    return Profiler()
+
+
 def load_tensorrt_engine(path: Path, manifest: EngineManifest) -> TensorRTEngine:
     """Load an engine onto the first GPU with the installed TensorRT.
 
@@ -298,8 +354,10 @@ def load_tensorrt_engine(path: Path, manifest: EngineManifest) -> TensorRTEngine
         ManifestError: the manifest does not say by which.
     """
     tensorrt = find.find_tensorrt()
-    find.require_loadable(manifest, tensorrt, find.find_gpu())
-    return TensorRTEngine(path, manifest, tensorrt=tensorrt)
+    warning = find.require_loadable(manifest, tensorrt, find.find_gpu())
+    engine = TensorRTEngine(path, manifest, tensorrt=tensorrt)
+    engine.warning = warning
+    return engine
 
 
 def affordable_slots(wanted: int, scratch_bytes: int, free_bytes: int) -> int:

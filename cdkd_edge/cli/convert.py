@@ -50,7 +50,7 @@ def convert(
     macs.append(network_cost(network).total_macs)
     pruned = prune(network) if sparse else 0
     old, new = attention_text(before.config.attention), attention_text(report.config.attention)
-    source = {"file": checkpoint.name, "sha256": sha256_of(checkpoint), "attention": old}
+    source = {"file": checkpoint.name, "sha256": sha256_of(report.path), "attention": old}
     training = {**report.training, "converted": {"from": source, "attention": new, "sparse": sparse}}
     save_checkpoint(network, output, schema=report.schema, training=training)
 

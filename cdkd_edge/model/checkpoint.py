@@ -19,12 +19,15 @@ from torch import Tensor
 from cdkd_edge.core.errors import CheckpointError, EncoderOnlyError, SchemaError
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import LabelSchema, schema_from_document, schema_of_lists
-from cdkd_edge.model.config import NetworkConfig, attention_of
+from cdkd_edge.model.beside import read_beside, weights_file
+from cdkd_edge.model.config import NO_NORM, NetworkConfig, attention_of
 from cdkd_edge.model.container import FORMAT, FORMAT_VERSION, as_float32, read_container, require_in_file, save_tensors
-from cdkd_edge.model.infer import add_missing_qkv_bias, fold_layer_scale, inferred_config
+from cdkd_edge.model.infer import complete_blocks, drop_final_norm, fold_layer_scale, inferred_config
 from cdkd_edge.model.layouts import (
+    FINAL_NORM,
     OURS,
     SAM,
+    TIMM,
     Dropped,
     Layout,
     listed,
@@ -97,7 +100,8 @@ def load_checkpoint(path: str | Path, **reading: Any) -> tuple[SegmentationNetwo
     """Load a segmentation network in evaluation mode, FP32, on the CPU.
 
     Args:
-        path: a file of ``torch.save`` or safetensors in any layout of :mod:`cdkd_edge.model.layouts`.
+        path: a file of ``torch.save`` or safetensors in any layout of :mod:`cdkd_edge.model.layouts`, or a hub's folder
+            with one (:mod:`cdkd_edge.model.beside`).
         reading: see :func:`read_checkpoint`.
 
     Raises:
@@ -183,16 +187,24 @@ def read_checkpoint(
     opened = open_weights(path, weights)
     document, header, layout, state = opened.document, opened.header, opened.layout, opened.state
     notes: list[str] = []
+    complete_blocks(state, notes)
     fold_layer_scale(state, notes)
-    add_missing_qkv_bias(state, notes)
+    given = {"heads": heads, "layer_norm_eps": layer_norm_eps}
     if layout is OURS and header:
         config = _stored_config(header, state, path)
-        own_eps = config.layer_norm_eps
-        if (heads or config.heads, layer_norm_eps or own_eps) != (config.heads, own_eps):
-            raise CheckpointError(f"{path} states {config.heads} heads and LayerNorm eps {own_eps:g} itself")
+        _require_agreement(path, dataclasses.asdict(config), given)
     else:
-        config = inferred_config(state, layout, {"heads": heads, "layer_norm_eps": layer_norm_eps}, notes)
-    config = _changed(state, config, tile, patch, attention, notes)
+        beside = read_beside(opened.path, layout)
+        notes += beside.notes
+        _require_agreement(path, beside.stated, given)
+        stated = {**beside.stated, **{name: value for name, value in given.items() if value is not None}}
+        if stated.get("final_norm", NO_NORM) == NO_NORM and (names := drop_final_norm(state)):
+            opened = dataclasses.replace(opened, dropped=(*opened.dropped, Dropped(FINAL_NORM, len(names), names[0])))
+        if layout is TIMM and any(key.endswith(".gamma_1") for key in opened.found.tensors):
+            notes.append("learned positions alone assumed, as in DeiT III; timm's vit_*_rope_ape have the same names")
+        config = inferred_config(state, layout, stated, notes)
+        beside.require(config)
+    config = _changed(state, config, layout, tile, patch, attention, notes)
     has_head = any(key.startswith("head.") for key in state)
     schema = None
     if header.get("schema"):
@@ -206,13 +218,23 @@ def read_checkpoint(
     return config, state, report
 
 
+def _require_agreement(path: Path, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse to be told otherwise than the file, or the configuration beside it, says itself."""
+    for name, what in {"heads": "attention heads", "layer_norm_eps": "as LayerNorm's epsilon"}.items():
+        value = given[name]
+        if value is not None and own.get(name, value) != value:
+            raise CheckpointError(f"{path} states {own[name]:g} {what} itself, not {value:g}")
+
+
 def layout_of(path: Path, weights: str | None = None) -> Layout:
     """The layout of a file's weights; raises as :func:`read_checkpoint`."""
+    path = weights_file(path)
     return recognise(list(find_weights(read_container(path)[0], path, weights).tensors))
 
 
 def open_weights(path: Path, weights: str | None = None, *, sam: bool = False) -> Opened:
     """One set of weights of a file, of SAM's image encoder if ``sam``; raises as :func:`read_checkpoint`."""
+    path = weights_file(path)
     document, header = read_container(path)
     for part, kind in {"version": int, "config": dict, "schema": dict, "training": dict}.items():
         if not _is_plain(header.get(part), kind):
@@ -284,6 +306,7 @@ def _schema_of_openmmlab(meta: object, classes: int, notes: list[str]) -> LabelS
 def _changed(
     state: dict[str, Tensor],
     config: NetworkConfig,
+    layout: Layout,
     tile: int | None,
     patch: int | None,
     attention: str | None,
@@ -308,7 +331,9 @@ def _changed(
         notes.append(f"patch embedding resampled from {config.patch} to {patch} px patches")
     if resized.grid != config.grid and not config.rotary_base:
         key = "encoder.pos_embed"
-        state[key] = resample_position(state[key], resized.grid, config.class_token)
+        state[key] = resample_position(
+            state[key], resized.grid, config.class_token, antialias=layout.antialias, offset=layout.offset
+        )
         change = f"from {config.tile} to {resized.tile} px tiles"
         if patch != config.patch:
             change = f"from {config.grid} x {config.grid} to {resized.grid} x {resized.grid} patches"

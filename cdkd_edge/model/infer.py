@@ -21,44 +21,37 @@ def inferred_config(
     """The network's configuration, from the shapes of its weights.
 
     Args:
-        state: weights in this package's names; a position embedding without a row for the class token gets one.
+        state: weights in this package's names. A position embedding without a row for the class token gets one, one
+            with rows for registers loses them to the registers; rotary periods are taken out.
         layout: where they come from; decides what neither a tensor nor ``stated`` shows.
         stated: fields of :class:`NetworkConfig` that no tensor shows, as far as they are known: ``heads``,
             ``layer_norm_eps``, ``pool_scales``, ``attention``, ``rotary_base``, ``final_norm``, ``tapped``,
-            ``pixel_mean``, ``pixel_std``.
+            ``pixel_mean``, ``pixel_std``; with rotary positions, ``tile``.
         notes: assumptions are appended here.
 
     Raises:
-        CheckpointError: the weights do not describe a network.
+        CheckpointError: the weights do not describe a network, or not one as stated.
     """
     dim, patch = patch_shape(state)
     shown: dict[str, Any] = {"patch": patch, "embed_dim": dim, "depth": block_count(state)}
     shown["class_token"] = "encoder.cls_token" in state
     if "encoder.registers" in state:
         shown["registers"] = need(state, "encoder.registers", 3).shape[1]
-    if "encoder.pos_embed" in state or not stated.get("rotary_base"):
-        shown["tile"] = patch * _grid(state, dim, shown["class_token"])
+    stated = {name: value for name, value in stated.items() if value is not None}
+    shown |= _heads(state, dim, stated, notes)
+    shown |= _positions(state, layout, patch, shown, stated, notes)
     shown["mlp_dim"] = need(state, "encoder.blocks.0.mlp.fc2.weight", 2).shape[1]
     if need(state, "encoder.blocks.0.mlp.fc1.weight", 2).shape[0] == 2 * shown["mlp_dim"]:
         shown["mlp"] = SWIGLU
     if "encoder.blocks.0.attn.q_norm.weight" in state:
         shown["query_key_norm"] = "layer" if "encoder.blocks.0.attn.q_norm.bias" in state else "rms"
-    stated = {name: value for name, value in stated.items() if value is not None}
-    if "heads" not in stated:
-        if dim % HEAD_DIM:
-            raise CheckpointError(
-                f"the number of attention heads is not stored, and {HEAD_DIM}-wide heads do not divide {dim}",
-                hint="state it with --heads",
-            )
-        shown["heads"] = dim // HEAD_DIM
-        notes.append(f"{shown['heads']} attention heads assumed ({HEAD_DIM} wide; not stored in the checkpoint)")
     if "layer_norm_eps" not in stated:
         shown["layer_norm_eps"] = eps = layout.layer_norm_eps
         notes.append(f"LayerNorm eps {eps:g} assumed (as in {layout.name}; not stored in the checkpoint)")
     if layout is not OURS and "pixel_mean" not in stated:
         notes.append(
             f"input normalisation assumed: RGB mean {PIXEL_MEAN}, std {PIXEL_STD} on 0..255, as in SAM, ImageNet "
-            "and OpenMMLab (not stored)"
+            "and OpenMMLab (not stored); a preprocessor_config.json beside the file can say otherwise"
         )
     if any(key.startswith("head.") for key in state):
         classifier = need(state, "head.classifier.weight", 4)
@@ -69,8 +62,83 @@ def inferred_config(
     return NetworkConfig(**{**shown, **stated})
 
 
-def _grid(state: dict[str, Tensor], dim: int, class_token: bool) -> int:
-    """Side of the position embedding, in patches; adds a row for the class token where there is none."""
+def _heads(state: Mapping[str, Tensor], dim: int, stated: Mapping[str, Any], notes: list[str]) -> dict[str, int]:
+    """The number of attention heads, if it is not stated: as tensors show it, or of the usual width."""
+    width = None
+    if "encoder.periods" in state:
+        width = 4 * need(state, "encoder.periods", 1).shape[0]
+    elif "encoder.blocks.0.attn.q_norm.weight" in state:
+        width = need(state, "encoder.blocks.0.attn.q_norm.weight", 1).shape[0]
+    if width is not None:
+        if not width or dim % width:
+            raise CheckpointError(
+                f"the tensors show attention heads {width} wide, which do not divide a width of {dim}"
+            )
+        if stated.get("heads", dim // width) != dim // width:
+            raise CheckpointError(
+                f"the checkpoint has {dim // width} attention heads, as its tensors show, not {stated['heads']}"
+            )
+        return {"heads": dim // width}
+    if "heads" in stated:
+        return {}
+    if dim % HEAD_DIM:
+        raise CheckpointError(
+            f"the number of attention heads is not stored, and {HEAD_DIM}-wide heads do not divide {dim}",
+            hint="state it with --heads",
+        )
+    notes.append(f"{dim // HEAD_DIM} attention heads assumed ({HEAD_DIM} wide; not stored in the checkpoint)")
+    return {"heads": dim // HEAD_DIM}
+
+
+def _positions(
+    state: dict[str, Tensor],
+    layout: Layout,
+    patch: int,
+    shown: Mapping[str, Any],
+    stated: Mapping[str, Any],
+    notes: list[str],
+) -> dict[str, Any]:
+    """The tile of learned positions, or the base of rotary ones."""
+    if "encoder.periods" in state:
+        base = _rotary_base(state.pop("encoder.periods"), notes)
+    elif not layout.rotary_base or "rotary_base" in stated:
+        base = stated.get("rotary_base", 0.0)
+    else:
+        base = layout.rotary_base
+        notes.append(f"rotary positions of base {base:g} assumed (as in {layout.name}; not stored in the checkpoint)")
+    if not base or "encoder.pos_embed" in state:
+        return {"tile": patch * _grid(state, shown)}
+    if "tile" not in stated:
+        notes.append(f"tiles of {NetworkConfig.tile} px unless others are asked for: rotary positions fit any")
+    return {"rotary_base": base}
+
+
+def _rotary_base(periods: Tensor, notes: list[str]) -> float:
+    """The base b of stored periods b^(i/n), i = 0..n-1; a CheckpointError if they are others."""
+    count = len(periods)
+    powers = torch.arange(count, dtype=torch.float64) / max(1, count)
+    logs = periods.double().clamp_min(1e-9).log()
+    fitted = float(torch.exp((powers * logs).sum() / powers.square().sum().clamp_min(1e-9)))
+    rounded = bool((periods.bfloat16().float() == periods).all())
+    for base in (float(f"{fitted:.{digits}g}") for digits in (2, 3, 6)):
+        if torch.allclose(logs, powers * math.log(base), rtol=0, atol=2**-8 if rounded else 1e-5):
+            if rounded:
+                notes.append(
+                    f"rotary periods are stored in bfloat16; base {base:g} is taken, as Hugging Face and timm do"
+                )
+            return base
+    raise CheckpointError(
+        f"rope_embed.periods are no powers b^(i/{count}) of a base, such as DINOv3 has: they begin with "
+        f"{', '.join(f'{period:g}' for period in periods[:4].tolist())}"
+    )
+
+
+def _grid(state: dict[str, Tensor], shown: Mapping[str, Any]) -> int:
+    """Side of the position embedding, in patches.
+
+    In ``state`` it gets a row for the class token where there is none, and those of registers become theirs.
+    """
+    dim, class_token, registers = shown["embed_dim"], shown["class_token"], shown.get("registers", 0)
     position = need(state, "encoder.pos_embed", 3)
     tokens = position.shape[1]
     if tokens <= class_token or (position.shape[0], position.shape[2]) != (1, dim):
@@ -81,6 +149,13 @@ def _grid(state: dict[str, Tensor], dim: int, class_token: bool) -> int:
         grid = math.isqrt(tokens)
         state["encoder.pos_embed"] = torch.cat([torch.zeros(1, 1, dim), position], dim=1)
         tokens += 1
+    elif registers and grid**2 + class_token != tokens:
+        # timm without it: positions for class token and registers, too.
+        first, own, cells = position.tensor_split([int(class_token), class_token + registers], dim=1)
+        grid = math.isqrt(cells.shape[1])
+        state["encoder.registers"] = state["encoder.registers"] + own
+        state["encoder.pos_embed"] = torch.cat([first, cells], dim=1)
+        tokens -= registers
     if grid**2 + class_token != tokens:
         raise CheckpointError(f"a position embedding of {tokens} tokens is not a square grid")
     return grid
@@ -130,10 +205,87 @@ def fold_layer_scale(state: dict[str, Tensor], notes: list[str]) -> None:
         notes.append(f"LayerScale folded into {len(scales)} linear layers")
 
 
-def add_missing_qkv_bias(state: dict[str, Tensor], notes: list[str]) -> None:
-    """Give encoders that were built with ``qkv_bias=False`` a bias of zero, which is the same function."""
-    weights = [key for key in state if key.endswith(".attn.qkv.weight")]
-    if weights and not any(key.endswith(".attn.qkv.bias") for key in state):
-        for key in weights:
-            state[key.replace(".weight", ".bias")] = torch.zeros(state[key].shape[:1])
-        notes.append("attention without qkv bias: zeros supplied")
+_PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.value")}
+"""Layers that this network has in one, and others apart, in the order of their rows."""
+_BIASED = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+"""Layers that some projects build without a bias."""
+
+
+def complete_blocks(state: dict[str, Tensor], notes: list[str]) -> None:
+    """Bring all blocks into the form that this network has.
+
+    Parts of a layer are stacked (gate and value of SwiGLU, if both are there), biases that no block has become zeros,
+    which is the same function, and a masked bias is multiplied by its mask.
+
+    Raises:
+        CheckpointError: a block lacks a part that another has, or a layer has some of its parts; names it.
+    """
+    blocks = range(block_count(state))
+    names = {match[1] for key in state if (match := re.fullmatch(r"encoder\.blocks\.\d+\.(.*)", key))}
+    apart = {f"{part}.{kind}" for parts in _PARTS.values() for part in parts for kind in ("weight", "bias")}
+    optional = apart | {f"{layer}.bias" for layer in _BIASED} | {"attn.qkv.bias_mask"}
+    for name in sorted(names & optional):
+        for prefix in (f"encoder.blocks.{block}." for block in blocks):
+            layer = f"{prefix}{name.rpartition('.')[0]}.weight"
+            if prefix + name not in state and (name in apart or layer in state):
+                raise CheckpointError(f"the checkpoint lacks {prefix}{name}, which other blocks have")
+    for parts in _PARTS.values():
+        held = [part for part in parts if f"{part}.weight" in names]
+        if held in ([], ["mlp.value"]):  # without a gate, Hugging Face's up_proj is the first layer of a plain MLP
+            continue
+        if missing := [part for part in parts if part not in held]:
+            raise CheckpointError(
+                f"the checkpoint lacks {missing[0]}.weight of all blocks, though it has {held[0]}.weight"
+            )
+    zeros = set()
+    for block in blocks:
+        prefix = f"encoder.blocks.{block}."
+        for whole, parts in _PARTS.items():
+            _stack(state, prefix, whole, parts, zeros)
+        for layer in _BIASED:
+            if f"{prefix}{layer}.bias" not in state and f"{prefix}{layer}.weight" in state:
+                state[f"{prefix}{layer}.bias"] = torch.zeros(state[f"{prefix}{layer}.weight"].shape[:1])
+                zeros.add(layer)
+        mask = state.pop(f"{prefix}attn.qkv.bias_mask", None)
+        if mask is not None:
+            bias = need(state, f"{prefix}attn.qkv.bias", 1)
+            if mask.shape != bias.shape:
+                raise CheckpointError(
+                    f"{prefix}attn.qkv.bias_mask is {tuple(mask.shape)}, its bias {tuple(bias.shape)}"
+                )
+            bias *= mask
+    if zeros:
+        notes.append(f"no bias of {', '.join(sorted(zeros))} in any block: zeros supplied")
+
+
+def _stack(state: dict[str, Tensor], prefix: str, whole: str, parts: tuple[str, ...], zeros: set[str]) -> None:
+    """Stack the parts of one layer, if they are apart; those without a bias among others are added to ``zeros``."""
+    weights = [key for part in parts if (key := f"{prefix}{part}.weight") in state]
+    biases = [key for part in parts if (key := f"{prefix}{part}.bias") in state]
+    if not weights and not biases:
+        return
+    if weights:
+        shapes = {tuple(need(state, key, 2).shape) for key in weights}
+        if len(shapes) > 1:
+            raise CheckpointError(f"{', '.join(weights)} are parts of one layer, but of the shapes {sorted(shapes)}")
+        held = tuple(part for part in parts if f"{prefix}{part}.weight" in weights)
+        rows = shapes.pop()[0]
+        state[f"{prefix}{whole}.weight"] = torch.cat([state.pop(key) for key in weights])
+    else:  # timm's Eva: one weight, but biases apart
+        held, rows = parts, len(need(state, f"{prefix}{whole}.weight", 2)) // len(parts)
+    if biases:
+        for key in biases:
+            if len(need(state, key, 1)) != rows:
+                raise CheckpointError(f"{key} has {len(state[key])} values; its layer has {rows} rows")
+        zeros |= {part for part in held if f"{prefix}{part}.bias" not in state}
+        state[f"{prefix}{whole}.bias"] = torch.cat(
+            [state.pop(f"{prefix}{part}.bias", torch.zeros(rows)) for part in held]
+        )
+
+
+def drop_final_norm(state: dict[str, Tensor]) -> list[str]:
+    """Take the norm after the last block out; gives the names of its tensors."""
+    names = [key for key in state if key.startswith("encoder.norm.")]
+    for name in names:
+        del state[name]
+    return names

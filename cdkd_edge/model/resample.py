@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def resample_position(position: Tensor, grid: int, class_token: bool) -> Tensor:
-    """Resample a position embedding ``[1, (1 +) g*g, D]`` to ``grid`` (bicubic; the class token's row is kept)."""
+def resample_position(
+    position: Tensor, grid: int, class_token: bool, *, antialias: bool = False, offset: float = 0.0
+) -> Tensor:
+    """Resample a position embedding ``[1, (1 +) g*g, D]`` to ``grid`` (bicubic; the class token's row is kept).
+
+    ``antialias`` and ``offset``: see :class:`.layouts.Layout`.
+    """
     prefix, cells = position[:, : int(class_token)], position[:, int(class_token) :]
     side = math.isqrt(cells.shape[1])
     maps = cells.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, g, g]
-    maps = F.interpolate(maps, size=(grid, grid), mode="bicubic", align_corners=False)
+    how: dict[str, Any] = {"scale_factor": (grid + offset) / side} if offset else {"size": (grid, grid)}
+    maps = F.interpolate(maps, **how, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
 
 

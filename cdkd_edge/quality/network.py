@@ -105,4 +105,4 @@ def load_network(
         if (classes := network.config.classes) != len(names):
             raise SchemaError(f"label schema {names.name!r} has {len(names)} classes, {path.name} {classes}")
     network.to(where)
-    return NetworkLabeller(network, names, FileRecord.of(path), precision=precision), report
+    return NetworkLabeller(network, names, FileRecord.of(report.path), precision=precision), report

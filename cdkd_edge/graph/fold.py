@@ -129,7 +129,10 @@ def pooling_matrix(grid: int, scales: Sequence[int]) -> Array:
 
 
 def upsampling_matrix(grid: int, scales: Sequence[int], align: bool = False) -> Array:
-    """Bilinear up-sampling of every ``s x s`` map to ``grid x grid``, ``[grid*grid, sum s*s]``; ``align``: of corners."""
+    """Bilinear up-sampling of every ``s x s`` map to ``grid x grid``, ``[grid*grid, sum s*s]``.
+
+    ``align``: the corners of both maps are aligned.
+    """
     columns = []
     for scale in scales:
         axis = np.zeros((grid, scale))

@@ -30,6 +30,7 @@ class Beside:
     stated: Mapping[str, Any] = field(default_factory=dict)  # what no tensor shows
     repeated: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # what tensors show, and its name in CONFIG
     notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] | None = None
 
     def require(self, config: NetworkConfig) -> None:
         """Raise a CheckpointError if the weights are those of another network than ``config.json`` describes."""
@@ -65,18 +66,22 @@ def read_beside(weights: Path, layout: Layout) -> Beside:
     stated: dict[str, Any] = {}
     repeated: dict[str, tuple[str, Any]] = {}
     notes = []
+    names = None
     path = weights.with_name(CONFIG)
     if path.exists() and (layout.model_type or layout in (TIMM, TIMM_DINOV3)):
         document = _Document(path)
+        if layout.model_type and document.values.get("model_type") == "upernet":
+            stated, names = _of_upernet(document)
         read = _of_transformers if layout.model_type else _of_timm
-        stated, repeated = read(document, layout)
+        of_encoder, repeated = read(document, layout)
+        stated |= of_encoder
         if stated:
             notes.append(f"{CONFIG} beside the weights gives {', '.join(stated)}")
     path = weights.with_name(PREPROCESSOR)
     if path.exists():
         stated |= _pixels(_Document(path))
         notes.append(f"{PREPROCESSOR} beside the weights gives the input normalisation")
-    return Beside(stated, repeated, tuple(notes))
+    return Beside(stated, repeated, tuple(notes), names)
 
 
 class _Document:
@@ -135,6 +140,21 @@ class _Document:
         ):
             raise self.error(f"lacks three numbers as {name}")
         return tuple(value)
+
+
+def _of_upernet(document: _Document) -> tuple[dict[str, Any], tuple[str, ...] | None]:
+    """What is said of the head, and the class names; leaves the configuration of the encoder in ``document``."""
+    stated: dict[str, Any] = {}
+    if (scales := document.get("pool_scales", list)) is not None:
+        if not all(type(scale) is int for scale in scales):
+            raise document.error(f"says pool_scales is {json.dumps(scales)[:60]}")
+        stated["pool_scales"] = tuple(scales)
+    labels = document.get("id2label", dict, {})
+    names = tuple(str(labels.get(str(index))) for index in range(len(labels)))
+    # Without names of its own a model has those that transformers makes up.
+    named = bool(names) and names != tuple(f"LABEL_{index}" for index in range(len(names)))
+    document.values = {**document.get("backbone_config", dict, {}), "architectures": ["Backbone"]}
+    return stated, names if named else None
 
 
 def _of_transformers(document: _Document, layout: Layout) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:

@@ -1,7 +1,8 @@
 """Loads a checkpoint of any known layout as this package's network, and saves one.
 
 :mod:`cdkd_edge.model.container` reads the file safely, :mod:`cdkd_edge.model.unwrap` picks one set of weights,
-:mod:`cdkd_edge.model.layouts` renames it and finds the network's configuration.
+:mod:`cdkd_edge.model.layouts` and :mod:`cdkd_edge.model.heads` rename it, :mod:`cdkd_edge.model.infer` finds the
+network's configuration, with what :mod:`cdkd_edge.model.within` and :mod:`cdkd_edge.model.beside` read.
 """
 
 from __future__ import annotations
@@ -16,31 +17,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cdkd_edge.core.errors import CheckpointError, EncoderOnlyError, SchemaError
+from cdkd_edge.core.errors import CheckpointError, EncoderOnlyError
 from cdkd_edge.core.files import whole_file
-from cdkd_edge.core.labels import LabelSchema, schema_from_document, schema_of_lists
+from cdkd_edge.core.labels import LabelSchema, schema_from_document
 from cdkd_edge.model.beside import read_beside, weights_file
-from cdkd_edge.model.config import NO_NORM, NetworkConfig, attention_of
+from cdkd_edge.model.config import NO_NORM, NetworkConfig, attention_of, numbers_of
 from cdkd_edge.model.container import FORMAT, FORMAT_VERSION, as_float32, read_container, require_in_file, save_tensors
-from cdkd_edge.model.infer import complete_blocks, drop_final_norm, fold_layer_scale, inferred_config
-from cdkd_edge.model.layouts import (
-    FINAL_NORM,
-    OURS,
-    SAM,
-    TIMM,
-    Dropped,
-    Layout,
-    listed,
-    recognise,
-    translate,
-)
+from cdkd_edge.model.heads import Head, complete_head, recognise, translate_parts
+from cdkd_edge.model.infer import block_count, complete_blocks, drop_part, fold_layer_scale, inferred_config
+from cdkd_edge.model.layouts import FINAL_NORM, OURS, SAM, TIMM, Dropped, Layout, listed
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
 from cdkd_edge.model.resample import resample_patches, resample_position
 from cdkd_edge.model.sam import SamEncoder
 from cdkd_edge.model.unwrap import Weights, find_weights
+from cdkd_edge.model.within import read_within, schema_within
 
 _Module = TypeVar("_Module", SegmentationNetwork, Encoder, SamEncoder)
-OPENMMLAB_SCHEMA = "OpenMMLab meta"  # name of a schema made from OpenMMLab's class names; ``--schema`` overrides it
 _MAX_HEADER = 4 << 20  # most characters of a part of the header as JSON; a number or bracket counts as 16
 
 
@@ -63,7 +55,8 @@ class CheckpointReport(FileReport):
     """What was found in a checkpoint of a network."""
 
     config: NetworkConfig
-    schema: LabelSchema | None = None  # the checkpoint's own, or made from the class names in OpenMMLab's files
+    schema: LabelSchema | None = None  # the checkpoint's own, or made from the class names in another project's files
+    other_head: str = ""  # a head that this network does not have, and a key of it
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -82,7 +75,9 @@ class Opened:
     document: Mapping[str, Any]  # the top level of the file
     header: Mapping[str, Any]  # of this package's own files
     found: Weights
-    layout: Layout
+    layout: Layout  # of the encoder
+    head: Head | None  # another project's, beside it
+    prefix: str  # of the encoder's keys
     state: dict[str, Tensor]
     dropped: tuple[Dropped, ...]
 
@@ -90,7 +85,8 @@ class Opened:
         """The fields of a :class:`FileReport`."""
         found = self.found
         return {
-            "path": self.path, "layout": self.layout.name, "has_head": has_head, "unwrapped": found.unwrapped,
+            "path": self.path, "layout": self.layout.name + (f", {self.head.name}" if has_head and self.head else ""),
+            "has_head": has_head, "unwrapped": found.unwrapped,
             "dropped": (*found.dropped, *self.dropped), "notes": (*found.notes, *notes), "averaged": found.averaged,
             "taken": found.notes,
         }  # fmt: skip
@@ -110,8 +106,9 @@ def load_checkpoint(path: str | Path, **reading: Any) -> tuple[SegmentationNetwo
     """
     config, state, report = read_checkpoint(Path(path), **reading)
     if not report.has_head:
+        lacking = f"{report.other_head} instead of a UPerNet" if report.other_head else "no segmentation head"
         raise EncoderOnlyError(
-            f"{path} holds an encoder ({report.layout} layout) but no segmentation head, so it cannot label anything",
+            f"{path} holds an encoder ({report.layout} layout) but {lacking}, so it cannot label anything",
             hint="train a decoder on labelled tiles first: cdkd-edge finetune ENCODER --data DIR --schema S -o ckpt.pt",
         )
     return filled(SegmentationNetwork, config, state, report), report
@@ -170,6 +167,8 @@ def read_checkpoint(
     layer_norm_eps: float | None = None,
     weights: str | None = None,
     attention: str | None = None,
+    taps: str | None = None,
+    pool_scales: str | None = None,
 ) -> tuple[NetworkConfig, dict[str, Tensor], CheckpointReport]:
     """Configuration and weights of a checkpoint, under this package's names.
 
@@ -183,27 +182,26 @@ def read_checkpoint(
             if there are any.
         attention: that each block gets (:func:`.config.attention_of`), with the same weights; a class token is
             dropped. Default: the checkpoint's.
+        taps: blocks that feed the head, counted from 0, with commas. Default: what the file says, or evenly spaced.
+        pool_scales: sizes that the head pools to, with commas. Default: what the file says, or 1,2,3,6.
     """
     opened = open_weights(path, weights)
-    document, header, layout, state = opened.document, opened.header, opened.layout, opened.state
+    header, layout, state = opened.header, opened.layout, opened.state
     notes: list[str] = []
     complete_blocks(state, notes)
     fold_layer_scale(state, notes)
-    given = {"heads": heads, "layer_norm_eps": layer_norm_eps}
+    given = {
+        "heads": heads,
+        "layer_norm_eps": layer_norm_eps,
+        "tapped": None if taps is None else numbers_of(taps, "--taps"),
+        "pool_scales": None if pool_scales is None else numbers_of(pool_scales, "--pool-scales"),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
     if layout is OURS and header:
-        config = _stored_config(header, state, path)
-        _require_agreement(path, dataclasses.asdict(config), given)
+        config, found = _stored_config(header, state, path), _Found(opened.dropped)
+        _require_agreement(path, {**dataclasses.asdict(config), "tapped": config.taps}, given)
     else:
-        beside = read_beside(opened.path, layout)
-        notes += beside.notes
-        _require_agreement(path, beside.stated, given)
-        stated = {**beside.stated, **{name: value for name, value in given.items() if value is not None}}
-        if stated.get("final_norm", NO_NORM) == NO_NORM and (names := drop_final_norm(state)):
-            opened = dataclasses.replace(opened, dropped=(*opened.dropped, Dropped(FINAL_NORM, len(names), names[0])))
-        if layout is TIMM and any(key.endswith(".gamma_1") for key in opened.found.tensors):
-            notes.append("learned positions alone assumed, as in DeiT III; timm's vit_*_rope_ape have the same names")
-        config = inferred_config(state, layout, stated, notes)
-        beside.require(config)
+        config, found = _inferred_config(opened, given, notes)
     config = _changed(state, config, layout, tile, patch, attention, notes)
     has_head = any(key.startswith("head.") for key in state)
     schema = None
@@ -212,24 +210,75 @@ def read_checkpoint(
         if has_head and (said := len(schema)) != config.classes:
             raise CheckpointError(f"{path}: its label schema has {said} classes, its classifier {config.classes}")
     elif has_head:
-        schema = _schema_of_openmmlab(document.get("meta"), config.classes, notes)
+        schema = schema_within(found.class_names, found.palette, config.classes, notes)
     training = header.get("training") or {}
-    report = CheckpointReport(**opened.facts(has_head, notes), config=config, schema=schema, training=training)
+    opened = dataclasses.replace(opened, dropped=found.dropped)
+    facts = opened.facts(has_head, notes)
+    report = CheckpointReport(**facts, config=config, schema=schema, training=training, other_head=found.other_head)
     return config, state, report
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a file holds beside the network that is made of it."""
+
+    dropped: tuple[Dropped, ...]
+    other_head: str = ""
+    class_names: object = None
+    palette: object = None
+
+
+def _inferred_config(opened: Opened, given: Mapping[str, Any], notes: list[str]) -> tuple[NetworkConfig, _Found]:
+    """The configuration of another project's network, from its weights, its file, what lies beside it and ``given``.
+
+    Brings ``opened.state`` into the form of this network.
+    """
+    layout, head, state, dropped = opened.layout, opened.head, opened.state, opened.dropped
+    normed = "encoder.norm.weight" in state
+    within = read_within(opened.document, layout, head, opened.prefix, block_count(state), normed)
+    beside = read_beside(opened.path, layout)
+    notes += [*within.notes, *beside.notes]
+    own = {**within.stated, **beside.stated}
+    _require_agreement(opened.path, own, {name: given[name] for name in given.keys() & {"heads", "layer_norm_eps"}})
+    for name in given.keys() & own.keys() & {"tapped", "pool_scales"}:
+        if given[name] != own[name]:
+            notes.append(f"{name} {_shown(given[name])} taken, as asked; the file says {_shown(own[name])}")
+    stated = {**own, **given}
+    if within.other_head and (names := drop_part(state, "head.")):
+        dropped += (Dropped(f"head behind {within.other_head}", len(names), names[0]),)
+    if stated.get("final_norm", NO_NORM) == NO_NORM and (names := drop_part(state, "encoder.norm.")):
+        dropped += (Dropped(FINAL_NORM, len(names), names[0]),)
+    complete_head(state, stated, stated.get("layer_norm_eps", layout.layer_norm_eps), notes)
+    if layout is TIMM and any(key.endswith(".gamma_1") for key in opened.found.tensors):
+        notes.append("learned positions alone assumed, as in DeiT III; timm's vit_*_rope_ape have the same names")
+    config = inferred_config(state, layout, stated, notes)
+    beside.require(config)
+    other = within.other_head or (head.name if head and not head.usable else "")
+    names = beside.class_names or within.class_names
+    return config, _Found(dropped, other, names, within.palette)
 
 
 def _require_agreement(path: Path, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse to be told otherwise than the file, or the configuration beside it, says itself."""
-    for name, what in {"heads": "attention heads", "layer_norm_eps": "as LayerNorm's epsilon"}.items():
-        value = given[name]
-        if value is not None and own.get(name, value) != value:
-            raise CheckpointError(f"{path} states {own[name]:g} {what} itself, not {value:g}")
+    texts = {
+        "heads": "attention heads",
+        "layer_norm_eps": "as LayerNorm's epsilon",
+        "tapped": "as the blocks that feed the head",
+        "pool_scales": "as the sizes that the head pools to",
+    }
+    for name, value in given.items():
+        if own.get(name, value) != value:
+            raise CheckpointError(f"{path} states {_shown(own[name])} {texts[name]} itself, not {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
 
 
 def layout_of(path: Path, weights: str | None = None) -> Layout:
     """The layout of a file's weights; raises as :func:`read_checkpoint`."""
     path = weights_file(path)
-    return recognise(list(find_weights(read_container(path)[0], path, weights).tensors))
+    return recognise(list(find_weights(read_container(path)[0], path, weights).tensors))[0]
 
 
 def open_weights(path: Path, weights: str | None = None, *, sam: bool = False) -> Opened:
@@ -240,16 +289,16 @@ def open_weights(path: Path, weights: str | None = None, *, sam: bool = False) -
         if not _is_plain(header.get(part), kind):
             raise CheckpointError(f"{path} has a damaged header: its {part} is not plain data")
     found = find_weights(document, path, weights)
-    layout = recognise(list(found.tensors))
+    layout, head, prefix = recognise(list(found.tensors))
     if (layout is SAM) != sam:
         raise CheckpointError(
             f"{path} holds {'no' if sam else 'the'} image encoder of SAM",
             hint=None if sam else "it can be the teacher of a student: cdkd-edge distill --teacher",
         )
-    state, dropped = translate(found.tensors, layout)
+    state, dropped = translate_parts(found.tensors, layout, head, prefix)
     require_in_file(state.values(), path)
     state = {key: as_float32(key, tensor) for key, tensor in state.items()}
-    return Opened(path, document, header, found, layout, state, dropped)
+    return Opened(path, document, header, found, layout, head, prefix, state, dropped)
 
 
 def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Path) -> NetworkConfig:
@@ -280,27 +329,6 @@ def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Pa
         if said != is_:
             raise CheckpointError(f"{path} has a damaged configuration: {name} is {said[:99]}, its weights say {is_}")
     return config
-
-
-def _schema_of_openmmlab(meta: object, classes: int, notes: list[str]) -> LabelSchema | None:
-    """The class names and colours that mmcv and mmengine store in ``meta``; None if they cannot be used."""
-    found: dict[str, object] = {}
-    for table in (meta, meta.get("dataset_meta") if isinstance(meta, Mapping) else None):
-        if isinstance(table, Mapping):
-            found |= {key.lower(): part for key, part in table.items() if isinstance(key, str) and part is not None}
-    if "classes" not in found:
-        return None
-    palettes = [found["palette"], None] if "palette" in found else [None]
-    for palette in palettes:
-        try:
-            schema = schema_of_lists(OPENMMLAB_SCHEMA, found["classes"], palette, classes)
-        except SchemaError as error:
-            notes.append(f"{'colours' if palette is not None else 'class names'} in the file's meta not used: {error}")
-        else:
-            what = "class names" if palette is None else "class names and colours"
-            notes.append(f"{what} are taken from the file's meta, unless --schema is given")
-            return schema
-    return None
 
 
 def _changed(

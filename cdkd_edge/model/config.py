@@ -287,6 +287,14 @@ def attention_of(text: str, depth: int, taps: Sequence[int]) -> tuple[str, ...]:
     return () if set(plan) == {GLOBAL} else tuple(plan)
 
 
+def numbers_of(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them, such as ``2,5,8,11``; a CheckpointError names the option."""
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(number.isdecimal() and len(number) <= 4 for number in numbers):
+        raise CheckpointError(f"{option} {text!r} is no list of whole numbers", hint=f"for example {option} 1,2,3,6")
+    return tuple(int(number) for number in numbers)
+
+
 def evenly_spaced(depth: int, count: int) -> tuple[int, ...]:
     """So many blocks of a network, 0-based, the last one at the end."""
     return tuple(depth * part // count - 1 for part in range(1, count + 1))

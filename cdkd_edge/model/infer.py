@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cdkd_edge.core.errors import CheckpointError
-from cdkd_edge.model.config import HEAD_DIM, PIXEL_MEAN, PIXEL_STD, SWIGLU, NetworkConfig
+from cdkd_edge.model.config import HEAD_DIM, PIXEL_MEAN, PIXEL_STD, SWIGLU, NetworkConfig, evenly_spaced
 from cdkd_edge.model.layouts import OURS, Layout
 
 
@@ -26,7 +26,7 @@ def inferred_config(
         layout: where they come from; decides what neither a tensor nor ``stated`` shows.
         stated: fields of :class:`NetworkConfig` that no tensor shows, as far as they are known: ``heads``,
             ``layer_norm_eps``, ``pool_scales``, ``attention``, ``rotary_base``, ``final_norm``, ``tapped``,
-            ``pixel_mean``, ``pixel_std``; with rotary positions, ``tile``.
+            ``align_corners``, ``pixel_mean``, ``pixel_std``; with rotary positions, ``tile``.
         notes: assumptions are appended here.
 
     Raises:
@@ -54,12 +54,49 @@ def inferred_config(
             "and OpenMMLab (not stored); a preprocessor_config.json beside the file can say otherwise"
         )
     if any(key.startswith("head.") for key in state):
-        classifier = need(state, "head.classifier.weight", 4)
-        shown |= {"classes": classifier.shape[0], "head_channels": classifier.shape[1]}
-        if "pool_scales" not in stated:
-            scales = ", ".join(map(str, NetworkConfig.pool_scales))
-            notes.append(f"pyramid pooling to {scales} cells assumed (not stored)")
+        shown |= _head(state, shown["depth"], stated, notes)
+        if shown["classes"] == 1 and layout is not OURS:
+            raise CheckpointError(
+                "the classifier has one output, for two classes and a threshold; labels need an output per class",
+                hint="if the threshold is a probability of 0.5, put a row of zeros before its weight and its bias",
+            )
     return NetworkConfig(**{**shown, **stated})
+
+
+def _head(state: Mapping[str, Tensor], depth: int, stated: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Classes, channels and taps of a head; a CheckpointError if ``stated`` contradicts it, or nothing says a part."""
+    classifier = need(state, "head.classifier.weight", 4)
+    shown: dict[str, Any] = {"classes": classifier.shape[0], "head_channels": classifier.shape[1]}
+    taps, pools = member_count(state, "laterals") + 1, member_count(state, "pooled")
+    if not 2 <= taps <= depth:
+        raise CheckpointError(f"the head is fed by {taps} blocks, and the encoder has {depth}; 2 or more are possible")
+    even = evenly_spaced(depth, taps)
+    if "tapped" not in stated:
+        shown["tapped"] = even if taps != 4 else ()
+        blocks = ", ".join(map(str, even))
+        notes.append(f"head fed by the outputs of blocks {blocks} assumed (not stored); --taps names others")
+    elif (told := len(stated["tapped"]) or 4) != taps:
+        raise CheckpointError(
+            f"the head is fed by {taps} blocks, as its tensors show, not by {told}",
+            hint=f"name as many, counted from 0: --taps {','.join(map(str, even))}",
+        )
+    if "pool_scales" in stated:
+        if (told := len(stated["pool_scales"])) != pools:
+            raise CheckpointError(f"the head pools to {pools} sizes, as its tensors show, not to {told}")
+    elif pools == len(NetworkConfig.pool_scales):
+        scales = ", ".join(map(str, NetworkConfig.pool_scales))
+        notes.append(f"pyramid pooling to {scales} cells assumed (not stored); --pool-scales names others")
+    else:
+        raise CheckpointError(
+            f"the head pools to {pools} sizes, and nothing says to which",
+            hint=f"name them: --pool-scales {','.join(map(str, range(1, pools + 1)))}, or what they are",
+        )
+    return shown
+
+
+def member_count(state: Mapping[str, Tensor], module: str) -> int:
+    """The number of members of a list of modules in the head, such as ``laterals``."""
+    return len({match[1] for key in state if (match := re.match(rf"head\.{module}\.(\d{{1,4}})\.", key))})
 
 
 def _heads(state: Mapping[str, Tensor], dim: int, stated: Mapping[str, Any], notes: list[str]) -> dict[str, int]:
@@ -283,9 +320,9 @@ def _stack(state: dict[str, Tensor], prefix: str, whole: str, parts: tuple[str, 
         )
 
 
-def drop_final_norm(state: dict[str, Tensor]) -> list[str]:
-    """Take the norm after the last block out; gives the names of its tensors."""
-    names = [key for key in state if key.startswith("encoder.norm.")]
+def drop_part(state: dict[str, Tensor], start: str) -> list[str]:
+    """Take the tensors out whose names start so; gives their names."""
+    names = [key for key in state if key.startswith(start)]
     for name in names:
         del state[name]
     return names

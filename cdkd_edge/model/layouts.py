@@ -5,7 +5,7 @@ that no rule knows is an error: ignoring a tensor would give wrong maps.
 
 Sources of the names: Mask-CDKD ``student_vit_mae.py`` (github.com/whujader/mask_cdkd); timm
 ``vision_transformer.py``, ``vision_transformer_sam.py`` and ``eva.py``; ``vision_transformer.py`` of
-github.com/facebookresearch/dinov2 and dinov3; OpenMMLab mmsegmentation ``vit.py`` and ``uper_head.py``; SAM
+github.com/facebookresearch/dinov2 and dinov3; OpenMMLab mmsegmentation ``vit.py``; SAM
 ``image_encoder.py`` (github.com/facebookresearch/segment-anything); Hugging Face transformers ``modeling_sam.py``,
 ``modeling_dinov2.py``, ``modeling_dinov2_with_registers.py`` and ``modeling_dinov3_vit.py`` of releases 4.5x, and of
 5.x, which names other tensors.
@@ -87,15 +87,7 @@ _MM_VIT: Rules = (
     (r"layers\.(\d+)\.attn\.attn\.out_proj\.(weight|bias)", r"encoder.blocks.\1.attn.proj.\2"),
     (r"layers\.(\d+)\.ffn\.layers\.0\.0\.(weight|bias)", r"encoder.blocks.\1.mlp.fc1.\2"),
     (r"layers\.(\d+)\.ffn\.layers\.1\.(weight|bias)", r"encoder.blocks.\1.mlp.fc2.\2"),
-)
-_UNIT = r"(conv\.weight|bn\.(?:weight|bias|running_mean|running_var))"
-_MM_HEAD: Rules = (
-    (rf"decode_head\.psp_modules\.(\d+)\.1\.{_UNIT}", r"head.pooled.\1.\2"),
-    (rf"decode_head\.bottleneck\.{_UNIT}", r"head.bottleneck.\1"),
-    (rf"decode_head\.lateral_convs\.(\d+)\.{_UNIT}", r"head.laterals.\1.\2"),
-    (rf"decode_head\.fpn_convs\.(\d+)\.{_UNIT}", r"head.smooth.\1.\2"),
-    (rf"decode_head\.fpn_bottleneck\.{_UNIT}", r"head.fuse.\1"),
-    (r"decode_head\.conv_seg\.(weight|bias)", r"head.classifier.\1"),
+    (r"ln1\.(weight|bias)", r"encoder.norm.\1"),
 )
 _AUTOENCODER = (r"decoder_.*|mask_token|pos_embed_decoder|decoder\..*", "masked-autoencoder branch")
 _CLASSIFIER = (r"(?:head|fc_norm|classifier|linear_head)\.(?:weight|bias)", "classifier, after the last block")
@@ -208,11 +200,11 @@ HF_DINOV3 = Layout(
     model_type="dinov3_vit",
 )
 OPENMMLAB = Layout(
-    "OpenMMLab",
-    "`backbone.layers.` or `backbone.blocks.`; `decode_head.`",
-    "mmsegmentation's ViT with UPerHead",
-    (*((rf"backbone\.{pattern}", name) for pattern, name in (*_VIT, *_MM_VIT)), *_MM_HEAD),
-    ((r"auxiliary_head\..*", "auxiliary head, used only in training"),),
+    "OpenMMLab ViT",
+    "`backbone.layers.0.ln1.`",
+    "mmsegmentation's `VisionTransformer`",
+    (*_VIT, *_MM_VIT),
+    (),
     # mmsegmentation's ViT+UPerNet configurations all set norm_cfg=dict(type="LN", eps=1e-6).
     layer_norm_eps=1e-6,
 )
@@ -300,14 +292,14 @@ def recognise(keys: list[str]) -> Layout:
             return HF_DINOV3
         return HF_DINOV2_REGISTERS if any_is(rf"{_HF_PART}embeddings\.register_tokens") else HF_DINOV2
     autoencoder = any_starts("decoder_embed.", "pos_embed_decoder")
-    if any_is(rf"{_DINO_BLOCK}\..*") and not autoencoder and not any_starts("decode_head."):
+    if any_is(rf"{_DINO_BLOCK}\..*") and not autoencoder:
         if any_is(rf"{_DINO_PART}(?:storage_tokens|rope_embed\.periods)"):
             return DINOV3
         if any_is(rf"{_DINO_PART}register_tokens"):
             return DINOV2_REGISTERS
         if any_is(rf"{_DINO_PART}(?:mask_token|blocks\.\d+\.\d+\..*)"):
             return DINOV2
-    if any_starts("backbone.blocks.", "backbone.layers."):
+    if any_starts("layers."):
         return OPENMMLAB
     if any_starts("image_encoder.blocks.") or any(key.endswith(".attn.rel_pos_h") for key in keys):
         return SAM

@@ -14,11 +14,12 @@ import torch
 
 from cdkd_edge.core.errors import CheckpointError, UsageError
 from cdkd_edge.core.labels import LabelSchema
-from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_checkpoint, load_encoder
+from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint, load_encoder
 from cdkd_edge.model.config import PRESETS
 from cdkd_edge.model.device import PRECISIONS
 from cdkd_edge.model.layouts import OURS
 from cdkd_edge.model.network import SegmentationNetwork
+from cdkd_edge.model.within import FOUND_SCHEMA
 from cdkd_edge.training.views import Augmentation
 
 SCHEDULES = ("constant", "cosine", "poly")
@@ -210,7 +211,7 @@ def _why_new_head(report: CheckpointReport, schema: LabelSchema, settings: Netwo
         return "the checkpoint's head was replaced, as asked"
     if report.config.classes != len(schema):
         return f"the checkpoint's head was replaced: it has {report.config.classes} classes, the data {len(schema)}"
-    own = report.schema and not report.schema.numbered and report.schema.name != OPENMMLAB_SCHEMA
+    own = report.schema and not report.schema.numbered and report.schema.name != FOUND_SCHEMA
     if report.schema and own and report.schema.class_names != schema.class_names:
         return f"the checkpoint's head was replaced: its classes are {', '.join(report.schema.class_names)}"
     return None

@@ -130,9 +130,18 @@ VARIANTS = {
         tile=56, patch=8, embed_dim=48, depth=8, heads=3, mlp_dim=96, classes=3, head_channels=8, layer_norm_eps=1e-2
     ),
     "three taps, corners aligned": NetworkConfig(
-        tile=56, patch=8, embed_dim=32, depth=6, heads=2, mlp_dim=64, classes=3, head_channels=8, pool_scales=(1, 2, 4),
-        tapped=(0, 3, 5), align_corners="all",
-    ),  # fmt: skip
+        tile=56,
+        patch=8,
+        embed_dim=32,
+        depth=6,
+        heads=2,
+        mlp_dim=64,
+        classes=3,
+        head_channels=8,
+        pool_scales=(1, 2, 4),
+        tapped=(0, 3, 5),
+        align_corners="all",
+    ),
     "other pyramid": NetworkConfig(
         tile=64, patch=8, embed_dim=32, depth=4, heads=2, mlp_dim=64, classes=4, head_channels=8, pool_scales=(1, 5, 8)
     ),

@@ -144,7 +144,7 @@ def adaptive_average(maps: Array, cells: int) -> Array:
 
 
 def bilinear(maps: Array, side: int, align: bool = False) -> Array:
-    """``[N, C, g, g]`` -> ``[N, C, side, side]``; pixel centres are aligned and borders repeat, or corners are aligned."""
+    """``[N, C, g, g]`` -> ``[N, C, side, side]``; pixel centres are aligned and borders repeat, or corners are."""
     size = maps.shape[-1]
     centres = np.clip((np.arange(side) + 0.5) * size / side - 0.5, 0, size - 1)
     if align:

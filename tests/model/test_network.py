@@ -26,9 +26,18 @@ VARIANTS = {
         tile=96, patch=16, embed_dim=32, depth=4, heads=2, mlp_dim=64, classes=2, head_channels=8, class_token=True
     ),
     "three taps, corners aligned": NetworkConfig(
-        tile=56, patch=8, embed_dim=32, depth=6, heads=2, mlp_dim=64, classes=3, head_channels=8, pool_scales=(1, 2, 4),
-        tapped=(0, 3, 5), align_corners="all",
-    ),  # fmt: skip
+        tile=56,
+        patch=8,
+        embed_dim=32,
+        depth=6,
+        heads=2,
+        mlp_dim=64,
+        classes=3,
+        head_channels=8,
+        pool_scales=(1, 2, 4),
+        tapped=(0, 3, 5),
+        align_corners="all",
+    ),
     "other pyramid": NetworkConfig(
         tile=64, patch=8, embed_dim=32, depth=4, heads=2, mlp_dim=64, classes=4, head_channels=8, pool_scales=(1, 5, 8)
     ),

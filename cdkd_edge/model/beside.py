@@ -86,13 +86,14 @@ class _Document:
         self.path = path
         try:
             text = path.read_bytes()
-            self.values = json.loads(text) if len(text) <= _MAX_BYTES else None
+            values = json.loads(text) if len(text) <= _MAX_BYTES else None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             raise self.error(f"is damaged: {str(error)[:99]}") from None
-        if not isinstance(self.values, dict):
+        if not isinstance(values, dict):
             raise self.error("is no JSON object")
+        self.values: dict[str, Any] = values
 
     def error(self, what: str) -> CheckpointError:
         return CheckpointError(

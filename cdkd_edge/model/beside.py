@@ -201,7 +201,8 @@ def _of_timm(document: _Document, layout: Layout) -> tuple[dict[str, Any], dict[
         return {}, {}
     if layout is TIMM and re.search(r"rope|eva", architecture):
         raise document.error(
-            f"says the network is timm's {architecture}; of networks with rotary positions, DINOv3 is read alone"
+            f"says the network is timm's {json.dumps(architecture)[:60]}; DINOv3 is the only one with rotary "
+            "positions that is read"
         )
     stated: dict[str, Any] = {}
     pretrained, arguments = (document.get(name, dict, {}) for name in ("pretrained_cfg", "model_args"))

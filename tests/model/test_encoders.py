@@ -433,7 +433,9 @@ OTHERS = {
         lambda s: {k: v for k, v in s.items() if "layer_scale" not in k}, "transformers dinov2", "Hugging Face other",
     ),
     "ConvNeXt": (
-        lambda s: {f"stages.{i}.downsample_layers.0.weight": torch.ones(2, 3, 4, 4) for i in (0, 1)}, "timm vit", "such as ConvNeXt",
+        lambda s: {f"stages.{i}.downsample_layers.0.weight": torch.ones(2, 3, 4, 4) for i in (0, 1)},
+        "timm vit",
+        "such as ConvNeXt",
     ),
 }  # fmt: skip
 

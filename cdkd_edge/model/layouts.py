@@ -111,8 +111,9 @@ class Layout:
     """
 
     name: str
-    known_by: str  # for people: the tensors by which it is recognised
-    example: str  # a checkpoint of this layout
+    project: str  # whose files have it; this and the next two are for the documents (docs/families.py)
+    known_by: str  # the tensors by which it is recognised
+    example: str
     rules: Rules
     drops: Rules = ()
     layer_norm_eps: float = 1e-5
@@ -124,13 +125,23 @@ class Layout:
 
 
 OURS = Layout(
-    "cdkd-edge", "`encoder.blocks.`", "written by `finetune`, `distill`", ((r"((?:encoder|head)\..*)", r"\1"),)
+    "cdkd-edge",
+    "cdkd-edge",
+    "`encoder.blocks.`",
+    "written by `finetune`, `distill`",
+    ((r"((?:encoder|head)\..*)", r"\1"),),
 )
 STUDENT = Layout(
-    "Mask-CDKD student", "`blocks.`, no `cls_token`", "Mask-CDKD's published encoder", _VIT, (_AUTOENCODER,)
+    "Mask-CDKD student",
+    "Mask-CDKD",
+    "`blocks.`, no `cls_token`",
+    "Mask-CDKD's published encoder",
+    _VIT,
+    (_AUTOENCODER,),
 )
 TIMM = Layout(
     "timm ViT",
+    "timm",
     "`blocks.` and `cls_token`, `reg_token` or `norm.`",
     "`vit_small_patch16_224`, `vit_base_patch14_reg4_dinov2`; MAE, DeiT",
     _TIMM,
@@ -140,6 +151,7 @@ TIMM = Layout(
 )
 TIMM_DINOV3 = Layout(
     "timm DINOv3",
+    "timm",
     "`cls_token`, `reg_token`, no `pos_embed`",
     "`vit_small_patch16_dinov3`, `vit_small_plus_patch16_dinov3_qkvb`",
     _TIMM_DINOV3,
@@ -154,6 +166,7 @@ _DINO_DROPS = (
 )
 DINOV2 = Layout(
     "DINOv2",
+    "facebookresearch",
     "`blocks.`, `mask_token`, `pos_embed`",
     "`dinov2_vits14_pretrain.pth`",
     _DINO,
@@ -163,6 +176,7 @@ DINOV2 = Layout(
 )
 DINOV2_REGISTERS = Layout(
     "DINOv2 with registers",
+    "facebookresearch",
     "the same and `register_tokens`",
     "`dinov2_vits14_reg4_pretrain.pth`",
     _DINO,
@@ -172,6 +186,7 @@ DINOV2_REGISTERS = Layout(
 )
 DINOV3 = Layout(
     "DINOv3",
+    "facebookresearch",
     "`storage_tokens` or `rope_embed.periods`",
     "`dinov3_vits16_pretrain_lvd1689m.pth`",
     _DINO,
@@ -181,6 +196,7 @@ DINOV3 = Layout(
 _HF_DROPS = (_MASK_TOKEN, _CLASSIFIER)
 HF_DINOV2 = Layout(
     "Hugging Face DINOv2",
+    "Hugging Face transformers",
     "`embeddings.position_embeddings`, `layer_scale1.lambda1`",
     "`facebook/dinov2-small`",
     _HF,
@@ -190,6 +206,7 @@ HF_DINOV2 = Layout(
 )
 HF_DINOV2_REGISTERS = Layout(
     "Hugging Face DINOv2 with registers",
+    "Hugging Face transformers",
     "the same and `embeddings.register_tokens`",
     "`facebook/dinov2-with-registers-small`",
     _HF,
@@ -200,6 +217,7 @@ HF_DINOV2_REGISTERS = Layout(
 )
 HF_DINOV3 = Layout(
     "Hugging Face DINOv3",
+    "Hugging Face transformers",
     "`embeddings.patch_embeddings.weight`, `layer_scale1.lambda1`",
     "`facebook/dinov3-vits16-pretrain-lvd1689m`",
     _HF,
@@ -208,6 +226,7 @@ HF_DINOV3 = Layout(
     model_type="dinov3_vit",
 )
 OPENMMLAB = Layout(
+    "OpenMMLab",
     "OpenMMLab",
     "`backbone.layers.` or `backbone.blocks.`; `decode_head.`",
     "mmsegmentation's ViT with UPerHead",
@@ -221,6 +240,7 @@ _SAM_PART = r"(?:(?:image|vision)_encoder\.)?"  # timm has none, nor have files 
 _SAM_BLOCK = rf"{_SAM_PART}(?:blocks|layers)\.(\d+)"
 SAM = Layout(
     "SAM",
+    "Segment Anything",
     "`rel_pos_h`",
     "`sam_vit_l_0b3195.pth`; Hugging Face's and timm's; a teacher alone",
     (
@@ -255,12 +275,6 @@ _RELATIVES = (
 """Networks that are not read, by a key that only they have: mobile_sam/modeling/tiny_vit_sam.py,
 edge_sam/modeling/rep_vit.py, sam2/modeling/backbones/hieradet.py, transformers' modeling_vit.py and
 modeling_dinov3_convnext.py."""
-
-
-def table() -> str:
-    """The layouts as a Markdown table, for the documents."""
-    rows = [f"| {layout.name} | {layout.known_by} | {layout.example} |" for layout in LAYOUTS]
-    return "\n".join(["| family | recognised by | for example |", "|---|---|---|", *rows])
 
 
 @dataclass(frozen=True)

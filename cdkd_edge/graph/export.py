@@ -42,7 +42,6 @@ from cdkd_edge.graph.nodes import Note, show_values, simplify_graph
 from cdkd_edge.graph.outputs import QGIS_OPSET, QgisGraph, require_gsd, require_own_qgis, write_qgis
 from cdkd_edge.graph.stac import require_own_stac, stac_item, stac_path, write_stac
 from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
-from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD
 from cdkd_edge.model.network import SegmentationNetwork
 
 MIN_AGREEMENT = (
@@ -205,7 +204,7 @@ def _write_plain(
             checkpoint=FileRecord.of(report.path),
             layout=report.layout,
             labels=schema.to_document(),
-            preprocessing=Preprocessing("RGB", _three(config.pixel_mean), _three(config.pixel_std)),
+            preprocessing=Preprocessing("RGB", config.pixel_mean, config.pixel_std),
             tile=config.tile,
             batch=options.batch,
             opset=options.opset,

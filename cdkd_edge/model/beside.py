@@ -91,13 +91,14 @@ class _Document:
         self.path = path
         try:
             text = path.read_bytes()
-            self.values = json.loads(text) if len(text) <= _MAX_BYTES else None
+            values = json.loads(text) if len(text) <= _MAX_BYTES else None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             raise self.error(f"is damaged: {str(error)[:99]}") from None
-        if not isinstance(self.values, dict):
+        if not isinstance(values, dict):
             raise self.error("is no JSON object")
+        self.values: dict[str, Any] = values
 
     def error(self, what: str) -> CheckpointError:
         return CheckpointError(
@@ -220,7 +221,8 @@ def _of_timm(document: _Document, layout: Layout) -> tuple[dict[str, Any], dict[
         return {}, {}
     if layout is TIMM and re.search(r"rope|eva", architecture):
         raise document.error(
-            f"says the network is timm's {architecture}; of networks with rotary positions, DINOv3 is read alone"
+            f"says the network is timm's {json.dumps(architecture)[:60]}; DINOv3 is the only one with rotary "
+            "positions that is read"
         )
     stated: dict[str, Any] = {}
     pretrained, arguments = (document.get(name, dict, {}) for name in ("pretrained_cfg", "model_args"))

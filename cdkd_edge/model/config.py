@@ -70,8 +70,8 @@ class NetworkConfig:
     final_norm: str = NO_NORM
     # 0-based blocks whose outputs feed the head, the last block at the end. Empty: four, evenly spaced.
     tapped: tuple[int, ...] = ()
-    pixel_mean: tuple[float, ...] = PIXEL_MEAN  # of RGB, 0..255
-    pixel_std: tuple[float, ...] = PIXEL_STD
+    pixel_mean: tuple[float, float, float] = PIXEL_MEAN  # of RGB, 0..255
+    pixel_std: tuple[float, float, float] = PIXEL_STD
     # Of each block: ``global`` (every token attends to every token), ``window N`` (to those of its window of N x N
     # tokens) or ``pooled N`` (to the means of squares of N x N tokens). Empty: global everywhere.
     attention: tuple[str, ...] = ()

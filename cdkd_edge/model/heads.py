@@ -86,6 +86,7 @@ class Head(Layout):
 _TERRATORCH_CLASSIFIER = (r"head\.head\.2\.(weight|bias)", r"head.classifier.\1")
 OPENMMLAB_HEAD = Head(
     "OpenMMLab UPerHead",
+    "OpenMMLab",
     "`decode_head.psp_modules.`, `decode_head.conv_seg.`",
     "mmsegmentation's `UPerHead` without a neck",
     (*_of_openmmlab("decode_head"), (r"decode_head\.conv_seg\.(weight|bias)", r"head.classifier.\1")),
@@ -94,6 +95,7 @@ OPENMMLAB_HEAD = Head(
 )
 TRANSFORMERS_HEAD = Head(
     "Hugging Face UPerNet",
+    "Hugging Face",
     "`decode_head.psp_modules.`, `decode_head.classifier.`",
     "`UperNetForSemanticSegmentation` with a DINOv2 or DINOv3 backbone",
     (*_of_openmmlab("decode_head"), (r"decode_head\.classifier\.(weight|bias)", r"head.classifier.\1")),
@@ -102,6 +104,7 @@ TRANSFORMERS_HEAD = Head(
 )
 TERRATORCH_HEAD = Head(
     "TerraTorch UperNetDecoder",
+    "TerraTorch",
     "`decoder.psp_modules.`, `head.head.2.`",
     "a Lightning checkpoint with `decoder: UperNetDecoder` without a pyramidal neck",
     (*_of_openmmlab("decoder"), _TERRATORCH_CLASSIFIER),
@@ -111,6 +114,7 @@ TERRATORCH_HEAD = Head(
 )
 TERRATORCH_OPENMMLAB_HEAD = Head(
     "TerraTorch with OpenMMLab's UPerHead",
+    "TerraTorch",
     "`decoder.decoder.psp_modules.`, `decoder.decoder.conv_seg.`",
     "the same with `decoder: mmseg_UPerHead`",
     (*_of_openmmlab(r"decoder\.decoder"), (r"decoder\.decoder\.conv_seg\.(weight|bias)", r"head.classifier.\1")),
@@ -119,6 +123,7 @@ TERRATORCH_OPENMMLAB_HEAD = Head(
 )
 TERRATORCH_SMP_HEAD = Head(
     "TerraTorch with segmentation-models-pytorch's UPerNet",
+    "TerraTorch",
     "`decoder._smp_decoder.psp.`, `head.head.2.`",
     "the same with `decoder: smp_UPerNet`, which leaves out the first two maps",
     (*_of_smp(r"decoder\._smp_decoder"), _TERRATORCH_CLASSIFIER),
@@ -127,6 +132,7 @@ TERRATORCH_SMP_HEAD = Head(
 )
 SMP_HEAD = Head(
     "segmentation-models-pytorch UPerNet",
+    "segmentation-models-pytorch",
     "`decoder.psp.out_conv.`, `segmentation_head.0.`",
     "`smp.UPerNet` around an encoder of your own, torchgeo's `upernet`",
     (*_of_smp("decoder"), (r"segmentation_head\.0\.(weight|bias)", r"head.classifier.\1")),
@@ -235,7 +241,7 @@ def _head_of(keys: list[str]) -> Head:
 
 
 def _other(name: str, key: str) -> Head:
-    return Head(f"{name} ({key})", "", "", (), ((r".*", f"{name}, which this network does not have"),), usable=False)
+    return Head(f"{name} ({key})", "", "", "", (), ((r".*", f"{name}, which this network does not have"),), usable=False)
 
 
 def complete_head(state: dict[str, Tensor], stated: dict[str, Any], eps: float, notes: list[str]) -> None:
@@ -292,12 +298,6 @@ def _fold_norms(state: dict[str, Tensor], stated: dict[str, Any], eps: float) ->
         moved = (folded[:, :, 0, 0] @ last_shift) - (weight[:, :, 0, 0] @ shift)
         state[f"{unit}.conv.weight"] = folded
         state[f"{unit}.bn.running_mean"] = need(state, f"{unit}.bn.running_mean", 1) + moved
-
-
-def table() -> str:
-    """The heads as a Markdown table, for the documents."""
-    rows = [f"| {head.name} | {head.known_by} | {head.example} |" for head in HEADS]
-    return "\n".join(["| head | recognised by | for example |", "|---|---|---|", *rows])
 
 
 def refused_names() -> str:

@@ -274,7 +274,7 @@ def complete_blocks(state: dict[str, Tensor], notes: list[str]) -> None:
             raise CheckpointError(
                 f"the checkpoint lacks {missing[0]}.weight of all blocks, though it has {held[0]}.weight"
             )
-    zeros = set()
+    zeros: set[str] = set()
     for block in blocks:
         prefix = f"encoder.blocks.{block}."
         for whole, parts in _PARTS.items():

@@ -103,8 +103,9 @@ class Layout:
     """
 
     name: str
-    known_by: str  # for people: the tensors by which it is recognised
-    example: str  # a checkpoint of this layout
+    project: str  # whose files have it; this and the next two are for the documents (docs/families.py)
+    known_by: str  # the tensors by which it is recognised
+    example: str
     rules: Rules
     drops: Rules = ()
     layer_norm_eps: float = 1e-5
@@ -116,13 +117,23 @@ class Layout:
 
 
 OURS = Layout(
-    "cdkd-edge", "`encoder.blocks.`", "written by `finetune`, `distill`", ((r"((?:encoder|head)\..*)", r"\1"),)
+    "cdkd-edge",
+    "cdkd-edge",
+    "`encoder.blocks.`",
+    "written by `finetune`, `distill`",
+    ((r"((?:encoder|head)\..*)", r"\1"),),
 )
 STUDENT = Layout(
-    "Mask-CDKD student", "`blocks.`, no `cls_token`", "Mask-CDKD's published encoder", _VIT, (_AUTOENCODER,)
+    "Mask-CDKD student",
+    "Mask-CDKD",
+    "`blocks.`, no `cls_token`",
+    "Mask-CDKD's published encoder",
+    _VIT,
+    (_AUTOENCODER,),
 )
 TIMM = Layout(
     "timm ViT",
+    "timm",
     "`blocks.` and `cls_token`, `reg_token` or `norm.`",
     "`vit_small_patch16_224`, `vit_base_patch14_reg4_dinov2`; MAE, DeiT",
     _TIMM,
@@ -132,6 +143,7 @@ TIMM = Layout(
 )
 TIMM_DINOV3 = Layout(
     "timm DINOv3",
+    "timm",
     "`cls_token`, `reg_token`, no `pos_embed`",
     "`vit_small_patch16_dinov3`, `vit_small_plus_patch16_dinov3_qkvb`",
     _TIMM_DINOV3,
@@ -146,6 +158,7 @@ _DINO_DROPS = (
 )
 DINOV2 = Layout(
     "DINOv2",
+    "facebookresearch",
     "`blocks.`, `mask_token`, `pos_embed`",
     "`dinov2_vits14_pretrain.pth`",
     _DINO,
@@ -155,6 +168,7 @@ DINOV2 = Layout(
 )
 DINOV2_REGISTERS = Layout(
     "DINOv2 with registers",
+    "facebookresearch",
     "the same and `register_tokens`",
     "`dinov2_vits14_reg4_pretrain.pth`",
     _DINO,
@@ -164,6 +178,7 @@ DINOV2_REGISTERS = Layout(
 )
 DINOV3 = Layout(
     "DINOv3",
+    "facebookresearch",
     "`storage_tokens` or `rope_embed.periods`",
     "`dinov3_vits16_pretrain_lvd1689m.pth`",
     _DINO,
@@ -173,6 +188,7 @@ DINOV3 = Layout(
 _HF_DROPS = (_MASK_TOKEN, _CLASSIFIER)
 HF_DINOV2 = Layout(
     "Hugging Face DINOv2",
+    "Hugging Face transformers",
     "`embeddings.position_embeddings`, `layer_scale1.lambda1`",
     "`facebook/dinov2-small`",
     _HF,
@@ -182,6 +198,7 @@ HF_DINOV2 = Layout(
 )
 HF_DINOV2_REGISTERS = Layout(
     "Hugging Face DINOv2 with registers",
+    "Hugging Face transformers",
     "the same and `embeddings.register_tokens`",
     "`facebook/dinov2-with-registers-small`",
     _HF,
@@ -192,6 +209,7 @@ HF_DINOV2_REGISTERS = Layout(
 )
 HF_DINOV3 = Layout(
     "Hugging Face DINOv3",
+    "Hugging Face transformers",
     "`embeddings.patch_embeddings.weight`, `layer_scale1.lambda1`",
     "`facebook/dinov3-vits16-pretrain-lvd1689m`",
     _HF,
@@ -201,10 +219,10 @@ HF_DINOV3 = Layout(
 )
 OPENMMLAB = Layout(
     "OpenMMLab ViT",
+    "OpenMMLab",
     "`backbone.layers.0.ln1.`",
-    "mmsegmentation's `VisionTransformer`",
+    "mmsegmentation's `VisionTransformer`, with or without a head",
     (*_VIT, *_MM_VIT),
-    (),
     # mmsegmentation's ViT+UPerNet configurations all set norm_cfg=dict(type="LN", eps=1e-6).
     layer_norm_eps=1e-6,
 )
@@ -213,6 +231,7 @@ _SAM_PART = r"(?:(?:image|vision)_encoder\.)?"  # timm has none, nor have files 
 _SAM_BLOCK = rf"{_SAM_PART}(?:blocks|layers)\.(\d+)"
 SAM = Layout(
     "SAM",
+    "Segment Anything",
     "`rel_pos_h`",
     "`sam_vit_l_0b3195.pth`; Hugging Face's and timm's; a teacher alone",
     (
@@ -247,12 +266,6 @@ _RELATIVES = (
 """Networks that are not read, by a key that only they have: mobile_sam/modeling/tiny_vit_sam.py,
 edge_sam/modeling/rep_vit.py, sam2/modeling/backbones/hieradet.py, transformers' modeling_vit.py and
 modeling_dinov3_convnext.py."""
-
-
-def table() -> str:
-    """The layouts as a Markdown table, for the documents."""
-    rows = [f"| {layout.name} | {layout.known_by} | {layout.example} |" for layout in LAYOUTS]
-    return "\n".join(["| family | recognised by | for example |", "|---|---|---|", *rows])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cdkd_edge.core.errors import CheckpointError
 from cdkd_edge.model.infer import member_count, need
-from cdkd_edge.model.layouts import Dropped, Layout, Rules, listed, translate
+from cdkd_edge.model.layouts import OPENMMLAB, STUDENT, TIMM, Dropped, Layout, Rules, listed, translate
 from cdkd_edge.model.layouts import recognise as recognise_encoder
 
 _TRAINED_BESIDE = (r"(?:auxiliary_head|aux_heads|classification_head)\..*", "auxiliary head, used only in training")
@@ -185,7 +185,10 @@ def recognise(keys: list[str]) -> tuple[Layout, Head | None, str]:
     """
     head, prefix = _split(keys)
     inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
-    return recognise_encoder(inside), head, prefix
+    layout = recognise_encoder(inside)
+    if layout is STUDENT and prefix:  # whoever took the class token away, it was not Mask-CDKD
+        layout = OPENMMLAB if prefix == "backbone." else TIMM
+    return layout, head, prefix
 
 
 def translate_parts(
@@ -209,8 +212,8 @@ def _split(keys: list[str]) -> tuple[Head | None, str]:
     Raises:
         CheckpointError: the encoder is a ViT-Adapter, whose blocks are no plain ViT's.
     """
-    root = next((root for root in ("encoder.", "backbone.") if any(key.startswith(root) for key in keys)), "")
-    if not root:
+    roots = (match[0] for key in keys if (match := re.match(r"(?:encoder|backbone)\.(?=.*patch_embed)", key)))
+    if not (root := next(roots, "")):
         return None, ""
     inside = [key for key in keys if key.startswith(root)]
     if adapter := next((key for key in inside if re.search(r"\.(?:spm|interactions)\.", key)), None):
@@ -241,7 +244,8 @@ def _head_of(keys: list[str]) -> Head:
 
 
 def _other(name: str, key: str) -> Head:
-    return Head(f"{name} ({key})", "", "", "", (), ((r".*", f"{name}, which this network does not have"),), usable=False)
+    dropped = (r".*", f"{name}, which this network does not have")
+    return Head(f"{name} ({key})", "", "", "", (), (dropped,), usable=False)
 
 
 def complete_head(state: dict[str, Tensor], stated: dict[str, Any], eps: float, notes: list[str]) -> None:

@@ -112,15 +112,6 @@ TERRATORCH_HEAD = Head(
     pattern=r"decoder\.(?:psp_modules|lateral_convs|fpn_convs|fpn_bottleneck)\.",
     implied={"align_corners": "pools"},  # PixelWiseModel up-samples the logits without
 )
-TERRATORCH_OPENMMLAB_HEAD = Head(
-    "TerraTorch with OpenMMLab's UPerHead",
-    "TerraTorch",
-    "`decoder.decoder.psp_modules.`, `decoder.decoder.conv_seg.`",
-    "the same with `decoder: mmseg_UPerHead`",
-    (*_of_openmmlab(r"decoder\.decoder"), (r"decoder\.decoder\.conv_seg\.(weight|bias)", r"head.classifier.\1")),
-    (_TRAINED_BESIDE,),
-    pattern=r"decoder\.decoder\.(?:psp_modules|lateral_convs|fpn_convs|fpn_bottleneck)\.",
-)
 TERRATORCH_SMP_HEAD = Head(
     "TerraTorch with segmentation-models-pytorch's UPerNet",
     "TerraTorch",
@@ -141,7 +132,7 @@ SMP_HEAD = Head(
     implied={"align_corners": "logits"},  # base/heads.py, SegmentationHead
 )
 HEADS = (
-    OPENMMLAB_HEAD, TRANSFORMERS_HEAD, TERRATORCH_HEAD, TERRATORCH_OPENMMLAB_HEAD, TERRATORCH_SMP_HEAD, SMP_HEAD,
+    OPENMMLAB_HEAD, TRANSFORMERS_HEAD, TERRATORCH_HEAD, TERRATORCH_SMP_HEAD, SMP_HEAD,
 )  # fmt: skip
 
 _PYRAMIDS = (
@@ -152,6 +143,7 @@ _PYRAMIDS = (
     (r"neck\.\d+\.fpn\.", "TerraTorch's FeaturePyramidNetworkNeck"),
     (r"(?:neck|decoder)\.reassemble_(?:stage|blocks)\.|decoder\.projection_blocks\.", "a DPT head"),
     (r"neck\.", "a neck between encoder and head"),
+    (r"decoder\.decoder\.(?:psp_modules|fpn_bottleneck|conv_seg)\.", "OpenMMLab's decoder in TerraTorch"),
     (r"head\.head\.0\.", "TerraTorch's SegmentationHead with channel_list, which convolves before it classifies"),
     (r"(?:decode_head|decoder)\.(?:.*\.)?(?:gn|in|ln)\.", "a UPerNet with another norm than BatchNorm"),
 )
@@ -228,7 +220,8 @@ def _split(keys: list[str]) -> tuple[Head | None, str]:
     if not beside and len(inside) < len(keys):  # such as DINOv2's heads of self-supervised training
         return None, ""
     paths = [key.split(".")[:-1] for key in inside]
-    shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), 1)
+    depth = min(map(len, paths))
+    shared = next((i for i in range(depth) if any(path[i] != paths[0][i] for path in paths)), depth)
     return _head_of(beside) if beside else None, ".".join([*paths[0][:shared], ""])
 
 

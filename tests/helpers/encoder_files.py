@@ -37,7 +37,9 @@ def _weight(name: str, shape: tuple[int, ...]) -> Array:
     values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     if re.search(r"gamma|lambda1", name):
         return 0.5 + 0.1 * values
-    if re.search(r"norm\w*\.weight", name):
+    if name.endswith("running_var"):
+        return 1 + 0.5 * np.abs(values)
+    if len(shape) == 1 and name.endswith(".weight"):  # of a norm
         return 1 + 0.1 * values
     if len(shape) < 2:
         return values if re.search(r"q_bias|q_proj|query|qkv", name) else 0.1 * values

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cdkd_edge.core.errors import CheckpointError
-from cdkd_edge.model.config import GELU, SWIGLU, NetworkConfig
+from cdkd_edge.model.config import GELU, NO_NORM, SWIGLU, NetworkConfig
 from cdkd_edge.model.layouts import HF_DINOV3, OURS, TIMM, TIMM_DINOV3, Layout
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -209,7 +209,7 @@ def _taps(document: _Document) -> dict[str, Any]:
     if len(blocks) != len(stages) or 0 in blocks:
         raise document.error(f"says out_features is {json.dumps(stages)[:60]}; stage1, stage2, ... are blocks")
     return {
-        "final_norm": "taps" if normed else "last" if always else None,
+        "final_norm": "taps" if normed else "last" if always else NO_NORM,
         "tapped": tuple(block - 1 for block in sorted(set(blocks))) if len(set(blocks)) > 1 else None,
     }
 

@@ -24,8 +24,15 @@ from cdkd_edge.model.beside import read_beside, weights_file
 from cdkd_edge.model.config import NO_NORM, NetworkConfig, attention_of, numbers_of
 from cdkd_edge.model.container import FORMAT, FORMAT_VERSION, as_float32, read_container, require_in_file, save_tensors
 from cdkd_edge.model.heads import Head, complete_head, recognise, translate_parts
-from cdkd_edge.model.infer import block_count, complete_blocks, drop_part, fold_layer_scale, inferred_config
-from cdkd_edge.model.layouts import FINAL_NORM, OURS, SAM, TIMM, Dropped, Layout, listed
+from cdkd_edge.model.infer import (
+    block_count,
+    complete_blocks,
+    drop_part,
+    fold_layer_scale,
+    inferred_config,
+    patch_shape,
+)
+from cdkd_edge.model.layouts import FINAL_NORM, OPENMMLAB, OURS, SAM, TIMM, Dropped, Layout, listed
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
 from cdkd_edge.model.resample import resample_patches, resample_position
 from cdkd_edge.model.sam import SamEncoder
@@ -248,6 +255,8 @@ def _inferred_config(opened: Opened, given: Mapping[str, Any], notes: list[str])
         dropped += (Dropped(f"head behind {within.other_head}", len(names), names[0]),)
     if stated.get("final_norm", NO_NORM) == NO_NORM and (names := drop_part(state, "encoder.norm.")):
         dropped += (Dropped(FINAL_NORM, len(names), names[0]),)
+    if layout is OPENMMLAB and "encoder.patch_embed.proj.bias" not in state:  # patch_bias=False
+        state["encoder.patch_embed.proj.bias"] = torch.zeros(patch_shape(state)[0])
     complete_head(state, stated, stated.get("layer_norm_eps", layout.layer_norm_eps), notes)
     if layout is TIMM and any(key.endswith(".gamma_1") for key in opened.found.tensors):
         notes.append("learned positions alone assumed, as in DeiT III; timm's vit_*_rope_ape have the same names")

@@ -84,15 +84,6 @@ class Head(Layout):
 
 
 _TERRATORCH_CLASSIFIER = (r"head\.head\.2\.(weight|bias)", r"head.classifier.\1")
-OPENMMLAB_HEAD = Head(
-    "OpenMMLab UPerHead",
-    "OpenMMLab",
-    "`decode_head.psp_modules.`, `decode_head.conv_seg.`",
-    "mmsegmentation's `UPerHead` without a neck",
-    (*_of_openmmlab("decode_head"), (r"decode_head\.conv_seg\.(weight|bias)", r"head.classifier.\1")),
-    (_TRAINED_BESIDE,),
-    pattern=r"decode_head\.(?:psp_modules|lateral_convs|fpn_convs|fpn_bottleneck)\.(?!.*\bbatch_norm\.)",
-)
 TRANSFORMERS_HEAD = Head(
     "Hugging Face UPerNet",
     "Hugging Face",
@@ -100,7 +91,16 @@ TRANSFORMERS_HEAD = Head(
     "`UperNetForSemanticSegmentation` with a DINOv2 or DINOv3 backbone",
     (*_of_openmmlab("decode_head"), (r"decode_head\.classifier\.(weight|bias)", r"head.classifier.\1")),
     (_TRAINED_BESIDE,),
-    pattern=r"decode_head\.(?:psp_modules|lateral_convs|fpn_convs|fpn_bottleneck)\..*\bbatch_norm\.",
+    pattern=r"decode_head\.(?:lateral_convs|fpn_convs|fpn_bottleneck)\..*batch_norm\.",
+)
+OPENMMLAB_HEAD = Head(
+    "OpenMMLab UPerHead",
+    "OpenMMLab",
+    "`decode_head.psp_modules.`, `decode_head.conv_seg.`",
+    "mmsegmentation's `UPerHead` without a neck",
+    (*_of_openmmlab("decode_head"), (r"decode_head\.conv_seg\.(weight|bias)", r"head.classifier.\1")),
+    (_TRAINED_BESIDE,),
+    pattern=r"decode_head\.(?:lateral_convs|fpn_convs|fpn_bottleneck)\.",
 )
 TERRATORCH_HEAD = Head(
     "TerraTorch UperNetDecoder",
@@ -109,7 +109,7 @@ TERRATORCH_HEAD = Head(
     "a Lightning checkpoint with `decoder: UperNetDecoder` without a pyramidal neck",
     (*_of_openmmlab("decoder"), _TERRATORCH_CLASSIFIER),
     (_TRAINED_BESIDE,),
-    pattern=r"decoder\.(?:psp_modules|lateral_convs|fpn_convs|fpn_bottleneck)\.",
+    pattern=r"decoder\.(?:lateral_convs|fpn_convs|fpn_bottleneck)\.",
     implied={"align_corners": "pools"},  # PixelWiseModel up-samples the logits without
 )
 TERRATORCH_SMP_HEAD = Head(
@@ -132,7 +132,7 @@ SMP_HEAD = Head(
     implied={"align_corners": "logits"},  # base/heads.py, SegmentationHead
 )
 HEADS = (
-    OPENMMLAB_HEAD, TRANSFORMERS_HEAD, TERRATORCH_HEAD, TERRATORCH_SMP_HEAD, SMP_HEAD,
+    TRANSFORMERS_HEAD, OPENMMLAB_HEAD, TERRATORCH_HEAD, TERRATORCH_SMP_HEAD, SMP_HEAD,
 )  # fmt: skip
 
 _PYRAMIDS = (

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from encoder_files import samples
 from head_files import RECORDED, TILE
@@ -229,8 +228,8 @@ def of_terratorch() -> dict[str, dict[str, Any]]:
     for name, changes in cases.items():
         arguments = {**vit, **changes}
         if "backbone_kwargs" in changes:
-            arguments = {key: value for key, value in arguments.items() if not key.startswith(("backbone_", "decoder_"))}
-            arguments |= changes
+            plain = {key: value for key, value in vit.items() if not key.startswith(("backbone_", "decoder_"))}
+            arguments = {**plain, **changes}
         if name == "smp":
             arguments["decoder_decoder_channels"] = arguments.pop("decoder_channels")
         network = filled_head(EncoderDecoderFactory().build_model("segmentation", **json.loads(json.dumps(arguments))))

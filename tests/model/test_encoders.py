@@ -126,7 +126,7 @@ WRAPPED = {
     ),
     "DataParallel": ("facebook dinov3", lambda s: {f"module.{k}": v for k, v in s.items()}),
     "features of timm": ("timm reg4 dinov2", lambda s: {f"model.{k}": v for k, v in s.items()}),
-    "half precision": ("facebook dinov2 registers", lambda s: s),
+    "half precision": ("facebook dinov2 registers", lambda s: {k: v.half() for k, v in s.items()}),
 }
 
 

@@ -64,6 +64,8 @@ class ExportOptions:
     schema: str | None = None
     heads: int | None = None
     layer_norm_eps: float | None = None
+    taps: str | None = None  # blocks that feed the head, and sizes that it pools to, with commas
+    pool_scales: str | None = None
     fp16: bool | None = False  # also write the FP16 graph: True, an error if it fails its check; None, if it passes
     min_agreement: float | None = (
         None  # of FP16: share of labels that stay the same, 0..1; see :func:`.fp16.check_fp16`
@@ -117,6 +119,8 @@ def export_checkpoint(
         tile=options.tile,
         heads=options.heads,
         layer_norm_eps=options.layer_norm_eps,
+        taps=options.taps,
+        pool_scales=options.pool_scales,
         weights=options.weights,
     )
     classes = report.config.classes

@@ -31,6 +31,8 @@ from cdkd_edge.model.infer import (
     fold_layer_scale,
     inferred_config,
     patch_shape,
+    require_agreement,
+    shown,
 )
 from cdkd_edge.model.layouts import FINAL_NORM, OPENMMLAB, OURS, SAM, TIMM, Dropped, Layout, listed
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
@@ -206,7 +208,7 @@ def read_checkpoint(
     given = {name: value for name, value in given.items() if value is not None}
     if layout is OURS and header:
         config, found = _stored_config(header, state, path), _Found(opened.dropped)
-        _require_agreement(path, {**dataclasses.asdict(config), "tapped": config.taps}, given)
+        require_agreement(path, {**dataclasses.asdict(config), "tapped": config.taps}, given)
     else:
         config, found = _inferred_config(opened, given, notes)
     config = _changed(state, config, layout, tile, patch, attention, notes)
@@ -246,10 +248,10 @@ def _inferred_config(opened: Opened, given: Mapping[str, Any], notes: list[str])
     beside = read_beside(opened.path, layout)
     notes += [*within.notes, *beside.notes]
     own = {**within.stated, **beside.stated}
-    _require_agreement(opened.path, own, {name: given[name] for name in given.keys() & {"heads", "layer_norm_eps"}})
+    require_agreement(opened.path, own, {name: given[name] for name in given.keys() & {"heads", "layer_norm_eps"}})
     for name in given.keys() & own.keys() & {"tapped", "pool_scales"}:
         if given[name] != own[name]:
-            notes.append(f"{name} {_shown(given[name])} taken, as asked; the file says {_shown(own[name])}")
+            notes.append(f"{name} {shown(given[name])} taken, as asked; the file says {shown(own[name])}")
     stated = {**own, **given}
     if within.other_head and (names := drop_part(state, "head.")):
         dropped += (Dropped(f"head behind {within.other_head}", len(names), names[0]),)
@@ -265,23 +267,6 @@ def _inferred_config(opened: Opened, given: Mapping[str, Any], notes: list[str])
     other = within.other_head or (head.name if head and not head.usable else "")
     names = beside.class_names or within.class_names
     return config, _Found(dropped, other, names, within.palette)
-
-
-def _require_agreement(path: Path, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse to be told otherwise than the file, or the configuration beside it, says itself."""
-    texts = {
-        "heads": "attention heads",
-        "layer_norm_eps": "as LayerNorm's epsilon",
-        "tapped": "as the blocks that feed the head",
-        "pool_scales": "as the sizes that the head pools to",
-    }
-    for name, value in given.items():
-        if own.get(name, value) != value:
-            raise CheckpointError(f"{path} states {_shown(own[name])} {texts[name]} itself, not {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
 
 
 def layout_of(path: Path, weights: str | None = None) -> Layout:

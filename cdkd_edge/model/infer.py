@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -326,3 +327,21 @@ def drop_part(state: dict[str, Tensor], start: str) -> list[str]:
     for name in names:
         del state[name]
     return names
+
+
+def require_agreement(path: Path, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse to be told otherwise than the file, or the configuration beside it, says itself."""
+    texts = {
+        "heads": "attention heads",
+        "layer_norm_eps": "as LayerNorm's epsilon",
+        "tapped": "as the blocks that feed the head",
+        "pool_scales": "as the sizes that the head pools to",
+    }
+    for name, value in given.items():
+        if own.get(name, value) != value:
+            raise CheckpointError(f"{path} states {shown(own[name])} {texts[name]} itself, not {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A number, or some, as options take them."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"

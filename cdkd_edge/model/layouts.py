@@ -312,7 +312,7 @@ def recognise(keys: list[str]) -> Layout:
             return DINOV2_REGISTERS
         if any_is(rf"{_DINO_PART}(?:mask_token|blocks\.\d+\.\d+\..*)"):
             return DINOV2
-    if any_starts("layers."):
+    if any_is(r"layers\.\d+\.(?:ln[12]|attn\.attn|ffn)\..*"):
         return OPENMMLAB
     if any_starts("image_encoder.blocks.") or any(key.endswith(".attn.rel_pos_h") for key in keys):
         return SAM

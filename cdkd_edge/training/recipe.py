@@ -139,13 +139,16 @@ class NetworkSettings:
     patch: int | None = None
     heads: int | None = None
     layer_norm_eps: float | None = None
+    taps: str | None = None  # blocks that feed the head, with commas
+    pool_scales: str | None = None  # of a head that another project trained, likewise
     head_channels: int | None = None  # of a new head; None: those of the head it replaces, or of the preset, or 256
     new_head: bool = False  # start with a new head even if that of the checkpoint fits
     weights: str | None = None  # ``raw``, ``ema`` or a name, for a checkpoint with several sets of weights
 
     def loading(self) -> dict[str, Any]:
         """What the functions of :mod:`cdkd_edge.model.checkpoint` take."""
-        return {"heads": self.heads, "layer_norm_eps": self.layer_norm_eps, "weights": self.weights}
+        names = ("heads", "layer_norm_eps", "taps", "pool_scales", "weights")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

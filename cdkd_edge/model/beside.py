@@ -30,7 +30,7 @@ class Beside:
     stated: Mapping[str, Any] = field(default_factory=dict)  # what no tensor shows
     repeated: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # what tensors show, and its name in CONFIG
     notes: tuple[str, ...] = ()
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[Any, ...] | None = None
 
     def require(self, config: NetworkConfig) -> None:
         """Raise a CheckpointError if the weights are those of another network than ``config.json`` describes."""
@@ -143,7 +143,7 @@ class _Document:
         return tuple(value)
 
 
-def _of_upernet(document: _Document) -> tuple[dict[str, Any], tuple[str, ...] | None]:
+def _of_upernet(document: _Document) -> tuple[dict[str, Any], tuple[Any, ...] | None]:
     """What is said of the head, and the class names; leaves the configuration of the encoder in ``document``."""
     stated: dict[str, Any] = {}
     if (scales := document.get("pool_scales", list)) is not None:
@@ -151,11 +151,11 @@ def _of_upernet(document: _Document) -> tuple[dict[str, Any], tuple[str, ...] | 
             raise document.error(f"says pool_scales is {json.dumps(scales)[:60]}")
         stated["pool_scales"] = tuple(scales)
     labels = document.get("id2label", dict, {})
-    names = tuple(str(labels.get(str(index))) for index in range(len(labels)))
+    names = tuple(labels.get(str(index)) for index in range(len(labels)))
     # Without names of its own a model has those that transformers makes up.
-    named = bool(names) and names != tuple(f"LABEL_{index}" for index in range(len(names)))
+    named = all(names) and names != tuple(f"LABEL_{index}" for index in range(len(names)))
     document.values = {**document.get("backbone_config", dict, {}), "architectures": ["Backbone"]}
-    return stated, names if named else None
+    return stated, names if named and names else None
 
 
 def _of_transformers(document: _Document, layout: Layout) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:

@@ -8,13 +8,14 @@ Lightning keeps under ``hyper_parameters``; in timm ``_features.py``; in mmsegme
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cdkd_edge.core.errors import CheckpointError, SchemaError
 from cdkd_edge.core.labels import LabelSchema, schema_of_lists
 from cdkd_edge.model.heads import OPENMMLAB_HEAD, TERRATORCH_SMP_HEAD, TRANSFORMERS_HEAD, Head
+from cdkd_edge.model.infer import shown
 from cdkd_edge.model.layouts import OPENMMLAB, Layout
 
 FOUND_SCHEMA = "the file's own"  # name of a schema made from another project's class names; ``--schema`` overrides it
@@ -85,14 +86,14 @@ def _of_terratorch(arguments: object, head: Head | None, prefix: str, depth: int
         said["pool_scales"] = scales
     blocks = _blocks(get("backbone", "out_indices"), prefix == "encoder.model.", depth)
     necks = arguments.get("necks")
-    for neck in necks if isinstance(necks, Sequence) else ():
+    for neck in necks if isinstance(necks, (list, tuple)) else ():
         name = neck.get("name") if isinstance(neck, Mapping) else None
         if name not in _FLAT_NECKS or neck.get("effective_time_dim", 1) != 1:
             return said, f"the neck {name} of hyper_parameters"
         if name == "SelectIndices" and blocks:
             chosen = _whole_numbers(neck.get("indices"))
             if not all(-len(blocks) <= one < len(blocks) for one in chosen):
-                raise CheckpointError(f"SelectIndices of hyper_parameters takes {chosen} of {len(blocks)} maps")
+                raise CheckpointError(f"SelectIndices of hyper_parameters takes {shown(chosen)} of {len(blocks)} maps")
             blocks = tuple(blocks[one] for one in chosen)
     if head is TERRATORCH_SMP_HEAD:
         blocks = blocks[2:]

@@ -21,10 +21,10 @@ test: lint types
 test-fast: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# Encoders beside the code of timm and transformers, which are installed for it.
+# Encoders and heads beside the code of timm, transformers and segmentation-models-pytorch, which are installed for it.
 test-encoders: $(VENV)/.tests
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[export,test,encoders]'
-	$(VENV)/bin/python -m pytest tests/model/test_encoders.py
+	$(VENV)/bin/python -m pytest tests/model/test_encoders.py tests/model/test_heads.py
 
 # On an NVIDIA GPU; without one everything is skipped and says why, and nothing has passed. Optional: DATA=labelled-folder
 # SCHEMA=name CHECKPOINT=file GRAPHS=folder. GPU_PYTHON=python3 runs it in an environment of your own: on a Jetson, or

@@ -47,7 +47,7 @@ def convert(
     unsaid = {"heads": heads, "layer_norm_eps": layer_norm_eps, "taps": taps, "pool_scales": pool_scales}
     if attention is None and not sparse and all(value is None for value in unsaid.values()):
         raise BadParameter(
-            "say what is to change: --attention, --sparse or both; or what the checkpoint does not say itself: --heads, "
+            "say what is to change: --attention, --sparse or both; or what the checkpoint does not say: --heads, "
             "--norm-eps, --taps, --pool-scales"
         )
     require_free(str(checkpoint), output, resume=False, overwrite=overwrite)

@@ -21,19 +21,11 @@ from cdkd_edge.core.errors import CheckpointError, EncoderOnlyError
 from cdkd_edge.core.files import whole_file
 from cdkd_edge.core.labels import LabelSchema, schema_from_document
 from cdkd_edge.model.beside import read_beside, weights_file
-from cdkd_edge.model.config import NO_NORM, NetworkConfig, attention_of, numbers_of
+from cdkd_edge.model.complete import complete_blocks, complete_head, drop_part, fold_layer_scale
+from cdkd_edge.model.config import NO_NORM, NetworkConfig, attention_of, numbers_of, shown
 from cdkd_edge.model.container import FORMAT, FORMAT_VERSION, as_float32, read_container, require_in_file, save_tensors
-from cdkd_edge.model.heads import Head, complete_head, recognise, translate_parts
-from cdkd_edge.model.infer import (
-    block_count,
-    complete_blocks,
-    drop_part,
-    fold_layer_scale,
-    inferred_config,
-    patch_shape,
-    require_agreement,
-    shown,
-)
+from cdkd_edge.model.heads import Head, recognise, translate_parts
+from cdkd_edge.model.infer import block_count, inferred_config, patch_shape, require_agreement
 from cdkd_edge.model.layouts import FINAL_NORM, OPENMMLAB, OURS, SAM, TIMM, Dropped, Layout, listed
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
 from cdkd_edge.model.resample import resample_patches, resample_position
@@ -265,8 +257,8 @@ def _inferred_config(opened: Opened, given: Mapping[str, Any], notes: list[str])
     config = inferred_config(state, layout, stated, notes)
     beside.require(config)
     other = within.other_head or (head.name if head and not head.usable else "")
-    names = beside.class_names or within.class_names
-    return config, _Found(dropped, other, names, within.palette)
+    class_names = beside.class_names or within.class_names
+    return config, _Found(dropped, other, class_names, within.palette)
 
 
 def layout_of(path: Path, weights: str | None = None) -> Layout:

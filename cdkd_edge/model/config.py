@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -293,6 +294,11 @@ def numbers_of(text: str, option: str) -> tuple[int, ...]:
     if not all(number.isdecimal() and len(number) <= 4 for number in numbers):
         raise CheckpointError(f"{option} {text!r} is no list of whole numbers", hint=f"for example {option} 1,2,3,6")
     return tuple(int(number) for number in numbers)
+
+
+def shown(value: Any) -> str:
+    """A number, or some, as options take them."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
 
 
 def evenly_spaced(depth: int, count: int) -> tuple[int, ...]:

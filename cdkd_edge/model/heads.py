@@ -12,15 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from cdkd_edge.core.errors import CheckpointError
-from cdkd_edge.model.infer import member_count, need
-from cdkd_edge.model.layouts import OPENMMLAB, STUDENT, TIMM, Dropped, Layout, Rules, listed, translate
+from cdkd_edge.model.layouts import OPENMMLAB, STUDENT, TIMM, Dropped, Layout, Rules, translate
 from cdkd_edge.model.layouts import recognise as recognise_encoder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TRAINED_BESIDE = (r"(?:auxiliary_head|aux_heads|classification_head)\..*", "auxiliary head, used only in training")
 _NORM = r"(weight|bias|running_mean|running_var)"
@@ -86,7 +85,7 @@ class Head(Layout):
 _TERRATORCH_CLASSIFIER = (r"head\.head\.2\.(weight|bias)", r"head.classifier.\1")
 TRANSFORMERS_HEAD = Head(
     "Hugging Face UPerNet",
-    "Hugging Face",
+    "Hugging Face transformers",
     "`decode_head.psp_modules.`, `decode_head.classifier.`",
     "`UperNetForSemanticSegmentation` with a DINOv2 or DINOv3 backbone",
     (*_of_openmmlab("decode_head"), (r"decode_head\.classifier\.(weight|bias)", r"head.classifier.\1")),
@@ -104,7 +103,7 @@ OPENMMLAB_HEAD = Head(
 )
 TERRATORCH_HEAD = Head(
     "TerraTorch UperNetDecoder",
-    "TerraTorch",
+    "TerraTorch, segmentation-models-pytorch",
     "`decoder.psp_modules.`, `head.head.2.`",
     "a Lightning checkpoint with `decoder: UperNetDecoder` without a pyramidal neck",
     (*_of_openmmlab("decoder"), _TERRATORCH_CLASSIFIER),
@@ -114,7 +113,7 @@ TERRATORCH_HEAD = Head(
 )
 TERRATORCH_SMP_HEAD = Head(
     "TerraTorch with segmentation-models-pytorch's UPerNet",
-    "TerraTorch",
+    "TerraTorch, segmentation-models-pytorch",
     "`decoder._smp_decoder.psp.`, `head.head.2.`",
     "the same with `decoder: smp_UPerNet`, which leaves out the first two maps",
     (*_of_smp(r"decoder\._smp_decoder"), _TERRATORCH_CLASSIFIER),
@@ -123,9 +122,9 @@ TERRATORCH_SMP_HEAD = Head(
 )
 SMP_HEAD = Head(
     "segmentation-models-pytorch UPerNet",
-    "segmentation-models-pytorch",
+    "TerraTorch, segmentation-models-pytorch",
     "`decoder.psp.out_conv.`, `segmentation_head.0.`",
-    "`smp.UPerNet` around an encoder of your own, torchgeo's `upernet`",
+    "`smp.UPerNet` around a ViT of your own",
     (*_of_smp("decoder"), (r"segmentation_head\.0\.(weight|bias)", r"head.classifier.\1")),
     (_TRAINED_BESIDE,),
     pattern=r"decoder\.(?:psp\.out_conv|fpn_lateral_blocks|fpn_conv_blocks|fusion_block|feature_norms)\.",
@@ -241,63 +240,6 @@ def _other(name: str, key: str) -> Head:
     return Head(f"{name} ({key})", "", "", "", (), (dropped,), usable=False)
 
 
-def complete_head(state: dict[str, Tensor], stated: dict[str, Any], eps: float, notes: list[str]) -> None:
-    """Bring a head's weights into the form that this network has; what they compute stays the same.
-
-    Args:
-        state: weights in this package's names.
-        stated: known fields of :class:`NetworkConfig`; norms of the maps make the encoder's final norm of them.
-        eps: the epsilon of the encoder's LayerNorms.
-        notes: changes are appended here.
-    """
-    for kind in ("laterals", "smooth"):
-        count = member_count(state, f"deep_{kind}")
-        for key in [key for key in state if key.startswith(f"head.deep_{kind}.")]:
-            _, _, index, rest = key.split(".", 3)
-            state[f"head.{kind}.{count - 1 - int(index)}.{rest}"] = state.pop(key)
-    for key in [key for key in state if re.fullmatch(r"head\..*\.conv\.bias", key)]:
-        bias, norm = state.pop(key), key.replace(".conv.bias", ".bn.")
-        if f"{norm}running_mean" in state:
-            state[f"{norm}running_mean"] = state[f"{norm}running_mean"] - bias
-        else:  # no norm: one that adds the bias alone; PyTorch adds 1e-5 to the variance
-            ones = torch.ones_like(bias)
-            state |= {f"{norm}weight": ones, f"{norm}bias": bias, f"{norm}running_mean": torch.zeros_like(bias)}
-            state[f"{norm}running_var"] = ones - 1e-5
-    if member_count(state, "norms"):
-        _fold_norms(state, stated, eps)
-        notes.append("LayerNorms of the head's maps folded into the encoder's final norm and the laterals")
-
-
-def _fold_norms(state: dict[str, Tensor], stated: dict[str, Any], eps: float) -> None:
-    """Make the LayerNorms of the maps (segmentation-models-pytorch) one final norm.
-
-    Its scale and shift are those of the deepest map; a lateral, which is linear in its map, takes up the difference:
-    W (g n + b) = (W g/g') (g' n + b') + W b - (W g/g') b'.
-    """
-    if stated.get("final_norm", "none") != "none" or eps != 1e-6:
-        raise CheckpointError(
-            f"the head's LayerNorms have an epsilon of 1e-06 and the encoder's {eps:g}"
-            if eps != 1e-6
-            else "the maps pass the encoder's final norm and then the head's; this network has one of them",
-            hint="train a UPerNet on the encoder: cdkd-edge finetune",
-        )
-    count = member_count(state, "norms")
-    norms = [(state.pop(f"head.norms.{i}.weight"), state.pop(f"head.norms.{i}.bias")) for i in range(count)]
-    last_scale, last_shift = norms[-1]
-    if float(last_scale.abs().min()) < 1e-4:
-        raise CheckpointError("a LayerNorm of the head scales a channel by almost zero, and cannot be folded")
-    state |= {"encoder.norm.weight": last_scale, "encoder.norm.bias": last_shift}
-    stated["final_norm"] = "taps"
-    for index, (scale, shift) in enumerate(norms[:-1]):
-        unit = f"head.laterals.{index}"
-        weight = need(state, f"{unit}.conv.weight", 4)
-        folded = weight * (scale / last_scale).reshape(1, -1, 1, 1)
-        moved = (folded[:, :, 0, 0] @ last_shift) - (weight[:, :, 0, 0] @ shift)
-        state[f"{unit}.conv.weight"] = folded
-        state[f"{unit}.bn.running_mean"] = need(state, f"{unit}.bn.running_mean", 1) + moved
-
-
 def refused_names() -> str:
     """The heads that are none of this network's, for the documents."""
-    names = dict.fromkeys(name for _, name in (*_PYRAMIDS, *_OTHERS))
-    return listed(names, len(names))
+    return "; ".join(dict.fromkeys(name for _, name in (*_PYRAMIDS, *_OTHERS)))

@@ -1,4 +1,4 @@
-"""Finds a network's configuration from its weights, and brings them into the form that the network has."""
+"""Finds a network's configuration from its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cdkd_edge.core.errors import CheckpointError
-from cdkd_edge.model.config import HEAD_DIM, PIXEL_MEAN, PIXEL_STD, SWIGLU, NetworkConfig, evenly_spaced
+from cdkd_edge.model.config import HEAD_DIM, PIXEL_MEAN, PIXEL_STD, SWIGLU, NetworkConfig, evenly_spaced, shown
 from cdkd_edge.model.layouts import OURS, Layout
 
 
@@ -226,109 +226,6 @@ def need(state: Mapping[str, Tensor], key: str, rank: int) -> Tensor:
     return state[key]
 
 
-def fold_layer_scale(state: dict[str, Tensor], notes: list[str]) -> None:
-    """Fold LayerScale into the layer before it: gamma * (W x + b) = (gamma W) x + (gamma b)."""
-    scales = [key for key in state if re.search(r"\.scale[12]$", key)]
-    for key in scales:
-        target = key.replace(".scale1", ".attn.proj").replace(".scale2", ".mlp.fc2")
-        gamma = state.pop(key)
-        for part in ("weight", "bias"):
-            if f"{target}.{part}" not in state:
-                raise CheckpointError(f"LayerScale without the layer it scales: {target}.{part} is missing")
-            scaled = state[f"{target}.{part}"]
-            if gamma.shape != scaled.shape[:1]:
-                raise CheckpointError(f"LayerScale of {tuple(gamma.shape)} does not fit {target}.{part}")
-            scaled *= gamma.reshape(-1, *[1] * (scaled.ndim - 1))
-    if scales:
-        notes.append(f"LayerScale folded into {len(scales)} linear layers")
-
-
-_PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.value")}
-"""Layers that this network has in one, and others apart, in the order of their rows."""
-_BIASED = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""Layers that some projects build without a bias."""
-
-
-def complete_blocks(state: dict[str, Tensor], notes: list[str]) -> None:
-    """Bring all blocks into the form that this network has.
-
-    Parts of a layer are stacked (gate and value of SwiGLU, if both are there), biases that no block has become zeros,
-    which is the same function, and a masked bias is multiplied by its mask.
-
-    Raises:
-        CheckpointError: a block lacks a part that another has, or a layer has some of its parts; names it.
-    """
-    blocks = range(block_count(state))
-    names = {match[1] for key in state if (match := re.fullmatch(r"encoder\.blocks\.\d+\.(.*)", key))}
-    apart = {f"{part}.{kind}" for parts in _PARTS.values() for part in parts for kind in ("weight", "bias")}
-    optional = apart | {f"{layer}.bias" for layer in _BIASED} | {"attn.qkv.bias_mask"}
-    for name in sorted(names & optional):
-        for prefix in (f"encoder.blocks.{block}." for block in blocks):
-            layer = f"{prefix}{name.rpartition('.')[0]}.weight"
-            if prefix + name not in state and (name in apart or layer in state):
-                raise CheckpointError(f"the checkpoint lacks {prefix}{name}, which other blocks have")
-    for parts in _PARTS.values():
-        held = [part for part in parts if f"{part}.weight" in names]
-        if held in ([], ["mlp.value"]):  # without a gate, Hugging Face's up_proj is the first layer of a plain MLP
-            continue
-        if missing := [part for part in parts if part not in held]:
-            raise CheckpointError(
-                f"the checkpoint lacks {missing[0]}.weight of all blocks, though it has {held[0]}.weight"
-            )
-    zeros: set[str] = set()
-    for block in blocks:
-        prefix = f"encoder.blocks.{block}."
-        for whole, parts in _PARTS.items():
-            _stack(state, prefix, whole, parts, zeros)
-        for layer in _BIASED:
-            if f"{prefix}{layer}.bias" not in state and f"{prefix}{layer}.weight" in state:
-                state[f"{prefix}{layer}.bias"] = torch.zeros(state[f"{prefix}{layer}.weight"].shape[:1])
-                zeros.add(layer)
-        mask = state.pop(f"{prefix}attn.qkv.bias_mask", None)
-        if mask is not None:
-            bias = need(state, f"{prefix}attn.qkv.bias", 1)
-            if mask.shape != bias.shape:
-                raise CheckpointError(
-                    f"{prefix}attn.qkv.bias_mask is {tuple(mask.shape)}, its bias {tuple(bias.shape)}"
-                )
-            bias *= mask
-    if zeros:
-        notes.append(f"no bias of {', '.join(sorted(zeros))} in any block: zeros supplied")
-
-
-def _stack(state: dict[str, Tensor], prefix: str, whole: str, parts: tuple[str, ...], zeros: set[str]) -> None:
-    """Stack the parts of one layer, if they are apart; those without a bias among others are added to ``zeros``."""
-    weights = [key for part in parts if (key := f"{prefix}{part}.weight") in state]
-    biases = [key for part in parts if (key := f"{prefix}{part}.bias") in state]
-    if not weights and not biases:
-        return
-    if weights:
-        shapes = {tuple(need(state, key, 2).shape) for key in weights}
-        if len(shapes) > 1:
-            raise CheckpointError(f"{', '.join(weights)} are parts of one layer, but of the shapes {sorted(shapes)}")
-        held = tuple(part for part in parts if f"{prefix}{part}.weight" in weights)
-        rows = shapes.pop()[0]
-        state[f"{prefix}{whole}.weight"] = torch.cat([state.pop(key) for key in weights])
-    else:  # timm's Eva: one weight, but biases apart
-        held, rows = parts, len(need(state, f"{prefix}{whole}.weight", 2)) // len(parts)
-    if biases:
-        for key in biases:
-            if len(need(state, key, 1)) != rows:
-                raise CheckpointError(f"{key} has {len(state[key])} values; its layer has {rows} rows")
-        zeros |= {part for part in held if f"{prefix}{part}.bias" not in state}
-        state[f"{prefix}{whole}.bias"] = torch.cat(
-            [state.pop(f"{prefix}{part}.bias", torch.zeros(rows)) for part in held]
-        )
-
-
-def drop_part(state: dict[str, Tensor], start: str) -> list[str]:
-    """Take the tensors out whose names start so; gives their names."""
-    names = [key for key in state if key.startswith(start)]
-    for name in names:
-        del state[name]
-    return names
-
-
 def require_agreement(path: Path, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse to be told otherwise than the file, or the configuration beside it, says itself."""
     texts = {
@@ -340,8 +237,3 @@ def require_agreement(path: Path, own: Mapping[str, Any], given: Mapping[str, An
     for name, value in given.items():
         if own.get(name, value) != value:
             raise CheckpointError(f"{path} states {shown(own[name])} {texts[name]} itself, not {shown(value)}")
-
-
-def shown(value: Any) -> str:
-    """A number, or some, as options take them."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"

@@ -14,8 +14,8 @@ from typing import Any
 
 from cdkd_edge.core.errors import CheckpointError, SchemaError
 from cdkd_edge.core.labels import LabelSchema, schema_of_lists
+from cdkd_edge.model.config import shown
 from cdkd_edge.model.heads import OPENMMLAB_HEAD, TERRATORCH_SMP_HEAD, TRANSFORMERS_HEAD, Head
-from cdkd_edge.model.infer import shown
 from cdkd_edge.model.layouts import OPENMMLAB, Layout
 
 FOUND_SCHEMA = "the file's own"  # name of a schema made from another project's class names; ``--schema`` overrides it
@@ -140,9 +140,9 @@ def _of_openmmlab(text: str, layout: Layout) -> dict[str, Any]:
     norm = backbone.get("norm_cfg")
     if isinstance(norm, Mapping) and type(norm.get("eps")) is float:
         said["layer_norm_eps"] = norm["eps"]
-    mean, std = (pixels.get(name) for name in ("mean", "std"))
-    if _are_colors(mean) and _are_colors(std) and pixels.get("bgr_to_rgb"):
-        said |= {"pixel_mean": tuple(mean), "pixel_std": tuple(std)}
+    mean, std = (_three_numbers(pixels.get(name)) for name in ("mean", "std"))
+    if mean and std and pixels.get("bgr_to_rgb"):
+        said |= {"pixel_mean": mean, "pixel_std": std}
     return said
 
 
@@ -185,8 +185,11 @@ def _whole_numbers(value: object) -> tuple[int, ...]:
     return ()
 
 
-def _are_colors(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(type(one) in (int, float) for one in value)
+def _three_numbers(value: object) -> tuple[float, ...]:
+    """A list of three numbers; empty if it is anything else."""
+    if isinstance(value, (list, tuple)) and len(value) == 3 and all(type(one) in (int, float) for one in value):
+        return tuple(value)
+    return ()
 
 
 def _classes_of(meta: Mapping[Any, Any]) -> tuple[object, object]:

@@ -131,16 +131,23 @@ def of_transformers(hf: Any) -> dict[str, Callable[[], torch.nn.Module]]:
     }
 
 
-def of_facebook(dinov2: Path, dinov3: Path) -> dict[str, Callable[[], torch.nn.Module]]:
-    """Networks of facebookresearch by family, from clones of their repositories; settings of their ``hub``."""
-    sys.path[:0] = [str(dinov2), str(dinov3)]
-    from dinov2.models.vision_transformer import DinoVisionTransformer as Dinov2
-    from dinov3.models.vision_transformer import DinoVisionTransformer as Dinov3
+def small_dinov3(clone: Path, **options: Any) -> torch.nn.Module:
+    """A DINOv3 of facebookresearch, from a clone of its repository; settings of its ``hub``."""
+    sys.path.insert(0, str(clone))
+    from dinov3.models.vision_transformer import DinoVisionTransformer
 
-    three = {k: v for k, v in SMALL.items() if k != "mlp_ratio"} | {
+    settings = {k: v for k, v in SMALL.items() if k != "mlp_ratio"} | {
         "patch_size": 16, "ffn_ratio": 2, "pos_embed_rope_dtype": "fp32", "layerscale_init": 1e-5,
         "norm_layer": "layernormbf16", "n_storage_tokens": 4, "mask_k_bias": True,
     }  # fmt: skip
+    return DinoVisionTransformer(**settings, **options)
+
+
+def of_facebook(dinov2: Path, dinov3: Path) -> dict[str, Callable[[], torch.nn.Module]]:
+    """Networks of facebookresearch by family, from clones of their repositories; settings of their ``hub``."""
+    sys.path.insert(0, str(dinov2))
+    from dinov2.models.vision_transformer import DinoVisionTransformer as Dinov2
+
     two = {**SMALL, "img_size": 112, "patch_size": 14, "init_values": 1.0, "block_chunks": 0}
     registers = {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0}
     return {
@@ -148,9 +155,9 @@ def of_facebook(dinov2: Path, dinov3: Path) -> dict[str, Callable[[], torch.nn.M
         "dinov2 giant": lambda: filled(Dinov2(**two, ffn_layer="swiglufused")),
         "dinov2 registers": lambda: filled(Dinov2(**two, **registers)),
         "dinov2 sharded": lambda: filled(Dinov2(**{**two, "block_chunks": 2})),
-        "dinov3": lambda: filled(Dinov3(**three)),
-        "dinov3 plus": lambda: filled(Dinov3(**three, ffn_layer="swiglu")),
-        "dinov3 satellite": lambda: filled(Dinov3(**three, untie_global_and_local_cls_norm=True)),
+        "dinov3": lambda: filled(small_dinov3(dinov3)),
+        "dinov3 plus": lambda: filled(small_dinov3(dinov3, ffn_layer="swiglu")),
+        "dinov3 satellite": lambda: filled(small_dinov3(dinov3, untie_global_and_local_cls_norm=True)),
     }
 
 

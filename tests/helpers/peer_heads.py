@@ -1,8 +1,8 @@
 """Segmentation networks of other projects, in small, with their own code; writes ``heads.json``.
 
-    python tests/helpers/peer_heads.py
+    python tests/helpers/peer_heads.py DINOV3
 
-timm, transformers, segmentation-models-pytorch, mmsegmentation, mmengine, mmcv-lite and terratorch have to be
+DINOV3 is a clone of github.com/facebookresearch/dinov3, which TerraTorch would download. timm, transformers, segmentation-models-pytorch, mmsegmentation, mmengine, mmcv-lite and terratorch have to be
 installed; the last four may be without what they need (``pip install --no-deps``), because packages that the arithmetic
 does not use are replaced by empty ones.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from encoder_files import samples
 from head_files import RECORDED, TILE
-from peer_encoders import filled, import_peers, pixels, saved_by_transformers
+from peer_encoders import filled, import_peers, pixels, saved_by_transformers, small_dinov3
 
 UNUSED = (
     "albumentations", "box", "fiona", "gdown", "geopandas", "granitewxc", "h5py", "jsonargparse", "kornia", "lightning",
@@ -205,14 +205,16 @@ def of_openmmlab() -> dict[str, dict[str, Any]]:
 
 
 @torch.inference_mode()
-def of_terratorch() -> dict[str, dict[str, Any]]:
-    """What ``EncoderDecoderFactory`` makes of timm's ViT, as Lightning saves it."""
+def of_terratorch(dinov3: Path) -> dict[str, dict[str, Any]]:
+    """What ``EncoderDecoderFactory`` makes of timm's ViTs and facebookresearch's DINOv3, as Lightning saves it."""
     from terratorch.models.encoder_decoder_factory import EncoderDecoderFactory
 
     vit = {"backbone": "vit_small_patch16_224", "backbone_pretrained": False}
     vit |= {f"backbone_{name}": value for name, value in VIT.items()}
     vit |= {"decoder": "UperNetDecoder", "decoder_channels": WIDTH, "num_classes": 3, "head_dropout": 0.1}
     select = [{"name": "SelectIndices", "indices": [0, 1, 3]}]
+    torch.hub.load = lambda *_, **__: small_dinov3(dinov3)
+    tokens = [{"name": "SelectIndices", "indices": [1, 3]}, {"name": "ReshapeTokensToImage"}]
     smp = {"decoder": "smp_UPerNet", "backbone_out_indices": [0, 1, 2, 4, 5]}
     cases = {
         "timm's last three blocks": {},
@@ -222,6 +224,7 @@ def of_terratorch() -> dict[str, dict[str, Any]]:
             "decoder_kwargs": {"channels": WIDTH, "align_corners": False, "pool_scales": [1, 2, 4, 6]},
         },
         "smp": {**smp},
+        "DINOv3 of facebookresearch": {"backbone": "dinov3_vits16", "necks": tokens},
         "DINOv3": {"backbone": "vit_small_patch16_dinov3", "backbone_out_indices": [1, 2, 4, 5]},
     }
     found = {}
@@ -230,6 +233,9 @@ def of_terratorch() -> dict[str, dict[str, Any]]:
         if "backbone_kwargs" in changes:
             plain = {key: value for key, value in vit.items() if not key.startswith(("backbone_", "decoder_"))}
             arguments = {**plain, **changes}
+        if "dinov3_vits16" in arguments["backbone"]:
+            arguments = {key: value for key, value in arguments.items() if not key.startswith("backbone_")}
+            arguments["backbone_ckpt_path"] = None
         if name == "smp":
             arguments["decoder_decoder_channels"] = arguments.pop("decoder_channels")
         network = filled_head(EncoderDecoderFactory().build_model("segmentation", **json.loads(json.dumps(arguments))))
@@ -246,6 +252,6 @@ if __name__ == "__main__":
     timm, hf = import_peers()
     import segmentation_models_pytorch as smp
 
-    heads = {**of_hf(hf), **of_smp(smp, timm), **of_openmmlab(), **of_terratorch()}
+    heads = {**of_hf(hf), **of_smp(smp, timm), **of_openmmlab(), **of_terratorch(Path(sys.argv[1]))}
     lines = [f"{json.dumps(name)}: {json.dumps(head, separators=(',', ':'))}" for name, head in heads.items()]
     RECORDED.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

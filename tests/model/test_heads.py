@@ -72,6 +72,7 @@ SAID = {
     TERRATORCH: ((0, 2, 5), (1, 2), "pools", "none", ("a", "b", "c")),
     "terratorch, timm's last three blocks": ((3, 4, 5), (1, 2, 3, 6), "pools", "none", ("a", "b", "c")),
     "terratorch, in kwargs, corners not aligned": ((1, 3, 4), (1, 2, 4, 6), "none", "none", ("a", "b", "c")),
+    "terratorch, DINOv3 of facebookresearch": ((1, 3), (1, 2, 3, 6), "pools", "taps", ("a", "b", "c")),
     TERRATORCH_SMP: ((2, 4, 5), (1, 2, 3, 6), "none", "taps", ("a", "b", "c")),
 }
 

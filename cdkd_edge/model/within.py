@@ -21,6 +21,11 @@ from cdkd_edge.model.layouts import OPENMMLAB, Layout
 FOUND_SCHEMA = "the file's own"  # name of a schema made from another project's class names; ``--schema`` overrides it
 _MAX_TEXT = 1 << 20  # of a configuration, characters
 _FLAT_NECKS = {"SelectIndices", "ReshapeTokensToImage", "PermuteDims"}  # they leave every map as large as it is
+_DINOV3_WRAPPER = "encoder.dinov3."
+_SHIFTED = (
+    "maps of TerraTorch's DINOv3 wrapper with its class token (backbone_return_cls_token is not false), which comes last "
+    "while the first patch is taken for it"
+)
 _TIMM_MAPS = 3  # timm's features_only gives those of the last three blocks of a ViT
 
 
@@ -51,7 +56,7 @@ def read_within(
         CheckpointError: the file describes an encoder that this package does not have.
     """
     stated: dict[str, Any] = dict(head.implied) if head else {}
-    if normed and (prefix == "encoder.dinov3." or (head is TRANSFORMERS_HEAD and layout.model_type)):
+    if normed and (prefix == _DINOV3_WRAPPER or (head is TRANSFORMERS_HEAD and layout.model_type)):
         # TerraTorch's DinoV3Wrapper and Hugging Face's backbones norm all maps, unless a config.json says otherwise.
         stated["final_norm"] = "taps"
     if normed and layout is OPENMMLAB:
@@ -67,12 +72,12 @@ def read_within(
         said, other = _of_terratorch(arguments.get("model_args"), head, prefix, depth)
         notes = (f"the file's hyper_parameters give {', '.join(said)}",) if said else ()
         return Within({**stated, **said}, notes, other, class_names=arguments.get("class_names"))
-    return Within(stated)
+    return Within(stated, other_head=_SHIFTED if head and prefix == _DINOV3_WRAPPER else "")
 
 
 def _of_terratorch(arguments: object, head: Head | None, prefix: str, depth: int) -> tuple[dict[str, Any], str]:
     if not isinstance(arguments, Mapping):
-        return {}, ""
+        return {}, _SHIFTED if head and prefix == _DINOV3_WRAPPER else ""
 
     def get(part: str, name: str) -> Any:
         """``decoder_channels``, or ``channels`` in ``decoder_kwargs``."""
@@ -80,6 +85,8 @@ def _of_terratorch(arguments: object, head: Head | None, prefix: str, depth: int
         return kwargs.get(name) if isinstance(kwargs, Mapping) and kwargs else arguments.get(f"{part}_{name}")
 
     said: dict[str, Any] = {}
+    if head and prefix == _DINOV3_WRAPPER and get("backbone", "return_cls_token") is not False:
+        return said, _SHIFTED
     if (align := get("decoder", "align_corners")) is not None and head:
         said["align_corners"] = head.implied.get("align_corners", "pools") if align else "none"
     if scales := _whole_numbers(get("decoder", "pool_scales")):

@@ -2,9 +2,10 @@
 
     python tests/helpers/peer_heads.py DINOV3
 
-DINOV3 is a clone of github.com/facebookresearch/dinov3, which TerraTorch would download. timm, transformers, segmentation-models-pytorch, mmsegmentation, mmengine, mmcv-lite and terratorch have to be
-installed; the last four may be without what they need (``pip install --no-deps``), because packages that the arithmetic
-does not use are replaced by empty ones.
+DINOV3 is a clone of github.com/facebookresearch/dinov3, which TerraTorch would download. timm, transformers,
+segmentation-models-pytorch, mmsegmentation, mmengine, mmcv-lite and terratorch have to be installed; the last four may
+be without what they need (``pip install --no-deps``), because packages that the arithmetic does not use are replaced by
+empty ones.
 """
 
 from __future__ import annotations
@@ -235,7 +236,7 @@ def of_terratorch(dinov3: Path) -> dict[str, dict[str, Any]]:
             arguments = {**plain, **changes}
         if "dinov3_vits16" in arguments["backbone"]:
             arguments = {key: value for key, value in arguments.items() if not key.startswith("backbone_")}
-            arguments["backbone_ckpt_path"] = None
+            arguments |= {"backbone_ckpt_path": None, "backbone_return_cls_token": False}
         if name == "smp":
             arguments["decoder_decoder_channels"] = arguments.pop("decoder_channels")
         network = filled_head(EncoderDecoderFactory().build_model("segmentation", **json.loads(json.dumps(arguments))))

@@ -246,6 +246,16 @@ def test_a_neck_without_weights_is_known_by_the_configuration(tmp_path, neck):
     assert any(part.what.startswith("head behind the neck") for part in report.dropped)
 
 
+@pytest.mark.parametrize("arguments", [{"backbone_return_cls_token": True}, {"backbone_return_cls_token": None}, None])
+def test_maps_that_are_shifted_by_a_class_token_are_refused_by_name(tmp_path, arguments):
+    """``DinoV3Wrapper`` puts the class token behind the patches; ``ReshapeTokensToImage`` takes the first one away."""
+    name = "terratorch, DINOv3 of facebookresearch"
+    document = {} if arguments is None else hyper(name, **arguments)
+    path = changed(tmp_path, name, dict, **document)
+    assert "backbone_return_cls_token is not false" in loading_refused(load_checkpoint, path).message
+    load_encoder(path)
+
+
 def test_several_frames_in_one_map_are_no_single_image(tmp_path):
     necks = [{"name": "ReshapeTokensToImage", "effective_time_dim": 3}]
     path = changed(tmp_path, TERRATORCH, dict, **hyper(TERRATORCH, necks=necks))

@@ -23,8 +23,8 @@ _MAX_TEXT = 1 << 20  # of a configuration, characters
 _FLAT_NECKS = {"SelectIndices", "ReshapeTokensToImage", "PermuteDims"}  # they leave every map as large as it is
 _DINOV3_WRAPPER = "encoder.dinov3."
 _SHIFTED = (
-    "maps of TerraTorch's DINOv3 wrapper with its class token (backbone_return_cls_token is not false), which comes last "
-    "while the first patch is taken for it"
+    "maps of TerraTorch's DINOv3 wrapper with its class token (backbone_return_cls_token is not false), which comes "
+    "last while the first patch is taken for it"
 )
 _TIMM_MAPS = 3  # timm's features_only gives those of the last three blocks of a ViT
 

@@ -231,7 +231,7 @@ def without_mean(weight, bias, mean, std):
     return weight / np.asarray(std, np.float32).reshape(1, 3, 1, 1), bias
 
 
-def corner_aligned(grid, scales):
+def corner_aligned(grid, scales, align=False):
     columns = []
     for scale in scales:
         axis = np.zeros((grid, scale))

@@ -275,7 +275,7 @@ def open_weights(path: Path, weights: str | None = None, *, sam: bool = False) -
         if not _is_plain(header.get(part), kind):
             raise CheckpointError(f"{path} has a damaged header: its {part} is not plain data")
     found = find_weights(document, path, weights)
-    layout, head, prefix = recognise(list(found.tensors))
+    layout, head, prefix = (OURS, None, "") if header else recognise(list(found.tensors))
     if (layout is SAM) != sam:
         raise CheckpointError(
             f"{path} holds {'no' if sam else 'the'} image encoder of SAM",

@@ -11,6 +11,7 @@ pytest.importorskip("safetensors")
 
 from commands import run
 from encoder_files import FAMILIES, write_encoder
+from head_files import TILE, write_network
 from scene_helpers import noise, read_labels, write_raster
 from training_helpers import write_dataset
 
@@ -54,6 +55,33 @@ def test_from_an_encoder_to_a_label_map(tmp_path, data, family, layout):
     write_raster(tmp_path / "scene.tif", noise(tile + 20, tile + 30))
     answered("segment", tmp_path / "scene.tif", "-w", tmp_path, "-o", tmp_path / "labels.tif", "--overlap", 0)
     assert read_labels(tmp_path / "labels.tif").shape == (tile + 20, tile + 30)
+
+
+@pytest.mark.parametrize("name", ["terratorch, selected", "openmmlab, three taps, corners aligned, final norm"])
+def test_from_a_network_of_another_project_to_a_label_map(tmp_path, name):
+    source = write_network(tmp_path / "hub", name)
+    exported = answered("export", source, "--tile", TILE, "-w", tmp_path)
+    assert exported["manifest"]["check"]["label_agreement"] >= 0.9999
+    assert answered("build", "-w", tmp_path)["manifest"]["attention_blocks"] == 6
+    write_raster(tmp_path / "scene.tif", noise(TILE + 20, TILE + 30))
+    answered("segment", tmp_path / "scene.tif", "-w", tmp_path, "-o", tmp_path / "labels.tif", "--overlap", 0)
+    assert set(read_labels(tmp_path / "labels.tif").ravel()) <= {0, 1, 2}
+
+
+def test_a_head_of_another_kind_is_replaced_by_tuning(tmp_path, data):
+    """The encoder of a network with a neck of several strides gets a UPerNet."""
+    import torch
+
+    source = write_network(tmp_path, "openmmlab, four taps")
+    document = torch.load(source, weights_only=True)
+    document["state_dict"]["neck.convs.0.conv.weight"] = torch.ones(2, 2, 3, 3)
+    torch.save(document, source)
+    loop = ("--epochs", 1, "--batch", 2, "--head-channels", 8, "--device", "cpu", "--precision", "fp32")
+    answered(
+        "finetune", source, "--data", data, "-o", tmp_path / "tuned.pt", "--schema", "dubai", "--val-scenes", "t2",
+        "--tile", TILE, *loop,
+    )  # fmt: skip
+    assert answered("info", tmp_path / "tuned.pt")["config"]["head_channels"] == 8
 
 
 def test_a_folder_of_a_hub_is_a_teacher(tmp_path):

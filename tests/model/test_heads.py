@@ -158,6 +158,14 @@ def test_our_own_checkpoint_is_not_told_otherwise(tmp_path):
     assert "states 0,2,5 as the blocks that feed the head itself, not 1,2,3" in error.message
 
 
+def test_our_own_checkpoint_has_no_head_of_others(tmp_path):
+    save_checkpoint(load_checkpoint(write_network(tmp_path, TERRATORCH))[0], tmp_path / "own.pt")
+    document = torch.load(tmp_path / "own.pt", weights_only=True)
+    document["state_dict"]["decoder.gate.weight"] = torch.ones(2)
+    torch.save(document, tmp_path / "own.pt")
+    assert "unexpected tensors: decoder.gate.weight" in loading_refused(load_encoder, tmp_path / "own.pt").message
+
+
 def test_convert_writes_what_a_file_does_not_say(tmp_path):
     source = write_network(tmp_path, SMP)
     answer = run("convert", source, "--taps", UNSAID[SMP], "--tile", TILE, "-o", tmp_path / "own.pt", "--json")

@@ -7,7 +7,7 @@ BOARD_VERSIONS ?= pinned
 BOARD_VENV := .venv-board-$(notdir $(BOARD_PYTHON))-$(BOARD_VERSIONS)
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-gpu test-board test-floors test-cpus test-aarch64 test-image test-wheel lint lint-docker types docs audit \
+.PHONY: demo test test-fast test-encoders test-gpu test-board test-floors test-cpus test-aarch64 test-image test-wheel lint lint-docker types docs audit \
 	locks wheelhouse bench dubai-model tiny-model clean
 
 demo: $(VENV)/.package
@@ -20,6 +20,11 @@ test: lint types
 # Without the paper-size network.
 test-fast: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# Encoders and heads beside the code of timm, transformers and segmentation-models-pytorch, which are installed for it.
+test-encoders: $(VENV)/.tests
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[export,test,encoders]'
+	$(VENV)/bin/python -m pytest tests/model/test_encoders.py tests/model/test_heads.py
 
 # On an NVIDIA GPU; without one everything is skipped and says why, and nothing has passed. Optional: DATA=labelled-folder
 # SCHEMA=name CHECKPOINT=file GRAPHS=folder. GPU_PYTHON=python3 runs it in an environment of your own: on a Jetson, or
@@ -64,6 +69,7 @@ test-wheel: $(VENV)/.docs
 # The documentation as a site in out/site; a warning or a broken link ends it.
 docs: $(VENV)/.docs
 	$(VENV)/bin/python docs/rooms.py
+	$(VENV)/bin/python docs/families.py
 	$(VENV)/bin/sphinx-build -q -W --keep-going -n docs out/site
 
 # Known vulnerabilities of what is installed.

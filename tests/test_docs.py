@@ -158,6 +158,15 @@ def test_the_rooms_are_drawn_as_they_are():
     assert packages == set(rooms.ROOMS)
 
 
+def test_the_tables_of_checkpoints_are_those_of_the_code():
+    """`python docs/families.py` writes them."""
+    spec = importlib.util.spec_from_file_location("families", ROOT / "docs" / "families.py")
+    families = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(families)
+    for path, text in families.texts().items():
+        assert path.read_text(encoding="utf-8") == text, path
+
+
 @pytest.mark.needs_torch
 def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     """In one go, from a checkpoint to a measurement, in a folder with a scene and labelled images."""

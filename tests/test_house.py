@@ -34,7 +34,9 @@ FLOOR = {name: level for level, name in enumerate(ROOMS)}
 
 NEEDS_TORCH = (
     "cdkd_edge.model.network",
-    "cdkd_edge.model.layouts",
+    "cdkd_edge.model.complete",
+    "cdkd_edge.model.infer",
+    "cdkd_edge.model.resample",
     "cdkd_edge.model.checkpoint",
     "cdkd_edge.model.container",
     "cdkd_edge.model.sam",

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING
 from typer import BadParameter, Option
 
 from cdkd_edge.cli.inspect import change_rows
-from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, NORM_EPS, WEIGHTS, WORKSPACE, require_package, stem_of
+from cdkd_edge.cli.options import (
+    CHECKPOINT,
+    HEADS,
+    JSON,
+    NORM_EPS,
+    POOL_SCALES,
+    TAPS,
+    WEIGHTS,
+    WORKSPACE,
+    require_package,
+    stem_of,
+)
 from cdkd_edge.cli.progress import steps
 from cdkd_edge.cli.report import Report, Rows, fields_of, plural
 from cdkd_edge.core.labels import BUILTIN_SCHEMAS, NAME_THEM, nameless
@@ -32,6 +43,8 @@ class GraphOptions:
     opset: int = Option(20, help="ONNX opset.", min=17, max=20)
     heads: int | None = HEADS
     layer_norm_eps: float | None = NORM_EPS
+    taps: str | None = TAPS
+    pool_scales: str | None = POOL_SCALES
     weights: str | None = WEIGHTS
 
 

@@ -16,7 +16,9 @@ from cdkd_edge.cli.options import (
     HEADS,
     JSON,
     NORM_EPS,
+    POOL_SCALES,
     SCHEMA,
+    TAPS,
     ReadingOptions,
     TorchOptions,
     command_line,
@@ -92,6 +94,8 @@ class NetworkOptions:
     )
     heads: int | None = HEADS
     layer_norm_eps: float | None = NORM_EPS
+    taps: str | None = TAPS
+    pool_scales: str | None = POOL_SCALES
     head_channels: int | None = Option(None, help="Channels of a new head. Default: those of the old, or 256.", min=1)
     new_head: bool = Option(False, help="Replace the checkpoint's head.")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from typer import Option
 
-from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, WEIGHTS, require_package
+from cdkd_edge.cli.options import CHECKPOINT, HEADS, JSON, POOL_SCALES, TAPS, WEIGHTS, require_package
 from cdkd_edge.cli.report import Report, Rows, fields_of, plural
 from cdkd_edge.core.numbers import significant
 
@@ -21,6 +21,8 @@ def info(
     checkpoint: Path = CHECKPOINT,
     tile: int | None = Option(None, help="Count for tiles of this side, px. Default: the checkpoint's.", min=1),
     heads: int | None = HEADS,
+    taps: str | None = TAPS,
+    pool_scales: str | None = POOL_SCALES,
     weights: str | None = WEIGHTS,
     as_json: bool = JSON,
 ) -> None:
@@ -31,15 +33,20 @@ def info(
     from cdkd_edge.model.sparsity import sparse_weights, sparsifiable
 
     network: Any
-    network, report = load_encoder(checkpoint, tile=tile, heads=heads, weights=weights)
+    reading: dict[str, Any] = {"tile": tile, "heads": heads, "taps": taps, "pool_scales": pool_scales}
+    network, report = load_encoder(checkpoint, **reading, weights=weights)
     if report.has_head:
-        network, report = load_checkpoint(checkpoint, tile=tile, heads=heads, weights=weights)
+        network, report = load_checkpoint(checkpoint, **reading, weights=weights)
     sparse = len(sparse_weights(network)), len(sparsifiable(network))
     _describe(checkpoint, report, network_cost(network), sparse).show(as_json)
 
 
+def _no_head(report: CheckpointReport) -> str:
+    return f"{report.other_head}: no UPerNet, not read" if report.other_head else "none: an encoder alone"
+
+
 def _describe(path: Path, report: CheckpointReport, cost: Cost, sparse: tuple[int, int]) -> Report:
-    from cdkd_edge.model.config import attention_text, encoder_text
+    from cdkd_edge.model.config import attention_text, encoder_text, head_text
 
     def scaled(count: int, unit: float) -> str:
         return significant(count / unit, 5)
@@ -53,7 +60,7 @@ def _describe(path: Path, report: CheckpointReport, cost: Cost, sparse: tuple[in
         ("encoder", encoder_text(config)),
         ("attention", attention_text(config.attention)),
         *([("sparsity", f"2:4 in {sparse[0]} of {sparse[1]} layers (proj, fc1, fc2)")] if sparse[0] else []),
-        ("head", f"UPerNet, {config.head_channels} channels" if report.has_head else "none: an encoder alone"),
+        ("head", head_text(config) if report.has_head else _no_head(report)),
         ("classes", f"{config.classes} ({classes})" if report.has_head else "none"),
         ("tile", f"{config.tile} x {config.tile} px"),
         ("parameters", f"{scaled(cost.parameters, 1e6)} M" + (embedded if cost.position_parameters else "")),
@@ -68,6 +75,7 @@ def _describe(path: Path, report: CheckpointReport, cost: Cost, sparse: tuple[in
     data = {
         "path": path,
         **fields_of(report, "layout", "config", "has_head", "averaged", "dropped", "notes"),
+        "other_head": report.other_head or None,
         "classes": report.schema.class_names if report.schema else None,
         "cost": {**dataclasses.asdict(cost), "total_macs": cost.total_macs},
         "sparse_layers": sparse[0],

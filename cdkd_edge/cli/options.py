@@ -41,6 +41,10 @@ SCENES = Option(None, help="Use only these scenes of --data, e.g. tile5 or Val. 
 WEIGHTS = Option(None, help="Which weights to take. Default: averaged ones, if any.", metavar="raw|ema|NAME")
 HEADS = Option(None, help="Attention heads. Default: one per 64 of the width.", min=1)
 NORM_EPS = Option(None, "--norm-eps", help="LayerNorm's epsilon. Default: that of the layout.")
+TAPS = Option(
+    None, help="Blocks that feed the head, from 0: 2,5,8,11. Default: the file's, or evenly spaced.", metavar="N,N,..."
+)
+POOL_SCALES = Option(None, help="Sizes that the head pools to. Default: the file's, or 1,2,3,6.", metavar="N,N,...")
 DEVICE = Option("auto", help="Where PyTorch computes: cpu, cuda, cuda:1, mps, or auto (CUDA if there is any).")
 THREADS = Option(None, help="CPU threads for the engine. Default: one per core.", min=1)
 

@@ -99,7 +99,7 @@ def source_record(source: str, report: FileReport | None) -> dict[str, Any]:
     """What the record of a run says of a network."""
     if report is None:
         return {"file": source, "sha256": "", "layout": "random weights"}
-    return {"file": Path(source).name, "sha256": sha256_of(Path(source)), "layout": report.layout}
+    return {"file": Path(source).name, "sha256": sha256_of(report.path), "layout": report.layout}
 
 
 def quarter_pairs(teacher: int, student: int, quarters: int = 3) -> tuple[tuple[int, int], ...]:

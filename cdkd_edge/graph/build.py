@@ -360,7 +360,7 @@ class _NetworkWriter(NodeWriter):
         shares = self.add("MatMul", "context.taps", pooled, taps_weight)  # [N, cells, 9 C]
         shares = self.reshape("context.shares", shares, 9 * len(mask), channels)
         shares = self.add("Transpose", "context.rows", shares, perm=[0, 2, 1])  # small; the map would be large
-        spread = self.constant("context.spread", fold.spreading_matrix(grid, scales).T)
+        spread = self.constant("context.spread", fold.spreading_matrix(grid, scales, config.pools_align).T)
         context = self.add("MatMul", "context", shares, spread)  # [N, C, L]
         context = self.reshape("context.map", context, channels, grid, grid)
         deep_map = self.as_map("deep", deep, config.embed_dim)
@@ -388,7 +388,8 @@ class _NetworkWriter(NodeWriter):
         """Bilinear up-sampling to pixels and argmax."""
         patch = self.config.patch
         scales = self.constant("upsampling", np.array([1, 1, patch, patch], np.float32))
-        options = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+        place = "align_corners" if self.config.logits_align else "half_pixel"
+        options = {"mode": "linear", "coordinate_transformation_mode": place}
         scores = self.add("Resize", "scores", logits, "", scales, **options)
         best = self.add("ArgMax", "best", scores, axis=1, keepdims=0)
         # By way of floats, which hold class numbers exactly: TensorRT's header promises no other cast to uint8.

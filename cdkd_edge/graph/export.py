@@ -42,7 +42,6 @@ from cdkd_edge.graph.nodes import Note, show_values, simplify_graph
 from cdkd_edge.graph.outputs import QGIS_OPSET, QgisGraph, require_gsd, require_own_qgis, write_qgis
 from cdkd_edge.graph.stac import require_own_stac, stac_item, stac_path, write_stac
 from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
-from cdkd_edge.model.config import PIXEL_MEAN, PIXEL_STD
 from cdkd_edge.model.network import SegmentationNetwork
 
 MIN_AGREEMENT = (
@@ -65,6 +64,8 @@ class ExportOptions:
     schema: str | None = None
     heads: int | None = None
     layer_norm_eps: float | None = None
+    taps: str | None = None  # blocks that feed the head, and sizes that it pools to, with commas
+    pool_scales: str | None = None
     fp16: bool | None = False  # also write the FP16 graph: True, an error if it fails its check; None, if it passes
     min_agreement: float | None = (
         None  # of FP16: share of labels that stay the same, 0..1; see :func:`.fp16.check_fp16`
@@ -118,6 +119,8 @@ def export_checkpoint(
         tile=options.tile,
         heads=options.heads,
         layer_norm_eps=options.layer_norm_eps,
+        taps=options.taps,
+        pool_scales=options.pool_scales,
         weights=options.weights,
     )
     classes = report.config.classes
@@ -202,10 +205,10 @@ def _write_plain(
             name=destination.stem,
             precision="fp32",
             artefact=FileRecord.of(temporary, destination.name),
-            checkpoint=FileRecord.of(checkpoint),
+            checkpoint=FileRecord.of(report.path),
             layout=report.layout,
             labels=schema.to_document(),
-            preprocessing=Preprocessing("RGB", PIXEL_MEAN, PIXEL_STD),
+            preprocessing=Preprocessing("RGB", config.pixel_mean, config.pixel_std),
             tile=config.tile,
             batch=options.batch,
             opset=options.opset,

@@ -128,13 +128,16 @@ def pooling_matrix(grid: int, scales: Sequence[int]) -> Array:
     return np.concatenate(rows).astype(np.float32)
 
 
-def upsampling_matrix(grid: int, scales: Sequence[int]) -> Array:
-    """Bilinear up-sampling (no aligned corners) of every ``s x s`` map to ``grid x grid``, ``[grid*grid, sum s*s]``."""
+def upsampling_matrix(grid: int, scales: Sequence[int], align: bool = False) -> Array:
+    """Bilinear up-sampling of every ``s x s`` map to ``grid x grid``, ``[grid*grid, sum s*s]``.
+
+    ``align``: the corners of both maps are aligned.
+    """
     columns = []
     for scale in scales:
         axis = np.zeros((grid, scale))
         for cell in range(grid):
-            source = max((cell + 0.5) * scale / grid - 0.5, 0.0)
+            source = cell * (scale - 1) / max(1, grid - 1) if align else max((cell + 0.5) * scale / grid - 0.5, 0.0)
             low = min(int(source), scale - 1)
             high = min(low + 1, scale - 1)
             axis[cell, low] += 1 - (source - low)
@@ -149,7 +152,7 @@ def kernel_taps(kernel: Array) -> Array:
     return np.ascontiguousarray(kernel.transpose(1, 2, 3, 0).reshape(inputs, 9 * channels))
 
 
-def spreading_matrix(grid: int, scales: Sequence[int]) -> Array:
+def spreading_matrix(grid: int, scales: Sequence[int], align: bool = False) -> Array:
     """Up-sampling and the gathering of a zero-padded 3x3 convolution in one matrix.
 
     A tap at pixel (y, x) reads the up-sampled map at (y + dy, x + dx), a weighted sum of cells, or the zero padding.
@@ -157,7 +160,7 @@ def spreading_matrix(grid: int, scales: Sequence[int]) -> Array:
     Returns:
         ``[grid*grid, 9 * sum s*s]``, cell by cell and tap by tap, for the shares that :func:`kernel_taps` makes.
     """
-    upsampling = upsampling_matrix(grid, scales)
+    upsampling = upsampling_matrix(grid, scales, align)
     cells = upsampling.shape[1]
     padded = np.zeros((grid + 2, grid + 2, cells), np.float32)
     padded[1:-1, 1:-1] = upsampling.reshape(grid, grid, cells)

@@ -1,46 +1,39 @@
 """Loads a checkpoint of any known layout as this package's network, and saves one.
 
 :mod:`cdkd_edge.model.container` reads the file safely, :mod:`cdkd_edge.model.unwrap` picks one set of weights,
-:mod:`cdkd_edge.model.layouts` renames it and finds the network's configuration.
+:mod:`cdkd_edge.model.layouts` and :mod:`cdkd_edge.model.heads` rename it, :mod:`cdkd_edge.model.infer` finds the
+network's configuration, with what :mod:`cdkd_edge.model.within` and :mod:`cdkd_edge.model.beside` read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cdkd_edge.core.errors import CheckpointError, EncoderOnlyError, SchemaError
+from cdkd_edge.core.errors import CheckpointError, EncoderOnlyError
 from cdkd_edge.core.files import whole_file
-from cdkd_edge.core.labels import LabelSchema, schema_from_document, schema_of_lists
-from cdkd_edge.model.config import NetworkConfig, attention_of
+from cdkd_edge.core.labels import LabelSchema, schema_from_document
+from cdkd_edge.model.beside import read_beside, weights_file
+from cdkd_edge.model.complete import complete_blocks, complete_head, drop_part, fold_layer_scale
+from cdkd_edge.model.config import NO_NORM, NetworkConfig, attention_of, numbers_of, shown
 from cdkd_edge.model.container import FORMAT, FORMAT_VERSION, as_float32, read_container, require_in_file, save_tensors
-from cdkd_edge.model.layouts import (
-    OURS,
-    SAM,
-    Dropped,
-    Layout,
-    add_missing_qkv_bias,
-    fold_layer_scale,
-    inferred_config,
-    listed,
-    recognise,
-    translate,
-)
+from cdkd_edge.model.heads import Head, recognise, translate_parts
+from cdkd_edge.model.infer import block_count, inferred_config, patch_shape, require_agreement
+from cdkd_edge.model.layouts import FINAL_NORM, OPENMMLAB, OURS, SAM, TIMM, Dropped, Layout, listed
 from cdkd_edge.model.network import Encoder, SegmentationNetwork
+from cdkd_edge.model.resample import resample_patches, resample_position
 from cdkd_edge.model.sam import SamEncoder
 from cdkd_edge.model.unwrap import Weights, find_weights
+from cdkd_edge.model.within import read_within, schema_within
 
 _Module = TypeVar("_Module", SegmentationNetwork, Encoder, SamEncoder)
-OPENMMLAB_SCHEMA = "OpenMMLab meta"  # name of a schema made from OpenMMLab's class names; ``--schema`` overrides it
 _MAX_HEADER = 4 << 20  # most characters of a part of the header as JSON; a number or bracket counts as 16
 
 
@@ -63,13 +56,14 @@ class CheckpointReport(FileReport):
     """What was found in a checkpoint of a network."""
 
     config: NetworkConfig
-    schema: LabelSchema | None = None  # the checkpoint's own, or made from the class names in OpenMMLab's files
+    schema: LabelSchema | None = None  # the checkpoint's own, or made from the class names in another project's files
+    other_head: str = ""  # a head that this network does not have, and a key of it
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _HIDDEN = (
-    "heads", "layer_norm_eps", "pool_scales", "attention", "rotary_base", "final_norm", "tapped", "pixel_mean",
-    "pixel_std",
+    "heads", "layer_norm_eps", "pool_scales", "attention", "rotary_base", "final_norm", "tapped", "align_corners",
+    "pixel_mean", "pixel_std",
 )  # fmt: skip
 """Fields of a configuration that no tensor shows; with rotary positions, the tile is one more."""
 
@@ -82,7 +76,9 @@ class Opened:
     document: Mapping[str, Any]  # the top level of the file
     header: Mapping[str, Any]  # of this package's own files
     found: Weights
-    layout: Layout
+    layout: Layout  # of the encoder
+    head: Head | None  # another project's, beside it
+    prefix: str  # of the encoder's keys
     state: dict[str, Tensor]
     dropped: tuple[Dropped, ...]
 
@@ -90,7 +86,8 @@ class Opened:
         """The fields of a :class:`FileReport`."""
         found = self.found
         return {
-            "path": self.path, "layout": self.layout.name, "has_head": has_head, "unwrapped": found.unwrapped,
+            "path": self.path, "layout": self.layout.name + (f", {self.head.name}" if has_head and self.head else ""),
+            "has_head": has_head, "unwrapped": found.unwrapped,
             "dropped": (*found.dropped, *self.dropped), "notes": (*found.notes, *notes), "averaged": found.averaged,
             "taken": found.notes,
         }  # fmt: skip
@@ -100,7 +97,8 @@ def load_checkpoint(path: str | Path, **reading: Any) -> tuple[SegmentationNetwo
     """Load a segmentation network in evaluation mode, FP32, on the CPU.
 
     Args:
-        path: a file of ``torch.save`` or safetensors in any layout of :mod:`cdkd_edge.model.layouts`.
+        path: a file of ``torch.save`` or safetensors in any layout of :mod:`cdkd_edge.model.layouts`, or a hub's folder
+            with one (:mod:`cdkd_edge.model.beside`).
         reading: see :func:`read_checkpoint`.
 
     Raises:
@@ -109,8 +107,9 @@ def load_checkpoint(path: str | Path, **reading: Any) -> tuple[SegmentationNetwo
     """
     config, state, report = read_checkpoint(Path(path), **reading)
     if not report.has_head:
+        lacking = f"{report.other_head} instead of a UPerNet" if report.other_head else "no segmentation head"
         raise EncoderOnlyError(
-            f"{path} holds an encoder ({report.layout} layout) but no segmentation head, so it cannot label anything",
+            f"{path} holds an encoder ({report.layout} layout) but {lacking}, so it cannot label anything",
             hint="train a decoder on labelled tiles first: cdkd-edge finetune ENCODER --data DIR --schema S -o ckpt.pt",
         )
     return filled(SegmentationNetwork, config, state, report), report
@@ -169,6 +168,8 @@ def read_checkpoint(
     layer_norm_eps: float | None = None,
     weights: str | None = None,
     attention: str | None = None,
+    taps: str | None = None,
+    pool_scales: str | None = None,
 ) -> tuple[NetworkConfig, dict[str, Tensor], CheckpointReport]:
     """Configuration and weights of a checkpoint, under this package's names.
 
@@ -182,20 +183,27 @@ def read_checkpoint(
             if there are any.
         attention: that each block gets (:func:`.config.attention_of`), with the same weights; a class token is
             dropped. Default: the checkpoint's.
+        taps: blocks that feed the head, counted from 0, with commas. Default: what the file says, or evenly spaced.
+        pool_scales: sizes that the head pools to, with commas. Default: what the file says, or 1,2,3,6.
     """
     opened = open_weights(path, weights)
-    document, header, layout, state = opened.document, opened.header, opened.layout, opened.state
+    header, layout, state = opened.header, opened.layout, opened.state
     notes: list[str] = []
+    complete_blocks(state, notes)
     fold_layer_scale(state, notes)
-    add_missing_qkv_bias(state, notes)
+    given = {
+        "heads": heads,
+        "layer_norm_eps": layer_norm_eps,
+        "tapped": None if taps is None else numbers_of(taps, "--taps"),
+        "pool_scales": None if pool_scales is None else numbers_of(pool_scales, "--pool-scales"),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
     if layout is OURS and header:
-        config = _stored_config(header, state, path)
-        own_eps = config.layer_norm_eps
-        if (heads or config.heads, layer_norm_eps or own_eps) != (config.heads, own_eps):
-            raise CheckpointError(f"{path} states {config.heads} heads and LayerNorm eps {own_eps:g} itself")
+        config, found = _stored_config(header, state, path), _Found(opened.dropped)
+        require_agreement(path, {**dataclasses.asdict(config), "tapped": config.taps}, given)
     else:
-        config = inferred_config(state, layout, {"heads": heads, "layer_norm_eps": layer_norm_eps}, notes)
-    config = _changed(state, config, tile, patch, attention, notes)
+        config, found = _inferred_config(opened, given, notes)
+    config = _changed(state, config, layout, tile, patch, attention, notes)
     has_head = any(key.startswith("head.") for key in state)
     schema = None
     if header.get("schema"):
@@ -203,34 +211,80 @@ def read_checkpoint(
         if has_head and (said := len(schema)) != config.classes:
             raise CheckpointError(f"{path}: its label schema has {said} classes, its classifier {config.classes}")
     elif has_head:
-        schema = _schema_of_openmmlab(document.get("meta"), config.classes, notes)
+        schema = schema_within(found.class_names, found.palette, config.classes, notes)
     training = header.get("training") or {}
-    report = CheckpointReport(**opened.facts(has_head, notes), config=config, schema=schema, training=training)
+    opened = dataclasses.replace(opened, dropped=found.dropped)
+    facts = opened.facts(has_head, notes)
+    report = CheckpointReport(**facts, config=config, schema=schema, training=training, other_head=found.other_head)
     return config, state, report
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a file holds beside the network that is made of it."""
+
+    dropped: tuple[Dropped, ...]
+    other_head: str = ""
+    class_names: object = None
+    palette: object = None
+
+
+def _inferred_config(opened: Opened, given: Mapping[str, Any], notes: list[str]) -> tuple[NetworkConfig, _Found]:
+    """The configuration of another project's network, from its weights, its file, what lies beside it and ``given``.
+
+    Brings ``opened.state`` into the form of this network.
+    """
+    layout, head, state, dropped = opened.layout, opened.head, opened.state, opened.dropped
+    normed = "encoder.norm.weight" in state
+    within = read_within(opened.document, layout, head, opened.prefix, block_count(state), normed)
+    beside = read_beside(opened.path, layout)
+    notes += [*within.notes, *beside.notes]
+    own = {**within.stated, **beside.stated}
+    require_agreement(opened.path, own, {name: given[name] for name in given.keys() & {"heads", "layer_norm_eps"}})
+    for name in given.keys() & own.keys() & {"tapped", "pool_scales"}:
+        if given[name] != own[name]:
+            notes.append(f"{name} {shown(given[name])} taken, as asked; the file says {shown(own[name])}")
+    stated = {**own, **given}
+    if within.other_head and (names := drop_part(state, "head.")):
+        dropped += (Dropped(f"head behind {within.other_head}", len(names), names[0]),)
+    if stated.get("final_norm", NO_NORM) == NO_NORM and (names := drop_part(state, "encoder.norm.")):
+        dropped += (Dropped(FINAL_NORM, len(names), names[0]),)
+    if layout is OPENMMLAB and "encoder.patch_embed.proj.bias" not in state:  # patch_bias=False
+        state["encoder.patch_embed.proj.bias"] = torch.zeros(patch_shape(state)[0])
+    complete_head(state, stated, stated.get("layer_norm_eps", layout.layer_norm_eps), notes)
+    if layout is TIMM and any(key.endswith(".gamma_1") for key in opened.found.tensors):
+        notes.append("learned positions alone assumed, as in DeiT III; timm's vit_*_rope_ape have the same names")
+    config = inferred_config(state, layout, stated, notes)
+    beside.require(config)
+    other = within.other_head or (head.name if head and not head.usable else "")
+    class_names = beside.class_names or within.class_names
+    return config, _Found(dropped, other, class_names, within.palette)
 
 
 def layout_of(path: Path, weights: str | None = None) -> Layout:
     """The layout of a file's weights; raises as :func:`read_checkpoint`."""
-    return recognise(list(find_weights(read_container(path)[0], path, weights).tensors))
+    path = weights_file(path)
+    return recognise(list(find_weights(read_container(path)[0], path, weights).tensors))[0]
 
 
 def open_weights(path: Path, weights: str | None = None, *, sam: bool = False) -> Opened:
     """One set of weights of a file, of SAM's image encoder if ``sam``; raises as :func:`read_checkpoint`."""
+    path = weights_file(path)
     document, header = read_container(path)
     for part, kind in {"version": int, "config": dict, "schema": dict, "training": dict}.items():
         if not _is_plain(header.get(part), kind):
             raise CheckpointError(f"{path} has a damaged header: its {part} is not plain data")
     found = find_weights(document, path, weights)
-    layout = recognise(list(found.tensors))
+    layout, head, prefix = (OURS, None, "") if header else recognise(list(found.tensors))
     if (layout is SAM) != sam:
         raise CheckpointError(
             f"{path} holds {'no' if sam else 'the'} image encoder of SAM",
             hint=None if sam else "it can be the teacher of a student: cdkd-edge distill --teacher",
         )
-    state, dropped = translate(found.tensors, layout)
+    state, dropped = translate_parts(found.tensors, layout, head, prefix)
     require_in_file(state.values(), path)
     state = {key: as_float32(key, tensor) for key, tensor in state.items()}
-    return Opened(path, document, header, found, layout, state, dropped)
+    return Opened(path, document, header, found, layout, head, prefix, state, dropped)
 
 
 def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Path) -> NetworkConfig:
@@ -263,30 +317,10 @@ def _stored_config(header: Mapping[str, Any], state: dict[str, Tensor], path: Pa
     return config
 
 
-def _schema_of_openmmlab(meta: object, classes: int, notes: list[str]) -> LabelSchema | None:
-    """The class names and colours that mmcv and mmengine store in ``meta``; None if they cannot be used."""
-    found: dict[str, object] = {}
-    for table in (meta, meta.get("dataset_meta") if isinstance(meta, Mapping) else None):
-        if isinstance(table, Mapping):
-            found |= {key.lower(): part for key, part in table.items() if isinstance(key, str) and part is not None}
-    if "classes" not in found:
-        return None
-    palettes = [found["palette"], None] if "palette" in found else [None]
-    for palette in palettes:
-        try:
-            schema = schema_of_lists(OPENMMLAB_SCHEMA, found["classes"], palette, classes)
-        except SchemaError as error:
-            notes.append(f"{'colours' if palette is not None else 'class names'} in the file's meta not used: {error}")
-        else:
-            what = "class names" if palette is None else "class names and colours"
-            notes.append(f"{what} are taken from the file's meta, unless --schema is given")
-            return schema
-    return None
-
-
 def _changed(
     state: dict[str, Tensor],
     config: NetworkConfig,
+    layout: Layout,
     tile: int | None,
     patch: int | None,
     attention: str | None,
@@ -311,7 +345,9 @@ def _changed(
         notes.append(f"patch embedding resampled from {config.patch} to {patch} px patches")
     if resized.grid != config.grid and not config.rotary_base:
         key = "encoder.pos_embed"
-        state[key] = resample_position(state[key], resized.grid, config.class_token)
+        state[key] = resample_position(
+            state[key], resized.grid, config.class_token, antialias=layout.antialias, offset=layout.offset
+        )
         change = f"from {config.tile} to {resized.tile} px tiles"
         if patch != config.patch:
             change = f"from {config.grid} x {config.grid} to {resized.grid} x {resized.grid} patches"
@@ -354,28 +390,3 @@ def require_fit(kind: type[_Module], config: Any, state: Mapping[str, Tensor], p
     problems = "; ".join(what + listed(sorted(names)) for what, names in wrong.items() if names)
     if problems:
         raise CheckpointError(f"{path} ({layout} layout) does not fit the network: {problems}")
-
-
-def resample_position(position: Tensor, grid: int, class_token: bool) -> Tensor:
-    """Resample a position embedding ``[1, (1 +) g*g, D]`` to ``grid`` (bicubic; the class token's row is kept)."""
-    prefix, cells = position[:, : int(class_token)], position[:, int(class_token) :]
-    side = math.isqrt(cells.shape[1])
-    maps = cells.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, g, g]
-    maps = F.interpolate(maps, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
-
-
-def resample_patches(kernel: Tensor, patch: int) -> Tensor:
-    """Resample a patch embedding ``[D, C, p, p]`` to another patch size by FlexiViT's pseudo-inverse resize.
-
-    A patch that is enlarged (bicubic, anti-aliased) then keeps its inner product with the kernel, as far as the new
-    size allows (Beyer et al., CVPR 2023, section 3.4).
-    """
-    side = kernel.shape[-1]
-    basis = torch.eye(side * side, dtype=torch.float64).reshape(side * side, 1, side, side)
-    enlarged = F.interpolate(basis, size=(patch, patch), mode="bicubic", align_corners=False, antialias=True)
-    enlarge = enlarged.flatten(1).T  # [patch*patch, side*side]: a flat patch to its enlarged self
-    resample = torch.linalg.pinv(enlarge.T)  # [patch*patch, side*side]
-    flat = kernel.double().flatten(2)  # [D, C, side*side]
-    resampled: Tensor = (flat @ resample.T).reshape(*kernel.shape[:2], patch, patch)
-    return resampled.to(kernel.dtype)

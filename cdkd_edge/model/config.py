@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ _CHOICES = {
     "mlp": (GELU, SWIGLU),
     "query_key_norm": (NO_NORM, "layer", "rms"),
     "final_norm": (NO_NORM, "last", "taps"),
+    "align_corners": ("none", "pools", "logits", "all"),
 }
 
 GLOBAL = "global"
@@ -56,6 +58,8 @@ class NetworkConfig:
     classes: int = 7
     head_channels: int = 256
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    # Bilinear up-sampling that maps corners to corners: of the pooled cells, of the logits, of both, or none.
+    align_corners: str = "none"
     layer_norm_eps: float = 1e-5
     class_token: bool = False  # timm and OpenMMLab encoders carry one; the paper's student does not
     registers: int = 0  # tokens beside the patches that belong to no place (Darcet et al., ICLR 2024)
@@ -67,8 +71,8 @@ class NetworkConfig:
     final_norm: str = NO_NORM
     # 0-based blocks whose outputs feed the head, the last block at the end. Empty: four, evenly spaced.
     tapped: tuple[int, ...] = ()
-    pixel_mean: tuple[float, ...] = PIXEL_MEAN  # of RGB, 0..255
-    pixel_std: tuple[float, ...] = PIXEL_STD
+    pixel_mean: tuple[float, float, float] = PIXEL_MEAN  # of RGB, 0..255
+    pixel_std: tuple[float, float, float] = PIXEL_STD
     # Of each block: ``global`` (every token attends to every token), ``window N`` (to those of its window of N x N
     # tokens) or ``pooled N`` (to the means of squares of N x N tokens). Empty: global everywhere.
     attention: tuple[str, ...] = ()
@@ -160,7 +164,17 @@ class NetworkConfig:
     @property
     def taps(self) -> tuple[int, ...]:
         """0-based blocks whose outputs feed the head, the shallowest first; four, evenly spaced, unless tapped."""
-        return self.tapped or tuple(self.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
+        return self.tapped or evenly_spaced(self.depth, 4)
+
+    @property
+    def pools_align(self) -> bool:
+        """Whether the corners of pooled cells are aligned with those of the map."""
+        return self.align_corners in ("pools", "all")
+
+    @property
+    def logits_align(self) -> bool:
+        """Whether the corners of the logits are aligned with those of the tile."""
+        return self.align_corners in ("logits", "all")
 
     @property
     def normed_taps(self) -> tuple[int, ...]:
@@ -272,6 +286,31 @@ def attention_of(text: str, depth: int, taps: Sequence[int]) -> tuple[str, ...]:
     if len(plan) != depth:
         raise CheckpointError(f"{text!r} gives the attention of {len(plan)} blocks; the network has {depth}")
     return () if set(plan) == {GLOBAL} else tuple(plan)
+
+
+def numbers_of(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them, such as ``2,5,8,11``; a CheckpointError names the option."""
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(number.isdecimal() and len(number) <= 4 for number in numbers):
+        raise CheckpointError(f"{option} {text!r} is no list of whole numbers", hint=f"for example {option} 1,2,3,6")
+    return tuple(int(number) for number in numbers)
+
+
+def shown(value: Any) -> str:
+    """A number, or some, as options take them."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
+
+
+def evenly_spaced(depth: int, count: int) -> tuple[int, ...]:
+    """So many blocks of a network, 0-based, the last one at the end."""
+    return tuple(depth * part // count - 1 for part in range(1, count + 1))
+
+
+def head_text(config: NetworkConfig) -> str:
+    """The head for people: ``UPerNet, 256 channels, 4 taps, pooled to 1, 2, 3, 6 cells``."""
+    scales = ", ".join(map(str, config.pool_scales))
+    text = f"UPerNet, {config.head_channels} channels, {len(config.taps)} taps, pooled to {scales} cells"
+    return text + f", corners aligned ({config.align_corners})" * (config.align_corners != "none")
 
 
 def attention_text(attention: Sequence[str]) -> str:

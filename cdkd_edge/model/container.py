@@ -37,6 +37,8 @@ _UNREAD = (
     "numpy.dtype",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     "mmengine.logging.history_buffer.HistoryBuffer",
+    "terratorch.models.model.AuxiliaryHead",
+    *(f"terratorch.datasets.utils.{name}Bands" for name in ("HLS", "Optical", "SAR")),
 )  # fmt: skip
 """Classes of what training scripts save beside the weights (arguments, scores, logs); replaced unread by nothing."""
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}

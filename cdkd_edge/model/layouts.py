@@ -4,69 +4,225 @@ A layout is a list of renaming rules and a list of parts that a deployment drops
 that no rule knows is an error: ignoring a tensor would give wrong maps.
 
 Sources of the names: Mask-CDKD ``student_vit_mae.py`` (github.com/whujader/mask_cdkd); timm
-``vision_transformer.py`` and ``vision_transformer_sam.py``; OpenMMLab mmsegmentation ``vit.py`` and
-``uper_head.py``; SAM ``image_encoder.py`` (github.com/facebookresearch/segment-anything); Hugging Face transformers
-``modeling_sam.py``.
+``vision_transformer.py``, ``vision_transformer_sam.py`` and ``eva.py``; ``vision_transformer.py`` of
+github.com/facebookresearch/dinov2 and dinov3; OpenMMLab mmsegmentation ``vit.py``; SAM
+``image_encoder.py`` (github.com/facebookresearch/segment-anything); Hugging Face transformers ``modeling_sam.py``,
+``modeling_dinov2.py``, ``modeling_dinov2_with_registers.py`` and ``modeling_dinov3_vit.py`` of releases 4.5x, and of
+5.x, which names other tensors.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cdkd_edge.core.errors import CheckpointError
-from cdkd_edge.model.config import HEAD_DIM, PIXEL_MEAN, PIXEL_STD, SWIGLU, NetworkConfig
 
-_VIT = (
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rules = tuple[tuple[str, str], ...]
+
+# Queries, keys and values under q, k, v, and gate and value of SwiGLU are stacked by infer.complete_blocks.
+_VIT: Rules = (
     (r"(patch_embed\.proj\.(?:weight|bias)|pos_embed|cls_token)", r"encoder.\1"),
     (r"(blocks\.\d+\.(?:norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(?:weight|bias))", r"encoder.\1"),
     (r"(blocks\.\d+)\.(?:ls1\.gamma|gamma_1)", r"encoder.\1.scale1"),
     (r"(blocks\.\d+)\.(?:ls2\.gamma|gamma_2)", r"encoder.\1.scale2"),
 )
-_MM_VIT = (
+_TIMM: Rules = (
+    *_VIT,
+    (r"reg_token", r"encoder.registers"),
+    (r"(blocks\.\d+\.attn\.[qk]_norm\.(?:weight|bias))", r"encoder.\1"),
+    (r"(blocks\.\d+\.mlp)\.fc1_g\.(weight|bias)", r"encoder.\1.gate.\2"),
+    (r"(blocks\.\d+\.mlp)\.fc1_x\.(weight|bias)", r"encoder.\1.value.\2"),
+    (r"(norm\.(?:weight|bias))", r"encoder.\1"),
+)
+_TIMM_DINOV3: Rules = (
+    *_TIMM,
+    (r"(blocks\.\d+\.attn)\.([qv])_bias", r"encoder.\1.\2.bias"),
+    (r"(blocks\.\d+\.attn)\.([qkv])_proj\.(weight|bias)", r"encoder.\1.\2.\3"),
+)
+_DINO_PART = r"(?:backbone\.)?"
+_DINO_BLOCK = rf"{_DINO_PART}blocks\.(?:\d+\.)?(\d+)"  # files of a sharded training have chunks of blocks: blocks.0.5
+_DINO: Rules = (
+    (rf"{_DINO_PART}(patch_embed\.proj\.(?:weight|bias)|pos_embed|cls_token|norm\.(?:weight|bias))", r"encoder.\1"),
+    (rf"{_DINO_PART}(?:register_tokens|storage_tokens)", r"encoder.registers"),
+    (rf"{_DINO_PART}rope_embed\.periods", r"encoder.periods"),
+    (
+        rf"{_DINO_BLOCK}\.((?:norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(?:weight|bias))",
+        r"encoder.blocks.\1.\2",
+    ),
+    (rf"{_DINO_BLOCK}\.attn\.qkv\.bias_mask", r"encoder.blocks.\1.attn.qkv.bias_mask"),
+    (rf"{_DINO_BLOCK}\.ls([12])\.gamma", r"encoder.blocks.\1.scale\2"),
+    (rf"{_DINO_BLOCK}\.mlp\.w12\.(weight|bias)", r"encoder.blocks.\1.mlp.fc1.\2"),
+    (rf"{_DINO_BLOCK}\.mlp\.w1\.(weight|bias)", r"encoder.blocks.\1.mlp.gate.\2"),
+    (rf"{_DINO_BLOCK}\.mlp\.w2\.(weight|bias)", r"encoder.blocks.\1.mlp.value.\2"),
+    (rf"{_DINO_BLOCK}\.mlp\.w3\.(weight|bias)", r"encoder.blocks.\1.mlp.fc2.\2"),
+)
+_HF_PART = r"(?:\w+\.)*"  # of the model that holds the encoder: dinov2., backbone., model.
+_HF_BLOCK = rf"{_HF_PART}layer\.(\d+)"
+_HF: Rules = (
+    (rf"{_HF_PART}embeddings\.(cls_token)", r"encoder.\1"),
+    (rf"{_HF_PART}embeddings\.position_embeddings", r"encoder.pos_embed"),
+    (rf"{_HF_PART}embeddings\.register_tokens", r"encoder.registers"),
+    (rf"{_HF_PART}embeddings\.patch_embeddings\.(?:projection\.)?(weight|bias)", r"encoder.patch_embed.proj.\1"),
+    (rf"{_HF_BLOCK}\.(norm[12]\.(?:weight|bias))", r"encoder.blocks.\1.\2"),
+    (rf"{_HF_BLOCK}\.attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)", r"encoder.blocks.\1.attn.\2.\3"),
+    (rf"{_HF_BLOCK}\.attention\.([qkv])_proj\.(weight|bias)", r"encoder.blocks.\1.attn.\2.\3"),
+    (rf"{_HF_BLOCK}\.attention\.(?:output\.dense|o_proj)\.(weight|bias)", r"encoder.blocks.\1.attn.proj.\2"),
+    (rf"{_HF_BLOCK}\.layer_scale([12])\.lambda1", r"encoder.blocks.\1.scale\2"),
+    (rf"{_HF_BLOCK}\.mlp\.(?:fc1|weights_in)\.(weight|bias)", r"encoder.blocks.\1.mlp.fc1.\2"),
+    (rf"{_HF_BLOCK}\.mlp\.gate_proj\.(weight|bias)", r"encoder.blocks.\1.mlp.gate.\2"),
+    (rf"{_HF_BLOCK}\.mlp\.up_proj\.(weight|bias)", r"encoder.blocks.\1.mlp.value.\2"),
+    (rf"{_HF_BLOCK}\.mlp\.(?:fc2|weights_out|down_proj)\.(weight|bias)", r"encoder.blocks.\1.mlp.fc2.\2"),
+    (rf"{_HF_PART}(?:layer)?(norm\.(?:weight|bias))", r"encoder.\1"),
+)
+_MM_VIT: Rules = (
     (r"patch_embed\.projection\.(weight|bias)", r"encoder.patch_embed.proj.\1"),
     (r"layers\.(\d+)\.ln([12])\.(weight|bias)", r"encoder.blocks.\1.norm\2.\3"),
     (r"layers\.(\d+)\.attn\.attn\.in_proj_(weight|bias)", r"encoder.blocks.\1.attn.qkv.\2"),
     (r"layers\.(\d+)\.attn\.attn\.out_proj\.(weight|bias)", r"encoder.blocks.\1.attn.proj.\2"),
     (r"layers\.(\d+)\.ffn\.layers\.0\.0\.(weight|bias)", r"encoder.blocks.\1.mlp.fc1.\2"),
     (r"layers\.(\d+)\.ffn\.layers\.1\.(weight|bias)", r"encoder.blocks.\1.mlp.fc2.\2"),
-)
-_UNIT = r"(conv\.weight|bn\.(?:weight|bias|running_mean|running_var))"
-_MM_HEAD = (
-    (rf"decode_head\.psp_modules\.(\d+)\.1\.{_UNIT}", r"head.pooled.\1.\2"),
-    (rf"decode_head\.bottleneck\.{_UNIT}", r"head.bottleneck.\1"),
-    (rf"decode_head\.lateral_convs\.(\d+)\.{_UNIT}", r"head.laterals.\1.\2"),
-    (rf"decode_head\.fpn_convs\.(\d+)\.{_UNIT}", r"head.smooth.\1.\2"),
-    (rf"decode_head\.fpn_bottleneck\.{_UNIT}", r"head.fuse.\1"),
-    (r"decode_head\.conv_seg\.(weight|bias)", r"head.classifier.\1"),
+    (r"ln1\.(weight|bias)", r"encoder.norm.\1"),
 )
 _AUTOENCODER = (r"decoder_.*|mask_token|pos_embed_decoder|decoder\..*", "masked-autoencoder branch")
-_CLASSIFIER = (r"(?:head|fc_norm|norm)\..*", "final norm and classifier, after the last tapped block")
+_CLASSIFIER = (r"(?:head|fc_norm|classifier|linear_head)\.(?:weight|bias)", "classifier, after the last block")
+_MASK_TOKEN = (rf"{_HF_PART}mask_token", "token of masked patches, used only in training")
+FINAL_NORM = "final norm, after the last block"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A naming convention: ``rules`` rename tensors, ``drops`` name parts that a deployment leaves out."""
+    """A naming convention: ``rules`` rename tensors, ``drops`` name parts that a deployment leaves out.
+
+    What no tensor shows is as in the project behind the layout, unless the file or a ``config.json`` says it.
+    """
 
     name: str
-    rules: tuple[tuple[str, str], ...]
-    drops: tuple[tuple[str, str], ...] = ()
-    layer_norm_eps: float = 1e-5  # layerNorm's epsilon in the project behind the layout; no checkpoint stores it
+    project: str  # whose files have it; this and the next two are for the documents (docs/families.py)
+    known_by: str  # the tensors by which it is recognised
+    example: str
+    rules: Rules
+    drops: Rules = ()
+    layer_norm_eps: float = 1e-5
+    rotary_base: float = 0.0  # 0: positions are learned
+    model_type: str = ""  # in the config.json of Hugging Face's models
+    # How the project resamples learned positions to another tile: torch's bicubic interpolation, with these settings.
+    antialias: bool = False
+    offset: float = 0.0  # added to the new side before the scale is computed
 
 
-OURS = Layout("cdkd-edge", ((r"((?:encoder|head)\..*)", r"\1"),))
-STUDENT = Layout("Mask-CDKD student", _VIT, (_AUTOENCODER,))
-TIMM = Layout("timm ViT", _VIT, (_AUTOENCODER, _CLASSIFIER), layer_norm_eps=1e-6)
+OURS = Layout(
+    "cdkd-edge",
+    "cdkd-edge",
+    "`encoder.blocks.`",
+    "written by `finetune`, `distill`",
+    ((r"((?:encoder|head)\..*)", r"\1"),),
+)
+STUDENT = Layout(
+    "Mask-CDKD student",
+    "Mask-CDKD",
+    "`blocks.`, no `cls_token`",
+    "Mask-CDKD's published encoder",
+    _VIT,
+    (_AUTOENCODER,),
+)
+TIMM = Layout(
+    "timm ViT",
+    "timm",
+    "`blocks.` and `cls_token`, `reg_token` or `norm.`",
+    "`vit_small_patch16_224`, `vit_base_patch14_reg4_dinov2`; MAE, DeiT",
+    _TIMM,
+    (_AUTOENCODER, _CLASSIFIER),
+    layer_norm_eps=1e-6,
+    antialias=True,
+)
+TIMM_DINOV3 = Layout(
+    "timm DINOv3",
+    "timm",
+    "`cls_token`, `reg_token`, no `pos_embed`",
+    "`vit_small_patch16_dinov3`, `vit_small_plus_patch16_dinov3_qkvb`",
+    _TIMM_DINOV3,
+    (_CLASSIFIER,),
+    rotary_base=100.0,
+)
+_DINO_DROPS = (
+    _MASK_TOKEN,
+    (rf"{_DINO_PART}(?:dino_head|ibot_head)\..*", "heads of self-supervised training"),
+    (rf"{_DINO_PART}(?:local_)?cls_norm\..*", "norm of class tokens, after the last block"),
+    _CLASSIFIER,
+)
+DINOV2 = Layout(
+    "DINOv2",
+    "facebookresearch",
+    "`blocks.`, `mask_token`, `pos_embed`",
+    "`dinov2_vits14_pretrain.pth`",
+    _DINO,
+    _DINO_DROPS,
+    layer_norm_eps=1e-6,
+    offset=0.1,
+)
+DINOV2_REGISTERS = Layout(
+    "DINOv2 with registers",
+    "facebookresearch",
+    "the same and `register_tokens`",
+    "`dinov2_vits14_reg4_pretrain.pth`",
+    _DINO,
+    _DINO_DROPS,
+    layer_norm_eps=1e-6,
+    antialias=True,
+)
+DINOV3 = Layout(
+    "DINOv3",
+    "facebookresearch",
+    "`storage_tokens` or `rope_embed.periods`",
+    "`dinov3_vits16_pretrain_lvd1689m.pth`",
+    _DINO,
+    _DINO_DROPS,
+    rotary_base=100.0,
+)
+_HF_DROPS = (_MASK_TOKEN, _CLASSIFIER)
+HF_DINOV2 = Layout(
+    "Hugging Face DINOv2",
+    "Hugging Face transformers",
+    "`embeddings.position_embeddings`, `layer_scale1.lambda1`",
+    "`facebook/dinov2-small`",
+    _HF,
+    _HF_DROPS,
+    layer_norm_eps=1e-6,
+    model_type="dinov2",
+)
+HF_DINOV2_REGISTERS = Layout(
+    "Hugging Face DINOv2 with registers",
+    "Hugging Face transformers",
+    "the same and `embeddings.register_tokens`",
+    "`facebook/dinov2-with-registers-small`",
+    _HF,
+    _HF_DROPS,
+    layer_norm_eps=1e-6,
+    model_type="dinov2_with_registers",
+    antialias=True,
+)
+HF_DINOV3 = Layout(
+    "Hugging Face DINOv3",
+    "Hugging Face transformers",
+    "`embeddings.patch_embeddings.weight`, `layer_scale1.lambda1`",
+    "`facebook/dinov3-vits16-pretrain-lvd1689m`",
+    _HF,
+    _HF_DROPS,
+    rotary_base=100.0,
+    model_type="dinov3_vit",
+)
 OPENMMLAB = Layout(
+    "OpenMMLab ViT",
     "OpenMMLab",
-    (*((rf"backbone\.{pattern}", name) for pattern, name in (*_VIT, *_MM_VIT)), *_MM_HEAD),
-    ((r"auxiliary_head\..*", "auxiliary head, used only in training"),),
+    "`backbone.layers.0.ln1.`",
+    "mmsegmentation's `VisionTransformer`, with or without a head",
+    (*_VIT, *_MM_VIT),
     # mmsegmentation's ViT+UPerNet configurations all set norm_cfg=dict(type="LN", eps=1e-6).
     layer_norm_eps=1e-6,
 )
@@ -75,6 +231,9 @@ _SAM_PART = r"(?:(?:image|vision)_encoder\.)?"  # timm has none, nor have files 
 _SAM_BLOCK = rf"{_SAM_PART}(?:blocks|layers)\.(\d+)"
 SAM = Layout(
     "SAM",
+    "Segment Anything",
+    "`rel_pos_h`",
+    "`sam_vit_l_0b3195.pth`; Hugging Face's and timm's; a teacher alone",
     (
         (rf"{_SAM_PART}pos_embed", r"encoder.pos_embed"),
         (rf"{_SAM_PART}patch_embed\.proj(?:ection)?\.(weight|bias)", r"encoder.patch_embed.proj.\1"),
@@ -89,12 +248,24 @@ SAM = Layout(
     ),
     layer_norm_eps=1e-6,
 )
-_SAM_RELATIVES = (
-    (r"(?:^|\.)patch_embed\.seq\.", "MobileSAM (TinyViT)"),  # mobile_sam/modeling/tiny_vit_sam.py
-    (r"(?:^|image_encoder\.)features\.0\.0\.c\.", "EdgeSAM (RepViT)"),  # edge_sam/modeling/rep_vit.py
-    (r"(?:^|\.)(?:trunk|backbone)\..*pos_embed_window", "SAM 2 (Hiera)"),  # sam2/modeling/backbones/hieradet.py
+LAYOUTS = (
+    OURS, STUDENT, TIMM, TIMM_DINOV3, DINOV2, DINOV2_REGISTERS, DINOV3, HF_DINOV2, HF_DINOV2_REGISTERS, HF_DINOV3,
+    OPENMMLAB, SAM,
+)  # fmt: skip
+
+_RELATIVES = (
+    (r"(?:^|\.)patch_embed\.seq\.", "MobileSAM (TinyViT), whose image encoder is no plain ViT"),
+    (r"(?:^|image_encoder\.)features\.0\.0\.c\.", "EdgeSAM (RepViT), whose image encoder is no plain ViT"),
+    (r"(?:^|\.)(?:trunk|backbone)\..*pos_embed_window", "SAM 2 (Hiera), whose image encoder is no plain ViT"),
+    (r"(?:^|\.)embeddings\.patch_embeddings\.projection\.", "a network of Hugging Face other than DINOv2 and DINOv3"),
+    (
+        r"(?:^|\.)(?:stages\.\d+\.layers|downsample_layers|stages\.\d+\.downsample)\.",
+        "a network in stages, such as ConvNeXt",
+    ),
 )
-"""Networks that are called SAM but have no plain ViT blocks, by a key that only they have."""
+"""Networks that are not read, by a key that only they have: mobile_sam/modeling/tiny_vit_sam.py,
+edge_sam/modeling/rep_vit.py, sam2/modeling/backbones/hieradet.py, transformers' modeling_vit.py and
+modeling_dinov3_convnext.py."""
 
 
 @dataclass(frozen=True)
@@ -124,24 +295,41 @@ def recognise(keys: list[str]) -> Layout:
     def any_starts(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in keys)
 
+    def any_is(pattern: str) -> bool:
+        return any(re.fullmatch(pattern, key) for key in keys)
+
     if any_starts("encoder.blocks."):
         return OURS
-    if any_starts("backbone.blocks.", "backbone.layers."):
+    if any_is(rf"{_HF_BLOCK}\.layer_scale1\.lambda1"):
+        if not any_is(rf"{_HF_PART}embeddings\.position_embeddings"):
+            return HF_DINOV3
+        return HF_DINOV2_REGISTERS if any_is(rf"{_HF_PART}embeddings\.register_tokens") else HF_DINOV2
+    autoencoder = any_starts("decoder_embed.", "pos_embed_decoder")
+    if any_is(rf"{_DINO_BLOCK}\..*") and not autoencoder:
+        if any_is(rf"{_DINO_PART}(?:storage_tokens|rope_embed\.periods)"):
+            return DINOV3
+        if any_is(rf"{_DINO_PART}register_tokens"):
+            return DINOV2_REGISTERS
+        if any_is(rf"{_DINO_PART}(?:mask_token|blocks\.\d+\.\d+\..*)"):
+            return DINOV2
+    if any_is(r"layers\.\d+\.(?:ln[12]|attn\.attn|ffn)\..*"):
         return OPENMMLAB
     if any_starts("image_encoder.blocks.") or any(key.endswith(".attn.rel_pos_h") for key in keys):
         return SAM
     if any_starts("blocks."):
-        autoencoder = any_starts("decoder_embed.", "pos_embed_decoder")
-        return TIMM if any_starts("cls_token") or (any_starts("norm.", "fc_norm.") and not autoencoder) else STUDENT
-    for pattern, name in _SAM_RELATIVES:
+        if any_starts("reg_token") and any_starts("cls_token") and not any_starts("pos_embed"):
+            return TIMM_DINOV3
+        of_timm = any_starts("cls_token", "reg_token") or (any_starts("norm.", "fc_norm.") and not autoencoder)
+        return TIMM if of_timm else STUDENT
+    for pattern, name in _RELATIVES:
         if any(re.search(pattern, key) for key in keys):
             raise CheckpointError(
-                f"the checkpoint is of {name}, whose image encoder is no plain ViT: it has no blocks to distil from",
-                hint="SAM's own vit_b, vit_l and vit_h can be teachers",
+                f"the checkpoint is of {name}; only plain ViT blocks can be read or distilled from",
+                hint="SAM's own vit_b, vit_l and vit_h can be teachers" if "SAM" in name else None,
             )
     raise CheckpointError(
         f"the checkpoint's layout is not known; it holds {len(keys)} tensors: {listed(keys, 6)}",
-        hint="known layouts: cdkd-edge, Mask-CDKD student, timm ViT names, OpenMMLab backbone. + decode_head., SAM",
+        hint=f"known layouts: {', '.join(layout.name for layout in LAYOUTS)}",
     )
 
 
@@ -173,127 +361,3 @@ def translate(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Te
 
 def _first_match(key: str, rules: tuple[tuple[str, str], ...]) -> str | None:
     return next((match.expand(text) for pattern, text in rules if (match := re.fullmatch(pattern, key))), None)
-
-
-def inferred_config(
-    state: dict[str, Tensor], layout: Layout, stated: Mapping[str, Any], notes: list[str]
-) -> NetworkConfig:
-    """The network's configuration, from the shapes of its weights.
-
-    Args:
-        state: weights in this package's names; a position embedding without a row for the class token gets one.
-        layout: where they come from; decides what neither a tensor nor ``stated`` shows.
-        stated: fields of :class:`NetworkConfig` that no tensor shows, as far as they are known: ``heads``,
-            ``layer_norm_eps``, ``pool_scales``, ``attention``, ``rotary_base``, ``final_norm``, ``tapped``,
-            ``pixel_mean``, ``pixel_std``.
-        notes: assumptions are appended here.
-
-    Raises:
-        CheckpointError: the weights do not describe a network.
-    """
-    dim, patch = patch_shape(state)
-    shown: dict[str, Any] = {"patch": patch, "embed_dim": dim, "depth": block_count(state)}
-    shown["class_token"] = "encoder.cls_token" in state
-    if "encoder.registers" in state:
-        shown["registers"] = need(state, "encoder.registers", 3).shape[1]
-    if "encoder.pos_embed" in state or not stated.get("rotary_base"):
-        shown["tile"] = patch * _grid(state, dim, shown["class_token"])
-    shown["mlp_dim"] = need(state, "encoder.blocks.0.mlp.fc2.weight", 2).shape[1]
-    if need(state, "encoder.blocks.0.mlp.fc1.weight", 2).shape[0] == 2 * shown["mlp_dim"]:
-        shown["mlp"] = SWIGLU
-    if "encoder.blocks.0.attn.q_norm.weight" in state:
-        shown["query_key_norm"] = "layer" if "encoder.blocks.0.attn.q_norm.bias" in state else "rms"
-    stated = {name: value for name, value in stated.items() if value is not None}
-    if "heads" not in stated:
-        if dim % HEAD_DIM:
-            raise CheckpointError(
-                f"the number of attention heads is not stored, and {HEAD_DIM}-wide heads do not divide {dim}",
-                hint="state it with --heads",
-            )
-        shown["heads"] = dim // HEAD_DIM
-        notes.append(f"{shown['heads']} attention heads assumed ({HEAD_DIM} wide; not stored in the checkpoint)")
-    if "layer_norm_eps" not in stated:
-        shown["layer_norm_eps"] = eps = layout.layer_norm_eps
-        notes.append(f"LayerNorm eps {eps:g} assumed (as in {layout.name}; not stored in the checkpoint)")
-    if layout is not OURS and "pixel_mean" not in stated:
-        notes.append(
-            f"input normalisation assumed: RGB mean {PIXEL_MEAN}, std {PIXEL_STD} on 0..255, as in SAM, ImageNet "
-            "and OpenMMLab (not stored)"
-        )
-    if any(key.startswith("head.") for key in state):
-        classifier = need(state, "head.classifier.weight", 4)
-        shown |= {"classes": classifier.shape[0], "head_channels": classifier.shape[1]}
-        if "pool_scales" not in stated:
-            scales = ", ".join(map(str, NetworkConfig.pool_scales))
-            notes.append(f"pyramid pooling to {scales} cells assumed (not stored)")
-    return NetworkConfig(**{**shown, **stated})
-
-
-def _grid(state: dict[str, Tensor], dim: int, class_token: bool) -> int:
-    """Side of the position embedding, in patches; adds a row for the class token where there is none."""
-    position = need(state, "encoder.pos_embed", 3)
-    tokens = position.shape[1]
-    if tokens <= class_token or (position.shape[0], position.shape[2]) != (1, dim):
-        raise CheckpointError(f"a position embedding of shape {tuple(position.shape)} does not fit a width of {dim}")
-    grid = math.isqrt(tokens - class_token)
-    if class_token and grid**2 + 1 != tokens and math.isqrt(tokens) ** 2 == tokens:
-        # timm's "no_embed_class": positions for the patches alone.
-        grid = math.isqrt(tokens)
-        state["encoder.pos_embed"] = torch.cat([torch.zeros(1, 1, dim), position], dim=1)
-        tokens += 1
-    if grid**2 + class_token != tokens:
-        raise CheckpointError(f"a position embedding of {tokens} tokens is not a square grid")
-    return grid
-
-
-def patch_shape(state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Width of the tokens, and side of the patches in px, by the patch embedding."""
-    kernel = need(state, "encoder.patch_embed.proj.weight", 4)
-    dim, channels, patch, patch_width = kernel.shape
-    if channels != 3 or patch != patch_width:
-        raise CheckpointError(f"the patch embedding is {tuple(kernel.shape)}; RGB and square patches are needed")
-    return dim, patch
-
-
-def block_count(state: Mapping[str, Tensor]) -> int:
-    """The number of transformer blocks; a CheckpointError names those that are missing between others."""
-    blocks = {int(match[1]) for key in state if (match := re.match(r"encoder\.blocks\.(\d{1,4})\.", key))}
-    count = max(blocks, default=-1) + 1
-    if gaps := sorted(set(range(count)) - blocks)[:8]:
-        raise CheckpointError(f"the checkpoint lacks transformer blocks {gaps} of {count}")
-    return count
-
-
-def need(state: Mapping[str, Tensor], key: str, rank: int) -> Tensor:
-    """A tensor that has to be there, with so many dimensions; CheckpointError."""
-    if key not in state:
-        raise CheckpointError(f"the checkpoint lacks {key}, so the network's shape cannot be known")
-    if state[key].ndim != rank:
-        raise CheckpointError(f"{key} has shape {tuple(state[key].shape)}; {rank} dimensions are expected")
-    return state[key]
-
-
-def fold_layer_scale(state: dict[str, Tensor], notes: list[str]) -> None:
-    """Fold LayerScale into the layer before it: gamma * (W x + b) = (gamma W) x + (gamma b)."""
-    scales = [key for key in state if re.search(r"\.scale[12]$", key)]
-    for key in scales:
-        target = key.replace(".scale1", ".attn.proj").replace(".scale2", ".mlp.fc2")
-        gamma = state.pop(key)
-        for part in ("weight", "bias"):
-            if f"{target}.{part}" not in state:
-                raise CheckpointError(f"LayerScale without the layer it scales: {target}.{part} is missing")
-            scaled = state[f"{target}.{part}"]
-            if gamma.shape != scaled.shape[:1]:
-                raise CheckpointError(f"LayerScale of {tuple(gamma.shape)} does not fit {target}.{part}")
-            scaled *= gamma.reshape(-1, *[1] * (scaled.ndim - 1))
-    if scales:
-        notes.append(f"LayerScale folded into {len(scales)} linear layers")
-
-
-def add_missing_qkv_bias(state: dict[str, Tensor], notes: list[str]) -> None:
-    """Give encoders that were built with ``qkv_bias=False`` a bias of zero, which is the same function."""
-    weights = [key for key in state if key.endswith(".attn.qkv.weight")]
-    if weights and not any(key.endswith(".attn.qkv.bias") for key in state):
-        for key in weights:
-            state[key.replace(".weight", ".bias")] = torch.zeros(state[key].shape[:1])
-        notes.append("attention without qkv bias: zeros supplied")

@@ -219,7 +219,7 @@ class UPerHead(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         dim, channels = config.embed_dim, config.head_channels
-        self.pool_scales = config.pool_scales
+        self.pool_scales, self.align = config.pool_scales, config.pools_align
         self.pooled = nn.ModuleList(ConvNormReLU(dim, channels, 1) for _ in config.pool_scales)
         self.bottleneck = ConvNormReLU(dim + len(config.pool_scales) * channels, channels, 3)
         shallow = len(config.taps) - 1
@@ -234,7 +234,7 @@ class UPerHead(nn.Module):
         pyramid = [deep]
         for scale, unit in zip(self.pool_scales, self.pooled, strict=True):
             cells = unit(F.adaptive_avg_pool2d(deep, scale))  # [N, C, s, s]
-            pyramid.append(F.interpolate(cells, size=grid, mode="bilinear", align_corners=False))  # [N, C, G, G]
+            pyramid.append(F.interpolate(cells, size=grid, mode="bilinear", align_corners=self.align))  # [N, C, G, G]
         top = self.bottleneck(torch.cat(pyramid, dim=1))  # [N, D+4C, G, G] -> [N, C, G, G]
 
         levels = [lateral(x) for lateral, x in zip(self.laterals, shallow, strict=True)]  # each [N, C, G, G]
@@ -261,7 +261,8 @@ class SegmentationNetwork(nn.Module):
 
     def upsample(self, logits: Tensor) -> Tensor:
         """Logits at pixel resolution, ``[N, K, G, G]`` -> ``[N, K, T, T]``, bilinear."""
-        return F.interpolate(logits, scale_factor=float(self.config.patch), mode="bilinear", align_corners=False)
+        scale, align = float(self.config.patch), self.config.logits_align
+        return F.interpolate(logits, scale_factor=scale, mode="bilinear", align_corners=align)
 
     @torch.inference_mode()
     def segment(self, image: Tensor) -> Tensor:

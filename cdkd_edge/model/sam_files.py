@@ -17,10 +17,10 @@ from cdkd_edge.model.checkpoint import (
     filled,
     open_weights,
     require_fit,
-    resample_patches,
-    resample_position,
 )
-from cdkd_edge.model.layouts import SAM, block_count, need, patch_shape
+from cdkd_edge.model.infer import block_count, need, patch_shape
+from cdkd_edge.model.layouts import SAM
+from cdkd_edge.model.resample import resample_patches, resample_position
 from cdkd_edge.model.sam import SamConfig, SamEncoder, resample_offsets
 
 

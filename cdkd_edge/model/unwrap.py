@@ -242,6 +242,8 @@ class _Search:
     def _require_only_wrapped(self, tensors: dict[str, Tensor]) -> None:
         """Refuse tensors beside a wrapped network."""
         first = {key.partition(".")[0] for key in tensors}
+        if "embeddings.cls_token" in tensors:  # Hugging Face's DINOv3 has its blocks alone in model.layer
+            return
         for wrapper in first & {"student", "model", "net", "network", "online_model"}:
             others = [key for key in tensors if not key.startswith(f"{wrapper}.")]
             raise CheckpointError(

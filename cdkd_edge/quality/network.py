@@ -13,9 +13,10 @@ from cdkd_edge.core.errors import EngineError, SchemaError
 from cdkd_edge.core.labels import NO_LABEL, LabelSchema, load_schema, numbered_schema
 from cdkd_edge.core.manifest import FileRecord
 from cdkd_edge.engines.protocol import Labeller, UInt8Array
-from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_checkpoint
+from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint
 from cdkd_edge.model.device import autocast, chosen_device
 from cdkd_edge.model.network import SegmentationNetwork
+from cdkd_edge.model.within import FOUND_SCHEMA
 
 SLOTS = 3  # as engines have: one batch being read, one computed, one written
 # uint8 tiles ``[N, 3, T, T]`` on the network's device to the four feature maps ``[N, D, G, G]`` of its encoder
@@ -100,9 +101,9 @@ def load_network(
     autocast(where, precision)  # refuses a wrong precision before a large file is read
     network, report = load_checkpoint(path, tile=tile, weights=weights)
     names = report.schema
-    if names is None or (schema and names.name == OPENMMLAB_SCHEMA):
+    if names is None or (schema and names.name == FOUND_SCHEMA):
         names = load_schema(schema) if schema else numbered_schema(network.config.classes)
         if (classes := network.config.classes) != len(names):
             raise SchemaError(f"label schema {names.name!r} has {len(names)} classes, {path.name} {classes}")
     network.to(where)
-    return NetworkLabeller(network, names, FileRecord.of(path), precision=precision), report
+    return NetworkLabeller(network, names, FileRecord.of(report.path), precision=precision), report

@@ -24,6 +24,7 @@ from cdkd_edge.core.files import make_folders, sha256_of, write_text
 from cdkd_edge.core.labels import LabelSchema
 from cdkd_edge.core.machine import describe_machine
 from cdkd_edge.core.manifest import FileRecord
+from cdkd_edge.model.beside import weights_file
 from cdkd_edge.model.checkpoint import load_encoder, save_checkpoint
 from cdkd_edge.model.device import chosen_device
 from cdkd_edge.quality.baselines import score_color_rules
@@ -149,7 +150,7 @@ class _Tuning:
         self.trainer = Trainer(network, tiles, recipe, self.features)
         file, digest = source, ""
         if not source.startswith(PRESET_PREFIX):
-            file, digest = Path(source).name, sha256_of(Path(source))
+            file, digest = Path(source).name, sha256_of(weights_file(Path(source)))
         self.source_record = {"file": file, "sha256": digest, "layout": self.start.layout}
         weights = options.network.weights
         self.identity = {  # what must be the same in the run that resumes this one

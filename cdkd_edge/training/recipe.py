@@ -14,11 +14,12 @@ import torch
 
 from cdkd_edge.core.errors import CheckpointError, UsageError
 from cdkd_edge.core.labels import LabelSchema
-from cdkd_edge.model.checkpoint import OPENMMLAB_SCHEMA, CheckpointReport, load_checkpoint, load_encoder
+from cdkd_edge.model.checkpoint import CheckpointReport, load_checkpoint, load_encoder
 from cdkd_edge.model.config import PRESETS
 from cdkd_edge.model.device import PRECISIONS
 from cdkd_edge.model.layouts import OURS
 from cdkd_edge.model.network import SegmentationNetwork
+from cdkd_edge.model.within import FOUND_SCHEMA
 from cdkd_edge.training.views import Augmentation
 
 SCHEDULES = ("constant", "cosine", "poly")
@@ -138,13 +139,16 @@ class NetworkSettings:
     patch: int | None = None
     heads: int | None = None
     layer_norm_eps: float | None = None
+    taps: str | None = None  # blocks that feed the head, with commas
+    pool_scales: str | None = None  # of a head that another project trained, likewise
     head_channels: int | None = None  # of a new head; None: those of the head it replaces, or of the preset, or 256
     new_head: bool = False  # start with a new head even if that of the checkpoint fits
     weights: str | None = None  # ``raw``, ``ema`` or a name, for a checkpoint with several sets of weights
 
     def loading(self) -> dict[str, Any]:
         """What the functions of :mod:`cdkd_edge.model.checkpoint` take."""
-        return {"heads": self.heads, "layer_norm_eps": self.layer_norm_eps, "weights": self.weights}
+        names = ("heads", "layer_norm_eps", "taps", "pool_scales", "weights")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ def _why_new_head(report: CheckpointReport, schema: LabelSchema, settings: Netwo
         return "the checkpoint's head was replaced, as asked"
     if report.config.classes != len(schema):
         return f"the checkpoint's head was replaced: it has {report.config.classes} classes, the data {len(schema)}"
-    own = report.schema and not report.schema.numbered and report.schema.name != OPENMMLAB_SCHEMA
+    own = report.schema and not report.schema.numbered and report.schema.name != FOUND_SCHEMA
     if report.schema and own and report.schema.class_names != schema.class_names:
         return f"the checkpoint's head was replaced: its classes are {', '.join(report.schema.class_names)}"
     return None

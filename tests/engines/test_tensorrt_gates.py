@@ -93,6 +93,15 @@ def test_fp16_keeps_the_limits(half: Path) -> None:
     assert sum(layer.traffic_bytes > 30e6 for layer in layers.layers) == 0, "no scores in memory"
 
 
+def test_fewer_taps_and_aligned_corners_cost_no_layer(
+    tmp_path: Path, shallow_graph: Path, make_graph: Callable[..., Path], make_weights: Callable[..., object]
+) -> None:
+    config = NetworkConfig(classes=5, depth=4, tapped=(0, 2, 3), pool_scales=(1, 3), align_corners="all")
+    manifest, layers = compiled(half_graph(make_graph(tmp_path, make_weights(config), config)))
+    assert (manifest.attention_fused, manifest.attention_blocks) == (4, 4)
+    assert len(layers.layers) < len(compiled(half_graph(shallow_graph))[1].layers)
+
+
 VARIANTS = {
     # Windows cost one layer for the whole network; pooled keys cost two in each block that has them.
     "window16/global": LayerLimits(attention_blocks=12, layers=106, traffic_bytes=1.11e9, scratch_bytes=64e6),

@@ -40,9 +40,10 @@ from cdkd_edge.graph.export import (  # noqa: E402
     export_checkpoint,
 )
 from cdkd_edge.graph.nodes import simplify_graph  # noqa: E402
-from cdkd_edge.model.checkpoint import resample_position, save_checkpoint  # noqa: E402
+from cdkd_edge.model.checkpoint import save_checkpoint  # noqa: E402
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.model.network import SegmentationNetwork  # noqa: E402
+from cdkd_edge.model.resample import resample_position  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch
 
@@ -230,7 +231,7 @@ def without_mean(weight, bias, mean, std):
     return weight / np.asarray(std, np.float32).reshape(1, 3, 1, 1), bias
 
 
-def corner_aligned(grid, scales):
+def corner_aligned(grid, scales, align=False):
     columns = []
     for scale in scales:
         axis = np.zeros((grid, scale))

@@ -45,15 +45,16 @@ def test_pooling_matrix_is_adaptive_average_pooling(rng, grid):
         np.testing.assert_allclose(cells[part], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("align", [False, True])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_upsampling_matrix_is_bilinear(rng, grid):
-    matrix = fold.upsampling_matrix(grid, SCALES)
+def test_upsampling_matrix_is_bilinear(rng, grid, align):
+    matrix = fold.upsampling_matrix(grid, SCALES, align)
     assert matrix.shape == (grid * grid, 50)
     assert matrix.dtype == np.float32
     for scale, part in PART_OF_SCALE.items():
         cells = rng.standard_normal((1, 3, scale, scale))
         found = matrix[:, part].astype(np.float64) @ cells.reshape(3, -1).T
-        np.testing.assert_allclose(found, bilinear(cells, grid)[0].reshape(3, -1).T, atol=1e-6)
+        np.testing.assert_allclose(found, bilinear(cells, grid, align)[0].reshape(3, -1).T, atol=1e-6)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

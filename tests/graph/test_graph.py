@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from reference import reference_labels, reference_logits
-from variants import VARIANTS, encoder_options
+from variants import VARIANTS, head_options
 
 from cdkd_edge.core.errors import GraphError, ManifestError
 from cdkd_edge.core.manifest import GraphManifest, read_manifest
@@ -132,7 +132,7 @@ def test_variants_compute_the_reference(make_weights, config, opset, batch):
     onnx.checker.check_model(model, full_check=True)
     assert {node.op_type for node in model.graph.node} <= TENSORRT_10_3
     labels, logits = run(model, tiles, "logits")
-    options = {"scales": config.pool_scales, **encoder_options(config)}
+    options = head_options(config)
     expected = reference_logits(weights, tiles, **options)
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
     assert fuse_attention(model) == (config.depth, config.depth)
@@ -142,7 +142,7 @@ def test_variants_compute_the_reference(make_weights, config, opset, batch):
         if options[option] != without:
             plain = reference_logits(weights, tiles, **{**options, option: without})
             assert np.abs(logits - plain).max() > 100 * np.abs(logits - expected).max(), option
-    assert (labels == reference_labels(expected, config.tile)).mean() > 0.999
+    assert (labels == reference_labels(expected, config.tile, config.logits_align)).mean() > 0.999
     if batch > 1:
         assert np.abs(expected[0] - expected[1]).max() > 0.01  # the tiles are told apart
 

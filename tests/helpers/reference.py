@@ -141,16 +141,20 @@ def reference_logits(
     heads: int,
     eps: float,
     scales: Sequence[int] = (1, 2, 3, 6),
+    align: bool = False,
     **encoder: Any,
 ) -> Array:
-    """Logits ``[N, K, G, G]``; ``encoder`` are options of :func:`reference_features`."""
+    """Logits ``[N, K, G, G]``; ``align``: pooled cells are up-sampled with aligned corners.
+
+    ``encoder`` are options of :func:`reference_features`.
+    """
     w = {key: np.asarray(value, np.float64) for key, value in weights.items()}
     *shallow, deep = reference_features(w, image, heads=heads, eps=eps, **encoder)
     grid = deep.shape[-1]
     pyramid = [deep]
     for index, scale in enumerate(scales):
         cells = _unit(adaptive_average(deep, scale), w, f"head.pooled.{index}")
-        pyramid.append(bilinear(cells, grid))
+        pyramid.append(bilinear(cells, grid, align))
     top = _unit(np.concatenate(pyramid, axis=1), w, "head.bottleneck")
     level = top
     levels = []
@@ -162,9 +166,9 @@ def reference_logits(
     return _conv(fused, w["head.classifier.weight"]) + w["head.classifier.bias"][:, None, None]
 
 
-def reference_labels(logits: Array, tile: int) -> npt.NDArray[np.int64]:
+def reference_labels(logits: Array, tile: int, align: bool = False) -> npt.NDArray[np.int64]:
     """Labels ``[N, T, T]``: bilinear to pixels, argmax."""
-    return bilinear(logits, tile).argmax(axis=1)
+    return bilinear(logits, tile, align).argmax(axis=1)
 
 
 def adaptive_average(maps: Array, cells: int) -> Array:
@@ -175,10 +179,12 @@ def adaptive_average(maps: Array, cells: int) -> Array:
     return np.array(rows).transpose(2, 3, 0, 1)
 
 
-def bilinear(maps: Array, side: int) -> Array:
-    """``[N, C, g, g]`` -> ``[N, C, side, side]``; pixel centres are aligned, borders repeat."""
+def bilinear(maps: Array, side: int, align: bool = False) -> Array:
+    """``[N, C, g, g]`` -> ``[N, C, side, side]``; pixel centres are aligned and borders repeat, or corners are."""
     size = maps.shape[-1]
     centres = np.clip((np.arange(side) + 0.5) * size / side - 0.5, 0, size - 1)
+    if align:
+        centres = np.linspace(0, size - 1, side)
     weight = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(size)))  # a tent on every source cell
     return weight @ maps @ weight.T
 

@@ -48,11 +48,19 @@ VARIANTS = {
     "final norm, extra tokens": NetworkConfig(**_SMALL, final_norm="last", class_token=True, registers=1),
     "three taps": NetworkConfig(**_SMALL, tapped=(0, 2, 3)),
     "two taps before the end, final norm": NetworkConfig(**_SMALL, tapped=(1, 2), final_norm="taps"),
+    "three taps, corners aligned": NetworkConfig(
+        **{**_SMALL, "tile": 56, "depth": 6}, tapped=(0, 3, 5), pool_scales=(1, 2, 4), align_corners="all"
+    ),
     "own pixel statistics": NetworkConfig(**_SMALL, pixel_mean=(10.0, 120.0, 200.0), pixel_std=(40.0, 50.0, 90.0)),
     "one class, five blocks": NetworkConfig(
         tile=48, patch=8, embed_dim=32, depth=5, heads=4, mlp_dim=40, classes=1, head_channels=4
     ),
 }
+
+
+def head_options(config: NetworkConfig) -> dict[str, Any]:
+    """What :func:`reference.reference_logits` cannot read from the weights, besides the encoder's."""
+    return {"scales": config.pool_scales, "align": config.pools_align, **encoder_options(config)}
 
 
 def encoder_options(config: NetworkConfig) -> dict[str, Any]:

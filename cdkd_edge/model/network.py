@@ -55,8 +55,8 @@ class Attention(nn.Module):
             k, v = F.linear(means, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)  # each [N, L/pool, D]
         q, k, v = self.q_norm(self._by_head(q)), self.k_norm(self._by_head(k)), self._by_head(v)
         if turn is not None:
-            by_window = turn.unflatten(-2, (-1, self.windows)).movedim(-2, -3)  # [2, ..., W, L/W, d/2]
-            by_head = by_window.repeat_interleave(self.heads, dim=-3)
+            by_window = turn.reshape(*turn.shape[:-2], -1, self.windows, turn.shape[-1])  # [2, ..., L/W, W, d/2]
+            by_head = by_window.movedim(-2, -3).repeat_interleave(self.heads, dim=-3)  # [2, ..., W*heads, L/W, d/2]
             q, k = rotated(q, by_head), rotated(k, by_head)
         mixed = F.scaled_dot_product_attention(q, k, v)  # [N, W*heads, L/W, D/heads]
         mixed = mixed.transpose(1, 2).reshape(n, length, dim)  # [N, L, D]
@@ -154,7 +154,7 @@ class Encoder(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """Tokens with their learned positions, ``[N, E+L, D]``, of RGB images ``[N, 3, T, T]``, 0..255."""
-        tokens = self.patch_embed((image.to(self.mean.dtype) - self.mean) / self.std)  # [N, L, D]
+        tokens: Tensor = self.patch_embed((image.to(self.mean.dtype) - self.mean) / self.std)  # [N, L, D]
         if self.config.class_token:
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # [N, 1+L, D]
         if not self.config.rotary_base:

@@ -221,7 +221,7 @@ OPENMMLAB = Layout(
     "OpenMMLab ViT",
     "OpenMMLab",
     "`backbone.layers.0.ln1.`",
-    "mmsegmentation's `VisionTransformer`, with or without a head",
+    "mmsegmentation's `VisionTransformer`",
     (*_VIT, *_MM_VIT),
     # mmsegmentation's ViT+UPerNet configurations all set norm_cfg=dict(type="LN", eps=1e-6).
     layer_norm_eps=1e-6,
@@ -233,7 +233,7 @@ SAM = Layout(
     "SAM",
     "Segment Anything",
     "`rel_pos_h`",
-    "`sam_vit_l_0b3195.pth`; Hugging Face's and timm's; a teacher alone",
+    "`sam_vit_l_0b3195.pth`, as a teacher; Hugging Face's and timm's",
     (
         (rf"{_SAM_PART}pos_embed", r"encoder.pos_embed"),
         (rf"{_SAM_PART}patch_embed\.proj(?:ection)?\.(weight|bias)", r"encoder.patch_embed.proj.\1"),

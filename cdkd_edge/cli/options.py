@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WORKSPACE = Option(Path(), "--workspace", "-w", help="Folder with export/, engines/ and benchmarks/.", file_okay=False)
 JSON = Option(False, "--json", help="Print the result as JSON.")
-CHECKPOINT = Argument(..., help="Checkpoint written by torch.save, or a safetensors file.")
+CHECKPOINT = Argument(..., help="Checkpoint of torch.save, a safetensors file, or a folder of Hugging Face or timm.")
 ENGINE = Option(None, "--engine", "-e", help="Engine file. Default: the workspace's only one.")
 BANDS = Option(None, help="Bands to read as red, green and blue, counted from 1, e.g. 3,2,1.", metavar="R,G,B")
 STRETCH = Option(False, help="Stretch percentiles 2 to 98 of the scene to 0..255 (for 16-bit and float scenes).")

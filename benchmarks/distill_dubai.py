@@ -21,7 +21,7 @@ The learning rate of an arm is the one of 1e-3 and 3e-3 (for 4 tiles a step) tha
 600 to 900 steps; arms with masks have that of ``masked``.
 
 Every stage is kept in ``--folder``; a killed run goes on where it was. The steps of an arm follow from the processor
-time of its first 20, measured for the first seed and taken for all.
+time of its first 100, measured for the first seed and taken for all.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 RATES = {"features": 3e-3}  # for 4 tiles a step
 RATE = 1e-3  # of other arms
 CLASSES = ("building", "road")  # that colour does not tell
-_PROBE_STEPS = 20  # from which the steps of an arm are worked out
+_PROBE_STEPS = 100  # from which the steps of an arm are worked out
 
 
 class Study:

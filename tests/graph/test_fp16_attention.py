@@ -212,7 +212,7 @@ def test_a_network_that_fp16_sums_break_is_found_and_mended(make_weights, checke
     exact_labels = fp32_labels(onnx.load(tmp_path / "plain.onnx"), tile)
     broken, mended = (script.labels_with(graph, tile, rehearse) for graph in (before, after))
     assert (broken == exact_labels).mean() < 0.7, "FP16 sums did break it"
-    assert (mended == exact_labels).mean() > 0.99
+    assert (mended == exact_labels).mean() > 0.97
 
 
 def test_scores_that_fp16_does_not_resolve(make_weights, checked, tmp_path):

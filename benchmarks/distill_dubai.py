@@ -196,8 +196,9 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"`{results['command']}`",
         "",
         f"{results['machine']['cpu']}. Percent on scene {results['val_scene']}, held out: mean and standard deviation "
-        f"over seeds. {results['minutes']:g} minutes of one core for each arm and seed, {results['tile']} px tiles, patch {results['patch']}, student of width {results['width']} and 6 "
-        "blocks, decoder trained on the frozen encoder.",
+        f"over seeds. {results['minutes']:g} minutes of one core for each arm and seed, {results['tile']} px tiles, "
+        f"patch {results['patch']}, student of width {results['width']} and 6 blocks, decoder trained on the frozen "
+        "encoder.",
         "",
         "| arm | mIoU | " + " | ".join(f"IoU {name}" for name in CLASSES) + " | steps | seeds |",
         "|---|" + "---:|" * (3 + len(CLASSES)),

@@ -221,7 +221,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="where results go, without suffix. Default: printed")
     parser.add_argument("--schema", default="dubai")
     parser.add_argument("--val-scene", default="tile7")
-    parser.add_argument("--minutes", type=float, default=14, help="time of one core for each arm")
+    parser.add_argument("--minutes", type=float, default=20, help="time of one core for each arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tile", type=int, default=256)

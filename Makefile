@@ -35,10 +35,10 @@ test-gpu: $(if $(filter $(VENV)/%,$(GPU_PYTHON)),$(VENV)/.gpu)
 		$(GPU_PYTHON) -m pytest tests/gpu
 
 # What a board needs: the package without torch, on BOARD_PYTHON; with the versions of constraints.txt, or with
-# BOARD_VERSIONS=lowest (that pyproject.toml allows) or newest (of everything).
+# BOARD_VERSIONS=lowest (that pyproject.toml allows) or newest (of everything). TESTS are folders; all by default.
 test-board: $(BOARD_VENV)/.tests
 	$(BOARD_VENV)/bin/pip install --quiet --no-deps --force-reinstall .
-	$(BOARD_VENV)/bin/pytest -n 2 --dist worksteal
+	$(BOARD_VENV)/bin/pytest -n 2 --dist worksteal $(TESTS)
 
 # The board's tests at both ends of what pyproject.toml allows.
 test-floors:

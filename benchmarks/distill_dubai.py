@@ -31,6 +31,7 @@ import argparse
 import csv
 import itertools
 import json
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -162,6 +163,7 @@ class Study:
             *("--epochs", options.epochs, "--validate-every", options.epochs, "--lr", 1e-3, "--schedule", "cosine"),
             *("--head-channels", 64, "--precision", options.precision, "-o", self.place(arm, seed, "network.pt")),
         )
+        shutil.rmtree(self.place(arm, seed, "network.features"))  # gigabytes
         scores = next(iter(found["training"]["scores"].values()))
         return {"mean_iou": scores["mean_iou"], "iou": scores["iou"]}
 

@@ -86,7 +86,19 @@ def shape_table(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
                 table[f"{block}.attn.q_norm.{part}"] = table[f"{block}.attn.k_norm.{part}"] = (dim // config.heads,)
     units = {f"head.pooled.{i}": (dim, 1) for i in range(scales)}
     units["head.bottleneck"] = (dim + scales * channels, 3)
-    units |= {f"head.laterals.{i}": (dim, 1) for i in range(shallow)}
+    lateral = dict.fromkeys(range(shallow), dim)
+    if config.neck:
+        inner, *enlarged = config.neck
+        lateral |= enumerate(enlarged)
+        for layer, inputs, outputs in (
+            ("first", dim, inner),
+            ("first_again", inner, enlarged[0]),
+            ("second", dim, enlarged[1]),
+        ):
+            table[f"head.neck.{layer}.weight"], table[f"head.neck.{layer}.bias"] = (inputs, outputs, 2, 2), (outputs,)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            table[f"head.neck.bn.{part}"] = (inner,)
+    units |= {f"head.laterals.{i}": (inputs, 1) for i, inputs in lateral.items()}
     units |= {f"head.smooth.{i}": (channels, 3) for i in range(shallow)}
     units["head.fuse"] = ((shallow + 1) * channels, 3)
     for unit, (inputs, kernel) in units.items():

@@ -33,12 +33,36 @@ def fold_normalisation(weight: Array, bias: Array, mean: Sequence[float], std: S
     return scaled.astype(np.float32), (bias - shift).astype(np.float32)
 
 
-def fold_batch_norm(weights: Weights, unit: str, eps: float = 1e-5) -> tuple[Array, Array]:
-    """Weight and bias of ``{unit}.conv`` merged with ``{unit}.bn``, which follows it; ``eps`` is PyTorch's default."""
-    gain = weights[f"{unit}.bn.weight"] / np.sqrt(weights[f"{unit}.bn.running_var"].astype(np.float64) + eps)
+def batch_norm(weights: Weights, norm: str, eps: float = 1e-5) -> tuple[npt.NDArray[np.float64], ...]:
+    """Gain and shift of a batch norm, ``[C]`` each; ``eps`` is PyTorch's default."""
+    gain = weights[f"{norm}.weight"] / np.sqrt(weights[f"{norm}.running_var"].astype(np.float64) + eps)
+    return gain, weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * gain
+
+
+def fold_batch_norm(weights: Weights, unit: str) -> tuple[Array, Array]:
+    """Weight and bias of ``{unit}.conv`` merged with ``{unit}.bn``, which follows it."""
+    gain, bias = batch_norm(weights, f"{unit}.bn")
     weight = weights[f"{unit}.conv.weight"] * gain.reshape(-1, 1, 1, 1)
-    bias = weights[f"{unit}.bn.bias"] - weights[f"{unit}.bn.running_mean"] * gain
     return weight.astype(np.float32), bias.astype(np.float32)
+
+
+def fold_transposed(
+    weights: Weights, layer: str, after: npt.NDArray[np.floating], shift: npt.NDArray[np.floating]
+) -> tuple[Array, Array]:
+    """A transposed convolution of 2 x 2, stride 2, and the linear map after it as a linear map of cells.
+
+    Args:
+        weights: of the network.
+        layer: its name.
+        after: the map after it, ``[C, M]`` for M channels.
+        shift: what that adds, ``[C]``.
+
+    Returns:
+        Weight ``[4 C, D]`` and bias ``[4 C]``; rows are by place in the square, row by row, then by channel.
+    """
+    kernel = weights[f"{layer}.weight"].astype(np.float64).transpose(2, 3, 1, 0)  # [2, 2, M, D]
+    weight, bias = after @ kernel, after @ weights[f"{layer}.bias"] + shift
+    return weight.reshape(-1, weight.shape[-1]).astype(np.float32), np.tile(bias, 4).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from onnx import numpy_helper
 
 from cdkd_edge.core.errors import GraphError
 from cdkd_edge.core.manifest import LABELS
+from cdkd_edge.graph.files import inferred_sizes
 from cdkd_edge.graph.nodes import GraphIndex, NodeWriter, replace_nodes
 
 Array = npt.NDArray[np.float32]
@@ -112,7 +113,7 @@ def quantizable_layers(model: onnx.ModelProto) -> list[QuantizableLayer]:
     constants = {item.name: item for item in model.graph.initializer}
     if "context.spread" not in constants:
         raise GraphError("the graph has no layer that INT8 is for", hint=_AGAIN)
-    cells = constants["context.spread"].dims[1]
+    sizes = inferred_sizes(model)
     layers = []
     for node in model.graph.node:
         if node.op_type not in ("MatMul", "Conv") or node.input[1] not in constants:
@@ -126,7 +127,9 @@ def quantizable_layers(model: onnx.ModelProto) -> list[QuantizableLayer]:
             name = name.removesuffix(".conv")
         if quantizable:
             values = (node.input[0], node.input[1], node.output[0])
-            layers.append(QuantizableLayer(name, node.name, node.op_type, *values, cells * math.prod(weight.dims)))
+            _, shape = sizes[node.output[0]]  # [N, L, M] or [N, M, G, G]
+            per_output = math.prod(weight.dims) // shape[2 if node.op_type == "MatMul" else 1]
+            layers.append(QuantizableLayer(name, node.name, node.op_type, *values, math.prod(shape[1:]) * per_output))
     if not layers:
         raise GraphError("the graph has no layer that INT8 is for", hint=_AGAIN)
     return layers

@@ -50,7 +50,7 @@ class NetworkConfig:
     """
 
     tile: int = 1024  # side of a square input, px
-    patch: int = 16  # side of a patch, px; also the stride of the logits
+    patch: int = 16  # side of a patch, px
     embed_dim: int = 384
     depth: int = 12
     heads: int = 6
@@ -58,7 +58,7 @@ class NetworkConfig:
     classes: int = 7
     head_channels: int = 256
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)
-    # Bilinear up-sampling that maps corners to corners: of the pooled cells, of the logits, of both, or none.
+    # Bilinear up-sampling that maps corners to corners: within the head (``pools``), of the logits, of both, or none.
     align_corners: str = "none"
     layer_norm_eps: float = 1e-5
     class_token: bool = False  # timm and OpenMMLab encoders carry one; the paper's student does not
@@ -71,6 +71,9 @@ class NetworkConfig:
     final_norm: str = NO_NORM
     # 0-based blocks whose outputs feed the head, the last block at the end. Empty: four, evenly spaced.
     tapped: tuple[int, ...] = ()
+    # A neck that makes maps of 4, 2, 1 and 1/2 times the grid of patches from four taps: the channels within and after
+    # the first's up-sampling, and after the second's. Empty: all maps stay on the grid.
+    neck: tuple[int, ...] = ()
     pixel_mean: tuple[float, float, float] = PIXEL_MEAN  # of RGB, 0..255
     pixel_std: tuple[float, float, float] = PIXEL_STD
     # Of each block: ``global`` (every token attends to every token), ``window N`` (to those of its window of N x N
@@ -102,8 +105,10 @@ class NetworkConfig:
         self._require_tapped()
         if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0:
             raise CheckpointError("pixel_mean and pixel_std are three numbers each, those of pixel_std above 0")
-        if not self.pool_scales or min(self.pool_scales) < 1 or max(self.pool_scales) > self.grid:
-            raise CheckpointError(f"pool_scales {self.pool_scales} must be 1 to {self.grid}: a tile's side in patches")
+        self._require_neck()
+        deepest = self.map_sides[-1]
+        if not self.pool_scales or min(self.pool_scales) < 1 or max(self.pool_scales) > deepest:
+            raise CheckpointError(f"pool_scales {self.pool_scales} must be 1 to {deepest}: the deepest map's side")
         if self.attention:
             self._require_attention()
 
@@ -124,6 +129,19 @@ class NetworkConfig:
             raise CheckpointError(f"tapped must be two or more blocks in ascending order, not {self.tapped}")
         if self.tapped[0] < 0 or self.tapped[-1] >= self.depth:
             raise CheckpointError(f"tapped {self.tapped} names a block that the network lacks; it has {self.depth}")
+
+    def _require_neck(self) -> None:
+        if not self.neck:
+            return
+        if len(self.neck) != 3 or min(self.neck) < 1:
+            raise CheckpointError(f"neck is three numbers of channels, not {self.neck}")
+        if len(self.taps) != 4:
+            raise CheckpointError(f"a neck makes four maps of different sizes; {len(self.taps)} blocks are tapped")
+        if self.grid % 2:
+            raise CheckpointError(
+                f"the neck halves the deepest map, and a tile of {self.tile} px has {self.grid} patches a side",
+                hint=f"a tile of {self.tile + self.patch} px, for example",
+            )
 
     def _require_attention(self) -> None:
         if len(self.attention) != self.depth:
@@ -167,8 +185,25 @@ class NetworkConfig:
         return self.tapped or evenly_spaced(self.depth, 4)
 
     @property
+    def map_sides(self) -> tuple[int, ...]:
+        """Sides of the head's maps, the shallowest first."""
+        grid = self.grid
+        return (4 * grid, 2 * grid, grid, grid // 2) if self.neck else (grid,) * len(self.taps)
+
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """Channels of the head's maps, the shallowest first."""
+        dim = self.embed_dim
+        return (*self.neck[1:], dim, dim) if self.neck else (dim,) * len(self.taps)
+
+    @property
+    def logit_stride(self) -> float:
+        """Side of a logit's square, px."""
+        return self.tile / self.map_sides[0]
+
+    @property
     def pools_align(self) -> bool:
-        """Whether the corners of pooled cells are aligned with those of the map."""
+        """Whether corners are aligned where the head up-samples a map to another's size."""
         return self.align_corners in ("pools", "all")
 
     @property
@@ -310,6 +345,8 @@ def head_text(config: NetworkConfig) -> str:
     """The head for people: ``UPerNet, 256 channels, 4 taps, pooled to 1, 2, 3, 6 cells``."""
     scales = ", ".join(map(str, config.pool_scales))
     text = f"UPerNet, {config.head_channels} channels, {len(config.taps)} taps, pooled to {scales} cells"
+    if config.neck:
+        text += f", maps of 4, 2, 1 and 1/2 times the grid (neck of {', '.join(map(str, config.neck))} channels)"
     return text + f", corners aligned ({config.align_corners})" * (config.align_corners != "none")
 
 

@@ -92,6 +92,8 @@ def network_cost(network: SegmentationNetwork | Encoder) -> Cost:
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             conv_linear.append(output.numel() * module.weight[0].numel())
+        elif isinstance(module, nn.ConvTranspose2d):
+            conv_linear.append(inputs[0].numel() * module.weight[0].numel())
         elif isinstance(module, Attention):
             n, length, dim = inputs[0].shape
             attention.append(2 * n * length * (length // (module.windows * module.pool)) * dim)

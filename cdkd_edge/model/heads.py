@@ -73,6 +73,16 @@ def _of_smp(part: str) -> Rules:
     )
 
 
+def _neck(four: str, two: str) -> Rules:
+    """Rules for a neck of transposed convolutions; the other two maps need no weights."""
+    return (
+        (rf"{four}\.0\.(weight|bias)", r"head.neck.first.\1"),
+        (rf"{four}\.1\.{_NORM}", r"head.neck.bn.\1"),
+        (rf"{four}\.3\.(weight|bias)", r"head.neck.first_again.\1"),
+        (rf"{two}\.0\.(weight|bias)", r"head.neck.second.\1"),
+    )
+
+
 @dataclass(frozen=True)
 class Head(Layout):
     """The naming of a head, beside an encoder under ``encoder.`` or ``backbone.``; see :class:`.layouts.Layout`."""
@@ -97,7 +107,11 @@ OPENMMLAB_HEAD = Head(
     "OpenMMLab",
     "`decode_head.psp_modules.`, `decode_head.conv_seg.`",
     "mmsegmentation's `UPerHead`",
-    (*_of_openmmlab("decode_head"), (r"decode_head\.conv_seg\.(weight|bias)", r"head.classifier.\1")),
+    (
+        *_of_openmmlab("decode_head"),
+        *_neck(r"neck\.upsample_4x", r"neck\.upsample_2x"),
+        (r"decode_head\.conv_seg\.(weight|bias)", r"head.classifier.\1"),
+    ),
     (_TRAINED_BESIDE,),
     pattern=r"decode_head\.(?:lateral_convs|fpn_convs|fpn_bottleneck)\.",
 )
@@ -106,7 +120,11 @@ TERRATORCH_HEAD = Head(
     "TerraTorch, segmentation-models-pytorch",
     "`decoder.psp_modules.`, `head.head.2.`",
     "Lightning checkpoints with `UperNetDecoder`",
-    (*_of_openmmlab("decoder"), _TERRATORCH_CLASSIFIER),
+    (
+        *_of_openmmlab("decoder"),
+        *_neck(r"(?:neck\.\d+|decoder)\.fpn1", r"(?:neck\.\d+|decoder)\.fpn2"),
+        _TERRATORCH_CLASSIFIER,
+    ),
     (_TRAINED_BESIDE,),
     pattern=r"decoder\.(?:lateral_convs|fpn_convs|fpn_bottleneck)\.",
     implied={"align_corners": "pools"},  # PixelWiseModel up-samples the logits without
@@ -134,14 +152,12 @@ HEADS = (
     TRANSFORMERS_HEAD, OPENMMLAB_HEAD, TERRATORCH_HEAD, TERRATORCH_SMP_HEAD, SMP_HEAD,
 )  # fmt: skip
 
-_PYRAMIDS = (
+_LEARNED_NECK = r"neck\.(?:upsample_[24]x|\d+\.fpn[12])\."
+_OTHER_NETWORKS = (
     (r"neck\.convs\.", "OpenMMLab's MultiLevelNeck, which makes maps of several strides"),
-    (r"neck\.upsample_[24]x\.", "OpenMMLab's Feature2Pyramid, which makes maps of several strides"),
-    (r"neck\.\d+\.fpn1\.", "TerraTorch's LearnedInterpolateToPyramidal, which makes maps of several strides"),
-    (r"decoder\.fpn1\.", "TerraTorch's UperNetDecoder with scale_modules, which makes maps of several strides"),
     (r"neck\.\d+\.fpn\.", "TerraTorch's FeaturePyramidNetworkNeck"),
     (r"(?:neck|decoder)\.reassemble_(?:stage|blocks)\.|decoder\.projection_blocks\.", "a DPT head"),
-    (r"neck\.", "a neck between encoder and head"),
+    (rf"(?!{_LEARNED_NECK})neck\.", "a neck between encoder and head"),
     (r"decoder\.decoder\.(?:psp_modules|fpn_bottleneck|conv_seg)\.", "OpenMMLab's decoder in TerraTorch"),
     (r"head\.head\.0\.", "TerraTorch's SegmentationHead with channel_list, which convolves before it classifies"),
     (r"(?:decode_head|decoder)\.(?:.*\.)?(?:gn|in|ln)\.", "a UPerNet with another norm than BatchNorm"),
@@ -225,11 +241,14 @@ def _split(keys: list[str]) -> tuple[Head | None, str]:
 
 
 def _head_of(keys: list[str]) -> Head:
-    for pattern, name in _PYRAMIDS:
+    for pattern, name in _OTHER_NETWORKS:
         if found := [key for key in keys if re.match(pattern, key)]:
             return _other(name, found[0])
     for head in HEADS:
         if any(re.match(head.pattern, key) for key in keys):
+            neck = next((key for key in keys if re.match(_LEARNED_NECK, key)), None)
+            if neck and head not in (OPENMMLAB_HEAD, TERRATORCH_HEAD):
+                return _other(f"a neck before {head.name}", neck)
             return head
     pattern, name = next((p, n) for p, n in _OTHERS if any(re.match(p, key) for key in keys))
     return _other(name, next(key for key in keys if re.match(pattern, key)))
@@ -242,4 +261,4 @@ def _other(name: str, key: str) -> Head:
 
 def refused_names() -> str:
     """The heads that are none of this network's, for the documents."""
-    return "; ".join(dict.fromkeys(name for _, name in (*_PYRAMIDS, *_OTHERS)))
+    return "; ".join(dict.fromkeys(name for _, name in (*_OTHER_NETWORKS, *_OTHERS)))

@@ -81,6 +81,12 @@ def _head(state: Mapping[str, Tensor], depth: int, stated: Mapping[str, Any], no
             f"the head is fed by {taps} blocks, as its tensors show, not by {told}",
             hint=f"name as many, counted from 0: --taps {','.join(map(str, even))}",
         )
+    if any(key.startswith("head.neck.") for key in state):
+        shown["neck"] = (
+            need(state, "head.neck.first.weight", 4).shape[1],
+            need(state, "head.neck.first_again.weight", 4).shape[1],
+            need(state, "head.neck.second.weight", 4).shape[1],
+        )
     if "pool_scales" in stated:
         if (told := len(stated["pool_scales"])) != pools:
             raise CheckpointError(f"the head pools to {pools} sizes, as its tensors show, not to {told}")

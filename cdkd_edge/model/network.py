@@ -213,41 +213,63 @@ class ConvNormReLU(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+class Neck(nn.Module):
+    """Four maps of one side as maps of 4, 2, 1 and 1/2 times that side, as in BEiT (Bao et al., ICLR 2022)."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        dim, (inner, first, second) = config.embed_dim, config.neck
+        self.first = nn.ConvTranspose2d(dim, inner, 2, stride=2)
+        self.bn = nn.BatchNorm2d(inner)
+        self.first_again = nn.ConvTranspose2d(inner, first, 2, stride=2)
+        self.second = nn.ConvTranspose2d(dim, second, 2, stride=2)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        first, second, third, fourth = maps  # each [N, D, G, G]
+        four_times = self.first_again(F.gelu(self.bn(self.first(first))))  # [N, C1, 4G, 4G]
+        return [four_times, self.second(second), third, F.max_pool2d(fourth, 2)]
+
+
 class UPerHead(nn.Module):
     """UPerNet: pyramid pooling of the deepest map, added to the shallower ones; all are fused and classified."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        dim, channels = config.embed_dim, config.head_channels
+        channels, (*shallow_dims, dim) = config.head_channels, config.map_channels
         self.pool_scales, self.align = config.pool_scales, config.pools_align
+        self.neck = Neck(config) if config.neck else nn.Identity()
         self.pooled = nn.ModuleList(ConvNormReLU(dim, channels, 1) for _ in config.pool_scales)
         self.bottleneck = ConvNormReLU(dim + len(config.pool_scales) * channels, channels, 3)
-        shallow = len(config.taps) - 1
-        self.laterals = nn.ModuleList(ConvNormReLU(dim, channels, 1) for _ in range(shallow))
-        self.smooth = nn.ModuleList(ConvNormReLU(channels, channels, 3) for _ in range(shallow))
-        self.fuse = ConvNormReLU((shallow + 1) * channels, channels, 3)
+        self.laterals = nn.ModuleList(ConvNormReLU(one, channels, 1) for one in shallow_dims)
+        self.smooth = nn.ModuleList(ConvNormReLU(channels, channels, 3) for _ in shallow_dims)
+        self.fuse = ConvNormReLU(len(config.taps) * channels, channels, 3)
         self.classifier = nn.Conv2d(channels, config.classes, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        *shallow, deep = maps  # each [N, D, G, G]
-        grid = deep.shape[-2:]
+        *shallow, deep = self.neck(maps)  # each [N, D, G, G], without a neck
         pyramid = [deep]
         for scale, unit in zip(self.pool_scales, self.pooled, strict=True):
             cells = unit(F.adaptive_avg_pool2d(deep, scale))  # [N, C, s, s]
-            pyramid.append(F.interpolate(cells, size=grid, mode="bilinear", align_corners=self.align))  # [N, C, G, G]
+            pyramid.append(self._as_large(cells, deep))  # [N, C, G, G]
         top = self.bottleneck(torch.cat(pyramid, dim=1))  # [N, D+4C, G, G] -> [N, C, G, G]
 
         levels = [lateral(x) for lateral, x in zip(self.laterals, shallow, strict=True)]  # each [N, C, G, G]
         above = top
         for index in reversed(range(len(levels))):
-            above = levels[index] = levels[index] + above
+            above = levels[index] = levels[index] + self._as_large(above, levels[index])
         smoothed = [unit(x) for unit, x in zip(self.smooth, levels, strict=True)]  # each [N, C, G, G]
-        fused = self.fuse(torch.cat([*smoothed, top], dim=1))  # [N, taps C, G, G] -> [N, C, G, G]
-        return self.classifier(fused)  # type: ignore[no-any-return]  # [N, K, G, G]
+        joined = torch.cat([self._as_large(x, smoothed[0]) for x in (*smoothed, top)], dim=1)  # [N, taps C, G, G]
+        return self.classifier(self.fuse(joined))  # type: ignore[no-any-return]  # [N, K, G, G]
+
+    def _as_large(self, x: Tensor, other: Tensor) -> Tensor:
+        """``x`` up-sampled to the size of another map."""
+        if x.shape[-2:] == other.shape[-2:]:
+            return x
+        return F.interpolate(x, size=other.shape[-2:], mode="bilinear", align_corners=self.align)
 
 
 class SegmentationNetwork(nn.Module):
-    """Encoder and head: RGB tiles to class logits at stride ``patch``."""
+    """Encoder and head: RGB tiles to class logits at stride :attr:`NetworkConfig.logit_stride`."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -256,12 +278,12 @@ class SegmentationNetwork(nn.Module):
         self.head = UPerHead(config)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits ``[N, K, G, G]`` of RGB images ``[N, 3, T, T]``, 0..255; normalisation happens inside."""
+        """Logits ``[N, K, G, G]`` (with a neck, ``[N, K, 4G, 4G]``) of RGB images ``[N, 3, T, T]``, 0..255."""
         return self.head(self.encoder(image))  # type: ignore[no-any-return]
 
     def upsample(self, logits: Tensor) -> Tensor:
-        """Logits at pixel resolution, ``[N, K, G, G]`` -> ``[N, K, T, T]``, bilinear."""
-        scale, align = float(self.config.patch), self.config.logits_align
+        """Logits at pixel resolution, ``[N, K, T, T]``, bilinear."""
+        scale, align = self.config.logit_stride, self.config.logits_align
         return F.interpolate(logits, scale_factor=scale, mode="bilinear", align_corners=align)
 
     @torch.inference_mode()

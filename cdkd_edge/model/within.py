@@ -20,7 +20,8 @@ from cdkd_edge.model.layouts import OPENMMLAB, Layout
 
 FOUND_SCHEMA = "the file's own"  # name of a schema made from another project's class names; ``--schema`` overrides it
 _MAX_TEXT = 1 << 20  # of a configuration, characters
-_FLAT_NECKS = {"SelectIndices", "ReshapeTokensToImage", "PermuteDims"}  # they leave every map as large as it is
+_LEARNED_NECK = "LearnedInterpolateToPyramidal"  # read from its tensors
+_NECKS = {"SelectIndices", "ReshapeTokensToImage", "PermuteDims", _LEARNED_NECK}  # the others leave a map as it is
 _DINOV3_WRAPPER = "encoder.dinov3."
 _SHIFTED = (
     "maps of TerraTorch's DINOv3 wrapper with its class token (backbone_return_cls_token is not false), which comes "
@@ -95,7 +96,7 @@ def _of_terratorch(arguments: object, head: Head | None, prefix: str, depth: int
     necks = arguments.get("necks")
     for neck in necks if isinstance(necks, (list, tuple)) else ():
         name = neck.get("name") if isinstance(neck, Mapping) else None
-        if name not in _FLAT_NECKS or neck.get("effective_time_dim", 1) != 1:
+        if name not in _NECKS or neck.get("effective_time_dim", 1) != 1:
             return said, f"the neck {name} of hyper_parameters"
         if name == "SelectIndices" and blocks:
             chosen = _whole_numbers(neck.get("indices"))

@@ -188,7 +188,7 @@ def starting_network(source: str | Path, schema: LabelSchema, settings: NetworkS
         return StartingNetwork(network, report.layout, report.notes)
     encoder, report = load_encoder(source, tile=tile, patch=patch, **settings.loading())
     channels = settings.head_channels or own.head_channels
-    config = dataclasses.replace(report.config, classes=len(schema), head_channels=channels)
+    config = dataclasses.replace(report.config, classes=len(schema), head_channels=channels, neck=())
     torch.manual_seed(seed)
     network = SegmentationNetwork(config)
     network.encoder.load_state_dict(encoder.state_dict())

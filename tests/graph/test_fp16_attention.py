@@ -18,6 +18,7 @@ from onnx import TensorProto
 from quantization_helpers import (
     CLASS_TOKEN,
     CONFIG,
+    NECK,
     NORMED,
     ROTARY,
     WINDOWS,
@@ -230,7 +231,7 @@ def test_scores_that_fp16_does_not_resolve(make_weights, checked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "batch", "opset"), [(CONFIG, 2, 17), (WINDOWS, 2, 20), (ROTARY, 1, 18), (NORMED, 2, 20)]
+    ("config", "batch", "opset"), [(CONFIG, 2, 17), (WINDOWS, 2, 20), (ROTARY, 1, 18), (NORMED, 2, 20), (NECK, 1, 17)]
 )
 def test_healthy_networks_stay_as_they_are(make_weights, checked, config, batch, opset):
     before, after, found = checked(centred(make_weights(config), config), config, batch=batch, opset=opset)

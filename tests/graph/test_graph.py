@@ -22,8 +22,9 @@ from cdkd_edge.graph.layers import compare_classes, scores_of, search_classes
 from cdkd_edge.model.config import NetworkConfig
 
 TENSORRT_10_3 = {
-    "Add", "ArgMax", "AveragePool", "Cast", "Concat", "Conv", "Div", "Erf", "Gelu", "LayerNormalization", "MatMul",
-    "Mul", "Neg", "Pad", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Softmax", "Split", "Transpose",
+    "Add", "ArgMax", "AveragePool", "Cast", "Concat", "Conv", "DepthToSpace", "Div", "Erf", "Gelu",
+    "LayerNormalization", "MatMul", "MaxPool", "Mul", "Neg", "Pad", "Relu", "Reshape", "Resize", "Sigmoid", "Slice",
+    "Softmax", "Split", "Transpose",
 }  # fmt: skip
 """What may occur, each in github.com/onnx/onnx-tensorrt/blob/release/10.3-GA/docs/operators.md. No Gather."""
 

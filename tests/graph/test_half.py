@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from quantization_helpers import (
     CLASS_TOKEN,
     CONFIG,
+    NECK,
     NORMED,
     ROTARY,
     WINDOWS,
@@ -67,13 +68,13 @@ def store(tmp_path):
 
 
 @pytest.mark.parametrize("opset", [17, 18, 19, 20])
-@pytest.mark.parametrize(("config", "batch"), [(CONFIG, 1), (WINDOWS, 2), (ROTARY, 2), (NORMED, 1)])
+@pytest.mark.parametrize(("config", "batch"), [(CONFIG, 1), (WINDOWS, 2), (ROTARY, 2), (NORMED, 1), (NECK, 2)])
 def test_every_weight_and_value_is_fp16(make_weights, config, batch, opset):
     half = to_fp16(build_graph(make_weights(config), config, batch=batch, opset=opset))
     onnx.checker.check_model(half, full_check=True)
-    (resize,) = nodes_of(half, "Resize")
+    scales = {resize.input[2] for resize in nodes_of(half, "Resize")}
     kinds = {item.name: item.data_type for item in half.graph.initializer}
-    assert [name for name, kind in kinds.items() if kind == FLOAT] == [resize.input[2]]
+    assert [name for name, kind in kinds.items() if kind == FLOAT] == sorted(scales)
     assert set(kinds.values()) == {FLOAT, HALF, TensorProto.INT64}
     inferred = onnx.shape_inference.infer_shapes(half, strict_mode=True, data_prop=True).graph.value_info
     found = Counter(item.type.tensor_type.elem_type for item in inferred)

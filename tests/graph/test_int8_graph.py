@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from quantization_helpers import (
     CLASS_TOKEN,
     CONFIG,
+    NECK,
     NORMED,
     ROTARY,
     WINDOWS,
@@ -78,7 +79,7 @@ def makers(model):
 
 
 @pytest.mark.parametrize(
-    ("config", "opset", "batch"), [(CONFIG, 19, 1), (WINDOWS, 20, 2), (ROTARY, 20, 2), (NORMED, 20, 1)]
+    ("config", "opset", "batch"), [(CONFIG, 19, 1), (WINDOWS, 20, 2), (ROTARY, 20, 2), (NORMED, 20, 1), (NECK, 20, 2)]
 )
 def test_q_and_dq_are_on_inputs_of_the_layers_for_int8_and_nowhere_else(make_weights, config, opset, batch):
     _, graph = quantised(build_graph(make_weights(config), config, opset=opset, batch=batch))
@@ -204,7 +205,7 @@ def agreement(first, second):
 
 
 @pytest.mark.parametrize(
-    ("config", "opset", "batch"), [(CONFIG, 20, 1), (WINDOWS, 19, 2), (ROTARY, 20, 2), (NORMED, 20, 1)]
+    ("config", "opset", "batch"), [(CONFIG, 20, 1), (WINDOWS, 19, 2), (ROTARY, 20, 2), (NORMED, 20, 1), (NECK, 20, 2)]
 )
 def test_the_twin_computes_what_the_graph_computes(make_weights, config, opset, batch):
     """The graph with its Q/DQ in FP32: integers and scales are the same, so only sums in another order differ."""

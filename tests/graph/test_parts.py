@@ -33,6 +33,7 @@ CONFIGS = {
     "windows, pooled keys": NetworkConfig(
         tile=96, patch=8, attention=("window 6", "pooled 3", "window 6", "global"), **SMALL
     ),
+    "neck": NetworkConfig(tile=64, patch=8, neck=(24, 12, 16), pool_scales=(1, 2, 4), **SMALL),
     "two sizes of windows": NetworkConfig(
         tile=64, patch=8, attention=("window 4", "global", "window 2", "window 4"), **SMALL
     ),

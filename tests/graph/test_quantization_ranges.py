@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from quantization_helpers import (
     CLASS_TOKEN,
     CONFIG,
+    NECK,
     NORMED,
     ROTARY,
     WINDOWS,
@@ -65,17 +66,18 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("config", "opset"), [(CONFIG, 17), (WINDOWS, 20), (CLASS_TOKEN, 19)])
+@pytest.mark.parametrize(("config", "opset"), [(CONFIG, 17), (WINDOWS, 20), (CLASS_TOKEN, 19), (NECK, 20)])
 def test_linears_of_blocks_and_3x3_convolutions_and_nothing_else(make_weights, config, opset):
     model = build_graph(make_weights(config), config, opset=opset)
     layers = quantizable_layers(model)
     assert [layer.name for layer in layers] == LAYERS
-    dim, grid, head = config.embed_dim, config.grid, config.head_channels
+    dim, tokens, head = config.embed_dim, config.grid**2 + config.extra_tokens, config.head_channels
+    *_, deepest = sides = config.map_sides
     by_name = {layer.name: layer for layer in layers}
-    assert by_name["blocks.1.attn.proj"].macs == grid**2 * dim**2
-    assert by_name["blocks.1.mlp.fc2"].macs == grid**2 * dim * config.mlp_dim
-    assert by_name["bottleneck"].macs == grid**2 * dim * head * 9
-    assert by_name["fuse"].macs == grid**2 * 4 * head * head * 9
+    assert by_name["blocks.1.attn.proj"].macs == tokens * dim**2
+    assert by_name["blocks.1.mlp.fc2"].macs == tokens * dim * config.mlp_dim
+    assert by_name["bottleneck"].macs == deepest**2 * dim * head * 9
+    assert by_name["fuse"].macs == sides[0] ** 2 * 4 * head * head * 9
     for layer in layers:
         outputs = weight_of(model, layer.weight).shape[layer.output_axis]
         assert outputs == {"proj": dim, "fc1": config.mlp_dim, "fc2": dim}.get(layer.name.rpartition(".")[2], head)
@@ -359,7 +361,7 @@ def assert_same_function(model, other, batch=1):
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 1.0])
 @pytest.mark.parametrize(
-    ("config", "opset", "batch"), [(CONFIG, 20, 1), (WINDOWS, 17, 2), (ROTARY, 19, 2), (NORMED, 20, 1)]
+    ("config", "opset", "batch"), [(CONFIG, 20, 1), (WINDOWS, 17, 2), (ROTARY, 19, 2), (NORMED, 20, 1), (NECK, 20, 2)]
 )
 def test_the_function_stays_and_the_ranges_move(make_weights, config, opset, batch, alpha):
     model = build_graph(make_weights(config), config, opset=opset, batch=batch)

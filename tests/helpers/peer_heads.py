@@ -165,6 +165,7 @@ def of_openmmlab() -> dict[str, dict[str, Any]]:
     from mmseg.models.data_preprocessor import SegDataPreProcessor  # noqa: F401
     from mmseg.models.decode_heads.fcn_head import FCNHead  # noqa: F401
     from mmseg.models.decode_heads.uper_head import UPerHead  # noqa: F401
+    from mmseg.models.necks.featurepyramid import Feature2Pyramid  # noqa: F401
     from mmseg.models.segmentors.encoder_decoder import EncoderDecoder
 
     DefaultScope.get_instance("peers", scope_name="mmseg")
@@ -188,13 +189,19 @@ def of_openmmlab() -> dict[str, dict[str, Any]]:
             {"out_indices": (1, 5)},
             {"in_channels": [128] * 2, "in_index": [0, 1], "norm_cfg": None},
         ),
+        "neck": (
+            {"out_indices": (1, 2, 4, 5)},
+            {"in_channels": [128] * 4, "in_index": [0, 1, 2, 3], "pool_scales": (1, 2, 3)},
+            {"type": "Feature2Pyramid", "embed_dim": 128, "norm_cfg": norm},
+        ),
     }
     found = {}
-    for name, (of_backbone, of_head) in cases.items():
+    for name, (of_backbone, of_head, *neck) in cases.items():
         model = {
             "type": "EncoderDecoder", "data_preprocessor": pixel, "backbone": {**backbone, **of_backbone},
             "decode_head": {**head, "align_corners": False, **of_head}, "test_cfg": {"mode": "whole"},
         }  # fmt: skip
+        model |= {"neck": neck[0]} if neck else {}
         config = Config({"model": model})
         arguments = {key: value for key, value in config.model.to_dict().items() if key != "type"}
         network = filled_head(EncoderDecoder(**arguments))
@@ -223,6 +230,17 @@ def of_terratorch(dinov3: Path) -> dict[str, dict[str, Any]]:
         "in kwargs, corners not aligned": {
             "backbone_kwargs": {"pretrained": False, **VIT, "out_indices": [-5, -3, -2]},
             "decoder_kwargs": {"channels": WIDTH, "align_corners": False, "pool_scales": [1, 2, 4, 6]},
+        },
+        "neck": {
+            "backbone_out_indices": [1, 2, 4, 5],
+            "necks": [{"name": "LearnedInterpolateToPyramidal"}],
+            "decoder_pool_scales": [1, 2, 3],
+        },
+        "neck, corners not aligned": {
+            "backbone_out_indices": [0, 2, 3, 4, 5],
+            "necks": [{"name": "SelectIndices", "indices": [0, 1, 3, 4]}, {"name": "LearnedInterpolateToPyramidal"}],
+            "decoder_pool_scales": [1, 3],
+            "decoder_align_corners": False,
         },
         "smp": {**smp},
         "DINOv3 of facebookresearch": {"backbone": "dinov3_vits16", "necks": tokens},

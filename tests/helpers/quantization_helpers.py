@@ -39,6 +39,7 @@ CLASS_TOKEN = NetworkConfig(
 )
 ROTARY = dataclasses.replace(CLASS_TOKEN, registers=4, rotary_base=100.0, final_norm="taps")
 """As DINOv3."""
+NECK = dataclasses.replace(CLASS_TOKEN, neck=(24, 12, 16), pool_scales=(1, 2, 3))
 NORMED = dataclasses.replace(
     CONFIG, rotary_base=20.0, query_key_norm="rms", attention=("window 3", "global", "window 3", "global"), mlp="swiglu"
 )

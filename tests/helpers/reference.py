@@ -144,12 +144,13 @@ def reference_logits(
     align: bool = False,
     **encoder: Any,
 ) -> Array:
-    """Logits ``[N, K, G, G]``; ``align``: pooled cells are up-sampled with aligned corners.
+    """Logits ``[N, K, G, G]``, with a neck ``[N, K, 4G, 4G]``; ``align``: the head up-samples with aligned corners.
 
     ``encoder`` are options of :func:`reference_features`.
     """
     w = {key: np.asarray(value, np.float64) for key, value in weights.items()}
-    *shallow, deep = reference_features(w, image, heads=heads, eps=eps, **encoder)
+    maps = reference_features(w, image, heads=heads, eps=eps, **encoder)
+    *shallow, deep = _neck(maps, w) if "head.neck.first.weight" in w else maps
     grid = deep.shape[-1]
     pyramid = [deep]
     for index, scale in enumerate(scales):
@@ -159,11 +160,29 @@ def reference_logits(
     level = top
     levels = []
     for index in reversed(range(len(shallow))):
-        level = _unit(shallow[index], w, f"head.laterals.{index}") + level
+        lateral = _unit(shallow[index], w, f"head.laterals.{index}")
+        level = lateral + bilinear(level, lateral.shape[-1], align)
         levels.insert(0, level)
     smooth = [_unit(level, w, f"head.smooth.{index}") for index, level in enumerate(levels)]
-    fused = _unit(np.concatenate([*smooth, top], axis=1), w, "head.fuse")
+    joined = [bilinear(level, smooth[0].shape[-1], align) for level in (*smooth, top)]
+    fused = _unit(np.concatenate(joined, axis=1), w, "head.fuse")
     return _conv(fused, w["head.classifier.weight"]) + w["head.classifier.bias"][:, None, None]
+
+
+def _neck(maps: list[Array], w: Mapping[str, Array]) -> list[Array]:
+    """Maps of 4, 2, 1 and 1/2 times the side of four maps."""
+
+    def doubled(x: Array, name: str) -> Array:
+        """A transposed convolution of 2 x 2, stride 2: each cell becomes four."""
+        count, _, side, _ = x.shape
+        cells = np.einsum("ncij,cdyx->ndiyjx", x, w[f"head.neck.{name}.weight"])
+        return cells.reshape(count, -1, 2 * side, 2 * side) + w[f"head.neck.{name}.bias"][:, None, None]
+
+    first, second, third, fourth = maps
+    count, dim, side, _ = fourth.shape
+    halved = fourth.reshape(count, dim, side // 2, 2, side // 2, 2).max(axis=(3, 5))
+    four_times = doubled(gelu(_batch_norm(doubled(first, "first"), w, "head.neck.bn")), "first_again")
+    return [four_times, doubled(second, "second"), third, halved]
 
 
 def reference_labels(logits: Array, tile: int, align: bool = False) -> npt.NDArray[np.int64]:
@@ -273,7 +292,10 @@ def _conv(x: Array, kernel: Array) -> Array:
 
 def _unit(x: Array, w: Mapping[str, Array], name: str) -> Array:
     """Convolution, batch norm with stored statistics, ReLU."""
-    y = _conv(x, w[f"{name}.conv.weight"])
-    gain = w[f"{name}.bn.weight"] / np.sqrt(w[f"{name}.bn.running_var"] + 1e-5)
-    mean, bias = w[f"{name}.bn.running_mean"], w[f"{name}.bn.bias"]
-    return np.maximum(0, (y - mean[:, None, None]) * gain[:, None, None] + bias[:, None, None])
+    return np.maximum(0, _batch_norm(_conv(x, w[f"{name}.conv.weight"]), w, f"{name}.bn"))
+
+
+def _batch_norm(x: Array, w: Mapping[str, Array], name: str) -> Array:
+    gain = w[f"{name}.weight"] / np.sqrt(w[f"{name}.running_var"] + 1e-5)
+    mean, bias = w[f"{name}.running_mean"], w[f"{name}.bias"]
+    return (x - mean[:, None, None]) * gain[:, None, None] + bias[:, None, None]

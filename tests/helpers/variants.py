@@ -51,6 +51,18 @@ VARIANTS = {
     "three taps, corners aligned": NetworkConfig(
         **{**_SMALL, "tile": 56, "depth": 6}, tapped=(0, 3, 5), pool_scales=(1, 2, 4), align_corners="all"
     ),
+    "neck": NetworkConfig(**_SMALL, neck=(24, 12, 16), pool_scales=(1, 2, 4), class_token=True),
+    "neck, odd patches, corners aligned": NetworkConfig(
+        **{**_SMALL, "tile": 84, "patch": 14, "depth": 6},
+        neck=(32, 32, 32),
+        pool_scales=(1, 3),
+        align_corners="pools",
+        tapped=(1, 2, 4, 5),
+        final_norm="taps",
+    ),
+    "neck and windows": NetworkConfig(
+        **_SMALL, neck=(16, 8, 16), pool_scales=(1, 2, 4), attention=("window 4", "pooled 2", "window 4", "global")
+    ),
     "own pixel statistics": NetworkConfig(**_SMALL, pixel_mean=(10.0, 120.0, 200.0), pixel_std=(40.0, 50.0, 90.0)),
     "one class, five blocks": NetworkConfig(
         tile=48, patch=8, embed_dim=32, depth=5, heads=4, mlp_dim=40, classes=1, head_channels=4

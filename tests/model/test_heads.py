@@ -29,6 +29,8 @@ pytestmark = pytest.mark.needs_torch
 
 UNSAID = {"smp": "1,2,4,5", "smp, no norm": "1,2,4,5"}  # taps that nothing in such a file says
 TERRATORCH, TERRATORCH_SMP, SMP = "terratorch, selected", "terratorch, smp", "smp"
+TERRATORCH_NECK, TERRATORCH_NECK_NOT_ALIGNED = "terratorch, neck", "terratorch, neck, corners not aligned"
+MMSEG_NECK = "openmmlab, neck"
 MMSEG, MMSEG_ALIGNED = "openmmlab, four taps", "openmmlab, three taps, corners aligned, final norm"
 HUGGING_FACE = "transformers, three taps, DINOv2 with registers"
 
@@ -74,7 +76,27 @@ SAID = {
     "terratorch, in kwargs, corners not aligned": ((1, 3, 4), (1, 2, 4, 6), "none", "none", ("a", "b", "c")),
     "terratorch, DINOv3 of facebookresearch": ((1, 3), (1, 2, 3, 6), "pools", "taps", ("a", "b", "c")),
     TERRATORCH_SMP: ((2, 4, 5), (1, 2, 3, 6), "none", "taps", ("a", "b", "c")),
+    MMSEG_NECK: ((1, 2, 4, 5), (1, 2, 3), "none", "none", ("water", "field", "road")),
+    TERRATORCH_NECK: ((1, 2, 4, 5), (1, 2, 3), "pools", "none", ("a", "b", "c")),
+    TERRATORCH_NECK_NOT_ALIGNED: ((0, 2, 4, 5), (1, 3), "none", "none", ("a", "b", "c")),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), [(MMSEG_NECK, (128, 128, 128)), (TERRATORCH_NECK, (64, 32, 64)), (TERRATORCH, ())]
+)
+def test_a_neck_of_transposed_convolutions_is_part_of_the_network(tmp_path, name, channels):
+    assert load_checkpoint(write_network(tmp_path, name))[1].config.neck == channels
+
+
+def test_a_neck_in_the_decoder_is_the_same(tmp_path):
+    """TerraTorch before 1.0: ``scale_modules`` of ``UperNetDecoder``."""
+
+    def moved(state):
+        return {name.replace("neck.0.", "decoder."): tensor for name, tensor in state.items()}
+
+    path = changed(tmp_path, TERRATORCH_NECK, moved, **hyper(TERRATORCH_NECK, necks=[]))
+    assert_computes(load_checkpoint(path)[0], TERRATORCH_NECK)
 
 
 @pytest.mark.parametrize("name", SAID)
@@ -84,7 +106,7 @@ def test_what_no_tensor_shows_is_what_the_file_says(tmp_path, name):
     assert (*found, schema and schema.class_names) == SAID[name]
 
 
-@pytest.mark.parametrize("name", [HUGGING_FACE, MMSEG_ALIGNED, TERRATORCH, TERRATORCH_SMP, SMP])
+@pytest.mark.parametrize("name", [HUGGING_FACE, MMSEG_ALIGNED, TERRATORCH, TERRATORCH_SMP, SMP, TERRATORCH_NECK])
 def test_a_network_goes_on_as_a_checkpoint_of_ours(tmp_path, name):
     network, report = load_checkpoint(write_network(tmp_path, name), tile=TILE, taps=UNSAID.get(name))
     save_checkpoint(network, tmp_path / "own.pt", schema=report.schema)
@@ -94,7 +116,7 @@ def test_a_network_goes_on_as_a_checkpoint_of_ours(tmp_path, name):
     assert_computes(again, name)
 
 
-@pytest.mark.parametrize("name", [TERRATORCH, MMSEG_ALIGNED, HUGGING_FACE])
+@pytest.mark.parametrize("name", [TERRATORCH, MMSEG_ALIGNED, HUGGING_FACE, TERRATORCH_NECK, MMSEG_NECK])
 def test_its_graph_and_labels_are_its_own(tmp_path, name):
     """The export compares logits and labels with the network."""
     source = write_network(tmp_path, name)
@@ -197,9 +219,10 @@ def beside(*keys):
 
 OTHERS = {
     "MultiLevelNeck": (MMSEG, beside("neck.lateral_convs.0.conv.weight", "neck.convs.0.conv.weight")),
-    "Feature2Pyramid": (MMSEG, beside("neck.upsample_4x.0.weight")),
-    "LearnedInterpolateToPyramidal": (TERRATORCH, beside("neck.1.fpn1.0.weight")),
-    "scale_modules": (TERRATORCH, beside("decoder.fpn1.0.weight")),
+    "a neck before TerraTorch with segmentation-models-pytorch's UPerNet": (
+        TERRATORCH_SMP,
+        beside("neck.1.fpn1.0.weight"),
+    ),
     "FeaturePyramidNetworkNeck": (TERRATORCH, beside("neck.1.fpn.inner_blocks.0.0.weight")),
     "a neck between encoder and head": (TERRATORCH, beside("neck.0.bottleneck.weight")),
     "channel_list": (TERRATORCH, beside("head.head.0.0.0.weight")),
@@ -296,6 +319,7 @@ def other(key, change):
 
 DAMAGED = {
     "no classifier": (TERRATORCH, less("head.head.2.weight"), "lacks head.classifier.weight"),
+    "half a neck": (MMSEG_NECK, less("neck.upsample_4x.0.weight"), "lacks head.neck.first.weight"),
     "no convolution": (TERRATORCH, less("decoder.fpn_bottleneck.conv.weight"), "missing: head.fuse.conv.weight"),
     "a lateral less": (MMSEG, less("decode_head.lateral_convs.1.conv.weight"), "missing: head.laterals.1.conv.weight"),
     "another tensor": (TERRATORCH, beside("decoder.gate.weight"), "unexpected tensors: decoder.gate.weight"),

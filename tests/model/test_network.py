@@ -49,7 +49,8 @@ def test_features_and_logits_are_the_reference(case):
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-9)
     expected = reference_logits(weights, tiles, **head_options(config))
     np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-9, atol=1e-9)
-    assert logits.shape == (2, config.classes, config.grid, config.grid)
+    side = (4 if config.neck else 1) * config.grid
+    assert logits.shape == (2, config.classes, side, side)
     # The comparison means something: logits differ from place to place and from tile to tile.
     assert expected.std(axis=(2, 3)).min() > 0.1
     assert np.abs(expected[0] - expected[1]).max() > 0.1

@@ -36,8 +36,8 @@ POINTWISE = frozenset((
 
 VECTOR_OPERATIONS: Mapping[str, int] = {
     "LayerNormalization": 8, "Softmax": 5, "Gelu": 10, "Erf": 8, "Resize": 7, "QuantizeLinear": 3,
-    "Transpose": 0, "Concat": 0, "Slice": 0, "Gather": 0, "Expand": 0, "Pad": 0, "ArgMax": 1,
-    "ReduceMean": 1, "ReduceMax": 1, "ReduceSum": 1, "AveragePool": 4,
+    "Transpose": 0, "DepthToSpace": 0, "Concat": 0, "Slice": 0, "Gather": 0, "Expand": 0, "Pad": 0, "ArgMax": 1,
+    "ReduceMean": 1, "ReduceMax": 1, "ReduceSum": 1, "AveragePool": 4, "MaxPool": 4,
 }  # fmt: skip
 """Operations per output element; 1 for operators that are not listed."""
 KNOWN = PRODUCTS | VIEWS | POINTWISE | VECTOR_OPERATIONS.keys() | {"Constant"}

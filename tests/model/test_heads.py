@@ -6,6 +6,7 @@ installed, the record is compared with them (``make test-encoders``).
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 import re
@@ -24,6 +25,7 @@ from head_files import NETWORKS, TILE, tensors_of, write_network  # noqa: E402
 
 from cdkd_edge.core.errors import EncoderOnlyError  # noqa: E402
 from cdkd_edge.model.checkpoint import load_checkpoint, load_encoder, save_checkpoint  # noqa: E402
+from cdkd_edge.training.recipe import NetworkSettings, starting_network  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch
 
@@ -87,6 +89,14 @@ SAID = {
 )
 def test_a_neck_of_transposed_convolutions_is_part_of_the_network(tmp_path, name, channels):
     assert load_checkpoint(write_network(tmp_path, name))[1].config.neck == channels
+
+
+def test_finetune_keeps_a_neck_and_makes_heads_without(tmp_path):
+    path, settings = write_network(tmp_path, TERRATORCH_NECK), NetworkSettings(heads=2)
+    schema = load_checkpoint(path)[1].schema
+    assert starting_network(path, schema, settings, seed=0).network.config.neck
+    settings = dataclasses.replace(settings, new_head=True)
+    assert starting_network(path, schema, settings, seed=0).network.config.neck == ()
 
 
 def test_a_neck_in_the_decoder_is_the_same(tmp_path):

@@ -254,7 +254,11 @@ def _inferred_config(opened: Opened, given: Mapping[str, Any], notes: list[str])
     complete_head(state, stated, stated.get("layer_norm_eps", layout.layer_norm_eps), notes)
     if layout is TIMM and any(key.endswith(".gamma_1") for key in opened.found.tensors):
         notes.append("learned positions alone assumed, as in DeiT III; timm's vit_*_rope_ape have the same names")
-    config = inferred_config(state, layout, stated, notes)
+    try:
+        config = inferred_config(state, layout, stated, notes)
+    except CheckpointError as error:
+        told = "; ".join((error.message, *within.notes, *beside.notes))
+        raise CheckpointError(told, hint=error.hint) from None
     beside.require(config)
     other = within.other_head or (head.name if head and not head.usable else "")
     class_names = beside.class_names or within.class_names

@@ -302,7 +302,7 @@ CONTRADICTIONS = {
     "another activation": ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
     "text": ({"num_attention_heads": "2"}, 'num_attention_heads is "2"'),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-    "uneven heads": ({"num_attention_heads": 3}, "embed_dim 128 is not divisible by heads 3"),
+    "uneven heads": ({"num_attention_heads": 3}, "heads 3; config.json beside the weights gives heads,"),
     "flag": ({"num_hidden_layers": True}, "num_hidden_layers is true"),
     "not a number": ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
     "a base of nothing": ({"rope_theta": -1}, "rotary_base must be"),

@@ -166,9 +166,10 @@ def _of_transformers(document: _Document, layout: Layout) -> tuple[dict[str, Any
         )
     rotary = layout is HF_DINOV3
     gated = document.get("use_gated_mlp" if rotary else "use_swiglu_ffn", bool, False)
-    activation = document.get("hidden_act", str, "silu" if rotary and gated else "gelu")
-    if activation != ("silu" if rotary and gated else "gelu"):
-        raise document.error(f"says hidden_act is {activation!r}; GELU and SwiGLU are known")
+    known = "silu" if rotary and gated else "gelu"
+    if (activation := document.get("hidden_act", str, known)) != known:
+        kind = "a gated MLP" if gated else "an MLP without gate"
+        raise document.error(f"says hidden_act is {activation!r}; {kind} is read with {known!r} alone")
     stated = {
         "heads": document.whole("num_attention_heads"),
         "layer_norm_eps": document.number("layer_norm_eps"),
